@@ -1,0 +1,100 @@
+# Two commands matter: `make train` (the whole demo, from nothing to scores) and `make test`.
+# Everything made here stays in the checkout: .venv/ for the environment, runs/ for data and results.
+
+PYTHON ?= python3
+VENV = .venv
+DEVICE ?= cpu
+TORCH_INDEX ?=
+SMOKE ?=
+NPROC ?= 2
+OUT ?= $(if $(SMOKE),runs/smoke,runs/demo)
+DATA = runs/data/complete_journey
+LOG = $(OUT)/log
+
+# fbgemm's binaries load on this torch release only; the requirement files hold the matching rest.
+TORCH = torch==2.13.0
+PIP = $(VENV)/bin/pip install --no-cache-dir --disable-pip-version-check --quiet
+CHECKED = launch pipelines trainer embeddings
+FORMATTED = $(CHECKED) tests
+
+# The smoke run goes through every step on a slice of the data.
+INGEST_SMOKE = $(if $(SMOKE),--set users=200)
+TRAIN_SMOKE = $(if $(SMOKE),--set train.max_steps=40)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev train test lint format clean
+
+help: ## this list
+	@echo "make TARGET [VARIABLE=value]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "variables:"
+	@echo "  PYTHON=python3   the interpreter the environment is made with, 3.11 or newer"
+	@echo "  DEVICE=cpu       requirement set: cpu or cuda"
+	@echo "  TORCH_INDEX=URL  package index for torch, such as PyTorch's CPU-only one (a far smaller download)"
+	@echo "  OUT=runs/demo    where 'make train' writes      NPROC=2  ranks it trains on"
+	@echo "  SMOKE=1          'make train' on a slice of the data, into runs/smoke"
+
+install: $(VENV)/.installed-$(DEVICE) ## the environment, in .venv/
+
+install-dev: $(VENV)/.installed-dev ## the same, with the test and lint tools
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tandemrec needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and with its dependencies, because a CUDA build has libraries of its own among them; then the
+# pinned rest with --no-deps, because torchrec would pull the CUDA build of fbgemm (see common.txt).
+$(VENV)/.installed-$(DEVICE): requirements/common.txt requirements/$(DEVICE).txt pyproject.toml | $(VENV)/bin/python
+	@echo "== installing the environment into $(VENV) ($(DEVICE)); this takes some minutes"
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) --no-deps -r requirements/$(DEVICE).txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed-$(DEVICE)
+	$(PIP) --no-deps -r requirements/dev.txt
+	@touch $@
+
+train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, export, score
+	@echo "== 1/7 check the environment"
+	@tandemrec doctor
+	@echo "== 2/7 fetch the Complete Journey events into $(DATA)"
+	@tandemrec fetch --out $(DATA)
+	@echo "== 3/7 ingest them into a sequence log, $(LOG)"
+	@tandemrec ingest --events $(DATA)/events.parquet --config configs/complete_journey.toml \
+	  --out $(LOG) --overwrite $(INGEST_SMOKE)
+	@echo "== 4/7 train DARE on $(NPROC) ranks into $(OUT)/run (a run that is there is resumed)"
+	@torchx run -s local_cwd -cfg log_dir=$(OUT)/torchx launch/components.py:train \
+	  --config configs/dare.toml --out $(OUT)/run -j 1x$(NPROC) -- --set data.log=$(LOG) $(TRAIN_SMOKE)
+	@echo "== 5/7 evaluate on the test split"
+	@tandemrec evaluate --run $(OUT)/run --split test
+	@echo "== 6/7 export a serving snapshot, $(OUT)/snapshot"
+	@tandemrec export --run $(OUT)/run --out $(OUT)/snapshot
+	@echo "== 7/7 score 1000 test requests with the snapshot"
+	@tandemrec score --snapshot $(OUT)/snapshot --requests $(LOG) --split test --limit 1000 \
+	  --out $(OUT)/scores.parquet --against $(OUT)/run/scores-test.parquet
+	@echo
+	@echo "done. metrics: $(OUT)/run/summary.json   curve: $(OUT)/run/metrics.jsonl"
+	@echo "      snapshot: $(OUT)/snapshot          scores: $(OUT)/scores.parquet"
+	@echo "next: $(VENV)/bin/tensorboard --logdir $(OUT)/run"
+	@echo "      $(VENV)/bin/tandemrec plan --config configs/dare.toml --set data.log=$(LOG) --world-size 8 --hbm 80GB"
+
+test: install-dev ## the tests
+	python -m pytest
+
+lint: install-dev ## ruff and mypy
+	ruff check $(FORMATTED)
+	ruff format --check $(FORMATTED)
+	mypy $(CHECKED)
+
+format: install-dev ## rewrite the code the way lint wants it
+	ruff check --fix $(FORMATTED)
+	ruff format $(FORMATTED)
+
+clean: ## remove the environment and all caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
