@@ -1,0 +1,1 @@
+"""Ids to vectors: table groups, their sharding plan, their optimizers."""

@@ -1,0 +1,64 @@
+"""The one exception tree. Every message says what is wrong, where, and what to do.
+
+TandemError
+├── ConfigError       a config file, an override or a command-line value
+├── DataError         a log, a file, a row group, a column or a row
+├── CheckpointError   a checkpoint that cannot be written, verified or loaded
+└── SnapshotError     a serving snapshot that cannot be written, verified or loaded
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class TandemError(Exception):
+    """Base of all errors a user can cause or mend; the command line shows it as one line."""
+
+
+class ConfigError(TandemError):
+    """The configuration is wrong or asks for something this machine cannot do."""
+
+
+class DataError(TandemError):
+    """A log is missing, malformed or corrupt.
+
+    Args:
+        problem: what is wrong and what to do about it.
+        file, row_group, column, row: where, as far as it is known.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | Path | None = None,
+        row_group: int | None = None,
+        column: str | None = None,
+        row: int | None = None,
+    ) -> None:
+        self.problem = problem
+        self.file = None if file is None else str(file)
+        self.row_group = row_group
+        self.column = column
+        self.row = row
+        places = {"row group": row_group, "column": column, "row": row}
+        where = ", ".join(f"{name} {value}" for name, value in places.items() if value is not None)
+        place = ": ".join(part for part in (self.file or "", where) if part)
+        super().__init__(f"{place}: {problem}" if place else problem)
+
+
+class CheckpointError(TandemError):
+    """A checkpoint failed to save, verify or load."""
+
+    def __init__(self, path: str | Path, problem: str) -> None:
+        self.path = str(path)
+        super().__init__(f"{path}: {problem}")
+
+
+class SnapshotError(TandemError):
+    """A serving snapshot failed to save, verify or load."""
+
+    def __init__(self, path: str | Path, problem: str) -> None:
+        self.path = str(path)
+        super().__init__(f"{path}: {problem}")

@@ -1,0 +1,108 @@
+"""Table groups: sets of embedding tables that share one optimizer and compile to one collection.
+
+A group holds one table a feature. Target item and behaviors use the same table, because both sides
+arrive under the same key of one KeyedJaggedTensor (see `trainer.data.batch`). Which group serves which
+role (attention or representation, target or behavior) is the model's business, not the group's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+
+@dataclass(frozen=True)
+class FusedOptimizer:
+    """How the rows of a group are updated inside the backward pass.
+
+    Attributes:
+        name: `rowwise_adagrad` (one accumulator a row), `adagrad` (one a weight) or `sgd`.
+        learning_rate: step size before any schedule.
+        eps: added to the root of the accumulator; unused by `sgd`.
+    """
+
+    name: str = "rowwise_adagrad"
+    learning_rate: float = 0.05
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One embedding table: the ids of one feature, `rows` of them, each a vector of `dim` floats."""
+
+    feature: str
+    rows: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class TableGroup:
+    """A named set of tables.
+
+    Attributes:
+        name: the group's name in the config, part of every table's name.
+        tables: one per feature, in the order in which their vectors are concatenated.
+        optimizer: the fused optimizer of all its rows.
+        init_scale: initial weights are uniform in [-init_scale, init_scale].
+        sharding: sharding types the planner may use; empty means the device's default set.
+    """
+
+    name: str
+    tables: tuple[TableSpec, ...]
+    optimizer: FusedOptimizer = FusedOptimizer()
+    init_scale: float = 0.05
+    sharding: tuple[str, ...] = ()
+
+    @property
+    def features(self) -> list[str]:
+        return [table.feature for table in self.tables]
+
+    @property
+    def width(self) -> int:
+        """Length of the concatenated vector of one bag."""
+        return sum(table.dim for table in self.tables)
+
+    def table_name(self, feature: str) -> str:
+        """The table's name, unique over all groups."""
+        return f"{self.name}__{feature}"
+
+    def widths(self) -> tuple[int, ...]:
+        return tuple(table.dim for table in self.tables)
+
+
+def bag_collection(group: TableGroup, device: torch.device) -> EmbeddingBagCollection:
+    """Compile a group to an `EmbeddingBagCollection`: KJT of stride B -> KeyedTensor [B, group.width].
+
+    On the meta device no memory is taken; `embeddings.sharding.shard` then places the rows.
+    """
+    return EmbeddingBagCollection(
+        device=device,
+        tables=[
+            EmbeddingBagConfig(
+                name=group.table_name(table.feature),
+                num_embeddings=table.rows,
+                embedding_dim=table.dim,
+                feature_names=[table.feature],
+                pooling=PoolingType.SUM,
+            )
+            for table in group.tables
+        ],
+    )
+
+
+def table_group(
+    name: str,
+    features: Sequence[str],
+    dims: Mapping[str, int],
+    rows: Mapping[str, int],
+    optimizer: FusedOptimizer,
+    init_scale: float,
+    sharding: Sequence[str],
+) -> TableGroup:
+    """Build a group from per-feature widths and row counts."""
+    tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
+    return TableGroup(name, tables, optimizer, init_scale, tuple(sharding))

@@ -1,0 +1,55 @@
+"""Initial weights that depend on the seed, the table, the row and the column, and on nothing else.
+
+However the rows are sharded, and whichever rank holds them, row 17 of a table starts with the same bits.
+That is what makes "two ranks equal one" and "sharded equals unsharded" exact from the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROWS_AT_ONCE = 1 << 16
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finaliser held in int64 (products stay below 2**63, so nothing overflows)."""
+    x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK
+    x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK
+    return (x >> 16) ^ x
+
+
+def table_seed(seed: int, table: str) -> int:
+    """A 32-bit seed for one table; distinct names give unrelated streams."""
+    digest = hashlib.sha256(f"{seed}:{table}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def uniform_rows_(
+    weight: Tensor, seed: int, scale: float, row_offset: int = 0, column_offset: int = 0
+) -> Tensor:
+    """Fill a shard of a table in place with uniform values in [-scale, scale).
+
+    Args:
+        weight: [rows, columns] of a shard.
+        seed: the table's seed, see `table_seed`.
+        scale: half the width of the interval.
+        row_offset, column_offset: where the shard lies in the whole table.
+
+    Returns:
+        The same tensor.
+    """
+    columns = torch.arange(weight.shape[1], device=weight.device, dtype=torch.int64) + column_offset
+    column_key = _mix(columns + 0x9E3779B9 & _MASK)
+    with torch.no_grad():
+        for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, weight.shape[0])
+            rows = torch.arange(start, stop, device=weight.device, dtype=torch.int64) + row_offset
+            row_key = _mix(_mix(rows & _MASK ^ seed) + (rows >> 32) & _MASK)
+            bits = _mix(row_key[:, None] ^ column_key[None, :])
+            unit = (bits >> 8).to(torch.float32) * 2.0**-24
+            weight[start:stop] = ((unit * 2 - 1) * scale).to(weight.dtype)
+    return weight

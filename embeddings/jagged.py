@@ -1,0 +1,46 @@
+"""Selecting bags from a KeyedJaggedTensor whose keys all have the same number of bags."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+
+def one_id_bags(keys: list[str], ids_FB: Tensor) -> KeyedJaggedTensor:
+    """A KJT in which every bag holds exactly one id. Shape of `ids_FB`: [features, bags]."""
+    lengths = torch.ones(ids_FB.numel(), dtype=torch.int32, device=ids_FB.device)
+    return KeyedJaggedTensor(keys=keys, values=ids_FB.reshape(-1), lengths=lengths, stride=ids_FB.shape[1])
+
+
+def select_bags(kjt: KeyedJaggedTensor, bags_S: Tensor) -> KeyedJaggedTensor:
+    """The bags `bags_S` (int64 [S], repeats allowed) of every key, in that order; stride S.
+
+    Where every bag holds one id this is a plain index_select; otherwise whole bags are copied.
+    """
+    keys, bags = kjt.keys(), kjt.stride()
+    values = kjt.values()
+    if values.numel() == len(keys) * bags and bool((kjt.lengths() == 1).all()):
+        return one_id_bags(keys, values.view(len(keys), bags).index_select(1, bags_S))
+    return _select_jagged(kjt, bags_S)
+
+
+def _select_jagged(kjt: KeyedJaggedTensor, bags_S: Tensor) -> KeyedJaggedTensor:
+    keys, bags = kjt.keys(), kjt.stride()
+    key_start = torch.arange(len(keys), device=bags_S.device) * bags
+    flat = (key_start[:, None] + bags_S[None, :]).reshape(-1)
+    lengths = kjt.lengths().index_select(0, flat)
+    start = kjt.offsets().to(torch.int64).index_select(0, flat)
+    total = int(lengths.sum())
+    bag = torch.repeat_interleave(torch.arange(flat.numel(), device=flat.device), lengths, output_size=total)
+    first = torch.cumsum(lengths, 0) - lengths
+    within = torch.arange(total, device=flat.device) - first.index_select(0, bag)
+    values = kjt.values().index_select(0, start.index_select(0, bag) + within)
+    return KeyedJaggedTensor(keys=keys, values=values, lengths=lengths, stride=bags_S.numel())
+
+
+def select_keys(kjt: KeyedJaggedTensor, keys: list[str]) -> KeyedJaggedTensor:
+    """The named keys only; the same object when they are all there already."""
+    if kjt.keys() == keys:
+        return kjt
+    return kjt.permute([kjt.keys().index(key) for key in keys])

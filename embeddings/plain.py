@@ -1,0 +1,49 @@
+"""A bag collection without TorchRec's sharding: the slow reference in tests, the lookup when scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from embeddings.groups import TableGroup
+
+
+class PlainBagCollection(nn.Module):
+    """Sum-pooled lookup in ordinary tensors, one table a feature.
+
+    Args:
+        group: names, order and widths.
+        weights: table name -> [rows, dim]; memory-mapped tensors are fine.
+        trainable: register the tables as parameters (with dense gradients) instead of buffers.
+    """
+
+    def __init__(self, group: TableGroup, weights: Mapping[str, Tensor], trainable: bool = False) -> None:
+        super().__init__()
+        self.group = group
+        for table in group.tables:
+            name = group.table_name(table.feature)
+            if trainable:
+                self.register_parameter(name, nn.Parameter(weights[name].clone()))
+            else:
+                self.register_buffer(name, weights[name], persistent=False)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """KJT of stride B -> KeyedTensor whose values are [B, group.width]."""
+        pooled = []
+        for table in self.group.tables:
+            bag = features[table.feature]
+            weight = getattr(self, self.group.table_name(table.feature))
+            pooled.append(
+                F.embedding_bag(
+                    bag.values(),
+                    weight,
+                    bag.offsets().to(bag.values().dtype),
+                    mode="sum",
+                    include_last_offset=True,
+                )
+            )
+        return KeyedTensor(self.group.features, list(self.group.widths()), torch.cat(pooled, dim=1))
