@@ -1,0 +1,1 @@
+"""Whole jobs, one verb a file."""

@@ -1,0 +1,40 @@
+"""The ingest settings: overrides, and errors that name the key and the cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embeddings.errors import ConfigError
+from trainer.data.ingest_config import load_ingest_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_config_overrides_and_errors(tmp_path: Path) -> None:
+    path = CONFIGS / "complete_journey.toml"
+    loaded = load_ingest_config(path, ["requests.positives=3", "split.test=2017-12-02", 'task="buy"'])
+    assert (loaded.requests.positives, str(loaded.split.test), loaded.task) == (3, "2017-12-02", "buy")
+    assert list(loaded.events.features) == ["item_id", "department_id", "category_id", "type_id"]
+    assert load_ingest_config(path, ["task=buy"]).task == "buy"
+    for override, message in {
+        "requests.positive=3": "unknown key 'requests.positive'; did you mean 'requests.positives'",
+        "sed=3": "unknown key 'sed'; did you mean 'seed'",
+        "requests.positives=0": "requests.positives: .*greater than or equal to 1",
+        "split.test=2017-11-01": "validation .* must begin before test",
+        "files.rows_per_file=100": "must be a multiple",
+        'protocol="ctr"': "protocol: .*next-basket",
+        'events.taxonomy=["user"]': "gives the feature name 'user_id' twice",
+        'events.item="user_id"': "must be four columns",
+        "task": "write it as section.key=value",
+        "task.x=1": "'task' is a value, not a section",
+        "seed=1\nusers=2": "one value",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            load_ingest_config(path, [override])
+    with pytest.raises(ConfigError, match="no such file"):
+        load_ingest_config(tmp_path / "none.toml", [])
+    (tmp_path / "bad.toml").write_text("seed =")
+    with pytest.raises(ConfigError, match="not readable as TOML"):
+        load_ingest_config(tmp_path / "bad.toml", [])

@@ -1,0 +1,1 @@
+"""The training library: data, model, loss, step, loop, checkpoint, metrics, snapshot."""

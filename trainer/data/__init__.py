@@ -1,0 +1,1 @@
+"""From a sequence log in Parquet to RequestBatches."""

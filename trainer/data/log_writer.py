@@ -1,0 +1,141 @@
+"""Writes a sequence log so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embeddings.errors import DataError
+from trainer.data.schema import MANIFEST, FileInfo, LogManifest, SplitInfo, is_sequence_log
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Refuses an `out` that must not be replaced.
+
+    Raises:
+        DataError: it is a sequence log and `overwrite` is false, or it is something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not is_sequence_log(out):
+        raise DataError("exists and is not a sequence log, so it stays; name another folder", file=out)
+    if not overwrite:
+        raise DataError("is a sequence log already; name another folder or ask to overwrite it", file=out)
+
+
+@contextmanager
+def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `out` that becomes `out` if the body succeeds and vanishes if it fails."""
+    check_target(out, overwrite)
+    staging = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"cannot be created: {error}", file=staging) from error
+    try:
+        yield staging
+        check_target(out, overwrite)  # somebody else may have finished the same log meanwhile
+        _publish(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_split(
+    tables: Iterable[pa.RecordBatch], root: Path, split: str, schema: pa.Schema, layout: tuple[int, int]
+) -> SplitInfo:
+    """Writes the rows of one split under `root/split`.
+
+    Args:
+        tables: the rows in their final order, in pieces of any size.
+        schema: of `trainer.data.schema.arrow_schema`.
+        layout: rows in a row group, rows in a file (a multiple of the former).
+    """
+    rows_per_group, rows_per_file = layout
+    files: list[FileInfo] = []
+    totals = dict.fromkeys(("rows", "requests", "candidates", "positives", "behaviors"), 0)
+    groups = _row_groups(tables, rows_per_group, schema)
+    for first in groups:
+        path = root / split / f"part-{len(files):05d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        rows = 0
+        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+            group: pa.Table | None = first
+            while group is not None:
+                writer.write_table(group, row_group_size=rows_per_group)
+                rows += group.num_rows
+                _count(group, totals)
+                # Asking for the next group only when this file has room leaves it to the next file.
+                group = next(groups, None) if rows < rows_per_file else None
+        files.append(_describe(path, root, rows))
+    return SplitInfo(files=files, **totals)
+
+
+def write_manifest(root: Path, manifest: LogManifest) -> None:
+    """Writes the manifest, the last file of a log."""
+    (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _row_groups(batches: Iterable[pa.RecordBatch], size: int, schema: pa.Schema) -> Iterator[pa.Table]:
+    waiting = schema.empty_table()
+    for batch in batches:
+        waiting = pa.concat_tables([waiting, _conform(batch, schema)])
+        while waiting.num_rows >= size:
+            yield waiting.slice(0, size)
+            waiting = waiting.slice(size)
+    if waiting.num_rows:
+        yield waiting
+
+
+def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_batches([batch.select(schema.names)]).cast(schema)
+
+
+def _count(group: pa.Table, totals: dict[str, int]) -> None:
+    label = next(name for name in group.column_names if name.startswith("label_"))
+    positives = pc.sum(pc.list_flatten(group[label], recursive=True)).as_py()
+    totals["rows"] += group.num_rows
+    totals["positives"] += int(positives or 0)
+    for name in ("requests", "candidates", "behaviors"):
+        totals[name] += pc.sum(group[f"num_{name}"]).as_py()
+
+
+def _describe(path: Path, root: Path, rows: int) -> FileInfo:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    name = path.relative_to(root).as_posix()
+    return FileInfo(path=name, rows=rows, bytes=path.stat().st_size, sha256=sha256)
+
+
+def _publish(staging: Path, out: Path) -> None:
+    for path in (*staging.rglob("*"), staging):
+        _sync(path)
+    old = out.with_name(f"{staging.name}-old")
+    replaces = out.exists()
+    if replaces:
+        out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        if replaces:
+            old.rename(out)
+        raise
+    _sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    # A rename may reach the disk before the data does; a power cut would then leave an empty log.
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

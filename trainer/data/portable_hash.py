@@ -1,0 +1,29 @@
+"""Seeded pseudo-randomness that every SQL engine computes alike, whatever its threads or row order."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import ibis
+from ibis.expr import types as ir
+
+_HEX = "0123456789abcdef"
+_DIGITS = 12  # 48 bits: far above any row count, and no overflow of a signed 64-bit integer
+
+
+def digest(seed: int, purpose: str, *columns: ir.Value) -> ir.StringValue:
+    """MD5, as hexadecimal text, of seed, purpose and the columns; sort by it to shuffle.
+
+    `purpose` keeps two uses of one seed independent. The columns must not be null.
+    """
+    text = [column.cast("string") for column in columns]
+    joined = reduce(lambda left, right: left + "/" + right, text)
+    return (ibis.literal(f"{seed}/{purpose}/") + joined).hexdigest("md5")
+
+
+def number(seed: int, purpose: str, *columns: ir.Value) -> ir.IntegerValue:
+    """An integer drawn uniformly from [0, 2**48); modulo n it is uniform up to a bias of n / 2**48."""
+    text = digest(seed, purpose, *columns)
+    # Reading digit by digit is slower than casting "0x...", but that cast is DuckDB's alone.
+    digits = [ibis.literal(_HEX).find(text.substr(place, 1)).cast("int64") for place in range(_DIGITS)]
+    return reduce(lambda value, digit: value * 16 + digit, digits)

@@ -1,0 +1,151 @@
+"""The sequence log: one Parquet row is a user block, one `manifest.json` describes the whole.
+
+    <log>/manifest.json             LogManifest, below
+    <log>/<split>/part-00000.parquet  rows of `arrow_schema`
+    <log>/vocab/<feature>.parquet   value, id, count (what the dense ids stand for)
+
+A block is one user's history and the requests made against it, so that the long history is stored
+once however many requests refer to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from embeddings.errors import DataError
+
+FORMAT: Final = "tandemrec.sequence-log"
+VERSION: Final = 1
+MANIFEST = "manifest.json"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FeatureInfo(_Frozen):
+    """An id feature. `rows` is the largest id + 1: the rows an embedding table needs; id 0 is unknown."""
+
+    rows: int = Field(ge=1)
+
+
+class FileInfo(_Frozen):
+    """One Parquet file; `path` is relative to the log, `bytes` and `sha256` are of the whole file."""
+
+    path: str
+    rows: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _stays_inside(self) -> FileInfo:
+        # A log may come from anywhere: its manifest must not make a reader open files outside of it.
+        if self.path.startswith("/") or "\\" in self.path or ".." in self.path.split("/"):
+            raise ValueError(f"path {self.path!r} leaves the log's folder")
+        return self
+
+
+class SplitInfo(_Frozen):
+    """The files of one split and their totals; `positives` counts candidates whose first task is 1."""
+
+    files: list[FileInfo]
+    rows: int = Field(ge=0)
+    requests: int = Field(ge=0)
+    candidates: int = Field(ge=0)
+    positives: int = Field(ge=0)
+    behaviors: int = Field(ge=0)
+
+
+class LogManifest(_Frozen):
+    """What a sequence log holds and how it was made."""
+
+    format: Literal["tandemrec.sequence-log"] = FORMAT
+    version: Literal[1] = VERSION
+    features: dict[str, FeatureInfo]
+    tasks: list[str]
+    taxonomy: list[str]
+    splits: dict[str, SplitInfo]
+    ingest: dict[str, Any]
+    report: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _taxonomy_is_known(self) -> LogManifest:
+        unknown = [name for name in self.taxonomy if name not in self.features]
+        if unknown:
+            raise ValueError(f"taxonomy names features that the log does not have: {', '.join(unknown)}")
+        return self
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        problem = "no such file, so this is not a sequence log; write one with `tandemrec ingest`"
+        raise DataError(problem, file=path) from error
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"not readable as JSON ({error}); run `tandemrec ingest` again"
+        raise DataError(problem, file=path) from error
+
+
+def read_manifest(log: Path) -> LogManifest:
+    """Reads and checks `<log>/manifest.json`.
+
+    Raises:
+        DataError: it is missing, not JSON, of another format or version, or has wrong fields.
+    """
+    path = Path(log) / MANIFEST
+    raw = _load_json(path)
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        problem = f"format is {found!r}, expected {FORMAT!r}; name the folder that `tandemrec ingest` wrote"
+        raise DataError(problem, file=path)
+    if raw.get("version") != VERSION:
+        problem = (
+            f"version {raw.get('version')!r} is unknown, only {VERSION} is read; ingest the events again"
+        )
+        raise DataError(problem, file=path)
+    try:
+        return LogManifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        problem = f"{place or 'manifest'}: {first['msg']}; ingest the events again"
+        raise DataError(problem, file=path) from error
+
+
+def is_sequence_log(path: Path) -> bool:
+    """Whether `path` is a sequence log of any version: only such a folder may ever be replaced."""
+    try:
+        raw = _load_json(Path(path) / MANIFEST)
+    except DataError:
+        return False
+    return isinstance(raw, dict) and raw.get("format") == FORMAT
+
+
+def _items(item: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", item, nullable=False))
+
+
+def arrow_schema(features: Iterable[str], tasks: Iterable[str]) -> pa.Schema:
+    """The columns of a user block with N behaviours, R requests and C_r candidates in request r.
+
+    Lists `history_*` have N items (oldest first, timestamps in unix seconds), `request_*` have R (by
+    time); `candidate_*` and `label_*` are R lists of C_r items. Request r sees `history[:end_r]`,
+    end_r = `request_history_end[r]`. Nothing is nullable.
+    """
+    features = list(features)
+    ids, nested_ids = _items(pa.int64()), _items(_items(pa.int64()))
+    columns: list[tuple[str, pa.DataType]] = [("user_id", pa.int64())]
+    columns += [(f"history_{name}", ids) for name in features]
+    columns += [("history_timestamp", ids)]
+    columns += [(name, ids) for name in ("request_id", "request_timestamp", "request_history_end")]
+    columns += [(f"candidate_{name}", nested_ids) for name in features]
+    columns += [(f"label_{task}", _items(_items(pa.float32()))) for task in tasks]
+    columns += [(name, pa.int64()) for name in ("num_behaviors", "num_requests", "num_candidates")]
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])

@@ -1,0 +1,113 @@
+"""Reading a TOML file and `section.key=value` overrides into a frozen pydantic model.
+
+An unknown key is an error that names the nearest valid one; every message names the file and the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from embeddings.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every config section: immutable, and no key that the code does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+def load_settings(model: type[SettingsType], path: Path, overrides: Sequence[str] = ()) -> SettingsType:
+    """Read `path`, apply the overrides in order, validate.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, a key is unknown, a value is wrong.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; configs/ holds ready ones") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    return validate_settings(model, tree, str(path))
+
+
+def validate_settings(model: type[SettingsType], tree: dict[str, Any], where: str) -> SettingsType:
+    """Validate a tree of plain values; `where` leads every message."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(model, dict(problem)) for problem in error.errors())
+        raise ConfigError(f"{where}: {problems}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
+        tree = child
+    tree[last] = _parse_value(text.strip())
+
+
+def _parse_value(text: str) -> Any:
+    """TOML where it parses, else the bare text: `--set data.log=runs/demo/log` needs no quotes."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    if set(parsed) != {"value"}:
+        raise ConfigError(f"--set ...={text}: give one value on one line")
+    return parsed["value"]
+
+
+def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(model, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        full = ".".join([*location[:-1], near[0]]) if near else ""
+        hint = f"did you mean {full!r}?" if near else f"known here: {', '.join(sorted(known))}"
+        return f"unknown key {name!r}; {hint}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (given: {given!r})" if name and isinstance(given, str | int | float | bool) else ""
+    return f"{name}: {message}{shown}" if name else message
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    current: type[BaseModel] | None = model
+    for part in location:
+        if current is None:
+            return []
+        field = current.model_fields.get(part)
+        candidates = [] if field is None else list(_models_in(field.annotation))
+        current = candidates[0] if candidates else (current if field is None else None)
+    return [] if current is None else list(current.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models named in a (possibly nested) type annotation."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for part in typing.get_args(annotation):
+        yield from _models_in(part)
