@@ -1,0 +1,165 @@
+"""Scoring a whole split over all ranks, in eval mode, with nothing dropped; and keeping the scores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from embeddings.errors import DataError
+from trainer.data.batch import RequestBatch
+from trainer.data.reader import Prefetcher, SequenceLogReader
+from trainer.distributed import gather_rows
+from trainer.metrics import Metrics, group_keys, measure
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Candidates with their scores.
+
+    Attributes:
+        score, label: float32 [n, T], probabilities and labels.
+        user_id, request_id, candidate: int64 [n]; `candidate` counts within its request.
+    """
+
+    score: Floats
+    label: Floats
+    user_id: Ints
+    request_id: Ints
+    candidate: Ints
+
+    @property
+    def requests(self) -> int:
+        return int(np.unique(np.stack([self.user_id, self.request_id]), axis=1).shape[1])
+
+    def metrics(self, task: int = 0) -> Metrics:
+        groups = group_keys(self.user_id, self.request_id)
+        return measure(self.score[:, task].astype(np.float64), self.label[:, task].astype(np.float64), groups)
+
+
+@torch.no_grad()
+def score_split(model: nn.Module, reader: SequenceLogReader, device: torch.device) -> Scored:
+    """Score every candidate of the reader's split once; all ranks return the same, complete result."""
+    was_training = model.training
+    model.eval()
+    parts = []
+    for step in reader.steps():
+        batch = step.batch.to(device) if device.type != "cpu" else step.batch
+        score = model(batch).sigmoid()
+        if step.counted:
+            parts.append(_rows(batch, score))
+    model.train(was_training)
+    empty = torch.zeros(0, 2 * len(reader.columns.tasks), device=device)
+    values = gather_rows(torch.cat([empty, *(row for row, _ in parts)]))
+    keys = gather_rows(
+        torch.cat([torch.zeros(0, 3, dtype=torch.int64, device=device), *(key for _, key in parts)])
+    )
+    return _scored(values, keys)
+
+
+def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogReader, limit: int) -> Scored:
+    """Score the first `limit` requests of a split (0 = all) in one process, in stored order."""
+    parts, seen = [], 0
+    steps = reader.steps()
+    for step in steps:
+        parts.append(_rows(step.batch, score(step.batch)))
+        seen += step.batch.requests
+        if limit and seen >= limit:
+            break
+    if isinstance(steps, Prefetcher):
+        steps.close()
+    scored = _scored(torch.cat([row for row, _ in parts]), torch.cat([key for _, key in parts]))
+    return _first_requests(scored, limit) if limit else scored
+
+
+def write_scores(scored: Scored, path: Path) -> None:
+    """One Parquet row a candidate: user_id, request_id, candidate, score_<t>, label_<t>."""
+    columns: dict[str, npt.NDArray[np.generic]] = {
+        "user_id": scored.user_id,
+        "request_id": scored.request_id,
+        "candidate": scored.candidate,
+    }
+    for task in range(scored.score.shape[1]):
+        columns[f"score_{task}"] = scored.score[:, task]
+        columns[f"label_{task}"] = scored.label[:, task]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    pq.write_table(pa.table(columns), part, compression="zstd", write_page_checksum=True)
+    part.replace(path)
+
+
+def read_scores(path: Path) -> Scored:
+    """What `write_scores` wrote.
+
+    Raises:
+        DataError: missing or not such a file.
+    """
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        tasks = sum(name.startswith("score_") for name in table.column_names)
+        score = [table.column(f"score_{t}").to_numpy() for t in range(tasks)]
+        label = [table.column(f"label_{t}").to_numpy() for t in range(tasks)]
+        keys = [table.column(name).to_numpy() for name in ("user_id", "request_id", "candidate")]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise DataError(f"holds no scores of `tandemrec evaluate`: {error}", file=path) from None
+    return Scored(np.stack(score, axis=1), np.stack(label, axis=1), *keys)
+
+
+def compare_scores(some: Scored, all_scores: Scored) -> tuple[float, float]:
+    """Find every candidate of `some` in `all_scores`.
+
+    Returns:
+        The largest absolute difference (infinite if a candidate is missing), and the share of candidates
+        whose scores are bit-equal.
+    """
+    place = {key: i for i, key in enumerate(_keys(all_scores))}
+    found = np.array([place.get(key, -1) for key in _keys(some)])
+    if found.size == 0 or (found < 0).any():
+        return float("inf"), 0.0
+    other = all_scores.score[found]
+    return float(np.abs(some.score - other).max()), float((some.score == other).all(axis=1).mean())
+
+
+def _keys(scored: Scored) -> list[tuple[int, int, int]]:
+    return list(
+        zip(scored.user_id.tolist(), scored.request_id.tolist(), scored.candidate.tolist(), strict=True)
+    )
+
+
+def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
+    request = batch.candidate_request
+    counts = torch.bincount(request, minlength=batch.requests)
+    within = (
+        torch.arange(batch.candidates, device=request.device) - (torch.cumsum(counts, 0) - counts)[request]
+    )
+    keys = torch.stack([batch.user_id[request], batch.request_id[request], within], dim=1)
+    return torch.cat([score_CT, batch.labels], dim=1), keys
+
+
+def _scored(values: Tensor, keys: Tensor) -> Scored:
+    score, label = values.cpu().numpy().reshape(values.shape[0], 2, -1).transpose(1, 0, 2)
+    user, request, candidate = keys.cpu().numpy().T
+    return Scored(score, label, user, request, candidate)
+
+
+def _first_requests(scored: Scored, limit: int) -> Scored:
+    new = np.r_[True, (np.diff(scored.request_id) != 0) | (np.diff(scored.user_id) != 0)]
+    keep = np.cumsum(new) <= limit
+    return Scored(
+        scored.score[keep],
+        scored.label[keep],
+        scored.user_id[keep],
+        scored.request_id[keep],
+        scored.candidate[keep],
+    )

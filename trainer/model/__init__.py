@@ -1,0 +1,1 @@
+"""Two-stage models: search over the history, then a sequence model over what it kept."""

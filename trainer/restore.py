@@ -1,0 +1,61 @@
+"""A trained model back from a run folder, sharded over however many ranks there are now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from embeddings.errors import CheckpointError
+from embeddings.sharding import whole_tensor
+from trainer import checkpoint
+from trainer.assemble import Sharded, build_sharded, feature_rows
+from trainer.config import Config
+from trainer.data.schema import LogManifest, read_manifest
+from trainer.distributed import Ranks
+from trainer.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run's newest verified checkpoint as a model in eval mode.
+
+    Attributes:
+        config, manifest: of the run and of its log; sharded: the model; step: steps it was trained.
+    """
+
+    config: Config
+    manifest: LogManifest
+    sharded: Sharded
+    step: int
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return feature_rows(self.sharded.groups)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Every table and dense weight in one piece; for a single rank."""
+        return {name: whole_tensor(weight) for name, weight in self.sharded.model.state_dict().items()}
+
+
+def restore(folder: RunFolder, ranks: Ranks) -> Restored:
+    """Load the newest checkpoint that verifies; collective over all ranks.
+
+    Raises:
+        ConfigError: no run there. CheckpointError: it has no usable checkpoint.
+    """
+    config = folder.read_config()
+    manifest = read_manifest(config.data.log)
+    path, refused = checkpoint.newest(folder.checkpoints)
+    if path is None:
+        detail = f"; refused: {refused[0]}" if refused else ""
+        raise CheckpointError(
+            folder.checkpoints, f"no usable checkpoint; train the run to the end first{detail}"
+        )
+    sharded = build_sharded(config, manifest, ranks)
+    tensors: dict[str, Any] = {"model": sharded.model.state_dict()}
+    checkpoint.load_tensors(path, tensors)
+    sharded.model.load_state_dict(tensors["model"])
+    sharded.model.eval()
+    return Restored(config, manifest, sharded, int(checkpoint.read_state(path)["step"]))

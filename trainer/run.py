@@ -1,0 +1,129 @@
+"""A run folder: config.toml, metrics.jsonl, TensorBoard events, checkpoints/, summary.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import tomli_w
+from torch.utils.tensorboard import SummaryWriter
+
+from embeddings.errors import ConfigError
+from trainer.config import Config, load_config
+
+_CONFIG = "config.toml"
+_PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchx", "pyarrow", "numpy")
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def scores(self, split: str) -> Path:
+        """Where `evaluate` keeps the scores of a split."""
+        return self.path / f"scores-{split}.parquet"
+
+    def write_config(self, config: Config) -> None:
+        """Keep the resolved config."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        tree = config.model_dump(mode="json", exclude_none=True)
+        write_atomically(self.path / _CONFIG, tomli_w.dumps(tree))
+
+    def read_config(self) -> Config:
+        """The resolved config of this run.
+
+        Raises:
+            ConfigError: the folder is no run.
+        """
+        file = self.path / _CONFIG
+        if not file.is_file():
+            raise ConfigError(
+                f"{self.path}: no run here ({_CONFIG} is missing); train one with --out {self.path}"
+            )
+        return load_config(file)
+
+    def update_summary(self, entries: Mapping[str, Any]) -> None:
+        """Merge entries into summary.json."""
+        summary = json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else {}
+        write_atomically(self.summary, json.dumps({**summary, **jsonable(entries)}, indent=1))
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget lines of steps that a resumed run is about to repeat."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(self.metrics, "".join(line + "\n" for line in kept))
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and TensorBoard; does nothing on ranks that do not speak."""
+
+    def __init__(self, folder: RunFolder, speaks: bool) -> None:
+        self._file = folder.metrics.open("a", encoding="utf-8") if speaks else None
+        self._board = SummaryWriter(str(folder.path / "tensorboard")) if speaks else None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file and self._board:
+            self._file.close()
+            self._board.close()
+
+    def write(self, step: int, split: str, values: Mapping[str, float | int]) -> None:
+        """One line: step, split and the values in full precision."""
+        if self._file is None or self._board is None:
+            return
+        self._file.write(json.dumps(jsonable({"step": step, "split": split, **values})) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file whole."""
+    part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def jsonable(value: Any) -> Any:
+    """NaN and infinity have no JSON form: they become null."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers, and the machine they were made on."""
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,311 @@
+"""Serving snapshots: JSON and safetensors only, no code, no pickle, and never trusted unverified.
+
+    SNAP/LATEST                     name of the newest version; moves last
+    SNAP/v00000001/manifest.json    format, config, features, groups, size and SHA-256 of every file
+    SNAP/v00000001/tables/<group>.safetensors
+    SNAP/v00000001/dense.safetensors
+    SNAP/v00000001/recorded.safetensors   a few requests and the trainer's scores of them
+
+A version is built beside its place and renamed into it. Loading checks every digest, then every tensor's
+name, type and shape against the config, and replays the recorded requests on demand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embeddings.errors import SnapshotError
+from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
+from embeddings.plain import PlainBagCollection
+from trainer.assemble import build_model
+from trainer.checkpoint import file_digest, sync
+from trainer.config import Config
+from trainer.data.batch import RequestBatch
+from trainer.model.two_stage import TwoStageModel
+from trainer.settings import Settings
+
+_VERSION_NAME = re.compile(r"v\d{8}$")
+_MANIFEST, _LATEST = "manifest.json", "LATEST"
+_LARGEST_MANIFEST = 16 << 20
+
+
+class SnapshotFile(Settings):
+    """Size and digest of one file, path relative to the version's folder."""
+
+    path: str = Field(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)?\.safetensors$")
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class SnapshotTable(Settings):
+    """One table of a group."""
+
+    feature: str
+    rows: int = Field(ge=1)
+    dim: int = Field(ge=1)
+
+
+class SnapshotManifest(Settings):
+    """What a version holds. `step` counts training steps; `score_bound` is the promised parity."""
+
+    format: Literal["tandemrec.snapshot"] = "tandemrec.snapshot"
+    version: Literal[1] = 1
+    step: int = Field(ge=0)
+    dtype: Literal["fp32"] = "fp32"
+    score_bound: float = Field(ge=0)
+    tasks: tuple[str, ...]
+    features: dict[str, int]
+    groups: dict[str, tuple[SnapshotTable, ...]]
+    config: Config
+    files: tuple[SnapshotFile, ...]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A loaded version: the model in eval mode over plain, memory-mapped tables."""
+
+    path: Path
+    manifest: SnapshotManifest
+    model: TwoStageModel
+    recorded: tuple[RequestBatch, Tensor]
+
+    @torch.no_grad()
+    def score(self, batch: RequestBatch) -> Tensor:
+        """Probabilities, float32 [C, T]."""
+        return torch.sigmoid(self.model(batch))
+
+    def self_check(self) -> float:
+        """Largest difference to the trainer's scores on the recorded requests.
+
+        Raises:
+            SnapshotError: the difference exceeds the manifest's bound.
+        """
+        batch, expected = self.recorded
+        worst = float((self.score(batch) - expected).abs().max())
+        if not worst <= self.manifest.score_bound:
+            raise SnapshotError(
+                self.path,
+                f"scores of the recorded requests differ by {worst:.3g}, the bound is "
+                f"{self.manifest.score_bound:.3g}; export again on this version of the software",
+            )
+        return worst
+
+
+def publish(
+    root: Path,
+    config: Config,
+    groups: Mapping[str, TableGroup],
+    weights: Mapping[str, Tensor],
+    recorded: tuple[RequestBatch, Tensor],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write the next version under `root` and point LATEST at it.
+
+    Args:
+        config: the run's config; groups: its resolved table groups.
+        weights: state dict of the unsharded model (tables and dense part).
+        recorded: a batch and the trainer's probabilities for it, float32 [C, T].
+        facts: `step`, `tasks`, `score_bound`, `versions` of the manifest.
+
+    Raises:
+        SnapshotError: it cannot be written; versions already published stay as they are.
+    """
+    part = root / f".tmp-{uuid.uuid4().hex[:8]}"
+    final = root / f"v{_next_version(root):08d}"
+    try:
+        (part / "tables").mkdir(parents=True)
+        _write_tensors(part, groups, weights, recorded)
+        files = tuple(
+            SnapshotFile(path=str(f.relative_to(part)), bytes=f.stat().st_size, sha256=file_digest(f))
+            for f in sorted(part.rglob("*.safetensors"))
+        )
+        tables = {
+            name: tuple(SnapshotTable(**asdict(t)) for t in group.tables) for name, group in groups.items()
+        }
+        rows = {t.feature: t.rows for group in groups.values() for t in group.tables}
+        manifest = SnapshotManifest(config=config, groups=tables, features=rows, files=files, **facts)
+        (part / _MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        for file in part.rglob("*"):
+            sync(file)
+        part.rename(final)
+        pointer = root / f".{_LATEST}.tmp"
+        pointer.write_text(final.name + "\n", encoding="utf-8")
+        sync(pointer)
+        pointer.replace(root / _LATEST)
+        sync(root)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise SnapshotError(root, f"cannot be written: {error}") from None
+    return final
+
+
+def resolve(path: Path) -> Path:
+    """A version's folder, or the newest version of a folder of versions."""
+    if (path / _MANIFEST).is_file():
+        return path
+    try:
+        name = (path / _LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise SnapshotError(
+            path, "no snapshot here (neither manifest.json nor LATEST); run `tandemrec export`"
+        ) from None
+    if not _VERSION_NAME.fullmatch(name):
+        raise SnapshotError(path / _LATEST, f"names {name!r}, which is no version")
+    return path / name
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    """Verify and load a snapshot (a version's folder, or the folder of versions).
+
+    Raises:
+        SnapshotError: anything missing, changed, malformed or inconsistent, naming the file.
+    """
+    path = resolve(path)
+    manifest = _read_manifest(path)
+    for entry in manifest.files:
+        _check_file(path, entry)
+    groups = {
+        name: TableGroup(name, tuple(TableSpec(t.feature, t.rows, t.dim) for t in tables), FusedOptimizer())
+        for name, tables in manifest.groups.items()
+    }
+    names = {entry.path for entry in manifest.files}
+    collections = {}
+    for name, group in groups.items():
+        tables = _tensors(path, f"tables/{name}.safetensors", names)
+        for table in group.tables:
+            _expect(path, name, tables.get(group.table_name(table.feature)), (table.rows, table.dim))
+        collections[name] = PlainBagCollection(group, tables)
+    try:
+        model = build_model(manifest.config, groups, collections, len(manifest.tasks))
+        model.load_state_dict(_tensors(path, "dense.safetensors", names))
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SnapshotError(path / "dense.safetensors", f"does not fit the config: {reason}") from None
+    recorded = _unpack(path, _tensors(path, "recorded.safetensors", names), list(manifest.features))
+    return Snapshot(path, manifest, model.eval(), recorded)
+
+
+def _next_version(root: Path) -> int:
+    taken = [int(p.name[1:]) for p in root.glob("v*") if _VERSION_NAME.fullmatch(p.name)]
+    return max(taken, default=0) + 1
+
+
+def _write_tensors(
+    part: Path,
+    groups: Mapping[str, TableGroup],
+    weights: Mapping[str, Tensor],
+    recorded: tuple[RequestBatch, Tensor],
+) -> None:
+    for name, group in groups.items():
+        prefix = f"collections.{name}.embedding_bags."
+        tables = {
+            table: weights[f"{prefix}{table}.weight"].contiguous()
+            for table in map(group.table_name, group.features)
+        }
+        save_file(tables, part / "tables" / f"{name}.safetensors")
+    dense = {k: v.contiguous() for k, v in weights.items() if not k.startswith("collections.")}
+    save_file(dense, part / "dense.safetensors")
+    batch, scores = recorded
+    save_file({**_pack(batch), "scores": scores.contiguous()}, part / "recorded.safetensors")
+
+
+_BATCH_TENSORS = (
+    "behavior_time",
+    "request_time",
+    "window_start",
+    "window_end",
+    "user_id",
+    "request_id",
+    "candidate_request",
+    "labels",
+)
+
+
+def _pack(batch: RequestBatch) -> dict[str, Tensor]:
+    tensors = {name: getattr(batch, name) for name in _BATCH_TENSORS}
+    values, lengths = batch.features.values(), batch.features.lengths()
+    return {k: v.contiguous() for k, v in {**tensors, "ids": values, "id_counts": lengths}.items()}
+
+
+def _unpack(
+    path: Path, tensors: Mapping[str, Tensor], features: Sequence[str]
+) -> tuple[RequestBatch, Tensor]:
+    try:
+        fields = {name: tensors[name] for name in _BATCH_TENSORS}
+        stride = fields["behavior_time"].numel() + fields["candidate_request"].numel()
+        kjt = KeyedJaggedTensor(
+            keys=list(features), values=tensors["ids"], lengths=tensors["id_counts"], stride=stride
+        )
+        batch = RequestBatch(features=kjt, **fields, step_candidates=fields["candidate_request"].numel())
+        return batch, tensors["scores"]
+    except (KeyError, RuntimeError, AssertionError) as error:
+        raise SnapshotError(path / "recorded.safetensors", f"holds no usable requests: {error}") from None
+
+
+def _read_manifest(path: Path) -> SnapshotManifest:
+    file = path / _MANIFEST
+    try:
+        if file.stat().st_size > _LARGEST_MANIFEST:
+            raise SnapshotError(file, f"larger than {_LARGEST_MANIFEST >> 20} MiB")
+        tree = json.loads(
+            file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
+        return SnapshotManifest.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SnapshotError(file, f"{place}: {first['msg']}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SnapshotError(file, f"unreadable: {error}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return tree
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _check_file(path: Path, entry: SnapshotFile) -> None:
+    file = path / entry.path
+    if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
+        raise SnapshotError(file, "missing, or not a plain file")
+    if file.stat().st_size != entry.bytes or file_digest(file) != entry.sha256:
+        raise SnapshotError(file, "does not match the manifest; it is corrupt, take another copy")
+
+
+def _tensors(path: Path, name: str, listed: set[str]) -> dict[str, Tensor]:
+    if name not in listed:
+        raise SnapshotError(path / name, "not listed in the manifest")
+    try:
+        tensors: dict[str, Tensor] = load_file(path / name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SnapshotError(path / name, f"unreadable: {error}") from None
+    return tensors
+
+
+def _expect(path: Path, group: str, table: Tensor | None, shape: tuple[int, int]) -> None:
+    file = path / "tables" / f"{group}.safetensors"
+    if table is None:
+        raise SnapshotError(file, "lacks a table that the manifest names")
+    if table.dtype != torch.float32 or tuple(table.shape) != shape:
+        raise SnapshotError(file, f"holds {table.dtype} {list(table.shape)}, expected float32 {list(shape)}")
