@@ -1,0 +1,217 @@
+"""The command line: one verb per file of `pipelines/`, and nothing but argument parsing here.
+
+Exit codes: 0 success; 2 an error the user can mend (one line on stderr); 1 anything else.
+Pipelines are imported when their verb runs: `tandemrec --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+USER_ERROR = 2
+OTHER_ERROR = 1
+
+app = typer.Typer(
+    name="tandemrec",
+    help="Train, evaluate and serve long-sequence recommendation models on TorchRec.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="TOML configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
+]
+RunFolder = Annotated[Path, typer.Option("--run", metavar="RUN", help="A run folder written by `train`.")]
+Split = Annotated[str, typer.Option("--split", help="Which split of the log: train, validation or test.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tandemrec {importlib.metadata.version('tandemrec')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    # `main` reads --debug itself, so that it may stand before or after the verb; here it is for --help.
+    del version, debug
+
+
+@app.command()
+def doctor() -> None:
+    """Check this environment."""
+    from pipelines.doctor import doctor as run
+
+    raise typer.Exit(run())
+
+
+@app.command()
+def fetch(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the data.")],
+) -> None:
+    """Download the Complete Journey demo data as an event log."""
+    from pipelines.fetch import fetch as run
+
+    typer.echo(f"events: {run(out)}")
+
+
+@app.command()
+def ingest(
+    events: Annotated[Path, typer.Option("--events", metavar="FILE", help="Raw events, Parquet.")],
+    out: Annotated[Path, typer.Option("--out", metavar="LOG", help="The sequence log to write.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
+) -> None:
+    """Turn raw events into a sequence log, split by time."""
+    from pipelines.ingest import ingest as run
+    from pipelines.ingest import load_ingest_config, report_lines
+
+    manifest = run(events, out, load_ingest_config(config, overrides or []), overwrite=overwrite)
+    for line in report_lines(manifest):
+        typer.echo(line)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks.")],
+    hbm: Annotated[
+        str | None, typer.Option("--hbm", metavar="SIZE", help="Device memory per rank, such as 141GB.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print the sharding plan and each rank's memory."""
+    from pipelines.plan import plan as run
+
+    run(config, overrides or [], world_size, hbm)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder; resumed if it exists.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a model; torchx or torchrun start several ranks."""
+    from pipelines.train import train as run
+
+    run(config, out, overrides or [])
+
+
+@app.command()
+def evaluate(run_folder: RunFolder, split: Split = "test") -> None:
+    """Measure a trained run: AUC, log loss, calibration."""
+    from pipelines.evaluate import evaluate as run
+
+    run(run_folder, split)
+
+
+@app.command()
+def export(
+    run_folder: RunFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="SNAP", help="The snapshot folder to write.")],
+) -> None:
+    """Write a serving snapshot, checked against the run."""
+    from pipelines.export import export as run
+
+    run(run_folder, out)
+
+
+@app.command()
+def score(
+    snapshot: Annotated[Path, typer.Option("--snapshot", metavar="SNAP", help="A snapshot by `export`.")],
+    requests: Annotated[Path, typer.Option("--requests", metavar="LOG", help="A sequence log.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Scores to write, Parquet.")],
+    split: Split = "test",
+    limit: Annotated[int, typer.Option("--limit", min=0, help="At most so many requests; 0: all.")] = 0,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="FILE", help="Scores kept by `evaluate` to compare with."),
+    ] = None,
+) -> None:
+    """Score requests with a snapshot, without the trainer."""
+    from pipelines.score import score as run
+
+    run(snapshot, requests, split, limit, out, against)
+
+
+def _prefix() -> str:
+    """Names the rank where there are several, so that every rank's failure can be told apart."""
+    rank = os.environ.get("RANK")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"[rank {rank}] tandemrec" if rank is not None and several else "tandemrec"
+
+
+def _hidden_package(error: ModuleNotFoundError) -> str | None:
+    """Says so when an import failed because a foreign package hides one of ours; None otherwise."""
+    package = (error.name or "").split(".")[0]
+    if package not in ("pipelines", "trainer", "embeddings") or package not in sys.modules:
+        return None
+    found = [Path(place).resolve() for place in sys.modules[package].__path__]
+    if Path(__file__).resolve().parent.parent / package in found:
+        return None
+    where = ", ".join(map(str, found))
+    return f"package '{package}' in {where} hides tandemrec's own; uninstall or rename it, or change folder"
+
+
+def _user_message(error: Exception) -> str | None:
+    """What to tell the user about an error of theirs; None when it is not one."""
+    if isinstance(error, typer.TyperException):
+        return f"{error.format_message().rstrip('.')}; see `tandemrec --help`"
+    if isinstance(error, ModuleNotFoundError):
+        return _hidden_package(error)
+    try:
+        # Here and not at the top, so that `doctor` still starts where a foreign package hides ours.
+        from embeddings.errors import TandemError
+    except ImportError:
+        return None
+    return str(error) if isinstance(error, TandemError) else None
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Prints an error as the contract at the top of this file says, and returns the exit code."""
+    message = _user_message(error)
+    if debug or message is None:
+        traceback.print_exception(error)
+    if message is None:
+        # Not foreseen, hence a bug: the traceback is what a report needs, with or without --debug.
+        print(f"{_prefix()}: internal error, see the traceback above", file=sys.stderr, flush=True)
+        return OTHER_ERROR
+    print(f"{_prefix()}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code; `arguments` defaults to the process's own."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = app([word for word in words if word != "--debug"], standalone_mode=False)
+    except typer.Abort:
+        return OTHER_ERROR
+    except Exception as error:
+        return _report(error, debug="--debug" in words)
+    # A verb that ends early hands its exit code back here; an interrupt comes as 130.
+    if not isinstance(result, int) or result == 0:
+        return 0
+    return USER_ERROR if result == USER_ERROR else OTHER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

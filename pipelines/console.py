@@ -1,0 +1,30 @@
+"""What all verbs share on the console."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """An aligned plain-text table: first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        return "  ".join(cells).rstrip()
+
+    return [line(head), "  ".join("-" * width for width in widths), *map(line, rows)]
+
+
+def quiet_third_parties() -> None:
+    """Keep the libraries' start-up notices out of a job's own lines; errors still show."""
+    warnings.filterwarnings(
+        "ignore", module=r"torchrec|fbgemm_gpu|torch\.distributed|torch\.utils\.tensorboard"
+    )
+    for name in ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.fx", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)

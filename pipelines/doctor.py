@@ -1,0 +1,239 @@
+"""Is this environment one that tandemrec can run in? Prints what is installed, names what is wrong.
+
+The checks are pure functions of data (versions, origins, owners), so tests feed them broken
+environments; only `observe` looks at the real one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+OUR_PACKAGES = ("launch", "pipelines", "trainer", "embeddings")
+OUR_DISTRIBUTION = "tandemrec"
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+# fbgemm's compiled extensions load on one torch release only and torchrec follows fbgemm, but neither
+# wheel says so in its metadata: pip cannot see a wrong triple.
+SUPPORTED_TRIPLES = (("2.13", "1.8", "1.8"), ("2.11", "1.6", "1.6"))
+CPU_FBGEMM = "fbgemm-gpu-cpu"
+CUDA_FBGEMM = "fbgemm-gpu"
+REINSTALL = "rebuild the environment: `make clean install DEVICE=cpu` (or DEVICE=cuda)"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what, where it was seen, and what to do about it."""
+
+    what: str
+    where: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.fix}"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the checks look at.
+
+    Args:
+        versions: distribution name -> version, None where it is not installed.
+        torch_cuda: the CUDA release torch was built for, None for a CPU build or without torch.
+        fbgemm_error: why `import fbgemm_gpu` failed, None when it worked.
+        origins: our package name -> the file or folder it is imported from, None when not found.
+        owners: our package name -> the distributions that install a package of this name.
+        device: the devices found, in words.
+    """
+
+    versions: Mapping[str, str | None]
+    torch_cuda: str | None = None
+    fbgemm_error: str | None = None
+    origins: Mapping[str, Path | None] = field(default_factory=dict)
+    owners: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    device: str = ""
+
+
+def check_triple(torch: str | None, torchrec: str | None, fbgemm: str | None) -> list[Problem]:
+    """Are the three releases ones that were built for each other? None stands for 'not installed'."""
+    found = {"torch": torch, "torchrec": torchrec, "fbgemm": fbgemm}
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        return [Problem(f"{', '.join(missing)} not installed", "site-packages", REINSTALL)]
+    releases = tuple(".".join(str(version).split(".")[:2]) for version in found.values())
+    if releases in SUPPORTED_TRIPLES:
+        return []
+    known = " or ".join(" / ".join(f"{part}.x" for part in triple) for triple in SUPPORTED_TRIPLES)
+    return [
+        Problem(
+            f"torch {torch}, torchrec {torchrec} and fbgemm {fbgemm} do not go together",
+            "site-packages",
+            f"supported are torch / torchrec / fbgemm {known}: {REINSTALL}",
+        )
+    ]
+
+
+def check_fbgemm_build(cpu: str | None, cuda: str | None, torch_cuda: str | None) -> list[Problem]:
+    """Exactly one fbgemm build, and one that this torch can load."""
+    if cpu is not None and cuda is not None:
+        return [
+            Problem(
+                f"{CPU_FBGEMM} {cpu} and {CUDA_FBGEMM} {cuda} are both installed and overwrite each other",
+                "site-packages/fbgemm_gpu",
+                # Uninstalling one of them removes files of the other, so the survivor is reinstalled.
+                f"`pip uninstall -y {CPU_FBGEMM} {CUDA_FBGEMM}`, then install the one this machine needs "
+                "with `pip install --no-deps`",
+            )
+        ]
+    if cuda is not None and torch_cuda is None:
+        return [
+            Problem(
+                f"{CUDA_FBGEMM} {cuda} is the CUDA build, torch is a CPU build and cannot load it",
+                "site-packages/fbgemm_gpu",
+                f"`pip uninstall -y {CUDA_FBGEMM}` and `pip install --no-deps {CPU_FBGEMM}=={cuda}`",
+            )
+        ]
+    return []
+
+
+def check_fbgemm_import(error: str | None) -> list[Problem]:
+    """Did the extension load?"""
+    if error is None:
+        return []
+    return [Problem(f"import failed: {error}", "site-packages/fbgemm_gpu", REINSTALL)]
+
+
+def check_origins(origins: Mapping[str, Path | None], root: Path) -> list[Problem]:
+    """Does each of our package names lead to our package, the one under `root`?"""
+    problems = []
+    for name, origin in origins.items():
+        if origin is None:
+            problems.append(Problem(f"package '{name}' not found", str(root), REINSTALL))
+        elif not origin.is_relative_to(root / name):
+            problems.append(
+                Problem(
+                    f"package '{name}' is imported from here and hides tandemrec's own ({root / name})",
+                    str(origin),
+                    "uninstall or rename it, or start tandemrec from another folder: "
+                    "tandemrec wants an environment of its own",
+                )
+            )
+    return problems
+
+
+def check_owners(owners: Mapping[str, Sequence[str]]) -> list[Problem]:
+    """Does any other distribution install a package under one of our names?"""
+    problems = []
+    for name, distributions in owners.items():
+        foreign = sorted({dist for dist in distributions if dist.lower() != OUR_DISTRIBUTION})
+        if foreign:
+            problems.append(
+                Problem(
+                    f"{', '.join(foreign)} also installs a package called '{name}'",
+                    "site-packages",
+                    f"`pip uninstall {' '.join(foreign)}`, then `pip install --no-deps -e .`",
+                )
+            )
+    return problems
+
+
+def check(environment: Environment, root: Path = PROJECT_ROOT) -> list[Problem]:
+    """All problems of `environment`, causes before their symptoms; empty when it is sound."""
+    versions = environment.versions
+    cpu, cuda = versions.get(CPU_FBGEMM), versions.get(CUDA_FBGEMM)
+    problems = check_triple(versions.get("torch"), versions.get("torchrec"), cpu or cuda)
+    problems += check_fbgemm_build(cpu, cuda, environment.torch_cuda)
+    if not problems:  # a failing import says nothing new once its cause is named
+        problems += check_fbgemm_import(environment.fbgemm_error)
+    problems += check_origins(environment.origins, root)
+    return problems + check_owners(environment.owners)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _fbgemm_error() -> str | None:
+    """Import fbgemm for real: undefined symbols show only when the extension is loaded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("fbgemm_gpu")
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]}"
+    return None
+
+
+def _devices() -> tuple[str | None, str]:
+    """(CUDA release torch was built for, the devices in words)."""
+    cores = f"cpu ({os.cpu_count()} cores)"
+    try:
+        import torch
+    except Exception:  # a torch that does not load is reported by its missing or wrong version
+        return None, cores
+    if not torch.cuda.is_available():
+        return torch.version.cuda, cores
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return torch.version.cuda, f"cuda ({', '.join(names)}), {cores}"
+
+
+def _origin(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None
+    folders = list(spec.submodule_search_locations or [])
+    found = spec.origin or (folders[0] if folders else None)
+    return None if found is None else Path(found).resolve()
+
+
+def observe() -> Environment:
+    """Looks at the running interpreter. Imports torch and fbgemm, so it takes a few seconds."""
+    shown = ("torch", "torchrec", CPU_FBGEMM, CUDA_FBGEMM, "torchx", "pyarrow", OUR_DISTRIBUTION)
+    torch_cuda, device = _devices()
+    owners = importlib.metadata.packages_distributions()
+    return Environment(
+        versions={name: _version(name) for name in shown},
+        torch_cuda=torch_cuda,
+        fbgemm_error=_fbgemm_error(),
+        origins={name: _origin(name) for name in OUR_PACKAGES},
+        owners={name: owners.get(name, []) for name in OUR_PACKAGES},
+        device=device,
+    )
+
+
+def report_lines(environment: Environment) -> list[str]:
+    """The environment, one `name  value` line each."""
+    rows = {"python": platform.python_version()}
+    rows |= {name: version for name, version in environment.versions.items() if version is not None}
+    rows["device"] = environment.device
+    width = max(len(name) for name in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows.items()]
+
+
+def doctor() -> int:
+    """Prints the environment on stdout and each problem as one line on stderr.
+
+    Returns:
+        The exit code: 0 when the environment is sound, 2 when there is something to mend.
+    """
+    environment = observe()
+    for line in report_lines(environment):
+        print(line)
+    problems = check(environment)
+    for problem in problems:
+        print(f"tandemrec: error: {problem}", file=sys.stderr)
+    if not problems:
+        print("ok: this environment can train")
+    return 2 if problems else 0

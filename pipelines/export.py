@@ -1,0 +1,60 @@
+"""`tandemrec export`: from a run's newest checkpoint to a serving snapshot that is shown to score alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from embeddings.errors import ConfigError
+from pipelines.console import quiet_third_parties
+from trainer.data.batch import RequestBatch
+from trainer.data.reader import SequenceLogReader
+from trainer.distributed import process_group
+from trainer.restore import restore
+from trainer.run import RunFolder, versions
+from trainer.snapshot import load_snapshot, publish
+
+_RECORDED_CANDIDATES = 512
+# The snapshot's model does the same operations on the same fp32 numbers as the trainer's.
+_FP32_BOUND = 0.0
+
+
+def export(run: Path, out: Path) -> Path:
+    """Publish the newest checkpoint of `run` as the next version under `out`, and check its scores.
+
+    Raises:
+        SnapshotError: the written snapshot does not score like the sharded model it was made from.
+    """
+    quiet_third_parties()
+    with process_group() as ranks:
+        if ranks.world_size > 1:
+            raise ConfigError("export runs in one process; start it without torchrun")
+        restored = restore(RunFolder(run), ranks)
+        split = "validation" if "validation" in restored.manifest.splits else "train"
+        data = restored.config.data.model_copy(update={"batch_candidates": _RECORDED_CANDIDATES})
+        recorded = _record(restored.sharded.model, SequenceLogReader(data, split, restored.rows))
+        facts = {
+            "step": restored.step,
+            "tasks": tuple(restored.manifest.tasks),
+            "score_bound": _FP32_BOUND,
+            "versions": versions(),
+        }
+        weights = restored.whole_weights()
+        version = publish(out, restored.config, restored.sharded.groups, weights, recorded, facts)
+    snapshot = load_snapshot(version)
+    worst = snapshot.self_check()
+    size = sum(entry.bytes for entry in snapshot.manifest.files) / 1e6
+    print(
+        f"snapshot {version}: {size:.1f} MB, step {snapshot.manifest.step}; {recorded[0].candidates} "
+        f"recorded candidates of {recorded[0].requests} requests score alike (difference {worst:.3g})"
+    )
+    return version
+
+
+@torch.no_grad()
+def _record(model: nn.Module, reader: SequenceLogReader) -> tuple[RequestBatch, Tensor]:
+    """The first batch of a split and the trainer's own probabilities for it."""
+    batch = next(reader.steps()).batch
+    return batch, torch.sigmoid(model(batch))

@@ -1,0 +1,50 @@
+"""`tandemrec score`: batch scoring from a snapshot, without the trainer and without sharding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from embeddings.errors import SnapshotError
+from pipelines.console import quiet_third_parties
+from trainer.data.reader import SequenceLogReader
+from trainer.evaluation import compare_scores, read_scores, score_requests, write_scores
+from trainer.snapshot import load_snapshot
+
+
+def score(
+    snapshot: Path,
+    requests: Path,
+    split: str,
+    limit: int,
+    out: Path,
+    against: Path | None = None,
+    bound: float = 1e-6,
+) -> Path:
+    """Score the first `limit` requests (0 = all) of a split of a sequence log into a Parquet file.
+
+    Args:
+        snapshot: a version's folder or the folder of versions.
+        requests: a sequence log. Its ids must be of the vocabulary the model was trained with.
+        against: scores of `tandemrec evaluate` to compare with; a difference above `bound` is an error.
+
+    Raises:
+        SnapshotError: the snapshot is corrupt, or scores differ. DataError: the log is malformed.
+    """
+    quiet_third_parties()
+    loaded = load_snapshot(snapshot)
+    loaded.self_check()
+    config = loaded.manifest.config.data.model_copy(update={"log": requests})
+    reader = SequenceLogReader(config, split, loaded.manifest.features)
+    scored = score_requests(loaded.score, reader, limit)
+    write_scores(scored, out)
+    size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests"
+    print(f"{size} scored by {loaded.path} -> {out}")
+    if against is not None:
+        worst, equal = compare_scores(scored, read_scores(against))
+        kept = f"{equal:.1%} bit-equal, bound {bound:.0e}"
+        print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
+        if not worst <= bound:
+            raise SnapshotError(
+                loaded.path, f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}"
+            )
+    return out

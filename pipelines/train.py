@@ -1,0 +1,85 @@
+"""`tandemrec train`: one rank, or any number under torchrun or TorchX; resumes its run folder by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from embeddings.sharding import Placement
+from pipelines.console import quiet_third_parties
+from trainer.assemble import build_sharded, feature_rows
+from trainer.config import Config, load_config
+from trainer.data.reader import SequenceLogReader
+from trainer.data.schema import read_manifest
+from trainer.distributed import Ranks, process_group
+from trainer.loop import Trainer
+from trainer.run import RunFolder, versions
+
+
+def train(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
+    """Train as `config` says (with `section.key=value` overrides) and leave a run folder at `out`."""
+    settings = load_config(config, overrides)
+    quiet_third_parties()
+    with process_group() as ranks:
+        run(settings, out, ranks)
+
+
+def run(config: Config, out: Path, ranks: Ranks) -> None:
+    """The job on one rank, inside a process group."""
+
+    def say(line: str) -> None:
+        if ranks.speaks:
+            print(line, flush=True)
+
+    manifest, folder = read_manifest(config.data.log), RunFolder(out)
+    if ranks.speaks:
+        folder.write_config(config)
+    sharded = build_sharded(config, manifest, ranks)
+    say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
+    rows = feature_rows(sharded.groups)
+    share = {"rank": ranks.rank, "world_size": ranks.world_size}
+    reader = SequenceLogReader(config.data, "train", rows, seed=config.train.seed, **share)
+    validation = (
+        SequenceLogReader(config.data, "validation", rows, **share)
+        if "validation" in manifest.splits
+        else None
+    )
+    trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say)
+    end = trainer.run()
+    cpu_s = trainer.cpu_seconds()
+    if ranks.speaks:
+        found = trainer.metrics_of_validation
+        folder.update_summary(
+            {
+                "samples": end.candidates,
+                "steps": end.step,
+                "wall_s": end.wall_s,
+                "cpu_s": cpu_s,
+                "world_size": ranks.world_size,
+                "versions": versions(),
+                **({"validation": found.as_dict()} if found else {}),
+            }
+        )
+    say(
+        f"trained {end.candidates:,} samples in {end.step:,} steps and {end.wall_s:.0f} s: "
+        f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); see {out}"
+    )
+
+
+def plan_lines(placed: Sequence[Placement], world_size: int) -> list[str]:
+    """The sharding plan as an aligned table, with the megabytes each rank holds."""
+    head = f"{'table':<34} {'rows':>13} {'dim':>4} {'MB':>9}  {'sharding':<12} {'kernel':<8} ranks"
+    lines = [f"sharding plan for {world_size} rank(s)", head]
+    held = [0.0] * world_size
+    for entry in placed:
+        where = ",".join(map(str, entry.ranks))
+        lines.append(
+            f"{entry.table:<34} {entry.rows:>13,} {entry.dim:>4} {entry.megabytes:>9.2f}  "
+            f"{entry.sharding:<12} {entry.kernel:<8} {where}"
+        )
+        for rank in entry.ranks:
+            held[rank] += entry.megabytes / len(entry.ranks)
+    lines.append(
+        "weights per rank (MB): " + "  ".join(f"{rank}: {size:.2f}" for rank, size in enumerate(held))
+    )
+    return lines
