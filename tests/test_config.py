@@ -1,0 +1,100 @@
+"""The config: presets load, and every mistake is named with its cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embeddings.errors import ConfigError
+from trainer.config import Config, build_groups, load_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ROWS = {"item_id": 100, "category_id": 10}
+ROLES = ("attention_target", "attention_behavior", "representation_target", "representation_behavior")
+
+
+@pytest.mark.parametrize("preset", ["dare", "twin"])
+def test_presets_load_and_resolve(preset: str) -> None:
+    config = load_config(CONFIGS / f"{preset}.toml")
+    groups = build_groups(config, ROWS)
+    assert {getattr(config.model.roles, role) for role in ROLES} == set(groups)
+    assert len(groups) == {"dare": 2, "twin": 1}[preset]
+    assert all(group.features == list(ROWS) for group in groups.values())
+
+
+def test_dare_and_twin_differ_in_their_groups_only() -> None:
+    dare, twin = load_config(CONFIGS / "dare.toml"), load_config(CONFIGS / "twin.toml")
+    same = {"groups", "model"}
+    assert dare.model_dump(exclude=same) == twin.model_dump(exclude=same)
+    assert dare.model.model_dump(exclude={"roles"}) == twin.model.model_dump(exclude={"roles"})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.histroy_length=5", "unknown key 'data.histroy_length'; did you mean 'data.history_length'?"),
+        (
+            "groups.attention.dims=5",
+            "unknown key 'groups.attention.dims'; did you mean 'groups.attention.dim'?",
+        ),
+        ("model.roles.attention=x", "unknown key 'model.roles.attention'"),
+        ("trian.epochs=1", "unknown key 'trian'; did you mean 'train'?"),
+        ("model.k=0", "model.k: .*greater than 0.*given: 0"),
+        ("model.weights=cosine", "model.weights: .*'softmax' or 'sigmoid'"),
+        (
+            "model.roles.attention_target=other",
+            "names group 'other'; defined groups: attention, representation",
+        ),
+        ("groups.spare.dim=4", "group 'spare' serves no role"),
+        ("data.history_length", "write it as section.key=value"),
+        ("data.log.x=1", "'log' is a value, not a section"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(CONFIGS / "dare.toml", [override])
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: no such file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("data = [")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not readable as TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tables": {"itm": {"rows": 5}}}, "tables.itm: the log has no such feature; it has item_id"),
+        ({"tables": {"item_id": {"rows": 99}}}, "tables.item_id.rows = 99, but the log holds ids up to 99"),
+        ({"groups": {"attention": {"features": ["x"]}, "representation": {}}}, "the log has no feature 'x'"),
+        (
+            {"groups": {"attention": {"dim": {"item_id": 4}}, "representation": {}}},
+            "no width for .* 'category_id'",
+        ),
+    ],
+)
+def test_mistakes_against_the_log_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_groups(Config.model_validate(change), ROWS)
+
+
+def test_target_and_behavior_of_one_role_need_equal_widths() -> None:
+    tree = {
+        "groups": {"a": {"dim": 4}, "b": {"dim": 8}},
+        "model": {"roles": {**dict.fromkeys(ROLES, "b"), "attention_target": "a"}},
+    }
+    with pytest.raises(ConfigError, match=r"attention_target \(a\) and attention_behavior \(b\)"):
+        build_groups(Config.model_validate(tree), ROWS)
+
+
+def test_rows_and_widths_follow_log_and_config() -> None:
+    tree = {
+        "groups": {"attention": {"dim": {"item_id": 8, "category_id": 2}}, "representation": {"dim": 16}},
+        "tables": {"item_id": {"rows": 1000}},
+    }
+    groups = build_groups(Config.model_validate(tree), ROWS)
+    assert groups["attention"].widths() == (8, 2) and groups["attention"].width == 10
+    assert [table.rows for table in groups["representation"].tables] == [1000, 10]

@@ -1,0 +1,36 @@
+"""First weights: a function of seed, table, row and column only."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embeddings.init import table_seed, uniform_rows_
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 12), st.data())
+def test_a_shard_holds_what_the_whole_table_holds(
+    seed: int, rows: int, columns: int, data: st.DataObject
+) -> None:
+    whole = uniform_rows_(torch.empty(rows, columns), seed, 0.5)
+    row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
+    shard = uniform_rows_(torch.empty(rows - row, columns - column), seed, 0.5, row, column)
+    assert torch.equal(shard, whole[row:, column:])
+
+
+def test_values_are_uniform_and_unrelated_between_tables() -> None:
+    a = uniform_rows_(torch.empty(4000, 16), table_seed(1, "a"), 0.5)
+    b = uniform_rows_(torch.empty(4000, 16), table_seed(1, "b"), 0.5)
+    assert a.abs().max() <= 0.5 and abs(float(a.mean())) < 0.005
+    assert abs(float(a.std()) - 1 / 12**0.5) < 0.005
+    assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.01
+    columns = torch.corrcoef(a.T) - torch.eye(16)
+    assert columns.abs().max() < 0.08
+
+
+def test_rows_beyond_32_bits_differ() -> None:
+    low = uniform_rows_(torch.empty(4, 4), 7, 1.0, row_offset=5)
+    high = uniform_rows_(torch.empty(4, 4), 7, 1.0, row_offset=5 + 2**32)
+    assert not torch.equal(low, high)

@@ -1,0 +1,111 @@
+"""Several ranks do what one rank does, and a resumed run does what an uninterrupted one does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.launching import losses, overrides, tandemrec, train
+from tests.logs import random_rows, small_log, write_log
+
+
+def parameters(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint, in one piece."""
+    folder = max((run / "checkpoints").glob("step-*"))
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory.mktemp("ranks") / "log", seed=1, users=40)
+
+
+@pytest.fixture(scope="module")
+def one_rank(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("one") / "run"
+    train(log, run, train__epochs=2)
+    return run
+
+
+def test_two_ranks_equal_one(log: Path, one_rank: Path, tmp_path: Path) -> None:
+    two = train(log, tmp_path / "run", ranks=2, train__epochs=2)
+    one = losses(one_rank)
+    assert len(one) == len(two) > 10
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+    mine, theirs = parameters(one_rank), parameters(tmp_path / "run")
+    assert mine.keys() == theirs.keys()
+    assert sum("embedding_bags" in name and name.endswith("weight") for name in mine) == 4
+    for name, tensor in mine.items():
+        # The ranks add gradients up in another order; Adagrad magnifies that where they are small.
+        assert torch.allclose(tensor.double(), theirs[name].double(), atol=2e-4), name
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["world_size"] == 2 and summary["samples"] > 0
+    first = json.loads((one_rank / "summary.json").read_text())["validation"]
+    assert summary["validation"]["auc"] == pytest.approx(first["auc"], abs=1e-3)
+
+
+def test_twin_trains_by_the_same_code_on_two_ranks(log: Path, tmp_path: Path) -> None:
+    found = train(log, tmp_path / "run", ranks=2, preset="twin", train__max_steps=5)
+    assert len(found) == 5
+    tables = [n for n in parameters(tmp_path / "run") if "embedding_bags" in n and n.startswith("model.")]
+    assert tables and all("shared" in name for name in tables)
+
+
+def test_same_seed_same_bits_on_two_ranks(log: Path, tmp_path: Path) -> None:
+    a = train(log, tmp_path / "a", ranks=2, train__max_steps=4)
+    b = train(log, tmp_path / "b", ranks=2, train__max_steps=4)
+    assert len(a) == 4 and a == b
+
+
+def test_a_resumed_run_repeats_nothing_and_equals_the_uninterrupted_one(
+    log: Path, one_rank: Path, tmp_path: Path
+) -> None:
+    """Stopped in the second epoch, then continued: same losses bit for bit, same tensors."""
+    run, whole = tmp_path / "run", losses(one_rank)
+    stop = len(whole) // 2 + 2
+    # The schedule looks at epochs only, so that stopping early does not change the rates before.
+    settings = {"train__epochs": 2, "checkpoint__every_steps": stop}
+    train(log, run, **settings)
+    newest = max((run / "checkpoints").glob("step-*"))
+    for path in newest.rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert losses(run) == whole
+    assert train(log, run, **settings) == whole
+    reference = parameters(one_rank)
+    for name, tensor in parameters(run).items():
+        assert torch.equal(tensor, reference[name]), name
+
+
+def test_a_config_error_is_one_line_and_exit_code_2(log: Path, tmp_path: Path) -> None:
+    done = tandemrec(
+        "train", "--config", "configs/dare.toml", "--out", str(tmp_path / "run"),
+        *overrides({"data.log": str(log), "model.kk": 3}),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "unknown key 'model.kk'; did you mean 'model.k'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_id_stops_training_with_its_place(tmp_path: Path) -> None:
+    rows = random_rows(3)
+    rows[4]["history_item_id"] = [61] * rows[4]["num_behaviors"]
+    bad = write_log(tmp_path / "log", {"train": rows})
+    words = ["train", "--config", "configs/dare.toml", "--out", str(tmp_path / "run")]
+    done = tandemrec(*words, *overrides({"data.log": str(bad)}), ranks=2)
+    assert done.returncode != 0
+    assert (
+        "row group 1, column history_item_id, row 1: id 61 lies outside the table of 60 rows" in done.stderr
+    )
