@@ -19,7 +19,7 @@ FORMATTED = $(CHECKED) tests
 
 # The smoke run goes through every step on a slice of the data.
 INGEST_SMOKE = $(if $(SMOKE),--set users=200)
-TRAIN_SMOKE = $(if $(SMOKE),--set train.max_steps=40)
+TRAIN_SMOKE = $(if $(SMOKE),train.max_steps=40)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -69,7 +69,7 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 	  --out $(LOG) --overwrite $(INGEST_SMOKE)
 	@echo "== 4/7 train DARE on $(NPROC) ranks into $(OUT)/run (a run that is there is resumed)"
 	@torchx run -s local_cwd -cfg log_dir=$(OUT)/torchx launch/components.py:train \
-	  --config configs/dare.toml --out $(OUT)/run -j 1x$(NPROC) -- --set data.log=$(LOG) $(TRAIN_SMOKE)
+	  --config configs/dare.toml --out $(OUT)/run -j 1x$(NPROC) -- data.log=$(LOG) $(TRAIN_SMOKE)
 	@echo "== 5/7 evaluate on the test split"
 	@tandemrec evaluate --run $(OUT)/run --split test
 	@echo "== 6/7 export a serving snapshot, $(OUT)/snapshot"

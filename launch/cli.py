@@ -108,11 +108,16 @@ def train(
     config: ConfigFile,
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder; resumed if it exists.")],
     overrides: Overrides = None,
+    more: Annotated[
+        list[str] | None,
+        # TorchX refuses an option that occurs twice, also among the arguments it only passes on.
+        typer.Argument(metavar="[KEY=VALUE]...", help="More overrides, the same as --set.", show_default=False),
+    ] = None,
 ) -> None:
     """Train a model; torchx or torchrun start several ranks."""
     from pipelines.train import train as run
 
-    run(config, out, overrides or [])
+    run(config, out, [*(overrides or []), *(more or [])])
 
 
 @app.command()

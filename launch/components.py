@@ -106,7 +106,7 @@ def train(
     Trains one model with `tandemrec train`, on one rank or many. A run that exists is resumed.
 
     Args:
-        args: further arguments of `tandemrec train`, after a `--`, for example `-- --set train.max_steps=100`
+        args: overrides of the configuration, after a `--`, for example `-- data.log=log train.max_steps=100`
         config: the TOML configuration
         out: the run folder; with several nodes it must be on storage that all of them share
         j: [[least nodes:]nodes x]ranks per node

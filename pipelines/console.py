@@ -26,5 +26,7 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings(
         "ignore", module=r"torchrec|fbgemm_gpu|torch\.distributed|torch\.utils\.tensorboard"
     )
+    # TorchRec hands sharded tables out as ShardedTensor, which torch means to replace.
+    warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
     for name in ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.fx", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)

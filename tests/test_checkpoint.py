@@ -81,7 +81,9 @@ def test_other_damage_is_refused(tmp_path: Path, harm: str) -> None:
     assert path == older and len(refused) == 1
 
 
-def test_nothing_is_unpickled_before_its_digest_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_unpickled_before_its_digest_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
     newer = save(tmp_path, 2)
     (newer / ".metadata").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
@@ -110,7 +112,9 @@ def test_a_failed_save_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest
     for name in ("_publish", "_prepare"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, full)
-            with pytest.raises(CheckpointError, match=r"step-00000002: rank 0 could not save: .*No space left"):
+            with pytest.raises(
+                CheckpointError, match=r"step-00000002: rank 0 could not save: .*No space left"
+            ):
                 save(tmp_path, 2)
         assert checkpoint.newest(tmp_path) == (older, [])
     assert save(tmp_path, 2).exists() and not list(tmp_path.glob("*.tmp-*"))

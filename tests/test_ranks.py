@@ -16,7 +16,7 @@ from tests.logs import random_rows, small_log, write_log
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint, in one piece."""
-    folder = max((run / "checkpoints").glob("step-*"))
+    folder = max((run / "checkpoints").glob("step-????????"))
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -78,7 +78,7 @@ def test_a_resumed_run_repeats_nothing_and_equals_the_uninterrupted_one(
     # The schedule looks at epochs only, so that stopping early does not change the rates before.
     settings = {"train__epochs": 2, "checkpoint__every_steps": stop}
     train(log, run, **settings)
-    newest = max((run / "checkpoints").glob("step-*"))
+    newest = max((run / "checkpoints").glob("step-????????"))
     for path in newest.rglob("*"):
         if path.is_file():
             path.unlink()

@@ -2,6 +2,7 @@
 
     SNAP/LATEST                     name of the newest version; moves last
     SNAP/v00000001/manifest.json    format, config, features, groups, size and SHA-256 of every file
+    SNAP/v00000001/manifest.sha256  digest of manifest.json itself
     SNAP/v00000001/tables/<group>.safetensors
     SNAP/v00000001/dense.safetensors
     SNAP/v00000001/recorded.safetensors   a few requests and the trainer's scores of them
@@ -39,7 +40,7 @@ from trainer.model.two_stage import TwoStageModel
 from trainer.settings import Settings
 
 _VERSION_NAME = re.compile(r"v\d{8}$")
-_MANIFEST, _LATEST = "manifest.json", "LATEST"
+_MANIFEST, _DIGEST, _LATEST = "manifest.json", "manifest.sha256", "LATEST"
 _LARGEST_MANIFEST = 16 << 20
 
 
@@ -140,6 +141,7 @@ def publish(
         rows = {t.feature: t.rows for group in groups.values() for t in group.tables}
         manifest = SnapshotManifest(config=config, groups=tables, features=rows, files=files, **facts)
         (part / _MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        (part / _DIGEST).write_text(file_digest(part / _MANIFEST) + "\n", encoding="utf-8")
         for file in part.rglob("*"):
             sync(file)
         part.rename(final)
@@ -262,6 +264,8 @@ def _read_manifest(path: Path) -> SnapshotManifest:
     try:
         if file.stat().st_size > _LARGEST_MANIFEST:
             raise SnapshotError(file, f"larger than {_LARGEST_MANIFEST >> 20} MiB")
+        if file_digest(file) != (path / _DIGEST).read_text(encoding="utf-8").strip():
+            raise SnapshotError(file, f"does not match {_DIGEST}; it is corrupt, take another copy")
         tree = json.loads(
             file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
         )

@@ -1,0 +1,80 @@
+"""The README's commands: `make train` through the real launcher, and every command line it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.main import get_command
+
+from launch.cli import app
+from tests.launching import ROOT, losses
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_make_train_on_a_slice(tmp_path: Path) -> None:
+    """All seven steps, through `torchx run` on two ranks; then again, which resumes."""
+    out = tmp_path / "demo"
+    for _ in range(2):
+        done = subprocess.run(
+            ["make", "train", "SMOKE=1", f"OUT={out}"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        assert "sharding plan for 2 rank(s)" in done.stdout
+        assert "100.0% bit-equal" in done.stdout
+    assert "resumed from" in done.stdout
+    assert len(losses(out / "run")) == 4
+    summary = json.loads((out / "run" / "summary.json").read_text())
+    assert summary["world_size"] == 2 and summary["steps"] == 40 and summary["samples"] > 0
+    assert summary["wall_s"] > 0 and summary["cpu_s"] > 0 and "torchrec" in summary["versions"]
+    assert {"auc", "gauc", "logloss", "pcoc"} <= summary["test"].keys()
+    assert {"auc", "gauc"} <= summary["baselines"]["popularity"].keys()
+    scores = pq.read_table(out / "scores.parquet")
+    assert scores.num_rows > 1000
+    assert summary["test"]["samples"] >= scores.num_rows
+    assert list((out / "run" / "tensorboard").iterdir()) and (out / "run" / "config.toml").is_file()
+    assert (out / "snapshot" / "LATEST").is_file() and (out / "log" / "manifest.json").is_file()
+
+
+def shell_lines() -> list[str]:
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", README, flags=re.S)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    return [line.split("#")[0].strip() for line in text.splitlines() if line.split("#")[0].strip()]
+
+
+def test_the_two_commands_are_there() -> None:
+    assert {"make train", "make test"} <= set(shell_lines())
+    for line in shell_lines():
+        if line.startswith("make "):
+            target = line.split()[1]
+            found = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert found.returncode == 0, line
+
+
+def test_every_command_line_of_the_readme_parses() -> None:
+    verbs = get_command(app).commands  # type: ignore[attr-defined]
+    seen = 0
+    for line in shell_lines():
+        words = line.removeprefix(".venv/bin/").split()
+        if words[0] == "tandemrec":
+            verb = verbs[words[1]]
+            verb.make_context(words[1], words[2:], resilient_parsing=False)
+            seen += 1
+    assert seen >= 4
+
+
+def test_files_the_readme_names_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+    for path in re.findall(r"`((?:configs|launch|docs|benchmarks)/[\w./-]+)`", README):
+        assert (ROOT / path).exists(), path
+    assert shutil.which("make")
