@@ -111,7 +111,9 @@ def train(
     more: Annotated[
         list[str] | None,
         # TorchX refuses an option that occurs twice, also among the arguments it only passes on.
-        typer.Argument(metavar="[KEY=VALUE]...", help="More overrides, the same as --set.", show_default=False),
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="More overrides, the same as --set.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Train a model; torchx or torchrun start several ranks."""

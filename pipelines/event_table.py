@@ -29,7 +29,7 @@ def open_events(engine: Any, path: Path, config: IngestConfig) -> ir.Table:
     table = engine.read_parquet(str(path))
     raw = table.select(
         user_id=table[columns.user].cast("int64"),
-        request_id=table[columns.request].cast("int64"),
+        request_id=table[columns.request or columns.timestamp].cast("int64"),
         timestamp=table[columns.timestamp].cast("int64"),
         **{feature: table[column] for feature, column in columns.features.items()},
     )
@@ -45,7 +45,9 @@ def _check_columns(path: Path, config: IngestConfig) -> None:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"not readable as one Parquet file: {error}", file=path) from error
     columns = config.events
-    whole = {"user": columns.user, "timestamp": columns.timestamp, "request": columns.request}
+    whole = {"user": columns.user, "timestamp": columns.timestamp}
+    if columns.request:
+        whole["request"] = columns.request
     ids = {"item": columns.item, **{f"taxonomy: {column}": column for column in columns.taxonomy}}
     for key, column in {**whole, **ids}.items():
         if column not in schema.names:

@@ -55,7 +55,9 @@ def test_the_two_commands_are_there() -> None:
     for line in shell_lines():
         if line.startswith("make "):
             target = line.split()[1]
-            found = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+            found = subprocess.run(
+                ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False
+            )
             assert found.returncode == 0, line
 
 

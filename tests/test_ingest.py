@@ -89,6 +89,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], Path, L
     return events, folder / "log", manifest
 
 
+def test_without_a_request_column_a_second_is_a_request(tmp_path: Path) -> None:
+    events = world(seed=5)
+    settings = config(events={"request": ""})
+    ingest(write(tmp_path / "events.parquet", events), tmp_path / "log", settings)
+    found = {(row["user_id"], at) for row in rows(tmp_path / "log") for at in row["request_timestamp"]}
+    first = {user: min(time for u, *_, time, _, _ in events if u == user) for user, *_ in events}
+    assert found == {(user, time) for user, _, _, time, _, _ in events if time > first[user]}
+    assert all(row["request_id"] == row["request_timestamp"] for row in rows(tmp_path / "log"))
+
+
 @st.composite
 def crowded(draw: st.DrawFn) -> list[Event]:
     """Few users, few seconds: many ties, repeated rows, baskets that last, events without a basket."""

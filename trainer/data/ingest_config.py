@@ -16,12 +16,15 @@ _TAKEN = {"user_id", "item_id", "request_id"}
 
 
 class EventsConfig(Settings):
-    """Which columns of the event table hold what; `taxonomy` goes from coarse to fine."""
+    """Which columns of the event table hold what; `taxonomy` goes from coarse to fine.
+
+    Without a `request` column, a user's events of one second are one request, and its id is that second.
+    """
 
     user: str = "user_id"
     item: str = "item_id"
     timestamp: str = "timestamp"
-    request: str = "request_id"
+    request: str = ""
     taxonomy: tuple[Name, ...] = ()
 
     @property
