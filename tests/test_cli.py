@@ -86,7 +86,7 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
         "plan": (Path("c.toml"), ["model.k=5"], 8, "141GB"),
         "evaluate": (Path("r"), "test"),
         "export": (Path("r"), Path("snap")),
-        "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet")),
+        "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None),
     }
     assert capsys.readouterr().out.splitlines() == ["events: d/events.parquet", "report of manifest"]
 

@@ -28,9 +28,10 @@ def test_make_train_on_a_slice(tmp_path: Path) -> None:
             ["make", "train", "SMOKE=1", f"OUT={out}"], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-        assert "sharding plan for 2 rank(s)" in done.stdout
-        assert "100.0% bit-equal" in done.stdout
-    assert "resumed from" in done.stdout
+        shown = done.stdout + done.stderr
+        assert "sharding plan for 2 rank(s)" in shown
+        assert "100.0% bit-equal" in shown
+    assert "resumed from" in shown
     assert len(losses(out / "run")) == 4
     summary = json.loads((out / "run" / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["steps"] == 40 and summary["samples"] > 0
