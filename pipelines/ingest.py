@@ -105,7 +105,8 @@ def _write_log(engine: Any, raw: ir.Table, root: Path, config: IngestConfig, sou
     asked = found.filter(found.history_end >= config.requests.min_history)
     candidates = engine.create_table("candidates", protocol.candidates(events, asked, popularity, config))
     offered = engine.create_table("offers", offers(events, asked, candidates, config))
-    schema = arrow_schema(features, [config.task])
+    sizes = _write_vocabularies(vocabularies, root)
+    schema = arrow_schema(sizes, [config.task])
     layout = (config.files.rows_per_group, config.files.rows_per_file)
     splits = {}
     for split in SPLITS:
@@ -115,7 +116,6 @@ def _write_log(engine: Any, raw: ir.Table, root: Path, config: IngestConfig, sou
     if not any(info.rows for info in splits.values()):
         problem = f"no request has {config.requests.min_history} earlier events; lower requests.min_history"
         raise DataError(problem, file=source)
-    sizes = _write_vocabularies(vocabularies, root)
     return LogManifest(
         features=sizes,
         tasks=[config.task],
@@ -196,7 +196,10 @@ def offers(events: ir.Table, asked: ir.Table, candidates: ir.Table, config: Inge
 def user_blocks(events: ir.Table, offered: ir.Table, config: IngestConfig) -> ir.Table:
     """One row a user with the columns of `arrow_schema`, in a seeded order of users."""
     features = list(config.events.features)
-    asked = {name: offered[name] for name in ("timestamp", "request_id", "history_end", "candidates")}
+    asked = {
+        name: offered[name]
+        for name in ("timestamp", "request_id", "history_end", "num_candidates", "candidates")
+    }
     blocks = offered.group_by("user_id").aggregate(
         requests=ibis.struct(asked).collect(),
         num_requests=offered.count(),
@@ -231,6 +234,7 @@ def _columns(rows: ir.Table, features: list[str], task: str) -> dict[str, ir.Val
         "request_id": each(rows.requests, "request_id"),
         "request_timestamp": each(rows.requests, "timestamp"),
         "request_history_end": each(rows.requests, "history_end"),
+        "request_num_candidates": each(rows.requests, "num_candidates"),
         **{f"candidate_{name}": each_candidate(name) for name in features},
         f"label_{task}": each_candidate("label"),
         **{name: rows[name] for name in ("num_behaviors", "num_requests", "num_candidates")},

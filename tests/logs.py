@@ -14,6 +14,7 @@ from trainer.data.log_writer import write_manifest, write_split
 from trainer.data.schema import FeatureInfo, LogManifest, arrow_schema
 
 FEATURES = {"item_id": 60, "category_id": 9}
+INFOS = {name: FeatureInfo(rows=rows) for name, rows in FEATURES.items()}
 Row = dict[str, Any]
 
 
@@ -39,6 +40,7 @@ def random_row(rng: np.random.Generator, user: int, shape: Shape) -> Row:
         "request_id": (1000 * user + np.arange(request_times.size)).tolist(),
         "request_timestamp": request_times.tolist(),
         "request_history_end": np.searchsorted(times, request_times, side="left").tolist(),
+        "request_num_candidates": counts.tolist(),
         "label_click": [rng.integers(0, 2, c).astype(np.float32).tolist() for c in counts],
         "num_behaviors": n,
         "num_requests": int(request_times.size),
@@ -57,7 +59,7 @@ def random_rows(seed: int, shape: Shape = Shape()) -> list[Row]:
 
 def write_log(path: Path, splits: dict[str, list[Row]], layout: tuple[int, int] = (3, 6)) -> Path:
     """Write rows as a sequence log; `layout` is rows a group and rows a file."""
-    schema = arrow_schema(FEATURES, ["click"])
+    schema = arrow_schema(INFOS, ["click"])
     path.mkdir(parents=True)
     (path / "vocab").mkdir()
     infos = {
@@ -67,7 +69,7 @@ def write_log(path: Path, splits: dict[str, list[Row]], layout: tuple[int, int] 
         for split, rows in splits.items()
     }
     manifest = LogManifest(
-        features={name: FeatureInfo(rows=rows) for name, rows in FEATURES.items()},
+        features=INFOS,
         tasks=["click"],
         taxonomy=["category_id"],
         splits=infos,

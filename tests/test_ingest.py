@@ -231,7 +231,9 @@ def test_files_follow_schema_and_layout(made: tuple[list[Event], Path, LogManife
             groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             assert sum(groups) == file.rows and max(groups) <= 2
             assert (log / file.path).stat().st_size == file.bytes
-    assert sorted(path.name for path in log.iterdir()) == sorted([*manifest.splits, "vocab", "manifest.json"])
+    assert sorted(path.name for path in log.iterdir()) == sorted(
+        [*manifest.splits, "vocab", "manifest.json", "manifest.sha256"]
+    )
 
 
 def test_vocabularies_are_dense_and_count_the_past(made: tuple[list[Event], Path, LogManifest]) -> None:

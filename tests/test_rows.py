@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from tests.logs import FEATURES, Row, random_rows, write_log
+from tests.logs import FEATURES, INFOS, Row, random_rows, write_log
 from trainer.config import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
@@ -26,7 +26,7 @@ def good_rows() -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> Path:
-    table = pa.Table.from_pylist(rows, schema=arrow_schema(FEATURES, ["click"]))
+    table = pa.Table.from_pylist(rows, schema=arrow_schema(INFOS, ["click"]))
     pq.write_table(table, path, row_group_size=2, write_page_checksum=True)
     return path
 
@@ -99,7 +99,7 @@ def test_labels_that_are_not_numbers(tmp_path: Path) -> None:
 
 
 def test_missing_column_wrong_type_and_null(tmp_path: Path) -> None:
-    table = pa.Table.from_pylist(good_rows(), schema=arrow_schema(FEATURES, ["click"]))
+    table = pa.Table.from_pylist(good_rows(), schema=arrow_schema(INFOS, ["click"]))
     pq.write_table(table.drop_columns(["history_item_id"]), tmp_path / "a")
     with pytest.raises(DataError, match="column history_item_id: no such column"):
         read_rows(tmp_path / "a", 0, COLUMNS)

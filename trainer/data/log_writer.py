@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.schema import MANIFEST, FileInfo, LogManifest, SplitInfo, is_sequence_log
+from trainer.data.schema import DIGEST, MANIFEST, FileInfo, LogManifest, SplitInfo, is_sequence_log
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -80,8 +80,10 @@ def write_split(
 
 
 def write_manifest(root: Path, manifest: LogManifest) -> None:
-    """Writes the manifest, the last file of a log."""
-    (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Writes the manifest and its digest, the last files of a log."""
+    text = manifest.model_dump_json(indent=2) + "\n"
+    (root / MANIFEST).write_text(text, encoding="utf-8")
+    (root / DIGEST).write_text(hashlib.sha256(text.encode()).hexdigest() + "\n", encoding="utf-8")
 
 
 def _row_groups(batches: Iterable[pa.RecordBatch], size: int, schema: pa.Schema) -> Iterator[pa.Table]:

@@ -1,6 +1,7 @@
 """The sequence log: one Parquet row is a user block, one `manifest.json` describes the whole.
 
     <log>/manifest.json             LogManifest, below
+    <log>/manifest.sha256           digest of manifest.json itself
     <log>/<split>/part-00000.parquet  rows of `arrow_schema`
     <log>/vocab/<feature>.parquet   value, id, count (what the dense ids stand for)
 
@@ -10,8 +11,9 @@ once however many requests refer to it.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -22,7 +24,8 @@ from embeddings.errors import DataError
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1
-MANIFEST = "manifest.json"
+MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+REQUEST_COLUMNS = ("id", "timestamp", "history_end", "num_candidates")
 
 
 class _Frozen(BaseModel):
@@ -30,9 +33,26 @@ class _Frozen(BaseModel):
 
 
 class FeatureInfo(_Frozen):
-    """An id feature. `rows` is the largest id + 1: the rows an embedding table needs; id 0 is unknown."""
+    """An id feature.
+
+    Attributes:
+        rows: the largest id + 1, the rows an embedding table needs; id 0 is unknown.
+        multi: a behavior or candidate has a list of ids (possibly empty) instead of one.
+        side: what carries it: `both` behaviors and candidates, only `history` (a behavior's type, say) or
+            only `candidate`. Where it is missing its bag is empty, so its vector is zero.
+    """
 
     rows: int = Field(ge=1)
+    multi: bool = False
+    side: Literal["both", "history", "candidate"] = "both"
+
+    @property
+    def of_behaviors(self) -> bool:
+        return self.side != "candidate"
+
+    @property
+    def of_candidates(self) -> bool:
+        return self.side != "history"
 
 
 class FileInfo(_Frozen):
@@ -63,11 +83,20 @@ class SplitInfo(_Frozen):
 
 
 class LogManifest(_Frozen):
-    """What a sequence log holds and how it was made."""
+    """What a sequence log holds and how it was made.
+
+    Attributes:
+        features: of behaviors and candidates; context: of a request (user features included).
+        numeric: numbers a candidate has; tasks: its labels; weighted: whether it has a sample weight.
+        taxonomy: features that classify items, coarse to fine.
+    """
 
     format: Literal["tandemrec.sequence-log"] = FORMAT
     version: Literal[1] = VERSION
     features: dict[str, FeatureInfo]
+    context: dict[str, FeatureInfo] = Field(default_factory=dict)
+    numeric: list[str] = Field(default_factory=list)
+    weighted: bool = False
     tasks: list[str]
     taxonomy: list[str]
     splits: dict[str, SplitInfo]
@@ -101,6 +130,7 @@ def read_manifest(log: Path) -> LogManifest:
     """
     path = Path(log) / MANIFEST
     raw = _load_json(path)
+    _check_digest(path)
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
         problem = f"format is {found!r}, expected {FORMAT!r}; name the folder that `tandemrec ingest` wrote"
@@ -119,6 +149,17 @@ def read_manifest(log: Path) -> LogManifest:
         raise DataError(problem, file=path) from error
 
 
+def _check_digest(path: Path) -> None:
+    try:
+        expected = path.with_name(DIGEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"unreadable: {error}; ingest the events again", file=path.with_name(DIGEST)
+        ) from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise DataError(f"does not match {DIGEST}, so one of them is corrupt; ingest again", file=path)
+
+
 def is_sequence_log(path: Path) -> bool:
     """Whether `path` is a sequence log of any version: only such a folder may ever be replaced."""
     try:
@@ -128,24 +169,52 @@ def is_sequence_log(path: Path) -> bool:
     return isinstance(raw, dict) and raw.get("format") == FORMAT
 
 
-def _items(item: pa.DataType) -> pa.DataType:
+def _list_of(item: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", item, nullable=False))
 
 
-def arrow_schema(features: Iterable[str], tasks: Iterable[str]) -> pa.Schema:
-    """The columns of a user block with N behaviours, R requests and C_r candidates in request r.
+def arrow_schema(
+    features: Mapping[str, FeatureInfo],
+    tasks: Iterable[str],
+    *,
+    context: Mapping[str, FeatureInfo] | None = None,
+    numeric: Iterable[str] = (),
+    weighted: bool = False,
+) -> pa.Schema:
+    """The columns of a user block with N behaviors, R requests and C_r candidates in request r.
 
-    Lists `history_*` have N items (oldest first, timestamps in unix seconds), `request_*` have R (by
-    time); `candidate_*` and `label_*` are R lists of C_r items. Request r sees `history[:end_r]`,
-    end_r = `request_history_end[r]`. Nothing is nullable.
+    Lists `history_*` have N items (oldest first, timestamps in unix seconds), `request_*` and `context_*`
+    have R (by time); `candidate_*`, `numeric_*`, `label_*` and `weight` are R lists of C_r items. Where a
+    feature is multi-valued an item is itself a list of ids. Request r sees `history[:end_r]`, end_r =
+    `request_history_end[r]`. `num_*` and `request_num_candidates` repeat lengths, so that a reader can plan
+    without decoding the ids. Nothing is nullable.
     """
-    features = list(features)
-    ids, nested_ids = _items(pa.int64()), _items(_items(pa.int64()))
+
+    def ids(info: FeatureInfo) -> pa.DataType:
+        return _list_of(_list_of(pa.int64()) if info.multi else pa.int64())
+
+    requests, floats = _list_of(pa.int64()), _list_of(_list_of(pa.float32()))
     columns: list[tuple[str, pa.DataType]] = [("user_id", pa.int64())]
-    columns += [(f"history_{name}", ids) for name in features]
-    columns += [("history_timestamp", ids)]
-    columns += [(name, ids) for name in ("request_id", "request_timestamp", "request_history_end")]
-    columns += [(f"candidate_{name}", nested_ids) for name in features]
-    columns += [(f"label_{task}", _items(_items(pa.float32()))) for task in tasks]
+    columns += [(f"history_{name}", ids(info)) for name, info in features.items() if info.of_behaviors]
+    columns += [("history_timestamp", _list_of(pa.int64()))]
+    columns += [(f"request_{name}", requests) for name in REQUEST_COLUMNS]
+    columns += [(f"context_{name}", ids(info)) for name, info in (context or {}).items()]
+    columns += [
+        (f"candidate_{name}", _list_of(ids(info))) for name, info in features.items() if info.of_candidates
+    ]
+    columns += [(f"numeric_{name}", floats) for name in numeric]
+    columns += [(f"label_{task}", floats) for task in tasks]
+    columns += [("weight", floats)] if weighted else []
     columns += [(name, pa.int64()) for name in ("num_behaviors", "num_requests", "num_candidates")]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+
+
+def schema_of(manifest: LogManifest) -> pa.Schema:
+    """`arrow_schema` of a log."""
+    return arrow_schema(
+        manifest.features,
+        manifest.tasks,
+        context=manifest.context,
+        numeric=manifest.numeric,
+        weighted=manifest.weighted,
+    )
