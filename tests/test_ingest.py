@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -378,6 +379,7 @@ def test_bad_manifests_are_explained(made: tuple[list[Event], Path, LogManifest]
         (json.dumps({**good, "taxonomy": ["nope"]}), "does not have: nope"),
     ):
         path.write_text(text)
+        (tmp_path / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
         with pytest.raises(DataError, match=rf"manifest\.json: .*{message}"):
             read_manifest(tmp_path)
 
