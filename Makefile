@@ -15,7 +15,7 @@ LOG = $(OUT)/log
 TORCH = torch==2.13.0
 PIP = $(VENV)/bin/pip install --no-cache-dir --disable-pip-version-check --quiet
 CHECKED = launch pipelines trainer embeddings
-FORMATTED = $(CHECKED) tests
+FORMATTED = $(CHECKED) tests benchmarks
 
 # The smoke run goes through every step on a slice of the data.
 INGEST_SMOKE = $(if $(SMOKE),--set users=200)
@@ -66,17 +66,17 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 	@tandemrec fetch --out $(DATA)
 	@echo "== 3/7 ingest them into a sequence log, $(LOG)"
 	@tandemrec ingest --events $(DATA)/events.parquet --config configs/complete_journey.toml \
-	  --out $(LOG) --overwrite $(INGEST_SMOKE)
+	  --out "$(LOG)" --overwrite $(INGEST_SMOKE)
 	@echo "== 4/7 train DARE on $(NPROC) ranks into $(OUT)/run (a run that is there is resumed)"
-	@torchx run -s local_cwd -cfg log_dir=$(OUT)/torchx launch/components.py:train \
-	  --config configs/dare.toml --out $(OUT)/run -j 1x$(NPROC) -- data.log=$(LOG) $(TRAIN_SMOKE)
+	@torchx run -s local_cwd -cfg log_dir="$(OUT)"/torchx launch/components.py:train \
+	  --config configs/dare.toml --out "$(OUT)"/run -j 1x$(NPROC) -- data.log="$(LOG)" $(TRAIN_SMOKE)
 	@echo "== 5/7 evaluate on the test split"
-	@tandemrec evaluate --run $(OUT)/run --split test
+	@tandemrec evaluate --run "$(OUT)"/run --split test
 	@echo "== 6/7 export a serving snapshot, $(OUT)/snapshot"
-	@tandemrec export --run $(OUT)/run --out $(OUT)/snapshot
-	@echo "== 7/7 score 1000 test requests with the snapshot"
-	@tandemrec score --snapshot $(OUT)/snapshot --requests $(LOG) --split test --limit 1000 \
-	  --out $(OUT)/scores.parquet --against $(OUT)/run/scores-test.parquet
+	@tandemrec export --run "$(OUT)"/run --out "$(OUT)"/snapshot
+	@echo "== 7/7 score up to 1000 test requests with the snapshot"
+	@tandemrec score --snapshot "$(OUT)"/snapshot --requests "$(LOG)" --split test --limit 1000 \
+	  --out "$(OUT)"/scores.parquet --against "$(OUT)"/run/scores-test.parquet
 	@echo
 	@echo "done. metrics: $(OUT)/run/summary.json   curve: $(OUT)/run/metrics.jsonl"
 	@echo "      snapshot: $(OUT)/snapshot          scores: $(OUT)/scores.parquet"

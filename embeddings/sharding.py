@@ -70,7 +70,10 @@ def make_plan(
     Raises:
         ConfigError: no plan fits the allowed sharding types and the memory.
     """
-    topology = Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device.type)
+    memory = {"hbm_cap": torch.cuda.mem_get_info(device)[1]} if device.type == "cuda" else {}
+    topology = Topology(
+        world_size=world_size, local_world_size=local_world_size, compute_device=device.type, **memory
+    )
     planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(groups, device.type))
     with _plan_errors(world_size, device.type):
         return planner.collective_plan(model, [EmbeddingBagCollectionSharder()], dist.GroupMember.WORLD)

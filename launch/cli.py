@@ -184,6 +184,8 @@ def _user_message(error: Exception) -> str | None:
         return f"{error.format_message().rstrip('.')}; see `tandemrec --help`"
     if isinstance(error, ModuleNotFoundError):
         return _hidden_package(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
     try:
         # Here and not at the top, so that `doctor` still starts where a foreign package hides ours.
         from embeddings.errors import TandemError

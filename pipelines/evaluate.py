@@ -7,8 +7,8 @@ from pathlib import Path
 
 from embeddings.errors import ConfigError
 from pipelines.console import quiet_third_parties, table_lines
+from pipelines.train import has, open_split
 from trainer.baselines import baselines
-from trainer.data.reader import SequenceLogReader
 from trainer.distributed import process_group
 from trainer.evaluation import score_split, write_scores
 from trainer.metrics import Metrics
@@ -25,18 +25,18 @@ def evaluate(run: Path, split: str) -> Mapping[str, float | int]:
     quiet_third_parties()
     with process_group() as ranks:
         restored = restore(folder, ranks)
-        if split not in restored.manifest.splits:
-            raise ConfigError(f"--split {split}: the log has {', '.join(restored.manifest.splits)}")
-        reader = SequenceLogReader(
-            restored.config.data, split, restored.rows, rank=ranks.rank, world_size=ranks.world_size
-        )
+        if not has(restored.manifest, split):
+            full = [name for name in restored.manifest.splits if has(restored.manifest, name)]
+            raise ConfigError(f"--split {split}: the log has requests in {', '.join(full)}")
+        reader = open_split(restored.config, split, restored.rows, ranks)
         scored = score_split(restored.sharded.model, reader, ranks.device)
         metrics = scored.metrics()
         if ranks.speaks:
             write_scores(scored, folder.scores(split))
             feature = counted_feature(restored.manifest.taxonomy)
             found = baselines(reader, feature)
-            folder.update_summary({split: metrics.as_dict(), "baselines": found})
+            key = "baselines" if split == "test" else f"baselines_{split}"
+            folder.update_summary({split: metrics.as_dict(), key: found})
             print("\n".join(_report(split, metrics, found, feature)), flush=True)
     return metrics.as_dict()
 

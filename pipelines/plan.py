@@ -13,8 +13,8 @@ from embeddings.groups import bag_collection
 from embeddings.sharding import attach_optimizer, offline_plan, placements
 from pipelines.console import quiet_third_parties
 from pipelines.train import plan_lines
-from trainer.assemble import build_model, table_rows
-from trainer.config import build_groups, load_config
+from trainer.assemble import build_model, resolve_groups
+from trainer.config import load_config
 from trainer.data.schema import read_manifest
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -29,7 +29,7 @@ def plan(config: Path, overrides: Sequence[str], world_size: int, hbm: str | Non
     quiet_third_parties()
     settings = load_config(config, overrides)
     manifest = read_manifest(settings.data.log)
-    groups = build_groups(settings, table_rows(manifest))
+    groups = resolve_groups(settings, manifest)
     collections = {name: bag_collection(group, torch.device("meta")) for name, group in groups.items()}
     for name, group in groups.items():
         attach_optimizer(collections[name], group.optimizer)

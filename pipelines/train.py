@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from embeddings.sharding import Placement
 from pipelines.console import quiet_third_parties
+from trainer import checkpoint
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config import Config, load_config
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
-from trainer.distributed import Ranks, process_group
+from trainer.data.schema import LogManifest, read_manifest
+from trainer.distributed import Ranks, process_group, sum_counts
 from trainer.loop import Trainer
+from trainer.resume import check_resumable, log_fingerprint
 from trainer.run import RunFolder, versions
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     """Train as `config` says (with `section.key=value` overrides) and leave a run folder at `out`."""
     settings = load_config(config, overrides)
+    # Kept in the run, which other commands may read from another folder.
+    here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
+    settings = settings.model_copy(update={"data": here})
     quiet_third_parties()
     with process_group() as ranks:
         run(settings, out, ranks)
@@ -32,23 +38,33 @@ def run(config: Config, out: Path, ranks: Ranks) -> None:
             print(line, flush=True)
 
     manifest, folder = read_manifest(config.data.log), RunFolder(out)
+    fingerprint = log_fingerprint(manifest)
+    found = checkpoint.find(folder.checkpoints)
+    for reason in found.refused:
+        say(f"refused checkpoint: {reason}")
+    if found.path is not None:
+        check_resumable(found.state, config, fingerprint)
     if ranks.speaks:
         folder.write_config(config)
     sharded = build_sharded(config, manifest, ranks)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
     rows = feature_rows(sharded.groups)
-    share = {"rank": ranks.rank, "world_size": ranks.world_size}
-    reader = SequenceLogReader(config.data, "train", rows, seed=config.train.seed, **share)
-    validation = (
-        SequenceLogReader(config.data, "validation", rows, **share)
-        if "validation" in manifest.splits
-        else None
-    )
-    trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say)
-    end = trainer.run()
+    reader = open_split(config, "train", rows, ranks, seed=config.train.seed)
+    validation = open_split(config, "validation", rows, ranks) if has(manifest, "validation") else None
+    for problem in [*reader.skipped, *(validation.skipped if validation else [])]:
+        print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
+    trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say, fingerprint)
+    with folder.lock() if ranks.speaks else nullcontext():
+        end = trainer.run(found)
+    if found.path is not None and end.step == found.state["step"]:
+        say(
+            f"nothing left to train: {out} has all its {end.step:,} steps "
+            "(raise train.epochs or train.max_steps for more)"
+        )
+        return
     cpu_s = trainer.cpu_seconds()
     if ranks.speaks:
-        found = trainer.metrics_of_validation
+        metrics = trainer.metrics_of_validation
         folder.update_summary(
             {
                 "samples": end.candidates,
@@ -57,12 +73,32 @@ def run(config: Config, out: Path, ranks: Ranks) -> None:
                 "cpu_s": cpu_s,
                 "world_size": ranks.world_size,
                 "versions": versions(),
-                **({"validation": found.as_dict()} if found else {}),
+                **({"validation": metrics.as_dict()} if metrics else {}),
             }
         )
     say(
         f"trained {end.candidates:,} samples in {end.step:,} steps and {end.wall_s:.0f} s: "
         f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); see {out}"
+    )
+
+
+def has(manifest: LogManifest, split: str) -> bool:
+    """Whether the log has any request in a split."""
+    return split in manifest.splits and bool(manifest.splits[split].files)
+
+
+def open_split(
+    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None
+) -> SequenceLogReader:
+    """This rank's reader of a split; shuffled where a seed is given. Collective."""
+    return SequenceLogReader(
+        config.data,
+        split,
+        rows,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=seed,
+        share=sum_counts,
     )
 
 

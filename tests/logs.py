@@ -11,10 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.log_writer import write_manifest, write_split
-from trainer.data.schema import FeatureInfo, LogManifest, arrow_schema
+from trainer.data.schema import FeatureInfo, LogManifest, schema_of
 
 FEATURES = {"item_id": 60, "category_id": 9}
 INFOS = {name: FeatureInfo(rows=rows) for name, rows in FEATURES.items()}
+# Everything a log may have besides: tags of both sides, an action of behaviors only, a price band of
+# candidates only, context of the request, a number and a weight of the candidate, two labels.
+RICH = {
+    **INFOS,
+    "tags": FeatureInfo(rows=20, multi=True),
+    "action": FeatureInfo(rows=4, side="history"),
+    "band": FeatureInfo(rows=5, side="candidate"),
+}
+CONTEXT = {"city": FeatureInfo(rows=7), "segments": FeatureInfo(rows=11, multi=True)}
 Row = dict[str, Any]
 
 
@@ -57,26 +66,56 @@ def random_rows(seed: int, shape: Shape = Shape()) -> list[Row]:
     return [random_row(rng, user, shape) for user in range(shape.users)]
 
 
-def write_log(path: Path, splits: dict[str, list[Row]], layout: tuple[int, int] = (3, 6)) -> Path:
+def enrich(rows: list[Row], seed: int) -> list[Row]:
+    """The same rows with everything of RICH and CONTEXT."""
+    rng = np.random.default_rng(seed)
+
+    def ids(info: FeatureInfo, count: int) -> list[Any]:
+        if not info.multi:
+            return rng.integers(0, info.rows, count).tolist()
+        return [rng.integers(0, info.rows, int(n)).tolist() for n in rng.integers(0, 4, count)]
+
+    rich = []
+    for row in rows:
+        counts = row["request_num_candidates"]
+        new = {**row, "label_buy": [rng.integers(0, 2, c).astype(np.float32).tolist() for c in counts]}
+        new["weight"] = [rng.uniform(0, 2, c).astype(np.float32).tolist() for c in counts]
+        new["numeric_price"] = [rng.normal(size=c).astype(np.float32).tolist() for c in counts]
+        for name in ("tags", "action", "band"):
+            if RICH[name].of_behaviors:
+                new[f"history_{name}"] = ids(RICH[name], row["num_behaviors"])
+            if RICH[name].of_candidates:
+                new[f"candidate_{name}"] = [ids(RICH[name], c) for c in counts]
+        new |= {f"context_{name}": ids(info, row["num_requests"]) for name, info in CONTEXT.items()}
+        rich.append(new)
+    return rich
+
+
+def write_log(
+    path: Path, splits: dict[str, list[Row]], layout: tuple[int, int] = (3, 6), rich: bool = False
+) -> Path:
     """Write rows as a sequence log; `layout` is rows a group and rows a file."""
-    schema = arrow_schema(INFOS, ["click"])
     path.mkdir(parents=True)
     (path / "vocab").mkdir()
+    manifest = LogManifest(
+        features=RICH if rich else INFOS,
+        context=CONTEXT if rich else {},
+        numeric=["price"] if rich else [],
+        weighted=rich,
+        tasks=["click", "buy"] if rich else ["click"],
+        taxonomy=["category_id"],
+        splits={},
+        ingest={},
+        report={},
+    )
+    schema = schema_of(manifest)
     infos = {
         split: write_split(
             pa.Table.from_pylist(rows, schema=schema).to_batches(), path, split, schema, layout
         )
         for split, rows in splits.items()
     }
-    manifest = LogManifest(
-        features=INFOS,
-        tasks=["click"],
-        taxonomy=["category_id"],
-        splits=infos,
-        ingest={},
-        report={},
-    )
-    write_manifest(path, manifest)
+    write_manifest(path, manifest.model_copy(update={"splits": infos}))
     items = pa.table({"value": np.arange(60), "id": np.arange(60), "count": np.arange(60) % 7})
     pq.write_table(items, path / "vocab" / "item_id.parquet")
     return path

@@ -40,7 +40,8 @@ def test_dare_and_twin_differ_in_their_groups_only() -> None:
         ),
         ("model.roles.attention=x", "unknown key 'model.roles.attention'"),
         ("trian.epochs=1", "unknown key 'trian'; did you mean 'train'?"),
-        ("model.k=0", "model.k: .*greater than 0.*given: 0"),
+        ("model.k=0", "model.k: .*greater than or equal to 1.*given: 0"),
+        ("groups.attention.dim=15", "groups.attention.dim.*multiple of 4"),
         ("model.weights=cosine", "model.weights: .*'softmax' or 'sigmoid'"),
         (
             "model.roles.attention_target=other",
@@ -92,9 +93,9 @@ def test_target_and_behavior_of_one_role_need_equal_widths() -> None:
 
 def test_rows_and_widths_follow_log_and_config() -> None:
     tree = {
-        "groups": {"attention": {"dim": {"item_id": 8, "category_id": 2}}, "representation": {"dim": 16}},
+        "groups": {"attention": {"dim": {"item_id": 8, "category_id": 4}}, "representation": {"dim": 16}},
         "tables": {"item_id": {"rows": 1000}},
     }
     groups = build_groups(Config.model_validate(tree), ROWS)
-    assert groups["attention"].widths() == (8, 2) and groups["attention"].width == 10
+    assert groups["attention"].widths() == (8, 4) and groups["attention"].width == 12
     assert [table.rows for table in groups["representation"].tables] == [1000, 10]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from tests.logs import random_rows, small_log, write_log
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint, in one piece."""
-    folder = max((run / "checkpoints").glob("step-????????"))
+    return parameters_of(max((run / "checkpoints").glob("step-????????")))
+
+
+def parameters_of(folder: Path) -> dict[str, torch.Tensor]:
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -87,6 +91,43 @@ def test_a_resumed_run_repeats_nothing_and_equals_the_uninterrupted_one(
     reference = parameters(one_rank)
     for name, tensor in parameters(run).items():
         assert torch.equal(tensor, reference[name]), name
+
+
+def test_a_run_that_is_over_trains_no_more(log: Path, one_rank: Path) -> None:
+    before = {name: (one_rank / name).read_text() for name in ("metrics.jsonl", "summary.json")}
+    words = ["train", "--config", str(one_rank / "config.toml"), "--out", str(one_rank)]
+    done = tandemrec(*words, ranks=2)
+    assert done.returncode == 0 and "nothing left to train" in done.stdout
+    assert before == {name: (one_rank / name).read_text() for name in before}
+
+
+def test_a_diverged_run_stops_and_saves_nothing_more(log: Path, tmp_path: Path) -> None:
+    settings = {
+        "data.log": str(log),
+        "train.learning_rate": 1e30,
+        "checkpoint.every_steps": 3,
+        "train.log_every": 50,
+    }
+    words = ["train", "--config", "configs/dare.toml", "--out", str(tmp_path / "run"), *overrides(settings)]
+    done = tandemrec(*words, *overrides({"data.batch_candidates": 24}), ranks=2)
+    assert done.returncode != 0
+    assert "tandemrec: error: the loss is" in done.stderr and "nothing was saved since" in done.stderr
+    for path in (tmp_path / "run" / "checkpoints").glob("step-????????"):
+        assert all(torch.isfinite(tensor).all() for tensor in parameters_of(path).values())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_resuming_on_another_number_of_ranks_ends_alike(
+    log: Path, one_rank: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    run, whole = tmp_path / "run", losses(one_rank)
+    stop = len(whole) // 2 + 2
+    settings = {"train__epochs": 2, "checkpoint__every_steps": stop}
+    train(log, run, ranks=before, **settings)
+    shutil.rmtree(max((run / "checkpoints").glob("step-????????")))
+    resumed = train(log, run, ranks=after, **settings)
+    assert len(resumed) == len(whole)
+    assert max(abs(a - b) for a, b in zip(resumed, whole, strict=True)) < 1e-5
 
 
 def test_a_config_error_is_one_line_and_exit_code_2(log: Path, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trainer.data.reader as module
 from embeddings.errors import DataError
-from tests.logs import FEATURES, Row, Shape, random_rows, write_log
+from tests.logs import CONTEXT, FEATURES, RICH, Row, Shape, enrich, random_rows, write_log
 from trainer.config import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.rows import read_rows
 
 Sample = tuple[Any, ...]
 
@@ -73,6 +75,8 @@ def expected(rows: list[Row], history_length: int, delay: int = 0) -> Counter[Sa
     limit=st.integers(0, 40),
     delay=st.sampled_from([0, 1, 10]),
     world_size=st.sampled_from([1, 2, 4]),
+    sharding=st.sampled_from(["steps", "row_groups"]),
+    behaviors=st.sampled_from([0, 30, 200]),
 )
 def test_an_epoch_is_every_candidate_once_with_its_own_window(
     tmp_path_factory: pytest.TempPathFactory,
@@ -82,6 +86,8 @@ def test_an_epoch_is_every_candidate_once_with_its_own_window(
     limit: int,
     delay: int,
     world_size: int,
+    sharding: str,
+    behaviors: int,
 ) -> None:
     rows = random_rows(seed)
     log = write_log(tmp_path_factory.mktemp("log") / "log", {"train": rows})
@@ -90,6 +96,9 @@ def test_an_epoch_is_every_candidate_once_with_its_own_window(
         "requests_per_block": per_block,
         "behaviors_per_block": limit,
         "ingestion_delay": delay,
+        "sharding": sharding,
+        "batch_behaviors": behaviors,
+        "workers": seed % 3,
     }
     found: Counter[Sample] = Counter()
     ranks = [list(reader(log, rank, world_size, **changes).steps()) for rank in range(world_size)]
@@ -99,8 +108,13 @@ def test_an_epoch_is_every_candidate_once_with_its_own_window(
     assert found == expected(rows, history_length, delay)
 
 
-def global_steps(log: Path, world_size: int, cursor: Cursor = Cursor()) -> list[Counter[Sample]]:  # noqa: B008
-    ranks = [reader(log, rank, world_size).steps(cursor) for rank in range(world_size)]
+def global_steps(
+    log: Path,
+    world_size: int,
+    cursor: Cursor = Cursor(),  # noqa: B008 - frozen
+    **changes: Any,
+) -> list[Counter[Sample]]:
+    ranks = [reader(log, rank, world_size, **changes).steps(cursor) for rank in range(world_size)]
     return [
         sum((Counter(samples(s.batch)) for s in steps if s.counted), Counter())
         for steps in zip(*ranks, strict=True)
@@ -111,6 +125,8 @@ def test_steps_are_the_same_at_any_world_size(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", {"train": random_rows(1)})
     one = global_steps(log, 1)
     assert one == global_steps(log, 2) == global_steps(log, 4) == global_steps(log, 7)
+    for workers in (0, 3):
+        assert one == global_steps(log, 2, sharding="row_groups", workers=workers)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 4), (4, 2)])
@@ -189,6 +205,75 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", {"train": random_rows(9)})
     with pytest.raises(DataError, match="no split 'test'; it has train"):
         SequenceLogReader(config(log), "test", FEATURES)
+
+
+def test_row_group_sharding_decodes_each_row_group_on_one_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = write_log(tmp_path / "log", {"train": random_rows(12, Shape(users=24))}, layout=(2, 8))
+    decoded: list[tuple[str, int]] = []
+
+    def spy(file: Path, row_group: int, columns: object) -> object:
+        decoded.append((file.name, row_group))
+        return read_rows(file, row_group, columns)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "read_rows", spy)
+    counts = []
+    for rank in range(3):
+        steps = list(reader(log, rank, 3, sharding="row_groups", batch_candidates=60).steps())
+        counts.append(sum(step.counted for step in steps))
+    assert len(steps) == max(counts)
+    assert len(decoded) < 12 * 1.5 and len(set(decoded)) == 12
+
+
+def test_a_step_stays_below_its_behaviors(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", {"train": random_rows(13)})
+    sizes = [
+        (step.batch.behaviors, len(set(step.batch.user_id.tolist())))
+        for step in reader(log, batch_candidates=1000, batch_behaviors=20).steps()
+    ]
+    assert max(n for n, users in sizes if users > 1) <= 20
+    assert sum(n for n, _ in sizes) > 100
+
+
+def test_stored_order_is_the_order_of_the_rows(tmp_path: Path) -> None:
+    rows = random_rows(14)
+    log = write_log(tmp_path / "log", {"train": rows})
+    found = [int(u) for step in reader(log, order="stored").steps() for u in step.batch.user_id]
+    assert found == [row["user_id"] for row in rows for _ in row["request_id"]]
+
+
+def test_everything_a_log_may_hold_arrives_as_it_was_written(tmp_path: Path) -> None:
+    rows = enrich(random_rows(15), seed=1)
+    log = write_log(tmp_path / "log", {"train": rows}, rich=True)
+    by_request = {
+        (row["user_id"], row["request_id"][r]): (row, r) for row in rows for r in range(row["num_requests"])
+    }
+    rich = SequenceLogReader(config(log), "train", None, seed=3)
+    assert rich.numeric_names() == ["price"]
+    seen = 0
+    for step in rich.steps():
+        batch, within = step.batch, 0
+        bags = {key: batch.features[key].to_dense() for key in RICH}
+        context = {key: batch.context[key].to_dense() for key in CONTEXT}  # type: ignore[index]
+        for c, r in enumerate(batch.candidate_request.tolist()):
+            within = within + 1 if c and r == int(batch.candidate_request[c - 1]) else 0
+            row, at = by_request[int(batch.user_id[r]), int(batch.request_id[r])]
+            target = {key: bags[key][batch.behaviors + c].tolist() for key in RICH}
+            assert target["tags"] == row["candidate_tags"][at][within]
+            assert target["band"] == [row["candidate_band"][at][within]] and target["action"] == []
+            assert batch.labels[c].tolist() == [row["label_click"][at][within], row["label_buy"][at][within]]
+            assert batch.weight[c] == row["weight"][at][within]
+            assert batch.numeric[c].tolist() == [row["numeric_price"][at][within]]
+            assert context["city"][r].tolist() == [row["context_city"][at]]
+            assert context["segments"][r].tolist() == row["context_segments"][at]
+            window = range(int(batch.window_start[r]), int(batch.window_end[r]))
+            past = slice(row["request_history_end"][at] - len(window), row["request_history_end"][at])
+            assert [bags["tags"][i].tolist() for i in window] == row["history_tags"][past]
+            assert [bags["action"][i].tolist() for i in window] == [[x] for x in row["history_action"][past]]
+            assert all(bags["band"][i].numel() == 0 for i in window)
+            seen += 1
+    assert seen == sum(row["num_candidates"] for row in rows)
 
 
 def test_fewer_blocks_than_ranks_still_match_step_for_step(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.data.schema import arrow_schema
 
-COLUMNS = Columns(FEATURES, ["click"])
+COLUMNS = Columns(INFOS, ["click"])
 
 
 def good_rows() -> list[Row]:
@@ -129,7 +129,7 @@ def same(a: UserRows, b: UserRows) -> bool:
     more = ("history_end", "candidate_offsets", "labels")
     plain = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in parts + more)
     return plain and all(
-        np.array_equal(x[f], y[f])
+        np.array_equal(x[f].values, y[f].values)
         for f in FEATURES
         for x, y in [(a.history, b.history), (a.candidates, b.candidates)]
     )
@@ -155,5 +155,49 @@ def test_a_file_that_differs_from_the_manifest(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", {"train": random_rows(1)})
     file = next((log / "train").glob("*.parquet"))
     pq.write_table(pq.read_table(file).slice(1), file)
-    with pytest.raises(DataError, match=r"holds \d+ rows, the manifest says \d+"):
+    with pytest.raises(DataError, match=f"{file.name}: does not match its SHA-256"):
         SequenceLogReader(DataConfig(log=log), "train", FEATURES)
+    with pytest.raises(DataError, match=r"holds \d+ rows, the manifest says \d+"):
+        SequenceLogReader(DataConfig(log=log, verify=False), "train", FEATURES)
+
+
+def test_1000_flipped_bits_over_a_log_are_all_detected(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", {"train": random_rows(1)})
+    files = [*sorted((log / "train").iterdir()), log / "manifest.json", log / "manifest.sha256"]
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        file = files[rng.integers(len(files))]
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(flipped)
+        with pytest.raises(DataError, match=str(log)):
+            SequenceLogReader(DataConfig(log=log), "train", FEATURES)
+        file.write_bytes(content)
+    assert SequenceLogReader(DataConfig(log=log), "train", FEATURES).row_groups
+
+
+def test_bad_row_groups_are_skipped_up_to_a_cap_and_reported(tmp_path: Path) -> None:
+    rows = random_rows(2)
+    rows[7]["history_item_id"] = [61] * rows[7]["num_behaviors"]
+    log = write_log(tmp_path / "log", {"train": rows})
+    allowed = DataConfig(log=log, on_bad="skip", max_bad=0.3, prefetch=0)
+    reader = SequenceLogReader(allowed, "train", FEATURES)
+    assert len(reader.row_groups) == 3
+    assert [(error.row_group, error.column) for error in reader.skipped] == [(0, "history_item_id")]
+    read = {int(user) for step in reader.steps() for user in step.batch.user_id}
+    assert read == {row["user_id"] for row in rows} - {6, 7, 8}
+    with pytest.raises(DataError, match=r"1 of 4 row groups are bad, data.max_bad allows 0.10%; id 61"):
+        SequenceLogReader(DataConfig(log=log, on_bad="skip"), "train", FEATURES)
+    with pytest.raises(DataError, match="id 61 lies outside"):
+        list(SequenceLogReader(DataConfig(log=log), "train", FEATURES).steps())
+    # Two ranks try half of the row groups each, and agree.
+    shared = SequenceLogReader(
+        allowed,
+        "train",
+        FEATURES,
+        rank=1,
+        world_size=2,
+        share=lambda mine: [max(a, b) for a, b in zip(mine, [0, 0, 1, 0], strict=True)],
+    )
+    assert shared.row_groups == reader.row_groups and not shared.skipped

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from embeddings.errors import SnapshotError
 from tests.launching import tandemrec, train
@@ -153,7 +154,7 @@ def test_other_damage_is_refused(made: Path, tmp_path: Path) -> None:
     dense = (path / "dense.safetensors").read_bytes()
     for name, text in {
         "twice": manifest.replace('"step":', '"step": 1, "step":', 1),
-        "NaN": manifest.replace('"score_bound": 0.0', '"score_bound": NaN', 1),
+        "NaN": manifest.replace('"score_bound": 1e-6', '"score_bound": NaN', 1),
         "unknown key": manifest.replace("{", '{"code": "x",', 1),
         "another format": manifest.replace("tandemrec.snapshot", "other", 1),
         "deep": "[" * 100_000,
@@ -169,6 +170,63 @@ def test_other_damage_is_refused(made: Path, tmp_path: Path) -> None:
     (path / "dense.safetensors").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SnapshotError, match="not a plain file"):
         load_snapshot(path)
+
+
+HOSTILE = {
+    "k": lambda m: m["config"]["model"].update(k=10**6),
+    "history": lambda m: m["config"]["data"].update(history_length=4 * 10**8),
+    "hidden": lambda m: m["config"]["model"].update(hidden=[60_000, 60_000]),
+    "bound": lambda m: m.update(score_bound=1e308),
+    "rows": lambda m: m["features"].update(item_id=10**9),
+    "feature": lambda m: m["features"].pop("item_id"),
+    "recorded": lambda m: m["recorded_features"].pop(),
+    "group": lambda m: m["groups"].pop("attention"),
+    "table": lambda m: m["groups"]["attention"].pop(),
+    "dim": lambda m: m["groups"]["attention"][0].update(dim=8),
+    "tasks": lambda m: m.update(tasks=["a", "b"]),
+    "weights": lambda m: m["config"]["model"].update(weights="x"),
+}
+
+
+@pytest.mark.parametrize("edit", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_manifests_end_in_a_snapshot_error(made: Path, tmp_path: Path, edit) -> None:  # type: ignore[no-untyped-def]
+    path = copy(made, tmp_path)
+    change(path, edit)
+    with pytest.raises(SnapshotError):
+        load_snapshot(path).self_check()
+
+
+RECORDED = {
+    "ids too large": lambda t: t["features.ids"].add_(1000),
+    "ids negative": lambda t: t["features.ids"].sub_(1000),
+    "counts": lambda t: t["features.counts"].neg_(),
+    "window beyond": lambda t: t["window_end"].add_(2 * 10**6),
+    "window before": lambda t: t["window_start"].sub_(5),
+    "request": lambda t: t["candidate_request"].sub_(1),
+    "order": lambda t: t["candidate_request"].copy_(t["candidate_request"].flip(0)),
+    "scores": lambda t: t.update(scores=t["scores"][:3].clone()),
+    "no scores": lambda t: t.pop("scores"),
+    "wrong scores": lambda t: t["scores"].add_(0.01),
+    "NaN scores": lambda t: t["scores"].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("edit", RECORDED.values(), ids=RECORDED.keys())
+def test_hostile_recorded_requests_end_in_a_snapshot_error(made: Path, tmp_path: Path, edit) -> None:  # type: ignore[no-untyped-def]
+    path = copy(made, tmp_path)
+    file = path / "recorded.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+    def renew(manifest: dict) -> None:  # type: ignore[type-arg]
+        for entry in manifest["files"]:
+            if entry["path"] == file.name:
+                entry.update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+
+    change(path, renew)
+    with pytest.raises(SnapshotError):
+        load_snapshot(path).self_check()
 
 
 def test_missing_snapshots_are_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from trainer.data.reader import SequenceLogReader
 from trainer.loss import loss_sum, rank_loss
 from trainer.model.two_stage import TwoStageModel
 
-DARE = {"attention": {"dim": 4, "init_scale": 1.0}, "representation": {"dim": 6, "init_scale": 1.0}}
+DARE = {"attention": {"dim": 4, "init_scale": 1.0}, "representation": {"dim": 8, "init_scale": 1.0}}
 TWIN = {"shared": {"dim": 4, "init_scale": 1.0}}
 SHARED_ROLES = dict.fromkeys(
     ("attention_target", "attention_behavior", "representation_target", "representation_behavior"), "shared"
@@ -127,7 +127,9 @@ def test_blocks_equal_one_sample_at_a_time(tmp_path: Path, case: tuple, lookup: 
     reference = torch.stack([one_sample(settings, slow, tables, batch, c) for c in range(batch.candidates)])
     assert torch.allclose(logits, reference, atol=1e-5)
     for model, output in ((fast, logits), (slow, reference)):
-        rank_loss(loss_sum(output, batch.labels), batch.step_candidates, 1, counted=True).backward()
+        rank_loss(
+            loss_sum(output, batch.labels, batch.weight), batch.step_candidates, 1, counted=True
+        ).backward()
         torch.optim.SGD(model.parameters(), lr=0.5).step()
     pairs = list(zip(fast.named_parameters(), slow.named_parameters(), strict=True))
     assert len(pairs) > 8
@@ -156,7 +158,7 @@ def test_full_lookup_equals_selected_lookup(tmp_path: Path, groups: dict, roles:
         model, _ = model_of(settings)
         batch = batch_of(settings)
         logits = model(batch)
-        loss_sum(logits, batch.labels).backward()
+        loss_sum(logits, batch.labels, batch.weight).backward()
         results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
     (full, full_grads), (selected, selected_grads) = results
     assert torch.equal(full, selected)
@@ -200,7 +202,7 @@ def test_g1_scores_train_attention_tables_only_and_values_representation_tables_
     def run(detach: Callable[[TwoStageModel], None]) -> TwoStageModel:
         model, _ = model_of(settings)
         detach(model)
-        loss_sum(model(batch), batch.labels).backward()
+        loss_sum(model(batch), batch.labels, batch.weight).backward()
         return model
 
     def detach_scores(model: TwoStageModel) -> None:
@@ -297,7 +299,7 @@ def test_empty_histories_score_without_padding_weight(tmp_path: Path) -> None:
         batch = batch_of(settings)
         assert batch.behaviors == 0
         logits = model(batch)
-        loss_sum(logits, batch.labels).backward()
+        loss_sum(logits, batch.labels, batch.weight).backward()
         assert torch.isfinite(logits).all()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 

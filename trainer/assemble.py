@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,15 @@ class Sharded:
     placements: list[Placement]
 
 
-def table_rows(manifest: LogManifest) -> dict[str, int]:
-    """Feature -> embedding rows that the log's ids need."""
-    return {name: info.rows for name, info in manifest.features.items()}
+def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGroup]:
+    """The config's groups with the table rows that the log's ids need; see `trainer.config.build_groups`."""
+    items = {name: info.rows for name, info in manifest.features.items()}
+    return build_groups(config, items, {name: info.rows for name, info in manifest.context.items()})
+
+
+def count_numbers(config: Config, numeric: Sequence[str]) -> int:
+    """X: the log's numbers and those that the hard search adds."""
+    return len(numeric) + len(config.data.search.count_names)
 
 
 def feature_rows(groups: Mapping[str, TableGroup]) -> dict[str, int]:
@@ -37,24 +43,29 @@ def feature_rows(groups: Mapping[str, TableGroup]) -> dict[str, int]:
 
 
 def build_model(
-    config: Config, groups: Mapping[str, TableGroup], collections: Mapping[str, nn.Module], tasks: int
+    config: Config,
+    groups: Mapping[str, TableGroup],
+    collections: Mapping[str, nn.Module],
+    tasks: int,
+    numbers: int = 0,
 ) -> TwoStageModel:
     """The model around given lookups; its dense weights come from train.seed alone."""
     state = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
-    model = TwoStageModel(config.model, config.data.history_length, groups, collections, tasks)
+    model = TwoStageModel(config.model, config.data.history_length, groups, collections, tasks, numbers)
     torch.set_rng_state(state)
     return model
 
 
 def build_sharded(config: Config, manifest: LogManifest, ranks: Ranks) -> Sharded:
     """Plan, shard and initialise; collective over all ranks."""
-    groups = build_groups(config, table_rows(manifest))
+    groups = resolve_groups(config, manifest)
     collections = {}
     for name, group in groups.items():
         collections[name] = bag_collection(group, torch.device("meta"))
         attach_optimizer(collections[name], group.optimizer)
-    model = build_model(config, groups, collections, len(manifest.tasks))
+    numbers = count_numbers(config, manifest.numeric)
+    model = build_model(config, groups, collections, len(manifest.tasks), numbers)
     plan = make_plan(model, groups.values(), ranks.device, ranks.world_size, ranks.local_world_size)
     sharded = shard(model, groups, plan, ranks.device, config.train.seed)
     return Sharded(sharded, groups, placements(plan, groups.values()))

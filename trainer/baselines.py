@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
+from trainer.data.blocks import visible_ends
 from trainer.data.reader import SequenceLogReader
-from trainer.data.rows import UserRows, read_rows
+from trainer.data.rows import Columns, UserRows, read_rows
+from trainer.data.schema import read_manifest
 from trainer.metrics import auc, group_keys, grouped_auc
 
 Floats = npt.NDArray[np.float64]
@@ -27,16 +29,18 @@ def baselines(reader: SequenceLogReader, feature: str) -> Mapping[str, Mapping[s
 
     Args:
         reader: of the split to score; its whole histories are used, whatever the window.
-        feature: the log feature that `category_count` counts.
+        feature: the log feature that `category_count` counts, with one id a behavior and candidate.
     """
     popularity = item_counts(reader.config.log)
+    manifest = read_manifest(reader.config.log)
+    columns = Columns.of(manifest, {name: manifest.features[name].rows for name in ("item_id", feature)})
     parts: dict[str, list[Floats]] = {"popularity": [], "category_count": [], "item_count": []}
     labels, keys = [], []
-    for file, row_group in reader.row_groups:
-        rows = read_rows(file, row_group, reader.columns)
-        parts["popularity"].append(popularity[rows.candidates["item_id"]])
-        parts["category_count"].append(_past_counts(rows, feature))
-        parts["item_count"].append(_past_counts(rows, "item_id"))
+    for place in reader.row_groups:
+        rows = read_rows(place.file, place.row_group, columns)
+        parts["popularity"].append(popularity[rows.candidates["item_id"].values])
+        for name, counted in (("category_count", feature), ("item_count", "item_id")):
+            parts[name].append(_past_counts(rows, counted, reader.config.ingestion_delay))
         labels.append(rows.labels[:, 0].astype(np.float64))
         requests = np.repeat(np.arange(rows.request_id.size), np.diff(rows.candidate_offsets))
         users = np.repeat(rows.user_id, np.diff(rows.request_offsets))
@@ -63,15 +67,15 @@ def item_counts(log: Path) -> Floats:
     return dense
 
 
-def _past_counts(rows: UserRows, feature: str) -> Floats:
-    history, candidates = rows.history[feature], rows.candidates[feature]
+def _past_counts(rows: UserRows, feature: str, delay: int) -> Floats:
+    history, candidates = rows.history[feature].values, rows.candidates[feature].values
     counts = np.zeros(candidates.size)
     for row in range(rows.user_id.size):
         base = int(rows.history_offsets[row])
-        for request in range(int(rows.request_offsets[row]), int(rows.request_offsets[row + 1])):
-            seen = history[base : base + int(rows.history_end[request])]
+        first, last = int(rows.request_offsets[row]), int(rows.request_offsets[row + 1])
+        for request, end in zip(range(first, last), visible_ends(rows, row, first, last, delay), strict=True):
             part = slice(int(rows.candidate_offsets[request]), int(rows.candidate_offsets[request + 1]))
-            values, found = np.unique(seen, return_counts=True)
+            values, found = np.unique(history[base : base + int(end)], return_counts=True)
             place = np.searchsorted(values, candidates[part]).clip(max=max(values.size - 1, 0))
             if values.size:
                 counts[part] = np.where(values[place] == candidates[part], found[place], 0)

@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,48 @@ def save(folder: Path, step: int, tensors: Mapping[str, Any], state: Mapping[str
     _together(final, lambda: _prepare(folder, part))
     _together(final, lambda: dcp.save(dict(tensors), checkpoint_id=part), every_rank=True)
     _together(final, lambda: _publish(part, final, state, run_id))
-    _together(final, lambda: _retire(folder, keep))
+    _together(final, lambda: _retire(folder, final, keep))
     return final
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is there to resume from.
+
+    Attributes:
+        path: the newest checkpoint that verifies, None where there is none at all.
+        state: its rank-independent state; refused: why newer ones were refused.
+    """
+
+    path: Path | None
+    state: dict[str, Any]
+    refused: list[str]
+
+
+def find(folder: Path) -> Found:
+    """Look for the newest good checkpoint; collective. Rank 0 verifies, the others take its word.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none verifies.
+    """
+    answers: list[Any] = [None]
+    if dist.get_rank() == 0:
+        path, refused = newest(folder)
+        state, problem = ({}, "") if path is None else _try_state(path)
+        answers = [(path, state, refused, problem)]
+    dist.broadcast_object_list(answers, src=0)
+    path, state, refused, problem = answers[0]
+    if problem or (path is None and refused):
+        why = problem or "no checkpoint verifies; use another --out, or restore one"
+        raise CheckpointError(folder, f"{why} ({'; '.join(refused)})" if refused else why)
+    return Found(path, state, refused)
+
+
+def _try_state(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        return read_state(path), ""
+    except CheckpointError as error:
+        return {}, str(error)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -95,8 +136,7 @@ def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = Tru
     try:
         dcp.load(tensors, checkpoint_id=path, no_dist=not distributed)
     except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(path, f"does not fit this configuration: {reason}") from None
+        raise CheckpointError(path, f"does not fit this configuration: {_reason(error)}") from None
 
 
 def file_digest(path: Path) -> str:
@@ -141,10 +181,18 @@ def _publish(part: Path, final: Path, state: Mapping[str, Any], run_id: str) -> 
     sync(final.parent)
 
 
-def _retire(folder: Path, keep: int) -> None:
-    found = sorted(p for p in folder.glob("step-*") if _NAME.search(p.name))
+def _retire(folder: Path, final: Path, keep: int) -> None:
+    """Never what was just written, nor anything beyond it that somebody may want to look at."""
+    found = sorted(p for p in folder.glob("step-*") if _NAME.search(p.name) and p.name <= final.name)
     for old in found[:-keep]:
         shutil.rmtree(old)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something: DCP wraps what happened on each rank."""
+    failures = getattr(error, "failures", None)
+    cause = next(iter(failures.values()))[0] if failures else error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
 def _shared_id(final: Path) -> str:
@@ -164,8 +212,9 @@ def _together(path: Path, action: Callable[[], object], every_rank: bool = False
     if every_rank or dist.get_rank() == 0:
         try:
             action()
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            problem = f"rank {dist.get_rank()} could not save: {str(error).strip() or type(error).__name__}"
+        except Exception as error:
+            # Whatever it was, the other ranks wait in the next collective and must hear of it.
+            problem = f"rank {dist.get_rank()} could not save: {_reason(error)}"
     problems: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     failed = [text for text in problems if text]

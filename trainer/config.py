@@ -8,13 +8,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup, table_group
 from trainer.settings import Settings, load_settings
+
+# FBGEMM's kernels work on four floats at a time.
+Dim = Annotated[int, Field(ge=4, le=4096, multiple_of=4)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+# Group names become names of modules, tensors and files.
+GroupName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
+
+
+class SearchConfig(Settings):
+    """Hard search in the data path (SIM's hard search, and its hierarchical generalisation).
+
+    Attributes:
+        levels: taxonomy features, coarse to fine, that a candidate is matched on; empty = no hard search.
+            One level is SIM's hard search. The item itself may be the finest level.
+        budget: behaviors kept for each candidate, deepest match first, then most recent.
+        half_life_days: of the decayed match counts.
+        counts: give the model the number of matches at each level, total and decayed.
+        domain, domain_minimum: a feature of behaviors, and how many behaviors of its values are guaranteed
+            a place.
+    """
+
+    levels: tuple[str, ...] = ()
+    budget: PositiveInt = 200
+    half_life_days: float = Field(30.0, gt=0)
+    counts: bool = True
+    domain: str = ""
+    domain_minimum: dict[int, PositiveInt] = Field(default_factory=dict)
+
+    @property
+    def count_names(self) -> list[str]:
+        """The numbers that the search adds to each candidate."""
+        if not self.counts:
+            return []
+        kinds = ("matches", "recent_matches")
+        return [f"{kind}_{level}" for kind in kinds for level in self.levels]
 
 
 class DataConfig(Settings):
@@ -22,23 +57,41 @@ class DataConfig(Settings):
 
     Attributes:
         log: folder of the sequence log.
-        history_length: L, the behaviors a request may see.
+        history_length: L, the behaviors a request may see (with `search`: that the search looks through).
         requests_per_block: consecutive requests of one user that share one block (one lookup).
         behaviors_per_block: a block is closed early when its history would grow beyond this; 0 = 2 L.
         batch_candidates: candidates of one step over all ranks, met to within one block.
+        batch_behaviors: a step is closed before its behaviors exceed this; 0 = no limit. Histories differ
+            a thousandfold, so this is what bounds a step's memory.
+        order: `shuffled` by train.seed, or `stored` (streaming, in the order the log was written).
         shuffle_row_groups: blocks are shuffled within this many row groups.
+        sharding: how a step's blocks are dealt to ranks. `steps`: by cost, each step evenly; every rank
+            decodes every row group. `row_groups`: each rank decodes its own row groups only, and a step is
+            even on average. Steps and positions are the same either way.
         ingestion_delay: seconds before a request during which behaviors are not yet visible.
-        prefetch: batches prepared ahead by a reader thread.
+        verify: compare every file with the manifest's SHA-256 before the first step (ranks share the work).
+        on_bad: what a damaged or malformed row group does: `fail`, or `skip` it, counted and reported.
+        max_bad: largest share of row groups that may be skipped.
+        workers: threads that decode row groups ahead; prefetch: batches collated ahead by another thread.
+        search: hard search while reading, see SearchConfig.
     """
 
     log: Path = Path("log")
-    history_length: PositiveInt = 500
+    history_length: int = Field(500, ge=1, le=1_000_000)
     requests_per_block: PositiveInt = 8
     behaviors_per_block: int = Field(0, ge=0)
     batch_candidates: PositiveInt = 2048
+    batch_behaviors: int = Field(0, ge=0)
+    order: Literal["shuffled", "stored"] = "shuffled"
+    sharding: Literal["steps", "row_groups"] = "steps"
     shuffle_row_groups: PositiveInt = 64
     ingestion_delay: int = Field(0, ge=0)
+    verify: bool = True
+    on_bad: Literal["fail", "skip"] = "fail"
+    max_bad: float = Field(0.001, ge=0, le=1)
+    workers: int = Field(1, ge=0)
     prefetch: int = Field(4, ge=0)
+    search: SearchConfig = SearchConfig()
 
     @property
     def block_limit(self) -> int:
@@ -46,12 +99,20 @@ class DataConfig(Settings):
 
 
 class RolesConfig(Settings):
-    """Which table group serves each of the four roles (DARE, section 3; TWIN names one group four times)."""
+    """Which table group serves each of the four roles (DARE, section 3; TWIN names one group four times).
+
+    `context` names a group over the log's context features, whose vectors go to the head; empty = none.
+    """
 
     attention_target: str = "attention"
     attention_behavior: str = "attention"
     representation_target: str = "representation"
     representation_behavior: str = "representation"
+    context: str = ""
+
+    def used(self) -> set[str]:
+        """The groups named."""
+        return {name for name in self.model_dump().values() if name}
 
 
 class ModelConfig(Settings):
@@ -66,13 +127,13 @@ class ModelConfig(Settings):
         hidden: widths of the head's layers.
     """
 
-    k: PositiveInt = 20
+    k: int = Field(20, ge=1, le=10_000)
     lookup: Literal["selected", "full"] = "selected"
     weights: Literal["softmax", "sigmoid"] = "softmax"
     target_aware: bool = True
     position: bool = True
     age: bool = True
-    hidden: tuple[PositiveInt, ...] = (200, 80)
+    hidden: tuple[Width, ...] = (200, 80)
     roles: RolesConfig = RolesConfig()
 
 
@@ -87,7 +148,7 @@ class GroupConfig(Settings):
         sharding: sharding types the planner may use; empty means what suits the device.
     """
 
-    dim: PositiveInt | dict[str, PositiveInt] = 16
+    dim: Dim | dict[str, Dim] = 16
     features: tuple[str, ...] = ()
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     learning_rate: float = Field(0.05, gt=0)
@@ -113,7 +174,7 @@ class TrainConfig(Settings):
         max_steps: stop after this many steps; 0 = no limit. Schedules run to whichever end comes first.
         learning_rate: of Adam on the dense weights.
         warmup_steps: linear warm-up of all learning rates.
-        decay: `linear` lets all learning rates fall to zero at the last step.
+        decay: `linear` lets all learning rates fall to a thousandth at the last step.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: steps between two validations; 0 = only at the end.
     """
@@ -129,9 +190,9 @@ class TrainConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """When to save (besides the end of training) and how many checkpoints to keep."""
+    """When to save besides the end of training (0 = only then), and how many checkpoints to keep."""
 
-    every_steps: int = Field(0, ge=0)
+    every_steps: int = Field(1000, ge=0)
     keep: PositiveInt = 2
 
 
@@ -140,7 +201,7 @@ class Config(Settings):
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    groups: dict[str, GroupConfig] = Field(
+    groups: dict[GroupName, GroupConfig] = Field(
         default_factory=lambda: {"attention": GroupConfig(), "representation": GroupConfig()}
     )
     tables: dict[str, TableConfig] = Field(default_factory=dict)
@@ -150,10 +211,10 @@ class Config(Settings):
     @model_validator(mode="after")
     def _roles_name_groups(self) -> Config:
         for role, group in self.model.roles.model_dump().items():
-            if group not in self.groups:
+            if group not in self.groups and (group or role != "context"):
                 known = ", ".join(sorted(self.groups))
                 raise ValueError(f"model.roles.{role} names group {group!r}; defined groups: {known}")
-        unused = set(self.groups) - set(self.model.roles.model_dump().values())
+        unused = set(self.groups) - self.model.roles.used()
         if unused:
             raise ValueError(
                 f"group {sorted(unused)[0]!r} serves no role; remove it or name it in model.roles"
@@ -166,17 +227,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return load_settings(Config, path, overrides)
 
 
-def build_groups(config: Config, rows: Mapping[str, int]) -> dict[str, TableGroup]:
+def build_groups(
+    config: Config, item_rows: Mapping[str, int], context_rows: Mapping[str, int] | None = None
+) -> dict[str, TableGroup]:
     """Resolve the groups against the log's features.
 
     Args:
         config: the run's config.
-        rows: feature -> table rows as in the log's manifest; `tables.<feature>.rows` overrides it.
+        item_rows: feature of behaviors and candidates -> table rows as in the log's manifest;
+            `tables.<feature>.rows` overrides it.
+        context_rows: the same for features of a request, which only the group of role `context` may have.
 
     Raises:
         ConfigError: a group or table names an unknown feature, a table is smaller than the log's ids, or
             target and behavior of one role have different widths.
     """
+    rows = {**item_rows, **(context_rows or {})}
     known = ", ".join(rows)
     for feature, table in config.tables.items():
         if feature not in rows:
@@ -190,12 +256,20 @@ def build_groups(config: Config, rows: Mapping[str, int]) -> dict[str, TableGrou
     }
     groups = {}
     for name, group in config.groups.items():
-        features = group.features or tuple(rows)
+        allowed = (context_rows or {}) if name == config.model.roles.context else item_rows
+        features = group.features or tuple(allowed)
+        if not features:
+            raise ConfigError(
+                f"groups.{name}: the log has no context features; leave model.roles.context empty"
+            )
         for feature in features:
-            if feature not in rows:
-                raise ConfigError(
-                    f"groups.{name}.features: the log has no feature {feature!r}; it has {known}"
-                )
+            if feature not in allowed:
+                has = ", ".join(allowed)
+                raise ConfigError(f"groups.{name}.features: the log has no feature {feature!r}; it has {has}")
+        if isinstance(group.dim, dict) and (stray := sorted(set(group.dim) - set(features))):
+            raise ConfigError(
+                f"groups.{name}.dim gives a width for {stray[0]!r}, which is no feature of the group"
+            )
         dims = group.dim if isinstance(group.dim, dict) else dict.fromkeys(features, group.dim)
         missing = [feature for feature in features if feature not in dims]
         if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -64,6 +64,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum of a tensor over all ranks, on every rank; the argument stays as it is."""
     total = values.clone()
     dist.all_reduce(total)
+    return total
+
+
+def sum_counts(counts: Sequence[int]) -> list[int]:
+    """Sum of equally long lists of counts over all ranks, on every rank."""
+    total: list[int] = sum_over_ranks(torch.tensor(counts, dtype=torch.int64)).tolist()
     return total
 
 

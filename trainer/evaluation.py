@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from embeddings.errors import DataError
 from trainer.data.batch import RequestBatch
-from trainer.data.reader import Prefetcher, SequenceLogReader
+from trainer.data.reader import SequenceLogReader
 from trainer.distributed import gather_rows
 from trainer.metrics import Metrics, group_keys, measure
 
@@ -31,6 +32,7 @@ class Scored:
     Attributes:
         score, label: float32 [n, T], probabilities and labels.
         user_id, request_id, candidate: int64 [n]; `candidate` counts within its request.
+        item_id: int64 [n], the candidate's id in the log's vocabulary; -1 where the log has no such feature.
     """
 
     score: Floats
@@ -38,6 +40,7 @@ class Scored:
     user_id: Ints
     request_id: Ints
     candidate: Ints
+    item_id: Ints
 
     @property
     def requests(self) -> int:
@@ -54,16 +57,17 @@ def score_split(model: nn.Module, reader: SequenceLogReader, device: torch.devic
     was_training = model.training
     model.eval()
     parts = []
-    for step in reader.steps():
-        batch = step.batch.to(device) if device.type != "cpu" else step.batch
-        score = model(batch).sigmoid()
-        if step.counted:
-            parts.append(_rows(batch, score))
+    with closing(reader.steps()) as steps:
+        for step in steps:
+            batch = step.batch.to(device)
+            score = model(batch).sigmoid()
+            if step.counted:
+                parts.append(_rows(batch, score))
     model.train(was_training)
     empty = torch.zeros(0, 2 * len(reader.columns.tasks), device=device)
     values = gather_rows(torch.cat([empty, *(row for row, _ in parts)]))
     keys = gather_rows(
-        torch.cat([torch.zeros(0, 3, dtype=torch.int64, device=device), *(key for _, key in parts)])
+        torch.cat([torch.zeros(0, 4, dtype=torch.int64, device=device), *(key for _, key in parts)])
     )
     return _scored(values, keys)
 
@@ -71,24 +75,23 @@ def score_split(model: nn.Module, reader: SequenceLogReader, device: torch.devic
 def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogReader, limit: int) -> Scored:
     """Score the first `limit` requests of a split (0 = all) in one process, in stored order."""
     parts, seen = [], 0
-    steps = reader.steps()
-    for step in steps:
-        parts.append(_rows(step.batch, score(step.batch)))
-        seen += step.batch.requests
-        if limit and seen >= limit:
-            break
-    if isinstance(steps, Prefetcher):
-        steps.close()
+    with closing(reader.steps()) as steps:
+        for step in steps:
+            parts.append(_rows(step.batch, score(step.batch)))
+            seen += step.batch.requests
+            if limit and seen >= limit:
+                break
     scored = _scored(torch.cat([row for row, _ in parts]), torch.cat([key for _, key in parts]))
     return _first_requests(scored, limit) if limit else scored
 
 
 def write_scores(scored: Scored, path: Path) -> None:
-    """One Parquet row a candidate: user_id, request_id, candidate, score_<t>, label_<t>."""
+    """One Parquet row a candidate: user_id, request_id, candidate, item_id, score_<t>, label_<t>."""
     columns: dict[str, npt.NDArray[np.generic]] = {
         "user_id": scored.user_id,
         "request_id": scored.request_id,
         "candidate": scored.candidate,
+        "item_id": scored.item_id,
     }
     for task in range(scored.score.shape[1]):
         columns[f"score_{task}"] = scored.score[:, task]
@@ -110,7 +113,7 @@ def read_scores(path: Path) -> Scored:
         tasks = sum(name.startswith("score_") for name in table.column_names)
         score = [table.column(f"score_{t}").to_numpy() for t in range(tasks)]
         label = [table.column(f"label_{t}").to_numpy() for t in range(tasks)]
-        keys = [table.column(name).to_numpy() for name in ("user_id", "request_id", "candidate")]
+        keys = [table.column(name).to_numpy() for name in ("user_id", "request_id", "candidate", "item_id")]
     except (OSError, pa.ArrowException, KeyError) as error:
         raise DataError(f"holds no scores of `tandemrec evaluate`: {error}", file=path) from None
     return Scored(np.stack(score, axis=1), np.stack(label, axis=1), *keys)
@@ -143,23 +146,19 @@ def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
     within = (
         torch.arange(batch.candidates, device=request.device) - (torch.cumsum(counts, 0) - counts)[request]
     )
-    keys = torch.stack([batch.user_id[request], batch.request_id[request], within], dim=1)
+    item = torch.full_like(within, -1)
+    if "item_id" in batch.features.keys():  # noqa: SIM118 - no dict
+        item = batch.features["item_id"].values()[batch.behaviors :]
+    keys = torch.stack([batch.user_id[request], batch.request_id[request], within, item], dim=1)
     return torch.cat([score_CT, batch.labels], dim=1), keys
 
 
 def _scored(values: Tensor, keys: Tensor) -> Scored:
     score, label = values.cpu().numpy().reshape(values.shape[0], 2, -1).transpose(1, 0, 2)
-    user, request, candidate = keys.cpu().numpy().T
-    return Scored(score, label, user, request, candidate)
+    return Scored(score, label, *keys.cpu().numpy().T)
 
 
 def _first_requests(scored: Scored, limit: int) -> Scored:
     new = np.r_[True, (np.diff(scored.request_id) != 0) | (np.diff(scored.user_id) != 0)]
     keep = np.cumsum(new) <= limit
-    return Scored(
-        scored.score[keep],
-        scored.label[keep],
-        scored.user_id[keep],
-        scored.request_id[keep],
-        scored.candidate[keep],
-    )
+    return Scored(*(getattr(scored, field.name)[keep] for field in fields(Scored)))

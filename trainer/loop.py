@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.errors import CheckpointError, DataError
+from embeddings.errors import DataError
 from trainer import checkpoint
 from trainer.config import Config
-from trainer.data.reader import Cursor, Prefetcher, SequenceLogReader
+from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.distributed import Ranks, sum_over_ranks
 from trainer.evaluation import score_split
 from trainer.metrics import Metrics
@@ -28,7 +32,8 @@ class Position:
 
     Attributes:
         step: steps done; cursor: next block to read; candidates: trained so far, over all ranks.
-        wall_s, cpu_s: spent in training steps so far; cpu_s is summed over ranks.
+        wall_s, cpu_s: spent in training steps so far, by this rank (checkpoints keep cpu_s of all ranks).
+        validated: step of the newest validation, -1 before the first.
     """
 
     step: int = 0
@@ -36,6 +41,7 @@ class Position:
     candidates: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
+    validated: int = -1
 
 
 class Trainer:
@@ -46,6 +52,7 @@ class Trainer:
         model: the sharded model; its forward runs through DistributedModelParallel.
         train, validation: readers of the two splits, for this rank.
         ranks: this rank's place; folder: the run folder; say: prints a line on rank 0.
+        log_fingerprint: kept with every checkpoint, see `trainer.resume`.
     """
 
     def __init__(
@@ -57,91 +64,94 @@ class Trainer:
         ranks: Ranks,
         folder: RunFolder,
         say: Callable[[str], None],
+        log_fingerprint: str,
     ) -> None:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
+        self.log_fingerprint = log_fingerprint
         self.train_reader, self.validation_reader = train, validation
         self.optimizer = make_optimizer(model, config.train.learning_rate)
         self.rates = RateSetter(model, self.optimizer)
         self.at = Position()
         self.metrics_of_validation: Metrics | None = None
+        self.meter = _Meter(ranks.device)
 
-    def run(self) -> Position:
-        """Train to the end; returns where it ended."""
-        self._resume()
-        config = self.config.train
-        with MetricsLog(self.folder, self.ranks.speaks) as log, Progress("train", self.ranks.speaks) as bar:
-            while self.at.cursor.epoch < config.epochs and not self._step_limit():
-                self._epoch(log, bar)
-            self._validate(log)
-        self._save()
+    def run(self, start: checkpoint.Found) -> Position:
+        """Train from a checkpoint, or from the beginning, to the end; returns where it ended.
+
+        Raises:
+            DataError: the loss is no longer a number; what was saved before stays, nothing is saved after.
+        """
+        if start.path is not None:
+            self._resume(start.path, start.state)
+        if self.ranks.speaks:
+            self.folder.drop_metrics_after(self.at.step)
+        epochs = self.config.train.epochs
+        with MetricsLog(self.folder, self.ranks.speaks, self.at.step) as self.log:
+            with Progress("train", self.ranks.speaks) as self.bar:
+                while self.at.cursor.epoch < epochs and not self._step_limit():
+                    self._epoch()
+            self._validate()
+            if start.path is None or self.at.step != start.state["step"]:
+                self._save()
         return self.at
 
-    def _epoch(self, log: MetricsLog, bar: Progress) -> None:
-        config, loss = self.config.train, torch.zeros((), device=self.ranks.device)
-        seen, clock = 0, _Clock()
-        steps = self.train_reader.steps(self.at.cursor)
-        try:
+    def _epoch(self) -> None:
+        config = self.config.train
+        self.meter = _Meter(self.ranks.device)
+        with closing(self.train_reader.steps(self.at.cursor)) as steps:
             for step in steps:
                 self.rates.set(rate_factor(config, self.at.step, self._progress()))
-                loss += train_step(self.model, self.optimizer, step, self.ranks.world_size, self.ranks.device)
+                loss = train_step(self.model, self.optimizer, step, self.ranks.world_size, self.ranks.device)
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
                 self.at.candidates += step.batch.step_candidates
-                seen += step.batch.step_candidates
-                if self.at.step % config.log_every == 0 or self._step_limit():
-                    self._log(log, bar, loss, seen, clock)
-                    seen, loss = 0, torch.zeros_like(loss)
-                self._between_steps(log, clock)
+                self.meter.add(loss, step.batch.step_candidates)
+                if self.at.step % config.log_every == 0:
+                    self._report()
+                if config.validate_every and self.at.step % config.validate_every == 0:
+                    self._validate()
+                if (
+                    self.config.checkpoint.every_steps
+                    and self.at.step % self.config.checkpoint.every_steps == 0
+                ):
+                    self._save()
                 if self._step_limit():
-                    return
-        finally:
-            if isinstance(steps, Prefetcher):
-                steps.close()
-            self._charge(clock)
-        self.at.cursor = Cursor(self.at.cursor.epoch + 1)
+                    break
+        self._report()
+        if not self._step_limit():
+            self.at.cursor = Cursor(self.at.cursor.epoch + 1)
 
-    def _between_steps(self, log: MetricsLog, clock: _Clock) -> None:
-        every, save_every = self.config.train.validate_every, self.config.checkpoint.every_steps
-        if every and self.at.step % every == 0:
-            self._charge(clock)
-            self._validate(log)
-            clock.restart()
-        if save_every and self.at.step % save_every == 0:
-            self._charge(clock)
-            self._save()
-            clock.restart()
-
-    def _log(self, log: MetricsLog, bar: Progress, loss: torch.Tensor, seen: int, clock: _Clock) -> None:
-        self._charge(clock)
-        mean = float(sum_over_ranks(loss)) / seen
-        if not mean < float("inf"):
+    def _report(self) -> None:
+        """Write what was trained since the last report; every rank stops here if the loss is no number."""
+        meter = self.meter
+        if meter.candidates == 0:
+            return
+        wall, cpu = meter.clock.take()
+        self.at.wall_s, self.at.cpu_s = self.at.wall_s + wall, self.at.cpu_s + cpu
+        mean = float(sum_over_ranks(meter.loss)) / meter.candidates
+        if not math.isfinite(mean):
             raise DataError(
-                f"the loss is {mean} at step {self.at.step}; look at the labels, or lower the learning rates "
-                f"(the newest checkpoint is in {self.folder.checkpoints})"
+                f"the loss is {mean} within the steps up to {self.at.step}; look at the labels, or lower the "
+                f"learning rates (nothing was saved since; see {self.folder.checkpoints})"
             )
-        rate = seen / clock.since_log()
-        log.write(
-            self.at.step,
-            "train",
-            {
-                "loss": mean,
-                "samples": self.at.candidates,
-                "samples_per_s": rate,
-                "rate_factor": rate_factor(self.config.train, self.at.step, self._progress()),
-            },
-        )
+        rate = meter.candidates / max(wall, 1e-9)
+        values = {"loss": mean, "samples": self.at.candidates, "samples_per_s": rate}
+        factor = rate_factor(self.config.train, self.at.step, self._progress())
+        self.log.write(self.at.step, "train", {**values, "rate_factor": factor})
         text = f"step {self.at.step}  loss {mean:.4f}  {rate:,.0f} samples/s"
-        bar.show(self._progress(), text, last=self._step_limit())
+        self.bar.show(self._progress(), text, last=self._progress() >= 1)
+        meter.restart()
 
-    def _validate(self, log: MetricsLog) -> None:
-        if self.validation_reader is None:
+    def _validate(self) -> None:
+        if self.validation_reader is None or self.at.validated == self.at.step:
             return
         metrics = score_split(self.model, self.validation_reader, self.ranks.device).metrics()
-        self.metrics_of_validation = metrics
-        log.write(self.at.step, "validation", metrics.as_dict())
+        self.metrics_of_validation, self.at.validated = metrics, self.at.step
+        self.log.write(self.at.step, "validation", metrics.as_dict())
         self.say(
             f"validation after step {self.at.step}: AUC {metrics.auc:.4f}  GAUC {metrics.gauc:.4f}  "
             f"logloss {metrics.logloss:.4f}  PCOC {metrics.pcoc:.3f}"
         )
+        self.meter.clock.restart()
 
     def _progress(self) -> float:
         return progress_of(self.config.train, self.at.step, self.at.candidates, self.train_reader.candidates)
@@ -149,11 +159,6 @@ class Trainer:
     def _step_limit(self) -> bool:
         limit = self.config.train.max_steps
         return bool(limit) and self.at.step >= limit
-
-    def _charge(self, clock: _Clock) -> None:
-        wall, cpu = clock.take()
-        self.at.wall_s += wall
-        self.at.cpu_s += cpu
 
     def cpu_seconds(self) -> float:
         """CPU seconds of the training steps of all ranks; collective."""
@@ -164,47 +169,62 @@ class Trainer:
         return {"model": self.model.state_dict(), "optim": self.optimizer.state_dict()}
 
     def _save(self) -> None:
+        self._report()
         state = {
             **asdict(self.at),
             "cpu_s": self.cpu_seconds(),
             "world_size": self.ranks.world_size,
+            "log": self.log_fingerprint,
             "config": self.config.model_dump(mode="json"),
         }
         path = checkpoint.save(
             self.folder.checkpoints, self.at.step, self._tensors(), state, self.config.checkpoint.keep
         )
         self.say(f"checkpoint {path}")
+        self.meter.clock.restart()
 
-    def _resume(self) -> None:
-        """Continue from the newest checkpoint that verifies, if the run has one."""
-        path, refused = checkpoint.newest(self.folder.checkpoints)
-        for reason in refused:
-            self.say(f"refused checkpoint: {reason}")
-        if path is None:
-            if refused:
-                raise CheckpointError(
-                    self.folder.checkpoints, "no checkpoint verifies; use another --out, or restore one"
-                )
-            return
-        state = checkpoint.read_state(path)
+    def _resume(self, path: Path, state: dict[str, Any]) -> None:
+        """Continue from a verified checkpoint."""
         tensors = self._tensors()
         checkpoint.load_tensors(path, tensors)
         self.model.load_state_dict(tensors["model"])
         self.optimizer.load_state_dict(tensors["optim"])
-        share = state["cpu_s"] / self.ranks.world_size
         self.at = Position(
-            state["step"], Cursor(**state["cursor"]), state["candidates"], state["wall_s"], share
+            step=state["step"],
+            cursor=Cursor(**state["cursor"]),
+            candidates=state["candidates"],
+            wall_s=state["wall_s"],
+            cpu_s=state["cpu_s"] / self.ranks.world_size,
+            validated=state["validated"],
         )
-        if self.ranks.speaks:
-            self.folder.drop_metrics_after(self.at.step)
         self.say(f"resumed from {path}")
 
 
+class _Meter:
+    """What was trained since the last report.
+
+    Attributes:
+        loss: sum over this rank's candidates; candidates: of all ranks; clock: of the training steps.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.candidates = 0
+        self.clock = _Clock()
+
+    def add(self, loss: torch.Tensor, candidates: int) -> None:
+        self.loss += loss
+        self.candidates += candidates
+
+    def restart(self) -> None:
+        self.loss.zero_()
+        self.candidates = 0
+
+
 class _Clock:
-    """Wall and CPU seconds of the training steps, without validation and saving."""
+    """Wall and CPU seconds of this process."""
 
     def __init__(self) -> None:
-        self._log = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -214,10 +234,4 @@ class _Clock:
         """Seconds since the last call or restart."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         self.restart()
-        self._log += wall
         return wall, cpu
-
-    def since_log(self) -> float:
-        """Wall seconds since the last call."""
-        seconds, self._log = self._log, 0.0
-        return max(seconds, 1e-9)

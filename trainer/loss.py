@@ -6,9 +6,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def loss_sum(logits_CT: Tensor, labels_CT: Tensor) -> Tensor:
-    """Binary cross entropy summed over candidates, averaged over tasks: a scalar."""
-    return F.binary_cross_entropy_with_logits(logits_CT, labels_CT, reduction="sum") / labels_CT.shape[1]
+def loss_sum(logits_CT: Tensor, labels_CT: Tensor, weight_C: Tensor) -> Tensor:
+    """Binary cross entropy summed over candidates with their weights, averaged over tasks: a scalar."""
+    return (
+        F.binary_cross_entropy_with_logits(logits_CT, labels_CT, weight_C[:, None], reduction="sum")
+        / (labels_CT.shape[1])
+    )
 
 
 def rank_loss(total: Tensor, step_candidates: int, world_size: int, counted: bool) -> Tensor:

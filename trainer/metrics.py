@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from embeddings.errors import DataError
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -44,7 +46,16 @@ def measure(scores: Floats, labels: Floats, groups: Ints) -> Metrics:
 
     Args:
         scores: [n] probabilities in [0, 1]; labels: [n] of 0 and 1; groups: [n] grouping key of GAUC.
+            Sample weights do not enter: every candidate counts once.
+
+    Raises:
+        DataError: a score is not finite.
     """
+    if not np.isfinite(scores).all():
+        raise DataError(
+            f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are NaN or infinite; the model "
+            "diverged, train again with lower learning rates"
+        )
     gauc, counted = grouped_auc(scores, labels, groups)
     loss, rate = logloss(scores, labels), float(labels.mean())
     entropy = logloss(np.full_like(labels, rate), labels)

@@ -34,6 +34,11 @@ class Restored:
     def rows(self) -> dict[str, int]:
         return feature_rows(self.sharded.groups)
 
+    def vocabularies(self) -> dict[str, str]:
+        """Feature -> digest of what its ids stand for, of the features that the model uses."""
+        known = {**self.manifest.features, **self.manifest.context}
+        return {name: known[name].vocabulary for name in self.rows}
+
     def whole_weights(self) -> dict[str, Tensor]:
         """Every table and dense weight in one piece; for a single rank."""
         return {name: whole_tensor(weight) for name, weight in self.sharded.model.state_dict().items()}
@@ -53,6 +58,8 @@ def restore(folder: RunFolder, ranks: Ranks) -> Restored:
         raise CheckpointError(
             folder.checkpoints, f"no usable checkpoint; train the run to the end first{detail}"
         )
+    for reason in refused if ranks.speaks else []:
+        print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
     sharded = build_sharded(config, manifest, ranks)
     tensors: dict[str, Any] = {"model": sharded.model.state_dict()}
     checkpoint.load_tensors(path, tensors)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +46,20 @@ class RunFolder:
         """Where `evaluate` keeps the scores of a split."""
         return self.path / f"scores-{split}.parquet"
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second training out of this folder while this one runs.
+
+        Raises:
+            ConfigError: another process trains here.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"{self.path}: another training is running in this folder") from None
+            yield
+
     def write_config(self, config: Config) -> None:
         """Keep the resolved config."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -73,16 +89,19 @@ class RunFolder:
         if not self.metrics.exists():
             return
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if 0 <= _step_of(line) <= step]
         write_atomically(self.metrics, "".join(line + "\n" for line in kept))
 
 
 class MetricsLog:
     """Appends to metrics.jsonl and TensorBoard; does nothing on ranks that do not speak."""
 
-    def __init__(self, folder: RunFolder, speaks: bool) -> None:
+    def __init__(self, folder: RunFolder, speaks: bool, resumed_at: int) -> None:
         self._file = folder.metrics.open("a", encoding="utf-8") if speaks else None
-        self._board = SummaryWriter(str(folder.path / "tensorboard")) if speaks else None
+        self._board: SummaryWriter | None = None
+        if speaks:
+            # Events of steps that are about to be repeated disappear from the board.
+            self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_at + 1)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -102,6 +121,14 @@ class MetricsLog:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
+
+
+def _step_of(line: str) -> int:
+    """Step of a metrics line; -1 for one that a crash cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def write_atomically(path: Path, text: str) -> None:

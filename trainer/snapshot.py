@@ -32,10 +32,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.errors import SnapshotError
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.plain import PlainBagCollection
-from trainer.assemble import build_model
+from trainer.assemble import build_model, count_numbers
 from trainer.checkpoint import file_digest, sync
 from trainer.config import Config
-from trainer.data.batch import RequestBatch
+from trainer.data.batch import RequestBatch, Retrieval
 from trainer.model.two_stage import TwoStageModel
 from trainer.settings import Settings
 
@@ -67,9 +67,13 @@ class SnapshotManifest(Settings):
     version: Literal[1] = 1
     step: int = Field(ge=0)
     dtype: Literal["fp32"] = "fp32"
-    score_bound: float = Field(ge=0)
+    score_bound: float = Field(ge=0, le=0.01)
     tasks: tuple[str, ...]
+    numeric: tuple[str, ...]
     features: dict[str, int]
+    vocabularies: dict[str, str]
+    recorded_features: tuple[str, ...]
+    recorded_context: tuple[str, ...]
     groups: dict[str, tuple[SnapshotTable, ...]]
     config: Config
     files: tuple[SnapshotFile, ...]
@@ -90,6 +94,10 @@ class Snapshot:
         """Probabilities, float32 [C, T]."""
         return torch.sigmoid(self.model(batch))
 
+    def numeric_names(self) -> list[str]:
+        """What the columns of `RequestBatch.numeric` must be."""
+        return [*self.manifest.numeric, *self.manifest.config.data.search.count_names]
+
     def self_check(self) -> float:
         """Largest difference to the trainer's scores on the recorded requests.
 
@@ -97,7 +105,14 @@ class Snapshot:
             SnapshotError: the difference exceeds the manifest's bound.
         """
         batch, expected = self.recorded
-        worst = float((self.score(batch) - expected).abs().max())
+        try:
+            found = self.score(batch)
+        except (RuntimeError, IndexError, ValueError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SnapshotError(self.path, f"cannot score its recorded requests: {reason}") from None
+        if found.shape != expected.shape:
+            raise SnapshotError(self.path, "scores of the recorded requests have another shape")
+        worst = float((found - expected).abs().max())
         if not worst <= self.manifest.score_bound:
             raise SnapshotError(
                 self.path,
@@ -121,7 +136,7 @@ def publish(
         config: the run's config; groups: its resolved table groups.
         weights: state dict of the unsharded model (tables and dense part).
         recorded: a batch and the trainer's probabilities for it, float32 [C, T].
-        facts: `step`, `tasks`, `score_bound`, `versions` of the manifest.
+        facts: `step`, `tasks`, `numeric`, `vocabularies`, `score_bound`, `versions` of the manifest.
 
     Raises:
         SnapshotError: it cannot be written; versions already published stay as they are.
@@ -139,7 +154,16 @@ def publish(
             name: tuple(SnapshotTable(**asdict(t)) for t in group.tables) for name, group in groups.items()
         }
         rows = {t.feature: t.rows for group in groups.values() for t in group.tables}
-        manifest = SnapshotManifest(config=config, groups=tables, features=rows, files=files, **facts)
+        batch = recorded[0]
+        manifest = SnapshotManifest(
+            config=config,
+            groups=tables,
+            features=rows,
+            recorded_features=tuple(batch.features.keys()),
+            recorded_context=tuple(batch.context.keys()) if batch.context is not None else (),
+            files=files,
+            **facts,
+        )
         (part / _MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         (part / _DIGEST).write_text(file_digest(part / _MANIFEST) + "\n", encoding="utf-8")
         for file in part.rglob("*"):
@@ -150,7 +174,7 @@ def publish(
         sync(pointer)
         pointer.replace(root / _LATEST)
         sync(root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise SnapshotError(root, f"cannot be written: {error}") from None
     return final
@@ -185,6 +209,7 @@ def load_snapshot(path: Path) -> Snapshot:
         name: TableGroup(name, tuple(TableSpec(t.feature, t.rows, t.dim) for t in tables), FusedOptimizer())
         for name, tables in manifest.groups.items()
     }
+    _check_groups(path, manifest)
     names = {entry.path for entry in manifest.files}
     collections = {}
     for name, group in groups.items():
@@ -193,13 +218,33 @@ def load_snapshot(path: Path) -> Snapshot:
             _expect(path, name, tables.get(group.table_name(table.feature)), (table.rows, table.dim))
         collections[name] = PlainBagCollection(group, tables)
     try:
-        model = build_model(manifest.config, groups, collections, len(manifest.tasks))
-        model.load_state_dict(_tensors(path, "dense.safetensors", names))
+        numbers = count_numbers(manifest.config, manifest.numeric)
+        # Sizes in the config cost nothing until the tensors turn out to have them.
+        with torch.device("meta"):
+            model = build_model(manifest.config, groups, collections, len(manifest.tasks), numbers)
+        model.load_state_dict(_tensors(path, "dense.safetensors", names), assign=True)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SnapshotError(path / "dense.safetensors", f"does not fit the config: {reason}") from None
-    recorded = _unpack(path, _tensors(path, "recorded.safetensors", names), list(manifest.features))
+    keys = (manifest.recorded_features, manifest.recorded_context)
+    recorded = _unpack(path, _tensors(path, "recorded.safetensors", names), keys)
+    problem = recorded[0].problem(manifest.features, manifest.config.data.history_length)
+    if problem:
+        raise SnapshotError(path / "recorded.safetensors", problem)
     return Snapshot(path, manifest, model.eval(), recorded)
+
+
+def _check_groups(path: Path, manifest: SnapshotManifest) -> None:
+    """The tables named must be those that the config's roles use, and the id bounds those of the tables."""
+    if set(manifest.groups) != manifest.config.model.roles.used():
+        raise SnapshotError(path / _MANIFEST, "its groups are not those of its config")
+    rows: dict[str, int] = {}
+    for tables in manifest.groups.values():
+        for table in tables:
+            if rows.setdefault(table.feature, table.rows) != table.rows:
+                raise SnapshotError(path / _MANIFEST, f"tables of {table.feature!r} differ in rows")
+    if rows != manifest.features:
+        raise SnapshotError(path / _MANIFEST, "its features are not those of its tables")
 
 
 def _next_version(root: Path) -> int:
@@ -235,35 +280,55 @@ _BATCH_TENSORS = (
     "request_id",
     "candidate_request",
     "labels",
+    "weight",
+    "numeric",
 )
+_RETRIEVAL_TENSORS = ("index", "level", "rank")
 
 
 def _pack(batch: RequestBatch) -> dict[str, Tensor]:
     tensors = {name: getattr(batch, name) for name in _BATCH_TENSORS}
-    values, lengths = batch.features.values(), batch.features.lengths()
-    return {k: v.contiguous() for k, v in {**tensors, "ids": values, "id_counts": lengths}.items()}
+    for part, kjt in (("features", batch.features), ("context", batch.context)):
+        if kjt is not None:
+            tensors |= {f"{part}.ids": kjt.values(), f"{part}.counts": kjt.lengths()}
+    if batch.retrieval is not None:
+        tensors |= {f"retrieval.{name}": getattr(batch.retrieval, name) for name in _RETRIEVAL_TENSORS}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _unpack(
-    path: Path, tensors: Mapping[str, Tensor], features: Sequence[str]
+    path: Path, tensors: Mapping[str, Tensor], keys: tuple[Sequence[str], Sequence[str]]
 ) -> tuple[RequestBatch, Tensor]:
+    """`keys` are of the features and of the context."""
     try:
-        fields = {name: tensors[name] for name in _BATCH_TENSORS}
-        stride = fields["behavior_time"].numel() + fields["candidate_request"].numel()
-        kjt = KeyedJaggedTensor(
-            keys=list(features), values=tensors["ids"], lengths=tensors["id_counts"], stride=stride
+        fields: dict[str, Any] = {name: tensors[name] for name in _BATCH_TENSORS}
+        requests, candidates = fields["request_time"].numel(), fields["candidate_request"].numel()
+        features = _bags(tensors, "features", keys[0], fields["behavior_time"].numel() + candidates)
+        context = _bags(tensors, "context", keys[1], requests) if keys[1] else None
+        found = [tensors[name] for name in map("retrieval.{}".format, _RETRIEVAL_TENSORS) if name in tensors]
+        batch = RequestBatch(
+            features=features,
+            context=context,
+            retrieval=Retrieval(*found) if found else None,
+            **fields,
+            step_candidates=candidates,
         )
-        batch = RequestBatch(features=kjt, **fields, step_candidates=fields["candidate_request"].numel())
         return batch, tensors["scores"]
-    except (KeyError, RuntimeError, AssertionError) as error:
+    except (KeyError, RuntimeError, AssertionError, TypeError) as error:
         raise SnapshotError(path / "recorded.safetensors", f"holds no usable requests: {error}") from None
+
+
+def _bags(tensors: Mapping[str, Tensor], part: str, keys: Sequence[str], stride: int) -> KeyedJaggedTensor:
+    values, lengths = tensors[f"{part}.ids"], tensors[f"{part}.counts"]
+    return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, stride=stride)
 
 
 def _read_manifest(path: Path) -> SnapshotManifest:
     file = path / _MANIFEST
     try:
-        if file.stat().st_size > _LARGEST_MANIFEST:
-            raise SnapshotError(file, f"larger than {_LARGEST_MANIFEST >> 20} MiB")
+        for name, limit in ((_MANIFEST, _LARGEST_MANIFEST), (_DIGEST, 128)):
+            if (path / name).is_symlink() or (path / name).stat().st_size > limit:
+                raise SnapshotError(path / name, f"larger than {limit:,} bytes, or no plain file")
         if file_digest(file) != (path / _DIGEST).read_text(encoding="utf-8").strip():
             raise SnapshotError(file, f"does not match {_DIGEST}; it is corrupt, take another copy")
         tree = json.loads(

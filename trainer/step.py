@@ -42,9 +42,9 @@ def train_step(
     model: nn.Module, optimizer: CombinedOptimizer, step: Step, world_size: int, device: torch.device
 ) -> Tensor:
     """Do one step; returns this rank's part of the loss sum, detached (0 where the batch does not count)."""
-    batch = step.batch.to(device) if device.type != "cpu" else step.batch
+    batch = step.batch.to(device)
     optimizer.zero_grad()
-    total = loss_sum(model(batch), batch.labels)
+    total = loss_sum(model(batch), batch.labels, batch.weight)
     rank_loss(total, batch.step_candidates, world_size, step.counted).backward()
     optimizer.step()
     return total.detach() if step.counted else torch.zeros_like(total)

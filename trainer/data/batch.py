@@ -11,12 +11,41 @@ candidates: a bag is one behavior or one candidate, so target and behavior share
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+
+
+@dataclass
+class Retrieval(Pipelineable):  # type: ignore[misc]
+    """What a hard search in the data path kept for each candidate, B behaviors at most.
+
+    Attributes:
+        index: int64 [C, B], behaviors of the batch, deepest match first, then most recent; -1 where fewer.
+        level: int64 [C, B], deepest matching taxonomy level, 1 = coarsest; 0 where index is -1.
+        rank: int64 [C, B], place in the whole history counted back from the request, 1 = newest.
+    """
+
+    index: Tensor
+    level: Tensor
+    rank: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Retrieval:
+        return Retrieval(
+            *(part.to(device, non_blocking=non_blocking) for part in (self.index, self.level, self.rank))
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for part in (self.index, self.level, self.rank):
+            part.record_stream(stream)
+
+    def pin_memory(self) -> Retrieval:
+        return Retrieval(*(part.pin_memory() for part in (self.index, self.level, self.rank)))
 
 
 @dataclass
@@ -30,7 +59,10 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
         window_start, window_end: int64 [R], the behaviors a request may see.
         user_id, request_id: int64 [R], names of the request (grouping key of GAUC).
         candidate_request: int64 [C], ascending: which request a candidate belongs to.
-        labels: float32 [C, T].
+        labels: float32 [C, T]; weight: float32 [C], of a candidate in the loss.
+        numeric: float32 [C, X], the log's numbers and the hard search's match counts.
+        context: KJT of stride R, or None where the log has no context features.
+        retrieval: of a hard search, or None where a request sees its whole window.
         step_candidates: candidates of all ranks in this step, so that a mean over ranks is exact.
     """
 
@@ -43,6 +75,10 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
     request_id: Tensor
     candidate_request: Tensor
     labels: Tensor
+    weight: Tensor
+    numeric: Tensor
+    context: KeyedJaggedTensor | None
+    retrieval: Retrieval | None
     step_candidates: int
 
     @property
@@ -60,24 +96,63 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
         """R."""
         return self.request_time.numel()
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
-        moved = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if not isinstance(value := getattr(self, field.name), int)
-        }
-        return RequestBatch(**moved, step_candidates=self.step_candidates)
-
-    def record_stream(self, stream: torch.Stream) -> None:
+    def _parts(self) -> Iterator[tuple[str, Any]]:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int):
-                value.record_stream(stream)
+            if value is not None and not isinstance(value, int):
+                yield field.name, value
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
+        return replace(
+            self, **{name: part.to(device, non_blocking=non_blocking) for name, part in self._parts()}
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for _, part in self._parts():
+            part.record_stream(stream)
 
     def pin_memory(self) -> RequestBatch:
-        pinned = {
-            field.name: value.pin_memory()
-            for field in fields(self)
-            if not isinstance(value := getattr(self, field.name), int)
-        }
-        return RequestBatch(**pinned, step_candidates=self.step_candidates)
+        return replace(self, **{name: part.pin_memory() for name, part in self._parts()})
+
+    def problem(self, rows: Mapping[str, int], longest: int) -> str:
+        """What is wrong with a batch that did not come from the reader; empty if it can be scored.
+
+        Args:
+            rows: feature -> table rows; longest: most behaviors of a window.
+        """
+        n, c, r = self.behaviors, self.candidates, self.requests
+        request, start, end = self.candidate_request, self.window_start, self.window_end
+        sizes = (start.numel(), end.numel(), self.user_id.numel(), self.request_id.numel())
+        if (
+            any(size != r for size in sizes)
+            or self.labels.shape[:1] != (c,)
+            or self.numeric.shape[:1] != (c,)
+        ):
+            return "its parts differ in length"
+        if c and (request.min() < 0 or request.max() >= r or (request.diff() < 0).any()):
+            return "candidates name requests that are not there, or out of order"
+        if r and (start.min() < 0 or (start > end).any() or end.max() > n or (end - start).max() > longest):
+            return "windows lie outside the behaviors"
+        if self.retrieval is not None:
+            index = self.retrieval.index
+            if index.shape[0] != c or (index.numel() and (index.min() < -1 or index.max() >= n)):
+                return "retrieved behaviors are not there"
+        for kjt, stride in ((self.features, n + c), (self.context, r)):
+            if kjt is not None and (found := _bag_problem(kjt, rows, stride)):
+                return found
+        return ""
+
+
+def _bag_problem(kjt: KeyedJaggedTensor, rows: Mapping[str, int], stride: int) -> str:
+    lengths = kjt.lengths()
+    if (
+        lengths.numel() != stride * len(kjt.keys())
+        or (lengths < 0).any()
+        or lengths.sum() != kjt.values().numel()
+    ):
+        return "bags do not add up to the ids"
+    for key in kjt.keys():  # noqa: SIM118 - no dict
+        ids = kjt[key].values()
+        if key in rows and ids.numel() and (ids.min() < 0 or ids.max() >= rows[key]):
+            return f"ids of {key} lie outside the table of {rows[key]} rows"
+    return ""

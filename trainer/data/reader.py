@@ -1,28 +1,30 @@
 """From a sequence log to steps: the same global order of blocks on every rank, whatever the world size.
 
 Row groups are shuffled by (seed, epoch), blocks within windows of row groups; the stream of blocks is cut
-into steps by candidate count, and each step's blocks are dealt to the ranks by cost. Every rank computes
-the same plan, so all end an epoch together, no block is dropped or read twice, and a position is one number
-(blocks consumed in this epoch) that means the same at another world size.
+into steps by cost, and each step's blocks are dealt to the ranks. The plan needs lengths only, so every rank
+computes the same one: all end an epoch together, no block is dropped or read twice, and a position is one
+number (blocks consumed in this epoch) that means the same at another world size or number of workers.
 """
 
 from __future__ import annotations
 
 import heapq
-import queue
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from embeddings.errors import DataError
+from embeddings.errors import ConfigError, DataError
 from trainer.config import DataConfig
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import Block, collate, cut_blocks
-from trainer.data.rows import PARQUET_ERRORS, Columns, read_rows
+from trainer.data.blocks import Block, BlockLimits, cut_blocks
+from trainer.data.collate import collate
+from trainer.data.files import RowGroup, check_files, skip_bad
+from trainer.data.prefetch import Closable, Prefetcher
+from trainer.data.rows import Columns, PlanRows, UserRows, read_plan, read_rows
 from trainer.data.schema import LogManifest, read_manifest
 
 
@@ -40,8 +42,8 @@ class Step:
 
     Attributes:
         batch: what this rank computes.
-        counted: False where the step has fewer blocks than ranks: this rank then repeats a block of another
-            one, so that collectives match, and its loss and scores count for nothing.
+        counted: False where the step has no block for this rank: it then repeats a block of another one, so
+            that collectives match, and its loss and scores count for nothing.
         after: the cursor once the step is done.
     """
 
@@ -50,84 +52,141 @@ class Step:
     after: Cursor
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Planned blocks of some row groups, in their order for this epoch; owner of each row group."""
+
+    blocks: list[Block]
+    owners: list[int]
+
+
 class SequenceLogReader:
     """Reads one split of a sequence log.
 
     Args:
         config: windows, block and batch sizes.
         split: `train`, `validation` or `test`.
+        rows: feature -> embedding rows; ids outside raise DataError. None reads all features of the log.
         rank, world_size: this reader's share.
-        rows: feature -> embedding rows; ids outside raise DataError.
         seed: of the shuffle; None reads in stored order.
+        share: sums an array over all ranks; needed with several ranks where bad row groups are skipped.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
+        ConfigError: the hard search names a feature that it cannot match on.
     """
 
     def __init__(
         self,
         config: DataConfig,
         split: str,
-        rows: dict[str, int],
+        rows: dict[str, int] | None,
         *,
         rank: int = 0,
         world_size: int = 1,
         seed: int | None = None,
+        share: Callable[[Sequence[int]], list[int]] = list,
     ) -> None:
-        self.config, self.split, self.seed = config, split, seed
+        self.config, self.split = config, split
+        self.seed = seed if config.order == "shuffled" else None
         self.rank, self.world_size = rank, world_size
         manifest = read_manifest(config.log)
-        self.columns = Columns(rows, manifest.tasks)
-        self.row_groups = _row_groups(config.log, manifest, split)
+        self.columns = _columns(manifest, rows, config)
+        whole = config.verify and config.on_bad == "fail"
+        self.row_groups = check_files(config.log, manifest, split, (rank, world_size) if whole else None)
+        self.skipped: list[DataError] = []
+        if config.on_bad == "skip":
+            self.row_groups, self.skipped = skip_bad(
+                self.row_groups, self.columns, config.max_bad, (rank, world_size), share
+            )
         self.candidates = manifest.splits[split].candidates
+        if not self.candidates:
+            raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
+        self._limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
 
-    def steps(self, cursor: Cursor = Cursor()) -> Iterator[Step]:
-        """The steps of one epoch from `cursor` on, prepared ahead by a thread if config.prefetch > 0."""
+    def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
+        """The steps of one epoch from `cursor` on, prepared ahead by threads as the config says."""
         steps = self._steps(cursor)
         return Prefetcher(steps, self.config.prefetch) if self.config.prefetch else steps
 
-    def _steps(self, cursor: Cursor) -> Iterator[Step]:
-        for blocks, after in self._plan(cursor):
-            mine = deal(blocks, self.world_size)[self.rank]
-            total = sum(block.candidates for block in blocks)
-            batch = collate(mine or blocks[:1], self.config.history_length, total)
-            yield Step(batch, bool(mine), after)
+    def numeric_names(self) -> list[str]:
+        """What the columns of `RequestBatch.numeric` are."""
+        return [*self.columns.numeric, *self.config.search.count_names]
 
-    def _plan(self, cursor: Cursor) -> Iterator[tuple[list[Block], Cursor]]:
-        """Cut the stream of blocks into global steps of about `batch_candidates` candidates."""
-        pending: list[Block] = []
-        candidates, consumed = 0, 0
-        for block in self._blocks(cursor.epoch):
-            consumed += 1
-            if consumed <= cursor.blocks:
+    def _steps(self, cursor: Cursor) -> Generator[Step, None, None]:
+        with ExitStack() as stack:
+            pool: Executor | None = None
+            if self.config.workers:
+                pool = ThreadPoolExecutor(self.config.workers, "decode")
+                stack.callback(pool.shutdown, cancel_futures=True)
+            for blocks, owners, after in self._plan(cursor, pool):
+                mine = [block for block, owner in zip(blocks, owners, strict=True) if owner == self.rank]
+                total = sum(block.candidates for block in blocks)
+                batch = collate(mine or blocks[:1], self.config, self.columns, total)
+                yield Step(batch, bool(mine), after)
+
+    def _plan(self, cursor: Cursor, pool: Executor | None) -> Iterator[tuple[list[Block], list[int], Cursor]]:
+        """Cut the stream of blocks into global steps: (blocks, owning ranks, cursor after)."""
+        pending: list[tuple[Block, int]] = []
+        candidates, behaviors, consumed = 0, 0, 0
+        for block, owner in self._blocks(cursor.epoch, pool):
+            if consumed < cursor.blocks:
+                consumed += 1
                 continue
-            pending.append(block)
-            candidates += block.candidates
-            if candidates >= self.config.batch_candidates:
-                yield pending, Cursor(cursor.epoch, consumed)
-                pending, candidates = [], 0
+            if pending and self._full(candidates, behaviors + block.behaviors):
+                yield self._close(pending, Cursor(cursor.epoch, consumed))
+                pending, candidates, behaviors = [], 0, 0
+            pending.append((block, owner))
+            consumed += 1
+            candidates, behaviors = candidates + block.candidates, behaviors + block.behaviors
         if pending:
-            yield pending, Cursor(cursor.epoch, consumed)
+            yield self._close(pending, Cursor(cursor.epoch, consumed))
 
-    def _blocks(self, epoch: int) -> Iterator[Block]:
-        config = self.config
-        for window, places in enumerate(self._windows(epoch)):
-            blocks: list[Block] = []
-            for file, row_group in places:
-                rows = read_rows(file, row_group, self.columns)
-                blocks += cut_blocks(
-                    rows,
-                    config.history_length,
-                    config.requests_per_block,
-                    config.block_limit,
-                    config.ingestion_delay,
-                )
-            if self.seed is not None:
-                order = np.random.default_rng([self.seed, epoch, window]).permutation(len(blocks))
-                blocks = [blocks[i] for i in order]
-            yield from blocks
+    def _full(self, candidates: int, behaviors: int) -> bool:
+        limit = self.config.batch_behaviors
+        return candidates >= self.config.batch_candidates or bool(limit and behaviors > limit)
 
-    def _windows(self, epoch: int) -> Iterator[list[tuple[Path, int]]]:
+    def _close(
+        self, pending: list[tuple[Block, int]], after: Cursor
+    ) -> tuple[list[Block], list[int], Cursor]:
+        blocks = [block for block, _ in pending]
+        if self.config.sharding == "row_groups":
+            return blocks, [owner for _, owner in pending], after
+        return blocks, deal([block.cost for block in blocks], self.world_size), after
+
+    def _blocks(self, epoch: int, pool: Executor | None) -> Iterator[tuple[Block, int]]:
+        """All blocks of the epoch in order; the next window is decoded while this one is consumed."""
+        ahead: _Window | None = None
+        for number, places in enumerate(self._windows(epoch)):
+            ready, ahead = ahead, self._open(places, epoch, number, pool)
+            if ready is not None:
+                yield from _with_owners(ready)
+        if ahead is not None:
+            yield from _with_owners(ahead)
+
+    def _open(self, places: list[RowGroup], epoch: int, number: int, pool: Executor | None) -> _Window:
+        blocks: list[Block] = []
+        costs = []
+        plans = [read_plan(place.file, place.row_group) for place in places]
+        for plan in plans:
+            costs.append(int(plan.candidates.sum()) + _longest(plan))
+        owners = deal(costs, self.world_size)
+        for index, (place, plan) in enumerate(zip(places, plans, strict=True)):
+            mine = self.config.sharding == "steps" or owners[index] == self.rank
+            rows = self._decoder(place, pool if mine else None)
+            blocks += cut_blocks(plan, index, rows, self._limits)
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, epoch, number]).permutation(len(blocks))
+            blocks = [blocks[i] for i in order]
+        return _Window(blocks, owners)
+
+    def _decoder(self, place: RowGroup, pool: Executor | None) -> Callable[[], UserRows]:
+        """Decodes a row group once: ahead in the pool, or on first use where this rank rarely needs it."""
+        if pool is None:
+            return cache(lambda: read_rows(place.file, place.row_group, self.columns))
+        return pool.submit(read_rows, place.file, place.row_group, self.columns).result
+
+    def _windows(self, epoch: int) -> Iterator[list[RowGroup]]:
         places = self.row_groups
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(places))
@@ -137,86 +196,44 @@ class SequenceLogReader:
             yield places[start : start + size]
 
 
-def deal(blocks: list[Block], world_size: int) -> list[list[Block]]:
-    """Share a step's blocks among ranks: the costliest block goes to the least loaded rank.
-
-    Deterministic, and within a rank the blocks keep their order.
-    """
-    if world_size == 1:
-        return [blocks]
+def deal(costs: Sequence[int], world_size: int) -> list[int]:
+    """Which rank takes what: the costliest goes to the least loaded rank. Deterministic."""
     heap = [(0, rank) for rank in range(world_size)]
-    owner = [0] * len(blocks)
-    for index in sorted(range(len(blocks)), key=lambda i: (-blocks[i].cost, i)):
+    owner = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, rank = heapq.heappop(heap)
         owner[index] = rank
-        heapq.heappush(heap, (load + blocks[index].cost, rank))
-    return [
-        [block for block, r in zip(blocks, owner, strict=True) if r == rank] for rank in range(world_size)
-    ]
+        heapq.heappush(heap, (load + costs[index], rank))
+    return owner
 
 
-def _row_groups(log: Path, manifest: LogManifest, split: str) -> list[tuple[Path, int]]:
-    if split not in manifest.splits:
-        raise DataError(f"the log has no split {split!r}; it has {', '.join(manifest.splits)}", file=log)
-    places: list[tuple[Path, int]] = []
-    for entry in manifest.splits[split].files:
-        file = log / entry.path
-        try:
-            with pq.ParquetFile(file) as parquet:
-                if parquet.metadata.num_rows != entry.rows:
-                    raise DataError(
-                        f"holds {parquet.metadata.num_rows} rows, the manifest says {entry.rows}; "
-                        "ingest the events again",
-                        file=file,
-                    )
-                places += [(file, group) for group in range(parquet.metadata.num_row_groups)]
-        except FileNotFoundError:
-            raise DataError("named in the manifest but missing; ingest again", file=file) from None
-        except PARQUET_ERRORS as error:
-            raise DataError(f"unreadable: {error}", file=file) from None
-    if not places:
-        raise DataError(f"split {split!r} of this log is empty", file=log)
-    return places
+def _with_owners(window: _Window) -> Iterator[tuple[Block, int]]:
+    for block in window.blocks:
+        yield block, window.owners[block.place]
 
 
-class Prefetcher(Iterator[Step]):
-    """Runs an iterator in a thread, at most `depth` items ahead; its exceptions surface in the consumer."""
+def _longest(plan: PlanRows) -> int:
+    """Behaviors of a row group that some request sees."""
+    if not plan.history_end.size:
+        return 0
+    starts = plan.request_offsets[:-1][np.diff(plan.request_offsets) > 0]
+    return int(np.maximum.reduceat(plan.history_end, starts).sum())
 
-    def __init__(self, steps: Iterator[Step], depth: int) -> None:
-        self._queue: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(steps,), name="reader", daemon=True)
-        self._thread.start()
 
-    def _run(self, steps: Iterator[Step]) -> None:
-        try:
-            for step in steps:
-                if not self._put(step):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Step | BaseException | None) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __next__(self) -> Step:
-        item = self._queue.get()
-        if item is None or isinstance(item, BaseException):
-            self._stop.set()
-            self._queue.put(None)
-            if isinstance(item, BaseException):
-                raise item
-            raise StopIteration
-        return item
-
-    def close(self) -> None:
-        """Stop the thread; safe to call more than once."""
-        self._stop.set()
-        self._thread.join()
+def _columns(manifest: LogManifest, rows: dict[str, int] | None, config: DataConfig) -> Columns:
+    search = config.search
+    wanted = [*search.levels, *([search.domain] if search.domain else [])]
+    for name in wanted:
+        info = manifest.features.get(name)
+        needed = "history" if name == search.domain and name not in search.levels else "both"
+        if info is None or info.multi or info.side not in ("both", needed):
+            raise ConfigError(
+                f"data.search names {name!r}, which must be a feature with one id a behavior"
+                f"{'' if needed == 'history' else ' and candidate'}; "
+                f"the log has {', '.join(manifest.features)}"
+            )
+    if rows is not None:
+        rows = {**{name: manifest.features[name].rows for name in wanted}, **rows}
+        # The log's order of features, whatever the config's: a batch's keys do not depend on it.
+        rows = {name: rows[name] for name in [*manifest.features, *manifest.context, *rows] if name in rows}
+    return Columns.of(manifest, rows)

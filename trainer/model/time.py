@@ -37,10 +37,10 @@ class TimeBias(nn.Module):
     def forward(self, rank: Tensor, bucket: Tensor) -> Tensor:
         """Int64 `rank` and `bucket` of equal shape -> float32 of that shape."""
         bias = torch.zeros(rank.shape, device=rank.device)
-        if self.position is not None:
-            bias = bias + self.position[rank]
-        if self.age is not None:
-            bias = bias + self.age[bucket]
+        for table, index in ((self.position, rank), (self.age, bucket)):
+            if table is not None:
+                # Not table[index]: its backward adds in whatever order the threads come by.
+                bias = bias + nn.functional.embedding(index, table[:, None]).squeeze(-1)
         return bias
 
 

@@ -16,7 +16,7 @@ from embeddings.jagged import select_bags, select_keys
 from trainer.config import ModelConfig
 from trainer.data.batch import RequestBatch
 from trainer.model.head import Head
-from trainer.model.search import Kept, Windows, dot_search, windows_of
+from trainer.model.search import Kept, dot_search, windows_of
 from trainer.model.sequence import TargetAttention, kept_scores, sigmoid_weights, softmax_weights
 from trainer.model.time import TimeBias
 
@@ -33,6 +33,7 @@ class TwoStageModel(nn.Module):
         collections: group name -> module that maps a KJT of stride B to a KeyedTensor of [B, width];
             an EmbeddingBagCollection in training, plain tables when scoring.
         tasks: T.
+        numbers: X, numeric features of a candidate; they reach the head as sign(x) log(1 + |x|).
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class TwoStageModel(nn.Module):
         groups: Mapping[str, TableGroup],
         collections: Mapping[str, nn.Module],
         tasks: int,
+        numbers: int = 0,
     ) -> None:
         super().__init__()
         self.config, self.roles = config, config.roles
+        self.history_length, self.numbers = history_length, numbers
         self.features = {name: group.features for name, group in groups.items()}
         self.collections = nn.ModuleDict(collections)
         self.time_bias = TimeBias(history_length, config.position, config.age)
@@ -55,7 +58,8 @@ class TwoStageModel(nn.Module):
             position=config.position,
             age=config.age,
         )
-        self.head = Head(self.sequence.output_width, config.hidden, tasks)
+        beside = numbers + (groups[self.roles.context].width if self.roles.context else 0)
+        self.head = Head(self.sequence.output_width + beside, config.hidden, tasks)
         self.weights = WEIGHTS[config.weights]
 
     def forward(self, batch: RequestBatch) -> Tensor:
@@ -64,18 +68,27 @@ class TwoStageModel(nn.Module):
         vectors = {name: self._lookup(name, batch) for name in self._first_lookups()}
         query_CD = vectors[roles.attention_target][behaviors:]
         key_ND = vectors[roles.attention_behavior][:behaviors]
-        windows = windows_of(batch)
-        kept = dot_search(query_CD, key_ND, self.time_bias, windows, batch.candidate_request, self.config.k)
-        rank_CK, bucket_CK = kept_time(kept, windows, batch)
+        windows = windows_of(batch, self.history_length)
+        kept = dot_search(query_CD, key_ND, self.time_bias, windows, self.config.k)
         score_CK = (
             kept_scores(query_CD, key_ND, kept.index) if behaviors else query_CD.new_zeros(kept.index.shape)
         )
-        weight_CK = self.weights(score_CK + self.time_bias(rank_CK, bucket_CK), kept.mask)
+        weight_CK = self.weights(score_CK + self.time_bias(kept.rank, kept.bucket), kept.mask)
         target_CD, behavior_SD, index_CK = self._representation(batch, kept, vectors)
-        logits: Tensor = self.head(
-            self.sequence(target_CD, behavior_SD, index_CK, weight_CK, rank_CK, bucket_CK)
-        )
+        parts = self.sequence(target_CD, behavior_SD, index_CK, weight_CK, kept.rank, kept.bucket)
+        logits: Tensor = self.head([*parts, *self._beside(batch)])
         return logits
+
+    def _beside(self, batch: RequestBatch) -> list[Tensor]:
+        """What the head is given besides the sequence: numbers of the candidate, context of its request."""
+        parts = []
+        if self.numbers:
+            parts.append(batch.numeric.sign() * batch.numeric.abs().log1p())
+        if self.roles.context:
+            assert batch.context is not None
+            context = select_keys(batch.context, self.features[self.roles.context])
+            parts.append(self.collections[self.roles.context](context).values()[batch.candidate_request])
+        return parts
 
     def _first_lookups(self) -> list[str]:
         """Groups looked up for all behaviors and candidates, before the search."""
@@ -128,14 +141,3 @@ def union_of(kept: Kept, behaviors: int) -> tuple[Tensor, Tensor]:
     touched[kept.index[kept.mask]] = True
     place = torch.where(touched, torch.cumsum(touched, 0) - 1, 0)
     return torch.nonzero(touched[:behaviors]).squeeze(1), place
-
-
-def kept_time(kept: Kept, windows: Windows, batch: RequestBatch) -> tuple[Tensor, Tensor]:
-    """Rank and age bucket of the kept behaviors, int64 [C, K]; 0 where nothing was kept."""
-    if batch.behaviors == 0 or windows.index.shape[1] == 0:
-        return torch.zeros_like(kept.index), torch.zeros_like(kept.index)
-    end_C = batch.window_end[batch.candidate_request]
-    rank = torch.where(kept.mask, end_C[:, None] - kept.index, 0)
-    column = (rank - 1).clamp(min=0)
-    bucket = windows.bucket[batch.candidate_request[:, None], column]
-    return rank, torch.where(kept.mask, bucket, 0)

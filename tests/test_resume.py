@@ -1,0 +1,63 @@
+"""What a run may change between two starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embeddings.errors import ConfigError
+from tests.launching import overrides, tandemrec, train
+from tests.logs import small_log
+from trainer.config import Config, load_config
+from trainer.resume import check_resumable
+
+DARE = Path(__file__).parent.parent / "configs" / "dare.toml"
+
+
+def state(blocks: int = 0) -> dict[str, Any]:
+    return {
+        "log": "a",
+        "config": load_config(DARE).model_dump(mode="json"),
+        "cursor": {"epoch": 0, "blocks": blocks},
+    }
+
+
+def changed(*words: str) -> Config:
+    return load_config(DARE, words)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["train.epochs=9", "train.learning_rate=0.1", "data.batch_candidates=9", "data.workers=3", "data.log=x"],
+)
+def test_these_may_change_at_any_time(word: str) -> None:
+    check_resumable(state(blocks=5), changed(word), "a")
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["model.k=9", "groups.attention.dim=8", "groups.attention.optimizer=sgd", "tables.item_id.rows=9999999"],
+)
+def test_what_shapes_the_model_may_not(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"{word.split('=', maxsplit=1)[0]} = .*set it back"):
+        check_resumable(state(), changed(word), "a")
+
+
+def test_what_orders_the_data_may_change_between_epochs_only() -> None:
+    check_resumable(state(), changed("train.seed=3", "data.history_length=9"), "a")
+    with pytest.raises(ConfigError, match=r"data.history_length = 500, now it is 9"):
+        check_resumable(state(blocks=5), changed("data.history_length=9"), "a")
+
+
+def test_another_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another log"):
+        check_resumable(state(), changed(), "b")
+    train(small_log(tmp_path / "a", seed=1), tmp_path / "run", train__max_steps=2)
+    before = (tmp_path / "run" / "config.toml").read_text()
+    other = small_log(tmp_path / "b", seed=2)
+    words = ["train", "--config", "configs/dare.toml", "--out", str(tmp_path / "run")]
+    done = tandemrec(*words, *overrides({"data.log": str(other)}))
+    assert done.returncode == 2 and "another log" in done.stderr
+    assert (tmp_path / "run" / "config.toml").read_text() == before

@@ -1,0 +1,110 @@
+"""The files of a split: compared with the manifest before anything is read from them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from embeddings.errors import DataError
+from trainer.data.rows import PARQUET_ERRORS, Columns, read_plan, read_rows
+from trainer.data.schema import FileInfo, LogManifest
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Where some rows lie."""
+
+    file: Path
+    row_group: int
+
+
+def check_files(
+    log: Path, manifest: LogManifest, split: str, verify: tuple[int, int] | None
+) -> list[RowGroup]:
+    """All row groups of a split, in stored order.
+
+    Args:
+        verify: (rank, world size): every world-size-th file is compared with the manifest's SHA-256 here;
+            None compares only row counts.
+
+    Raises:
+        DataError: the split is unknown or empty, or a file is missing, unreadable or not the one written.
+    """
+    if split not in manifest.splits:
+        raise DataError(f"the log has no split {split!r}; it has {', '.join(manifest.splits)}", file=log)
+    places: list[RowGroup] = []
+    for number, entry in enumerate(manifest.splits[split].files):
+        if verify is not None and number % verify[1] == verify[0]:
+            _compare(log / entry.path, entry)
+        places += [RowGroup(log / entry.path, group) for group in range(_row_groups(log / entry.path, entry))]
+    if not places:
+        raise DataError(f"split {split!r} of this log is empty", file=log)
+    return places
+
+
+def skip_bad(
+    places: list[RowGroup],
+    columns: Columns,
+    largest_share: float,
+    rank: tuple[int, int],
+    share: Callable[[Sequence[int]], list[int]],
+) -> tuple[list[RowGroup], list[DataError]]:
+    """Leave out the row groups that do not decode; all ranks agree, each having tried its part.
+
+    Returns:
+        The good row groups, and what was wrong with the bad ones that this rank tried.
+
+    Raises:
+        DataError: more than `largest_share` of the row groups are bad.
+    """
+    bad, problems = [0] * len(places), []
+    for number in range(rank[0], len(places), rank[1]):
+        try:
+            read_plan(places[number].file, places[number].row_group)
+            read_rows(places[number].file, places[number].row_group, columns)
+        except DataError as error:
+            bad[number] = 1
+            problems.append(error)
+    bad = share(bad)
+    if sum(bad) > largest_share * len(places):
+        first = next(place for place, flag in zip(places, bad, strict=True) if flag)
+        raise DataError(
+            f"{sum(bad)} of {len(places)} row groups are bad, data.max_bad allows {largest_share:.2%}; "
+            f"{problems[0].problem if problems else 'see the other ranks'}",
+            file=first.file,
+            row_group=first.row_group,
+        )
+    return [place for place, flag in zip(places, bad, strict=True) if not flag], problems
+
+
+def _compare(file: Path, entry: FileInfo) -> None:
+    try:
+        with file.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise DataError("named in the manifest but missing; ingest again", file=file) from None
+    except OSError as error:
+        raise DataError(f"unreadable: {error}", file=file) from None
+    if found != entry.sha256:
+        raise DataError(
+            "does not match its SHA-256 in the manifest, so it was damaged or replaced; take another copy, "
+            "or ingest again (data.verify = false reads it all the same)",
+            file=file,
+        )
+
+
+def _row_groups(file: Path, entry: FileInfo) -> int:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            rows, groups = parquet.metadata.num_rows, parquet.metadata.num_row_groups
+    except FileNotFoundError:
+        raise DataError("named in the manifest but missing; ingest again", file=file) from None
+    except PARQUET_ERRORS as error:
+        raise DataError(f"unreadable: {error}", file=file) from None
+    if rows != entry.rows:
+        raise DataError(f"holds {rows} rows, the manifest says {entry.rows}; ingest again", file=file)
+    return int(groups)

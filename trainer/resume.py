@@ -1,0 +1,74 @@
+"""What a run may change between two starts, and what it may not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from embeddings.errors import ConfigError
+from trainer.config import Config
+from trainer.data.schema import LogManifest
+
+# Another value of these would make a position inside an epoch mean other blocks.
+_ORDER = (
+    "data.history_length",
+    "data.requests_per_block",
+    "data.behaviors_per_block",
+    "data.order",
+    "data.shuffle_row_groups",
+    "data.on_bad",
+    "train.seed",
+)
+
+
+def log_fingerprint(manifest: LogManifest) -> str:
+    """What a log is to a run: its features, tasks and counts, whatever bytes or folder hold it."""
+    splits = {name: info.model_dump(exclude={"files"}) for name, info in manifest.splits.items()}
+    tree = {
+        **manifest.model_dump(include={"features", "context", "numeric", "weighted", "tasks"}),
+        "splits": splits,
+    }
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) -> None:
+    """Refuse to continue a run as something else.
+
+    Args:
+        state: of the checkpoint (`config`, `log`, `cursor`).
+        config: of this start; fingerprint: of this start's log.
+
+    Raises:
+        ConfigError: the log, the model or the tables differ, or, in the middle of an epoch, what orders it.
+    """
+    if state["log"] != fingerprint:
+        raise ConfigError(
+            f"this run was trained on another log than data.log = {config.data.log} (features or counts "
+            "differ, so ids may mean other things); name another --out"
+        )
+    before, now = dict(_flat(state["config"])), dict(_flat(config.model_dump(mode="json")))
+    fixed = [
+        key for key in {**before, **now} if key.split(".")[0] in ("model", "tables") or _shapes_table(key)
+    ]
+    if state["cursor"]["blocks"]:
+        fixed += _ORDER
+    for key in fixed:
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
+                "set it back, or name another --out"
+            )
+
+
+def _shapes_table(key: str) -> bool:
+    return key.startswith("groups.") and not key.endswith((".learning_rate", ".sharding"))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
