@@ -26,7 +26,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test lint format clean
+.PHONY: help install install-dev install-spark train test lint format clean
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -41,6 +41,8 @@ help: ## this list
 install: $(VENV)/.installed-$(DEVICE) ## the environment, in .venv/
 
 install-dev: $(VENV)/.installed-dev ## the same, with the test and lint tools
+
+install-spark: $(VENV)/.installed-spark ## PySpark too (430 MB), for ingest --engine spark and its tests
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tandemrec needs Python 3.11 or newer; set PYTHON=")'
@@ -57,6 +59,10 @@ $(VENV)/.installed-$(DEVICE): requirements/common.txt requirements/$(DEVICE).txt
 
 $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed-$(DEVICE)
 	$(PIP) --no-deps -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.installed-spark: requirements/spark.txt $(VENV)/.installed-$(DEVICE)
+	$(PIP) --no-deps -r requirements/spark.txt
 	@touch $@
 
 train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, export, score

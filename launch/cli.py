@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,17 +73,32 @@ def fetch(
 
 @app.command()
 def ingest(
-    events: Annotated[Path, typer.Option("--events", metavar="FILE", help="Raw events, Parquet.")],
     out: Annotated[Path, typer.Option("--out", metavar="LOG", help="The sequence log to write.")],
     config: ConfigFile,
+    events: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--events", metavar="FILE", help="Raw events: Parquet or CSV, or a pattern; repeatable."
+        ),
+    ] = None,
+    impressions: Annotated[
+        list[Path] | None,
+        typer.Option("--impressions", metavar="FILE", help="Shown candidates with labels; repeatable."),
+    ] = None,
     overrides: Overrides = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="duckdb (the default) or spark.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
 ) -> None:
-    """Turn raw events into a sequence log, split by time."""
+    """Turn raw events into a sequence log."""
     from pipelines.ingest import ingest as run
     from pipelines.ingest import load_ingest_config, report_lines
 
-    manifest = run(events, out, load_ingest_config(config, overrides or []), overwrite=overwrite)
+    files = events[0] if events and len(events) == 1 else events
+    # What is not given stays with the pipeline's own default.
+    given = {"impressions": impressions, "engine": engine}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value}
+    settings = load_ingest_config(config, overrides or [])
+    manifest = run(files, out, settings, overwrite=overwrite, **options)
     for line in report_lines(manifest):
         typer.echo(line)
 
@@ -157,6 +172,24 @@ def score(
     from pipelines.score import score as run
 
     run(snapshot, requests, split, limit, out, against)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="What to measure: reader.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of each row.")] = 5,
+    report: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Keep the figures here.")
+    ] = None,
+) -> None:
+    """Measure a part of the trainer beside its baseline."""
+    from pipelines.bench import BENCHES
+
+    if name not in BENCHES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(BENCHES)}")
+    BENCHES[name](config, overrides or [], repeats, report)
 
 
 def _prefix() -> str:

@@ -11,7 +11,6 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +20,6 @@ from hypothesis import strategies as st
 import pipelines.ingest as module
 from embeddings.errors import DataError
 from pipelines.ingest import IngestConfig, ingest, report_lines
-from trainer.data import next_basket
 from trainer.data.schema import LogManifest, arrow_schema, read_manifest
 
 DAY = 86_400
@@ -382,19 +380,3 @@ def test_bad_manifests_are_explained(made: tuple[list[Event], Path, LogManifest]
         (tmp_path / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
         with pytest.raises(DataError, match=rf"manifest\.json: .*{message}"):
             read_manifest(tmp_path)
-
-
-def test_the_same_tables_compile_for_spark() -> None:
-    settings = config()
-    raw = ibis.table(
-        {"user_id": "int64", "request_id": "int64", "timestamp": "int64"}
-        | {"item_id": "int64", "category_id": "string", "type_id": "int64"},
-        name="events",
-    )
-    vocabularies = {name: module.vocabulary(raw, name, settings) for name in settings.events.features}
-    events = module.encode(raw, vocabularies)
-    asked = module.timed_requests(events, next_basket.requests(events), settings)
-    popularity = vocabularies["item_id"].select("count", item_id="id")
-    candidates = next_basket.candidates(events, asked, popularity, settings)
-    blocks = module.user_blocks(events, module.offers(events, asked, candidates, settings), settings)
-    assert "TRANSFORM" in ibis.to_sql(blocks, dialect="pyspark")

@@ -38,3 +38,32 @@ def test_config_overrides_and_errors(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("seed =")
     with pytest.raises(ConfigError, match="not readable as TOML"):
         load_ingest_config(tmp_path / "bad.toml", [])
+
+
+def test_every_protocol_has_a_ready_config() -> None:
+    found = {path.stem: load_ingest_config(path) for path in CONFIGS.glob("ingest_*.toml")}
+    protocols = {loaded.protocol for loaded in found.values()}
+    assert protocols == {"impressions", "leave-last", "time-split"} and len(found) == 4
+    assert found["ingest_impressions"].tasks == ("click", "buy")
+    assert found["ingest_leave_last"].requests.distances[:2] == (3, 8)
+    assert len(found["ingest_leave_last"].requests.distances) == 19
+    assert [domain.name for domain in found["ingest_domains"].domains] == ["ads", "content"]
+    assert found["ingest_time_split"].engine.memory_bytes == 4_000_000_000
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    action = '{name = "action", side = "candidate"}'
+    for name, override, message in (
+        ("leave_last", "files.max_history=5", 'need layout = "request"'),
+        ("leave_last", "requests.distances=[3, 3]", "one distance twice"),
+        ("leave_last", "requests.distances=[2]", "greater than or equal to 3"),
+        ("leave_last", "protocol=time-split", r"give split\.validation and split\.test"),
+        ("leave_last", f"features=[{action}]", "'action' comes from impressions"),
+        ("leave_last", 'features=[{name = "category_id"}]', "give the name 'category_id' twice"),
+        ("leave_last", 'features=[{name = "timestamp"}]', "give the name 'timestamp' twice"),
+        ("leave_last", 'features=[{name = "a", separator = ","}]', "feature a: separator needs multi = true"),
+        ("leave_last", 'features=[{name = "a", sides = "both"}]', "did you mean .*side"),
+        ("impressions", "impressions.labels={}", r"impressions\.labels: .*at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_ingest_config(CONFIGS / f"ingest_{name}.toml", [override])

@@ -235,3 +235,26 @@ def test_missing_snapshots_are_named(tmp_path: Path) -> None:
     (tmp_path / "LATEST").write_text("../elsewhere\n")
     with pytest.raises(SnapshotError, match="which is no version"):
         load_snapshot(tmp_path)
+
+
+def test_requests_of_another_vocabulary_are_not_scored(made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "snapshot"
+    shutil.copytree(made / "snapshot", root)
+    change(root / "v00000001", lambda manifest: manifest["vocabularies"].update(item_id="a" * 64))
+    log = tmp_path / "log"
+    shutil.copytree(made / "log", log)
+    manifest = json.loads((log / "manifest.json").read_text())
+    manifest["features"]["item_id"]["vocabulary"] = "b" * 64
+    rewrite(log, json.dumps(manifest))
+    words = [
+        "score",
+        "--snapshot",
+        str(root),
+        "--requests",
+        str(log),
+        "--out",
+        str(tmp_path / "scores.parquet"),
+    ]
+    done = tandemrec(*words)
+    assert done.returncode == 2 and "ids of 'item_id' are of another vocabulary" in done.stderr
+    assert not (tmp_path / "scores.parquet").exists()

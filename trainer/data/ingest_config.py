@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -12,7 +13,67 @@ from pydantic import Field, StringConstraints, model_validator
 from trainer.settings import Settings, load_settings
 
 Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
-_TAKEN = {"user_id", "item_id", "request_id"}
+Protocol = Literal["next-basket", "impressions", "leave-last", "time-split"]
+DOMAIN_FEATURES = ("domain_id", "scenario_id", "action_id")
+# Names that the log, or a table on the way to it, uses for something else.
+_TAKEN = {"user_id", "item_id", "request_id", "timestamp", "split", "history_end", "candidates"}
+_TAKEN |= {"place", "bucket", "row_key", "draw", "wanted", "count", "last", "weight", "size", "position"}
+_TAKEN |= {"distance", "seconds", "num_candidates", "end"}
+
+
+class FeatureConfig(Settings):
+    """A further id column.
+
+    Attributes:
+        name: in the log; column: in the table, `name` if empty.
+        side: `both`: an attribute of the item, so that candidates have it too (from the impressions table
+            where that has the column, else from the item's latest event); `history`: of the event alone;
+            `candidate`: of the impression alone.
+        multi: the column holds lists, or text that `separator` splits.
+    """
+
+    name: Name
+    column: str = ""
+    side: Literal["both", "history", "candidate"] = "both"
+    multi: bool = False
+    separator: str = ""
+
+    @property
+    def source(self) -> str:
+        """The column of the raw table."""
+        return self.column or self.name
+
+    @model_validator(mode="after")
+    def _separator_splits(self) -> FeatureConfig:
+        if self.separator and not self.multi:
+            raise ValueError(f"feature {self.name}: separator needs multi = true")
+        return self
+
+
+class ContextConfig(Settings):
+    """A request's own id column.
+
+    Attributes:
+        table: `impressions`, or `events`: a column that says something about the user, taken from the newest
+            event strictly before the request.
+    """
+
+    name: Name
+    column: str = ""
+    table: Literal["impressions", "events"] = "impressions"
+    multi: bool = False
+    separator: str = ""
+
+    @property
+    def source(self) -> str:
+        """The column of the raw table."""
+        return self.column or self.name
+
+    @model_validator(mode="after")
+    def _events_have_single_values(self) -> ContextConfig:
+        if self.separator and not self.multi:
+            raise ValueError(f"context {self.name}: separator needs multi = true")
+        return self
 
 
 class EventsConfig(Settings):
@@ -45,12 +106,76 @@ class EventsConfig(Settings):
         return self
 
 
+class ImpressionsConfig(Settings):
+    """Which columns of the impressions table hold what: one row is one candidate of one request.
+
+    Attributes:
+        request: request id; without it a user's rows of one second are one request.
+        labels: task -> column of numbers or booleans; weight, numeric: columns of numbers.
+        domain: with [[domains]], the domain whose items are shown.
+    """
+
+    user: str = "user_id"
+    item: str = "item_id"
+    timestamp: str = "timestamp"
+    request: str = ""
+    labels: dict[Name, str] = Field(default_factory=lambda: {"click": "click"}, min_length=1)
+    weight: str = ""
+    numeric: tuple[Name, ...] = ()
+    domain: str = ""
+
+
+class DomainConfig(Settings):
+    """One source of a cross-domain history: its own files, columns, item ids and categories.
+
+    Attributes:
+        files: paths or patterns, as for `--events`.
+        scenario, action: columns of text or integers; empty if the source has none.
+        key: the column that `mapping`, a table of this column and the levels of `events.taxonomy`, explains.
+            A level that the mapping does not have is unknown, never guessed.
+    """
+
+    name: Name
+    files: tuple[str, ...] = Field(min_length=1)
+    user: str = "user_id"
+    item: str = "item_id"
+    timestamp: str = "timestamp"
+    scenario: str = ""
+    action: str = ""
+    key: str = ""
+    mapping: str = ""
+
+    @model_validator(mode="after")
+    def _mapping_has_a_key(self) -> DomainConfig:
+        if bool(self.key) != bool(self.mapping):
+            raise ValueError(f"domain {self.name}: give key and mapping together")
+        return self
+
+
 class RequestsConfig(Settings):
-    """How many candidates a request gets, and how many earlier events it needs."""
+    """Which requests are asked and how many candidates they get; `next-basket` uses `positives` a basket.
+
+    Attributes:
+        min_history: earlier events that a request needs.
+        per_user: requests that a user keeps in one split, drawn by chance; 0 = all (`time-split`).
+        exclude: negatives are no item of the whole `user`, or only not of the `request` (`time-split`).
+        min_events: events a user needs (`leave-last`).
+        distances: of the training targets from the user's last event, which has distance 1 (`leave-last`).
+    """
 
     positives: int = Field(default=6, ge=1)
     negatives: int = Field(default=4, ge=1)
-    min_history: int = Field(default=50, ge=1)
+    min_history: int = Field(default=50, ge=0)
+    per_user: int = Field(default=0, ge=0)
+    exclude: Literal["user", "request"] = "user"
+    min_events: int = Field(default=210, ge=3)
+    distances: tuple[Annotated[int, Field(ge=3)], ...] = tuple(range(3, 94, 5))
+
+    @model_validator(mode="after")
+    def _distances_are_distinct(self) -> RequestsConfig:
+        if len(set(self.distances)) < len(self.distances):
+            raise ValueError("distances names one distance twice; leave each once")
+        return self
 
 
 class SplitConfig(Settings):
@@ -77,38 +202,128 @@ class SplitConfig(Settings):
 
 
 class FilesConfig(Settings):
-    """The layout of the Parquet files."""
+    """The layout of the Parquet files.
+
+    Attributes:
+        layout: a row is a `user` with all requests, or one `request` with the history as of it.
+        max_history: newest behaviors a request row keeps; 0 = all.
+        order: of the rows: a seeded `shuffle`, or by request `time` (request rows only).
+    """
 
     rows_per_group: int = Field(default=64, ge=1)
     rows_per_file: int = Field(default=1024, ge=1)
+    layout: Literal["user", "request"] = "user"
+    max_history: int = Field(default=0, ge=0)
+    order: Literal["shuffle", "time"] = "shuffle"
 
     @model_validator(mode="after")
-    def _files_hold_whole_groups(self) -> FilesConfig:
+    def _choices_fit(self) -> FilesConfig:
         if self.rows_per_file % self.rows_per_group:
             sizes = f"rows_per_file ({self.rows_per_file}) and rows_per_group ({self.rows_per_group})"
             raise ValueError(f"{sizes}: the first must be a multiple of the second")
+        if self.layout == "user" and (self.max_history or self.order == "time"):
+            raise ValueError('max_history and order = "time" need layout = "request"')
         return self
 
 
 class EngineConfig(Settings):
-    """What the query engine may use. None of it changes the log; threads = 0 means every core."""
+    """What the query engine may use. None of it changes the log.
+
+    Attributes:
+        threads: 0 = every core.
+        buckets: groups of users that are put together one after the other; 0 = as memory_limit asks.
+    """
 
     threads: int = Field(default=0, ge=0)
     memory_limit: str = Field(default="4GB", pattern=r"^[1-9][0-9]*(MB|GB|TB|MiB|GiB|TiB)$")
+    buckets: int = Field(default=0, ge=0, le=4096)
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory_limit` as a number."""
+        digits = self.memory_limit.rstrip("iBMGT")
+        unit = self.memory_limit[len(digits) :]
+        power = " MGT".index(unit[0]) + 1
+        base = 1024 if "i" in unit else 1000
+        return int(digits) * int(base**power)
 
 
 class IngestConfig(Settings):
-    """How raw events become a sequence log. `users` > 0 keeps that many users, for trial runs."""
+    """How raw events become a sequence log.
 
-    protocol: Literal["next-basket"] = "next-basket"
+    Attributes:
+        users: keep the requests of that many users, for trial runs; 0 = all.
+        text_columns: columns of CSV files that are text even where they look like integers.
+    """
+
+    protocol: Protocol = "next-basket"
     task: Name = "purchase"
     seed: int = Field(default=7, ge=0)
     users: int = Field(default=0, ge=0)
     events: EventsConfig = EventsConfig()
+    features: tuple[FeatureConfig, ...] = ()
+    context: tuple[ContextConfig, ...] = ()
+    impressions: ImpressionsConfig = ImpressionsConfig()
+    domains: tuple[DomainConfig, ...] = ()
+    text_columns: tuple[str, ...] = ()
     requests: RequestsConfig = RequestsConfig()
-    split: SplitConfig
+    split: SplitConfig | None = None
     files: FilesConfig = FilesConfig()
     engine: EngineConfig = EngineConfig()
+
+    @property
+    def all_features(self) -> tuple[FeatureConfig, ...]:
+        """Every feature of the log: item, taxonomy, those of domains, then [[features]]."""
+        own = [FeatureConfig(name=name, column=column) for name, column in self.events.features.items()]
+        if self.domains:
+            domain, *others = DOMAIN_FEATURES
+            own += [FeatureConfig(name=domain)]
+            own += [FeatureConfig(name=name, side="history") for name in others]
+        return (*own, *self.features)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The label columns of the log."""
+        return tuple(self.impressions.labels) if self.protocol == "impressions" else (self.task,)
+
+    @property
+    def event_context(self) -> tuple[ContextConfig, ...]:
+        """The context that comes from the events."""
+        return tuple(entry for entry in self.context if entry.table == "events")
+
+    @property
+    def shown_context(self) -> tuple[ContextConfig, ...]:
+        """The context that comes from the impressions."""
+        return tuple(entry for entry in self.context if entry.table == "impressions")
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> IngestConfig:
+        names = Counter(feature.name for feature in self.all_features)
+        names.update(_TAKEN - {"item_id"})
+        names.update(f"context_{entry.name}" for entry in self.context)
+        clash = [name for name, times in names.items() if times > 1]
+        if clash:
+            raise ValueError(f"features or context give the name {clash[0]!r} twice; rename one")
+        domains = [domain.name for domain in self.domains]
+        if len(set(domains)) < len(domains):
+            raise ValueError("domains: two have one name; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def _protocol_has_what_it_needs(self) -> IngestConfig:
+        if self.protocol != "leave-last" and self.split is None:
+            raise ValueError(f"protocol {self.protocol} splits by time: give split.validation and split.test")
+        if self.protocol == "impressions":
+            if self.domains and self.impressions.domain not in {domain.name for domain in self.domains}:
+                raise ValueError(
+                    "impressions.domain must name one of the domains: it says whose items are shown"
+                )
+            return self
+        asking = [feature.name for feature in self.features if feature.side == "candidate"]
+        asking += [entry.name for entry in self.shown_context]
+        if asking:
+            raise ValueError(f'{asking[0]!r} comes from impressions: use protocol = "impressions"')
+        return self
 
 
 def load_ingest_config(path: Path, overrides: Sequence[str] = ()) -> IngestConfig:

@@ -25,5 +25,6 @@ def number(seed: int, purpose: str, *columns: ir.Value) -> ir.IntegerValue:
     """An integer drawn uniformly from [0, 2**48); modulo n it is uniform up to a bias of n / 2**48."""
     text = digest(seed, purpose, *columns)
     # Reading digit by digit is slower than casting "0x...", but that cast is DuckDB's alone.
-    digits = [ibis.literal(_HEX).find(text.substr(place, 1)).cast("int64") for place in range(_DIGITS)]
-    return reduce(lambda value, digit: value * 16 + digit, digits)
+    digits = [ibis.literal(_HEX).find(text.substr(place, 1)) for place in range(_DIGITS)]
+    # Ibis takes a found place for 64 bits wide, but Spark's has 32: the zero makes it so.
+    return reduce(lambda value, digit: value * 16 + digit, digits, ibis.literal(0).cast("int64"))

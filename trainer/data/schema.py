@@ -38,7 +38,7 @@ class FeatureInfo(_Frozen):
     Attributes:
         rows: the largest id + 1, the rows an embedding table needs; id 0 is unknown.
         multi: a behavior or candidate has a list of ids (possibly empty) instead of one.
-        vocabulary: SHA-256 of the file that says what the ids stand for; empty if there is none.
+        vocabulary: SHA-256 of the values that the ids stand for, in order; empty if there are none.
         side: what carries it: `both` behaviors and candidates, only `history` (a behavior's type, say) or
             only `candidate`. Where it is missing its bag is empty, so its vector is zero.
     """

@@ -1,0 +1,169 @@
+"""`tandemrec bench`: measurements with their baseline in the same process; the ratio is the result."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from embeddings.groups import bag_collection
+from embeddings.sharding import attach_optimizer, initialise_unsharded
+from pipelines.console import quiet_third_parties, table_lines
+from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
+from trainer.config import Config, DataConfig, load_config
+from trainer.data.reader import SequenceLogReader
+from trainer.data.schema import read_manifest
+from trainer.loss import loss_sum
+from trainer.run import versions, write_atomically
+
+Row = dict[str, Any]
+
+
+def bench_reader(config: Path, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
+    """Parquet to RequestBatch, against bare pyarrow decoding of the same columns and against a training step.
+
+    Rows are measured interleaved, `repeats` times over the whole train split; medians and spreads are
+    printed, and `report` keeps them as JSON. Everything runs on one thread plus what the config asks for.
+    """
+    quiet_third_parties()
+    settings = load_config(config, overrides)
+    bare, plan = _Bare(settings.data), {}
+    kinds: dict[str, Callable[[], tuple[int, int]]] = {
+        "pyarrow, no checksums": lambda: bare.decode(verify=False),
+        "pyarrow, page checksums": lambda: bare.decode(verify=True),
+        "reader, no threads": lambda: _read(settings.data, workers=0, prefetch=0),
+        "reader, as configured": lambda: _read(settings.data),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(repeats):
+        for name, run in kinds.items():
+            started = time.perf_counter()
+            plan[name] = run()
+            seconds[name].append(time.perf_counter() - started)
+    behaviors, candidates = plan["reader, no threads"]
+    stored = plan["pyarrow, page checksums"][0]
+    rows = [_row(name, seconds[name], behaviors, candidates) for name in kinds]
+    step = _step_seconds(settings)
+    rows.append(_row("training step, one process", [step * candidates], behaviors, candidates))
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {
+        "reader_to_pyarrow": middle["pyarrow, page checksums"] / middle["reader, no threads"],
+        "checksum_cost": middle["pyarrow, page checksums"] / middle["pyarrow, no checksums"] - 1,
+        "reader_to_step": step * candidates / middle["reader, as configured"],
+    }
+    facts = {
+        "stored_behaviors": stored,
+        "read_behaviors": behaviors,
+        "candidates": candidates,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    _print(rows, ratios, facts, repeats)
+    if report is not None:
+        write_atomically(report, json.dumps(_report(rows, ratios, facts), indent=1))
+
+
+class _Bare:
+    """What pyarrow alone needs for the columns that the reader reads."""
+
+    def __init__(self, data: DataConfig) -> None:
+        reader = SequenceLogReader(data, "train", None)
+        self.places, self.names = reader.row_groups, reader.columns.names()
+
+    def decode(self, verify: bool) -> tuple[int, int]:
+        behaviors = candidates = 0
+        for place in self.places:
+            with pq.ParquetFile(place.file, page_checksum_verification=verify) as parquet:
+                table = parquet.read_row_group(place.row_group, columns=self.names, use_threads=False)
+            behaviors += len(table.column("history_timestamp").combine_chunks().values)
+            candidates += table.num_rows
+        return behaviors, candidates
+
+
+def _read(data: DataConfig, **changes: int) -> tuple[int, int]:
+    reader = SequenceLogReader(data.model_copy(update=changes), "train", None, seed=1)
+    behaviors = candidates = 0
+    for step in reader.steps():
+        behaviors += step.batch.behaviors
+        candidates += step.batch.candidates
+    return behaviors, candidates
+
+
+def _step_seconds(config: Config, steps: int = 30) -> float:
+    """Seconds a candidate costs in forward, backward and fused update, without reading; one process."""
+    manifest = read_manifest(config.data.log)
+    groups = resolve_groups(config, manifest)
+    device = torch.device("cpu")
+    collections = {name: bag_collection(group, device) for name, group in groups.items()}
+    for name, group in groups.items():
+        attach_optimizer(collections[name], group.optimizer)
+    numbers = count_numbers(config, manifest.numeric)
+    model = build_model(config, groups, collections, len(manifest.tasks), numbers)
+    initialise_unsharded(model, groups, config.train.seed)
+    reader = SequenceLogReader(config.data, "train", feature_rows(groups), seed=1)
+    batches = []
+    for step in reader.steps():
+        batches.append(step.batch)
+        if len(batches) == steps:
+            break
+    warm, measured = batches[:5], batches[5:] or batches
+    for batch in warm:
+        loss_sum(model(batch), batch.labels, batch.weight).backward()
+    started = time.perf_counter()
+    for batch in measured:
+        loss_sum(model(batch), batch.labels, batch.weight).backward()
+    return (time.perf_counter() - started) / sum(batch.candidates for batch in measured)
+
+
+def _row(name: str, seconds: list[float], behaviors: int, candidates: int) -> Row:
+    middle = statistics.median(seconds)
+    return {
+        "name": name,
+        "seconds": middle,
+        "min": min(seconds),
+        "max": max(seconds),
+        "behaviors_per_s": behaviors / middle,
+        "candidates_per_s": candidates / middle,
+    }
+
+
+def _print(
+    rows: Sequence[Row], ratios: Mapping[str, float], facts: Mapping[str, float], repeats: int
+) -> None:
+    cells = [
+        [
+            row["name"],
+            f"{row['seconds']:.2f}",
+            f"{row['min']:.2f}-{row['max']:.2f}",
+            f"{row['behaviors_per_s']:,.0f}",
+            f"{row['candidates_per_s']:,.0f}",
+        ]
+        for row in rows
+    ]
+    head = [f"train split, n = {repeats}", "median s", "min-max", "behaviors/s", "candidates/s"]
+    print("\n".join(table_lines(head, cells)))
+    print("behaviors/s counts what batches hold: a history once for every block that sees it")
+    for name, value in {**ratios, **facts}.items():
+        print(f"{name}: {value:,.2f}")
+    print("; ".join(f"{name} {version}" for name, version in versions().items()))
+
+
+def _report(rows: Sequence[Row], ratios: Mapping[str, float], facts: Mapping[str, float]) -> dict[str, Any]:
+    machine = {"platform": platform.platform(), "processor": platform.processor() or platform.machine()}
+    return {
+        "ratios": dict(ratios),
+        "rows": list(rows),
+        "facts": dict(facts),
+        "machine": machine,
+        "versions": versions(),
+    }
+
+
+BENCHES = {"reader": bench_reader}

@@ -1,0 +1,217 @@
+"""The relational end of ingest: histories and requests become the nested rows of the sequence log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis.expr import types as ir
+
+from pipelines.ingest_engine import Engine
+from pipelines.ingest_tables import no_ids
+from trainer.data.ingest_config import IngestConfig
+from trainer.data.portable_hash import digest
+from trainer.data.protocol import behavior_features, tie
+
+# Spark and DuckDB hold a behavior being sorted as a struct of its features, its time and a text.
+_BYTES_PER_BEHAVIOR, _BYTES_PER_ID = 160, 48
+_SHARE = 4  # of the memory limit that one bucket may take
+
+
+@dataclass(frozen=True)
+class BlockWriter:
+    """Gives the rows of a split in their final order, with memory for one bucket of users at a time."""
+
+    engine: Engine
+    events: ir.Table
+    config: IngestConfig
+    buckets: int
+    spill: Path
+
+    def rows(self, offered: ir.Table) -> Iterator[pa.RecordBatch]:
+        """The rows of one split's offers, in the columns of `arrow_schema` (and perhaps more)."""
+        if self.config.files.layout == "request" and self.buckets > 1:
+            yield from self._shuffled(offered)
+            return
+        for bucket in range(self.buckets):
+            table = self._bucket(offered, bucket)
+            yield from self._stream(table.order_by([table.row_key, table.user_id]))
+
+    def _bucket(self, offered: ir.Table, bucket: int) -> ir.Table:
+        events = self.events
+        if self.buckets > 1:
+            events = events.filter(events.bucket == bucket)
+            offered = offered.semi_join(events.select("user_id").distinct(), "user_id")
+        past = self.engine.keep("histories", histories(events, offered, self.config))
+        rows = request_rows if self.config.files.layout == "request" else user_rows
+        return rows(past, offered, self.config)
+
+    def _stream(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
+        yield from self.engine.stream(table, self.config.files.rows_per_group)
+
+    def _shuffled(self, offered: ir.Table) -> Iterator[pa.RecordBatch]:
+        """Request rows made user by user, then put in order part by part."""
+        limits = self._limits(offered)
+        folder = self.spill / "parts"
+        folder.mkdir()
+        made = (
+            batch for bucket in range(self.buckets) for batch in self._stream(self._bucket(offered, bucket))
+        )
+        paths = _scatter(made, limits, folder)
+        for path in paths:
+            table = pq.read_table(path)
+            path.unlink()
+            table = table.sort_by([("row_key", "ascending"), ("user_id", "ascending")])
+            yield from table.to_batches(max_chunksize=self.config.files.rows_per_group)
+        folder.rmdir()
+
+    def _limits(self, offered: ir.Table) -> list[str]:
+        """The row keys that separate parts of about equal size."""
+        keys = offered.select(row_key=row_key(offered, self.config))
+        rank = ibis.ntile(self.buckets).over(order_by=keys.row_key)
+        firsts = keys.mutate(part=rank).group_by("part").aggregate(first=ibis._.row_key.min())
+        return sorted(row["first"] for row in self.engine.rows(firsts))[1:]
+
+
+def _scatter(batches: Iterator[pa.RecordBatch], limits: list[str], folder: Path) -> list[Path]:
+    """Writes each row to the part its key belongs to."""
+    paths = [folder / f"part-{part:05d}.parquet" for part in range(len(limits) + 1)]
+    edges = np.array(limits, dtype=object)
+    with ExitStack() as stack:
+        writers: dict[int, pq.ParquetWriter] = {}
+        for batch in batches:
+            keys = batch.column("row_key").to_numpy(zero_copy_only=False)
+            parts = np.searchsorted(edges, keys, side="right") if limits else np.zeros(len(keys), np.int64)
+            for part in np.unique(parts):
+                rows = batch.take(pa.array(np.nonzero(parts == part)[0]))
+                if part not in writers:
+                    writers[part] = stack.enter_context(pq.ParquetWriter(paths[part], batch.schema))
+                writers[part].write_batch(rows)
+    return [path for part, path in enumerate(paths) if part in writers]
+
+
+def auto_buckets(events: int, config: IngestConfig) -> int:
+    """How many buckets keep the nested histories of one within the memory limit."""
+    if config.engine.buckets:
+        return config.engine.buckets
+    size = events * (_BYTES_PER_BEHAVIOR + _BYTES_PER_ID * len(config.all_features))
+    return min(256, -(-size * _SHARE // config.engine.memory_bytes))
+
+
+def row_key(offered: ir.Table, config: IngestConfig) -> ir.StringValue:
+    """Sort by it, then by user, for the order of the rows; buckets of users follow the user rows' key."""
+    if config.files.layout == "user":
+        return digest(config.seed, "row", offered.user_id)
+    key = digest(config.seed, "row", offered.user_id, offered.request_id)
+    return offered.timestamp.cast("string").lpad(11, "0") + key if config.files.order == "time" else key
+
+
+def histories(events: ir.Table, offered: ir.Table, config: IngestConfig) -> ir.Table:
+    """user_id, num_behaviors and history_* of the users with requests, up to the last of these."""
+    features = behavior_features(config)
+    latest = offered.group_by("user_id").aggregate(last=offered.timestamp.max())
+    past = events.inner_join(latest, "user_id")
+    past = past.filter(past.timestamp < past["last"])
+    order = {"timestamp": past.timestamp, "_tie": tie(past, config.seed)}
+    behavior = ibis.struct({**order, **{name: past[name] for name in features}})
+    nested = past.group_by("user_id").aggregate(history=behavior.collect(), num_behaviors=past.count())
+    nested = nested.mutate(history=nested.history.sort())
+    lists = {f"history_{name}": _each(nested.history, name) for name in (*features, "timestamp")}
+    return nested.select("user_id", "num_behaviors", **lists)
+
+
+def user_rows(past: ir.Table, offered: ir.Table, config: IngestConfig) -> ir.Table:
+    """One row a user, all its requests in the order of their time."""
+    names = ["timestamp", "request_id", "history_end", "num_candidates"]
+    names += [f"context_{entry.name}" for entry in config.context]
+    asked = ibis.struct({name: offered[name] for name in (*names, "candidates")})
+    blocks = offered.group_by("user_id").aggregate(
+        requests=asked.collect(),
+        num_requests=offered.count(),
+        num_candidates=offered.num_candidates.sum().cast("int64"),
+    )
+    blocks = blocks.mutate(requests=blocks.requests.sort())
+    fields = _candidate_fields(offered)
+
+    def each_candidate(field: str) -> ir.Value:
+        return blocks.requests.map(lambda request: _each(request["candidates"], field))
+
+    columns = {
+        **{_column(name): _each(blocks.requests, name) for name in names},
+        **{_candidate_column(field, config): each_candidate(field) for field in fields},
+    }
+    blocks = blocks.select(
+        "user_id", "num_requests", "num_candidates", row_key=row_key(blocks, config), **columns
+    )
+    return _with_histories(blocks, past, config)
+
+
+def request_rows(past: ir.Table, offered: ir.Table, config: IngestConfig) -> ir.Table:
+    """One row a request, with the newest behaviors as of its time."""
+    names = ["timestamp", "request_id"] + [f"context_{entry.name}" for entry in config.context]
+    columns = {_column(name): ibis.array([offered[name]]) for name in names}
+    for field in _candidate_fields(offered):
+        columns[_candidate_column(field, config)] = ibis.array([_each(offered.candidates, field)])
+    blocks = offered.select(
+        "user_id",
+        "history_end",
+        "num_candidates",
+        num_requests=ibis.literal(1).cast("int64"),
+        request_num_candidates=ibis.array([offered.num_candidates]),
+        row_key=row_key(offered, config),
+        **columns,
+    )
+    rows = _with_histories(blocks, past, config)
+    kept = config.files.max_history
+    start = ibis.greatest(rows.history_end - kept, 0) if kept else ibis.literal(0)
+    length = (rows.history_end - start).cast("int64")
+    cut = {name: rows[name][start : rows.history_end] for name in rows.columns if _is_history(name)}
+    return rows.mutate(**cut, num_behaviors=length, request_history_end=ibis.array([length])).drop(
+        "history_end"
+    )
+
+
+def _with_histories(blocks: ir.Table, past: ir.Table, config: IngestConfig) -> ir.Table:
+    """Joins the histories; a user without one gets empty lists."""
+    if config.requests.min_history:
+        return blocks.inner_join(past, "user_id")
+    rows = blocks.left_join(past, "user_id", rname="{name}_right")
+    empty = {
+        name: ibis.coalesce(rows[name], _nothing(rows[name])) for name in past.columns if _is_history(name)
+    }
+    return rows.select(*blocks.columns, num_behaviors=rows.num_behaviors.fill_null(0), **empty)
+
+
+def _nothing(lists: ir.Value) -> ir.Value:
+    kind = lists.type()
+    return no_ids() if kind.value_type.is_integer() else ibis.literal([], type=kind)
+
+
+def _is_history(name: str) -> bool:
+    return name.startswith("history_") and name != "history_end"
+
+
+def _each(items: ir.Value, field: str) -> ir.Value:
+    return items.map(lambda item: item[field])
+
+
+def _candidate_fields(offered: ir.Table) -> list[str]:
+    kind = offered.candidates.type().value_type
+    return [name for name in kind.names if name != "_order"]
+
+
+def _column(name: str) -> str:
+    if name.startswith("context_"):
+        return name
+    return name if name.startswith("request_") else f"request_{name}"
+
+
+def _candidate_column(field: str, config: IngestConfig) -> str:
+    features = {feature.name for feature in config.all_features}
+    return f"candidate_{field}" if field in features else field

@@ -1,0 +1,188 @@
+"""The engines that run ingest's expressions: DuckDB in this process, or Spark."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis.expr import types as ir
+
+from embeddings.errors import ConfigError, DataError
+from trainer.data.ingest_config import EngineConfig
+
+ENGINES = ("duckdb", "spark")
+_SPARK_TYPES = {"int64": "BIGINT", "float64": "DOUBLE", "string": "STRING"}
+
+
+class Engine(Protocol):
+    """What ingest needs of an engine. `bounded` engines want users in buckets to respect a memory limit."""
+
+    bounded: bool
+
+    def read_parquet(self, files: Sequence[Path]) -> ir.Table: ...
+
+    def read_csv(self, files: Sequence[Path], types: Mapping[str, str]) -> ir.Table: ...
+
+    def keep(self, name: str, table: ir.Table) -> ir.Table:
+        """Computes the table now, so that what uses it twice does not compute it twice."""
+
+    def drop(self, name: str) -> None: ...
+
+    def rows(self, table: ir.Table) -> list[dict[str, Any]]:
+        """A small result."""
+
+    def stream(self, table: ir.Table, size: int) -> Iterator[pa.RecordBatch]: ...
+
+    def close(self) -> None: ...
+
+
+def connect(name: str, config: EngineConfig, spill: Path) -> Engine:
+    """Starts an engine that keeps its intermediate tables under `spill`.
+
+    Raises:
+        ConfigError: no engine of that name, or Spark is not installed.
+    """
+    spill.mkdir(parents=True, exist_ok=True)
+    if name == "duckdb":
+        return DuckEngine(config, spill)
+    if name == "spark":
+        return SparkEngine(config, spill)
+    raise ConfigError(f"--engine {name}: choose {' or '.join(ENGINES)}")
+
+
+class DuckEngine:
+    """DuckDB on a database file, so that what does not fit the memory limit is read again from disk."""
+
+    bounded = True
+
+    def __init__(self, config: EngineConfig, spill: Path) -> None:
+        settings = {"memory_limit": config.memory_limit, "temp_directory": str(spill / "temp")}
+        if config.threads:
+            settings["threads"] = str(config.threads)
+        self._duck: Any = ibis.duckdb.connect(str(spill / "tables.duckdb"), **settings)
+        # DuckDB 2.0.0 keeps N - 1 rows instead of N where "row_number() - 1 < N" (Ibis' row_number) stands
+        # in a common table expression: this rewrite reads the "< N" as if nothing were subtracted.
+        self._duck.con.execute("SET disabled_optimizers = 'top_n_window_elimination'")
+        # No result here depends on the order of a table, and keeping it costs memory.
+        self._duck.con.execute("SET preserve_insertion_order = false")
+
+    def read_parquet(self, files: Sequence[Path]) -> ir.Table:
+        return self._duck.read_parquet([str(path) for path in files])
+
+    def read_csv(self, files: Sequence[Path], types: Mapping[str, str]) -> ir.Table:
+        names = [str(path) for path in files]
+        return self._duck.read_csv(names, columns=dict(types), header=True, delim=",", quote='"')
+
+    def keep(self, name: str, table: ir.Table) -> ir.Table:
+        # Not create_table: it makes an empty table first, and to overwrite says what is no SQL to DuckDB 2.
+        # DuckDB's sums are wider than Ibis believes, so that its own casts to int64 are left out.
+        whole = [name for name, kind in table.schema().items() if kind.is_int64()]
+        columns = ", ".join(f'"{name}"::BIGINT AS "{name}"' for name in whole)
+        replaced = f"* REPLACE ({columns})" if whole else "*"
+        made = f'CREATE OR REPLACE TABLE "{name}" AS SELECT {replaced} FROM'
+        query = f"{made} ({ibis.to_sql(table, dialect='duckdb')})"
+        self._run(lambda: self._duck.con.execute(query))
+        return self._duck.table(name)
+
+    def drop(self, name: str) -> None:
+        self._duck.con.execute(f'DROP TABLE IF EXISTS "{name}"')
+
+    def rows(self, table: ir.Table) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._run(lambda: self._query(table).to_arrow_table().to_pylist())
+        return found
+
+    def stream(self, table: ir.Table, size: int) -> Iterator[pa.RecordBatch]:
+        # Not table.to_pyarrow_batches(): Ibis 12 calls a method that DuckDB 2 no longer has.
+        yield from self._run(lambda: self._query(table).to_arrow_reader(size))
+
+    def close(self) -> None:
+        self._duck.disconnect()
+
+    def _query(self, table: ir.Table) -> Any:
+        return self._duck.con.sql(ibis.to_sql(table, dialect="duckdb"))
+
+    def _run(self, work: Any) -> Any:
+        import duckdb
+
+        try:
+            return work()
+        except duckdb.OutOfMemoryException as error:
+            problem = f"raise engine.memory_limit or engine.buckets ({str(error).splitlines()[0]})"
+            raise ConfigError(f"engine.memory_limit is too small for these tables: {problem}") from error
+        except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
+            problem = f"the tables hold a value that does not fit its column: {str(error).splitlines()[0]}"
+            raise DataError(f"{problem}; mend it, or name the column in text_columns") from error
+
+
+class SparkEngine:
+    """Spark: in this process, or on the cluster to which spark-submit sent this driver.
+
+    Intermediate tables are Parquet files under `spill`, which driver and executors must both reach.
+    """
+
+    bounded = False
+
+    def __init__(self, config: EngineConfig, spill: Path) -> None:
+        try:
+            from pyspark.sql import SparkSession
+        except ImportError as error:
+            problem = "pip install -r requirements/spark.txt (and Java 17 or later)"
+            raise ConfigError(f"--engine spark needs PySpark: {problem}") from error
+        self._mine = SparkSession.getActiveSession() is None
+        builder = SparkSession.builder.appName("tandemrec ingest")
+        # spark-submit has settled these already; there they change nothing.
+        builder = builder.config("spark.driver.memory", f"{config.memory_bytes >> 20}m")
+        builder = builder.config("spark.ui.showConsoleProgress", "false")
+        if config.threads:
+            builder = builder.config("spark.master", f"local[{config.threads}]")
+            builder = builder.config("spark.sql.shuffle.partitions", str(2 * config.threads))
+        self._session: Any = builder.getOrCreate()
+        self._spark: Any = ibis.pyspark.connect(self._session)
+        self._spill = spill
+
+    def read_parquet(self, files: Sequence[Path]) -> ir.Table:
+        return self._view(self._session.read.parquet(*(str(path.absolute()) for path in files)))
+
+    def read_csv(self, files: Sequence[Path], types: Mapping[str, str]) -> ir.Table:
+        schema = ", ".join(f"`{name}` {_SPARK_TYPES[kind]}" for name, kind in types.items())
+        options = {"header": True, "mode": "FAILFAST", "escape": '"', "enforceSchema": False}
+        names = [str(path.absolute()) for path in files]
+        return self._view(self._session.read.options(**options).schema(schema).csv(names))
+
+    def keep(self, name: str, table: ir.Table) -> ir.Table:
+        path = self._spill / name
+        self._frame(table).write.mode("overwrite").parquet(str(path))
+        return self._view(self._session.read.parquet(str(path)), name)
+
+    def drop(self, name: str) -> None:
+        self._session.catalog.dropTempView(name)
+        shutil.rmtree(self._spill / name, ignore_errors=True)
+
+    def rows(self, table: ir.Table) -> list[dict[str, Any]]:
+        return [row.asDict(recursive=True) for row in self._frame(table).collect()]
+
+    def stream(self, table: ir.Table, size: int) -> Iterator[pa.RecordBatch]:
+        path = self._spill / "rows"
+        self._frame(table).write.mode("overwrite").parquet(str(path))
+        # Spark sorts by ranges, one a file, and numbers the files in that order.
+        for file in sorted(path.glob("part-*.parquet")):
+            with pq.ParquetFile(file) as parquet:
+                yield from parquet.iter_batches(size)
+        shutil.rmtree(path)
+
+    def close(self) -> None:
+        if self._mine:
+            self._session.stop()
+
+    def _frame(self, table: ir.Table) -> Any:
+        return self._session.sql(ibis.to_sql(table, dialect="pyspark"))
+
+    def _view(self, frame: Any, name: str = "") -> ir.Table:
+        name = name or ibis.util.gen_name("raw")
+        frame.createOrReplaceTempView(name)
+        return self._spark.table(name)

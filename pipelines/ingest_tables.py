@@ -1,0 +1,189 @@
+"""The relational middle of ingest: vocabularies, encoded tables, timed requests and their candidates.
+
+All functions take and give Ibis tables and run on any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+
+import ibis
+from ibis.expr import types as ir
+
+from trainer.data.ingest_config import FeatureConfig, IngestConfig
+from trainer.data.portable_hash import digest
+from trainer.data.protocol import REQUEST, Tables
+
+_HEX = "0123456789abcdef"
+_PREFIX = 4  # hexadecimal digits of the row key that choose a bucket
+
+
+def vocabulary(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | None) -> ir.Table:
+    """value, id, count: dense ids from 1 in the order of the values.
+
+    Args:
+        sources: the tables with the column `name`. `count` counts in the first only, and there the events
+            before the Unix second `cutoff` (None: all).
+    """
+    parts = []
+    for number, table in enumerate(sources):
+        counts = ibis.literal(number == 0) & (True if cutoff is None else table.timestamp < cutoff)
+        values = table[name].unnest() if multi else table[name]
+        parts.append(table.select(value=values, counted=counts.cast("int64")))
+    everything = reduce(lambda left, right: left.union(right), parts)
+    known = everything.filter(everything["value"].notnull())
+    counted = known.group_by("value").aggregate(count=known.counted.sum().cast("int64"))
+    dense = ibis.row_number().over(order_by=counted["value"]) + 1
+    return counted.mutate(id=dense.cast("int64")).select("value", "id", "count")
+
+
+def encode(
+    raw: ir.Table, features: Mapping[str, bool], words: Mapping[str, ir.Table], aliases: Mapping[str, str]
+) -> ir.Table:
+    """The table with dense ids instead of values: 0 for null; of a multi-valued feature the sorted ids.
+
+    Args:
+        features: column -> whether it is multi-valued.
+        words: vocabulary name -> vocabulary.
+        aliases: column -> vocabulary name, where they differ.
+    """
+    table, codes = raw, {}
+    for name, multi in features.items():
+        vocabulary = words[aliases.get(name, name)]
+        coded = _bags(raw, name, vocabulary) if multi else vocabulary
+        coded = coded.select(**{f"{name}_word": coded["value"], f"{name}_code": coded["id"]})
+        table = table.left_join(coded, table[name] == coded[f"{name}_word"])
+        table = table.drop(f"{name}_word")
+        codes[name] = f"{name}_code"
+    ids = {name: _or_nothing(table[code], features[name]) for name, code in codes.items()}
+    others = [name for name in raw.columns if name not in features]
+    return table.select(*others, **ids)
+
+
+def _bags(raw: ir.Table, name: str, vocabulary: ir.Table) -> ir.Table:
+    """value (a list), id (the sorted different ids of its members)."""
+    lists = raw.select(value=raw[name]).distinct()
+    members = lists.mutate(member=lists["value"].unnest())
+    words = vocabulary.select(member=vocabulary["value"], code=vocabulary["id"])
+    coded = members.inner_join(words, "member").select("value", "code").distinct()
+    return coded.group_by("value").aggregate(id=coded.code.collect().sort())
+
+
+def _or_nothing(ids: ir.Value, multi: bool) -> ir.Value:
+    return ibis.coalesce(ids, no_ids()) if multi else ids.fill_null(0)
+
+
+def no_ids() -> ir.ArrayValue:
+    """An empty list of ids."""
+    return ibis.literal([], type="array<int64>")
+
+
+def bucketed(raw: ir.Table, buckets: int, seed: int) -> ir.Table:
+    """Adds `bucket` to a table with user_id; in the order of the buckets, so that one is read alone."""
+    users = raw.select("user_id").distinct()
+    key = digest(seed, "row", users.user_id)
+    digits = [ibis.literal(_HEX).find(key.substr(place, 1)) for place in range(_PREFIX)]
+    prefix = reduce(lambda value, digit: value * 16 + digit, digits, ibis.literal(0).cast("int64"))
+    users = users.mutate(bucket=(prefix * buckets // 16**_PREFIX).cast("int64"))
+    return raw.inner_join(users, "user_id").order_by("bucket")
+
+
+def timed_requests(tables: Tables, requests: ir.Table, config: IngestConfig) -> ir.Table:
+    """Adds history_end, the number of the user's events strictly before the request, and the split.
+
+    Context of the user comes from the newest event before the request; of several in that second the
+    largest value counts.
+    """
+    events = tables.events
+    if config.users:
+        users = requests.select("user_id").distinct()
+        order = digest(config.seed, "user", users.user_id)
+        requests = requests.semi_join(users.order_by(order).limit(config.users), "user_id")
+    asked = requests.select("user_id", "timestamp", events=ibis.literal(0).cast("int64"))
+    happened = events.select("user_id", "timestamp", events=ibis.literal(1).cast("int64"))
+    marks = ibis.union(happened.semi_join(asked, "user_id"), asked)
+    seconds = marks.group_by(["user_id", "timestamp"]).aggregate(happened=marks.events.sum())
+    so_far = seconds.happened.cumsum(group_by="user_id", order_by="timestamp")
+    busy = (seconds.happened > 0).cast("int64")
+    busy_so_far = busy.cumsum(group_by="user_id", order_by="timestamp")
+    earlier = seconds.select(
+        "user_id",
+        "timestamp",
+        history_end=(so_far - seconds.happened).cast("int64"),
+        seconds=(busy_so_far - busy).cast("int64"),
+    )
+    timed = requests.inner_join(earlier, ["user_id", "timestamp"])
+    timed = _with_user_context(timed, events, config).drop("seconds")
+    return timed if "split" in timed.columns else timed.mutate(split=_split(timed, config))
+
+
+def _split(timed: ir.Table, config: IngestConfig) -> ir.Value:
+    if config.split is None:
+        raise ValueError("a protocol without its own split needs the dates of one")
+    return ibis.cases(
+        (timed.timestamp < config.split.validation_start, "train"),
+        (timed.timestamp < config.split.test_start, "validation"),
+        else_="test",
+    )
+
+
+def _with_user_context(timed: ir.Table, events: ir.Table, config: IngestConfig) -> ir.Table:
+    """Adds context_* from the user's second number `seconds`, the last one before the request."""
+    if not config.event_context:
+        return timed
+    names = [f"context_{entry.name}" for entry in config.event_context]
+    grouped = events.group_by(["user_id", "timestamp"])
+    states = grouped.aggregate(**{name: events[name].max() for name in names})
+    number = ibis.row_number().over(group_by="user_id", order_by=states.timestamp) + 1
+    states = states.mutate(seconds=number.cast("int64")).drop("timestamp")
+    joined = timed.left_join(states, ["user_id", "seconds"], rname="{name}_right")
+    multi = {f"context_{entry.name}": entry.multi for entry in config.event_context}
+    return joined.select(*timed.columns, **{name: _or_nothing(joined[name], multi[name]) for name in names})
+
+
+def kept_requests(found: ir.Table, config: IngestConfig) -> ir.Table:
+    """The requests with enough history, at most `requests.per_user` of a user in a split."""
+    asked = found.filter(found.history_end >= config.requests.min_history)
+    if not config.requests.per_user:
+        return asked
+    order = [digest(config.seed, "request", asked.user_id, asked.request_id)]
+    place = ibis.row_number().over(group_by=["user_id", "split"], order_by=order)
+    asked = asked.mutate(place=place)
+    return asked.filter(asked.place < config.requests.per_user).drop("place")
+
+
+def item_attributes(events: ir.Table, features: Sequence[FeatureConfig]) -> ir.Table:
+    """item_id and the features that items have, as of the item's latest event."""
+    names = [feature.name for feature in features]
+    seen = events.group_by(["item_id", *names]).aggregate(last=events.timestamp.max())
+    recent = [ibis.desc(seen["last"]), *(ibis.desc(seen[name]) for name in names)]
+    seen = seen.mutate(place=ibis.row_number().over(group_by="item_id", order_by=recent))
+    return seen.filter(seen.place == 0).select("item_id", *names)
+
+
+def offers(events: ir.Table, asked: ir.Table, candidates: ir.Table, config: IngestConfig) -> ir.Table:
+    """The asked requests with `candidates`, a list of structs in seeded order, and their number.
+
+    What a candidate does not say of its item is as of the item's latest event.
+    """
+    carried = [feature for feature in config.all_features if feature.side != "history"]
+    lacking = [feature for feature in carried if feature.name not in candidates.columns]
+    joined = candidates
+    if lacking:
+        items = item_attributes(events, lacking)
+        joined = candidates.left_join(items, "item_id", rname="{name}_right")
+        known = {feature.name: _or_nothing(joined[feature.name], feature.multi) for feature in lacking}
+        joined = joined.select(*candidates.columns, **known)
+    # Without a shuffle a model could tell a positive by its place in the list.
+    order = digest(config.seed, "candidate", joined.user_id, joined.request_id, joined.item_id)
+    names = [feature.name for feature in carried]
+    names += [name for name in candidates.columns if name not in (*REQUEST, *names)]
+    nested = joined.group_by(REQUEST).aggregate(
+        candidates=ibis.struct({"_order": order, **{name: joined[name] for name in names}}).collect(),
+        num_candidates=joined.count(),
+    )
+    nested = nested.mutate(candidates=nested.candidates.sort())
+    context = [f"context_{entry.name}" for entry in config.context]
+    wanted = asked.select(*REQUEST, "timestamp", "history_end", "split", *context)
+    return wanted.inner_join(nested, REQUEST)

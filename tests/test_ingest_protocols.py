@@ -1,0 +1,363 @@
+"""Every protocol against plain Python on small tables full of ties, repetitions and nulls."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embeddings.errors import ConfigError, DataError
+from pipelines.ingest import ingest, report_lines
+from tests.rawlogs import DAY, SHOWN, START, Row, config, events, impressions, rows, words, write
+from trainer.data.schema import LogManifest, read_manifest, schema_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
+SEEDS = st.integers(0, 10_000)
+BEHAVIOR = ("item_id", "category_id", "action", "tags", "timestamp")
+
+
+class Log:
+    """An ingested log, and the raw tables in its ids."""
+
+    def __init__(self, folder: Path, protocol: str, seed: int, **changes: Any) -> None:
+        self.config = config(protocol, **changes)
+        self.folder = folder / "log"
+        raw = events(seed, users=4, per_user=16, items=20)
+        shown = impressions(seed, users=5, items=24) if protocol == "impressions" else None
+        source = write(folder / "events.parquet", raw)
+        given = write(folder / "shown.parquet", shown, SHOWN) if shown else None
+        self.manifest: LogManifest = ingest(
+            source, self.folder, self.config, impressions=given, overwrite=True
+        )
+        names = [*self.manifest.features, *(f"context_{name}" for name in self.manifest.context)]
+        self.words = {name: words(self.folder, name) for name in names}
+        self.events = [self.encode(row) for row in raw]
+        self.shown = [self.encode(row) for row in shown or []]
+        self.rows = rows(self.folder)
+
+    def encode(self, row: Row) -> Row:
+        coded = {**row, "category_id": row.get("category"), "context_city": row.get("city")}
+        coded["context_page"] = row.get("page")
+        for name, ids in self.words.items():
+            value = coded.get(name)
+            multi = name == "tags"
+            coded[name] = sorted({ids[one] for one in value or [] if one}) if multi else ids.get(value, 0)
+        return coded
+
+    def before(self, user: int, time: int) -> list[Row]:
+        return [event for event in self.events if event["user_id"] == user and event["timestamp"] < time]
+
+    def requests(self) -> dict[tuple[int, int], Row]:
+        """(user, request id) -> the request's values, its visible history among them."""
+        found = {}
+        names = read_manifest(self.folder).features
+        kept = {f"candidate_{name}" for name in names}
+        for row in self.rows:
+            history = list(zip(*(row[f"history_{name}"] for name in BEHAVIOR), strict=True))
+            lists = [key for key in row if key.startswith(("request_", "context_", "label_", "numeric_"))]
+            lists += [key for key in row if key == "weight" or key in kept]
+            for place, request in enumerate(row["request_id"]):
+                one = {key: row[key][place] for key in lists}
+                one["history"] = history[: one["request_history_end"]]
+                assert (row["user_id"], request) not in found
+                found[row["user_id"], request] = one
+        return found
+
+    def attribute(self, item: int, name: str) -> Any:
+        """Of the item's latest event; with ties, of the largest attributes."""
+        having = [event for event in self.events if event["item_id"] == item]
+        missing: Any = [] if name == "tags" else 0
+        latest = max(having, key=lambda e: (e["timestamp"], e["category_id"], e["tags"]), default=None)
+        return latest[name] if latest else missing
+
+    def check_histories(self) -> None:
+        for (user, _), request in self.requests().items():
+            past = self.before(user, request["request_timestamp"])
+            times = [behavior[-1] for behavior in request["history"]]
+            assert times == sorted(times) and request["request_num_candidates"] == len(request["label_click"])
+            expected = Counter(frozen(tuple(event[name] for name in BEHAVIOR)) for event in past)
+            kept = self.config.files.max_history
+            found = Counter(map(frozen, request["history"]))
+            assert found <= expected if kept else found == expected
+            assert len(request["history"]) == (min(kept, len(past)) if kept else len(past))
+            last = max(event["timestamp"] for event in past)
+            assert times[-1] == last
+            cities = [event["context_city"] for event in past if event["timestamp"] == last]
+            assert request["context_city"] == max(cities)
+            for place, item in enumerate(request["candidate_item_id"]):
+                for name in ("category_id", "tags"):
+                    assert request[f"candidate_{name}"][place] == self.attribute(item, name)
+
+
+def frozen(behavior: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tuple(value) if isinstance(value, list) else value for value in behavior)
+
+
+def ordered(log: Log, user: int) -> list[Row]:
+    """The user's events in the order of the history."""
+
+    def key(event: Row) -> tuple[Any, ...]:
+        text = f"{log.config.seed}/tie/{user}/{event['timestamp']}/{event['item_id']}"
+        tie = hashlib.md5(text.encode()).hexdigest()
+        return (event["timestamp"], tie, *(event[name] for name in BEHAVIOR[:-1]))
+
+    return sorted((event for event in log.events if event["user_id"] == user), key=key)
+
+
+def split_of(time: int) -> str:
+    return "train" if time < START + 5 * DAY else "validation" if time < START + 8 * DAY else "test"
+
+
+def check_one_positive(log: Log, expected: dict[tuple[int, int], Row], never: str = "user") -> None:
+    found = log.requests()
+    assert found.keys() == expected.keys()
+    popular: set[int] = {event["item_id"] for event in log.events if log.config.split is None}
+    popular |= {event["item_id"] for event in log.events if split_of(event["timestamp"]) == "train"}
+    for (user, place), request in found.items():
+        target = expected[user, place]
+        assert request["request_timestamp"] == target["timestamp"]
+        items, labels = request["candidate_item_id"], request["label_click"]
+        assert [item for item, label in zip(items, labels, strict=True) if label] == [target["item_id"]]
+        theirs = {event["item_id"] for event in log.events if event["user_id"] == user}
+        if never == "request":
+            same = [e for e in log.events if (e["user_id"], e["timestamp"]) == (user, target["timestamp"])]
+            theirs = {event["item_id"] for event in same}
+        others = [item for item, label in zip(items, labels, strict=True) if not label]
+        assert len(others) == len(set(others)) <= 2 and not theirs.intersection(others)
+        assert popular.issuperset(others)
+        if len(popular - theirs) > 8:
+            assert others
+    assert [key for split in ("train", "validation", "test") for key in places(log, split)] == list(found)
+    log.check_histories()
+
+
+def places(log: Log, split: str) -> list[tuple[int, int]]:
+    return [(row["user_id"], request) for row in rows(log.folder, split) for request in row["request_id"]]
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=SEEDS)
+def test_leave_last_asks_at_fixed_distances(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    log = Log(tmp_path_factory.mktemp("log"), "leave-last", seed, requests={"min_events": 9})
+    expected: dict[str, dict[tuple[int, int], Row]] = defaultdict(dict)
+    for user in {event["user_id"] for event in log.events}:
+        theirs = ordered(log, user)
+        if len(theirs) < 9:
+            continue
+        for distance, split in ((1, "test"), (2, "validation"), (3, "train"), (8, "train")):
+            place = len(theirs) - distance
+            if log.before(user, theirs[place]["timestamp"]):
+                expected[split][user, place] = theirs[place]
+    for split, targets in expected.items():
+        assert set(places(log, split)) == set(targets)
+    check_one_positive(log, {key: one for part in expected.values() for key, one in part.items()})
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=SEEDS, exclude=st.sampled_from(["user", "request"]))
+def test_time_split_asks_at_every_event(
+    seed: int, exclude: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    log = Log(folder, "time-split", seed, requests={"exclude": exclude, "min_history": 2})
+    expected = {
+        (user, place): event
+        for user in {event["user_id"] for event in log.events}
+        for place, event in enumerate(ordered(log, user))
+        if len(log.before(user, event["timestamp"])) >= 2
+    }
+    for split in ("train", "validation", "test"):
+        assert all(split_of(expected[key]["timestamp"]) == split for key in places(log, split))
+    check_one_positive(log, expected, exclude)
+
+
+def test_time_split_keeps_some_requests_of_a_user(tmp_path: Path) -> None:
+    full = Log(tmp_path, "time-split", 1)
+    every = {split: places(full, split) for split in ("train", "validation", "test")}
+    few = Log(tmp_path, "time-split", 1, requests={"per_user": 2})
+    for split, keys in every.items():
+        kept = places(few, split)
+        theirs = Counter(user for user, _ in keys)
+        assert set(kept) <= set(keys)
+        assert Counter(user for user, _ in kept) == {user: min(2, count) for user, count in theirs.items()}
+    left = sum(map(len, every.values())) - sum(len(places(few, split)) for split in every)
+    assert few.manifest.report["dropped"]["requests_over_per_user"] == left > 0
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=SEEDS, layout=st.sampled_from(["user", "request"]))
+def test_impressions_are_written_as_they_were(
+    seed: int, layout: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    log = Log(tmp_path_factory.mktemp("log"), "impressions", seed, files={"layout": layout})
+    expected: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for row in log.shown:
+        if log.before(row["user_id"], row["timestamp"]):
+            expected[row["user_id"], row["request"]].append(row)
+    found = log.requests()
+    assert found.keys() == expected.keys()
+    for key, request in found.items():
+        assert request["context_page"] == max(row["context_page"] for row in expected[key])
+        names = ("candidate_item_id", "candidate_slot", "label_click", "label_buy", "numeric_price", "weight")
+        candidates = Counter(zip(*(request[name] for name in names), strict=True))
+        source = ("item_id", "slot", "click", "buy", "price", "importance")
+        assert candidates == Counter(tuple(row[name] for name in source) for row in expected[key])
+    log.check_histories()
+    assert log.manifest.tasks == ["click", "buy"] and log.manifest.weighted
+    assert (log.manifest.numeric, list(log.manifest.context)) == (["price"], ["city", "page"])
+    assert {name: info.side for name, info in log.manifest.features.items()} == {
+        "item_id": "both",
+        "category_id": "both",
+        "action": "history",
+        "tags": "both",
+        "slot": "candidate",
+    }
+    assert set(log.rows[0]) == set(schema_of(log.manifest).names)
+
+
+def test_impressions_may_carry_item_attributes_of_their_own(tmp_path: Path) -> None:
+    shown = [{**row, "category": "new"} for row in impressions()]
+    given = write(tmp_path / "i.parquet", shown, (*SHOWN, "category"))
+    ingest(
+        write(tmp_path / "e.parquet", events()), tmp_path / "log", config("impressions"), impressions=given
+    )
+    new = words(tmp_path / "log", "category_id")["new"]
+    categories = [one for row in rows(tmp_path / "log") for one in row["candidate_category_id"]]
+    assert {code for one in categories for code in one} == {new}
+
+
+def test_requests_without_history_can_be_kept(tmp_path: Path) -> None:
+    given = write(tmp_path / "i.parquet", impressions(), SHOWN)
+    for layout in ("user", "request"):
+        plan = config("impressions", requests={"min_history": 0}, files={"layout": layout})
+        ingest(
+            write(tmp_path / "e.parquet", events()), tmp_path / "log", plan, impressions=given, overwrite=True
+        )
+        found = rows(tmp_path / "log")
+        assert {row["user_id"] for row in found} == set(range(1, 8))  # user 7 has no event
+        first = next(row for row in found if row["user_id"] == 7)
+        assert first["history_item_id"] == first["history_tags"] == [] and first["num_behaviors"] == 0
+        assert set(first["request_history_end"]) == {0} and set(first["context_city"]) == {0}
+        assert sum(row["num_requests"] for row in found) == 42
+
+
+@pytest.mark.parametrize("order", ["time", "shuffle"])
+def test_request_rows_have_the_newest_behaviors_in_order(order: str, tmp_path: Path) -> None:
+    log = Log(tmp_path, "time-split", 3, files={"layout": "request", "max_history": 4, "order": order})
+    log.check_histories()
+    assert all(row["num_requests"] == 1 and row["num_behaviors"] <= 4 for row in log.rows)
+    times = [[row["request_timestamp"][0] for row in rows(log.folder, split)] for split in ("train", "test")]
+    assert all((one == sorted(one)) is (order == "time") for one in times)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "files"),
+    [
+        ("leave-last", {}),
+        ("time-split", {"layout": "request", "max_history": 5}),
+        ("impressions", {"layout": "request", "order": "time"}),
+    ],
+)
+def test_buckets_threads_and_row_order_change_nothing(
+    protocol: str, files: dict[str, Any], tmp_path: Path
+) -> None:
+    shown = impressions()
+
+    def made(out: str, rows_in: Sequence[Row], **engine: Any) -> LogManifest:
+        given = write(tmp_path / "i.parquet", shown[:: engine["threads"] * 2 - 3], SHOWN)
+        source = write(tmp_path / "e.parquet", rows_in)
+        plan = config(protocol, files=files, engine=engine)
+        used = given if protocol == "impressions" else None
+        return ingest(source, tmp_path / out, plan, impressions=used)
+
+    once = made("one", events(), threads=1, buckets=1)
+    again = made("two", events()[::-1], threads=2, buckets=3)
+    assert again.splits == once.splits and again.report == once.report
+
+
+def test_several_files_and_csv_give_the_same_log(tmp_path: Path) -> None:
+    raw = [{**row, "tags": "|".join(one for one in row["tags"] or [] if one)} for row in events()]
+    names = ("user_id", "item_id", "timestamp", "category", "action", "tags", "city")
+    lines = [",".join("" if row[name] is None else str(row[name]) for name in names) for row in raw]
+    for part in (0, 1):
+        (tmp_path / f"part{part}.csv").write_text("\n".join([",".join(names), *lines[part::2], ""]))
+    feature = [{"name": "action", "side": "history"}, {"name": "tags", "multi": True, "separator": "|"}]
+    plan = config("time-split", features=feature)
+    csv = ingest(f"{tmp_path}/part*.csv", tmp_path / "csv", plan)
+    parts = [write(tmp_path / f"{part}.parquet", events()[part::2]) for part in (0, 1)]
+    parquet = ingest(parts, tmp_path / "parquet", config("time-split"))
+    assert csv.splits == parquet.splits and csv.report == parquet.report
+
+
+def bad_impressions(**changes: Any) -> list[Row]:
+    return [{**row, **changes} for row in impressions()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"click": None}, r"i\.parquet: column click: null in \d+ of \d+ rows; remove or fill"),
+        ({"price": float("nan")}, r"i\.parquet: column price: null in"),
+        ({"request": None}, r"i\.parquet: column request: null in"),
+        ({"timestamp": START * 1000}, r"column timestamp: .* too large for unix seconds"),
+        ({"timestamp": -1}, r"column timestamp: -1 is before 1970"),
+    ],
+)
+def test_bad_impressions_are_explained(changes: Row, message: str, tmp_path: Path) -> None:
+    given = write(tmp_path / "i.parquet", bad_impressions(**changes), SHOWN)
+    with pytest.raises(DataError, match=message):
+        ingest(
+            write(tmp_path / "e.parquet", events()),
+            tmp_path / "log",
+            config("impressions"),
+            impressions=given,
+        )
+    assert not (tmp_path / "log").exists()
+
+
+def test_missing_inputs_are_explained(tmp_path: Path) -> None:
+    source = write(tmp_path / "e.parquet", events())
+    given = write(tmp_path / "i.parquet", impressions(), SHOWN)
+    out = tmp_path / "log"
+    with pytest.raises(ConfigError, match="add --impressions FILE"):
+        ingest(source, out, config("impressions"))
+    with pytest.raises(ConfigError, match="uses no impressions"):
+        ingest(source, out, config("leave-last"), impressions=given)
+    with pytest.raises(ConfigError, match="name them with --events"):
+        ingest(None, out, config("leave-last"))
+    with pytest.raises(ConfigError, match="choose duckdb or spark"):
+        ingest(source, out, config("leave-last"), engine="sql")
+    with pytest.raises(DataError, match=r"none\*: no such file; name a Parquet or CSV file of raw events"):
+        ingest(tmp_path / "none*", out, config("leave-last"))
+    with pytest.raises(DataError, match=r"lower requests\.min_events"):
+        ingest(source, out, config("leave-last", requests={"min_events": 1000}))
+    with pytest.raises(DataError, match=r"column nope: no such column \(features: nope\)"):
+        ingest(source, out, config("time-split", features=[{"name": "nope"}]))
+    with pytest.raises(DataError, match=r"column tags: type is list.*expected an integer or a string"):
+        ingest(source, out, config("time-split", features=[{"name": "tags"}]))
+    with pytest.raises(DataError, match=r"column city: .*expected a list"):
+        ingest(source, out, config("time-split", features=[{"name": "city", "multi": True}]))
+    (tmp_path / "e.csv").write_text("user_id,item_id,timestamp,category\n1,2,3,a\n")
+    with pytest.raises(DataError, match=r"e\.csv: Parquet and CSV are mixed"):
+        ingest([source, tmp_path / "e.csv"], out, config("leave-last"))
+
+
+def test_a_csv_value_of_another_type_is_explained(tmp_path: Path) -> None:
+    lines = [f"{user},{item},{START + item},c" for user in range(100) for item in range(1000)]
+    (tmp_path / "e.csv").write_text("\n".join(["user_id,item_id,timestamp,category", *lines, "1,x,2,c"]))
+    plan = config("leave-last", features=[], context=[])
+    with pytest.raises(DataError, match=r"does not fit its column.*text_columns"):
+        ingest(tmp_path / "e.csv", tmp_path / "log", plan)
+
+
+def test_report_names_what_was_left_out(tmp_path: Path) -> None:
+    log = Log(tmp_path, "leave-last", 2, requests={"min_events": 15})
+    few = sum(len(ordered(log, user)) < 15 for user in range(1, 5))
+    lines = report_lines(log.manifest)
+    assert f"dropped: {few} users below min events" in lines and "context city: 3 table rows" in lines

@@ -1,0 +1,54 @@
+"""DuckDB and Spark give the same rows."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.ingest import ingest
+from tests.rawlogs import SHOWN, config, events, impressions, rows, write
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:pyspark.*"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[Any]:
+    """One session for all tests: to start one takes longer than a test."""
+    sql = pytest.importorskip("pyspark.sql", reason="pip install -r requirements/spark.txt")
+    if shutil.which("java") is None:
+        pytest.skip("Spark needs Java 17 or later on the path")
+    builder = sql.SparkSession.builder.master("local[2]").config("spark.sql.shuffle.partitions", "2")
+    session = builder.config("spark.ui.enabled", "false").getOrCreate()
+    yield session
+    session.stop()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "files"),
+    [
+        ("next-basket", {}),
+        ("impressions", {"layout": "request", "max_history": 5, "order": "time"}),
+        ("leave-last", {}),
+        ("time-split", {"layout": "request"}),
+    ],
+)
+def test_both_engines_write_the_same_rows(
+    protocol: str, files: dict[str, Any], tmp_path: Path, spark: Any
+) -> None:
+    del spark
+    source = write(tmp_path / "events.parquet", events())
+    shown = write(tmp_path / "shown.parquet", impressions(), SHOWN) if protocol == "impressions" else None
+    plan = config(protocol, files=files)
+    duckdb = ingest(source, tmp_path / "duckdb", plan, impressions=shown)
+    other = ingest(source, tmp_path / "spark", plan, impressions=shown, engine="spark")
+    assert rows(tmp_path / "spark") == rows(tmp_path / "duckdb") != []
+    assert (other.features, other.context, other.report) == (duckdb.features, duckdb.context, duckdb.report)

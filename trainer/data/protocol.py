@@ -1,0 +1,63 @@
+"""What the request protocols share: the tables they are given, and the order of a user's events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ibis
+from ibis.expr import types as ir
+
+from trainer.data.ingest_config import IngestConfig
+from trainer.data.portable_hash import digest
+
+REQUEST = ("user_id", "request_id")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Encoded tables: ids are dense integers, 0 for null; multi-valued features are lists of them.
+
+    Attributes:
+        events: user_id, request_id (may be null), timestamp, one column a behavior's feature.
+        popularity: item_id, count: how many events that may be learnt from have the item.
+        shown: the impressions, one row a candidate: user_id, request_id, timestamp, item_id, label_*, ...
+    """
+
+    events: ir.Table
+    popularity: ir.Table
+    shown: ir.Table | None = None
+
+
+@dataclass(frozen=True)
+class RequestProtocol:
+    """What makes one way of asking differ from another; everything else is shared.
+
+    Attributes:
+        requests: gives user_id, request_id, timestamp, and what `candidates` wants to know besides; a `split`
+            column overrides the split by time.
+        candidates: gives user_id, request_id, item_id and label_*, one row a candidate, for the requests.
+    """
+
+    requests: Callable[[Tables, IngestConfig], ir.Table]
+    candidates: Callable[[Tables, ir.Table, IngestConfig], ir.Table]
+
+
+def tie(events: ir.Table, seed: int) -> ir.StringValue:
+    """Orders the events of one second, which have no order of their own; logs often sort them by item id."""
+    return digest(seed, "tie", events.user_id, events.timestamp, events.item_id)
+
+
+def behavior_features(config: IngestConfig) -> list[str]:
+    """The features that an encoded event has, in the order of the log's columns."""
+    return [feature.name for feature in config.all_features if feature.side != "candidate"]
+
+
+def positions(events: ir.Table, config: IngestConfig) -> ir.Table:
+    """Adds `position`, the number of the user's events before this one in the order of the histories."""
+    order = [
+        events.timestamp,
+        tie(events, config.seed),
+        *(events[name] for name in behavior_features(config)),
+    ]
+    return events.mutate(position=ibis.row_number().over(group_by="user_id", order_by=order).cast("int64"))

@@ -1,0 +1,48 @@
+"""Cross-domain trajectories: the events of several sources as one history a user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+
+import ibis
+from ibis.expr import types as ir
+
+from trainer.data.ingest_config import DomainConfig
+
+_SAME = ("user_id", "item_id", "action_id", "timestamp")
+
+
+def scoped(table: ir.Table, domain: DomainConfig, further: Mapping[str, ir.Value]) -> ir.Table:
+    """One domain's events in common columns: user_id, request_id, timestamp, item_id, domain_id, ..., key.
+
+    Items and scenarios carry the domain's name, so that equal numbers of two domains are never one id;
+    actions do not: a click is a click. `key` is what the domain's mapping explains.
+    """
+
+    def text(column: str) -> ir.Value:
+        return table[column].cast("string") if column else ibis.null("string")
+
+    prefix = ibis.literal(f"{domain.name}/")
+    timestamp = table[domain.timestamp].cast("int64")
+    return table.select(
+        user_id=table[domain.user].cast("int64"),
+        request_id=timestamp,
+        timestamp=timestamp,
+        item_id=prefix + text(domain.item),
+        domain_id=ibis.literal(domain.name),
+        scenario_id=prefix + text(domain.scenario),
+        action_id=text(domain.action),
+        key=text(domain.key),
+        **further,
+    )
+
+
+def merge(sources: Sequence[ir.Table]) -> ir.Table:
+    """All events, one of each (user, item, action, second): of several the least in its other columns."""
+    names = list(sources[0].columns)
+    everything = reduce(lambda left, right: left.union(right), (table.select(names) for table in sources))
+    others = [everything[name] for name in names if name not in _SAME]
+    place = ibis.row_number().over(group_by=list(_SAME), order_by=others)
+    numbered = everything.mutate(place=place)
+    return numbered.filter(numbered.place == 0).drop("place")
