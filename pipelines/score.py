@@ -54,7 +54,7 @@ def score(
             raise DataError(
                 f"lacks scores of some requests in {out}; are they of split {split}?", file=against
             )
-        kept = f"{equal:.1%} bit-equal, bound {bound:.0e}"
+        kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
         print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
         if not worst <= bound:
             raise SnapshotError(

@@ -30,7 +30,7 @@ def test_make_train_on_a_slice(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         shown = done.stdout + done.stderr
         assert "sharding plan for 2 rank(s)" in shown
-        assert "100.0% bit-equal" in shown
+        assert "100.00% bit-equal" in shown
     assert "resumed from" in shown
     assert len(losses(out / "run")) == 4
     summary = json.loads((out / "run" / "summary.json").read_text())

@@ -46,7 +46,7 @@ def score(made: Path, snapshot: Path, *words: str):  # type: ignore[no-untyped-d
 def test_a_fresh_process_scores_like_the_trainer(made: Path) -> None:
     done = score(made, made / "snapshot", "--against", str(made / "run" / "scores-test.parquet"))
     assert done.returncode == 0, done.stderr
-    assert "largest difference to the trainer's own scores: 0 (100.0% bit-equal" in done.stdout
+    assert "largest difference to the trainer's own scores: 0 (100.00% bit-equal" in done.stdout
     found, own = (pq.read_table(made / name) for name in ("scores.parquet", "run/scores-test.parquet"))
     assert found.equals(own) and found.num_rows > 50
 

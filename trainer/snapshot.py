@@ -222,7 +222,9 @@ def load_snapshot(path: Path) -> Snapshot:
         # Sizes in the config cost nothing until the tensors turn out to have them.
         with torch.device("meta"):
             model = build_model(manifest.config, groups, collections, len(manifest.tasks), numbers)
-        model.load_state_dict(_tensors(path, "dense.safetensors", names), assign=True)
+        # Copies, because a matrix product over a mapped file's unaligned memory rounds differently.
+        dense = {name: tensor.clone() for name, tensor in _tensors(path, "dense.safetensors", names).items()}
+        model.load_state_dict(dense, assign=True)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SnapshotError(path / "dense.safetensors", f"does not fit the config: {reason}") from None
