@@ -21,8 +21,9 @@ from trainer.assemble import build_model, count_numbers, feature_rows, resolve_g
 from trainer.config import Config, DataConfig, load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
+from trainer.durable import write_text
 from trainer.loss import loss_sum
-from trainer.run import versions, write_atomically
+from trainer.run import versions
 
 Row = dict[str, Any]
 
@@ -67,7 +68,7 @@ def bench_reader(config: Path, overrides: Sequence[str], repeats: int, report: P
     }
     _print(rows, ratios, facts, repeats)
     if report is not None:
-        write_atomically(report, json.dumps(_report(rows, ratios, facts), indent=1))
+        write_text(report, json.dumps(_report(rows, ratios, facts), indent=1))
 
 
 class _Bare:

@@ -7,7 +7,7 @@ from pathlib import Path
 from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
 from trainer.data.reader import SequenceLogReader
-from trainer.evaluation import compare_scores, read_scores, score_requests, write_scores
+from trainer.evaluation import Scored, compare_scores, read_scores, score_requests, write_scores
 from trainer.snapshot import Snapshot, load_snapshot
 
 
@@ -35,36 +35,35 @@ def score(
     loaded.self_check()
     config = loaded.manifest.config.data.model_copy(update={"log": requests})
     reader = SequenceLogReader(config, split, loaded.manifest.features)
-    if list(reader.columns.tasks) != list(loaded.manifest.tasks) or (
-        reader.numeric_names() != loaded.numeric_names()
-    ):
-        raise DataError(
-            f"has tasks {reader.columns.tasks} and numbers {reader.numeric_names()}; the snapshot was "
-            f"trained with {list(loaded.manifest.tasks)} and {loaded.numeric_names()}",
-            file=requests,
-        )
-    _check_vocabulary(requests, reader, loaded)
+    _check_fits(requests, reader, loaded)
     scored = score_requests(loaded.score, reader, limit)
     write_scores(scored, out)
     size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests"
     print(f"{size} scored by {loaded.path} -> {out}")
     if against is not None:
-        worst, equal = compare_scores(scored, read_scores(against))
-        if worst == float("inf"):
-            raise DataError(
-                f"lacks scores of some requests in {out}; are they of split {split}?", file=against
-            )
-        kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
-        print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
-        if not worst <= bound:
-            raise SnapshotError(
-                loaded.path, f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}"
-            )
+        _compare(scored, against, loaded, bound)
     return out
 
 
-def _check_vocabulary(requests: Path, reader: SequenceLogReader, loaded: Snapshot) -> None:
-    """The same ids must stand for the same things as in training."""
+def _compare(scored: Scored, against: Path, loaded: Snapshot, bound: float) -> None:
+    worst, equal = compare_scores(scored, read_scores(against))
+    if worst == float("inf"):
+        raise DataError("lacks scores of some of these requests; is it of the same split?", file=against)
+    kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
+    print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
+    if not worst <= bound:
+        raise SnapshotError(
+            loaded.path, f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}"
+        )
+
+
+def _check_fits(requests: Path, reader: SequenceLogReader, loaded: Snapshot) -> None:
+    """Tasks and numbers must be those of training, and the same ids stand for the same things."""
+    mine = (list(reader.columns.tasks), reader.numeric_names())
+    wanted = (list(loaded.manifest.tasks), loaded.numeric_names())
+    if mine != wanted:
+        problem = f"has tasks and numbers {mine}, the snapshot was trained with {wanted}"
+        raise DataError(problem, file=requests)
     known = {**reader.columns.features, **reader.columns.context}
     for feature, expected in loaded.manifest.vocabularies.items():
         found = known[feature].vocabulary

@@ -14,7 +14,8 @@ from trainer.config import Config, load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks, process_group, sum_counts
-from trainer.loop import Trainer
+from trainer.loop import Position, Trainer
+from trainer.metrics import Metrics
 from trainer.resume import check_resumable, log_fingerprint
 from trainer.run import RunFolder, versions
 
@@ -64,22 +65,25 @@ def run(config: Config, out: Path, ranks: Ranks) -> None:
         return
     cpu_s = trainer.cpu_seconds()
     if ranks.speaks:
-        metrics = trainer.metrics_of_validation
-        folder.update_summary(
-            {
-                "samples": end.candidates,
-                "steps": end.step,
-                "wall_s": end.wall_s,
-                "cpu_s": cpu_s,
-                "world_size": ranks.world_size,
-                "versions": versions(),
-                **({"validation": metrics.as_dict()} if metrics else {}),
-            }
-        )
+        _summarise(folder, end, cpu_s, ranks.world_size, trainer.metrics_of_validation)
     say(
         f"trained {end.candidates:,} samples in {end.step:,} steps and {end.wall_s:.0f} s: "
         f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); see {out}"
     )
+
+
+def _summarise(
+    folder: RunFolder, end: Position, cpu_s: float, world_size: int, validation: Metrics | None
+) -> None:
+    entries = {
+        "samples": end.candidates,
+        "steps": end.step,
+        "wall_s": end.wall_s,
+        "cpu_s": cpu_s,
+        "world_size": world_size,
+        "versions": versions(),
+    }
+    folder.update_summary({**entries, **({"validation": validation.as_dict()} if validation else {})})
 
 
 def has(manifest: LogManifest, split: str) -> bool:

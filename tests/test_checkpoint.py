@@ -14,6 +14,7 @@ import torch
 from embeddings.errors import CheckpointError
 from trainer import checkpoint
 from trainer.distributed import process_group
+from trainer.durable import file_digest
 
 
 @pytest.fixture(autouse=True)
@@ -133,4 +134,4 @@ def test_manifest_lists_every_file_with_its_digest(tmp_path: Path) -> None:
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert set(files) == {p.name for p in path.iterdir()} - {"manifest.json"}
     for name, entry in files.items():
-        assert entry["sha256"] == checkpoint.file_digest(path / name)
+        assert entry["sha256"] == file_digest(path / name)

@@ -14,12 +14,12 @@ ROWS = {"item_id": 100, "category_id": 10}
 ROLES = ("attention_target", "attention_behavior", "representation_target", "representation_behavior")
 
 
-@pytest.mark.parametrize("preset", ["dare", "twin"])
+@pytest.mark.parametrize("preset", ["dare", "twin", "dare_search"])
 def test_presets_load_and_resolve(preset: str) -> None:
     config = load_config(CONFIGS / f"{preset}.toml")
     groups = build_groups(config, ROWS)
     assert {getattr(config.model.roles, role) for role in ROLES} == set(groups)
-    assert len(groups) == {"dare": 2, "twin": 1}[preset]
+    assert len(groups) == (1 if preset == "twin" else 2)
     assert all(group.features == list(ROWS) for group in groups.values())
 
 

@@ -9,7 +9,6 @@ rewrite it: checkpoints are trusted input, snapshots are what may come from else
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,10 +23,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from embeddings.errors import CheckpointError
+from trainer.durable import file_digest, sync
 
 _NAME = re.compile(r"step-(\d{8})$")
 _MANIFEST, _STATE = "manifest.json", "state.json"
-_CHUNK = 1 << 22
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], keep: int) -> Path:
@@ -137,24 +136,6 @@ def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = Tru
         dcp.load(tensors, checkpoint_id=path, no_dist=not distributed)
     except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
         raise CheckpointError(path, f"does not fit this configuration: {_reason(error)}") from None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have a file's or a directory's content reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prepare(folder: Path, part: Path) -> None:

@@ -257,27 +257,31 @@ def build_groups(
     groups = {}
     for name, group in config.groups.items():
         allowed = (context_rows or {}) if name == config.model.roles.context else item_rows
-        features = group.features or tuple(allowed)
-        if not features:
-            raise ConfigError(
-                f"groups.{name}: the log has no context features; leave model.roles.context empty"
-            )
-        for feature in features:
-            if feature not in allowed:
-                has = ", ".join(allowed)
-                raise ConfigError(f"groups.{name}.features: the log has no feature {feature!r}; it has {has}")
-        if isinstance(group.dim, dict) and (stray := sorted(set(group.dim) - set(features))):
-            raise ConfigError(
-                f"groups.{name}.dim gives a width for {stray[0]!r}, which is no feature of the group"
-            )
-        dims = group.dim if isinstance(group.dim, dict) else dict.fromkeys(features, group.dim)
-        missing = [feature for feature in features if feature not in dims]
-        if missing:
-            raise ConfigError(f"groups.{name}.dim gives no width for feature {missing[0]!r}")
-        optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps)
-        groups[name] = table_group(name, features, dims, sizes, optimizer, group.init_scale, group.sharding)
+        groups[name] = _build_group(name, group, {feature: sizes[feature] for feature in allowed})
     _check_roles(config.model.roles, groups)
     return groups
+
+
+def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> TableGroup:
+    """One group over the features of `rows`, or those of them that it names."""
+    features = group.features or tuple(rows)
+    if not features:
+        raise ConfigError(f"groups.{name}: the log has no context features; leave model.roles.context empty")
+    for feature in features:
+        if feature not in rows:
+            has = ", ".join(rows)
+            raise ConfigError(f"groups.{name}.features: the log has no feature {feature!r}; it has {has}")
+    dims = group.dim if isinstance(group.dim, dict) else dict.fromkeys(features, group.dim)
+    missing, stray = set(features) - set(dims), set(dims) - set(features)
+    if missing:
+        raise ConfigError(f"groups.{name}.dim gives no width for feature {sorted(missing)[0]!r}")
+    if stray:
+        problem = (
+            f"groups.{name}.dim gives a width for {sorted(stray)[0]!r}, which is no feature of the group"
+        )
+        raise ConfigError(problem)
+    optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps)
+    return table_group(name, features, dims, rows, optimizer, group.init_scale, group.sharding)
 
 
 def _check_roles(roles: RolesConfig, groups: Mapping[str, TableGroup]) -> None:

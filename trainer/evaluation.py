@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from embeddings.errors import DataError
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.distributed import gather_rows
+from trainer.durable import replacing
 from trainer.metrics import Metrics, group_keys, measure
 
 Floats = npt.NDArray[np.float32]
@@ -96,10 +96,8 @@ def write_scores(scored: Scored, path: Path) -> None:
     for task in range(scored.score.shape[1]):
         columns[f"score_{task}"] = scored.score[:, task]
         columns[f"label_{task}"] = scored.label[:, task]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    pq.write_table(pa.table(columns), part, compression="zstd", write_page_checksum=True)
-    part.replace(path)
+    with replacing(path) as part:
+        pq.write_table(pa.table(columns), part, compression="zstd", write_page_checksum=True)
 
 
 def read_scores(path: Path) -> Scored:

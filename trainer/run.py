@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from embeddings.errors import ConfigError
 from trainer.config import Config, load_config
+from trainer.durable import write_text
 
 _CONFIG = "config.toml"
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchx", "pyarrow", "numpy")
@@ -64,7 +65,7 @@ class RunFolder:
         """Keep the resolved config."""
         self.path.mkdir(parents=True, exist_ok=True)
         tree = config.model_dump(mode="json", exclude_none=True)
-        write_atomically(self.path / _CONFIG, tomli_w.dumps(tree))
+        write_text(self.path / _CONFIG, tomli_w.dumps(tree))
 
     def read_config(self) -> Config:
         """The resolved config of this run.
@@ -82,7 +83,7 @@ class RunFolder:
     def update_summary(self, entries: Mapping[str, Any]) -> None:
         """Merge entries into summary.json."""
         summary = json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else {}
-        write_atomically(self.summary, json.dumps({**summary, **jsonable(entries)}, indent=1))
+        write_text(self.summary, json.dumps({**summary, **jsonable(entries)}, indent=1))
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget lines of steps that a resumed run is about to repeat."""
@@ -90,7 +91,7 @@ class RunFolder:
             return
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if 0 <= _step_of(line) <= step]
-        write_atomically(self.metrics, "".join(line + "\n" for line in kept))
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
 
 
 class MetricsLog:
@@ -129,13 +130,6 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file whole."""
-    part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def jsonable(value: Any) -> Any:

@@ -87,6 +87,8 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
         hint = f"did you mean {full!r}?" if near else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {name!r}; {hint}"
     message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] in ("tuple_type", "list_type"):
+        message = 'Input should be a list, such as ["a", "b"]'
     given = problem.get("input")
     shown = f" (given: {given!r})" if name and isinstance(given, str | int | float | bool) else ""
     return f"{name}: {message}{shown}" if name else message

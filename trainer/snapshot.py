@@ -33,9 +33,9 @@ from embeddings.errors import SnapshotError
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.plain import PlainBagCollection
 from trainer.assemble import build_model, count_numbers
-from trainer.checkpoint import file_digest, sync
 from trainer.config import Config
 from trainer.data.batch import RequestBatch, Retrieval
+from trainer.durable import file_digest, sync, write_text
 from trainer.model.two_stage import TwoStageModel
 from trainer.settings import Settings
 
@@ -146,38 +146,42 @@ def publish(
     try:
         (part / "tables").mkdir(parents=True)
         _write_tensors(part, groups, weights, recorded)
-        files = tuple(
-            SnapshotFile(path=str(f.relative_to(part)), bytes=f.stat().st_size, sha256=file_digest(f))
-            for f in sorted(part.rglob("*.safetensors"))
-        )
-        tables = {
-            name: tuple(SnapshotTable(**asdict(t)) for t in group.tables) for name, group in groups.items()
-        }
-        rows = {t.feature: t.rows for group in groups.values() for t in group.tables}
-        batch = recorded[0]
-        manifest = SnapshotManifest(
-            config=config,
-            groups=tables,
-            features=rows,
-            recorded_features=tuple(batch.features.keys()),
-            recorded_context=tuple(batch.context.keys()) if batch.context is not None else (),
-            files=files,
-            **facts,
-        )
+        manifest = _describe(part, config, groups, recorded[0], facts)
         (part / _MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         (part / _DIGEST).write_text(file_digest(part / _MANIFEST) + "\n", encoding="utf-8")
         for file in part.rglob("*"):
             sync(file)
         part.rename(final)
-        pointer = root / f".{_LATEST}.tmp"
-        pointer.write_text(final.name + "\n", encoding="utf-8")
-        sync(pointer)
-        pointer.replace(root / _LATEST)
+        write_text(root / _LATEST, final.name + "\n")
         sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise SnapshotError(root, f"cannot be written: {error}") from None
     return final
+
+
+def _describe(
+    part: Path,
+    config: Config,
+    groups: Mapping[str, TableGroup],
+    batch: RequestBatch,
+    facts: Mapping[str, Any],
+) -> SnapshotManifest:
+    """The manifest of the tensors that lie in `part`."""
+    files = tuple(
+        SnapshotFile(path=str(f.relative_to(part)), bytes=f.stat().st_size, sha256=file_digest(f))
+        for f in sorted(part.rglob("*.safetensors"))
+    )
+    tables = {name: tuple(SnapshotTable(**asdict(t)) for t in group.tables) for name, group in groups.items()}
+    return SnapshotManifest(
+        config=config,
+        groups=tables,
+        features={t.feature: t.rows for group in groups.values() for t in group.tables},
+        recorded_features=tuple(batch.features.keys()),
+        recorded_context=tuple(batch.context.keys()) if batch.context is not None else (),
+        files=files,
+        **facts,
+    )
 
 
 def resolve(path: Path) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embeddings.jagged import one_id_bags
 from trainer.config import DataConfig
 from trainer.data.batch import RequestBatch, Retrieval
 from trainer.data.blocks import Block, visible_ends
@@ -46,7 +48,7 @@ class Piece:
     def requests(self) -> slice:
         return slice(self.block.first, self.block.last)
 
-    @property
+    @cached_property
     def candidates(self) -> slice:
         offsets = self.rows.candidate_offsets
         return slice(int(offsets[self.block.first]), int(offsets[self.block.last]))
@@ -155,6 +157,8 @@ def _context(pieces: Sequence[Piece], infos: Mapping[str, FeatureInfo]) -> Keyed
 
 def _jagged(keys: list[str], parts: list[tuple[Bags | None, int]], stride: int) -> KeyedJaggedTensor:
     values = np.concatenate([bags.values for bags, _ in parts if bags is not None])
+    if all(bags is not None and bags.offsets is None for bags, _ in parts):
+        return one_id_bags(keys, torch.from_numpy(values).view(len(keys), stride))
     lengths = [np.zeros(n, dtype=np.int32) if bags is None else bags.lengths(n) for bags, n in parts]
     return KeyedJaggedTensor(
         keys=keys,

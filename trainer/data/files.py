@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 from embeddings.errors import DataError
 from trainer.data.rows import PARQUET_ERRORS, Columns, read_plan, read_rows
 from trainer.data.schema import FileInfo, LogManifest
+from trainer.durable import file_digest
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def skip_bad(
 
 def _compare(file: Path, entry: FileInfo) -> None:
     try:
-        with file.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
+        found = file_digest(file)
     except FileNotFoundError:
         raise DataError("named in the manifest but missing; ingest again", file=file) from None
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
 from trainer.data.schema import DIGEST, MANIFEST, FileInfo, LogManifest, SplitInfo, is_sequence_log
+from trainer.durable import file_digest, sync
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -111,15 +111,13 @@ def _count(group: pa.Table, totals: dict[str, int]) -> None:
 
 
 def _describe(path: Path, root: Path, rows: int) -> FileInfo:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     name = path.relative_to(root).as_posix()
-    return FileInfo(path=name, rows=rows, bytes=path.stat().st_size, sha256=sha256)
+    return FileInfo(path=name, rows=rows, bytes=path.stat().st_size, sha256=file_digest(path))
 
 
 def _publish(staging: Path, out: Path) -> None:
     for path in (*staging.rglob("*"), staging):
-        _sync(path)
+        sync(path)
     old = out.with_name(f"{staging.name}-old")
     replaces = out.exists()
     if replaces:
@@ -130,14 +128,5 @@ def _publish(staging: Path, out: Path) -> None:
         if replaces:
             old.rename(out)
         raise
-    _sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    # A rename may reach the disk before the data does; a power cut would then leave an empty log.
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

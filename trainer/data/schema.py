@@ -11,7 +11,6 @@ once however many requests refer to it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from embeddings.errors import DataError
+from trainer.durable import file_digest
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1
@@ -158,7 +158,7 @@ def _check_digest(path: Path) -> None:
         raise DataError(
             f"unreadable: {error}; ingest the events again", file=path.with_name(DIGEST)
         ) from None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+    if file_digest(path) != expected:
         raise DataError(f"does not match {DIGEST}, so one of them is corrupt; ingest again", file=path)
 
 
