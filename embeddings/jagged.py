@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 
 def one_id_bags(keys: list[str], ids_FB: Tensor) -> KeyedJaggedTensor:
@@ -44,3 +44,15 @@ def select_keys(kjt: KeyedJaggedTensor, keys: list[str]) -> KeyedJaggedTensor:
     if kjt.keys() == keys:
         return kjt
     return kjt.permute([kjt.keys().index(key) for key in keys])
+
+
+def vectors_in_order(pooled: KeyedTensor, keys: list[str]) -> Tensor:
+    """The vectors of `keys`, concatenated in that order: [B, sum of their widths].
+
+    A collection whose tables lie on several ranks returns its keys in the order of the ranks, so that the
+    same model would see its inputs permuted on another number of them.
+    """
+    if pooled.keys() == keys:
+        values: Tensor = pooled.values()
+        return values
+    return torch.cat([pooled[key] for key in keys], dim=1)

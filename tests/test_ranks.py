@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.launching import losses, overrides, tandemrec, train
-from tests.logs import random_rows, small_log, write_log
+from tests.logs import Shape, enrich, random_rows, small_log, write_log
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
@@ -60,11 +60,23 @@ def test_two_ranks_equal_one(log: Path, one_rank: Path, tmp_path: Path) -> None:
     assert summary["validation"]["auc"] == pytest.approx(first["auc"], abs=1e-3)
 
 
-def test_twin_trains_by_the_same_code_on_two_ranks(log: Path, tmp_path: Path) -> None:
-    found = train(log, tmp_path / "run", ranks=2, preset="twin", train__max_steps=5)
-    assert len(found) == 5
-    tables = [n for n in parameters(tmp_path / "run") if "embedding_bags" in n and n.startswith("model.")]
+def test_tables_of_one_group_on_two_ranks_keep_their_order(tmp_path: Path) -> None:
+    """TWIN's one group lies on both ranks; the vectors it gives must be those of one rank all the same."""
+    rows = enrich(random_rows(8, Shape(users=30)), seed=1)
+    log = write_log(tmp_path / "log", {"train": rows, "validation": rows}, rich=True)
+    run = tmp_path / "two"
+    settings = {"train__max_steps": 8, "groups__shared__dim": 4, "groups__shared__init_scale": 1.0}
+    two = train(log, run, ranks=2, preset="twin", **settings)
+    one = train(log, tmp_path / "one", preset="twin", **settings)
+    assert len(one) == 8 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+    tables = [n for n in parameters(run) if "embedding_bags" in n and n.startswith("model.")]
     assert tables and all("shared" in name for name in tables)
+    trained = json.loads((run / "summary.json").read_text())["validation"]
+    done = tandemrec("evaluate", "--run", str(run), "--split", "validation")
+    assert done.returncode == 0, done.stderr
+    restored = json.loads((run / "summary.json").read_text())["validation"]
+    for name in ("auc", "gauc", "logloss", "pcoc"):
+        assert restored[name] == pytest.approx(trained[name], abs=1e-6), name
 
 
 def test_same_seed_same_bits_on_two_ranks(log: Path, tmp_path: Path) -> None:

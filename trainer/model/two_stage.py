@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.groups import TableGroup
-from embeddings.jagged import select_bags, select_keys
+from embeddings.jagged import select_bags, select_keys, vectors_in_order
 from trainer.config import ModelConfig
 from trainer.data.batch import RequestBatch
 from trainer.model.head import Head
@@ -65,7 +66,7 @@ class TwoStageModel(nn.Module):
     def forward(self, batch: RequestBatch) -> Tensor:
         """-> logits, float32 [C, T]."""
         roles, behaviors = self.roles, batch.behaviors
-        vectors = {name: self._lookup(name, batch) for name in self._first_lookups()}
+        vectors = {name: self._lookup(name, batch.features) for name in self._first_lookups()}
         query_CD = vectors[roles.attention_target][behaviors:]
         key_ND = vectors[roles.attention_behavior][:behaviors]
         windows = windows_of(batch, self.history_length)
@@ -86,8 +87,7 @@ class TwoStageModel(nn.Module):
             parts.append(batch.numeric.sign() * batch.numeric.abs().log1p())
         if self.roles.context:
             assert batch.context is not None
-            context = select_keys(batch.context, self.features[self.roles.context])
-            parts.append(self.collections[self.roles.context](context).values()[batch.candidate_request])
+            parts.append(self._lookup(self.roles.context, batch.context)[batch.candidate_request])
         return parts
 
     def _first_lookups(self) -> list[str]:
@@ -98,9 +98,10 @@ class TwoStageModel(nn.Module):
             names += [roles.representation_target, roles.representation_behavior]
         return list(dict.fromkeys(names))
 
-    def _lookup(self, group: str, batch: RequestBatch) -> Tensor:
-        vectors: Tensor = self.collections[group](select_keys(batch.features, self.features[group])).values()
-        return vectors
+    def _lookup(self, group: str, bags: KeyedJaggedTensor) -> Tensor:
+        """-> [stride of the bags, width of the group]."""
+        features = self.features[group]
+        return vectors_in_order(self.collections[group](select_keys(bags, features)), features)
 
     def _representation(
         self, batch: RequestBatch, kept: Kept, vectors: dict[str, Tensor]
@@ -118,10 +119,7 @@ class TwoStageModel(nn.Module):
             chosen_S, place_N = union_of(kept, behaviors)
             bags = torch.cat([chosen_S, behaviors + torch.arange(batch.candidates, device=chosen_S.device)])
             selected = select_bags(batch.features, bags)
-            found = {
-                n: self.collections[n](select_keys(selected, self.features[n])).values()
-                for n in dict.fromkeys(late)
-            }
+            found = {name: self._lookup(name, selected) for name in dict.fromkeys(late)}
             if target is None:
                 target_CD = found[roles.representation_target][chosen_S.numel() :]
             if behavior is None:
