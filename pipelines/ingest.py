@@ -225,10 +225,9 @@ def _write_vocabularies(
     infos = {}
     for name, table in words.items():
         rows, content = 0, hashlib.sha256()
-        writer = None
+        writer, path = None, root / "vocab" / f"{name}.parquet"
         for batch in engine.stream(table.order_by("id"), 1 << 16):
             if writer is None:
-                path = root / "vocab" / f"{name}.parquet"
                 writer = pq.ParquetWriter(path, batch.schema, compression="zstd", write_page_checksum=True)
             writer.write_batch(batch)
             rows += batch.num_rows
@@ -236,6 +235,9 @@ def _write_vocabularies(
             content.update("".join(f"{value}\n" for value in batch.column("value").to_pylist()).encode())
         if writer is not None:
             writer.close()
+        else:
+            # A column of nulls only: all its ids are 0.
+            pq.write_table(table.schema().to_pyarrow().empty_table(), path)
         infos[name] = FeatureInfo(
             rows=rows + 1,
             vocabulary=content.hexdigest(),

@@ -88,6 +88,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], Path, L
     return events, folder / "log", manifest
 
 
+def test_a_column_of_nulls_has_an_empty_vocabulary(tmp_path: Path) -> None:
+    events = [(*event[:5], None) for event in world(seed=6)]
+    manifest = ingest(write(tmp_path / "events.parquet", events), tmp_path / "log", config())
+    assert manifest.features["type_id"].rows == 1 and words(tmp_path / "log", "type_id") == {}
+    assert {i for row in rows(tmp_path / "log") for i in row["history_type_id"]} == {0}
+
+
 def test_without_a_request_column_a_second_is_a_request(tmp_path: Path) -> None:
     events = world(seed=5)
     settings = config(events={"request": ""})
