@@ -14,10 +14,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from embeddings.groups import bag_collection
-from embeddings.sharding import attach_optimizer, initialise_unsharded
+from embeddings.sharding import initialise_unsharded
 from pipelines.console import quiet_third_parties, table_lines
-from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
+from trainer.assemble import build_trainable, feature_rows
 from trainer.config import Config, DataConfig, load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
@@ -100,13 +99,7 @@ def _read(data: DataConfig, **changes: int) -> tuple[int, int]:
 def _step_seconds(config: Config, steps: int = 30) -> float:
     """Seconds a candidate costs in forward, backward and fused update, without reading; one process."""
     manifest = read_manifest(config.data.log)
-    groups = resolve_groups(config, manifest)
-    device = torch.device("cpu")
-    collections = {name: bag_collection(group, device) for name, group in groups.items()}
-    for name, group in groups.items():
-        attach_optimizer(collections[name], group.optimizer)
-    numbers = count_numbers(config, manifest.numeric)
-    model = build_model(config, groups, collections, len(manifest.tasks), numbers)
+    model, groups = build_trainable(config, manifest, torch.device("cpu"))
     initialise_unsharded(model, groups, config.train.seed)
     reader = SequenceLogReader(config.data, "train", feature_rows(groups), seed=1)
     batches = []

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from embeddings.errors import ConfigError
-from embeddings.groups import bag_collection
-from embeddings.sharding import attach_optimizer, offline_plan, placements
+from embeddings.sharding import offline_plan, placements
 from pipelines.console import quiet_third_parties
 from pipelines.train import plan_lines
-from trainer.assemble import build_model, resolve_groups
+from trainer.assemble import build_trainable
 from trainer.config import load_config
 from trainer.data.schema import read_manifest
 
@@ -29,11 +28,7 @@ def plan(config: Path, overrides: Sequence[str], world_size: int, hbm: str | Non
     quiet_third_parties()
     settings = load_config(config, overrides)
     manifest = read_manifest(settings.data.log)
-    groups = resolve_groups(settings, manifest)
-    collections = {name: bag_collection(group, torch.device("meta")) for name, group in groups.items()}
-    for name, group in groups.items():
-        attach_optimizer(collections[name], group.optimizer)
-    model = build_model(settings, groups, collections, len(manifest.tasks))
+    model, groups = build_trainable(settings, manifest, torch.device("meta"))
     device = "cpu" if hbm is None else "cuda"
     memory = None if hbm is None else parse_size(hbm)
     found = offline_plan(model, groups.values(), device, world_size, memory)

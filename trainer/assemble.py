@@ -57,15 +57,25 @@ def build_model(
     return model
 
 
-def build_sharded(config: Config, manifest: LogManifest, ranks: Ranks) -> Sharded:
-    """Plan, shard and initialise; collective over all ranks."""
+def build_trainable(
+    config: Config, manifest: LogManifest, device: torch.device
+) -> tuple[TwoStageModel, dict[str, TableGroup]]:
+    """The model over bag collections on `device` whose rows are updated in the backward pass, and its groups.
+
+    On the meta device the tables take no memory until they are sharded.
+    """
     groups = resolve_groups(config, manifest)
     collections = {}
     for name, group in groups.items():
-        collections[name] = bag_collection(group, torch.device("meta"))
+        collections[name] = bag_collection(group, device)
         attach_optimizer(collections[name], group.optimizer)
     numbers = count_numbers(config, manifest.numeric)
-    model = build_model(config, groups, collections, len(manifest.tasks), numbers)
+    return build_model(config, groups, collections, len(manifest.tasks), numbers), groups
+
+
+def build_sharded(config: Config, manifest: LogManifest, ranks: Ranks) -> Sharded:
+    """Plan, shard and initialise; collective over all ranks."""
+    model, groups = build_trainable(config, manifest, torch.device("meta"))
     plan = make_plan(model, groups.values(), ranks.device, ranks.world_size, ranks.local_world_size)
     sharded = shard(model, groups, plan, ranks.device, config.train.seed)
     return Sharded(sharded, groups, placements(plan, groups.values()))

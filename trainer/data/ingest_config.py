@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -21,7 +21,28 @@ _TAKEN |= {"place", "bucket", "row_key", "draw", "wanted", "count", "last", "wei
 _TAKEN |= {"distance", "seconds", "num_candidates", "end"}
 
 
-class FeatureConfig(Settings):
+class ColumnConfig(Settings):
+    """An id column of a raw table: a list column where `multi`, or text cut at `separator`."""
+
+    kind: ClassVar[str] = "column"
+    name: Name
+    column: str = ""
+    multi: bool = False
+    separator: str = ""
+
+    @property
+    def source(self) -> str:
+        """The column of the raw table."""
+        return self.column or self.name
+
+    @model_validator(mode="after")
+    def _separator_splits(self) -> Self:
+        if self.separator and not self.multi:
+            raise ValueError(f"{self.kind} {self.name}: separator needs multi = true")
+        return self
+
+
+class FeatureConfig(ColumnConfig):
     """A further id column.
 
     Attributes:
@@ -32,25 +53,11 @@ class FeatureConfig(Settings):
         multi: the column holds lists, or text that `separator` splits.
     """
 
-    name: Name
-    column: str = ""
+    kind: ClassVar[str] = "feature"
     side: Literal["both", "history", "candidate"] = "both"
-    multi: bool = False
-    separator: str = ""
-
-    @property
-    def source(self) -> str:
-        """The column of the raw table."""
-        return self.column or self.name
-
-    @model_validator(mode="after")
-    def _separator_splits(self) -> FeatureConfig:
-        if self.separator and not self.multi:
-            raise ValueError(f"feature {self.name}: separator needs multi = true")
-        return self
 
 
-class ContextConfig(Settings):
+class ContextConfig(ColumnConfig):
     """A request's own id column.
 
     Attributes:
@@ -58,22 +65,8 @@ class ContextConfig(Settings):
             event strictly before the request.
     """
 
-    name: Name
-    column: str = ""
+    kind: ClassVar[str] = "context"
     table: Literal["impressions", "events"] = "impressions"
-    multi: bool = False
-    separator: str = ""
-
-    @property
-    def source(self) -> str:
-        """The column of the raw table."""
-        return self.column or self.name
-
-    @model_validator(mode="after")
-    def _events_have_single_values(self) -> ContextConfig:
-        if self.separator and not self.multi:
-            raise ValueError(f"context {self.name}: separator needs multi = true")
-        return self
 
 
 class EventsConfig(Settings):

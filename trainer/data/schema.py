@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import DataError
 from trainer.durable import file_digest
+from trainer.settings import Settings
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1
@@ -28,11 +29,7 @@ MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 REQUEST_COLUMNS = ("id", "timestamp", "history_end", "num_candidates")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FeatureInfo(_Frozen):
+class FeatureInfo(Settings):
     """An id feature.
 
     Attributes:
@@ -57,7 +54,7 @@ class FeatureInfo(_Frozen):
         return self.side != "history"
 
 
-class FileInfo(_Frozen):
+class FileInfo(Settings):
     """One Parquet file; `path` is relative to the log, `bytes` and `sha256` are of the whole file."""
 
     path: str
@@ -73,7 +70,7 @@ class FileInfo(_Frozen):
         return self
 
 
-class SplitInfo(_Frozen):
+class SplitInfo(Settings):
     """The files of one split and their totals; `positives` counts candidates whose first task is 1."""
 
     files: list[FileInfo]
@@ -84,7 +81,7 @@ class SplitInfo(_Frozen):
     behaviors: int = Field(ge=0)
 
 
-class LogManifest(_Frozen):
+class LogManifest(Settings):
     """What a sequence log holds and how it was made.
 
     Attributes:
