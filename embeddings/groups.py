@@ -14,6 +14,8 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from embeddings.init import FirstWeights
+
 
 @dataclass(frozen=True)
 class FusedOptimizer:
@@ -47,14 +49,14 @@ class TableGroup:
         name: the group's name in the config, part of every table's name.
         tables: one per feature, in the order in which their vectors are concatenated.
         optimizer: the fused optimizer of all its rows.
-        init_scale: initial weights are uniform in [-init_scale, init_scale].
+        first: the distribution of the first weights.
         sharding: sharding types the planner may use; empty means the device's default set.
     """
 
     name: str
     tables: tuple[TableSpec, ...]
     optimizer: FusedOptimizer = FusedOptimizer()
-    init_scale: float = 0.05
+    first: FirstWeights = FirstWeights()
     sharding: tuple[str, ...] = ()
 
     @property
@@ -100,9 +102,9 @@ def table_group(
     dims: Mapping[str, int],
     rows: Mapping[str, int],
     optimizer: FusedOptimizer,
-    init_scale: float,
+    first: FirstWeights,
     sharding: Sequence[str],
 ) -> TableGroup:
     """Build a group from per-feature widths and row counts."""
     tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
-    return TableGroup(name, tables, optimizer, init_scale, tuple(sharding))
+    return TableGroup(name, tables, optimizer, first, tuple(sharding))

@@ -7,6 +7,8 @@ That is what makes "two ranks equal one" and "sharded equals unsharded" exact fr
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,15 +30,27 @@ def table_seed(seed: int, table: str) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
-def uniform_rows_(
-    weight: Tensor, seed: int, scale: float, row_offset: int = 0, column_offset: int = 0
+@dataclass(frozen=True)
+class FirstWeights:
+    """The distribution of a table's first weights.
+
+    Attributes:
+        kind: `uniform` in [-scale, scale), or `normal` with mean 0 and deviation `scale`.
+    """
+
+    kind: Literal["uniform", "normal"] = "uniform"
+    scale: float = 0.05
+
+
+def initial_rows_(
+    weight: Tensor, seed: int, first: FirstWeights, row_offset: int = 0, column_offset: int = 0
 ) -> Tensor:
-    """Fill a shard of a table in place with uniform values in [-scale, scale).
+    """Fill a shard of a table in place with its first weights.
 
     Args:
         weight: [rows, columns] of a shard.
         seed: the table's seed, see `table_seed`.
-        scale: half the width of the interval.
+        first: their distribution.
         row_offset, column_offset: where the shard lies in the whole table.
 
     Returns:
@@ -50,6 +64,14 @@ def uniform_rows_(
             rows = torch.arange(start, stop, device=weight.device, dtype=torch.int64) + row_offset
             row_key = _mix(_mix(rows & _MASK ^ seed) + (rows >> 32) & _MASK)
             bits = _mix(row_key[:, None] ^ column_key[None, :])
-            unit = (bits >> 8).to(torch.float32) * 2.0**-24
-            weight[start:stop] = ((unit * 2 - 1) * scale).to(weight.dtype)
+            weight[start:stop] = (_values(bits >> 8, first.kind) * first.scale).to(weight.dtype)
     return weight
+
+
+def _values(bits: Tensor, kind: str) -> Tensor:
+    """24 random bits -> values of the distribution with scale 1."""
+    if kind == "uniform":
+        return bits.to(torch.float32) * 2.0**-24 * 2 - 1
+    # In double precision, so that rounding does not depend on where in a shard a value lies.
+    symmetric = (bits.to(torch.float64) + 0.5) * 2.0**-23 - 1
+    return (torch.erfinv(symmetric) * 2**0.5).to(torch.float32)

@@ -20,7 +20,7 @@ from torchrec.optim import RowWiseAdagrad
 
 from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup
-from embeddings.init import table_seed, uniform_rows_
+from embeddings.init import FirstWeights, initial_rows_, table_seed
 
 # Column shards keep one row-wise accumulator each, so such state cannot be resharded; and the CPU planner
 # offers no row-wise bags. What is left on a CPU is whole tables.
@@ -158,11 +158,11 @@ def shard(
     sharded = DistributedModelParallel(
         model, device=device, plan=plan, sharders=[EmbeddingBagCollectionSharder()], init_parameters=True
     )
-    scale = {group.table_name(t.feature): group.init_scale for group in groups.values() for t in group.tables}
+    first = {group.table_name(t.feature): group.first for group in groups.values() for t in group.tables}
     for name, weight in sharded.state_dict().items():
         table = table_of(name)
-        if table in scale:
-            _initialise(weight, table_seed(seed, table), scale[table])
+        if table in first:
+            _initialise(weight, table_seed(seed, table), first[table])
     return sharded
 
 
@@ -172,13 +172,13 @@ def table_of(parameter: str) -> str:
     return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
 
 
-def _initialise(weight: Tensor | ShardedTensor, seed: int, scale: float) -> None:
+def _initialise(weight: Tensor | ShardedTensor, seed: int, first: FirstWeights) -> None:
     if isinstance(weight, ShardedTensor):
         for local in weight.local_shards():
             row, column = local.metadata.shard_offsets
-            uniform_rows_(local.tensor, seed, scale, row, column)
+            initial_rows_(local.tensor, seed, first, row, column)
     else:
-        uniform_rows_(weight, seed, scale)
+        initial_rows_(weight, seed, first)
 
 
 def initialise_unsharded(model: nn.Module, groups: Mapping[str, TableGroup], seed: int) -> None:
@@ -188,7 +188,7 @@ def initialise_unsharded(model: nn.Module, groups: Mapping[str, TableGroup], see
             name = group.table_name(table.feature)
             for parameter, weight in model.named_parameters():
                 if table_of(parameter) == name or parameter.endswith(f".{name}"):
-                    uniform_rows_(weight.data, table_seed(seed, name), group.init_scale)
+                    initial_rows_(weight.data, table_seed(seed, name), group.first)
 
 
 def whole_tensor(weight: Tensor | ShardedTensor) -> Tensor:

@@ -67,4 +67,4 @@ def _record(model: nn.Module, reader: SequenceLogReader, device: torch.device) -
     """The first batch of a split and the trainer's own probabilities for it."""
     with closing(reader.steps()) as steps:
         batch = next(steps).batch
-    return batch, torch.sigmoid(model(batch.to(device))).cpu()
+    return batch, model(batch.to(device)).logits.sigmoid().cpu()

@@ -48,7 +48,7 @@ def tandemrec(*words: str, ranks: int = 1, timeout: float = 120) -> subprocess.C
 def train(log: Path, run: Path, ranks: int = 1, preset: str = "dare", **settings: Any) -> list[float]:
     """Train a preset on a log; returns the loss of every step."""
     changed = {"data.log": str(log), **SETTINGS, **{k.replace("__", "."): v for k, v in settings.items()}}
-    if preset == "twin":
+    if preset == "twin_paper_dare":
         changed = {k: v for k, v in changed.items() if not k.startswith(("groups.a", "groups.r"))}
     done = tandemrec(
         "train", "--config", f"configs/{preset}.toml", "--out", str(run), *overrides(changed), ranks=ranks

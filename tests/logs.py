@@ -92,13 +92,18 @@ def enrich(rows: list[Row], seed: int) -> list[Row]:
 
 
 def write_log(
-    path: Path, splits: dict[str, list[Row]], layout: tuple[int, int] = (3, 6), rich: bool = False
+    path: Path,
+    splits: dict[str, list[Row]],
+    layout: tuple[int, int] = (3, 6),
+    rich: bool = False,
+    more: dict[str, int] | None = None,
 ) -> Path:
-    """Write rows as a sequence log; `layout` is rows a group and rows a file."""
+    """Write rows as a sequence log; `layout` is rows a group and rows a file, `more` further features."""
+    extra = {name: FeatureInfo(rows=rows) for name, rows in (more or {}).items()}
     path.mkdir(parents=True)
     (path / "vocab").mkdir()
     manifest = LogManifest(
-        features=RICH if rich else INFOS,
+        features={**(RICH if rich else INFOS), **extra},
         context=CONTEXT if rich else {},
         numeric=["price"] if rich else [],
         weighted=rich,

@@ -14,17 +14,22 @@ ROWS = {"item_id": 100, "category_id": 10}
 ROLES = ("attention_target", "attention_behavior", "representation_target", "representation_behavior")
 
 
-@pytest.mark.parametrize("preset", ["dare", "twin", "dare_search"])
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml") if "extends" in path.read_text())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_load_and_resolve(preset: str) -> None:
     config = load_config(CONFIGS / f"{preset}.toml")
     groups = build_groups(config, ROWS)
-    assert {getattr(config.model.roles, role) for role in ROLES} == set(groups)
-    assert len(groups) == (1 if preset == "twin" else 2)
+    named = set().union(*(branch.roles.used() for branch in config.model.all_branches().values()))
+    assert named == set(groups)
     assert all(group.features == list(ROWS) for group in groups.values())
+    again = Config.model_validate(config.model_dump(mode="json"))
+    assert again == config
 
 
 def test_dare_and_twin_differ_in_their_groups_only() -> None:
-    dare, twin = load_config(CONFIGS / "dare.toml"), load_config(CONFIGS / "twin.toml")
+    dare, twin = (load_config(CONFIGS / f"{name}.toml") for name in ("dare", "twin_paper_dare"))
     same = {"groups", "model"}
     assert dare.model_dump(exclude=same) == twin.model_dump(exclude=same)
     assert dare.model.model_dump(exclude={"roles"}) == twin.model.model_dump(exclude={"roles"})

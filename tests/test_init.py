@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings.init import table_seed, uniform_rows_
+from embeddings.init import FirstWeights, initial_rows_, table_seed
 
 
 @settings(max_examples=50, deadline=None)
@@ -14,15 +14,16 @@ from embeddings.init import table_seed, uniform_rows_
 def test_a_shard_holds_what_the_whole_table_holds(
     seed: int, rows: int, columns: int, data: st.DataObject
 ) -> None:
-    whole = uniform_rows_(torch.empty(rows, columns), seed, 0.5)
+    first = FirstWeights(data.draw(st.sampled_from(["uniform", "normal"])), 0.5)
+    whole = initial_rows_(torch.empty(rows, columns), seed, first)
     row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
-    shard = uniform_rows_(torch.empty(rows - row, columns - column), seed, 0.5, row, column)
+    shard = initial_rows_(torch.empty(rows - row, columns - column), seed, first, row, column)
     assert torch.equal(shard, whole[row:, column:])
 
 
 def test_values_are_uniform_and_unrelated_between_tables() -> None:
-    a = uniform_rows_(torch.empty(4000, 16), table_seed(1, "a"), 0.5)
-    b = uniform_rows_(torch.empty(4000, 16), table_seed(1, "b"), 0.5)
+    a = initial_rows_(torch.empty(4000, 16), table_seed(1, "a"), FirstWeights(scale=0.5))
+    b = initial_rows_(torch.empty(4000, 16), table_seed(1, "b"), FirstWeights(scale=0.5))
     assert a.abs().max() <= 0.5 and abs(float(a.mean())) < 0.005
     assert abs(float(a.std()) - 1 / 12**0.5) < 0.005
     assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.01
@@ -31,6 +32,12 @@ def test_values_are_uniform_and_unrelated_between_tables() -> None:
 
 
 def test_rows_beyond_32_bits_differ() -> None:
-    low = uniform_rows_(torch.empty(4, 4), 7, 1.0, row_offset=5)
-    high = uniform_rows_(torch.empty(4, 4), 7, 1.0, row_offset=5 + 2**32)
+    low = initial_rows_(torch.empty(4, 4), 7, FirstWeights(), row_offset=5)
+    high = initial_rows_(torch.empty(4, 4), 7, FirstWeights(), row_offset=5 + 2**32)
     assert not torch.equal(low, high)
+
+
+def test_normal_weights_have_the_deviation_asked_for() -> None:
+    weight = initial_rows_(torch.empty(4000, 16), 3, FirstWeights("normal", 0.01)) / 0.01
+    assert abs(float(weight.mean())) < 0.02 and abs(float(weight.std()) - 1) < 0.02
+    assert abs(float((weight**4).mean()) - 3) < 0.2 and weight.isfinite().all()

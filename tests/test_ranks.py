@@ -66,8 +66,8 @@ def test_tables_of_one_group_on_two_ranks_keep_their_order(tmp_path: Path) -> No
     log = write_log(tmp_path / "log", {"train": rows, "validation": rows}, rich=True)
     run = tmp_path / "two"
     settings = {"train__max_steps": 8, "groups__shared__dim": 4, "groups__shared__init_scale": 1.0}
-    two = train(log, run, ranks=2, preset="twin", **settings)
-    one = train(log, tmp_path / "one", preset="twin", **settings)
+    two = train(log, run, ranks=2, preset="twin_paper_dare", **settings)
+    one = train(log, tmp_path / "one", preset="twin_paper_dare", **settings)
     assert len(one) == 8 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
     tables = [n for n in parameters(run) if "embedding_bags" in n and n.startswith("model.")]
     assert tables and all("shared" in name for name in tables)

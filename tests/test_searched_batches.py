@@ -114,7 +114,7 @@ def test_a_search_that_keeps_everything_changes_no_score(tmp_path: Path) -> None
     for config in (plain, searched):
         batch = next(iter(SequenceLogReader(config.data, "train", dict(FEATURES)).steps())).batch
         assert (batch.retrieval is None) == (config is plain)
-        scores.append(model(batch))
+        scores.append(model(batch).logits)
     assert torch.allclose(scores[0], scores[1], atol=1e-6)
 
 
@@ -136,13 +136,13 @@ def test_context_numbers_and_one_sided_features_train(tmp_path: Path) -> None:
     collections = {name: PlainBagCollection(group, weights, trainable=True) for name, group in groups.items()}
     model = build_model(config, groups, collections, 2, numbers=1)
     batch = next(iter(SequenceLogReader(config.data, "train", None).steps())).batch
-    logits = model(batch)
+    logits = model(batch).logits
     assert logits.shape == (batch.candidates, 2)
     loss_sum(logits, batch.labels, batch.weight).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in collections["context"].parameters())
     other = batch.numeric + 1
     batch.numeric = other
-    assert not torch.equal(model(batch), logits)
+    assert not torch.equal(model(batch).logits, logits)
     halved = loss_sum(logits, batch.labels, batch.weight / 2)
     assert torch.allclose(halved * 2, loss_sum(logits, batch.labels, batch.weight))
 

@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.logs import FEATURES, Shape, random_rows, write_log
 from trainer.config import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.model.search import Windows, dot_search, dot_search_reference, top_columns, windows_of
-from trainer.model.time import AGE_BUCKETS, TimeBias, age_bucket
+from trainer.model.score import Attended, DotScorer
+from trainer.model.search import DotSearch, Query, search_reference, top_columns
+from trainer.model.time import AGE_BUCKETS, Marks, TimeBias, age_bucket
+from trainer.model.windows import Kept, Windows, windows_of
 
 
 def test_age_buckets_grow_with_age_and_stay_in_range() -> None:
@@ -31,6 +34,25 @@ def read_batch(path: Path, seed: int, history_length: int) -> RequestBatch:
     return next(iter(SequenceLogReader(config, "train", FEATURES).steps())).batch
 
 
+def query_of(query: Tensor, key: Tensor, windows: Windows, bias: TimeBias | None = None) -> Query:
+    """A dot product search with one head."""
+    raw = Attended(query, key, torch.zeros(query.shape[0], dtype=torch.int64))
+    scorer = DotScorer(None, None, 1, bias, None)
+    return Query(scorer, scorer.encode(raw), raw, windows)
+
+
+def drawn_bias(rows: dict[str, int], rng: torch.Generator) -> TimeBias:
+    bias = TimeBias(rows)
+    for table in bias.parameters():
+        torch.nn.init.normal_(table, generator=rng)
+    return bias
+
+
+def nothing(width: int, of_candidate: list[int]) -> Windows:
+    none = torch.zeros(2, width, dtype=torch.int64)
+    return Windows(none, none.bool(), Marks(none, none, none), None, torch.tensor(of_candidate).long())
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 12), history_length=st.integers(1, 30))
 def test_batched_search_equals_the_reference(
@@ -40,13 +62,10 @@ def test_batched_search_equals_the_reference(
     rng = torch.Generator().manual_seed(seed)
     query = torch.randn(batch.candidates, 8, generator=rng)
     key = torch.randn(batch.behaviors, 8, generator=rng)
-    bias = TimeBias(history_length, position=True, age=True)
-    torch.nn.init.normal_(bias.position, generator=rng)
-    torch.nn.init.normal_(bias.age, generator=rng)
-    windows = windows_of(batch, history_length)
+    bias = drawn_bias({"position": history_length + 1, "age": AGE_BUCKETS}, rng)
+    asked = query_of(query, key, windows_of(batch, history_length), bias)
     with torch.no_grad():
-        fast = dot_search(query, key, bias, windows, k)
-        slow = dot_search_reference(query, key, bias, windows, k)
+        fast, slow = DotSearch(k)(asked), search_reference(asked, k)
     assert torch.equal(fast.mask, slow.mask)
     assert torch.equal(fast.index, slow.index)
     start, end = (x[batch.candidate_request][:, None] for x in (batch.window_start, batch.window_end))
@@ -71,10 +90,9 @@ def test_ties_go_to_the_newest_whatever_the_padding(rows: list[list[float]], k: 
 def test_repeated_items_score_alike_in_any_company(tmp_path: Path) -> None:
     """With equal keys and no time bias every score ties: the newest are kept, beside long windows too."""
     batch = read_batch(tmp_path / "log", 5, 25)
-    bias = TimeBias(25, position=False, age=False)
-    windows = windows_of(batch, 25)
-    kept = dot_search(torch.ones(batch.candidates, 4), torch.ones(batch.behaviors, 4), bias, windows, 3)
-    assert kept.rank[kept.mask].max() <= 3
+    asked = query_of(torch.ones(batch.candidates, 4), torch.ones(batch.behaviors, 4), windows_of(batch, 25))
+    kept: Kept = DotSearch(3)(asked)
+    assert kept.marks.position[kept.mask].max() <= 3
 
 
 def test_bias_gradients_are_the_same_bits_with_two_threads() -> None:
@@ -86,22 +104,19 @@ def test_bias_gradients_are_the_same_bits_with_two_threads() -> None:
     torch.set_num_threads(2)
     try:
         for _ in range(20):
-            bias = TimeBias(50, position=True, age=True)
-            bias(rank, rank).backward(gradient)
-            found.append(torch.cat([bias.position.grad, bias.age.grad]))
+            bias = TimeBias({"position": 51, "age": 64})
+            bias.shared(Marks(rank, rank, rank)).backward(gradient)
+            found.append(torch.cat([table.grad for table in bias.parameters()]))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found)
 
 
 def test_search_of_nothing_keeps_nothing() -> None:
-    none = torch.zeros(2, 0, dtype=torch.int64)
-    windows = Windows(none, none.bool(), none, none, torch.tensor([0, 0, 1]))
-    bias = TimeBias(4, position=True, age=True)
-    kept = dot_search(torch.randn(3, 4), torch.randn(0, 4), bias, windows, 2)
+    kept = DotSearch(2)(query_of(torch.randn(3, 4), torch.zeros(1, 4), nothing(1, [0, 0, 1])))
     assert not kept.mask.any() and kept.index.shape == (3, 2)
-    nobody = Windows(none, none.bool(), none, none, torch.zeros(0, dtype=torch.int64))
-    assert dot_search(torch.randn(0, 4), torch.randn(5, 4), bias, nobody, 2).index.shape == (0, 2)
+    nobody = query_of(torch.randn(0, 4), torch.randn(5, 4), nothing(1, []))
+    assert DotSearch(2)(nobody).index.shape == (0, 2)
 
 
 def test_windows_list_the_newest_first(tmp_path: Path) -> None:
@@ -110,4 +125,4 @@ def test_windows_list_the_newest_first(tmp_path: Path) -> None:
     for r in range(batch.requests):
         seen = windows.index[r][windows.mask[r]].tolist()
         assert seen == list(range(int(batch.window_end[r]) - 1, int(batch.window_start[r]) - 1, -1))
-        assert windows.rank[r][windows.mask[r]].tolist() == list(np.arange(1, len(seen) + 1))
+        assert windows.marks.position[r][windows.mask[r]].tolist() == list(np.arange(1, len(seen) + 1))

@@ -19,7 +19,7 @@ from trainer.config import Config, build_groups
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.loss import loss_sum, rank_loss
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.two_stage import Rows, TwoStageModel
 
 DARE = {"attention": {"dim": 4, "init_scale": 1.0}, "representation": {"dim": 8, "init_scale": 1.0}}
 TWIN = {"shared": {"dim": 4, "init_scale": 1.0}}
@@ -49,7 +49,8 @@ def model_of(config: Config, trainable: bool = True) -> tuple[TwoStageModel, dic
     model = build_model(config, groups, collections, 1)
     initialise_unsharded(model, groups, config.train.seed)
     rng = torch.Generator().manual_seed(3)
-    for module in (model.time_bias, model.sequence.time):
+    main = model.branches["main"]
+    for module in (main.scorer.bias, main.sequence.time):
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.5, generator=rng)
     return model, groups
@@ -84,22 +85,25 @@ def one_sample(
 
     query = vector("attention_target", n + c)
     times = {i: (int(batch.window_end[r]) - i, bucket(i)) for i in window}
-    bias, time = model.time_bias, model.sequence.time
+    main = model.branches["main"]
+    bias, time = main.scorer.bias.tables, main.sequence.time.tables
     score = {
         i: query @ vector("attention_behavior", i) / query.numel() ** 0.5
-        + bias.position[times[i][0]]
-        + bias.age[times[i][1]]
+        + bias["position"][times[i][0]]
+        + bias["age"][times[i][1]]
         for i in window
     }
     kept = sorted(window, key=lambda i: -float(score[i].detach()))[: config.model.k]
-    target = vector("representation_target", n + c) + time.position[0] + time.age[0]
+    target = vector("representation_target", n + c) + time["position"][0] + time["age"][0]
     pooled = torch.zeros_like(target)
     if kept:
         values = torch.stack([score[i] for i in kept])
         weights = values.softmax(0) if config.model.weights == "softmax" else values.sigmoid()
         for w, i in zip(weights, kept, strict=True):
             pooled = pooled + w * (
-                vector("representation_behavior", i) + time.position[times[i][0]] + time.age[times[i][1]]
+                vector("representation_behavior", i)
+                + time["position"][times[i][0]]
+                + time["age"][times[i][1]]
             )
     return model.head([x[None] for x in (target, pooled, target * pooled)])[0]
 
@@ -123,7 +127,7 @@ def test_blocks_equal_one_sample_at_a_time(tmp_path: Path, case: tuple, lookup: 
     batch = batch_of(settings)
     fast, _ = model_of(settings)
     slow, tables = model_of(settings)
-    logits = fast(batch)
+    logits = fast(batch).logits
     reference = torch.stack([one_sample(settings, slow, tables, batch, c) for c in range(batch.candidates)])
     assert torch.allclose(logits, reference, atol=1e-5)
     for model, output in ((fast, logits), (slow, reference)):
@@ -157,7 +161,7 @@ def test_full_lookup_equals_selected_lookup(tmp_path: Path, groups: dict, roles:
         settings = config(log, groups, roles, lookup=lookup)
         model, _ = model_of(settings)
         batch = batch_of(settings)
-        logits = model(batch)
+        logits = model(batch).logits
         loss_sum(logits, batch.labels, batch.weight).backward()
         results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
     (full, full_grads), (selected, selected_grads) = results
@@ -176,7 +180,7 @@ def test_selected_lookup_asks_for_the_kept_rows_only(tmp_path: Path) -> None:
     for name, collection in model.collections.items():
         collection.register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[0].stride()}))
     batch = batch_of(settings)
-    model(batch)
+    model(batch).logits
     assert seen["attention"] == batch.behaviors + batch.candidates
     assert batch.candidates < seen["representation"] <= batch.candidates * (1 + settings.model.k)
     assert seen["representation"] < seen["attention"]
@@ -202,18 +206,20 @@ def test_g1_scores_train_attention_tables_only_and_values_representation_tables_
     def run(detach: Callable[[TwoStageModel], None]) -> TwoStageModel:
         model, _ = model_of(settings)
         detach(model)
-        loss_sum(model(batch), batch.labels, batch.weight).backward()
+        loss_sum(model(batch).logits, batch.labels, batch.weight).backward()
         return model
 
     def detach_scores(model: TwoStageModel) -> None:
-        weights = model.weights
-        model.weights = lambda score, mask: weights(score, mask).detach()
+        main = model.branches["main"]
+        weights = main.weights
+        main.weights = lambda score, mask: weights(score, mask).detach()
 
     def detach_values(model: TwoStageModel) -> None:
         represent = model._representation
 
-        def detached(*args: object) -> tuple[Tensor, ...]:
-            return tuple(part.detach() for part in represent(*args))  # type: ignore[arg-type]
+        def detached(*args: object) -> dict[str, Rows]:
+            found = represent(*args)  # type: ignore[arg-type]
+            return {n: Rows(r.target_CD.detach(), r.value_SD.detach(), r.place_N) for n, r in found.items()}
 
         monkeypatch.setattr(model, "_representation", detached)
 
@@ -224,36 +230,18 @@ def test_g1_scores_train_attention_tables_only_and_values_representation_tables_
     assert gradients(frozen_values, "attention").abs().max() > 0
 
 
-def kept_sets(model: TwoStageModel, batch: RequestBatch, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    found = []
-    import trainer.model.two_stage as module
-
-    search = module.dot_search
-
-    def spy(*args: object) -> object:
-        found.append(search(*args))  # type: ignore[arg-type]
-        return found[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "dot_search", spy)
-        model(batch)
-    return found[0].index
-
-
-def test_g2_representation_tables_never_change_what_is_retrieved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_g2_representation_tables_never_change_what_is_retrieved(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", {"train": random_rows(7)})
     settings = config(log)
     batch = batch_of(settings)
     model, _ = model_of(settings)
-    before = kept_sets(model, batch, monkeypatch)
+    before = model.search(batch)["main"].index
     for parameter in model.collections["representation"].parameters():
         nn.init.normal_(parameter)
-    assert torch.equal(kept_sets(model, batch, monkeypatch), before)
+    assert torch.equal(model.search(batch)["main"].index, before)
     for parameter in model.collections["attention"].parameters():
         nn.init.normal_(parameter)
-    assert not torch.equal(kept_sets(model, batch, monkeypatch), before)
+    assert not torch.equal(model.search(batch)["main"].index, before)
 
 
 def test_no_behavior_at_or_after_a_request_changes_its_scores(tmp_path: Path) -> None:
@@ -262,7 +250,7 @@ def test_no_behavior_at_or_after_a_request_changes_its_scores(tmp_path: Path) ->
     model, _ = model_of(settings)
     batch = batch_of(settings)
     with torch.no_grad():
-        before = model(batch)
+        before = model(batch).logits
         for r in range(batch.requests):
             if int(batch.window_end[r]) == batch.behaviors:
                 continue
@@ -279,8 +267,8 @@ def test_no_behavior_at_or_after_a_request_changes_its_scores(tmp_path: Path) ->
                 **{**vars(batch), "features": one_id_bags(list(FEATURES), torch.stack(changed))}
             )
             mine = batch.candidate_request == r
-            assert torch.equal(model(other)[mine], before[mine])
-        assert not torch.equal(model(other), before)
+            assert torch.equal(model(other).logits[mine], before[mine])
+        assert not torch.equal(model(other).logits, before)
 
 
 def test_empty_histories_score_without_padding_weight(tmp_path: Path) -> None:
@@ -298,7 +286,7 @@ def test_empty_histories_score_without_padding_weight(tmp_path: Path) -> None:
         model, _ = model_of(settings)
         batch = batch_of(settings)
         assert batch.behaviors == 0
-        logits = model(batch)
+        logits = model(batch).logits
         loss_sum(logits, batch.labels, batch.weight).backward()
         assert torch.isfinite(logits).all()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -316,4 +304,4 @@ def test_time_shift_changes_nothing(tmp_path: Path) -> None:
             "request_time": batch.request_time + 10**9,
         }
     )
-    assert torch.equal(model(moved), model(batch))
+    assert torch.equal(model(moved).logits, model(batch).logits)

@@ -14,6 +14,7 @@ from embeddings.sharding import Placement, attach_optimizer, make_plan, placemen
 from trainer.config import Config, build_groups
 from trainer.data.schema import LogManifest
 from trainer.distributed import Ranks
+from trainer.model.branch import Surroundings
 from trainer.model.two_stage import TwoStageModel
 
 
@@ -52,7 +53,10 @@ def build_model(
     """The model around given lookups; its dense weights come from train.seed alone."""
     state = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
-    model = TwoStageModel(config.model, config.data.history_length, groups, collections, tasks, numbers)
+    around = Surroundings(
+        groups, config.data.history_length, len(config.data.search.levels), config.train.seed
+    )
+    model = TwoStageModel(config.model, around, collections, tasks, numbers)
     torch.set_rng_state(state)
     return model
 

@@ -14,11 +14,12 @@ from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup, table_group
+from embeddings.init import FirstWeights
+from trainer.model.settings import BranchConfig, ModelConfig
 from trainer.settings import Settings, load_settings
 
 # FBGEMM's kernels work on four floats at a time.
 Dim = Annotated[int, Field(ge=4, le=4096, multiple_of=4)]
-Width = Annotated[int, Field(ge=1, le=65_536)]
 # Group names become names of modules, tensors and files.
 GroupName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
 
@@ -98,45 +99,6 @@ class DataConfig(Settings):
         return self.behaviors_per_block or 2 * self.history_length
 
 
-class RolesConfig(Settings):
-    """Which table group serves each of the four roles (DARE, section 3; TWIN names one group four times).
-
-    `context` names a group over the log's context features, whose vectors go to the head; empty = none.
-    """
-
-    attention_target: str = "attention"
-    attention_behavior: str = "attention"
-    representation_target: str = "representation"
-    representation_behavior: str = "representation"
-    context: str = ""
-
-    def used(self) -> set[str]:
-        """The groups named."""
-        return {name for name in self.model_dump().values() if name}
-
-
-class ModelConfig(Settings):
-    """The two-stage model.
-
-    Attributes:
-        k: K, behaviors the search keeps for stage two.
-        lookup: `selected` looks up representation rows of kept behaviors and candidates only, `full` of all.
-        weights: attention over the kept behaviors: `softmax`, or unnormalised `sigmoid`.
-        target_aware: feed the product of target and pooled representation to the head (TIN, DARE).
-        position, age: use target-relative rank and log-bucketed age, in both stages.
-        hidden: widths of the head's layers.
-    """
-
-    k: int = Field(20, ge=1, le=10_000)
-    lookup: Literal["selected", "full"] = "selected"
-    weights: Literal["softmax", "sigmoid"] = "softmax"
-    target_aware: bool = True
-    position: bool = True
-    age: bool = True
-    hidden: tuple[Width, ...] = (200, 80)
-    roles: RolesConfig = RolesConfig()
-
-
 class GroupConfig(Settings):
     """One table group.
 
@@ -144,7 +106,8 @@ class GroupConfig(Settings):
         dim: vector width, one for all features or one a feature.
         features: features that have a table here; empty means all of the log.
         optimizer, learning_rate, eps: the fused optimizer of the rows.
-        init_scale: initial weights are uniform in [-init_scale, init_scale].
+        init, init_scale: first weights are `uniform` in [-init_scale, init_scale), or `normal` with that
+            deviation.
         sharding: sharding types the planner may use; empty means what suits the device.
     """
 
@@ -153,6 +116,7 @@ class GroupConfig(Settings):
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     learning_rate: float = Field(0.05, gt=0)
     eps: float = Field(1e-8, gt=0)
+    init: Literal["uniform", "normal"] = "uniform"
     init_scale: float = Field(0.05, gt=0)
     sharding: tuple[
         Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"], ...
@@ -210,11 +174,17 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _roles_name_groups(self) -> Config:
-        for role, group in self.model.roles.model_dump().items():
-            if group not in self.groups and (group or role != "context"):
-                known = ", ".join(sorted(self.groups))
-                raise ValueError(f"model.roles.{role} names group {group!r}; defined groups: {known}")
-        unused = set(self.groups) - self.model.roles.used()
+        used = set()
+        for branch, settings in self.model.all_branches().items():
+            section = "model.roles" if branch == "main" else f"model.branches.{branch}.roles"
+            for role, group in settings.roles.model_dump().items():
+                if group not in self.groups and (group or role not in ("context", "cross")):
+                    known = ", ".join(sorted(self.groups))
+                    raise ValueError(f"{section}.{role} names group {group!r}; defined groups: {known}")
+            used |= settings.roles.used()
+            if settings.level and not self.data.search.levels:
+                raise ValueError("model.level needs a hard search while reading: set data.search.levels")
+        unused = set(self.groups) - used
         if unused:
             raise ValueError(
                 f"group {sorted(unused)[0]!r} serves no role; remove it or name it in model.roles"
@@ -258,7 +228,8 @@ def build_groups(
     for name, group in config.groups.items():
         allowed = (context_rows or {}) if name == config.model.roles.context else item_rows
         groups[name] = _build_group(name, group, {feature: sizes[feature] for feature in allowed})
-    _check_roles(config.model.roles, groups)
+    for branch in config.model.all_branches().values():
+        _check_branch(branch, groups)
     return groups
 
 
@@ -281,14 +252,30 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> Tabl
         )
         raise ConfigError(problem)
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps)
-    return table_group(name, features, dims, rows, optimizer, group.init_scale, group.sharding)
+    first = FirstWeights(group.init, group.init_scale)
+    return table_group(name, features, dims, rows, optimizer, first, group.sharding)
 
 
-def _check_roles(roles: RolesConfig, groups: Mapping[str, TableGroup]) -> None:
+def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> None:
+    roles = branch.roles
     for stage in ("attention", "representation"):
         target, behavior = getattr(roles, f"{stage}_target"), getattr(roles, f"{stage}_behavior")
         if groups[target].widths() != groups[behavior].widths():
             raise ConfigError(
                 f"model.roles: {stage}_target ({target}) and {stage}_behavior ({behavior}) need tables of "
                 f"equal widths in equal order, not {groups[target].widths()} and {groups[behavior].widths()}"
+            )
+    attention = groups[roles.attention_behavior].features
+    for feature in branch.attend or ():
+        if feature not in attention:
+            raise ConfigError(
+                f"model.attend: group {roles.attention_behavior} has no feature {feature!r}; it has "
+                f"{', '.join(attention)}"
+            )
+    tables = {feature for group in groups.values() for feature in group.features}
+    for key in ("match", "time_group"):
+        if getattr(branch, key) and getattr(branch, key) not in tables:
+            raise ConfigError(
+                f"model.{key}: no group has a table of {getattr(branch, key)!r}; tables: "
+                f"{', '.join(sorted(tables))}"
             )

@@ -60,7 +60,7 @@ def score_split(model: nn.Module, reader: SequenceLogReader, device: torch.devic
     with closing(reader.steps()) as steps:
         for step in steps:
             batch = step.batch.to(device)
-            score = model(batch).sigmoid()
+            score = model(batch).logits.sigmoid()
             if step.counted:
                 parts.append(_rows(batch, score))
     model.train(was_training)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.errors import DataError
 from trainer import checkpoint
 from trainer.config import Config
-from trainer.data.reader import Cursor, SequenceLogReader
+from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.distributed import Ranks, sum_over_ranks
 from trainer.evaluation import score_split
 from trainer.metrics import Metrics
@@ -101,7 +102,7 @@ class Trainer:
         with closing(self.train_reader.steps(self.at.cursor)) as steps:
             for step in steps:
                 self.rates.set(rate_factor(config, self.at.step, self._progress()))
-                loss = train_step(self.model, self.optimizer, step, self.ranks.world_size, self.ranks.device)
+                loss = self._train(step)
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
                 self.at.candidates += step.batch.step_candidates
                 self.meter.add(loss, step.batch.step_candidates)
@@ -119,6 +120,10 @@ class Trainer:
         self._report()
         if not self._step_limit():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
+
+    def _train(self, step: Step) -> Tensor:
+        weight = self.config.model.auxiliary_weight
+        return train_step(self.model, self.optimizer, step, self.ranks.world_size, self.ranks.device, weight)
 
     def _report(self) -> None:
         """Write what was trained since the last report; every rank stops here if the loss is no number."""

@@ -1,5 +1,6 @@
 """Reading a TOML file and `section.key=value` overrides into a frozen pydantic model.
 
+A file may start from another: `extends = "other.toml"`, a path beside it. Its own keys win, table by table.
 An unknown key is an error that names the nearest valid one; every message names the file and the key.
 """
 
@@ -33,12 +34,7 @@ def load_settings(model: type[SettingsType], path: Path, overrides: Sequence[str
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown, a value is wrong.
     """
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; configs/ holds ready ones") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    tree = _read(path, ())
     for override in overrides:
         _apply(tree, override)
     return validate_settings(model, tree, str(path))
@@ -51,6 +47,36 @@ def validate_settings(model: type[SettingsType], tree: dict[str, Any], where: st
     except ValidationError as error:
         problems = "; ".join(_explain(model, dict(problem)) for problem in error.errors())
         raise ConfigError(f"{where}: {problems}") from None
+
+
+def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's tree over that of the file it extends; `below` are those that extend this one."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        from_ = f", which {below[-1]} extends" if below else "; configs/ holds ready ones"
+        raise ConfigError(f"{path}: no such file{from_}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends must be the path of one file, such as \"base/common.toml\"")
+    chain = (*below, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise ConfigError(f"{path}: extends {base}, which leads back to itself")
+    return _over(tree, _read(path.parent / base, chain))
+
+
+def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `tree` in their places."""
+    merged = dict(base)
+    for key, value in tree.items():
+        below = merged.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        merged[key] = _over(value, below) if both else value
+    return merged
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

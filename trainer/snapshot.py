@@ -36,7 +36,7 @@ from trainer.assemble import build_model, count_numbers
 from trainer.config import Config
 from trainer.data.batch import RequestBatch, Retrieval
 from trainer.durable import file_digest, sync, write_text
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.two_stage import Prediction, TwoStageModel
 from trainer.settings import Settings
 
 _VERSION_NAME = re.compile(r"v\d{8}$")
@@ -92,7 +92,8 @@ class Snapshot:
     @torch.no_grad()
     def score(self, batch: RequestBatch) -> Tensor:
         """Probabilities, float32 [C, T]."""
-        return torch.sigmoid(self.model(batch))
+        prediction: Prediction = self.model(batch)
+        return prediction.logits.sigmoid()
 
     def numeric_names(self) -> list[str]:
         """What the columns of `RequestBatch.numeric` must be."""

@@ -39,12 +39,25 @@ class RateSetter:
 
 
 def train_step(
-    model: nn.Module, optimizer: CombinedOptimizer, step: Step, world_size: int, device: torch.device
+    model: nn.Module,
+    optimizer: CombinedOptimizer,
+    step: Step,
+    world_size: int,
+    device: torch.device,
+    auxiliary_weight: float = 1.0,
 ) -> Tensor:
-    """Do one step; returns this rank's part of the loss sum, detached (0 where the batch does not count)."""
+    """Do one step on the main loss and, where the model has one, its auxiliary loss.
+
+    Returns:
+        This rank's part of the main loss' sum, detached (0 where the batch does not count).
+    """
     batch = step.batch.to(device)
     optimizer.zero_grad()
-    total = loss_sum(model(batch), batch.labels, batch.weight)
-    rank_loss(total, batch.step_candidates, world_size, step.counted).backward()
+    prediction = model(batch)
+    total = loss_sum(prediction.logits, batch.labels, batch.weight)
+    trained = total
+    if prediction.auxiliary is not None:
+        trained = total + auxiliary_weight * loss_sum(prediction.auxiliary, batch.labels, batch.weight)
+    rank_loss(trained, batch.step_candidates, world_size, step.counted).backward()
     optimizer.step()
     return total.detach() if step.counted else torch.zeros_like(total)

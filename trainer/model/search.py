@@ -1,173 +1,216 @@
-"""Stage one (GSU): which K behaviors of its request's window a candidate keeps.
+"""Stage one (GSU): which K behaviors of its window a candidate keeps.
 
-A search is a function (query_CD, key_ND, bias, windows, k) -> Kept. It runs without gradient; the kept
-scores are computed again with gradient in stage two, from the same vectors and the same bias, so both
-stages share one score function and one set of parameters (TWIN, section 4.2).
+A search maps scores, marks or ids of a window to its columns. It runs without gradient: stage two computes
+the kept scores again with gradient, from the same vectors, by the same scorer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from trainer.data.batch import RequestBatch
-from trainer.model.time import age_bucket
-
-
-@dataclass
-class Kept:
-    """What stage one keeps. All are 0 where `mask` is False.
-
-    Attributes:
-        index: int64 [C, K], behaviors of the batch; rank, bucket: int64 [C, K], their time, see `Windows`.
-        mask: bool [C, K], False where a window holds fewer than K behaviors.
-    """
-
-    index: Tensor
-    mask: Tensor
-    rank: Tensor
-    bucket: Tensor
+from trainer.model.score import Attended, DotScorer, Scorer
+from trainer.model.windows import Kept, Windows
 
 
-Bias = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Windows:
-    """Which behaviors are searched, padded to the longest: window w holds index[w, l] where mask[w, l].
-
-    A window belongs to a request, or to a single candidate after a hard search in the data path.
+@dataclass(frozen=True)
+class Query:
+    """What a search may look at.
 
     Attributes:
-        index: int64 [W, L']; mask: bool [W, L']; rank: int64 [W, L'], 1 for the newest behavior;
-        bucket: int64 [W, L'], log-bucketed age.
-        of_candidate: int64 [C], ascending: each candidate's window.
+        scorer, vectors: of stage two, encoded; raw: the attention vectors before that.
+        windows: where to search.
+        ids_C, ids_N: ids that a hard search matches, or None.
     """
 
-    index: Tensor
-    mask: Tensor
-    rank: Tensor
-    bucket: Tensor
-    of_candidate: Tensor
+    scorer: Scorer
+    vectors: Attended
+    raw: Attended
+    windows: Windows
+    ids_C: Tensor | None = None
+    ids_N: Tensor | None = None
 
 
-def windows_of(batch: RequestBatch, history_length: int) -> Windows:
-    """What the batch's candidates may keep: their request's window, or what a hard search retrieved."""
-    if batch.retrieval is not None:
-        return _retrieved_windows(batch, history_length)
-    return _request_windows(batch)
+class Search(nn.Module):
+    """Args: k: K, behaviors kept."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    @torch.no_grad()
+    def forward(self, query: Query) -> Kept:
+        """-> the kept behaviors, [C, K]."""
+        column, mask = self.columns(query)
+        missing = self.k - column.shape[1]
+        return query.windows.columns(F.pad(column, (0, missing)), F.pad(mask, (0, missing)))
+
+    def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        """-> columns of the windows, at most K a candidate, ascending, and which of them count."""
+        raise NotImplementedError
 
 
-def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
-    """One window a candidate; ranks beyond L share the last place of the time tables."""
-    found = batch.retrieval
-    assert found is not None
-    mask = found.index >= 0
-    index = torch.where(mask, found.index, 0)
-    age = (
-        batch.request_time[batch.candidate_request][:, None] - batch.behavior_time[index]
-        if batch.behaviors
-        else index
-    )
-    bucket = torch.where(mask, age_bucket(age), 0)
-    each = torch.arange(batch.candidates, device=index.device)
-    return Windows(index, mask, found.rank.clamp(max=history_length), bucket, each)
+class DotSearch(Search):
+    """Exact top-K by the scorer of stage two (TWIN, DARE); several heads share the K places round-robin."""
+
+    def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        score_CHX = query.scorer.over_windows(query.vectors, query.windows)
+        if score_CHX.shape[1] == 1:
+            return top_columns(score_CHX[:, 0], self.k)
+        return round_robin(score_CHX, self.k)
 
 
-def _request_windows(batch: RequestBatch) -> Windows:
-    """The requests' windows side by side, newest behavior first (L' = longest window of the batch)."""
-    length = batch.window_end - batch.window_start
-    longest = int(length.max()) if length.numel() else 0
-    step = torch.arange(longest, device=length.device)
-    mask = step[None, :] < length[:, None]
-    index = torch.where(mask, batch.window_end[:, None] - 1 - step[None, :], 0)
-    rank = torch.where(mask, 1 + step[None, :], 0)
-    age = batch.request_time[:, None] - batch.behavior_time[index] if longest else index
-    bucket = torch.where(mask, age_bucket(age), 0)
-    return Windows(index, mask, rank, bucket, batch.candidate_request)
+class AllSearch(Search):
+    """No search: stage two attends to the whole window (DIN, TIN)."""
+
+    @torch.no_grad()
+    def forward(self, query: Query) -> Kept:
+        return query.windows.of_candidates()
 
 
-@torch.no_grad()
-def dot_search(query_CD: Tensor, key_ND: Tensor, bias: Bias, windows: Windows, k: int) -> Kept:
-    """Exact top-K by scaled dot product plus time bias, one batched product for all windows.
+class HardSearch(Search):
+    """The newest K behaviors of the candidate's own id (category, say), then the newest others.
 
-    Candidates are grouped by window, so a request's window is multiplied once with all its candidates:
-    the cost follows C x L, whatever stretch of history a block holds.
+    This is the mask of DARE's `TWIN hard`, which fills up with other behaviors; SIM's hard search, which does
+    not, is `data.search` with one level.
+    """
+
+    def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        assert query.ids_C is not None and query.ids_N is not None
+        windows = query.windows
+        same = query.ids_N[windows.index][windows.of_candidate] == query.ids_C[:, None]
+        return _best_places(torch.where(same, 0, 1), windows, self.k)
+
+
+class HammingSearch(Search):
+    """ETA: the K behaviors whose SimHash codes differ from the candidate's in the fewest bits.
+
+    Codes are signs of one fixed random projection of the live attention vectors, packed into words; the
+    distance is XOR and popcount. Nothing is trained and nothing is stored, so codes are never stale.
 
     Args:
-        query_CD: attention vectors of the candidates.
-        key_ND: attention vectors of all behaviors of the batch.
-        bias: (rank, bucket) -> additive score, see `TimeBias`.
-        windows: of `windows_of`.
-        k: K.
+        k: K; width: D of the vectors; bits: of a code; seed: of the projection.
     """
-    window_C = windows.of_candidate
-    if not query_CD.shape[0] or not windows.index.shape[1] or not key_ND.shape[0]:
-        return _nothing(query_CD, k)
-    counts = torch.bincount(window_C, minlength=windows.index.shape[0])
-    first = torch.cumsum(counts, 0) - counts
-    slot_C = torch.arange(query_CD.shape[0], device=query_CD.device) - first[window_C]
-    query_WSD = query_CD.new_zeros(counts.numel(), int(counts.max()), query_CD.shape[1])
-    query_WSD[window_C, slot_C] = query_CD * query_CD.shape[1] ** -0.5
-    score_WSL = torch.baddbmm(
-        bias(windows.rank, windows.bucket).masked_fill(~windows.mask, -torch.inf)[:, None, :],
-        query_WSD,
-        key_ND[windows.index].transpose(1, 2),
-    )
-    return _kept(windows, *top_columns(score_WSL[window_C, slot_C], k), k)
+
+    planes: Tensor
+
+    def __init__(self, k: int, width: int, bits: int, seed: int) -> None:
+        super().__init__(k)
+        self.register_buffer("planes", random_planes(width, bits, seed))
+
+    def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        windows = query.windows
+        of_candidate = pack_bits(sign_bits(query.raw.query_CD, self.planes))
+        of_behavior = pack_bits(sign_bits(query.raw.key_ND, self.planes))
+        distance = hamming(of_candidate[:, None], of_behavior[windows.index][windows.of_candidate])
+        return _best_places(distance, windows, self.k)
 
 
-def top_columns(score_CL: Tensor, k: int) -> tuple[Tensor, Tensor]:
+class SoftSearch(Search):
+    """SIM's soft search: inner product of two linear maps, trained by its own auxiliary loss only."""
+
+    def __init__(self, k: int, width: int, dim: int) -> None:
+        super().__init__(k)
+        self.index = DotScorer(
+            nn.Linear(width, dim, bias=False), nn.Linear(width, dim, bias=False), 1, None, None
+        )
+
+    def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        score_CHX = self.index.over_windows(self.index.encode(query.raw), query.windows)
+        return top_columns(score_CHX[:, 0], self.k)
+
+
+def top_columns(score_CX: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The K best columns of each row, ascending, and which of them count; ties go to the lower column.
 
     `topk` alone keeps any of several equal scores, which one depending on the width of the tensor, so that
     a request would be scored differently in other company. -inf is never kept.
     """
-    width = score_CL.shape[1]
-    best = score_CL.topk(min(k + 1, width), dim=1)
+    width = score_CX.shape[1]
+    best = score_CX.topk(min(k + 1, width), dim=1)
     column_CK, value_CK = best.indices[:, :k], best.values[:, :k]
     if width > k:
         tied = (best.values[:, k - 1] == best.values[:, k]) & (best.values[:, k] > -torch.inf)
         rows = torch.nonzero(tied).squeeze(1)
         if rows.numel():
-            exact = score_CL[rows].sort(dim=1, descending=True, stable=True)
+            exact = score_CX[rows].sort(dim=1, descending=True, stable=True)
             column_CK = column_CK.index_copy(0, rows, exact.indices[:, :k])
             value_CK = value_CK.index_copy(0, rows, exact.values[:, :k])
-    mask_CK = ~(value_CK == -torch.inf)
+    return _ascending(column_CK, ~(value_CK == -torch.inf), width)
+
+
+def round_robin(score_CHX: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Walk the heads' ranked lists in turn, best first, until K different columns are found (TWIN, 4.2)."""
+    candidates, heads, width = score_CHX.shape
+    ranked = score_CHX.flatten(0, 1).sort(dim=1, descending=True, stable=True)
+    column = ranked.indices[:, :k].view(candidates, heads, -1).transpose(1, 2).flatten(1)
+    real = (ranked.values[:, :k] > -torch.inf).view(candidates, heads, -1).transpose(1, 2).flatten(1)
+    place = column.sort(dim=1, stable=True)
+    again = F.pad(place.values[:, 1:] == place.values[:, :-1], (1, 0))
+    new = torch.zeros_like(real).scatter(1, place.indices, ~again) & real
+    taken = new & (new.cumsum(1) <= k)
+    order = torch.where(taken, column, width).sort(dim=1).values[:, : min(k, width)]
+    return order.clamp(max=width - 1), order < width
+
+
+def _best_places(cost_CX: Tensor, windows: Windows, k: int) -> tuple[Tensor, Tensor]:
+    """Lowest integer cost first, then lowest column; the column makes every key different."""
+    width = cost_CX.shape[1]
+    key = cost_CX * width + torch.arange(width, device=cost_CX.device)
+    key = key.masked_fill(~windows.mask[windows.of_candidate], torch.iinfo(torch.int64).max)
+    best = key.topk(min(k, width), dim=1, largest=False)
+    return _ascending(best.indices, best.values < torch.iinfo(torch.int64).max, width)
+
+
+def _ascending(column_CK: Tensor, mask_CK: Tensor, width: int) -> tuple[Tensor, Tensor]:
     order_CK = torch.where(mask_CK, column_CK, width).sort(dim=1)
     return order_CK.values.clamp(max=width - 1), order_CK.values < width
 
 
-def _nothing(query_CD: Tensor, k: int) -> Kept:
-    zero = torch.zeros(query_CD.shape[0], k, dtype=torch.int64, device=query_CD.device)
-    return Kept(zero, zero.bool(), zero, zero)
+def random_planes(width: int, bits: int, seed: int) -> Tensor:
+    """Gaussian projection [D, bits], the same for the same seed."""
+    return torch.randn(width, bits, generator=torch.Generator().manual_seed(seed))
 
 
-def _kept(windows: Windows, column_CK: Tensor, mask_CK: Tensor, k: int) -> Kept:
-    """Follow columns of the windows to behaviors and their times, padded to K."""
-    missing = k - column_CK.shape[1]
-    column = nn.functional.pad(column_CK, (0, missing))
-    mask = nn.functional.pad(mask_CK, (0, missing))
-    window = windows.of_candidate[:, None]
-    index, rank, bucket = (
-        torch.where(mask, part[window, column], 0) for part in (windows.index, windows.rank, windows.bucket)
-    )
-    return Kept(index, mask, rank, bucket)
+def sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
+    """-> bool [N, bits]; P(two bits differ) = angle / pi."""
+    return vector_ND @ planes > 0
 
 
-def dot_search_reference(query_CD: Tensor, key_ND: Tensor, bias: Bias, windows: Windows, k: int) -> Kept:
-    """`dot_search` one candidate at a time: the slow reference of the property test."""
-    column = torch.zeros(query_CD.shape[0], k, dtype=torch.int64)
-    mask = torch.zeros(query_CD.shape[0], k, dtype=torch.bool)
-    time_WL = bias(windows.rank, windows.bucket)
-    for c, window in enumerate(windows.of_candidate.tolist()):
-        seen = torch.nonzero(windows.mask[window]).squeeze(1)
-        key = key_ND[windows.index[window][seen]]
-        score = key @ query_CD[c] * query_CD.shape[1] ** -0.5 + time_WL[window][seen]
-        best = seen[score.argsort(descending=True, stable=True)[:k]].sort().values
+_WORD = 32
+
+
+def pack_bits(bits_NB: Tensor) -> Tensor:
+    """Bool [N, bits] -> int64 [N, words], 32 bits a word."""
+    padded = F.pad(bits_NB, (0, -bits_NB.shape[1] % _WORD)).unflatten(1, (-1, _WORD))
+    power = 1 << torch.arange(_WORD, device=bits_NB.device)
+    words: Tensor = padded.to(torch.int64) * power
+    return words.sum(2)
+
+
+def hamming(some: Tensor, other: Tensor) -> Tensor:
+    """Differing bits of packed codes, int64 [..., words] -> [...]: XOR, then popcount by halving sums."""
+    x = some ^ other
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    count: Tensor = (x * 0x01010101 >> 24) & 0xFF
+    return count.sum(-1)
+
+
+def search_reference(query: Query, k: int) -> Kept:
+    """`DotSearch` of one head, one candidate at a time: the slow reference of the property tests."""
+    windows, vectors = query.windows, query.vectors
+    column = torch.zeros(vectors.query_CD.shape[0], k, dtype=torch.int64)
+    mask = torch.zeros(vectors.query_CD.shape[0], k, dtype=torch.bool)
+    everything = windows.of_candidates()
+    scores = query.scorer.of_kept(vectors, everything)[:, 0]
+    for c in range(column.shape[0]):
+        seen = torch.nonzero(everything.mask[c]).squeeze(1)
+        best = seen[scores[c][seen].argsort(descending=True, stable=True)[:k]].sort().values
         column[c, : best.numel()] = best
         mask[c, : best.numel()] = True
-    return _kept(windows, column, mask, k)
+    return windows.columns(column, mask)

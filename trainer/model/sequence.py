@@ -1,31 +1,60 @@
-"""Stage two (ESU): attention over the kept behaviors, and their pooled representation."""
+"""Stage two (ESU): from kept behaviors and their weights to what the head is given."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from trainer.model.score import Attended, softmax_weights
 from trainer.model.time import TimeEncoding, weighted_bags
+from trainer.model.windows import Kept, Windows
 
 
-def kept_scores(query_CD: Tensor, key_ND: Tensor, index_CK: Tensor) -> Tensor:
-    """<query_c, key_index[c, k]> / sqrt(D) -> [C, K], with gradient to both sides."""
-    key_CKD = nn.functional.embedding(index_CK, key_ND)
-    score_CK: Tensor = (key_CKD @ query_CD.unsqueeze(2)).squeeze(2) * query_CD.shape[1] ** -0.5
-    return score_CK
+@dataclass(frozen=True)
+class Behaviors:
+    """The representation side of a batch's kept behaviors.
+
+    Attributes:
+        target_CD: of the candidates; value_SD: of the looked-up behaviors, S at least 1.
+        place: int64, shape of `kept.index`: each kept behavior's row of `value_SD`.
+        kept: of stage one, [C, K]; or whole windows [W, X] where the model works on windows.
+        windows: the windows that stage one searched; raw: attention vectors; group_C: target groups.
+    """
+
+    target_CD: Tensor
+    value_SD: Tensor
+    place: Tensor
+    kept: Kept
+    windows: Windows
+    raw: Attended
+
+    @property
+    def group_C(self) -> Tensor:
+        return self.raw.group_C
 
 
-def softmax_weights(score_CK: Tensor, mask_CK: Tensor) -> Tensor:
-    """Softmax over the kept behaviors only; all zero where nothing was kept."""
-    score_CK = score_CK.masked_fill(~mask_CK, -1e30)
-    return score_CK.softmax(dim=1) * mask_CK
+class SequenceModel(nn.Module):
+    """Maps behaviors and weights to the parts of the head's input.
+
+    Attributes:
+        on_windows: the model wants whole windows and no attention weights; there is no stage one then.
+    """
+
+    on_windows = False
+
+    @property
+    def output_width(self) -> int:
+        raise NotImplementedError
+
+    def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
+        """-> parts, each [C, *]."""
+        raise NotImplementedError
 
 
-def sigmoid_weights(score_CK: Tensor, mask_CK: Tensor) -> Tensor:
-    """Pointwise, unnormalised weights: how often counts, not only which. Zero for padding."""
-    return score_CK.sigmoid() * mask_CK
-
-
-class TargetAttention(nn.Module):
+class TargetAttention(SequenceModel):
     """Pools behaviors with given weights and multiplies with the target: u = sum_k w_k (e_k * v_t).
 
     The product with the target leaves the sum (TIN, equation 6; DARE, section 3.3), so the head is given
@@ -33,33 +62,102 @@ class TargetAttention(nn.Module):
 
     Args:
         width: D of the representation.
-        history_length: L, for the time tables.
+        time: encodings of target and behaviors.
         target_aware: without it the head is given [v_t ; h].
+        heads: with several, each pools its own linear map of the behaviors, and one map unites them (W^V and
+            W^O of TWIN, section 4.3).
+        target, value: projections of the two sides (DARE's `TWIN w/ proj.`), or None.
     """
 
     def __init__(
-        self, width: int, history_length: int, *, target_aware: bool, position: bool, age: bool
+        self,
+        width: int,
+        time: TimeEncoding,
+        *,
+        target_aware: bool = True,
+        heads: int = 1,
+        target: nn.Module | None = None,
+        value: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.width, self.target_aware = width, target_aware
-        self.time = TimeEncoding(history_length, width, position, age)
+        self.width, self.target_aware, self.heads, self.time = width, target_aware, heads, time
+        self.target, self.value = target, value
+        if heads > 1:
+            self.per_head = nn.Linear(width, width * heads, bias=False)
+            self.unite = nn.Linear(width * heads, width, bias=False)
 
     @property
     def output_width(self) -> int:
         return self.width * (3 if self.target_aware else 2)
 
-    def forward(
-        self,
-        target_CD: Tensor,
-        behavior_ND: Tensor,
-        index_CK: Tensor,
-        weight_CK: Tensor,
-        rank_CK: Tensor,
-        bucket_CK: Tensor,
-    ) -> list[Tensor]:
-        """-> the parts of the head's input, each [C, D]; `index_CK` points into `behavior_ND`."""
-        target_CD = self.time.target(target_CD)
-        pooled_CD = weighted_bags(behavior_ND, index_CK, weight_CK)
-        pooled_CD = self.time.pooled(pooled_CD, weight_CK, rank_CK, bucket_CK)
+    def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
+        assert weight_CHK is not None
+        target_CD, value_SD = behaviors.target_CD, behaviors.value_SD
+        if self.target is not None and self.value is not None:
+            target_CD, value_SD = self.target(target_CD), self.value(value_SD)
+        target_CD = self.time.target(target_CD, behaviors.group_C)
+        if self.heads == 1:
+            pooled_CD = self._pooled(value_SD, weight_CHK[:, 0], behaviors)
+        else:
+            pooled_CD = self._united(value_SD, weight_CHK, behaviors)
         parts = [target_CD, pooled_CD]
         return [*parts, target_CD * pooled_CD] if self.target_aware else parts
+
+    def _pooled(self, value_SD: Tensor, weight_CK: Tensor, behaviors: Behaviors) -> Tensor:
+        pooled_CD = weighted_bags(value_SD, behaviors.place, weight_CK)
+        return self.time.pooled(pooled_CD, weight_CK, behaviors.kept.marks, behaviors.group_C)
+
+    def _united(self, value_SD: Tensor, weight_CHK: Tensor, behaviors: Behaviors) -> Tensor:
+        """W^V leaves the sum as well: it is applied to what each head pooled."""
+        maps = self.per_head.weight.chunk(self.heads)
+        pooled = [
+            F.linear(self._pooled(value_SD, weight_CHK[:, head], behaviors), maps[head])
+            for head in range(self.heads)
+        ]
+        united: Tensor = self.unite(torch.cat(pooled, dim=1))
+        return united
+
+
+class StackedTin(SequenceModel):
+    """Behaviors multiplied onto the target layer by layer: interactions of order 1 to l (Stacked TIN).
+
+    u_0 = v_t; u_1 = (sum_k w_k e_k) * u_0 with the weights of stage one's scorer; and for further layers
+    a_k = softmax_k(<e_k W_k, u W_q> / sqrt(D)), u_l = (sum_k a_k e_k W_v) * u_{l-1}. The head is given
+    [v_t ; u_1 ; ... ; u_l]. Only the name and the order are published; the equations are ours.
+
+    Args:
+        width: D; time: encodings of target and behaviors; layers: l.
+    """
+
+    def __init__(self, width: int, time: TimeEncoding, layers: int) -> None:
+        super().__init__()
+        self.width, self.time, self.layers = width, time, layers
+        self.further = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in ("query", "key", "value")})
+            for _ in range(layers - 1)
+        )
+
+    @property
+    def output_width(self) -> int:
+        return self.width * (1 + self.layers)
+
+    def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
+        assert weight_CHK is not None
+        kept, group_C = behaviors.kept, behaviors.group_C
+        encoded_CKD = F.embedding(behaviors.place, behaviors.value_SD)
+        encoded_CKD = encoded_CKD + self.time.behaviors(kept.marks, group_C)
+        target_CD = self.time.target(behaviors.target_CD, group_C)
+        orders = [target_CD, _weighted(weight_CHK[:, 0], encoded_CKD) * target_CD]
+        for maps in self.further:
+            assert isinstance(maps, nn.ModuleDict)
+            query_CD = maps["query"](orders[-1]) * self.width**-0.5
+            # <e W_k, q> = <e, q W_k^T>: no projected copy of the behaviors.
+            folded_CD = query_CD @ maps["key"].weight
+            score_CK = (encoded_CKD @ folded_CD.unsqueeze(2)).squeeze(2)
+            pooled_CD = _weighted(softmax_weights(score_CK, kept.mask), encoded_CKD)
+            orders.append(maps["value"](pooled_CD) * orders[-1])
+        return orders
+
+
+def _weighted(weight_CK: Tensor, value_CKD: Tensor) -> Tensor:
+    return (weight_CK.unsqueeze(1) @ value_CKD).squeeze(1)

@@ -1,16 +1,47 @@
-"""Target-relative time: rank from the request back, and log-bucketed age.
+"""Target-relative time and match level: tables over a behavior's marks.
 
-Both are recomputed for every request, never stored as absolute times (TIN, section 3.2; DARE, section 2.2).
-The target itself sits at rank 0 and age bucket 0.
+Marks are recomputed for every request, never stored as absolute times (TIN, section 3.2; DARE, section
+2.2). The target itself sits at mark 0. Three forms say what a target contributes:
+
+    shared   one table for all; the target's encoding is row 0 (TIN, DARE)
+    target   the target's encoding is looked up by its group, behaviors keep the ordinary table (TdPE)
+    joint    both sides use a table of their own for every target group (dPE)
+
+Which feature groups the targets is a setting; what production systems use is not public.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 AGE_BUCKETS = 64
 _BUCKETS_PER_OCTAVE = 2
+
+Form = Literal["shared", "target", "joint"]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Target-relative places of behaviors, int64 tensors of equal shape; the target's own place is 0.
+
+    Attributes:
+        position: rank counted back from the request, 1 = newest.
+        age: log-bucketed seconds before the request, see `age_bucket`.
+        level: deepest taxonomy level that a hard search matched, 1 = coarsest; 0 without one.
+    """
+
+    position: Tensor
+    age: Tensor
+    level: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Marks:
+        return Marks(change(self.position), change(self.age), change(self.level))
 
 
 def age_bucket(seconds: Tensor) -> Tensor:
@@ -22,55 +53,132 @@ def age_bucket(seconds: Tensor) -> Tensor:
     return (1 + (octave * _BUCKETS_PER_OCTAVE).floor().to(torch.int64)).clamp(1, AGE_BUCKETS - 1)
 
 
-class TimeBias(nn.Module):
-    """Additive stage-one bias of a behavior, b_position[rank] + b_age[bucket].
+def group_rows(mark: Tensor, group_C: Tensor, rows: int) -> Tensor:
+    """Row of (target group, mark) in a joint table of `rows` rows a group; `mark` is [C, K]."""
+    return group_C[:, None] * rows + mark
 
-    As the target's time id is constant, the time part of DARE's score, <P[0], P[p]> / sqrt(d), is one scalar
-    a rank for every target; it is learned here directly (specification of DARE's code, temporal encoding).
+
+class _MarkTables(nn.Module):
+    """One table a mark, of `rows[mark]` rows; what is in them is the subclass's."""
+
+    def __init__(self, rows: Mapping[str, int], form: Form, groups: int) -> None:
+        super().__init__()
+        self.rows, self.form, self.groups = dict(rows), form, groups
+
+    def marks(self, marks: Marks) -> Iterator[tuple[str, Tensor]]:
+        for name in self.rows:
+            yield name, getattr(marks, name)
+
+
+class TimeBias(_MarkTables):
+    """Additive score of a behavior's marks.
+
+    shared: b[mark]. As the target's time id is constant, the time part of DARE's score,
+    <P[0], P[p]> / sqrt(d), is one scalar a rank for every target; it is learned here directly.
+    target: <T[group], P[mark]> / sqrt(d), each target group its own decay curve of rank d (TdPE).
+    joint: b[group, mark] (dPE, whose <P[g, p], P[g, 0]> / sqrt(d) is again a free scalar).
     """
 
-    def __init__(self, history_length: int, position: bool, age: bool) -> None:
-        super().__init__()
-        self.position = nn.Parameter(torch.zeros(history_length + 1)) if position else None
-        self.age = nn.Parameter(torch.zeros(AGE_BUCKETS)) if age else None
+    def __init__(
+        self, rows: Mapping[str, int], form: Form = "shared", groups: int = 1, dim: int = 16
+    ) -> None:
+        super().__init__(rows, form, groups)
+        count = groups if form == "joint" else 1
+        self.dim = dim
+        if form == "target":
+            self.curves = nn.ParameterDict(
+                {n: nn.Parameter(torch.randn(r, dim) * 0.1) for n, r in rows.items()}
+            )
+            self.targets = nn.Parameter(torch.randn(groups, dim) * 0.1)
+        else:
+            self.tables = nn.ParameterDict({n: nn.Parameter(torch.zeros(count * r)) for n, r in rows.items()})
 
-    def forward(self, rank: Tensor, bucket: Tensor) -> Tensor:
-        """Int64 `rank` and `bucket` of equal shape -> float32 of that shape."""
-        bias = torch.zeros(rank.shape, device=rank.device)
-        for table, index in ((self.position, rank), (self.age, bucket)):
-            if table is not None:
-                # Not table[index]: its backward adds in whatever order the threads come by.
-                bias = bias + nn.functional.embedding(index, table[:, None]).squeeze(-1)
+    @property
+    def of_target(self) -> bool:
+        """Whether the bias depends on the candidate besides its marks."""
+        return self.form != "shared"
+
+    def shared(self, marks: Marks) -> Tensor:
+        """Bias that is the same for all targets -> float32 of the marks' shape."""
+        bias = torch.zeros(marks.position.shape, device=marks.position.device)
+        for name, mark in self.marks(marks) if not self.of_target else ():
+            # Not table[mark]: its backward adds in whatever order the threads come by.
+            bias = bias + F.embedding(mark, self.tables[name][:, None]).squeeze(-1)
         return bias
 
+    def forward(self, marks: Marks, group_C: Tensor) -> Tensor:
+        """The whole bias of candidates' behaviors, marks [C, K] -> float32 [C, K]."""
+        if not self.of_target:
+            return self.shared(marks)
+        bias = torch.zeros(marks.position.shape, device=group_C.device)
+        for name, mark in self.marks(marks):
+            table = self.tables[name] if self.form == "joint" else self._curves(name)
+            bias = bias + F.embedding(group_rows(mark, group_C, self.rows[name]), table[:, None]).squeeze(-1)
+        return bias
 
-class TimeEncoding(nn.Module):
-    """Stage-two encodings added to target and behaviors, from the same tables (TIN, equation 4).
+    def _curves(self, name: str) -> Tensor:
+        curves: Tensor = self.targets @ self.curves[name].T * self.dim**-0.5
+        return curves.reshape(-1)
+
+
+class TimeEncoding(_MarkTables):
+    """Encodings added to target and behaviors (TIN, equation 4), from the same tables.
 
     The encoding of a weighted sum of behaviors is the weighted sum of their encodings, so `pooled` never
     builds one vector a behavior.
     """
 
-    def __init__(self, history_length: int, width: int, position: bool, age: bool) -> None:
-        super().__init__()
-        self.position = nn.Parameter(torch.zeros(history_length + 1, width)) if position else None
-        self.age = nn.Parameter(torch.zeros(AGE_BUCKETS, width)) if age else None
+    def __init__(self, rows: Mapping[str, int], width: int, form: Form = "shared", groups: int = 1) -> None:
+        super().__init__(rows, form, groups)
+        count = groups if form == "joint" else 1
+        self.tables = nn.ParameterDict(
+            {n: nn.Parameter(torch.zeros(count * r, width)) for n, r in rows.items()}
+        )
+        self.targets = nn.Parameter(torch.zeros(groups, width)) if form == "target" and rows else None
 
-    def target(self, target_CD: Tensor) -> Tensor:
-        """Add the encodings of rank 0 and age 0."""
-        for table in (self.position, self.age):
-            if table is not None:
+    def target(self, target_CD: Tensor, group_C: Tensor) -> Tensor:
+        """Add the target's own encoding."""
+        if self.targets is not None:
+            return target_CD + F.embedding(group_C, self.targets)
+        for name, table in self.tables.items():
+            if self.form == "joint":
+                target_CD = target_CD + F.embedding(group_C * self.rows[name], table)
+            else:
                 target_CD = target_CD + table[0]
         return target_CD
 
-    def pooled(self, pooled_CD: Tensor, weight_CK: Tensor, rank_CK: Tensor, bucket_CK: Tensor) -> Tensor:
+    def pooled(self, pooled_CD: Tensor, weight_CK: Tensor, marks: Marks, group_C: Tensor) -> Tensor:
         """Add sum_k weight[c, k] * encoding[k] to each pooled vector."""
-        for table, index_CK in ((self.position, rank_CK), (self.age, bucket_CK)):
-            if table is not None:
-                pooled_CD = pooled_CD + weighted_bags(table, index_CK, weight_CK)
+        for name, index in self._indices(marks, group_C):
+            pooled_CD = pooled_CD + weighted_bags(self.tables[name], index, weight_CK)
         return pooled_CD
+
+    def behaviors(self, marks: Marks, group_C: Tensor) -> Tensor | float:
+        """The encodings themselves: marks [C, K] -> [C, K, D]."""
+        return sum(F.embedding(index, self.tables[name]) for name, index in self._indices(marks, group_C))
+
+    def scores(self, query_CD: Tensor, marks: Marks, group_C: Tensor) -> Tensor:
+        """<query, encoding> of every behavior, marks [C, K] -> [C, K], without a [C, K, D] intermediate."""
+        score = torch.zeros(marks.position.shape, device=query_CD.device)
+        for name, mark in self.marks(marks):
+            table = self.tables[name]
+            if self.form == "joint":
+                table = table.view(self.groups, self.rows[name], -1)
+                score_CM = torch.einsum(
+                    "cd,cmd->cm",
+                    query_CD,
+                    F.embedding(group_C, table.flatten(1)).view(query_CD.shape[0], self.rows[name], -1),
+                )
+            else:
+                score_CM = query_CD @ table.T
+            score = score + score_CM.gather(1, mark)
+        return score
+
+    def _indices(self, marks: Marks, group_C: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for name, mark in self.marks(marks):
+            yield name, group_rows(mark, group_C, self.rows[name]) if self.form == "joint" else mark
 
 
 def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
     """sum_k weight[c, k] * rows[index[c, k]] -> [C, D], without a [C, K, D] intermediate."""
-    return nn.functional.embedding_bag(index_CK, rows_ND, per_sample_weights=weight_CK, mode="sum")
+    return F.embedding_bag(index_CK, rows_ND, per_sample_weights=weight_CK, mode="sum")

@@ -2,26 +2,46 @@
 
 TWIN and DARE are the same code: four roles, each served by a named table group. With one group for all
 roles this is TWIN as DARE's authors ran it; with one group for attention and one for representation, DARE.
+Other models are other branches (`trainer.model.branch`) of the same frame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.groups import TableGroup
 from embeddings.jagged import select_bags, select_keys, vectors_in_order
-from trainer.config import ModelConfig
 from trainer.data.batch import RequestBatch
-from trainer.model.head import Head
-from trainer.model.search import Kept, dot_search, windows_of
-from trainer.model.sequence import TargetAttention, kept_scores, sigmoid_weights, softmax_weights
-from trainer.model.time import TimeBias
+from trainer.model.auxiliary import WholeWindow
+from trainer.model.branch import Branch, Searched, Surroundings, at_least_one_row
+from trainer.model.head import DotHead, Head
+from trainer.model.settings import ModelConfig
+from trainer.model.windows import Kept, Windows, windows_of
 
-WEIGHTS = {"softmax": softmax_weights, "sigmoid": sigmoid_weights}
+
+class Prediction(NamedTuple):
+    """What the model says of C candidates and T tasks.
+
+    Attributes:
+        logits: float32 [C, T].
+        auxiliary: logits [C, T] of the auxiliary head while training, else None.
+    """
+
+    logits: Tensor
+    auxiliary: Tensor | None
+
+
+class Rows(NamedTuple):
+    """Representation of one group: target [C, D], behaviors [S, D], S at least 1, and the row of each of the
+    batch's behaviors [N] (None = behavior n is row n)."""
+
+    target_CD: Tensor
+    value_SD: Tensor
+    place_N: Tensor | None
 
 
 class TwoStageModel(nn.Module):
@@ -29,8 +49,7 @@ class TwoStageModel(nn.Module):
 
     Args:
         config: the model section.
-        history_length: L, sizes the time tables.
-        groups: the resolved table groups.
+        around: groups, L, levels of the hard search, seed.
         collections: group name -> module that maps a KJT of stride B to a KeyedTensor of [B, width];
             an EmbeddingBagCollection in training, plain tables when scoring.
         tasks: T.
@@ -40,44 +59,69 @@ class TwoStageModel(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        history_length: int,
-        groups: Mapping[str, TableGroup],
+        around: Surroundings,
         collections: Mapping[str, nn.Module],
         tasks: int,
         numbers: int = 0,
     ) -> None:
         super().__init__()
-        self.config, self.roles = config, config.roles
-        self.history_length, self.numbers = history_length, numbers
+        self.config, self.numbers, self.history_length = config, numbers, around.history_length
+        groups = around.groups
         self.features = {name: group.features for name, group in groups.items()}
         self.collections = nn.ModuleDict(collections)
-        self.time_bias = TimeBias(history_length, config.position, config.age)
-        self.sequence = TargetAttention(
-            groups[self.roles.representation_target].width,
-            history_length,
-            target_aware=config.target_aware,
-            position=config.position,
-            age=config.age,
-        )
-        beside = numbers + (groups[self.roles.context].width if self.roles.context else 0)
-        self.head = Head(self.sequence.output_width + beside, config.hidden, tasks)
-        self.weights = WEIGHTS[config.weights]
+        branches = config.all_branches()
+        self.branches = nn.ModuleDict({name: Branch(branch, around) for name, branch in branches.items()})
+        width = sum(branch.sequence.output_width for branch in self._branches().values())
+        beside = numbers + (groups[config.roles.context].width if config.roles.context else 0)
+        self.head: nn.Module
+        if config.head == "dot":
+            self.head = DotHead(width // 2, beside, tasks)
+        else:
+            self.head = Head(width + beside, config.hidden, tasks, config.norm)
+        self.auxiliary = WholeWindow(config, groups, tasks) if config.auxiliary != "none" else None
+        if config.dense_init == "normal":
+            _normal_init(self)
 
-    def forward(self, batch: RequestBatch) -> Tensor:
-        """-> logits, float32 [C, T]."""
-        roles, behaviors = self.roles, batch.behaviors
+    def forward(self, batch: RequestBatch) -> Prediction:
         vectors = {name: self._lookup(name, batch.features) for name in self._first_lookups()}
-        query_CD = vectors[roles.attention_target][behaviors:]
-        key_ND = vectors[roles.attention_behavior][:behaviors]
-        windows = windows_of(batch, self.history_length)
-        kept = dot_search(query_CD, key_ND, self.time_bias, windows, self.config.k)
-        score_CK = (
-            kept_scores(query_CD, key_ND, kept.index) if behaviors else query_CD.new_zeros(kept.index.shape)
-        )
-        weight_CK = self.weights(score_CK + self.time_bias(kept.rank, kept.bucket), kept.mask)
-        target_CD, behavior_SD, index_CK = self._representation(batch, kept, vectors)
-        parts = self.sequence(target_CD, behavior_SD, index_CK, weight_CK, kept.rank, kept.bucket)
+        searched = self._search(batch, vectors)
+        rows = self._representation(batch, searched, vectors)
+        parts = []
+        for name, branch in self._branches().items():
+            found, roles = searched[name], branch.roles
+            behavior = rows[roles.representation_behavior]
+            index = found.kept.index
+            place = index if behavior.place_N is None else behavior.place_N[index]
+            target_CD = rows[roles.representation_target].target_CD
+            parts += branch.pool(found, target_CD, behavior.value_SD, place)
         logits: Tensor = self.head([*parts, *self._beside(batch)])
+        return Prediction(logits, self._auxiliary_logits(searched["main"], rows))
+
+    @torch.no_grad()
+    def search(self, batch: RequestBatch) -> dict[str, Kept]:
+        """Stage one alone: what each branch keeps of the batch."""
+        vectors = {name: self._lookup(name, batch.features) for name in self._first_lookups()}
+        return {name: found.kept for name, found in self._search(batch, vectors).items()}
+
+    def _branches(self) -> dict[str, Branch]:
+        return {name: branch for name, branch in self.branches.items() if isinstance(branch, Branch)}
+
+    def _search(self, batch: RequestBatch, vectors: Mapping[str, Tensor]) -> dict[str, Searched]:
+        windows: dict[int, Windows] = {}
+        found = {}
+        for name, branch in self._branches().items():
+            if branch.newest not in windows:
+                windows[branch.newest] = windows_of(batch, self.history_length, branch.newest)
+            found[name] = branch.find(batch, vectors, windows[branch.newest])
+        return found
+
+    def _auxiliary_logits(self, searched: Searched, rows: Mapping[str, Rows]) -> Tensor | None:
+        if self.auxiliary is None or not self.training:
+            return None
+        main = self._branches()["main"]
+        target_CD = rows[main.roles.representation_target].target_CD
+        value_ND = rows[main.roles.representation_behavior].value_SD
+        logits: Tensor = self.auxiliary(main, searched, target_CD, value_ND)
         return logits
 
     def _beside(self, batch: RequestBatch) -> list[Tensor]:
@@ -85,17 +129,20 @@ class TwoStageModel(nn.Module):
         parts = []
         if self.numbers:
             parts.append(batch.numeric.sign() * batch.numeric.abs().log1p())
-        if self.roles.context:
+        if self.config.roles.context:
             assert batch.context is not None
-            parts.append(self._lookup(self.roles.context, batch.context)[batch.candidate_request])
+            parts.append(self._lookup(self.config.roles.context, batch.context)[batch.candidate_request])
         return parts
 
     def _first_lookups(self) -> list[str]:
         """Groups looked up for all behaviors and candidates, before the search."""
-        roles = self.roles
-        names = [roles.attention_target, roles.attention_behavior]
-        if self.config.lookup == "full":
-            names += [roles.representation_target, roles.representation_behavior]
+        names = []
+        for branch in self._branches().values():
+            roles = branch.roles
+            names += [roles.attention_target, roles.attention_behavior] if branch.attends else []
+            names += [roles.cross] if roles.cross else []
+            if self.config.lookup == "full":
+                names += [roles.representation_target, roles.representation_behavior]
         return list(dict.fromkeys(names))
 
     def _lookup(self, group: str, bags: KeyedJaggedTensor) -> Tensor:
@@ -104,38 +151,46 @@ class TwoStageModel(nn.Module):
         return vectors_in_order(self.collections[group](select_keys(bags, features)), features)
 
     def _representation(
-        self, batch: RequestBatch, kept: Kept, vectors: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> target [C, D], behaviors [S, D], and the kept behaviors' index [C, K] into those S.
+        self, batch: RequestBatch, searched: Mapping[str, Searched], vectors: Mapping[str, Tensor]
+    ) -> dict[str, Rows]:
+        """Rows of every group of a representation role.
 
         Groups not looked up yet are looked up here, for the union of the kept behaviors and the candidates.
         """
-        roles, behaviors = self.roles, batch.behaviors
-        late = [n for n in (roles.representation_target, roles.representation_behavior) if n not in vectors]
-        target = vectors.get(roles.representation_target)
-        behavior = vectors.get(roles.representation_behavior)
-        index_CK = kept.index
+        n, wanted = batch.behaviors, []
+        for branch in self._branches().values():
+            wanted += [branch.roles.representation_target, branch.roles.representation_behavior]
+        rows = {
+            name: Rows(vectors[name][n:], at_least_one_row(vectors[name][:n]), None)
+            for name in wanted
+            if name in vectors
+        }
+        late = [name for name in dict.fromkeys(wanted) if name not in vectors]
         if late:
-            chosen_S, place_N = union_of(kept, behaviors)
-            bags = torch.cat([chosen_S, behaviors + torch.arange(batch.candidates, device=chosen_S.device)])
+            chosen_S, place_N = union_of([found.kept for found in searched.values()], n)
+            bags = torch.cat([chosen_S, n + torch.arange(batch.candidates, device=chosen_S.device)])
             selected = select_bags(batch.features, bags)
-            found = {name: self._lookup(name, selected) for name in dict.fromkeys(late)}
-            if target is None:
-                target_CD = found[roles.representation_target][chosen_S.numel() :]
-            if behavior is None:
-                behavior, index_CK = found[roles.representation_behavior], place_N[kept.index]
-        if target is not None:
-            target_CD = target[behaviors:]
-        assert behavior is not None
-        return target_CD, behavior, index_CK
+            for name in late:
+                found, s = self._lookup(name, selected), chosen_S.numel()
+                rows[name] = Rows(found[s:], at_least_one_row(found[:s]), place_N)
+        return rows
 
 
-def union_of(kept: Kept, behaviors: int) -> tuple[Tensor, Tensor]:
-    """-> the behaviors that any candidate kept, ascending [S], and each behavior's place among them [N].
+def union_of(kept: list[Kept], behaviors: int) -> tuple[Tensor, Tensor]:
+    """-> the behaviors that anything kept, ascending [S], and each behavior's place among them [N].
 
     Places of behaviors that nobody kept are 0; N is at least 1, so that padding has something to point at.
     """
-    touched = torch.zeros(max(behaviors, 1), dtype=torch.bool, device=kept.index.device)
-    touched[kept.index[kept.mask]] = True
+    touched = torch.zeros(max(behaviors, 1), dtype=torch.bool, device=kept[0].index.device)
+    for each in kept:
+        touched[each.index[each.mask]] = True
     place = torch.where(touched, torch.cumsum(touched, 0) - 1, 0)
     return torch.nonzero(touched[:behaviors]).squeeze(1), place
+
+
+def _normal_init(model: TwoStageModel) -> None:
+    """N(0, 0.01) for everything dense without "bias" in its name, scales and slopes too (DARE's code)."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("collections.") and "bias" not in name:
+                parameter.normal_(0.0, 0.01)

@@ -1,0 +1,57 @@
+"""Run under torchrun: some training steps of several presets in one process group; losses go to a file.
+
+torchrun --nproc-per-node N -m tests.preset_steps LOG OUT.json PRESET...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.train import open_split
+from tests.launching import ROOT
+from trainer.assemble import build_sharded, feature_rows
+from trainer.config import Config, load_config
+from trainer.data.schema import read_manifest
+from trainer.distributed import process_group, sum_over_ranks
+from trainer.evaluation import score_split
+from trainer.step import make_optimizer, train_step
+
+STEPS = 4
+SMALL = ["data.history_length=12", "data.batch_candidates=48", "data.prefetch=0", "model.k=6", "train.seed=5"]
+
+
+def small_config(preset: str, log: Path) -> Config:
+    """A preset cut down to a log of a few users; wide first weights, so that mistakes show."""
+    path = ROOT / f"configs/{preset}.toml"
+    groups = load_config(path).groups
+    dims = [f"groups.{name}.{key}" for name in groups for key in ("dim=8", "init_scale=0.7")]
+    return load_config(path, [f"data.log={log}", *SMALL, *dims])
+
+
+def main() -> None:
+    log, out, presets = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    manifest, found = read_manifest(log), {}
+    with process_group(60) as ranks:
+        for preset in presets:
+            config = small_config(preset, log)
+            sharded = build_sharded(config, manifest, ranks)
+            optimizer = make_optimizer(sharded.model, 0.01)
+            rows = feature_rows(sharded.groups)
+            reader = open_split(config, "train", rows, ranks, seed=3)
+            losses = []
+            for _, step in zip(range(STEPS), reader.steps(), strict=False):
+                loss = train_step(sharded.model, optimizer, step, ranks.world_size, ranks.device)
+                losses.append(float(sum_over_ranks(loss)) / step.batch.step_candidates)
+            scored = score_split(sharded.model, open_split(config, "validation", rows, ranks), ranks.device)
+            order = np.lexsort([scored.candidate, scored.request_id])
+            found[preset] = {"losses": losses, "scores": scored.score[order, 0].tolist()}
+        if ranks.rank == 0:
+            out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A second loss on the whole window, beside the main one on the kept behaviors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from embeddings.groups import TableGroup
+from trainer.model.branch import Branch, Searched
+from trainer.model.head import Head
+from trainer.model.search import SoftSearch
+from trainer.model.sequence import Behaviors
+from trainer.model.settings import ModelConfig
+from trainer.model.time import weighted_bags
+
+
+class WholeWindow(nn.Module):
+    """Logits of a small head on the main branch's whole window.
+
+    `softmax`: the branch's own scores and sequence model over all L behaviors (DARE's code). `index`: the raw
+    inner products r of SIM's soft search, whose parameters only this loss trains: [v_t ; sum_i r_i e_i].
+    """
+
+    def __init__(self, config: ModelConfig, groups: Mapping[str, TableGroup], tasks: int) -> None:
+        super().__init__()
+        self.by_index = config.auxiliary == "index"
+        width = groups[config.roles.representation_target].width
+        parts = 2 if self.by_index or not config.target_aware else 3
+        self.head = Head(parts * width, config.auxiliary_hidden, tasks, config.norm)
+
+    def forward(self, branch: Branch, searched: Searched, target_CD: Tensor, value_ND: Tensor) -> Tensor:
+        """-> logits [C, T]."""
+        kept = searched.windows.of_candidates()
+        if self.by_index:
+            search = branch.search
+            assert isinstance(search, SoftSearch)
+            score_CX = search.index.over_windows(search.index.encode(searched.raw), searched.windows)[:, 0]
+            weight_CX = torch.where(kept.mask, score_CX, 0.0)
+            parts = [target_CD, weighted_bags(value_ND, kept.index, weight_CX)]
+        else:
+            assert branch.scorer is not None
+            score_CHX = branch.scorer.over_windows(searched.vectors, searched.windows)
+            weight_CHX = branch.weights(score_CHX, kept.mask[:, None])
+            windows, raw = searched.windows, searched.raw
+            parts = branch.sequence(
+                Behaviors(target_CD, value_ND, kept.index, kept, windows, raw), weight_CHX
+            )
+        logits: Tensor = self.head(parts)
+        return logits

@@ -1,0 +1,233 @@
+"""Scores of behaviors for a candidate: one function and one set of parameters for both stages.
+
+A scorer encodes the attention vectors once a batch, then scores whole windows (stage one, or a model without
+search) or gathered behaviors (stage two). Both give the same numbers up to rounding, which is what makes the
+search consistent with the attention that follows it (TWIN, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.model.time import TimeBias, TimeEncoding
+from trainer.model.windows import Kept, Windows
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The attention vectors of a batch, before any scorer.
+
+    Attributes:
+        query_CD, key_ND: of candidates and behaviors; N is at least 1 (a padding row).
+        group_C: int64 [C], each candidate's target group, 0 without groups.
+        cross_N: float32 [N], additive score of each behavior from its cross features, or None.
+    """
+
+    query_CD: Tensor
+    key_ND: Tensor
+    group_C: Tensor
+    cross_N: Tensor | None = None
+
+
+class Scorer(nn.Module):
+    """What is common to all scorers: the score of marks and cross features, added to all heads alike.
+
+    Args:
+        bias: of the marks, or None.
+    """
+
+    heads: int = 1
+
+    def __init__(self, bias: TimeBias | None) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def encode(self, vectors: Attended) -> Attended:
+        """Whatever is computed once for the batch; what the other methods are given."""
+        return vectors
+
+    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+        """Scores of whole windows, float32 [C, H, X]; -inf where the window holds nothing."""
+        raise NotImplementedError
+
+    def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+        """Scores of kept behaviors, float32 [C, H, K]; undefined where `kept.mask` is False."""
+        raise NotImplementedError
+
+    def _window_bias(self, vectors: Attended, windows: Windows) -> Tensor:
+        """What is added to a window's columns for every candidate: [W, X]."""
+        added = torch.zeros(windows.index.shape, device=windows.index.device)
+        if self.bias is not None and not self.bias.of_target:
+            added = self.bias.shared(windows.marks)
+        if vectors.cross_N is not None:
+            added = added + F.embedding(windows.index, vectors.cross_N[:, None]).squeeze(-1)
+        if windows.log_size is not None:
+            added = added + windows.log_size
+        return added.masked_fill(~windows.mask, -torch.inf)
+
+    def _target_bias(self, vectors: Attended, windows: Windows) -> Tensor | None:
+        """What is added besides for each candidate: [C, X], or None."""
+        if self.bias is None or not self.bias.of_target:
+            return None
+        bias: Tensor = self.bias(windows.of_candidates().marks, vectors.group_C)
+        return bias
+
+    def _kept_bias(self, vectors: Attended, kept: Kept) -> Tensor:
+        added = torch.zeros(kept.index.shape, device=kept.index.device)
+        if self.bias is not None:
+            added = self.bias(kept.marks, vectors.group_C)
+        if vectors.cross_N is not None:
+            added = added + F.embedding(kept.index, vectors.cross_N[:, None]).squeeze(-1)
+        return added if kept.log_size is None else added + kept.log_size
+
+
+class Slots:
+    """Candidates side by side within their window, so that a window is multiplied once with all of them."""
+
+    def __init__(self, windows: Windows) -> None:
+        self.window = windows.of_candidate
+        counts = torch.bincount(self.window, minlength=windows.index.shape[0])
+        first = torch.cumsum(counts, 0) - counts
+        self.slot = torch.arange(self.window.numel(), device=self.window.device) - first[self.window]
+        self.shape = (counts.numel(), max(int(counts.max()) if counts.numel() else 0, 1))
+
+    def spread(self, part_C: Tensor) -> Tensor:
+        """[C, ...] -> [W, most candidates of a window, ...], zero where there is none."""
+        spread = part_C.new_zeros(*self.shape, *part_C.shape[1:])
+        return spread.index_put((self.window, self.slot), part_C)
+
+    def collect(self, part_WS: Tensor) -> Tensor:
+        """The inverse: [W, slots, ...] -> [C, ...]."""
+        return part_WS[self.window, self.slot]
+
+
+class DotScorer(Scorer):
+    """<query, key> / sqrt(D), plus the bias of marks (TWIN, DARE), or with encodings in both vectors (TIN).
+
+    Args:
+        query, key: projections of the attention vectors to [*, H * D], or None = as they are.
+        heads: H.
+        bias, encoding: how marks enter, either or none.
+    """
+
+    def __init__(
+        self,
+        query: nn.Module | None,
+        key: nn.Module | None,
+        heads: int,
+        bias: TimeBias | None,
+        encoding: TimeEncoding | None,
+    ) -> None:
+        super().__init__(bias)
+        self.query, self.key, self.heads, self.encoding = query, key, heads, encoding
+
+    def encode(self, vectors: Attended) -> Attended:
+        query, key = vectors.query_CD, vectors.key_ND
+        if self.encoding is not None:
+            query = self.encoding.target(query, vectors.group_C)
+        if self.query is not None and self.key is not None:
+            query, key = self.query(query), self.key(key)
+        scale = max(query.shape[1] // self.heads, 1) ** -0.5
+        return Attended(query * scale, key, vectors.group_C, vectors.cross_N)
+
+    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+        """One batched product a head for all windows: the cost follows C x L, whatever a block holds."""
+        slots = Slots(windows)
+        bias = self._window_bias(vectors, windows)[:, None, :]
+        beside = self._beside(vectors, windows)
+        width = vectors.query_CD.shape[1] // self.heads
+        found = []
+        for head in range(self.heads):
+            part = slice(head * width, (head + 1) * width)
+            key_WXD = F.embedding(windows.index, vectors.key_ND[:, part])
+            query_WSD = slots.spread(vectors.query_CD[:, part])
+            score = slots.collect(torch.baddbmm(bias, query_WSD, key_WXD.transpose(1, 2)))
+            found.append(score if beside is None else score + beside)
+        return torch.stack(found, dim=1)
+
+    def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+        bias = self._kept_bias(vectors, kept)
+        if self.encoding is not None:
+            bias = bias + self.encoding.scores(vectors.query_CD, kept.marks, vectors.group_C)
+        key_CKD = F.embedding(kept.index, vectors.key_ND)
+        if self.heads == 1:
+            return ((key_CKD @ vectors.query_CD.unsqueeze(2)).squeeze(2) + bias)[:, None]
+        key_CHKD = key_CKD.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        query_CHD = vectors.query_CD.unflatten(1, (self.heads, -1))
+        score_CHK: Tensor = (key_CHKD @ query_CHD.unsqueeze(3)).squeeze(3)
+        return score_CHK + bias[:, None]
+
+    def _beside(self, vectors: Attended, windows: Windows) -> Tensor | None:
+        bias = self._target_bias(vectors, windows)
+        if self.encoding is not None:
+            marks = windows.of_candidates().marks
+            added = self.encoding.scores(vectors.query_CD, marks, vectors.group_C)
+            bias = added if bias is None else bias + added
+        return bias
+
+
+class MlpScorer(Scorer):
+    """DIN's learned attention: Linear(4D -> hidden), PReLU, Linear(hidden -> 1) on [q; k; q - k; q * k], / D.
+
+    The first layer is applied in three parts, (A + C) q, (B - C) k and D (q * k), so that nothing of width 4D
+    is built for each pair (a test compares with the plain form). The division by D and the softmax that
+    follows are those of DARE's code; DIN's own weights are neither scaled nor normalised.
+    """
+
+    def __init__(self, width: int, hidden: int, bias: TimeBias | None) -> None:
+        super().__init__(bias)
+        self.first = nn.Linear(4 * width, hidden)
+        self.slope = nn.PReLU()
+        self.last = nn.Linear(hidden, 1)
+        self.width = width
+
+    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+        score = self._score(vectors, F.embedding(windows.index[windows.of_candidate], vectors.key_ND))
+        score = score + self._window_bias(vectors, windows).index_select(0, windows.of_candidate)
+        bias = self._target_bias(vectors, windows)
+        return (score if bias is None else score + bias)[:, None]
+
+    def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+        score = self._score(vectors, F.embedding(kept.index, vectors.key_ND))
+        return (score + self._kept_bias(vectors, kept))[:, None]
+
+    def _score(self, vectors: Attended, key_CXD: Tensor) -> Tensor:
+        query, key, difference, product = self.first.weight.split(self.width, dim=1)
+        of_query_CE = F.linear(vectors.query_CD, query + difference, self.first.bias)
+        # [C, D, E]: the product's part with the query folded into the weights
+        folded_CDE = (key - difference).T + vectors.query_CD.unsqueeze(2) * product.T
+        hidden_CXE = torch.baddbmm(of_query_CE[:, None], key_CXD, folded_CDE)
+        score: Tensor = self.last(self.slope(hidden_CXE)).squeeze(2) / self.width
+        return score
+
+
+class FeatureProjection(nn.Module):
+    """One bias-free linear map of its own for each feature's part of the vector (DARE's `TWIN w/ proj.`)."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = list(widths)
+        self.maps = nn.ModuleList(nn.Linear(width, width, bias=False) for width in widths)
+
+    def forward(self, vector_ND: Tensor) -> Tensor:
+        parts = vector_ND.split(self.widths, dim=1)
+        return torch.cat([each(part) for each, part in zip(self.maps, parts, strict=True)], dim=1)
+
+
+def softmax_weights(score: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the kept behaviors only, last dimension; all zero where nothing was kept."""
+    score = score.masked_fill(~mask, -1e30)
+    return score.softmax(dim=-1) * mask
+
+
+def sigmoid_weights(score: Tensor, mask: Tensor) -> Tensor:
+    """Pointwise, unnormalised weights: how often counts, not only which. Zero for padding."""
+    return score.masked_fill(~mask, 0.0).sigmoid() * mask
+
+
+WEIGHTS = {"softmax": softmax_weights, "sigmoid": sigmoid_weights}

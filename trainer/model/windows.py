@@ -1,0 +1,137 @@
+"""What a candidate may keep: windows of behaviors, and where each behavior stands seen from the request.
+
+Shape legend of trainer.model (besides that of `trainer.data.batch`):
+    W windows    X columns of a window, newest first    H heads    G target groups    S looked-up rows
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.data.batch import RequestBatch
+from trainer.model.time import Marks, age_bucket
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which behaviors are searched, padded to the longest; everything is 0 where `mask` is False.
+
+    A window belongs to a request, or to a single candidate after a hard search in the data path.
+
+    Attributes:
+        index: int64 [W, X], behaviors of the batch; X is at least 1.
+        mask: bool [W, X]; marks: [W, X].
+        log_size: float32 [W, X], ln of the behaviors that a cluster stands for; None = single behaviors.
+        of_candidate: int64 [C], ascending: each candidate's window.
+    """
+
+    index: Tensor
+    mask: Tensor
+    marks: Marks
+    log_size: Tensor | None
+    of_candidate: Tensor
+
+    def of_candidates(self) -> Kept:
+        """Every candidate keeps its whole window: [C, X]."""
+        return self.columns(None, None)
+
+    def columns(self, column_CK: Tensor | None, mask_CK: Tensor | None) -> Kept:
+        """Follow columns of the candidates' windows to behaviors; None = all columns, in order."""
+        window = self.of_candidate if column_CK is None else self.of_candidate[:, None]
+
+        def follow(part: Tensor) -> Tensor:
+            return part[window] if column_CK is None else part[window, column_CK]
+
+        mask = follow(self.mask) if mask_CK is None else mask_CK
+
+        def masked(part: Tensor) -> Tensor:
+            return torch.where(mask, follow(part), 0)
+
+        size = None if self.log_size is None else masked(self.log_size)
+        return Kept(masked(self.index), mask, self.marks.each(masked), size)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stage one keeps; everything is 0 where `mask` is False.
+
+    Attributes:
+        index: int64 [C, K] ([W, K] where a sequence model works on windows), behaviors of the batch.
+        mask: bool, False where a window holds fewer than K behaviors.
+        marks, log_size: as in `Windows`.
+    """
+
+    index: Tensor
+    mask: Tensor
+    marks: Marks
+    log_size: Tensor | None = None
+
+
+def windows_of(batch: RequestBatch, history_length: int, newest: int = 0) -> Windows:
+    """What the batch's candidates may keep: their request's window, or what a hard search retrieved.
+
+    Args:
+        batch: R requests with C candidates.
+        history_length: L; ranks beyond it share the last place of the position tables.
+        newest: the newest so many behaviors of each request instead, whatever a hard search retrieved.
+    """
+    if newest:
+        return _request_windows(batch, newest)
+    return _request_windows(batch) if batch.retrieval is None else _retrieved_windows(batch, history_length)
+
+
+def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
+    """One window a candidate, deepest match first."""
+    found = batch.retrieval
+    assert found is not None
+    index, rank, level = (_at_least_one(part) for part in (found.index, found.rank, found.level))
+    mask = F.pad(found.index >= 0, (0, index.shape[1] - found.index.shape[1]))
+    index = torch.where(mask, index, 0)
+    marks = Marks(
+        torch.where(mask, rank.clamp(max=history_length), 0),
+        _ages(batch, batch.candidate_request, index, mask),
+        torch.where(mask, level, 0),
+    )
+    each = torch.arange(batch.candidates, device=index.device)
+    return Windows(index, mask, marks, None, each)
+
+
+def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
+    """The requests' windows side by side (X = longest window of the batch)."""
+    length = batch.window_end - batch.window_start
+    if newest:
+        length = length.clamp(max=newest)
+    longest = max(int(length.max()) if length.numel() else 0, 1)
+    step = torch.arange(longest, device=length.device)
+    mask = step[None, :] < length[:, None]
+    index = torch.where(mask, batch.window_end[:, None] - 1 - step[None, :], 0)
+    request = torch.arange(batch.requests, device=length.device)
+    marks = Marks(
+        torch.where(mask, 1 + step[None, :], 0),
+        _ages(batch, request, index, mask),
+        torch.zeros_like(index),
+    )
+    return Windows(index, mask, marks, None, batch.candidate_request)
+
+
+def _ages(batch: RequestBatch, request_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+    if not batch.behaviors:
+        return torch.zeros_like(index)
+    age = batch.request_time[request_W][:, None] - batch.behavior_time[index]
+    return torch.where(mask, age_bucket(age), 0)
+
+
+def _at_least_one(part: Tensor) -> Tensor:
+    return part if part.shape[1] else F.pad(part, (0, 1))
+
+
+def first_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:
+    """The first id of each behavior [N] and candidate [C]; 0 where it has none."""
+    bags = batch.features[feature]
+    values, offsets = F.pad(bags.values(), (0, 1)), bags.offsets().to(torch.int64)
+    first = torch.where(bags.lengths() > 0, values[offsets[:-1]], 0)
+    return first[: batch.behaviors], first[batch.behaviors :]
