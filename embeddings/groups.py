@@ -8,7 +8,7 @@ role (attention or representation, target or behavior) is the model's business, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -56,7 +56,7 @@ class TableGroup:
     name: str
     tables: tuple[TableSpec, ...]
     optimizer: FusedOptimizer = FusedOptimizer()
-    first: FirstWeights = FirstWeights()
+    first: FirstWeights = field(default_factory=FirstWeights)
     sharding: tuple[str, ...] = ()
 
     @property

@@ -7,6 +7,7 @@ Pipelines are imported when their verb runs: `tandemrec --help` must not wait fo
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import sys
 import traceback
@@ -72,6 +73,25 @@ def fetch(
 
 
 @app.command()
+def synth(
+    out: Annotated[Path, typer.Option("--out", metavar="LOG", help="The sequence log to write.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind", help="relevance, xor, profiles, interference, decoupled or far: what is planted."
+        ),
+    ] = "relevance",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random draw.")] = 7,
+    users: Annotated[int, typer.Option("--users", min=0, help="To train on; 0: the kind's own number.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
+) -> None:
+    """Write a log with a planted signal and a known oracle."""
+    from pipelines.synth import synth as run
+
+    run(out, kind, seed, users, overwrite)
+
+
+@app.command()
 def ingest(
     out: Annotated[Path, typer.Option("--out", metavar="LOG", help="The sequence log to write.")],
     config: ConfigFile,
@@ -85,6 +105,15 @@ def ingest(
         list[Path] | None,
         typer.Option("--impressions", metavar="FILE", help="Shown candidates with labels; repeatable."),
     ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(
+            "--vocabulary", metavar="LOG", help="Keep the ids of this older log; new values are unknown."
+        ),
+    ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend-vocabulary", help="New values get new ids after the older log's.")
+    ] = False,
     overrides: Overrides = None,
     engine: Annotated[str | None, typer.Option("--engine", help="duckdb (the default) or spark.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
@@ -97,7 +126,10 @@ def ingest(
     # What is not given stays with the pipeline's own default.
     given = {"impressions": impressions, "engine": engine}
     options: dict[str, Any] = {name: value for name, value in given.items() if value}
-    settings = load_ingest_config(config, overrides or [])
+    chosen = list(overrides or [])
+    chosen += [f"vocabulary.log={json.dumps(str(vocabulary), ensure_ascii=False)}"] if vocabulary else []
+    chosen += ["vocabulary.extend=true"] if extend else []
+    settings = load_ingest_config(config, chosen)
     manifest = run(files, out, settings, overwrite=overwrite, **options)
     for line in report_lines(manifest):
         typer.echo(line)
@@ -154,6 +186,28 @@ def export(
     from pipelines.export import export as run
 
     run(run_folder, out)
+
+
+@app.command()
+def cluster(
+    log: Annotated[Path, typer.Option("--log", metavar="LOG", help="A sequence log.")],
+    snapshot: Annotated[
+        Path, typer.Option("--snapshot", metavar="SNAP", help="Whose attention vectors are clustered.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="LOG", help="The log to write, with clusters.")],
+    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Behaviors clustered together.")] = 500,
+    cap: Annotated[int, typer.Option("--cap", min=1, help="Most behaviors of a cluster.")] = 20,
+    group_by: Annotated[
+        str, typer.Option("--group-by", metavar="FEATURE", help="No cluster mixes values of this feature.")
+    ] = "",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of k-means.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
+) -> None:
+    """Add clusters of every history to a log, for configs/twin_v2.toml."""
+    from pipelines.cluster import cluster as run
+    from trainer.data.clusters import ClusterInfo
+
+    run(log, snapshot, out, ClusterInfo(chunk=chunk, cap=cap, group_by=group_by, seed=seed), overwrite)
 
 
 @app.command()

@@ -13,6 +13,8 @@ from pipelines.ingest_engine import Engine
 from pipelines.ingest_sources import Kind, Wanted, columns_of, open_files
 from trainer.data.ingest_config import ContextConfig, FeatureConfig, IngestConfig
 
+# Kept while they are needed: text is slow to parse, and a query plan wants to know how large a table is.
+RAW_TABLES = _EVENTS, _SHOWN = ("raw_events", "raw_impressions")
 _YEAR_5000 = 95_617_584_000  # unix seconds; a larger timestamp is in milli- or microseconds
 
 
@@ -40,6 +42,7 @@ def open_events(engine: Engine, files: Sequence[Path], config: IngestConfig) -> 
         **{entry.name: raw_values(table, entry) for entry in entries},
         **{f"context_{entry.name}": raw_values(table, entry) for entry in config.event_context},
     )
+    raw = engine.keep(_EVENTS, raw)
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
     check_values(engine, raw, files[0], required)
     return raw
@@ -75,6 +78,7 @@ def open_impressions(engine: Engine, files: Sequence[Path], config: IngestConfig
         **{f"context_{entry.name}": raw_values(table, entry) for entry in config.shown_context},
         **{name: table[column].cast("float32") for name, column in numbers.items()},
     )
+    raw = engine.keep(_SHOWN, raw)
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
     required |= {"request_id": columns.request} if columns.request else {}
     check_values(engine, raw, files[0], required | numbers)

@@ -10,22 +10,32 @@ a trial log is a part of the full one. Everything random is a seeded hash of ids
 
 from __future__ import annotations
 
-import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.event_table import open_events, open_impressions
-from pipelines.ingest_blocks import BlockWriter, auto_buckets
+from pipelines.event_table import RAW_TABLES, open_events, open_impressions
+from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_engine import Engine, connect
 from pipelines.ingest_report import Counts, full_report, report_lines
 from pipelines.ingest_sources import Files, any_file, find_files
-from pipelines.ingest_tables import bucketed, encode, kept_requests, offers, timed_requests, vocabulary
+from pipelines.ingest_tables import (
+    bucketed,
+    encode,
+    item_attributes,
+    kept_requests,
+    offers,
+    timed_requests,
+    trial_users,
+)
+from pipelines.ingest_vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies
+from pipelines.ingest_vocabulary import write as write_vocabularies
 from trainer.data import impressions, leave_last, next_basket, time_split
 from trainer.data.ingest_config import IngestConfig, load_ingest_config
 from trainer.data.log_writer import check_target, staged, write_manifest, write_split
@@ -60,7 +70,9 @@ class Encoded:
     tables: Tables
     features: dict[str, FeatureInfo]
     context: dict[str, FeatureInfo]
+    events: int
     buckets: int
+    vocabularies: dict[str, Vocabulary]
 
 
 def ingest(
@@ -83,7 +95,8 @@ def ingest(
 
     Raises:
         ConfigError: tables are given that the config does not use, or not those it needs.
-        DataError: the tables are missing or wrong, `out` is taken, or no request is left.
+        DataError: the tables or the older log of `config.vocabulary` are missing or wrong, `out` is taken, or
+            no request is left.
     """
     _check_inputs(events, impressions, config)
     out = Path(out).absolute()
@@ -92,8 +105,9 @@ def ingest(
         spill = root / "spill"
         runner = connect(engine, config.engine, spill)
         try:
+            older = older_vocabularies(runner, config)
             raw = _open(runner, events, impressions, config)
-            manifest = _write_log(runner, raw, root, config)
+            manifest = _write_log(runner, raw, older, root, config)
         finally:
             runner.close()
         shutil.rmtree(spill)
@@ -127,21 +141,19 @@ def _open(engine: Engine, events: Files | None, impressions: Files | None, confi
     return Raw(table, shown, None, duplicates)
 
 
-def _write_log(engine: Engine, raw: Raw, root: Path, config: IngestConfig) -> LogManifest:
-    encoded = _encode(engine, raw, root, config)
-    tables = encoded.tables
-    protocol = PROTOCOLS[config.protocol]
-    found = engine.keep("requests", timed_requests(tables, protocol.requests(tables, config), config))
-    asked = engine.keep("asked", kept_requests(found, config))
-    candidates = engine.keep("candidates", protocol.candidates(tables, asked, config))
-    offered = engine.keep("offers", offers(tables.events, asked, candidates, config))
-    engine.drop("candidates")
+def _write_log(
+    engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
+) -> LogManifest:
+    encoded = _encode(engine, raw, older, root, config)
+    found, asked, offered = _requests(engine, encoded, config)
     splits = _write_splits(engine, encoded, offered, root, config)
     if not any(info.rows for info in splits.values()):
         problem = f"no request has {config.requests.min_history} earlier events; lower requests.min_history"
         if config.protocol == "leave-last":
             problem = f"no user has {config.requests.min_events} events; lower requests.min_events"
         raise DataError(problem, file=raw.source)
+    new = {name: made.new for name, made in encoded.vocabularies.items() if made.new}
+    counts = Counts(encoded.tables, found, asked, splits, raw.duplicates, new)
     return LogManifest(
         features=encoded.features,
         context=encoded.context,
@@ -151,8 +163,45 @@ def _write_log(engine: Engine, raw: Raw, root: Path, config: IngestConfig) -> Lo
         taxonomy=[name for name in config.events.features if name != "item_id"],
         splits=splits,
         ingest=config.model_dump(mode="json"),
-        report=full_report(engine, Counts(tables, found, asked, splits, raw.duplicates), config),
+        report=full_report(engine, counts, config),
     )
+
+
+def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> tuple[ir.Table, ir.Table, ir.Table]:
+    """All requests, those that are asked, and what these offer: each made for some users at a time."""
+    protocol, tables, buckets = PROTOCOLS[config.protocol], encoded.tables, encoded.buckets
+    items = engine.keep("items", item_attributes(tables, config))
+    users = None
+    if config.users:
+        users = engine.keep("users", trial_users(protocol.requests(tables, config), config))
+    for bucket in range(buckets):
+        part = _part(tables, bucket, bucket + 1)
+        found = timed_requests(part, protocol.requests(part, config), users, config)
+        found = engine.append("requests", found.mutate(bucket=ibis.literal(bucket).cast("int64")))
+        found = found.filter(found.bucket == bucket)
+        asked = engine.append("asked", kept_requests(found, config))
+    total = engine.rows(asked.aggregate(rows=asked.count()))[0]["rows"]
+    groups = draw_groups(total, encoded.events, buckets, config)
+    for group in range(groups):
+        first, end = (buckets * edge // groups for edge in (group, group + 1))
+        some = asked.filter((asked.bucket >= first) & (asked.bucket < end))
+        drawn = protocol.candidates(_part(tables, first, end), some.drop("bucket"), config)
+        candidates = engine.keep("candidates", drawn)
+        offered = engine.append("offers", offers(items, some, candidates, config))
+    engine.drop("candidates")
+    return engine.table("requests"), asked, offered
+
+
+def _part(tables: Tables, first: int, end: int) -> Tables:
+    """The users of the buckets from `first` to before `end`; what all users share stays whole."""
+
+    def some(table: ir.Table) -> ir.Table:
+        if "bucket" not in table.columns:
+            return table
+        return table.filter((table.bucket >= first) & (table.bucket < end)).drop("bucket")
+
+    shown = None if tables.shown is None else some(tables.shown)
+    return Tables(some(tables.events), tables.popularity, shown)
 
 
 def _write_splits(
@@ -167,19 +216,21 @@ def _write_splits(
         weighted=shows and bool(config.impressions.weight),
     )
     layout = (config.files.rows_per_group, config.files.rows_per_file)
-    writer = BlockWriter(engine, encoded.tables.events, config, encoded.buckets, root / "spill")
-    return {
-        split: write_split(writer.rows(offered.filter(offered.split == split)), root, split, schema, layout)
-        for split in SPLITS
-    }
+    known = {name: made.rows for name, made in encoded.vocabularies.items() if made.rows is not None}
+    spill = root / "spill"
+    writer = BlockWriter(engine, encoded.tables.events, offered, config, encoded.buckets, spill, known)
+    writer.prepare()
+    return {split: write_split(writer.rows(split), root, split, schema, layout) for split in SPLITS}
 
 
-def _encode(engine: Engine, raw: Raw, root: Path, config: IngestConfig) -> Encoded:
+def _encode(
+    engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
+) -> Encoded:
     """Writes the vocabularies and gives the tables in their ids."""
-    multi = {feature.name: feature.multi for feature in config.all_features}
-    multi |= {f"context_{entry.name}": entry.multi for entry in config.context}
-    words = {name: engine.keep(f"vocabulary_{name}", _vocabulary(raw, name, config)) for name in multi}
-    infos = _write_vocabularies(engine, words, root, config)
+    multi = {name: shape[0] for name, shape in column_shapes(config).items()}
+    made = {name: build(engine, name, _sources(raw, name), older.get(name), config) for name in multi}
+    infos = write_vocabularies(engine, made, root, config)
+    words = {name: vocabulary.words for name, vocabulary in made.items()}
     popularity = words["item_id"].select("count", item_id="id")
     if config.split and not _counted(engine, popularity) and config.protocol != "impressions":
         problem = f"no event before split.validation ({config.split.validation}); move that date"
@@ -188,23 +239,24 @@ def _encode(engine: Engine, raw: Raw, root: Path, config: IngestConfig) -> Encod
     events = encode(raw.events, coded, words, {})
     total = engine.rows(raw.events.aggregate(rows=raw.events.count()))[0]["rows"]
     buckets = auto_buckets(total, config) if engine.bounded else 1
-    events = engine.keep("encoded", bucketed(events, buckets, config.seed) if buckets > 1 else events)
+    events = engine.keep("encoded", bucketed(events, buckets, config.seed))
     shown = None
     if raw.shown is not None:
         coded = {name: multi[name] for name in raw.shown.columns if name in multi}
-        shown = engine.keep("shown", encode(raw.shown, coded, words, {}))
+        shown = engine.keep("shown", bucketed(encode(raw.shown, coded, words, {}), buckets, config.seed))
+    for name in RAW_TABLES:
+        engine.drop(name)
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
-    return Encoded(Tables(events, popularity, shown), features, context, buckets)
+    return Encoded(Tables(events, popularity, shown), features, context, total, buckets, made)
 
 
 def _counted(engine: Engine, popularity: ir.Table) -> int:
     return engine.rows(popularity.aggregate(total=popularity["count"].sum()))[0]["total"] or 0
 
 
-def _vocabulary(raw: Raw, name: str, config: IngestConfig) -> ir.Table:
-    multi = {feature.name for feature in config.all_features if feature.multi}
-    multi |= {f"context_{entry.name}" for entry in config.context if entry.multi}
+def _sources(raw: Raw, name: str) -> list[ir.Table]:
+    """The tables that have the column, the events first."""
     sources = [table for table in (raw.events, raw.shown) if table is not None and name in table.columns]
     kinds = {str(table[name].type()) for table in sources}
     if len(kinds) > 1:
@@ -212,36 +264,4 @@ def _vocabulary(raw: Raw, name: str, config: IngestConfig) -> ir.Table:
             f"{name} is {' in the events and '.join(sorted(kinds))} in the impressions; cast one of them"
         )
         raise DataError(problem, file=raw.source)
-    return vocabulary(name, name in multi, sources, config.split.validation_start if config.split else None)
-
-
-def _write_vocabularies(
-    engine: Engine, words: dict[str, ir.Table], root: Path, config: IngestConfig
-) -> dict[str, FeatureInfo]:
-    (root / "vocab").mkdir()
-    sides = {feature.name: feature.side for feature in config.all_features}
-    multi = {feature.name for feature in config.all_features if feature.multi}
-    multi |= {f"context_{entry.name}" for entry in config.context if entry.multi}
-    infos = {}
-    for name, table in words.items():
-        rows, content = 0, hashlib.sha256()
-        writer, path = None, root / "vocab" / f"{name}.parquet"
-        for batch in engine.stream(table.order_by("id"), 1 << 16):
-            if writer is None:
-                writer = pq.ParquetWriter(path, batch.schema, compression="zstd", write_page_checksum=True)
-            writer.write_batch(batch)
-            rows += batch.num_rows
-            # Of the values, not of the file: both engines, whatever their bytes, give one vocabulary.
-            content.update("".join(f"{value}\n" for value in batch.column("value").to_pylist()).encode())
-        if writer is not None:
-            writer.close()
-        else:
-            # A column of nulls only: all its ids are 0.
-            pq.write_table(table.schema().to_pyarrow().empty_table(), path)
-        infos[name] = FeatureInfo(
-            rows=rows + 1,
-            vocabulary=content.hexdigest(),
-            multi=name in multi,
-            side=sides.get(name, "both"),
-        )
-    return infos
+    return sources

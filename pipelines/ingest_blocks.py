@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +21,34 @@ from trainer.data.protocol import behavior_features, tie
 
 # Spark and DuckDB hold a behavior being sorted as a struct of its features, its time and a text.
 _BYTES_PER_BEHAVIOR, _BYTES_PER_ID = 160, 48
+_BYTES_PER_DRAW, _BYTES_PER_REFUSED = 64, 24
 _SHARE = 4  # of the memory limit that one bucket may take
 
 
 @dataclass(frozen=True)
 class BlockWriter:
-    """Gives the rows of a split in their final order, with memory for one bucket of users at a time."""
+    """Gives the rows of a split in their final order, with memory for one bucket of users at a time.
+
+    `known`: feature -> the rows of its vocabulary; larger ids are written as 0.
+    """
 
     engine: Engine
     events: ir.Table
+    offered: ir.Table
     config: IngestConfig
     buckets: int
     spill: Path
+    known: Mapping[str, int]
 
-    def rows(self, offered: ir.Table) -> Iterator[pa.RecordBatch]:
-        """The rows of one split's offers, in the columns of `arrow_schema` (and perhaps more)."""
+    def prepare(self) -> None:
+        """Nests the histories, which all splits share: once, and bucket by bucket."""
+        for bucket in range(self.buckets):
+            events, offered = self._of(self.events, bucket), self._of(self.offered, bucket)
+            self.engine.keep(_past(bucket), histories(events, offered, self.config, self.known))
+
+    def rows(self, split: str) -> Iterator[pa.RecordBatch]:
+        """The rows of one split, in the columns of `arrow_schema` (and perhaps more)."""
+        offered = self.offered.filter(self.offered.split == split)
         if self.config.files.layout == "request" and self.buckets > 1:
             yield from self._shuffled(offered)
             return
@@ -43,14 +56,13 @@ class BlockWriter:
             table = self._bucket(offered, bucket)
             yield from self._stream(table.order_by([table.row_key, table.user_id]))
 
+    def _of(self, table: ir.Table, bucket: int) -> ir.Table:
+        return table.filter(table.bucket == bucket) if self.buckets > 1 else table
+
     def _bucket(self, offered: ir.Table, bucket: int) -> ir.Table:
-        events = self.events
-        if self.buckets > 1:
-            events = events.filter(events.bucket == bucket)
-            offered = offered.semi_join(events.select("user_id").distinct(), "user_id")
-        past = self.engine.keep("histories", histories(events, offered, self.config))
         rows = request_rows if self.config.files.layout == "request" else user_rows
-        return rows(past, offered, self.config)
+        past = self.engine.table(_past(bucket))
+        return rows(past, self._of(offered, bucket), self.config, self.known)
 
     def _stream(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
         yield from self.engine.stream(table, self.config.files.rows_per_group)
@@ -79,6 +91,10 @@ class BlockWriter:
         return sorted(row["first"] for row in self.engine.rows(firsts))[1:]
 
 
+def _past(bucket: int) -> str:
+    return f"histories_{bucket}"
+
+
 def _scatter(batches: Iterator[pa.RecordBatch], limits: list[str], folder: Path) -> list[Path]:
     """Writes each row to the part its key belongs to."""
     paths = [folder / f"part-{part:05d}.parquet" for part in range(len(limits) + 1)]
@@ -104,6 +120,18 @@ def auto_buckets(events: int, config: IngestConfig) -> int:
     return min(256, -(-size * _SHARE // config.engine.memory_bytes))
 
 
+def draw_groups(asked: int, events: int, buckets: int, config: IngestConfig) -> int:
+    """How many groups of buckets keep the candidates of one within the memory limit.
+
+    Few are better: every group goes through all numbered events of the past once (`trainer.data.negatives`).
+    """
+    positives = config.requests.positives if config.protocol == "next-basket" else 1
+    wanted = positives * config.requests.negatives
+    draws = 0 if config.protocol == "impressions" else wanted + wanted // 2 + 8
+    size = asked * draws * _BYTES_PER_DRAW + events * _BYTES_PER_REFUSED
+    return min(buckets, max(1, -(-size * _SHARE // config.engine.memory_bytes)))
+
+
 def row_key(offered: ir.Table, config: IngestConfig) -> ir.StringValue:
     """Sort by it, then by user, for the order of the rows; buckets of users follow the user rows' key."""
     if config.files.layout == "user":
@@ -112,7 +140,9 @@ def row_key(offered: ir.Table, config: IngestConfig) -> ir.StringValue:
     return offered.timestamp.cast("string").lpad(11, "0") + key if config.files.order == "time" else key
 
 
-def histories(events: ir.Table, offered: ir.Table, config: IngestConfig) -> ir.Table:
+def histories(
+    events: ir.Table, offered: ir.Table, config: IngestConfig, known: Mapping[str, int]
+) -> ir.Table:
     """user_id, num_behaviors and history_* of the users with requests, up to the last of these."""
     features = behavior_features(config)
     latest = offered.group_by("user_id").aggregate(last=offered.timestamp.max())
@@ -122,11 +152,11 @@ def histories(events: ir.Table, offered: ir.Table, config: IngestConfig) -> ir.T
     behavior = ibis.struct({**order, **{name: past[name] for name in features}})
     nested = past.group_by("user_id").aggregate(history=behavior.collect(), num_behaviors=past.count())
     nested = nested.mutate(history=nested.history.sort())
-    lists = {f"history_{name}": _each(nested.history, name) for name in (*features, "timestamp")}
+    lists = {f"history_{name}": _each(nested.history, name, known) for name in (*features, "timestamp")}
     return nested.select("user_id", "num_behaviors", **lists)
 
 
-def user_rows(past: ir.Table, offered: ir.Table, config: IngestConfig) -> ir.Table:
+def user_rows(past: ir.Table, offered: ir.Table, config: IngestConfig, known: Mapping[str, int]) -> ir.Table:
     """One row a user, all its requests in the order of their time."""
     names = ["timestamp", "request_id", "history_end", "num_candidates"]
     names += [f"context_{entry.name}" for entry in config.context]
@@ -134,30 +164,35 @@ def user_rows(past: ir.Table, offered: ir.Table, config: IngestConfig) -> ir.Tab
     blocks = offered.group_by("user_id").aggregate(
         requests=asked.collect(),
         num_requests=offered.count(),
+        last_end=offered.history_end.max(),
         num_candidates=offered.num_candidates.sum().cast("int64"),
     )
     blocks = blocks.mutate(requests=blocks.requests.sort())
     fields = _candidate_fields(offered)
 
     def each_candidate(field: str) -> ir.Value:
-        return blocks.requests.map(lambda request: _each(request["candidates"], field))
+        return blocks.requests.map(lambda request: _each(request["candidates"], field, known))
 
     columns = {
-        **{_column(name): _each(blocks.requests, name) for name in names},
+        **{_column(name): _each(blocks.requests, name, {}) for name in names},
         **{_candidate_column(field, config): each_candidate(field) for field in fields},
     }
-    blocks = blocks.select(
-        "user_id", "num_requests", "num_candidates", row_key=row_key(blocks, config), **columns
-    )
-    return _with_histories(blocks, past, config)
+    kept = ("user_id", "num_requests", "num_candidates", "last_end")
+    blocks = blocks.select(*kept, row_key=row_key(blocks, config), **columns)
+    rows = _with_histories(blocks, past, config)
+    # Another split's requests may see more.
+    cut = {name: rows[name][: rows.last_end] for name in rows.columns if _is_history(name)}
+    return rows.mutate(**cut, num_behaviors=rows.last_end).drop("last_end")
 
 
-def request_rows(past: ir.Table, offered: ir.Table, config: IngestConfig) -> ir.Table:
+def request_rows(
+    past: ir.Table, offered: ir.Table, config: IngestConfig, known: Mapping[str, int]
+) -> ir.Table:
     """One row a request, with the newest behaviors as of its time."""
     names = ["timestamp", "request_id"] + [f"context_{entry.name}" for entry in config.context]
     columns = {_column(name): ibis.array([offered[name]]) for name in names}
     for field in _candidate_fields(offered):
-        columns[_candidate_column(field, config)] = ibis.array([_each(offered.candidates, field)])
+        columns[_candidate_column(field, config)] = ibis.array([_each(offered.candidates, field, known)])
     blocks = offered.select(
         "user_id",
         "history_end",
@@ -197,8 +232,11 @@ def _is_history(name: str) -> bool:
     return name.startswith("history_") and name != "history_end"
 
 
-def _each(items: ir.Value, field: str) -> ir.Value:
-    return items.map(lambda item: item[field])
+def _each(items: ir.Value, field: str, known: Mapping[str, int]) -> ir.Value:
+    """One field of a list of structs; of a feature in `known`, 0 instead of larger ids."""
+    if field not in known:
+        return items.map(lambda item: item[field])
+    return items.map(lambda item: ibis.ifelse(item[field] < known[field], item[field], 0))
 
 
 def _candidate_fields(offered: ir.Table) -> list[str]:

@@ -16,6 +16,8 @@ from embeddings.errors import ConfigError, DataError
 from trainer.data.ingest_config import EngineConfig
 
 ENGINES = ("duckdb", "spark")
+# Bytes of the memory limit that DuckDB leaves to Python, its libraries, and the rows being written.
+_PYTHON = 300_000_000
 _SPARK_TYPES = {"int64": "BIGINT", "float64": "DOUBLE", "string": "STRING"}
 
 
@@ -30,6 +32,12 @@ class Engine(Protocol):
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
         """Computes the table now, so that what uses it twice does not compute it twice."""
+
+    def append(self, name: str, table: ir.Table) -> ir.Table:
+        """Adds rows to what `append` has kept under this name, and gives all of it."""
+
+    def table(self, name: str) -> ir.Table:
+        """What is kept under a name."""
 
     def drop(self, name: str) -> None: ...
 
@@ -61,10 +69,12 @@ class DuckEngine:
     bounded = True
 
     def __init__(self, config: EngineConfig, spill: Path) -> None:
-        settings = {"memory_limit": config.memory_limit, "temp_directory": str(spill / "temp")}
+        limit = max(config.memory_bytes - _PYTHON, config.memory_bytes // 2)
+        settings = {"memory_limit": f"{limit >> 20}MiB", "temp_directory": str(spill / "temp")}
         if config.threads:
             settings["threads"] = str(config.threads)
         self._duck: Any = ibis.duckdb.connect(str(spill / "tables.duckdb"), **settings)
+        self._appended: set[str] = set()
         # DuckDB 2.0.0 keeps N - 1 rows instead of N where "row_number() - 1 < N" (Ibis' row_number) stands
         # in a common table expression: this rewrite reads the "< N" as if nothing were subtracted.
         self._duck.con.execute("SET disabled_optimizers = 'top_n_window_elimination'")
@@ -80,13 +90,23 @@ class DuckEngine:
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
         # Not create_table: it makes an empty table first, and to overwrite says what is no SQL to DuckDB 2.
+        return self._store(f'CREATE OR REPLACE TABLE "{name}" AS', name, table)
+
+    def append(self, name: str, table: ir.Table) -> ir.Table:
+        there = name in self._appended
+        self._appended.add(name)
+        return self._store(f'INSERT INTO "{name}"' if there else f'CREATE TABLE "{name}" AS', name, table)
+
+    def _store(self, verb: str, name: str, table: ir.Table) -> ir.Table:
         # DuckDB's sums are wider than Ibis believes, so that its own casts to int64 are left out.
-        whole = [name for name, kind in table.schema().items() if kind.is_int64()]
-        columns = ", ".join(f'"{name}"::BIGINT AS "{name}"' for name in whole)
+        whole = [column for column, kind in table.schema().items() if kind.is_int64()]
+        columns = ", ".join(f'"{column}"::BIGINT AS "{column}"' for column in whole)
         replaced = f"* REPLACE ({columns})" if whole else "*"
-        made = f'CREATE OR REPLACE TABLE "{name}" AS SELECT {replaced} FROM'
-        query = f"{made} ({ibis.to_sql(table, dialect='duckdb')})"
+        query = f"{verb} SELECT {replaced} FROM ({ibis.to_sql(table, dialect='duckdb')})"
         self._run(lambda: self._duck.con.execute(query))
+        return self._duck.table(name)
+
+    def table(self, name: str) -> ir.Table:
         return self._duck.table(name)
 
     def drop(self, name: str) -> None:
@@ -155,9 +175,18 @@ class SparkEngine:
         return self._view(self._session.read.options(**options).schema(schema).csv(names))
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
+        return self._store("overwrite", name, table)
+
+    def append(self, name: str, table: ir.Table) -> ir.Table:
+        return self._store("append", name, table)
+
+    def _store(self, mode: str, name: str, table: ir.Table) -> ir.Table:
         path = self._spill / name
-        self._frame(table).write.mode("overwrite").parquet(str(path))
+        self._frame(table).write.mode(mode).parquet(str(path))
         return self._view(self._session.read.parquet(str(path)), name)
+
+    def table(self, name: str) -> ir.Table:
+        return self._spark.table(name)
 
     def drop(self, name: str) -> None:
         self._session.catalog.dropTempView(name)

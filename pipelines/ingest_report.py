@@ -18,13 +18,17 @@ _QUANTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Counts:
-    """Where the numbers come from: all requests `found`, those `asked` of them, and what was written."""
+    """Where the numbers come from: all requests `found`, those `asked` of them, and what was written.
+
+    `new`: (values, occurrences) of each feature that the older log's vocabulary, if there is one, lacks.
+    """
 
     tables: Tables
     found: ir.Table
     asked: ir.Table
     splits: Mapping[str, SplitInfo]
     duplicates: int
+    new: Mapping[str, tuple[int, int]]
 
 
 def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[str, Any]:
@@ -39,13 +43,19 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
     )[0]
     requests = engine.rows(asked.aggregate(users=asked.user_id.nunique(), requests=asked.count()))[0]
     dropped = {"events_without_request": int(totals["without"])}
-    return {
+    report = {
         "events": int(totals["events"]),
         "event_users": int(totals["users"]),
         "request_users": int(requests["users"]),
         "history_length": _lengths(engine, asked, int(requests["requests"])),
         "dropped": dropped | _dropped(engine, counts, int(requests["requests"]), config),
     }
+    if config.vocabulary.log:
+        report["new_values"] = {
+            name: {"values": values, "occurrences": occurrences}
+            for name, (values, occurrences) in counts.new.items()
+        }
+    return report
 
 
 def _lengths(engine: Engine, asked: ir.Table, requests: int) -> dict[str, int]:
@@ -101,4 +111,14 @@ def report_lines(manifest: LogManifest) -> list[str]:
     lines += [f"dropped: {count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items()]
     lines += [f"{name}: {info.rows:,} table rows" for name, info in manifest.features.items()]
     lines += [f"context {name}: {info.rows:,} table rows" for name, info in manifest.context.items()]
-    return lines
+    return lines + _new_lines(manifest)
+
+
+def _new_lines(manifest: LogManifest) -> list[str]:
+    vocabulary = manifest.ingest.get("vocabulary", {})
+    fate = "added to" if vocabulary.get("extend") else "unknown to"
+    return [
+        f"{name.replace('context_', 'context ')}: {new['values']:,} values in {new['occurrences']:,} places "
+        f"{fate} the vocabulary of {vocabulary.get('log')}"
+        for name, new in manifest.report.get("new_values", {}).items()
+    ]

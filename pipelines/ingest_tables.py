@@ -11,7 +11,7 @@ from functools import reduce
 import ibis
 from ibis.expr import types as ir
 
-from trainer.data.ingest_config import FeatureConfig, IngestConfig
+from trainer.data.ingest_config import IngestConfig
 from trainer.data.portable_hash import digest
 from trainer.data.protocol import REQUEST, Tables
 
@@ -19,12 +19,12 @@ _HEX = "0123456789abcdef"
 _PREFIX = 4  # hexadecimal digits of the row key that choose a bucket
 
 
-def vocabulary(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | None) -> ir.Table:
-    """value, id, count: dense ids from 1 in the order of the values.
+def counted(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | None) -> ir.Table:
+    """value, count, occurrences: the different values of a column; no null is one.
 
     Args:
-        sources: the tables with the column `name`. `count` counts in the first only, and there the events
-            before the Unix second `cutoff` (None: all).
+        sources: the tables with the column `name`. `occurrences` counts in all of them, `count` in the first
+            only, and there the events before the Unix second `cutoff` (None: all).
     """
     parts = []
     for number, table in enumerate(sources):
@@ -33,9 +33,15 @@ def vocabulary(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int 
         parts.append(table.select(value=values, counted=counts.cast("int64")))
     everything = reduce(lambda left, right: left.union(right), parts)
     known = everything.filter(everything["value"].notnull())
-    counted = known.group_by("value").aggregate(count=known.counted.sum().cast("int64"))
-    dense = ibis.row_number().over(order_by=counted["value"]) + 1
-    return counted.mutate(id=dense.cast("int64")).select("value", "id", "count")
+    return known.group_by("value").aggregate(
+        count=known.counted.sum().cast("int64"), occurrences=known.count().cast("int64")
+    )
+
+
+def numbered(values: ir.Table, first: int) -> ir.Table:
+    """value, id, count: dense ids from `first` in the order of the values."""
+    dense = ibis.row_number().over(order_by=values["value"]) + first
+    return values.mutate(id=dense.cast("int64")).select("value", "id", "count")
 
 
 def encode(
@@ -81,25 +87,34 @@ def no_ids() -> ir.ArrayValue:
 
 def bucketed(raw: ir.Table, buckets: int, seed: int) -> ir.Table:
     """Adds `bucket` to a table with user_id; in the order of the buckets, so that one is read alone."""
-    users = raw.select("user_id").distinct()
-    key = digest(seed, "row", users.user_id)
+    if buckets == 1:
+        return raw
+    key = digest(seed, "row", raw.user_id)
     digits = [ibis.literal(_HEX).find(key.substr(place, 1)) for place in range(_PREFIX)]
     prefix = reduce(lambda value, digit: value * 16 + digit, digits, ibis.literal(0).cast("int64"))
-    users = users.mutate(bucket=(prefix * buckets // 16**_PREFIX).cast("int64"))
-    return raw.inner_join(users, "user_id").order_by("bucket")
+    return raw.mutate(bucket=(prefix * buckets // 16**_PREFIX).cast("int64")).order_by("bucket")
 
 
-def timed_requests(tables: Tables, requests: ir.Table, config: IngestConfig) -> ir.Table:
+def trial_users(requests: ir.Table, config: IngestConfig) -> ir.Table:
+    """user_id of the `config.users` users whose requests a trial log keeps."""
+    users = requests.select("user_id").distinct()
+    return users.order_by(digest(config.seed, "user", users.user_id)).limit(config.users)
+
+
+def timed_requests(
+    tables: Tables, requests: ir.Table, users: ir.Table | None, config: IngestConfig
+) -> ir.Table:
     """Adds history_end, the number of the user's events strictly before the request, and the split.
 
     Context of the user comes from the newest event before the request; of several in that second the
     largest value counts.
+
+    Args:
+        users: those of `trial_users`; None: all.
     """
     events = tables.events
-    if config.users:
-        users = requests.select("user_id").distinct()
-        order = digest(config.seed, "user", users.user_id)
-        requests = requests.semi_join(users.order_by(order).limit(config.users), "user_id")
+    if users is not None:
+        requests = requests.semi_join(users, "user_id")
     asked = requests.select("user_id", "timestamp", events=ibis.literal(0).cast("int64"))
     happened = events.select("user_id", "timestamp", events=ibis.literal(1).cast("int64"))
     marks = ibis.union(happened.semi_join(asked, "user_id"), asked)
@@ -153,25 +168,30 @@ def kept_requests(found: ir.Table, config: IngestConfig) -> ir.Table:
     return asked.filter(asked.place < config.requests.per_user).drop("place")
 
 
-def item_attributes(events: ir.Table, features: Sequence[FeatureConfig]) -> ir.Table:
-    """item_id and the features that items have, as of the item's latest event."""
-    names = [feature.name for feature in features]
+def item_attributes(tables: Tables, config: IngestConfig) -> ir.Table:
+    """item_id and the features of items that impressions do not give, as of the item's latest event."""
+    given = [] if tables.shown is None else tables.shown.columns
+    names = [
+        feature.name
+        for feature in config.all_features
+        if feature.side == "both" and feature.name not in ("item_id", *given)
+    ]
+    events = tables.events
     seen = events.group_by(["item_id", *names]).aggregate(last=events.timestamp.max())
     recent = [ibis.desc(seen["last"]), *(ibis.desc(seen[name]) for name in names)]
     seen = seen.mutate(place=ibis.row_number().over(group_by="item_id", order_by=recent))
     return seen.filter(seen.place == 0).select("item_id", *names)
 
 
-def offers(events: ir.Table, asked: ir.Table, candidates: ir.Table, config: IngestConfig) -> ir.Table:
-    """The asked requests with `candidates`, a list of structs in seeded order, and their number.
+def offers(items: ir.Table, asked: ir.Table, candidates: ir.Table, config: IngestConfig) -> ir.Table:
+    """The asked requests with `bucket`, `candidates` (a list of structs in seeded order) and their number.
 
-    What a candidate does not say of its item is as of the item's latest event.
+    What a candidate does not say of its item comes from `items`, of `item_attributes`.
     """
     carried = [feature for feature in config.all_features if feature.side != "history"]
     lacking = [feature for feature in carried if feature.name not in candidates.columns]
     joined = candidates
     if lacking:
-        items = item_attributes(events, lacking)
         joined = candidates.left_join(items, "item_id", rname="{name}_right")
         known = {feature.name: _or_nothing(joined[feature.name], feature.multi) for feature in lacking}
         joined = joined.select(*candidates.columns, **known)
@@ -185,5 +205,5 @@ def offers(events: ir.Table, asked: ir.Table, candidates: ir.Table, config: Inge
     )
     nested = nested.mutate(candidates=nested.candidates.sort())
     context = [f"context_{entry.name}" for entry in config.context]
-    wanted = asked.select(*REQUEST, "timestamp", "history_end", "split", *context)
+    wanted = asked.select(*REQUEST, "timestamp", "history_end", "split", "bucket", *context)
     return wanted.inner_join(nested, REQUEST)

@@ -64,12 +64,4 @@ def _check_fits(requests: Path, reader: SequenceLogReader, loaded: Snapshot) -> 
     if mine != wanted:
         problem = f"has tasks and numbers {mine}, the snapshot was trained with {wanted}"
         raise DataError(problem, file=requests)
-    known = {**reader.columns.features, **reader.columns.context}
-    for feature, expected in loaded.manifest.vocabularies.items():
-        found = known[feature].vocabulary
-        if expected and found and found != expected:
-            raise DataError(
-                f"its ids of {feature!r} are of another vocabulary than the snapshot's, so its scores would "
-                "mean nothing; ingest the requests with the training log's vocabulary",
-                file=requests,
-            )
+    loaded.check_vocabularies({**reader.columns.features, **reader.columns.context}, requests)

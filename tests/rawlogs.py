@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -10,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.ingest import ingest
 from trainer.data.ingest_config import IngestConfig
-from trainer.data.schema import read_manifest
+from trainer.data.schema import LogManifest, read_manifest
 
 DAY = 86_400
 START = 1_483_228_800  # 2017-01-01
@@ -29,6 +31,7 @@ KINDS = {
     "importance": pa.float64(),
 }
 EVENT = ("user_id", "item_id", "timestamp", "category", "action", "tags", "city")
+BEHAVIOR = ("item_id", "category_id", "action", "tags", "timestamp")
 SHOWN = ("user_id", "request", "item_id", "timestamp", "click", "buy", "price", "importance", "page", "slot")
 
 
@@ -144,3 +147,107 @@ def domains(seed: int = 0) -> tuple[list[Row], list[Row]]:
     ads = [one(random.choice(["click", "lead"]), ["feed", None]) for _ in range(25)]
     content = [one(random.choice(["click", "finish"]), ["feed", "video"]) for _ in range(60)]
     return ads, content
+
+
+class Log:
+    """An ingested log, and the raw tables in its ids.
+
+    `renewed`: half of the raw rows have items, categories, tags, ... that the others never have.
+    """
+
+    def __init__(
+        self, folder: Path, protocol: str, seed: int, *, renewed: bool = False, **changes: Any
+    ) -> None:
+        self.config = config(protocol, **changes)
+        self.folder = folder / "log"
+        raw = events(seed, users=4, per_user=16, items=20)
+        shown = impressions(seed, users=5, items=24) if protocol == "impressions" else None
+        if renewed:
+            raw, shown = renew(raw), shown and renew(shown)
+        self.raw, self.raw_shown = raw, shown or []
+        source = write(folder / "events.parquet", raw)
+        given = write(folder / "shown.parquet", shown, SHOWN) if shown else None
+        self.manifest: LogManifest = ingest(
+            source, self.folder, self.config, impressions=given, overwrite=True
+        )
+        names = [*self.manifest.features, *(f"context_{name}" for name in self.manifest.context)]
+        self.words = {name: words(self.folder, name) for name in names}
+        self.events = [self.encode(row) for row in raw]
+        self.shown = [self.encode(row) for row in shown or []]
+        self.rows = rows(self.folder)
+
+    def encode(self, row: Row) -> Row:
+        coded = {**row, "category_id": row.get("category"), "context_city": row.get("city")}
+        coded["context_page"] = row.get("page")
+        for name, ids in self.words.items():
+            value = coded.get(name)
+            multi = name == "tags"
+            coded[name] = (
+                sorted({ids[one] for one in value or [] if one in ids}) if multi else ids.get(value, 0)
+            )
+        return coded
+
+    def before(self, user: int, time: int) -> list[Row]:
+        return [event for event in self.events if event["user_id"] == user and event["timestamp"] < time]
+
+    def requests(self) -> dict[tuple[int, int], Row]:
+        """(user, request id) -> the request's values, its visible history among them."""
+        found = {}
+        names = read_manifest(self.folder).features
+        kept = {f"candidate_{name}" for name in names}
+        for row in self.rows:
+            history = list(zip(*(row[f"history_{name}"] for name in BEHAVIOR), strict=True))
+            lists = [key for key in row if key.startswith(("request_", "context_", "label_", "numeric_"))]
+            lists += [key for key in row if key == "weight" or key in kept]
+            for place, request in enumerate(row["request_id"]):
+                one = {key: row[key][place] for key in lists}
+                one["history"] = history[: one["request_history_end"]]
+                assert (row["user_id"], request) not in found
+                found[row["user_id"], request] = one
+        return found
+
+    def attribute(self, item: int, name: str) -> Any:
+        """Of the item's latest event; with ties, of the largest attributes."""
+        having = [event for event in self.events if event["item_id"] == item]
+        missing: Any = [] if name == "tags" else 0
+        latest = max(having, key=lambda e: (e["timestamp"], e["category_id"], e["tags"]), default=None)
+        return latest[name] if latest else missing
+
+    def check_histories(self) -> None:
+        for (user, _), request in self.requests().items():
+            past = self.before(user, request["request_timestamp"])
+            times = [behavior[-1] for behavior in request["history"]]
+            assert times == sorted(times) and request["request_num_candidates"] == len(request["label_click"])
+            expected = Counter(frozen(tuple(event[name] for name in BEHAVIOR)) for event in past)
+            kept = self.config.files.max_history
+            found = Counter(map(frozen, request["history"]))
+            assert found <= expected if kept else found == expected
+            assert len(request["history"]) == (min(kept, len(past)) if kept else len(past))
+            last = max(event["timestamp"] for event in past)
+            assert times[-1] == last
+            cities = [event["context_city"] for event in past if event["timestamp"] == last]
+            assert request["context_city"] == max(cities)
+            for place, item in enumerate(request["candidate_item_id"]):
+                # An unknown item is one of several: tests of vocabularies look at their attributes.
+                for name in ("category_id", "tags") if item else ():
+                    assert request[f"candidate_{name}"][place] == self.attribute(item, name)
+
+
+def frozen(behavior: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tuple(value) if isinstance(value, list) else value for value in behavior)
+
+
+def renew(raw: Sequence[Row]) -> list[Row]:
+    """Every second row with other values, some before and some after the others in their order."""
+    new = {"c1": "b1", "c2": "d2", "view": "skip", "Oslo": "Bonn", "p": "a", "top": "mid"}
+
+    def one(row: Row) -> Row:
+        changed = {name: new.get(value, value) for name, value in row.items() if name != "tags"}
+        tags = (
+            {"tags": row["tags"] and [{"x": "w"}.get(tag, tag) for tag in row["tags"]]}
+            if "tags" in row
+            else {}
+        )
+        return {**changed, **tags, "item_id": row["item_id"] + (500 if row["item_id"] % 2 else -500)}
+
+    return [one(row) if place % 2 else row for place, row in enumerate(raw)]

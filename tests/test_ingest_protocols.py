@@ -14,89 +14,24 @@ from hypothesis import strategies as st
 
 from embeddings.errors import ConfigError, DataError
 from pipelines.ingest import ingest, report_lines
-from tests.rawlogs import DAY, SHOWN, START, Row, config, events, impressions, rows, words, write
-from trainer.data.schema import LogManifest, read_manifest, schema_of
+from tests.rawlogs import (
+    BEHAVIOR,
+    DAY,
+    SHOWN,
+    START,
+    Log,
+    Row,
+    config,
+    events,
+    impressions,
+    rows,
+    words,
+    write,
+)
+from trainer.data.schema import LogManifest, schema_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 SEEDS = st.integers(0, 10_000)
-BEHAVIOR = ("item_id", "category_id", "action", "tags", "timestamp")
-
-
-class Log:
-    """An ingested log, and the raw tables in its ids."""
-
-    def __init__(self, folder: Path, protocol: str, seed: int, **changes: Any) -> None:
-        self.config = config(protocol, **changes)
-        self.folder = folder / "log"
-        raw = events(seed, users=4, per_user=16, items=20)
-        shown = impressions(seed, users=5, items=24) if protocol == "impressions" else None
-        source = write(folder / "events.parquet", raw)
-        given = write(folder / "shown.parquet", shown, SHOWN) if shown else None
-        self.manifest: LogManifest = ingest(
-            source, self.folder, self.config, impressions=given, overwrite=True
-        )
-        names = [*self.manifest.features, *(f"context_{name}" for name in self.manifest.context)]
-        self.words = {name: words(self.folder, name) for name in names}
-        self.events = [self.encode(row) for row in raw]
-        self.shown = [self.encode(row) for row in shown or []]
-        self.rows = rows(self.folder)
-
-    def encode(self, row: Row) -> Row:
-        coded = {**row, "category_id": row.get("category"), "context_city": row.get("city")}
-        coded["context_page"] = row.get("page")
-        for name, ids in self.words.items():
-            value = coded.get(name)
-            multi = name == "tags"
-            coded[name] = sorted({ids[one] for one in value or [] if one}) if multi else ids.get(value, 0)
-        return coded
-
-    def before(self, user: int, time: int) -> list[Row]:
-        return [event for event in self.events if event["user_id"] == user and event["timestamp"] < time]
-
-    def requests(self) -> dict[tuple[int, int], Row]:
-        """(user, request id) -> the request's values, its visible history among them."""
-        found = {}
-        names = read_manifest(self.folder).features
-        kept = {f"candidate_{name}" for name in names}
-        for row in self.rows:
-            history = list(zip(*(row[f"history_{name}"] for name in BEHAVIOR), strict=True))
-            lists = [key for key in row if key.startswith(("request_", "context_", "label_", "numeric_"))]
-            lists += [key for key in row if key == "weight" or key in kept]
-            for place, request in enumerate(row["request_id"]):
-                one = {key: row[key][place] for key in lists}
-                one["history"] = history[: one["request_history_end"]]
-                assert (row["user_id"], request) not in found
-                found[row["user_id"], request] = one
-        return found
-
-    def attribute(self, item: int, name: str) -> Any:
-        """Of the item's latest event; with ties, of the largest attributes."""
-        having = [event for event in self.events if event["item_id"] == item]
-        missing: Any = [] if name == "tags" else 0
-        latest = max(having, key=lambda e: (e["timestamp"], e["category_id"], e["tags"]), default=None)
-        return latest[name] if latest else missing
-
-    def check_histories(self) -> None:
-        for (user, _), request in self.requests().items():
-            past = self.before(user, request["request_timestamp"])
-            times = [behavior[-1] for behavior in request["history"]]
-            assert times == sorted(times) and request["request_num_candidates"] == len(request["label_click"])
-            expected = Counter(frozen(tuple(event[name] for name in BEHAVIOR)) for event in past)
-            kept = self.config.files.max_history
-            found = Counter(map(frozen, request["history"]))
-            assert found <= expected if kept else found == expected
-            assert len(request["history"]) == (min(kept, len(past)) if kept else len(past))
-            last = max(event["timestamp"] for event in past)
-            assert times[-1] == last
-            cities = [event["context_city"] for event in past if event["timestamp"] == last]
-            assert request["context_city"] == max(cities)
-            for place, item in enumerate(request["candidate_item_id"]):
-                for name in ("category_id", "tags"):
-                    assert request[f"candidate_{name}"][place] == self.attribute(item, name)
-
-
-def frozen(behavior: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(tuple(value) if isinstance(value, list) else value for value in behavior)
 
 
 def ordered(log: Log, user: int) -> list[Row]:
@@ -237,7 +172,8 @@ def test_impressions_may_carry_item_attributes_of_their_own(tmp_path: Path) -> N
 def test_requests_without_history_can_be_kept(tmp_path: Path) -> None:
     given = write(tmp_path / "i.parquet", impressions(), SHOWN)
     for layout in ("user", "request"):
-        plan = config("impressions", requests={"min_history": 0}, files={"layout": layout})
+        changes = {"files": {"layout": layout}, "engine": {"buckets": 3}}
+        plan = config("impressions", requests={"min_history": 0}, **changes)
         ingest(
             write(tmp_path / "e.parquet", events()), tmp_path / "log", plan, impressions=given, overwrite=True
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.ingest import ingest
-from tests.rawlogs import SHOWN, config, events, impressions, rows, write
+from tests.rawlogs import SHOWN, config, events, impressions, renew, rows, words, write
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,3 +52,20 @@ def test_both_engines_write_the_same_rows(
     other = ingest(source, tmp_path / "spark", plan, impressions=shown, engine="spark")
     assert rows(tmp_path / "spark") == rows(tmp_path / "duckdb") != []
     assert (other.features, other.context, other.report) == (duckdb.features, duckdb.context, duckdb.report)
+
+
+def test_both_engines_continue_a_vocabulary_alike(tmp_path: Path, spark: Any) -> None:
+    del spark
+    given = write(tmp_path / "shown.parquet", impressions(), SHOWN)
+    source = write(tmp_path / "events.parquet", events(1))
+    ingest(source, tmp_path / "old", config("impressions"), impressions=given)
+    source = write(tmp_path / "events.parquet", renew(events(2)))
+    given = write(tmp_path / "shown.parquet", renew(impressions()), SHOWN)
+    plan = config("impressions", vocabulary={"log": str(tmp_path / "old")})
+    duckdb = ingest(source, tmp_path / "duckdb", plan, impressions=given)
+    other = ingest(source, tmp_path / "spark", plan, impressions=given, engine="spark")
+    # New items are unknown to the log, but have ids while it is made: their order is compared too.
+    assert rows(tmp_path / "spark") == rows(tmp_path / "duckdb") != []
+    assert (other.features, other.context, other.report) == (duckdb.features, duckdb.context, duckdb.report)
+    assert duckdb.report["new_values"]["item_id"]["values"] > 0
+    assert words(tmp_path / "spark", "item_id") == words(tmp_path / "duckdb", "item_id")

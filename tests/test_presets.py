@@ -24,7 +24,12 @@ from trainer.data.schema import read_manifest
 from trainer.evaluation import Scored, score_split
 from trainer.model.two_stage import TwoStageModel
 
-PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.toml") if "extends" in path.read_text())
+# twin_v2 needs a clustered log and has tests of its own.
+PRESETS = sorted(
+    path.stem
+    for path in (ROOT / "configs").glob("*.toml")
+    if "extends" in path.read_text() and path.stem != "twin_v2"
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.launching import losses, overrides, tandemrec, train
+from tests.launching import SETTINGS, losses, overrides, tandemrec, train
 from tests.logs import Shape, enrich, random_rows, small_log, write_log
 
 
@@ -162,3 +162,17 @@ def test_a_bad_id_stops_training_with_its_place(tmp_path: Path) -> None:
     assert (
         "row group 1, column history_item_id, row 1: id 61 lies outside the table of 60 rows" in done.stderr
     )
+
+
+def test_a_log_in_another_order_is_refused_inside_an_epoch(tmp_path: Path) -> None:
+    """The same rows in other row groups: a position would mean other blocks."""
+    rows, log = random_rows(1, Shape(users=40)), tmp_path / "log"
+    write_log(log, {"train": rows, "validation": rows[:5]})
+    settings = {"checkpoint__every_steps": 3, "train__max_steps": 3}
+    train(log, tmp_path / "run", **settings)
+    shutil.rmtree(log)
+    write_log(log, {"train": rows, "validation": rows[:5]}, layout=(8, 16))
+    changed = {"data.log": str(log), **SETTINGS, "train.max_steps": 6}
+    words = ["train", "--config", "configs/dare.toml", "--out", str(tmp_path / "run"), *overrides(changed)]
+    done = tandemrec(*words)
+    assert done.returncode == 2 and "some would be read twice" in done.stderr

@@ -180,7 +180,7 @@ def test_selected_lookup_asks_for_the_kept_rows_only(tmp_path: Path) -> None:
     for name, collection in model.collections.items():
         collection.register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[0].stride()}))
     batch = batch_of(settings)
-    model(batch).logits
+    model(batch)
     assert seen["attention"] == batch.behaviors + batch.candidates
     assert batch.candidates < seen["representation"] <= batch.candidates * (1 + settings.model.k)
     assert seen["representation"] < seen["attention"]

@@ -75,6 +75,9 @@ class DataConfig(Settings):
         max_bad: largest share of row groups that may be skipped.
         workers: threads that decode row groups ahead; prefetch: batches collated ahead by another thread.
         search: hard search while reading, see SearchConfig.
+        clusters: deliver the log's clusters of behaviors, and single behaviors only as far as `recent`.
+        recent: the newest behaviors of each request that are delivered besides what a hard search or clusters
+            leave of its history.
     """
 
     log: Path = Path("log")
@@ -93,6 +96,8 @@ class DataConfig(Settings):
     workers: int = Field(1, ge=0)
     prefetch: int = Field(4, ge=0)
     search: SearchConfig = SearchConfig()
+    clusters: bool = False
+    recent: int = Field(0, ge=0)
 
     @property
     def block_limit(self) -> int:
@@ -182,14 +187,33 @@ class Config(Settings):
                     known = ", ".join(sorted(self.groups))
                     raise ValueError(f"{section}.{role} names group {group!r}; defined groups: {known}")
             used |= settings.roles.used()
-            if settings.level and not self.data.search.levels:
-                raise ValueError("model.level needs a hard search while reading: set data.search.levels")
+            self._check_data(branch, settings)
         unused = set(self.groups) - used
         if unused:
             raise ValueError(
                 f"group {sorted(unused)[0]!r} serves no role; remove it or name it in model.roles"
             )
         return self
+
+    def _check_data(self, branch: str, settings: BranchConfig) -> None:
+        """A branch must be given by the reader what it works on."""
+        data = self.data
+        if settings.level and not data.search.levels:
+            raise ValueError("model.level needs a hard search while reading: set data.search.levels")
+        if settings.clusters and not data.clusters:
+            raise ValueError("model.clusters needs data.clusters = true, and a log that `cluster` wrote")
+        if data.clusters and not settings.clusters and settings.search != "recent":
+            raise ValueError(
+                f"data.clusters leaves branch {branch!r} no single behaviors: set its clusters too"
+            )
+        cut = bool(data.search.levels) or data.clusters
+        if cut and settings.search == "recent" and data.recent < settings.k:
+            raise ValueError(
+                f"branch {branch!r} looks at the {settings.k} newest behaviors, of which data.search or "
+                f"data.clusters may leave out some: set data.recent = {settings.k}"
+            )
+        if data.clusters and data.search.levels:
+            raise ValueError("data.clusters and data.search.levels both cut the history; use one")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.errors import DataError
+from embeddings.errors import ConfigError, DataError
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
@@ -180,6 +180,7 @@ class Trainer:
             "cpu_s": self.cpu_seconds(),
             "world_size": self.ranks.world_size,
             "log": self.log_fingerprint,
+            "order": self.train_reader.order,
             "config": self.config.model_dump(mode="json"),
         }
         path = checkpoint.save(
@@ -189,7 +190,17 @@ class Trainer:
         self.meter.clock.restart()
 
     def _resume(self, path: Path, state: dict[str, Any]) -> None:
-        """Continue from a verified checkpoint."""
+        """Continue from a verified checkpoint.
+
+        Raises:
+            ConfigError: it stands inside an epoch, and the log's rows lie in another order since.
+        """
+        if state["cursor"]["blocks"] and state["order"] != self.train_reader.order:
+            raise ConfigError(
+                f"{path} stands inside an epoch, and the rows of {self.config.data.log} lie in other files "
+                "or another order since (or other row groups are skipped), so some would be read twice and "
+                "some never; give the log as it was, or name another --out"
+            )
         tensors = self._tensors()
         checkpoint.load_tensors(path, tensors)
         self.model.load_state_dict(tensors["model"])

@@ -62,7 +62,7 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends must be the path of one file, such as \"base/common.toml\"")
+        raise ConfigError(f'{path}: extends must be the path of one file, such as "base/common.toml"')
     chain = (*below, path.resolve())
     if (path.parent / base).resolve() in chain:
         raise ConfigError(f"{path}: extends {base}, which leads back to itself")
@@ -74,8 +74,10 @@ def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in tree.items():
         below = merged.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[key] = _over(value, below) if both else value
+        if isinstance(value, dict) and isinstance(below, dict):
+            merged[key] = _over(value, below)
+        else:
+            merged[key] = value
     return merged
 
 

@@ -29,12 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.errors import SnapshotError
+from embeddings.errors import DataError, SnapshotError
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.plain import PlainBagCollection
 from trainer.assemble import build_model, count_numbers
 from trainer.config import Config
-from trainer.data.batch import RequestBatch, Retrieval
+from trainer.data.batch import Clusters, RequestBatch, Retrieval
+from trainer.data.schema import FeatureInfo
 from trainer.durable import file_digest, sync, write_text
 from trainer.model.two_stage import Prediction, TwoStageModel
 from trainer.settings import Settings
@@ -98,6 +99,27 @@ class Snapshot:
     def numeric_names(self) -> list[str]:
         """What the columns of `RequestBatch.numeric` must be."""
         return [*self.manifest.numeric, *self.manifest.config.data.search.count_names]
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds those of all files."""
+        return file_digest(self.path / _MANIFEST)
+
+    def check_vocabularies(self, known: Mapping[str, FeatureInfo], log: Path) -> None:
+        """The same ids must stand for the same things in a log and in training.
+
+        Raises:
+            DataError: the log lacks a feature, or its ids are of another vocabulary.
+        """
+        for feature, expected in self.manifest.vocabularies.items():
+            if feature not in known:
+                raise DataError(f"lacks the feature {feature!r} that the snapshot needs", file=log)
+            found = known[feature].vocabulary
+            if expected and found and found != expected:
+                raise DataError(
+                    f"its ids of {feature!r} are of another vocabulary than the snapshot's, so they would "
+                    "mean nothing to it; ingest with `--vocabulary` and the log it was trained on",
+                    file=log,
+                )
 
     def self_check(self) -> float:
         """Largest difference to the trainer's scores on the recorded requests.
@@ -290,7 +312,7 @@ _BATCH_TENSORS = (
     "weight",
     "numeric",
 )
-_RETRIEVAL_TENSORS = ("index", "level", "rank")
+_NESTED = {"retrieval": ("index", "level", "rank"), "clusters": ("size", "time", "until", "end")}
 
 
 def _pack(batch: RequestBatch) -> dict[str, Tensor]:
@@ -298,8 +320,10 @@ def _pack(batch: RequestBatch) -> dict[str, Tensor]:
     for part, kjt in (("features", batch.features), ("context", batch.context)):
         if kjt is not None:
             tensors |= {f"{part}.ids": kjt.values(), f"{part}.counts": kjt.lengths()}
-    if batch.retrieval is not None:
-        tensors |= {f"retrieval.{name}": getattr(batch.retrieval, name) for name in _RETRIEVAL_TENSORS}
+    for part, names in _NESTED.items():
+        whole = getattr(batch, part)
+        if whole is not None:
+            tensors |= {f"{part}.{name}": getattr(whole, name) for name in names}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -312,11 +336,15 @@ def _unpack(
         requests, candidates = fields["request_time"].numel(), fields["candidate_request"].numel()
         features = _bags(tensors, "features", keys[0], fields["behavior_time"].numel() + candidates)
         context = _bags(tensors, "context", keys[1], requests) if keys[1] else None
-        found = [tensors[name] for name in map("retrieval.{}".format, _RETRIEVAL_TENSORS) if name in tensors]
+        found = {
+            part: [tensors[f"{part}.{name}"] for name in names if f"{part}.{name}" in tensors]
+            for part, names in _NESTED.items()
+        }
         batch = RequestBatch(
             features=features,
             context=context,
-            retrieval=Retrieval(*found) if found else None,
+            retrieval=Retrieval(*found["retrieval"]) if found["retrieval"] else None,
+            clusters=Clusters(*found["clusters"]) if found["clusters"] else None,
             **fields,
             step_candidates=candidates,
         )

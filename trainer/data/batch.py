@@ -11,7 +11,7 @@ candidates: a bag is one behavior or one candidate, so target and behavior share
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,8 +21,42 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 
+class _Tensors(Pipelineable):  # type: ignore[misc]
+    """Moves every field of a dataclass of tensors."""
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Any:
+        return type(self)(*(change(getattr(self, field.name)) for field in fields(self)))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for field in fields(self):
+            getattr(self, field.name).record_stream(stream)
+
+    def pin_memory(self) -> Any:
+        return self._each(lambda part: part.pin_memory())
+
+
 @dataclass
-class Retrieval(Pipelineable):  # type: ignore[misc]
+class Clusters(_Tensors):
+    """Clusters of a history, at the behaviors that stand for them (TWIN-V2; see `trainer.data.clusters`).
+
+    Attributes:
+        size: int64 [N], members of the cluster, 0 for behaviors that stand for none.
+        time: int64 [N], mean time of the members, seconds.
+        until: int64 [N], place in the user's history where the cluster's chunk ends.
+        end: int64 [R], how much of his history a request may see: clusters with `until` <= `end`.
+    """
+
+    size: Tensor
+    time: Tensor
+    until: Tensor
+    end: Tensor
+
+
+@dataclass
+class Retrieval(_Tensors):
     """What a hard search in the data path kept for each candidate, B behaviors at most.
 
     Attributes:
@@ -34,18 +68,6 @@ class Retrieval(Pipelineable):  # type: ignore[misc]
     index: Tensor
     level: Tensor
     rank: Tensor
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Retrieval:
-        return Retrieval(
-            *(part.to(device, non_blocking=non_blocking) for part in (self.index, self.level, self.rank))
-        )
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        for part in (self.index, self.level, self.rank):
-            part.record_stream(stream)
-
-    def pin_memory(self) -> Retrieval:
-        return Retrieval(*(part.pin_memory() for part in (self.index, self.level, self.rank)))
 
 
 @dataclass
@@ -64,6 +86,7 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
         context: KJT of stride R, or None where the log has no context features.
         retrieval: of a hard search, or None where a request sees its whole window.
         step_candidates: candidates of all ranks in this step, so that a mean over ranks is exact.
+        clusters: of the histories, or None where the log has none or the model asks for none.
     """
 
     features: KeyedJaggedTensor
@@ -80,6 +103,7 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
     context: KeyedJaggedTensor | None
     retrieval: Retrieval | None
     step_candidates: int
+    clusters: Clusters | None = None
 
     @property
     def behaviors(self) -> int:
@@ -133,13 +157,23 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
             return "candidates name requests that are not there, or out of order"
         if r and (start.min() < 0 or (start > end).any() or end.max() > n or (end - start).max() > longest):
             return "windows lie outside the behaviors"
+        if found := self._problem_of_cut(n, c, r):
+            return found
+        for kjt, stride in ((self.features, n + c), (self.context, r)):
+            if kjt is not None and (found := _bag_problem(kjt, rows, stride)):
+                return found
+        return ""
+
+    def _problem_of_cut(self, n: int, c: int, r: int) -> str:
+        """What is wrong with the retrieval or the clusters."""
         if self.retrieval is not None:
             index = self.retrieval.index
             if index.shape[0] != c or (index.numel() and (index.min() < -1 or index.max() >= n)):
                 return "retrieved behaviors are not there"
-        for kjt, stride in ((self.features, n + c), (self.context, r)):
-            if kjt is not None and (found := _bag_problem(kjt, rows, stride)):
-                return found
+        if self.clusters is not None:
+            lengths = [part.numel() for part in (self.clusters.size, self.clusters.time, self.clusters.until)]
+            if lengths != [n] * 3 or self.clusters.end.numel() != r or (self.clusters.size < 0).any():
+                return "its clusters do not fit its behaviors"
         return ""
 
 

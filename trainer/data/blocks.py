@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,29 +13,36 @@ from trainer.data.rows import Ints, PlanRows, UserRows
 
 
 @dataclass(frozen=True)
-class Block:
+class WindowedRows:
+    """A decoded row group, with what every request of it may see.
+
+    Attributes:
+        rows: the row group.
+        requests: int64 [7, requests]: user id, request id, time, behaviors [start, end) of its window,
+            candidates [start, end); both count from the row group's first.
+    """
+
+    rows: UserRows
+    requests: Ints
+
+
+class Block(NamedTuple):
     """A planned block; its data is decoded only where and when it is needed.
 
     Attributes:
-        place: which row group of the window; row: the user's row in it.
+        owner: the rank that decodes its row group, if ranks share those.
         first, last: requests [first, last) of the row group.
-        begin, end: behaviors [begin, end) of the user's history.
+        behaviors: planned length of its history (an ingestion delay may shorten it).
         candidates: of all its requests.
         rows: decodes the row group (once; see `trainer.data.reader`).
     """
 
-    place: int
-    row: int
+    owner: int
     first: int
     last: int
-    begin: int
-    end: int
+    behaviors: int
     candidates: int
-    rows: Callable[[], UserRows]
-
-    @property
-    def behaviors(self) -> int:
-        return self.end - self.begin
+    rows: Callable[[], WindowedRows]
 
     @property
     def cost(self) -> int:
@@ -58,25 +67,80 @@ class BlockLimits:
 
 
 def cut_blocks(
-    plan: PlanRows, place: int, rows: Callable[[], UserRows], limits: BlockLimits
-) -> Iterator[Block]:
+    plan: PlanRows, owner: int, rows: Callable[[], WindowedRows], limits: BlockLimits
+) -> list[Block]:
     """All requests of a row group as blocks, in stored order; requests without candidates are left out."""
-    counted = np.r_[0, np.cumsum(plan.candidates)]
-    ends, length = plan.history_end.tolist(), limits.history_length
-    for row in range(plan.request_offsets.size - 1):
-        request, stop = int(plan.request_offsets[row]), int(plan.request_offsets[row + 1])
-        while request < stop:
-            begin, end = max(0, ends[request] - length), ends[request]
-            last = request + 1
-            while last < stop and last - request < limits.requests:
-                low, high = min(begin, max(0, ends[last] - length)), max(end, ends[last])
-                if high - low > limits.behaviors:
-                    break
-                begin, end, last = low, high, last + 1
-            candidates = int(counted[last] - counted[request])
-            if candidates:
-                yield Block(place, row, request, last, begin, end, candidates, rows)
-            request = last
+    if not plan.history_end.size:
+        return []
+    starts = np.maximum(plan.history_end - limits.history_length, 0)
+    first = _first_requests(plan, starts, limits)
+    last = np.append(first[1:], plan.history_end.size)
+    behaviors = np.maximum.reduceat(plan.history_end, first) - np.minimum.reduceat(starts, first)
+    candidates = np.add.reduceat(plan.candidates, first)
+    parts = (part[candidates > 0].tolist() for part in (first, last, behaviors, candidates))
+    return list(map(Block._make, zip(repeat(owner), *parts, repeat(rows))))
+
+
+def _first_requests(plan: PlanRows, starts: Ints, limits: BlockLimits) -> Ints:
+    """The first request of every block, ascending."""
+    ends, requests = plan.history_end, np.arange(starts.size)
+    user = np.repeat(np.arange(plan.request_offsets.size - 1), np.diff(plan.request_offsets))
+    # Where the next block begins at the latest.
+    latest = np.minimum(plan.request_offsets[user + 1], requests + limits.requests)
+    if ((ends[1:] >= ends[:-1]) | (user[1:] != user[:-1])).all():
+        # Windows only move forward, as in requests by time: the first to end too far away closes a block.
+        # With the user as the upper part of the key one search serves all users.
+        most = int(ends.max())
+        reach = np.minimum(starts + limits.behaviors, most)
+        too_far = np.searchsorted(user * (most + 1) + ends, user * (most + 1) + reach, side="right")
+        following = np.clip(too_far, requests + 1, latest).tolist()
+        return _chain(following.__getitem__, starts.size)
+    low, high, stop = starts.tolist(), ends.tolist(), latest.tolist()
+
+    def next_block(request: int) -> int:
+        begin, end, last = low[request], high[request], request + 1
+        while last < stop[request]:
+            begin, end = min(begin, low[last]), max(end, high[last])
+            if end - begin > limits.behaviors:
+                break
+            last += 1
+        return last
+
+    return _chain(next_block, starts.size)
+
+
+def _chain(following: Callable[[int], int], stop: int) -> Ints:
+    found, at = [], 0
+    while at < stop:
+        found.append(at)
+        at = following(at)
+    return np.array(found, dtype=np.int64)
+
+
+def with_windows(rows: UserRows, history_length: int, delay: int) -> WindowedRows:
+    """Windows of `history_length` behaviors, ending where the ingestion delay (seconds) says."""
+    counts = np.diff(rows.request_offsets)
+    ends = rows.history_end
+    if delay:
+        offsets = rows.request_offsets.tolist()
+        ends = np.concatenate(
+            [visible_ends(rows, row, offsets[row], offsets[row + 1], delay) for row in range(counts.size)]
+        )
+    base = np.repeat(rows.history_offsets[:-1], counts)
+    return WindowedRows(
+        rows,
+        np.stack(
+            [
+                np.repeat(rows.user_id, counts),
+                rows.request_id,
+                rows.request_time,
+                base + np.maximum(ends - history_length, 0),
+                base + ends,
+                rows.candidate_offsets[:-1],
+                rows.candidate_offsets[1:],
+            ]
+        ),
+    )
 
 
 def visible_ends(rows: UserRows, row: int, first: int, last: int, delay: int) -> Ints:

@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from embeddings.errors import DataError
-from trainer.data.rows import PARQUET_ERRORS, Columns, read_plan, read_rows
+from trainer.data.rows import Columns, read_footer, read_plan, read_rows
 from trainer.data.schema import FileInfo, LogManifest
 from trainer.durable import file_digest
 
@@ -97,13 +95,9 @@ def _compare(file: Path, entry: FileInfo) -> None:
 
 
 def _row_groups(file: Path, entry: FileInfo) -> int:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            rows, groups = parquet.metadata.num_rows, parquet.metadata.num_row_groups
-    except FileNotFoundError:
-        raise DataError("named in the manifest but missing; ingest again", file=file) from None
-    except PARQUET_ERRORS as error:
-        raise DataError(f"unreadable: {error}", file=file) from None
-    if rows != entry.rows:
-        raise DataError(f"holds {rows} rows, the manifest says {entry.rows}; ingest again", file=file)
-    return int(groups)
+    footer = read_footer(file)
+    if footer.num_rows != entry.rows:
+        raise DataError(
+            f"holds {footer.num_rows} rows, the manifest says {entry.rows}; ingest again", file=file
+        )
+    return int(footer.num_row_groups)

@@ -194,6 +194,24 @@ class SplitConfig(Settings):
         return _midnight(self.test)
 
 
+class VocabularyConfig(Settings):
+    """Where the ids come from: counted anew, or those of the older log `log`, whose values keep them.
+
+    Attributes:
+        log: a sequence log's folder; empty: count anew.
+        extend: values that `log` does not know get new ids after its own; otherwise they are unknown.
+    """
+
+    log: str = ""
+    extend: bool = False
+
+    @model_validator(mode="after")
+    def _extends_something(self) -> Self:
+        if self.extend and not self.log:
+            raise ValueError("extend needs an older log: give vocabulary.log, or --vocabulary LOG")
+        return self
+
+
 class FilesConfig(Settings):
     """The layout of the Parquet files.
 
@@ -224,6 +242,7 @@ class EngineConfig(Settings):
 
     Attributes:
         threads: 0 = every core.
+        memory_limit: of the whole process with DuckDB; of the driver's heap with Spark.
         buckets: groups of users that are put together one after the other; 0 = as memory_limit asks.
     """
 
@@ -261,6 +280,7 @@ class IngestConfig(Settings):
     text_columns: tuple[str, ...] = ()
     requests: RequestsConfig = RequestsConfig()
     split: SplitConfig | None = None
+    vocabulary: VocabularyConfig = VocabularyConfig()
     files: FilesConfig = FilesConfig()
     engine: EngineConfig = EngineConfig()
 

@@ -8,23 +8,27 @@ number (blocks consumed in this epoch) that means the same at another world size
 
 from __future__ import annotations
 
+import hashlib
 import heapq
+import json
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from embeddings.errors import ConfigError, DataError
 from trainer.config import DataConfig
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import Block, BlockLimits, cut_blocks
+from trainer.data.blocks import Block, BlockLimits, WindowedRows, cut_blocks, with_windows
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup, check_files, skip_bad
 from trainer.data.prefetch import Closable, Prefetcher
-from trainer.data.rows import Columns, PlanRows, UserRows, read_plan, read_rows
+from trainer.data.rows import Columns, PlanRows, read_footer, read_plan, read_rows
 from trainer.data.schema import LogManifest, read_manifest
 
 
@@ -52,12 +56,22 @@ class Step:
     after: Cursor
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Planned blocks of some row groups, in their order for this epoch; owner of each row group."""
+class _Decoder:
+    """Decodes a row group once: ahead in a pool if started, else when first called."""
 
-    blocks: list[Block]
-    owners: list[int]
+    def __init__(self, decode: Callable[[], WindowedRows]) -> None:
+        self._decode = decode
+        self._ahead: Future[WindowedRows] | None = None
+        self._rows: WindowedRows | None = None
+
+    def start(self, pool: Executor) -> None:
+        self._ahead = pool.submit(self._decode)
+
+    def __call__(self) -> WindowedRows:
+        """The rows; raises what decoding raised."""
+        if self._rows is None:
+            self._rows = self._ahead.result() if self._ahead is not None else self._decode()
+        return self._rows
 
 
 class SequenceLogReader:
@@ -102,6 +116,7 @@ class SequenceLogReader:
         self.candidates = manifest.splits[split].candidates
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
+        self.order = _order(manifest, split, self.skipped)
         self._limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
 
     def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
@@ -121,70 +136,71 @@ class SequenceLogReader:
                 stack.callback(pool.shutdown, cancel_futures=True)
             for blocks, owners, after in self._plan(cursor, pool):
                 mine = [block for block, owner in zip(blocks, owners, strict=True) if owner == self.rank]
-                total = sum(block.candidates for block in blocks)
+                total = sum([block.candidates for block in blocks])
                 batch = collate(mine or blocks[:1], self.config, self.columns, total)
                 yield Step(batch, bool(mine), after)
 
     def _plan(self, cursor: Cursor, pool: Executor | None) -> Iterator[tuple[list[Block], list[int], Cursor]]:
         """Cut the stream of blocks into global steps: (blocks, owning ranks, cursor after)."""
-        pending: list[tuple[Block, int]] = []
-        candidates, behaviors, consumed = 0, 0, 0
-        for block, owner in self._blocks(cursor.epoch, pool):
-            if consumed < cursor.blocks:
-                consumed += 1
-                continue
+        pending: list[Block] = []
+        candidates, behaviors, consumed = 0, 0, cursor.blocks
+        for block in self._blocks(cursor, pool):
             if pending and self._full(candidates, behaviors + block.behaviors):
-                yield self._close(pending, Cursor(cursor.epoch, consumed))
+                yield pending, self._owners(pending), Cursor(cursor.epoch, consumed)
                 pending, candidates, behaviors = [], 0, 0
-            pending.append((block, owner))
+            pending.append(block)
             consumed += 1
             candidates, behaviors = candidates + block.candidates, behaviors + block.behaviors
         if pending:
-            yield self._close(pending, Cursor(cursor.epoch, consumed))
+            yield pending, self._owners(pending), Cursor(cursor.epoch, consumed)
 
     def _full(self, candidates: int, behaviors: int) -> bool:
         limit = self.config.batch_behaviors
         return candidates >= self.config.batch_candidates or bool(limit and behaviors > limit)
 
-    def _close(
-        self, pending: list[tuple[Block, int]], after: Cursor
-    ) -> tuple[list[Block], list[int], Cursor]:
-        blocks = [block for block, _ in pending]
+    def _owners(self, blocks: Sequence[Block]) -> list[int]:
         if self.config.sharding == "row_groups":
-            return blocks, [owner for _, owner in pending], after
-        return blocks, deal([block.cost for block in blocks], self.world_size), after
+            return [block.owner for block in blocks]
+        return deal([block.cost for block in blocks], self.world_size)
 
-    def _blocks(self, epoch: int, pool: Executor | None) -> Iterator[tuple[Block, int]]:
-        """All blocks of the epoch in order; the next window is decoded while this one is consumed."""
-        ahead: _Window | None = None
-        for number, places in enumerate(self._windows(epoch)):
-            ready, ahead = ahead, self._open(places, epoch, number, pool)
-            if ready is not None:
-                yield from _with_owners(ready)
-        if ahead is not None:
-            yield from _with_owners(ahead)
+    def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[Block]:
+        """Blocks from the cursor on, in order; the next window is decoded while this one is consumed."""
+        ready: list[Block] = []
+        consumed = 0
+        for number, places in enumerate(self._windows(cursor.epoch)):
+            blocks, decoders = self._open(places, cursor.epoch, number)
+            consumed, skipped = consumed + len(blocks), cursor.blocks - consumed
+            if skipped >= len(blocks):
+                continue
+            if pool is not None:
+                for decoder in decoders:
+                    decoder.start(pool)
+            yield from ready
+            ready = blocks[max(0, skipped) :]
+            # Whatever is named here stays in memory until the next window but one is planned.
+            del blocks, decoders
+        yield from ready
 
-    def _open(self, places: list[RowGroup], epoch: int, number: int, pool: Executor | None) -> _Window:
+    def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[_Decoder]]:
+        """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
+        footers = {file: read_footer(file) for file in {place.file for place in places}}
+        plans = [read_plan(place.file, place.row_group, footers[place.file]) for place in places]
+        owners = deal([int(plan.candidates.sum()) + _longest(plan) for plan in plans], self.world_size)
         blocks: list[Block] = []
-        costs = []
-        plans = [read_plan(place.file, place.row_group) for place in places]
-        for plan in plans:
-            costs.append(int(plan.candidates.sum()) + _longest(plan))
-        owners = deal(costs, self.world_size)
-        for index, (place, plan) in enumerate(zip(places, plans, strict=True)):
-            mine = self.config.sharding == "steps" or owners[index] == self.rank
-            rows = self._decoder(place, pool if mine else None)
-            blocks += cut_blocks(plan, index, rows, self._limits)
+        decoders = []
+        for place, plan, owner in zip(places, plans, owners, strict=True):
+            decoder = _Decoder(partial(self._decode, place, footers[place.file]))
+            blocks += cut_blocks(plan, owner, decoder, self._limits)
+            if self.config.sharding == "steps" or owner == self.rank:
+                decoders.append(decoder)
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch, number]).permutation(len(blocks))
-            blocks = [blocks[i] for i in order]
-        return _Window(blocks, owners)
+            blocks = [blocks[i] for i in order.tolist()]
+        return blocks, decoders
 
-    def _decoder(self, place: RowGroup, pool: Executor | None) -> Callable[[], UserRows]:
-        """Decodes a row group once: ahead in the pool, or on first use where this rank rarely needs it."""
-        if pool is None:
-            return cache(lambda: read_rows(place.file, place.row_group, self.columns))
-        return pool.submit(read_rows, place.file, place.row_group, self.columns).result
+    def _decode(self, place: RowGroup, footer: pq.FileMetaData) -> WindowedRows:
+        rows = read_rows(place.file, place.row_group, self.columns, footer)
+        return with_windows(rows, self.config.history_length, self.config.ingestion_delay)
 
     def _windows(self, epoch: int) -> Iterator[list[RowGroup]]:
         places = self.row_groups
@@ -198,6 +214,8 @@ class SequenceLogReader:
 
 def deal(costs: Sequence[int], world_size: int) -> list[int]:
     """Which rank takes what: the costliest goes to the least loaded rank. Deterministic."""
+    if world_size == 1:
+        return [0] * len(costs)
     heap = [(0, rank) for rank in range(world_size)]
     owner = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -205,11 +223,6 @@ def deal(costs: Sequence[int], world_size: int) -> list[int]:
         owner[index] = rank
         heapq.heappush(heap, (load + costs[index], rank))
     return owner
-
-
-def _with_owners(window: _Window) -> Iterator[tuple[Block, int]]:
-    for block in window.blocks:
-        yield block, window.owners[block.place]
 
 
 def _longest(plan: PlanRows) -> int:
@@ -236,4 +249,18 @@ def _columns(manifest: LogManifest, rows: dict[str, int] | None, config: DataCon
         rows = {**{name: manifest.features[name].rows for name in wanted}, **rows}
         # The log's order of features, whatever the config's: a batch's keys do not depend on it.
         rows = {name: rows[name] for name in [*manifest.features, *manifest.context, *rows] if name in rows}
-    return Columns.of(manifest, rows)
+    columns = Columns.of(manifest, rows)
+    if not config.clusters:
+        return columns
+    if manifest.clusters is None:
+        raise ConfigError(
+            f"data.clusters: histories of {config.log} are not clustered; make a log with `tandemrec cluster`"
+        )
+    return replace(columns, chunk=manifest.clusters.chunk)
+
+
+def _order(manifest: LogManifest, split: str, skipped: Sequence[DataError]) -> str:
+    """Digest of the rows of a split and their order: what a position inside an epoch refers to."""
+    files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
+    left_out = [(Path(problem.file or "").name, problem.row_group) for problem in skipped]
+    return hashlib.sha256(json.dumps([files, left_out]).encode()).hexdigest()

@@ -5,7 +5,8 @@ Ids are checked here, because a sharded table silently maps a bad id to row 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,15 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.schema import FeatureInfo, LogManifest
+from trainer.data.schema import CLUSTER_COLUMNS, FeatureInfo, LogManifest
 
 # What pyarrow raises on a damaged file; a name that is no UTF-8 any more surfaces as a ValueError.
 PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
-# A list offset beyond this is damage, not data; it bounds what a bad file can make us allocate.
+# A list offset or count beyond this is damage, not data; it bounds what a bad file can make us allocate.
 _LONGEST = 1 << 31
 
 Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32 | np.int64]
 Floats = npt.NDArray[np.float32]
+# Consecutive elements [start, stop), both given, or elements one by one.
+Chosen = slice | Ints
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Columns:
     Attributes:
         features, context: as in the log's manifest, with `rows` of the model's tables.
         tasks, numeric: names of labels and numbers; weighted: whether candidates have a weight.
+        chunk: behaviors of a chunk whose clusters are read; 0 = no clusters.
     """
 
     features: Mapping[str, FeatureInfo]
@@ -40,6 +45,7 @@ class Columns:
     context: Mapping[str, FeatureInfo] = field(default_factory=dict)
     numeric: Sequence[str] = ()
     weighted: bool = False
+    chunk: int = 0
 
     @staticmethod
     def of(manifest: LogManifest, rows: Mapping[str, int] | None = None) -> Columns:
@@ -68,6 +74,7 @@ class Columns:
 
     def names(self) -> list[str]:
         names = ["user_id", "history_timestamp", *PLAN_COLUMNS, "request_id", "request_timestamp"]
+        names += CLUSTER_COLUMNS if self.chunk else ()
         names += [f"history_{name}" for name, info in self.features.items() if info.of_behaviors]
         names += [f"candidate_{name}" for name, info in self.features.items() if info.of_candidates]
         names += [f"context_{name}" for name in self.context] + [f"numeric_{name}" for name in self.numeric]
@@ -85,28 +92,43 @@ class Bags:
         values: the ids; offsets: [n + 1] where the ids of each begin, None with one id each.
     """
 
-    values: Ints
+    values: Ids
     offsets: Ints | None = None
 
-    def part(self, begin: int, end: int) -> Bags:
-        """The bags [begin, end)."""
+    def select(self, chosen: Chosen) -> tuple[Ids, Ints]:
+        """Ids of the chosen bags, in that order, and the bags' lengths."""
         if self.offsets is None:
-            return Bags(self.values[begin:end])
-        offsets = self.offsets[begin : end + 1]
-        return Bags(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
-
-    def take(self, chosen: Ints) -> Bags:
-        """The chosen bags, in that order."""
-        if self.offsets is None:
-            return Bags(self.values[chosen])
+            ids = self.values[chosen]
+            return ids, np.ones(ids.size, dtype=np.int64)
         lengths = np.diff(self.offsets)[chosen]
+        if isinstance(chosen, slice):
+            return self.values[self.offsets[chosen.start] : self.offsets[chosen.stop]], lengths
         starts = np.repeat(self.offsets[chosen] - (np.cumsum(lengths) - lengths), lengths)
-        return Bags(self.values[starts + np.arange(lengths.sum())], np.r_[0, np.cumsum(lengths)])
+        return self.values[starts + np.arange(starts.size)], lengths
 
-    def lengths(self, count: int) -> npt.NDArray[np.int32]:
-        if self.offsets is None:
-            return np.ones(count, dtype=np.int32)
-        return np.diff(self.offsets).astype(np.int32)
+
+@dataclass(frozen=True)
+class FeatureIds(Mapping[str, Bags]):
+    """Feature -> ids of n behaviors, candidates or requests. Ids are int32 if all tables are small enough.
+
+    Attributes:
+        single: names of the features with one id each; ids: [single, n], one row each, so that a stretch of
+            all of them is one slice.
+        multi: the other features.
+    """
+
+    single: Sequence[str]
+    ids: Ids
+    multi: Mapping[str, Bags]
+
+    def __getitem__(self, name: str) -> Bags:
+        return self.multi[name] if name in self.multi else Bags(self.ids[self.single.index(name)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.single, *self.multi])
+
+    def __len__(self) -> int:
+        return len(self.single) + len(self.multi)
 
 
 @dataclass(frozen=True)
@@ -116,27 +138,30 @@ class UserRows:
     Attributes:
         user_id: [U].
         history_offsets: [U + 1] into the behaviors; request_offsets: [U + 1] into the requests.
-        history: feature -> bags of the behaviors; history_time: [behaviors].
+        history: ids of the behaviors; history_time: [behaviors].
         request_id, request_time, history_end: [requests]; history_end counts from the row's first behavior.
         candidate_offsets: [requests + 1] into the candidates.
-        candidates: feature -> bags of the candidates; context: feature -> bags of the requests.
+        candidates, context: ids of the candidates and of the requests.
         labels: [candidates, tasks]; numeric: [candidates, numbers]; weight: [candidates].
+        cluster_size, cluster_time: [behaviors], of the cluster that a behavior stands for; None = not read.
     """
 
     user_id: Ints
     history_offsets: Ints
     request_offsets: Ints
-    history: Mapping[str, Bags]
+    history: FeatureIds
     history_time: Ints
     request_id: Ints
     request_time: Ints
     history_end: Ints
     candidate_offsets: Ints
-    candidates: Mapping[str, Bags]
-    context: Mapping[str, Bags]
+    candidates: FeatureIds
+    context: FeatureIds
     labels: Floats
     numeric: Floats
     weight: Floats
+    cluster_size: Ints | None = None
+    cluster_time: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -162,10 +187,11 @@ class _Group:
         return DataError(problem, file=self.file, row_group=self.row_group, column=column, row=row)
 
     def column(self, name: str) -> pa.Array:
-        column = self.table.column(name).combine_chunks()
+        column = self.table.column(name)
         if column.null_count:
             raise self.fail("holds nulls; write the log again with `tandemrec ingest`", name)
-        return column
+        # combine_chunks copies even a single chunk, which is what a row group has.
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
     def ints(self, name: str) -> Ints:
         return self.flat(self.column(name), name, np.int64)
@@ -193,9 +219,10 @@ class _Group:
         offsets = column.offsets.to_numpy().astype(np.int64)
         if offsets.size == 0:
             offsets = np.zeros(1, dtype=np.int64)
-        if (np.diff(offsets) < 0).any() or offsets[-1] - offsets[0] > _LONGEST:
+        begin, count = int(offsets[0]), int(offsets[-1]) - int(offsets[0])
+        if (offsets[1:] < offsets[:-1]).any() or count > _LONGEST or begin + count > len(column.values):
             raise self.fail("has impossible list lengths", name)
-        return offsets - offsets[0], column.flatten()
+        return offsets - begin, column.values.slice(begin, count)
 
     def same_lengths(self, expected: Ints, found: Ints, name: str, other: str) -> None:
         if not np.array_equal(expected, found):
@@ -204,35 +231,69 @@ class _Group:
                 row = int(np.nonzero(np.diff(expected) != np.diff(found))[0][0])
             raise self.fail(f"its lists differ in length from those of {other}", name, row)
 
-    def bags(self, values: pa.Array, name: str, info: FeatureInfo, owners: Ints) -> Bags:
-        """Ids of a feature, checked against its table; `owners` delimits rows (or requests) for the error."""
-        if not info.multi:
-            return Bags(self.ids(values, name, info.rows, owners))
-        offsets, items = self.unnest(values, name)
-        return Bags(self.ids(items, name, info.rows, offsets[owners]), offsets)
+    def features(
+        self, side: str, infos: Mapping[str, FeatureInfo], owners: Ints, items: Callable[[str], pa.Array]
+    ) -> FeatureIds:
+        """Features of one side, checked against their tables; `items` flattens a column of n bags.
+
+        `owners` delimits the bags of each row (or request) for the error.
+        """
+        # Windows of row groups are kept in memory, and most of what they hold is ids.
+        small = all(info.rows <= 1 << 31 for info in infos.values())
+        kind = np.dtype(np.int32 if small else np.int64)
+        single = [name for name, info in infos.items() if not info.multi]
+        ids = np.empty((len(single), int(owners[-1])), dtype=kind)
+        multi = {}
+        for name, info in infos.items():
+            column = f"{side}_{name}"
+            values = items(column)
+            if info.multi:
+                offsets, values = self.unnest(values, column)
+                found = self.ids(values, column, info.rows, offsets[owners])
+                multi[name] = Bags(found.astype(kind), offsets)
+            else:
+                ids[single.index(name)] = self.ids(values, column, info.rows, owners)
+        return FeatureIds(single, ids, multi)
 
     def ids(self, values: pa.Array, name: str, rows: int, owners: Ints) -> Ints:
         ids: Ints = self.flat(values, name, np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= rows):
+        # As unsigned numbers negative ids are the largest, so that one pass finds both.
+        if ids.size and ids.view(np.uint64).max() >= rows:
             at = int(np.nonzero((ids < 0) | (ids >= rows))[0][0])
             row = int(np.searchsorted(owners, at, side="right")) - 1
             raise self.fail(f"id {ids[at]} lies outside the table of {rows} rows", name, row)
         return ids
 
 
-def read_rows(file: Path, row_group: int, columns: Columns) -> UserRows:
-    """Decode and check one row group.
+def read_footer(file: Path) -> pq.FileMetaData:
+    """Where a file's row groups and columns lie; parsing it is a good part of reading a small row group.
+
+    Raises:
+        DataError: missing or unreadable file.
+    """
+    with _opened(file) as parquet:
+        return parquet.metadata
+
+
+def read_rows(
+    file: Path, row_group: int, columns: Columns, footer: pq.FileMetaData | None = None
+) -> UserRows:
+    """Decode and check one row group; `footer` is the file's, if it was read before.
 
     Raises:
         DataError: missing or unreadable file, missing column, null, unequal list lengths, id outside its
             table, history out of order, or a request that could see its own time.
     """
-    return _decode(_read(file, row_group, columns.names()), columns)
+    return _decode(_read(file, row_group, columns.names(), footer), columns)
 
 
-def read_plan(file: Path, row_group: int) -> PlanRows:
-    """Only the lengths of a row group: a few bytes a request, whatever the histories hold."""
-    group = _read(file, row_group, PLAN_COLUMNS)
+def read_plan(file: Path, row_group: int, footer: pq.FileMetaData | None = None) -> PlanRows:
+    """Only the lengths of a row group: a few bytes a request, whatever the histories hold.
+
+    Raises:
+        DataError: missing or unreadable file, missing column, null, unequal list lengths or negative numbers.
+    """
+    group = _read(file, row_group, PLAN_COLUMNS, footer)
     offsets, ends = group.lists("request_history_end")
     found, counts = group.lists("request_num_candidates")
     group.same_lengths(offsets, found, "request_num_candidates", "request_history_end")
@@ -245,58 +306,65 @@ def read_plan(file: Path, row_group: int) -> PlanRows:
         ("request_history_end", plan.history_end),
         ("request_num_candidates", plan.candidates),
     ):
-        if values.size and values.min() < 0:
-            raise group.fail(f"{values.min()} is negative; ingest the events again", name)
+        if values.size and (values.min() < 0 or values.max() > _LONGEST):
+            raise group.fail("has impossible counts; ingest the events again", name)
     return plan
 
 
-def _read(file: Path, row_group: int, names: Sequence[str]) -> _Group:
+def _read(file: Path, row_group: int, names: Sequence[str], footer: pq.FileMetaData | None) -> _Group:
+    with _opened(file, row_group, footer) as parquet:
+        table = parquet.read_row_group(row_group, columns=list(names), use_threads=False)
+        missing = sorted(set(names) - set(table.column_names))
+    if missing:
+        raise DataError("no such column in the file", file=file, column=missing[0])
+    return _Group(file, row_group, table)
+
+
+@contextmanager
+def _opened(
+    file: Path, row_group: int | None = None, footer: pq.FileMetaData | None = None
+) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            missing = sorted(set(names) - set(parquet.schema_arrow.names))
-            if missing:
-                raise DataError("no such column in the file", file=file, column=missing[0])
-            table = parquet.read_row_group(row_group, columns=list(names), use_threads=False)
+        with pq.ParquetFile(file, metadata=footer, page_checksum_verification=True) as parquet:
+            yield parquet
     except FileNotFoundError:
         raise DataError("no such file; ingest the log again", file=file) from None
     except PARQUET_ERRORS as error:
         raise DataError(f"unreadable: {error}", file=file, row_group=row_group) from None
-    return _Group(file, row_group, table)
 
 
 def _decode(group: _Group, columns: Columns) -> UserRows:
     history_offsets, times = group.lists("history_timestamp")
     request_offsets, request_times = group.lists("request_timestamp")
     candidate_offsets = _candidate_offsets(group, request_offsets)
+    features = columns.features.items()
     rows = UserRows(
         user_id=group.ints("user_id"),
         history_offsets=history_offsets,
         request_offsets=request_offsets,
-        history={
-            name: _one_level(group, f"history_{name}", info, history_offsets, "history_timestamp")
-            for name, info in columns.features.items()
-            if info.of_behaviors
-        },
+        history=group.features(
+            "history",
+            {name: info for name, info in features if info.of_behaviors},
+            history_offsets,
+            lambda column: _one_level(group, column, history_offsets, "history_timestamp"),
+        ),
         history_time=group.flat(times, "history_timestamp", np.int64),
         request_id=_request_values(group, "request_id", request_offsets),
         request_time=group.flat(request_times, "request_timestamp", np.int64),
         history_end=_request_values(group, "request_history_end", request_offsets),
         candidate_offsets=candidate_offsets,
-        candidates={
-            name: group.bags(
-                _two_levels(group, column, request_offsets, candidate_offsets),
-                column,
-                info,
-                candidate_offsets,
-            )
-            for name, info in columns.features.items()
-            if info.of_candidates
-            for column in [f"candidate_{name}"]
-        },
-        context={
-            name: _one_level(group, f"context_{name}", info, request_offsets, "request_timestamp")
-            for name, info in columns.context.items()
-        },
+        candidates=group.features(
+            "candidate",
+            {name: info for name, info in features if info.of_candidates},
+            candidate_offsets,
+            lambda column: _two_levels(group, column, request_offsets, candidate_offsets),
+        ),
+        context=group.features(
+            "context",
+            columns.context,
+            request_offsets,
+            lambda column: _one_level(group, column, request_offsets, "request_timestamp"),
+        ),
         labels=_numbers(
             group, [f"label_{task}" for task in columns.tasks], request_offsets, candidate_offsets
         ),
@@ -304,6 +372,7 @@ def _decode(group: _Group, columns: Columns) -> UserRows:
             group, [f"numeric_{n}" for n in columns.numeric], request_offsets, candidate_offsets
         ),
         weight=_weight(group, columns, request_offsets, candidate_offsets),
+        **(_clusters(group, history_offsets) if columns.chunk else {}),
     )
     _check_time(group, rows)
     return rows
@@ -318,10 +387,10 @@ def _candidate_offsets(group: _Group, request_offsets: Ints) -> Ints:
     return offsets
 
 
-def _one_level(group: _Group, column: str, info: FeatureInfo, offsets: Ints, other: str) -> Bags:
+def _one_level(group: _Group, column: str, offsets: Ints, other: str) -> pa.Array:
     found, values = group.lists(column)
     group.same_lengths(offsets, found, column, other)
-    return group.bags(values, column, info, offsets)
+    return values
 
 
 def _two_levels(group: _Group, column: str, request_offsets: Ints, candidate_offsets: Ints) -> pa.Array:
@@ -344,23 +413,31 @@ def _numbers(group: _Group, names: Sequence[str], request_offsets: Ints, candida
 
 def _weight(group: _Group, columns: Columns, request_offsets: Ints, candidate_offsets: Ints) -> Floats:
     if not columns.weighted:
-        return np.ones(int(candidate_offsets[-1]), dtype=np.float32)
+        return np.broadcast_to(np.float32(1), int(candidate_offsets[-1]))
     weight = _numbers(group, ["weight"], request_offsets, candidate_offsets)[:, 0]
     if weight.size and weight.min() < 0:
         raise group.fail(f"{weight.min()} is negative", "weight")
     return weight
 
 
+def _clusters(group: _Group, history_offsets: Ints) -> dict[str, Ints]:
+    found = {}
+    for name in CLUSTER_COLUMNS:
+        values = _one_level(group, name, history_offsets, "history_timestamp")
+        found[name] = group.flat(values, name, np.int64)
+        if found[name].size and found[name].min() < 0:
+            raise group.fail("holds negative numbers; cluster the log again", name)
+    return found
+
+
 def _request_values(group: _Group, name: str, request_offsets: Ints) -> Ints:
-    found, values = group.lists(name)
-    group.same_lengths(request_offsets, found, name, "request_timestamp")
-    return group.flat(values, name, np.int64)
+    return group.flat(_one_level(group, name, request_offsets, "request_timestamp"), name, np.int64)
 
 
 def _check_time(group: _Group, rows: UserRows) -> None:
     """Histories ascend, and the newest behavior a request may see is strictly older than the request."""
     lengths = np.diff(rows.history_offsets)
-    falls = np.nonzero(np.diff(rows.history_time) < 0)[0] + 1
+    falls = np.nonzero(rows.history_time[1:] < rows.history_time[:-1])[0] + 1
     inside = falls[~np.isin(falls, rows.history_offsets)]
     if inside.size:
         row = int(np.searchsorted(rows.history_offsets, inside[0], side="right")) - 1

@@ -20,12 +20,14 @@ import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import DataError
+from trainer.data.clusters import ClusterInfo
 from trainer.durable import file_digest
 from trainer.settings import Settings
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+CLUSTER_COLUMNS = ("cluster_size", "cluster_time")
 REQUEST_COLUMNS = ("id", "timestamp", "history_end", "num_candidates")
 
 
@@ -87,6 +89,7 @@ class LogManifest(Settings):
     Attributes:
         features: of behaviors and candidates; context: of a request (user features included).
         numeric: numbers a candidate has; tasks: its labels; weighted: whether it has a sample weight.
+        clusters: how histories were clustered, if they were (`tandemrec cluster`).
         taxonomy: features that classify items, coarse to fine.
     """
 
@@ -96,6 +99,7 @@ class LogManifest(Settings):
     context: dict[str, FeatureInfo] = Field(default_factory=dict)
     numeric: list[str] = Field(default_factory=list)
     weighted: bool = False
+    clusters: ClusterInfo | None = None
     tasks: list[str]
     taxonomy: list[str]
     splits: dict[str, SplitInfo]
@@ -179,14 +183,16 @@ def arrow_schema(
     context: Mapping[str, FeatureInfo] | None = None,
     numeric: Iterable[str] = (),
     weighted: bool = False,
+    clustered: bool = False,
 ) -> pa.Schema:
     """The columns of a user block with N behaviors, R requests and C_r candidates in request r.
 
     Lists `history_*` have N items (oldest first, timestamps in unix seconds), `request_*` and `context_*`
     have R (by time); `candidate_*`, `numeric_*`, `label_*` and `weight` are R lists of C_r items. Where a
     feature is multi-valued an item is itself a list of ids. Request r sees `history[:end_r]`, end_r =
-    `request_history_end[r]`. `num_*` and `request_num_candidates` repeat lengths, so that a reader can plan
-    without decoding the ids. Nothing is nullable.
+    `request_history_end[r]`. `cluster_*` have N items where histories are clustered. `num_*` and
+    `request_num_candidates` repeat lengths, so that a reader can plan without decoding the ids. Nothing is
+    nullable.
     """
 
     def ids(info: FeatureInfo) -> pa.DataType:
@@ -196,6 +202,7 @@ def arrow_schema(
     columns: list[tuple[str, pa.DataType]] = [("user_id", pa.int64())]
     columns += [(f"history_{name}", ids(info)) for name, info in features.items() if info.of_behaviors]
     columns += [("history_timestamp", _list_of(pa.int64()))]
+    columns += [(name, _list_of(pa.int64())) for name in CLUSTER_COLUMNS] if clustered else []
     columns += [(f"request_{name}", requests) for name in REQUEST_COLUMNS]
     columns += [(f"context_{name}", ids(info)) for name, info in (context or {}).items()]
     columns += [
@@ -216,4 +223,5 @@ def schema_of(manifest: LogManifest) -> pa.Schema:
         context=manifest.context,
         numeric=manifest.numeric,
         weighted=manifest.weighted,
+        clustered=manifest.clusters is not None,
     )

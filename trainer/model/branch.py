@@ -33,7 +33,7 @@ from trainer.model.search import (
 from trainer.model.sequence import Behaviors, SequenceModel, StackedTin, TargetAttention
 from trainer.model.settings import BranchConfig
 from trainer.model.time import AGE_BUCKETS, TimeBias, TimeEncoding
-from trainer.model.windows import Kept, Windows, first_ids
+from trainer.model.windows import Kept, Source, Windows, first_ids
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,10 @@ class Branch(nn.Module):
         return self.settings.attend != ()
 
     @property
-    def newest(self) -> int:
-        """Size of the window that this branch looks at, 0 = the whole of it."""
-        return self.settings.k if self.settings.search == "recent" else 0
+    def source(self) -> Source:
+        """The windows that this branch looks at."""
+        newest = self.settings.k if self.settings.search == "recent" else 0
+        return Source(newest, self.settings.clusters)
 
     def find(self, batch: RequestBatch, vectors: Mapping[str, Tensor], windows: Windows) -> Searched:
         """Stage one. `vectors` are [N + C, width] of the groups that serve its attention roles."""

@@ -40,6 +40,8 @@ class BranchConfig(Settings):
             that it retrieved); `recent`, the newest K; `hard`, same `match` id first, then the newest others;
             `simhash`, fewest differing bits of `hash_bits` (ETA); `soft`, an inner product of width
             `head_dim` that only the auxiliary loss `index` trains (SIM).
+        clusters: search the log's clusters (`tandemrec cluster`) instead of single behaviors, with ln of
+            their size added to every score in both stages (TWIN-V2).
         match: feature that `hard` compares.
         score: of stage two: `dot`, or `mlp` with one hidden layer of `score_hidden` (DIN).
         weights: over the kept behaviors: `softmax`, or unnormalised `sigmoid`.
@@ -61,6 +63,7 @@ class BranchConfig(Settings):
 
     k: int = Field(20, ge=1, le=10_000)
     search: Literal["dot", "all", "recent", "hard", "simhash", "soft"] = "dot"
+    clusters: bool = False
     match: str = ""
     score: Literal["dot", "mlp"] = "dot"
     score_hidden: Width = 36
@@ -88,6 +91,7 @@ class BranchConfig(Settings):
     def _consistent(self) -> BranchConfig:
         problems = {
             'search = "hard" needs match, the feature to compare': self.search == "hard" and not self.match,
+            'clusters goes with search = "dot" or "all"': self.clusters and self.search not in ("dot", "all"),
             'match is only used by search = "hard"': self.search != "hard" and bool(self.match),
             f'time_target = "{self.time_target}" needs time_group, a feature of candidates': (
                 self.time_target != "shared" and not self.time_group

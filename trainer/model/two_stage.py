@@ -20,7 +20,7 @@ from trainer.model.auxiliary import WholeWindow
 from trainer.model.branch import Branch, Searched, Surroundings, at_least_one_row
 from trainer.model.head import DotHead, Head
 from trainer.model.settings import ModelConfig
-from trainer.model.windows import Kept, Windows, windows_of
+from trainer.model.windows import Kept, Source, Windows, windows_of
 
 
 class Prediction(NamedTuple):
@@ -107,12 +107,12 @@ class TwoStageModel(nn.Module):
         return {name: branch for name, branch in self.branches.items() if isinstance(branch, Branch)}
 
     def _search(self, batch: RequestBatch, vectors: Mapping[str, Tensor]) -> dict[str, Searched]:
-        windows: dict[int, Windows] = {}
+        windows: dict[Source, Windows] = {}
         found = {}
         for name, branch in self._branches().items():
-            if branch.newest not in windows:
-                windows[branch.newest] = windows_of(batch, self.history_length, branch.newest)
-            found[name] = branch.find(batch, vectors, windows[branch.newest])
+            if branch.source not in windows:
+                windows[branch.source] = windows_of(batch, self.history_length, branch.source)
+            found[name] = branch.find(batch, vectors, windows[branch.source])
         return found
 
     def _auxiliary_logits(self, searched: Searched, rows: Mapping[str, Rows]) -> Tensor | None:

@@ -6,7 +6,7 @@ Shape legend of trainer.model (besides that of `trainer.data.batch`):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,17 +71,51 @@ class Kept:
     log_size: Tensor | None = None
 
 
-def windows_of(batch: RequestBatch, history_length: int, newest: int = 0) -> Windows:
+@dataclass(frozen=True)
+class Source:
+    """Which windows a branch works on.
+
+    Attributes:
+        newest: the newest so many behaviors of each request, whatever a hard search retrieved; 0 = all.
+        clusters: the clusters of the request's history, each at the behavior that stands for it.
+    """
+
+    newest: int = 0
+    clusters: bool = False
+
+
+def windows_of(batch: RequestBatch, history_length: int, source: Source = Source()) -> Windows:
     """What the batch's candidates may keep: their request's window, or what a hard search retrieved.
 
     Args:
         batch: R requests with C candidates.
         history_length: L; ranks beyond it share the last place of the position tables.
-        newest: the newest so many behaviors of each request instead, whatever a hard search retrieved.
+        source: other windows than these.
     """
-    if newest:
-        return _request_windows(batch, newest)
+    if source.clusters:
+        return _cluster_windows(batch, history_length)
+    if source.newest:
+        return _request_windows(batch, source.newest)
     return _request_windows(batch) if batch.retrieval is None else _retrieved_windows(batch, history_length)
+
+
+def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
+    """Clusters whose chunk was complete before the request, newest first, with ln of their sizes."""
+    clusters = batch.clusters
+    assert clusters is not None
+    whole = _request_windows(batch)
+    index = whole.index
+    if not batch.behaviors:
+        return replace(whole, log_size=torch.zeros(index.shape, device=index.device))
+    mask = whole.mask & (clusters.size[index] > 0) & (clusters.until[index] <= clusters.end[:, None])
+    count = max(int(mask.sum(1).max()) if mask.numel() else 0, 1)
+    column = (~mask).to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
+    mask, index = mask.gather(1, column), index.gather(1, column)
+    index = torch.where(mask, index, 0)
+    rank = torch.where(mask, mask.cumsum(1).clamp(max=history_length), 0)
+    age = torch.where(mask, age_bucket(batch.request_time[:, None] - clusters.time[index]), 0)
+    size = torch.where(mask, clusters.size[index].to(torch.float32).log(), 0.0)
+    return Windows(index, mask, Marks(rank, age, torch.zeros_like(rank)), size, whole.of_candidate)
 
 
 def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
@@ -133,5 +167,5 @@ def first_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:
     """The first id of each behavior [N] and candidate [C]; 0 where it has none."""
     bags = batch.features[feature]
     values, offsets = F.pad(bags.values(), (0, 1)), bags.offsets().to(torch.int64)
-    first = torch.where(bags.lengths() > 0, values[offsets[:-1]], 0)
+    first = torch.where(bags.lengths() > 0, values[offsets[:-1]].to(torch.int64), 0)
     return first[: batch.behaviors], first[batch.behaviors :]

@@ -1,0 +1,149 @@
+"""Trains presets on a planted log and compares them with its oracle.
+
+    python -m benchmarks.planted.run --kind relevance --config configs/dare.toml --config configs/twin.toml \
+        --seeds 1,2,3 --set model.k=20 --out runs/planted --jobs 2 --title "DARE and TWIN"
+
+The log is written to OUT/<kind>-<log seed> unless it is there. Runs are made as `benchmarks.models` makes
+them, and resumed as it does. Besides AUC the table shows how much of the planted signal the search keeps
+(`benchmarks.planted.recall`). The section of this title in benchmarks/planted/README.md is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.models import Record, by_preset, environment_line, make_job, parser, run_all, run_one, spread
+
+README = Path(__file__).with_name("README.md")
+INTRODUCTION = """# Planted logs
+
+Models on logs whose labels were drawn from known probabilities (`tandemrec synth`; the equations are in
+`trainer/data/planted/`). *Signal kept*: the share of the planted weight that lies in the behaviors which the
+search keeps, over candidates with at least three relevant behaviors. *Recall*: the relevant behaviors kept,
+of at most K. Both on the test split, ± is the standard deviation over seeds.
+"""
+KEPT = "kept.json"
+
+
+def measure_kept(run: Path, facts: dict[str, Any]) -> None:
+    """Leave the recall of a trained run's search on the test split in `kept.json`."""
+    from benchmarks.planted.recall import planted_recall
+    from pipelines.train import open_split
+    from trainer.config import SearchConfig
+    from trainer.data.planted.kinds import KINDS
+    from trainer.data.reader import SequenceLogReader
+    from trainer.distributed import process_group
+    from trainer.restore import restore
+    from trainer.run import RunFolder
+
+    with process_group() as ranks:
+        restored = restore(RunFolder(run), ranks)
+        config = restored.config
+        reader = open_split(config, "test", restored.rows, ranks)
+        data = config.data.model_copy(update={"search": SearchConfig()})
+        whole = SequenceLogReader(data, "test", None)
+        kind = KINDS[facts["kind"]]
+        found = planted_recall(restored.sharded.model, reader, whole, kind, facts["seed"])
+    (run / KEPT).write_text(json.dumps(asdict(found)), encoding="utf-8")
+
+
+def planted_log(out: Path, kind: str, seed: int, users: int) -> Path:
+    """The log of these arguments, written if it is not there."""
+    from pipelines.synth import synth
+    from trainer.data.schema import is_sequence_log
+
+    name = f"{kind}-{seed}" + (f"-{users}" if users else "")
+    log = (out / name).absolute()
+    if not is_sequence_log(log):
+        synth(log, kind, seed, users)
+    return log
+
+
+def section(title: str, kind: str, records: Sequence[Record], oracle: dict[str, Any]) -> list[str]:
+    """The table of one comparison, oracle and reference searches included."""
+    head = [
+        "model",
+        "tables",
+        "seeds",
+        "validation AUC",
+        "test AUC",
+        "GAUC",
+        "logloss",
+        "signal kept",
+        "recall",
+    ]
+    rows = [["oracle", "", "", f"{oracle['validation']['auc']:.4f}"]]
+    rows[0] += [f"{oracle['test'][name]:.4f}" for name in ("auc", "gauc", "logloss")] + ["", ""]
+    for preset, same in by_preset(records):
+        values = [[r["validation"]["auc"] for r in same]]
+        values += [[r["test"][name] for r in same] for name in ("auc", "gauc", "logloss")]
+        values += [[r["extra"][name] for r in same] for name in ("share", "recall")]
+        rows.append([preset, same[0]["tables"], str(len(same)), *map(spread, values)])
+    first = records[0]["extra"]
+    references = (
+        f"Of {first['rows']:,} candidates with at least 3 relevant behaviors; the newest {first['k']} hold "
+        f"{first['share_newest']:.4f} of their signal, {first['k']} at random {first['share_random']:.4f}."
+    )
+    samples, wall = records[0]["samples"], statistics.fmean(r["wall_s"] for r in records)
+    lines = [
+        f"## {title}",
+        "",
+        f"Kind `{kind}`, {samples:,} samples, {wall:.0f} s of training on average.",
+        "",
+    ]
+    lines += ["| " + " | ".join(head) + " |", "|---|---|--:" + "|--:" * (len(head) - 3) + "|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), "", references]
+
+
+def put_section(path: Path, title: str, lines: Sequence[str]) -> None:
+    """Replace the section of this title, or add it at the end."""
+    text = path.read_text(encoding="utf-8") if path.exists() else INTRODUCTION
+    head, *sections = text.split("\n## ")
+    kept = {each.split("\n", 1)[0]: each.rstrip() for each in sections}
+    kept[title] = "\n".join(lines).removeprefix("## ").rstrip()
+    path.write_text("\n## ".join([head.rstrip() + "\n", *(each + "\n" for each in kept.values())]), "utf-8")
+
+
+def main() -> None:
+    options = parser()
+    options.add_argument("--kind", default="relevance")
+    options.add_argument("--log-seed", type=int, default=7)
+    options.add_argument("--users", type=int, default=0)
+    options.add_argument("--title", default="")
+    options.add_argument("--readme", type=Path, default=README, help="where the table goes")
+    given = options.parse_args()
+    if given.one:
+        run_one(given.one, given.out, given.overrides, given.threads)
+        from trainer.data.schema import read_manifest
+        from trainer.run import RunFolder
+
+        log = RunFolder(given.out).read_config().data.log
+        measure_kept(given.out, read_manifest(log).ingest["synth"])
+        return
+    from trainer.data.schema import read_manifest
+
+    log = planted_log(given.out, given.kind, given.log_seed, given.users)
+    manifest = read_manifest(log)
+    length = f"data.history_length={manifest.ingest['synth']['history_length']}"
+    overrides = [length, *given.overrides]
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    jobs = [make_job(preset, log, overrides, seed) for preset in given.config for seed in seeds]
+    command = [sys.executable, "-m", "benchmarks.planted.run"]
+    records = run_all(jobs, given.out, given.jobs, given.threads, command, extra=KEPT)
+    title = given.title or given.kind
+    lines = section(title, given.kind, records, manifest.report["oracle"])
+    shown = f"    python -m benchmarks.planted.run {shlex.join(sys.argv[1:])}"
+    lines += [environment_line(records, given.jobs), "", shown]
+    print("\n".join(lines))
+    put_section(given.readme, title, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""A gradient-boosted tree on hand-made counts of a sequence log: what a model of embeddings must beat.
+
+    python -m benchmarks.tree --log runs/demo/log [--history-length 500] [--share 0.5] [--table FILE.md]
+
+For each candidate and each of item_id and the taxonomy levels: how many behaviors of the request's window
+have the candidate's id, the same decayed with a half-life of 30 days, and the seconds since the newest of
+them. Besides, the item's popularity before the validation period, the number of visible behaviors and the
+seconds since the newest one. Nothing at or after the request's time enters. Trained on the train split alone;
+scikit-learn's HistGradientBoostingClassifier with fixed settings, so no split is used to choose any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import sklearn
+from sklearn.ensemble import HistGradientBoostingClassifier
+
+from trainer.baselines import item_counts
+from trainer.config import DataConfig
+from trainer.data.hard_search import hard_search
+from trainer.data.reader import SequenceLogReader
+from trainer.data.rows import Columns, UserRows, read_rows
+from trainer.data.schema import read_manifest
+from trainer.metrics import Metrics, group_keys, measure
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Counts = npt.NDArray[np.float64]
+HALF_LIFE = 30.0 * 86_400
+SETTINGS = {"max_iter": 300, "learning_rate": 0.1, "max_leaf_nodes": 63, "min_samples_leaf": 100}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Candidates of a split: features float32 [C, X], labels [C], grouping key of GAUC [C]."""
+
+    features: Floats
+    labels: Floats
+    groups: Ints
+
+
+def feature_names(levels: Sequence[str]) -> list[str]:
+    """The columns of `Samples.features`."""
+    kinds = ("count", "decayed_count", "seconds_since")
+    own = [f"{kind}_{level}" for level in levels for kind in kinds]
+    return [*own, "popularity", "visible_behaviors", "seconds_since_newest"]
+
+
+def levels_of(log: Path) -> list[str]:
+    """The taxonomy, coarse to fine, and the item, which have one id a behavior and candidate."""
+    manifest = read_manifest(log)
+    named = list(dict.fromkeys([*manifest.taxonomy, "item_id"]))
+    return [n for n in named if not manifest.features[n].multi and manifest.features[n].side == "both"]
+
+
+def read_samples(log: Path, split: str, length: int, share: float = 1.0, seed: int = 17) -> Samples:
+    """The features of a split.
+
+    Args:
+        length: behaviors of a request's window, 0 = all.
+        share: of the users' rows, drawn by `seed`.
+    """
+    levels, manifest = levels_of(log), read_manifest(log)
+    columns = Columns.of(manifest, {name: manifest.features[name].rows for name in levels})
+    popularity, rng = item_counts(log), np.random.default_rng(seed)
+    parts, labels, keys = [], [], []
+    for place in SequenceLogReader(DataConfig(log=log), split, None).row_groups:
+        rows = read_rows(place.file, place.row_group, columns)
+        chosen = np.nonzero(rng.random(rows.user_id.size) < share)[0]
+        for row in chosen.tolist():
+            part = _row_features(rows, row, levels, length, popularity)
+            candidates, key = _candidates(rows, row)
+            parts.append(part)
+            labels.append(rows.labels[candidates, 0])
+            keys.append(key)
+    key = np.concatenate(keys)
+    return Samples(np.concatenate(parts), np.concatenate(labels), group_keys(key[:, 0], key[:, 1]))
+
+
+def _candidates(rows: UserRows, row: int) -> tuple[slice, Ints]:
+    """A row's candidates, and the (user, request) of each."""
+    first, last = int(rows.request_offsets[row]), int(rows.request_offsets[row + 1])
+    part = slice(int(rows.candidate_offsets[first]), int(rows.candidate_offsets[last]))
+    request = np.repeat(rows.request_id[first:last], np.diff(rows.candidate_offsets[first : last + 1]))
+    return part, np.stack([np.full(request.size, rows.user_id[row]), request], axis=1)
+
+
+def _row_features(rows: UserRows, row: int, levels: Sequence[str], length: int, popularity: Counts) -> Floats:
+    """[C of the row, X]."""
+    first, last = int(rows.request_offsets[row]), int(rows.request_offsets[row + 1])
+    history = slice(int(rows.history_offsets[row]), int(rows.history_offsets[row + 1]))
+    part, _ = _candidates(rows, row)
+    end, asked = rows.history_end[first:last], rows.request_time[first:last]
+    start = np.maximum(end - length, 0) if length else np.zeros_like(end)
+    of = np.repeat(np.arange(last - first), np.diff(rows.candidate_offsets[first : last + 1]))
+    when = rows.history_time[history]
+    found: list[npt.NDArray[np.generic]] = []
+    for level in levels:
+        held = rows.history[level].values[history].astype(np.int64)
+        wanted = rows.candidates[level].values[part].astype(np.int64)
+        hits = hard_search(held, when, wanted, of, start, end, asked, 1, HALF_LIFE)
+        found += [hits.matches[:, 0], hits.decayed[:, 0], _since(asked[of], when, hits.index[:, 0])]
+    newest = np.where(end > start, end - 1, -1)
+    found += [popularity[rows.candidates["item_id"].values[part]], (end - start)[of]]
+    found.append(_since(asked, when, newest)[of])
+    return np.stack(found, axis=1).astype(np.float32)
+
+
+def _since(asked: Ints, when: Ints, index: Ints) -> npt.NDArray[np.float64]:
+    """Seconds from behavior `index` to the request; NaN, which a tree treats apart, where it is -1."""
+    if not when.size:
+        return np.full(index.shape, np.nan)
+    return np.where(index >= 0, asked - when[index.clip(min=0)], np.nan)
+
+
+def train_tree(samples: Samples, seed: int) -> HistGradientBoostingClassifier:
+    tree = HistGradientBoostingClassifier(**SETTINGS, early_stopping=False, random_state=seed)
+    return tree.fit(samples.features, samples.labels)
+
+
+def score(tree: HistGradientBoostingClassifier, samples: Samples) -> Metrics:
+    probability = tree.predict_proba(samples.features)[:, 1].astype(np.float64)
+    return measure(probability, samples.labels.astype(np.float64), samples.groups)
+
+
+def report(results: dict[str, Metrics], train: Samples, seconds: dict[str, float]) -> Iterator[str]:
+    yield "| split | candidates | AUC | GAUC | logloss | PCOC |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    for split, m in results.items():
+        yield f"| {split} | {m.samples:,} | {m.auc:.4f} | {m.gauc:.4f} | {m.logloss:.4f} | {m.pcoc:.3f} |"
+    yield ""
+    count, width = train.features.shape
+    settings = ", ".join(f"{name} {value}" for name, value in SETTINGS.items())
+    yield f"{count:,} candidates to train on, {width} features; {settings}."
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    yield (
+        f"{spent}. {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"scikit-learn {sklearn.__version__}, numpy {np.__version__}."
+    )
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("--log", type=Path, required=True)
+    options.add_argument("--history-length", type=int, default=0, help="behaviors of a window; 0: all")
+    options.add_argument("--share", type=float, default=1.0, help="of the train split's users")
+    options.add_argument("--seed", type=int, default=17)
+    options.add_argument("--table", type=Path, help="also write the table here")
+    given = options.parse_args()
+    seconds, began = {}, time.perf_counter()
+    train = read_samples(given.log, "train", given.history_length, given.share, given.seed)
+    seconds["features"], began = time.perf_counter() - began, time.perf_counter()
+    tree = train_tree(train, given.seed)
+    seconds["training"] = time.perf_counter() - began
+    results = {
+        split: score(tree, read_samples(given.log, split, given.history_length))
+        for split in ("validation", "test")
+    }
+    lines = list(report(results, train, seconds))
+    print("\n".join(lines))
+    if given.table:
+        shown = f"    python -m benchmarks.tree {' '.join(sys.argv[1:])}"
+        text = "\n".join(["# A tree on hand-made counts", "", shown, "", *lines]) + "\n"
+        given.table.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

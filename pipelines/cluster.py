@@ -1,0 +1,132 @@
+"""`tandemrec cluster`: add clusters of every history to a sequence log (TWIN-V2's offline part)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from embeddings.errors import DataError, SnapshotError
+from embeddings.jagged import one_id_bags, vectors_in_order
+from pipelines.console import quiet_third_parties
+from trainer.data.clusters import Clustered, ClusterInfo, cluster_history
+from trainer.data.log_writer import staged, write_manifest, write_split
+from trainer.data.rows import Columns, UserRows, read_rows
+from trainer.data.schema import CLUSTER_COLUMNS, LogManifest, SplitInfo, read_manifest, schema_of
+from trainer.snapshot import Snapshot, load_snapshot
+
+_VOCABULARIES = "vocab"
+
+
+def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: bool = False) -> LogManifest:
+    """Copy a log with two more columns: size and mean time of the cluster that a behavior stands for.
+
+    Args:
+        log: the sequence log; snapshot: whose attention vectors of behaviors are clustered.
+        out: the log to write; info: chunk, cap, grouping feature and seed.
+
+    Raises:
+        DataError: the log is damaged, lacks the grouping feature, or is of another vocabulary.
+        SnapshotError: the snapshot is corrupt.
+    """
+    quiet_third_parties()
+    manifest, loaded = read_manifest(log), load_snapshot(snapshot)
+    loaded.check_vocabularies({**manifest.features, **manifest.context}, log)
+    _check_grouping(log, manifest, info)
+    made = manifest.model_copy(update={"clusters": info.model_copy(update={"source": loaded.digest()})})
+    shares = []
+    with staged(out, overwrite) as staging:
+        splits = {}
+        for split, files in manifest.splits.items():
+            sizes: list[int] = []
+            rows = _clustered_rows(log, manifest, files, loaded, info, sizes)
+            splits[split] = write_split(rows, staging, split, schema_of(made), _layout(log, files))
+            shares.append(f"{split}: {sum(sizes):,} clusters of {files.behaviors:,} behaviors")
+        if (log / _VOCABULARIES).is_dir():
+            shutil.copytree(log / _VOCABULARIES, staging / _VOCABULARIES)
+        write_manifest(staging, made.model_copy(update={"splits": splits}))
+    print(f"{'; '.join(shares)} -> {out}")
+    return made
+
+
+def _check_grouping(log: Path, manifest: LogManifest, info: ClusterInfo) -> None:
+    feature = manifest.features.get(info.group_by)
+    if info.group_by and (feature is None or feature.multi or not feature.of_behaviors):
+        fit = [n for n, f in manifest.features.items() if f.of_behaviors and not f.multi]
+        raise DataError(
+            f"has no single-valued feature {info.group_by!r} of behaviors to group by; it "
+            f"has {', '.join(fit)}",
+            file=log,
+        )
+
+
+def _layout(log: Path, files: SplitInfo) -> tuple[int, int]:
+    """Rows of a row group and of a file, as the log has them."""
+    if not files.files:
+        return 1, 1
+    first = files.files[0]
+    rows = pq.ParquetFile(log / first.path).metadata.row_group(0).num_rows
+    return rows, max(rows, first.rows // rows * rows)
+
+
+def _clustered_rows(
+    log: Path, manifest: LogManifest, files: SplitInfo, loaded: Snapshot, info: ClusterInfo, sizes: list[int]
+) -> Iterator[pa.RecordBatch]:
+    tables = {t.feature: t.rows for tables in loaded.manifest.groups.values() for t in tables}
+    columns = Columns.of(manifest, {n: tables.get(n, f.rows) for n, f in manifest.features.items()})
+    for entry in files.files:
+        with pq.ParquetFile(log / entry.path, page_checksum_verification=True) as parquet:
+            groups = parquet.metadata.num_row_groups
+        for group in range(groups):
+            rows = read_rows(log / entry.path, group, columns)
+            found = _of_rows(rows, loaded, info)
+            sizes.append(int((found.size > 0).sum()))
+            with pq.ParquetFile(log / entry.path, page_checksum_verification=True) as parquet:
+                table = parquet.read_row_group(group)
+            offsets = pa.array(rows.history_offsets.astype(np.int32))
+            for name, values in zip(CLUSTER_COLUMNS, (found.size, found.time), strict=True):
+                table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(values)))
+            yield from table.combine_chunks().to_batches()
+
+
+def _of_rows(rows: UserRows, loaded: Snapshot, info: ClusterInfo) -> Clustered:
+    """The clusters of all histories of a row group, one after the other."""
+    vectors = behavior_vectors(rows, loaded)
+    count = rows.history_time.size
+    groups = np.zeros(count, dtype=np.int64)
+    if info.group_by:
+        groups = rows.history[info.group_by].values.astype(np.int64)
+    parts = [
+        cluster_history(vectors[a:b], groups[a:b], rows.history_time[a:b], info)
+        for a, b in zip(rows.history_offsets[:-1], rows.history_offsets[1:], strict=True)
+    ]
+    return Clustered(
+        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("label", "size", "time"))
+    )
+
+
+@torch.no_grad()
+def behavior_vectors(rows: UserRows, loaded: Snapshot) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """Attention vectors of all behaviors of a row group: float32 [behaviors, D]."""
+    group = loaded.manifest.config.model.roles.attention_behavior
+    features = [table.feature for table in loaded.manifest.groups[group]]
+    missing = [
+        name for name in features if name not in rows.history or rows.history[name].offsets is not None
+    ]
+    if missing:
+        raise SnapshotError(
+            loaded.path, f"attends to {missing[0]!r}, which is no single-valued feature of the behaviors"
+        )
+    ids = torch.stack([torch.from_numpy(rows.history[name].values.astype(np.int64)) for name in features])
+    collection = loaded.model.collections[group]
+    assert isinstance(collection, nn.Module)
+    vectors: np.ndarray[tuple[int, int], np.dtype[np.float32]] = vectors_in_order(
+        collection(one_id_bags(features, ids)), features
+    ).numpy()
+    return vectors

@@ -1,0 +1,230 @@
+"""Which dense id stands for which raw value: counted anew, or continued from an older log."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ibis.expr import types as ir
+
+from embeddings.errors import DataError
+from pipelines.ingest_engine import Engine
+from pipelines.ingest_tables import counted, numbered
+from trainer.data.ingest_config import IngestConfig
+from trainer.data.rows import PARQUET_ERRORS
+from trainer.data.schema import MANIFEST, FeatureInfo, LogManifest, read_manifest
+
+_BATCH = 1 << 16
+
+
+@dataclass(frozen=True)
+class Older:
+    """A vocabulary of an older log: its file, its table (value, id) and its rows, unknown included."""
+
+    file: Path
+    table: ir.Table
+    rows: int
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of one feature while a log is made.
+
+    Attributes:
+        words: value, id, count.
+        rows: ids from here on are not the log's: what is written has 0 in their place; None: all are.
+        new: (values, occurrences) that the older log does not have; None where there is no older log.
+    """
+
+    words: ir.Table
+    rows: int | None = None
+    new: tuple[int, int] | None = None
+
+
+def column_shapes(config: IngestConfig) -> dict[str, tuple[bool, str]]:
+    """Column of the raw tables -> (whether it is multi-valued, its side), features first, then context_*."""
+    shapes: dict[str, tuple[bool, str]] = {
+        entry.name: (entry.multi, entry.side) for entry in config.all_features
+    }
+    return shapes | {f"context_{entry.name}": (entry.multi, "both") for entry in config.context}
+
+
+def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, Older]:
+    """The vocabularies of `config.vocabulary.log`, compared with that log's manifest; {} without one.
+
+    Raises:
+        DataError: it is no sequence log, has other features than the config, or a vocabulary is missing,
+            damaged or ambiguous.
+    """
+    if not config.vocabulary.log:
+        return {}
+    log = Path(config.vocabulary.log)
+    infos = _infos(read_manifest(log))
+    _check_features(log / MANIFEST, infos, column_shapes(config))
+    return {name: _older(engine, log / "vocab" / f"{name}.parquet", infos[name]) for name in infos}
+
+
+def _infos(manifest: LogManifest) -> dict[str, FeatureInfo]:
+    return manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
+
+
+def _check_features(
+    file: Path, infos: Mapping[str, FeatureInfo], shapes: Mapping[str, tuple[bool, str]]
+) -> None:
+    remedy = "ingest with that log's columns, or without its vocabulary"
+    for name in (*infos, *shapes):
+        if name not in shapes:
+            raise DataError(f"has {_called(name)}, which this config does not ingest; {remedy}", file=file)
+        if name not in infos:
+            raise DataError(f"lacks {_called(name)}, which this config ingests; {remedy}", file=file)
+        theirs, mine = _shape(infos[name].multi, infos[name].side), _shape(*shapes[name])
+        if theirs != mine:
+            problem = f"has {_called(name)} as {theirs}, this config as {mine}; {remedy}"
+            raise DataError(problem, file=file)
+
+
+def _called(name: str) -> str:
+    kind, word = (
+        ("context", name.removeprefix("context_")) if name.startswith("context_") else ("feature", name)
+    )
+    return f"the {kind} {word!r}"
+
+
+def _shape(multi: bool, side: str) -> str:
+    return f"{'multi-valued' if multi else 'single-valued'} (side {side!r})"
+
+
+def _older(engine: Engine, file: Path, info: FeatureInfo) -> Older:
+    if not info.vocabulary:
+        problem = "the manifest has no digest of this vocabulary, so nobody can tell what the ids stand for"
+        raise DataError(f"{problem}; name a log that `tandemrec ingest` wrote", file=file)
+    content, rows = hashlib.sha256(), 1
+    for batch in _batches(file):
+        ids = batch.column("id").to_pylist()
+        if ids != list(range(rows, rows + len(ids))):
+            raise DataError(
+                "its ids do not count from 1; name a log that `tandemrec ingest` wrote", file=file
+            )
+        content.update(_spelled(batch))
+        rows += len(ids)
+    if content.hexdigest() != info.vocabulary or rows != info.rows:
+        problem = "is not the vocabulary in the log's manifest, so it was damaged or replaced"
+        raise DataError(f"{problem}; take another copy of that log", file=file)
+    table = engine.read_parquet([file]).select("value", "id")
+    table = table.mutate(id=table.id.cast("int64"))
+    different = engine.rows(table.aggregate(values=table["value"].nunique()))[0]["values"]
+    if different != rows - 1:
+        raise DataError("has a value twice, or a null; name a log that `tandemrec ingest` wrote", file=file)
+    return Older(file, table, rows)
+
+
+def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            names = parquet.schema_arrow.names
+            if "value" not in names or "id" not in names:
+                raise DataError(f"has the columns {', '.join(names)}, not value and id", file=file)
+            yield from parquet.iter_batches(_BATCH, columns=["value", "id"])
+    except FileNotFoundError as error:
+        problem = "missing, so nobody can tell what the log's ids stand for; take another copy of that log"
+        raise DataError(problem, file=file) from error
+    except PARQUET_ERRORS as error:
+        raise DataError(f"unreadable: {error}; take another copy of that log", file=file) from error
+
+
+def build(
+    engine: Engine,
+    name: str,
+    sources: Sequence[ir.Table],
+    older: Older | None,
+    config: IngestConfig,
+) -> Vocabulary:
+    """The vocabulary of one column of the raw tables.
+
+    Without an older log its ids follow the order of the values. With one, known values keep their ids, and
+    new ones are either appended in their order or treated as a null is: id 0, and no member of a list.
+
+    Args:
+        sources: the tables that have the column, the events first.
+
+    Raises:
+        DataError: the column is text and the older values are integers, or the other way round.
+    """
+    multi = column_shapes(config)[name][0]
+    cutoff = config.split.validation_start if config.split else None
+    if older is None:
+        return Vocabulary(
+            engine.keep(f"vocabulary_{name}", numbered(counted(name, multi, sources, cutoff), 1))
+        )
+    older = _of_type(older, name, sources, multi)
+    kind = older.table["value"].type()
+    found = counted(name, multi, sources, cutoff)
+    found = engine.keep(f"counted_{name}", found.mutate(value=found["value"].cast(kind)))
+    new = engine.keep(f"new_{name}", found.anti_join(older.table, "value"))
+    known = older.table.left_join(found.select("value", "count"), "value")
+    known = known.select("value", "id", count=known["count"].fill_null(0).cast("int64"))
+    totals = engine.rows(new.aggregate(values=new.count(), rows=new.occurrences.sum()))[0]
+    # What is no item to the log still is one while it is made: a new item has attributes of its own, and is
+    # not drawn as a negative for whoever had it. Only what is written forgets which one it was.
+    items = name == "item_id"
+    if config.vocabulary.extend or items:
+        known = known.union(numbered(new, older.rows))
+    return Vocabulary(
+        engine.keep(f"vocabulary_{name}", known),
+        None if config.vocabulary.extend or not items else older.rows,
+        (int(totals["values"]), int(totals["rows"] or 0)),
+    )
+
+
+def _of_type(older: Older, name: str, sources: Sequence[ir.Table], multi: bool) -> Older:
+    """The older vocabulary with values wide enough for those of the tables."""
+    mine = sources[0][name].type()
+    mine = mine.value_type if multi else mine
+    theirs = older.table["value"].type()
+    if older.rows > 1 and mine.is_integer() != theirs.is_integer():
+        kinds = {True: "integers", False: "text"}
+        hint = f"cast {name}" if mine.is_string() else f"cast {name}, or name its CSV column in text_columns"
+        problem = (
+            f"holds {kinds[theirs.is_integer()]}, the raw tables hold {kinds[mine.is_integer()]}; {hint}"
+        )
+        raise DataError(problem, file=older.file, column="value")
+    table = older.table.mutate(value=older.table["value"].cast("int64" if mine.is_integer() else "string"))
+    return Older(older.file, table, older.rows)
+
+
+def write(
+    engine: Engine, made: Mapping[str, Vocabulary], root: Path, config: IngestConfig
+) -> dict[str, FeatureInfo]:
+    """Writes `vocab/` and gives what the manifest says of each column of `made`."""
+    (root / "vocab").mkdir()
+    shapes = column_shapes(config)
+    infos = {}
+    for name, vocabulary in made.items():
+        table = vocabulary.words
+        if vocabulary.rows is not None:
+            table = table.filter(table.id < vocabulary.rows)
+        rows, content = 0, hashlib.sha256()
+        writer, path = None, root / "vocab" / f"{name}.parquet"
+        for batch in engine.stream(table.order_by("id"), _BATCH):
+            if writer is None:
+                writer = pq.ParquetWriter(path, batch.schema, compression="zstd", write_page_checksum=True)
+            writer.write_batch(batch)
+            rows += batch.num_rows
+            content.update(_spelled(batch))
+        if writer is not None:
+            writer.close()
+        else:
+            # A column of nulls only: all its ids are 0.
+            pq.write_table(table.schema().to_pyarrow().empty_table(), path)
+        multi, side = shapes[name]
+        infos[name] = FeatureInfo(rows=rows + 1, vocabulary=content.hexdigest(), multi=multi, side=side)
+    return infos
+
+
+def _spelled(batch: pa.RecordBatch) -> bytes:
+    # Of the values, not of the file: both engines, whatever their bytes, give one vocabulary.
+    return "".join(f"{value}\n" for value in batch.column("value").to_pylist()).encode()

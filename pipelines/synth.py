@@ -1,0 +1,118 @@
+"""`tandemrec synth`: a sequence log with a planted signal, and the truth that its labels were drawn from."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embeddings.errors import ConfigError
+from pipelines.console import table_lines
+from trainer.data.log_writer import check_target, staged, write_manifest, write_split
+from trainer.data.planted.kinds import KINDS, Kind
+from trainer.data.planted.log import Ints, PlantedLog
+from trainer.data.schema import FeatureInfo, LogManifest, schema_of
+
+TRUTH = "truth.parquet"
+_LAYOUT = (256, 4096)  # rows a row group (some MB) and a file
+
+
+def synth(
+    out: Path, kind: str = "relevance", seed: int = 7, users: int = 0, overwrite: bool = False
+) -> LogManifest:
+    """Write a planted log at `out`, with `<out>/truth.parquet`, and print what an oracle achieves on it.
+
+    The same arguments write the same bytes. The truth has one row a candidate: split, user_id, request_id,
+    candidate and probability, keyed like the scores that `evaluate` keeps. The manifest repeats the
+    arguments under `ingest` and the oracle's metrics under `report`.
+
+    Args:
+        kind: one of `trainer.data.planted.kinds.KINDS`.
+        users: to train on; 0 = the kind's own number.
+        overwrite: replace a sequence log that is there.
+
+    Raises:
+        ConfigError: there is no such kind. DataError: `out` must not be replaced.
+    """
+    found = _kind(kind)
+    check_target(out, overwrite)  # before the work, not only after it
+    count = users or found.users
+    log = found.generate(seed, count)
+    oracle = {split: part.oracle().as_dict() for split, part in log.splits.items()}
+    facts = {"kind": kind, "seed": seed, "users": count, "history_length": found.history_length}
+    manifest = LogManifest(
+        features={name: FeatureInfo(rows=rows) for name, rows in log.features.items()},
+        tasks=["click"],
+        taxonomy=list(log.taxonomy),
+        splits={},
+        ingest={"synth": facts},
+        report={"oracle": oracle},
+    )
+    manifest = _write(log, manifest, out, overwrite)
+    print("\n".join(_report(kind, out, manifest)), flush=True)
+    return manifest
+
+
+def _kind(name: str) -> Kind:
+    if name in KINDS:
+        return KINDS[name]
+    near = difflib.get_close_matches(name, KINDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(KINDS)}"
+    raise ConfigError(f"--kind {name}: no such kind of planted log; {hint}")
+
+
+def _write(log: PlantedLog, manifest: LogManifest, out: Path, overwrite: bool) -> LogManifest:
+    schema = schema_of(manifest)
+    with staged(out, overwrite) as root:
+        splits = {
+            split: write_split([part.rows()], root, split, schema, _LAYOUT)
+            for split, part in log.splits.items()
+        }
+        _write_parquet(
+            pa.concat_tables(part.truth(split) for split, part in log.splits.items()), root / TRUTH
+        )
+        (root / "vocab").mkdir()
+        for name, rows in log.features.items():
+            counts = np.bincount(log.splits["train"].history[name].reshape(-1), minlength=rows)
+            _write_parquet(_vocabulary(counts), root / "vocab" / f"{name}.parquet")
+        manifest = manifest.model_copy(update={"splits": splits})
+        write_manifest(root, manifest)
+    return manifest
+
+
+def _vocabulary(counts: Ints) -> pa.Table:
+    """Ids stand for themselves; `count` is how often each occurs in the histories of the train split."""
+    ids = np.arange(counts.size)
+    return pa.table({"value": ids, "id": ids, "count": counts})
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+
+
+def _report(kind: str, out: Path, manifest: LogManifest) -> list[str]:
+    head = ["oracle on", "requests", "candidates", "clicked", "AUC", "GAUC", "logloss"]
+    rows = []
+    for split, info in manifest.splits.items():
+        oracle: dict[str, Any] = manifest.report["oracle"][split]
+        rows.append(
+            [
+                split,
+                f"{info.requests:,}",
+                f"{info.candidates:,}",
+                f"{info.positives / info.candidates:.4f}",
+                *(f"{oracle[name]:.5f}" for name in ("auc", "gauc", "logloss")),
+            ]
+        )
+    facts = manifest.ingest["synth"]
+    ids = ", ".join(f"{name} {info.rows:,}" for name, info in manifest.features.items())
+    return [
+        *table_lines(head, rows),
+        f"planted log {kind!r}, seed {facts['seed']}, {facts['users']:,} users to train on; rows: {ids}",
+        f"train on it with --set data.log={out} --set data.history_length={facts['history_length']}; "
+        f"the truth is in {out / TRUTH}",
+    ]

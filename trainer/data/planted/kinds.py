@@ -1,0 +1,37 @@
+"""The kinds of planted logs by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from trainer.data.planted import fields, relevance, temporal
+from trainer.data.planted.log import PlantedLog, Worth
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A generator.
+
+    Attributes:
+        generate: (seed, users) -> the log.
+        worth: what a behavior contributes to a candidate's logit; non-zero where it matters.
+        users: to generate unless told otherwise.
+        history_length: L, behaviors that a request depends on.
+    """
+
+    generate: Callable[[int, int], PlantedLog]
+    worth: Worth
+    users: int
+    history_length: int
+
+
+KINDS: Final = {
+    "relevance": Kind(relevance.generate, relevance.worth, 4_000, relevance.LENGTH),
+    "xor": Kind(temporal.xor, temporal.xor_worth, 15_000, temporal.BEHAVIORS),
+    "profiles": Kind(temporal.profiled, temporal.profile_worth, 15_000, temporal.BEHAVIORS),
+    "interference": Kind(fields.interference, fields.interference_worth, 15_000, fields.BEHAVIORS),
+    "decoupled": Kind(fields.decoupled, fields.decoupled_worth, 15_000, fields.BEHAVIORS),
+    "far": Kind(temporal.far, temporal.far_worth, 10_000, temporal.OLD + temporal.RECENT),
+}

@@ -1,0 +1,195 @@
+"""What a generator returns: splits of equal-sized user blocks, with the true probability of each candidate.
+
+Shape legend: U users, N behaviors of a user, R requests of a user, M candidates of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from trainer.metrics import Metrics, group_keys, measure
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+START: Final = 1_700_000_000  # unix seconds
+DAY: Final = 86_400
+
+
+@dataclass(frozen=True)
+class PlantedSplit:
+    """The blocks of one split.
+
+    Attributes:
+        user_id: [U].
+        history: feature -> ids [U, N], oldest first; history_time: [U, N], unix seconds.
+        request_id, request_time, history_end: [U, R]; request r sees history[:, :history_end[r]].
+        candidates: feature -> ids [U, R, M].
+        probability: float64 [U, R, M], P(label = 1); labels: float32 [U, R, M], one draw from it.
+    """
+
+    user_id: Ints
+    history: Mapping[str, Ints]
+    history_time: Ints
+    request_id: Ints
+    request_time: Ints
+    history_end: Ints
+    candidates: Mapping[str, Ints]
+    probability: Floats
+    labels: npt.NDArray[np.float32]
+
+    def rows(self) -> pa.RecordBatch:
+        """One row a user, in the columns of `trainer.data.schema.arrow_schema` with task `click`."""
+        users, requests, shown = self.probability.shape
+        columns: dict[str, pa.Array] = {"user_id": pa.array(self.user_id)}
+        columns |= {f"history_{name}": nested(ids) for name, ids in self.history.items()}
+        columns["history_timestamp"] = nested(self.history_time)
+        columns["request_id"] = nested(self.request_id)
+        columns["request_timestamp"] = nested(self.request_time)
+        columns["request_history_end"] = nested(self.history_end)
+        columns["request_num_candidates"] = nested(np.full((users, requests), shown))
+        columns |= {f"candidate_{name}": nested(ids) for name, ids in self.candidates.items()}
+        columns["label_click"] = nested(self.labels)
+        sizes = {
+            "behaviors": self.history_time.shape[1],
+            "requests": requests,
+            "candidates": requests * shown,
+        }
+        columns |= {f"num_{name}": pa.array(np.full(users, size)) for name, size in sizes.items()}
+        return pa.RecordBatch.from_pydict(columns)
+
+    def truth(self, split: str) -> pa.Table:
+        """One row a candidate: split, user_id, request_id, candidate (its place in the request), probability.
+
+        The keys are those of the scores that `trainer.evaluation.write_scores` keeps.
+        """
+        user, request, place = self._keys()
+        return pa.table(
+            {
+                "split": pa.array([split] * user.size).cast(pa.string()),
+                "user_id": user,
+                "request_id": request,
+                "candidate": place,
+                "probability": self.probability.reshape(-1),
+            }
+        )
+
+    def oracle(self) -> Metrics:
+        """What scoring with the true probabilities achieves; no model does better but by chance."""
+        user, request, _ = self._keys()
+        labels = self.labels.reshape(-1).astype(np.float64)
+        return measure(self.probability.reshape(-1), labels, group_keys(user, request))
+
+    def _keys(self) -> tuple[Ints, Ints, Ints]:
+        shape = self.probability.shape
+        user = np.broadcast_to(self.user_id[:, None, None], shape)
+        request = np.broadcast_to(self.request_id[:, :, None], shape)
+        place = np.broadcast_to(np.arange(shape[2]), shape)
+        return user.reshape(-1), request.reshape(-1), place.reshape(-1)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Behaviors as a candidate sees them, all of shape [..., N] and beside a candidate's own [..., 1].
+
+    Attributes:
+        ids: feature -> ids; rank: 1 for the newest; age: seconds before the request.
+    """
+
+    ids: Mapping[str, Ints]
+    rank: Ints
+    age: Ints
+
+
+# (seed, candidate's ids [..., 1], behaviors) -> [..., N], what each behavior contributes to the logit's sum.
+Worth = Callable[[int, Mapping[str, Ints], Seen], Floats]
+
+
+@dataclass(frozen=True)
+class PlantedLog:
+    """A whole log.
+
+    Attributes:
+        features: name -> rows (largest id + 1; id 0 is never used), of behaviors and candidates alike.
+        taxonomy: the features that classify items, coarse to fine.
+        splits: `train`, `validation`, `test`.
+    """
+
+    features: Mapping[str, int]
+    taxonomy: tuple[str, ...]
+    splits: Mapping[str, PlantedSplit]
+
+
+def nested(values: npt.NDArray[np.generic]) -> pa.Array:
+    """An array of d dimensions as an Arrow array of d - 1 times nested lists."""
+    array = pa.array(np.ascontiguousarray(values).reshape(-1))
+    for axis in range(values.ndim - 1, 0, -1):
+        count, size = int(np.prod(values.shape[:axis])), values.shape[axis]
+        array = pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32) * size), array)
+    return array
+
+
+def sigmoid(logit: Floats) -> Floats:
+    """1 / (1 + exp(-logit))."""
+    return 1 / (1 + np.exp(-logit))
+
+
+def sums(
+    worth: Worth, seed: int, shown: Mapping[str, Ints], history: Mapping[str, Ints], age: Ints
+) -> Floats:
+    """sum_j worth_j -> [U, M], of candidates [U, M] over whole histories [U, N], oldest first."""
+    rank = np.broadcast_to(np.arange(age.shape[1], 0, -1), age.shape)
+    seen = Seen(history, rank, age)
+    places = range(shown["item_id"].shape[1])
+    targets = ({name: ids[:, m, None] for name, ids in shown.items()} for m in places)
+    return np.stack([worth(seed, target, seen).sum(axis=1) for target in targets], axis=1)
+
+
+def draw_labels(rng: np.random.Generator, probability: Floats) -> npt.NDArray[np.float32]:
+    """Bernoulli draws."""
+    return (rng.random(probability.shape) < probability).astype(np.float32)
+
+
+def split_users(users: int) -> dict[str, tuple[int, int]]:
+    """Split -> (first user, users): `users` to train on, a sixth more to validate, a third to test."""
+    counts = {"train": users, "validation": max(1, users // 6), "test": max(1, users // 3)}
+    first, found = 1, {}
+    for split, count in counts.items():
+        found[split] = (first, count)
+        first += count
+    return found
+
+
+def independent_split(
+    rng: np.random.Generator,
+    first_user: int,
+    history: Mapping[str, Ints],
+    age: Ints,
+    candidates: Mapping[str, Ints],
+    probability: Floats,
+) -> PlantedSplit:
+    """A split of users with one request each, which sees the whole history.
+
+    Args:
+        history: feature -> ids [U, N], oldest first; age: [U, N], seconds before the request, descending.
+        candidates: feature -> ids [U, M]; probability: [U, M].
+    """
+    users, length = age.shape
+    request_time = START + 365 * DAY + rng.integers(0, 30 * DAY, (users, 1))
+    return PlantedSplit(
+        user_id=np.arange(first_user, first_user + users),
+        history=history,
+        history_time=request_time - age,
+        request_id=np.ones((users, 1), dtype=np.int64),
+        request_time=request_time,
+        history_end=np.full((users, 1), length),
+        candidates={name: ids[:, None, :] for name, ids in candidates.items()},
+        probability=probability[:, None, :],
+        labels=draw_labels(rng, probability)[:, None, :],
+    )
