@@ -36,8 +36,10 @@ def evaluate(run: Path, split: str) -> Mapping[str, float | int]:
             feature = counted_feature(restored.manifest.taxonomy)
             found = baselines(reader, feature)
             key = "baselines" if split == "test" else f"baselines_{split}"
-            folder.update_summary({split: metrics.as_dict(), key: found})
-            print("\n".join(_report(split, metrics, found, feature)), flush=True)
+            slices = scored.by_history()
+            sliced = {name: part.as_dict() for name, part in slices.items()}
+            folder.update_summary({split: metrics.as_dict(), key: found, f"{split}_by_history": sliced})
+            print("\n".join([*_report(split, metrics, found, feature), "", *_slices(slices)]), flush=True)
     return metrics.as_dict()
 
 
@@ -61,3 +63,12 @@ def _report(
         rows.append([labels[name], f"{scores['auc']:.4f}", f"{scores['gauc']:.4f}", "-", "-", "-", "-"])
     counted = f"{metrics.samples:,} candidates, {metrics.positives:,} positive"
     return [*table_lines(head, rows), f"{counted}; GAUC over {metrics.groups:,} requests"]
+
+
+def _slices(slices: Mapping[str, Metrics]) -> list[str]:
+    head = ["behaviors seen", "candidates", "AUC", "GAUC", "logloss", "PCOC"]
+    rows = []
+    for name, part in slices.items():
+        values = (part.auc, part.gauc, part.logloss, part.pcoc)
+        rows.append([name, f"{part.samples:,}", *(f"{value:.4f}" for value in values)])
+    return table_lines(head, rows)

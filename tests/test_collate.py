@@ -108,6 +108,7 @@ def collate_reference(
         request_time=torch.tensor([row["request_timestamp"][r] for row, r in requests]),
         window_start=torch.tensor([start for start, _ in windows]),
         window_end=torch.tensor([end for _, end in windows]),
+        seen=torch.tensor([end - start for start, end in windows]),
         user_id=torch.tensor([row["user_id"] for row, _ in requests]),
         request_id=torch.tensor([row["request_id"][r] for row, r in requests]),
         candidate_request=torch.tensor([r for r, count in enumerate(counts) for _ in range(count)]),

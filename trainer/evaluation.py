@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +23,8 @@ from trainer.metrics import Metrics, group_keys, measure
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+KEYS = ("user_id", "request_id", "candidate", "item_id", "history")
+HISTORY_EDGES = (0, 1, 10, 50, 200, 1000, 5000)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Scored:
         score, label: float32 [n, T], probabilities and labels.
         user_id, request_id, candidate: int64 [n]; `candidate` counts within its request.
         item_id: int64 [n], the candidate's id in the log's vocabulary; -1 where the log has no such feature.
+        history: int64 [n], behaviors that the request saw, at most L.
     """
 
     score: Floats
@@ -41,6 +44,7 @@ class Scored:
     request_id: Ints
     candidate: Ints
     item_id: Ints
+    history: Ints
 
     @property
     def requests(self) -> int:
@@ -49,6 +53,26 @@ class Scored:
     def metrics(self, task: int = 0) -> Metrics:
         groups = group_keys(self.user_id, self.request_id)
         return measure(self.score[:, task].astype(np.float64), self.label[:, task].astype(np.float64), groups)
+
+    def by_history(self, edges: Sequence[int] = HISTORY_EDGES) -> dict[str, Metrics]:
+        """Metrics of slices by the length of the history, [edge, next edge); empty slices are left out."""
+        slices = {}
+        for low, high in zip(edges, [*edges[1:], None], strict=True):
+            inside = (self.history >= low) & (self.history < high if high is not None else True)
+            if inside.any():
+                name = (
+                    f"{low:,} or more"
+                    if high is None
+                    else f"{low:,} to {high - 1:,}"
+                    if high > low + 1
+                    else f"{low}"
+                )
+                slices[name] = self.part(inside).metrics()
+        return slices
+
+    def part(self, chosen: npt.NDArray[np.bool_]) -> Scored:
+        """Only the chosen candidates."""
+        return Scored(*(getattr(self, field.name)[chosen] for field in fields(Scored)))
 
 
 @torch.no_grad()
@@ -67,7 +91,7 @@ def score_split(model: nn.Module, reader: SequenceLogReader, device: torch.devic
     empty = torch.zeros(0, 2 * len(reader.columns.tasks), device=device)
     values = gather_rows(torch.cat([empty, *(row for row, _ in parts)]))
     keys = gather_rows(
-        torch.cat([torch.zeros(0, 4, dtype=torch.int64, device=device), *(key for _, key in parts)])
+        torch.cat([torch.zeros(0, len(KEYS), dtype=torch.int64, device=device), *(key for _, key in parts)])
     )
     return _scored(values, keys)
 
@@ -92,6 +116,7 @@ def write_scores(scored: Scored, path: Path) -> None:
         "request_id": scored.request_id,
         "candidate": scored.candidate,
         "item_id": scored.item_id,
+        "history": scored.history,
     }
     for task in range(scored.score.shape[1]):
         columns[f"score_{task}"] = scored.score[:, task]
@@ -111,7 +136,7 @@ def read_scores(path: Path) -> Scored:
         tasks = sum(name.startswith("score_") for name in table.column_names)
         score = [table.column(f"score_{t}").to_numpy() for t in range(tasks)]
         label = [table.column(f"label_{t}").to_numpy() for t in range(tasks)]
-        keys = [table.column(name).to_numpy() for name in ("user_id", "request_id", "candidate", "item_id")]
+        keys = [table.column(name).to_numpy() for name in KEYS]
     except (OSError, pa.ArrowException, KeyError) as error:
         raise DataError(f"holds no scores of `tandemrec evaluate`: {error}", file=path) from None
     return Scored(np.stack(score, axis=1), np.stack(label, axis=1), *keys)
@@ -147,7 +172,8 @@ def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
     item = torch.full_like(within, -1)
     if "item_id" in batch.features.keys():  # noqa: SIM118 - no dict
         item = batch.features["item_id"].values()[batch.behaviors :]
-    keys = torch.stack([batch.user_id[request], batch.request_id[request], within, item], dim=1)
+    named = [batch.user_id[request], batch.request_id[request], within, item, batch.seen[request]]
+    keys = torch.stack(named, dim=1)
     return torch.cat([score_CT, batch.labels], dim=1), keys
 
 
@@ -159,4 +185,4 @@ def _scored(values: Tensor, keys: Tensor) -> Scored:
 def _first_requests(scored: Scored, limit: int) -> Scored:
     new = np.r_[True, (np.diff(scored.request_id) != 0) | (np.diff(scored.user_id) != 0)]
     keep = np.cumsum(new) <= limit
-    return Scored(*(getattr(scored, field.name)[keep] for field in fields(Scored)))
+    return scored.part(keep)

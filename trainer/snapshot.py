@@ -305,6 +305,7 @@ _BATCH_TENSORS = (
     "request_time",
     "window_start",
     "window_end",
+    "seen",
     "user_id",
     "request_id",
     "candidate_request",

@@ -79,6 +79,7 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
         behavior_time: int64 [N], seconds.
         request_time: int64 [R], seconds.
         window_start, window_end: int64 [R], the behaviors a request may see.
+        seen: int64 [R], how many it may see, at most L, before a hard search or clusters cut the history.
         user_id, request_id: int64 [R], names of the request (grouping key of GAUC).
         candidate_request: int64 [C], ascending: which request a candidate belongs to.
         labels: float32 [C, T]; weight: float32 [C], of a candidate in the loss.
@@ -94,6 +95,7 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
     request_time: Tensor
     window_start: Tensor
     window_end: Tensor
+    seen: Tensor
     user_id: Tensor
     request_id: Tensor
     candidate_request: Tensor
@@ -146,7 +148,7 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
         """
         n, c, r = self.behaviors, self.candidates, self.requests
         request, start, end = self.candidate_request, self.window_start, self.window_end
-        sizes = (start.numel(), end.numel(), self.user_id.numel(), self.request_id.numel())
+        sizes = [part.numel() for part in (start, end, self.seen, self.user_id, self.request_id)]
         if (
             any(size != r for size in sizes)
             or self.labels.shape[:1] != (c,)

@@ -70,7 +70,7 @@ def collate(
     low, high = np.minimum.reduceat(start, before), np.maximum.reduceat(end, before)
     spans = list(map(slice, low.tolist(), high.tolist()))
     candidates = list(map(slice, first_candidate[before].tolist(), last_candidate[after - 1].tolist()))
-    counts = last_candidate - first_candidate
+    counts, seen = last_candidate - first_candidate, end - start
     history: Sequence[Chosen] = spans
     lengths = high - low
     found: list[_Found] = []
@@ -106,6 +106,7 @@ def collate(
         request_time=torch.from_numpy(time),
         window_start=torch.from_numpy(start + shift),
         window_end=torch.from_numpy(end + shift),
+        seen=torch.from_numpy(seen),
         user_id=torch.from_numpy(user),
         request_id=torch.from_numpy(name),
         candidate_request=torch.from_numpy(np.repeat(np.arange(counts.size), counts)),

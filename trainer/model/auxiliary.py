@@ -13,7 +13,7 @@ from trainer.model.head import Head
 from trainer.model.search import SoftSearch
 from trainer.model.sequence import Behaviors
 from trainer.model.settings import ModelConfig
-from trainer.model.time import weighted_bags
+from trainer.model.windows import pooled_windows
 
 
 class WholeWindow(nn.Module):
@@ -32,20 +32,19 @@ class WholeWindow(nn.Module):
 
     def forward(self, branch: Branch, searched: Searched, target_CD: Tensor, value_ND: Tensor) -> Tensor:
         """-> logits [C, T]."""
-        kept = searched.windows.of_candidates()
+        windows = searched.windows
+        kept = windows.of_candidates()
         if self.by_index:
             search = branch.search
             assert isinstance(search, SoftSearch)
-            score_CX = search.index.over_windows(search.index.encode(searched.raw), searched.windows)[:, 0]
+            score_CX = search.index.over_windows(search.index.encode(searched.raw), windows)[:, 0]
             weight_CX = torch.where(kept.mask, score_CX, 0.0)
-            parts = [target_CD, weighted_bags(value_ND, kept.index, weight_CX)]
+            parts = [target_CD, pooled_windows(value_ND, windows.index, windows, weight_CX)]
         else:
             assert branch.scorer is not None
-            score_CHX = branch.scorer.over_windows(searched.vectors, searched.windows)
+            score_CHX = branch.scorer.over_windows(searched.vectors, windows)
             weight_CHX = branch.weights(score_CHX, kept.mask[:, None])
-            windows, raw = searched.windows, searched.raw
-            parts = branch.sequence(
-                Behaviors(target_CD, value_ND, kept.index, kept, windows, raw), weight_CHX
-            )
+            behaviors = Behaviors(target_CD, value_ND, windows.index, kept, windows, searched.raw, whole=True)
+            parts = branch.sequence(behaviors, weight_CHX)
         logits: Tensor = self.head(parts)
         return logits

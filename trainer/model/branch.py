@@ -53,12 +53,21 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Searched:
-    """Stage one's result for a branch; `vectors` are encoded by the scorer, `raw` are not."""
+    """Stage one's result for a branch; `vectors` are encoded by the scorer, `raw` are not.
+
+    `whole`: every candidate keeps its whole window, in the order of its columns.
+    """
 
     windows: Windows
     raw: Attended
     vectors: Attended
     kept: Kept
+    whole: bool = False
+
+    @property
+    def index(self) -> Tensor:
+        """Behaviors whose representation stage two wants, each once a window or once a candidate."""
+        return self.windows.index if self.whole else self.kept.index
 
 
 class Branch(nn.Module):
@@ -98,23 +107,24 @@ class Branch(nn.Module):
         ids_N, ids_C = first_ids(batch, self.settings.match) if self.settings.match else (None, None)
         if ids_N is not None and not batch.behaviors:
             ids_N = F.pad(ids_N, (0, 1))
-        return Searched(
-            windows, raw, encoded, self.search(Query(self.scorer, encoded, raw, windows, ids_C, ids_N))
-        )
+        kept = self.search(Query(self.scorer, encoded, raw, windows, ids_C, ids_N))
+        return Searched(windows, raw, encoded, kept, isinstance(self.search, AllSearch))
 
     def weigh(self, searched: Searched) -> Tensor | None:
         """Attention weights of the kept behaviors, [C, H, K]."""
         if self.scorer is None:
             return None
-        if isinstance(self.search, AllSearch):
+        if searched.whole:
             score_CHK = self.scorer.over_windows(searched.vectors, searched.windows)
         else:
             score_CHK = self.scorer.of_kept(searched.vectors, searched.kept)
         return self.weights(score_CHK, searched.kept.mask[:, None])
 
     def pool(self, searched: Searched, target_CD: Tensor, value_SD: Tensor, place: Tensor) -> list[Tensor]:
-        """Stage two; `place` (shape of `kept.index`) points into the looked-up rows."""
-        behaviors = Behaviors(target_CD, value_SD, place, searched.kept, searched.windows, searched.raw)
+        """Stage two; `place` (shape of `searched.index`) points into the looked-up rows."""
+        behaviors = Behaviors(
+            target_CD, value_SD, place, searched.kept, searched.windows, searched.raw, searched.whole
+        )
         parts: list[Tensor] = self.sequence(behaviors, self.weigh(searched))
         return parts
 

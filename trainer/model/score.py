@@ -86,26 +86,6 @@ class Scorer(nn.Module):
         return added if kept.log_size is None else added + kept.log_size
 
 
-class Slots:
-    """Candidates side by side within their window, so that a window is multiplied once with all of them."""
-
-    def __init__(self, windows: Windows) -> None:
-        self.window = windows.of_candidate
-        counts = torch.bincount(self.window, minlength=windows.index.shape[0])
-        first = torch.cumsum(counts, 0) - counts
-        self.slot = torch.arange(self.window.numel(), device=self.window.device) - first[self.window]
-        self.shape = (counts.numel(), max(int(counts.max()) if counts.numel() else 0, 1))
-
-    def spread(self, part_C: Tensor) -> Tensor:
-        """[C, ...] -> [W, most candidates of a window, ...], zero where there is none."""
-        spread = part_C.new_zeros(*self.shape, *part_C.shape[1:])
-        return spread.index_put((self.window, self.slot), part_C)
-
-    def collect(self, part_WS: Tensor) -> Tensor:
-        """The inverse: [W, slots, ...] -> [C, ...]."""
-        return part_WS[self.window, self.slot]
-
-
 class DotScorer(Scorer):
     """<query, key> / sqrt(D), plus the bias of marks (TWIN, DARE), or with encodings in both vectors (TIN).
 
@@ -137,7 +117,7 @@ class DotScorer(Scorer):
 
     def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
         """One batched product a head for all windows: the cost follows C x L, whatever a block holds."""
-        slots = Slots(windows)
+        slots = windows.slots
         bias = self._window_bias(vectors, windows)[:, None, :]
         beside = self._beside(vectors, windows)
         width = vectors.query_CD.shape[1] // self.heads

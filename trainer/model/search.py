@@ -75,21 +75,24 @@ class HardSearch(Search):
     """The newest K behaviors of the candidate's own id (category, say), then the newest others.
 
     This is the mask of DARE's `TWIN hard`, which fills up with other behaviors; SIM's hard search, which does
-    not, is `data.search` with one level.
+    not, is `data.search` with one level. Id 0, unknown, matches nothing in either.
     """
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         assert query.ids_C is not None and query.ids_N is not None
         windows = query.windows
         same = query.ids_N[windows.index][windows.of_candidate] == query.ids_C[:, None]
+        same = same & (query.ids_C > 0)[:, None]
         return _best_places(torch.where(same, 0, 1), windows, self.k)
 
 
 class HammingSearch(Search):
     """ETA: the K behaviors whose SimHash codes differ from the candidate's in the fewest bits.
 
-    Codes are signs of one fixed random projection of the live attention vectors, packed into words; the
-    distance is XOR and popcount. Nothing is trained and nothing is stored, so codes are never stale.
+    Codes are signs of one fixed random projection of the live attention vectors. Nothing is trained and
+    nothing is stored, so codes are never stale. A server holds packed codes (`pack_bits`) and counts
+    differing bits by XOR and popcount (`hamming`); here the same numbers come from a product of signs, which
+    is faster on batches (a test compares them).
 
     Args:
         k: K; width: D of the vectors; bits: of a code; seed: of the projection.
@@ -103,10 +106,12 @@ class HammingSearch(Search):
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         windows = query.windows
-        of_candidate = pack_bits(sign_bits(query.raw.query_CD, self.planes))
-        of_behavior = pack_bits(sign_bits(query.raw.key_ND, self.planes))
-        distance = hamming(of_candidate[:, None], of_behavior[windows.index][windows.of_candidate])
-        return _best_places(distance, windows, self.k)
+        of_candidate = sign_bits(query.raw.query_CD, self.planes).float() * 2 - 1
+        of_behavior = sign_bits(query.raw.key_ND, self.planes).float() * 2 - 1
+        # Twice the distance is bits - <signs, signs>: exact small integers, by a matrix product.
+        key_WXB = F.embedding(windows.index, of_behavior)
+        alike = windows.slots.collect(windows.slots.spread(of_candidate) @ key_WXB.transpose(1, 2))
+        return _best_places(-alike.to(torch.int64), windows, self.k)
 
 
 class SoftSearch(Search):
@@ -146,8 +151,10 @@ def round_robin(score_CHX: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Walk the heads' ranked lists in turn, best first, until K different columns are found (TWIN, 4.2)."""
     candidates, heads, width = score_CHX.shape
     ranked = score_CHX.flatten(0, 1).sort(dim=1, descending=True, stable=True)
-    column = ranked.indices[:, :k].view(candidates, heads, -1).transpose(1, 2).flatten(1)
-    real = (ranked.values[:, :k] > -torch.inf).view(candidates, heads, -1).transpose(1, 2).flatten(1)
+    lists = (candidates, heads)
+    column = ranked.indices[:, :k].unflatten(0, lists).transpose(1, 2).flatten(1)
+    real = (ranked.values[:, :k] > -torch.inf).unflatten(0, lists).transpose(1, 2).flatten(1)
+    column = torch.where(real, column, width)
     place = column.sort(dim=1, stable=True)
     again = F.pad(place.values[:, 1:] == place.values[:, :-1], (1, 0))
     new = torch.zeros_like(real).scatter(1, place.indices, ~again) & real

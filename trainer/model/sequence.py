@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from trainer.model.score import Attended, softmax_weights
 from trainer.model.time import TimeEncoding, weighted_bags
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Kept, Windows, pooled_windows
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,10 @@ class Behaviors:
 
     Attributes:
         target_CD: of the candidates; value_SD: of the looked-up behaviors, S at least 1.
-        place: int64, shape of `kept.index`: each kept behavior's row of `value_SD`.
-        kept: of stage one, [C, K]; or whole windows [W, X] where the model works on windows.
+        place: int64, each kept behavior's row of `value_SD`: shape of `kept.index`, [W, X] with `whole`.
+        kept: of stage one, [C, K]; [C, X] with `whole`; [W, X] where the model works on windows.
         windows: the windows that stage one searched; raw: attention vectors; group_C: target groups.
+        whole: every candidate keeps its whole window.
     """
 
     target_CD: Tensor
@@ -30,6 +31,7 @@ class Behaviors:
     kept: Kept
     windows: Windows
     raw: Attended
+    whole: bool = False
 
     @property
     def group_C(self) -> Tensor:
@@ -104,8 +106,12 @@ class TargetAttention(SequenceModel):
         return [*parts, target_CD * pooled_CD] if self.target_aware else parts
 
     def _pooled(self, value_SD: Tensor, weight_CK: Tensor, behaviors: Behaviors) -> Tensor:
-        pooled_CD = weighted_bags(value_SD, behaviors.place, weight_CK)
-        return self.time.pooled(pooled_CD, weight_CK, behaviors.kept.marks, behaviors.group_C)
+        if behaviors.whole:
+            pooled_CD = pooled_windows(value_SD, behaviors.place, behaviors.windows, weight_CK)
+        else:
+            pooled_CD = weighted_bags(value_SD, behaviors.place, weight_CK)
+        marks, group_C = behaviors.kept.marks, behaviors.group_C
+        return self.time.pooled(pooled_CD, weight_CK, marks, group_C, many=behaviors.whole)
 
     def _united(self, value_SD: Tensor, weight_CHK: Tensor, behaviors: Behaviors) -> Tensor:
         """W^V leaves the sum as well: it is applied to what each head pooled."""
@@ -144,7 +150,8 @@ class StackedTin(SequenceModel):
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
         assert weight_CHK is not None
         kept, group_C = behaviors.kept, behaviors.group_C
-        encoded_CKD = F.embedding(behaviors.place, behaviors.value_SD)
+        place = behaviors.place[behaviors.windows.of_candidate] if behaviors.whole else behaviors.place
+        encoded_CKD = F.embedding(place, behaviors.value_SD)
         encoded_CKD = encoded_CKD + self.time.behaviors(kept.marks, group_C)
         target_CD = self.time.target(behaviors.target_CD, group_C)
         orders = [target_CD, _weighted(weight_CHK[:, 0], encoded_CKD) * target_CD]

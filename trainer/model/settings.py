@@ -107,7 +107,12 @@ class BranchConfig(Settings):
             ),
             'projection does not go with score = "mlp"': self.projection != "none" and self.score == "mlp",
             'sequence = "stacked" takes one head': self.sequence == "stacked" and self.heads > 1,
-            'sequence = "collision" keeps hash_bits below 12 (its buckets are 2 ** hash_bits)': (
+            'attend = [] leaves time alone to score: it goes with score = "dot" and neither a projection nor '
+            "hashed or indexed vectors": (
+                self.attend == ()
+                and (self.score == "mlp" or self.projection != "none" or self._needs_vectors)
+            ),
+            'sequence = "collision" keeps hash_bits at 12 at most (its buckets are 2 ** hash_bits)': (
                 self.sequence == "collision" and self.hash_bits > 12
             ),
         }
@@ -115,6 +120,10 @@ class BranchConfig(Settings):
             if found:
                 raise ValueError(problem)
         return self
+
+    @property
+    def _needs_vectors(self) -> bool:
+        return self.search in ("simhash", "soft") or self.sequence == "collision"
 
 
 class ModelConfig(BranchConfig):
@@ -169,6 +178,9 @@ class ModelConfig(BranchConfig):
             ),
             'auxiliary = "index" goes with search = "soft", and search = "soft" with it': (
                 (self.auxiliary == "index") != (self.search == "soft")
+            ),
+            'search = "soft" goes with sequence = "attention" or "stacked": the others search nothing': (
+                self.search == "soft" and self.sequence not in ("attention", "stacked")
             ),
             'auxiliary = "softmax" needs sequence = "attention" with one head': (
                 self.auxiliary == "softmax" and (self.sequence != "attention" or self.heads > 1)

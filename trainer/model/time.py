@@ -147,10 +147,23 @@ class TimeEncoding(_MarkTables):
                 target_CD = target_CD + table[0]
         return target_CD
 
-    def pooled(self, pooled_CD: Tensor, weight_CK: Tensor, marks: Marks, group_C: Tensor) -> Tensor:
-        """Add sum_k weight[c, k] * encoding[k] to each pooled vector."""
+    def pooled(
+        self, pooled_CD: Tensor, weight_CK: Tensor, marks: Marks, group_C: Tensor, *, many: bool = False
+    ) -> Tensor:
+        """Add sum_k weight[c, k] * encoding[k] to each pooled vector.
+
+        With `many` behaviors a candidate their weights are summed by mark first, [C, marks], and multiplied
+        with the whole table.
+        """
         for name, index in self._indices(marks, group_C):
-            pooled_CD = pooled_CD + weighted_bags(self.tables[name], index, weight_CK)
+            table = self.tables[name]
+            if many and self.form != "joint":
+                by_mark_CM = weight_CK.new_zeros(index.shape[0], table.shape[0]).scatter_add(
+                    1, index, weight_CK
+                )
+                pooled_CD = pooled_CD + by_mark_CM @ table
+            else:
+                pooled_CD = pooled_CD + weighted_bags(table, index, weight_CK)
         return pooled_CD
 
     def behaviors(self, marks: Marks, group_C: Tensor) -> Tensor | float:
@@ -167,7 +180,7 @@ class TimeEncoding(_MarkTables):
                 score_CM = torch.einsum(
                     "cd,cmd->cm",
                     query_CD,
-                    F.embedding(group_C, table.flatten(1)).view(query_CD.shape[0], self.rows[name], -1),
+                    F.embedding(group_C, table.flatten(1)).unflatten(1, (self.rows[name], -1)),
                 )
             else:
                 score_CM = query_CD @ table.T

@@ -7,7 +7,7 @@ Other models are other branches (`trainer.model.branch`) of the same frame.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,8 +90,7 @@ class TwoStageModel(nn.Module):
         for name, branch in self._branches().items():
             found, roles = searched[name], branch.roles
             behavior = rows[roles.representation_behavior]
-            index = found.kept.index
-            place = index if behavior.place_N is None else behavior.place_N[index]
+            place = found.index if behavior.place_N is None else behavior.place_N[found.index]
             target_CD = rows[roles.representation_target].target_CD
             parts += branch.pool(found, target_CD, behavior.value_SD, place)
         logits: Tensor = self.head([*parts, *self._beside(batch)])
@@ -167,7 +166,8 @@ class TwoStageModel(nn.Module):
         }
         late = [name for name in dict.fromkeys(wanted) if name not in vectors]
         if late:
-            chosen_S, place_N = union_of([found.kept for found in searched.values()], n)
+            kept = [found.windows if found.whole else found.kept for found in searched.values()]
+            chosen_S, place_N = union_of(kept, n)
             bags = torch.cat([chosen_S, n + torch.arange(batch.candidates, device=chosen_S.device)])
             selected = select_bags(batch.features, bags)
             for name in late:
@@ -176,7 +176,7 @@ class TwoStageModel(nn.Module):
         return rows
 
 
-def union_of(kept: list[Kept], behaviors: int) -> tuple[Tensor, Tensor]:
+def union_of(kept: Sequence[Kept | Windows], behaviors: int) -> tuple[Tensor, Tensor]:
     """-> the behaviors that anything kept, ascending [S], and each behavior's place among them [N].
 
     Places of behaviors that nobody kept are 0; N is at least 1, so that padding has something to point at.

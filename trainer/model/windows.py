@@ -7,6 +7,7 @@ Shape legend of trainer.model (besides that of `trainer.data.batch`):
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,26 @@ from torch.nn import functional as F
 
 from trainer.data.batch import RequestBatch
 from trainer.model.time import Marks, age_bucket
+
+
+class Slots:
+    """Candidates side by side within their window, so that a window is multiplied once with all of them."""
+
+    def __init__(self, of_candidate: Tensor, windows: int) -> None:
+        self.window = of_candidate
+        counts = torch.bincount(self.window, minlength=windows)
+        first = torch.cumsum(counts, 0) - counts
+        self.slot = torch.arange(self.window.numel(), device=self.window.device) - first[self.window]
+        self.shape = (counts.numel(), max(int(counts.max()) if counts.numel() else 0, 1))
+
+    def spread(self, part_C: Tensor) -> Tensor:
+        """[C, ...] -> [W, most candidates of a window, ...], zero where there is none."""
+        spread = part_C.new_zeros(*self.shape, *part_C.shape[1:])
+        return spread.index_put((self.window, self.slot), part_C)
+
+    def collect(self, part_WS: Tensor) -> Tensor:
+        """The inverse: [W, slots, ...] -> [C, ...]."""
+        return part_WS[self.window, self.slot]
 
 
 @dataclass(frozen=True)
@@ -34,6 +55,11 @@ class Windows:
     marks: Marks
     log_size: Tensor | None
     of_candidate: Tensor
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Its candidates side by side."""
+        return Slots(self.of_candidate, self.index.shape[0])
 
     def of_candidates(self) -> Kept:
         """Every candidate keeps its whole window: [C, X]."""
@@ -82,6 +108,12 @@ class Source:
 
     newest: int = 0
     clusters: bool = False
+
+
+def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_CX: Tensor) -> Tensor:
+    """sum_x weight[c, x] * value[place[window of c, x]] -> [C, D], one batched product for all windows."""
+    value_WXD = F.embedding(place_WX, value_SD)
+    return windows.slots.collect(windows.slots.spread(weight_CX) @ value_WXD)
 
 
 def windows_of(batch: RequestBatch, history_length: int, source: Source = Source()) -> Windows:
