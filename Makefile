@@ -7,6 +7,7 @@ DEVICE ?= cpu
 TORCH_INDEX ?=
 SMOKE ?=
 NPROC ?= 2
+TEST_WORKERS ?= 2
 OUT ?= $(if $(SMOKE),runs/smoke,runs/demo)
 DATA = runs/data/complete_journey
 LOG = $(OUT)/log
@@ -90,7 +91,7 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 	@echo "      $(VENV)/bin/tandemrec plan --config configs/dare.toml --set data.log=$(LOG) --world-size 8 --hbm 80GB"
 
 test: install-dev ## the tests
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 lint: install-dev ## ruff and mypy
 	ruff check $(FORMATTED)

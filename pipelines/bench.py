@@ -60,9 +60,7 @@ def bench_reader(config: Path, overrides: Sequence[str], repeats: int, report: P
     rows = [_row(name, seconds[name], cpu[name], behaviors, candidates) for name in kinds]
     step, step_cpu = _step_seconds(settings)
     rows.append(
-        _row(
-            "training step, one process", [step * candidates], [step_cpu * candidates], behaviors, candidates
-        )
+        _row("training step, one thread", [step * candidates], [step_cpu * candidates], behaviors, candidates)
     )
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     middle_cpu = {name: statistics.median(values) for name, values in cpu.items()}
@@ -115,7 +113,13 @@ def _read(data: DataConfig, **changes: int) -> tuple[int, int]:
 
 
 def _step_seconds(config: Config, steps: int = 30) -> tuple[float, float]:
-    """Seconds and processor seconds a candidate costs in forward, backward and fused update; one process."""
+    """Seconds and processor seconds a candidate costs in forward, backward and fused update, on one thread.
+
+    Several OpenMP threads wait for each other by spinning, which on a machine that others use too measures
+    their load rather than the step.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     manifest = read_manifest(config.data.log)
     model, groups = build_trainable(config, manifest, torch.device("cpu"))
     initialise_unsharded(model, groups, config.train.seed)
@@ -132,6 +136,7 @@ def _step_seconds(config: Config, steps: int = 30) -> tuple[float, float]:
     for batch in measured:
         loss_sum(model(batch).logits, batch.labels, batch.weight).backward()
     seconds, cpu = time.perf_counter() - started, time.process_time() - started_cpu
+    torch.set_num_threads(threads)
     candidates = sum(batch.candidates for batch in measured)
     return seconds / candidates, cpu / candidates
 

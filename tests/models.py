@@ -77,16 +77,19 @@ def drawn_vectors(
     )
 
 
-def drawn_behaviors(rng: torch.Generator, windows: Windows, width: int, attention: int = 5) -> Behaviors:
-    """The representation side of candidates that keep their whole windows."""
+def drawn_behaviors(
+    rng: torch.Generator, windows: Windows, width: int, attention: int = 5, whole: bool = False
+) -> Behaviors:
+    """The representation side of candidates that keep their whole windows, pooled by window with `whole`."""
     kept, candidates = windows.of_candidates(), windows.of_candidate.numel()
     return Behaviors(
         torch.randn(candidates, width, generator=rng),
         torch.randn(BEHAVIORS, width, generator=rng),
-        kept.index,
+        windows.index if whole else kept.index,
         kept,
         windows,
         drawn_vectors(rng, attention, candidates),
+        whole,
     )
 
 

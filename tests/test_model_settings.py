@@ -12,6 +12,8 @@ from embeddings.errors import ConfigError
 from trainer.config import Config, build_groups, load_config
 from trainer.settings import validate_settings
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+
 ROWS = {"item_id": 100, "category_id": 10, "action": 4}
 GROUPED = {"time_group": "category_id"}
 SOFT = {"search": "soft", "auxiliary": "index", "lookup": "full"}
@@ -24,6 +26,10 @@ def made(model: dict[str, Any], **tree: Any) -> Config:
 
 
 BRANCH_REFUSALS = [
+    *(
+        ({"clusters": True, **other}, 'clusters goes with search = "dot" or "all"')
+        for other in ({"search": "recent"}, {"search": "simhash"})
+    ),
     ({"search": "hard"}, 'search = "hard" needs match, the feature to compare'),
     ({"match": "category_id"}, 'match is only used by search = "hard"'),
     ({"time_target": "target"}, 'time_target = "target" needs time_group, a feature of candidates'),
@@ -156,6 +162,8 @@ def test_branches_take_from_the_model_what_they_do_not_set() -> None:
     assert again == model
 
 
+RECENT = {"search": "recent", "k": 7, "clusters": False}
+CLUSTERED = {"data": {"clusters": True}}
 ROLE = {"roles": {"attention_target": "nope"}}
 
 
@@ -177,6 +185,23 @@ ROLE = {"roles": {"attention_target": "nope"}}
             "model.level needs a hard search while reading: set data.search.levels",
         ),
         ({"branches": {"other": {"level": True}}}, {}, "model.level needs a hard search while reading"),
+        ({"clusters": True}, {}, "model.clusters needs data.clusters = true"),
+        ({}, CLUSTERED, "data.clusters leaves branch 'main' no single behaviors: set its clusters too"),
+        (
+            {"clusters": True},
+            {"data": {"clusters": True, "search": {"levels": ["category_id"]}}},
+            "data.clusters and data.search.levels both cut the history; use one",
+        ),
+        (
+            {"clusters": True, "branches": {"recent": RECENT}},
+            {"data": {"clusters": True, "recent": 6}},
+            "branch 'recent' looks at the 7 newest behaviors, .* set data.recent = 7",
+        ),
+        (
+            {"branches": {"recent": RECENT}},
+            {"data": {"search": {"levels": ["category_id"]}}},
+            "branch 'recent' looks at the 7 newest behaviors, .* set data.recent = 7",
+        ),
         (
             {},
             {"groups": {"attention": {}, "representation": {}, "idle": {}}},
@@ -192,8 +217,10 @@ def test_roles_and_groups_that_do_not_fit_are_named(
         made(model, **tree)
 
 
-def test_level_is_accepted_behind_a_hard_search() -> None:
+def test_what_reads_as_the_model_wants_is_accepted() -> None:
     assert made({"level": True}, data={"search": {"levels": ["category_id"]}}).model.level
+    beside = {"clusters": True, "branches": {"recent": RECENT}}
+    assert made(beside, data={"clusters": True, "recent": 7}).data.recent == 7
 
 
 FEW = {"attention": {"features": ["item_id"]}, "representation": {}}
@@ -304,3 +331,18 @@ def test_a_file_lies_over_what_it_extends(tmp_path: Path) -> None:
 def test_files_that_extend_nothing_are_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(written(tmp_path, **files) / "top.toml")
+
+
+def test_sasrec_needs_fitting_heads_and_recent_behaviors() -> None:
+    with pytest.raises(ConfigError, match="model.heads = 5 does not divide the representation's width 32"):
+        build_groups(load_config(CONFIGS / "td_sasrec.toml", ["model.heads=5"]), {"a": 5, "category_id": 3})
+    with pytest.raises(ConfigError, match='set search = "recent"'):
+        load_config(
+            CONFIGS / "td_sasrec.toml",
+            ["model.search=dot", 'data.search.levels=["category_id"]', "model.k=5"],
+        )
+
+
+def test_a_branch_with_its_own_search_inherits_no_match() -> None:
+    config = load_config(CONFIGS / "twin_hard.toml", ["model.branches.recent.search=recent"])
+    assert config.model.match and config.model.branches["recent"].match == ""

@@ -150,16 +150,20 @@ def test_eta_planes_are_those_of_the_seed() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), bits=st.integers(1, 70), width=st.integers(1, 12), k=st.integers(1, 14))
-def test_eta_keeps_the_greatest_products_of_signs(seed: int, bits: int, width: int, k: int) -> None:
-    """Fewest differing bits = greatest inner product of the codes as +1 and -1; ties go to the newest."""
+def test_eta_keeps_what_differs_in_the_fewest_bits(seed: int, bits: int, width: int, k: int) -> None:
+    """By packed codes as a server holds them: the greatest products of the codes as +1 and -1, ties to the
+    newest."""
     rng = drawing(seed)
     windows, raw = drawn_windows(rng, 3, width, 5), drawn_vectors(rng, 6, 5)
     search = HammingSearch(k, 6, bits, seed)
-    signs = [(vectors @ search.planes > 0) * 2 - 1 for vectors in (raw.query_CD, raw.key_ND)]
-    product = torch.einsum("cb,cxb->cx", signs[0], signs[1][windows.index][windows.of_candidate])
+    code_C, code_N = (sign_bits(vectors, search.planes) for vectors in (raw.query_CD, raw.key_ND))
+    code_CX = code_N[windows.index][windows.of_candidate]
+    distance = hamming(pack_bits(code_C)[:, None], pack_bits(code_N)[windows.index][windows.of_candidate])
+    product = torch.einsum("cb,cxb->cx", code_C * 2 - 1, code_CX * 2 - 1)
+    assert torch.equal(product, bits - 2 * distance)
     # vectors that the scorer encoded are not what is hashed
     encoded = Attended(-raw.query_CD, raw.key_ND, raw.group_C)
-    columns_by(search(Query(PLAIN, encoded, raw, windows)), windows, -product, k)
+    columns_by(search(Query(PLAIN, encoded, raw, windows)), windows, distance, k)
 
 
 def test_sim_soft_search_keeps_the_greatest_products_of_its_own_maps() -> None:

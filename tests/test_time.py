@@ -38,7 +38,8 @@ def test_encodings_of_all_uses_come_from_the_same_rows(form: Form) -> None:
     assert torch.allclose(encoding.behaviors(marks, group), plain, atol=1e-5)
     assert torch.allclose(encoding.target(vector, group), vector + of_target, atol=1e-5)
     pooled = vector + torch.einsum("ck,ckd->cd", weight, plain)
-    assert torch.allclose(encoding.pooled(vector, weight, marks, group), pooled, atol=1e-5)
+    for many in (False, True):
+        assert torch.allclose(encoding.pooled(vector, weight, marks, group, many=many), pooled, atol=1e-5)
     assert torch.allclose(
         encoding.scores(vector, marks, group), (plain @ vector[:, :, None])[..., 0], atol=1e-5
     )

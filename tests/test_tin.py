@@ -57,7 +57,7 @@ def u_of(tin: tuple[TwoStageModel, RequestBatch], change: Change = lambda window
     searched = replace(found, windows=windows, kept=windows.of_candidates())
     shared = model._lookup("shared", batch.features)
     n = batch.behaviors
-    return branch.pool(searched, shared[n:], shared[:n], searched.kept.index)[2]
+    return branch.pool(searched, shared[n:], shared[:n], searched.index)[2]
 
 
 def shuffled(windows: Windows, marks: bool, index: bool) -> Windows:
@@ -77,15 +77,17 @@ def shuffled(windows: Windows, marks: bool, index: bool) -> Windows:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_p1_product_inside_the_sum_equals_the_factorised_form(form: str) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_p1_product_inside_the_sum_equals_the_factorised_form(form: str, whole: bool) -> None:
     """sum_k w_k (e_k * v_t) = (sum_k w_k e_k) * v_t, with encodings in both, of every form."""
     rng = drawing(1)
     time = TimeEncoding(MARK_ROWS, WIDTH, form, GROUPS)  # type: ignore[arg-type]
     sequence = TargetAttention(WIDTH, time)
     draw(sequence, rng)
-    behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH)
+    behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH, whole=whole)
     weight = torch.rand(6, 1, 7, generator=rng) * behaviors.kept.mask[:, None]
-    encoded = behaviors.value_SD[behaviors.place] + time.behaviors(behaviors.kept.marks, behaviors.group_C)
+    encodings = time.behaviors(behaviors.kept.marks, behaviors.group_C)
+    encoded = behaviors.value_SD[behaviors.kept.index] + encodings
     target = time.target(behaviors.target_CD, behaviors.group_C)
     inside = torch.einsum("ck,ckd->cd", weight[:, 0], encoded * target[:, None])
     parts = sequence(behaviors, weight)
@@ -135,7 +137,7 @@ def test_p2_order_of_behaviors_matters_through_their_marks_alone(
 
 @pytest.mark.parametrize("extra", [1, 5, 300])
 def test_p3_masked_entries_change_nothing(tin: tuple[TwoStageModel, RequestBatch], extra: int) -> None:
-    """To 1e-6, not bit for bit: the softmax of a longer row adds its terms in another order."""
+    """To 1e-6, not bit for bit: sums over a longer row add their terms in another order."""
 
     def longer(windows: Windows) -> Windows:
         def padded(part: Tensor) -> Tensor:
@@ -239,11 +241,12 @@ def test_stacked_order_law(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_stacked_first_layer_is_tin(form: str) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_stacked_first_layer_is_tin(form: str, whole: bool) -> None:
     rng = drawing(4)
     time = TimeEncoding(MARK_ROWS, WIDTH, form, GROUPS)  # type: ignore[arg-type]
     draw(time, rng)
-    behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH)
+    behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH, whole=whole)
     weight = torch.rand(6, 1, 7, generator=rng) * behaviors.kept.mask[:, None]
     target, _, u = TargetAttention(WIDTH, time)(behaviors, weight)
     stacked = StackedTin(WIDTH, time, 1)(behaviors, weight)

@@ -115,14 +115,15 @@ def test_t5_cross_bias_is_a_dense_map_with_nothing_off_its_blocks() -> None:
     assert cross.beta.unique().numel() == 3
 
 
-def test_value_maps_after_pooling_equal_value_maps_before() -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_value_maps_after_pooling_equal_value_maps_before(whole: bool) -> None:
     """sum_k w_k (W_h e_k) = W_h sum_k w_k e_k for every head, then one map unites the heads."""
     rng, heads = drawing(2), 3
     sequence = TargetAttention(WIDTH, TimeEncoding(MARK_ROWS, WIDTH), heads=heads)
     draw(sequence, rng)
-    behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH)
+    behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH, whole=whole)
     weight = torch.rand(6, heads, 7, generator=rng) * behaviors.kept.mask[:, None]
-    encoded = behaviors.value_SD[behaviors.place] + sequence.time.behaviors(
+    encoded = behaviors.value_SD[behaviors.kept.index] + sequence.time.behaviors(
         behaviors.kept.marks, behaviors.group_C
     )
     projected = sequence.per_head(encoded).unflatten(2, (heads, WIDTH))

@@ -207,6 +207,11 @@ class Config(Settings):
                 f"data.clusters leaves branch {branch!r} no single behaviors: set its clusters too"
             )
         cut = bool(data.search.levels) or data.clusters
+        if cut and settings.sequence == "sasrec" and settings.search != "recent":
+            raise ValueError(
+                f'branch {branch!r}: sequence = "sasrec" must not see which behaviors a search retrieved for a '
+                'candidate; set search = "recent"'
+            )
         if cut and settings.search == "recent" and data.recent < settings.k:
             raise ValueError(
                 f"branch {branch!r} looks at the {settings.k} newest behaviors, of which data.search or "
@@ -289,6 +294,9 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
                 f"model.roles: {stage}_target ({target}) and {stage}_behavior ({behavior}) need tables of "
                 f"equal widths in equal order, not {groups[target].widths()} and {groups[behavior].widths()}"
             )
+    width = groups[roles.representation_behavior].width
+    if branch.sequence == "sasrec" and width % branch.heads:
+        raise ConfigError(f"model.heads = {branch.heads} does not divide the representation's width {width}")
     attention = groups[roles.attention_behavior].features
     for feature in branch.attend or ():
         if feature not in attention:

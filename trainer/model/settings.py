@@ -165,7 +165,9 @@ class ModelConfig(BranchConfig):
         branches = {}
         for name, branch in given["branches"].items():
             roles = {**_tree(own.get("roles")), **_tree(_tree(branch).get("roles"))}
-            whole = {**own, **_tree(branch), **({"roles": roles} if roles else {})}
+            # A branch with a search of its own does not want what another search matched.
+            mine = {k: v for k, v in own.items() if k != "match" or "search" not in _tree(branch)}
+            whole = {**mine, **_tree(branch), **({"roles": roles} if roles else {})}
             branches[name] = whole if isinstance(branch, dict) else branch
         return {**given, "branches": branches}
 
