@@ -209,8 +209,8 @@ class Config(Settings):
         cut = bool(data.search.levels) or data.clusters
         if cut and settings.sequence == "sasrec" and settings.search != "recent":
             raise ValueError(
-                f'branch {branch!r}: sequence = "sasrec" must not see which behaviors a search retrieved for a '
-                'candidate; set search = "recent"'
+                f'branch {branch!r}: sequence = "sasrec" must not see which behaviors a search retrieved for '
+                'a candidate; set search = "recent"'
             )
         if cut and settings.search == "recent" and data.recent < settings.k:
             raise ValueError(
