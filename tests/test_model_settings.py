@@ -334,7 +334,7 @@ def test_files_that_extend_nothing_are_refused(tmp_path: Path, files: dict[str, 
 
 
 def test_sasrec_needs_fitting_heads_and_recent_behaviors() -> None:
-    with pytest.raises(ConfigError, match="heads = 5 does not divide the representation.s width 32"):
+    with pytest.raises(ConfigError, match="heads = 5 does not divide the representation"):
         build_groups(load_config(CONFIGS / "td_sasrec.toml", ["model.heads=5"]), {"a": 5, "category_id": 3})
     with pytest.raises(ConfigError, match='set search = "recent"'):
         load_config(
