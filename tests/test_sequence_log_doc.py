@@ -10,7 +10,7 @@ from trainer.data.rows import Columns
 from trainer.data.schema import arrow_schema
 
 DOC = (Path(__file__).parent.parent / "docs" / "sequence_log.md").read_text(encoding="utf-8")
-SCHEMA = arrow_schema(RICH, ["click"], context=CONTEXT, numeric=["price"], weighted=True)
+SCHEMA = arrow_schema(RICH, ["click"], context=CONTEXT, numeric=["price"], weighted=True, clustered=True)
 PATTERNS = {
     "feature": "|".join([*RICH, *CONTEXT]),
     "name": "price",
@@ -34,7 +34,7 @@ def test_every_column_is_documented_and_nothing_else() -> None:
 
 
 def test_the_reader_reads_what_the_schema_declares() -> None:
-    columns = Columns(RICH, ["click"], CONTEXT, ["price"], True)
+    columns = Columns(RICH, ["click"], CONTEXT, ["price"], True, chunk=5)
     planned = {"num_behaviors", "num_requests", "num_candidates"}
     assert set(columns.names()) == set(SCHEMA.names) - planned
 
