@@ -153,3 +153,20 @@ def test_padding_has_no_weight_and_nothing_is_kept_twice(preset: str, log: Path)
     total.backward()
     unused = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith("collections.")]
     assert not unused
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_model_built_without_memory_takes_over_all_weights(preset: str, log: Path) -> None:
+    """What loading a snapshot does: nothing of the score may live outside of the state dict."""
+    config = small_config(preset, log)
+    model, rows = model_of(config, log)
+    groups = resolve_groups(config, read_manifest(log))
+    numbers = count_numbers(config, read_manifest(log).numeric)
+    other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 999})})
+    with torch.device("meta"):
+        loaded = build_model(other, groups, dict(model.collections.items()), 1, numbers)
+    dense = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("collections.")}
+    loaded.load_state_dict({**model.state_dict(), **dense}, assign=True)
+    batch = next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(batch).logits, model(batch).logits)

@@ -20,6 +20,7 @@ from trainer.model.score import (
     FeatureProjection,
     MlpScorer,
     Scorer,
+    twin_projections,
 )
 from trainer.model.search import (
     AllSearch,
@@ -77,8 +78,7 @@ class Branch(nn.Module):
         super().__init__()
         self.settings, self.roles = settings, settings.roles
         made = _Parts(settings, around)
-        self.columns: Tensor | None
-        self.register_buffer("columns", made.columns, persistent=False)
+        self.columns = made.columns
         self.sequence: SequenceModel = made.sequence()
         alone = self.sequence.on_windows
         self.scorer: Scorer | None = None if alone else made.scorer()
@@ -138,7 +138,7 @@ class Branch(nn.Module):
             query_CD = torch.zeros(batch.candidates, 0, device=device)
             key_ND = torch.zeros(max(n, 1), 0, device=device)
         if self.columns is not None:
-            query_CD, key_ND = query_CD[:, self.columns], key_ND[:, self.columns]
+            query_CD, key_ND = _select(query_CD, self.columns), _select(key_ND, self.columns)
         group_C = torch.zeros_like(batch.candidate_request)
         if self.settings.time_group:
             _, group_C = first_ids(batch, self.settings.time_group)
@@ -207,8 +207,7 @@ class _Parts:
         if self.settings.projection == "feature":
             return FeatureProjection(widths), FeatureProjection(widths)
         if self.settings.projection == "heads":
-            out = self.settings.heads * self.settings.head_dim
-            return nn.Linear(sum(widths), out, bias=False), nn.Linear(sum(widths), out, bias=False)
+            return twin_projections(sum(widths), self.settings.heads * self.settings.head_dim)
         return None, None
 
     def search(self) -> Search:
@@ -270,14 +269,18 @@ def at_least_one_row(vector_ND: Tensor) -> Tensor:
     return vector_ND if vector_ND.shape[0] else F.pad(vector_ND, (0, 0, 0, 1))
 
 
-def _chosen(group: TableGroup, attend: tuple[str, ...] | None) -> tuple[tuple[int, ...], Tensor | None]:
+def _chosen(group: TableGroup, attend: tuple[str, ...] | None) -> tuple[tuple[int, ...], list[slice] | None]:
     """Widths and columns of the attended features in a group's vector; None = all columns."""
     if attend is None:
         return group.widths(), None
     begin, columns = 0, {}
     for table in group.tables:
-        columns[table.feature] = range(begin, begin + table.dim)
+        columns[table.feature] = slice(begin, begin + table.dim)
         begin += table.dim
     chosen = [columns[feature] for feature in attend]
-    flat = [column for part in chosen for column in part]
-    return tuple(len(part) for part in chosen), torch.tensor(flat, dtype=torch.int64)
+    return tuple(part.stop - part.start for part in chosen), chosen
+
+
+def _select(vector_ND: Tensor, columns: list[slice]) -> Tensor:
+    """The named columns, in their order."""
+    return torch.cat([vector_ND[:, part] for part in columns], dim=1) if columns else vector_ND[:, :0]

@@ -186,6 +186,19 @@ class MlpScorer(Scorer):
         return score
 
 
+def twin_projections(width: int, out: int) -> tuple[nn.Linear, nn.Linear]:
+    """Bias-free maps of query and key, [width] -> [out]: one orthogonal map at first, two once trained.
+
+    From two independent draws the first scores would be noise; from one they are the vectors' own inner
+    product, as far as `out` has room for it.
+    """
+    query, key = nn.Linear(width, out, bias=False), nn.Linear(width, out, bias=False)
+    nn.init.orthogonal_(query.weight)
+    with torch.no_grad():
+        key.weight.copy_(query.weight)
+    return query, key
+
+
 class FeatureProjection(nn.Module):
     """One bias-free linear map of its own for each feature's part of the vector (DARE's `TWIN w/ proj.`)."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.score import Attended, DotScorer, Scorer
+from trainer.model.score import Attended, DotScorer, Scorer, twin_projections
 from trainer.model.windows import Kept, Windows
 
 
@@ -119,9 +119,7 @@ class SoftSearch(Search):
 
     def __init__(self, k: int, width: int, dim: int) -> None:
         super().__init__(k)
-        self.index = DotScorer(
-            nn.Linear(width, dim, bias=False), nn.Linear(width, dim, bias=False), 1, None, None
-        )
+        self.index = DotScorer(*twin_projections(width, dim), 1, None, None)
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         score_CHX = self.index.over_windows(self.index.encode(query.raw), query.windows)

@@ -87,6 +87,10 @@ class TargetAttention(SequenceModel):
         if heads > 1:
             self.per_head = nn.Linear(width, width * heads, bias=False)
             self.unite = nn.Linear(width * heads, width, bias=False)
+            # Starts as the mean of plain attention heads.
+            with torch.no_grad():
+                self.per_head.weight.copy_(torch.eye(width).repeat(heads, 1))
+                self.unite.weight.copy_(torch.eye(width).repeat(1, heads) / heads)
 
     @property
     def output_width(self) -> int:
