@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -169,7 +170,9 @@ def _record(job: Job, out: Path, seconds: float, threads: int, extra: str) -> Re
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """`mean ± deviation`; the mean alone of a single value."""
+    """`mean ± deviation`; the mean alone of a single value, a dash where there was nothing to measure."""
+    if any(math.isnan(value) for value in values):
+        return "-"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
