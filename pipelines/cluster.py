@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from embeddings.jagged import one_id_bags, vectors_in_order
 from pipelines.console import quiet_third_parties
 from trainer.data.clusters import Clustered, ClusterInfo, cluster_history
 from trainer.data.log_writer import staged, write_manifest, write_split
+from trainer.data.row_group import read_footer, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.data.schema import CLUSTER_COLUMNS, LogManifest, SplitInfo, read_manifest, schema_of
 from trainer.snapshot import Snapshot, load_snapshot
@@ -71,7 +71,7 @@ def _layout(log: Path, files: SplitInfo) -> tuple[int, int]:
     if not files.files:
         return 1, 1
     first = files.files[0]
-    rows = pq.ParquetFile(log / first.path).metadata.row_group(0).num_rows
+    rows = read_footer(log / first.path).row_group(0).num_rows
     return rows, max(rows, first.rows // rows * rows)
 
 
@@ -81,14 +81,12 @@ def _clustered_rows(
     tables = {t.feature: t.rows for tables in loaded.manifest.groups.values() for t in tables}
     columns = Columns.of(manifest, {n: tables.get(n, f.rows) for n, f in manifest.features.items()})
     for entry in files.files:
-        with pq.ParquetFile(log / entry.path, page_checksum_verification=True) as parquet:
-            groups = parquet.metadata.num_row_groups
-        for group in range(groups):
-            rows = read_rows(log / entry.path, group, columns)
+        footer = read_footer(log / entry.path)
+        for group in range(footer.num_row_groups):
+            rows = read_rows(log / entry.path, group, columns, footer)
             found = _of_rows(rows, loaded, info)
             sizes.append(int((found.size > 0).sum()))
-            with pq.ParquetFile(log / entry.path, page_checksum_verification=True) as parquet:
-                table = parquet.read_row_group(group)
+            table = read_group(log / entry.path, group, footer.schema.to_arrow_schema().names, footer).table
             offsets = pa.array(rows.history_offsets.astype(np.int32))
             for name, values in zip(CLUSTER_COLUMNS, (found.size, found.time), strict=True):
                 table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(values)))

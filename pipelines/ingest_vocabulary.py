@@ -15,7 +15,7 @@ from embeddings.errors import DataError
 from pipelines.ingest_engine import Engine
 from pipelines.ingest_tables import counted, numbered
 from trainer.data.ingest_config import IngestConfig
-from trainer.data.rows import PARQUET_ERRORS
+from trainer.data.row_group import PARQUET_ERRORS
 from trainer.data.schema import MANIFEST, FeatureInfo, LogManifest, read_manifest
 
 _BATCH = 1 << 16

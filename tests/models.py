@@ -129,8 +129,7 @@ def batch_of(config: Config) -> RequestBatch:
 
 
 def stage_one(model: TwoStageModel, batch: RequestBatch) -> dict[str, Searched]:
-    vectors = {name: model._lookup(name, batch.features) for name in model._first_lookups()}
-    return model._search(batch, vectors)
+    return model._stage_one(batch)[0]
 
 
 def watch(model: TwoStageModel) -> dict[str, tuple[Behaviors, Tensor, list[Tensor]]]:

@@ -97,9 +97,7 @@ def test_two_ranks_equal_one_for_every_preset(log: Path, tmp_path: Path) -> None
         if small_config(preset, log).model.norm == "batch":  # takes its statistics rank by rank
             continue
         assert np.allclose(one[preset]["losses"], two[preset]["losses"], atol=1e-4), preset
-        # The ranks add gradients up in another order, and first steps of Adam and Adagrad take a gradient's
-        # sign, however small it is: weights that hardly matter may move apart.
-        assert np.allclose(one[preset]["scores"], two[preset]["scores"], atol=1e-2), preset
+        assert np.allclose(one[preset]["scores"], two[preset]["scores"], atol=2e-3), preset
         assert np.std(one[preset]["scores"]) > 1e-3, preset
 
 

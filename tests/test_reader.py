@@ -207,10 +207,8 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
         SequenceLogReader(config(log), "test", FEATURES)
 
 
-def test_row_group_sharding_decodes_each_row_group_on_one_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = write_log(tmp_path / "log", {"train": random_rows(12, Shape(users=24))}, layout=(2, 8))
+def watch_decoding(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The (file, row group) of everything that is decoded from now on."""
     decoded: list[tuple[str, int]] = []
 
     def spy(file: Path, row_group: int, *more: Any) -> UserRows:
@@ -218,6 +216,14 @@ def test_row_group_sharding_decodes_each_row_group_on_one_rank(
         return read_rows(file, row_group, *more)
 
     monkeypatch.setattr(module, "read_rows", spy)
+    return decoded
+
+
+def test_row_group_sharding_decodes_each_row_group_on_one_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = write_log(tmp_path / "log", {"train": random_rows(12, Shape(users=24))}, layout=(2, 8))
+    decoded = watch_decoding(monkeypatch)
     counts = []
     for rank in range(3):
         steps = list(reader(log, rank, 3, sharding="row_groups", batch_candidates=60).steps())
@@ -231,13 +237,7 @@ def test_windows_before_the_cursor_are_planned_but_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     log = write_log(tmp_path / "log", {"train": random_rows(12, Shape(users=24))}, layout=(2, 8))
-    decoded: list[tuple[str, int]] = []
-
-    def spy(file: Path, row_group: int, *more: Any) -> UserRows:
-        decoded.append((file.name, row_group))
-        return read_rows(file, row_group, *more)
-
-    monkeypatch.setattr(module, "read_rows", spy)
+    decoded = watch_decoding(monkeypatch)
     steps = list(reader(log, workers=workers).steps())
     assert len(decoded) == len(set(decoded)) == 12
     decoded.clear()

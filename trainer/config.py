@@ -212,10 +212,10 @@ class Config(Settings):
                 f'branch {branch!r}: sequence = "sasrec" must not see which behaviors a search retrieved for '
                 'a candidate; set search = "recent"'
             )
-        if cut and settings.search == "recent" and data.recent < settings.k:
+        if cut and data.recent < settings.newest:
             raise ValueError(
-                f"branch {branch!r} looks at the {settings.k} newest behaviors, of which data.search or "
-                f"data.clusters may leave out some: set data.recent = {settings.k}"
+                f"branch {branch!r} looks at the {settings.newest} newest behaviors, of which data.search or "
+                f"data.clusters may leave out some: set data.recent = {settings.newest}"
             )
         if data.clusters and data.search.levels:
             raise ValueError("data.clusters and data.search.levels both cut the history; use one")

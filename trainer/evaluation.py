@@ -60,13 +60,8 @@ class Scored:
         for low, high in zip(edges, [*edges[1:], None], strict=True):
             inside = (self.history >= low) & (self.history < high if high is not None else True)
             if inside.any():
-                name = (
-                    f"{low:,} or more"
-                    if high is None
-                    else f"{low:,} to {high - 1:,}"
-                    if high > low + 1
-                    else f"{low}"
-                )
+                last = "or more" if high is None else f"to {high - 1:,}"
+                name = f"{low:,}" if high == low + 1 else f"{low:,} {last}"
                 slices[name] = self.part(inside).metrics()
         return slices
 

@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,17 +27,17 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.errors import DataError, SnapshotError
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.plain import PlainBagCollection
 from trainer.assemble import build_model, count_numbers
 from trainer.config import Config
-from trainer.data.batch import Clusters, RequestBatch, Retrieval
+from trainer.data.batch import RequestBatch
 from trainer.data.schema import FeatureInfo
 from trainer.durable import file_digest, sync, write_text
 from trainer.model.two_stage import Prediction, TwoStageModel
+from trainer.recorded import pack, unpack
 from trainer.settings import Settings
 
 _VERSION_NAME = re.compile(r"v\d{8}$")
@@ -256,7 +256,7 @@ def load_snapshot(path: Path) -> Snapshot:
         reason = str(error).strip().splitlines()[0]
         raise SnapshotError(path / "dense.safetensors", f"does not fit the config: {reason}") from None
     keys = (manifest.recorded_features, manifest.recorded_context)
-    recorded = _unpack(path, _tensors(path, "recorded.safetensors", names), keys)
+    recorded = unpack(path, _tensors(path, "recorded.safetensors", names), keys)
     problem = recorded[0].problem(manifest.features, manifest.config.data.history_length)
     if problem:
         raise SnapshotError(path / "recorded.safetensors", problem)
@@ -297,66 +297,7 @@ def _write_tensors(
     dense = {k: v.contiguous() for k, v in weights.items() if not k.startswith("collections.")}
     save_file(dense, part / "dense.safetensors")
     batch, scores = recorded
-    save_file({**_pack(batch), "scores": scores.contiguous()}, part / "recorded.safetensors")
-
-
-_BATCH_TENSORS = (
-    "behavior_time",
-    "request_time",
-    "window_start",
-    "window_end",
-    "seen",
-    "user_id",
-    "request_id",
-    "candidate_request",
-    "labels",
-    "weight",
-    "numeric",
-)
-_NESTED = {"retrieval": ("index", "level", "rank"), "clusters": ("size", "time", "until", "end")}
-
-
-def _pack(batch: RequestBatch) -> dict[str, Tensor]:
-    tensors = {name: getattr(batch, name) for name in _BATCH_TENSORS}
-    for part, kjt in (("features", batch.features), ("context", batch.context)):
-        if kjt is not None:
-            tensors |= {f"{part}.ids": kjt.values(), f"{part}.counts": kjt.lengths()}
-    for part, names in _NESTED.items():
-        whole = getattr(batch, part)
-        if whole is not None:
-            tensors |= {f"{part}.{name}": getattr(whole, name) for name in names}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _unpack(
-    path: Path, tensors: Mapping[str, Tensor], keys: tuple[Sequence[str], Sequence[str]]
-) -> tuple[RequestBatch, Tensor]:
-    """`keys` are of the features and of the context."""
-    try:
-        fields: dict[str, Any] = {name: tensors[name] for name in _BATCH_TENSORS}
-        requests, candidates = fields["request_time"].numel(), fields["candidate_request"].numel()
-        features = _bags(tensors, "features", keys[0], fields["behavior_time"].numel() + candidates)
-        context = _bags(tensors, "context", keys[1], requests) if keys[1] else None
-        found = {
-            part: [tensors[f"{part}.{name}"] for name in names if f"{part}.{name}" in tensors]
-            for part, names in _NESTED.items()
-        }
-        batch = RequestBatch(
-            features=features,
-            context=context,
-            retrieval=Retrieval(*found["retrieval"]) if found["retrieval"] else None,
-            clusters=Clusters(*found["clusters"]) if found["clusters"] else None,
-            **fields,
-            step_candidates=candidates,
-        )
-        return batch, tensors["scores"]
-    except (KeyError, RuntimeError, AssertionError, TypeError) as error:
-        raise SnapshotError(path / "recorded.safetensors", f"holds no usable requests: {error}") from None
-
-
-def _bags(tensors: Mapping[str, Tensor], part: str, keys: Sequence[str], stride: int) -> KeyedJaggedTensor:
-    values, lengths = tensors[f"{part}.ids"], tensors[f"{part}.counts"]
-    return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, stride=stride)
+    save_file({**pack(batch), "scores": scores.contiguous()}, part / "recorded.safetensors")
 
 
 def _read_manifest(path: Path) -> SnapshotManifest:

@@ -111,6 +111,12 @@ def put_section(path: Path, title: str, lines: Sequence[str]) -> None:
     path.write_text("\n## ".join([head.rstrip() + "\n", *(each + "\n" for each in kept.values())]), "utf-8")
 
 
+def shown_words(words: Sequence[str]) -> list[str]:
+    """A command's words without the place of the table, which is the reader's own."""
+    place = words.index("--readme") if "--readme" in words else len(words)
+    return [*words[:place], *words[place + 2 :]]
+
+
 def main() -> None:
     options = parser()
     options.add_argument("--kind", default="relevance")
@@ -139,7 +145,7 @@ def main() -> None:
     records = run_all(jobs, given.out, given.jobs, given.threads, command, extra=KEPT)
     title = given.title or given.kind
     lines = section(title, given.kind, records, manifest.report["oracle"])
-    shown = f"    python -m benchmarks.planted.run {shlex.join(sys.argv[1:])}"
+    shown = f"    python -m benchmarks.planted.run {shlex.join(shown_words(sys.argv[1:]))}"
     lines += [environment_line(records, given.jobs), "", shown]
     print("\n".join(lines))
     put_section(given.readme, title, lines)

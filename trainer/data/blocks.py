@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.rows import Ints, PlanRows, UserRows
+from trainer.data.row_group import Ints
+from trainer.data.rows import PlanRows, UserRows
 
 
 @dataclass(frozen=True)

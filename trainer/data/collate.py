@@ -19,7 +19,8 @@ from trainer.config import DataConfig
 from trainer.data.batch import Clusters, RequestBatch, Retrieval
 from trainer.data.blocks import Block
 from trainer.data.hard_search import hierarchical_search
-from trainer.data.rows import Chosen, Columns, FeatureIds, Floats, Ids, Ints, UserRows
+from trainer.data.row_group import Chosen, FeatureIds, Floats, Ids, Ints
+from trainer.data.rows import Columns, UserRows
 
 _DAY = 86_400.0
 
@@ -53,73 +54,133 @@ class _Found(_Cut):
     counts: Floats
 
 
+@dataclass(frozen=True)
+class _Laid:
+    """Blocks side by side, nothing cut yet.
+
+    Attributes:
+        rows: each block's row group; first: its first request there; sizes: [blocks], requests of each.
+        requests: [7, R] of `WindowedRows`; spans, candidates: stretches of behaviors and candidates.
+    """
+
+    rows: list[UserRows]
+    first: list[int]
+    sizes: Ints
+    requests: Ints
+    spans: list[slice]
+    candidates: list[slice]
+
+    @property
+    def of_requests(self) -> list[slice]:
+        return [slice(a, a + n) for a, n in zip(self.first, self.sizes.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class _Histories:
+    """What is delivered of the blocks' histories.
+
+    Attributes:
+        chosen: behaviors of each block; base: [blocks], where they begin in the batch; total: N.
+        start, end: [R], windows in the batch.
+        found, clusters: of a hard search, or where clusters are read.
+    """
+
+    chosen: Sequence[Chosen]
+    base: Ints
+    total: int
+    start: Ints
+    end: Ints
+    found: Sequence[_Found] = ()
+    clusters: Clusters | None = None
+
+
 def collate(
     blocks: Sequence[Block], config: DataConfig, columns: Columns, step_candidates: int
 ) -> RequestBatch:
     """At least one block as a batch; `step_candidates` counts the candidates of all ranks."""
+    laid = _lay(blocks)
+    rows, candidates = laid.rows, laid.candidates
+    user, name, time, start, end, first_candidate, last_candidate = laid.requests
+    counts = last_candidate - first_candidate
+    total = int(counts.sum())
+    past = _histories(laid, config, columns)
+    sides = [
+        _Side([r.history for r in rows], past.chosen, past.total),
+        _Side([r.candidates for r in rows], candidates, total),
+    ]
+    return RequestBatch(
+        features=_jagged(list(columns.features), sides),
+        behavior_time=_tensor([r.history_time[at] for r, at in zip(rows, past.chosen, strict=True)]),
+        request_time=torch.from_numpy(time),
+        window_start=torch.from_numpy(past.start),
+        window_end=torch.from_numpy(past.end),
+        seen=torch.from_numpy(end - start),
+        user_id=torch.from_numpy(user),
+        request_id=torch.from_numpy(name),
+        candidate_request=torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
+        labels=_tensor([r.labels[at] for r, at in zip(rows, candidates, strict=True)]),
+        weight=_weights(laid, columns, total),
+        numeric=_numeric(rows, candidates, past.found, columns, total),
+        context=_context(rows, laid.of_requests, columns, counts.size),
+        retrieval=_retrieval(past.found, past.base) if past.found else None,
+        step_candidates=step_candidates,
+        clusters=past.clusters,
+    )
+
+
+def _weights(laid: _Laid, columns: Columns, total: int) -> torch.Tensor:
+    if not columns.weighted:
+        return torch.from_numpy(np.ones(total, dtype=np.float32))
+    return _tensor([r.weight[at] for r, at in zip(laid.rows, laid.candidates, strict=True)])
+
+
+def _lay(blocks: Sequence[Block]) -> _Laid:
     parts = [block.rows() for block in blocks]
-    rows = [part.rows for part in parts]
     of_requests = [slice(block.first, block.last) for block in blocks]
     requests = np.concatenate(
         [part.requests[:, at] for part, at in zip(parts, of_requests, strict=True)], axis=1
     )
-    user, name, time, start, end, first_candidate, last_candidate = requests
+    _, _, _, start, end, first_candidate, last_candidate = requests
     sizes = np.array([block.last - block.first for block in blocks])
     after = np.cumsum(sizes)
     before = after - sizes
     low, high = np.minimum.reduceat(start, before), np.maximum.reduceat(end, before)
-    spans = list(map(slice, low.tolist(), high.tolist()))
-    candidates = list(map(slice, first_candidate[before].tolist(), last_candidate[after - 1].tolist()))
-    counts, seen = last_candidate - first_candidate, end - start
-    history: Sequence[Chosen] = spans
-    lengths = high - low
+    return _Laid(
+        [part.rows for part in parts],
+        [block.first for block in blocks],
+        sizes,
+        requests,
+        list(map(slice, low.tolist(), high.tolist())),
+        list(map(slice, first_candidate[before].tolist(), last_candidate[after - 1].tolist())),
+    )
+
+
+def _histories(laid: _Laid, config: DataConfig, columns: Columns) -> _Histories:
+    """Whole stretches, or what a hard search or clusters leave of them."""
+    if not config.search.levels and not columns.chunk:
+        lengths = np.array([span.stop - span.start for span in laid.spans])
+        base = np.cumsum(lengths) - lengths
+        shift = np.repeat(base - np.array([span.start for span in laid.spans]), laid.sizes)
+        start, end = laid.requests[3] + shift, laid.requests[4] + shift
+        return _Histories(laid.spans, base, int(lengths.sum()), start, end)
+    of_block = np.split(laid.requests, np.cumsum(laid.sizes)[:-1], axis=1)
     found: list[_Found] = []
     clusters = None
-    if config.search.levels or columns.chunk:
-        of_block = np.split(requests, after[:-1], axis=1)
-        if columns.chunk:
-            firsts = [block.first for block in blocks]
-            until = [_until(r, first, columns.chunk) for r, first in zip(rows, firsts, strict=True)]
-            cuts = [
-                _summarise(*block, config.recent) for block in zip(rows, spans, of_block, until, strict=True)
-            ]
-            clusters = _clusters(rows, cuts, until, end)
-        else:
-            found = [_search(*block, config) for block in zip(rows, spans, candidates, of_block, strict=True)]
-            cuts = list(found)
-        history = [part.kept for part in cuts]
-        lengths, low = np.array([part.kept.size for part in cuts]), np.zeros_like(low)
-        start = np.concatenate([part.start for part in cuts])
-        end = np.concatenate([part.end for part in cuts])
+    if columns.chunk:
+        until = [_until(r, first, columns.chunk) for r, first in zip(laid.rows, laid.first, strict=True)]
+        each = zip(laid.rows, laid.spans, of_block, until, strict=True)
+        cuts = [_summarise(*block, config.recent) for block in each]
+        clusters = _clusters(laid.rows, cuts, until, laid.requests[4])
+    else:
+        each_searched = zip(laid.rows, laid.spans, laid.candidates, of_block, strict=True)
+        found = [_search(*block, config) for block in each_searched]
+        cuts = list(found)
+    lengths = np.array([cut.kept.size for cut in cuts])
     base = np.cumsum(lengths) - lengths
-    shift = np.repeat(base - low, sizes)
-    total = int(counts.sum())
-    return RequestBatch(
-        features=_jagged(
-            list(columns.features),
-            [
-                _Side([r.history for r in rows], history, int(lengths.sum())),
-                _Side([r.candidates for r in rows], candidates, total),
-            ],
-        ),
-        behavior_time=_tensor([r.history_time[chosen] for r, chosen in zip(rows, history, strict=True)]),
-        request_time=torch.from_numpy(time),
-        window_start=torch.from_numpy(start + shift),
-        window_end=torch.from_numpy(end + shift),
-        seen=torch.from_numpy(seen),
-        user_id=torch.from_numpy(user),
-        request_id=torch.from_numpy(name),
-        candidate_request=torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
-        labels=_tensor([r.labels[chosen] for r, chosen in zip(rows, candidates, strict=True)]),
-        weight=_tensor([r.weight[chosen] for r, chosen in zip(rows, candidates, strict=True)])
-        if columns.weighted
-        else torch.from_numpy(np.ones(total, dtype=np.float32)),
-        numeric=_numeric(rows, candidates, found, columns, total),
-        context=_context(rows, of_requests, columns, counts.size),
-        retrieval=_retrieval(found, base) if found else None,
-        step_candidates=step_candidates,
-        clusters=clusters,
-    )
+    shift = np.repeat(base, laid.sizes)
+    start = np.concatenate([cut.start for cut in cuts]) + shift
+    end = np.concatenate([cut.end for cut in cuts]) + shift
+    return _Histories([cut.kept for cut in cuts], base, int(lengths.sum()), start, end, found, clusters)
 
 
 def _until(rows: UserRows, request: int, chunk: int) -> Callable[[Ints], Ints]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embeddings.errors import DataError
-from trainer.data.rows import Columns, read_footer, read_plan, read_rows
+from trainer.data.row_group import read_footer
+from trainer.data.rows import Columns, read_plan, read_rows
 from trainer.data.schema import FileInfo, LogManifest
 from trainer.durable import file_digest
 

@@ -28,7 +28,8 @@ from trainer.data.blocks import Block, BlockLimits, WindowedRows, cut_blocks, wi
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup, check_files, skip_bad
 from trainer.data.prefetch import Closable, Prefetcher
-from trainer.data.rows import Columns, PlanRows, read_footer, read_plan, read_rows
+from trainer.data.row_group import read_footer
+from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.schema import LogManifest, read_manifest
 
 

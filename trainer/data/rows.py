@@ -5,29 +5,17 @@ Ids are checked here, because a sharded table silently maps a bad id to row 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
+from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, Ints, read_group
 from trainer.data.schema import CLUSTER_COLUMNS, FeatureInfo, LogManifest
-
-# What pyarrow raises on a damaged file; a name that is no UTF-8 any more surfaces as a ValueError.
-PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
-# A list offset or count beyond this is damage, not data; it bounds what a bad file can make us allocate.
-_LONGEST = 1 << 31
-
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.int32 | np.int64]
-Floats = npt.NDArray[np.float32]
-# Consecutive elements [start, stop), both given, or elements one by one.
-Chosen = slice | Ints
 
 
 @dataclass(frozen=True)
@@ -85,53 +73,6 @@ PLAN_COLUMNS = ("request_history_end", "request_num_candidates")
 
 
 @dataclass(frozen=True)
-class Bags:
-    """Ids of consecutive behaviors, candidates or requests: one each, or several.
-
-    Attributes:
-        values: the ids; offsets: [n + 1] where the ids of each begin, None with one id each.
-    """
-
-    values: Ids
-    offsets: Ints | None = None
-
-    def select(self, chosen: Chosen) -> tuple[Ids, Ints]:
-        """Ids of the chosen bags, in that order, and the bags' lengths."""
-        if self.offsets is None:
-            ids = self.values[chosen]
-            return ids, np.ones(ids.size, dtype=np.int64)
-        lengths = np.diff(self.offsets)[chosen]
-        if isinstance(chosen, slice):
-            return self.values[self.offsets[chosen.start] : self.offsets[chosen.stop]], lengths
-        starts = np.repeat(self.offsets[chosen] - (np.cumsum(lengths) - lengths), lengths)
-        return self.values[starts + np.arange(starts.size)], lengths
-
-
-@dataclass(frozen=True)
-class FeatureIds(Mapping[str, Bags]):
-    """Feature -> ids of n behaviors, candidates or requests. Ids are int32 if all tables are small enough.
-
-    Attributes:
-        single: names of the features with one id each; ids: [single, n], one row each, so that a stretch of
-            all of them is one slice.
-        multi: the other features.
-    """
-
-    single: Sequence[str]
-    ids: Ids
-    multi: Mapping[str, Bags]
-
-    def __getitem__(self, name: str) -> Bags:
-        return self.multi[name] if name in self.multi else Bags(self.ids[self.single.index(name)])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self.single, *self.multi])
-
-    def __len__(self) -> int:
-        return len(self.single) + len(self.multi)
-
-
-@dataclass(frozen=True)
 class UserRows:
     """The rows of one row group, flattened. Offsets have one entry more than what they delimit.
 
@@ -177,104 +118,6 @@ class PlanRows:
     candidates: Ints
 
 
-class _Group:
-    """One row group being decoded; knows its place for the errors."""
-
-    def __init__(self, file: Path, row_group: int, table: pa.Table) -> None:
-        self.file, self.row_group, self.table = file, row_group, table
-
-    def fail(self, problem: str, column: str, row: int | None = None) -> DataError:
-        return DataError(problem, file=self.file, row_group=self.row_group, column=column, row=row)
-
-    def column(self, name: str) -> pa.Array:
-        column = self.table.column(name)
-        if column.null_count:
-            raise self.fail("holds nulls; write the log again with `tandemrec ingest`", name)
-        # combine_chunks copies even a single chunk, which is what a row group has.
-        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-    def ints(self, name: str) -> Ints:
-        return self.flat(self.column(name), name, np.int64)
-
-    def flat(self, values: pa.Array, name: str, dtype: type) -> npt.NDArray:  # type: ignore[type-arg]
-        if values.null_count:
-            raise self.fail("holds nulls inside its lists", name)
-        kind = values.type
-        exact = pa.types.is_signed_integer(kind) or kind in (pa.uint8(), pa.uint16(), pa.uint32())
-        if not (exact or (dtype is np.float32 and pa.types.is_floating(kind))):
-            raise self.fail(
-                f"has type {kind}, expected {'a number' if dtype is np.float32 else 'int64'}", name
-            )
-        return np.ascontiguousarray(values.to_numpy(zero_copy_only=False), dtype=dtype)
-
-    def lists(self, name: str) -> tuple[Ints, pa.Array]:
-        """Offsets from zero, and the flattened items of a list column."""
-        return self.unnest(self.column(name), name)
-
-    def unnest(self, column: pa.Array, name: str) -> tuple[Ints, pa.Array]:
-        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise self.fail(f"has type {column.type}, a list is needed", name)
-        if column.null_count:
-            raise self.fail("holds nulls inside its lists", name)
-        offsets = column.offsets.to_numpy().astype(np.int64)
-        if offsets.size == 0:
-            offsets = np.zeros(1, dtype=np.int64)
-        begin, count = int(offsets[0]), int(offsets[-1]) - int(offsets[0])
-        if (offsets[1:] < offsets[:-1]).any() or count > _LONGEST or begin + count > len(column.values):
-            raise self.fail("has impossible list lengths", name)
-        return offsets - begin, column.values.slice(begin, count)
-
-    def same_lengths(self, expected: Ints, found: Ints, name: str, other: str) -> None:
-        if not np.array_equal(expected, found):
-            row = None
-            if expected.size == found.size:
-                row = int(np.nonzero(np.diff(expected) != np.diff(found))[0][0])
-            raise self.fail(f"its lists differ in length from those of {other}", name, row)
-
-    def features(
-        self, side: str, infos: Mapping[str, FeatureInfo], owners: Ints, items: Callable[[str], pa.Array]
-    ) -> FeatureIds:
-        """Features of one side, checked against their tables; `items` flattens a column of n bags.
-
-        `owners` delimits the bags of each row (or request) for the error.
-        """
-        # Windows of row groups are kept in memory, and most of what they hold is ids.
-        small = all(info.rows <= 1 << 31 for info in infos.values())
-        kind = np.dtype(np.int32 if small else np.int64)
-        single = [name for name, info in infos.items() if not info.multi]
-        ids = np.empty((len(single), int(owners[-1])), dtype=kind)
-        multi = {}
-        for name, info in infos.items():
-            column = f"{side}_{name}"
-            values = items(column)
-            if info.multi:
-                offsets, values = self.unnest(values, column)
-                found = self.ids(values, column, info.rows, offsets[owners])
-                multi[name] = Bags(found.astype(kind), offsets)
-            else:
-                ids[single.index(name)] = self.ids(values, column, info.rows, owners)
-        return FeatureIds(single, ids, multi)
-
-    def ids(self, values: pa.Array, name: str, rows: int, owners: Ints) -> Ints:
-        ids: Ints = self.flat(values, name, np.int64)
-        # As unsigned numbers negative ids are the largest, so that one pass finds both.
-        if ids.size and ids.view(np.uint64).max() >= rows:
-            at = int(np.nonzero((ids < 0) | (ids >= rows))[0][0])
-            row = int(np.searchsorted(owners, at, side="right")) - 1
-            raise self.fail(f"id {ids[at]} lies outside the table of {rows} rows", name, row)
-        return ids
-
-
-def read_footer(file: Path) -> pq.FileMetaData:
-    """Where a file's row groups and columns lie; parsing it is a good part of reading a small row group.
-
-    Raises:
-        DataError: missing or unreadable file.
-    """
-    with _opened(file) as parquet:
-        return parquet.metadata
-
-
 def read_rows(
     file: Path, row_group: int, columns: Columns, footer: pq.FileMetaData | None = None
 ) -> UserRows:
@@ -284,7 +127,7 @@ def read_rows(
         DataError: missing or unreadable file, missing column, null, unequal list lengths, id outside its
             table, history out of order, or a request that could see its own time.
     """
-    return _decode(_read(file, row_group, columns.names(), footer), columns)
+    return _decode(read_group(file, row_group, columns.names(), footer), columns)
 
 
 def read_plan(file: Path, row_group: int, footer: pq.FileMetaData | None = None) -> PlanRows:
@@ -293,7 +136,7 @@ def read_plan(file: Path, row_group: int, footer: pq.FileMetaData | None = None)
     Raises:
         DataError: missing or unreadable file, missing column, null, unequal list lengths or negative numbers.
     """
-    group = _read(file, row_group, PLAN_COLUMNS, footer)
+    group = read_group(file, row_group, PLAN_COLUMNS, footer)
     offsets, ends = group.lists("request_history_end")
     found, counts = group.lists("request_num_candidates")
     group.same_lengths(offsets, found, "request_num_candidates", "request_history_end")
@@ -306,34 +149,12 @@ def read_plan(file: Path, row_group: int, footer: pq.FileMetaData | None = None)
         ("request_history_end", plan.history_end),
         ("request_num_candidates", plan.candidates),
     ):
-        if values.size and (values.min() < 0 or values.max() > _LONGEST):
+        if values.size and (values.min() < 0 or values.max() > LONGEST):
             raise group.fail("has impossible counts; ingest the events again", name)
     return plan
 
 
-def _read(file: Path, row_group: int, names: Sequence[str], footer: pq.FileMetaData | None) -> _Group:
-    with _opened(file, row_group, footer) as parquet:
-        table = parquet.read_row_group(row_group, columns=list(names), use_threads=False)
-        missing = sorted(set(names) - set(table.column_names))
-    if missing:
-        raise DataError("no such column in the file", file=file, column=missing[0])
-    return _Group(file, row_group, table)
-
-
-@contextmanager
-def _opened(
-    file: Path, row_group: int | None = None, footer: pq.FileMetaData | None = None
-) -> Iterator[pq.ParquetFile]:
-    try:
-        with pq.ParquetFile(file, metadata=footer, page_checksum_verification=True) as parquet:
-            yield parquet
-    except FileNotFoundError:
-        raise DataError("no such file; ingest the log again", file=file) from None
-    except PARQUET_ERRORS as error:
-        raise DataError(f"unreadable: {error}", file=file, row_group=row_group) from None
-
-
-def _decode(group: _Group, columns: Columns) -> UserRows:
+def _decode(group: GroupColumns, columns: Columns) -> UserRows:
     history_offsets, times = group.lists("history_timestamp")
     request_offsets, request_times = group.lists("request_timestamp")
     candidate_offsets = _candidate_offsets(group, request_offsets)
@@ -378,22 +199,22 @@ def _decode(group: _Group, columns: Columns) -> UserRows:
     return rows
 
 
-def _candidate_offsets(group: _Group, request_offsets: Ints) -> Ints:
+def _candidate_offsets(group: GroupColumns, request_offsets: Ints) -> Ints:
     """From the planned counts; every candidate column must agree with them."""
     counts = _request_values(group, "request_num_candidates", request_offsets)
-    if counts.size and (counts.min() < 0 or counts.sum() > _LONGEST):
+    if counts.size and (counts.min() < 0 or counts.sum() > LONGEST):
         raise group.fail("has impossible counts", "request_num_candidates")
     offsets: Ints = np.r_[0, np.cumsum(counts)]
     return offsets
 
 
-def _one_level(group: _Group, column: str, offsets: Ints, other: str) -> pa.Array:
+def _one_level(group: GroupColumns, column: str, offsets: Ints, other: str) -> pa.Array:
     found, values = group.lists(column)
     group.same_lengths(offsets, found, column, other)
     return values
 
 
-def _two_levels(group: _Group, column: str, request_offsets: Ints, candidate_offsets: Ints) -> pa.Array:
+def _two_levels(group: GroupColumns, column: str, request_offsets: Ints, candidate_offsets: Ints) -> pa.Array:
     outer, requests = group.lists(column)
     group.same_lengths(request_offsets, outer, column, "request_timestamp")
     found, values = group.unnest(requests, column)
@@ -401,7 +222,9 @@ def _two_levels(group: _Group, column: str, request_offsets: Ints, candidate_off
     return values
 
 
-def _numbers(group: _Group, names: Sequence[str], request_offsets: Ints, candidate_offsets: Ints) -> Floats:
+def _numbers(
+    group: GroupColumns, names: Sequence[str], request_offsets: Ints, candidate_offsets: Ints
+) -> Floats:
     found = np.zeros((int(candidate_offsets[-1]), len(names)), dtype=np.float32)
     for place, name in enumerate(names):
         values = _two_levels(group, name, request_offsets, candidate_offsets)
@@ -411,7 +234,7 @@ def _numbers(group: _Group, names: Sequence[str], request_offsets: Ints, candida
     return found
 
 
-def _weight(group: _Group, columns: Columns, request_offsets: Ints, candidate_offsets: Ints) -> Floats:
+def _weight(group: GroupColumns, columns: Columns, request_offsets: Ints, candidate_offsets: Ints) -> Floats:
     if not columns.weighted:
         return np.broadcast_to(np.float32(1), int(candidate_offsets[-1]))
     weight = _numbers(group, ["weight"], request_offsets, candidate_offsets)[:, 0]
@@ -420,7 +243,7 @@ def _weight(group: _Group, columns: Columns, request_offsets: Ints, candidate_of
     return weight
 
 
-def _clusters(group: _Group, history_offsets: Ints) -> dict[str, Ints]:
+def _clusters(group: GroupColumns, history_offsets: Ints) -> dict[str, Ints]:
     found = {}
     for name in CLUSTER_COLUMNS:
         values = _one_level(group, name, history_offsets, "history_timestamp")
@@ -430,11 +253,11 @@ def _clusters(group: _Group, history_offsets: Ints) -> dict[str, Ints]:
     return found
 
 
-def _request_values(group: _Group, name: str, request_offsets: Ints) -> Ints:
+def _request_values(group: GroupColumns, name: str, request_offsets: Ints) -> Ints:
     return group.flat(_one_level(group, name, request_offsets, "request_timestamp"), name, np.int64)
 
 
-def _check_time(group: _Group, rows: UserRows) -> None:
+def _check_time(group: GroupColumns, rows: UserRows) -> None:
     """Histories ascend, and the newest behavior a request may see is strictly older than the request."""
     lengths = np.diff(rows.history_offsets)
     falls = np.nonzero(rows.history_time[1:] < rows.history_time[:-1])[0] + 1

@@ -94,8 +94,7 @@ class Branch(nn.Module):
     @property
     def source(self) -> Source:
         """The windows that this branch looks at."""
-        newest = self.settings.k if self.settings.search == "recent" else 0
-        return Source(newest, self.settings.clusters)
+        return Source(self.settings.newest, self.settings.clusters)
 
     def find(self, batch: RequestBatch, vectors: Mapping[str, Tensor], windows: Windows) -> Searched:
         """Stage one. `vectors` are [N + C, width] of the groups that serve its attention roles."""
@@ -174,13 +173,16 @@ class _Parts:
     def widths(self, group: str) -> tuple[int, ...]:
         return self.around.groups[group].widths()
 
+    def longest(self) -> int:
+        """Most behaviors of a window."""
+        return self.settings.newest or self.around.history_length
+
     def rows(self, stage: str) -> dict[str, int]:
         """Sizes of the mark tables that a stage uses."""
         settings = self.settings
         if stage not in settings.time_in:
             return {}
-        longest = settings.k if settings.search == "recent" else self.around.history_length
-        sizes = {"position": longest + 1, "age": AGE_BUCKETS, "level": self.around.levels + 1}
+        sizes = {"position": self.longest() + 1, "age": AGE_BUCKETS, "level": self.around.levels + 1}
         return {name: size for name, size in sizes.items() if getattr(settings, name)}
 
     def groups(self) -> int:
@@ -237,7 +239,7 @@ class _Parts:
             ),
             "sasrec": lambda: TargetDecoupledSasrec(
                 width,
-                settings.k if settings.search == "recent" else self.around.history_length,
+                self.longest(),
                 self.groups(),
                 settings.layers,
                 settings.heads,

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.model.search import random_planes, sign_bits
-from trainer.model.sequence import Behaviors, SequenceModel
+from trainer.model.sequence import Behaviors, TargetPooling
 from trainer.model.windows import Windows
 
 
-class HashCollision(SequenceModel):
+class HashCollision(TargetPooling):
     """Pools a window by collisions of signatures (SDIM, Meituan 2022).
 
     The attention vectors get `hashes` signatures of `bits` bits each from fixed random planes. For each
@@ -32,13 +32,9 @@ class HashCollision(SequenceModel):
     def __init__(
         self, width: int, attention_width: int, hashes: int, bits: int, seed: int, *, target_aware: bool
     ) -> None:
-        super().__init__()
-        self.width, self.hashes, self.bits, self.target_aware = width, hashes, bits, target_aware
+        super().__init__(width, target_aware)
+        self.hashes, self.bits = hashes, bits
         self.register_buffer("planes", random_planes(attention_width, hashes * bits, seed))
-
-    @property
-    def output_width(self) -> int:
-        return self.width * (3 if self.target_aware else 2)
 
     def signatures(self, vector_ND: Tensor) -> Tensor:
         """-> int64 [N, hashes], each below 2 ** bits."""
@@ -46,27 +42,28 @@ class HashCollision(SequenceModel):
         digits: Tensor = bits.to(torch.int64) << torch.arange(self.bits, device=bits.device)
         return digits.sum(2)
 
+    def buckets(self, vector_ND: Tensor) -> Tensor:
+        """-> int64 [N, hashes]: each signature's place among those of all hashes."""
+        signature_NM = self.signatures(vector_ND)
+        return signature_NM + (torch.arange(self.hashes, device=signature_NM.device) << self.bits)
+
     def bucket_sums(self, behaviors: Behaviors) -> Tensor:
         """Sum of every bucket of every window: [W, hashes * 2 ** bits, D]."""
         windows = behaviors.windows
-        signature_WXM = self.signatures(behaviors.raw.key_ND)[windows.index]
-        bucket = signature_WXM + (torch.arange(self.hashes, device=signature_WXM.device) << self.bits)
+        bucket_WXM = self.buckets(behaviors.raw.key_ND)[windows.index]
         member_WBX = behaviors.value_SD.new_zeros(
             windows.index.shape[0], self.hashes << self.bits, windows.index.shape[1]
         )
         inside = windows.mask.to(member_WBX.dtype)[:, None].expand(-1, self.hashes, -1)
-        member_WBX.scatter_(1, bucket.transpose(1, 2), inside)
+        member_WBX.scatter_(1, bucket_WXM.transpose(1, 2), inside)
         return member_WBX @ F.embedding(behaviors.place, behaviors.value_SD)
 
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
         unit_WBD = F.normalize(self.bucket_sums(behaviors), dim=2, eps=1e-6)
-        wanted_CM = self.signatures(behaviors.raw.query_CD)
-        wanted_CM = wanted_CM + (torch.arange(self.hashes, device=wanted_CM.device) << self.bits)
+        wanted_CM = self.buckets(behaviors.raw.query_CD)
         row_CM = behaviors.windows.of_candidate[:, None] * unit_WBD.shape[1] + wanted_CM
         pooled_CD = F.embedding_bag(row_CM, unit_WBD.flatten(0, 1), mode="mean")
-        target_CD = behaviors.target_CD
-        parts = [target_CD, pooled_CD]
-        return [*parts, target_CD * pooled_CD] if self.target_aware else parts
+        return self.parts(behaviors.target_CD, pooled_CD)
 
 
 def collision_reference(model: HashCollision, behaviors: Behaviors) -> Tensor:

@@ -61,13 +61,10 @@ class Scorer(nn.Module):
 
     def _window_bias(self, vectors: Attended, windows: Windows) -> Tensor:
         """What is added to a window's columns for every candidate: [W, X]."""
-        added = torch.zeros(windows.index.shape, device=windows.index.device)
+        bias = None
         if self.bias is not None and not self.bias.of_target:
-            added = self.bias.shared(windows.marks)
-        if vectors.cross_N is not None:
-            added = added + F.embedding(windows.index, vectors.cross_N[:, None]).squeeze(-1)
-        if windows.log_size is not None:
-            added = added + windows.log_size
+            bias = self.bias.shared(windows.marks)
+        added = self._besides(vectors, windows, bias)
         return added.masked_fill(~windows.mask, -torch.inf)
 
     def _target_bias(self, vectors: Attended, windows: Windows) -> Tensor | None:
@@ -78,12 +75,16 @@ class Scorer(nn.Module):
         return bias
 
     def _kept_bias(self, vectors: Attended, kept: Kept) -> Tensor:
-        added = torch.zeros(kept.index.shape, device=kept.index.device)
-        if self.bias is not None:
-            added = self.bias(kept.marks, vectors.group_C)
+        bias = None if self.bias is None else self.bias(kept.marks, vectors.group_C)
+        return self._besides(vectors, kept, bias)
+
+    @staticmethod
+    def _besides(vectors: Attended, found: Windows | Kept, bias: Tensor | None) -> Tensor:
+        """The bias of marks, scores of cross features and ln of clusters' sizes, as far as there are any."""
+        added = torch.zeros(found.index.shape, device=found.index.device) if bias is None else bias
         if vectors.cross_N is not None:
-            added = added + F.embedding(kept.index, vectors.cross_N[:, None]).squeeze(-1)
-        return added if kept.log_size is None else added + kept.log_size
+            added = added + F.embedding(found.index, vectors.cross_N[:, None]).squeeze(-1)
+        return added if found.log_size is None else added + found.log_size
 
 
 class DotScorer(Scorer):

@@ -56,7 +56,27 @@ class SequenceModel(nn.Module):
         raise NotImplementedError
 
 
-class TargetAttention(SequenceModel):
+class TargetPooling(SequenceModel):
+    """What models that pool behaviors into one vector h have in common: the head's [v_t ; h ; v_t * h].
+
+    Args:
+        width: D of the representation; target_aware: without it the head is given [v_t ; h].
+    """
+
+    def __init__(self, width: int, target_aware: bool) -> None:
+        super().__init__()
+        self.width, self.target_aware = width, target_aware
+
+    @property
+    def output_width(self) -> int:
+        return self.width * (3 if self.target_aware else 2)
+
+    def parts(self, target_CD: Tensor, pooled_CD: Tensor) -> list[Tensor]:
+        parts = [target_CD, pooled_CD]
+        return [*parts, target_CD * pooled_CD] if self.target_aware else parts
+
+
+class TargetAttention(TargetPooling):
     """Pools behaviors with given weights and multiplies with the target: u = sum_k w_k (e_k * v_t).
 
     The product with the target leaves the sum (TIN, equation 6; DARE, section 3.3), so the head is given
@@ -81,8 +101,8 @@ class TargetAttention(SequenceModel):
         target: nn.Module | None = None,
         value: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        self.width, self.target_aware, self.heads, self.time = width, target_aware, heads, time
+        super().__init__(width, target_aware)
+        self.heads, self.time = heads, time
         self.target, self.value = target, value
         if heads > 1:
             self.per_head = nn.Linear(width, width * heads, bias=False)
@@ -91,10 +111,6 @@ class TargetAttention(SequenceModel):
             with torch.no_grad():
                 self.per_head.weight.copy_(torch.eye(width).repeat(heads, 1))
                 self.unite.weight.copy_(torch.eye(width).repeat(1, heads) / heads)
-
-    @property
-    def output_width(self) -> int:
-        return self.width * (3 if self.target_aware else 2)
 
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
         assert weight_CHK is not None
@@ -106,8 +122,7 @@ class TargetAttention(SequenceModel):
             pooled_CD = self._pooled(value_SD, weight_CHK[:, 0], behaviors)
         else:
             pooled_CD = self._united(value_SD, weight_CHK, behaviors)
-        parts = [target_CD, pooled_CD]
-        return [*parts, target_CD * pooled_CD] if self.target_aware else parts
+        return self.parts(target_CD, pooled_CD)
 
     def _pooled(self, value_SD: Tensor, weight_CK: Tensor, behaviors: Behaviors) -> Tensor:
         if behaviors.whole:

@@ -87,6 +87,11 @@ class BranchConfig(Settings):
     hash_bits: int = Field(3, ge=1, le=4096)
     roles: RolesConfig = RolesConfig()
 
+    @property
+    def newest(self) -> int:
+        """How many of the newest behaviors it looks at; 0 = the whole window."""
+        return self.k if self.search == "recent" else 0
+
     @model_validator(mode="after")
     def _consistent(self) -> BranchConfig:
         problems = {

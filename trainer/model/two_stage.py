@@ -83,8 +83,7 @@ class TwoStageModel(nn.Module):
             _normal_init(self)
 
     def forward(self, batch: RequestBatch) -> Prediction:
-        vectors = {name: self._lookup(name, batch.features) for name in self._first_lookups()}
-        searched = self._search(batch, vectors)
+        searched, vectors = self._stage_one(batch)
         rows = self._representation(batch, searched, vectors)
         parts = []
         for name, branch in self._branches().items():
@@ -99,20 +98,21 @@ class TwoStageModel(nn.Module):
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Kept]:
         """Stage one alone: what each branch keeps of the batch."""
-        vectors = {name: self._lookup(name, batch.features) for name in self._first_lookups()}
-        return {name: found.kept for name, found in self._search(batch, vectors).items()}
+        return {name: found.kept for name, found in self._stage_one(batch)[0].items()}
 
     def _branches(self) -> dict[str, Branch]:
         return {name: branch for name, branch in self.branches.items() if isinstance(branch, Branch)}
 
-    def _search(self, batch: RequestBatch, vectors: Mapping[str, Tensor]) -> dict[str, Searched]:
+    def _stage_one(self, batch: RequestBatch) -> tuple[dict[str, Searched], dict[str, Tensor]]:
+        """What each branch found, and the vectors that were looked up for it."""
+        vectors = {name: self._lookup(name, batch.features) for name in self._first_lookups()}
         windows: dict[Source, Windows] = {}
         found = {}
         for name, branch in self._branches().items():
             if branch.source not in windows:
                 windows[branch.source] = windows_of(batch, self.history_length, branch.source)
             found[name] = branch.find(batch, vectors, windows[branch.source])
-        return found
+        return found, vectors
 
     def _auxiliary_logits(self, searched: Searched, rows: Mapping[str, Rows]) -> Tensor | None:
         if self.auxiliary is None or not self.training:

@@ -61,9 +61,13 @@ class Windows:
         """Its candidates side by side."""
         return Slots(self.of_candidate, self.index.shape[0])
 
-    def of_candidates(self) -> Kept:
-        """Every candidate keeps its whole window: [C, X]."""
+    @cached_property
+    def _whole(self) -> Kept:
         return self.columns(None, None)
+
+    def of_candidates(self) -> Kept:
+        """Every candidate keeps its whole window: [C, X]; put together once."""
+        return self._whole
 
     def columns(self, column_CK: Tensor | None, mask_CK: Tensor | None) -> Kept:
         """Follow columns of the candidates' windows to behaviors; None = all columns, in order."""
