@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from embeddings.errors import ConfigError
-from embeddings.sharding import offline_plan, placements
+from embeddings.planning import offline_plan, placements
 from pipelines.console import quiet_third_parties
 from pipelines.train import plan_lines
 from trainer.assemble import build_trainable

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from embeddings.sharding import Placement
+from embeddings.planning import Placement
 from pipelines.console import quiet_third_parties
 from trainer import checkpoint
 from trainer.assemble import build_sharded, feature_rows

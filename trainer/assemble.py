@@ -10,7 +10,8 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.groups import TableGroup, bag_collection
-from embeddings.sharding import Placement, attach_optimizer, make_plan, placements, shard
+from embeddings.planning import Placement, make_plan, placements
+from embeddings.sharding import attach_optimizer, shard
 from trainer.config import Config, build_groups
 from trainer.data.schema import LogManifest
 from trainer.distributed import Ranks
