@@ -10,10 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-
 from embeddings.init import FirstWeights
 
 
@@ -25,11 +21,14 @@ class FusedOptimizer:
         name: `rowwise_adagrad` (one accumulator a row), `adagrad` (one a weight) or `sgd`.
         learning_rate: step size before any schedule.
         eps: added to the root of the accumulator; unused by `sgd`.
+        max_gradient: bound on every element of the gradient of every bag, before bags of one row are
+            added up; 0 = none.
     """
 
     name: str = "rowwise_adagrad"
     learning_rate: float = 0.05
     eps: float = 1e-8
+    max_gradient: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class TableGroup:
         optimizer: the fused optimizer of all its rows.
         first: the distribution of the first weights.
         sharding: sharding types the planner may use; empty means the device's default set.
+        kind: `bag` or `sequence`, see `embeddings.collections`.
+        dtype: `fp32` or `fp16`, what the rows are kept in; lookups give float32 and state is float32.
     """
 
     name: str
@@ -58,6 +59,8 @@ class TableGroup:
     optimizer: FusedOptimizer = FusedOptimizer()
     first: FirstWeights = field(default_factory=FirstWeights)
     sharding: tuple[str, ...] = ()
+    kind: str = "bag"
+    dtype: str = "fp32"
 
     @property
     def features(self) -> list[str]:
@@ -76,26 +79,6 @@ class TableGroup:
         return tuple(table.dim for table in self.tables)
 
 
-def bag_collection(group: TableGroup, device: torch.device) -> EmbeddingBagCollection:
-    """Compile a group to an `EmbeddingBagCollection`: KJT of stride B -> KeyedTensor [B, group.width].
-
-    On the meta device no memory is taken; `embeddings.sharding.shard` then places the rows.
-    """
-    return EmbeddingBagCollection(
-        device=device,
-        tables=[
-            EmbeddingBagConfig(
-                name=group.table_name(table.feature),
-                num_embeddings=table.rows,
-                embedding_dim=table.dim,
-                feature_names=[table.feature],
-                pooling=PoolingType.SUM,
-            )
-            for table in group.tables
-        ],
-    )
-
-
 def table_group(
     name: str,
     features: Sequence[str],
@@ -104,7 +87,9 @@ def table_group(
     optimizer: FusedOptimizer,
     first: FirstWeights,
     sharding: Sequence[str],
+    kind: str = "bag",
+    dtype: str = "fp32",
 ) -> TableGroup:
     """Build a group from per-feature widths and row counts."""
     tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
-    return TableGroup(name, tables, optimizer, first, tuple(sharding))
+    return TableGroup(name, tables, optimizer, first, tuple(sharding), kind, dtype)

@@ -17,8 +17,8 @@ from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.sharding import sharders
 
-# Column shards keep one row-wise accumulator each, so such state cannot be resharded; and the CPU planner
-# offers no row-wise bags. What is left on a CPU is whole tables.
+# Column shards keep one row-wise accumulator each, so such state cannot be resharded; and row-wise bags on gloo
+# are padded. On a CPU, where memory is not the limit, whole tables do.
 _RANKS_A_NODE = 8
 _DEFAULT_SHARDING = {"cpu": ("table_wise",), "cuda": ("table_wise", "row_wise", "table_row_wise")}
 
@@ -56,7 +56,7 @@ def make_plan(
     topology = Topology(
         world_size=world_size, local_world_size=local_world_size, compute_device=device.type, **memory
     )
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(groups, device.type))
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(groups, device.type, world_size))
     with _plan_errors(world_size, device.type):
         return planner.collective_plan(model, sharders(), dist.GroupMember.WORLD)
 
@@ -79,18 +79,26 @@ def offline_plan(
         compute_device=device,
         **memory,
     )
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(groups, device))
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(groups, device, world_size))
     with _plan_errors(world_size, device):
         return planner.plan(model, sharders())
 
 
-def _constraints(groups: Iterable[TableGroup], device: str) -> dict[str, ParameterConstraints]:
+def _columns_a_shard(dim: int, world_size: int) -> int:
+    """Width of column shards, one a rank, in fours as the kernels work; TorchRec's default is 128."""
+    return max(-(-dim // world_size) + 3 & ~3, 4)
+
+
+def _constraints(
+    groups: Iterable[TableGroup], device: str, world_size: int
+) -> dict[str, ParameterConstraints]:
     return {
         group.table_name(table.feature): ParameterConstraints(
             sharding_types=list(group.sharding or _DEFAULT_SHARDING[device]),
-            # Without this the planner falls back to host memory unasked.
-            compute_kernels=["fused"],
+            # Without this the planner falls back to host memory unasked; dense is data-parallel's only one.
+            compute_kernels=["fused", "dense"],
             pooling_factors=[1.0],
+            min_partition=_columns_a_shard(table.dim, world_size),
         )
         for group in groups
         for table in group.tables

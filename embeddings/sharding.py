@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.optim import RowWiseAdagrad
 
+from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup
 from embeddings.init import FirstWeights, initial_rows_, table_seed
+from embeddings.sharded import BagSharder, SequenceSharder
 
 
-def sharders() -> list[ModuleSharder[nn.Module]]:
-    """TorchRec's sharders of the collections that groups compile to."""
-    return [EmbeddingBagCollectionSharder()]
+@dataclass(frozen=True)
+class Comms:
+    """What vectors and their gradients are rounded to while they travel between ranks.
+
+    Attributes:
+        forward, backward: `fp32` (as they are), `fp16` or `bf16`.
+    """
+
+    forward: str = "fp32"
+    backward: str = "fp32"
+
+    def check(self, device: torch.device) -> None:
+        """Raises:
+        ConfigError: TorchRec would take another type than the one asked for.
+        """
+        for way, kind in (("forward", self.forward), ("backward", self.backward)):
+            if kind == "bf16" and device.type == "cpu":
+                raise ConfigError(
+                    f'comms.{way} = "bf16": gloo, which ranks without GPUs use, has no bf16, and TorchRec would '
+                    'take fp16 without a word; set it to "fp16" or "fp32"'
+                )
+
+
+def sharders(comms: Comms = Comms(), device: torch.device | None = None) -> list[ModuleSharder[nn.Module]]:
+    """The sharders of the collections that groups compile to."""
+    precision = QCommsConfig(CommType(comms.forward), CommType(comms.backward))
+    codecs = get_qcomm_codecs_registry(precision, device=device or torch.device("cpu"))
+    return [BagSharder(codecs), SequenceSharder(codecs)]
 
 
 def attach_optimizer(collection: nn.Module, optimizer: FusedOptimizer) -> None:
@@ -33,17 +61,30 @@ def attach_optimizer(collection: nn.Module, optimizer: FusedOptimizer) -> None:
     kind, arguments = classes[optimizer.name]
     for parameter in collection.parameters():
         apply_optimizer_in_backward(kind, [parameter], dict(arguments))
+        if optimizer.max_gradient:
+            # Not an argument of the optimizer's class, but of the kernels that stand in for it.
+            clipping = {"gradient_clipping": True, "max_gradient": optimizer.max_gradient}
+            parameter._optimizer_kwargs[0].update(clipping)
 
 
 def shard(
-    model: nn.Module, groups: Mapping[str, TableGroup], plan: ShardingPlan, device: torch.device, seed: int
+    model: nn.Module,
+    groups: Mapping[str, TableGroup],
+    plan: ShardingPlan,
+    device: torch.device,
+    seed: int,
+    comms: Comms = Comms(),
 ) -> DistributedModelParallel:
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
 
     Forward must go through the returned module, or the dense weights of the ranks drift apart.
+
+    Raises:
+        ConfigError: `comms` asks for what the device's process group cannot carry.
     """
+    comms.check(device)
     sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=sharders(), init_parameters=True
+        model, device=device, plan=plan, sharders=sharders(comms, device), init_parameters=True
     )
     first = {group.table_name(t.feature): group.first for group in groups.values() for t in group.tables}
     for name, weight in sharded.state_dict().items():
@@ -54,7 +95,7 @@ def shard(
 
 
 def table_of(parameter: str) -> str:
-    """`collections.attention.embedding_bags.attention__item_id.weight` -> `attention__item_id`."""
+    """`collections.attention.embedding_bags.attention__item_id.weight` -> `attention__item_id`, either kind."""
     parts = parameter.split(".")
     return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
 
@@ -79,10 +120,11 @@ def initialise_unsharded(model: nn.Module, groups: Mapping[str, TableGroup], see
 
 
 def whole_tensor(weight: Tensor | ShardedTensor) -> Tensor:
-    """A table in one piece, from a model sharded over a single rank."""
+    """A table in one piece, from a model sharded over a single rank; half precision becomes float32."""
     if not isinstance(weight, ShardedTensor):
-        return weight
-    whole = torch.empty(weight.metadata().size, dtype=weight.dtype)
+        return weight.float() if weight.dtype == torch.float16 else weight
+    size = weight.metadata().size
+    whole = torch.empty(size, dtype=torch.float32)
     for local in weight.local_shards():
         (row, column), (rows, columns) = local.metadata.shard_offsets, local.metadata.shard_sizes
         whole[row : row + rows, column : column + columns] = local.tensor

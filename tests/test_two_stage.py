@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embeddings.groups import TableGroup, bag_collection
+from embeddings.collections import make_collection
+from embeddings.groups import TableGroup
 from embeddings.jagged import one_id_bags
 from embeddings.plain import PlainBagCollection
 from embeddings.sharding import initialise_unsharded
@@ -145,7 +146,7 @@ def test_bag_collection_equals_plain_tables(tmp_path: Path) -> None:
     settings = config(tmp_path)
     groups = build_groups(settings, FEATURES)
     group = groups["attention"]
-    fbgemm = bag_collection(group, torch.device("cpu"))
+    fbgemm = make_collection(group, torch.device("cpu"))
     weights = {group.table_name(t.feature): torch.randn(t.rows, t.dim) for t in group.tables}
     fbgemm.load_state_dict({f"embedding_bags.{name}.weight": w for name, w in weights.items()})
     ids = torch.stack([torch.randint(0, rows, (50,)) for rows in FEATURES.values()])

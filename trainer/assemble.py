@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.groups import TableGroup, bag_collection
+from embeddings.collections import make_collection
+from embeddings.errors import ConfigError
+from embeddings.groups import TableGroup
 from embeddings.planning import Placement, make_plan, placements
-from embeddings.sharding import attach_optimizer, shard
+from embeddings.sharding import Comms, attach_optimizer, shard
 from trainer.config import Config, build_groups
-from trainer.data.schema import LogManifest
+from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
 from trainer.model.branch import Surroundings
 from trainer.model.two_stage import TwoStageModel
@@ -31,7 +33,24 @@ class Sharded:
 def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGroup]:
     """The config's groups with the table rows that the log's ids need; see `trainer.config.build_groups`."""
     items = {name: info.rows for name, info in manifest.features.items()}
-    return build_groups(config, items, {name: info.rows for name, info in manifest.context.items()})
+    groups = build_groups(config, items, {name: info.rows for name, info in manifest.context.items()})
+    _check_sequences(groups, {**manifest.features, **manifest.context})
+    return groups
+
+
+def _check_sequences(groups: Mapping[str, TableGroup], features: Mapping[str, FeatureInfo]) -> None:
+    """Raises:
+    ConfigError: a group of kind `sequence` has a feature whose bags need not hold exactly one id.
+    """
+    for group in groups.values():
+        for feature in group.features if group.kind == "sequence" else ():
+            info = features[feature]
+            if info.multi or info.side != "both":
+                why = "has any number of ids" if info.multi else f"has none on one side (side = {info.side!r})"
+                raise ConfigError(
+                    f'groups.{group.name}.kind = "sequence" needs one id in every bag, but feature {feature!r} '
+                    f'{why}; use kind = "bag", or name other groups.{group.name}.features'
+                )
 
 
 def count_numbers(config: Config, numeric: Sequence[str]) -> int:
@@ -65,14 +84,14 @@ def build_model(
 def build_trainable(
     config: Config, manifest: LogManifest, device: torch.device
 ) -> tuple[TwoStageModel, dict[str, TableGroup]]:
-    """The model over bag collections on `device` whose rows are updated in the backward pass, and its groups.
+    """The model over collections on `device` whose rows are updated in the backward pass, and its groups.
 
     On the meta device the tables take no memory until they are sharded.
     """
     groups = resolve_groups(config, manifest)
     collections = {}
     for name, group in groups.items():
-        collections[name] = bag_collection(group, device)
+        collections[name] = make_collection(group, device)
         attach_optimizer(collections[name], group.optimizer)
     numbers = count_numbers(config, manifest.numeric)
     return build_model(config, groups, collections, len(manifest.tasks), numbers), groups
@@ -80,7 +99,8 @@ def build_trainable(
 
 def build_sharded(config: Config, manifest: LogManifest, ranks: Ranks) -> Sharded:
     """Plan, shard and initialise; collective over all ranks."""
+    comms = Comms(config.comms.forward, config.comms.backward)
     model, groups = build_trainable(config, manifest, torch.device("meta"))
     plan = make_plan(model, groups.values(), ranks.device, ranks.world_size, ranks.local_world_size)
-    sharded = shard(model, groups, plan, ranks.device, config.train.seed)
+    sharded = shard(model, groups, plan, ranks.device, config.train.seed, comms)
     return Sharded(sharded, groups, placements(plan, groups.values()))

@@ -1,6 +1,6 @@
 """The trainer's configuration: one TOML file, frozen once read, checked once at the start.
 
-Sections: data, model, groups.<name>, tables.<feature>, train, checkpoint. The resolved config travels with
+Sections: data, model, groups.<name>, tables.<feature>, train, comms, checkpoint. The resolved config travels with
 every run, checkpoint and snapshot as data.
 """
 
@@ -22,6 +22,14 @@ from trainer.settings import Settings, load_settings
 Dim = Annotated[int, Field(ge=4, le=4096, multiple_of=4)]
 # Group names become names of modules, tensors and files.
 GroupName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
+
+ShardingName = Literal[
+    "data_parallel", "table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"
+]
+_IGNORED_BY_KERNELS = {
+    "weight_decay": "the CPU kernels read it and do nothing, so runs would differ between machines; leave it out",
+    "momentum": "the CPU kernels of sgd read it and do nothing; use rowwise_adagrad, or leave it out",
+}
 
 
 class SearchConfig(Settings):
@@ -113,7 +121,10 @@ class GroupConfig(Settings):
         optimizer, learning_rate, eps: the fused optimizer of the rows.
         init, init_scale: first weights are `uniform` in [-init_scale, init_scale), or `normal` with that
             deviation.
+        max_gradient: bound on every element of the gradient of every bag; 0 = none.
         sharding: sharding types the planner may use; empty means what suits the device.
+        kind: `bag`, or `sequence` for features with exactly one id (see docs/tables.md).
+        dtype: what the rows are kept in.
     """
 
     dim: Dim | dict[str, Dim] = 16
@@ -123,9 +134,35 @@ class GroupConfig(Settings):
     eps: float = Field(1e-8, gt=0)
     init: Literal["uniform", "normal"] = "uniform"
     init_scale: float = Field(0.05, gt=0)
-    sharding: tuple[
-        Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"], ...
-    ] = ()
+    max_gradient: float = Field(0.0, ge=0)
+    sharding: tuple[ShardingName, ...] = ()
+    kind: Literal["bag", "sequence"] = "bag"
+    dtype: Literal["fp32", "fp16"] = "fp32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_option_that_kernels_ignore(cls, given: object) -> object:
+        for key in _IGNORED_BY_KERNELS if isinstance(given, dict) else ():
+            if key in given:
+                raise ValueError(f"{key} is no option of a table: {_IGNORED_BY_KERNELS[key]}")
+        if isinstance(given, dict) and given.get("dtype") == "bf16":
+            raise ValueError('dtype = "bf16" has no lookup kernel on CPU; use "fp16" or "fp32"')
+        return given
+
+    @model_validator(mode="after")
+    def _combinations(self) -> GroupConfig:
+        if self.kind == "sequence":
+            for kind in ("table_row_wise", "grid_shard"):
+                if kind in self.sharding:
+                    raise ValueError(f'sharding "{kind}" is for kind = "bag"; a sequence takes "row_wise"')
+            if isinstance(self.dim, dict) and len(set(self.dim.values())) > 1:
+                raise ValueError('kind = "sequence" needs one dim for all features; use kind = "bag"')
+        if self.max_gradient and "data_parallel" in self.sharding:
+            raise ValueError(
+                'max_gradient bounds the gradient of each bag, which "data_parallel" tables do not see; '
+                "use another sharding"
+            )
+        return self
 
 
 class TableConfig(Settings):
@@ -158,6 +195,13 @@ class TrainConfig(Settings):
     validate_every: int = Field(0, ge=0)
 
 
+class CommsConfig(Settings):
+    """What table vectors (forward) and their gradients (backward) are rounded to between ranks."""
+
+    forward: Literal["fp32", "fp16", "bf16"] = "fp32"
+    backward: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+
 class CheckpointConfig(Settings):
     """When to save besides the end of training (0 = only then), and how many checkpoints to keep."""
 
@@ -175,6 +219,7 @@ class Config(Settings):
     )
     tables: dict[str, TableConfig] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
+    comms: CommsConfig = CommsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
@@ -280,9 +325,10 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> Tabl
             f"groups.{name}.dim gives a width for {sorted(stray)[0]!r}, which is no feature of the group"
         )
         raise ConfigError(problem)
-    optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps)
+    optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
-    return table_group(name, features, dims, rows, optimizer, first, group.sharding)
+    kinds = (group.sharding, group.kind, group.dtype)
+    return table_group(name, features, dims, rows, optimizer, first, *kinds)
 
 
 def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> None:

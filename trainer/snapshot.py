@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from embeddings.collections import weight_name
 from embeddings.errors import DataError, SnapshotError
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.plain import PlainBagCollection
@@ -288,10 +289,11 @@ def _write_tensors(
     recorded: tuple[RequestBatch, Tensor],
 ) -> None:
     for name, group in groups.items():
-        prefix = f"collections.{name}.embedding_bags."
         tables = {
-            table: weights[f"{prefix}{table}.weight"].contiguous()
-            for table in map(group.table_name, group.features)
+            group.table_name(feature): weights[
+                f"collections.{name}.{weight_name(group, feature)}"
+            ].contiguous()
+            for feature in group.features
         }
         save_file(tables, part / "tables" / f"{name}.safetensors")
     dense = {k: v.contiguous() for k, v in weights.items() if not k.startswith("collections.")}

@@ -1,0 +1,89 @@
+"""What a table group compiles to: a module that maps a KJT of stride B to a KeyedTensor [B, width].
+
+Both kinds keep that contract, so the model never asks which one it was given. `bag` sums the ids of a bag,
+however many there are. `sequence` looks every id up by itself and so needs exactly one id in every bag;
+sharded row-wise it sends each row once, where bags send a partial sum from every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from embeddings.groups import TableGroup
+
+_DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
+_TABLES_OF = {"bag": "embedding_bags", "sequence": "embeddings"}
+
+
+class BagCollection(EmbeddingBagCollection):  # type: ignore[misc]
+    """An `EmbeddingBagCollection` that knows its group; bags may hold any number of ids."""
+
+    def __init__(self, group: TableGroup, device: torch.device) -> None:
+        tables = [
+            EmbeddingBagConfig(
+                name=group.table_name(table.feature),
+                num_embeddings=table.rows,
+                embedding_dim=table.dim,
+                feature_names=[table.feature],
+                pooling=PoolingType.SUM,
+                data_type=_DATA_TYPES[group.dtype],
+            )
+            for table in group.tables
+        ]
+        super().__init__(tables=tables, device=device)
+        self.group = group
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """KJT of stride B -> KeyedTensor [B, group.width], float32 whatever the tables hold."""
+        found = super().forward(features)
+        return KeyedTensor(found.keys(), found.length_per_key(), found.values().float())
+
+
+class SequenceCollection(EmbeddingCollection):  # type: ignore[misc]
+    """An `EmbeddingCollection` behind the contract of a bag collection; every bag must hold one id.
+
+    All tables have the same width, which TorchRec demands of this kind.
+    """
+
+    def __init__(self, group: TableGroup, device: torch.device) -> None:
+        tables = [
+            EmbeddingConfig(
+                name=group.table_name(table.feature),
+                num_embeddings=table.rows,
+                embedding_dim=table.dim,
+                feature_names=[table.feature],
+                data_type=_DATA_TYPES[group.dtype],
+            )
+            for table in group.tables
+        ]
+        super().__init__(tables=tables, device=device)
+        self.group = group
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """KJT of stride B with one id a bag -> KeyedTensor [B, group.width], float32."""
+        return side_by_side(super().forward(features), self.group)
+
+
+Collection = BagCollection | SequenceCollection
+
+
+def make_collection(group: TableGroup, device: torch.device) -> Collection:
+    """Compile a group. On the meta device no memory is taken; `embeddings.sharding.shard` places the rows."""
+    kinds: dict[str, type[Collection]] = {"bag": BagCollection, "sequence": SequenceCollection}
+    return kinds[group.kind](group, device)
+
+
+def weight_name(group: TableGroup, feature: str) -> str:
+    """The name of a table's weights in the state dict of its collection."""
+    return f"{_TABLES_OF[group.kind]}.{group.table_name(feature)}.weight"
+
+
+def side_by_side(found: Mapping[str, JaggedTensor], group: TableGroup) -> KeyedTensor:
+    """Vectors of single ids, one jagged tensor a feature -> KeyedTensor [B, group.width], float32."""
+    values = torch.cat([found[feature].values() for feature in group.features], dim=1)
+    return KeyedTensor(group.features, list(group.widths()), values.float())

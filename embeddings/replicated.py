@@ -1,0 +1,64 @@
+"""The optimizer of data-parallel tables: what the fused kernels do, on a whole table that every rank holds.
+
+TorchRec gives such tables a dense kernel that never updates rows; left alone they would fall to the
+optimizer of the dense weights. DistributedDataParallel has averaged their gradients when `step` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.optim.keyed import KeyedOptimizer
+
+from embeddings.groups import FusedOptimizer
+
+
+class ReplicatedOptimizer(KeyedOptimizer):  # type: ignore[misc]
+    """Updates whole tables with the rule, the state and the state's name of the fused kernels.
+
+    Args:
+        tables: parameter name -> whole table [rows, dim], on every rank.
+        optimizer: the group's optimizer.
+    """
+
+    def __init__(self, tables: Mapping[str, Tensor], optimizer: FusedOptimizer) -> None:
+        self.optimizer = optimizer
+        state = {}
+        for name, weight in tables.items():
+            # embedding_bags.<table>.weight: the kernels name a table's state after the table.
+            table = name.split(".")[-2]
+            state[weight] = self._first_state(table, weight)
+        group = {"params": list(tables.values()), "lr": optimizer.learning_rate}
+        super().__init__(dict(tables), state, [group])
+
+    def _first_state(self, table: str, weight: Tensor) -> dict[str, Tensor]:
+        if self.optimizer.name == "sgd":
+            return {}
+        shape = weight.shape[:1] if self.optimizer.name == "rowwise_adagrad" else weight.shape
+        return {f"{table}.momentum1": torch.zeros(shape, dtype=torch.float32, device=weight.device)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update all rows and forget the gradients, so that a second call changes nothing."""
+        rate = float(self.param_groups[0]["lr"])
+        for weight in self.params.values():
+            gradient = weight.grad
+            if gradient is not None:
+                weight -= rate * self._direction(gradient.float(), self.state[weight])
+                weight.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in self.params.values():
+            weight.grad = None
+
+    def _direction(self, gradient: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        if not state:
+            return gradient
+        (total,) = state.values()
+        square = gradient.square()
+        total += square.mean(1) if total.dim() == 1 else square
+        root = total.sqrt() + self.optimizer.eps
+        return gradient / (root[:, None] if total.dim() == 1 else root)

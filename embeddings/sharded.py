@@ -1,0 +1,231 @@
+"""TorchRec's sharded collections, with what ragged batches, sequences and data-parallel tables need besides.
+
+Names of parameters and state are TorchRec's own, so a checkpoint does not depend on anything done here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionContext,
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.types import (
+    Awaitable,
+    LazyAwaitable,
+    LazyGetItemMixin,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingType,
+)
+from torchrec.optim.fused import EmptyFusedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from embeddings.collections import BagCollection, SequenceCollection, side_by_side, weight_name
+from embeddings.groups import TableGroup
+from embeddings.replicated import ReplicatedOptimizer
+
+# Types whose bags are reduced over ranks. On gloo that needs equal strides: its all-gather, which is the
+# backward of the reduction, takes tensors of one size only.
+_REDUCED = {t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)}
+
+
+class Strides:
+    """The largest stride over all ranks, asked for once for each batch however many groups look it up."""
+
+    def __init__(self) -> None:
+        self._asked: Any = lambda: None
+        self._largest = 0
+
+    def largest(self, features: KeyedJaggedTensor) -> int:
+        """Collective, unless the same object was asked for just before, which holds on all ranks alike."""
+        if self._asked() is not features:
+            stride = torch.tensor(features.stride(), dtype=torch.int64)
+            dist.all_reduce(stride, dist.ReduceOp.MAX)
+            self._asked, self._largest = weakref.ref(features), int(stride)
+        return self._largest
+
+
+def with_empty_bags(features: KeyedJaggedTensor, stride: int) -> KeyedJaggedTensor:
+    """The same bags of every key, followed by empty ones up to `stride`."""
+    keys, bags = features.keys(), features.stride()
+    if bags == stride:
+        return features
+    lengths = F.pad(features.lengths().view(len(keys), bags), (0, stride - bags))
+    return KeyedJaggedTensor(
+        keys=keys, values=features.values(), lengths=lengths.reshape(-1), stride=stride
+    )
+
+
+@dataclass
+class _Context(EmbeddingBagCollectionContext):  # type: ignore[misc]
+    """TorchRec's, and the bags that the caller gave before any were added."""
+
+    bags: int = -1
+
+
+class _FirstBags(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
+    """Drops the vectors of added bags once they have come."""
+
+    def __init__(self, padded: LazyAwaitable[KeyedTensor], bags: int) -> None:
+        super().__init__()
+        self._padded, self._bags = padded, bags
+
+    def _wait_impl(self) -> KeyedTensor:
+        found = self._padded.wait()
+        return KeyedTensor(found.keys(), found.length_per_key(), found.values()[: self._bags])
+
+
+class _SideBySide(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
+    """One keyed tensor of the vectors of all features once they have come."""
+
+    def __init__(self, found: LazyAwaitable[dict[str, JaggedTensor]], group: TableGroup) -> None:
+        super().__init__()
+        self._found, self._group = found, group
+
+    def _wait_impl(self) -> KeyedTensor:
+        return side_by_side(self._found.wait(), self._group)
+
+
+class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
+    """KJT of this rank's stride B -> KeyedTensor [B, width]; strides may differ from rank to rank."""
+
+    def __init__(self, module: BagCollection, strides: Strides, device: torch.device, **given: Any) -> None:
+        super().__init__(module=module, device=device, **given)
+        plan = self.module_sharding_plan.values()
+        reduced = any(table.sharding_type in _REDUCED for table in plan)
+        self._pads = reduced and device.type == "cpu" and given["env"].world_size > 1
+        self._strides = strides
+        self._optim = _with_replicated(self, module.group)
+
+    def create_context(self) -> _Context:
+        return _Context()
+
+    def input_dist(self, ctx: _Context, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
+        if self._pads:
+            ctx.bags = features.stride()
+            features = with_empty_bags(features, self._strides.largest(features))
+        return super().input_dist(ctx, features)
+
+    def output_dist(self, ctx: _Context, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
+        return self._own(ctx, super().output_dist(ctx, output))
+
+    def compute_and_output_dist(self, ctx: _Context, input: KJTList) -> LazyAwaitable[KeyedTensor]:
+        return self._own(ctx, super().compute_and_output_dist(ctx, input))
+
+    def _own(self, ctx: _Context, found: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
+        return _FirstBags(found, ctx.bags) if self._pads else found
+
+
+class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
+    """KJT of stride B with one id a bag -> KeyedTensor [B, width]; strides may differ."""
+
+    def __init__(self, module: SequenceCollection, **given: Any) -> None:
+        super().__init__(module=module, **given)
+        self._group = module.group
+        self._optim = _with_replicated(self, module.group)
+
+    def output_dist(self, ctx: Any, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
+        return _SideBySide(super().output_dist(ctx, output), self._group)
+
+    def compute_and_output_dist(self, ctx: Any, input: KJTList) -> LazyAwaitable[KeyedTensor]:
+        return _SideBySide(super().compute_and_output_dist(ctx, input), self._group)
+
+
+def _with_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -> CombinedOptimizer:
+    """The module's fused optimizers and one for its data-parallel tables, if it has any."""
+    replicated = {}
+    for feature in group.features:
+        table = module.module_sharding_plan[group.table_name(feature)]
+        if table.sharding_type == ShardingType.DATA_PARALLEL.value:
+            name = weight_name(group, feature)
+            replicated[name] = module.get_parameter(name)
+            # Marks it as taken care of, or it would be handed to the optimizer of the dense weights too.
+            replicated[name]._in_backward_optimizers = [EmptyFusedOptimizer()]
+    if not replicated:
+        return module._optim
+    optimizer = ReplicatedOptimizer(replicated, group.optimizer)
+    return CombinedOptimizer([*module._optim.optimizers, ("", optimizer)])
+
+
+class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
+    """Shards `BagCollection`; offers row-wise types on CPU too, which TorchRec's own keeps for CUDA."""
+
+    def __init__(self, codecs: Any = None) -> None:
+        super().__init__(qcomm_codecs_registry=codecs)
+        self._strides = Strides()
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        offered: list[str] = super().sharding_types("cuda")
+        return offered
+
+    def shard(
+        self,
+        module: BagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedBags:
+        return ShardedBags(
+            module,
+            self._strides,
+            device or torch.device("cpu"),
+            table_name_to_parameter_sharding=params,
+            env=env,
+            fused_params=self.fused_params,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+
+    @property
+    def module_type(self) -> type[nn.Module]:
+        return BagCollection
+
+    @property
+    def sharded_module_type(self) -> type[nn.Module]:
+        return ShardedBags
+
+
+class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
+    """Shards `SequenceCollection`."""
+
+    def __init__(self, codecs: Any = None) -> None:
+        super().__init__(qcomm_codecs_registry=codecs)
+
+    def shard(
+        self,
+        module: SequenceCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedSequences:
+        return ShardedSequences(
+            module,
+            table_name_to_parameter_sharding=params,
+            env=env,
+            fused_params=self.fused_params,
+            device=device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+
+    @property
+    def module_type(self) -> type[nn.Module]:
+        return SequenceCollection
+
+    @property
+    def sharded_module_type(self) -> type[nn.Module]:
+        return ShardedSequences
