@@ -48,9 +48,10 @@ class ReplicatedOptimizer(KeyedOptimizer):  # type: ignore[misc]
             gradient = weight.grad
             if gradient is not None:
                 weight -= rate * self._direction(gradient.float(), self.state[weight])
-                weight.grad = None
+        self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        # All tables of a collection are views of one tensor and of its gradient: never inside of `step`'s loop.
         for weight in self.params.values():
             weight.grad = None
 

@@ -129,7 +129,10 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
 
 
 class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
-    """KJT of stride B with one id a bag -> KeyedTensor [B, width]; strides may differ."""
+    """KJT of stride B with one id a bag -> KeyedTensor [B, width]; strides may differ but not be 0.
+
+    A rank without blocks repeats one of another rank (`trainer.data.reader`), so it has bags.
+    """
 
     def __init__(self, module: SequenceCollection, **given: Any) -> None:
         super().__init__(module=module, **given)
@@ -199,10 +202,14 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
 
 
 class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
-    """Shards `SequenceCollection`."""
+    """Shards `SequenceCollection`; never data-parallel, whose kernel on CPU mixes up several features."""
 
     def __init__(self, codecs: Any = None) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        offered = super().sharding_types(compute_device_type)
+        return [kind for kind in offered if kind != ShardingType.DATA_PARALLEL.value]
 
     def shard(
         self,

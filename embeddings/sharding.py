@@ -14,7 +14,6 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.optim import RowWiseAdagrad
 
-from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup
 from embeddings.init import FirstWeights, initial_rows_, table_seed
 from embeddings.sharded import BagSharder, SequenceSharder
@@ -31,22 +30,12 @@ class Comms:
     forward: str = "fp32"
     backward: str = "fp32"
 
-    def check(self, device: torch.device) -> None:
-        """Raises:
-        ConfigError: TorchRec would take another type than the one asked for.
-        """
-        for way, kind in (("forward", self.forward), ("backward", self.backward)):
-            if kind == "bf16" and device.type == "cpu":
-                raise ConfigError(
-                    f'comms.{way} = "bf16": gloo, which ranks without GPUs use, has no bf16, and TorchRec would '
-                    'take fp16 without a word; set it to "fp16" or "fp32"'
-                )
 
-
-def sharders(comms: Comms = Comms(), device: torch.device | None = None) -> list[ModuleSharder[nn.Module]]:
+def sharders(comms: Comms = Comms()) -> list[ModuleSharder[nn.Module]]:
     """The sharders of the collections that groups compile to."""
     precision = QCommsConfig(CommType(comms.forward), CommType(comms.backward))
-    codecs = get_qcomm_codecs_registry(precision, device=device or torch.device("cpu"))
+    # The device decides nothing but whether bf16 silently becomes fp16, because gloo once had none; it has now.
+    codecs = get_qcomm_codecs_registry(precision, device=torch.device("cuda"))
     return [BagSharder(codecs), SequenceSharder(codecs)]
 
 
@@ -78,13 +67,9 @@ def shard(
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
 
     Forward must go through the returned module, or the dense weights of the ranks drift apart.
-
-    Raises:
-        ConfigError: `comms` asks for what the device's process group cannot carry.
     """
-    comms.check(device)
     sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=sharders(comms, device), init_parameters=True
+        model, device=device, plan=plan, sharders=sharders(comms), init_parameters=True
     )
     first = {group.table_name(t.feature): group.first for group in groups.values() for t in group.tables}
     for name, weight in sharded.state_dict().items():

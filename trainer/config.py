@@ -26,6 +26,11 @@ GroupName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
 ShardingName = Literal[
     "data_parallel", "table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"
 ]
+_BAGS_ONLY = {
+    "table_row_wise": "TorchRec has none for sequences; use row_wise",
+    "grid_shard": "TorchRec has none for sequences; use row_wise",
+    "data_parallel": "the dense kernel mixes up the features of a sequence on CPU; use table_wise or row_wise",
+}
 _IGNORED_BY_KERNELS = {
     "weight_decay": "the CPU kernels read it and do nothing, so runs would differ between machines; leave it out",
     "momentum": "the CPU kernels of sgd read it and do nothing; use rowwise_adagrad, or leave it out",
@@ -152,9 +157,8 @@ class GroupConfig(Settings):
     @model_validator(mode="after")
     def _combinations(self) -> GroupConfig:
         if self.kind == "sequence":
-            for kind in ("table_row_wise", "grid_shard"):
-                if kind in self.sharding:
-                    raise ValueError(f'sharding "{kind}" is for kind = "bag"; a sequence takes "row_wise"')
+            for kind in set(self.sharding) & set(_BAGS_ONLY):
+                raise ValueError(f'sharding "{kind}" is for kind = "bag": {_BAGS_ONLY[kind]}')
             if isinstance(self.dim, dict) and len(set(self.dim.values())) > 1:
                 raise ValueError('kind = "sequence" needs one dim for all features; use kind = "bag"')
         if self.max_gradient and "data_parallel" in self.sharding:

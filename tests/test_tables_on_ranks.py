@@ -1,0 +1,77 @@
+"""Two ranks do to tables what plain tables in one process do, however the rows lie and whatever the strides."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT
+from tests.tables_on_ranks import TYPES
+
+Found = dict[str, dict[str, float]]
+PLACES = [(kind, sharding) for kind, types in TYPES.items() for sharding in types]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Case -> largest differences to plain tables over both ranks."""
+    out = tmp_path_factory.mktemp("tables")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "tests.tables_on_ranks", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return {
+        case: {part: max(rank[case][part] for rank in ranks) for part in ranks[0][case]} for case in ranks[0]
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+@pytest.mark.parametrize(("kind", "sharding"), PLACES)
+def test_sharded_tables_equal_plain_ones(found: Found, kind: str, sharding: str, optimizer: str) -> None:
+    differences = found[f"{kind} {sharding} {optimizer}"]
+    assert differences["first"] == 0.0
+    assert differences["trained"] < 2e-6 and differences["rows"] < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+@pytest.mark.parametrize(("kind", "sharding"), [place for place in PLACES if place[1] != "data_parallel"])
+def test_max_gradient_bounds_every_element_of_every_bag(
+    found: Found, kind: str, sharding: str, optimizer: str
+) -> None:
+    differences = found[f"{kind} {sharding} {optimizer} clipped"]
+    assert differences["trained"] < 2e-6 and differences["rows"] < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "sharding"), PLACES)
+def test_half_precision_rows_are_those_of_fp32_rounded(found: Found, kind: str, sharding: str) -> None:
+    """Weights lie in [-1, 1) at first, where fp16 is exact to 2**-12; each of four updates rounds again."""
+    differences = found[f"{kind} {sharding} half"]
+    assert 0 < differences["first"] < 3 * 3 * 2**-12
+    assert 0 < differences["rows"] < 4e-3
+
+
+@pytest.mark.parametrize(("kind", "sharding"), PLACES)
+def test_rounded_communications_stay_near_and_have_an_effect(found: Found, kind: str, sharding: str) -> None:
+    forward, backward, both = (
+        found[f"{kind} {sharding} {way}"] for way in ("fp16 fp32", "fp32 fp16", "bf16 bf16")
+    )
+    if sharding == "data_parallel":  # its vectors never travel
+        assert all(way["trained"] < 2e-6 for way in (forward, backward, both))
+        return
+    assert 0 < forward["first"] < 2e-3 and forward["rows"] < 5e-3
+    assert backward["first"] == 0.0 and 1e-6 < backward["rows"] < 5e-3
+    # bf16 has 3 bits less than fp16; an fp16 that took its place would stay below this.
+    assert 1.5 * forward["first"] < both["first"] < 16e-3 and both["rows"] < 4e-2
