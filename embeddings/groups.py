@@ -31,6 +31,16 @@ class FusedOptimizer:
     max_gradient: float = 0.0
 
 
+def state_reshards(optimizer: str, before: str, after: str) -> bool:
+    """Whether the optimizer's state of a table fits, row by row, when its sharding type changes.
+
+    Column shards of row-wise Adagrad keep an accumulator of their own columns each, which nothing can make
+    into one accumulator a row, nor into those of other column shards.
+    """
+    by_columns = {"column_wise", "grid_shard"}
+    return optimizer != "rowwise_adagrad" or not by_columns & {before, after}
+
+
 @dataclass(frozen=True)
 class TableSpec:
     """One embedding table: the ids of one feature, `rows` of them, each a vector of `dim` floats."""

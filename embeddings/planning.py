@@ -17,8 +17,8 @@ from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.sharding import sharders
 
-# Column shards keep one row-wise accumulator each, so such state cannot be resharded; and row-wise bags on gloo
-# are padded. On a CPU, where memory is not the limit, whole tables do.
+# Column shards keep one row-wise accumulator each, so such state cannot be resharded; and row-wise bags are
+# padded on gloo. On a CPU, where memory is not the limit, whole tables do.
 _RANKS_A_NODE = 8
 _DEFAULT_SHARDING = {"cpu": ("table_wise",), "cuda": ("table_wise", "row_wise", "table_row_wise")}
 
@@ -56,7 +56,9 @@ def make_plan(
     topology = Topology(
         world_size=world_size, local_world_size=local_world_size, compute_device=device.type, **memory
     )
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(groups, device.type, world_size))
+    planner = EmbeddingShardingPlanner(
+        topology=topology, constraints=_constraints(groups, device.type, world_size)
+    )
     with _plan_errors(world_size, device.type):
         return planner.collective_plan(model, sharders(), dist.GroupMember.WORLD)
 
@@ -79,7 +81,9 @@ def offline_plan(
         compute_device=device,
         **memory,
     )
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(groups, device, world_size))
+    planner = EmbeddingShardingPlanner(
+        topology=topology, constraints=_constraints(groups, device, world_size)
+    )
     with _plan_errors(world_size, device):
         return planner.plan(model, sharders())
 

@@ -47,11 +47,11 @@ class ReplicatedOptimizer(KeyedOptimizer):  # type: ignore[misc]
         for weight in self.params.values():
             gradient = weight.grad
             if gradient is not None:
-                weight -= rate * self._direction(gradient.float(), self.state[weight])
+                weight.sub_(rate * self._direction(gradient.float(), self.state[weight]))
         self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        # All tables of a collection are views of one tensor and of its gradient: never inside of `step`'s loop.
+        # Tables of a collection are views of one tensor and its gradient: not for the loop in `step`.
         for weight in self.params.values():
             weight.grad = None
 

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.optim import RowWiseAdagrad
 
+from embeddings.comms import AS_THEY_ARE, Comms, codecs_of
 from embeddings.groups import FusedOptimizer, TableGroup
 from embeddings.init import FirstWeights, initial_rows_, table_seed
 from embeddings.sharded import BagSharder, SequenceSharder
 
 
-@dataclass(frozen=True)
-class Comms:
-    """What vectors and their gradients are rounded to while they travel between ranks.
-
-    Attributes:
-        forward, backward: `fp32` (as they are), `fp16` or `bf16`.
-    """
-
-    forward: str = "fp32"
-    backward: str = "fp32"
-
-
-def sharders(comms: Comms = Comms()) -> list[ModuleSharder[nn.Module]]:
+def sharders(comms: Comms = AS_THEY_ARE) -> list[ModuleSharder[nn.Module]]:
     """The sharders of the collections that groups compile to."""
-    precision = QCommsConfig(CommType(comms.forward), CommType(comms.backward))
-    # The device decides nothing but whether bf16 silently becomes fp16, because gloo once had none; it has now.
-    codecs = get_qcomm_codecs_registry(precision, device=torch.device("cuda"))
+    codecs = codecs_of(comms)
     return [BagSharder(codecs), SequenceSharder(codecs)]
 
 
@@ -53,7 +38,7 @@ def attach_optimizer(collection: nn.Module, optimizer: FusedOptimizer) -> None:
         if optimizer.max_gradient:
             # Not an argument of the optimizer's class, but of the kernels that stand in for it.
             clipping = {"gradient_clipping": True, "max_gradient": optimizer.max_gradient}
-            parameter._optimizer_kwargs[0].update(clipping)
+            parameter._optimizer_kwargs[0].update(clipping)  # type: ignore[attr-defined]
 
 
 def shard(
@@ -62,7 +47,7 @@ def shard(
     plan: ShardingPlan,
     device: torch.device,
     seed: int,
-    comms: Comms = Comms(),
+    comms: Comms = AS_THEY_ARE,
 ) -> DistributedModelParallel:
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
 
@@ -80,7 +65,7 @@ def shard(
 
 
 def table_of(parameter: str) -> str:
-    """`collections.attention.embedding_bags.attention__item_id.weight` -> `attention__item_id`, either kind."""
+    """`collections.attention.embedding_bags.attention__item_id.weight` -> `attention__item_id`."""
     parts = parameter.split(".")
     return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
 

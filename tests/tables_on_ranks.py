@@ -21,12 +21,13 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.collections import make_collection, weight_name
+from embeddings.comms import AS_THEY_ARE, Comms
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.init import FirstWeights
 from embeddings.jagged import one_id_bags, select_bags, vectors_in_order
 from embeddings.plain import PlainBagCollection
 from embeddings.planning import make_plan
-from embeddings.sharding import Comms, attach_optimizer, initialise_unsharded, shard
+from embeddings.sharding import attach_optimizer, initialise_unsharded, shard
 from trainer.distributed import Ranks, process_group
 
 ROWS = {"item": 23, "tag": 7}
@@ -55,8 +56,8 @@ class ShardWiseAdagrad(torch.optim.Optimizer):
     def step(self, closure: object = None) -> None:
         for weight, total in self.totals.items():
             gradient = weight.grad.unflatten(1, (2, -1))
-            total += gradient.square().mean(2, keepdim=True)
-            weight -= 0.1 * (gradient / (total.sqrt() + 1e-3)).flatten(1)
+            total.add_(gradient.square().mean(2, keepdim=True))
+            weight.sub_(0.1 * (gradient / (total.sqrt() + 1e-3)).flatten(1))
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Case:
     """Two groups of one kind, of which one looks up all bags and the other a choice of them."""
 
     groups: dict[str, TableGroup]
-    comms: Comms = Comms()
+    comms: Comms = AS_THEY_ARE
 
     @property
     def group(self) -> TableGroup:
@@ -76,7 +77,7 @@ def case_of(
     kind: str,
     sharding: str,
     optimizer: str,
-    comms: Comms = Comms(),
+    comms: Comms = AS_THEY_ARE,
     *,
     max_gradient: float = 0.0,
     dtype: str = "fp32",
@@ -138,11 +139,10 @@ def part_of(kind: str, step: int, rank: int, width: int) -> Part:
         bags = one_id_bags(list(ROWS), ids)
     else:
         stride *= not (last and rank == 1)
-        lengths = [torch.randint(0, 4, (stride,), generator=rng) for _ in ROWS]
-        ids = torch.cat(
-            [torch.randint(0, r, (int(n.sum()),), generator=rng) for r, n in zip(ROWS.values(), lengths)]
-        )
-        bags = KeyedJaggedTensor(list(ROWS), ids, lengths=torch.cat(lengths).int(), stride=stride)
+        lengths = torch.randint(0, 4, (len(ROWS), stride), generator=rng)
+        counts = zip(ROWS.values(), lengths.sum(1).tolist(), strict=True)
+        ids = torch.cat([torch.randint(0, rows, (count,), generator=rng) for rows, count in counts])
+        bags = KeyedJaggedTensor(list(ROWS), ids, lengths=lengths.reshape(-1).int(), stride=stride)
     chosen = torch.randint(0, max(stride, 1), (min(stride, 3 + 4 * rank),), generator=rng)
     weights = [torch.randn(n, width, generator=rng) for n in (stride, chosen.numel())]
     return Part(bags, select_bags(bags, chosen), (weights[0], weights[1]))
@@ -217,7 +217,9 @@ def largest(difference: Tensor) -> float:
     return float(difference.abs().max()) if difference.numel() else 0.0
 
 
-def rows_difference(group: TableGroup, state: Mapping[str, Tensor | ShardedTensor], plain: nn.Module) -> float:
+def rows_difference(
+    group: TableGroup, state: Mapping[str, Tensor | ShardedTensor], plain: nn.Module
+) -> float:
     """Of the rows on this rank."""
     worst = 0.0
     for feature in group.features:

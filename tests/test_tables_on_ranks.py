@@ -1,4 +1,4 @@
-"""Two ranks do to tables what plain tables in one process do, however the rows lie and whatever the strides."""
+"""Two ranks do to tables what plain tables in one process do, however the rows lie and whatever strides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 

@@ -10,10 +10,11 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.collections import make_collection
+from embeddings.comms import Comms
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.planning import Placement, make_plan, placements
-from embeddings.sharding import Comms, attach_optimizer, shard
+from embeddings.sharding import attach_optimizer, shard
 from trainer.config import Config, build_groups
 from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
@@ -46,10 +47,12 @@ def _check_sequences(groups: Mapping[str, TableGroup], features: Mapping[str, Fe
         for feature in group.features if group.kind == "sequence" else ():
             info = features[feature]
             if info.multi or info.side != "both":
-                why = "has any number of ids" if info.multi else f"has none on one side (side = {info.side!r})"
+                why = (
+                    "has any number of ids" if info.multi else f"has none on one side (side = {info.side!r})"
+                )
                 raise ConfigError(
-                    f'groups.{group.name}.kind = "sequence" needs one id in every bag, but feature {feature!r} '
-                    f'{why}; use kind = "bag", or name other groups.{group.name}.features'
+                    f'groups.{group.name}.kind = "sequence" needs one id in every bag, but feature '
+                    f'{feature!r} {why}; use kind = "bag", or name other groups.{group.name}.features'
                 )
 
 

@@ -1,7 +1,7 @@
 """The trainer's configuration: one TOML file, frozen once read, checked once at the start.
 
-Sections: data, model, groups.<name>, tables.<feature>, train, comms, checkpoint. The resolved config travels with
-every run, checkpoint and snapshot as data.
+Sections: data, model, groups.<name>, tables.<feature>, train, comms, checkpoint. The resolved config travels
+with every run, checkpoint and snapshot as data.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ShardingName = Literal[
 _BAGS_ONLY = {
     "table_row_wise": "TorchRec has none for sequences; use row_wise",
     "grid_shard": "TorchRec has none for sequences; use row_wise",
-    "data_parallel": "the dense kernel mixes up the features of a sequence on CPU; use table_wise or row_wise",
+    "data_parallel": "the dense kernel mixes up features of a sequence on CPU; use table_wise or row_wise",
 }
 _IGNORED_BY_KERNELS = {
-    "weight_decay": "the CPU kernels read it and do nothing, so runs would differ between machines; leave it out",
-    "momentum": "the CPU kernels of sgd read it and do nothing; use rowwise_adagrad, or leave it out",
+    "weight_decay": "the CPU kernels take it and do nothing, so machines would differ; leave it out",
+    "momentum": "the CPU kernels of sgd take it and do nothing; use rowwise_adagrad, or leave it out",
 }
 
 
@@ -147,10 +147,12 @@ class GroupConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _no_option_that_kernels_ignore(cls, given: object) -> object:
-        for key in _IGNORED_BY_KERNELS if isinstance(given, dict) else ():
+        if not isinstance(given, dict):
+            return given
+        for key, reason in _IGNORED_BY_KERNELS.items():
             if key in given:
-                raise ValueError(f"{key} is no option of a table: {_IGNORED_BY_KERNELS[key]}")
-        if isinstance(given, dict) and given.get("dtype") == "bf16":
+                raise ValueError(f"{key} is no option of a table: {reason}")
+        if given.get("dtype") == "bf16":
             raise ValueError('dtype = "bf16" has no lookup kernel on CPU; use "fp16" or "fp32"')
         return given
 

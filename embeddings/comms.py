@@ -1,0 +1,54 @@
+"""What table vectors and their gradients are rounded to while they travel between ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from fbgemm_gpu.quantize_comm import QuantizationContext, QuantizedCommCodec
+from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import Tensor
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.types import QuantizedCommCodecs
+
+# Gradients of a mean over thousands of candidates lie below 6e-5, where fp16 loses bits and soon everything.
+# A power of two changes no bits; values up to 16 stay within fp16.
+_FP16_SCALE = 2.0**12
+
+
+@dataclass(frozen=True)
+class Comms:
+    """`fp32` (as they are), `fp16` or `bf16`, for vectors (forward) and their gradients (backward)."""
+
+    forward: str = "fp32"
+    backward: str = "fp32"
+
+
+AS_THEY_ARE = Comms()
+
+
+class ScaledHalf(QuantizedCommCodec):  # type: ignore[misc]
+    """fp16 of scaled gradients. FBGEMM's own `loss_scale` divides before it leaves fp16, which undoes it."""
+
+    def __init__(self) -> None:
+        super().__init__(SparseType.FP16, is_fwd=False)
+
+    def encode(self, input_tensor: Tensor, ctx: QuantizationContext | None = None) -> Tensor:
+        sent: Tensor = super().encode(input_tensor * _FP16_SCALE, ctx)
+        return sent
+
+    def decode(self, input_tensor: Tensor, ctx: QuantizationContext | None = None) -> Tensor:
+        received: Tensor = super().decode(input_tensor, ctx)
+        return received / _FP16_SCALE
+
+
+def codecs_of(comms: Comms) -> dict[str, QuantizedCommCodecs] | None:
+    """TorchRec's codecs of every kind of exchange; None where nothing is rounded."""
+    precision = QCommsConfig(CommType(comms.forward), CommType(comms.backward))
+    # The device only decides whether bf16 silently becomes fp16: gloo once had no bf16, but it has now.
+    codecs: dict[str, QuantizedCommCodecs] | None = get_qcomm_codecs_registry(
+        precision, device=torch.device("cuda")
+    )
+    for codec in codecs.values() if codecs and comms.backward == "fp16" else ():
+        codec.backward = ScaledHalf()
+    return codecs
