@@ -159,8 +159,9 @@ class GroupConfig(Settings):
     @model_validator(mode="after")
     def _combinations(self) -> GroupConfig:
         if self.kind == "sequence":
-            for kind in set(self.sharding) & set(_BAGS_ONLY):
-                raise ValueError(f'sharding "{kind}" is for kind = "bag": {_BAGS_ONLY[kind]}')
+            for kind in self.sharding:
+                if kind in _BAGS_ONLY:
+                    raise ValueError(f'sharding "{kind}" is for kind = "bag": {_BAGS_ONLY[kind]}')
             if isinstance(self.dim, dict) and len(set(self.dim.values())) > 1:
                 raise ValueError('kind = "sequence" needs one dim for all features; use kind = "bag"')
         if self.max_gradient and "data_parallel" in self.sharding:
