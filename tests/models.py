@@ -129,7 +129,7 @@ def batch_of(config: Config) -> RequestBatch:
 
 
 def stage_one(model: TwoStageModel, batch: RequestBatch) -> dict[str, Searched]:
-    return model._stage_one(batch)[0]
+    return model._stage_one(batch)[0].searched
 
 
 def watch(model: TwoStageModel) -> dict[str, tuple[Behaviors, Tensor, list[Tensor]]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,13 @@ from trainer.config import Config, load_config
 from trainer.data.schema import read_manifest
 from trainer.distributed import process_group, sum_over_ranks
 from trainer.evaluation import score_split
-from trainer.step import make_optimizer, train_step
+from trainer.nonfinite import Guard
+from trainer.pipeline import Pipeline
+from trainer.step import TrainStep, make_optimizer
 
 STEPS = 4
 SMALL = ["data.history_length=12", "data.batch_candidates=48", "data.prefetch=0", "model.k=6", "train.seed=5"]
+SMALL += ["train.learning_rate=0.001"]
 
 
 def small_config(preset: str, log: Path) -> Config:
@@ -43,13 +47,14 @@ def main() -> None:
         for preset in presets:
             config = small_config(preset, log)
             sharded = build_sharded(config, manifest, ranks)
-            optimizer = make_optimizer(sharded.model, 0.001)
+            optimizer = make_optimizer(sharded.model, config.train)
+            step = TrainStep(config, sharded.model, optimizer, ranks.world_size, Guard(ranks, out.parent))
+            pipeline = Pipeline("none", sharded.model, step, ranks.device)
             rows = feature_rows(sharded.groups)
             reader = open_split(config, "train", rows, ranks, seed=3)
             losses = []
-            for _, step in zip(range(STEPS), reader.steps(), strict=False):
-                loss = train_step(sharded.model, optimizer, step, ranks.world_size, ranks.device)
-                losses.append(float(sum_over_ranks(loss)) / step.batch.step_candidates)
+            for done, loss in pipeline.train(islice(reader.steps(), STEPS), lambda: 0):
+                losses.append(float(sum_over_ranks(loss)) / done.batch.step_candidates)
             scored = score_split(sharded.model, open_split(config, "validation", rows, ranks), ranks.device)
             order = np.lexsort([scored.candidate, scored.request_id])
             found[preset] = {"losses": losses, "scores": scored.score[order, 0].tolist()}

@@ -55,7 +55,7 @@ def u_of(tin: tuple[TwoStageModel, RequestBatch], change: Change = lambda window
     branch, found = model.branches["main"], stage_one(model, batch)["main"]
     windows = change(found.windows)
     searched = replace(found, windows=windows, kept=windows.of_candidates())
-    shared = model._lookup("shared", batch.features)
+    shared = model._lookup(["shared"], batch.features)["shared"]
     n = batch.behaviors
     return branch.pool(searched, shared[n:], shared[:n], searched.index)[2]
 
@@ -102,7 +102,7 @@ def test_p1_attention_is_over_encoded_target_and_behaviors(tin: tuple[TwoStageMo
     with torch.no_grad():
         model(batch)
     behaviors, weight, parts = seen["main"]
-    main, shared = model.branches["main"], model._lookup("shared", batch.features).detach()
+    main, shared = model.branches["main"], model._lookup(["shared"], batch.features)["shared"].detach()
     own, kept = shared[batch.behaviors :], behaviors.kept
 
     def encoded(time: TimeEncoding, c: int) -> tuple[Tensor, Tensor]:

@@ -178,16 +178,36 @@ class TableConfig(Settings):
     rows: PositiveInt | None = None
 
 
+Decay = Literal["none", "linear", "cosine"]
+
+
+class TableRatesConfig(Settings):
+    """How the tables' learning rates differ in time from the dense ones; a key that is not set is no
+    difference. See TrainConfig."""
+
+    warmup_steps: int | None = Field(None, ge=0)
+    decay: Decay | None = None
+
+
 class TrainConfig(Settings):
-    """The training run.
+    """The training run; docs/training.md explains it.
 
     Attributes:
         seed: of every random draw: initial weights and the order of the data.
         epochs: passes over the train split.
         max_steps: stop after this many steps; 0 = no limit. Schedules run to whichever end comes first.
-        learning_rate: of Adam on the dense weights.
+        optimizer, learning_rate: of the dense weights.
+        weight_decay: of adamw, on dense weights of two dimensions or more.
+        max_gradient_norm: dense gradients are scaled down to this global norm; 0 = never. Tables are not
+            clipped and their gradients are not in the norm.
         warmup_steps: linear warm-up of all learning rates.
-        decay: `linear` lets all learning rates fall to a thousandth at the last step.
+        decay: `linear` or `cosine` lets all learning rates fall to a thousandth at the last step.
+        tables: another warm-up or decay for the tables' learning rates, which are groups.<name>.learning_rate.
+        precision: of everything dense in training: `bf16` multiplies in bfloat16; weights, looked-up vectors
+            and the loss stay fp32. Evaluation is always fp32.
+        pipeline: TorchRec's train pipeline: `none`, `sparse_dist` (copies the next batch and exchanges its ids
+            meanwhile), `prefetch` (fills the tables' caches meanwhile too; CUDA only). `auto`: `sparse_dist` on
+            CUDA, `none` on a CPU, which has nothing to overlap. Losses are the same.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: steps between two validations; 0 = only at the end.
     """
@@ -195,11 +215,27 @@ class TrainConfig(Settings):
     seed: int = Field(17, ge=0, lt=2**31)
     epochs: PositiveInt = 1
     max_steps: int = Field(0, ge=0)
+    optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    max_gradient_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
     warmup_steps: int = Field(0, ge=0)
-    decay: Literal["none", "linear"] = "linear"
+    decay: Decay = "linear"
+    tables: TableRatesConfig = TableRatesConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    pipeline: Literal["auto", "none", "sparse_dist", "prefetch"] = "auto"
     log_every: PositiveInt = 10
     validate_every: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> TrainConfig:
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(
+                f"train.weight_decay = {self.weight_decay} is for adamw: set train.optimizer = \"adamw\""
+            )
+        if self.optimizer == "adamw" and not self.weight_decay:
+            raise ValueError("train.optimizer = \"adamw\" without train.weight_decay is adam: say which")
+        return self
 
 
 class CommsConfig(Settings):

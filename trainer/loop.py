@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.errors import ConfigError, DataError
+from embeddings.errors import ConfigError
 from trainer import checkpoint
 from trainer.config import Config
-from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.distributed import Ranks, sum_over_ranks
 from trainer.evaluation import score_split
 from trainer.metrics import Metrics
+from trainer.nonfinite import Guard
+from trainer.pipeline import Pipeline
 from trainer.progress import Progress
 from trainer.run import MetricsLog, RunFolder
-from trainer.schedule import progress_of, rate_factor
-from trainer.step import RateSetter, make_optimizer, train_step
+from trainer.schedule import dense_schedule, progress_of, table_schedule
+from trainer.step import RateSetter, TrainStep, make_optimizer
 
 
 @dataclass
@@ -70,8 +71,11 @@ class Trainer:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
         self.log_fingerprint = log_fingerprint
         self.train_reader, self.validation_reader = train, validation
-        self.optimizer = make_optimizer(model, config.train.learning_rate)
+        self.optimizer = make_optimizer(model, config.train)
         self.rates = RateSetter(model, self.optimizer)
+        self.schedules = dense_schedule(config.train), table_schedule(config.train)
+        step = TrainStep(config, model, self.optimizer, ranks.world_size, Guard(ranks, folder.path))
+        self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
         self.at = Position()
         self.metrics_of_validation: Metrics | None = None
         self.meter = _Meter(ranks.device)
@@ -80,7 +84,8 @@ class Trainer:
         """Train from a checkpoint, or from the beginning, to the end; returns where it ended.
 
         Raises:
-            DataError: the loss is no longer a number; what was saved before stays, nothing is saved after.
+            DataError: a loss or gradient is not finite; no weight changes by that step, what was saved before
+                stays, and nothing is saved after.
         """
         if start.path is not None:
             self._resume(start.path, start.state)
@@ -99,10 +104,13 @@ class Trainer:
     def _epoch(self) -> None:
         config = self.config.train
         self.meter = _Meter(self.ranks.device)
-        with closing(self.train_reader.steps(self.at.cursor)) as steps:
-            for step in steps:
-                self.rates.set(rate_factor(config, self.at.step, self._progress()))
-                loss = self._train(step)
+        left = config.max_steps - self.at.step if config.max_steps else None
+        with (
+            closing(self.train_reader.steps(self.at.cursor)) as steps,
+            # A pipeline reads ahead, but not beyond the last step.
+            closing(self.pipeline.train(islice(steps, left), self._begin_step)) as trained,
+        ):
+            for step, loss in trained:
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
                 self.at.candidates += step.batch.step_candidates
                 self.meter.add(loss, step.batch.step_candidates)
@@ -121,27 +129,28 @@ class Trainer:
         if not self._step_limit():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
 
-    def _train(self, step: Step) -> Tensor:
-        weight = self.config.model.auxiliary_weight
-        return train_step(self.model, self.optimizer, step, self.ranks.world_size, self.ranks.device, weight)
+    def _begin_step(self) -> int:
+        """Set the next step's learning rates; returns its number."""
+        self.rates.set(*self._rate_factors())
+        return self.at.step + 1
+
+    def _rate_factors(self) -> tuple[float, float]:
+        """Of dense weights and of tables, see `trainer.schedule`."""
+        dense, tables = (schedule.factor(self.at.step, self._progress()) for schedule in self.schedules)
+        return dense, tables
 
     def _report(self) -> None:
-        """Write what was trained since the last report; every rank stops here if the loss is no number."""
+        """Write what was trained since the last report; collective."""
         meter = self.meter
         if meter.candidates == 0:
             return
         wall, cpu = meter.clock.take()
         self.at.wall_s, self.at.cpu_s = self.at.wall_s + wall, self.at.cpu_s + cpu
         mean = float(sum_over_ranks(meter.loss)) / meter.candidates
-        if not math.isfinite(mean):
-            raise DataError(
-                f"the loss is {mean} within the steps up to {self.at.step}; look at the labels, or lower the "
-                f"learning rates (nothing was saved since; see {self.folder.checkpoints})"
-            )
         rate = meter.candidates / max(wall, 1e-9)
         values = {"loss": mean, "samples": self.at.candidates, "samples_per_s": rate}
-        factor = rate_factor(self.config.train, self.at.step, self._progress())
-        self.log.write(self.at.step, "train", {**values, "rate_factor": factor})
+        dense, tables = self._rate_factors()
+        self.log.write(self.at.step, "train", {**values, "rate_factor": dense, "table_rate_factor": tables})
         text = f"step {self.at.step}  loss {mean:.4f}  {rate:,.0f} samples/s"
         self.bar.show(self._progress(), text, last=self._progress() >= 1)
         meter.restart()
@@ -149,7 +158,8 @@ class Trainer:
     def _validate(self) -> None:
         if self.validation_reader is None or self.at.validated == self.at.step:
             return
-        metrics = score_split(self.model, self.validation_reader, self.ranks.device).metrics()
+        with self.pipeline.paused():
+            metrics = score_split(self.model, self.validation_reader, self.ranks.device).metrics()
         self.metrics_of_validation, self.at.validated = metrics, self.at.step
         self.log.write(self.at.step, "validation", metrics.as_dict())
         self.say(

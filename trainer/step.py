@@ -1,6 +1,8 @@
-"""One training step: forward, loss, backward with fused table updates, dense update."""
+"""One training step: forward, loss, backward to the tables' border, check, backward into the tables, update."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,56 +10,139 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from trainer.config import Config, TrainConfig
+from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.loss import loss_sum, rank_loss
+from trainer.model.lookups import Cut
+from trainer.model.two_stage import Prediction, TwoStageModel
+from trainer.nonfinite import Guard, Gradients
 
 
-def make_optimizer(model: DistributedModelParallel, learning_rate: float) -> CombinedOptimizer:
-    """The fused optimizers of the tables and Adam for everything dense, as one."""
-    dense = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(model.named_parameters())),
-        lambda parameters: torch.optim.Adam(parameters, lr=learning_rate),
-    )
+def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
+    """The fused optimizers of the tables and one for everything dense, as one."""
+
+    def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        if config.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=config.learning_rate)
+        # Biases, scales and slopes are not decayed: zero is nothing they should be drawn to.
+        matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+        others = [parameter for parameter in parameters if parameter.dim() <= 1]
+        groups = [(matrices, config.weight_decay), (others, 0.0)]
+        return torch.optim.AdamW(
+            [{"params": chosen, "weight_decay": decay} for chosen, decay in groups if chosen],
+            lr=config.learning_rate,
+        )
+
+    dense = KeyedOptimizerWrapper(dense_weights(model), make)
     # Adam's state is created on the first step; a checkpoint loaded before it would silently miss it.
     dense.init_state()
     return CombinedOptimizer([("fused", model.fused_optimizer), ("dense", dense)])
 
 
+def dense_weights(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
+    """Parameters that no fused optimizer updates, by name."""
+    return dict(in_backward_optimizer_filter(model.named_parameters()))
+
+
 class RateSetter:
-    """Sets all learning rates to a multiple of what they were at the start."""
+    """Sets the learning rates to multiples of what they were at the start."""
 
     def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
-        self._fused, self._optimizer = model.fused_optimizer, optimizer
-        self._base = [float(group["lr"]) for group in optimizer.param_groups]
+        self._fused = model.fused_optimizer
+        tables = {id(group) for group in self._fused.param_groups}
+        self._groups = [(group, float(group["lr"]), id(group) in tables) for group in optimizer.param_groups]
 
-    def set(self, factor: float) -> None:
+    def set(self, dense: float, tables: float) -> None:
         """In force from the next backward pass on."""
-        for group, base in zip(self._optimizer.param_groups, self._base, strict=True):
-            group["lr"] = base * factor
+        for group, base, of_table in self._groups:
+            group["lr"] = base * (tables if of_table else dense)
         # The kernels keep a copy of the rate, which only this call renews; it updates no weight.
         self._fused.step()
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: CombinedOptimizer,
-    step: Step,
-    world_size: int,
-    device: torch.device,
-    auxiliary_weight: float = 1.0,
-) -> Tensor:
-    """Do one step on the main loss and, where the model has one, its auxiliary loss.
+class TrainStep:
+    """A training step in the pieces that TorchRec's pipelines call.
 
-    Returns:
-        This rank's part of the main loss' sum, detached (0 where the batch does not count).
+    A pipeline calls `zero_grad`, `forward`, the loss' `backward()`, then `step`: it takes this object for its
+    optimizer. The graph is cut between tables and everything dense (`trainer.model.lookups`), so that the
+    pipeline's backward pass reaches dense weights and looked-up vectors only. `step` checks all gradients and
+    only then has the second backward pass update the tables.
+
+    Args:
+        model: sharded; optimizer: of `make_optimizer`; world_size: ranks.
+        guard: stops the run where something is not finite; None: no check, no cut and no clipping, for
+            measuring what these cost.
     """
-    batch = step.batch.to(device)
-    optimizer.zero_grad()
-    prediction = model(batch)
-    total = loss_sum(prediction.logits, batch.labels, batch.weight)
-    trained = total
-    if prediction.auxiliary is not None:
-        trained = total + auxiliary_weight * loss_sum(prediction.auxiliary, batch.labels, batch.weight)
-    rank_loss(trained, batch.step_candidates, world_size, step.counted).backward()
-    optimizer.step()
-    return total.detach() if step.counted else torch.zeros_like(total)
+
+    def __init__(
+        self,
+        config: Config,
+        model: DistributedModelParallel,
+        optimizer: CombinedOptimizer,
+        world_size: int,
+        guard: Guard | None,
+    ) -> None:
+        self._auxiliary_weight, self._config = config.model.auxiliary_weight, config.train
+        self._model, self._optimizer, self._world_size, self._guard = model, optimizer, world_size, guard
+        shell = model.module
+        assert isinstance(shell, TwoStageModel)
+        self._lookups, self._dense = shell.lookups, dense_weights(model)
+        self._current: tuple[int, Step] | None = None
+        self._loss = torch.zeros(())
+        self._cuts: list[Cut] = []
+
+    def begin(self, number: int, step: Step) -> None:
+        """The next forward pass is of this step, whose number is for messages."""
+        self._current = number, step
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    def forward(self, batch: RequestBatch) -> tuple[Tensor, Tensor]:
+        """-> what to call backward on, and this rank's part of the main loss' sum (0 where the batch does not
+        count), both scalar."""
+        assert self._current is not None
+        step = self._current[1]
+        if self._guard is None:
+            prediction = self._predict(batch)
+        else:
+            with self._lookups.cut() as self._cuts:
+                prediction = self._predict(batch)
+        total = loss_sum(prediction.logits.float(), batch.labels, batch.weight)
+        trained = total
+        if prediction.auxiliary is not None:
+            auxiliary = loss_sum(prediction.auxiliary.float(), batch.labels, batch.weight)
+            trained = total + self._auxiliary_weight * auxiliary
+        self._loss = trained.detach()
+        counted = total.detach() if step.counted else torch.zeros_like(total)
+        return rank_loss(trained, batch.step_candidates, self._world_size, step.counted), counted
+
+    def step(self) -> None:
+        """Update all weights, or none.
+
+        Raises:
+            DataError: the loss or a gradient is not finite on some rank; raised on all ranks.
+        """
+        if self._guard is not None:
+            self._check_and_update_tables(self._guard)
+        self._optimizer.step()
+
+    def _predict(self, batch: RequestBatch) -> Prediction:
+        bf16 = self._config.precision == "bf16"
+        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=bf16):
+            prediction: Prediction = self._model(batch)
+        return prediction
+
+    def _check_and_update_tables(self, guard: Guard) -> None:
+        assert self._current is not None
+        number, step = self._current
+        cuts, self._cuts = self._cuts, []
+        dense = {name: weight.grad for name, weight in self._dense.items() if weight.grad is not None}
+        found = Gradients(self._loss, {cut.group: cut.gradient() for cut in cuts}, dense)
+        norm = guard.norm(number, step, found)
+        if self._config.max_gradient_norm:
+            limit = self._config.max_gradient_norm
+            torch.nn.utils.clip_grads_with_norm_(list(self._dense.values()), limit, norm)
+        if cuts:
+            torch.autograd.backward([cut.inside for cut in cuts], list(found.vectors.values()))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from trainer.data.files import RowGroup
 from trainer.data.row_group import Ints
 from trainer.data.rows import PlanRows, UserRows
 
@@ -27,6 +28,15 @@ class WindowedRows:
     requests: Ints
 
 
+class Decoder(Protocol):
+    """Decodes the row group at `place` when called (once; see `trainer.data.reader`)."""
+
+    @property
+    def place(self) -> RowGroup: ...
+
+    def __call__(self) -> WindowedRows: ...
+
+
 class Block(NamedTuple):
     """A planned block; its data is decoded only where and when it is needed.
 
@@ -35,7 +45,7 @@ class Block(NamedTuple):
         first, last: requests [first, last) of the row group.
         behaviors: planned length of its history (an ingestion delay may shorten it).
         candidates: of all its requests.
-        rows: decodes the row group (once; see `trainer.data.reader`).
+        rows: decodes the row group.
     """
 
     owner: int
@@ -43,7 +53,7 @@ class Block(NamedTuple):
     last: int
     behaviors: int
     candidates: int
-    rows: Callable[[], WindowedRows]
+    rows: Decoder
 
     @property
     def cost(self) -> int:
@@ -68,7 +78,7 @@ class BlockLimits:
 
 
 def cut_blocks(
-    plan: PlanRows, owner: int, rows: Callable[[], WindowedRows], limits: BlockLimits
+    plan: PlanRows, owner: int, rows: Decoder, limits: BlockLimits
 ) -> list[Block]:
     """All requests of a row group as blocks, in stored order; requests without candidates are left out."""
     if not plan.history_end.size:

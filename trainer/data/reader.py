@@ -50,18 +50,20 @@ class Step:
         counted: False where the step has no block for this rank: it then repeats a block of another one, so
             that collectives match, and its loss and scores count for nothing.
         after: the cursor once the step is done.
+        sources: the row groups that the batch came from.
     """
 
     batch: RequestBatch
     counted: bool
     after: Cursor
+    sources: tuple[RowGroup, ...] = ()
 
 
 class _Decoder:
     """Decodes a row group once: ahead in a pool if started, else when first called."""
 
-    def __init__(self, decode: Callable[[], WindowedRows]) -> None:
-        self._decode = decode
+    def __init__(self, place: RowGroup, decode: Callable[[], WindowedRows]) -> None:
+        self.place, self._decode = place, decode
         self._ahead: Future[WindowedRows] | None = None
         self._rows: WindowedRows | None = None
 
@@ -138,8 +140,9 @@ class SequenceLogReader:
             for blocks, owners, after in self._plan(cursor, pool):
                 mine = [block for block, owner in zip(blocks, owners, strict=True) if owner == self.rank]
                 total = sum([block.candidates for block in blocks])
-                batch = collate(mine or blocks[:1], self.config, self.columns, total)
-                yield Step(batch, bool(mine), after)
+                used = mine or blocks[:1]
+                batch = collate(used, self.config, self.columns, total)
+                yield Step(batch, bool(mine), after, tuple({block.rows.place: None for block in used}))
 
     def _plan(self, cursor: Cursor, pool: Executor | None) -> Iterator[tuple[list[Block], list[int], Cursor]]:
         """Cut the stream of blocks into global steps: (blocks, owning ranks, cursor after)."""
@@ -190,7 +193,7 @@ class SequenceLogReader:
         blocks: list[Block] = []
         decoders = []
         for place, plan, owner in zip(places, plans, owners, strict=True):
-            decoder = _Decoder(partial(self._decode, place, footers[place.file]))
+            decoder = _Decoder(place, partial(self._decode, place, footers[place.file]))
             blocks += cut_blocks(plan, owner, decoder, self._limits)
             if self.config.sharding == "steps" or owner == self.rank:
                 decoders.append(decoder)

@@ -3,22 +3,28 @@
 TWIN and DARE are the same code: four roles, each served by a named table group. With one group for all
 roles this is TWIN as DARE's authors ran it; with one group for attention and one for representation, DARE.
 Other models are other branches (`trainer.model.branch`) of the same frame.
+
+TorchRec's train pipelines trace the forward pass of every module that holds a sharded one, to start the
+exchange of a later batch's ids early. So `TwoStageModel.forward` is a thin shell, which calls collections and
+modules without collections and looks into no tensor; all else happens inside those modules, which the trace
+does not enter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.jagged import select_bags, select_keys, vectors_in_order
+from embeddings.jagged import select_bags
 from trainer.data.batch import RequestBatch
 from trainer.model.auxiliary import WholeWindow
 from trainer.model.branch import Branch, Searched, Surroundings, at_least_one_row
 from trainer.model.head import DotHead, Head
+from trainer.model.lookups import Lookups
 from trainer.model.settings import ModelConfig
 from trainer.model.windows import Kept, Source, Windows, windows_of
 
@@ -44,6 +50,113 @@ class Rows(NamedTuple):
     place_N: Tensor | None
 
 
+class Found(NamedTuple):
+    """Stage one's result.
+
+    Attributes:
+        branches: that made it; searched: what each found.
+        selected: KJT of the behaviors that any branch kept, then the candidates; None where all of them were
+            looked up already. place_N: where each of the batch's behaviors is among the former.
+    """
+
+    branches: Branches
+    searched: dict[str, Searched]
+    selected: KeyedJaggedTensor | None
+    place_N: Tensor | None
+
+
+class Branches(nn.ModuleDict):
+    """The branches of a model, by name; called, they do stage one.
+
+    Args:
+        branches: by name; history_length: L.
+        selects: behaviors are looked up again, as far as they are kept.
+    """
+
+    def __init__(self, branches: Mapping[str, Branch], history_length: int, selects: bool) -> None:
+        super().__init__(branches)
+        self.history_length, self.selects = history_length, selects
+
+    def named(self) -> dict[str, Branch]:
+        return {name: branch for name, branch in self.items() if isinstance(branch, Branch)}
+
+    def forward(self, batch: RequestBatch, vectors: Mapping[str, Tensor]) -> Found:
+        """`vectors`: [N + C, width] of the groups that are looked up first."""
+        windows: dict[Source, Windows] = {}
+        searched = {}
+        for name, branch in self.named().items():
+            if branch.source not in windows:
+                windows[branch.source] = windows_of(batch, self.history_length, branch.source)
+            searched[name] = branch.find(batch, vectors, windows[branch.source])
+        if not self.selects:
+            return Found(self, searched, None, None)
+        kept = [found.windows if found.whole else found.kept for found in searched.values()]
+        chosen_S, place_N = union_of(kept, batch.behaviors)
+        candidates = batch.behaviors + torch.arange(batch.candidates, device=chosen_S.device)
+        selected = select_bags(batch.features, torch.cat([chosen_S, candidates]))
+        return Found(self, searched, selected, place_N)
+
+
+class Pooled(NamedTuple):
+    """Stage two's result.
+
+    Attributes:
+        parts: what the head is given, each [C, width].
+        main, searched: the main branch and what it found; target_CD, value_ND: its representation.
+    """
+
+    parts: list[Tensor]
+    main: Branch
+    searched: Searched
+    target_CD: Tensor
+    value_ND: Tensor
+
+
+class Pooling(nn.Module):
+    """Stage two of all branches, and what the head is given besides.
+
+    Args:
+        context: the group of context features, empty without them; numbers: whether candidates have any.
+    """
+
+    def __init__(self, context: str, numbers: bool) -> None:
+        super().__init__()
+        self.context, self.numbers = context, numbers
+
+    def forward(
+        self, batch: RequestBatch, found: Found, first: Mapping[str, Tensor], late: Mapping[str, Tensor]
+    ) -> Pooled:
+        """`first`: vectors of all behaviors and candidates, and of the context; `late`: of `found.selected`."""
+        branches, parts, rows = found.branches.named(), [], _representation(batch, found, first, late)
+        for name, branch in branches.items():
+            searched, roles = found.searched[name], branch.roles
+            behavior = rows[roles.representation_behavior]
+            place = searched.index if behavior.place_N is None else behavior.place_N[searched.index]
+            target_CD = rows[roles.representation_target].target_CD
+            parts += branch.pool(searched, target_CD, behavior.value_SD, place)
+        if self.numbers:
+            parts.append(batch.numeric.sign() * batch.numeric.abs().log1p())
+        if self.context:
+            parts.append(first[self.context][batch.candidate_request])
+        roles = branches["main"].roles
+        target_CD = rows[roles.representation_target].target_CD
+        value_ND = rows[roles.representation_behavior].value_SD
+        return Pooled(parts, branches["main"], found.searched["main"], target_CD, value_ND)
+
+
+def _representation(
+    batch: RequestBatch, found: Found, first: Mapping[str, Tensor], late: Mapping[str, Tensor]
+) -> dict[str, Rows]:
+    """Rows of every group of a representation role."""
+    rows = {}
+    for branch in found.branches.named().values():
+        for name in (branch.roles.representation_target, branch.roles.representation_behavior):
+            vectors, place = (late[name], found.place_N) if name in late else (first[name], None)
+            behaviors = vectors.shape[0] - batch.candidates
+            rows[name] = Rows(vectors[behaviors:], at_least_one_row(vectors[:behaviors]), place)
+    return rows
+
+
 class TwoStageModel(nn.Module):
     """Scores the candidates of a RequestBatch.
 
@@ -65,13 +178,14 @@ class TwoStageModel(nn.Module):
         numbers: int = 0,
     ) -> None:
         super().__init__()
-        self.config, self.numbers, self.history_length = config, numbers, around.history_length
-        groups = around.groups
-        self.features = {name: group.features for name, group in groups.items()}
+        self.config, self.numbers, groups = config, numbers, around.groups
         self.collections = nn.ModuleDict(collections)
-        branches = config.all_branches()
-        self.branches = nn.ModuleDict({name: Branch(branch, around) for name, branch in branches.items()})
-        width = sum(branch.sequence.output_width for branch in self._branches().values())
+        self.lookups = Lookups({name: group.features for name, group in groups.items()})
+        branches = {name: Branch(branch, around) for name, branch in config.all_branches().items()}
+        self.first, self.late = first_and_late(config.lookup == "full", branches.values())
+        self.branches = Branches(branches, around.history_length, selects=bool(self.late))
+        self.pooling = Pooling(config.roles.context, numbers > 0)
+        width = sum(branch.sequence.output_width for branch in branches.values())
         beside = numbers + (groups[config.roles.context].width if config.roles.context else 0)
         self.head: nn.Module
         if config.head == "dot":
@@ -83,97 +197,49 @@ class TwoStageModel(nn.Module):
             _normal_init(self)
 
     def forward(self, batch: RequestBatch) -> Prediction:
-        searched, vectors = self._stage_one(batch)
-        rows = self._representation(batch, searched, vectors)
-        parts = []
-        for name, branch in self._branches().items():
-            found, roles = searched[name], branch.roles
-            behavior = rows[roles.representation_behavior]
-            place = found.index if behavior.place_N is None else behavior.place_N[found.index]
-            target_CD = rows[roles.representation_target].target_CD
-            parts += branch.pool(found, target_CD, behavior.value_SD, place)
-        logits: Tensor = self.head([*parts, *self._beside(batch)])
-        return Prediction(logits, self._auxiliary_logits(searched["main"], rows))
+        found, first = self._stage_one(batch)
+        late = self._lookup(self.late, found.selected) if self.late else {}
+        pooled = self.pooling(batch, found, first, late)
+        logits = self.head(pooled.parts)
+        auxiliary = None
+        if self.auxiliary is not None and self.training:
+            auxiliary = self.auxiliary(pooled.main, pooled.searched, pooled.target_CD, pooled.value_ND)
+        return Prediction(logits, auxiliary)
 
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Kept]:
         """Stage one alone: what each branch keeps of the batch."""
-        return {name: found.kept for name, found in self._stage_one(batch)[0].items()}
+        return {name: found.kept for name, found in self._stage_one(batch)[0].searched.items()}
 
-    def _branches(self) -> dict[str, Branch]:
-        return {name: branch for name, branch in self.branches.items() if isinstance(branch, Branch)}
-
-    def _stage_one(self, batch: RequestBatch) -> tuple[dict[str, Searched], dict[str, Tensor]]:
+    def _stage_one(self, batch: RequestBatch) -> tuple[Found, dict[str, Tensor]]:
         """What each branch found, and the vectors that were looked up for it."""
-        vectors = {name: self._lookup(name, batch.features) for name in self._first_lookups()}
-        windows: dict[Source, Windows] = {}
-        found = {}
-        for name, branch in self._branches().items():
-            if branch.source not in windows:
-                windows[branch.source] = windows_of(batch, self.history_length, branch.source)
-            found[name] = branch.find(batch, vectors, windows[branch.source])
-        return found, vectors
-
-    def _auxiliary_logits(self, searched: Searched, rows: Mapping[str, Rows]) -> Tensor | None:
-        if self.auxiliary is None or not self.training:
-            return None
-        main = self._branches()["main"]
-        target_CD = rows[main.roles.representation_target].target_CD
-        value_ND = rows[main.roles.representation_behavior].value_SD
-        logits: Tensor = self.auxiliary(main, searched, target_CD, value_ND)
-        return logits
-
-    def _beside(self, batch: RequestBatch) -> list[Tensor]:
-        """What the head is given besides the sequence: numbers of the candidate, context of its request."""
-        parts = []
-        if self.numbers:
-            parts.append(batch.numeric.sign() * batch.numeric.abs().log1p())
+        # All are started before any is waited for.
+        pooled = {name: self.collections[name](batch.features) for name in self.first}
         if self.config.roles.context:
-            assert batch.context is not None
-            parts.append(self._lookup(self.config.roles.context, batch.context)[batch.candidate_request])
-        return parts
+            pooled[self.config.roles.context] = self.collections[self.config.roles.context](batch.context)
+        vectors = self.lookups(pooled)
+        return self.branches(batch, vectors), vectors
 
-    def _first_lookups(self) -> list[str]:
-        """Groups looked up for all behaviors and candidates, before the search."""
-        names = []
-        for branch in self._branches().values():
-            roles = branch.roles
-            names += [roles.attention_target, roles.attention_behavior] if branch.attends else []
-            names += [roles.cross] if roles.cross else []
-            if self.config.lookup == "full":
-                names += [roles.representation_target, roles.representation_behavior]
-        return list(dict.fromkeys(names))
+    def _lookup(self, groups: Iterable[str], bags: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """-> group name -> [stride of the bags, width of the group]."""
+        # A collection takes from the bags those of its own features.
+        vectors: dict[str, Tensor] = self.lookups({name: self.collections[name](bags) for name in groups})
+        return vectors
 
-    def _lookup(self, group: str, bags: KeyedJaggedTensor) -> Tensor:
-        """-> [stride of the bags, width of the group]."""
-        features = self.features[group]
-        return vectors_in_order(self.collections[group](select_keys(bags, features)), features)
 
-    def _representation(
-        self, batch: RequestBatch, searched: Mapping[str, Searched], vectors: Mapping[str, Tensor]
-    ) -> dict[str, Rows]:
-        """Rows of every group of a representation role.
+def first_and_late(full: bool, branches: Iterable[Branch]) -> tuple[list[str], list[str]]:
+    """Groups looked up for all behaviors and candidates before the search, and those looked up after it.
 
-        Groups not looked up yet are looked up here, for the union of the kept behaviors and the candidates.
-        """
-        n, wanted = batch.behaviors, []
-        for branch in self._branches().values():
-            wanted += [branch.roles.representation_target, branch.roles.representation_behavior]
-        rows = {
-            name: Rows(vectors[name][n:], at_least_one_row(vectors[name][:n]), None)
-            for name in wanted
-            if name in vectors
-        }
-        late = [name for name in dict.fromkeys(wanted) if name not in vectors]
-        if late:
-            kept = [found.windows if found.whole else found.kept for found in searched.values()]
-            chosen_S, place_N = union_of(kept, n)
-            bags = torch.cat([chosen_S, n + torch.arange(batch.candidates, device=chosen_S.device)])
-            selected = select_bags(batch.features, bags)
-            for name in late:
-                found, s = self._lookup(name, selected), chosen_S.numel()
-                rows[name] = Rows(found[s:], at_least_one_row(found[:s]), place_N)
-        return rows
+    `full`: groups of the representation are of the first kind too.
+    """
+    first, late = [], []
+    for branch in branches:
+        roles = branch.roles
+        first += [roles.attention_target, roles.attention_behavior] if branch.attends else []
+        first += [roles.cross] if roles.cross else []
+        late += [roles.representation_target, roles.representation_behavior]
+    first = list(dict.fromkeys(first + late if full else first))
+    return first, [name for name in dict.fromkeys(late) if name not in first]
 
 
 def union_of(kept: Sequence[Kept | Windows], behaviors: int) -> tuple[Tensor, Tensor]:

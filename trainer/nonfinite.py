@@ -1,0 +1,147 @@
+"""No weight changes where a loss or a gradient is not finite: all ranks stop together and say why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from embeddings.errors import DataError
+from trainer.data.files import RowGroup
+from trainer.data.reader import Step
+from trainer.distributed import Ranks, sum_over_ranks
+from trainer.durable import replacing
+from trainer.recorded import pack
+
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one rank has computed of a step, before any weight changes.
+
+    Attributes:
+        loss: of this rank, scalar; vectors: group -> gradient of the vectors that this rank looked up;
+            dense: dense weight -> gradient, already averaged over ranks.
+    """
+
+    loss: Tensor
+    vectors: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]
+
+    def local_problems(self) -> list[str]:
+        """What is not finite and comes from this rank's batch alone."""
+        found = [] if _finite(self.loss) else [f"the loss is {float(self.loss)}"]
+        bad = [group for group, gradient in self.vectors.items() if not _finite(gradient)]
+        return found + ([f"the gradient of {_some(bad)} is not finite"] if bad else [])
+
+    def shared_problems(self) -> list[str]:
+        """What is not finite in the average over ranks."""
+        bad = [_plain(name) for name, gradient in self.dense.items() if not _finite(gradient)]
+        return [f"the gradient of {_some(bad)} is not finite"] if bad else []
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Checks steps.
+
+    Attributes:
+        ranks: this rank's place; folder: where the batch of a bad step is kept.
+    """
+
+    ranks: Ranks
+    folder: Path
+
+    def norm(self, number: int, step: Step, found: Gradients) -> Tensor:
+        """The global norm of the dense gradients; collective.
+
+        Args:
+            number, step: which step this is, for the message.
+
+        Raises:
+            DataError: something is not finite on some rank; on the ranks that it came from, the message names
+                the files of the batch, which is kept in the folder.
+        """
+        dense = list(found.dense.values())
+        norm = get_total_norm(dense) if dense else torch.zeros_like(found.loss)
+        vectors = list(found.vectors.values())
+        sizes = torch.stack([found.loss, norm, get_total_norm(vectors) if vectors else norm])
+        # What is not finite in a tensor shows in its norm.
+        alarm = (~torch.isfinite(sizes).all()).to(torch.int64)
+        if int(sum_over_ranks(alarm) if self.ranks.world_size > 1 else alarm):
+            self._stop(number, step, found)
+            # Only the squares were too large.
+            norm = get_total_norm([gradient.double() for gradient in dense]) if dense else norm
+        return norm
+
+    def _stop(self, number: int, step: Step, found: Gradients) -> None:
+        """Raise on all ranks, or on none where the alarm was false; collective."""
+        mine, shared = found.local_problems(), found.shared_problems()
+        bad = torch.zeros(self.ranks.world_size, dtype=torch.int64, device=found.loss.device)
+        bad[self.ranks.rank] = len(mine)
+        whose = [rank for rank, problems in enumerate(sum_over_ranks(bad).tolist()) if problems]
+        if not whose and not shared:
+            return
+        where = f"step {number}, rank {self.ranks.rank}"
+        if whose and not mine:
+            others = ", ".join(map(str, whose))
+            raise DataError(f"{where}: no weight was changed, because of rank {others}; see its message")
+        problems = " and ".join([*mine, *shared])
+        raise DataError(
+            f"{where}: {problems}; no weight was changed and nothing saved. Look at the labels, weights and "
+            f"numbers of its batch, or lower the learning rates. The batch {self._keep(number, step, problems)}"
+            f" and came from {_listed(step.sources)}"
+        )
+
+    def _keep(self, number: int, step: Step, problems: str) -> str:
+        """Keep the batch as a safetensors file; returns where it is."""
+        rank = f"-rank-{self.ranks.rank}" if self.ranks.world_size > 1 else ""
+        path = self.folder / f"nonfinite-step-{number}{rank}.safetensors"
+        batch = step.batch.to(torch.device("cpu"))
+        facts = {
+            "step": number,
+            "rank": self.ranks.rank,
+            "problems": problems,
+            "counted": step.counted,
+            "step_candidates": batch.step_candidates,
+            "features": batch.features.keys(),
+            "context": batch.context.keys() if batch.context is not None else [],
+            "sources": [[str(place.file), place.row_group] for place in step.sources],
+        }
+        try:
+            with replacing(path) as part:
+                save_file(pack(batch), part, {name: json.dumps(value) for name, value in facts.items()})
+        except OSError as error:
+            return f"could not be kept ({path}: {error.strerror})"
+        return f"is kept in {path}"
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in the model, without the wrappers around it."""
+    return name.removeprefix("_dmp_wrapped_module.").removeprefix("module.")
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _listed(places: Iterable[RowGroup]) -> str:
+    """`a.parquet row groups 1, 4; b.parquet row group 0`."""
+    parts = []
+    ordered = sorted(places, key=lambda place: (place.file, place.row_group))
+    for file, those in groupby(ordered, key=lambda place: place.file):
+        numbers = [str(place.row_group) for place in those]
+        parts.append(f"{file} row group{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}")
+    return "; ".join(parts)

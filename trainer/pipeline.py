@@ -1,0 +1,136 @@
+"""The order in which the work of several batches is done: a plain loop, or one of TorchRec's train pipelines.
+
+Pipelines copy a later batch to the device and exchange its ids while the present one is computed. They read
+ahead, so what a batch is (`trainer.data.reader.Step`, with its cursor) is kept beside it until it is trained.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
+
+from embeddings.errors import ConfigError
+from trainer.data.batch import RequestBatch
+from trainer.data.reader import Step
+from trainer.step import TrainStep
+
+Forward = Callable[[RequestBatch], tuple[Tensor, Tensor]]
+
+
+class PlainLoop:
+    """One batch after the other, by the calls of TorchRec's pipelines."""
+
+    def __init__(self, step: TrainStep, device: torch.device, forward: Forward) -> None:
+        self._step, self._device, self._forward = step, device, forward
+
+    def progress(self, batches: Iterator[RequestBatch]) -> Tensor:
+        """Raises StopIteration after the last batch."""
+        batch = next(batches).to(self._device)
+        self._step.zero_grad()
+        loss, counted = self._forward(batch)
+        loss.backward()
+        self._step.step()
+        return counted
+
+
+class Pipeline:
+    """Trains a sharded model on steps.
+
+    Args:
+        kind: `train.pipeline` of the config, see `kind_for`.
+        model: sharded; step: what is done with each batch.
+        device: of this rank.
+    """
+
+    def __init__(self, kind: str, model: DistributedModelParallel, step: TrainStep, device: torch.device) -> None:
+        self.kind, self._step, self._device = kind_for(kind, device), step, device
+        self._ahead: deque[Step] = deque()
+        self._number = 0
+        self._inner: Any
+        if self.kind == "none":
+            self._inner = PlainLoop(step, device, self._forward)
+        else:
+            kinds = {"sparse_dist": TrainPipelineSparseDist, "prefetch": PrefetchTrainPipelineSparseDist}
+            # With pipeline_postproc a module that makes ids (such as our search) is run ahead where it has no
+            # weights, and weights of a table may lie on one rank only: ranks would disagree.
+            self._inner = kinds[self.kind](
+                model, step, device, custom_model_fwd=self._forward, pipeline_postproc=False
+            )
+
+    def train(
+        self, steps: Iterable[Step], begin: Callable[[], int]
+    ) -> Generator[tuple[Step, Tensor], None, None]:
+        """Train the steps in order; gives each with this rank's part of its loss' sum once it is trained.
+
+        All ranks must consume equally many; what was read ahead is dropped where the consumer stops early.
+
+        Args:
+            begin: called before each step, to set learning rates for instance; returns the step's number.
+        """
+        batches = self._read(steps)
+        try:
+            while True:
+                self._number = begin()
+                try:
+                    loss = self._inner.progress(batches)
+                except StopIteration:
+                    return
+                yield self._ahead.popleft(), loss
+        finally:
+            self._finish()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Give the model its own forward pass back for a while, to evaluate it in the middle of training."""
+        if self.kind == "none":
+            yield
+            return
+        self._inner.detach()
+        try:
+            yield
+        finally:
+            # The ids of the next batch have been exchanged already: only the forward passes are replaced again.
+            self._inner.attach(sparse_dist=False)
+
+    def _read(self, steps: Iterable[Step]) -> Iterator[RequestBatch]:
+        pin = self._device.type == "cuda"
+        for step in steps:
+            self._ahead.append(step)
+            yield step.batch.pin_memory() if pin else step.batch
+
+    def _forward(self, batch: RequestBatch) -> tuple[Tensor, Tensor]:
+        # Batches are trained in the order in which they were read.
+        self._step.begin(self._number, self._ahead[0])
+        return self._step.forward(batch)
+
+    def _finish(self) -> None:
+        """Forget what was read ahead, and leave the model with its own forward pass."""
+        self._ahead.clear()
+        if self.kind != "none":
+            self._inner.detach()
+            self._inner.reset()
+            # With nothing in flight this only has the next batch traced anew.
+            self._inner.attach()
+
+
+def kind_for(kind: str, device: torch.device) -> str:
+    """What `train.pipeline` means on a device.
+
+    Raises:
+        ConfigError: it needs CUDA.
+    """
+    if kind == "auto":
+        return "sparse_dist" if device.type == "cuda" else "none"
+    if kind == "prefetch" and device.type != "cuda":
+        raise ConfigError(
+            f'train.pipeline = "prefetch" fills caches of device memory, which {device.type} has not; '
+            'use "none" or "sparse_dist"'
+        )
+    return kind
