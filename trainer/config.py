@@ -1,7 +1,7 @@
 """The trainer's configuration: one TOML file, frozen once read, checked once at the start.
 
-Sections: data, model, groups.<name>, tables.<feature>, train, checkpoint. The resolved config travels with
-every run, checkpoint and snapshot as data.
+Sections: data, model, groups.<name>, tables.<feature>, train, checkpoint, plan. The resolved config travels
+with every run, checkpoint and snapshot as data.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import Field, PositiveInt, StringConstraints, model_validator
 from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup, table_group
 from embeddings.init import FirstWeights
+from embeddings.planning import PlanRules, TableRule
 from trainer.model.settings import BranchConfig, ModelConfig
 from trainer.settings import Settings, load_settings
 
@@ -165,6 +166,42 @@ class CheckpointConfig(Settings):
     keep: PositiveInt = 2
 
 
+Sharding = Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"]
+
+
+class PlanTableConfig(Settings):
+    """One table's own rule, by the name the plan prints (`<group>__<feature>`); empty = as its group.
+
+    Attributes:
+        sharding: sharding types the planner may use; kernels: compute kernels.
+    """
+
+    sharding: tuple[Sharding, ...] = ()
+    kernels: tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...] = ()
+
+
+class PlanConfig(Settings):
+    """Where tables may lie.
+
+    Attributes:
+        file: reuse this plan, written by `tandemrec plan --json`, to train; empty = plan at the start.
+        allow_unified_memory: let the planner put rows in host memory behind the device's where nothing else
+            fits; else that is an error.
+        reserve: share of each rank's memory that tables leave free, for activations and buffers.
+        tables: table name -> its own rule.
+    """
+
+    file: str = ""
+    allow_unified_memory: bool = False
+    reserve: float = Field(0.15, ge=0, lt=1)
+    tables: dict[str, PlanTableConfig] = Field(default_factory=dict)
+
+    def rules(self) -> PlanRules:
+        """The same for the planner."""
+        tables = {name: TableRule(table.sharding, table.kernels) for name, table in self.tables.items()}
+        return PlanRules(self.allow_unified_memory, self.reserve, tables)
+
+
 class Config(Settings):
     """The whole configuration of a run."""
 
@@ -176,6 +213,7 @@ class Config(Settings):
     tables: dict[str, TableConfig] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _roles_name_groups(self) -> Config:
