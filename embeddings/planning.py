@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import (
     KernelConfig,
@@ -38,6 +39,7 @@ from embeddings.tables import Table, dense_bytes, tables_of
 # offers no row-wise bags. What is left on a CPU is whole tables.
 _DEFAULT_SHARDING = {"cpu": ("table_wise",), "cuda": ("table_wise", "row_wise", "table_row_wise")}
 _DEFAULT_KERNELS = ("fused",)
+_GRID = 300
 _UNIFIED = ("fused_uvm", "fused_uvm_caching")
 
 
@@ -204,6 +206,13 @@ def offline_plan(task: Task) -> Found:
         constraints=constraints,
         enumerator=enumerator,
         storage_reservation=reservation,
+        # TorchRec's four, but no grid of thousands: eight tables of three types each took it a minute.
+        proposer=[
+            GridSearchProposer(max_proposals=_GRID),
+            GreedyProposer(),
+            GreedyProposer(use_depth=False),
+            UniformProposer(),
+        ],
         stats=kept,
         debug=False,
     )
@@ -321,8 +330,8 @@ def _no_way(task: Task, constraints: Mapping[str, ParameterConstraints], error: 
         return error
     allowed = constraints[name]
     return ConfigError(
-        f"{_where(task.cluster)}: table {name} can be none of {', '.join(allowed.sharding_types)} with kernel "
-        f"{' or '.join(allowed.compute_kernels)} there; allow other types in its group's sharding or in "
+        f"{_where(task.cluster)}: table {name} can be none of {', '.join(allowed.sharding_types)} with "
+        f"kernel {' or '.join(allowed.compute_kernels)} there; allow other types in its group's sharding or in "
         f"plan.tables.{name}"
     )
 
