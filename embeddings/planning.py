@@ -2,25 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    ParameterConstraints,
+    PlannerError,
+    ShardingOption,
+    Stats,
+    Topology,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import ShardingPlan
 
 from embeddings.errors import ConfigError
-from embeddings.groups import TableGroup
+from embeddings.exchange import Lookup
+from embeddings.groups import TableGroup, TableSpec
+from embeddings.plan_file import SavedPlan, check_fits, from_tree, read_plan_file, to_tree
+from embeddings.plan_memory import Reservation, StorageEstimator, Unplaced, shortfall
 from embeddings.sharding import sharders
+from embeddings.tables import Table, dense_bytes, tables_of
 
 # Column shards keep one row-wise accumulator each, so such state cannot be resharded; and row-wise bags are
 # padded on gloo. On a CPU, where memory is not the limit, whole tables do.
-_RANKS_A_NODE = 8
 _DEFAULT_SHARDING = {"cpu": ("table_wise",), "cuda": ("table_wise", "row_wise", "table_row_wise")}
+_DEFAULT_KERNELS = ("fused",)
+_GRID = 300
+_UNIFIED = ("fused_uvm", "fused_uvm_caching")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the tables are to lie on.
+
+    Attributes:
+        device: `cpu` or `cuda`; world_size: ranks; local_world_size: ranks of a node.
+        hbm, ddr: bytes of device memory (0 on a CPU) and of host memory that one rank has.
+    """
+
+    device: str
+    world_size: int
+    local_world_size: int
+    hbm: int
+    ddr: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes a rank has for its tables and everything else."""
+        return self.ddr if self.device == "cpu" else self.hbm
+
+
+@dataclass(frozen=True)
+class TableRule:
+    """What the planner may do with one table; empty = the defaults of its group and device."""
+
+    sharding: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlanRules:
+    """What the planner may do.
+
+    Attributes:
+        allow_unified_memory: let the planner use host memory as device memory where nothing else fits.
+        reserve: share of a rank's memory that tables leave free.
+        tables: table name -> its own rule.
+    """
+
+    allow_unified_memory: bool = False
+    reserve: float = 0.15
+    tables: Mapping[str, TableRule] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A planner's question.
+
+    Attributes:
+        model: with tables on the meta device and fused optimizers attached; groups: its table groups.
+        cluster: the ranks; rules: what is allowed; lookups: table -> what a step asks of it.
+    """
+
+    model: nn.Module
+    groups: tuple[TableGroup, ...]
+    cluster: Cluster
+    rules: PlanRules = PlanRules()
+    lookups: Mapping[str, Lookup] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan with the planner's own figures.
+
+    Attributes:
+        plan: TorchRec's; options: the chosen way of each table, its shards with storage and time estimates.
+        tables: by name; usable: bytes of a rank that tables may take.
+    """
+
+    plan: ShardingPlan
+    options: list[ShardingOption]
+    tables: dict[str, Table]
+    usable: int
+
+
+class DoesNotFit(ConfigError):
+    """No plan fits; `parts` say of each table what it needs."""
+
+    def __init__(self, message: str, parts: list[Unplaced]) -> None:
+        super().__init__(message)
+        self.parts = parts
 
 
 @dataclass(frozen=True)
@@ -33,59 +136,187 @@ class Placement:
     sharding: str
     kernel: str
     ranks: tuple[int, ...]
+    weight_bytes: int
 
     @property
     def megabytes(self) -> float:
-        """Weights in fp32, over all ranks."""
-        return self.rows * self.dim * 4 / 1e6
+        """Weights, over all ranks."""
+        return self.rows * self.dim * self.weight_bytes / 1e6
 
 
-def make_plan(
-    model: nn.Module,
-    groups: Iterable[TableGroup],
-    device: torch.device,
-    world_size: int,
-    local_world_size: int,
-) -> ShardingPlan:
-    """Ask TorchRec's planner; collective, so that all ranks hold the same plan.
+def make_plan(task: Task) -> SavedPlan:
+    """Ask TorchRec's planner on rank 0; collective, so that all ranks hold the same plan.
 
     Raises:
-        ConfigError: no plan fits the allowed sharding types and the memory.
+        ConfigError: on every rank: a rule is wrong, or no plan fits.
     """
-    memory = {"hbm_cap": torch.cuda.mem_get_info(device)[1]} if device.type == "cuda" else {}
-    topology = Topology(
-        world_size=world_size, local_world_size=local_world_size, compute_device=device.type, **memory
-    )
-    planner = EmbeddingShardingPlanner(
-        topology=topology, constraints=_constraints(groups, device.type, world_size)
-    )
-    with _plan_errors(world_size, device.type):
-        return planner.collective_plan(model, sharders(), dist.GroupMember.WORLD)
+    answer: list[Any] = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = to_tree(saved_plan(task, offline_plan(task).plan))
+        except ConfigError as error:
+            answer[1] = str(error)
+    # TorchRec's collective_plan leaves the other ranks waiting where rank 0 fails.
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise ConfigError(answer[1])
+    return from_tree(answer[0], "plan of rank 0")
 
 
-def offline_plan(
-    model: nn.Module, groups: Iterable[TableGroup], device: str, world_size: int, hbm: int | None = None
-) -> ShardingPlan:
+def read_plan(path: Path, task: Task) -> SavedPlan:
+    """A plan that was written before, for this very task.
+
+    Raises:
+        ConfigError: it is unreadable, was made for something else, or breaks the rules.
+    """
+    saved = read_plan_file(path)
+    tables = tables_of(task.model)
+    modules = {name: table.module for name, table in tables.items()}
+    check_fits(saved, saved_plan(task, ShardingPlan({})), modules, str(path))
+    _check_kernels(saved.plan, task.rules, str(path))
+    return saved
+
+
+def saved_plan(task: Task, plan: ShardingPlan) -> SavedPlan:
+    """A plan with what it was made for."""
+    cluster = task.cluster
+    shapes = {name: table.shape for name, table in tables_of(task.model).items()}
+    return SavedPlan(plan, cluster.device, cluster.world_size, cluster.local_world_size, shapes)
+
+
+def offline_plan(task: Task) -> Found:
     """The plan that `make_plan` would find on such a cluster, without a process group or a GPU.
 
-    Args:
-        device: `cpu` or `cuda`; world_size: ranks; hbm: bytes of device memory a rank.
+    Raises:
+        ConfigError: a rule is wrong, or no plan fits (DoesNotFit).
+    """
+    tables, kinds, kept = tables_of(task.model), sharders(), _Keep()
+    topology, constraints = _topology(task.cluster), constraints_of(task)
+    enumerator = _enumerator(topology, constraints, tables)
+    try:
+        options = enumerator.enumerate(task.model, kinds)
+    except RuntimeError as error:
+        raise _no_way(task, constraints, error) from None
+    reservation = Reservation(task.rules.reserve, dense_bytes(task.model, tables))
+    usable = reservation.left(task.cluster.memory)
+    # The planner tries hundreds of arrangements before it says what one sum tells.
+    _check_room(task, options, usable, certain=True)
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        constraints=constraints,
+        enumerator=enumerator,
+        storage_reservation=reservation,
+        # TorchRec's four, but no grid of thousands: eight tables of three types each took it a minute.
+        proposer=[
+            GridSearchProposer(max_proposals=_GRID),
+            GreedyProposer(),
+            GreedyProposer(use_depth=False),
+            UniformProposer(),
+        ],
+        stats=kept,
+        debug=False,
+    )
+    try:
+        plan = planner.plan(task.model, kinds)
+    except PlannerError:
+        _check_room(task, options, usable, certain=False)
+        raise
+    return Found(plan, kept.options, tables, usable)
+
+
+def _check_kernels(plan: ShardingPlan, rules: PlanRules, where: str) -> None:
+    """Refuse a plan that uses unified memory where that is not allowed."""
+    for module in plan.plan.values():
+        for table, sharding in module.items():
+            if sharding.compute_kernel in _UNIFIED and not rules.allow_unified_memory:
+                raise ConfigError(
+                    f"{where}: table {table} uses {sharding.compute_kernel}, host memory behind the "
+                    "device's; plan again, or set plan.allow_unified_memory = true"
+                )
+
+
+class _Keep(Stats):  # type: ignore[misc]
+    """Keeps what the planner tells its statistics."""
+
+    def __init__(self) -> None:
+        self.options: list[ShardingOption] = []
+
+    def log(self, *_: Any, best_plan: list[ShardingOption], **__: Any) -> None:
+        self.options = best_plan
+
+
+def _enumerator(
+    topology: Topology, constraints: Mapping[str, ParameterConstraints], tables: Mapping[str, Table]
+) -> EmbeddingEnumerator:
+    return EmbeddingEnumerator(
+        topology=topology,
+        batch_size=1,
+        constraints=constraints,
+        estimator=[
+            EmbeddingPerfEstimator(topology=topology, constraints=constraints),
+            StorageEstimator(topology=topology, constraints=constraints, tables=tables),
+        ],
+    )
+
+
+def _topology(cluster: Cluster) -> Topology:
+    # TorchRec says once a process that it made one.
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    return TopologyFactory.create_topology(
+        TrainerConfig(
+            world_size=cluster.world_size,
+            local_world_size=cluster.local_world_size,
+            hbm_cap_bytes=cluster.hbm,
+            ddr_cap_bytes=cluster.ddr,
+        ),
+        kernel_config=KernelConfig(compute_device=cluster.device),
+    )
+
+
+def constraints_of(task: Task) -> dict[str, ParameterConstraints]:
+    """The planner's constraints: what each table may become, and how much a rank asks of it in a step.
 
     Raises:
-        ConfigError: no plan fits.
+        ConfigError: a rule names an unknown table, or a kernel that is not allowed.
     """
-    memory = {} if hbm is None else {"hbm_cap": hbm}
-    topology = Topology(
-        world_size=world_size,
-        local_world_size=min(world_size, _RANKS_A_NODE),
-        compute_device=device,
-        **memory,
+    names = [group.table_name(table.feature) for group in task.groups for table in group.tables]
+    for name in task.rules.tables:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"tables: {', '.join(names)}"
+            raise ConfigError(f"plan.tables.{name}: no such table; {hint}")
+    return {
+        group.table_name(table.feature): _constraint(task, group, table)
+        for group in task.groups
+        for table in group.tables
+    }
+
+
+def _constraint(task: Task, group: TableGroup, table: TableSpec) -> ParameterConstraints:
+    name, dim = group.table_name(table.feature), table.dim
+    rule = task.rules.tables.get(name, TableRule())
+    for kernel in rule.kernels:
+        if kernel in _UNIFIED and not task.rules.allow_unified_memory:
+            raise ConfigError(
+                f"plan.tables.{name}.kernels: {kernel} puts rows in host memory; set "
+                "plan.allow_unified_memory = true as well"
+            )
+    sharding = rule.sharding or group.sharding or _DEFAULT_SHARDING[task.cluster.device]
+    # Data-parallel tables know no other kernel than `dense`, and only they may have it.
+    kernels = rule.kernels or (*_DEFAULT_KERNELS, *(["dense"] if "data_parallel" in sharding else []))
+    if task.rules.allow_unified_memory and not rule.kernels:
+        kernels = (*kernels, *_UNIFIED)
+    lookup = task.lookups.get(name, Lookup(1, 1))
+    return ParameterConstraints(
+        sharding_types=list(sharding),
+        # Always given: without a list the planner falls back to host memory unasked.
+        compute_kernels=list(kernels),
+        # A bag is one behavior or candidate; a rank has its part of a step's bags.
+        pooling_factors=[lookup.ids / max(lookup.bags, 1)],
+        num_poolings=[1.0],
+        batch_sizes=[max(1, -(-lookup.bags // task.cluster.world_size))],
+        min_partition=_columns_a_shard(dim, task.cluster.world_size),
     )
-    planner = EmbeddingShardingPlanner(
-        topology=topology, constraints=_constraints(groups, device, world_size)
-    )
-    with _plan_errors(world_size, device):
-        return planner.plan(model, sharders())
 
 
 def _columns_a_shard(dim: int, world_size: int) -> int:
@@ -93,38 +324,35 @@ def _columns_a_shard(dim: int, world_size: int) -> int:
     return max(-(-dim // world_size) + 3 & ~3, 4)
 
 
-def _constraints(
-    groups: Iterable[TableGroup], device: str, world_size: int
-) -> dict[str, ParameterConstraints]:
-    return {
-        group.table_name(table.feature): ParameterConstraints(
-            sharding_types=list(group.sharding or _DEFAULT_SHARDING[device]),
-            # Without this the planner falls back to host memory unasked; dense is data-parallel's only one.
-            compute_kernels=["fused", "dense"],
-            pooling_factors=[1.0],
-            min_partition=_columns_a_shard(table.dim, world_size),
-        )
-        for group in groups
-        for table in group.tables
-    }
+def _check_room(task: Task, options: list[ShardingOption], usable: int, certain: bool) -> None:
+    """Raise what does not fit; only what no arrangement could make fit if `certain`."""
+    cluster = task.cluster
+    message, parts = shortfall(options, usable, cluster.world_size, cluster.device, certain)
+    if message:
+        raise DoesNotFit(f"{_where(cluster)}: {message}", parts)
 
 
-@contextmanager
-def _plan_errors(world_size: int, device: str) -> Iterator[None]:
-    try:
-        yield
-    except PlannerError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"no sharding plan for {world_size} rank(s) on {device}: {reason} "
-            "Allow other types in groups.<name>.sharding, use more ranks or narrower tables."
-        ) from None
+def _no_way(task: Task, constraints: Mapping[str, ParameterConstraints], error: RuntimeError) -> Exception:
+    """A table that can be nothing of what is allowed."""
+    name = next((name for name in constraints if f" for {name}." in str(error)), None)
+    if name is None:
+        return error
+    allowed = constraints[name]
+    return ConfigError(
+        f"{_where(task.cluster)}: table {name} can be none of {', '.join(allowed.sharding_types)} with "
+        f"kernel {' or '.join(allowed.compute_kernels)} there; allow other types in its group's sharding or in "
+        f"plan.tables.{name}"
+    )
 
 
-def placements(plan: ShardingPlan, groups: Iterable[TableGroup]) -> list[Placement]:
+def _where(cluster: Cluster) -> str:
+    return f"no sharding plan for {cluster.world_size} rank(s) on {cluster.device}"
+
+
+def placements(saved: SavedPlan, groups: Iterable[TableGroup]) -> list[Placement]:
     """The plan as lines, in the order of the groups and their tables."""
     found = {}
-    for module in plan.plan.values():
+    for module in saved.plan.plan.values():
         for table, sharding in module.items():
             found[table] = sharding
     return [
@@ -135,6 +363,7 @@ def placements(plan: ShardingPlan, groups: Iterable[TableGroup]) -> list[Placeme
             found[name].sharding_type,
             found[name].compute_kernel,
             tuple(found[name].ranks),
+            saved.tables[name][2],
         )
         for group in groups
         for table in group.tables

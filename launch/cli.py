@@ -139,21 +139,37 @@ def ingest(
 def plan(
     config: ConfigFile,
     world_size: Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks.")],
+    local_world_size: Annotated[
+        int, typer.Option("--local-world-size", min=0, help="Ranks of a node; 0: all, at most 8.")
+    ] = 0,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda (the default with --hbm).")] = "",
     hbm: Annotated[
-        str | None, typer.Option("--hbm", metavar="SIZE", help="Device memory per rank, such as 141GB.")
-    ] = None,
+        str, typer.Option("--hbm", metavar="SIZE", help="Device memory per rank, such as 141GB.")
+    ] = "",
+    ddr: Annotated[
+        str, typer.Option("--ddr", metavar="SIZE", help="Host memory of a node, shared by its ranks.")
+    ] = "",
+    behaviors: Annotated[
+        int, typer.Option("--behaviors-per-step", min=0, help="Of all ranks; 0: estimate from the log.")
+    ] = 0,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Keep the plan here.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print the sharding plan and each rank's memory."""
+    """Print the sharding plan, each rank's memory and the bytes of a step."""
+    from pipelines.plan import Question
     from pipelines.plan import plan as run
 
-    run(config, overrides or [], world_size, hbm)
+    question = Question(world_size, local_world_size, device, hbm, ddr, behaviors, out)
+    run(config, overrides or [], question)
 
 
 @app.command()
 def train(
     config: ConfigFile,
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder; resumed if it exists.")],
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Place the tables as `plan --json` did.")
+    ] = None,
     overrides: Overrides = None,
     more: Annotated[
         list[str] | None,
@@ -166,7 +182,8 @@ def train(
     """Train a model; torchx or torchrun start several ranks."""
     from pipelines.train import train as run
 
-    run(config, out, [*(overrides or []), *(more or [])])
+    planned = [f"plan.file={json.dumps(str(plan_file))}"] if plan_file else []
+    run(config, out, [*(overrides or []), *(more or []), *planned])
 
 
 @app.command()

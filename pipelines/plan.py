@@ -2,42 +2,107 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from embeddings.errors import ConfigError
-from embeddings.planning import offline_plan, placements
+from embeddings.plan_file import to_tree
+from embeddings.planning import Cluster, DoesNotFit, Task, offline_plan, saved_plan
 from pipelines.console import quiet_third_parties
-from pipelines.train import plan_lines
-from trainer.assemble import build_trainable
-from trainer.config import load_config
-from trainer.data.schema import read_manifest
+from pipelines.plan_remedies import remedies
+from pipelines.plan_report import Report, need_lines, report_lines
+from trainer.assemble import build_trainable, plan_task
+from trainer.config import Config, load_config
+from trainer.data.schema import LogManifest, read_manifest
+from trainer.durable import write_text
+from trainer.workload import StepSize, lookups, step_size
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_RANKS_A_NODE = 8
+_HOST = 128 * 2**30
 
 
-def plan(config: Path, overrides: Sequence[str], world_size: int, hbm: str | None) -> None:
-    """Print where the tables of `config` would lie on `world_size` GPUs of `hbm` memory each (CPU without).
+@dataclass(frozen=True)
+class Question:
+    """What the user says of the cluster.
+
+    Attributes:
+        world_size: ranks; local_world_size: ranks of a node, 0 = 8 or fewer.
+        device: `cpu` or `cuda`, empty = `cuda` where `hbm` is given.
+        hbm: memory of a GPU; ddr: memory of a node, for all its ranks; empty = 128 GiB a rank.
+        behaviors: of a step, 0 = estimate from the log; out: where the plan is written.
+    """
+
+    world_size: int
+    local_world_size: int = 0
+    device: str = ""
+    hbm: str = ""
+    ddr: str = ""
+    behaviors: int = 0
+    out: Path | None = None
+
+
+def plan(config: Path, overrides: Sequence[str], question: Question) -> None:
+    """Print where the tables of `config` would lie, what each rank holds and what a step sends.
 
     Raises:
-        ConfigError: the tables do not fit, or the config is wrong.
+        ConfigError: the tables do not fit (what would make them fit is printed), or the config is wrong.
     """
     quiet_third_parties()
-    settings = load_config(config, overrides)
+    settings, cluster = load_config(config, overrides), cluster_of(question)
     manifest = read_manifest(settings.data.log)
-    model, groups = build_trainable(settings, manifest, torch.device("meta"))
-    device = "cpu" if hbm is None else "cuda"
-    memory = None if hbm is None else parse_size(hbm)
-    found = offline_plan(model, groups.values(), device, world_size, memory)
-    print("\n".join(plan_lines(placements(found, groups.values()), world_size)))
+    size = step_size(settings.data, manifest, question.behaviors or None)
+    task = _task(settings, manifest, cluster, size)
+    try:
+        found = offline_plan(task)
+    except DoesNotFit as problem:
+        print("\n".join(need_lines(problem.parts, cluster)), flush=True)
+        tried = remedies(settings, cluster, problem.parts, lambda c, k: _task(c, manifest, k, size))
+        print("\n".join(tried), flush=True)
+        raise
+    asked = {
+        lookup: lookups(settings, {g.name: g for g in task.groups}, manifest, size, lookup)
+        for lookup in ("full", "selected")
+    }
+    report = Report(found, task, size, asked, settings.model.lookup)
+    print("\n".join(report_lines(report)))
+    if question.out is not None:
+        write_text(question.out, json.dumps(to_tree(saved_plan(task, found.plan)), indent=1))
+        print(f"plan written to {question.out}; train with `tandemrec train --plan {question.out}`")
 
 
-def parse_size(text: str) -> int:
+def cluster_of(question: Question) -> Cluster:
+    """The cluster as the user describes it.
+
+    Raises:
+        ConfigError: ranks do not fill the nodes, or no memory is given for a GPU.
+    """
+    device = question.device or ("cuda" if question.hbm else "cpu")
+    local = question.local_world_size or min(question.world_size, _RANKS_A_NODE)
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: give cpu or cuda")
+    if question.world_size % local:
+        raise ConfigError(f"--world-size {question.world_size} is no multiple of --local-world-size {local}")
+    if device == "cuda" and not question.hbm:
+        raise ConfigError("--device cuda needs --hbm, the memory of a GPU, such as --hbm 141GB")
+    hbm = parse_size(question.hbm, "--hbm") if device == "cuda" else 0
+    ddr = parse_size(question.ddr, "--ddr") // local if question.ddr else _HOST
+    return Cluster(device, question.world_size, local, hbm, ddr)
+
+
+def parse_size(text: str, option: str) -> int:
     """`141GB` -> bytes; MB, GB, TB and MiB, GiB, TiB are known."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"--hbm {text}: write a number and a unit, such as 141GB or 80GiB")
+        raise ConfigError(f"{option} {text}: write a number and a unit, such as 141GB or 80GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _task(config: Config, manifest: LogManifest, cluster: Cluster, size: StepSize) -> Task:
+    built = build_trainable(config, manifest, torch.device("meta"))
+    return plan_task(config, manifest, built, cluster, size)

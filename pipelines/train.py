@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from embeddings.plan_file import to_tree
 from embeddings.planning import Placement
 from pipelines.console import quiet_third_parties
 from trainer import checkpoint
@@ -25,7 +26,9 @@ def train(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     settings = load_config(config, overrides)
     # Kept in the run, which other commands may read from another folder.
     here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
-    settings = settings.model_copy(update={"data": here})
+    file = settings.plan.file and str(Path(settings.plan.file).absolute())
+    placed = settings.plan.model_copy(update={"file": file})
+    settings = settings.model_copy(update={"data": here, "plan": placed})
     quiet_third_parties()
     with process_group() as ranks:
         run(settings, out, ranks)
@@ -47,14 +50,15 @@ def run(config: Config, out: Path, ranks: Ranks) -> None:
         check_resumable(found.state, config, fingerprint)
     if ranks.speaks:
         folder.write_config(config)
-    sharded = build_sharded(config, manifest, ranks)
+    sharded = build_sharded(config, manifest, ranks, training=True)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
     rows = feature_rows(sharded.groups)
     reader = open_split(config, "train", rows, ranks, seed=config.train.seed)
     validation = open_split(config, "validation", rows, ranks) if has(manifest, "validation") else None
     for problem in [*reader.skipped, *(validation.skipped if validation else [])]:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
-    trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say, fingerprint)
+    plan = to_tree(sharded.plan)
+    trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say, fingerprint, plan)
     with folder.lock() if ranks.speaks else nullcontext():
         end = trainer.run(found)
     if found.path is not None and end.step == found.state["step"]:

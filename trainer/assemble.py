@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,13 +15,15 @@ from embeddings.collections import make_collection
 from embeddings.comms import Comms
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
-from embeddings.planning import Placement, make_plan, placements
+from embeddings.plan_file import SavedPlan
+from embeddings.planning import Cluster, Placement, Task, make_plan, placements, read_plan
 from embeddings.sharding import attach_optimizer, shard
 from trainer.config import Config, build_groups
 from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
 from trainer.model.branch import Surroundings
 from trainer.model.two_stage import TwoStageModel
+from trainer.workload import StepSize, lookups, step_size
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Sharded:
     model: DistributedModelParallel
     groups: Mapping[str, TableGroup]
     placements: list[Placement]
+    plan: SavedPlan
 
 
 def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGroup]:
@@ -100,10 +105,37 @@ def build_trainable(
     return build_model(config, groups, collections, len(manifest.tasks), numbers), groups
 
 
-def build_sharded(config: Config, manifest: LogManifest, ranks: Ranks) -> Sharded:
-    """Plan, shard and initialise; collective over all ranks."""
-    comms = Comms(config.comms.forward, config.comms.backward)
+def build_sharded(config: Config, manifest: LogManifest, ranks: Ranks, training: bool = False) -> Sharded:
+    """Plan, shard and initialise; collective over all ranks.
+
+    Args:
+        training: the plan weighs what a step of training asks of the tables, and may come from `plan.file`.
+    """
     model, groups = build_trainable(config, manifest, torch.device("meta"))
-    plan = make_plan(model, groups.values(), ranks.device, ranks.world_size, ranks.local_world_size)
-    sharded = shard(model, groups, plan, ranks.device, config.train.seed, comms)
-    return Sharded(sharded, groups, placements(plan, groups.values()))
+    comms = Comms(config.comms.forward, config.comms.backward)
+    size = step_size(config.data, manifest) if training else None
+    task = plan_task(config, manifest, (model, groups), cluster_of(ranks), size)
+    plan = read_plan(Path(config.plan.file), task) if training and config.plan.file else make_plan(task)
+    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, comms)
+    return Sharded(sharded, groups, placements(plan, groups.values()), plan)
+
+
+def plan_task(
+    config: Config,
+    manifest: LogManifest,
+    built: tuple[nn.Module, Mapping[str, TableGroup]],
+    cluster: Cluster,
+    size: StepSize | None = None,
+) -> Task:
+    """The planner's question for a model and its groups; without a step's size it looks at memory only."""
+    model, groups = built
+    asked = {} if size is None else lookups(config, groups, manifest, size, config.model.lookup)
+    return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked)
+
+
+def cluster_of(ranks: Ranks) -> Cluster:
+    """The ranks as they run: the device's own memory, and an equal part of this node's."""
+    hbm = torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else 0
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    local = ranks.local_world_size
+    return Cluster(ranks.device.type, ranks.world_size, local, hbm, host // local)

@@ -1,6 +1,6 @@
 """The trainer's configuration: one TOML file, frozen once read, checked once at the start.
 
-Sections: data, model, groups.<name>, tables.<feature>, train, comms, checkpoint. The resolved config travels
+Sections: data, model, groups.<name>, tables.<feature>, train, comms, checkpoint, plan. The resolved config travels
 with every run, checkpoint and snapshot as data.
 """
 
@@ -15,6 +15,7 @@ from pydantic import Field, PositiveInt, StringConstraints, model_validator
 from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup, table_group
 from embeddings.init import FirstWeights
+from embeddings.planning import PlanRules, TableRule
 from trainer.model.settings import BranchConfig, ModelConfig
 from trainer.settings import Settings, load_settings
 
@@ -231,10 +232,10 @@ class TrainConfig(Settings):
     def _nothing_is_ignored(self) -> TrainConfig:
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(
-                f"train.weight_decay = {self.weight_decay} is for adamw: set train.optimizer = \"adamw\""
+                f'train.weight_decay = {self.weight_decay} is for adamw: set train.optimizer = "adamw"'
             )
         if self.optimizer == "adamw" and not self.weight_decay:
-            raise ValueError("train.optimizer = \"adamw\" without train.weight_decay is adam: say which")
+            raise ValueError('train.optimizer = "adamw" without train.weight_decay is adam: say which')
         return self
 
 
@@ -252,6 +253,42 @@ class CheckpointConfig(Settings):
     keep: PositiveInt = 2
 
 
+Sharding = Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"]
+
+
+class PlanTableConfig(Settings):
+    """One table's own rule, by the name the plan prints (`<group>__<feature>`); empty = as its group.
+
+    Attributes:
+        sharding: sharding types the planner may use; kernels: compute kernels.
+    """
+
+    sharding: tuple[Sharding, ...] = ()
+    kernels: tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...] = ()
+
+
+class PlanConfig(Settings):
+    """Where tables may lie.
+
+    Attributes:
+        file: reuse this plan, written by `tandemrec plan --json`, to train; empty = plan at the start.
+        allow_unified_memory: let the planner put rows in host memory behind the device's where nothing else
+            fits; else that is an error.
+        reserve: share of each rank's memory that tables leave free, for activations and buffers.
+        tables: table name -> its own rule.
+    """
+
+    file: str = ""
+    allow_unified_memory: bool = False
+    reserve: float = Field(0.15, ge=0, lt=1)
+    tables: dict[str, PlanTableConfig] = Field(default_factory=dict)
+
+    def rules(self) -> PlanRules:
+        """The same for the planner."""
+        tables = {name: TableRule(table.sharding, table.kernels) for name, table in self.tables.items()}
+        return PlanRules(self.allow_unified_memory, self.reserve, tables)
+
+
 class Config(Settings):
     """The whole configuration of a run."""
 
@@ -264,6 +301,7 @@ class Config(Settings):
     train: TrainConfig = TrainConfig()
     comms: CommsConfig = CommsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _roles_name_groups(self) -> Config:

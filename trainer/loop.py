@@ -54,7 +54,7 @@ class Trainer:
         model: the sharded model; its forward runs through DistributedModelParallel.
         train, validation: readers of the two splits, for this rank.
         ranks: this rank's place; folder: the run folder; say: prints a line on rank 0.
-        log_fingerprint: kept with every checkpoint, see `trainer.resume`.
+        log_fingerprint: kept with every checkpoint, see `trainer.resume`; plan: the sharding plan in force.
     """
 
     def __init__(
@@ -67,9 +67,10 @@ class Trainer:
         folder: RunFolder,
         say: Callable[[str], None],
         log_fingerprint: str,
+        plan: dict[str, Any],
     ) -> None:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
-        self.log_fingerprint = log_fingerprint
+        self.log_fingerprint, self.plan = log_fingerprint, plan
         self.train_reader, self.validation_reader = train, validation
         self.optimizer = make_optimizer(model, config.train)
         self.rates = RateSetter(model, self.optimizer)
@@ -190,6 +191,7 @@ class Trainer:
             "cpu_s": self.cpu_seconds(),
             "world_size": self.ranks.world_size,
             "log": self.log_fingerprint,
+            "plan": self.plan,
             "order": self.train_reader.order,
             "config": self.config.model_dump(mode="json"),
         }

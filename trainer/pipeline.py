@@ -49,7 +49,9 @@ class Pipeline:
         device: of this rank.
     """
 
-    def __init__(self, kind: str, model: DistributedModelParallel, step: TrainStep, device: torch.device) -> None:
+    def __init__(
+        self, kind: str, model: DistributedModelParallel, step: TrainStep, device: torch.device
+    ) -> None:
         self.kind, self._step, self._device = kind_for(kind, device), step, device
         self._ahead: deque[Step] = deque()
         self._number = 0

@@ -1,0 +1,122 @@
+"""Bytes that lookups in sharded tables send from rank to rank in one step.
+
+What TorchRec 1.8 sends, per table. W ranks, L of them on a node; a lookup has B bags and I ids over all ranks
+(one id a bag: I = B), each rank a W-th part of both; the table is D wide, a float on the wire has f bytes.
+Bytes are counted once, where they leave a rank; what a rank keeps for itself is not counted.
+
+*Ids* travel as a KeyedJaggedTensor: an int32 length a bag and an int64 id. Whoever holds a column of a row is
+sent both. A `table_wise` owner receives all but its own part: (W-1)/W (4 B + 8 I); `column_wise` does so
+for each of its S shards. `row_wise` sends an id only where its row lies, (W-1)/W 8 I, but the lengths of
+every bag (a zero where the id is elsewhere) to every rank: (W-1) 4 B. `table_row_wise` does the same on the
+L ranks of one node, which hold the rows: lengths L (1 - 1/W) 4 B; `grid_shard` for each of its S column
+shards, a node each. (`TwSparseFeaturesDist`, `RwSparseFeaturesDist`, `TwRwSparseFeaturesDist`.)
+
+*Vectors of bags.* `table_wise` and `column_wise` owners send every bag's vector home, (W-1)/W B D f
+(`PooledEmbeddingsAllToAll`). With `row_wise` any rank might hold a part of any bag, so each rank fills a
+[B, D] block, zeros where it has nothing, and a reduce-scatter adds the blocks up: each rank sends the parts
+of the W-1 others, (W-1) B D f together, W times as much as one owner would send, directly or around a ring.
+`table_row_wise` reduce-scatters on one node, (L-1) B D f, and sends the sums across the N = W/L nodes,
+(N-1)/N B D f.
+
+*Vectors of sequences.* An `EmbeddingCollection` returns each id's row from the one rank that has it, whatever
+the sharding: (W-1)/W I D f (`SequenceEmbeddingsAllToAll`). It offers neither `table_row_wise` nor
+`grid_shard`, which count as `row_wise` here.
+
+*Gradients* go the same way back (all-to-all, or the all-gather that mirrors a reduce-scatter), so they are as
+many bytes as the vectors. `data_parallel` sends neither ids nor vectors, but all-reduces the gradient of
+the whole table: 2 (W-1) R D 4 around a ring for R rows.
+
+Not counted: 16 bytes a pair of ranks that announce the sizes. Exact where ranks have equal parts; where they
+do not, the owner's part of B differs from B/W. A padding with empty bags, where row-wise bags need one, adds
+its bags to B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LENGTH_BYTES, ID_BYTES = 4, 8
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What a table is asked in one step: bags and ids, summed over all ranks."""
+
+    bags: int
+    ids: int
+
+
+@dataclass(frozen=True)
+class ShardedTable:
+    """What the formulae need to know of a table's sharding.
+
+    Attributes:
+        sharding: TorchRec's name of the sharding type; shards: column shards (1 unless column-wise or grid).
+        rows, dim: of the whole table.
+    """
+
+    sharding: str
+    shards: int
+    rows: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one step, over all ranks: ids to the tables, vectors back, gradients to the tables."""
+
+    ids: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.ids + self.forward + self.backward
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.ids + other.ids, self.forward + other.forward, self.backward + other.backward)
+
+
+def traffic(
+    table: ShardedTable,
+    lookup: Lookup,
+    world_size: int,
+    local_world_size: int,
+    pooled: bool,
+    wire: tuple[int, int] = (4, 4),
+) -> Traffic:
+    """Bytes that leave ranks in one step for one table; see the top of this file for the derivation.
+
+    Args:
+        pooled: through an EmbeddingBagCollection, else through an EmbeddingCollection.
+        wire: bytes of a float sent forward and backward (2 with quantized communication in half precision).
+    """
+    if table.sharding == "data_parallel":
+        return Traffic(backward=2.0 * (world_size - 1) * table.rows * table.dim * 4)
+    sharding = table.sharding
+    if not pooled and sharding in ("table_row_wise", "grid_shard"):
+        sharding = "row_wise"
+    floats = (
+        _bag_floats(sharding, lookup.bags, table.dim, world_size, local_world_size)
+        if pooled
+        else (1 - 1 / world_size) * lookup.ids * table.dim
+    )
+    ids = _id_bytes(sharding, table.shards, lookup, world_size, local_world_size)
+    return Traffic(ids, floats * wire[0], floats * wire[1])
+
+
+def _id_bytes(sharding: str, shards: int, lookup: Lookup, world_size: int, local_world_size: int) -> float:
+    away = 1 - 1 / world_size
+    holders = {"row_wise": world_size, "table_row_wise": local_world_size, "grid_shard": local_world_size}
+    copies = shards if sharding in ("column_wise", "table_column_wise", "grid_shard") else 1
+    lengths = holders.get(sharding, 1) * lookup.bags * LENGTH_BYTES
+    return away * copies * (lengths + lookup.ids * ID_BYTES)
+
+
+def _bag_floats(sharding: str, bags: int, dim: int, world_size: int, local_world_size: int) -> float:
+    if sharding == "row_wise":
+        return float((world_size - 1) * bags * dim)
+    if sharding in ("table_row_wise", "grid_shard"):
+        nodes = world_size / local_world_size
+        return ((local_world_size - 1) + (1 - 1 / nodes)) * bags * dim
+    return (1 - 1 / world_size) * bags * dim

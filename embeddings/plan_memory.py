@@ -1,0 +1,189 @@
+"""Memory of a plan: what the planner may fill, what each rank then holds, and why nothing fitted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import Shard, ShardingOption, Storage, Topology
+
+from embeddings.tables import Table
+
+# TorchRec's rule for dense weights: themselves, Adam's two moments, and gradients in DDP's buckets.
+_DENSE_COPIES = 6
+
+
+class Reservation(FixedPercentageStorageReservation):  # type: ignore[misc]
+    """Memory of a rank that tables must leave free: a share of it, and the dense weights.
+
+    TorchRec's own takes its share from device memory alone, and so nothing at all on a CPU.
+    """
+
+    def __init__(self, share: float, dense: int) -> None:
+        super().__init__(share)
+        self._share, self._dense = share, dense * _DENSE_COPIES
+
+    def left(self, memory: int) -> int:
+        """Bytes of `memory` that tables may take; negative where not even the rest fits."""
+        return int((1 - self._share) * memory) - self._dense
+
+    def reserve(self, topology: Topology, *arguments: Any, **named: Any) -> Topology:
+        """The topology with what is left."""
+        super().reserve(topology, *arguments, **named)
+        reserved = copy.deepcopy(topology)
+        for device in reserved.devices:
+            if topology.compute_device == "cpu":
+                device.storage.ddr = self.left(device.storage.ddr)
+            else:
+                device.storage.hbm = self.left(device.storage.hbm)
+        self._last_reserved_topology = reserved
+        return reserved
+
+
+class StorageEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]
+    """TorchRec's estimate with the optimizer state as FBGEMM keeps it.
+
+    TorchRec takes it for a share of the weights' bytes, which is too little where the weights are half
+    precision (the state stays fp32) and for row-wise state of column shards (each keeps its own).
+    """
+
+    def __init__(self, *, tables: Mapping[str, Table], **named: Any) -> None:
+        super().__init__(**named)
+        self._tables = tables
+
+    def estimate(self, sharding_options: list[ShardingOption], *rest: Any, **named: Any) -> None:
+        """Fill in the storage of every shard."""
+        super().estimate(sharding_options, *rest, **named)
+        for option in sharding_options:
+            table = self._tables[option.name]
+            for shard in option.shards:
+                missing = table.optimizer(*shard.size) - counted_optimizer(table, shard.size)
+                in_hbm = self._topology.compute_device == "cuda" and "uvm" not in option.compute_kernel
+                shard.storage += Storage(hbm=missing, ddr=0) if in_hbm else Storage(hbm=0, ddr=missing)
+
+
+def counted_optimizer(table: Table, size: Sequence[int]) -> int:
+    """Bytes of optimizer state that TorchRec's own estimate counts for a shard."""
+    weights = table.weights(*size)
+    return {"row": -(-weights // table.dim), "weight": weights, "none": 0}[table.state]
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes one rank holds for its tables.
+
+    Attributes:
+        weights, optimizer: of its shards, in device memory (on a CPU: host memory).
+        buffers: ids and vectors of a step, caches of unified memory; TorchRec's estimate.
+        host: rows and state in host memory behind a device's.
+    """
+
+    weights: int = 0
+    optimizer: int = 0
+    buffers: int = 0
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """In the memory that bounds the plan."""
+        return self.weights + self.optimizer + self.buffers
+
+    def __add__(self, other: RankMemory) -> RankMemory:
+        return RankMemory(
+            self.weights + other.weights,
+            self.optimizer + other.optimizer,
+            self.buffers + other.buffers,
+            self.host + other.host,
+        )
+
+
+def memory_of_ranks(
+    options: Iterable[ShardingOption], tables: Mapping[str, Table], world_size: int, device: str
+) -> list[RankMemory]:
+    """What each rank holds under the chosen options."""
+    held = [RankMemory() for _ in range(world_size)]
+    for option in options:
+        for shard in option.shards:
+            held[shard.rank] += _shard_memory(tables[option.name], option.compute_kernel, shard, device)
+    return held
+
+
+def _shard_memory(table: Table, kernel: str, shard: Shard, device: str) -> RankMemory:
+    weights, optimizer = table.weights(*shard.size), table.optimizer(*shard.size)
+    if "uvm" in kernel and device == "cuda":
+        return RankMemory(buffers=shard.storage.hbm, host=shard.storage.ddr)
+    return RankMemory(weights, optimizer, memory_of(shard.storage, device) - weights - optimizer)
+
+
+def memory_of(storage: Storage, device: str) -> int:
+    """The bytes that bound the plan: device memory, on a CPU host memory."""
+    return int(storage.ddr if device == "cpu" else storage.hbm)
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """What a table needs at least, over all its allowed ways.
+
+    Attributes:
+        table: its name; total: bytes over all ranks.
+        shard: bytes of the largest shard, in the way that has the smallest such; sharding: that way.
+    """
+
+    table: str
+    total: int
+    shard: int
+    sharding: str
+
+
+def shortfall(
+    options: Iterable[ShardingOption], usable: int, world_size: int, device: str, certain: bool
+) -> tuple[str, list[Unplaced]]:
+    """Why no plan fits -> (one line with the bytes missing, each table's need, largest first).
+
+    The line is empty where shards and sums fit and only `certain` reasons are asked for: whether they also
+    pack, only the planner knows.
+    """
+    parts = _needs(options, device)
+    room = f"a rank has {gigabytes(usable)} for tables"
+    mending = "use more ranks, narrower tables or other sharding types; `tandemrec plan` tries them"
+    total, widest = sum(part.total for part in parts), max(parts, key=lambda part: part.shard)
+    if widest.shard > usable:
+        problem = (
+            f"table {widest.table} does not fit: its largest {widest.sharding} shard takes "
+            f"{gigabytes(widest.shard)}, {room}, {gigabytes(widest.shard - usable)} missing"
+        )
+    elif total > world_size * usable:
+        problem = (
+            f"the tables do not fit: together they take {gigabytes(total)}, {room}, "
+            f"{gigabytes(total / world_size - usable)} missing on each (largest: {parts[0].table}, "
+            f"{gigabytes(parts[0].total)})"
+        )
+    elif certain:
+        return "", parts
+    else:
+        problem = (
+            f"the tables take {gigabytes(total)} and {room}, enough in all, but their shards do not pack "
+            f"(largest: {widest.table}, {gigabytes(widest.shard)} as {widest.sharding})"
+        )
+    return f"{problem}; {mending}", parts
+
+
+def _needs(options: Iterable[ShardingOption], device: str) -> list[Unplaced]:
+    ways: dict[str, list[tuple[int, int, str]]] = {}
+    for option in options:
+        sizes = [memory_of(shard.storage, device) for shard in option.shards]
+        ways.setdefault(option.name, []).append((max(sizes), sum(sizes), option.sharding_type))
+    parts = []
+    for table, found in ways.items():
+        shard, _, sharding = min(found)
+        parts.append(Unplaced(table, min(total for _, total, _ in found), shard, sharding))
+    return sorted(parts, key=lambda part: -part.total)
+
+
+def gigabytes(size: float) -> str:
+    """`1,234.5 GB`, decimal; small sizes in MB."""
+    return f"{size / 1e9:,.1f} GB" if abs(size) >= 1e9 else f"{size / 1e6:,.1f} MB"

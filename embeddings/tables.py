@@ -1,0 +1,88 @@
+"""The tables of a model as planning sees them: shapes, bytes, which module holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
+from torchrec.optim import RowWiseAdagrad
+
+from embeddings.sharding import sharders
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding table.
+
+    Attributes:
+        name: unique in the model; module: path of the collection that holds it.
+        rows, dim: its shape; weight_bytes: of one weight.
+        state: fp32 numbers of the fused optimizer: `row`, one a row (of each column shard), `weight`, one a
+            weight, or `none`.
+        pooled: whether its collection returns bags; else rows in sequence.
+    """
+
+    name: str
+    module: str
+    rows: int
+    dim: int
+    weight_bytes: int
+    state: str
+    pooled: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.rows, self.dim, self.weight_bytes
+
+    def weights(self, rows: int, columns: int) -> int:
+        """Bytes of the weights of a shard."""
+        return rows * columns * self.weight_bytes
+
+    def optimizer(self, rows: int, columns: int) -> int:
+        """Bytes of the optimizer state of a shard; FBGEMM keeps it in fp32 whatever the weights are."""
+        return {"row": rows * _FLOAT, "weight": rows * columns * _FLOAT, "none": 0}[self.state]
+
+
+def tables_of(model: nn.Module) -> dict[str, Table]:
+    """All tables of the collections that TorchRec will shard, by name; meta tensors will do."""
+    found: dict[str, Table] = {}
+    by_type = {sharder.module_type: sharder for sharder in sharders()}
+    for path, module in model.named_modules():
+        sharder = by_type.get(type(module))
+        if sharder is None:
+            continue
+        pooled = isinstance(module, EmbeddingBagCollectionInterface)
+        for name, weight in sharder.shardable_parameters(module).items():
+            rows, dim = weight.shape
+            found[name] = Table(name, path, rows, dim, weight.element_size(), _state(weight), pooled)
+    return found
+
+
+def dense_bytes(model: nn.Module, tables: Mapping[str, Table]) -> int:
+    """Bytes of everything that is not a table: every rank holds it whole."""
+    modules = {table.module for table in tables.values()}
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if not any(name.startswith(f"{module}.") for module in modules)
+    )
+
+
+def column_shards(sharding: str, shards: int, local_world_size: int) -> int:
+    """Into how many column blocks a table is cut."""
+    if sharding in (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value):
+        return shards
+    return shards // local_world_size if sharding == ShardingType.GRID_SHARD.value else 1
+
+
+def _state(weight: torch.Tensor) -> str:
+    kind = getattr(weight, "_optimizer_classes", [torch.optim.SGD])[0]
+    if kind is RowWiseAdagrad:
+        return "row"
+    return "none" if kind is torch.optim.SGD else "weight"

@@ -1,0 +1,200 @@
+"""A sharding plan for people: tables, memory of ranks, bytes of a step, what is lopsided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# The pinned TorchRec hands its model of a step out in no other way.
+from torchrec.distributed.planner.stats import _calculate_critical_path
+from torchrec.distributed.planner.types import ShardingOption
+
+from embeddings.exchange import Lookup, ShardedTable, Traffic, traffic
+from embeddings.plan_memory import RankMemory, Unplaced, gigabytes, memory_of_ranks
+from embeddings.planning import Cluster, Found, Task
+from embeddings.tables import column_shards
+from pipelines.console import table_lines
+from trainer.workload import StepSize
+
+# Row-wise bags that send so many times what a sequence collection would are worth a warning.
+_WASTE = 4.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is printed.
+
+    Attributes:
+        found: the plan; task: what was asked; size: of a step.
+        asked: lookup mode -> table -> lookup; lookup: the config's mode.
+    """
+
+    found: Found
+    task: Task
+    size: StepSize
+    asked: Mapping[str, Mapping[str, Lookup]]
+    lookup: str
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.task.cluster
+
+    @property
+    def options(self) -> list[ShardingOption]:
+        """In the order of the groups and their tables."""
+        names = [group.table_name(feature) for group in self.task.groups for feature in group.features]
+        return sorted(self.found.options, key=lambda option: names.index(option.name))
+
+    def sent(self, option: ShardingOption, lookup: str, pooled: bool) -> Traffic:
+        """Bytes that a table's lookups send in one step."""
+        table, cluster = self.found.tables[option.name], self.cluster
+        shards = column_shards(option.sharding_type, len(option.shards), cluster.local_world_size)
+        sharded = ShardedTable(option.sharding_type, shards, table.rows, table.dim)
+        asked = self.asked[lookup][option.name]
+        return traffic(sharded, asked, cluster.world_size, cluster.local_world_size, pooled)
+
+
+def report_lines(report: Report) -> list[str]:
+    """The whole print."""
+    parts = [_head(report), _placed(report), _memory(report), _exchange(report), _by_table(report)]
+    lines = [line for part in parts for line in (*part, "")]
+    return [*lines, *_time(report), *waste_lines(report)]
+
+
+def waste_lines(report: Report) -> list[str]:
+    """A warning for each table that is row-wise through bags on many ranks, with the numbers."""
+    lines = []
+    for option in report.options:
+        table = report.found.tables[option.name]
+        bag, sequence = (report.sent(option, report.lookup, pooled).total for pooled in (True, False))
+        if table.pooled and option.sharding_type == "row_wise" and bag > _WASTE * sequence:
+            lines += [
+                f"warning: {option.name} ({table.rows:,} rows) is row-wise through bags on "
+                f"{report.cluster.world_size} ranks: {gigabytes(bag)} a step,",
+                f"  {bag / sequence:.1f} times the {gigabytes(sequence)} that a sequence collection sends",
+            ]
+    return lines
+
+
+def need_lines(parts: Sequence[Unplaced], cluster: Cluster) -> list[str]:
+    """What each table needs where no plan was found."""
+    head = ("table", "all ranks", "best sharding", "its largest shard", "a rank has")
+    rows = [
+        (p.table, gigabytes(p.total), p.sharding, gigabytes(p.shard), gigabytes(cluster.memory))
+        for p in parts
+    ]
+    return ["no plan fits", *table_lines(head, rows)]
+
+
+def _head(report: Report) -> list[str]:
+    cluster, size, found = report.cluster, report.size, report.found
+    reserve = report.task.rules.reserve
+    kind = "device" if cluster.device == "cuda" else "host"
+    nodes = cluster.world_size // cluster.local_world_size
+    return [
+        f"plan for {cluster.world_size} rank(s) on {cluster.device}, {nodes} node(s) of "
+        f"{cluster.local_world_size}",
+        f"memory of a rank: {gigabytes(cluster.memory)} {kind}, {gigabytes(found.usable)} of it for tables "
+        f"({reserve:.0%} and the dense weights stay free)"
+        + (f"; {gigabytes(cluster.ddr)} host" if cluster.device == "cuda" else ""),
+        f"a step: {size.candidates:,} candidates of {size.requests:,} requests, {size.behaviors:,} behaviors "
+        f"({size.source}); lookup = {report.lookup}",
+    ]
+
+
+def _placed(report: Report) -> list[str]:
+    rows = []
+    for option in report.options:
+        table = report.found.tables[option.name]
+        heights = sorted({shard.size[0] for shard in option.shards})
+        height = f"{heights[-1]:,}" if len(heights) == 1 else f"{heights[0]:,}-{heights[-1]:,}"
+        ranks = sorted({shard.rank for shard in option.shards})
+        rows.append(
+            (option.name, f"{table.rows:,}", str(table.dim), gigabytes(table.weights(table.rows, table.dim)),
+             option.sharding_type, option.compute_kernel, height, spans(ranks))
+        )  # fmt: skip
+    head = ("table", "rows", "dim", "weights", "sharding", "kernel", "rows a rank", "ranks")
+    return table_lines(head, rows)
+
+
+def _memory(report: Report) -> list[str]:
+    cluster = report.cluster
+    held = memory_of_ranks(report.options, report.found.tables, cluster.world_size, cluster.device)
+    # Ranks that read alike share a line.
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for rank, memory in enumerate(held):
+        sizes = (memory.weights, memory.optimizer, memory.buffers, memory.total, memory.host)
+        cells = (*(gigabytes(size) for size in sizes), f"{memory.total / cluster.memory:.0%}")
+        alike.setdefault(cells, []).append(rank)
+    what = "device memory" if cluster.device == "cuda" else "memory"
+    head = ("ranks", "weights", "optimizer", "buffers", f"in {what}", "in host memory", "share")
+    total = sum(held, RankMemory())
+    return [
+        *table_lines(head, [(spans(ranks), *cells) for cells, ranks in alike.items()]),
+        f"all ranks: weights {gigabytes(total.weights)}, optimizer state {gigabytes(total.optimizer)}",
+        f"largest rank over mean: memory {_imbalance([memory.total + memory.host for memory in held])}, "
+        f"estimated work {_imbalance(_work(report))}",
+    ]
+
+
+def _exchange(report: Report) -> list[str]:
+    rows = []
+    for lookup in ("full", "selected"):
+        for pooled, name in ((True, "bag"), (False, "sequence")):
+            sent = sum((report.sent(option, lookup, pooled) for option in report.options), Traffic())
+            rows.append((f"{lookup}, {name}", *_traffic(sent, report.cluster.world_size)))
+    head = ("lookup, collection", "ids", "vectors", "gradients", "all ranks", "a rank")
+    return [
+        "sent between ranks in a step (estimated), by lookup and kind of collection",
+        *table_lines(head, rows),
+    ]
+
+
+def _traffic(sent: Traffic, world_size: int) -> tuple[str, ...]:
+    sizes = (sent.ids, sent.forward, sent.backward, sent.total, sent.total / world_size)
+    return tuple(gigabytes(size) for size in sizes)
+
+
+def _by_table(report: Report) -> list[str]:
+    rows = []
+    for option in report.options:
+        bag, sequence = (report.sent(option, report.lookup, pooled).total for pooled in (True, False))
+        now = "bag" if report.found.tables[option.name].pooled else "sequence"
+        ratio = f"{bag / sequence:.2f}" if sequence else "-"
+        bags = f"{report.asked[report.lookup][option.name].bags:,}"
+        rows.append((option.name, now, bags, gigabytes(bag), gigabytes(sequence), ratio))
+    head = ("table", "collection", "bags", "sent as bag", "as sequence", "bag / sequence")
+    return [f"the same by table, lookup = {report.lookup}", *table_lines(head, rows)]
+
+
+def _time(report: Report) -> list[str]:
+    path = _calculate_critical_path(report.options)
+    return [
+        f"TorchRec's estimate of the lookups' time in a step: {path.total():.2f} ms (communication "
+        f"{path.comms_estimate:.2f}, computation {path.comp_estimate:.2f});",
+        "it assumes TorchRec's default bandwidths and was not checked against any machine",
+    ]
+
+
+def _work(report: Report) -> list[float]:
+    work = [0.0] * report.cluster.world_size
+    for option in report.options:
+        for shard in option.shards:
+            work[shard.rank] += shard.perf.total
+    return work
+
+
+def _imbalance(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{max(values) / mean:.2f}" if mean else "-"
+
+
+def spans(ranks: Sequence[int]) -> str:
+    """`0-7,9` for ascending ranks."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

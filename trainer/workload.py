@@ -1,0 +1,140 @@
+"""What one step asks of the tables: behaviors and candidates of a step, and the bags each table is asked for.
+
+The planner weighs sharding types by it and `plan` prints the bytes that follow from it. It is an estimate:
+the true numbers differ from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from embeddings.errors import DataError
+from embeddings.exchange import Lookup
+from embeddings.groups import TableGroup
+from trainer.config import Config, DataConfig
+from trainer.data.blocks import BlockLimits, WindowedRows, cut_blocks
+from trainer.data.files import RowGroup
+from trainer.data.row_group import read_footer
+from trainer.data.rows import read_plan
+from trainer.data.schema import LogManifest
+from trainer.model.settings import BranchConfig, ModelConfig
+
+# Lengths of so many row groups are read: seconds at most, whatever the log's size.
+_SAMPLED = 16
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """N, C and R of one step, over all ranks; `source` says where N comes from."""
+
+    behaviors: int
+    candidates: int
+    requests: int
+    source: str
+
+
+def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None = None) -> StepSize:
+    """Estimate a step from the lengths in the first row groups of the train split.
+
+    A hard search or clusters deliver fewer behaviors than these blocks hold.
+
+    Args:
+        behaviors: N as the user knows it, instead of the estimate.
+
+    Raises:
+        DataError: the log's train split is missing, unreadable or without candidates.
+    """
+    limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
+    found = [0, 0, 0]
+    for place in islice(_row_groups(config.log, manifest), _SAMPLED):
+        plan = read_plan(place.file, place.row_group)
+        for block in cut_blocks(plan, 0, _LengthsOnly(place), limits):
+            found[0] += block.behaviors
+            found[1] += block.candidates
+            found[2] += block.last - block.first
+    if not found[1]:
+        raise DataError("no request of split 'train' has a candidate", file=config.log)
+    c = config.batch_candidates
+    n, source = round(found[0] / found[1] * c), "estimated from the log"
+    if config.batch_behaviors and n > config.batch_behaviors:
+        # Behaviors close the step first.
+        c, n = round(c * config.batch_behaviors / n), config.batch_behaviors
+    if behaviors is not None:
+        n, source = behaviors, "as given"
+    return StepSize(n, c, max(1, round(found[2] / found[1] * c)), source)
+
+
+def kept_behaviors(config: ModelConfig, size: StepSize) -> int:
+    """S: behaviors that any branch keeps, at most (candidates of a request share some of them)."""
+    return min(size.behaviors, sum(_kept(branch, size) for branch in config.all_branches().values()))
+
+
+def lookups(
+    config: Config, groups: Mapping[str, TableGroup], manifest: LogManifest, size: StepSize, lookup: str
+) -> dict[str, Lookup]:
+    """Bags and ids of every table in one step, over all ranks.
+
+    Mirrors `TwoStageModel`: attention groups are looked up for all N + C; representation groups for those as
+    well (`full`) or for the S kept behaviors and the candidates (`selected`); the context for R requests.
+    Multi-valued features count as one id a bag.
+
+    Args:
+        lookup: `full` or `selected`, whatever `config.model.lookup` says.
+    """
+    early, late = _groups_looked_up(config.model, lookup)
+    kept = kept_behaviors(config.model, size)
+    asked = {}
+    for name, group in groups.items():
+        for feature in group.features:
+            if feature in manifest.context and name == config.model.roles.context:
+                asked[group.table_name(feature)] = Lookup(size.requests, size.requests)
+                continue
+            behaviors = size.behaviors if name in early else kept if name in late else 0
+            info = manifest.features[feature]
+            ids = behaviors * info.of_behaviors + size.candidates * info.of_candidates
+            asked[group.table_name(feature)] = Lookup(behaviors + size.candidates, ids)
+    return asked
+
+
+def _groups_looked_up(config: ModelConfig, lookup: str) -> tuple[set[str], set[str]]:
+    """-> groups looked up before the search, and those after it."""
+    early: set[str] = set()
+    represent: set[str] = set()
+    for branch in config.all_branches().values():
+        roles = branch.roles
+        early |= {roles.attention_target, roles.attention_behavior} if branch.attend != () else set()
+        early |= {roles.cross} if roles.cross else set()
+        represent |= {roles.representation_target, roles.representation_behavior}
+    return (early | represent, set()) if lookup == "full" else (early, represent - early)
+
+
+def _kept(branch: BranchConfig, size: StepSize) -> int:
+    if branch.search == "recent":
+        return branch.k * size.requests
+    if branch.search == "all" or branch.sequence in ("collision", "sasrec"):
+        return size.behaviors
+    return branch.k * size.candidates
+
+
+def _row_groups(log: Path, manifest: LogManifest) -> list[RowGroup]:
+    found: list[RowGroup] = []
+    files = manifest.splits["train"].files if "train" in manifest.splits else []
+    for entry in files:
+        file = log / entry.path
+        found += [RowGroup(file, group) for group in range(read_footer(file).num_row_groups)]
+        if len(found) >= _SAMPLED:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class _LengthsOnly:
+    """A row group that is only cut into blocks."""
+
+    place: RowGroup
+
+    def __call__(self) -> WindowedRows:
+        raise AssertionError("cutting needs lengths only")
