@@ -57,11 +57,14 @@ def run(config: Config, out: Path, ranks: Ranks) -> None:
     trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say, fingerprint)
     with folder.lock() if ranks.speaks else nullcontext():
         end = trainer.run(found)
-    if found.path is not None and end.step == found.state["step"]:
+    if found.path is not None and end.step == found.state["step"] and not trainer.stopped:
         say(
             f"nothing left to train: {out} has all its {end.step:,} steps "
             "(raise train.epochs or train.max_steps for more)"
         )
+        return
+    if trainer.stopped:
+        say(f"stopped after step {end.step:,} as asked, and saved; the same command continues it")
         return
     cpu_s = trainer.cpu_seconds()
     if ranks.speaks:

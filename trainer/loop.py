@@ -22,9 +22,12 @@ from trainer.distributed import Ranks, sum_over_ranks
 from trainer.evaluation import score_split
 from trainer.metrics import Metrics
 from trainer.progress import Progress
+from trainer.reshard import check_reshardable, plan_tree
 from trainer.run import MetricsLog, RunFolder
+from trainer.saver import Saver
 from trainer.schedule import progress_of, rate_factor
 from trainer.step import RateSetter, make_optimizer, train_step
+from trainer.watch import Watch
 
 
 @dataclass
@@ -54,6 +57,9 @@ class Trainer:
         train, validation: readers of the two splits, for this rank.
         ranks: this rank's place; folder: the run folder; say: prints a line on rank 0.
         log_fingerprint: kept with every checkpoint, see `trainer.resume`.
+
+    Attributes:
+        stopped: training ended because it was asked to, before its end.
     """
 
     def __init__(
@@ -75,25 +81,35 @@ class Trainer:
         self.at = Position()
         self.metrics_of_validation: Metrics | None = None
         self.meter = _Meter(ranks.device)
+        self.saver = Saver(folder.checkpoints, config.checkpoint, say)
+        self.watch = Watch(config.checkpoint)
+        self.stopped = False
 
     def run(self, start: checkpoint.Found) -> Position:
-        """Train from a checkpoint, or from the beginning, to the end; returns where it ended.
+        """Train from a checkpoint, or from the beginning, to the end or a stop signal; returns where it ended.
 
         Raises:
             DataError: the loss is no longer a number; what was saved before stays, nothing is saved after.
+            CheckpointError: it could not be saved; older checkpoints stay.
         """
         if start.path is not None:
             self._resume(start.path, start.state)
         if self.ranks.speaks:
             self.folder.drop_metrics_after(self.at.step)
         epochs = self.config.train.epochs
-        with MetricsLog(self.folder, self.ranks.speaks, self.at.step) as self.log:
+        with (
+            self.watch.listening(),
+            self.saver,
+            MetricsLog(self.folder, self.ranks.speaks, self.at.step) as self.log,
+        ):
             with Progress("train", self.ranks.speaks) as self.bar:
-                while self.at.cursor.epoch < epochs and not self._step_limit():
+                while self.at.cursor.epoch < epochs and not self._over():
                     self._epoch()
-            self._validate()
+            if not self.stopped:
+                self._validate()
             if start.path is None or self.at.step != start.state["step"]:
                 self._save()
+            self.saver.settle(last=True)
         return self.at
 
     def _epoch(self) -> None:
@@ -110,16 +126,26 @@ class Trainer:
                     self._report()
                 if config.validate_every and self.at.step % config.validate_every == 0:
                     self._validate()
-                if (
-                    self.config.checkpoint.every_steps
-                    and self.at.step % self.config.checkpoint.every_steps == 0
-                ):
-                    self._save()
-                if self._step_limit():
+                self._between_steps()
+                if self._over():
                     break
         self._report()
-        if not self._step_limit():
+        if not self._over():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
+
+    def _between_steps(self) -> None:
+        """Save where one is due, and see whether to stop; on every rank alike."""
+        seen = self.watch.look(self.at.step, self.saver.failed)
+        self.stopped = seen.stop
+        if seen.failed:
+            self.saver.settle()
+        every = self.config.checkpoint.every_steps
+        # One that stops is saved by run(), which waits for it.
+        if not self._over() and (seen.due or (every and self.at.step % every == 0)):
+            self._save()
+
+    def _over(self) -> bool:
+        return self.stopped or self._step_limit()
 
     def _train(self, step: Step) -> Tensor:
         weight = self.config.model.auxiliary_weight
@@ -181,12 +207,11 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "log": self.log_fingerprint,
             "order": self.train_reader.order,
+            "plan": plan_tree(self.model.plan),
             "config": self.config.model_dump(mode="json"),
         }
-        path = checkpoint.save(
-            self.folder.checkpoints, self.at.step, self._tensors(), state, self.config.checkpoint.keep
-        )
-        self.say(f"checkpoint {path}")
+        self.saver.save(self.at.step, self._tensors(), state)
+        self.watch.restart_clock()
         self.meter.clock.restart()
 
     def _resume(self, path: Path, state: dict[str, Any]) -> None:
@@ -194,7 +219,9 @@ class Trainer:
 
         Raises:
             ConfigError: it stands inside an epoch, and the log's rows lie in another order since.
+            CheckpointError: the tables' optimizer state has no meaning for how they lie now.
         """
+        check_reshardable(path, state, plan_tree(self.model.plan))
         if state["cursor"]["blocks"] and state["order"] != self.train_reader.order:
             raise ConfigError(
                 f"{path} stands inside an epoch, and the rows of {self.config.data.log} lie in other files "
