@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,7 +98,7 @@ def find(folder: Path) -> Found:
     for path in _from_first(lambda: files.checkpoints(folder)):
         problem = _verify_together(path)
         if not problem:
-            return Found(path, _from_first(lambda path=path: read_state(path)), refused)
+            return Found(path, _from_first(partial(read_state, path)), refused)
         refused.append(problem)
     if refused:
         why = f"no checkpoint verifies; use another --out, or restore one ({'; '.join(refused)})"

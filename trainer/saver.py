@@ -124,13 +124,13 @@ class _Save(threading.Thread):
         group: dist.ProcessGroup,
     ) -> None:
         super().__init__(name=f"save of step {step}", daemon=True)
-        self._do = lambda: checkpoint.save(folder, step, tensors, state, keep, group)
+        self._arguments = (folder, step, tensors, state, keep, group)
         self.folder, self.path = folder, Path()
         self.problem: CheckpointError | None = None
 
     def run(self) -> None:
         try:
-            self.path = self._do()
+            self.path = checkpoint.save(*self._arguments)
         except CheckpointError as error:
             self.problem = error
         except Exception as error:
