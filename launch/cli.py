@@ -155,6 +155,12 @@ def train(
     config: ConfigFile,
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder; resumed if it exists.")],
     overrides: Overrides = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--init-from", metavar="DIR|RUN", help="Start a new run with the weights of another one."
+        ),
+    ] = None,
     more: Annotated[
         list[str] | None,
         # TorchX refuses an option that occurs twice, also among the arguments it only passes on.
@@ -166,7 +172,8 @@ def train(
     """Train a model; torchx or torchrun start several ranks."""
     from pipelines.train import train as run
 
-    run(config, out, [*(overrides or []), *(more or [])])
+    start = [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
+    run(config, out, [*(overrides or []), *(more or []), *start])
 
 
 @app.command()
@@ -184,6 +191,17 @@ def export(
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
+
+    run(run_folder, out)
+
+
+@app.command()
+def unshard(
+    run_folder: RunFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+) -> None:
+    """Write a run's newest checkpoint as plain tables, for `train --init-from` or other programs."""
+    from pipelines.unshard import unshard as run
 
     run(run_folder, out)
 
@@ -230,7 +248,7 @@ def score(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: reader.")],
+    name: Annotated[str, typer.Argument(help="What to measure: reader or checkpoint.")],
     config: ConfigFile,
     overrides: Overrides = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of each row.")] = 5,

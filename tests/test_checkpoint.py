@@ -86,7 +86,9 @@ def test_other_damage_is_refused(tmp_path: Path, harm: str) -> None:
         "truncate": lambda: shard.write_bytes(shard.read_bytes()[:-1]),
         "zero": lambda: shard.write_bytes(bytes(shard.stat().st_size)),
         "remove": shard.unlink,
-        "stale manifest": lambda: [shutil.copy(older / n, newer / n) for n in ("manifest.json", "manifest.sha256")],
+        "stale manifest": lambda: [
+            shutil.copy(older / n, newer / n) for n in ("manifest.json", "manifest.sha256")
+        ],
         "extra": lambda: (newer / "more").write_text("x"),
         "swap": lambda: shutil.copy(older / shard.name, shard),
         "no manifest": (newer / "manifest.json").unlink,
@@ -172,7 +174,10 @@ def test_a_power_cut_finds_nothing_unsynced_behind_the_name(
         if self.name.startswith("step-"):
             lost = [p.name for p in self.iterdir() if synced.get(str(p)) != p.stat().st_size]
             # DCP renames its metadata after it has synced them.
-            assert lost == [".metadata"] and synced[f"{self}/.metadata.tmp"] == (self / ".metadata").stat().st_size
+            assert (
+                lost == [".metadata"]
+                and synced[f"{self}/.metadata.tmp"] == (self / ".metadata").stat().st_size
+            )
             assert events[-1] == f"sync {self.name}", "the directory comes after all of its files"
             events.append("publish")
         return rename(self, target)

@@ -28,7 +28,7 @@ from trainer import checkpoint_files as files
 from trainer.checkpoint_files import Entries, newest, read_state, verify
 from trainer.hashed_writer import HashedWriter
 
-__all__ = ["Found", "find", "load_tensors", "newest", "read_state", "save", "verify"]
+__all__ = ["Found", "find", "from_first", "load_tensors", "newest", "read_state", "save", "verify"]
 
 Result = TypeVar("Result")
 # The ranks that save together: all of them, where it is None.
@@ -95,10 +95,10 @@ def find(folder: Path) -> Found:
         CheckpointError: there are checkpoints, but none verifies.
     """
     refused: list[str] = []
-    for path in _from_first(lambda: files.checkpoints(folder)):
+    for path in from_first(lambda: files.checkpoints(folder)):
         problem = _verify_together(path)
         if not problem:
-            return Found(path, _from_first(partial(read_state, path)), refused)
+            return Found(path, from_first(partial(read_state, path)), refused)
         refused.append(problem)
     if refused:
         why = f"no checkpoint verifies; use another --out, or restore one ({'; '.join(refused)})"
@@ -120,6 +120,9 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group) -> Entries:
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     except (Exception, dcp.api.CheckpointException) as error:
+        if dist.get_rank(group) not in getattr(error, "failures", {dist.get_rank(group): None}):
+            # DCP raises on all ranks; those whose fault it is can say why.
+            return {}
         cause = writer.problem or error
         raise CheckpointError(part, f"{_sizes(part, tensors)}: {_reason(cause)}") from None
     return writer.entries
@@ -160,7 +163,7 @@ def _verify_together(path: Path) -> str:
         except CheckpointError as error:
             return {}, str(error)
 
-    entries, problem = _from_first(manifest)
+    entries, problem = from_first(manifest)
     if problem:
         return problem
     try:
@@ -201,10 +204,10 @@ def _shared_id(final: Path, group: Group) -> str:
                 return ""
         return os.urandom(4).hex()
 
-    return _from_first(name, group)
+    return from_first(name, group)
 
 
-def _from_first(action: Callable[[], Result], group: Group = None) -> Result:
+def from_first(action: Callable[[], Result], group: Group = None) -> Result:
     """What rank 0's call gives, or raises, on every rank."""
     answers: list[Any] = [None, None]
     if dist.get_rank(group) == 0:

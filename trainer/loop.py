@@ -86,7 +86,7 @@ class Trainer:
         self.stopped = False
 
     def run(self, start: checkpoint.Found) -> Position:
-        """Train from a checkpoint, or from the beginning, to the end or a stop signal; returns where it ended.
+        """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.
 
         Raises:
             DataError: the loss is no longer a number; what was saved before stays, nothing is saved after.
@@ -196,7 +196,14 @@ class Trainer:
         mine = torch.tensor(self.at.cpu_s, dtype=torch.float64, device=self.ranks.device)
         return float(sum_over_ranks(mine))
 
-    def _tensors(self) -> dict[str, object]:
+    def load(self, fill: Callable[[dict[str, Any]], None]) -> None:
+        """Have `fill` write into the tensors of model and optimizer, and take them up."""
+        tensors = self._tensors()
+        fill(tensors)
+        self.model.load_state_dict(tensors["model"])
+        self.optimizer.load_state_dict(tensors["optim"])
+
+    def _tensors(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optim": self.optimizer.state_dict()}
 
     def _save(self) -> None:
@@ -228,10 +235,7 @@ class Trainer:
                 "or another order since (or other row groups are skipped), so some would be read twice and "
                 "some never; give the log as it was, or name another --out"
             )
-        tensors = self._tensors()
-        checkpoint.load_tensors(path, tensors)
-        self.model.load_state_dict(tensors["model"])
-        self.optimizer.load_state_dict(tensors["optim"])
+        self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         self.at = Position(
             step=state["step"],
             cursor=Cursor(**state["cursor"]),

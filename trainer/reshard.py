@@ -52,12 +52,12 @@ def check_reshardable(path: Path, state: Mapping[str, Any], now: PlanTree) -> No
         rowwise = groups.get(table.split("__")[0], {}).get("optimizer") == _ROWWISE
         if not rowwise or _columns(before[table]) == _columns(after[table]):
             continue
-        was, is_ = before[table].get("sharding_type"), after[table].get("sharding_type")
+        was, now_ = _told(before[table]), _told(after[table])
         raise CheckpointError(
             path,
-            f"table {table} lay {was} in {_pieces(before[table])}, now {is_} in {_pieces(after[table])}: row-wise Adagrad has one accumulator a row and column shard, so "
-            "its state cannot follow; set groups.<name>.sharding and the number of ranks back, or start a "
-            "new run from these weights with --init-from",
+            f"table {table} lay {was}, now {now_}: row-wise Adagrad has one accumulator a row and column "
+            "shard, so its state cannot follow; set groups.<name>.sharding and the number of ranks back, or "
+            "start a new run from these weights with --init-from",
         )
 
 
@@ -72,6 +72,6 @@ def _columns(entry: Mapping[str, Any]) -> list[tuple[int, ...]]:
     return sorted(found) if len({place[1:2] for place in found}) > 1 else [()]
 
 
-def _pieces(entry: Mapping[str, Any]) -> str:
+def _told(entry: Mapping[str, Any]) -> str:
     count = len(_columns(entry))
-    return f"{count} pieces" if count > 1 else "whole rows"
+    return f"{entry.get('sharding_type')} in {f'{count} pieces' if count > 1 else 'whole rows'}"
