@@ -1,4 +1,4 @@
-"""Saving beside training: signals, the clock, failures, other numbers of ranks. All runs share one process."""
+"""Saving beside training: signals, the clock, failures, other world sizes. All runs share one process."""
 
 from __future__ import annotations
 

@@ -127,7 +127,8 @@ def fill(
     """
     model: Mapping[str, Any] = tensors["model"]
     tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
-    _check_dense(model, source, set(tables.values()))
+    _check_tables(model, source)
+    _fill_dense(model, source, set(tables.values()))
     known, lines = vocabularies(manifest, log / "vocab"), []
     maps: dict[str, Tensor | None] = {}
     for table, name in tables.items():
@@ -135,9 +136,7 @@ def fill(
         if entry.feature not in maps:
             maps[entry.feature] = _row_map(entry.feature, known[entry.feature], source)
             lines.append(_told(entry.feature, maps[entry.feature], source))
-        rows, dim = model[name].size()
-        if dim != entry.dim:
-            raise CheckpointError(source.path, f"table {table} is {entry.dim} wide, the config says {dim}")
+        rows = model[name].size()[0]
         saved = source.table(table)
         _fill_rows(model[name], saved["weight"], maps[entry.feature], rows)
         state = tensors["optim"]["state"].get(f"fused.{name}", {}).get(f"{table}.momentum1")
@@ -149,15 +148,26 @@ def fill(
     return lines
 
 
-def _check_dense(model: Mapping[str, Any], source: PlainTables, tables: set[str]) -> None:
-    """Fill the dense weights, which all must be there in their shape."""
+def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
+    """Every table of the model must be there in its width."""
+    known = source.manifest.tables
+    for name, weight in model.items():
+        table = table_of(name)
+        if "__" in table and table not in known:
+            raise CheckpointError(source.path, f"has no table {table}; it has {', '.join(known)}")
+        if "__" in table and known[table].dim != weight.size()[1]:
+            raise CheckpointError(
+                source.path,
+                f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}",
+            )
+
+
+def _fill_dense(model: Mapping[str, Any], source: PlainTables, tables: set[str]) -> None:
+    """Copy the dense weights, which all must be there in their shape."""
     dense = source.dense()
     for name, weight in model.items():
         if name in tables:
             continue
-        if "__" in table_of(name):
-            has = ", ".join(source.manifest.tables)
-            raise CheckpointError(source.path, f"has no table {table_of(name)}; it has {has}")
         if name not in dense or dense[name].shape != weight.shape:
             found = f"is {tuple(dense[name].shape)}" if name in dense else "is not there"
             raise CheckpointError(
@@ -214,7 +224,7 @@ def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | Non
     old = pc.fill_null(pc.take(before[1], found), -1)
     row_map = torch.full((new.info.rows,), -1, dtype=torch.int64)
     row_map[0] = 0
-    row_map[torch.from_numpy(after[1].to_numpy())] = torch.from_numpy(old.to_numpy())
+    row_map[torch.tensor(after[1].to_numpy())] = torch.tensor(old.to_numpy())
     return row_map
 
 
