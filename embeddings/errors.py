@@ -52,7 +52,7 @@ class CheckpointError(TandemError):
     """A checkpoint failed to save, verify or load."""
 
     def __init__(self, path: str | Path, problem: str) -> None:
-        self.path = str(path)
+        self.path, self.problem = str(path), problem
         super().__init__(f"{path}: {problem}")
 
 

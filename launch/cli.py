@@ -171,6 +171,12 @@ def train(
         Path | None, typer.Option("--plan", metavar="FILE", help="Place the tables as `plan --json` did.")
     ] = None,
     overrides: Overrides = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--init-from", metavar="DIR|RUN", help="Start a new run with the weights of another one."
+        ),
+    ] = None,
     more: Annotated[
         list[str] | None,
         # TorchX refuses an option that occurs twice, also among the arguments it only passes on.
@@ -182,8 +188,10 @@ def train(
     """Train a model; torchx or torchrun start several ranks."""
     from pipelines.train import train as run
 
-    planned = [f"plan.file={json.dumps(str(plan_file))}"] if plan_file else []
-    run(config, out, [*(overrides or []), *(more or []), *planned])
+    chosen = [*(overrides or []), *(more or [])]
+    chosen += [f"plan.file={json.dumps(str(plan_file))}"] if plan_file else []
+    chosen += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
+    run(config, out, chosen)
 
 
 @app.command()
@@ -201,6 +209,17 @@ def export(
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
+
+    run(run_folder, out)
+
+
+@app.command()
+def unshard(
+    run_folder: RunFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+) -> None:
+    """Write a run's newest checkpoint as plain tables, for `train --init-from` or other programs."""
+    from pipelines.unshard import unshard as run
 
     run(run_folder, out)
 
@@ -247,7 +266,7 @@ def score(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: reader.")],
+    name: Annotated[str, typer.Argument(help="What to measure: reader or checkpoint.")],
     config: ConfigFile,
     overrides: Overrides = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of each row.")] = 5,

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from embeddings.sharding import initialise_unsharded
+from pipelines.bench_checkpoint import bench_checkpoint
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_trainable, feature_rows
 from trainer.config import Config, DataConfig, load_config
@@ -194,4 +195,4 @@ def _report(rows: Sequence[Row], ratios: Mapping[str, float], facts: Mapping[str
     }
 
 
-BENCHES = {"reader": bench_reader}
+BENCHES = {"reader": bench_reader, "checkpoint": bench_checkpoint}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from trainer.loop import Position, Trainer
 from trainer.metrics import Metrics
 from trainer.resume import check_resumable, log_fingerprint
 from trainer.run import RunFolder, versions
+from trainer.warm_start import fill, opened
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
@@ -59,13 +60,18 @@ def run(config: Config, out: Path, ranks: Ranks) -> None:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
     plan = to_tree(sharded.plan)
     trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say, fingerprint, plan)
+    if found.path is None and config.train.init_from:
+        _start_from(trainer, config, manifest, out, say)
     with folder.lock() if ranks.speaks else nullcontext():
         end = trainer.run(found)
-    if found.path is not None and end.step == found.state["step"]:
+    if found.path is not None and end.step == found.state["step"] and not trainer.stopped:
         say(
             f"nothing left to train: {out} has all its {end.step:,} steps "
             "(raise train.epochs or train.max_steps for more)"
         )
+        return
+    if trainer.stopped:
+        say(f"stopped after step {end.step:,} as asked, and saved; the same command continues it")
         return
     cpu_s = trainer.cpu_seconds()
     if ranks.speaks:
@@ -74,6 +80,17 @@ def run(config: Config, out: Path, ranks: Ranks) -> None:
         f"trained {end.candidates:,} samples in {end.step:,} steps and {end.wall_s:.0f} s: "
         f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); see {out}"
     )
+
+
+def _start_from(
+    trainer: Trainer, config: Config, manifest: LogManifest, out: Path, say: Callable[[str], None]
+) -> None:
+    """Give a new run the weights that `train.init_from` names."""
+    path, carry = Path(config.train.init_from), config.train.init_optimizer == "carry"
+    with opened(path, out / "init.tmp") as source:
+        lines: list[str] = []
+        trainer.load(lambda tensors: lines.extend(fill(tensors, source, config.data.log, manifest, carry)))
+    say("\n".join([f"weights from {path}, step {source.manifest.step:,}", *lines]))
 
 
 def _summarise(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from embeddings.errors import ConfigError
-from tests.launching import overrides, tandemrec, train
+from tests.launching import ROOT, SETTINGS, losses, overrides, tandemrec, train
 from tests.logs import small_log
+from trainer.checkpoint_files import newest, read_state
 from trainer.config import Config, load_config
 from trainer.resume import check_resumable
 
@@ -61,3 +68,43 @@ def test_another_log_is_refused(tmp_path: Path) -> None:
     done = tandemrec(*words, *overrides({"data.log": str(other)}))
     assert done.returncode == 2 and "another log" in done.stderr
     assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+@pytest.mark.slow
+def test_sigterm_under_torchrun_saves_and_ends_all_ranks(tmp_path: Path) -> None:
+    """torchrun passes SIGTERM on and waits; what a scheduler sends to the ranks besides changes nothing."""
+    log, run = small_log(tmp_path / "log", seed=1, users=20), tmp_path / "run"
+    settings = {"data.log": str(log), **SETTINGS, "train.epochs": 5000, "checkpoint.check_every": 2}
+    words = ["train", "--config", "configs/dare.toml", "--out", str(run), *overrides(settings)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = subprocess.Popen(
+        [*command, "-m", "launch.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len(losses_so_far(run)) < 5:
+            assert time.monotonic() < deadline and job.poll() is None, "no step was trained"
+            time.sleep(0.1)
+        ranks = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+        assert len(ranks) == 2
+        job.send_signal(signal.SIGTERM)
+        for pid in ranks:
+            os.kill(pid, signal.SIGTERM)
+        said, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    path, refused = newest(run / "checkpoints")
+    assert path is not None and not refused, said
+    step = read_state(path)["step"]
+    assert f"stopped after step {step} as asked" in said and "SIGKILL" not in said
+    assert len(losses(run)) == step
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [path.name]
+
+
+def losses_so_far(run: Path) -> list[str]:
+    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)]

@@ -1,35 +1,48 @@
 """Checkpoints for resuming: written whole or not at all, and never loaded unverified.
 
-A checkpoint is a directory `step-########` that holds torch.distributed.checkpoint shards, `state.json`
-(rank-independent state) and `manifest.json` (size and SHA-256 of every file). It is written to
-`step-########.tmp-<id>`, hashed, synced and renamed. Loading verifies every digest first: DCP itself reads
-flipped bits without complaint, and unpickles its metadata. A manifest stops corruption, not somebody who can
-rewrite it: checkpoints are trusted input, snapshots are what may come from elsewhere.
+A checkpoint (see `trainer.checkpoint_files`) is written to `step-########.tmp-<id>` by all ranks, each
+hashing its own files while it writes them; rank 0 adds the manifest, and everything is synced before it is
+renamed. Loading verifies every digest first: DCP itself reads flipped bits without complaint, and unpickles
+its metadata. A manifest stops corruption, not somebody who can rewrite it: checkpoints are trusted input,
+snapshots are what may come from elsewhere.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.errors import CheckpointError
-from trainer.durable import file_digest, sync
+from trainer import checkpoint_files as files
+from trainer.checkpoint_files import Entries, newest, read_state, verify
+from trainer.hashed_writer import HashedWriter
 
-_NAME = re.compile(r"step-(\d{8})$")
-_MANIFEST, _STATE = "manifest.json", "state.json"
+__all__ = ["Found", "find", "from_first", "load_tensors", "newest", "read_state", "save", "verify"]
+
+Result = TypeVar("Result")
+# The ranks that save together: all of them, where it is None.
+Group = dist.ProcessGroup | None
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Any],
+    state: Mapping[str, Any],
+    keep: int,
+    group: Group = None,
+) -> Path:
     """Write one checkpoint; collective over all ranks.
 
     Args:
@@ -38,19 +51,26 @@ def save(folder: Path, step: int, tensors: Mapping[str, Any], state: Mapping[str
         tensors: state dict for DCP (model and optimizers).
         state: JSON-able rank-independent state.
         keep: newest checkpoints to keep; older ones are deleted after the new one is in place.
+        group: that the ranks talk through; a save in a thread needs one that nobody else uses.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; nothing older is touched.
+        CheckpointError: the disk is full or the folder cannot be written; nothing older is touched, and
+            what was written is removed.
     """
-    final = folder / f"step-{step:08d}"
-    run_id = _shared_id(final)
+    final = folder / files.final_name(step)
+    run_id = _shared_id(final, group)
     if not run_id:
         return final
     part = folder / f"{final.name}.tmp-{run_id}"
-    _together(final, lambda: _prepare(folder, part))
-    _together(final, lambda: dcp.save(dict(tensors), checkpoint_id=part), every_rank=True)
-    _together(final, lambda: _publish(part, final, state, run_id))
-    _together(final, lambda: _retire(folder, final, keep))
+    try:
+        _on_first(final, lambda: files.prepare(folder, part), group)
+        written = _everywhere(final, lambda: _write(part, tensors, group), group)
+        _on_first(final, lambda: _finish(part, final, written, state), group)
+    except CheckpointError:
+        if dist.get_rank(group) == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+    _on_first(final, lambda: files.retire(folder, final, keep), group)
     return final
 
 
@@ -69,65 +89,21 @@ class Found:
 
 
 def find(folder: Path) -> Found:
-    """Look for the newest good checkpoint; collective. Rank 0 verifies, the others take its word.
+    """Look for the newest good checkpoint; collective, each rank verifies its share of the files.
 
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
     """
-    answers: list[Any] = [None]
-    if dist.get_rank() == 0:
-        path, refused = newest(folder)
-        state, problem = ({}, "") if path is None else _try_state(path)
-        answers = [(path, state, refused, problem)]
-    dist.broadcast_object_list(answers, src=0)
-    path, state, refused, problem = answers[0]
-    if problem or (path is None and refused):
-        why = problem or "no checkpoint verifies; use another --out, or restore one"
-        raise CheckpointError(folder, f"{why} ({'; '.join(refused)})" if refused else why)
-    return Found(path, state, refused)
-
-
-def _try_state(path: Path) -> tuple[dict[str, Any], str]:
-    try:
-        return read_state(path), ""
-    except CheckpointError as error:
-        return {}, str(error)
-
-
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """-> (newest checkpoint that verifies or None, why newer ones were refused)."""
-    refused = []
-    found = sorted((p for p in folder.glob("step-*") if _NAME.search(p.name)), reverse=True)
-    for path in found:
-        try:
-            verify(path)
-        except CheckpointError as error:
-            refused.append(str(error))
-        else:
-            return path, refused
-    return None, refused
-
-
-def verify(path: Path) -> None:
-    """Check every file of a checkpoint against its manifest.
-
-    Raises:
-        CheckpointError: naming the file that is missing, extra, short or changed.
-    """
-    entries = _read_json(path, _MANIFEST).get("files")
-    if not isinstance(entries, dict):
-        raise CheckpointError(path / _MANIFEST, "holds no file list; delete this checkpoint")
-    present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {_MANIFEST}
-    for name in sorted(present ^ set(entries)):
-        raise CheckpointError(path / name, "missing" if name in entries else "not in the manifest")
-    for name, entry in sorted(entries.items()):
-        if (path / name).stat().st_size != entry["bytes"] or file_digest(path / name) != entry["sha256"]:
-            raise CheckpointError(path / name, "does not match the manifest; the checkpoint is corrupt")
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The rank-independent state of a verified checkpoint."""
-    return _read_json(path, _STATE)
+    refused: list[str] = []
+    for path in from_first(lambda: files.checkpoints(folder)):
+        problem = _verify_together(path)
+        if not problem:
+            return Found(path, from_first(partial(read_state, path)), refused)
+        refused.append(problem)
+    if refused:
+        why = f"no checkpoint verifies; use another --out, or restore one ({'; '.join(refused)})"
+        raise CheckpointError(folder, why)
+    return Found(None, {}, [])
 
 
 def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = True) -> None:
@@ -138,35 +114,77 @@ def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = Tru
         raise CheckpointError(path, f"does not fit this configuration: {_reason(error)}") from None
 
 
-def _prepare(folder: Path, part: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    part.mkdir()
+def _write(part: Path, tensors: Mapping[str, Any], group: Group) -> Entries:
+    """This rank's files, synced; -> their manifest entries."""
+    writer = HashedWriter(part)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    except (Exception, dcp.api.CheckpointException) as error:
+        if dist.get_rank(group) not in getattr(error, "failures", {dist.get_rank(group): None}):
+            # DCP raises on all ranks; those whose fault it is can say why.
+            return {}
+        cause = writer.problem or error
+        raise CheckpointError(part, f"{_sizes(part, tensors)}: {_reason(cause)}") from None
+    return writer.entries
 
 
-def _publish(part: Path, final: Path, state: Mapping[str, Any], run_id: str) -> None:
-    (part / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {}
-    for file in sorted(p for p in part.rglob("*") if p.is_file()):
-        files[str(file.relative_to(part))] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-        sync(file)
-    manifest = part / _MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    sync(manifest)
-    sync(part)
-    if final.exists():
-        # It did not verify; kept aside for whoever wants to know why.
-        final.rename(final.with_name(f"{final.name}.refused-{run_id}"))
-    part.rename(final)
-    sync(final.parent)
+def _sizes(part: Path, tensors: Mapping[str, Any]) -> str:
+    """What this rank wanted to write, and what room there was."""
+    wanted = sum(tensor.nbytes for tensor in _local(tensors)) / 1e6
+    free = shutil.disk_usage(part.parent).free / 1e6
+    return f"writing {wanted:,.1f} MB with {free:,.1f} MB free"
 
 
-def _retire(folder: Path, final: Path, keep: int) -> None:
-    """Never what was just written, nor anything beyond it that somebody may want to look at."""
-    found = sorted(p for p in folder.glob("step-*") if _NAME.search(p.name) and p.name <= final.name)
-    for old in found[:-keep]:
-        shutil.rmtree(old)
+def _local(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a state dict that lie on this rank."""
+    if isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _local(value)
+    elif isinstance(tree, ShardedTensor):
+        yield from (shard.tensor for shard in tree.local_shards())
+    elif isinstance(tree, Tensor):
+        yield tree
+
+
+def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str, Any]) -> None:
+    entries = files.write_state(part, state)
+    for mine in written:
+        entries |= mine
+    files.seal(part, entries)
+    files.publish(part, final)
+
+
+def _verify_together(path: Path) -> str:
+    """Why a checkpoint is refused, on all ranks; empty where it is good."""
+
+    def manifest() -> tuple[Entries, str]:
+        try:
+            return files.read_manifest(path), ""
+        except CheckpointError as error:
+            return {}, str(error)
+
+    entries, problem = from_first(manifest)
+    if problem:
+        return problem
+    try:
+        for name in _share(entries, dist.get_rank(), dist.get_world_size()):
+            files.check_file(path / name, entries[name])
+    except CheckpointError as error:
+        problem = str(error)
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((text for text in problems if text), "")
+
+
+def _share(entries: Entries, rank: int, world_size: int) -> list[str]:
+    """The files that a rank verifies: the largest first, each to whoever has least so far."""
+    loads, mine = [0] * world_size, []
+    for name in sorted(entries, key=lambda name: (-entries[name]["bytes"], name)):
+        least = loads.index(min(loads))
+        loads[least] += entries[name]["bytes"]
+        if least == rank:
+            mine.append(name)
+    return mine
 
 
 def _reason(error: BaseException) -> str:
@@ -176,38 +194,53 @@ def _reason(error: BaseException) -> str:
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
-def _shared_id(final: Path) -> str:
+def _shared_id(final: Path, group: Group) -> str:
     """One random name for all ranks; empty where this step's checkpoint is there and verifies."""
-    names = [os.urandom(4).hex()]
-    if dist.get_rank() == 0 and final.exists():
-        with suppress(CheckpointError):
-            verify(final)
-            names = [""]
-    dist.broadcast_object_list(names, src=0)
-    return str(names[0])
+
+    def name() -> str:
+        if final.exists():
+            with suppress(CheckpointError):
+                verify(final)
+                return ""
+        return os.urandom(4).hex()
+
+    return from_first(name, group)
 
 
-def _together(path: Path, action: Callable[[], object], every_rank: bool = False) -> None:
-    """Run on rank 0 (or on every rank); a failure anywhere is a CheckpointError everywhere."""
-    problem = ""
-    if every_rank or dist.get_rank() == 0:
+def from_first(action: Callable[[], Result], group: Group = None) -> Result:
+    """What rank 0's call gives, or raises, on every rank."""
+    answers: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
         try:
-            action()
-        except Exception as error:
-            # Whatever it was, the other ranks wait in the next collective and must hear of it.
-            problem = f"rank {dist.get_rank()} could not save: {_reason(error)}"
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    failed = [text for text in problems if text]
+            answers[0] = action()
+        except CheckpointError as error:
+            answers[1] = (error.path, error.problem)
+    dist.broadcast_object_list(answers, src=0, group=group)
+    if answers[1] is not None:
+        raise CheckpointError(*answers[1])
+    result: Result = answers[0]
+    return result
+
+
+def _on_first(path: Path, action: Callable[[], None], group: Group) -> None:
+    """Run on rank 0; its failure is a CheckpointError everywhere."""
+    _everywhere(path, action if dist.get_rank(group) == 0 else lambda: None, group)
+
+
+def _everywhere(path: Path, action: Callable[[], Result], group: Group) -> list[Result]:
+    """Run on every rank; -> the results of all, or a CheckpointError on all where any failed."""
+    result: Result | None = None
+    problem = ""
+    try:
+        result = action()
+    except CheckpointError as error:
+        problem = f"rank {dist.get_rank(group)} could not save: {error.problem}"
+    except Exception as error:
+        # Whatever it was, the other ranks wait in the next collective and must hear of it.
+        problem = f"rank {dist.get_rank(group)} could not save: {_reason(error)}"
+    answers: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, (result, problem), group=group)
+    failed = [text for _, text in answers if text]
     if failed:
         raise CheckpointError(path, f"{failed[0]}; older checkpoints are untouched")
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        tree = json.loads((path / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(path / name, f"unreadable: {error}") from None
-    if not isinstance(tree, dict):
-        raise CheckpointError(path / name, "is not a JSON object")
-    return tree
+    return [value for value, _ in answers]

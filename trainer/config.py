@@ -211,6 +211,9 @@ class TrainConfig(Settings):
             CUDA, `none` on a CPU, which has nothing to overlap. Losses are the same.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: steps between two validations; 0 = only at the end.
+        init_from: a run, or tables written by `unshard`, whose weights a new run starts with; see
+            `trainer.warm_start`.
+        init_optimizer: `carry` the accumulators of the tables' rows with them, or start those `fresh`.
     """
 
     seed: int = Field(17, ge=0, lt=2**31)
@@ -227,6 +230,8 @@ class TrainConfig(Settings):
     pipeline: Literal["auto", "none", "sparse_dist", "prefetch"] = "auto"
     log_every: PositiveInt = 10
     validate_every: int = Field(0, ge=0)
+    init_from: str = ""
+    init_optimizer: Literal["carry", "fresh"] = "carry"
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> TrainConfig:
@@ -247,10 +252,26 @@ class CommsConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """When to save besides the end of training (0 = only then), and how many checkpoints to keep."""
+    """When to save besides the end of training and a stop signal, and how. See docs/checkpoints.md.
+
+    Attributes:
+        every_steps, every_minutes: between two saves; 0 = not by this. Rank 0's clock counts for all.
+        check_every: steps between two moments at which the ranks agree whether a stop was asked for, the
+            minutes are over, or a save in the background failed. One rank alone looks after every step.
+        keep: newest checkpoints to keep.
+        mode: `async` copies the tensors and writes while training goes on, `sync` writes first.
+        on_error: what a save that fails during training does: `stop`, or `continue` and try again when the
+            next one is due. The save at the end always stops.
+        timeout_minutes: longest time that ranks wait for each other while saving.
+    """
 
     every_steps: int = Field(1000, ge=0)
+    every_minutes: float = Field(0.0, ge=0)
+    check_every: PositiveInt = 10
     keep: PositiveInt = 2
+    mode: Literal["async", "sync"] = "async"
+    on_error: Literal["stop", "continue"] = "stop"
+    timeout_minutes: float = Field(60.0, gt=0)
 
 
 Sharding = Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"]

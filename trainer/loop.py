@@ -23,9 +23,12 @@ from trainer.metrics import Metrics
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.progress import Progress
+from trainer.reshard import check_reshardable
 from trainer.run import MetricsLog, RunFolder
+from trainer.saver import Saver
 from trainer.schedule import dense_schedule, progress_of, table_schedule
 from trainer.step import RateSetter, TrainStep, make_optimizer
+from trainer.watch import Watch
 
 
 @dataclass
@@ -55,6 +58,9 @@ class Trainer:
         train, validation: readers of the two splits, for this rank.
         ranks: this rank's place; folder: the run folder; say: prints a line on rank 0.
         log_fingerprint: kept with every checkpoint, see `trainer.resume`; plan: the sharding plan in force.
+
+    Attributes:
+        stopped: training ended because it was asked to, before its end.
     """
 
     def __init__(
@@ -80,26 +86,36 @@ class Trainer:
         self.at = Position()
         self.metrics_of_validation: Metrics | None = None
         self.meter = _Meter(ranks.device)
+        self.saver = Saver(folder.checkpoints, config.checkpoint, say)
+        self.watch = Watch(config.checkpoint)
+        self.stopped = False
 
     def run(self, start: checkpoint.Found) -> Position:
-        """Train from a checkpoint, or from the beginning, to the end; returns where it ended.
+        """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.
 
         Raises:
             DataError: a loss or gradient is not finite; no weight changes by that step, what was saved before
                 stays, and nothing is saved after.
+            CheckpointError: it could not be saved; older checkpoints stay.
         """
         if start.path is not None:
             self._resume(start.path, start.state)
         if self.ranks.speaks:
             self.folder.drop_metrics_after(self.at.step)
         epochs = self.config.train.epochs
-        with MetricsLog(self.folder, self.ranks.speaks, self.at.step) as self.log:
+        with (
+            self.watch.listening(),
+            self.saver,
+            MetricsLog(self.folder, self.ranks.speaks, self.at.step) as self.log,
+        ):
             with Progress("train", self.ranks.speaks) as self.bar:
-                while self.at.cursor.epoch < epochs and not self._step_limit():
+                while self.at.cursor.epoch < epochs and not self._over():
                     self._epoch()
-            self._validate()
+            if not self.stopped:
+                self._validate()
             if start.path is None or self.at.step != start.state["step"]:
                 self._save()
+            self.saver.settle(last=True)
         return self.at
 
     def _epoch(self) -> None:
@@ -119,15 +135,11 @@ class Trainer:
                     self._report()
                 if config.validate_every and self.at.step % config.validate_every == 0:
                     self._validate()
-                if (
-                    self.config.checkpoint.every_steps
-                    and self.at.step % self.config.checkpoint.every_steps == 0
-                ):
-                    self._save()
-                if self._step_limit():
+                self._between_steps()
+                if self._over():
                     break
         self._report()
-        if not self._step_limit():
+        if not self._over():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
 
     def _begin_step(self) -> int:
@@ -139,6 +151,20 @@ class Trainer:
         """Of dense weights and of tables, see `trainer.schedule`."""
         dense, tables = (schedule.factor(self.at.step, self._progress()) for schedule in self.schedules)
         return dense, tables
+
+    def _between_steps(self) -> None:
+        """Save where one is due, and see whether to stop; on every rank alike."""
+        seen = self.watch.look(self.at.step, self.saver.failed)
+        self.stopped = seen.stop
+        if seen.failed:
+            self.saver.settle()
+        every = self.config.checkpoint.every_steps
+        # One that stops is saved by run(), which waits for it.
+        if not self._over() and (seen.due or (every and self.at.step % every == 0)):
+            self._save()
+
+    def _over(self) -> bool:
+        return self.stopped or self._step_limit()
 
     def _report(self) -> None:
         """Write what was trained since the last report; collective."""
@@ -181,7 +207,14 @@ class Trainer:
         mine = torch.tensor(self.at.cpu_s, dtype=torch.float64, device=self.ranks.device)
         return float(sum_over_ranks(mine))
 
-    def _tensors(self) -> dict[str, object]:
+    def load(self, fill: Callable[[dict[str, Any]], None]) -> None:
+        """Have `fill` write into the tensors of model and optimizer, and take them up."""
+        tensors = self._tensors()
+        fill(tensors)
+        self.model.load_state_dict(tensors["model"])
+        self.optimizer.load_state_dict(tensors["optim"])
+
+    def _tensors(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optim": self.optimizer.state_dict()}
 
     def _save(self) -> None:
@@ -195,10 +228,8 @@ class Trainer:
             "order": self.train_reader.order,
             "config": self.config.model_dump(mode="json"),
         }
-        path = checkpoint.save(
-            self.folder.checkpoints, self.at.step, self._tensors(), state, self.config.checkpoint.keep
-        )
-        self.say(f"checkpoint {path}")
+        self.saver.save(self.at.step, self._tensors(), state)
+        self.watch.restart_clock()
         self.meter.clock.restart()
 
     def _resume(self, path: Path, state: dict[str, Any]) -> None:
@@ -206,17 +237,16 @@ class Trainer:
 
         Raises:
             ConfigError: it stands inside an epoch, and the log's rows lie in another order since.
+            CheckpointError: the tables' optimizer state has no meaning for how they lie now.
         """
+        check_reshardable(path, state, self.plan)
         if state["cursor"]["blocks"] and state["order"] != self.train_reader.order:
             raise ConfigError(
                 f"{path} stands inside an epoch, and the rows of {self.config.data.log} lie in other files "
                 "or another order since (or other row groups are skipped), so some would be read twice and "
                 "some never; give the log as it was, or name another --out"
             )
-        tensors = self._tensors()
-        checkpoint.load_tensors(path, tensors)
-        self.model.load_state_dict(tensors["model"])
-        self.optimizer.load_state_dict(tensors["optim"])
+        self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         self.at = Position(
             step=state["step"],
             cursor=Cursor(**state["cursor"]),

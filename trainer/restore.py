@@ -52,17 +52,14 @@ def restore(folder: RunFolder, ranks: Ranks) -> Restored:
     """
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
-    path, refused = checkpoint.newest(folder.checkpoints)
-    if path is None:
-        detail = f"; refused: {refused[0]}" if refused else ""
-        raise CheckpointError(
-            folder.checkpoints, f"no usable checkpoint; train the run to the end first{detail}"
-        )
-    for reason in refused if ranks.speaks else []:
-        print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
+    found = checkpoint.find(folder.checkpoints)
+    if found.path is None:
+        raise CheckpointError(folder.checkpoints, "no usable checkpoint; train the run to the end first")
+    for reason in found.refused if ranks.speaks else []:
+        print(f"refused checkpoint: {reason}; using {found.path.name}", flush=True)
     sharded = build_sharded(config, manifest, ranks)
     tensors: dict[str, Any] = {"model": sharded.model.state_dict()}
-    checkpoint.load_tensors(path, tensors)
+    checkpoint.load_tensors(found.path, tensors)
     sharded.model.load_state_dict(tensors["model"])
     sharded.model.eval()
-    return Restored(config, manifest, sharded, int(checkpoint.read_state(path)["step"]))
+    return Restored(config, manifest, sharded, int(found.state["step"]))

@@ -16,7 +16,7 @@ from trainer.data.reader import Step
 from trainer.loss import loss_sum, rank_loss
 from trainer.model.lookups import Cut
 from trainer.model.two_stage import Prediction, TwoStageModel
-from trainer.nonfinite import Guard, Gradients
+from trainer.nonfinite import Gradients, Guard
 
 
 def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:

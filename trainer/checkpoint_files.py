@@ -1,0 +1,190 @@
+"""A checkpoint as files: its manifest, what makes one good, which is the newest, and which go.
+
+    step-00001200/__0_0.distcp ...   shards of torch.distributed.checkpoint, and its .metadata
+    step-00001200/state.json         what does not depend on ranks: cursor, step, config, plan
+    step-00001200/manifest.json      size and SHA-256 of every file above
+    step-00001200/manifest.sha256    of manifest.json itself, as `sha256sum -c` reads it
+
+Nothing here talks to other ranks; `trainer.checkpoint` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from embeddings.errors import CheckpointError
+from trainer.durable import file_digest, sync
+
+_NAME = re.compile(r"step-(\d{8})$")
+MANIFEST, DIGEST, STATE = "manifest.json", "manifest.sha256", "state.json"
+# File name -> {"bytes": size, "sha256": digest}.
+Entries = dict[str, dict[str, Any]]
+
+
+def final_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Everything that has the name of a checkpoint, newest first."""
+    return sorted((p for p in folder.glob("step-*") if _NAME.search(p.name)), reverse=True)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """-> (newest checkpoint that verifies or None, why newer ones were refused)."""
+    refused = []
+    for path in checkpoints(folder):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            return path, refused
+    return None, refused
+
+
+def verify(path: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing, extra, short or changed.
+    """
+    entries = read_manifest(path)
+    for name, entry in sorted(entries.items()):
+        check_file(path / name, entry)
+
+
+def read_manifest(path: Path) -> Entries:
+    """The file list of a checkpoint whose files are all there in their size; their content is not read.
+
+    Raises:
+        CheckpointError: the manifest is damaged, or a file is missing, extra or of another size.
+    """
+    manifest = path / MANIFEST
+    # Compared as bytes: JSON reads many flipped bits without complaint.
+    if _bytes_of(path / DIGEST) != _digest_line(_bytes_of(manifest)):
+        raise CheckpointError(manifest, f"does not match {path / DIGEST}; one of the two is corrupt")
+    entries = _object(path, MANIFEST).get("files")
+    if not isinstance(entries, dict):
+        raise CheckpointError(manifest, "holds no file list; delete this checkpoint")
+    present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {MANIFEST, DIGEST}
+    for name in sorted(present ^ set(entries)):
+        raise CheckpointError(path / name, "missing" if name in entries else "not in the manifest")
+    for name, entry in sorted(entries.items()):
+        if (path / name).stat().st_size != entry["bytes"]:
+            raise CheckpointError(path / name, "has another size than in the manifest; it is corrupt")
+    return entries
+
+
+def check_file(file: Path, entry: Mapping[str, Any]) -> None:
+    """Compare one file's content with its manifest entry.
+
+    Raises:
+        CheckpointError: it differs or cannot be read.
+    """
+    try:
+        same = file.stat().st_size == entry["bytes"] and file_digest(file) == entry["sha256"]
+    except OSError as error:
+        raise CheckpointError(file, f"unreadable: {error.strerror}") from None
+    if not same:
+        raise CheckpointError(file, "does not match the manifest; the checkpoint is corrupt")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The rank-independent state of a verified checkpoint."""
+    return _object(path, STATE)
+
+
+def prepare(folder: Path, part: Path) -> None:
+    """Make the directory to write into; what a killed save or deletion left behind goes."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        sync(folder.parent)
+    for stale in folder.glob("*.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    part.mkdir()
+
+
+def write_state(part: Path, state: Mapping[str, Any]) -> Entries:
+    """Write `state.json`; -> its manifest entry."""
+    content = json.dumps(state, indent=1).encode()
+    _write(part / STATE, content)
+    return {STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+
+
+def seal(part: Path, entries: Entries) -> None:
+    """Write the manifest over files that have reached the disk.
+
+    Raises:
+        CheckpointError: a file that some rank wrote is not here.
+    """
+    for name in entries:
+        if not (part / name).is_file():
+            problem = "was written by another rank and is not visible here; all ranks must share this folder"
+            raise CheckpointError(part / name, problem)
+    manifest = json.dumps({"files": dict(sorted(entries.items()))}, indent=1).encode()
+    _write(part / MANIFEST, manifest)
+    _write(part / DIGEST, _digest_line(manifest))
+    sync(part)
+
+
+def publish(part: Path, final: Path) -> None:
+    """Give a sealed checkpoint its name."""
+    if final.exists():
+        # It did not verify; kept aside for whoever wants to know why.
+        final.rename(final.with_name(f"{final.name}.refused-{os.urandom(4).hex()}"))
+    part.rename(final)
+    sync(final.parent)
+
+
+def retire(folder: Path, final: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `final`; damaged ones don't count as kept.
+
+    Each is renamed before it is deleted: a half deleted checkpoint must not look like one.
+    """
+    good = 0
+    for old in checkpoints(folder):
+        if old.name > final.name:
+            continue
+        if good < keep:
+            with suppress(CheckpointError):
+                read_manifest(old)
+                good += 1
+            continue
+        gone = old.with_name(f"{old.name}.tmp-{os.urandom(4).hex()}")
+        old.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    sync(file)
+
+
+def _digest_line(manifest: bytes) -> bytes:
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(file, f"unreadable: {error.strerror}") from None
+
+
+def _object(path: Path, name: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(_bytes_of(path / name))
+    except ValueError as error:
+        raise CheckpointError(path / name, f"unreadable: {error}") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(path / name, "is not a JSON object")
+    return tree

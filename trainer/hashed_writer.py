@@ -1,0 +1,111 @@
+"""DCP's file writer, with the SHA-256 of every file made while it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+
+from trainer.checkpoint_files import Entries
+
+# Below this handing a buffer to another thread costs more than hashing it.
+_LARGE = 1 << 18
+
+
+class HashedWriter(FileSystemWriter):
+    """Writes and syncs DCP's files of this rank, one after the other.
+
+    Attributes:
+        entries: name -> size and digest of what was written.
+        problem: the first error of the operating system; torch hides it behind one of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.fs = _HashingFileSystem()
+
+    @property
+    def entries(self) -> Entries:
+        return cast(_HashingFileSystem, self.fs).entries
+
+    @property
+    def problem(self) -> OSError | None:
+        return cast(_HashingFileSystem, self.fs).problem
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self) -> None:
+        self.entries: Entries = {}
+        self.problem: OSError | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        with ThreadPoolExecutor(1, "hash") as pool, self.noting(), open(path, "wb") as raw:
+            stream = _HashingStream(raw, pool, self)
+            yield stream
+            self.entries[Path(path).name] = {"bytes": stream.size, "sha256": stream.sha.hexdigest()}
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
+
+    @contextmanager
+    def noting(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except OSError as error:
+            self.problem = self.problem or error
+            raise
+
+
+class _HashingStream(io.RawIOBase):
+    """What is written goes to a file and, at the same time in another thread, into a digest."""
+
+    def __init__(self, raw: io.BufferedWriter, pool: ThreadPoolExecutor, system: _HashingFileSystem) -> None:
+        self._raw, self._pool, self._system = raw, pool, system
+        self.sha, self.size = hashlib.sha256(), 0
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        with self._system.noting():
+            if len(view) < _LARGE:
+                self.sha.update(view)
+                self._raw.write(view)
+            else:
+                self._write_large(view)
+        self.size += len(view)
+        return len(view)
+
+    def _write_large(self, view: memoryview) -> None:
+        hashed = self._pool.submit(self.sha.update, view)
+        try:
+            self._raw.write(view)
+        finally:
+            # The buffer is the caller's again once this returns.
+            hashed.result()
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        if not self._raw.closed:
+            self._raw.flush()
+
+    def fileno(self) -> int:
+        # DCP asks for it to call fsync, and does so on its metadata without having flushed them.
+        self._raw.flush()
+        return self._raw.fileno()
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()

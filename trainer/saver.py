@@ -1,0 +1,138 @@
+"""Saves while training goes on: the tensors are copied, a thread writes the copy.
+
+One save at a time: the next one waits for it. What goes wrong in the thread is raised by a later call on
+every rank alike, because a save's own collectives tell all ranks of it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from embeddings.errors import CheckpointError
+from trainer import checkpoint
+from trainer.config import CheckpointConfig
+
+# How long a save under way may still take when training has failed: its peers may be gone.
+_GRACE_S = 60.0
+_WORTH_SAYING_S = 1.0
+
+
+class Saver:
+    """Writes the checkpoints of a run; use as a context manager.
+
+    Its copy of this rank's shards stays in host memory from the first asynchronous save on: making it anew
+    would cost each save as long as filling it.
+
+    Args:
+        folder: the run's `checkpoints` folder; say: prints a line on rank 0.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, say: Callable[[str], None]) -> None:
+        self.folder, self.config, self.say = folder, config, say
+        timeout = datetime.timedelta(minutes=config.timeout_minutes)
+        # Of its own, so that its collectives cannot mix with those of the steps.
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._copy: dict[str, Any] | None = None
+        self._running: _Save | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._running is not None and error is not None:
+            self._running.join(_GRACE_S)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed and was not yet spoken of."""
+        return self._running is not None and self._running.problem is not None
+
+    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Save what training stands at; collective. Returns once the tensors may change again.
+
+        Raises:
+            CheckpointError: this save failed, or the one before, and `on_error` is `stop`.
+        """
+        self.settle()
+        if self.config.mode == "async":
+            tensors = self._stage(tensors)
+        save = _Save(self.folder, step, tensors, state, self.config.keep, self._group)
+        self._running = save
+        if self.config.mode == "async":
+            save.start()
+        else:
+            save.run()
+            self.settle()
+
+    def settle(self, last: bool = False) -> None:
+        """Wait for the save under way and report it.
+
+        Args:
+            last: nothing would be tried again, so a failure raises whatever `on_error` says.
+
+        Raises:
+            CheckpointError: it failed; on every rank.
+        """
+        save, self._running = self._running, None
+        if save is None:
+            return
+        started = time.monotonic()
+        if save.is_alive():
+            save.join()
+        waited = time.monotonic() - started
+        if save.problem is None:
+            slow = f" (waited {waited:.0f} s for it)" if waited > _WORTH_SAYING_S and not last else ""
+            self.say(f"checkpoint {save.path}{slow}")
+        elif last or self.config.on_error == "stop":
+            raise save.problem
+        else:
+            self.say(f"not saved, training goes on: {save.problem}")
+
+    def _stage(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of this rank's shards in host memory."""
+        # Where it makes the copy that it keeps, it pins the memory, for which there must be a CUDA device.
+        kept = self._copy is not None or torch.cuda.is_available()
+        stager = BlockingAsyncStager(cache_staged_state_dict=kept)
+        stager.state_dict_cache = self._copy
+        staged: dict[str, Any] = stager.stage(dict(tensors))
+        self._copy = staged
+        return staged
+
+
+class _Save(threading.Thread):
+    """One save. A daemon, because a peer that died must not keep this process from ending."""
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        tensors: Mapping[str, Any],
+        state: Mapping[str, Any],
+        keep: int,
+        group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__(name=f"save of step {step}", daemon=True)
+        self._arguments = (folder, step, tensors, state, keep, group)
+        self.folder, self.path = folder, Path()
+        self.problem: CheckpointError | None = None
+
+    def run(self) -> None:
+        try:
+            self.path = checkpoint.save(*self._arguments)
+        except CheckpointError as error:
+            self.problem = error
+        except Exception as error:
+            # Raised in the training thread instead: here nobody would see it.
+            self.problem = CheckpointError(self.folder, f"the save broke off: {error}")

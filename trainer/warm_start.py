@@ -1,0 +1,259 @@
+"""A new run that starts with another one's weights, row by row where the vocabularies differ.
+
+A row of the new tables takes the old row of the same raw value. Values that the old log did not have keep
+their seeded first weights and an empty accumulator, so they learn at full speed beside rows that have
+settled. Row 0, unknown, follows row 0. The dense optimizer starts fresh, as does the schedule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from embeddings.errors import CheckpointError, DataError, TandemError
+from embeddings.sharding import table_of
+from trainer import checkpoint_files
+from trainer.checkpoint import from_first
+from trainer.data.row_group import PARQUET_ERRORS
+from trainer.data.schema import FeatureInfo, LogManifest, read_manifest
+from trainer.plain_tables import PlainManifest, PlainTables, open_plain_tables, unshard
+from trainer.resume import log_fingerprint
+from trainer.run import RunFolder
+
+_ROWS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the rows of a feature's tables stand for: `info` as in a log, `file` of values and ids."""
+
+    info: FeatureInfo
+    file: Path
+
+
+def vocabularies(manifest: LogManifest, folder: Path) -> dict[str, Vocabulary]:
+    """Feature -> its vocabulary, of a log or of a folder of plain tables that keeps a log's."""
+    found = {name: Vocabulary(info, folder / f"{name}.parquet") for name, info in manifest.features.items()}
+    context = {
+        name: Vocabulary(info, folder / f"context_{name}.parquet") for name, info in manifest.context.items()
+    }
+    return found | context
+
+
+def unshard_run(run: Path, out: Path) -> PlainManifest:
+    """Write a run's newest verified checkpoint as plain tables.
+
+    Raises:
+        ConfigError: no run there. DataError: its log, which says what the rows stand for, is gone.
+        CheckpointError: it has no usable checkpoint, or its log is another one by now.
+    """
+    folder = RunFolder(run)
+    config = folder.read_config()
+    path, refused = checkpoint_files.newest(folder.checkpoints)
+    if path is None:
+        detail = f"; refused: {refused[0]}" if refused else ""
+        raise CheckpointError(folder.checkpoints, f"no usable checkpoint{detail}")
+    manifest = read_manifest(config.data.log)
+    if log_fingerprint(manifest) != checkpoint_files.read_state(path)["log"]:
+        raise CheckpointError(
+            path, f"was trained on another log than {config.data.log} is by now, so its rows have no names"
+        )
+    known = vocabularies(manifest, config.data.log / "vocab")
+    return unshard(path, out, {name: (entry.info, entry.file) for name, entry in known.items()})
+
+
+@contextmanager
+def opened(path: Path, scratch: Path) -> Iterator[PlainTables]:
+    """The plain tables of a run or of a folder that `unshard` wrote; collective.
+
+    Args:
+        scratch: where those of a run are written, on storage that all ranks share; removed at the end.
+
+    Raises:
+        CheckpointError: it is neither, or damaged; on every rank.
+    """
+
+    def prepare() -> Path:
+        try:
+            if not (path / "checkpoints").is_dir():
+                open_plain_tables(path)
+                return path
+            shutil.rmtree(scratch, ignore_errors=True)
+            unshard_run(path, scratch)
+            return scratch
+        except CheckpointError:
+            raise
+        except TandemError as error:
+            raise CheckpointError(path, str(error)) from None
+
+    found = from_first(prepare)
+    try:
+        yield open_plain_tables(found, check=False)
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def fill(
+    tensors: Mapping[str, Any], source: PlainTables, log: Path, manifest: LogManifest, carry: bool
+) -> list[str]:
+    """Put the source's weights into a model's tensors, this rank's shards of them.
+
+    Args:
+        tensors: the state dict of a new run (`model`, `optim`), filled in place.
+        source: whose weights; log, manifest: what the new run trains on.
+        carry: fill the rows' optimizer accumulators too.
+
+    Returns:
+        Lines that say what was found.
+
+    Raises:
+        CheckpointError: a table or dense weight is missing, or has another width or shape.
+        DataError: a vocabulary is missing or damaged, or holds values of another type.
+    """
+    model: Mapping[str, Any] = tensors["model"]
+    tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
+    _check_tables(model, source)
+    _fill_dense(model, source, set(tables.values()))
+    known, lines = vocabularies(manifest, log / "vocab"), []
+    maps: dict[str, Tensor | None] = {}
+    for table, name in tables.items():
+        entry = source.manifest.tables[table]
+        if entry.feature not in maps:
+            maps[entry.feature] = _row_map(entry.feature, known[entry.feature], source)
+            lines.append(_told(entry.feature, maps[entry.feature], source))
+        rows = model[name].size()[0]
+        saved = source.table(table)
+        _fill_rows(model[name], saved["weight"], maps[entry.feature], rows)
+        state = tensors["optim"]["state"].get(f"fused.{name}", {}).get(f"{table}.momentum1")
+        if carry and state is not None and "accumulator" in saved:
+            if len(state.size()) == saved["accumulator"].dim():
+                _fill_rows(state, saved["accumulator"], maps[entry.feature], rows)
+            else:
+                lines.append(f"{table}: another optimizer than before, its accumulators start fresh")
+    return lines
+
+
+def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
+    """Every table of the model must be there in its width."""
+    known = source.manifest.tables
+    for name, weight in model.items():
+        table = table_of(name)
+        if "__" in table and table not in known:
+            raise CheckpointError(source.path, f"has no table {table}; it has {', '.join(known)}")
+        if "__" in table and known[table].dim != weight.size()[1]:
+            raise CheckpointError(
+                source.path,
+                f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}",
+            )
+
+
+def _fill_dense(model: Mapping[str, Any], source: PlainTables, tables: set[str]) -> None:
+    """Copy the dense weights, which all must be there in their shape."""
+    dense = source.dense()
+    for name, weight in model.items():
+        if name in tables:
+            continue
+        if name not in dense or dense[name].shape != weight.shape:
+            found = f"is {tuple(dense[name].shape)}" if name in dense else "is not there"
+            raise CheckpointError(
+                source.path,
+                f"dense weight {name} {found}, this model's is {tuple(weight.shape)}: the [model] section, "
+                "the groups' widths and the log's features must be those it was trained with",
+            )
+        weight.copy_(dense[name])
+
+
+def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor | None, rows: int) -> None:
+    if not isinstance(target, ShardedTensor):
+        _fill_part(target, source, row_map, (0, 0))
+        return
+    for local in target.local_shards():
+        row, *column = local.metadata.shard_offsets
+        # Accumulators of column shards lie one below the other, each as long as the table.
+        _fill_part(local.tensor, source, row_map, (row % rows, column[0] if column else 0))
+
+
+def _fill_part(part: Tensor, source: Tensor, row_map: Tensor | None, place: tuple[int, int]) -> None:
+    """Rows of one shard that lies at `place` (row, column) of its table."""
+    row, column = place
+    for start in range(0, part.shape[0], _ROWS_AT_ONCE):
+        here = torch.arange(start, min(start + _ROWS_AT_ONCE, part.shape[0]))
+        new = here + row
+        if row_map is None:
+            old = torch.where(new < source.shape[0], new, -1)
+        else:
+            old = torch.where(new < len(row_map), row_map[new.clamp(max=len(row_map) - 1)], -1)
+        found = old >= 0
+        values = source[old[found]]
+        if part.dim() == 2:
+            values = values[:, column : column + part.shape[1]]
+        part[here[found].to(part.device)] = values.to(part.device, part.dtype)
+
+
+def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | None:
+    """New row -> old row, -1 for none; None where the rows stand for the same."""
+    digest, rows = source.manifest.vocabularies[feature], source.manifest.rows[feature]
+    if new.info.vocabulary == digest:
+        if not digest and new.info.rows != rows:
+            raise CheckpointError(
+                source.path,
+                f"neither log says what the ids of {feature!r} stand for, and they have {rows} and "
+                f"{new.info.rows} rows; ingest both with `tandemrec ingest`",
+            )
+        return None
+    name = new.file.name
+    before, after = _read(source.path / "vocab" / name, digest), _read(new.file, new.info.vocabulary)
+    if before[0].type != after[0].type:
+        raise DataError(f"holds {after[0].type}, the older one {before[0].type}", file=new.file)
+    found = pc.index_in(after[0], value_set=before[0])
+    old = pc.fill_null(pc.take(before[1], found), -1)
+    row_map = torch.full((new.info.rows,), -1, dtype=torch.int64)
+    row_map[0] = 0
+    row_map[torch.tensor(after[1].to_numpy())] = torch.tensor(old.to_numpy())
+    return row_map
+
+
+def _read(file: Path, digest: str) -> tuple[pa.Array, pa.Array]:
+    """Values and ids of a vocabulary."""
+    if not digest:
+        raise DataError("only one of the two logs says what its ids stand for; ingest both alike", file=file)
+    try:
+        table = pq.read_table(file, columns=["value", "id"], page_checksum_verification=True)
+    except FileNotFoundError:
+        raise DataError("missing, so nobody can tell what the ids stand for", file=file) from None
+    except PARQUET_ERRORS as error:
+        raise DataError(f"unreadable: {error}", file=file) from None
+    values, ids = (table.column(name).combine_chunks() for name in ("value", "id"))
+    content = hashlib.sha256()
+    for start in range(0, len(values), _ROWS_AT_ONCE):
+        batch = values.slice(start, _ROWS_AT_ONCE).to_pylist()
+        content.update("".join(f"{value}\n" for value in batch).encode())
+    if content.hexdigest() != digest:
+        raise DataError("is not the vocabulary in the log's manifest, so it was damaged", file=file)
+    if pa.types.is_integer(values.type):
+        return values.cast(pa.int64()), ids.cast(pa.int64())
+    return values.cast(pa.large_string()), ids.cast(pa.int64())
+
+
+def _told(feature: str, row_map: Tensor | None, source: PlainTables) -> str:
+    if row_map is None:
+        return f"{feature}: the same vocabulary"
+    carried = int((row_map[1:] >= 0).sum())
+    before = source.manifest.rows[feature] - 1
+    new = len(row_map) - 1 - carried
+    return f"{feature}: {carried:,} of {before:,} values carried over, {new:,} new"
