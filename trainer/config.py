@@ -146,6 +146,8 @@ class TrainConfig(Settings):
         decay: `linear` lets all learning rates fall to a thousandth at the last step.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: steps between two validations; 0 = only at the end.
+        timeout_s: seconds that ranks wait for each other in one collective before they give up.
+        max_starts_without_progress: a run is refused after so many starts from the same step; 0 = no limit.
     """
 
     seed: int = Field(17, ge=0, lt=2**31)
@@ -156,6 +158,8 @@ class TrainConfig(Settings):
     decay: Literal["none", "linear"] = "linear"
     log_every: PositiveInt = 10
     validate_every: int = Field(0, ge=0)
+    timeout_s: float = Field(600, gt=0)
+    max_starts_without_progress: int = Field(5, ge=0)
 
 
 class CheckpointConfig(Settings):

@@ -18,8 +18,8 @@ from embeddings.errors import ConfigError, DataError
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
-from trainer.distributed import Ranks, sum_over_ranks
-from trainer.evaluation import score_split
+from trainer.distributed import Ranks, naming_the_lost, sum_over_ranks
+from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics
 from trainer.progress import Progress
 from trainer.run import MetricsLog, RunFolder
@@ -74,6 +74,8 @@ class Trainer:
         self.rates = RateSetter(model, self.optimizer)
         self.at = Position()
         self.metrics_of_validation: Metrics | None = None
+        # Called with the number of steps done, after whatever else belongs to the step.
+        self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
 
     def run(self, start: checkpoint.Found) -> Position:
@@ -81,7 +83,12 @@ class Trainer:
 
         Raises:
             DataError: the loss is no longer a number; what was saved before stays, nothing is saved after.
+            RankError: another rank, or the launcher, is gone or hangs.
         """
+        with naming_the_lost(self.ranks, lambda: f"after step {self.at.step}"):
+            return self._run(start)
+
+    def _run(self, start: checkpoint.Found) -> Position:
         if start.path is not None:
             self._resume(start.path, start.state)
         if self.ranks.speaks:
@@ -115,6 +122,9 @@ class Trainer:
                     and self.at.step % self.config.checkpoint.every_steps == 0
                 ):
                     self._save()
+                self.ranks.check_launcher()
+                if self.after_step is not None:
+                    self.after_step(self.at.step)
                 if self._step_limit():
                     break
         self._report()
@@ -149,7 +159,7 @@ class Trainer:
     def _validate(self) -> None:
         if self.validation_reader is None or self.at.validated == self.at.step:
             return
-        metrics = score_split(self.model, self.validation_reader, self.ranks.device).metrics()
+        metrics = shared_metrics(score_split(self.model, self.validation_reader, self.ranks.device))
         self.metrics_of_validation, self.at.validated = metrics, self.at.step
         self.log.write(self.at.step, "validation", metrics.as_dict())
         self.say(

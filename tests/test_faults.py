@@ -1,0 +1,114 @@
+"""Ranks that die, hang or fail again and again, under the supervision of torchrun."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.faults.drive import Fault, Plan
+from tests.launching import ROOT, SETTINGS, losses, overrides
+from tests.logs import small_log
+from tests.test_ranks import parameters
+
+STEPS = 60
+LIMIT_S = 240
+
+
+def plan(run: Path, log: Path, faults: Sequence[Fault], again: bool = False, **settings: Any) -> Plan:
+    more = {"data.log": str(log), "train.epochs": 9, "train.max_steps": STEPS, "checkpoint.every_steps": 2}
+    changed = {**SETTINGS, **more, **{key.replace("__", "."): value for key, value in settings.items()}}
+    words = [word for word in overrides(changed) if word != "--set"]
+    return Plan(str(run), "configs/dare.toml", words, list(faults), again)
+
+
+def command(what: Plan, max_restarts: int, torchrun: bool) -> list[str]:
+    file = str(what.write(Path(f"{what.run}.plan.json")))
+    if not torchrun:
+        return [sys.executable, "-m", "tests.faults.supervise", file, str(max_restarts)]
+    options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={max_restarts}"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "tests.faults.drive", file]
+
+
+def supervised(what: Plan, max_restarts: int, torchrun: bool = False) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(what, max_restarts, torchrun),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+
+
+def marks(run: Path, rank: int) -> list[tuple[float, str]]:
+    """What a rank noted, with its time: `pid N`, steps done, and how it failed."""
+    lines = Path(f"{run}.marks-{rank}").read_text(encoding="utf-8").splitlines()
+    return [(float(when), what) for when, _, what in (line.partition(" ") for line in lines)]
+
+
+def pids(run: Path) -> list[int]:
+    return [int(what[4:]) for rank in (0, 1) for _, what in marks(run, rank) if what.startswith("pid ")]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def digest(run: Path) -> str:
+    """SHA-256 over every tensor of the newest checkpoint, tables and optimizers included."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(parameters(run).items()):
+        whole.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory.mktemp("faults") / "log", seed=1, users=40)
+
+
+@pytest.fixture(scope="module")
+def unbroken(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    done = supervised(plan(run, log, []), 0)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(run)) == STEPS
+    return run
+
+
+def random_faults(seed: int, count: int) -> list[Fault]:
+    """Kills of either rank after random steps, every other one some milliseconds into what comes next."""
+    rng = np.random.default_rng(seed)
+    steps = sorted(rng.choice(np.arange(1, STEPS - 5), count, replace=False).tolist())
+    delays = [int(rng.integers(1, 60)) * (number % 2) for number in range(count)]
+    return [Fault(int(rng.integers(2)), step, "kill", ms) for step, ms in zip(steps, delays, strict=True)]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_kill_9_at_five_random_steps_changes_no_bit(
+    log: Path, unbroken: Path, tmp_path: Path, seed: int
+) -> None:
+    run, faults = tmp_path / "run", random_faults(seed, 5)
+    done = supervised(plan(run, log, faults), 9)
+    assert done.returncode == 0, done.stderr
+    killed = [what for rank in (0, 1) for _, what in marks(run, rank) if what == "kill"]
+    assert len(killed) == 5
+    assert losses(run) == losses(unbroken)
+    assert digest(run) == digest(unbroken)
+    assert not (run / "starts.jsonl").exists()
+    assert not [pid for pid in pids(run) if alive(pid)]
