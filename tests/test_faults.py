@@ -112,3 +112,64 @@ def test_kill_9_at_five_random_steps_changes_no_bit(
     assert digest(run) == digest(unbroken)
     assert not (run / "starts.jsonl").exists()
     assert not [pid for pid in pids(run) if alive(pid)]
+
+
+def test_kills_under_torchrun_itself(log: Path, unbroken: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = supervised(plan(run, log, [Fault(1, 20), Fault(0, 41)]), 4, torchrun=True)
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(unbroken) and digest(run) == digest(unbroken)
+    for rank, step in ((1, 20), (0, 41)):
+        after = [(when, what) for when, what in marks(run, rank) if what.isdigit() or what == "kill"]
+        at = next(n for n, (_, what) in enumerate(after) if what == "kill" and after[n - 1][1] == str(step))
+        print(f"seconds from kill -9 to the next step: {after[at + 1][0] - after[at][0]:.1f}")
+    assert not [pid for pid in pids(run) if alive(pid)]
+
+
+def test_the_rank_that_failed_is_named_and_not_those_that_only_lost_it(log: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = supervised(plan(run, log, [Fault(1, 3, "raise")]), 0)
+    assert done.returncode == 1
+    assert "[rank 1] tandemrec: internal error" in done.stderr
+    cause = done.stderr[done.stderr.index("Root Cause (first observed failure)") :]
+    assert "rank      : 1 (local_rank: 1)" in cause
+    assert "internal error: ValueError: injected into rank 1 after step 3" in cause
+
+
+def test_a_hung_rank_is_named_in_time_and_ended(log: Path, tmp_path: Path) -> None:
+    """SIGSTOP: the other rank waits train.timeout_s, says for whom and where, and no process stays."""
+    run = tmp_path / "run"
+    done = supervised(plan(run, log, [Fault(1, 5, "stop")], train__timeout_s=3), 0)
+    assert done.returncode == 1
+    line = next(line for line in done.stderr.splitlines() if line.startswith("[rank 0] tandemrec: error"))
+    assert "rank 0, after step 5: waited in vain for rank 1, which hangs, is dead or cut off" in line
+    stopped = next(when for when, what in marks(run, 1) if what == "stop")
+    # Nothing was trained after the stop, and the waiting ended at about the time asked for.
+    assert not [when for when, what in marks(run, 0) if what.isdigit() and when > stopped + 3]
+    assert not [pid for pid in pids(run) if alive(pid)]
+
+
+def test_ranks_do_not_outlive_a_launcher_that_was_killed(log: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = supervised(plan(run, log, [Fault(0, 5, "kill_launcher")], train__max_steps=0), 3, torchrun=True)
+    assert done.returncode != 0
+    end = time.monotonic() + 60
+    while [pid for pid in pids(run) if alive(pid)]:
+        assert time.monotonic() < end, "a rank trains on without its launcher"
+        time.sleep(0.1)
+    steps = [int(what) for _, what in marks(run, 0) if what.isdigit()]
+    assert max(steps) < STEPS
+
+
+def test_a_restart_storm_ends_with_one_clear_error(log: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    storm = plan(run, log, [Fault(0, 4, "raise")], again=True, checkpoint__every_steps=0)
+    done = supervised(storm, 9)
+    assert done.returncode == 1
+    assert sum(what == "raise" for _, what in marks(run, 0)) == 5, "started in vain more often than allowed"
+    assert sum(what.startswith("pid") for _, what in marks(run, 0)) == 10
+    refusal = "the last 5 starts began at step 0 and failed before a newer checkpoint"
+    assert refusal in done.stderr[done.stderr.index("Root Cause") :]
+    mended = plan(run, log, [], checkpoint__every_steps=0, train__max_steps=6)
+    assert supervised(mended, 0).returncode == 0, "another configuration goes on by itself"
+    assert not (run / "starts.jsonl").exists()

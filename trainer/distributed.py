@@ -31,7 +31,7 @@ class Ranks:
     Attributes:
         rank, world_size, local_world_size: as given by the launcher; 0, 1, 1 without one.
         device: where this rank computes.
-        store: shared by all ranks, and outlives any of them; None where there is one rank.
+        store: shared by all ranks; under torchrun it outlives any of them. None before they have met.
         launcher: the process that supervises this one; None without torchrun.
     """
 
@@ -82,15 +82,42 @@ def process_group(timeout_s: float = 600) -> Iterator[Ranks]:
     launcher = os.getppid() if dist.is_torchelastic_launched() else None
     ranks = Ranks(rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device, None, launcher)
     with naming_the_lost(ranks, lambda: "while the ranks met"):
-        store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", timeout=timeout))[0]
+        store = dist.HashStore() if world_size == 1 else _store_of_this_start(rank, world_size, timeout)
         own = dist.PrefixStore("process_group", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
-    ranks = replace(ranks, store=dist.PrefixStore("ranks", store) if world_size > 1 else None)
+    ranks = replace(ranks, store=store)
     try:
         with naming_the_lost(ranks, lambda: "before or after training"):
             yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_start(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The launcher's store, under a prefix that the ranks of this very start agree on.
+
+    torchrun keeps one store over all its restarts (torch 2.13, `_bootstrap_store_info` in
+    elastic/rendezvous/dynamic_rendezvous.py), in which the addresses of dead ranks still stand: a restarted
+    rank that reads them before its peer has written new ones dials a port where nobody listens, or waits for
+    ever. So each rank says a random word, rank 0 repeats all words that it sees with its own first, each rank
+    that finds its word there says so, and rank 0's word becomes the prefix once all have.
+    """
+    store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    mine, end = os.urandom(8).hex(), time.monotonic() + timeout.total_seconds()
+    store.set(f"word/{rank}", mine)
+    heard: list[str] = []
+    while time.monotonic() < end:
+        if rank == 0:
+            heard = [store.get(f"word/{other}").decode() for other in range(world_size)]
+            store.set("heard", " ".join(heard))
+        else:
+            heard = store.get("heard").decode().split()
+        if len(heard) == world_size and heard[rank] == mine:
+            store.set(f"{heard[0]}/{mine}", "")
+            if store.check([f"{heard[0]}/{word}" for word in heard]):
+                return dist.PrefixStore(heard[0], store)
+        time.sleep(0.02)
+    raise dist.DistStoreError("timed out")
 
 
 @contextmanager
@@ -111,15 +138,15 @@ def naming_the_lost(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
 
 
 def _blame(ranks: Ranks, text: str) -> str:
+    # Without the place in gloo's source and the advice that follows the fact.
+    text = re.sub(r"\[/[^\]]*\]\s*", "", text).split(". ")[0][:160]
     if not _TIMED_OUT.search(text):
-        return f"lost the connection to another rank, whose own error tells why ({text[-200:]})"
+        return f"lost the connection to another rank, whose own error tells why ({text})"
     absent = _silent(ranks)
     if not absent:
-        return f"the other ranks answer, but a collective timed out; see train.timeout_s ({text[-200:]})"
+        return f"the other ranks answer, but a collective timed out; see train.timeout_s ({text})"
     who = ", ".join(map(str, absent))
-    return (
-        f"waited in vain for rank {who}, which hangs, is dead or cut off; see train.timeout_s ({text[-200:]})"
-    )
+    return f"waited in vain for rank {who}, which hangs, is dead or cut off; see train.timeout_s ({text})"
 
 
 def _silent(ranks: Ranks) -> list[int]:

@@ -90,7 +90,6 @@ def fail_at(fault: Fault | None, rank: int, marks: Path) -> Callable[[int], None
 def drive(plan_file: str) -> None:
     plan, attempt = read_plan(plan_file), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(40)
     quiet_third_parties()
     config = load_config(ROOT / plan.config, plan.overrides)
     faults = plan.faults[-1:] if plan.again and attempt >= len(plan.faults) else plan.faults[attempt : attempt + 1]
