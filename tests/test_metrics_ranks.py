@@ -36,7 +36,9 @@ def _rank(rank: int, world_size: int, port: int, job: Callable[..., Any], argume
 def on_ranks(world_size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `job` returns on each of several ranks; its last argument is a path nobody else uses."""
     port = free_port()
-    with running(_rank, [(rank, world_size, port, job, arguments) for rank in range(world_size)]) as processes:
+    with running(
+        _rank, [(rank, world_size, port, job, arguments) for rank in range(world_size)]
+    ) as processes:
         for process in processes:
             process.join(LIMIT_S)
         assert [process.exitcode for process in processes] == [0] * world_size

@@ -31,7 +31,9 @@ def test_starts_from_the_same_step_are_limited(tmp_path: Path, config: Config) -
     folder = RunFolder(tmp_path / "run")
     for _ in range(2):
         note_start(folder, config, 7)
-    with pytest.raises(ConfigError, match=r"starts.jsonl: the last 2 starts began at step 7 .* delete this file"):
+    with pytest.raises(
+        ConfigError, match=r"starts.jsonl: the last 2 starts began at step 7 .* delete this file"
+    ):
         note_start(folder, config, 7)
     note_start(folder, config, 8)
     note_start(folder, config, 7)

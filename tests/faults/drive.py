@@ -43,10 +43,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training and its faults: the n-th start of the ranks meets the n-th fault, later ones the last if `again`.
+    """A training and its faults: the n-th start of the ranks meets the n-th fault.
 
     Attributes:
-        run: the run folder; config, overrides: as for `tandemrec train`; again: the last fault repeats for ever.
+        run: the run folder; config, overrides: as for `tandemrec train`.
+        again: later starts meet the last fault.
     """
 
     run: str
@@ -92,7 +93,9 @@ def drive(plan_file: str) -> None:
     torch.set_num_threads(1)
     quiet_third_parties()
     config = load_config(ROOT / plan.config, plan.overrides)
-    faults = plan.faults[-1:] if plan.again and attempt >= len(plan.faults) else plan.faults[attempt : attempt + 1]
+    faults = (
+        plan.faults[-1:] if plan.again and attempt >= len(plan.faults) else plan.faults[attempt : attempt + 1]
+    )
     with process_group(config.train.timeout_s) as ranks:
         marks = Path(f"{plan.run}.marks-{ranks.rank}")
         with marks.open("a", encoding="utf-8") as file:

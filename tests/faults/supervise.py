@@ -1,7 +1,7 @@
 """torchrun's agent over ranks that start in a moment: `python -m tests.faults.supervise PLAN MAX_RESTARTS`.
 
-What restarts the ranks is the very agent of torchrun; but they are forked from a server that has done the slow
-imports, so that twenty kills take seconds and not minutes. tests/test_faults.py also kills under torchrun itself.
+What restarts the ranks is the very agent of torchrun; but they are forked from a server that has done the
+slow imports, so that twenty kills take no minutes. tests/test_faults.py also kills under torchrun itself.
 """
 
 from __future__ import annotations
