@@ -58,7 +58,7 @@ $(VENV)/.installed-$(DEVICE): requirements/common.txt requirements/$(DEVICE).txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed-$(DEVICE)
+$(VENV)/.installed-dev: requirements/dev.txt requirements/kubernetes.txt $(VENV)/.installed-$(DEVICE)
 	$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 

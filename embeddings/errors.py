@@ -4,7 +4,8 @@ TandemError
 ├── ConfigError       a config file, an override or a command-line value
 ├── DataError         a log, a file, a row group, a column or a row
 ├── CheckpointError   a checkpoint that cannot be written, verified or loaded
-└── SnapshotError     a serving snapshot that cannot be written, verified or loaded
+├── SnapshotError     a serving snapshot that cannot be written, verified or loaded
+└── RankError         another rank, or the launcher, died or hangs; the cause is told there, not here
 """
 
 from __future__ import annotations
@@ -62,3 +63,7 @@ class SnapshotError(TandemError):
     def __init__(self, path: str | Path, problem: str) -> None:
         self.path = str(path)
         super().__init__(f"{path}: {problem}")
+
+
+class RankError(TandemError):
+    """This rank cannot go on because another one, or the launcher, does not; starting again may help."""

@@ -1,6 +1,6 @@
 """The command line: one verb per file of `pipelines/`, and nothing but argument parsing here.
 
-Exit codes: 0 success; 2 an error the user can mend (one line on stderr); 1 anything else.
+Exit codes: 0 success; 2 an error the user can mend (one line on stderr); 1 anything else, a lost rank too.
 Pipelines are imported when their verb runs: `tandemrec --help` must not wait for torch.
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from launch.elastic import leave_word
 
 USER_ERROR = 2
 OTHER_ERROR = 1
@@ -184,13 +186,15 @@ def train(
             metavar="[KEY=VALUE]...", help="More overrides, the same as --set.", show_default=False
         ),
     ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the configuration and the log.")] = False,
 ) -> None:
     """Train a model; torchx or torchrun start several ranks."""
-    from pipelines.train import train as run
+    import pipelines.train as pipeline
 
     chosen = [*(overrides or []), *(more or [])]
     chosen += [f"plan.file={json.dumps(str(plan_file))}"] if plan_file else []
     chosen += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
+    run = pipeline.check if check else pipeline.train
     run(config, out, chosen)
 
 
@@ -317,17 +321,20 @@ def _user_message(error: Exception) -> str | None:
     return str(error) if isinstance(error, TandemError) else None
 
 
-def _report(error: Exception, debug: bool) -> int:
+def report(error: Exception, debug: bool) -> int:
     """Prints an error as the contract at the top of this file says, and returns the exit code."""
     message = _user_message(error)
     if debug or message is None:
         traceback.print_exception(error)
     if message is None:
         # Not foreseen, hence a bug: the traceback is what a report needs, with or without --debug.
+        leave_word(f"internal error: {type(error).__name__}: {error}, see its traceback above", False)
         print(f"{_prefix()}: internal error, see the traceback above", file=sys.stderr, flush=True)
         return OTHER_ERROR
-    print(f"{_prefix()}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return USER_ERROR
+    line, elsewhere = " ".join(message.split()), type(error).__name__ == "RankError"
+    if leave_word(line, consequence=elsewhere):
+        print(f"{_prefix()}: error: {line}", file=sys.stderr, flush=True)
+    return OTHER_ERROR if elsewhere else USER_ERROR
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -338,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Abort:
         return OTHER_ERROR
     except Exception as error:
-        return _report(error, debug="--debug" in words)
+        return report(error, debug="--debug" in words)
     # A verb that ends early hands its exit code back here; an interrupt comes as 130.
     if not isinstance(result, int) or result == 0:
         return 0

@@ -10,7 +10,7 @@ from pipelines.console import quiet_third_parties, table_lines
 from pipelines.train import has, open_split
 from trainer.baselines import baselines
 from trainer.distributed import process_group
-from trainer.evaluation import score_split, write_scores
+from trainer.evaluation import score_split, shared_metrics, write_scores
 from trainer.metrics import Metrics
 from trainer.restore import restore
 from trainer.run import RunFolder
@@ -23,14 +23,14 @@ def evaluate(run: Path, split: str) -> Mapping[str, float | int]:
     """
     folder = RunFolder(run)
     quiet_third_parties()
-    with process_group() as ranks:
+    with process_group(folder.read_config().train.timeout_s) as ranks:
         restored = restore(folder, ranks)
         if not has(restored.manifest, split):
             full = [name for name in restored.manifest.splits if has(restored.manifest, name)]
             raise ConfigError(f"--split {split}: the log has requests in {', '.join(full)}")
         reader = open_split(restored.config, split, restored.rows, ranks)
         scored = score_split(restored.sharded.model, reader, ranks.device)
-        metrics = scored.metrics()
+        metrics = shared_metrics(scored)
         if ranks.speaks:
             write_scores(scored, folder.scores(split))
             feature = counted_feature(restored.manifest.taxonomy)

@@ -10,7 +10,7 @@ from embeddings.plan_file import to_tree
 from embeddings.planning import Placement
 from pipelines.console import quiet_third_parties
 from trainer import checkpoint
-from trainer.assemble import build_sharded, feature_rows
+from trainer.assemble import build_sharded, feature_rows, resolve_groups
 from trainer.config import Config, load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import LogManifest, read_manifest
@@ -19,6 +19,7 @@ from trainer.loop import Position, Trainer
 from trainer.metrics import Metrics
 from trainer.resume import check_resumable, log_fingerprint
 from trainer.run import RunFolder, versions
+from trainer.starts import ending_well, note_start
 from trainer.warm_start import fill, opened
 
 
@@ -31,12 +32,19 @@ def train(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     placed = settings.plan.model_copy(update={"file": file})
     settings = settings.model_copy(update={"data": here, "plan": placed})
     quiet_third_parties()
-    with process_group() as ranks:
+    with process_group(settings.train.timeout_s) as ranks:
         run(settings, out, ranks)
 
 
-def run(config: Config, out: Path, ranks: Ranks) -> None:
-    """The job on one rank, inside a process group."""
+def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
+    """Find what is wrong with a configuration or its log before any rank starts."""
+    settings = load_config(config, overrides)
+    resolve_groups(settings, read_manifest(settings.data.log))
+    print(f"{config} and {settings.data.log} fit together; {out} can be trained")
+
+
+def run(config: Config, out: Path, ranks: Ranks, after_step: Callable[[int], None] | None = None) -> None:
+    """The job on one rank, inside a process group; `after_step` is called with the number of steps done."""
 
     def say(line: str) -> None:
         if ranks.speaks:
@@ -49,6 +57,7 @@ def run(config: Config, out: Path, ranks: Ranks) -> None:
         say(f"refused checkpoint: {reason}")
     if found.path is not None:
         check_resumable(found.state, config, fingerprint)
+    note_start(folder, config, found.state.get("step", 0))
     if ranks.speaks:
         folder.write_config(config)
     sharded = build_sharded(config, manifest, ranks, training=True)
@@ -62,7 +71,8 @@ def run(config: Config, out: Path, ranks: Ranks) -> None:
     trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say, fingerprint, plan)
     if found.path is None and config.train.init_from:
         _start_from(trainer, config, manifest, out, say)
-    with folder.lock() if ranks.speaks else nullcontext():
+    trainer.after_step = after_step
+    with ending_well(folder, ranks.speaks), folder.lock() if ranks.speaks else nullcontext():
         end = trainer.run(found)
     if found.path is not None and end.step == found.state["step"] and not trainer.stopped:
         say(

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torchx import specs
+from torchx.runner import get_runner
 from torchx.specs.file_linter import validate
 
 from launch import components
-from launch.components import JobShape, parse_shape, train
+from launch.components import JobShape, evaluate, export, parse_shape, plan, train
+from tests.launching import ROOT
+from tests.logs import small_log
+
+ODD = [
+    "a b",
+    "it's",
+    '"',
+    "$HOME",
+    "${app_id}",
+    "$$",
+    "$(HOME)",
+    "$$(HOME)",
+    "`id`",
+    "; touch x",
+    "*",
+    "\\",
+    "",
+    "ü",
+]
 
 
 def _command(app: specs.AppDef) -> str:
@@ -45,10 +70,10 @@ def test_wrong_shape_says_how_to_write_it(text: str) -> None:
 
 
 def test_one_node() -> None:
-    app = train("--set", "train.max_steps=3", config="c.toml", out="runs/a", j="1x2", max_restarts=3)
+    app = train("--set", "train.max_steps=3", config="c.toml", out="runs/a", j="1x2")
     words = shlex.split(_command(app))
     assert words[:4] == ["exec", "python", "-m", "torch.distributed.run"]
-    assert {"--standalone", "--nnodes=1", "--nproc-per-node=2", "--max-restarts=3"} <= set(words)
+    assert {"--standalone", "--nnodes=1", "--nproc-per-node=2", "--max-restarts=0"} <= set(words)
     tail = "-m launch.cli train --config c.toml --out runs/a --set train.max_steps=3"
     assert words[-len(tail.split()) :] == tail.split()
     assert not [word for word in words if "tee" in word or "rdzv" in word]
@@ -75,9 +100,7 @@ def test_endpoint_is_expanded_by_the_shell(host: str, expected: str) -> None:
     assert f"--rdzv-endpoint={expected}" in shell.stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    "value", ["a b", "it's", '"', "$HOME", "${app_id}", "$$", "`id`", "; touch x", "*", "\\", "", "ü"]
-)
+@pytest.mark.parametrize("value", ODD)
 def test_arguments_reach_the_trainer_as_they_are(value: str) -> None:
     app = train("--set", f"data.log={value}", config=value, out="o")
     line = _command(app).replace("exec python -m", "printf '%s\\n'")
@@ -103,5 +126,173 @@ def test_no_restarts_unless_asked() -> None:
     assert "--max-restarts=0" in _command(train(config="c", out="o"))
 
 
-def test_torchx_accepts_the_signature() -> None:
-    assert validate(str(Path(components.__file__)), "train") == []
+@pytest.mark.parametrize("verb", ["train", "evaluate", "export", "plan"])
+def test_torchx_accepts_the_signature_and_every_argument_has_its_help(verb: str) -> None:
+    assert validate(str(Path(components.__file__)), verb) == []
+    function = getattr(components, verb)
+    described = re.findall(r"^ {8}(\w+):", str(function.__doc__), re.MULTILINE)
+    assert described == list(inspect.signature(function).parameters)
+
+
+def test_the_other_verbs() -> None:
+    app = evaluate(run="/s/run", split="validation", j="2x4", max_restarts=3)
+    words = shlex.split(_command(app))
+    assert words[-7:] == ["-m", "launch.cli", "evaluate", "--run", "/s/run", "--split", "validation"]
+    assert {"--nnodes=2", "--nproc-per-node=4", "--max-restarts=3"} <= set(words)
+    line = _command(export(run="/s/run", out="/s/snap", mounts=["type=bind", "src=/s", "dst=/s"]))
+    assert line == "exec python -m launch.cli export --run /s/run --out /s/snap"
+    line = _command(plan("--set", "data.log=a b", config="c.toml", world_size=16, hbm="141GB"))
+    expected = ["plan", "--config", "c.toml", "--world-size", "16", "--hbm", "141GB", "--set", "data.log=a b"]
+    assert shlex.split(line)[4:] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["-j", "foo"], "-j 'foo': write it as NODESxRANKS"),
+        (["--mounts", "type=x,src=a"], "--mounts type=x,src=a: invalid mount type 'x'"),
+        (["-h", "no_such_machine"], "-h no_such_machine: "),
+    ],
+)
+def test_a_wrong_option_is_a_message_and_no_traceback(words: list[str], problem: str) -> None:
+    command = [
+        "run",
+        "-s",
+        "local_cwd",
+        "--dryrun",
+        "launch/components.py:train",
+        "--config",
+        "c",
+        "--out",
+        "o",
+    ]
+    torchx = [sys.executable, "-c", "from torchx.cli.main import main; main()"]
+    done = subprocess.run([*torchx, *command, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert problem in done.stderr and "Traceback" not in done.stderr
+
+
+def _request(scheduler: str, configuration: dict[str, Any], app: specs.AppDef) -> Any:
+    with get_runner() as runner:
+        return runner.dryrun(app, scheduler, configuration).request
+
+
+JOB: dict[str, Any] = {
+    **{"config": "c.toml", "out": "/s/run", "j": "2x8", "gpu": 8, "cpu": 96, "memMB": 900_000},
+    **{"max_restarts": 3, "image": "registry/tandemrec:7"},
+}
+
+
+def test_slurm_gets_gpus_ranks_restarts_and_requeues(tmp_path: Path) -> None:
+    app = train(*ODD, **JOB, max_retries=2)
+    script = _request("slurm", {"partition": "gpu", "time": "60"}, app).materialize()
+    heads = [line for line in script.splitlines() if line.startswith("#SBATCH --job-name")]
+    assert len(heads) == 2
+    for head in heads:
+        wanted = {"--ntasks-per-node=1", "--cpus-per-task=96", "--gpus-per-task=8", "--mem=900000"}
+        assert {*wanted, "--requeue", "--partition=gpu", "--time=60"} <= set(head.split())
+    assert "export TORCHX_MAX_RETRIES=2" in script
+    # Run as Slurm would: srun hands its words on, and the node's shell runs them.
+    (tmp_path / "srun").write_text("#!/bin/bash\nprintf '%s\\0' \"$@\"\n")
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    shell = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    words = shell.stdout.split("\0")
+    lines = [words[at + 2] for at, word in enumerate(words) if word == "bash"]
+    assert len(lines) == 2
+    for line in lines:
+        _assert_trains(line, {"SLURM_JOB_NODELIST_HET_GROUP_0": "node-7"}, "77", "node-7")
+
+
+def test_kubernetes_gets_gpus_ranks_restarts_image_and_mounts() -> None:
+    pytest.importorskip("kubernetes", reason="pip install --no-deps -r requirements/kubernetes.txt")
+    mounts = ["type=volume", "src=claim", "dst=/s", "type=bind", "src=/data", "dst=/data", "readonly"]
+    app = train(*ODD, **JOB, mounts=mounts)
+    job = _request("kubernetes", {"queue": "default", "service_account": "me"}, app).resource
+    tasks = job["spec"]["tasks"]
+    assert [task["name"] for task in tasks] == ["train-0", "train-1"]
+    for rank, task in enumerate(tasks):
+        pod = task["template"].spec
+        container = pod.containers[0]
+        assert container.image == "registry/tandemrec:7"
+        assert container.resources.limits == {"cpu": "96000m", "memory": "900000M", "nvidia.com/gpu": "8"}
+        mounted = {mount.mount_path: bool(mount.read_only) for mount in container.volume_mounts}
+        assert mounted == {"/dev/shm": False, "/s": False, "/data": True}
+        claims = [volume.persistent_volume_claim for volume in pod.volumes if volume.persistent_volume_claim]
+        assert [claim.claim_name for claim in claims] == ["claim"]
+        assert [port.container_port for port in container.ports] == [29500]
+        assert container.command[:2] == ["bash", "-c"]
+        environment = {entry.name: entry.value for entry in container.env} | {"VC_TRAIN_0_HOSTS": "pod-0"}
+        host = "localhost" if rank == 0 else "pod-0"
+        line = _kubernetes_expands(container.command[2], environment)
+        _assert_trains(line, environment, job["metadata"]["name"], host)
+
+
+def _kubernetes_expands(text: str, environment: dict[str, str]) -> str:
+    """What Kubernetes makes of a container's command: `$(NAME)` is replaced, `$$` becomes `$`."""
+
+    def replaced(match: re.Match[str]) -> str:
+        if match[0] == "$$":
+            return "$"
+        return environment.get(match[1], match[0])
+
+    return re.sub(r"\$\$|\$\((\w+)\)", replaced, text)
+
+
+def _assert_trains(line: str, environment: dict[str, str], job: str, host: str) -> None:
+    """A node's shell line first checks, then starts torchrun, both with the arguments as they were given."""
+    stand_in = "python() { printf '%s\\0' \"$@\" END; }\n" + line.replace("exec python", "python")
+    variables = {**environment, "PATH": os.environ["PATH"], "HOME": "/home/me"}
+    shell = subprocess.run(
+        ["bash", "-c", stand_in], env=variables, capture_output=True, text=True, check=True
+    )
+    check, run = (part.strip("\0").split("\0") for part in shell.stdout.split("\0END\0")[:2])
+    trained = ["-m", "launch.cli", "train", "--config", "c.toml", "--out", "/s/run", *ODD]
+    assert check == [*trained, "--check"]
+    assert run[:2] == ["-m", "torch.distributed.run"] and run[-len(trained) :] == trained
+    wanted = {"--nnodes=2", "--nproc-per-node=8", "--max-restarts=3", f"--rdzv-id={job}"}
+    assert {*wanted, f"--rdzv-endpoint={host}:29500"} <= set(run)
+
+
+def test_a_wrong_configuration_is_told_once_before_any_rank_starts(tmp_path: Path) -> None:
+    log = small_log(tmp_path / "log")
+    config = str(ROOT / "configs/dare.toml")
+    wrong = train(
+        f"data.log={log}", "model.kk=3", config=config, out=str(tmp_path / "run"), j="1x2", max_restarts=3
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    line = _command(wrong)
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "unknown key 'model.kk'; did you mean 'model.k'?" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_image_is_made_of_what_is_there() -> None:
+    """The image cannot be built here: what its file names must at least exist, and be let into the build."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    copied = [word for line in text.splitlines() if line.startswith("COPY ") for word in line.split()[1:-1]]
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert {"launch", "pipelines", "trainer", "embeddings", "configs", "requirements"} <= set(copied)
+    for source in copied:
+        assert (ROOT / source).exists() and source in let_in, source
+    assert "requirements/$DEVICE.txt" in text
+    for device in ("cpu", "cuda"):
+        assert (ROOT / "requirements" / f"{device}.txt").is_file()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    torch = re.search(r"torch==[\d.]+", text)
+    assert torch is not None and f"TORCH = {torch[0]}\n" in makefile
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if line.startswith("USER ")] == ["USER tandemrec"]
+    assert lines.index("USER tandemrec") > max(n for n, line in enumerate(lines) if line.startswith("RUN"))
+    assert lines[-1] == 'CMD ["python", "-m", "launch.cli", "--help"]'

@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A package may import itself and those to its right.
 DIRECTION = ("launch", "pipelines", "trainer", "embeddings")
 SOURCES = sorted(path for package in DIRECTION for path in (ROOT / package).rglob("*.py"))
-LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+LAUNCHER_VARIABLES = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "TORCHELASTIC_ERROR_FILE",
+}
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 MAY_TORCH_LOAD = Path("trainer/checkpoint.py")
 

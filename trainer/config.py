@@ -214,6 +214,8 @@ class TrainConfig(Settings):
         init_from: a run, or tables written by `unshard`, whose weights a new run starts with; see
             `trainer.warm_start`.
         init_optimizer: `carry` the accumulators of the tables' rows with them, or start those `fresh`.
+        timeout_s: seconds that ranks wait for each other in one collective before they give up.
+        max_starts_without_progress: a run is refused after so many starts from the same step; 0 = no limit.
     """
 
     seed: int = Field(17, ge=0, lt=2**31)
@@ -232,6 +234,8 @@ class TrainConfig(Settings):
     validate_every: int = Field(0, ge=0)
     init_from: str = ""
     init_optimizer: Literal["carry", "fresh"] = "carry"
+    timeout_s: float = Field(600, gt=0)
+    max_starts_without_progress: int = Field(5, ge=0)
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> TrainConfig:

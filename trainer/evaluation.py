@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from embeddings.errors import DataError
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.distributed import gather_rows
+from trainer.distributed import from_rank_0, gather_rows
 from trainer.durable import replacing
 from trainer.metrics import Metrics, group_keys, measure
 
@@ -65,14 +65,23 @@ class Scored:
                 slices[name] = self.part(inside).metrics()
         return slices
 
-    def part(self, chosen: npt.NDArray[np.bool_]) -> Scored:
-        """Only the chosen candidates."""
+    def in_order(self) -> Scored:
+        """The same candidates by user, request and place in the request: sums over them round alike."""
+        return self.part(np.lexsort((self.candidate, self.request_id, self.user_id)))
+
+    def part(self, chosen: npt.NDArray[np.bool_] | Ints) -> Scored:
+        """Only the chosen candidates, by a mask or by their places."""
         return Scored(*(getattr(self, field.name)[chosen] for field in fields(Scored)))
 
 
 @torch.no_grad()
 def score_split(model: nn.Module, reader: SequenceLogReader, device: torch.device) -> Scored:
-    """Score every candidate of the reader's split once; all ranks return the same, complete result."""
+    """Score every candidate of the reader's split once; collective.
+
+    Returns:
+        On rank 0 all candidates in the order of their names, the same whatever the number of ranks; on the
+        others none. They lie in main memory: 8 bytes a task and candidate, 40 more for the names.
+    """
     was_training = model.training
     model.eval()
     parts = []
@@ -81,14 +90,18 @@ def score_split(model: nn.Module, reader: SequenceLogReader, device: torch.devic
             batch = step.batch.to(device)
             score = model(batch).logits.sigmoid()
             if step.counted:
-                parts.append(_rows(batch, score))
+                # Off the device at once: a split may be larger than its memory.
+                parts.append(tuple(part.cpu() for part in _rows(batch, score)))
     model.train(was_training)
-    empty = torch.zeros(0, 2 * len(reader.columns.tasks), device=device)
-    values = gather_rows(torch.cat([empty, *(row for row, _ in parts)]))
-    keys = gather_rows(
-        torch.cat([torch.zeros(0, len(KEYS), dtype=torch.int64, device=device), *(key for _, key in parts)])
-    )
-    return _scored(values, keys)
+    no_values, no_keys = torch.zeros(0, 2 * len(reader.columns.tasks)), torch.zeros(0, len(KEYS)).long()
+    values = gather_rows(torch.cat([no_values, *(row for row, _ in parts)]))
+    keys = gather_rows(torch.cat([no_keys, *(key for _, key in parts)]))
+    return _scored(values, keys).in_order()
+
+
+def shared_metrics(scored: Scored) -> Metrics:
+    """The metrics of what `score_split` returned, on every rank; rank 0 computes them, collective."""
+    return from_rank_0(scored.metrics)
 
 
 def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogReader, limit: int) -> Scored:
@@ -173,7 +186,7 @@ def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scored(values: Tensor, keys: Tensor) -> Scored:
-    score, label = values.cpu().numpy().reshape(values.shape[0], 2, -1).transpose(1, 0, 2)
+    score, label = values.cpu().numpy().reshape(values.shape[0], 2, values.shape[1] // 2).transpose(1, 0, 2)
     return Scored(score, label, *keys.cpu().numpy().T)
 
 

@@ -17,8 +17,8 @@ from embeddings.errors import ConfigError
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
-from trainer.distributed import Ranks, sum_over_ranks
-from trainer.evaluation import score_split
+from trainer.distributed import Ranks, naming_the_lost, sum_over_ranks
+from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
@@ -85,6 +85,8 @@ class Trainer:
         self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
         self.at = Position()
         self.metrics_of_validation: Metrics | None = None
+        # Called with the number of steps done, after whatever else belongs to the step.
+        self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
         self.saver = Saver(folder.checkpoints, config.checkpoint, say)
         self.watch = Watch(config.checkpoint)
@@ -97,7 +99,12 @@ class Trainer:
             DataError: a loss or gradient is not finite; no weight changes by that step, what was saved before
                 stays, and nothing is saved after.
             CheckpointError: it could not be saved; older checkpoints stay.
+            RankError: another rank, or the launcher, is gone or hangs.
         """
+        with naming_the_lost(self.ranks, lambda: f"after step {self.at.step}"):
+            return self._run(start)
+
+    def _run(self, start: checkpoint.Found) -> Position:
         if start.path is not None:
             self._resume(start.path, start.state)
         if self.ranks.speaks:
@@ -136,6 +143,9 @@ class Trainer:
                 if config.validate_every and self.at.step % config.validate_every == 0:
                     self._validate()
                 self._between_steps()
+                self.ranks.check_launcher()
+                if self.after_step is not None:
+                    self.after_step(self.at.step)
                 if self._over():
                     break
         self._report()
@@ -186,7 +196,7 @@ class Trainer:
         if self.validation_reader is None or self.at.validated == self.at.step:
             return
         with self.pipeline.paused():
-            metrics = score_split(self.model, self.validation_reader, self.ranks.device).metrics()
+            metrics = shared_metrics(score_split(self.model, self.validation_reader, self.ranks.device))
         self.metrics_of_validation, self.at.validated = metrics, self.at.step
         self.log.write(self.at.step, "validation", metrics.as_dict())
         self.say(

@@ -1,0 +1,38 @@
+# The image that the TorchX components name by default: docker build -t tandemrec:latest .
+# For GPUs: docker build --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg DEVICE=cuda \
+#   --build-arg TORCH_INDEX= -t tandemrec:latest .
+# The base needs a Python of 3.11 or newer; docs/cluster.md says what has been tried.
+ARG BASE=python:3.11-slim
+FROM ${BASE}
+
+ARG DEVICE=cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+# What slim and CUDA bases lack: bash runs the components' command lines, libgomp1 is torch's.
+RUN apt-get update \
+ && apt-get install --no-install-recommends --yes bash libgomp1 python3 python3-venv \
+ && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/tandemrec
+RUN python3 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+
+# The environment before the code, so that a change of code does not install it again.
+COPY requirements requirements
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0 \
+ && pip install --no-cache-dir --no-deps -r "requirements/$DEVICE.txt"
+
+COPY pyproject.toml README.md LICENSE ./
+COPY launch launch
+COPY pipelines pipelines
+COPY trainer trainer
+COPY embeddings embeddings
+COPY configs configs
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
+
+# Mounted folders must be writable for this user.
+RUN useradd --create-home --uid 1000 tandemrec
+USER tandemrec
+
+# The components bring a command of their own; without one, the image is the command line.
+CMD ["python", "-m", "launch.cli", "--help"]

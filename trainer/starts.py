@@ -1,0 +1,76 @@
+"""Starts without progress: what ends a run that fails, is restarted, and fails again.
+
+Supervisors (torchrun, Slurm's requeue, a Kubernetes job) restart whatever failed, some of them for ever. Each
+start leaves a line in `starts.jsonl` of the run folder, a start that ends well removes the file, and a start
+that would be one too many from the same step is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+
+from embeddings.errors import ConfigError
+from trainer.config import Config
+from trainer.distributed import from_rank_0
+from trainer.run import RunFolder
+
+
+def note_start(folder: RunFolder, config: Config, step: int) -> None:
+    """Write down that a run starts from `step`; collective.
+
+    Raises:
+        ConfigError: the last `train.max_starts_without_progress` starts began there, too, with this config.
+    """
+    from_rank_0(lambda: _note(_file(folder), config, step))
+
+
+@contextmanager
+def ending_well(folder: RunFolder, speaks: bool) -> Iterator[None]:
+    """Forget the starts when the training returns, or is interrupted: a person or a signal is no failure."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        _forget(folder, speaks)
+        raise
+    _forget(folder, speaks)
+
+
+def _file(folder: RunFolder) -> Path:
+    return folder.path / "starts.jsonl"
+
+
+def _forget(folder: RunFolder, speaks: bool) -> None:
+    if speaks:
+        _file(folder).unlink(missing_ok=True)
+
+
+def _note(file: Path, config: Config, step: int) -> None:
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    vain = len(list(takewhile(lambda line: _began(line) == (step, digest), reversed(lines))))
+    limit = config.train.max_starts_without_progress
+    if limit and vain >= limit:
+        raise ConfigError(
+            f"{file}: the last {vain} starts began at step {step:,} and failed before a newer checkpoint; "
+            "look at the first error of each and mend its cause (or save more often, see checkpoint.*), then "
+            "delete this file to go on; a start with a changed configuration goes on by itself"
+        )
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as starts:
+        starts.write(json.dumps({"step": step, "config": digest, "time": now}) + "\n")
+
+
+def _began(line: str) -> tuple[int, str] | None:
+    """-> (step, config) of a line; None for one that a crash cut short."""
+    try:
+        entry = json.loads(line)
+        return int(entry["step"]), str(entry["config"])
+    except (ValueError, KeyError, TypeError):
+        return None
