@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from embeddings.errors import CheckpointError
@@ -102,13 +103,32 @@ class Saver:
 
     def _stage(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of this rank's shards in host memory."""
-        # Where it makes the copy that it keeps, it pins the memory, for which there must be a CUDA device.
-        kept = self._copy is not None or torch.cuda.is_available()
-        stager = BlockingAsyncStager(cache_staged_state_dict=kept)
+        if self._copy is None and not torch.cuda.is_available():
+            self._copy = _room_for(dict(tensors))
+        # Where it makes the room itself, it pins the memory, for which there must be a CUDA device.
+        stager = BlockingAsyncStager(cache_staged_state_dict=True)
         stager.state_dict_cache = self._copy
         staged: dict[str, Any] = stager.stage(dict(tensors))
         self._copy = staged
         return staged
+
+
+def _room_for(tree: Any) -> Any:
+    """The same state dict with tensors of the same shapes, not yet filled.
+
+    The stager's own way copies each sharded tensor together with the whole storage that it is a part of,
+    which for the tables of one kernel is all of them.
+    """
+    if isinstance(tree, Mapping):
+        return {key: _room_for(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_room_for(value) for value in tree)
+    if isinstance(tree, ShardedTensor):
+        shards = [Shard(_room_for(shard.tensor), shard.metadata) for shard in tree.local_shards()]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            shards, tree.metadata(), process_group=tree._process_group
+        )
+    return torch.empty(tree.shape, dtype=tree.dtype) if isinstance(tree, torch.Tensor) else tree
 
 
 class _Save(threading.Thread):
