@@ -337,10 +337,10 @@ def _no_way(task: Task, constraints: Mapping[str, ParameterConstraints], error: 
     name = next((name for name in constraints if f" for {name}." in str(error)), None)
     if name is None:
         return error
-    allowed = constraints[name]
+    types, kernels = constraints[name].sharding_types, constraints[name].compute_kernels
     return ConfigError(
-        f"{_where(task.cluster)}: table {name} can be none of {', '.join(allowed.sharding_types)} with "
-        f"kernel {' or '.join(allowed.compute_kernels)} there; allow other types in its group's sharding or in "
+        f"{_where(task.cluster)}: table {name} can be none of {', '.join(types)} with kernel "
+        f"{' or '.join(kernels)} there; allow other types in its group's sharding, or in "
         f"plan.tables.{name}"
     )
 

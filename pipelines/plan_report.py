@@ -95,8 +95,7 @@ def _head(report: Report) -> list[str]:
         f"plan for {cluster.world_size} rank(s) on {cluster.device}, {nodes} node(s) of "
         f"{cluster.local_world_size}",
         f"memory of a rank: {gigabytes(cluster.memory)} {kind}, {gigabytes(found.usable)} of it for tables "
-        f"({reserve:.0%} and the dense weights stay free)"
-        + (f"; {gigabytes(cluster.ddr)} host" if cluster.device == "cuda" else ""),
+        f"({reserve:.0%} and the dense weights stay free)",
         f"a step: {size.candidates:,} candidates of {size.requests:,} requests, {size.behaviors:,} behaviors "
         f"({size.source}); lookup = {report.lookup}",
     ]

@@ -73,7 +73,8 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
         load_ingest_config=lambda path, overrides: (path, overrides),
         report_lines=lambda manifest: [f"report of {manifest}"],
     )
-    for verb in ("plan", "evaluate", "export", "score"):
+    pipeline("plan", plan=note("plan"), Question=lambda world, local, device, hbm, *rest: (world, hbm))
+    for verb in ("evaluate", "export", "score"):
         pipeline(verb, **{verb: note(verb)})
     ingest = "ingest --events e.parquet --out log --config i.toml --set users=9 --overwrite"
     plan = "plan --config c.toml --set model.k=5 --world-size 8 --hbm 141GB"
@@ -83,7 +84,7 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
     assert calls == {
         "fetch": (Path("d"),),
         "ingest": (Path("e.parquet"), Path("log"), (Path("i.toml"), ["users=9"]), True),
-        "plan": (Path("c.toml"), ["model.k=5"], 8, "141GB"),
+        "plan": (Path("c.toml"), ["model.k=5"], (8, "141GB")),
         "evaluate": (Path("r"), "test"),
         "export": (Path("r"), Path("snap")),
         "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None),

@@ -1,0 +1,148 @@
+"""One of two ranks: counts the bytes that TorchRec hands to collectives, per collection and sharding type.
+
+    torchrun --nproc-per-node=2 -m tests.count_bytes ROWS DIM BAGS OUT.json
+
+Writes {"bag row_wise": [ids, vectors forward, gradients backward], ...}, summed over the ranks, without what
+a rank keeps for itself and without the announcement of sizes. Ranks have equal parts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import (
+    column_wise,
+    construct_module_sharding_plan,
+    row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+# The dense kernel would return a row for every empty bag of a sequence.
+FUSED = {"compute_kernel": "fused"}
+PLACES = {
+    "table_wise": table_wise(rank=0, **FUSED),
+    "row_wise": row_wise(**FUSED),
+    "column_wise": column_wise(ranks=[0, 1], **FUSED),
+}
+
+
+class Counted:
+    """Stands in for torch.distributed's collectives and notes what leaves this rank."""
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
+        self._single, self._gather = dist.all_to_all_single, dist.all_gather
+        self._scatter, self._scatter_tensor = dist.reduce_scatter, dist.reduce_scatter_tensor
+        self._gather_tensor = dist.all_gather_into_tensor
+
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Sequence[int] | None = None,
+        input_split_sizes: Sequence[int] | None = None,
+        **more: Any,
+    ) -> Any:
+        if input_split_sizes is not None:
+            away = sum(n for rank, n in enumerate(input_split_sizes) if rank != dist.get_rank())
+            width = input[0].numel() * input.element_size() if input.shape[0] else 0
+            self.sent["vectors" if input.is_floating_point() else "ids"] += away * width
+        return self._single(output, input, output_split_sizes, input_split_sizes, **more)
+
+    def reduce_scatter(self, output: Tensor, inputs: Sequence[Tensor], **more: Any) -> Any:
+        self.sent["vectors"] += sum(part.nbytes for part in inputs) - output.nbytes
+        return self._scatter(output, inputs, **more)
+
+    def reduce_scatter_tensor(self, output: Tensor, inputs: Tensor, **more: Any) -> Any:
+        self.sent["vectors"] += inputs.nbytes - output.nbytes
+        return self._scatter_tensor(output, inputs, **more)
+
+    def all_gather(self, outputs: Sequence[Tensor], inputs: Tensor, **more: Any) -> Any:
+        self.sent["vectors"] += inputs.nbytes * (dist.get_world_size() - 1)
+        return self._gather(outputs, inputs, **more)
+
+    def all_gather_into_tensor(self, output: Tensor, inputs: Tensor, **more: Any) -> Any:
+        self.sent["vectors"] += inputs.nbytes * (dist.get_world_size() - 1)
+        return self._gather_tensor(output, inputs, **more)
+
+    NAMES = (
+        "all_to_all_single",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "all_gather",
+        "all_gather_into_tensor",
+    )
+
+
+def sharded(kind: str, place: Any, rows: int, dim: int) -> DistributedModelParallel:
+    """A model of one table on all ranks."""
+    shape = {"name": "t", "num_embeddings": rows, "embedding_dim": dim, "feature_names": ["f"]}
+    model, sharder = nn.Module(), EmbeddingCollectionSharder()
+    model.e = EmbeddingCollection(tables=[EmbeddingConfig(**shape)])
+    if kind == "bag":
+        model.e = EmbeddingBagCollection(tables=[EmbeddingBagConfig(**shape)])
+        sharder = EmbeddingBagCollectionSharder()
+    for weight in model.e.parameters():
+        apply_optimizer_in_backward(torch.optim.SGD, [weight], {"lr": 0.1})
+    world = dist.get_world_size()
+    plan = construct_module_sharding_plan(
+        model.e, {"t": place}, local_size=world, world_size=world, device_type="cpu", sharder=sharder
+    )
+    device = torch.device("cpu")
+    return DistributedModelParallel(model, device=device, plan=ShardingPlan({"e": plan}), sharders=[sharder])
+
+
+def count(model: nn.Module, kind: str, bags: KeyedJaggedTensor) -> list[int]:
+    """Bytes of one forward and backward, over all ranks."""
+    with ExitStack() as stack:
+        counted = Counted()
+        for name in Counted.NAMES:
+            stack.enter_context(mock.patch.object(dist, name, getattr(counted, name)))
+        got = model.e(bags)
+        vectors = got.values() if kind == "bag" else got["f"].values()
+        forward = Counter(counted.sent)
+        vectors.sum().backward()
+        back = counted.sent["vectors"] - forward["vectors"]
+    total = torch.tensor([forward["ids"], forward["vectors"], back])
+    dist.all_reduce(total)
+    numbers: list[int] = total.tolist()
+    return numbers
+
+
+def main() -> None:
+    rows, dim, bags = map(int, sys.argv[1:4])
+    dist.init_process_group("gloo")
+    mine = bags // dist.get_world_size()
+    # As many ids of one half of the rows as of the other, for row-wise ranks.
+    ids = (torch.arange(mine) * (rows // 2) + torch.arange(mine) // 2) % rows
+    kjt = KeyedJaggedTensor(keys=["f"], values=ids, lengths=torch.ones(mine, dtype=torch.int32))
+    found = {
+        f"{kind} {name}": count(sharded(kind, place, rows, dim).module, kind, kjt)
+        for kind in ("bag", "sequence")
+        for name, place in PLACES.items()
+    }
+    if dist.get_rank() == 0:
+        Path(sys.argv[4]).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

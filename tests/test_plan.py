@@ -1,0 +1,388 @@
+"""Offline plans: sizes, refusals, what would make them fit, and the file that training reuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
+from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
+from torchrec.distributed.types import (
+    CacheParams,
+    EmbeddingModuleShardingPlan,
+    ParameterSharding,
+    ShardingPlan,
+)
+
+from embeddings.errors import ConfigError
+from embeddings.exchange import Lookup
+from embeddings.groups import FusedOptimizer, TableGroup, TableSpec, bag_collection
+from embeddings.plan_file import SavedPlan, from_tree, to_tree
+from embeddings.plan_memory import memory_of_ranks
+from embeddings.planning import (
+    Cluster,
+    DoesNotFit,
+    PlanRules,
+    TableRule,
+    Task,
+    offline_plan,
+    read_plan,
+    saved_plan,
+)
+from embeddings.sharding import attach_optimizer
+from launch.cli import main
+from pipelines.plan import parse_size
+from pipelines.plan_report import spans
+from tests.launching import SETTINGS, losses, overrides, tandemrec
+from tests.logs import small_log
+from trainer.assemble import build_trainable
+from trainer.config import load_config
+from trainer.data.reader import SequenceLogReader
+from trainer.data.schema import read_manifest
+from trainer.workload import lookups, step_size
+
+GB = 10**9
+ITEMS, SMALL = 2_000_000_000, 1000
+STRICT = PlanRules()
+
+
+def task(
+    hbm: int = 141 * GB,
+    sharding: str = "row_wise",
+    rules: PlanRules = STRICT,
+    optimizer: str = "rowwise_adagrad",
+    world: int = 16,
+    device: str = "cuda",
+    dim: int = 64,
+    rows: int = ITEMS,
+) -> Task:
+    """One group of an item table of two billion rows and a small one, on nodes of eight."""
+    kinds = FusedOptimizer(optimizer)
+    group = TableGroup(
+        "g", (TableSpec("item", rows, dim), TableSpec("small", SMALL, 16)), kinds, sharding=(sharding,)
+    )
+    model = nn.Module()
+    model.g = bag_collection(group, torch.device("meta"))
+    attach_optimizer(model.g, kinds)
+    lookups = {name: Lookup(100_000, 100_000) for name in ("g__item", "g__small")}
+    return Task(model, (group,), Cluster(device, world, min(world, 8), hbm, 500 * GB), rules, lookups)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "optimizer", "state"),
+    [
+        ("row_wise", "rowwise_adagrad", 4 * (ITEMS + SMALL)),
+        ("row_wise", "adagrad", 4 * (64 * ITEMS + 16 * SMALL)),
+        ("row_wise", "sgd", 0),
+        ("table_row_wise", "rowwise_adagrad", 4 * (ITEMS + SMALL)),
+    ],
+)
+def test_memory_adds_up_to_the_tables_and_to_what_torchrec_counts(
+    sharding: str, optimizer: str, state: int
+) -> None:
+    found = offline_plan(task(700 * GB, sharding, optimizer=optimizer))
+    held = memory_of_ranks(found.options, found.tables, 16, "cuda")
+    assert sum(memory.weights for memory in held) == 4 * (64 * ITEMS + 16 * SMALL)
+    assert sum(memory.optimizer for memory in held) == state
+    counted = [0] * 16
+    for option in found.options:
+        for shard in option.shards:
+            counted[shard.rank] += shard.storage.hbm
+    assert [memory.total for memory in held] == counted
+    assert all(memory.buffers >= 0 and memory.host == 0 for memory in held)
+
+
+def test_column_shards_each_keep_their_own_row_state() -> None:
+    rules = PlanRules(tables={"g__item": TableRule(("column_wise",))})
+    found = offline_plan(task(rules=rules, dim=512, rows=1_000_000))
+    item = next(option for option in found.options if option.name == "g__item")
+    assert len(item.shards) > 1
+    held = memory_of_ranks([item], found.tables, 16, "cuda")
+    assert sum(memory.optimizer for memory in held) == 4 * 1_000_000 * len(item.shards)
+    assert sum(memory.total for memory in held) == sum(shard.storage.hbm for shard in item.shards)
+
+
+@pytest.mark.parametrize(
+    "sharding", ["table_wise", "column_wise", "row_wise", "table_row_wise", "grid_shard"]
+)
+def test_a_plan_survives_json(sharding: str) -> None:
+    asked = task(4000 * GB, sharding, dim=256)
+    plan = offline_plan(asked).plan
+    saved = saved_plan(asked, plan)
+    back = from_tree(json.loads(json.dumps(to_tree(saved))), "here")
+    assert back == saved and back.plan == plan
+    assert {p.sharding_type for m in back.plan.plan.values() for p in m.values()} == {sharding}
+
+
+def test_data_parallel_and_caches_survive_json_and_the_rest_is_refused() -> None:
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, CacheAlgorithm
+    from torchrec.modules.embedding_configs import DataType
+
+    cache = CacheParams(CacheAlgorithm.LFU, UVM_CACHING_RATIO, 0.5, DataType.FP16, prefetch_pipeline=True)
+    spec = EnumerableShardingSpec([ShardMetadata([0, 0], [5, 8], "rank:1/cuda:1")])
+    tables = {
+        "a": ParameterSharding("data_parallel", "dense", ranks=[0, 1]),
+        "b": ParameterSharding(
+            "table_wise", "fused_uvm_caching", [1], spec, cache, True, False,
+            BoundsCheckMode.WARNING, DataType.FP16,
+        ),
+    }  # fmt: skip
+    plan = ShardingPlan({"m": EmbeddingModuleShardingPlan(tables)})
+    saved = SavedPlan(plan, "cuda", 2, 2, {"a": (3, 4, 4), "b": (5, 8, 2)})
+    assert from_tree(json.loads(json.dumps(to_tree(saved))), "here") == saved
+    tables["b"].cache_params = CacheParams(stats=object())
+    with pytest.raises(ConfigError, match="table b: cache statistics"):
+        to_tree(saved)
+
+
+def test_unified_memory_is_never_used_unasked() -> None:
+    tight = 30 * GB
+    with pytest.raises(DoesNotFit, match=r"table g__item does not fit: its largest row_wise shard takes 3\d"):
+        offline_plan(task(tight))
+    with pytest.raises(ConfigError, match=r"set plan\.allow_unified_memory = true as well"):
+        offline_plan(task(tight, rules=PlanRules(tables={"g__item": TableRule(kernels=("fused_uvm",))})))
+    found = offline_plan(task(tight, rules=PlanRules(allow_unified_memory=True)))
+    kernels = {option.name: option.compute_kernel for option in found.options}
+    assert kernels["g__item"].startswith("fused_uvm")
+    held = memory_of_ranks(found.options, found.tables, 16, "cuda")
+    assert sum(memory.host for memory in held) > 4 * 64 * ITEMS
+
+
+def test_a_saved_plan_with_unified_memory_is_refused_too(tmp_path: Path) -> None:
+    file, loose = tmp_path / "plan.json", PlanRules(allow_unified_memory=True)
+    asked = task(30 * GB, rules=loose)
+    file.write_text(json.dumps(to_tree(saved_plan(asked, offline_plan(asked).plan))))
+    assert read_plan(file, asked).tables["g__item"] == (ITEMS, 64, 4)
+    with pytest.raises(ConfigError, match=r"plan.json: table g__item uses fused_uvm.*allow_unified_memory"):
+        read_plan(file, task(30 * GB))
+
+
+def test_rules_name_tables_that_exist() -> None:
+    with pytest.raises(ConfigError, match=r"plan.tables.g__itm: no such table; did you mean 'g__item'\?"):
+        offline_plan(task(rules=PlanRules(tables={"g__itm": TableRule()})))
+
+
+def test_what_no_sharder_offers_is_one_line_that_names_the_table() -> None:
+    with pytest.raises(ConfigError, match="table g__small can be none of grid_shard with kernel fused there"):
+        offline_plan(
+            task(
+                rules=PlanRules(tables={"g__small": TableRule(("grid_shard",))}),
+                device="cpu",
+                sharding="table_wise",
+            )
+        )
+
+
+def test_tables_that_fit_one_by_one_but_not_together() -> None:
+    twins = TableGroup("g", (TableSpec("a", 10**9, 16), TableSpec("b", 10**9, 16)), sharding=("row_wise",))
+    model = nn.Module()
+    model.g = bag_collection(twins, torch.device("meta"))
+    attach_optimizer(model.g, twins.optimizer)
+    # Two shards of 8.5 GB on each of eight ranks of 21 GB, of which 15 % stay free.
+    asked = Task(model, (twins,), Cluster("cuda", 8, 8, 21 * GB, 500 * GB))
+    offline_plan(asked)
+    with pytest.raises(
+        DoesNotFit, match=r"together they take 136\.0 GB, a rank has 16\.[12] GB.* 850\.0 MB missing"
+    ):
+        offline_plan(replace(asked, cluster=Cluster("cuda", 8, 8, 19 * GB, 500 * GB)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"world": 8}, "made for world_size 16, this run has 8"),
+        ({"device": "cpu", "sharding": "table_wise"}, "made for device cuda, this run has cpu"),
+        (
+            {"dim": 32},
+            r"table g__item of 2,000,000,000 rows x 64 \(4 bytes a weight\), this config has .* x 32",
+        ),
+    ],
+)
+def test_a_plan_made_for_something_else_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    file, asked = tmp_path / "plan.json", task()
+    file.write_text(json.dumps(to_tree(saved_plan(asked, offline_plan(asked).plan))))
+    read_plan(file, asked)
+    with pytest.raises(ConfigError, match=message):
+        read_plan(file, task(**change))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tree: tree.pop("modules"), "damaged plan"),
+        (lambda tree: tree.update(version=9), "plan version 9, only 1 is read"),
+        (lambda tree: tree.update(format="x"), "not a sharding plan"),
+        (
+            lambda tree: tree["modules"]["g"]["g__item"]["shards"].pop(),
+            "shards of table g__item are not the whole",
+        ),
+        (lambda tree: tree["modules"]["g"].pop("g__small"), "does not place table g__small"),
+        (lambda tree: tree["modules"]["g"]["g__item"]["ranks"].append(16), "shards of table g__item"),
+        (lambda tree: tree.update(modules={"other": tree["modules"]["g"]}), "does not place table"),
+    ],
+)
+def test_a_damaged_plan_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    asked, file = task(), tmp_path / "plan.json"
+    tree = json.loads(json.dumps(to_tree(saved_plan(asked, offline_plan(asked).plan))))
+    damage(tree)
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=message):
+        read_plan(file, asked)
+
+
+def test_sizes_are_decimal_or_binary() -> None:
+    assert parse_size("141GB", "--hbm") == 141 * GB and parse_size("1.5 TiB", "--ddr") == 3 * 2**39
+    with pytest.raises(ConfigError, match="--ddr 12: write a number and a unit"):
+        parse_size("12", "--ddr")
+    assert spans([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory.mktemp("plan") / "log", seed=1, users=40)
+
+
+def words(log: Path, **more: Any) -> list[str]:
+    settings = {**SETTINGS, "data.log": str(log), **{k.replace("__", "."): v for k, v in more.items()}}
+    return ["--config", "configs/dare.toml", *overrides(settings)]
+
+
+def test_the_print_of_two_billion_rows_in_both_groups(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    billions = words(
+        log, tables__item_id__rows=ITEMS, groups__attention__dim=16, groups__representation__dim=64
+    )
+    sizes = ["--world-size", "16", "--local-world-size", "8", "--hbm", "141GB", "--ddr", "1TB"]
+    sizes += ["--behaviors-per-step", "50000"]
+    rule = ["--set", 'plan.tables.representation__item_id.sharding=["row_wise"]']
+    out = tmp_path / "plan.json"
+    assert main(["plan", *billions, *sizes, *rule, "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if not line.startswith("plan written")]
+    assert max(map(len, lines)) <= 110, max(lines, key=len)
+    item = next(line for line in lines if line.startswith("representation__item_id "))
+    assert item.split()[1:] == [
+        "2,000,000,000",
+        "64",
+        "512.0",
+        "GB",
+        "row_wise",
+        "fused",
+        "125,000,000",
+        "0-15",
+    ]
+    assert "(as given)" in shown and "optimizer state 16.0 GB" in shown
+    assert (
+        "warning: representation__item_id (2,000,000,000 rows) is row-wise through bags on 16 ranks" in shown
+    )
+    # Bags: each of 16 ranks sends 15/16 of a [B, 64] block, both ways; see embeddings/exchange.py.
+    bags = 50_000 + 24
+    sent = 15 * bags * 64 * 4 * 2 / 1e6
+    by_table = next(line for line in reversed(lines) if line.startswith("representation__item_id "))
+    assert by_table.split()[1] == "bag" and not out.read_text().startswith("[")
+    # `selected` asks for at most K = 4 behaviors a candidate.
+    assert by_table.split()[2] == f"{4 * 24 + 24:,}" and sent > 380
+    assert json.loads(out.read_text())["tables"]["representation__item_id"] == [ITEMS, 64, 4]
+
+
+def test_what_would_make_it_fit_is_tried_and_named(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    billions = words(
+        log, tables__item_id__rows=ITEMS, groups__attention__dim=4, groups__representation__dim=64
+    )
+    sizes = ["--world-size", "16", "--local-world-size", "8", "--ddr", "1TB", "--hbm", "30GB"]
+    assert main(["plan", *billions, *sizes]) == 2
+    shown = capsys.readouterr()
+    error = shown.err.strip()
+    assert "\n" not in error and "table representation__item_id does not fit" in error
+    assert "takes 32.5 GB, a rank has 25.5 GB for tables, 7.0 GB missing" in error
+    named = [line.strip() for line in shown.out.split("(each tried):")[1].splitlines() if line]
+    assert [line.split()[0] for line in named] == [
+        "groups.representation.dim", "--world-size", "--hbm", "plan.allow_unified_memory",
+    ]  # fmt: skip
+    # What it names does make it fit, and no width of the next step up would.
+    narrow = int(named[0].split()[-1])
+    assert main(["plan", *billions, *sizes, "--set", f"groups.representation.dim={narrow}"]) == 0
+    assert main(["plan", *billions, *sizes, "--set", f"groups.representation.dim={narrow + 8}"]) == 2
+
+
+def test_a_table_that_may_lie_on_one_rank_only_is_told_to_spread(
+    log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    billions = words(
+        log, tables__item_id__rows=ITEMS, groups__attention__dim=4, groups__representation__dim=64
+    )
+    rule = ["--set", 'plan.tables.representation__item_id.sharding=["table_wise"]']
+    sizes = ["--world-size", "16", "--local-world-size", "8", "--ddr", "1TB", "--hbm", "100GB"]
+    assert main(["plan", *billions, *rule, *sizes]) == 2
+    assert 'plan.tables.representation__item_id.sharding = ["row_wise"]' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--world-size", "12", "--local-world-size", "8"], "no multiple of --local-world-size"),
+        (["--world-size", "8", "--device", "cuda"], "--device cuda needs --hbm"),
+        (["--world-size", "8", "--device", "tpu"], "give cpu or cuda"),
+    ],
+)
+def test_wrong_clusters(log: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words(log), *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_training_by_a_saved_plan_changes_nothing_and_checkpoints_keep_it(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    placed = words(log, train__max_steps=4)
+    assert main(["plan", *placed, "--world-size", "2", "--ddr", "16GB", "--json", str(out)]) == 0
+    tree = json.loads(out.read_text())
+    free, held = tmp_path / "free", tmp_path / "held"
+    for run, more in ((free, []), (held, ["--plan", str(out)])):
+        done = tandemrec("train", *placed, "--out", str(run), *more, ranks=2)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "sharding plan for 2 rank(s)" in done.stdout
+    assert losses(free) == losses(held) and len(losses(held)) == 4
+    state = json.loads((held / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert state["plan"] == tree and state["config"]["plan"]["file"] == str(out)
+    # Evaluating on one rank does not ask for the plan of two; training on one does.
+    assert main(["evaluate", "--run", str(held)]) == 0
+    capsys.readouterr()
+    assert main(["train", *placed, "--out", str(tmp_path / "one"), "--plan", str(out)]) == 2
+    assert "made for world_size 2, this run has 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lookup", ["full", "selected"])
+def test_lookups_are_the_bags_that_the_model_asks_for(log: Path, lookup: str) -> None:
+    """The estimate of a step against the bags of real lookups."""
+    settings = {**SETTINGS, "data.log": str(log), "model.lookup": lookup, "data.batch_candidates": 10**6}
+    config = load_config(Path("configs/dare.toml"), [f"{k}={json.dumps(v)}" for k, v in settings.items()])
+    manifest = read_manifest(log)
+    model, groups = build_trainable(config, manifest, torch.device("cpu"))
+    asked: dict[str, int] = {}
+    for name, collection in model.collections.items():
+        collection.register_forward_pre_hook(
+            lambda _, inputs, name=name: asked.update({name: inputs[0].stride()})
+        )
+    step = next(iter(SequenceLogReader(config.data, "train", None).steps()))
+    model(step.batch)
+    data = config.data.model_copy(update={"batch_candidates": step.batch.candidates})
+    size = step_size(data, manifest)
+    assert (size.behaviors, size.candidates) == (step.batch.behaviors, step.batch.candidates)
+    assert size.requests == step.batch.requests
+    said = lookups(config, groups, manifest, size, lookup)
+    assert said["attention__item_id"].bags == asked["attention"]
+    # What candidates keep in common makes the estimate an upper bound.
+    bound = said["representation__item_id"].bags
+    assert asked["representation"] == bound if lookup == "full" else asked["representation"] <= bound
+    kept = min(size.behaviors, 4 * size.candidates)
+    assert bound == size.candidates + (size.behaviors if lookup == "full" else kept)
