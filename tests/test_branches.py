@@ -197,7 +197,10 @@ def test_eta_codes_follow_every_update_of_the_tables(log: Path) -> None:
     assert torch.equal(fresh.search(batch)["main"].index, after.index)
     assert not torch.equal(before.index, after.index)
 
-    vectors, search = model._lookup(["shared"], batch.features)["shared"].detach(), model.branches["main"].search
+    vectors, search = (
+        model._lookup(["shared"], batch.features)["shared"].detach(),
+        model.branches["main"].search,
+    )
     assert isinstance(search, HammingSearch)
     assert {name for name, _ in search.named_buffers()} == {"planes"}
     bits = (vectors @ search.planes > 0).long()

@@ -158,12 +158,12 @@ class TrainConfig(Settings):
             clipped and their gradients are not in the norm.
         warmup_steps: linear warm-up of all learning rates.
         decay: `linear` or `cosine` lets all learning rates fall to a thousandth at the last step.
-        tables: another warm-up or decay for the tables' learning rates, which are groups.<name>.learning_rate.
+        tables: another warm-up or decay for the tables' rates, which are groups.<name>.learning_rate.
         precision: of everything dense in training: `bf16` multiplies in bfloat16; weights, looked-up vectors
             and the loss stay fp32. Evaluation is always fp32.
-        pipeline: TorchRec's train pipeline: `none`, `sparse_dist` (copies the next batch and exchanges its ids
-            meanwhile), `prefetch` (fills the tables' caches meanwhile too; CUDA only). `auto`: `sparse_dist` on
-            CUDA, `none` on a CPU, which has nothing to overlap. Losses are the same.
+        pipeline: TorchRec's train pipeline: `none`, `sparse_dist` (copies later batches and exchanges their
+            ids meanwhile), `prefetch` (fills the tables' caches meanwhile too; CUDA only). `auto`:
+            `sparse_dist` on CUDA, `none` on a CPU, which has nothing to overlap. Losses are the same.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: steps between two validations; 0 = only at the end.
     """
@@ -187,10 +187,10 @@ class TrainConfig(Settings):
     def _nothing_is_ignored(self) -> TrainConfig:
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(
-                f"train.weight_decay = {self.weight_decay} is for adamw: set train.optimizer = \"adamw\""
+                f'train.weight_decay = {self.weight_decay} is for adamw: set train.optimizer = "adamw"'
             )
         if self.optimizer == "adamw" and not self.weight_decay:
-            raise ValueError("train.optimizer = \"adamw\" without train.weight_decay is adam: say which")
+            raise ValueError('train.optimizer = "adamw" without train.weight_decay is adam: say which')
         return self
 
 

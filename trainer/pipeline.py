@@ -49,7 +49,9 @@ class Pipeline:
         device: of this rank.
     """
 
-    def __init__(self, kind: str, model: DistributedModelParallel, step: TrainStep, device: torch.device) -> None:
+    def __init__(
+        self, kind: str, model: DistributedModelParallel, step: TrainStep, device: torch.device
+    ) -> None:
         self.kind, self._step, self._device = kind_for(kind, device), step, device
         self._ahead: deque[Step] = deque()
         self._number = 0
@@ -96,7 +98,7 @@ class Pipeline:
         try:
             yield
         finally:
-            # The ids of the next batch have been exchanged already: only the forward passes are replaced again.
+            # The next batch's ids have been exchanged already: only forward passes are replaced again.
             self._inner.attach(sparse_dist=False)
 
     def _read(self, steps: Iterable[Step]) -> Iterator[RequestBatch]:

@@ -77,9 +77,7 @@ class BlockLimits:
     behaviors: int
 
 
-def cut_blocks(
-    plan: PlanRows, owner: int, rows: Decoder, limits: BlockLimits
-) -> list[Block]:
+def cut_blocks(plan: PlanRows, owner: int, rows: Decoder, limits: BlockLimits) -> list[Block]:
     """All requests of a row group as blocks, in stored order; requests without candidates are left out."""
     if not plan.history_end.size:
         return []
