@@ -103,8 +103,9 @@ class Guard:
         if lines:
             more = f"; and {len(lines) - _SHOWN} more ranks" if len(lines) > _SHOWN else ""
             raise DataError(
-                f"step {number} is not finite on {'; '.join(lines[:_SHOWN])}{more}. No weight was changed "
-                "and nothing saved; look at labels, weights and numbers of the batch, or lower the learning rates"
+                f"step {number} is not finite on {'; '.join(lines[:_SHOWN])}{more}. No weight was "
+                "changed and nothing saved; look at labels, weights and numbers of the batch, or lower the "
+                "learning rates"
             )
 
     def _keep(self, number: int, step: Step, problems: Sequence[str]) -> str:
