@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from embeddings.errors import ConfigError
+from tests.launching import SETTINGS, overrides, tandemrec
+from tests.logs import small_log
 from trainer.config import TrainConfig, load_config
 from trainer.data.files import RowGroup
 from trainer.data.reader import Cursor, Step
@@ -106,3 +109,16 @@ def test_a_norm_that_overflows_is_no_alarm(tmp_path: Path) -> None:
 def test_sources_are_listed_by_file() -> None:
     places = [RowGroup(Path("b"), 3), RowGroup(Path("a"), 10), RowGroup(Path("b"), 0)]
     assert _listed(places) == "a row group 10; b row groups 0, 3"
+
+
+def test_bench_step_leaves_its_figures(tmp_path: Path) -> None:
+    small = {"data.log": str(small_log(tmp_path / "log", users=6)), **SETTINGS}
+    report = tmp_path / "step.json"
+    words = ["bench", "step", "--config", str(DARE), "--repeats", "1", "--json", str(report)]
+    done = tandemrec(*words, *overrides(small))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert set(found) >= {"ratios", "rows", "machine", "versions"}
+    assert found["rows"][0]["name"] == "bare TorchRec loop"
+    assert all(row["ms_a_step"] > 0 and row["cpu_ms_a_step"] > 0 for row in found["rows"])
+    assert {"trainer_to_bare", "check_to_no_check", "sparse_dist_to_none"} <= set(found["ratios"])
