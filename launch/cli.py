@@ -270,7 +270,7 @@ def score(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: reader or checkpoint.")],
+    name: Annotated[str, typer.Argument(help="What to measure: reader, step or checkpoint.")],
     config: ConfigFile,
     overrides: Overrides = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of each row.")] = 5,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import resource
 import statistics
 import time
@@ -16,12 +14,13 @@ import torch
 
 from embeddings.sharding import initialise_unsharded
 from pipelines.bench_checkpoint import bench_checkpoint
+from pipelines.bench_report import write_report
+from pipelines.bench_step import bench_step
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_trainable, feature_rows
 from trainer.config import Config, DataConfig, load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
-from trainer.durable import write_text
 from trainer.loss import loss_sum
 from trainer.run import versions
 
@@ -80,7 +79,7 @@ def bench_reader(config: Path, overrides: Sequence[str], repeats: int, report: P
     }
     _print(rows, ratios, facts, repeats)
     if report is not None:
-        write_text(report, json.dumps(_report(rows, ratios, facts), indent=1))
+        write_report(report, rows, ratios, facts)
 
 
 def _peak_mb() -> float:
@@ -184,15 +183,4 @@ def _print(
     print("; ".join(f"{name} {version}" for name, version in versions().items()))
 
 
-def _report(rows: Sequence[Row], ratios: Mapping[str, float], facts: Mapping[str, float]) -> dict[str, Any]:
-    machine = {"platform": platform.platform(), "processor": platform.processor() or platform.machine()}
-    return {
-        "ratios": dict(ratios),
-        "rows": list(rows),
-        "facts": dict(facts),
-        "machine": machine,
-        "versions": versions(),
-    }
-
-
-BENCHES = {"reader": bench_reader, "checkpoint": bench_checkpoint}
+BENCHES = {"reader": bench_reader, "step": bench_step, "checkpoint": bench_checkpoint}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import shutil
 import statistics
 import tempfile
@@ -16,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch.distributed.checkpoint as dcp
 
+from pipelines.bench_report import write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer import checkpoint
 from trainer.assemble import build_sharded, resolve_groups
 from trainer.config import Config, TableConfig, load_config
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import process_group
-from trainer.durable import sync, write_text
+from trainer.durable import sync
 from trainer.hashed_writer import HashedWriter
 from trainer.run import versions
 from trainer.saver import Saver
@@ -57,10 +56,7 @@ def bench_checkpoint(config: Path, overrides: Sequence[str], repeats: int, repor
         print(f"{name}: {value:.3f}")
     print("; ".join(f"{name} {version}" for name, version in versions().items()))
     if report is not None:
-        machine = {"platform": platform.platform(), "processor": platform.processor() or platform.machine()}
-        facts = {"bytes": size, "repeats": repeats}
-        tree = {"ratios": ratios, "rows": rows, "facts": facts, "machine": machine, "versions": versions()}
-        write_text(report, json.dumps(tree, indent=1))
+        write_report(report, rows, ratios, {"bytes": size, "repeats": repeats})
 
 
 def _sized(settings: Config, manifest: LogManifest) -> Config:

@@ -1,7 +1,7 @@
 """The trainer's configuration: one TOML file, frozen once read, checked once at the start.
 
-Sections: data, model, groups.<name>, tables.<feature>, train, comms, checkpoint, plan. The resolved config travels
-with every run, checkpoint and snapshot as data.
+Sections: data, model, groups.<name>, tables.<feature>, train, comms, checkpoint, plan. The resolved config
+travels with every run, checkpoint and snapshot as data.
 """
 
 from __future__ import annotations
@@ -203,12 +203,12 @@ class TrainConfig(Settings):
             clipped and their gradients are not in the norm.
         warmup_steps: linear warm-up of all learning rates.
         decay: `linear` or `cosine` lets all learning rates fall to a thousandth at the last step.
-        tables: another warm-up or decay for the tables' learning rates, which are groups.<name>.learning_rate.
+        tables: another warm-up or decay for the tables' rates, which are groups.<name>.learning_rate.
         precision: of everything dense in training: `bf16` multiplies in bfloat16; weights, looked-up vectors
             and the loss stay fp32. Evaluation is always fp32.
-        pipeline: TorchRec's train pipeline: `none`, `sparse_dist` (copies the next batch and exchanges its ids
-            meanwhile), `prefetch` (fills the tables' caches meanwhile too; CUDA only). `auto`: `sparse_dist` on
-            CUDA, `none` on a CPU, which has nothing to overlap. Losses are the same.
+        pipeline: TorchRec's train pipeline: `none`, `sparse_dist` (copies later batches and exchanges their
+            ids meanwhile), `prefetch` (fills the tables' caches meanwhile too; CUDA only). `auto`:
+            `sparse_dist` on CUDA, `none` on a CPU, which has nothing to overlap. Losses are the same.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: steps between two validations; 0 = only at the end.
         init_from: a run, or tables written by `unshard`, whose weights a new run starts with; see
@@ -278,9 +278,6 @@ class CheckpointConfig(Settings):
     timeout_minutes: float = Field(60.0, gt=0)
 
 
-Sharding = Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"]
-
-
 class PlanTableConfig(Settings):
     """One table's own rule, by the name the plan prints (`<group>__<feature>`); empty = as its group.
 
@@ -288,7 +285,7 @@ class PlanTableConfig(Settings):
         sharding: sharding types the planner may use; kernels: compute kernels.
     """
 
-    sharding: tuple[Sharding, ...] = ()
+    sharding: tuple[ShardingName, ...] = ()
     kernels: tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...] = ()
 
 

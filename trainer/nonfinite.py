@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,11 +16,12 @@ from torch.nn.utils import get_total_norm
 from embeddings.errors import DataError
 from trainer.data.files import RowGroup
 from trainer.data.reader import Step
-from trainer.distributed import Ranks, sum_over_ranks
+from trainer.distributed import Ranks, gather_rows, sum_over_ranks
 from trainer.durable import replacing
 from trainer.recorded import pack
 
-_NAMES_SHOWN = 3
+# Names in a message; the batch that is kept says more.
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,15 @@ class Gradients:
 
     def local_problems(self) -> list[str]:
         """What is not finite and comes from this rank's batch alone."""
-        found = [] if _finite(self.loss) else [f"the loss is {float(self.loss)}"]
+        found = [] if _finite(self.loss) else [f"the loss ({float(self.loss)})"]
         bad = [group for group, gradient in self.vectors.items() if not _finite(gradient)]
-        return found + ([f"the gradient of {_some(bad)} is not finite"] if bad else [])
+        return [*found, *(f"the gradient of group {group}" for group in bad)]
 
     def shared_problems(self) -> list[str]:
         """What is not finite in the average over ranks."""
         bad = [_plain(name) for name, gradient in self.dense.items() if not _finite(gradient)]
-        return [f"the gradient of {_some(bad)} is not finite"] if bad else []
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        return [f"the gradient of {', '.join(bad[:_SHOWN])}{more}"] if bad else []
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Guard:
             number, step: which step this is, for the message.
 
         Raises:
-            DataError: something is not finite on some rank; on the ranks that it came from, the message names
-                the files of the batch, which is kept in the folder.
+            DataError: something is not finite on some rank. All ranks raise it; it names the ranks, what is
+                not finite there, and the files of their batches, which are kept in the folder.
         """
         dense = list(found.dense.values())
         norm = get_total_norm(dense) if dense else torch.zeros_like(found.loss)
@@ -83,24 +85,30 @@ class Guard:
 
     def _stop(self, number: int, step: Step, found: Gradients) -> None:
         """Raise on all ranks, or on none where the alarm was false; collective."""
-        mine, shared = found.local_problems(), found.shared_problems()
         bad = torch.zeros(self.ranks.world_size, dtype=torch.int64, device=found.loss.device)
-        bad[self.ranks.rank] = len(mine)
-        whose = [rank for rank, problems in enumerate(sum_over_ranks(bad).tolist()) if problems]
-        if not whose and not shared:
-            return
-        where = f"step {number}, rank {self.ranks.rank}"
-        if whose and not mine:
-            others = ", ".join(map(str, whose))
-            raise DataError(f"{where}: no weight was changed, because of rank {others}; see its message")
-        problems = " and ".join([*mine, *shared])
-        raise DataError(
-            f"{where}: {problems}; no weight was changed and nothing saved. Look at the labels, weights and "
-            f"numbers of its batch, or lower the learning rates. The batch {self._keep(number, step, problems)}"
-            f" and came from {_listed(step.sources)}"
-        )
+        problems = found.local_problems()
+        bad[self.ranks.rank] = len(problems)
+        if not int(sum_over_ranks(bad).sum()):
+            # It shows in the average only, so that any rank's batch may be the cause.
+            problems = found.shared_problems()
+        said = ""
+        if problems:
+            kept = self._keep(number, step, problems)
+            said = (
+                f"rank {self.ranks.rank}: {', '.join(problems)} (its batch {kept} and came from "
+                f"{_listed(step.sources)})\n"
+            )
+        letters = torch.tensor(list(said.encode()), dtype=torch.uint8, device=found.loss.device)
+        lines = [line for line in bytes(gather_rows(letters).tolist()).decode().split("\n") if line]
+        if lines:
+            more = f"; and {len(lines) - _SHOWN} more ranks" if len(lines) > _SHOWN else ""
+            raise DataError(
+                f"step {number} is not finite on {'; '.join(lines[:_SHOWN])}{more}. No weight was "
+                "changed and nothing saved; look at labels, weights and numbers of the batch, or lower the "
+                "learning rates"
+            )
 
-    def _keep(self, number: int, step: Step, problems: str) -> str:
+    def _keep(self, number: int, step: Step, problems: Sequence[str]) -> str:
         """Keep the batch as a safetensors file; returns where it is."""
         rank = f"-rank-{self.ranks.rank}" if self.ranks.world_size > 1 else ""
         path = self.folder / f"nonfinite-step-{number}{rank}.safetensors"
@@ -108,7 +116,7 @@ class Guard:
         facts = {
             "step": number,
             "rank": self.ranks.rank,
-            "problems": problems,
+            "problems": list(problems),
             "counted": step.counted,
             "step_candidates": batch.step_candidates,
             "features": batch.features.keys(),
@@ -130,11 +138,6 @@ def _finite(tensor: Tensor) -> bool:
 def _plain(name: str) -> str:
     """A parameter's name in the model, without the wrappers around it."""
     return name.removeprefix("_dmp_wrapped_module.").removeprefix("module.")
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _listed(places: Iterable[RowGroup]) -> str:

@@ -98,7 +98,7 @@ class Pipeline:
         try:
             yield
         finally:
-            # The ids of the next batch have been exchanged already: only the forward passes are replaced again.
+            # The next batch's ids have been exchanged already: only forward passes are replaced again.
             self._inner.attach(sparse_dist=False)
 
     def _read(self, steps: Iterable[Step]) -> Iterator[RequestBatch]:

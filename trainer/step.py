@@ -1,4 +1,4 @@
-"""One training step: forward, loss, backward to the tables' border, check, backward into the tables, update."""
+"""One training step: forward, loss, backward up to the tables, a check, backward into the tables, update."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from embeddings.errors import DataError
 from trainer.config import Config, TrainConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
@@ -24,19 +25,21 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
 
     def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         if config.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=config.learning_rate)
+            return torch.optim.Adam(parameters, lr=0.0)
         # Biases, scales and slopes are not decayed: zero is nothing they should be drawn to.
         matrices = [parameter for parameter in parameters if parameter.dim() > 1]
         others = [parameter for parameter in parameters if parameter.dim() <= 1]
         groups = [(matrices, config.weight_decay), (others, 0.0)]
         return torch.optim.AdamW(
-            [{"params": chosen, "weight_decay": decay} for chosen, decay in groups if chosen],
-            lr=config.learning_rate,
+            [{"params": chosen, "weight_decay": decay} for chosen, decay in groups if chosen], lr=0.0
         )
 
     dense = KeyedOptimizerWrapper(dense_weights(model), make)
-    # Adam's state is created on the first step; a checkpoint loaded before it would silently miss it.
+    # The state is created by a first step; a checkpoint loaded before it would silently miss it. That step
+    # must not decay any weight, so it is done at rate 0.
     dense.init_state()
+    for group in dense.param_groups:
+        group["lr"] = config.learning_rate
     return CombinedOptimizer([("fused", model.fused_optimizer), ("dense", dense)])
 
 
@@ -88,6 +91,10 @@ class TrainStep:
         shell = model.module
         assert isinstance(shell, TwoStageModel)
         self._lookups, self._dense = shell.lookups, dense_weights(model)
+        # The one thing that a forward pass changes: running statistics of batch normalisation.
+        norms = [module for module in shell.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._statistics = [buffer for module in norms for buffer in module.buffers()]
+        self._statistics_before: list[Tensor] = []
         self._current: tuple[int, Step] | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
@@ -107,6 +114,7 @@ class TrainStep:
         if self._guard is None:
             prediction = self._predict(batch)
         else:
+            self._statistics_before = [buffer.clone() for buffer in self._statistics]
             with self._lookups.cut() as self._cuts:
                 prediction = self._predict(batch)
         total = loss_sum(prediction.logits.float(), batch.labels, batch.weight)
@@ -140,7 +148,12 @@ class TrainStep:
         cuts, self._cuts = self._cuts, []
         dense = {name: weight.grad for name, weight in self._dense.items() if weight.grad is not None}
         found = Gradients(self._loss, {cut.group: cut.gradient() for cut in cuts}, dense)
-        norm = guard.norm(number, step, found)
+        try:
+            norm = guard.norm(number, step, found)
+        except DataError:
+            for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
+                buffer.copy_(before)
+            raise
         if self._config.max_gradient_norm:
             limit = self._config.max_gradient_norm
             torch.nn.utils.clip_grads_with_norm_(list(self._dense.values()), limit, norm)

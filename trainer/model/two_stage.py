@@ -126,7 +126,7 @@ class Pooling(nn.Module):
     def forward(
         self, batch: RequestBatch, found: Found, first: Mapping[str, Tensor], late: Mapping[str, Tensor]
     ) -> Pooled:
-        """`first`: vectors of all behaviors and candidates, and of the context; `late`: of `found.selected`."""
+        """`first`: of all behaviors and candidates, and of the context; `late`: of `found.selected`."""
         branches, parts, rows = found.branches.named(), [], _representation(batch, found, first, late)
         for name, branch in branches.items():
             searched, roles = found.searched[name], branch.roles
