@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from embeddings.errors import ConfigError
 from embeddings.init import FirstWeights
 
 
@@ -48,6 +51,7 @@ class TableGroup:
     Attributes:
         name: the group's name in the config, part of every table's name.
         tables: one per feature, in the order in which their vectors are concatenated.
+        fusion: how these vectors become one: `concat`, or their `sum` (tables of one width).
         optimizer: the fused optimizer of all its rows.
         first: the distribution of the first weights.
         sharding: sharding types the planner may use; empty means the device's default set.
@@ -58,6 +62,12 @@ class TableGroup:
     optimizer: FusedOptimizer = FusedOptimizer()
     first: FirstWeights = field(default_factory=FirstWeights)
     sharding: tuple[str, ...] = ()
+    fusion: Literal["concat", "sum"] = "concat"
+
+    def __post_init__(self) -> None:
+        if self.fusion == "sum" and len({table.dim for table in self.tables}) > 1:
+            dims = ", ".join(f"{table.feature} {table.dim}" for table in self.tables)
+            raise ConfigError(f'groups.{self.name}: fusion = "sum" needs tables of one width, not {dims}')
 
     @property
     def features(self) -> list[str]:
@@ -65,19 +75,27 @@ class TableGroup:
 
     @property
     def width(self) -> int:
-        """Length of the concatenated vector of one bag."""
-        return sum(table.dim for table in self.tables)
+        """Length of the fused vector of one bag."""
+        return sum(self.widths())
 
     def table_name(self, feature: str) -> str:
         """The table's name, unique over all groups."""
         return f"{self.name}__{feature}"
 
     def widths(self) -> tuple[int, ...]:
-        return tuple(table.dim for table in self.tables)
+        """Widths of the parts of the fused vector: each feature's own, or the one that all share."""
+        dims = tuple(table.dim for table in self.tables)
+        return dims[:1] if self.fusion == "sum" else dims
+
+    def fuse(self, vector_BD: Tensor) -> Tensor:
+        """The features' vectors side by side, [B, sum of dims] -> [B, width]."""
+        if self.fusion == "concat":
+            return vector_BD
+        return vector_BD.unflatten(1, (len(self.tables), -1)).sum(1)
 
 
 def bag_collection(group: TableGroup, device: torch.device) -> EmbeddingBagCollection:
-    """Compile a group to an `EmbeddingBagCollection`: KJT of stride B -> KeyedTensor [B, group.width].
+    """Compile a group to an `EmbeddingBagCollection`: KJT of stride B -> KeyedTensor [B, sum of dims].
 
     On the meta device no memory is taken; `embeddings.sharding.shard` then places the rows.
     """
@@ -104,7 +122,8 @@ def table_group(
     optimizer: FusedOptimizer,
     first: FirstWeights,
     sharding: Sequence[str],
+    fusion: Literal["concat", "sum"] = "concat",
 ) -> TableGroup:
     """Build a group from per-feature widths and row counts."""
     tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
-    return TableGroup(name, tables, optimizer, first, tuple(sharding))
+    return TableGroup(name, tables, optimizer, first, tuple(sharding), fusion)

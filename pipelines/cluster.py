@@ -124,7 +124,8 @@ def behavior_vectors(rows: UserRows, loaded: Snapshot) -> np.ndarray[tuple[int, 
     ids = torch.stack([torch.from_numpy(rows.history[name].values.astype(np.int64)) for name in features])
     collection = loaded.model.collections[group]
     assert isinstance(collection, nn.Module)
-    vectors: np.ndarray[tuple[int, int], np.dtype[np.float32]] = vectors_in_order(
-        collection(one_id_bags(features, ids)), features
-    ).numpy()
-    return vectors
+    vectors = vectors_in_order(collection(one_id_bags(features, ids)), features)
+    fused: np.ndarray[tuple[int, int], np.dtype[np.float32]] = (
+        loaded.model.groups[group].fuse(vectors).numpy()
+    )
+    return fused

@@ -67,7 +67,7 @@ class TwoStageModel(nn.Module):
         super().__init__()
         self.config, self.numbers, self.history_length = config, numbers, around.history_length
         groups = around.groups
-        self.features = {name: group.features for name, group in groups.items()}
+        self.groups = dict(groups)
         self.collections = nn.ModuleDict(collections)
         branches = config.all_branches()
         self.branches = nn.ModuleDict({name: Branch(branch, around) for name, branch in branches.items()})
@@ -98,7 +98,12 @@ class TwoStageModel(nn.Module):
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Kept]:
         """Stage one alone: what each branch keeps of the batch."""
-        return {name: found.kept for name, found in self._stage_one(batch)[0].items()}
+        return {name: found.kept for name, found in self.searched(batch).items()}
+
+    @torch.no_grad()
+    def searched(self, batch: RequestBatch) -> dict[str, Searched]:
+        """The same, with the windows that each branch searched and the vectors it scored."""
+        return self._stage_one(batch)[0]
 
     def _branches(self) -> dict[str, Branch]:
         return {name: branch for name, branch in self.branches.items() if isinstance(branch, Branch)}
@@ -146,8 +151,9 @@ class TwoStageModel(nn.Module):
 
     def _lookup(self, group: str, bags: KeyedJaggedTensor) -> Tensor:
         """-> [stride of the bags, width of the group]."""
-        features = self.features[group]
-        return vectors_in_order(self.collections[group](select_keys(bags, features)), features)
+        features = self.groups[group].features
+        vectors = vectors_in_order(self.collections[group](select_keys(bags, features)), features)
+        return self.groups[group].fuse(vectors)
 
     def _representation(
         self, batch: RequestBatch, searched: Mapping[str, Searched], vectors: Mapping[str, Tensor]
