@@ -91,7 +91,8 @@ class TableGroup:
         """The features' vectors side by side, [B, sum of dims] -> [B, width]."""
         if self.fusion == "concat":
             return vector_BD
-        return vector_BD.unflatten(1, (len(self.tables), -1)).sum(1)
+        fused: Tensor = vector_BD.unflatten(1, (len(self.tables), -1)).sum(1)
+        return fused
 
 
 def bag_collection(group: TableGroup, device: torch.device) -> EmbeddingBagCollection:
