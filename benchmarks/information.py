@@ -97,18 +97,23 @@ class Truth:
         return np.where(window >= 0, gain, 0.0).astype(np.float64)
 
 
-def count_truth(split: Shown, rows: int, pooled: bool = False) -> Truth:
-    """Count all 2 x 2 tables of a split. With `pooled`, places of a bin count as as many observations."""
-    bins = places(split.window.shape[1], pooled)
-    gain = np.zeros((rows, rows, int(bins[-1]) + 1), dtype=np.float32)
+def count_truths(split: Shown, rows: int) -> dict[str, Truth]:
+    """Count all 2 x 2 tables of a split, of `exact` places, and of places `pooled` to powers of two.
+
+    Each place of a bin is an observation of its own.
+    """
+    length = split.window.shape[1]
+    bins = {name: places(length, name == "pooled") for name in ("exact", "pooled")}
+    gains = {n: np.zeros((rows, rows, int(each[-1]) + 1), dtype=np.float32) for n, each in bins.items()}
     total = np.zeros(rows, dtype=np.int64)
     for target, chosen in _by_target(split, rows):
-        window = split.window[split.request[chosen]].astype(np.int64)
-        shown, clicked = split.shown[chosen], split.clicked[chosen]
-        seen = [_present(window, bins, weight, rows) for weight in (shown, clicked)]
-        gain[target] = table_information(seen[1], seen[0] - seen[1], *_totals(seen))
-        total[target] = shown.sum()
-    return Truth(gain, bins, total)
+        total[target] = split.shown[chosen].sum()
+        counts = [_present(split, chosen, weight[chosen], rows) for weight in (split.shown, split.clicked)]
+        for name, each in bins.items():
+            starts = np.searchsorted(each, np.arange(int(each[-1]) + 1))
+            seen = [np.add.reduceat(count, starts, axis=1) for count in counts]
+            gains[name][target] = table_information(seen[1], seen[0] - seen[1], *_totals(seen))
+    return {name: Truth(gain, bins[name], total) for name, gain in gains.items()}
 
 
 def _by_target(split: Shown, rows: int) -> Iterator[tuple[int, Ints]]:
@@ -119,13 +124,15 @@ def _by_target(split: Shown, rows: int) -> Iterator[tuple[int, Ints]]:
             yield target, order[bounds[target] : bounds[target + 1]]
 
 
-def _present(window: Ints, bins: Ints, weight: Ints, rows: int) -> Floats:
-    """How often each category is in each bin of `window` [S, L], counted `weight` [S] times: [rows, bins]."""
-    count = int(bins[-1]) + 1
-    place = np.where(window >= 0, window * count + bins[None, :], rows * count)
+def _present(split: Shown, chosen: Ints, weight: Ints, rows: int) -> Floats:
+    """How often each category is at each place of the chosen windows, counted `weight` times: [rows, L]."""
+    chosen, weight = chosen[weight > 0], weight[weight > 0]
+    window = split.window[split.request[chosen]].astype(np.int64)
+    length = window.shape[1]
+    place = np.where(window >= 0, window * length + np.arange(length), rows * length)
     weights = np.broadcast_to(weight[:, None], place.shape).reshape(-1)
-    found = np.bincount(place.reshape(-1), weights=weights, minlength=rows * count + 1)
-    return np.asarray(found[:-1].reshape(rows, count))
+    found = np.bincount(place.reshape(-1), weights=weights, minlength=rows * length + 1)
+    return np.asarray(found[:-1].reshape(rows, length))
 
 
 def _totals(seen: list[Floats]) -> tuple[Floats, Floats]:

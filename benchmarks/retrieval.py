@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from scipy.stats import rankdata
 
-from benchmarks.information import Floats, Ints, Shown, Truth, count_truth, read_shown, window_ids
+from benchmarks.information import Floats, Ints, Shown, Truth, count_truths, read_shown, window_ids
 from benchmarks.models import spread
 from trainer.config import Config, DataConfig
 from trainer.data.batch import RequestBatch
@@ -140,9 +140,12 @@ def _spearman(score: Floats, gain: Floats, real: Bools) -> Floats:
 
 
 def measure_run(
-    folder: Path, truths: Mapping[str, Truth], feature: str, every: int
+    folder: Path, truths: Mapping[str, Truth], feature: str, every: int, beside: bool
 ) -> tuple[dict[str, dict[str, list[Quality]]], int]:
-    """(search -> truth -> qualities of the batches, candidates counted) of a run on the test split."""
+    """(search -> truth -> qualities of the batches, candidates counted) of a run on the test split.
+
+    Its own search is named "", and with `beside` come the references.
+    """
     from pipelines.train import open_split
     from trainer.distributed import process_group
     from trainer.restore import restore
@@ -160,7 +163,7 @@ def measure_run(
                     continue
                 seen = popular(ranked(model, step.batch, feature), truths["exact"])
                 counted += seen.target.size
-                for name, found in {"": seen, **references(seen, rng)}.items():
+                for name, found in {"": seen, **(references(seen, rng) if beside else {})}.items():
                     for place, truth in truths.items():
                         part = quality(found, truth.of(found.target, found.window))
                         measured.setdefault(name, {}).setdefault(place, []).append(part)
@@ -224,17 +227,16 @@ def main() -> None:
             f"{given.category} has {rows:,} ids; all pairs are counted, so take one of {MOST_ROWS:,}"
         )
     split = read_training(configs[0], given.category, rows)
-    truths = {"exact": count_truth(split, rows), "pooled": count_truth(split, rows, pooled=True)}
+    truths = count_truths(split, rows)
     print(f"counted {int(split.shown.sum()):,} candidates", flush=True)
     runs: dict[str, list[dict[str, dict[str, float]]]] = {}
-    beside: dict[str, list[dict[str, dict[str, float]]]] = {}
     for run in given.run:
-        measured, counted = measure_run(run, truths, given.category, given.every)
+        measured, counted = measure_run(run, truths, given.category, given.every, beside=not runs)
         for name, found in measured.items():
-            to = beside if name else runs
-            to.setdefault(name or label_of(run), []).append({t: means(p) for t, p in found.items()})
+            seeds = runs.setdefault(name or label_of(run), [])
+            seeds.append({truth: means(parts) for truth, parts in found.items()})
         print(f"{run.name}: NDCG {runs[label_of(run)][-1]['exact']['ndcg']:.4f}, {counted:,}", flush=True)
-    table = lines_of({**runs, **{name: seeds[:1] for name, seeds in beside.items()}}, configs[0].model.k)
+    table = lines_of(runs, configs[0].model.k)
     shown = f"    python -m benchmarks.retrieval {shlex.join(sys.argv[1:])}"
     text = [*table, "", f"{counted:,} test candidates a run.", "", shown]
     given.out.write_text("\n".join(["# Retrieval", "", *text]) + "\n", encoding="utf-8")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.information import count_truth, places, read_shown
+from benchmarks.information import count_truths, places, read_shown
+from benchmarks.planted.kept import kept_behaviors
 from benchmarks.retrieval import Ranked, quality, ranked, references
 from tests.logs import FEATURES
 from tests.models import batch_of, model_of, preset, small_log
@@ -53,7 +54,8 @@ def test_the_truth_is_that_of_counting_one_candidate_at_a_time(log: Path, pooled
             for place, held in enumerate(window):
                 present[target, held, int(bins[place]), clicked] += 1
                 total[target, int(bins[place]), clicked] += 1
-    truth = count_truth(read_shown(reader(log), FEATURE, LENGTH, ROWS), ROWS, pooled)
+    truths = count_truths(read_shown(reader(log), FEATURE, LENGTH, ROWS), ROWS)
+    truth = truths["pooled" if pooled else "exact"]
     assert dict(shown) == {t: n for t, n in enumerate(truth.shown.tolist()) if n}
     assert truth.gain.shape == (ROWS, ROWS, bins[-1] + 1)
     for target, held, place in {key[:3] for key in present}:
@@ -121,3 +123,19 @@ def test_references_know_places_and_categories_alone() -> None:
     assert found["same category, newest first"].order.tolist() == [[0, 2]]
     drawn = [references(seen, np.random.default_rng(i))["random"].order[0].tolist() for i in range(40)]
     assert {place for order in drawn for place in order} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("name", "most"), [("td_sasrec", 4), ("sdim", LENGTH), ("dare", 4), ("dsi_tin", 8)])
+def test_kept_behaviors_are_those_of_each_candidates_window(log: Path, name: str, most: int) -> None:
+    """Searches keep at most K a branch; models without one, all that they look at."""
+    more = ["model.branches.content.k=4"] if name == "dsi_tin" else []
+    config = preset(name, log, *more)
+    model, batch = model_of(config).eval(), batch_of(config)
+    index, mask = (part.numpy() for part in kept_behaviors(model, batch))
+    request = batch.candidate_request
+    start, end = (part[request].numpy() for part in (batch.window_start, batch.window_end))
+    assert index.shape == mask.shape and index.shape[0] == batch.candidates
+    assert ((index >= start[:, None]) & (index < end[:, None]))[mask].all()
+    assert (
+        mask.sum(axis=1) == np.minimum(end - start, most if most != 8 else 4) * (2 if most == 8 else 1)
+    ).all()
