@@ -86,4 +86,4 @@ def weight_name(group: TableGroup, feature: str) -> str:
 def side_by_side(found: Mapping[str, JaggedTensor], group: TableGroup) -> KeyedTensor:
     """Vectors of single ids, one jagged tensor a feature -> KeyedTensor [B, group.width], float32."""
     values = torch.cat([found[feature].values() for feature in group.features], dim=1)
-    return KeyedTensor(group.features, list(group.widths()), values.float())
+    return KeyedTensor(group.features, [table.dim for table in group.tables], values.float())

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from torch import Tensor
+
+from embeddings.errors import ConfigError
 from embeddings.init import FirstWeights
 
 
@@ -57,6 +61,7 @@ class TableGroup:
     Attributes:
         name: the group's name in the config, part of every table's name.
         tables: one per feature, in the order in which their vectors are concatenated.
+        fusion: how these vectors become one: `concat`, or their `sum` (tables of one width).
         optimizer: the fused optimizer of all its rows.
         first: the distribution of the first weights.
         sharding: sharding types the planner may use; empty means the device's default set.
@@ -71,6 +76,12 @@ class TableGroup:
     sharding: tuple[str, ...] = ()
     kind: str = "bag"
     dtype: str = "fp32"
+    fusion: Literal["concat", "sum"] = "concat"
+
+    def __post_init__(self) -> None:
+        if self.fusion == "sum" and len({table.dim for table in self.tables}) > 1:
+            dims = ", ".join(f"{table.feature} {table.dim}" for table in self.tables)
+            raise ConfigError(f'groups.{self.name}: fusion = "sum" needs tables of one width, not {dims}')
 
     @property
     def features(self) -> list[str]:
@@ -78,15 +89,24 @@ class TableGroup:
 
     @property
     def width(self) -> int:
-        """Length of the concatenated vector of one bag."""
-        return sum(table.dim for table in self.tables)
+        """Length of the fused vector of one bag."""
+        return sum(self.widths())
 
     def table_name(self, feature: str) -> str:
         """The table's name, unique over all groups."""
         return f"{self.name}__{feature}"
 
     def widths(self) -> tuple[int, ...]:
-        return tuple(table.dim for table in self.tables)
+        """Widths of the parts of the fused vector: each feature's own, or the one that all share."""
+        dims = tuple(table.dim for table in self.tables)
+        return dims[:1] if self.fusion == "sum" else dims
+
+    def fuse(self, vector_BD: Tensor) -> Tensor:
+        """The features' vectors side by side, [B, sum of dims] -> [B, width]."""
+        if self.fusion == "concat":
+            return vector_BD
+        fused: Tensor = vector_BD.unflatten(1, (len(self.tables), -1)).sum(1)
+        return fused
 
 
 def table_group(
@@ -99,7 +119,8 @@ def table_group(
     sharding: Sequence[str],
     kind: str = "bag",
     dtype: str = "fp32",
+    fusion: Literal["concat", "sum"] = "concat",
 ) -> TableGroup:
     """Build a group from per-feature widths and row counts."""
     tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
-    return TableGroup(name, tables, optimizer, first, tuple(sharding), kind, dtype)
+    return TableGroup(name, tables, optimizer, first, tuple(sharding), kind, dtype, fusion)

@@ -32,7 +32,7 @@ class PlainBagCollection(nn.Module):
                 self.register_buffer(name, weights[name], persistent=False)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """KJT of stride B -> KeyedTensor whose values are [B, group.width]."""
+        """KJT of stride B -> KeyedTensor whose values are [B, sum of dims]."""
         pooled = []
         for table in self.group.tables:
             bag = features[table.feature]
@@ -46,4 +46,5 @@ class PlainBagCollection(nn.Module):
                     include_last_offset=True,
                 )
             )
-        return KeyedTensor(self.group.features, list(self.group.widths()), torch.cat(pooled, dim=1))
+        dims = [table.dim for table in self.group.tables]
+        return KeyedTensor(self.group.features, dims, torch.cat(pooled, dim=1))

@@ -80,7 +80,7 @@ def synth(
     kind: Annotated[
         str,
         typer.Option(
-            "--kind", help="relevance, xor, profiles, interference, decoupled or far: what is planted."
+            "--kind", help="relevance, xor, profiles, interference, decoupled, far, pair or opposite."
         ),
     ] = "relevance",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random draw.")] = 7,

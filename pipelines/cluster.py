@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from embeddings.errors import DataError, SnapshotError
-from embeddings.jagged import one_id_bags, vectors_in_order
+from embeddings.jagged import one_id_bags
 from pipelines.console import quiet_third_parties
 from trainer.data.clusters import Clustered, ClusterInfo, cluster_history
 from trainer.data.log_writer import staged, write_manifest, write_split
@@ -124,7 +124,6 @@ def behavior_vectors(rows: UserRows, loaded: Snapshot) -> np.ndarray[tuple[int, 
     ids = torch.stack([torch.from_numpy(rows.history[name].values.astype(np.int64)) for name in features])
     collection = loaded.model.collections[group]
     assert isinstance(collection, nn.Module)
-    vectors: np.ndarray[tuple[int, int], np.dtype[np.float32]] = vectors_in_order(
-        collection(one_id_bags(features, ids)), features
-    ).numpy()
-    return vectors
+    vectors = loaded.model.lookups({group: collection(one_id_bags(features, ids))})[group]
+    array: np.ndarray[tuple[int, int], np.dtype[np.float32]] = vectors.numpy()
+    return array

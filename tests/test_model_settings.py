@@ -269,6 +269,19 @@ CONTEXT = {"roles": {"context": "request"}}
             "groups.attention.dim gives a width for 'action', which is no feature of the group",
         ),
         (
+            {},
+            {
+                "attention": {"dim": dict.fromkeys(ROWS, 4) | {"action": 8}, "fusion": "sum"},
+                "representation": {},
+            },
+            'groups.attention: fusion = "sum" needs tables of one width, not item_id 4, .*, action 8',
+        ),
+        (
+            {"attend": ["item_id"]},
+            {"attention": {"fusion": "sum"}, "representation": {}},
+            "model.attend: group attention sums its features .* give the attended ones a group of their own",
+        ),
+        (
             {"roles": {"representation_behavior": "attention"}},
             {"attention": {"dim": 8}, "representation": {"dim": 16}},
             r"representation_target \(representation\) and representation_behavior \(attention\) need tables "

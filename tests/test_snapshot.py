@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log, a run trained on two ranks, its test scores, and a snapshot of it."""
     folder = tmp_path_factory.mktemp("snapshot")
     small_log(folder / "log", seed=4, users=30)
-    train(folder / "log", folder / "run", ranks=2, train__max_steps=8)
+    train(folder / "log", folder / "run", ranks=2, train__max_steps=8, groups__attention__fusion="sum")
     for words in (
         ["evaluate", "--run", str(folder / "run"), "--split", "test"],
         ["export", "--run", str(folder / "run"), "--out", str(folder / "snapshot")],
@@ -185,6 +185,7 @@ HOSTILE = {
     "dim": lambda m: m["groups"]["attention"][0].update(dim=8),
     "tasks": lambda m: m.update(tasks=["a", "b"]),
     "weights": lambda m: m["config"]["model"].update(weights="x"),
+    "fusion": lambda m: m["config"]["groups"]["representation"].update(fusion="sum"),
 }
 
 

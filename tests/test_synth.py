@@ -14,7 +14,7 @@ from embeddings.errors import DataError
 from launch.cli import main
 from pipelines.synth import TRUTH, synth
 from trainer.config import DataConfig, SearchConfig
-from trainer.data.planted import fields, relevance, temporal
+from trainer.data.planted import fields, orders, relevance, temporal
 from trainer.data.planted.kinds import KINDS
 from trainer.data.planted.log import Ints, PlantedLog
 from trainer.data.reader import SequenceLogReader
@@ -22,7 +22,16 @@ from trainer.data.schema import read_manifest
 from trainer.metrics import auc, logloss
 from trainer.model.time import age_bucket
 
-USERS = {"relevance": 60, "xor": 300, "profiles": 300, "interference": 200, "decoupled": 200, "far": 100}
+USERS = {
+    "relevance": 60,
+    "xor": 300,
+    "profiles": 300,
+    "interference": 200,
+    "decoupled": 200,
+    "far": 100,
+    "pair": 300,
+    "opposite": 300,
+}
 # Where the oracle of a draw of this size may lie: the value of a large draw, give or take three deviations.
 ORACLE = {
     "relevance": (0.95, 0.99),
@@ -31,6 +40,8 @@ ORACLE = {
     "interference": (0.79, 0.89),
     "decoupled": (0.78, 0.90),
     "far": (0.78, 0.90),
+    "pair": (0.87, 0.95),
+    "opposite": (0.82, 0.93),
 }
 
 
@@ -188,6 +199,41 @@ def test_in_decoupled_the_category_selects_and_the_brand_speaks() -> None:
     assert like[relevant].mean() < 0.5 * like[~relevant].mean()
     own = classes[part.candidates["brand_id"]]
     assert abs(p[own > 0].mean() - p[own < 0].mean()) < 4 * p.std() / np.sqrt(p.size / 2)
+
+
+def test_a_pair_says_what_neither_of_its_behaviors_says() -> None:
+    """Labels follow the product of two signs; either sign alone, and the category, leaves them even."""
+    part = orders.pair(4, 600).splits["train"]
+    held, p = part.history, part.probability[:, 0]
+    found = np.zeros((*p.shape, 2))
+    for user, place in np.ndindex(p.shape):
+        for side in (0, 1):
+            kinds = held["kind_id"][user][
+                (held["category_id"][user] == part.candidates["category_id"][user, 0, place])
+                & np.isin(held["kind_id"][user], (1 + 2 * side, 2 + 2 * side))
+            ]
+            assert len(set(kinds.tolist())) <= 1
+            found[user, place, side] = 0 if kinds.size == 0 else (-1, 1)[int(kinds[0]) - 1 - 2 * side]
+    x, y = found[..., 0], found[..., 1]
+    assert p == pytest.approx(1 / (1 + np.exp(-2.5 * x * y)))
+    assert set(part.candidates["kind_id"].reshape(-1).tolist()) == {orders.NO_KIND}
+    for alone in (x, y):
+        assert abs(p[alone > 0].mean() - p[alone < 0].mean()) < 4 * p.std() / np.sqrt(p.size / 4)
+
+
+def test_opposite_goals_prefer_opposite_ends_of_the_history() -> None:
+    part = orders.opposite(4, 300).splits["train"]
+    held, wanted = part.history["category_id"], part.candidates["category_id"][:, 0]
+    goal, p = part.candidates["goal_id"][:, 0], part.probability[:, 0]
+    same = held[:, None] == wanted[..., None]
+    newer = np.arange(orders.OPPOSITE_BEHAVIORS)[::-1]
+    between = np.where(goal[..., None] == 1, newer, newer[::-1])
+    x = (same * np.exp(-between / 10)).sum(axis=2)
+    assert p == pytest.approx(1 / (1 + np.exp(2.5 - 5 * (1 - np.exp(-x)))))
+    newest, oldest = same[..., -10:].sum(axis=2) > 1, same[..., :10].sum(axis=2) > 1
+    assert p[newest & ~oldest & (goal == 1)].mean() > 0.3 + p[newest & ~oldest & (goal == 2)].mean()
+    assert p[oldest & ~newest & (goal == 2)].mean() > 0.3 + p[oldest & ~newest & (goal == 1)].mean()
+    assert (part.history["whole_id"] == 1).all() and (part.candidates["whole_id"] == 1).all()
 
 
 def test_recall_counts_what_a_search_keeps(logs: dict[str, Path]) -> None:

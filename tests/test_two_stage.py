@@ -24,6 +24,7 @@ from trainer.model.two_stage import TwoStageModel
 
 DARE = {"attention": {"dim": 4, "init_scale": 1.0}, "representation": {"dim": 8, "init_scale": 1.0}}
 TWIN = {"shared": {"dim": 4, "init_scale": 1.0}}
+SUMMED = {"dim": 8, "init_scale": 1.0, "fusion": "sum"}
 SHARED_ROLES = dict.fromkeys(
     ("attention_target", "attention_behavior", "representation_target", "representation_behavior"), "shared"
 )
@@ -78,7 +79,7 @@ def one_sample(
             )[0]
             for f in group.features
         ]
-        return torch.cat(rows)
+        return torch.stack(rows).sum(0) if group.fusion == "sum" else torch.cat(rows)
 
     def bucket(i: int) -> int:
         age = float(batch.request_time[r] - batch.behavior_time[i])
@@ -115,6 +116,12 @@ CASES = {
     "twin": (TWIN, SHARED_ROLES, {}),
     "four groups": (FOUR, FOUR_ROLES, {}),
     "k beyond the history": (DARE, None, {"k": 30}),
+    "features summed": (
+        {"attention": DARE["attention"] | {"fusion": "sum"}, "representation": SUMMED},
+        None,
+        {},
+    ),
+    "features summed, one group": ({"shared": SUMMED}, SHARED_ROLES, {}),
 }
 
 

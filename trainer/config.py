@@ -124,6 +124,7 @@ class GroupConfig(Settings):
     Attributes:
         dim: vector width, one for all features or one a feature.
         features: features that have a table here; empty means all of the log.
+        fusion: a behavior's vector is its features' vectors side by side, `concat`, or their `sum`.
         optimizer, learning_rate, eps: the fused optimizer of the rows.
         init, init_scale: first weights are `uniform` in [-init_scale, init_scale), or `normal` with that
             deviation.
@@ -135,6 +136,7 @@ class GroupConfig(Settings):
 
     dim: Dim | dict[str, Dim] = 16
     features: tuple[str, ...] = ()
+    fusion: Literal["concat", "sum"] = "concat"
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     learning_rate: float = Field(0.05, gt=0)
     eps: float = Field(1e-8, gt=0)
@@ -430,7 +432,7 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> Tabl
         raise ConfigError(problem)
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
-    kinds = (group.sharding, group.kind, group.dtype)
+    kinds = (group.sharding, group.kind, group.dtype, group.fusion)
     return table_group(name, features, dims, rows, optimizer, first, *kinds)
 
 
@@ -447,6 +449,11 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
     if branch.sequence == "sasrec" and width % branch.heads:
         raise ConfigError(f"model.heads = {branch.heads} does not divide the representation's width {width}")
     attention = groups[roles.attention_behavior].features
+    if branch.attend and groups[roles.attention_behavior].fusion == "sum":
+        raise ConfigError(
+            f'model.attend: group {roles.attention_behavior} sums its features (fusion = "sum"); give the '
+            "attended ones a group of their own"
+        )
     for feature in branch.attend or ():
         if feature not in attention:
             raise ConfigError(

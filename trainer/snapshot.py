@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embeddings.collections import weight_name
-from embeddings.errors import DataError, SnapshotError
-from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
+from embeddings.errors import ConfigError, DataError, SnapshotError
+from embeddings.groups import TableGroup, TableSpec
 from embeddings.plain import PlainBagCollection
 from trainer.assemble import build_model, count_numbers
 from trainer.config import Config
@@ -233,11 +233,8 @@ def load_snapshot(path: Path) -> Snapshot:
     manifest = _read_manifest(path)
     for entry in manifest.files:
         _check_file(path, entry)
-    groups = {
-        name: TableGroup(name, tuple(TableSpec(t.feature, t.rows, t.dim) for t in tables), FusedOptimizer())
-        for name, tables in manifest.groups.items()
-    }
     _check_groups(path, manifest)
+    groups = {name: _group(path, name, manifest) for name in manifest.groups}
     names = {entry.path for entry in manifest.files}
     collections = {}
     for name, group in groups.items():
@@ -262,6 +259,14 @@ def load_snapshot(path: Path) -> Snapshot:
     if problem:
         raise SnapshotError(path / "recorded.safetensors", problem)
     return Snapshot(path, manifest, model.eval(), recorded)
+
+
+def _group(path: Path, name: str, manifest: SnapshotManifest) -> TableGroup:
+    tables = tuple(TableSpec(t.feature, t.rows, t.dim) for t in manifest.groups[name])
+    try:
+        return TableGroup(name, tables, fusion=manifest.config.groups[name].fusion)
+    except ConfigError as error:
+        raise SnapshotError(path / _MANIFEST, str(error)) from None
 
 
 def _check_groups(path: Path, manifest: SnapshotManifest) -> None:

@@ -18,7 +18,12 @@ def kept_behaviors(model: nn.Module, batch: RequestBatch) -> tuple[Tensor, Tenso
         model: a `TwoStageModel`, or what wraps it for training.
     """
     inner: Any = getattr(model, "module", model)
-    kept = inner.search(batch).values()
+    found = inner.searched(batch).items()
+    # What works on whole windows searches nothing: each candidate keeps all of its own.
+    kept = [
+        each.windows.of_candidates() if inner.branches[name].sequence.on_windows else each.kept
+        for name, each in found
+    ]
     count = batch.candidates
     index = torch.cat([each.index.reshape(count, -1) for each in kept], dim=1)
     return index, torch.cat([each.mask.reshape(count, -1) for each in kept], dim=1)

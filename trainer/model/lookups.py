@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
+from embeddings.groups import TableGroup
 from embeddings.jagged import vectors_in_order
 
 
@@ -39,12 +40,12 @@ class Lookups(nn.Module):
     """Turns what collections return into tensors [B, width], features in the order of each group.
 
     Args:
-        features: group name -> its features.
+        groups: by name; each says in what order its features come and whether they are added up.
     """
 
-    def __init__(self, features: Mapping[str, list[str]]) -> None:
+    def __init__(self, groups: Mapping[str, TableGroup]) -> None:
         super().__init__()
-        self.features = dict(features)
+        self.groups = dict(groups)
         self._cuts: list[Cut] | None = None
 
     @contextmanager
@@ -65,7 +66,8 @@ class Lookups(nn.Module):
         return {name: self._vectors(name, keyed) for name, keyed in pooled.items()}
 
     def _vectors(self, group: str, pooled: KeyedTensor) -> Tensor:
-        vectors = vectors_in_order(pooled, self.features[group])
+        known = self.groups[group]
+        vectors = known.fuse(vectors_in_order(pooled, known.features))
         if self._cuts is None or not torch.is_grad_enabled():
             return vectors
         outside = vectors.detach().requires_grad_()

@@ -180,7 +180,7 @@ class TwoStageModel(nn.Module):
         super().__init__()
         self.config, self.numbers, groups = config, numbers, around.groups
         self.collections = nn.ModuleDict(collections)
-        self.lookups = Lookups({name: group.features for name, group in groups.items()})
+        self.lookups = Lookups(groups)
         branches = {name: Branch(branch, around) for name, branch in config.all_branches().items()}
         self.first, self.late = first_and_late(config.lookup == "full", branches.values())
         self.branches = Branches(branches, around.history_length, selects=bool(self.late))
@@ -209,7 +209,12 @@ class TwoStageModel(nn.Module):
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Kept]:
         """Stage one alone: what each branch keeps of the batch."""
-        return {name: found.kept for name, found in self._stage_one(batch)[0].searched.items()}
+        return {name: found.kept for name, found in self.searched(batch).items()}
+
+    @torch.no_grad()
+    def searched(self, batch: RequestBatch) -> dict[str, Searched]:
+        """The same, with the windows that each branch searched and the vectors it scored."""
+        return self._stage_one(batch)[0].searched
 
     def _stage_one(self, batch: RequestBatch) -> tuple[Found, dict[str, Tensor]]:
         """What each branch found, and the vectors that were looked up for it."""

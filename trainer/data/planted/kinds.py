@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from trainer.data.planted import fields, relevance, temporal
+from trainer.data.planted import fields, orders, relevance, temporal
 from trainer.data.planted.log import PlantedLog, Worth
 
 
@@ -34,4 +34,6 @@ KINDS: Final = {
     "interference": Kind(fields.interference, fields.interference_worth, 15_000, fields.BEHAVIORS),
     "decoupled": Kind(fields.decoupled, fields.decoupled_worth, 15_000, fields.BEHAVIORS),
     "far": Kind(temporal.far, temporal.far_worth, 10_000, temporal.OLD + temporal.RECENT),
+    "pair": Kind(orders.pair, orders.pair_worth, 15_000, orders.PAIR_BEHAVIORS),
+    "opposite": Kind(orders.opposite, orders.opposite_worth, 15_000, orders.OPPOSITE_BEHAVIORS),
 }
