@@ -110,8 +110,8 @@ class Snapshot:
             raise SnapshotError(
                 self.path,
                 f"scores differ from the trainer's by up to {worst:.3g}, {mean:.3g} on average; the bounds "
-                f"are {bounds.score_bound:.3g} and {bounds.mean_bound:.3g}: export again, on this version of the "
-                "software or with a wider --dtype or --attention-dtype",
+                f"are {bounds.score_bound:.3g} and {bounds.mean_bound:.3g}: export again, on this version of "
+                "the software or with a wider --dtype or --attention-dtype",
             )
 
 
