@@ -18,8 +18,9 @@ from trainer.config import Config
 from trainer.data.schema import read_manifest
 from trainer.distributed import process_group
 from trainer.run import RunFolder
+from trainer.snapshot.manifest import DIGEST, MANIFEST
+from trainer.snapshot.manifest import read_manifest as read_version
 from trainer.snapshot.publishing import drafting, publish
-from trainer.snapshot.manifest import DIGEST, MANIFEST, read_manifest as read_version
 
 Change = Callable[[dict[str, Tensor]], None]
 

@@ -56,7 +56,9 @@ def tables(version: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_base_and_deltas_equal_a_full_export(runs: list[Path], tmp_path: Path, kinds: tuple[str, str]) -> None:
+def test_base_and_deltas_equal_a_full_export(
+    runs: list[Path], tmp_path: Path, kinds: tuple[str, str]
+) -> None:
     versions = [exported(runs[0], tmp_path / "deltas", *kinds)]
     for run in runs[1:]:
         versions.append(exported(run, tmp_path / "deltas", *kinds, since=versions[-1].name))
@@ -81,7 +83,9 @@ def test_what_would_be_larger_than_a_whole_table_is_written_whole(runs: list[Pat
     def everything(weights: dict[str, Tensor]) -> None:
         weights["attention__item_id"].add_(1.0)
 
-    run = save_run(tmp_path / "run", runs[0].parent / "log", "dare", "tables.item_id.rows=62", change=everything)
+    run = save_run(
+        tmp_path / "run", runs[0].parent / "log", "dare", "tables.item_id.rows=62", change=everything
+    )
     tables = load_snapshot(exported(run, tmp_path / "out", since=str(base))).manifest.groups
     assert [t.changed for t in (*tables["attention"], *tables["representation"])] == [None, 0, 0, 0]
     other_type = load_snapshot(exported(run, tmp_path / "out", "fp16", "fp16", since="1")).manifest.groups
@@ -158,10 +162,14 @@ def test_hostile_deltas_are_refused(chain: Path, tmp_path: Path) -> None:
         lambda m: m["groups"]["attention"][0].update(changed=1),
         lambda m: m["groups"]["attention"][0].update(changed=None),
         lambda m: m["groups"]["attention"][0].update(changed=None, base_rows=None),
-        lambda m: [t.update(rows=2**40) for g in m["groups"].values() for t in g[:1]]
-        + [m["features"].update(item_id=2**40)],
-        lambda m: [t.update(rows=8) for g in m["groups"].values() for t in g[:1]]
-        + [m["features"].update(item_id=8)],
+        lambda m: (
+            [t.update(rows=2**40) for g in m["groups"].values() for t in g[:1]]
+            + [m["features"].update(item_id=2**40)]
+        ),
+        lambda m: (
+            [t.update(rows=8) for g in m["groups"].values() for t in g[:1]]
+            + [m["features"].update(item_id=8)]
+        ),
     ):
         root = tmp_path / f"root{len(list(tmp_path.iterdir()))}"
         shutil.copytree(chain, root)

@@ -26,7 +26,12 @@ def decoded(row: bytes, dim: int) -> list[float]:
     return [code * scale + smallest for code in row[:dim]]
 
 
-@given(st.integers(0, 99), st.integers(1, 30), st.sampled_from([4, 8, 20, 64]), st.sampled_from([1e-4, 1.0, 300.0]))
+@given(
+    st.integers(0, 99),
+    st.integers(1, 30),
+    st.sampled_from([4, 8, 20, 64]),
+    st.sampled_from([1e-4, 1.0, 300.0]),
+)
 def test_int8_rows_are_what_their_bytes_say_and_off_by_half_a_step(
     seed: int, rows: int, dim: int, scale: float
 ) -> None:
