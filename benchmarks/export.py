@@ -104,8 +104,9 @@ def main() -> None:
             end = time.perf_counter()
             assert torch.equal(found, wanted)
             print(
-                f"{dtype:6} {share:6.0%}  {full[0]:7.2f} {full[1]:6.2f} {full[2] / 1e6:6.1f}  {delta[0]:7.2f} "
-                f"{delta[1]:6.2f} {delta[2] / 1e6:6.1f}  {middle - begin:7.3f} {end - middle:9.3f}",
+                f"{dtype:6} {share:6.0%}  {full[0]:7.2f} {full[1]:6.2f} {full[2] / 1e6:6.1f}  "
+                f"{delta[0]:7.2f} {delta[1]:6.2f} {delta[2] / 1e6:6.1f}  "
+                f"{middle - begin:7.3f} {end - middle:9.3f}",
                 flush=True,
             )
     print(

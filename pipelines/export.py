@@ -28,6 +28,7 @@ from trainer.distributed import Ranks, process_group
 from trainer.durable import file_digest
 from trainer.run import RunFolder, versions
 from trainer.snapshot import load_snapshot
+from trainer.snapshot.code import check_compiler, write_head
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
 from trainer.snapshot.manifest import MANIFEST, BaseVersion, SnapshotManifest
 from trainer.snapshot.publishing import describe_files, drafting, open_base, publish, write_manifest
@@ -75,6 +76,7 @@ def export(
     since: str = "",
     keep: int = 0,
     parity_requests: int = 1000,
+    aoti: bool = False,
 ) -> Path:
     """Publish the newest checkpoint of `run` as the next version under `out`, once its scores are checked.
 
@@ -83,12 +85,15 @@ def export(
         since: a version under `out` to write a delta against; empty = write everything.
         keep: newest versions that stay, 0 = all.
         parity_requests: of the validation split, to compare ranking on besides the recorded ones; 0 = none.
+        aoti: add the head as machine code.
 
     Raises:
         SnapshotError: the snapshot would not score like the trainer, or cannot be written; then nothing of
             it stays. CheckpointError: the run has no usable checkpoint.
     """
     quiet_third_parties()
+    if aoti:
+        check_compiler(out)
     with process_group() as ranks:
         if ranks.world_size > 1:
             raise ConfigError("export runs in one process; start it without torchrun")
@@ -99,6 +104,9 @@ def export(
         dtypes = group_dtypes(opened.config, dtype, attention_dtype)
         with drafting(out) as part:
             manifest, parity = _write(part, opened, dtypes, base, ranks, parity_requests)
+            if aoti:
+                head = write_head(part, load_snapshot(part).model)
+                manifest = manifest.model_copy(update={"code": (head,)})
             version = publish(out, part, manifest, keep)
     print("\n".join(_report(version, manifest, parity, opened.split)))
     return version

@@ -1,4 +1,4 @@
-"""Runs that were never trained, and snapshots of them, made in this process: seconds cheaper than real ones."""
+"""Runs that were never trained, and snapshots of them, made in this process to save seconds."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.errors import SnapshotError
 from embeddings.stored import TORCH_DTYPES, sum_bags, to_stored
 from pipelines.export import export
-from tests.launching import ROOT
+from tests.launching import ROOT, tandemrec
 from tests.models import small_log, stage_one
 from tests.snapshots import exported, save_run
 from trainer import checkpoint
@@ -204,3 +205,23 @@ def test_column_wise_shards_are_put_together(tmp_path: Path) -> None:
     assert reader.table("attention", "attention__item_id") == name and reader.shape(name) == (10, 4)
     ((first, band),) = reader.bands(name)
     assert first == 0 and torch.equal(band, whole) and torch.equal(reader.whole("other"), torch.ones(3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling the head needs g++")
+def test_the_head_as_machine_code_computes_what_the_model_does(log: Path, tmp_path: Path) -> None:
+    """Compiled in a process of its own: the compiler's warnings are not ours to judge."""
+    run = save_run(tmp_path / "run", log, "dare", "model.hidden=[8]")
+    words = ["export", "--run", str(run), "--out", str(tmp_path / "out"), "--aoti", "--parity-requests", "0"]
+    done = tandemrec(*words, timeout=800)
+    assert done.returncode == 0, done.stderr
+    snapshot = load_snapshot(tmp_path / "out")
+    (code,) = snapshot.manifest.code
+    assert code.path == "code/head.pt2" and "[candidates, 48]" in code.describes
+    file = snapshot.path / code.path
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(SnapshotError, match=r"head.pt2: does not match"):
+        load_snapshot(tmp_path / "out")
