@@ -1,4 +1,4 @@
-"""The head of a model as machine code, for servers in C++: the only code that a snapshot can hold, on request."""
+"""The head of a model as machine code for servers in C++: the only code a snapshot can hold, on request."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def write_head(folder: Path, model: TwoStageModel) -> CodeFile:
         SnapshotError: the model has another head, or the compiled one computes something else.
     """
     if not isinstance(model.head, Head):
-        raise SnapshotError(
-            folder, '--aoti compiles the head "mlp"; head = "dot" is one product, without code'
-        )
+        raise SnapshotError(folder, '--aoti compiles head = "mlp"; head = "dot" is one product')
     width = next(layer for layer in model.head.layers if isinstance(layer, nn.Linear)).in_features
     whole = _Probabilities(model.head).eval()
     sample = torch.randn(7, width, generator=torch.Generator().manual_seed(0))
