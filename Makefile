@@ -80,7 +80,7 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 	@echo "== 5/7 evaluate on the test split"
 	@tandemrec evaluate --run "$(OUT)"/run --split test
 	@echo "== 6/7 export a serving snapshot, $(OUT)/snapshot"
-	@tandemrec export --run "$(OUT)"/run --out "$(OUT)"/snapshot
+	@tandemrec export --run "$(OUT)"/run --out "$(OUT)"/snapshot --dtype fp32 --attention-dtype fp32
 	@echo "== 7/7 score up to 1000 test requests with the snapshot"
 	@tandemrec score --snapshot "$(OUT)"/snapshot --requests "$(LOG)" --split test --limit 1000 \
 	  --out "$(OUT)"/scores.parquet --against "$(OUT)"/run/scores-test.parquet

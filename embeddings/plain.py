@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embeddings.groups import TableGroup
+from embeddings.stored import sum_bags
 
 
 class PlainBagCollection(nn.Module):
@@ -17,7 +17,8 @@ class PlainBagCollection(nn.Module):
 
     Args:
         group: names, order and widths.
-        weights: table name -> [rows, dim]; memory-mapped tensors are fine.
+        weights: table name -> [rows, dim], or rows stored as fp16 or int8 (`embeddings.stored`);
+            memory-mapped tensors are fine, and only rows that are asked for are read.
         trainable: register the tables as parameters (with dense gradients) instead of buffers.
     """
 
@@ -37,14 +38,6 @@ class PlainBagCollection(nn.Module):
         for table in self.group.tables:
             bag = features[table.feature]
             weight = getattr(self, self.group.table_name(table.feature))
-            pooled.append(
-                F.embedding_bag(
-                    bag.values(),
-                    weight,
-                    bag.offsets().to(bag.values().dtype),
-                    mode="sum",
-                    include_last_offset=True,
-                )
-            )
+            pooled.append(sum_bags(weight, bag.values(), bag.offsets().to(bag.values().dtype)))
         dims = [table.dim for table in self.group.tables]
         return KeyedTensor(self.group.features, dims, torch.cat(pooled, dim=1))

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +36,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
 ]
 RunFolder = Annotated[Path, typer.Option("--run", metavar="RUN", help="A run folder written by `train`.")]
+Dtype = Literal["fp32", "fp16", "int8"]
 Split = Annotated[str, typer.Option("--split", help="Which split of the log: train, validation or test.")]
 
 
@@ -210,11 +211,25 @@ def evaluate(run_folder: RunFolder, split: Split = "test") -> None:
 def export(
     run_folder: RunFolder,
     out: Annotated[Path, typer.Option("--out", metavar="SNAP", help="The snapshot folder to write.")],
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="How tables of representation are stored.")
+    ] = "fp32",
+    attention_dtype: Annotated[
+        Dtype, typer.Option("--attention-dtype", help="How tables of attention are stored.")
+    ] = "fp16",
+    since: Annotated[
+        str, typer.Option("--since", metavar="BASE", help="Write only rows that differ from this version.")
+    ] = "",
+    keep: Annotated[int, typer.Option("--keep", min=0, help="Newest versions that stay; 0: all.")] = 0,
+    parity_requests: Annotated[
+        int, typer.Option("--parity-requests", min=0, help="Validation requests to compare AUC on; 0: none.")
+    ] = 1000,
+    aoti: Annotated[bool, typer.Option("--aoti", help="Add the head as machine code (needs g++).")] = False,
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    run(run_folder, out)
+    run(run_folder, out, dtype, attention_dtype, since, keep, parity_requests, aoti)
 
 
 @app.command()

@@ -1,70 +1,225 @@
-"""`tandemrec export`: from a run's newest checkpoint to a serving snapshot that is shown to score alike."""
+"""`tandemrec export`: from a run's newest checkpoint to a serving snapshot that is shown to score alike.
+
+Nothing here holds the model: tables stream from the checkpoint into the snapshot, and the trainer's own
+scores come from the few rows that the compared requests touch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from embeddings.errors import ConfigError, SnapshotError
+from embeddings.errors import CheckpointError, ConfigError, SnapshotError
+from embeddings.groups import TableGroup
+from embeddings.stored import WIDTHS, Dtype
 from pipelines.console import quiet_third_parties
+from pipelines.export_parity import Parity, compare
 from pipelines.train import has
+from trainer import checkpoint
+from trainer.assemble import feature_rows, resolve_groups
+from trainer.config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.distributed import process_group
-from trainer.restore import restore
+from trainer.data.schema import LogManifest, read_manifest
+from trainer.distributed import Ranks, process_group
+from trainer.durable import file_digest
 from trainer.run import RunFolder, versions
-from trainer.snapshot import load_snapshot, publish
+from trainer.snapshot import load_snapshot
+from trainer.snapshot.code import check_compiler, write_head
+from trainer.snapshot.loading import LONGEST_CHAIN, Chain
+from trainer.snapshot.manifest import MANIFEST, BaseVersion, SnapshotManifest
+from trainer.snapshot.publishing import describe_files, drafting, open_base, publish, write_manifest
+from trainer.snapshot.writing import Draft, Source, group_dtypes
+from trainer.table_reader import TableReader
+from trainer.touched import TouchedModel, touched
 
 _RECORDED_CANDIDATES = 512
-# The snapshot's model does the same operations on the same fp32 numbers as the trainer's: here the scores
-# must be bit-equal. Another processor rounds the same operations differently; the manifest allows for that.
-_FP32_BOUND = 1e-6
+# Allowed differences between probabilities of the snapshot and of the trainer, largest and mean, by the
+# narrowest type in use; docs/snapshots.md has the measurements behind them. With fp32 the snapshot's model
+# does the same operations on the same numbers as the trainer's, so that on one CPU the scores must be
+# bit-equal; another processor rounds the same operations differently, for which the manifest leaves room. In
+# narrower types the largest difference is that of a candidate whose Kth and next behavior changed places: the
+# mean says more.
+BOUNDS: Mapping[Dtype, tuple[float, float]] = {"fp32": (1e-6, 1e-6), "fp16": (0.1, 5e-4), "int8": (0.2, 5e-3)}
 
 
-def export(run: Path, out: Path) -> Path:
-    """Publish the newest checkpoint of `run` as the next version under `out`, and check its scores.
+@dataclass(frozen=True)
+class _Run:
+    """A run's newest good checkpoint, not loaded."""
+
+    config: Config
+    manifest: LogManifest
+    groups: Mapping[str, TableGroup]
+    reader: TableReader
+    step: int
+    split: str
+
+    @property
+    def source(self) -> Source:
+        return Source(self.config, self.groups, self.reader)
+
+    def requests(self, candidates: int | None = None) -> SequenceLogReader:
+        """The split that scores are compared on, in steps of the run's size or of another."""
+        changes = {} if candidates is None else {"batch_candidates": candidates}
+        data = self.config.data.model_copy(update=changes)
+        return SequenceLogReader(data, self.split, feature_rows(self.groups))
+
+
+def export(
+    run: Path,
+    out: Path,
+    dtype: Dtype = "fp32",
+    attention_dtype: Dtype = "fp16",
+    since: str = "",
+    keep: int = 0,
+    parity_requests: int = 1000,
+    aoti: bool = False,
+) -> Path:
+    """Publish the newest checkpoint of `run` as the next version under `out`, once its scores are checked.
+
+    Args:
+        dtype, attention_dtype: how tables of representation and of attention are stored.
+        since: a version under `out` to write a delta against; empty = write everything.
+        keep: newest versions that stay, 0 = all.
+        parity_requests: of the validation split, to compare ranking on besides the recorded ones; 0 = none.
+        aoti: add the head as machine code.
 
     Raises:
-        SnapshotError: the written snapshot does not score like the sharded model it was made from.
+        SnapshotError: the snapshot would not score like the trainer, or cannot be written; then nothing of
+            it stays. CheckpointError: the run has no usable checkpoint.
     """
     quiet_third_parties()
+    if aoti:
+        check_compiler(out)
     with process_group() as ranks:
         if ranks.world_size > 1:
             raise ConfigError("export runs in one process; start it without torchrun")
-        restored = restore(RunFolder(run), ranks)
-        split = "validation" if has(restored.manifest, "validation") else "train"
-        data = restored.config.data.model_copy(update={"batch_candidates": _RECORDED_CANDIDATES})
-        recorded = _record(
-            restored.sharded.model, SequenceLogReader(data, split, restored.rows), ranks.device
-        )
-        facts = {
-            "step": restored.step,
-            "tasks": tuple(restored.manifest.tasks),
-            "numeric": tuple(restored.manifest.numeric),
-            "vocabularies": restored.vocabularies(),
-            "score_bound": _FP32_BOUND,
-            "versions": versions(),
-        }
-        weights = restored.whole_weights()
-        version = publish(out, restored.config, restored.sharded.groups, weights, recorded, facts)
-    snapshot = load_snapshot(version)
-    worst = snapshot.self_check()
-    if worst > 0:
-        raise SnapshotError(version, f"scores differ by {worst:.3g} from the trainer's on this very machine")
-    size = sum(entry.bytes for entry in snapshot.manifest.files) / 1e6
-    print(
-        f"snapshot {version}: {size:.1f} MB, step {snapshot.manifest.step}; {recorded[0].candidates} "
-        f"recorded candidates of {recorded[0].requests} requests score alike (difference {worst:.3g})"
-    )
+        opened = _open(run)
+        base = open_base(out, since) if since else None
+        if base is not None and len(base.versions) >= LONGEST_CHAIN:
+            raise SnapshotError(base.path, f"builds on {LONGEST_CHAIN - 1} others; export without --since")
+        dtypes = group_dtypes(opened.config, dtype, attention_dtype)
+        with drafting(out) as part:
+            manifest, parity = _write(part, opened, dtypes, base, ranks, parity_requests)
+            if aoti:
+                head = write_head(part, load_snapshot(part).model)
+                manifest = manifest.model_copy(update={"code": (head,)})
+            version = publish(out, part, manifest, keep)
+    print("\n".join(_report(version, manifest, parity, opened.split)))
     return version
 
 
-@torch.no_grad()
-def _record(model: nn.Module, reader: SequenceLogReader, device: torch.device) -> tuple[RequestBatch, Tensor]:
-    """The first batch of a split and the trainer's own probabilities for it."""
-    with closing(reader.steps()) as steps:
-        batch = next(steps).batch
-    return batch, model(batch.to(device)).logits.sigmoid().cpu()
+def _open(run: Path) -> _Run:
+    folder = RunFolder(run)
+    config = folder.read_config()
+    manifest = read_manifest(config.data.log)
+    path, refused = checkpoint.newest(folder.checkpoints)
+    if path is None:
+        detail = f"; refused: {refused[0]}" if refused else ""
+        problem = f"no usable checkpoint; train the run to the end first{detail}"
+        raise CheckpointError(folder.checkpoints, problem)
+    for reason in refused:
+        print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
+    groups, reader = resolve_groups(config, manifest), TableReader(path)
+    for name, group in groups.items():
+        for table in group.tables:
+            found = reader.shape(reader.table(name, group.table_name(table.feature)))
+            if found != (table.rows, table.dim):
+                problem = f"{table.feature} of group {name} is {list(found)}, its log and config say "
+                raise CheckpointError(path, f"{problem}{[table.rows, table.dim]}")
+    split = "validation" if has(manifest, "validation") else "train"
+    return _Run(config, manifest, groups, reader, int(checkpoint.read_state(path)["step"]), split)
+
+
+def _write(
+    part: Path,
+    run: _Run,
+    dtypes: Mapping[str, Dtype],
+    base: Chain | None,
+    ranks: Ranks,
+    parity_requests: int,
+) -> tuple[SnapshotManifest, Parity]:
+    """Everything of a version but its number, and how it compares to the trainer."""
+    with closing(run.requests(_RECORDED_CANDIDATES).steps()) as steps:
+        recorded = next(steps).batch
+    found = touched(_touching(recorded, run, parity_requests), run.groups, run.config)
+    tables = {g.table_name(t.feature): t.feature for g in run.groups.values() for t in g.tables}
+    draft = Draft(part, run.source, dtypes, base, partial(found.watch, tables))
+    dense = run.source.dense()
+    draft.write_dense(dense)
+    facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
+    trainer = TouchedModel(run.config, run.manifest, ranks, dense, found)
+    facts |= draft.write_recorded(recorded, trainer.score(recorded))
+    bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
+    manifest = SnapshotManifest(
+        number=1 if base is None else base.manifest.number + 1,
+        base=None
+        if base is None
+        else BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
+        step=run.step,
+        score_bound=bounds[0],
+        mean_bound=bounds[1],
+        tasks=tuple(run.manifest.tasks),
+        numeric=tuple(run.manifest.numeric),
+        features=feature_rows(run.groups),
+        vocabularies=_vocabularies(run),
+        config=run.config,
+        files=describe_files(part),
+        versions=versions(),
+        **facts,
+    )
+    write_manifest(part, manifest)
+    return manifest, _check(part, trainer, run, ranks, parity_requests)
+
+
+def _check(part: Path, trainer: TouchedModel, run: _Run, ranks: Ranks, parity_requests: int) -> Parity:
+    """Load what was written as anybody would, and compare.
+
+    Raises:
+        SnapshotError: it does not score like the trainer.
+    """
+    snapshot = load_snapshot(part)
+    worst = snapshot.self_check()
+    parity = compare(trainer, snapshot, run.requests(), parity_requests) if parity_requests else Parity()
+    snapshot.check_parity(parity.worst, parity.mean)
+    worst = max(worst, parity.worst)
+    if worst > 0 and snapshot.manifest.score_bound == BOUNDS["fp32"][0] and ranks.device.type == "cpu":
+        raise SnapshotError(part, f"scores differ by {worst:.3g} from the trainer's on this very machine")
+    return parity
+
+
+def _touching(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[RequestBatch]:
+    """The recorded batch and those of the first `limit` requests, as `compare` will read them."""
+    yield recorded
+    seen = 0
+    with closing(run.requests().steps()) as steps:
+        while seen < limit and (step := next(steps, None)) is not None:
+            yield step.batch
+            seen += step.batch.requests
+
+
+def _vocabularies(run: _Run) -> dict[str, str]:
+    """Feature -> digest of what its ids stand for, of the features that the model uses."""
+    known = {**run.manifest.features, **run.manifest.context}
+    return {name: known[name].vocabulary for name in feature_rows(run.groups)}
+
+
+def _report(version: Path, manifest: SnapshotManifest, parity: Parity, split: str) -> list[str]:
+    sizes = {
+        part: sum(e.bytes for e in manifest.files if e.path.startswith(f"{part}/")) / 1e6
+        for part in ("tables", "search")
+    }
+    whole = sum(entry.bytes for entry in manifest.files) / 1e6
+    kinds = ", ".join(f"{name} {tables[0].dtype}" for name, tables in manifest.groups.items())
+    lines = [
+        f"snapshot {version}: step {manifest.step}, {whole:.1f} MB (tables {sizes['tables']:.1f}, search "
+        f"{sizes['search']:.1f}); {kinds}"
+    ]
+    if manifest.base is not None:
+        held = [(stored.held, stored.rows) for _, _, stored in manifest.matrices()]
+        changed, rows = map(sum, zip(*held, strict=True))
+        lines.append(f"delta against version {manifest.base.number}: {changed:,} of {rows:,} rows")
+    return lines + parity.lines(split)

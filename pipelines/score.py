@@ -18,14 +18,14 @@ def score(
     limit: int,
     out: Path,
     against: Path | None = None,
-    bound: float = 1e-6,
 ) -> Path:
     """Score the first `limit` requests (0 = all) of a split of a sequence log into a Parquet file.
 
     Args:
         snapshot: a version's folder or the folder of versions.
         requests: a sequence log. Its ids must be of the vocabulary the model was trained with.
-        against: scores of `tandemrec evaluate` to compare with; a difference above `bound` is an error.
+        against: scores of `tandemrec evaluate` to compare with; a difference above the snapshot's own bounds
+            is an error.
 
     Raises:
         SnapshotError: the snapshot is corrupt, or scores differ. DataError: the log is malformed.
@@ -41,14 +41,15 @@ def score(
     size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests"
     print(f"{size} scored by {loaded.path} -> {out}")
     if against is not None:
-        _compare(scored, against, loaded, bound)
+        _compare(scored, against, loaded)
     return out
 
 
-def _compare(scored: Scored, against: Path, loaded: Snapshot, bound: float) -> None:
+def _compare(scored: Scored, against: Path, loaded: Snapshot) -> None:
     worst, equal = compare_scores(scored, read_scores(against))
     if worst == float("inf"):
         raise DataError("lacks scores of some of these requests; is it of the same split?", file=against)
+    bound = loaded.manifest.score_bound
     kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
     print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
     if not worst <= bound:

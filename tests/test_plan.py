@@ -20,9 +20,10 @@ from torchrec.distributed.types import (
     ShardingPlan,
 )
 
+from embeddings.collections import make_collection
 from embeddings.errors import ConfigError
 from embeddings.exchange import Lookup
-from embeddings.groups import FusedOptimizer, TableGroup, TableSpec, bag_collection
+from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.plan_file import SavedPlan, from_tree, to_tree
 from embeddings.plan_memory import memory_of_ranks
 from embeddings.planning import (
@@ -68,7 +69,7 @@ def task(
         "g", (TableSpec("item", rows, dim), TableSpec("small", SMALL, 16)), kinds, sharding=(sharding,)
     )
     model = nn.Module()
-    model.g = bag_collection(group, torch.device("meta"))
+    model.g = make_collection(group, torch.device("meta"))
     attach_optimizer(model.g, kinds)
     lookups = {name: Lookup(100_000, 100_000) for name in ("g__item", "g__small")}
     return Task(model, (group,), Cluster(device, world, min(world, 8), hbm, 500 * GB), rules, lookups)
@@ -182,7 +183,7 @@ def test_what_no_sharder_offers_is_one_line_that_names_the_table() -> None:
 def test_tables_that_fit_one_by_one_but_not_together() -> None:
     twins = TableGroup("g", (TableSpec("a", 10**9, 16), TableSpec("b", 10**9, 16)), sharding=("row_wise",))
     model = nn.Module()
-    model.g = bag_collection(twins, torch.device("meta"))
+    model.g = make_collection(twins, torch.device("meta"))
     attach_optimizer(model.g, twins.optimizer)
     # Two shards of 8.5 GB on each of eight ranks of 21 GB, of which 15 % stay free.
     asked = Task(model, (twins,), Cluster("cuda", 8, 8, 21 * GB, 500 * GB))

@@ -20,6 +20,8 @@ from tests.logs import FEATURES, small_log
 from trainer.data.reader import SequenceLogReader
 from trainer.snapshot import load_snapshot, resolve
 
+EXACT = ["--dtype", "fp32", "--attention-dtype", "fp32"]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(folder / "log", folder / "run", ranks=2, train__max_steps=8, groups__attention__fusion="sum")
     for words in (
         ["evaluate", "--run", str(folder / "run"), "--split", "test"],
-        ["export", "--run", str(folder / "run"), "--out", str(folder / "snapshot")],
+        ["export", "--run", str(folder / "run"), "--out", str(folder / "snapshot"), *EXACT],
     ):
         done = tandemrec(*words)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -79,8 +81,12 @@ def test_a_snapshot_is_json_and_safetensors_only(made: Path) -> None:
         "v00000001/manifest.json",
         "v00000001/manifest.sha256",
         "v00000001/recorded.safetensors",
-        "v00000001/tables/attention.safetensors",
-        "v00000001/tables/representation.safetensors",
+        "v00000001/search/main.0.safetensors",
+        "v00000001/search/main.1.safetensors",
+        "v00000001/tables/attention.0.safetensors",
+        "v00000001/tables/attention.1.safetensors",
+        "v00000001/tables/representation.0.safetensors",
+        "v00000001/tables/representation.1.safetensors",
     ]
 
 
@@ -88,7 +94,7 @@ def test_versions_grow_and_latest_moves(made: Path, tmp_path: Path) -> None:
     root = tmp_path / "snapshot"
     shutil.copytree(made / "snapshot", root)
     assert resolve(root).name == "v00000001"
-    done = tandemrec("export", "--run", str(made / "run"), "--out", str(root))
+    done = tandemrec("export", "--run", str(made / "run"), "--out", str(root), *EXACT)
     assert done.returncode == 0, done.stderr
     assert resolve(root).name == "v00000002"
     assert load_snapshot(root / "v00000001").self_check() == 0.0

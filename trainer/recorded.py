@@ -7,26 +7,29 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.errors import SnapshotError
 from trainer.data.batch import Clusters, RequestBatch, Retrieval
 
-_BATCH_TENSORS = (
-    "behavior_time",
-    "request_time",
-    "window_start",
-    "window_end",
-    "seen",
-    "user_id",
-    "request_id",
-    "candidate_request",
-    "labels",
-    "weight",
-    "numeric",
-)
-_NESTED = {"retrieval": Retrieval, "clusters": Clusters}
+# Type and number of dimensions of each tensor.
+_BATCH_TENSORS = {
+    "behavior_time": (torch.int64, 1),
+    "request_time": (torch.int64, 1),
+    "window_start": (torch.int64, 1),
+    "window_end": (torch.int64, 1),
+    "seen": (torch.int64, 1),
+    "user_id": (torch.int64, 1),
+    "request_id": (torch.int64, 1),
+    "candidate_request": (torch.int64, 1),
+    "labels": (torch.float32, 2),
+    "weight": (torch.float32, 1),
+    "numeric": (torch.float32, 2),
+}
+_NESTED = {"retrieval": (Retrieval, 2), "clusters": (Clusters, 1)}
+_BAGS = {"ids": torch.int64, "counts": torch.int32}
 
 
 def pack(batch: RequestBatch) -> dict[str, Tensor]:
@@ -34,7 +37,7 @@ def pack(batch: RequestBatch) -> dict[str, Tensor]:
     tensors = {name: getattr(batch, name) for name in _BATCH_TENSORS}
     for part, kjt in (("features", batch.features), ("context", batch.context)):
         if kjt is not None:
-            tensors |= {f"{part}.ids": kjt.values(), f"{part}.counts": kjt.lengths()}
+            tensors |= {f"{part}.ids": kjt.values(), f"{part}.counts": kjt.lengths().to(torch.int32)}
     for part in _NESTED:
         whole = getattr(batch, part)
         if whole is not None:
@@ -53,6 +56,10 @@ def unpack(
     Raises:
         SnapshotError: something is missing or does not fit together.
     """
+    file = path / "recorded.safetensors"
+    problem = _problem(tensors, bool(keys[1]))
+    if problem:
+        raise SnapshotError(file, problem)
     try:
         plain: dict[str, Any] = {name: tensors[name] for name in _BATCH_TENSORS}
         requests, candidates = plain["request_time"].numel(), plain["candidate_request"].numel()
@@ -61,13 +68,34 @@ def unpack(
         batch = RequestBatch(
             features=features,
             context=context,
-            **{part: _nested(tensors, part, kind) for part, kind in _NESTED.items()},
+            **{part: _nested(tensors, part, kind) for part, (kind, _) in _NESTED.items()},
             **plain,
             step_candidates=candidates,
         )
+        if batch.weight.numel() != candidates:
+            raise SnapshotError(file, "its weights are not those of its candidates")
         return batch, tensors["scores"]
     except (KeyError, RuntimeError, AssertionError, TypeError) as error:
-        raise SnapshotError(path / "recorded.safetensors", f"holds no usable requests: {error}") from None
+        raise SnapshotError(file, f"holds no usable requests: {error}") from None
+
+
+def _problem(tensors: Mapping[str, Tensor], context: bool) -> str:
+    """Which tensor is missing, superfluous or of another kind; empty if none is."""
+    wanted = {**_BATCH_TENSORS, "scores": (torch.float32, 2)}
+    for part in ("features", "context") if context else ("features",):
+        wanted |= {f"{part}.{name}": (dtype, 1) for name, dtype in _BAGS.items()}
+    for part, (kind, dims) in _NESTED.items():
+        names = [f"{part}.{field.name}" for field in fields(kind)]
+        if any(name in tensors for name in names):
+            wanted |= dict.fromkeys(names, (torch.int64, dims))
+            if len({tensors[name].shape for name in names if name in tensors}) > (2 if dims == 1 else 1):
+                return f"the tensors of {part} differ in shape"
+    if different := sorted(wanted.keys() ^ tensors.keys()):
+        return f"{different[0]} is missing or superfluous"
+    for name, (dtype, dims) in wanted.items():
+        if tensors[name].dtype != dtype or tensors[name].dim() != dims:
+            return f"{name} is {tensors[name].dtype} of {tensors[name].dim()} dimensions"
+    return ""
 
 
 def _bags(tensors: Mapping[str, Tensor], part: str, keys: Sequence[str], stride: int) -> KeyedJaggedTensor:

@@ -1,0 +1,86 @@
+"""Rows of a table as they are stored for serving: fp32, fp16, or one byte a number with a scale for each row.
+
+    fp32, fp16   [rows, dim]
+    int8         uint8 [rows, dim + 8]: dim codes, then scale and smallest value of the row, float32 each;
+                 FBGEMM's fused 8-bit row-wise format. x = code * scale + smallest.
+
+The type of a stored tensor says which of the three it is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# Its import registers the operators under torch.ops.fbgemm.
+import fbgemm_gpu  # noqa: F401
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Dtype = Literal["fp32", "fp16", "int8"]
+# From narrow to wide.
+WIDTHS: tuple[Dtype, ...] = ("int8", "fp16", "fp32")
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "int8": torch.uint8,
+}
+_SCALE_AND_SMALLEST = 8
+
+
+def stored_columns(dim: int, dtype: Dtype) -> int:
+    """Columns of the stored tensor of rows of `dim` numbers."""
+    return dim + _SCALE_AND_SMALLEST if dtype == "int8" else dim
+
+
+def row_bytes(dim: int, dtype: Dtype) -> int:
+    """Bytes of one stored row."""
+    return stored_columns(dim, dtype) * TORCH_DTYPES[dtype].itemsize
+
+
+def to_stored(rows: Tensor, dtype: Dtype) -> Tensor:
+    """Float rows [n, dim] -> stored rows [n, stored_columns].
+
+    Raises:
+        ValueError: a number is not finite, or too large for `dtype`.
+    """
+    if dtype != "int8":
+        stored = rows.to(TORCH_DTYPES[dtype])
+        good = stored.isfinite().all()
+    else:
+        stored = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows.float().contiguous())
+        # A NaN can vanish in the codes, an infinite range shows in the scale.
+        good = rows.isfinite().all() & _scales(stored).isfinite().all()
+    if not good:
+        raise ValueError(f"holds a number that is not finite, or too large for {dtype}")
+    return stored.contiguous()
+
+
+def to_float(stored: Tensor) -> Tensor:
+    """Stored rows [n, stored_columns] -> float32 [n, dim]."""
+    if stored.dtype == torch.uint8:
+        rows: Tensor = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored.contiguous())
+        return rows
+    return stored.float()
+
+
+def sum_bags(stored: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of the rows of each bag, float32 [B, dim], reading only the rows that are asked for.
+
+    Args:
+        stored: a table, possibly memory-mapped; ids: of all bags; offsets: [B + 1], where each begins.
+    """
+    if stored.dtype == torch.uint8:
+        pooled: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            stored, ids, offsets, include_last_offset=True
+        )
+        return pooled
+    if stored.dtype == torch.float16:
+        # Sums in float32: a kernel over halves would round each sum to a half again.
+        stored, ids = stored.index_select(0, ids).float(), torch.arange(ids.numel(), device=ids.device)
+    return F.embedding_bag(ids, stored, offsets, mode="sum", include_last_offset=True)
+
+
+def _scales(stored: Tensor) -> Tensor:
+    """Scale and smallest value of int8 rows, float32 [n, 2]."""
+    return stored[:, -_SCALE_AND_SMALLEST:].contiguous().view(torch.float32)

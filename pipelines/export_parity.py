@@ -1,0 +1,94 @@
+"""How a snapshot compares to the trainer on a split: scores, ranking, and what the search keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.data.batch import RequestBatch
+from trainer.data.reader import SequenceLogReader
+from trainer.evaluation import score_requests
+from trainer.model.windows import Kept
+from trainer.snapshot import Snapshot
+from trainer.touched import TouchedModel
+
+# Searches that scores decide; the others keep the same behaviors whatever the tables hold.
+_BY_SCORE = ("dot", "soft", "simhash")
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Attributes:
+    requests, candidates: compared.
+    worst, mean: absolute difference of probabilities; equal: share of candidates that are bit-equal.
+    before, after: AUC of the first task by the trainer and by the snapshot.
+    overlap: branch -> share of the behaviors kept by the trainer's search that the snapshot's keeps too.
+    """
+
+    requests: int = 0
+    candidates: int = 0
+    worst: float = 0.0
+    mean: float = 0.0
+    equal: float = 1.0
+    before: float = 0.0
+    after: float = 0.0
+    overlap: Mapping[str, float] = field(default_factory=dict)
+
+    def lines(self, split: str) -> list[str]:
+        """For a terminal."""
+        if not self.requests:
+            return ["parity on the recorded requests only"]
+        kept = "".join(f"; {share:.4%} of the search's top K kept ({n})" for n, share in self.overlap.items())
+        return [
+            f"parity on {self.candidates:,} candidates of {self.requests:,} {split} requests: largest "
+            f"difference {self.worst:.3g}, mean {self.mean:.3g}, {self.equal:.2%} bit-equal",
+            f"AUC {self.before:.6f} by the trainer, {self.after:.6f} by the snapshot{kept}",
+        ]
+
+
+def compare(trainer: TouchedModel, snapshot: Snapshot, reader: SequenceLogReader, limit: int) -> Parity:
+    """Score the first `limit` requests of a split with both."""
+    searches = snapshot.manifest.config.model.all_branches()
+    counts = {name: [0, 0] for name, branch in searches.items() if branch.search in _BY_SCORE}
+
+    def by_trainer(batch: RequestBatch) -> Tensor:
+        _count(counts, trainer, snapshot, batch)
+        return trainer.score(batch)
+
+    first = score_requests(by_trainer, reader, limit)
+    second = score_requests(snapshot.score, reader, limit)
+    difference = np.abs(first.score - second.score)
+    return Parity(
+        requests=first.requests,
+        candidates=difference.shape[0],
+        worst=float(difference.max()),
+        mean=float(difference.mean()),
+        equal=float((first.score == second.score).all(axis=1).mean()),
+        before=first.metrics().auc,
+        after=second.metrics().auc,
+        overlap={name: both / max(all_, 1) for name, (both, all_) in counts.items()},
+    )
+
+
+def _count(
+    counts: Mapping[str, list[int]], trainer: TouchedModel, snapshot: Snapshot, batch: RequestBatch
+) -> None:
+    """Add what the searches keep of a batch: behaviors that both keep, and that the trainer's keeps."""
+    if not counts:
+        return
+    wanted, found = trainer.search(batch), snapshot.model.search(batch)
+    for name, count in counts.items():
+        chosen = _chosen(wanted[name])
+        count[0] += int(torch.isin(_chosen(found[name]), chosen).sum())
+        count[1] += chosen.numel()
+
+
+def _chosen(kept: Kept) -> Tensor:
+    """The kept behaviors as numbers that no two pairs of candidate and behavior share."""
+    candidate = torch.arange(kept.index.shape[0], device=kept.index.device)[:, None]
+    pairs: Tensor = (candidate * (1 << 32) + kept.index)[kept.mask]
+    return pairs.cpu()

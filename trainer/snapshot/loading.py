@@ -1,0 +1,289 @@
+"""A version of a snapshot, verified before anything of it is used, as a model over memory-mapped tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from embeddings.errors import ConfigError, DataError, SnapshotError
+from embeddings.groups import TableGroup, TableSpec
+from embeddings.plain import PlainBagCollection
+from trainer.assemble import build_model, count_numbers
+from trainer.data.batch import RequestBatch
+from trainer.data.schema import FeatureInfo
+from trainer.durable import file_digest
+from trainer.model.two_stage import Prediction, TwoStageModel
+from trainer.recorded import unpack
+from trainer.snapshot.manifest import (
+    DENSE,
+    DIGEST,
+    LATEST,
+    MANIFEST,
+    RECORDED,
+    VERSION_NAME,
+    SearchPart,
+    SnapshotManifest,
+    StoredRows,
+    check_file,
+    read_manifest,
+)
+from trainer.snapshot.rows import read_rows
+from trainer.snapshot.tensors import expect_like, read_tensors
+
+# A chain this long would be slower to load than to write anew.
+LONGEST_CHAIN = 64
+_MOST_RETRIES = 10
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A loaded version: the model in eval mode over plain, memory-mapped tables."""
+
+    path: Path
+    manifest: SnapshotManifest
+    model: TwoStageModel
+    recorded: tuple[RequestBatch, Tensor]
+
+    @torch.no_grad()
+    def score(self, batch: RequestBatch) -> Tensor:
+        """Probabilities, float32 [C, T]."""
+        prediction: Prediction = self.model(batch)
+        return prediction.logits.sigmoid()
+
+    def numeric_names(self) -> list[str]:
+        """What the columns of `RequestBatch.numeric` must be."""
+        return [*self.manifest.numeric, *self.manifest.config.data.search.count_names]
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds those of all files."""
+        return file_digest(self.path / MANIFEST)
+
+    def check_vocabularies(self, known: Mapping[str, FeatureInfo], log: Path) -> None:
+        """The same ids must stand for the same things in a log and in training.
+
+        Raises:
+            DataError: the log lacks a feature, or its ids are of another vocabulary.
+        """
+        for feature, expected in self.manifest.vocabularies.items():
+            if feature not in known:
+                raise DataError(f"lacks the feature {feature!r} that the snapshot needs", file=log)
+            found = known[feature].vocabulary
+            if expected and found and found != expected:
+                raise DataError(
+                    f"its ids of {feature!r} are of another vocabulary than the snapshot's, so they would "
+                    "mean nothing to it; ingest with `--vocabulary` and the log it was trained on",
+                    file=log,
+                )
+
+    def self_check(self) -> float:
+        """Largest difference to the trainer's scores on the recorded requests.
+
+        Raises:
+            SnapshotError: the difference exceeds the manifest's bound.
+        """
+        batch, expected = self.recorded
+        try:
+            found = self.score(batch)
+        except (RuntimeError, IndexError, ValueError, KeyError) as error:
+            raise SnapshotError(self.path, f"cannot score its recorded requests: {_line(error)}") from None
+        if found.shape != expected.shape:
+            raise SnapshotError(self.path, "scores of the recorded requests have another shape")
+        difference = (found - expected).abs()
+        worst = float(difference.max())
+        self.check_parity(worst, float(difference.mean()))
+        return worst
+
+    def check_parity(self, worst: float, mean: float) -> None:
+        """Hold differences to the trainer's scores against what the manifest promises.
+
+        Raises:
+            SnapshotError: they are larger, or no numbers.
+        """
+        bounds = self.manifest
+        if not (worst <= bounds.score_bound and mean <= bounds.mean_bound):
+            raise SnapshotError(
+                self.path,
+                f"scores differ from the trainer's by up to {worst:.3g}, {mean:.3g} on average; the bounds "
+                f"are {bounds.score_bound:.3g} and {bounds.mean_bound:.3g}: export again, on this version of "
+                "the software or with a wider --dtype or --attention-dtype",
+            )
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A version and those that it builds on, newest first; all manifests verified, no file of theirs yet."""
+
+    versions: tuple[tuple[Path, SnapshotManifest], ...]
+
+    @property
+    def path(self) -> Path:
+        return self.versions[0][0]
+
+    @property
+    def manifest(self) -> SnapshotManifest:
+        return self.versions[0][1]
+
+    def rows(self, stem: str, name: str) -> Tensor:
+        """A matrix of the newest version, checking the files that it comes from.
+
+        Raises:
+            SnapshotError: a file is damaged, or a base does not hold the matrix.
+        """
+        found: list[tuple[Path, StoredRows]] = []
+        for path, manifest in self.versions:
+            stored = {key: entry for key, _, entry in manifest.matrices()}.get(stem)
+            if stored is None:
+                break
+            _check_matrix(path, manifest, stem)
+            found.insert(0, (path, stored))
+            if stored.changed is None:
+                return read_rows(found, stem, name)
+        raise SnapshotError(self.path / f"{stem}.safetensors", "no version that it builds on holds it whole")
+
+
+def resolve(path: Path) -> Path:
+    """A version's folder, or the newest version of a folder of versions."""
+    if (path / MANIFEST).is_file():
+        return path
+    try:
+        name = (path / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise SnapshotError(
+            path, "no snapshot here (neither manifest.json nor LATEST); run `tandemrec export`"
+        ) from None
+    if not VERSION_NAME.fullmatch(name):
+        raise SnapshotError(path / LATEST, f"names {name!r}, which is no version")
+    return path / name
+
+
+def read_chain(path: Path) -> Chain:
+    """The manifests of a version and of the versions beside it that it builds on.
+
+    Raises:
+        SnapshotError: one is missing, damaged, or another than the delta was made against.
+    """
+    versions = [(path, read_manifest(path))]
+    while (base := versions[-1][1].base) is not None:
+        below = path.parent / f"v{base.number:08d}"
+        if len(versions) >= LONGEST_CHAIN:
+            raise SnapshotError(path, f"builds on more than {LONGEST_CHAIN} versions; export it whole")
+        if below.is_symlink() or not (below / MANIFEST).is_file():
+            raise SnapshotError(path, f"is a delta, and its base {below.name} is not beside it")
+        manifest = read_manifest(below)
+        # The digest beside a manifest has just been found to be its own.
+        if _digest_beside(below) != base.sha256 or manifest.number != base.number:
+            raise SnapshotError(path, f"is a delta against another {below.name} than the one beside it")
+        versions.append((below, manifest))
+    return Chain(tuple(versions))
+
+
+def _digest_beside(path: Path) -> str:
+    try:
+        return (path / DIGEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SnapshotError(path / DIGEST, f"unreadable: {error}") from None
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    """Verify and load a snapshot (a version's folder, or the folder of versions).
+
+    Raises:
+        SnapshotError: anything missing, changed, malformed or inconsistent, naming the file.
+    """
+    for _ in range(_MOST_RETRIES):
+        version = resolve(path)
+        try:
+            return _load(version)
+        except SnapshotError:
+            # Versions that were superseded meanwhile may be gone already.
+            with suppress(SnapshotError):
+                if resolve(path) != version:
+                    continue
+            raise
+    raise SnapshotError(path, "versions are replaced faster than they can be loaded; keep more of them")
+
+
+def load_search(path: Path, branch: str = "main") -> tuple[SearchPart, dict[tuple[str, str], Tensor]]:
+    """A branch's search part: its description, and (side, feature) -> stored rows, memory-mapped.
+
+    Raises:
+        SnapshotError: it is damaged, or the model has no such part.
+    """
+    chain = read_chain(resolve(path))
+    part = chain.manifest.search.get(branch)
+    if part is None or part.reason:
+        reason = part.reason if part else "the model has no such branch"
+        raise SnapshotError(chain.path, f"branch {branch!r} has no search part: {reason}")
+    return part, {
+        (entry.side, entry.feature): chain.rows(f"search/{branch}.{place}", f"{entry.side}__{entry.feature}")
+        for place, entry in enumerate(part.tables)
+    }
+
+
+def _load(path: Path) -> Snapshot:
+    chain = read_chain(path)
+    manifest = chain.manifest
+    for entry in manifest.listed().values():
+        if not entry.path.startswith("tables/"):
+            check_file(path, entry)
+    groups = {name: _group(path, name, manifest) for name in manifest.groups}
+    tables = {
+        name: chain.rows(stem, name) for stem, name, _ in manifest.matrices() if stem.startswith("tables/")
+    }
+    collections = {name: PlainBagCollection(group, tables) for name, group in groups.items()}
+    model = _checked(path, lambda: _model(manifest, groups, collections))
+    # Copies, because a matrix product over a mapped file's unaligned memory rounds differently.
+    dense = {name: tensor.clone() for name, tensor in read_tensors(path, DENSE).items()}
+    expect_like(path, DENSE, dense, model.state_dict())
+    _checked(path, lambda: model.load_state_dict(dense, assign=True))
+    keys = (manifest.recorded_features, manifest.recorded_context)
+    recorded = unpack(path, read_tensors(path, RECORDED), keys)
+    problem = recorded[0].problem(manifest.features, manifest.config.data.history_length)
+    if problem:
+        raise SnapshotError(path / RECORDED, problem)
+    return Snapshot(path, manifest, model.eval(), recorded)
+
+
+def _group(path: Path, name: str, manifest: SnapshotManifest) -> TableGroup:
+    tables = tuple(TableSpec(t.feature, t.rows, t.dim) for t in manifest.groups[name])
+    try:
+        return TableGroup(name, tables, fusion=manifest.config.groups[name].fusion)
+    except ConfigError as error:
+        raise SnapshotError(path / MANIFEST, str(error)) from None
+
+
+def _model(
+    manifest: SnapshotManifest,
+    groups: Mapping[str, TableGroup],
+    collections: Mapping[str, PlainBagCollection],
+) -> TwoStageModel:
+    numbers = count_numbers(manifest.config, manifest.numeric)
+    # Sizes in the config cost nothing until the tensors turn out to have them.
+    with torch.device("meta"):
+        return build_model(manifest.config, groups, collections, len(manifest.tasks), numbers)
+
+
+def _checked(path: Path, make: Callable[[], _T]) -> _T:
+    try:
+        return make()
+    except (RuntimeError, KeyError, ValueError, AssertionError, TypeError, IndexError) as error:
+        raise SnapshotError(path / DENSE, f"does not fit the config: {_line(error)}") from None
+
+
+def _check_matrix(path: Path, manifest: SnapshotManifest, stem: str) -> None:
+    """Digests of the files of a matrix; they are checked when its rows are read, in whichever version."""
+    listed = manifest.listed()
+    for name in (f"{stem}.safetensors", f"{stem}.ids.safetensors"):
+        if name in listed:
+            check_file(path, listed[name])
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,248 @@
+"""What a version of a snapshot says of itself, and reading that without trusting it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from embeddings.errors import SnapshotError
+from embeddings.stored import Dtype, row_bytes
+from trainer.config import Config, GroupName
+from trainer.durable import file_digest
+from trainer.settings import Settings
+
+VERSION_NAME = re.compile(r"v\d{8}")
+MANIFEST, DIGEST, LATEST = "manifest.json", "manifest.sha256", "LATEST"
+DENSE, RECORDED = "dense.safetensors", "recorded.safetensors"
+_LARGEST_MANIFEST = 16 << 20
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class SnapshotFile(Settings):
+    """Size and digest of one file, path relative to the version's folder."""
+
+    path: str = Field(pattern=r"^[a-z0-9_]+(/[a-z0-9_]+(\.[a-z0-9_]+)*)?\.safetensors$", max_length=200)
+    bytes: int = Field(ge=0)
+    sha256: _Sha256
+
+
+class CodeFile(Settings):
+    """The same of a file that holds machine code: nothing here ever opens it but to check its digest."""
+
+    path: str = Field(pattern=r"^code/[a-z0-9_]+\.pt2$", max_length=200)
+    bytes: int = Field(ge=0)
+    sha256: _Sha256
+    describes: str
+
+
+class StoredRows(Settings):
+    """A matrix of `rows` vectors of `dim` numbers, and how a version holds it.
+
+    Attributes:
+        dtype: how numbers are stored, see `embeddings.stored`.
+        base_rows: None where the version holds all rows; else it holds those that are new or different from
+            the base's matrix, which has so many rows. Rows from `rows` to `base_rows` are gone.
+        changed: how many rows a delta holds.
+    """
+
+    rows: int = Field(ge=1, lt=2**48)
+    dim: int = Field(ge=1, le=65_536)
+    dtype: Dtype
+    base_rows: int | None = Field(None, ge=1, lt=2**48)
+    changed: int | None = Field(None, ge=0, lt=2**48)
+
+    @property
+    def held(self) -> int:
+        """Rows in the file."""
+        return self.rows if self.changed is None else self.changed
+
+    @model_validator(mode="after")
+    def _delta_or_not(self) -> StoredRows:
+        if (self.base_rows is None) != (self.changed is None):
+            raise ValueError("base_rows and changed go together")
+        return self
+
+
+class SnapshotTable(StoredRows):
+    """One table of a group."""
+
+    feature: str
+
+
+class SearchTable(StoredRows):
+    """One feature's part of the vectors that stage one compares."""
+
+    feature: str
+    side: Literal["key", "query"]
+
+
+class SearchPart(Settings):
+    """What a retrieval service needs of a branch's search; see docs/snapshots.md for the formula.
+
+    Attributes:
+        reason: why there is none; then everything else is empty.
+        combine: whether a vector is the features' parts side by side (`concat`), or their `sum`.
+        heads: the vector is cut into so many equal parts, one dot product each.
+        scale: what a dot product is multiplied by.
+        tables: `key` parts by feature; `query` parts too where they are not the same.
+    """
+
+    reason: str = ""
+    combine: Literal["concat", "sum"] = "concat"
+    heads: int = Field(1, ge=1)
+    scale: float = Field(1.0, gt=0)
+    tables: tuple[SearchTable, ...] = ()
+
+
+class BaseVersion(Settings):
+    """The version that a delta builds on: its number and the digest of its manifest."""
+
+    number: int = Field(ge=1, lt=10**8)
+    sha256: _Sha256
+
+
+class SnapshotManifest(Settings):
+    """What a version holds. `step` counts training steps.
+
+    Attributes:
+        score_bound, mean_bound: the promised parity with the trainer: largest and mean absolute difference of
+            probabilities.
+    """
+
+    format: Literal["tandemrec.snapshot"] = "tandemrec.snapshot"
+    version: Literal[2] = 2
+    number: int = Field(ge=1, lt=10**8)
+    base: BaseVersion | None = None
+    step: int = Field(ge=0)
+    score_bound: float = Field(ge=0, le=0.2)
+    mean_bound: float = Field(ge=0, le=0.01)
+    tasks: tuple[str, ...]
+    numeric: tuple[str, ...]
+    features: dict[str, int]
+    vocabularies: dict[str, str]
+    recorded_features: tuple[str, ...]
+    recorded_context: tuple[str, ...]
+    groups: dict[GroupName, tuple[SnapshotTable, ...]]
+    search: dict[GroupName, SearchPart]
+    config: Config
+    files: tuple[SnapshotFile, ...]
+    code: tuple[CodeFile, ...] = ()
+    versions: dict[str, str]
+
+    def matrices(self) -> Iterator[tuple[str, str, StoredRows]]:
+        """Every matrix as (stem of its files, name of its tensor, description)."""
+        for group, tables in self.groups.items():
+            for place, table in enumerate(tables):
+                yield table_stem(group, place), f"{group}__{table.feature}", table
+        for branch, part in self.search.items():
+            for place, entry in enumerate(part.tables):
+                yield search_stem(branch, place), f"{entry.side}__{entry.feature}", entry
+
+    def listed(self) -> dict[str, SnapshotFile | CodeFile]:
+        entries: tuple[SnapshotFile | CodeFile, ...] = (*self.files, *self.code)
+        return {entry.path: entry for entry in entries}
+
+
+def table_stem(group: str, place: int) -> str:
+    """Where the table of a group's feature number `place` lies; features may have any names, files not."""
+    return f"tables/{group}.{place}"
+
+
+def search_stem(branch: str, place: int) -> str:
+    return f"search/{branch}.{place}"
+
+
+def read_manifest(path: Path) -> SnapshotManifest:
+    """Read and check a version's manifest, nothing else.
+
+    Raises:
+        SnapshotError: it is damaged, malformed, or contradicts itself.
+    """
+    file = path / MANIFEST
+    try:
+        for name, limit in ((MANIFEST, _LARGEST_MANIFEST), (DIGEST, 128)):
+            if (path / name).is_symlink() or (path / name).stat().st_size > limit:
+                raise SnapshotError(path / name, f"larger than {limit:,} bytes, or no plain file")
+        if file_digest(file) != (path / DIGEST).read_text(encoding="utf-8").strip():
+            raise SnapshotError(file, f"does not match {DIGEST}; it is corrupt, take another copy")
+        text = file.read_text(encoding="utf-8")
+        tree = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        manifest = SnapshotManifest.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SnapshotError(file, f"{place}: {first['msg']}") from None
+    except (OSError, ValueError, RecursionError, OverflowError) as error:
+        raise SnapshotError(file, f"unreadable: {error}") from None
+    problem = _problem(manifest)
+    if problem:
+        raise SnapshotError(file, problem)
+    return manifest
+
+
+def check_file(path: Path, entry: SnapshotFile | CodeFile) -> None:
+    """A listed file must be a plain one of the size and digest that the manifest says."""
+    file = path / entry.path
+    if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
+        raise SnapshotError(file, "missing, or not a plain file")
+    try:
+        same = file.stat().st_size == entry.bytes and file_digest(file) == entry.sha256
+    except OSError as error:
+        # Retired versions go away at any moment.
+        raise SnapshotError(file, f"unreadable: {error}") from None
+    if not same:
+        raise SnapshotError(file, "does not match the manifest; it is corrupt, take another copy")
+
+
+def _problem(manifest: SnapshotManifest) -> str:
+    """What parts of a manifest say that others contradict; empty if nothing does."""
+    rows: dict[str, set[int]] = {}
+    for table in (table for tables in manifest.groups.values() for table in tables):
+        rows.setdefault(table.feature, set()).add(table.rows)
+    base = manifest.base
+    problems = {
+        "its groups are not those of its config": set(manifest.groups) != _used_groups(manifest.config),
+        "its features are not those of its tables": rows != {n: {c} for n, c in manifest.features.items()},
+        "it builds on a version that is not older": base is not None and base.number >= manifest.number,
+    }
+    found = next((problem for problem, there in problems.items() if there), "")
+    return found or _problem_of_files(manifest)
+
+
+def _problem_of_files(manifest: SnapshotManifest) -> str:
+    """Files must be those of the matrices, no more and no fewer, and large enough."""
+    listed = manifest.listed()
+    if len(listed) != len(manifest.files) + len(manifest.code):
+        return "lists a file twice"
+    wanted = {DENSE, RECORDED, *(entry.path for entry in manifest.code)}
+    for stem, _, stored in manifest.matrices():
+        wanted.add(f"{stem}.safetensors")
+        if stored.changed is not None:
+            wanted.add(f"{stem}.ids.safetensors")
+            if manifest.base is None:
+                return f"{stem} is a delta, but there is no base"
+        entry = listed.get(f"{stem}.safetensors")
+        if entry is not None and entry.bytes < stored.held * row_bytes(stored.dim, stored.dtype):
+            return f"{stem} has more rows than its file has room for"
+    different = sorted(wanted ^ listed.keys())
+    return f"{different[0]} is not listed, or should not be there" if different else ""
+
+
+def _used_groups(config: Config) -> set[str]:
+    return {group for branch in config.model.all_branches().values() for group in branch.roles.used()}
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return tree
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")

@@ -1,0 +1,171 @@
+"""Versions appear whole, in order, and go away whole; any number of exports may share a folder.
+
+    SNAP/.tmp-<id>/   a version being written, locked by who writes it; swept once that lock is free
+
+The folder itself is locked while a draft begins, and while a version gets its number, LATEST moves and old
+versions go.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from embeddings.errors import SnapshotError
+from trainer.durable import file_digest, sync, write_text
+from trainer.snapshot.loading import Chain, read_chain
+from trainer.snapshot.manifest import (
+    DIGEST,
+    LATEST,
+    MANIFEST,
+    VERSION_NAME,
+    BaseVersion,
+    SnapshotFile,
+    SnapshotManifest,
+)
+
+
+@contextmanager
+def drafting(root: Path) -> Iterator[Path]:
+    """A folder to write a version into; whatever goes wrong in the body, nothing of it stays.
+
+    Raises:
+        SnapshotError: it cannot be written; versions already published stay as they are.
+    """
+    part = root / f".tmp-{uuid.uuid4().hex[:12]}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            with _locked(root, wait=True):
+                part.mkdir()
+                held.enter_context(_locked(part))
+                _sweep(root)
+            yield part
+    except (OSError, SafetensorError) as error:
+        raise SnapshotError(root, f"cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        # Only goes where nothing was ever published.
+        with suppress(OSError):
+            root.rmdir()
+
+
+def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Path:
+    """Give a drafted version the next number, point LATEST at it, and retire what is older than `keep`.
+
+    Args:
+        manifest: its number counts for nothing; keep: newest versions that stay, 0 = all. What these build
+            on stays too.
+
+    Raises:
+        SnapshotError: the base of a delta went away or changed meanwhile.
+    """
+    with _locked(root, wait=True):
+        if manifest.base is not None and not _is_there(root, manifest.base):
+            raise SnapshotError(root, f"the base, version {manifest.base.number}, went away meanwhile")
+        number = _next_number(root)
+        write_manifest(part, manifest.model_copy(update={"number": number}))
+        final = root / f"v{number:08d}"
+        for found in part.rglob("*"):
+            sync(found)
+        sync(part)
+        part.rename(final)
+        sync(root)
+        write_text(root / LATEST, final.name + "\n")
+        sync(root)
+        if keep:
+            _retire(root, keep)
+    return final
+
+
+def write_manifest(part: Path, manifest: SnapshotManifest) -> None:
+    """The manifest and its digest, into a folder that nobody reads yet."""
+    (part / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    (part / DIGEST).write_text(file_digest(part / MANIFEST) + "\n", encoding="utf-8")
+
+
+def describe_files(part: Path) -> tuple[SnapshotFile, ...]:
+    """Size and digest of every safetensors file."""
+    return tuple(
+        SnapshotFile(path=str(f.relative_to(part)), bytes=f.stat().st_size, sha256=file_digest(f))
+        for f in sorted(part.rglob("*.safetensors"))
+    )
+
+
+def open_base(root: Path, since: str) -> Chain:
+    """The version that a delta is to build on: its number, or its folder under `root`.
+
+    Raises:
+        SnapshotError: there is no such version.
+    """
+    name = f"v{int(since):08d}" if since.isdecimal() and len(since) < 9 else Path(since).name
+    inside = since.isdecimal() or Path(since).parent in (Path(), root) or Path(since).parent.samefile(root)
+    if not inside or not VERSION_NAME.fullmatch(name) or not (root / name / MANIFEST).is_file():
+        there = ", ".join(sorted(p.name for p in _versions(root))) or "no versions"
+        raise SnapshotError(root, f"has no version {since!r} to build a delta on; it has {there}")
+    return read_chain(root / name)
+
+
+def _versions(root: Path) -> list[Path]:
+    return [p for p in root.glob("v*") if VERSION_NAME.fullmatch(p.name)]
+
+
+def _next_number(root: Path) -> int:
+    """One more than any number that was given out, also where the newest version was deleted by hand."""
+    taken = [int(path.name[1:]) for path in _versions(root)]
+    with suppress(OSError):
+        latest = (root / LATEST).read_text(encoding="utf-8").strip()
+        if VERSION_NAME.fullmatch(latest):
+            taken.append(int(latest[1:]))
+    return max(taken, default=0) + 1
+
+
+def _is_there(root: Path, base: BaseVersion) -> bool:
+    manifest = root / f"v{base.number:08d}" / MANIFEST
+    return manifest.is_file() and file_digest(manifest) == base.sha256
+
+
+def _retire(root: Path, keep: int) -> None:
+    versions = sorted(_versions(root))
+    needed = set(versions[-keep:])
+    for path in versions[-keep:]:
+        # Whatever cannot be read is left alone, and so is all that it may need.
+        try:
+            needed |= {below for below, _ in read_chain(path).versions}
+        except SnapshotError:
+            return
+    for path in versions:
+        if path not in needed:
+            # First out of sight, so that nobody finds half of it.
+            gone = root / f".tmp-{uuid.uuid4().hex[:12]}"
+            path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    """Delete what exports left behind that were killed."""
+    for stale in root.glob(".tmp-*"):
+        with suppress(OSError), _locked(stale):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder's lock.
+
+    Raises:
+        BlockingIOError: somebody else holds it, and there was no wish to wait.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)

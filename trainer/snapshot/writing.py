@@ -1,0 +1,153 @@
+"""Writing a version: table by table from a checkpoint, in a folder that readers do not look at.
+
+The memory it takes is that of the largest shard of the checkpoint (see `trainer.table_reader`), whatever the
+size of the model. `trainer.snapshot.publishing` then gives the folder its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from embeddings.groups import TableGroup
+from embeddings.stored import WIDTHS, Dtype
+from trainer.config import Config
+from trainer.data.batch import RequestBatch
+from trainer.recorded import pack
+from trainer.snapshot.loading import Chain
+from trainer.snapshot.manifest import (
+    DENSE,
+    RECORDED,
+    SearchPart,
+    SearchTable,
+    SnapshotTable,
+    StoredRows,
+    search_stem,
+    table_stem,
+)
+from trainer.snapshot.rows import RowSource, write_changes, write_rows
+from trainer.snapshot.search import Part, search_parts
+from trainer.table_reader import TableReader
+
+# Told of all rows of a table as they pass by: (table name, first row, rows).
+Watch = Callable[[str, int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model in a checkpoint.
+
+    Attributes:
+        config, groups: of the run; reader: of its checkpoint.
+    """
+
+    config: Config
+    groups: Mapping[str, TableGroup]
+    reader: TableReader
+
+    def dense(self) -> dict[str, Tensor]:
+        """Everything but tables, under the names of the model's state dict."""
+        return {n: self.reader.whole(n) for n in self.reader.names() if not n.startswith("collections.")}
+
+    def rows(self, group: str, feature: str) -> Iterator[tuple[int, Tensor]]:
+        """A table as (first row, rows)."""
+        return self.reader.bands(self.reader.table(group, self.groups[group].table_name(feature)))
+
+
+@dataclass
+class Draft:
+    """A version that is being written into `folder`, as a delta where there is a base.
+
+    Attributes:
+        matrices: the descriptions of what has been written, by stem.
+    """
+
+    folder: Path
+    source: Source
+    dtypes: Mapping[str, Dtype]
+    base: Chain | None = None
+    watch: Watch | None = None
+    matrices: dict[str, StoredRows] = field(default_factory=dict)
+
+    def write_tables(self) -> dict[str, tuple[SnapshotTable, ...]]:
+        """All tables of all groups, for the manifest."""
+        (self.folder / "tables").mkdir()
+        found = {}
+        for name, group in self.source.groups.items():
+            entries = []
+            for place, table in enumerate(group.tables):
+                key = group.table_name(table.feature)
+                shape = table.rows, table.dim
+                rows = self._table_rows(name, table.feature, key)
+                stored = self._write(table_stem(name, place), key, shape, self.dtypes[name], rows)
+                entries.append(SnapshotTable(feature=table.feature, **stored.model_dump()))
+            found[name] = tuple(entries)
+        return found
+
+    def write_search(self, dense: Mapping[str, Tensor]) -> dict[str, SearchPart]:
+        """The search part of each branch that has one; in fp32 where its attention tables are, else fp16."""
+        found = {}
+        for branch, (described, parts) in search_parts(self.source.config, self.source.groups, dense).items():
+            tables = []
+            for place, part in enumerate(parts):
+                (self.folder / "search").mkdir(exist_ok=True)
+                dtype: Dtype = "fp32" if self.dtypes[part.group] == "fp32" else "fp16"
+                stem, name = search_stem(branch, place), f"{part.side}__{part.feature}"
+                stored = self._write(stem, name, (part.rows, part.dim), dtype, self._part_rows(part))
+                tables.append(SearchTable(feature=part.feature, side=part.side, **stored.model_dump()))
+            found[branch] = described.model_copy(update={"tables": tuple(tables)})
+        return found
+
+    def write_dense(self, dense: Mapping[str, Tensor]) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in dense.items()}, self.folder / DENSE)
+
+    def write_recorded(self, batch: RequestBatch, scores: Tensor) -> dict[str, Any]:
+        """A batch and the trainer's probabilities for it, float32 [C, T]; -> fields of the manifest."""
+        save_file({**pack(batch), "scores": scores.contiguous()}, self.folder / RECORDED)
+        context = () if batch.context is None else tuple(batch.context.keys())
+        return {"recorded_features": tuple(batch.features.keys()), "recorded_context": context}
+
+    def _write(
+        self, stem: str, name: str, shape: tuple[int, int], dtype: Dtype, rows: RowSource
+    ) -> StoredRows:
+        if self.base is None or not self._has(stem, name, shape[1], dtype):
+            return write_rows(self.folder, stem, name, shape, dtype, rows)
+        return write_changes(self.folder, stem, name, shape, dtype, rows, self.base.rows(stem, name))
+
+    def _has(self, stem: str, name: str, dim: int, dtype: Dtype) -> bool:
+        """Whether the base has such a matrix."""
+        assert self.base is not None
+        found = {key: (tensor, entry) for key, tensor, entry in self.base.manifest.matrices()}.get(stem)
+        return found is not None and found[0] == name and (found[1].dim, found[1].dtype) == (dim, dtype)
+
+    def _table_rows(self, group: str, feature: str, table: str) -> RowSource:
+        def rows() -> Iterator[tuple[int, Tensor]]:
+            for first, band in self.source.rows(group, feature):
+                if self.watch is not None:
+                    self.watch(table, first, band)
+                yield first, band
+
+        return rows
+
+    def _part_rows(self, part: Part) -> RowSource:
+        def rows() -> Iterator[tuple[int, Tensor]]:
+            for first, band in self.source.rows(part.group, part.feature):
+                yield first, part.of(band)
+
+        return rows
+
+
+def group_dtypes(config: Config, dtype: Dtype, attention: Dtype) -> dict[str, Dtype]:
+    """How each group is stored: a group that serves attention and representation gets the wider of both."""
+    wanted: dict[str, set[Dtype]] = {}
+    for branch in config.model.all_branches().values():
+        for role, group in branch.roles.model_dump().items():
+            if group:
+                scores = role.startswith("attention") or role == "cross"
+                wanted.setdefault(group, set()).add(attention if scores else dtype)
+    return {group: max(kinds, key=WIDTHS.index) for group, kinds in wanted.items()}

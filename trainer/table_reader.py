@@ -1,0 +1,127 @@
+"""Single tensors of a checkpoint, read piece by piece in one process, without a model or a process group.
+
+Reading a whole checkpoint takes the memory of the whole model; going through it shard by shard takes that of
+the largest shard, twice (torch.distributed.checkpoint reads a shard before it copies it).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from embeddings.errors import CheckpointError
+
+_MODEL = "model."
+
+
+class TableReader:
+    """The model's tensors in a checkpoint, under the names of its state dict.
+
+    Args:
+        path: a checkpoint that `trainer.checkpoint` has verified; its metadata is unpickled.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader = FileSystemReader(path)
+        try:
+            metadata = self._reader.read_metadata()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(path, f"unreadable: {error}") from None
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._tensors = {
+            name.removeprefix(_MODEL): entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def table(self, group: str, table: str) -> str:
+        """The name of a table's tensor, whatever kind of collection holds it.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        start, end = f"collections.{group}.", f".{table}.weight"
+        for name in self._tensors:
+            if name.startswith(start) and name.endswith(end):
+                return name
+        raise CheckpointError(self._path, f"holds no table {table} of group {group}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].size)
+
+    def whole(self, name: str) -> Tensor:
+        """One tensor in one piece."""
+        entry = self._tensors[name]
+        everything = ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size)
+        return self._read(name, everything)
+
+    def bands(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """A table from its first row to its last, as (first row, rows [n, dim]).
+
+        A band is one shard; where shards hold some columns of the same rows, those shards together.
+        """
+        entry = self._tensors[name]
+        rows, dim = entry.size
+        starts = sorted({chunk.offsets[0] for chunk in entry.chunks})
+        for start, stop in zip(starts, [*starts[1:], rows], strict=True):
+            band = ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([stop - start, dim]))
+            yield start, self._read(name, band)
+
+    def _read(self, name: str, part: ChunkStorageMetadata) -> Tensor:
+        entry = self._tensors[name]
+        target = torch.empty(part.sizes, dtype=entry.properties.dtype)
+        items = create_read_items_for_chunk_list(f"{_MODEL}{name}", entry, [part])
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+            raise CheckpointError(self._path, f"cannot read {name}: {error}") from None
+        if sum(int(torch.Size(item.lengths).numel()) for item in items) != target.numel():
+            raise CheckpointError(self._path, f"does not hold the whole of {name}")
+        return target
+
+
+class _Into(LoadPlanner):
+    """Puts whatever is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self._target
+        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, offset, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: it was read into its place."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise ValueError(f"{read_item.storage_index.fqn} is no tensor")
+
+    # The rest of the protocol is for plans made by several ranks together; here the plan is given.
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        raise NotImplementedError
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError

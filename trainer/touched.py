@@ -1,0 +1,136 @@
+"""The trainer's own model over only those rows that some requests touch.
+
+What the trainer says of a few requests needs the rows of their ids, not the tables: here the same model is
+sharded by the same planner over tables that hold those rows and no others, and ids are renumbered to match.
+So a model can be asked on a machine that could never hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embeddings.groups import TableGroup
+from embeddings.sharding import table_of
+from trainer.assemble import build_sharded
+from trainer.config import Config, TableConfig
+from trainer.data.batch import RequestBatch
+from trainer.data.schema import LogManifest
+from trainer.distributed import Ranks
+from trainer.model.windows import Kept
+
+
+@dataclass
+class TouchedRows:
+    """The ids that requests hold, and the rows of them in each table once they have passed by.
+
+    Attributes:
+        ids: feature -> ids, ascending; rows: table name -> float rows [ids, dim].
+    """
+
+    ids: dict[str, Tensor]
+    rows: dict[str, Tensor]
+
+    def watch(self, features: Mapping[str, str], table: str, first: int, band: Tensor) -> None:
+        """Pick what is wanted of rows [first, first + n) of a table; `features`: table name -> feature."""
+        ids = self.ids[features[table]]
+        begin, end = torch.searchsorted(ids, torch.tensor([first, first + band.shape[0]])).tolist()
+        if table not in self.rows:
+            self.rows[table] = torch.empty(ids.numel(), band.shape[1])
+        self.rows[table][begin:end] = band[ids[begin:end] - first].float()
+
+
+def touched(batches: Iterable[RequestBatch], groups: Mapping[str, TableGroup], config: Config) -> TouchedRows:
+    """Find the ids of some requests."""
+    rows = {table.feature: table.rows for group in groups.values() for table in group.tables}
+    # Id 0 has a meaning of its own, and groups of candidates are told by their ids: those stay as they are.
+    grouping = {branch.time_group for branch in config.model.all_branches().values()}
+    ids = {f: torch.arange(n if f in grouping else 1) for f, n in rows.items()}
+    for batch in batches:
+        for kjt in (batch.features, batch.context):
+            if kjt is None:
+                continue
+            for feature in ids.keys() & set(kjt.keys()):
+                ids[feature] = torch.cat([ids[feature], kjt[feature].values()]).unique()
+    return TouchedRows(ids, {})
+
+
+class TouchedModel:
+    """Scores requests as the trainer does; for requests that `touched` was shown.
+
+    Args:
+        dense: the dense part of the model's state dict; found: with all rows in place.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: LogManifest,
+        ranks: Ranks,
+        dense: Mapping[str, Tensor],
+        found: TouchedRows,
+    ) -> None:
+        self._ids, self._device = found.ids, ranks.device
+        small = manifest.model_copy(
+            update={
+                part: {
+                    name: info.model_copy(update={"rows": found.ids[name].numel()})
+                    if name in found.ids
+                    else info
+                    for name, info in getattr(manifest, part).items()
+                }
+                for part in ("features", "context")
+            }
+        )
+        tables = {name: TableConfig() for name in config.tables}
+        sharded = build_sharded(config.model_copy(update={"tables": tables}), small, ranks).model
+        self.model: DistributedModelParallel = sharded
+        state = sharded.state_dict()
+        for name, weight in state.items():
+            if name.startswith("collections."):
+                _fill(weight, found.rows[table_of(name)])
+            else:
+                weight.copy_(dense[name])
+        sharded.load_state_dict(state)
+        sharded.eval()
+
+    def renumbered(self, batch: RequestBatch) -> RequestBatch:
+        """The batch with the ids that the small tables have."""
+        context = None if batch.context is None else self._renumber(batch.context)
+        return replace(batch, features=self._renumber(batch.features), context=context)
+
+    @torch.no_grad()
+    def score(self, batch: RequestBatch) -> Tensor:
+        """Probabilities, float32 [C, T]."""
+        scores: Tensor = self.model(self.renumbered(batch).to(self._device)).logits.sigmoid().cpu()
+        return scores
+
+    @torch.no_grad()
+    def search(self, batch: RequestBatch) -> dict[str, Kept]:
+        """What each branch's search keeps; behaviors are those of the batch as it was."""
+        found: dict[str, Kept] = self.model.module.search(self.renumbered(batch).to(self._device))
+        return found
+
+    def _renumber(self, kjt: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        values = [
+            torch.searchsorted(self._ids[key], kjt[key].values()) if key in self._ids else kjt[key].values()
+            for key in kjt.keys()  # noqa: SIM118 - no dict
+        ]
+        return KeyedJaggedTensor(
+            keys=kjt.keys(), values=torch.cat(values), lengths=kjt.lengths(), stride=kjt.stride()
+        )
+
+
+def _fill(weight: Tensor, rows: Tensor) -> None:
+    """Put rows into a table sharded over one rank."""
+    if not hasattr(weight, "local_shards"):
+        weight.copy_(rows)
+        return
+    for local in weight.local_shards():
+        (row, column), (height, width) = local.metadata.shard_offsets, local.metadata.shard_sizes
+        local.tensor.copy_(rows[row : row + height, column : column + width])
