@@ -23,7 +23,7 @@ from pipelines.serve_users import UserBody, UsersBody, user_body, users_body
 from trainer.serving import arrow_body
 from trainer.serving.batcher import Batcher, BatchSettings
 from trainer.serving.current import Current
-from trainer.serving.request import Limits, RequestError, ScoreBody, from_json, read_json
+from trainer.serving.request import History, Limits, RequestError, ScoreBody, from_json, read_json
 from trainer.serving.request import Request as Asked
 from trainer.serving.scorer import Scored, Scorer
 
@@ -235,7 +235,7 @@ async def _body(request: Request, most: int) -> bytes:
 
 
 def _decode(body: bytes, content_type: str, scorer: Scorer, service: Service) -> tuple[list[Asked], bool]:
-    stored = service.current.histories or {}
+    stored: Mapping[int, History] = service.current.histories or {}
     if content_type == arrow_body.MEDIA_TYPE:
         return arrow_body.read_arrow(body, stored, scorer.needs, service.limits), False
     if content_type != "application/json":

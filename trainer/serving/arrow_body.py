@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from trainer.data.row_group import PARQUET_ERRORS, Bags, Ints
 from trainer.serving.request import (
+    Doubles,
     History,
     Limits,
     Needs,
@@ -120,7 +121,8 @@ class _Row:
         values = self.items(name) if values is None else values
         if not pa.types.is_integer(values.type) or pa.types.is_uint64(values.type):
             raise self.fail(name, f"holds {values.type}, expected int64")
-        return values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        ids: Ints = values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        return ids
 
     def bags(self, name: str) -> Bags:
         values = self.items(name)
@@ -137,11 +139,12 @@ class _Row:
         ids = self.ints(name, values)
         return Bags(ids, np.array([0, ids.size]))
 
-    def floats(self, name: str) -> np.typing.NDArray[np.float64]:
+    def floats(self, name: str) -> Doubles:
         values = self.items(name)
         if not pa.types.is_floating(values.type):
             raise self.fail(name, f"holds {values.type}, expected float32")
-        return values.to_numpy(zero_copy_only=False).astype(np.float64)
+        numbers: Doubles = values.to_numpy(zero_copy_only=False).astype(np.float64)
+        return numbers
 
     def whole(self, name: str) -> int | None:
         """A single number, or None where the column or the value is missing."""

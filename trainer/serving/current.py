@@ -11,6 +11,9 @@ from trainer.serving.histories import HistoryStore
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import load_snapshot, resolve
 
+# Mean difference of probabilities: what rounding of a search, or a quantised table, may do and no more.
+_SERVING_BOUND = 0.01
+
 
 class Current:
     """Loads, checks and hands out the scorer. `reload` may be called from any thread.
@@ -82,7 +85,8 @@ class Current:
             known = self.histories.manifest
             snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
         scorer = Scorer(snapshot, self.histories.chunk if self.histories else 0)
-        # Once with the searches that serve, and what they need is in memory.
-        if not snapshot.self_check() <= snapshot.manifest.score_bound:
+        # Once more with the searches that serve, which also brings what they need into memory.
+        batch, expected = snapshot.recorded
+        if not float((snapshot.score(batch) - expected).abs().mean()) <= _SERVING_BOUND:
             raise SnapshotError(path, "scores its recorded requests otherwise when serving")
         return scorer

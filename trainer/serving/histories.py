@@ -126,7 +126,8 @@ def _span(offsets: np.typing.NDArray[np.int64], row: int) -> slice:
 
 def _length(place: _Place) -> int:
     part = _span(place.rows.history_offsets, place.row)
-    return part.stop - part.start
+    length: int = part.stop - part.start
+    return length
 
 
 def _cut(features: FeatureIds, part: slice) -> dict[str, Bags]:

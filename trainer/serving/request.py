@@ -12,12 +12,14 @@ from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embeddings.errors import TandemError
 from trainer.data.row_group import Bags, Floats, Ints
 from trainer.snapshot import Snapshot
 
+Doubles = npt.NDArray[np.float64]
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 # One id each, or several each; which of the two, the first item says.
@@ -121,7 +123,7 @@ class Request:
 
     Attributes:
         time: unix seconds; candidates: name -> ids of c candidates; count: c.
-        context: name -> ids, one bag each; numeric: float32 [c, numbers].
+        context: name -> ids, one bag each; numeric: name -> [c], float32 once checked.
     """
 
     user_id: int
@@ -130,7 +132,7 @@ class Request:
     candidates: Mapping[str, Bags]
     count: int
     context: Mapping[str, Bags]
-    numeric: Mapping[str, Floats] = field(default_factory=dict)
+    numeric: Mapping[str, Floats | Doubles] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

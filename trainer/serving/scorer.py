@@ -208,8 +208,10 @@ def _side(
     more: Mapping[str, list[Bags]] | None = None,
 ) -> FeatureIds:
     """Ids of all requests; a feature that some request lacks has empty bags there."""
-    bags = {name: [part.get(name) for part in parts] for name in names if any(name in p for p in parts)}
-    bags |= dict(more or {})
+    bags: dict[str, list[Bags | None]] = {
+        name: [part.get(name) for part in parts] for name in names if any(name in p for p in parts)
+    }
+    bags |= {name: list(found) for name, found in (more or {}).items()}
     single = [name for name, found in bags.items() if all(b is not None and b.offsets is None for b in found)]
     ids = np.empty((len(single), int(sizes.sum())), dtype=np.int64)
     for row, name in zip(ids, single, strict=True):

@@ -121,7 +121,8 @@ def _dot_columns(scorer: DotScorer, query: Query, k: int) -> list[tuple[Tensor, 
             first, last = start // _BLOCK, -(-stop // _BLOCK)
             whole = score_CX[:, first * _BLOCK : last * _BLOCK].unflatten(1, (-1, _BLOCK))
             torch.amax(whole, dim=2, out=best_CB[:, first:last])
-        found.append(top_of_blocks(score_CX, best_CB, k))
+        column_CK, mask_CK = top_of_blocks(score_CX, best_CB, k)
+        found.append((column_CK.clamp(max=width - 1), mask_CK))
     return found
 
 
