@@ -25,6 +25,7 @@ from trainer.snapshot import Snapshot
 
 ARROW = "application/vnd.apache.arrow.stream"
 ROWS = enrich(random_rows(4, Shape(users=10)), 5)
+WITH_CONTEXT = ("model.roles.context=context", "groups.context.dim=8")
 Patch = pytest.MonkeyPatch
 Body = dict[str, Any]
 
@@ -36,7 +37,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def snapshot(log: Path) -> Snapshot:
-    return snapshot_of(preset("dare", log))
+    return snapshot_of(preset("dare", log, *WITH_CONTEXT))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def asked(log: Path) -> list[tuple[tuple[int, int], Body]]:
 
 @pytest.fixture(scope="module")
 def expected(log: Path) -> dict[tuple[int, int], np.ndarray]:
-    return reference(snapshot_of(preset("dare", log)))
+    return reference(snapshot_of(preset("dare", log, *WITH_CONTEXT)))
 
 
 def long_enough(asked: list[tuple[tuple[int, int], Body]]) -> Body:
@@ -340,7 +341,9 @@ def test_switching_under_load_drops_and_mixes_nothing(
 ) -> None:
     """Each answer is wholly of the version it names; a bad version is refused, and the old one stays."""
     known = {
-        f"v0000000{n}": snapshot_of(preset("dare", log, f"train.seed={n}"), Path(f"snapshot/v0000000{n}"))
+        f"v0000000{n}": snapshot_of(
+            preset("dare", log, *WITH_CONTEXT, f"train.seed={n}"), Path(f"snapshot/v0000000{n}")
+        )
         for n in (1, 2, 4)
     }
     expected = {name: reference(each) for name, each in known.items()}
@@ -402,7 +405,7 @@ def test_a_version_that_scores_its_records_otherwise_is_refused(
 ) -> None:
     batch, scores = snapshot.recorded
     wrong = replace(snapshot, recorded=(batch, scores + 0.2))
-    with pytest.raises(SnapshotError, match="differ by 0.2"):
+    with pytest.raises(SnapshotError, match=r"differ by 0\.2"):
         service_of(wrong, monkeypatch)
 
 
@@ -459,7 +462,7 @@ def test_a_thousand_mutated_bodies_are_answered(
                     assert set(answer.json()) == {"error"} and "Traceback" not in answer.text
                     assert len(answer.text) < 500
             assert await client.score(fine) == before
-            assert statuses.count(200) > 20 and statuses.count(422) > 500
+            assert statuses.count(200) > 5 and statuses.count(422) > 500
 
     asyncio.run(run())
 
@@ -509,7 +512,7 @@ def test_bodies_made_from_the_interface_itself(snapshot: Snapshot, monkeypatch: 
 
     try:
         for operation in schema.get_all_operations():
-            examples = 60 if operation.ok().path == "/score" else 5
+            examples = 40 if operation.ok().path == "/score" else 5
             strategy = operation.ok().as_strategy()
             settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))(
                 given(case=strategy)(check)
@@ -517,4 +520,4 @@ def test_bodies_made_from_the_interface_itself(snapshot: Snapshot, monkeypatch: 
     finally:
         loop.run_until_complete(running.__aexit__(None, None, None))
         loop.close()
-    assert calls > 60
+    assert calls > 45
