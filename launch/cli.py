@@ -263,8 +263,10 @@ def serve(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: reader.")],
-    config: ConfigFile,
+    name: Annotated[str, typer.Argument(help="What to measure: reader or serve.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="TOML configuration; reader needs one.")
+    ] = None,
     overrides: Overrides = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of each row.")] = 5,
     report: Annotated[

@@ -14,7 +14,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from embeddings.errors import ConfigError
 from embeddings.sharding import initialise_unsharded
+from pipelines.bench_serve import bench_serve
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_trainable, feature_rows
 from trainer.config import Config, DataConfig, load_config
@@ -27,7 +29,7 @@ from trainer.run import versions
 Row = dict[str, Any]
 
 
-def bench_reader(config: Path, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
+def bench_reader(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """Parquet to RequestBatch, against bare pyarrow decoding of the same columns and against a training step.
 
     Rows are measured interleaved, `repeats` times over the whole train split; medians and spreads are
@@ -36,6 +38,8 @@ def bench_reader(config: Path, overrides: Sequence[str], repeats: int, report: P
     peak of resident memory is that of a first reading as configured, before anything else was done.
     """
     quiet_third_parties()
+    if config is None:
+        raise ConfigError("bench reader measures with a configuration: give --config")
     settings = load_config(config, overrides)
     before = _peak_mb()
     _read(settings.data)
@@ -194,4 +198,4 @@ def _report(rows: Sequence[Row], ratios: Mapping[str, float], facts: Mapping[str
     }
 
 
-BENCHES = {"reader": bench_reader}
+BENCHES = {"reader": bench_reader, "serve": bench_serve}

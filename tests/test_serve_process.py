@@ -145,7 +145,7 @@ def look_at_the_page_without_histories(url: str) -> None:
 
 
 def test_sigterm_finishes_what_was_accepted(made: Path) -> None:
-    """Bodies that wait for company when the signal comes are still answered; then it ends with 0, silently."""
+    """Bodies that wait when the signal comes are still answered; then it ends with 0, silently."""
     with server(made / "snapshot", "--batch-window-ms", "1500") as (process, url):
         if CHROMIUM is not None:
             look_at_the_page_without_histories(url)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -63,13 +63,16 @@ class Scorer:
     Args:
         snapshot: its searches are replaced by ones that work request by request.
         chunk: behaviors of a chunk of clusters, for a model that searches clusters; 0 = not known.
+        clock: seconds; of the wall, unless a measurement wants those of the processor.
 
     Raises:
         ConfigError: the model searches clusters, and their chunk is not known.
     """
 
-    def __init__(self, snapshot: Snapshot, chunk: int = 0) -> None:
-        self.snapshot, self.needs = snapshot, Needs.of(snapshot)
+    def __init__(
+        self, snapshot: Snapshot, chunk: int = 0, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.snapshot, self.needs, self.clock = snapshot, Needs.of(snapshot), clock
         manifest = snapshot.manifest
         self.data = manifest.config.data
         if self.data.clusters and not chunk:
@@ -117,7 +120,7 @@ class Scorer:
 
         The product of a matrix with more rows may round the last bit otherwise; nothing else differs.
         """
-        started = self._searched = time.perf_counter()
+        started = self._searched = self.clock()
         batch = self.batch(requests, places=explain)
         seen: dict[str, tuple[Behaviors, Any]] = {}
         hooks = [self._watch(name, branch, seen) for name, branch in self.branches.items() if explain]
@@ -126,7 +129,7 @@ class Scorer:
         finally:
             for hook in hooks:
                 hook.remove()
-        ended = time.perf_counter()
+        ended = self.clock()
         kept = {name: _kept(batch, *found) for name, found in seen.items()}
         bounds = np.cumsum([request.count for request in requests])
         scored = [
@@ -138,7 +141,7 @@ class Scorer:
         return scored, Seconds(self._searched - started, ended - self._searched)
 
     def _note_searched(self, *_: object) -> None:
-        self._searched = time.perf_counter()
+        self._searched = self.clock()
 
     @staticmethod
     def _watch(name: str, branch: Branch, seen: dict[str, tuple[Behaviors, Any]]) -> Any:
