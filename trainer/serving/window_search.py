@@ -19,8 +19,8 @@ from trainer.model.windows import Kept, Windows
 
 # Behaviors of a block whose best score is kept; one maximum instruction's worth of two cache lines.
 _BLOCK = 32
-# Columns of a tile: scores of 500 candidates fill half a MB, which stays in the second-level cache.
-_TILE = 256
+# Columns of a tile: wide enough for the matrix product, and still in the cache when its best are noted.
+_TILE = 2048
 # Scores held at once.
 _CELLS = 8 << 20
 
@@ -100,30 +100,40 @@ def _candidates(query: Query, begin: int, end: int) -> Query:
 def _dot_columns(scorer: DotScorer, query: Query, k: int) -> list[tuple[Tensor, Tensor]]:
     """Top-K by inner product: score a tile, note the best of each block while the tile is in the cache."""
     width = query.windows.index.shape[1]
+    # What is added to a behavior's scores is one more dimension, in which every candidate has 1.
+    bias_X1 = scorer._window_bias(query.vectors, query.windows)[0][:, None]
     keys_XD = F.embedding(query.windows.index[0], query.vectors.key_ND)
-    bias_X = scorer._window_bias(query.vectors, query.windows)[0]
+    biased = bool(bias_X1.any())
+    keys_XD = torch.cat([keys_XD, bias_X1], dim=1) if biased else keys_XD
     blocks = -(-width // _BLOCK)
     size = max(1, _CELLS // (blocks * _BLOCK))
     found = []
     for begin in range(0, query.vectors.query_CD.shape[0], size):
         chunk = _candidates(query, begin, begin + size)
         query_CD = chunk.vectors.query_CD
-        score_CX = torch.empty(query_CD.shape[0], blocks * _BLOCK)
-        score_CX[:, width:] = -torch.inf
-        best_CB = torch.empty(query_CD.shape[0], blocks)
-        beside_CX = scorer._beside(chunk.vectors, chunk.windows)
-        for start in range(0, width, _TILE):
-            stop = min(start + _TILE, width)
-            tile = score_CX[:, start:stop]
-            torch.addmm(bias_X[start:stop], query_CD, keys_XD[start:stop].T, out=tile)
-            if beside_CX is not None:
-                tile += beside_CX[:, start:stop]
-            first, last = start // _BLOCK, -(-stop // _BLOCK)
-            whole = score_CX[:, first * _BLOCK : last * _BLOCK].unflatten(1, (-1, _BLOCK))
-            torch.amax(whole, dim=2, out=best_CB[:, first:last])
+        query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
+        score_CX, best_CB = _scores(query_CD, keys_XD, scorer._beside(chunk.vectors, chunk.windows))
         column_CK, mask_CK = top_of_blocks(score_CX, best_CB, k)
         found.append((column_CK.clamp(max=width - 1), mask_CK))
     return found
+
+
+def _scores(query_CD: Tensor, keys_XD: Tensor, beside_CX: Tensor | None) -> tuple[Tensor, Tensor]:
+    """-> all scores, padded to whole blocks, and the best of each block [C, X / 32]."""
+    count, width = query_CD.shape[0], keys_XD.shape[0]
+    blocks = -(-width // _BLOCK)
+    score_CX, best_CB = torch.empty(count, blocks * _BLOCK), torch.empty(count, blocks)
+    score_CX[:, width:] = -torch.inf
+    for start in range(0, width, _TILE):
+        stop = min(start + _TILE, width)
+        tile = score_CX[:, start:stop]
+        torch.mm(query_CD, keys_XD[start:stop].T, out=tile)
+        if beside_CX is not None:
+            tile += beside_CX[:, start:stop]
+        first, last = start // _BLOCK, -(-stop // _BLOCK)
+        whole = score_CX[:, first * _BLOCK : last * _BLOCK].unflatten(1, (-1, _BLOCK))
+        torch.amax(whole, dim=2, out=best_CB[:, first:last])
+    return score_CX, best_CB
 
 
 def top_of_blocks(score_CX: Tensor, best_CB: Tensor, k: int) -> tuple[Tensor, Tensor]:
