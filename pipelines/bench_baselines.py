@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from trainer.model.head import Head
 from trainer.model.two_stage import TwoStageModel
 
 Program = Callable[[Tensor, Tensor], Tensor]
@@ -18,10 +19,15 @@ class PlainProgram(nn.Module):
     history [L] newest first, candidates [C] -> probabilities [C].
     """
 
+    attention: Tensor
+    representation: Tensor
+    layers: nn.Module
+
     def __init__(self, attention: Tensor, representation: Tensor, model: TwoStageModel, k: int) -> None:
         super().__init__()
         self.register_buffer("attention", attention, persistent=False)
         self.register_buffer("representation", representation, persistent=False)
+        assert isinstance(model.head, Head)
         self.layers, self.k = model.head.layers, k
 
     def forward(self, history_L: Tensor, candidate_C: Tensor) -> Tensor:
