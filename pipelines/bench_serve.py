@@ -116,26 +116,31 @@ def bench_serve(config: Path | None, overrides: Sequence[str], repeats: int, rep
         write_text(report, json.dumps({**found, "settings": settings.model_dump()}, indent=1))
 
 
-def _scorer(settings: ServeBench, attention: torch.Tensor, representation: torch.Tensor) -> Scorer:
-    """A DARE-like model of one feature, without time, around given tables."""
-    longest = max(*settings.lengths, settings.compare)
+def _scorer(settings: ServeBench, attention: torch.Tensor | None, representation: torch.Tensor) -> Scorer:
+    """A DARE-like model of one feature, without time, around given tables; without attention, no search."""
+    tables = {"representation": representation} | ({} if attention is None else {"attention": attention})
+    of_attention = "representation" if attention is None else "attention"
+    model: dict[str, Any] = {"k": settings.k, "position": False, "age": False}
+    model["roles"] = {
+        f"{stage}_{side}": group
+        for stage, group in (("attention", of_attention), ("representation", "representation"))
+        for side in ("target", "behavior")
+    }
     config = Config.model_validate(
         {
-            "data": {"history_length": longest},
-            "model": {"k": settings.k, "position": False, "age": False},
-            "groups": {"attention": {"dim": attention.shape[1]}, "representation": {"dim": settings.width}},
+            "data": {"history_length": max(*settings.lengths, settings.compare)},
+            "model": model | {"search": "dot" if attention is not None else "all"},
+            "groups": {name: {"dim": table.shape[1]} for name, table in tables.items()},
         }
     )
-    roles = config.model.roles
     groups, collections = {}, {}
-    weights = {roles.attention_target: attention, roles.representation_target: representation}
-    for name, table in weights.items():
+    for name, table in tables.items():
         groups[name] = TableGroup(name, (TableSpec(_FEATURE, settings.rows, table.shape[1]),))
         collections[name] = PlainBagCollection(groups[name], {groups[name].table_name(_FEATURE): table})
-    model = build_model(config, groups, collections, 1).eval().requires_grad_(False)
+    made = build_model(config, groups, collections, 1).eval().requires_grad_(False)
     manifest = _Manifest(config, {_FEATURE: settings.rows})
     recorded = _Recorded(), torch.zeros(0)
-    return Scorer(Snapshot(Path("synthetic"), manifest, model, recorded))  # type: ignore[arg-type]
+    return Scorer(Snapshot(Path("synthetic"), manifest, made, recorded))  # type: ignore[arg-type]
 
 
 class _Recorded:
@@ -218,6 +223,7 @@ def _compare(
     history = torch.from_numpy(request.history.features[_FEATURE].values.copy()).flip(0)
     candidates = torch.from_numpy(request.candidates[_FEATURE].values.copy())
     rows, ratios = [], {}
+    without = _scorer(settings, None, representation)
     for dim in (min(scorers), max(scorers)):
         plain = PlainProgram(tables[dim], representation, scorers[dim].snapshot.model, settings.k)
         programs = {
@@ -226,6 +232,7 @@ def _compare(
             "attending_to_all": attending_to_all(plain),
         }
         kinds: dict[str, Callable[[], Any]] = {"scorer": lambda dim=dim: scorers[dim].score([request])}  # type: ignore[misc]
+        kinds["scorer_without_search"] = lambda: without.score([request])
         for name, program in programs.items():
             kinds[name] = lambda program=program: program(history, candidates)  # type: ignore[misc]
         with torch.no_grad():
