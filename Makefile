@@ -27,7 +27,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-spark train test lint format clean
+.PHONY: help install install-dev install-spark train serve test lint format clean
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -89,6 +89,9 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 	@echo "      snapshot: $(OUT)/snapshot          scores: $(OUT)/scores.parquet"
 	@echo "next: $(VENV)/bin/tensorboard --logdir $(OUT)/run"
 	@echo "      $(VENV)/bin/tandemrec plan --config configs/dare.toml --set data.log=$(LOG) --world-size 8 --hbm 80GB"
+
+serve: install ## after `make train`: score over HTTP, with a page at http://127.0.0.1:8000
+	@tandemrec serve --snapshot "$(OUT)"/snapshot --histories "$(LOG)"
 
 test: install-dev ## the tests
 	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadfile

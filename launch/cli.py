@@ -284,9 +284,45 @@ def score(
 
 
 @app.command()
+def serve(
+    snapshot: Annotated[Path, typer.Option("--snapshot", metavar="SNAP", help="A snapshot by `export`.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    histories: Annotated[
+        Path | None,
+        typer.Option("--histories", metavar="LOG", help="A sequence log whose users requests may name."),
+    ] = None,
+    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a body.")] = 64 << 20,
+    max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Of a body.")] = 64,
+    max_history: Annotated[int, typer.Option("--max-history", min=1, help="Of a request.")] = 100_000,
+    max_candidates: Annotated[int, typer.Option("--max-candidates", min=1, help="Of a request.")] = 5_000,
+    max_waiting: Annotated[int, typer.Option("--max-waiting", min=1, help="Bodies; more: 429.")] = 256,
+    batch_requests: Annotated[int, typer.Option("--batch-requests", min=1, help="Of a model call.")] = 32,
+    batch_window_ms: Annotated[
+        float, typer.Option("--batch-window-ms", min=0, help="Wait so long for company.")
+    ] = 0.0,
+    poll_seconds: Annotated[
+        float, typer.Option("--poll-seconds", min=0, help="Look for a newer version; 0: never.")
+    ] = 5.0,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of the model.")] = 1,
+) -> None:
+    """Serve a snapshot over HTTP, with a page to look at."""
+    from pipelines.serve import serve as run
+    from trainer.serving.batcher import BatchSettings
+    from trainer.serving.request import Limits
+
+    limits = Limits(max_body, max_requests, max_history, max_candidates)
+    batching = BatchSettings(batch_window_ms / 1000, batch_requests, waiting=max_waiting, threads=threads)
+    run(snapshot, host, port, histories, limits, batching, poll_seconds)
+
+
+@app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: reader, step or checkpoint.")],
-    config: ConfigFile,
+    name: Annotated[str, typer.Argument(help="What to measure: reader, step, checkpoint or serve.")],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="TOML; all but serve need one."),
+    ] = None,
     overrides: Overrides = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of each row.")] = 5,
     report: Annotated[

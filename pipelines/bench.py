@@ -14,7 +14,8 @@ import torch
 
 from embeddings.sharding import initialise_unsharded
 from pipelines.bench_checkpoint import bench_checkpoint
-from pipelines.bench_report import write_report
+from pipelines.bench_report import required, write_report
+from pipelines.bench_serve import bench_serve
 from pipelines.bench_step import bench_step
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_trainable, feature_rows
@@ -27,7 +28,7 @@ from trainer.run import versions
 Row = dict[str, Any]
 
 
-def bench_reader(config: Path, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
+def bench_reader(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """Parquet to RequestBatch, against bare pyarrow decoding of the same columns and against a training step.
 
     Rows are measured interleaved, `repeats` times over the whole train split; medians and spreads are
@@ -36,7 +37,7 @@ def bench_reader(config: Path, overrides: Sequence[str], repeats: int, report: P
     peak of resident memory is that of a first reading as configured, before anything else was done.
     """
     quiet_third_parties()
-    settings = load_config(config, overrides)
+    settings = load_config(required(config), overrides)
     before = _peak_mb()
     _read(settings.data)
     memory = {"peak_rss_before_mb": before, "peak_rss_reading_mb": _peak_mb()}
@@ -183,4 +184,9 @@ def _print(
     print("; ".join(f"{name} {version}" for name, version in versions().items()))
 
 
-BENCHES = {"reader": bench_reader, "step": bench_step, "checkpoint": bench_checkpoint}
+BENCHES = {
+    "reader": bench_reader,
+    "step": bench_step,
+    "checkpoint": bench_checkpoint,
+    "serve": bench_serve,
+}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch.distributed.checkpoint as dcp
 
-from pipelines.bench_report import write_report
+from pipelines.bench_report import required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer import checkpoint
 from trainer.assemble import build_sharded, resolve_groups
@@ -32,14 +32,16 @@ _PIECE = 1 << 24  # bytes
 Seconds = dict[str, list[float]]
 
 
-def bench_checkpoint(config: Path, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
+def bench_checkpoint(
+    config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None
+) -> None:
     """Save, verify and load the config's model on one rank, `repeats` times, all kinds in turn.
 
     Tables are as large as the config says; where it sets no `tables.<feature>.rows`, the largest feature
     gets the rows that make 2 GB. Files are written beside `report`, or in the current folder, and removed.
     """
     quiet_third_parties()
-    settings = load_config(config, overrides)
+    settings = load_config(required(config), overrides)
     manifest = read_manifest(settings.data.log)
     settings = _sized(settings, manifest)
     place = report.parent if report is not None else Path.cwd()

@@ -8,12 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embeddings.errors import ConfigError
 from trainer.durable import write_text
 from trainer.run import versions
 
 
+def required(config: Path | None) -> Path:
+    """The configuration that a benchmark measures with.
+
+    Raises:
+        ConfigError: none was given.
+    """
+    if config is None:
+        raise ConfigError("this benchmark measures with a configuration: give --config")
+    return config
+
+
 def write_report(
-    path: Path, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], facts: Mapping[str, float]
+    path: Path, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], facts: Mapping[str, Any]
 ) -> None:
     """One JSON object: ratios are the result, rows the measurements, facts what they were made on."""
     machine = {"platform": platform.platform(), "processor": platform.processor() or platform.machine()}

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from pipelines.bench_report import write_report
+from pipelines.bench_report import required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
 from trainer.checkpoint import Found
@@ -33,14 +33,14 @@ _STEPS = 40
 Seconds = tuple[float, float]
 
 
-def bench_step(config: Path, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
+def bench_step(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """Seconds a step takes in each kind of loop, measured interleaved over batches held in memory.
 
     On one rank and one thread; `repeats` rounds after one that warms up. A ratio is the median of the
     rounds' ratios. Processor seconds are measured too: other work on the machine disturbs them less.
     """
     quiet_third_parties()
-    settings = load_config(config, overrides)
+    settings = load_config(required(config), overrides)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:

@@ -28,16 +28,18 @@ class Settings(BaseModel):
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
-def load_settings(model: type[SettingsType], path: Path, overrides: Sequence[str] = ()) -> SettingsType:
-    """Read `path`, apply the overrides in order, validate.
+def load_settings(
+    model: type[SettingsType], path: Path | None, overrides: Sequence[str] = ()
+) -> SettingsType:
+    """Read `path` (None = start from the defaults), apply the overrides in order, validate.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown, a value is wrong.
     """
-    tree = _read(path, ())
+    tree = {} if path is None else _read(path, ())
     for override in overrides:
         _apply(tree, override)
-    return validate_settings(model, tree, str(path))
+    return validate_settings(model, tree, str(path or "--set"))
 
 
 def validate_settings(model: type[SettingsType], tree: dict[str, Any], where: str) -> SettingsType:

@@ -37,6 +37,17 @@ class Decoder(Protocol):
     def __call__(self) -> WindowedRows: ...
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Rows that are in memory already, wherever they came from."""
+
+    place: RowGroup
+    rows: WindowedRows
+
+    def __call__(self) -> WindowedRows:
+        return self.rows
+
+
 class Block(NamedTuple):
     """A planned block; its data is decoded only where and when it is needed.
 

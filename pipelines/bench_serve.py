@@ -1,0 +1,360 @@
+"""`tandemrec bench serve`: how fast a snapshot scores one user's candidates, beside other ways."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from pydantic import PositiveInt
+
+from embeddings.errors import TandemError
+from embeddings.groups import TableGroup, TableSpec
+from embeddings.plain import PlainBagCollection
+from pipelines.bench_baselines import PlainProgram, attending_to_all, exported, per_sample
+from pipelines.bench_report import write_report
+from pipelines.console import quiet_third_parties, table_lines
+from pipelines.serve_app import Service, build_app
+from pipelines.serve_metrics import Metrics
+from trainer.assemble import build_model
+from trainer.config import Config
+from trainer.data.row_group import Bags
+from trainer.run import versions
+from trainer.serving.arrow_body import MEDIA_TYPE
+from trainer.serving.batcher import BatchSettings
+from trainer.serving.request import History, Limits, Request
+from trainer.serving.scorer import Scorer
+from trainer.settings import Settings, load_settings
+from trainer.snapshot import Snapshot
+
+Row = dict[str, Any]
+_FEATURE = "item_id"
+
+
+class ServeBench(Settings):
+    """What is measured.
+
+    Attributes:
+        rows: of each table; lengths: L of the history; dims: widths of the attention vectors.
+        width: of the representation; candidates: of the request; k: behaviors kept.
+        compare: L at which the other implementations are measured too, and the server.
+        connections, calls: of the load on the server.
+    """
+
+    rows: PositiveInt = 1_000_000
+    lengths: tuple[PositiveInt, ...] = (1_000, 10_000, 50_000)
+    dims: tuple[PositiveInt, ...] = (16, 32, 64, 128)
+    width: PositiveInt = 128
+    candidates: PositiveInt = 500
+    k: PositiveInt = 50
+    compare: PositiveInt = 10_000
+    connections: PositiveInt = 16
+    calls: PositiveInt = 200
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """Of a snapshot's manifest what scoring needs."""
+
+    config: Config
+    features: Mapping[str, int]
+    step: int = 0
+    tasks: tuple[str, ...] = ("click",)
+    numeric: tuple[str, ...] = ()
+    recorded_features: tuple[str, ...] = (_FEATURE,)
+    recorded_context: tuple[str, ...] = ()
+
+
+class _Served:
+    """One version for good, in the place of `trainer.serving.current.Current`."""
+
+    histories = None
+    refused = None
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+
+def bench_serve(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
+    """Score, split into search and ranking; other implementations of the same weights; the HTTP server.
+
+    All on one thread, random weights, kinds interleaved `repeats` times. Processor seconds stand beside those
+    of the wall, because other work on the machine disturbs them less; ratios are of processor seconds, those
+    of the server of the wall. `config` is a TOML of `ServeBench`.
+    """
+    quiet_third_parties()
+    settings = load_settings(ServeBench, config, overrides)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    representation = torch.randn(settings.rows, settings.width) * 0.1
+    tables = {dim: torch.randn(settings.rows, dim) * 0.3 for dim in settings.dims}
+    scorers = {dim: _scorer(settings, tables[dim], representation) for dim in settings.dims}
+    rows, ratios = _measure_scores(settings, scorers, repeats)
+    more, compared = _compare(settings, scorers, tables, representation, repeats)
+    served, overheads = _measure_server(settings, scorers[min(settings.dims)], repeats)
+    rows += more + served
+    ratios |= compared | overheads
+    _print(rows, ratios)
+    if report is not None:
+        write_report(report, rows, ratios, settings.model_dump())
+
+
+def _scorer(settings: ServeBench, attention: torch.Tensor | None, representation: torch.Tensor) -> Scorer:
+    """A DARE-like model of one feature, without time, around given tables; without attention, no search."""
+    tables = {"representation": representation} | ({} if attention is None else {"attention": attention})
+    of_attention = "representation" if attention is None else "attention"
+    model: dict[str, Any] = {"k": settings.k, "position": False, "age": False}
+    model["roles"] = {
+        f"{stage}_{side}": group
+        for stage, group in (("attention", of_attention), ("representation", "representation"))
+        for side in ("target", "behavior")
+    }
+    config = Config.model_validate(
+        {
+            "data": {"history_length": max(*settings.lengths, settings.compare)},
+            "model": model | {"search": "dot" if attention is not None else "all"},
+            "groups": {name: {"dim": table.shape[1]} for name, table in tables.items()},
+        }
+    )
+    groups, collections = {}, {}
+    for name, table in tables.items():
+        groups[name] = TableGroup(name, (TableSpec(_FEATURE, settings.rows, table.shape[1]),))
+        collections[name] = PlainBagCollection(groups[name], {groups[name].table_name(_FEATURE): table})
+    made = build_model(config, groups, collections, 1).eval().requires_grad_(False)
+    manifest = _Manifest(config, {_FEATURE: settings.rows})
+    recorded = _Recorded(), torch.zeros(0)
+    return Scorer(Snapshot(Path("synthetic"), manifest, made, recorded))  # type: ignore[arg-type]
+
+
+class _Recorded:
+    """No recorded requests: behaviors and candidates are taken to have every feature."""
+
+    behaviors = candidates = 0
+
+    class _None:
+        @staticmethod
+        def lengths() -> torch.Tensor:
+            return torch.zeros(0)
+
+    features: Mapping[str, Any] = {_FEATURE: _None}
+
+
+def _request(settings: ServeBench, length: int) -> Request:
+    rng = np.random.default_rng(length)
+    history = rng.integers(0, settings.rows, length)
+    candidates = Bags(rng.integers(0, settings.rows, settings.candidates))
+    times = np.sort(rng.integers(0, 10**9, length))
+    return Request(
+        0,
+        History(times, {_FEATURE: Bags(history)}),
+        10**9,
+        {_FEATURE: candidates},
+        settings.candidates,
+        {},
+        {},
+    )
+
+
+def _measure_scores(
+    settings: ServeBench, scorers: Mapping[int, Scorer], repeats: int
+) -> tuple[list[Row], dict[str, float]]:
+    """Every length and width; both clocks in turn."""
+    rows, ratios = [], {}
+    for length in settings.lengths:
+        request, search = _request(settings, length), {}
+        found: dict[tuple[int, str], list[tuple[float, float]]] = {
+            (dim, clock): [] for dim in scorers for clock in ("wall", "cpu")
+        }
+        for repeat in range(repeats + 1):
+            for (dim, clock), measured in found.items():
+                scorers[dim].clock = time.perf_counter if clock == "wall" else time.thread_time
+                seconds = scorers[dim].score([request])[1]
+                if repeat:  # the first warms up
+                    measured.append(seconds)
+        for dim in scorers:
+            row = _score_row(f"score, L {length:,}, attention {dim}", found[dim, "wall"], found[dim, "cpu"])
+            rows.append(row)
+            search[dim] = row["search_cpu_ms"]
+        dims = sorted(search)
+        for narrow, wide in itertools.pairwise(dims):
+            ratios[f"search_{wide}_to_{narrow}_at_{length}"] = search[wide] / search[narrow]
+    return rows, ratios
+
+
+def _score_row(name: str, wall: Sequence[tuple[float, float]], cpu: Sequence[tuple[float, float]]) -> Row:
+    total = [1e3 * (search + ranking) for search, ranking in wall]
+    return {
+        "name": name,
+        "p50_ms": statistics.median(total),
+        "p99_ms": float(np.quantile(total, 0.99)),
+        "cpu_ms": statistics.median([1e3 * sum(part) for part in cpu]),
+        "search_cpu_ms": statistics.median([1e3 * search for search, _ in cpu]),
+        "ranking_cpu_ms": statistics.median([1e3 * ranking for _, ranking in cpu]),
+    }
+
+
+def _compare(
+    settings: ServeBench,
+    scorers: Mapping[int, Scorer],
+    tables: Mapping[int, torch.Tensor],
+    representation: torch.Tensor,
+    repeats: int,
+) -> tuple[list[Row], dict[str, float]]:
+    """The scorer and other implementations, interleaved; their scores must agree."""
+    length = settings.compare
+    request = _request(settings, length)
+    history = torch.from_numpy(request.history.features[_FEATURE].values.copy()).flip(0)
+    candidates = torch.from_numpy(request.candidates[_FEATURE].values.copy())
+    rows, ratios = [], {}
+    without = _scorer(settings, None, representation)
+    for dim in (min(scorers), max(scorers)):
+        plain = PlainProgram(tables[dim], representation, scorers[dim].snapshot.model, settings.k)
+        programs = {
+            "one_export_program": exported(plain, length, settings.candidates),
+            "eager_per_sample": per_sample(plain),
+            "attending_to_all": attending_to_all(plain),
+        }
+        kinds: dict[str, Callable[[], Any]] = {"scorer": lambda dim=dim: scorers[dim].score([request])}  # type: ignore[misc]
+        kinds["scorer_without_search"] = lambda: without.score([request])
+        for name, program in programs.items():
+            kinds[name] = lambda program=program: program(history, candidates)  # type: ignore[misc]
+        with torch.no_grad():
+            expected = torch.from_numpy(scorers[dim].score([request])[0][0].probabilities[:, 0])
+            for name in ("one_export_program", "eager_per_sample"):
+                worst = float((programs[name](history, candidates) - expected).abs().max())
+                if not worst <= 1e-4:
+                    raise TandemError(f"{name} scores otherwise, by {worst:.3g}: it is no baseline")
+            cpu = _interleaved(kinds, repeats)
+        for name in kinds:
+            middle = statistics.median(cpu[name])
+            rows.append({"name": f"{name}, L {length:,}, attention {dim}", "cpu_ms": 1e3 * middle})
+            if name != "scorer":
+                ratios[f"scorer_to_{name}_at_{dim}"] = middle / statistics.median(cpu["scorer"])
+    return rows, ratios
+
+
+def _interleaved(kinds: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Processor seconds of this thread."""
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(repeats):
+        for name, run in kinds.items():
+            started = time.thread_time()
+            run()
+            found[name].append(time.thread_time() - started)
+    return found
+
+
+def _measure_server(settings: ServeBench, scorer: Scorer, repeats: int) -> tuple[list[Row], dict[str, float]]:
+    """`hey` against the server, with one connection beside the bare scorer, then with many."""
+    if shutil.which("hey") is None:
+        print("no `hey` on this machine: the server is not measured")
+        return [], {}
+    request, rows = _request(settings, settings.compare), []
+    scorer.clock = time.perf_counter
+    bare: list[float] = []
+    overhead: dict[str, list[float]] = {"arrow": [], "json": []}
+    with _server(scorer) as address, tempfile.TemporaryDirectory() as folder:
+        bodies = _bodies(request, Path(folder))
+        for _ in range(repeats):
+            bare.append(_bare_p50(scorer, request))
+            for kind, found in overhead.items():
+                seconds, _ = _hey(f"{address}/score", *bodies[kind], 1, 20)
+                found.append(statistics.median(seconds))
+        rows.append({"name": "bare scorer", "p50_ms": 1e3 * statistics.median(bare)})
+        for kind, found in overhead.items():
+            rows.append({"name": f"server, {kind}, 1 connection", "p50_ms": 1e3 * statistics.median(found)})
+        for kind in overhead:
+            seconds, rate = _hey(f"{address}/score", *bodies[kind], settings.connections, settings.calls)
+            rows.append(
+                {
+                    "name": f"server, {kind}, {settings.connections} connections",
+                    "p50_ms": 1e3 * statistics.median(seconds),
+                    "p99_ms": 1e3 * float(np.quantile(seconds, 0.99)),
+                    "requests_per_s": rate,
+                }
+            )
+    pairs = {kind: [o / b - 1 for o, b in zip(found, bare, strict=True)] for kind, found in overhead.items()}
+    return rows, {f"server_overhead_{kind}": statistics.median(found) for kind, found in pairs.items()}
+
+
+def _bare_p50(scorer: Scorer, request: Request) -> float:
+    return statistics.median([sum(scorer.score([request])[1]) for _ in range(20)])
+
+
+@contextmanager
+def _server(scorer: Scorer) -> Iterator[str]:
+    """The app on a free port, in a thread of this process."""
+    service = Service(_Served(scorer), Metrics(), Limits(), BatchSettings())  # type: ignore[arg-type]
+    server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning", access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _bodies(request: Request, folder: Path) -> dict[str, tuple[str, Path]]:
+    """The same request in both forms, as files, with their content types."""
+    import pyarrow as pa
+
+    history, ids = request.history, request.history.features[_FEATURE].values
+    candidates = request.candidates[_FEATURE].values
+    row = {"timestamp": history.time.tolist(), "features": {_FEATURE: ids.tolist()}}
+    body = {
+        "requests": [{"history": row, "time": request.time, "candidates": {_FEATURE: candidates.tolist()}}]
+    }
+    (folder / "json").write_text(json.dumps(body), encoding="utf-8")
+    lists = {
+        "history_timestamp": history.time,
+        f"history_{_FEATURE}": ids,
+        f"candidate_{_FEATURE}": candidates,
+    }
+    columns = {name: pa.array([values], pa.list_(pa.int64())) for name, values in lists.items()}
+    table = pa.table({"request_timestamp": [request.time], **columns})
+    with pa.OSFile(str(folder / "arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return {"arrow": (MEDIA_TYPE, folder / "arrow"), "json": ("application/json", folder / "json")}
+
+
+def _hey(url: str, content_type: str, body: Path, connections: int, calls: int) -> tuple[list[float], float]:
+    """Seconds of every call, and calls a second."""
+    command = ["hey", "-n", str(calls), "-c", str(connections), "-m", "POST", "-t", "120"]
+    done = subprocess.run(
+        [*command, "-T", content_type, "-D", str(body), "-o", "csv", url],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers = list(csv.DictReader(done.stdout.splitlines()))
+    if len(answers) < calls - calls % connections or {row["status-code"] for row in answers} != {"200"}:
+        raise TandemError(f"the server failed under {connections} connections: {done.stdout[-300:]}")
+    seconds = [float(row["response-time"]) for row in answers]
+    end = max(float(row["offset"]) + float(row["response-time"]) for row in answers)
+    return seconds, len(answers) / end
+
+
+def _print(rows: Sequence[Row], ratios: Mapping[str, float]) -> None:
+    keys = ("p50_ms", "p99_ms", "cpu_ms", "search_cpu_ms", "ranking_cpu_ms", "requests_per_s")
+    cells = [[row["name"], *(f"{row[key]:.2f}" if key in row else "" for key in keys)] for row in rows]
+    print("\n".join(table_lines(["one thread", *keys], cells)))
+    for name, value in ratios.items():
+        print(f"{name}: {value:,.3f}")
+    print("; ".join(f"{name} {version}" for name, version in versions().items()))

@@ -1,0 +1,77 @@
+"""`tandemrec serve`: a snapshot behind HTTP, until SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from pipelines.console import quiet_third_parties
+from pipelines.serve_app import Service, build_app
+from pipelines.serve_metrics import Metrics
+from trainer.serving.batcher import BatchSettings
+from trainer.serving.current import Current
+from trainer.serving.histories import HistoryStore
+from trainer.serving.request import Limits
+
+
+def serve(
+    snapshot: Path,
+    host: str,
+    port: int,
+    histories: Path | None,
+    limits: Limits,
+    batching: BatchSettings,
+    poll_seconds: float = 0.0,
+    grace_seconds: int = 30,
+) -> None:
+    """Serve the newest version of a snapshot; SIGTERM lets what was accepted finish, and returns.
+
+    Args:
+        snapshot: a version's folder or the folder of versions; the latter can be reloaded.
+        histories: a sequence log whose users may be named instead of sending a history.
+        poll_seconds: look for a newer version that often; 0 = only when asked by POST /reload.
+        grace_seconds: after SIGTERM, for requests under way.
+
+    Raises:
+        SnapshotError, DataError, ConfigError: it cannot be served; see `trainer.serving.current`.
+    """
+    quiet_third_parties()
+    torch.set_num_threads(batching.threads)
+    metrics = Metrics()
+    store = None if histories is None else HistoryStore(histories)
+    current = Current(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc())
+    service = Service(current, metrics, limits, batching, poll_seconds)
+    config = uvicorn.Config(
+        build_app(service),
+        host=host,
+        port=port,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=grace_seconds,
+    )
+    # uvicorn raises the signal that stopped it once more when it is done: here that is no error.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _ignore)
+    _Server(config, f"serving {current.scorer.snapshot.path} on http://{host}").run()
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens, once it does: with port 0 only then is it known."""
+
+    def __init__(self, config: uvicorn.Config, notice: str) -> None:
+        super().__init__(config)
+        self._notice = notice
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            print(f"{self._notice}:{port}", flush=True)

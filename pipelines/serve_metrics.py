@@ -1,0 +1,72 @@
+"""What the server counts, for Prometheus; in a registry of its own, so that two servers do not mix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from trainer.serving.batcher import Job
+from trainer.serving.scorer import Scorer, Seconds
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """Counters and histograms of one server."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter("tandemrec_requests", "Requests scored", registry=registry)
+        self.candidates = Counter("tandemrec_candidates", "Candidates scored", registry=registry)
+        self.errors = Counter(
+            "tandemrec_errors", "Answers that are errors, by HTTP status", ["status"], registry=registry
+        )
+        self.latency = Histogram(
+            "tandemrec_latency_seconds",
+            "From the end of a body's arrival to its answer",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.stage = Histogram(
+            "tandemrec_stage_seconds",
+            "Decoding and waiting of each body; search and ranking of each model call",
+            ["stage"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.batch = Histogram(
+            "tandemrec_batch_requests", "Requests of a model call", registry=registry, buckets=_SIZES
+        )
+        self.version = Gauge(
+            "tandemrec_snapshot_version", "1 for the version served", ["version"], registry=registry
+        )
+        self.step = Gauge("tandemrec_snapshot_step", "Training step of the version served", registry=registry)
+        self.reloads = Counter(
+            "tandemrec_reloads", "Attempts to reload, by outcome", ["outcome"], registry=registry
+        )
+
+    def serving(self, scorer: Scorer) -> None:
+        """Another version is served from now on."""
+        self.version.clear()
+        self.version.labels(scorer.version).set(1)
+        self.step.set(scorer.snapshot.manifest.step)
+
+    def scored(self, jobs: Sequence[Job], waited: Sequence[float], seconds: Seconds) -> None:
+        """A model call is done; see `trainer.serving.batcher.Observe`."""
+        requests = [request for job in jobs for request in job.requests]
+        self.requests.inc(len(requests))
+        self.candidates.inc(sum(request.count for request in requests))
+        self.batch.observe(len(requests))
+        for wait in waited:
+            self.stage.labels("queue").observe(wait)
+        self.stage.labels("search").observe(seconds.search)
+        self.stage.labels("ranking").observe(seconds.ranking)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)

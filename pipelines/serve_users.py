@@ -1,0 +1,112 @@
+"""What the page is told of the users of a sequence log: histories and logged requests, with names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from pydantic import BaseModel
+
+from trainer.data.row_group import Bags
+from trainer.serving.histories import HistoryStore, StoredRequest
+from trainer.serving.request import Limits
+
+_MOST_USERS, _MOST_REQUESTS = 500, 12
+
+
+class UserLine(BaseModel):
+    """A user and how long his history is."""
+
+    user_id: int
+    behaviors: int
+
+
+class UsersBody(BaseModel):
+    """The first users, and how many there are."""
+
+    total: int
+    users: list[UserLine]
+
+
+class RequestLine(BaseModel):
+    """A logged request, in the form of a body's request, and its labels by task."""
+
+    time: int
+    candidates: dict[str, list[int] | list[list[int]]]
+    context: dict[str, list[int]]
+    numeric: dict[str, list[float]]
+    labels: dict[str, list[float]]
+
+
+class UserBody(BaseModel):
+    """A user's history and his newest logged requests.
+
+    Attributes:
+        features: ids of behaviors, one each (of several only the first); names: feature -> id -> value.
+        taxonomy: features that classify items, coarse to fine.
+    """
+
+    user_id: int
+    timestamp: list[int]
+    features: dict[str, list[int]]
+    requests: list[RequestLine]
+    names: dict[str, dict[int, str]]
+    taxonomy: list[str]
+
+
+def users_body(histories: HistoryStore | None) -> UsersBody:
+    """Users by number."""
+    if histories is None:
+        return UsersBody(total=0, users=[])
+    users = sorted(histories)[:_MOST_USERS]
+    lines = [UserLine(user_id=user, behaviors=histories.behaviors(user)) for user in users]
+    return UsersBody(total=len(histories), users=lines)
+
+
+def user_body(histories: HistoryStore, user: int, limits: Limits) -> UserBody:
+    """The newest behaviors that a body may hold; KeyError for an unknown user."""
+    history, manifest = histories[user], histories.manifest
+    requests = histories.requests(user)[-_MOST_REQUESTS:]
+    features = {name: _first_ids(bags)[-limits.history :] for name, bags in history.features.items()}
+    names = {}
+    for name, ids in features.items():
+        of_candidates = [_first_ids(r.candidates[name]) for r in requests if name in r.candidates]
+        known = histories.names(name, np.unique(np.concatenate([ids, *of_candidates])).tolist())
+        names[name] = known
+    return UserBody(
+        user_id=user,
+        timestamp=history.time[-limits.history :].tolist(),
+        features={name: ids.tolist() for name, ids in features.items()},
+        requests=[_line(request, manifest.tasks, manifest.numeric) for request in requests],
+        names=names,
+        taxonomy=manifest.taxonomy,
+    )
+
+
+def _line(request: StoredRequest, tasks: list[str], numeric: list[str]) -> RequestLine:
+    return RequestLine(
+        time=request.time,
+        candidates=_lists(request.candidates),
+        context={name: bags.values.tolist() for name, bags in request.context.items()},
+        numeric={name: request.numeric[:, x].tolist() for x, name in enumerate(numeric)},
+        labels={task: request.labels[:, t].tolist() for t, task in enumerate(tasks)},
+    )
+
+
+def _lists(bags: Mapping[str, Bags]) -> dict[str, list[int] | list[list[int]]]:
+    found: dict[str, list[int] | list[list[int]]] = {}
+    for name, part in bags.items():
+        if part.offsets is None:
+            found[name] = part.values.tolist()
+        else:
+            found[name] = [ids.tolist() for ids in np.split(part.values, part.offsets[1:-1])]
+    return found
+
+
+def _first_ids(bags: Bags) -> np.typing.NDArray[np.int64]:
+    """One id a bag, 0 where it is empty."""
+    if bags.offsets is None:
+        return bags.values.astype(np.int64)
+    values = np.append(bags.values, 0).astype(np.int64)
+    found: np.typing.NDArray[np.int64] = np.where(np.diff(bags.offsets) > 0, values[bags.offsets[:-1]], 0)
+    return found

@@ -1,0 +1,156 @@
+"""Snapshots without training, requests from rows of a log, and a server in this process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+import trainer.serving.current as current_module
+from pipelines.serve_app import Service, build_app
+from pipelines.serve_metrics import Metrics
+from tests.logs import Row
+from tests.models import model_of
+from trainer.assemble import feature_rows, resolve_groups
+from trainer.config import Config
+from trainer.data.reader import SequenceLogReader
+from trainer.data.schema import LogManifest, read_manifest
+from trainer.serving.batcher import BatchSettings
+from trainer.serving.current import Current
+from trainer.serving.histories import HistoryStore
+from trainer.serving.request import Limits, RequestBody
+from trainer.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Described:
+    """Of a snapshot's manifest what serving looks at."""
+
+    config: Config
+    features: dict[str, int]
+    recorded_features: tuple[str, ...]
+    recorded_context: tuple[str, ...]
+    tasks: tuple[str, ...]
+    numeric: tuple[str, ...]
+    vocabularies: dict[str, str]
+    step: int = 7
+    score_bound: float = 1e-6
+
+
+def rows_of(config: Config) -> dict[str, int]:
+    return feature_rows(resolve_groups(config, read_manifest(config.data.log)))
+
+
+def snapshot_of(config: Config, path: Path = Path("snapshot/v00000001")) -> Snapshot:
+    """A model with first weights over plain tables, and its first batch as recorded requests."""
+    manifest, rows = read_manifest(config.data.log), rows_of(config)
+    model = model_of(config).eval().requires_grad_(False)
+    batch = next(iter(SequenceLogReader(config.data, "train", rows).steps())).batch
+    described = Described(
+        config,
+        rows,
+        tuple(batch.features.keys()),
+        tuple(batch.context.keys()) if batch.context is not None else (),
+        tuple(manifest.tasks),
+        tuple(manifest.numeric),
+        {},
+    )
+    recorded = batch, model(batch).logits.sigmoid()
+    return Snapshot(path, described, model, recorded)  # type: ignore[arg-type]
+
+
+def bodies(manifest: LogManifest, rows: Sequence[Row]) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    """Every request of the rows as ((user, request), what a client sends): the whole history each time."""
+    found = []
+    for row in rows:
+        history: dict[str, Any] = {
+            "timestamp": row["history_timestamp"],
+            "features": {n: row[f"history_{n}"] for n, i in manifest.features.items() if i.of_behaviors},
+        }
+        if manifest.clusters:
+            history |= {name: row[name] for name in ("cluster_size", "cluster_time")}
+        for r, request in enumerate(row["request_id"]):
+            body = {
+                "user_id": row["user_id"],
+                "history": history,
+                "time": row["request_timestamp"][r],
+                "candidates": {
+                    n: row[f"candidate_{n}"][r] for n, i in manifest.features.items() if i.of_candidates
+                },
+                "context": {n: row[f"context_{n}"][r] for n in manifest.context},
+                "numeric": {n: row[f"numeric_{n}"][r] for n in manifest.numeric},
+            }
+            found.append(((row["user_id"], request), body))
+    return found
+
+
+def model_body(body: dict[str, Any]) -> RequestBody:
+    return RequestBody.model_validate(body)
+
+
+def reference(snapshot: Snapshot, split: str = "train") -> dict[tuple[int, int], np.ndarray]:
+    """(user, request) -> probabilities [c, T], read from the log and scored by the model as it is."""
+    config = snapshot.manifest.config
+    found = {}
+    for step in SequenceLogReader(config.data, split, rows_of(config)).steps():
+        batch = step.batch
+        scores = snapshot.score(batch)
+        for r, name in enumerate(zip(batch.user_id.tolist(), batch.request_id.tolist(), strict=True)):
+            found[name] = scores[batch.candidate_request == r].numpy()
+    return found
+
+
+class Client:
+    """Calls the app without a socket; an exception inside is an answer 500, as with a socket."""
+
+    def __init__(self, service: Service, http: httpx.AsyncClient) -> None:
+        self.service, self.http = service, http
+
+    async def score(self, *requests: dict[str, Any], **more: Any) -> dict[str, Any]:
+        answer = await self.http.post("/score", json={"requests": list(requests), **more})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    async def metric(self, name: str) -> float:
+        text = (await self.http.get("/metrics")).text
+        lines = [line.rpartition(" ") for line in text.splitlines()]
+        return float(next(value for key, _, value in lines if key == name))
+
+
+def service_of(
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+    log: Path | None = None,
+    poll: float = 0.0,
+    **settings: Any,
+) -> Service:
+    """A service of a snapshot that lies in memory only; `settings` are limits, or how requests are batched.
+
+    Limits and batching both have `requests`: it is that of a body.
+    """
+    monkeypatch.setattr(current_module, "load_snapshot", lambda path: snapshot)
+    monkeypatch.setattr(current_module, "resolve", lambda path: snapshot.path)
+    metrics = Metrics()
+    store = None if log is None else HistoryStore(log)
+    current = Current(snapshot.path, store, lambda outcome: metrics.reloads.labels(outcome).inc())
+    limits = {name: settings.pop(name) for name in list(settings) if name in Limits.__annotations__}
+    return Service(current, metrics, Limits(**limits), BatchSettings(**settings), poll)
+
+
+@asynccontextmanager
+async def serving(service: Service) -> AsyncIterator[Client]:
+    """The running app."""
+    app = build_app(service)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://here") as http,
+    ):
+        yield Client(service, http)

@@ -1,0 +1,1 @@
+"""Scoring requests with a snapshot: decoding, checking, batching, searching."""

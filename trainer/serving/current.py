@@ -1,0 +1,92 @@
+"""The version that is served, and how another takes its place without a request noticing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from embeddings.errors import SnapshotError, TandemError
+from trainer.serving.histories import HistoryStore
+from trainer.serving.scorer import Scorer
+from trainer.snapshot import load_snapshot, resolve
+
+# Mean difference of probabilities: what rounding of a search, or a quantised table, may do and no more.
+_SERVING_BOUND = 0.01
+
+
+class Current:
+    """Loads, checks and hands out the scorer. `reload` may be called from any thread.
+
+    Args:
+        root: a version's folder, which is then served for good, or the folder of versions.
+        histories: their ids must be of the snapshot's vocabulary.
+        reloaded: told "switched", "unchanged" or "refused" after every attempt.
+
+    Attributes:
+        scorer: the one in use. Whoever took it may go on with it; its tables live as long as it does.
+        refused: the newest version that was refused and why, or None.
+
+    Raises:
+        SnapshotError: the first version cannot be loaded or fails its self-check.
+        DataError: the histories are of another vocabulary. ConfigError: they lack the model's clusters.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        histories: HistoryStore | None = None,
+        reloaded: Callable[[str], None] = lambda outcome: None,
+    ) -> None:
+        self.root, self.histories, self._reloaded = root, histories, reloaded
+        self.refused: tuple[str, str] | None = None
+        self._lock = threading.Lock()
+        self.scorer = self._load(resolve(root))
+
+    def newer(self) -> Path | None:
+        """The version that LATEST names, unless it is served or was refused.
+
+        Raises:
+            SnapshotError: LATEST is gone or names no version.
+        """
+        path = resolve(self.root)
+        known = {self.scorer.version, self.refused[0] if self.refused else ""}
+        return None if path.name in known else path
+
+    def reload(self, retry: bool = True) -> bool:
+        """Switch to the newest version; False if it is served already. Blocks; requests go on meanwhile.
+
+        Args:
+            retry: try a version again that was refused before.
+
+        Raises:
+            TandemError: the new version was refused; the old one stays.
+        """
+        with self._lock:
+            path = resolve(self.root) if retry else self.newer()
+            if path is None or path.name == self.scorer.version:
+                self._reloaded("unchanged")
+                return False
+            try:
+                # The name changes last: until then every request gets the old scorer.
+                self.scorer = self._load(path)
+            except TandemError as error:
+                self.refused = (path.name, str(error))
+                self._reloaded("refused")
+                raise
+            self.refused = None
+            self._reloaded("switched")
+            return True
+
+    def _load(self, path: Path) -> Scorer:
+        snapshot = load_snapshot(path)
+        snapshot.self_check()
+        if self.histories is not None:
+            known = self.histories.manifest
+            snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
+        scorer = Scorer(snapshot, self.histories.chunk if self.histories else 0)
+        # Once more with the searches that serve, which also brings what they need into memory.
+        batch, expected = snapshot.recorded
+        if not float((snapshot.score(batch) - expected).abs().mean()) <= _SERVING_BOUND:
+            raise SnapshotError(path, "scores its recorded requests otherwise when serving")
+        return scorer

@@ -1,0 +1,162 @@
+"""Stage one for serving: one request at a time, in tiles that stay in the cache.
+
+Training scores all windows of a batch at once, padded to the longest. A server has few requests of very
+different length and up to 50,000 behaviors each, so here every window is scored alone, candidates in chunks,
+which bounds memory and makes a request independent of its company. The result is that of the search it
+stands for (property test), whatever the scorer and the kind of search.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.model.score import Attended, DotScorer
+from trainer.model.search import AllSearch, DotSearch, Query, Search, top_columns
+from trainer.model.windows import Kept, Windows
+
+# Behaviors of a block whose best score is kept; one maximum instruction's worth of two cache lines.
+_BLOCK = 32
+# Columns of a tile: wide enough for the matrix product, and still in the cache when its best are noted.
+_TILE = 2048
+# Scores held at once.
+_CELLS = 8 << 20
+
+
+class WindowSearch(Search):
+    """The same as `inner`, window by window."""
+
+    def __init__(self, inner: Search) -> None:
+        super().__init__(inner.k)
+        self.inner = inner
+
+    @staticmethod
+    def around(search: Search) -> Search:
+        """A search that keeps whole windows has nothing to find, and stays as it is."""
+        return search if isinstance(search, AllSearch | WindowSearch) else WindowSearch(search)
+
+    @torch.no_grad()
+    def forward(self, query: Query) -> Kept:
+        windows = query.windows
+        bounds = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).cumsum(0).tolist()
+        lengths = windows.mask.sum(1).tolist()
+        # After a hard search every candidate has a short window of its own: together they are cheaper.
+        if len(lengths) == query.vectors.query_CD.shape[0] > 1 and windows.index.numel() <= _CELLS:
+            found: Kept = self.inner(query)
+            return found
+        parts = []
+        for window, (begin, end) in enumerate(zip([0, *bounds], bounds, strict=False)):
+            if end > begin:
+                alone = _alone(query, window, lengths[window], begin, end)
+                parts += [self._padded(part) for part in self._of_window(alone, lengths[window])]
+        if not parts:
+            found = self.inner(query)
+            return found
+        column, mask = (torch.cat(each) for each in zip(*parts, strict=True))
+        return windows.columns(column, mask)
+
+    def _of_window(self, query: Query, length: int) -> list[tuple[Tensor, Tensor]]:
+        scorer = query.scorer
+        if type(self.inner) is DotSearch and isinstance(scorer, DotScorer) and scorer.heads == 1 and length:
+            return _dot_columns(scorer, query, self.k)
+        count = query.vectors.query_CD.shape[0]
+        size = max(1, _CELLS // max(length, 1))
+        chunks = (_candidates(query, at, min(at + size, count)) for at in range(0, count, size))
+        return [self.inner.columns(chunk) for chunk in chunks]
+
+    def _padded(self, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        missing = self.k - part[0].shape[1]
+        return F.pad(part[0], (0, missing)), F.pad(part[1], (0, missing))
+
+
+def _alone(query: Query, window: int, length: int, begin: int, end: int) -> Query:
+    """One window, cut to its own length, and its candidates."""
+    part, whole = slice(window, window + 1), query.windows
+
+    def cut(each: Tensor) -> Tensor:
+        return each[part, : max(length, 1)]
+
+    size = None if whole.log_size is None else cut(whole.log_size)
+    of_candidate = torch.zeros(whole.of_candidate.numel(), dtype=torch.int64, device=whole.index.device)
+    windows = Windows(cut(whole.index), cut(whole.mask), whole.marks.each(cut), size, of_candidate)
+    alone = Query(query.scorer, query.vectors, query.raw, windows, query.ids_C, query.ids_N)
+    return _candidates(alone, begin, end)
+
+
+def _candidates(query: Query, begin: int, end: int) -> Query:
+    """Some candidates of one window."""
+    chosen, old = slice(begin, end), query.windows
+
+    def cut(vectors: Attended) -> Attended:
+        return Attended(vectors.query_CD[chosen], vectors.key_ND, vectors.group_C[chosen], vectors.cross_N)
+
+    windows = Windows(old.index, old.mask, old.marks, old.log_size, old.of_candidate[chosen])
+    ids_C = None if query.ids_C is None else query.ids_C[chosen]
+    return Query(query.scorer, cut(query.vectors), cut(query.raw), windows, ids_C, query.ids_N)
+
+
+def _dot_columns(scorer: DotScorer, query: Query, k: int) -> list[tuple[Tensor, Tensor]]:
+    """Top-K by inner product: score a tile, note the best of each block while the tile is in the cache."""
+    width = query.windows.index.shape[1]
+    # What is added to a behavior's scores is one more dimension, in which every candidate has 1.
+    bias_X1 = scorer._window_bias(query.vectors, query.windows)[0][:, None]
+    keys_XD = F.embedding(query.windows.index[0], query.vectors.key_ND)
+    biased = bool(bias_X1.any())
+    keys_XD = torch.cat([keys_XD, bias_X1], dim=1) if biased else keys_XD
+    blocks = -(-width // _BLOCK)
+    size = max(1, _CELLS // (blocks * _BLOCK))
+    found = []
+    for begin in range(0, query.vectors.query_CD.shape[0], size):
+        chunk = _candidates(query, begin, begin + size)
+        query_CD = chunk.vectors.query_CD
+        query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
+        score_CX, best_CB = _scores(query_CD, keys_XD, scorer._beside(chunk.vectors, chunk.windows))
+        column_CK, mask_CK = top_of_blocks(score_CX, best_CB, k)
+        found.append((column_CK.clamp(max=width - 1), mask_CK))
+    return found
+
+
+def _scores(query_CD: Tensor, keys_XD: Tensor, beside_CX: Tensor | None) -> tuple[Tensor, Tensor]:
+    """-> all scores, padded to whole blocks, and the best of each block [C, X / 32]."""
+    count, width = query_CD.shape[0], keys_XD.shape[0]
+    blocks = -(-width // _BLOCK)
+    score_CX, best_CB = torch.empty(count, blocks * _BLOCK), torch.empty(count, blocks)
+    score_CX[:, width:] = -torch.inf
+    for start in range(0, width, _TILE):
+        stop = min(start + _TILE, width)
+        tile = score_CX[:, start:stop]
+        torch.mm(query_CD, keys_XD[start:stop].T, out=tile)
+        if beside_CX is not None:
+            tile += beside_CX[:, start:stop]
+        first, last = start // _BLOCK, -(-stop // _BLOCK)
+        whole = score_CX[:, first * _BLOCK : last * _BLOCK].unflatten(1, (-1, _BLOCK))
+        torch.amax(whole, dim=2, out=best_CB[:, first:last])
+    return score_CX, best_CB
+
+
+def top_of_blocks(score_CX: Tensor, best_CB: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`top_columns(score_CX, k)`, from the best score of each block of 32 columns.
+
+    K blocks have a best score of at least the K-th largest, so K scores are at least that, and every score
+    of the K best is: only blocks that reach it are looked into, and only what reaches it in them is ranked.
+    """
+    count, blocks = best_CB.shape
+    if blocks <= k:
+        return top_columns(score_CX, k)
+    best = best_CB.numpy()
+    least = np.partition(best, blocks - k, axis=1)[:, blocks - k]
+    row, block = np.nonzero(best >= least[:, None])
+    score = score_CX.numpy().reshape(count, blocks, _BLOCK)[row, block]
+    hit = np.flatnonzero(score >= least[row, None])
+    row, column = row[hit // _BLOCK], block[hit // _BLOCK] * _BLOCK + hit % _BLOCK
+    sizes = np.bincount(row, minlength=count)
+    slot = np.arange(row.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    shape = count, max(int(sizes.max()), 1)
+    few = np.full(shape, -np.inf, dtype=np.float32)
+    few[row, slot] = score.ravel()[hit]
+    columns = np.zeros(shape, dtype=np.int64)
+    columns[row, slot] = column
+    place_CK, mask_CK = top_columns(torch.from_numpy(few), k)
+    return torch.from_numpy(columns).gather(1, place_CK), mask_CK
