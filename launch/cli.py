@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from launch.elastic import leave_word
-
-USER_ERROR = 2
-OTHER_ERROR = 1
+from launch.reporting import OTHER_ERROR, USER_ERROR, report
 
 app = typer.Typer(
     name="tandemrec",
@@ -335,57 +330,6 @@ def bench(
     if name not in BENCHES:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(BENCHES)}")
     BENCHES[name](config, overrides or [], repeats, report)
-
-
-def _prefix() -> str:
-    """Names the rank where there are several, so that every rank's failure can be told apart."""
-    rank = os.environ.get("RANK")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return f"[rank {rank}] tandemrec" if rank is not None and several else "tandemrec"
-
-
-def _hidden_package(error: ModuleNotFoundError) -> str | None:
-    """Says so when an import failed because a foreign package hides one of ours; None otherwise."""
-    package = (error.name or "").split(".")[0]
-    if package not in ("pipelines", "trainer", "embeddings") or package not in sys.modules:
-        return None
-    found = [Path(place).resolve() for place in sys.modules[package].__path__]
-    if Path(__file__).resolve().parent.parent / package in found:
-        return None
-    where = ", ".join(map(str, found))
-    return f"package '{package}' in {where} hides tandemrec's own; uninstall or rename it, or change folder"
-
-
-def _user_message(error: Exception) -> str | None:
-    """What to tell the user about an error of theirs; None when it is not one."""
-    if isinstance(error, typer.TyperException):
-        return f"{error.format_message().rstrip('.')}; see `tandemrec --help`"
-    if isinstance(error, ModuleNotFoundError):
-        return _hidden_package(error)
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    try:
-        # Here and not at the top, so that `doctor` still starts where a foreign package hides ours.
-        from embeddings.errors import TandemError
-    except ImportError:
-        return None
-    return str(error) if isinstance(error, TandemError) else None
-
-
-def report(error: Exception, debug: bool) -> int:
-    """Prints an error as the contract at the top of this file says, and returns the exit code."""
-    message = _user_message(error)
-    if debug or message is None:
-        traceback.print_exception(error)
-    if message is None:
-        # Not foreseen, hence a bug: the traceback is what a report needs, with or without --debug.
-        leave_word(f"internal error: {type(error).__name__}: {error}, see its traceback above", False)
-        print(f"{_prefix()}: internal error, see the traceback above", file=sys.stderr, flush=True)
-        return OTHER_ERROR
-    line, elsewhere = " ".join(message.split()), type(error).__name__ == "RankError"
-    if leave_word(line, consequence=elsewhere):
-        print(f"{_prefix()}: error: {line}", file=sys.stderr, flush=True)
-    return OTHER_ERROR if elsewhere else USER_ERROR
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,11 +19,12 @@ from pipelines.bench_serve import bench_serve
 from pipelines.bench_step import bench_step
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_trainable, feature_rows
-from trainer.config import Config, DataConfig, load_config
+from trainer.config import Config, load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.loss import loss_sum
 from trainer.run import versions
+from trainer.sections import DataConfig
 
 Row = dict[str, Any]
 

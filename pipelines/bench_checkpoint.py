@@ -18,13 +18,14 @@ from pipelines.bench_report import required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer import checkpoint
 from trainer.assemble import build_sharded, resolve_groups
-from trainer.config import Config, TableConfig, load_config
+from trainer.config import Config, load_config
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import process_group
 from trainer.durable import sync
 from trainer.hashed_writer import HashedWriter
 from trainer.run import versions
 from trainer.saver import Saver
+from trainer.sections import TableConfig
 from trainer.step import make_optimizer
 
 _BYTES = 2e9

@@ -13,7 +13,6 @@ from benchmarks.planted.recall import kept_places, measure, worth
 from embeddings.errors import DataError
 from launch.cli import main
 from pipelines.synth import TRUTH, synth
-from trainer.config import DataConfig, SearchConfig
 from trainer.data.planted import fields, orders, relevance, temporal
 from trainer.data.planted.kinds import KINDS
 from trainer.data.planted.log import Ints, PlantedLog
@@ -21,6 +20,7 @@ from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.metrics import auc, logloss
 from trainer.model.time import age_bucket
+from trainer.sections import DataConfig, SearchConfig
 
 USERS = {
     "relevance": 60,

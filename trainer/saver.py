@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from embeddings.errors import CheckpointError
 from trainer import checkpoint
-from trainer.config import CheckpointConfig
+from trainer.sections import CheckpointConfig
 
 # How long a save under way may still take when training has failed: its peers may be gone.
 _GRACE_S = 60.0

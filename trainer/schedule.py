@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainer.config import Decay, TrainConfig
+from trainer.sections import Decay, TrainConfig
 
 _FLOOR = 1e-3
 

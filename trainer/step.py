@@ -11,13 +11,14 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embeddings.errors import DataError
-from trainer.config import Config, TrainConfig
+from trainer.config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.loss import loss_sum, rank_loss
 from trainer.model.lookups import Cut
 from trainer.model.two_stage import Prediction, TwoStageModel
 from trainer.nonfinite import Gradients, Guard
+from trainer.sections import TrainConfig
 
 
 def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:

@@ -18,11 +18,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.groups import TableGroup
 from embeddings.sharding import table_of
 from trainer.assemble import build_sharded
-from trainer.config import Config, TableConfig
+from trainer.config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.schema import LogManifest
 from trainer.distributed import Ranks
 from trainer.model.windows import Kept
+from trainer.sections import TableConfig
 
 
 @dataclass

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from trainer.config import CheckpointConfig
+from trainer.sections import CheckpointConfig
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from pathlib import Path
 from embeddings.errors import DataError
 from embeddings.exchange import Lookup
 from embeddings.groups import TableGroup
-from trainer.config import Config, DataConfig
+from trainer.config import Config
 from trainer.data.blocks import BlockLimits, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
 from trainer.data.schema import LogManifest
 from trainer.model.settings import BranchConfig, ModelConfig
+from trainer.sections import DataConfig
 
 # Lengths of so many row groups are read: seconds at most, whatever the log's size.
 _SAMPLED = 16

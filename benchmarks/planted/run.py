@@ -36,12 +36,12 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
     """Leave the recall of a trained run's search on the test split in `kept.json`."""
     from benchmarks.planted.recall import planted_recall
     from pipelines.train import open_split
-    from trainer.config import SearchConfig
     from trainer.data.planted.kinds import KINDS
     from trainer.data.reader import SequenceLogReader
     from trainer.distributed import process_group
     from trainer.restore import restore
     from trainer.run import RunFolder
+    from trainer.sections import SearchConfig
 
     with process_group() as ranks:
         restored = restore(RunFolder(run), ranks)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from launch.cli import report
+from launch.reporting import report
 from pipelines.console import quiet_third_parties
 from pipelines.train import run
 from trainer.config import load_config

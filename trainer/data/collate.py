@@ -15,12 +15,12 @@ import numpy.typing as npt
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.config import DataConfig
 from trainer.data.batch import Clusters, RequestBatch, Retrieval
 from trainer.data.blocks import Block
 from trainer.data.hard_search import hierarchical_search
 from trainer.data.row_group import Chosen, FeatureIds, Floats, Ids, Ints
 from trainer.data.rows import Columns, UserRows
+from trainer.sections import DataConfig
 
 _DAY = 86_400.0
 

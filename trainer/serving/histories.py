@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from trainer.config import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import PARQUET_ERRORS, Bags, FeatureIds, Floats
 from trainer.data.rows import UserRows, read_rows
 from trainer.data.schema import read_manifest
+from trainer.sections import DataConfig
 from trainer.serving.request import History
 
 _SPLITS = ("train", "validation", "test")

@@ -12,8 +12,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import SnapshotError
 from embeddings.stored import Dtype, row_bytes
-from trainer.config import Config, GroupName
+from trainer.config import Config
 from trainer.durable import file_digest
+from trainer.sections import GroupName
 from trainer.settings import Settings
 
 VERSION_NAME = re.compile(r"v\d{8}")
