@@ -26,8 +26,9 @@ from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.init import FirstWeights
 from embeddings.jagged import one_id_bags, select_bags, vectors_in_order
 from embeddings.plain import PlainBagCollection
-from embeddings.planning import make_plan
+from embeddings.planning import Task, make_plan
 from embeddings.sharding import attach_optimizer, initialise_unsharded, shard
+from trainer.assemble import cluster_of
 from trainer.distributed import Ranks, process_group
 
 ROWS = {"item": 23, "tag": 7}
@@ -155,7 +156,7 @@ def train_sharded(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]]
         collections[name] = make_collection(group, torch.device("meta"))
         attach_optimizer(collections[name], group.optimizer)
     model, groups = TwoLookups(collections), case.groups.values()
-    plan = make_plan(model, groups, ranks.device, ranks.world_size, ranks.local_world_size)
+    plan = make_plan(Task(model, tuple(groups), cluster_of(ranks))).plan
     planned = {table.sharding_type for module in plan.plan.values() for table in module.values()}
     assert planned == set(case.group.sharding)
     sharded = shard(model, case.groups, plan, ranks.device, SEED, case.comms)
