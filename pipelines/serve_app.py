@@ -208,10 +208,14 @@ def _add_score(app: FastAPI, service: Service) -> None:
         service.metrics.latency.observe(time.perf_counter() - arrived)
         return answer
 
+    _describe_body(app, schemas)
+
+
+def _describe_body(app: FastAPI, schemas: Mapping[str, Any]) -> None:
+    """The body of /score is read by hand, so its schemas are added by hand."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """The body is read by hand, so its schemas are added by hand."""
         found = plain()
         found["components"]["schemas"].update(schemas)
         return found
