@@ -67,14 +67,14 @@ def at_step(rank: int, step: int, action: Callable[[], None]) -> Callable[[Ranks
     """Have a rank do something within a step."""
 
     def before(ranks: Ranks) -> None:
-        train = Trainer._train
+        begin = Trainer._begin_step
 
-        def acting(self: Trainer, part: Any) -> torch.Tensor:
+        def acting(self: Trainer) -> int:
             if ranks.rank == rank and self.at.step == step:
                 action()
-            return train(self, part)
+            return begin(self)
 
-        Trainer._train = acting  # type: ignore[method-assign]
+        Trainer._begin_step = acting  # type: ignore[method-assign]
 
     return before
 

@@ -172,10 +172,10 @@ def test_rules_name_tables_that_exist() -> None:
 
 
 def test_what_no_sharder_offers_is_one_line_that_names_the_table() -> None:
-    with pytest.raises(ConfigError, match="table g__small can be none of grid_shard with kernel fused there"):
+    with pytest.raises(ConfigError, match="g__small can be none of table_wise with kernel fused_uvm there"):
         offline_plan(
             task(
-                rules=PlanRules(tables={"g__small": TableRule(("grid_shard",))}),
+                rules=PlanRules(True, tables={"g__small": TableRule(kernels=("fused_uvm",))}),
                 device="cpu",
                 sharding="table_wise",
             )
@@ -309,10 +309,12 @@ def test_what_would_make_it_fit_is_tried_and_named(log: Path, capsys: pytest.Cap
     assert "takes 32.5 GB, a rank has 25.5 GB for tables, 7.0 GB missing" in error
     named = [line.strip() for line in shown.out.split("(each tried):")[1].splitlines() if line]
     assert [line.split()[0] for line in named] == [
-        "groups.representation.dim", "--world-size", "--hbm", "plan.allow_unified_memory",
+        "groups.representation.dtype", "groups.representation.dim", "--world-size", "--hbm",
+        "plan.allow_unified_memory",
     ]  # fmt: skip
     # What it names does make it fit, and no width of the next step up would.
-    narrow = int(named[0].split()[-1])
+    assert main(["plan", *billions, *sizes, "--set", "groups.representation.dtype=fp16"]) == 0
+    narrow = int(named[1].split()[-1])
     assert main(["plan", *billions, *sizes, "--set", f"groups.representation.dim={narrow}"]) == 0
     assert main(["plan", *billions, *sizes, "--set", f"groups.representation.dim={narrow + 8}"]) == 2
 

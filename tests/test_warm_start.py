@@ -81,7 +81,7 @@ def filled(
     """Weights and accumulators of a new run, whole, and what it was told."""
     manifest = read_manifest(config.data.log)
     sharded = build_sharded(config, manifest, ranks)
-    optimizer = make_optimizer(sharded.model, 1e-3)
+    optimizer = make_optimizer(sharded.model, config.train)
     tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
     with opened(source, source.parent / "scratch.tmp") as tables:
         lines = fill(tensors, tables, config.data.log, manifest, carry)
