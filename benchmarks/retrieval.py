@@ -84,7 +84,7 @@ def ranked(model: TwoStageModel, batch: RequestBatch, feature: str) -> Ranked:
     best = np.where(kept.mask.numpy(), np.take_along_axis(score, column, axis=1), -np.inf)
     order = np.take_along_axis(column, np.argsort(-best, axis=1, kind="stable")[:, :k], axis=1)
     ids_N, ids_C = first_ids(batch, feature)
-    window = window_ids(batch, ids_N, model.history_length)[batch.candidate_request.numpy()]
+    window = window_ids(batch, ids_N, model.branches.history_length)[batch.candidate_request.numpy()]
     wide = (window >= 0).sum(axis=1) > k
     return Ranked(ids_C.numpy()[wide], window[wide], score[wide], order[wide])
 

@@ -185,12 +185,13 @@ def train(
     check: Annotated[bool, typer.Option("--check", help="Only check the configuration and the log.")] = False,
 ) -> None:
     """Train a model; torchx or torchrun start several ranks."""
-    import pipelines.train as pipeline
-
     chosen = [*(overrides or []), *(more or [])]
     chosen += [f"plan.file={json.dumps(str(plan_file))}"] if plan_file else []
     chosen += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
-    run = pipeline.check if check else pipeline.train
+    if check:
+        from pipelines.train import check as run
+    else:
+        from pipelines.train import train as run
     run(config, out, chosen)
 
 

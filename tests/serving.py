@@ -41,6 +41,7 @@ class Described:
     vocabularies: dict[str, str]
     step: int = 7
     score_bound: float = 1e-6
+    mean_bound: float = 1e-6
 
 
 def rows_of(config: Config) -> dict[str, int]:

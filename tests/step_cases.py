@@ -191,7 +191,7 @@ def bad_step(made: Job, kind: str) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             facts = {name: json.loads(value) for name, value in file.metadata().items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-        tensors["scores"] = torch.zeros(0)
+        tensors["scores"] = torch.zeros(0, 1)
         batch, _ = unpack(path, tensors, (facts["features"], facts["context"]))
         kept[path.name] = {**facts, "same": same_batch(batch, steps[3].batch)}
     dist.barrier()

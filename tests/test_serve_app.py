@@ -405,7 +405,7 @@ def test_a_version_that_scores_its_records_otherwise_is_refused(
 ) -> None:
     batch, scores = snapshot.recorded
     wrong = replace(snapshot, recorded=(batch, scores + 0.2))
-    with pytest.raises(SnapshotError, match=r"differ by 0\.2"):
+    with pytest.raises(SnapshotError, match=r"differ from the trainer.s by up to 0\.2"):
         service_of(wrong, monkeypatch)
 
 

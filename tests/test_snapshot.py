@@ -81,8 +81,6 @@ def test_a_snapshot_is_json_and_safetensors_only(made: Path) -> None:
         "v00000001/manifest.json",
         "v00000001/manifest.sha256",
         "v00000001/recorded.safetensors",
-        "v00000001/search/main.0.safetensors",
-        "v00000001/search/main.1.safetensors",
         "v00000001/tables/attention.0.safetensors",
         "v00000001/tables/attention.1.safetensors",
         "v00000001/tables/representation.0.safetensors",

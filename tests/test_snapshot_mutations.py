@@ -30,6 +30,12 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(run, folder / "out", "int8", "fp16")
 
 
+@pytest.fixture(scope="module")
+def exact(version: Path) -> Path:
+    """The same model in fp32, whose scores have no room to differ."""
+    return exported(version.parent.parent / "run", version.parent.parent / "exact", "fp32", "fp32")
+
+
 @pytest.fixture
 def path(version: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(version, tmp_path / version.name))
@@ -187,8 +193,10 @@ EVIL: list[Any] = [
 ]  # fmt: skip
 
 
-def test_hostile_manifests(path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_hostile_manifests(exact: Path, tmp_path: Path) -> None:
     """With the digest renewed. A changed setting may load only if the model stays what it was."""
+    path = Path(shutil.copytree(exact, tmp_path / exact.name))
     text = (path / "manifest.json").read_text()
     whole = json.loads(text)
     known = load_snapshot(path)
@@ -214,8 +222,9 @@ def test_hostile_manifests(path: Path) -> None:
         except SnapshotError:
             refusals += 1
             continue
-        # Whatever is accepted scores exactly as before: the change was of no consequence, or no change.
-        assert (found.score(found.recorded[0]) == expected).all(), (place, part)
+        # Whatever is accepted scores as before, but for rounding: the change was of no consequence.
+        difference = (found.score(found.recorded[0]) - expected).abs().max()
+        assert difference <= known.manifest.score_bound <= 1e-6, (place, part)
     assert refusals > 0.7 * MANIFESTS
 
 

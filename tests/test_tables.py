@@ -23,12 +23,12 @@ from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec, state_reshards
 from embeddings.init import FirstWeights
 from embeddings.jagged import one_id_bags
-from embeddings.planning import make_plan
+from embeddings.planning import Task, make_plan
 from embeddings.sharded import with_empty_bags
 from embeddings.sharding import attach_optimizer, shard, whole_tensor
 from tests.launching import tandemrec, train
 from tests.logs import FEATURES, Shape, enrich, random_rows, small_log, write_log
-from trainer.assemble import resolve_groups
+from trainer.assemble import cluster_of, resolve_groups
 from trainer.config import Config, load_config
 from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group
@@ -59,7 +59,7 @@ class Lookup(nn.Module):
 
 def sharded(group: TableGroup, ranks: Ranks) -> DistributedModelParallel:
     model = Lookup(group)
-    plan = make_plan(model, [group], ranks.device, 1, 1)
+    plan = make_plan(Task(model, (group,), cluster_of(ranks))).plan
     return shard(model, {group.name: group}, plan, ranks.device, seed=3)
 
 
@@ -180,7 +180,8 @@ def test_two_ranks_equal_one_row_wise_and_their_run_exports(tmp_path: Path) -> N
     done = tandemrec("export", "--run", str(run), "--out", str(tmp_path / "snapshot"))
     assert done.returncode == 0, done.stderr
     manifest = json.loads(next((tmp_path / "snapshot").glob("v*/manifest.json")).read_text())
-    assert manifest["config"]["groups"]["attention"]["dtype"] == "fp16" and manifest["dtype"] == "fp32"
+    assert manifest["config"]["groups"]["attention"]["dtype"] == "fp16"
+    assert {table["dtype"] for table in manifest["groups"]["representation"]} == {"fp32"}
 
 
 @pytest.mark.parametrize(

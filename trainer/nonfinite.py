@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -16,7 +17,7 @@ from torch.nn.utils import get_total_norm
 from embeddings.errors import DataError
 from trainer.data.files import RowGroup
 from trainer.data.reader import Step
-from trainer.distributed import Ranks, gather_rows, sum_over_ranks
+from trainer.distributed import Ranks, sum_over_ranks
 from trainer.durable import replacing
 from trainer.recorded import pack
 
@@ -96,10 +97,12 @@ class Guard:
             kept = self._keep(number, step, problems)
             said = (
                 f"rank {self.ranks.rank}: {', '.join(problems)} (its batch {kept} and came from "
-                f"{_listed(step.sources)})\n"
+                f"{_listed(step.sources)})"
             )
-        letters = torch.tensor(list(said.encode()), dtype=torch.uint8, device=found.loss.device)
-        lines = [line for line in bytes(gather_rows(letters).tolist()).decode().split("\n") if line]
+        answers: list[str] = [said] * self.ranks.world_size
+        if self.ranks.world_size > 1:
+            dist.all_gather_object(answers, said)
+        lines = [line for line in answers if line]
         if lines:
             more = f"; and {len(lines) - _SHOWN} more ranks" if len(lines) > _SHOWN else ""
             raise DataError(
