@@ -94,7 +94,7 @@ serve: install ## after `make train`: score over HTTP, with a page at http://127
 	@tandemrec serve --snapshot "$(OUT)"/snapshot --histories "$(LOG)"
 
 test: install-dev ## the tests
-	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install-dev ## ruff and mypy
 	ruff check $(FORMATTED)

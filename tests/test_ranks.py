@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tests.launching import SETTINGS, losses, overrides, tandemrec, train
 from tests.logs import Shape, enrich, random_rows, small_log, write_log
 
+pytestmark = pytest.mark.slow
+
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint, in one piece."""
