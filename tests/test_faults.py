@@ -21,7 +21,7 @@ from tests.test_ranks import parameters
 
 STEPS, LIMIT_S = 40, 540
 # Seconds on a machine of its own; a busy one may take ten times as long.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 def plan(run: Path, log: Path, faults: Sequence[Fault], again: bool = False, **settings: Any) -> Plan:
