@@ -7,7 +7,8 @@ DEVICE ?= cpu
 TORCH_INDEX ?=
 SMOKE ?=
 NPROC ?= 2
-TEST_WORKERS ?= 2
+# More than cores: fault tests mostly wait for time-outs.
+TEST_WORKERS ?= 3
 OUT ?= $(if $(SMOKE),runs/smoke,runs/demo)
 DATA = runs/data/complete_journey
 LOG = $(OUT)/log
