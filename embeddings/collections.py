@@ -8,6 +8,7 @@ sharded row-wise it sends each row once, where bags send a partial sum from ever
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
@@ -20,21 +21,25 @@ _DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 _TABLES_OF = {"bag": "embedding_bags", "sequence": "embeddings"}
 
 
+def _described(group: TableGroup) -> list[dict[str, Any]]:
+    """What TorchRec is told of each table, whatever the kind."""
+    return [
+        {
+            "name": group.table_name(table.feature),
+            "num_embeddings": table.rows,
+            "embedding_dim": table.dim,
+            "feature_names": [table.feature],
+            "data_type": _DATA_TYPES[group.dtype],
+        }
+        for table in group.tables
+    ]
+
+
 class BagCollection(EmbeddingBagCollection):  # type: ignore[misc]
     """An `EmbeddingBagCollection` that knows its group; bags may hold any number of ids."""
 
     def __init__(self, group: TableGroup, device: torch.device) -> None:
-        tables = [
-            EmbeddingBagConfig(
-                name=group.table_name(table.feature),
-                num_embeddings=table.rows,
-                embedding_dim=table.dim,
-                feature_names=[table.feature],
-                pooling=PoolingType.SUM,
-                data_type=_DATA_TYPES[group.dtype],
-            )
-            for table in group.tables
-        ]
+        tables = [EmbeddingBagConfig(**table, pooling=PoolingType.SUM) for table in _described(group)]
         super().__init__(tables=tables, device=device)
         self.group = group
 
@@ -51,16 +56,7 @@ class SequenceCollection(EmbeddingCollection):  # type: ignore[misc]
     """
 
     def __init__(self, group: TableGroup, device: torch.device) -> None:
-        tables = [
-            EmbeddingConfig(
-                name=group.table_name(table.feature),
-                num_embeddings=table.rows,
-                embedding_dim=table.dim,
-                feature_names=[table.feature],
-                data_type=_DATA_TYPES[group.dtype],
-            )
-            for table in group.tables
-        ]
+        tables = [EmbeddingConfig(**table) for table in _described(group)]
         super().__init__(tables=tables, device=device)
         self.group = group
 

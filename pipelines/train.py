@@ -74,21 +74,28 @@ def run(config: Config, out: Path, ranks: Ranks, after_step: Callable[[int], Non
     trainer.after_step = after_step
     with ending_well(folder, ranks.speaks), folder.lock() if ranks.speaks else nullcontext():
         end = trainer.run(found)
-    if found.path is not None and end.step == found.state["step"] and not trainer.stopped:
-        say(
-            f"nothing left to train: {out} has all its {end.step:,} steps "
-            "(raise train.epochs or train.max_steps for more)"
-        )
-        return
+    _conclude(trainer, end, found, say)
+
+
+def _conclude(trainer: Trainer, end: Position, found: checkpoint.Found, say: Callable[[str], None]) -> None:
+    """Say how training ended, and sum it up where it reached its end; collective."""
+    ranks, folder = trainer.ranks, trainer.folder
     if trainer.stopped:
         say(f"stopped after step {end.step:,} as asked, and saved; the same command continues it")
+        return
+    if found.path is not None and end.step == found.state["step"]:
+        say(
+            f"nothing left to train: {folder.path} has all its {end.step:,} steps "
+            "(raise train.epochs or train.max_steps for more)"
+        )
         return
     cpu_s = trainer.cpu_seconds()
     if ranks.speaks:
         _summarise(folder, end, cpu_s, ranks.world_size, trainer.metrics_of_validation)
     say(
         f"trained {end.candidates:,} samples in {end.step:,} steps and {end.wall_s:.0f} s: "
-        f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); see {out}"
+        f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); "
+        f"see {folder.path}"
     )
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.errors import CheckpointError
+from embeddings.groups import state_reshards
 
 # Written by `embeddings.plan_file`: its "modules" are module -> table -> {"sharding_type", "shards", ...}.
 PlanTree = Mapping[str, Any]
-_ROWWISE = "rowwise_adagrad"
 
 
 def check_reshardable(path: Path, state: Mapping[str, Any], now: PlanTree) -> None:
@@ -28,8 +28,9 @@ def check_reshardable(path: Path, state: Mapping[str, Any], now: PlanTree) -> No
     groups = state["config"]["groups"]
     before, after = _tables(state.get("plan", {})), _tables(now)
     for table in sorted(before.keys() & after.keys()):
-        rowwise = groups.get(table.split("__")[0], {}).get("optimizer") == _ROWWISE
-        if not rowwise or _columns(before[table]) == _columns(after[table]):
+        optimizer = groups.get(table.split("__")[0], {}).get("optimizer", "")
+        types = [str(entry.get("sharding_type")) for entry in (before[table], after[table])]
+        if _columns(before[table]) == _columns(after[table]) or state_reshards(optimizer, *types):
             continue
         was, now_ = _told(before[table]), _told(after[table])
         raise CheckpointError(

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from embeddings.errors import CheckpointError
-from embeddings.sharding import whole_tensor
 from trainer import checkpoint
 from trainer.assemble import Sharded, build_sharded, feature_rows
 from trainer.config import Config
@@ -33,15 +30,6 @@ class Restored:
     @property
     def rows(self) -> dict[str, int]:
         return feature_rows(self.sharded.groups)
-
-    def vocabularies(self) -> dict[str, str]:
-        """Feature -> digest of what its ids stand for, of the features that the model uses."""
-        known = {**self.manifest.features, **self.manifest.context}
-        return {name: known[name].vocabulary for name in self.rows}
-
-    def whole_weights(self) -> dict[str, Tensor]:
-        """Every table and dense weight in one piece; for a single rank."""
-        return {name: whole_tensor(weight) for name, weight in self.sharded.model.state_dict().items()}
 
 
 def restore(folder: RunFolder, ranks: Ranks) -> Restored:
