@@ -68,7 +68,9 @@ class _ByRow(NamedTuple):
 def _by_row(index_CK: Tensor, rows: int) -> _ByRow:
     flat = index_CK.reshape(-1)
     uses = torch.bincount(flat, minlength=rows)
-    return _ByRow(torch.sort(flat, stable=True).indices, F.pad(uses.cumsum(0), (1, 0)))
+    # A radix sort: as many passes as the numbers have bytes.
+    narrow = flat.to(torch.int16 if rows <= torch.iinfo(torch.int16).max else torch.int32)
+    return _ByRow(torch.sort(narrow, stable=True).indices, F.pad(uses.cumsum(0), (1, 0)))
 
 
 def _gathered(part_CD: Tensor, weight_CK: Tensor, by_row: _ByRow) -> Tensor:
