@@ -28,7 +28,7 @@ from trainer.distributed import Ranks, process_group
 from trainer.durable import file_digest
 from trainer.run import RunFolder, versions
 from trainer.snapshot import Snapshot, load_snapshot
-from trainer.snapshot.code import check_compiler, write_head
+from trainer.snapshot.code import check_compiler, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
 from trainer.snapshot.manifest import MANIFEST, BaseVersion, InputFeature, SnapshotManifest
 from trainer.snapshot.publishing import drafting, open_base, publish
@@ -85,7 +85,7 @@ def export(
         since: a version under `out` to write a delta against; empty = write everything.
         keep: newest versions that stay, 0 = all.
         parity_requests: of the validation split, to compare ranking on besides the recorded ones; 0 = none.
-        aoti: add the head as machine code.
+        aoti: add the dense part as machine code.
 
     Raises:
         SnapshotError: the snapshot would not score like the trainer, or cannot be written; then nothing of
@@ -105,8 +105,8 @@ def export(
         with drafting(out) as part:
             manifest, parity = _write(part, opened, dtypes, base, ranks, parity_requests)
             if aoti:
-                head = write_head(part, load_snapshot(part).model)
-                manifest = manifest.model_copy(update={"code": (head,)})
+                code = write_code(part, load_snapshot(part))
+                manifest = manifest.model_copy(update={"code": (code,)})
             version = publish(out, part, manifest, keep)
     print("\n".join(_report(version, manifest, parity, opened.split)))
     return version
