@@ -226,7 +226,7 @@ def export(
     parity_requests: Annotated[
         int, typer.Option("--parity-requests", min=0, help="Validation requests to compare AUC on; 0: none.")
     ] = 1000,
-    aoti: Annotated[bool, typer.Option("--aoti", help="Add the head as machine code (needs g++).")] = False,
+    aoti: Annotated[bool, typer.Option("--aoti", help="Add the dense part as machine code (g++).")] = False,
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run

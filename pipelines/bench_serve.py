@@ -13,20 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import uvicorn
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from embeddings.errors import TandemError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.plain import PlainBagCollection
+from embeddings.stored import Dtype, to_stored
 from pipelines.bench_baselines import PlainProgram, attending_to_all, exported, per_sample
 from pipelines.bench_report import write_report
+from pipelines.bench_starts import measure_start
 from pipelines.console import quiet_third_parties, table_lines
 from pipelines.serve_app import Service, build_app
 from pipelines.serve_metrics import Metrics
@@ -40,8 +42,11 @@ from trainer.serving.request import History, Limits, Request
 from trainer.serving.scorer import Scorer
 from trainer.settings import Settings, load_settings
 from trainer.snapshot import Snapshot
+from trainer.snapshot.manifest import InputFeature
 
 Row = dict[str, Any]
+# By how tables are stored, and the width of the attention.
+Scorers = dict[tuple[Dtype, int], Scorer]
 _FEATURE = "item_id"
 
 
@@ -50,20 +55,24 @@ class ServeBench(Settings):
 
     Attributes:
         rows: of each table; lengths: L of the history; dims: widths of the attention vectors.
+        dtypes: how all tables are stored.
         width: of the representation; candidates: of the request; k: behaviors kept.
         compare: L at which the other implementations are measured too, and the server.
         connections, calls: of the load on the server.
+        start_rows: of the two tables, of the narrowest of `dims`, that a server is started on; 0 = none.
     """
 
     rows: PositiveInt = 1_000_000
     lengths: tuple[PositiveInt, ...] = (1_000, 10_000, 50_000)
     dims: tuple[PositiveInt, ...] = (16, 32, 64, 128)
+    dtypes: tuple[Dtype, ...] = ("fp32", "fp16", "int8")
     width: PositiveInt = 128
     candidates: PositiveInt = 500
     k: PositiveInt = 50
     compare: PositiveInt = 10_000
     connections: PositiveInt = 16
     calls: PositiveInt = 200
+    start_rows: NonNegativeInt = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,9 @@ class _Manifest:
     step: int = 0
     tasks: tuple[str, ...] = ("click",)
     numeric: tuple[str, ...] = ()
+    inputs: Mapping[str, InputFeature] = field(
+        default_factory=lambda: {_FEATURE: InputFeature(side="both", multi=False)}
+    )
     recorded_features: tuple[str, ...] = (_FEATURE,)
     recorded_context: tuple[str, ...] = ()
 
@@ -92,9 +104,11 @@ class _Served:
 def bench_serve(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """Score, split into search and ranking; other implementations of the same weights; the HTTP server.
 
-    All on one thread, random weights, kinds interleaved `repeats` times. Processor seconds stand beside those
-    of the wall, because other work on the machine disturbs them less; ratios are of processor seconds, those
-    of the server of the wall. `config` is a TOML of `ServeBench`.
+    All on one thread, random weights, kinds interleaved `repeats` times (four times as often where histories
+    are no longer than `compare`). Processor seconds stand beside those of the wall, because other work on the
+    machine disturbs them less; ratios are of processor seconds, those of the server of the wall. The other
+    implementations are measured in fp32, the server in the first of `dtypes`. `config` is a TOML of
+    `ServeBench`.
     """
     quiet_third_parties()
     settings = load_settings(ServeBench, config, overrides)
@@ -102,21 +116,44 @@ def bench_serve(config: Path | None, overrides: Sequence[str], repeats: int, rep
     torch.manual_seed(0)
     representation = torch.randn(settings.rows, settings.width) * 0.1
     tables = {dim: torch.randn(settings.rows, dim) * 0.3 for dim in settings.dims}
-    scorers = {dim: _scorer(settings, tables[dim], representation) for dim in settings.dims}
+    scorers: Scorers = {}
+    for dtype in settings.dtypes:
+        stored = to_stored(representation, dtype)
+        for dim, table in tables.items():
+            scorers[dtype, dim] = _scorer(settings, (to_stored(table, dtype), dim), stored)
     rows, ratios = _measure_scores(settings, scorers, repeats)
-    more, compared = _compare(settings, scorers, tables, representation, repeats)
-    served, overheads = _measure_server(settings, scorers[min(settings.dims)], repeats)
-    rows += more + served
+    more, compared = _compare(settings, tables, representation, repeats)
+    served, overheads = _measure_server(settings, scorers[settings.dtypes[0], min(settings.dims)], repeats)
+    rows += more + served + _measure_starts(settings, scorers)
     ratios |= compared | overheads
     _print(rows, ratios)
     if report is not None:
         write_report(report, rows, ratios, settings.model_dump())
 
 
-def _scorer(settings: ServeBench, attention: torch.Tensor | None, representation: torch.Tensor) -> Scorer:
-    """A DARE-like model of one feature, without time, around given tables; without attention, no search."""
-    tables = {"representation": representation} | ({} if attention is None else {"attention": attention})
-    of_attention = "representation" if attention is None else "attention"
+def _scorer(
+    settings: ServeBench, attention: tuple[torch.Tensor, int] | None, representation: torch.Tensor
+) -> Scorer:
+    """A model around given tables: stored rows of the attention with its width, or none for no search."""
+    tables = {"representation": representation}
+    if attention is not None:
+        tables["attention"] = attention[0]
+    config, groups = _model(settings, settings.width, attention[1] if attention else 0, settings.rows)
+    collections = {
+        name: PlainBagCollection(groups[name], {groups[name].table_name(_FEATURE): table})
+        for name, table in tables.items()
+    }
+    made = build_model(config, groups, collections, 1).eval().requires_grad_(False)
+    manifest = _Manifest(config, {_FEATURE: settings.rows})
+    return Scorer(Snapshot(Path("synthetic"), manifest, made, None))  # type: ignore[arg-type]
+
+
+def _model(
+    settings: ServeBench, width: int, attention: int, rows: int
+) -> tuple[Config, dict[str, TableGroup]]:
+    """DARE-like, of one feature and without time; attention of width 0: no search."""
+    dims = {"representation": width} | ({"attention": attention} if attention else {})
+    of_attention = "attention" if attention else "representation"
     model: dict[str, Any] = {"k": settings.k, "position": False, "age": False}
     model["roles"] = {
         f"{stage}_{side}": group
@@ -126,31 +163,11 @@ def _scorer(settings: ServeBench, attention: torch.Tensor | None, representation
     config = Config.model_validate(
         {
             "data": {"history_length": max(*settings.lengths, settings.compare)},
-            "model": model | {"search": "dot" if attention is not None else "all"},
-            "groups": {name: {"dim": table.shape[1]} for name, table in tables.items()},
+            "model": model | {"search": "dot" if attention else "all"},
+            "groups": {name: {"dim": dim} for name, dim in dims.items()},
         }
     )
-    groups, collections = {}, {}
-    for name, table in tables.items():
-        groups[name] = TableGroup(name, (TableSpec(_FEATURE, settings.rows, table.shape[1]),))
-        collections[name] = PlainBagCollection(groups[name], {groups[name].table_name(_FEATURE): table})
-    made = build_model(config, groups, collections, 1).eval().requires_grad_(False)
-    manifest = _Manifest(config, {_FEATURE: settings.rows})
-    recorded = _Recorded(), torch.zeros(0)
-    return Scorer(Snapshot(Path("synthetic"), manifest, made, recorded))  # type: ignore[arg-type]
-
-
-class _Recorded:
-    """No recorded requests: behaviors and candidates are taken to have every feature."""
-
-    behaviors = candidates = 0
-
-    class _None:
-        @staticmethod
-        def lengths() -> torch.Tensor:
-            return torch.zeros(0)
-
-    features: Mapping[str, Any] = {_FEATURE: _None}
+    return config, {n: TableGroup(n, (TableSpec(_FEATURE, rows, dim),)) for n, dim in dims.items()}
 
 
 def _request(settings: ServeBench, length: int) -> Request:
@@ -170,28 +187,32 @@ def _request(settings: ServeBench, length: int) -> Request:
 
 
 def _measure_scores(
-    settings: ServeBench, scorers: Mapping[int, Scorer], repeats: int
+    settings: ServeBench, scorers: Scorers, repeats: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """Every length and width; both clocks in turn."""
+    """Every length, type and width; both clocks in turn."""
     rows, ratios = [], {}
     for length in settings.lengths:
-        request, search = _request(settings, length), {}
-        found: dict[tuple[int, str], list[tuple[float, float]]] = {
-            (dim, clock): [] for dim in scorers for clock in ("wall", "cpu")
+        request = _request(settings, length)
+        found: dict[tuple[Dtype, int, str], list[tuple[float, float]]] = {
+            (*kind, clock): [] for kind in scorers for clock in ("wall", "cpu")
         }
-        for repeat in range(repeats + 1):
-            for (dim, clock), measured in found.items():
-                scorers[dim].clock = time.perf_counter if clock == "wall" else time.thread_time
-                seconds = scorers[dim].score([request])[1]
-                if repeat:  # the first warms up
+        for turn in range(1 + repeats * (4 if length <= settings.compare else 1)):
+            for (dtype, dim, clock), measured in found.items():
+                scorer = scorers[dtype, dim]
+                scorer.clock = time.perf_counter if clock == "wall" else time.thread_time
+                seconds = scorer.score([request])[1]
+                if turn:  # the first warms up
                     measured.append(seconds)
-        for dim in scorers:
-            row = _score_row(f"score, L {length:,}, attention {dim}", found[dim, "wall"], found[dim, "cpu"])
-            rows.append(row)
-            search[dim] = row["search_cpu_ms"]
-        dims = sorted(search)
-        for narrow, wide in itertools.pairwise(dims):
-            ratios[f"search_{wide}_to_{narrow}_at_{length}"] = search[wide] / search[narrow]
+        search = {}
+        for dtype, dim in scorers:
+            name = f"score, L {length:,}, {dtype}, attention {dim}"
+            row = _score_row(name, found[dtype, dim, "wall"], found[dtype, dim, "cpu"])
+            rows.append({**row, "length": length, "dtype": dtype, "dim": dim})
+            search[dtype, dim] = row["search_cpu_ms"]
+        for dtype in settings.dtypes:
+            for narrow, wide in itertools.pairwise(sorted(settings.dims)):
+                ratio = search[dtype, wide] / search[dtype, narrow]
+                ratios[f"search_{wide}_to_{narrow}_at_{length}_{dtype}"] = ratio
     return rows, ratios
 
 
@@ -202,38 +223,37 @@ def _score_row(name: str, wall: Sequence[tuple[float, float]], cpu: Sequence[tup
         "p50_ms": statistics.median(total),
         "p99_ms": float(np.quantile(total, 0.99)),
         "cpu_ms": statistics.median([1e3 * sum(part) for part in cpu]),
+        "repeats": len(wall),
         "search_cpu_ms": statistics.median([1e3 * search for search, _ in cpu]),
         "ranking_cpu_ms": statistics.median([1e3 * ranking for _, ranking in cpu]),
     }
 
 
 def _compare(
-    settings: ServeBench,
-    scorers: Mapping[int, Scorer],
-    tables: Mapping[int, torch.Tensor],
-    representation: torch.Tensor,
-    repeats: int,
+    settings: ServeBench, tables: Mapping[int, torch.Tensor], representation: torch.Tensor, repeats: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """The scorer and other implementations, interleaved; their scores must agree."""
+    """The scorer and other implementations in fp32, interleaved; their scores must agree."""
     length = settings.compare
     request = _request(settings, length)
     history = torch.from_numpy(request.history.features[_FEATURE].values.copy()).flip(0)
     candidates = torch.from_numpy(request.candidates[_FEATURE].values.copy())
     rows, ratios = [], {}
     without = _scorer(settings, None, representation)
-    for dim in (min(scorers), max(scorers)):
-        plain = PlainProgram(tables[dim], representation, scorers[dim].snapshot.model, settings.k)
+    for dim in (min(tables), max(tables)):
+        scorer = _scorer(settings, (tables[dim], dim), representation)
+        scorer.clock = time.thread_time
+        plain = PlainProgram(tables[dim], representation, scorer.snapshot.model, settings.k)
         programs = {
             "one_export_program": exported(plain, length, settings.candidates),
             "eager_per_sample": per_sample(plain),
             "attending_to_all": attending_to_all(plain),
         }
-        kinds: dict[str, Callable[[], Any]] = {"scorer": lambda dim=dim: scorers[dim].score([request])}  # type: ignore[misc]
+        kinds: dict[str, Callable[[], Any]] = {"scorer": lambda scorer=scorer: scorer.score([request])}  # type: ignore[misc]
         kinds["scorer_without_search"] = lambda: without.score([request])
         for name, program in programs.items():
             kinds[name] = lambda program=program: program(history, candidates)  # type: ignore[misc]
         with torch.no_grad():
-            expected = torch.from_numpy(scorers[dim].score([request])[0][0].probabilities[:, 0])
+            expected = torch.from_numpy(scorer.score([request])[0][0].probabilities[:, 0])
             for name in ("one_export_program", "eager_per_sample"):
                 worst = float((programs[name](history, candidates) - expected).abs().max())
                 if not worst <= 1e-4:
@@ -289,6 +309,16 @@ def _measure_server(settings: ServeBench, scorer: Scorer, repeats: int) -> tuple
             )
     pairs = {kind: [o / b - 1 for o, b in zip(found, bare, strict=True)] for kind, found in overhead.items()}
     return rows, {f"server_overhead_{kind}": statistics.median(found) for kind, found in pairs.items()}
+
+
+def _measure_starts(settings: ServeBench, scorers: Scorers) -> list[Row]:
+    """A server on tables of `start_rows` rows, in each type."""
+    if not settings.start_rows:
+        return []
+    dim = min(settings.dims)
+    batch = scorers[settings.dtypes[0], dim].batch([_request(settings, min(settings.lengths))])
+    config, groups = _model(settings, dim, dim, max(settings.start_rows, settings.rows))
+    return [measure_start(config, groups, batch, dtype) for dtype in settings.dtypes]
 
 
 def _bare_p50(scorer: Scorer, request: Request) -> float:
@@ -352,7 +382,8 @@ def _hey(url: str, content_type: str, body: Path, connections: int, calls: int) 
 
 
 def _print(rows: Sequence[Row], ratios: Mapping[str, float]) -> None:
-    keys = ("p50_ms", "p99_ms", "cpu_ms", "search_cpu_ms", "ranking_cpu_ms", "requests_per_s")
+    keys = ["p50_ms", "p99_ms", "cpu_ms", "search_cpu_ms", "ranking_cpu_ms", "requests_per_s"]
+    keys += ["start_s", "start_cpu_s", "resident_mb", "private_mb"]
     cells = [[row["name"], *(f"{row[key]:.2f}" if key in row else "" for key in keys)] for row in rows]
     print("\n".join(table_lines(["one thread", *keys], cells)))
     for name, value in ratios.items():

@@ -27,12 +27,12 @@ from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks, process_group
 from trainer.durable import file_digest
 from trainer.run import RunFolder, versions
-from trainer.snapshot import load_snapshot
-from trainer.snapshot.code import check_compiler, write_head
+from trainer.snapshot import Snapshot, load_snapshot
+from trainer.snapshot.code import check_compiler, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
-from trainer.snapshot.manifest import MANIFEST, BaseVersion, SnapshotManifest
-from trainer.snapshot.publishing import describe_files, drafting, open_base, publish, write_manifest
-from trainer.snapshot.writing import Draft, Source, group_dtypes
+from trainer.snapshot.manifest import MANIFEST, BaseVersion, InputFeature, SnapshotManifest
+from trainer.snapshot.publishing import drafting, open_base, publish
+from trainer.snapshot.writing import Draft, Source, finished, group_dtypes
 from trainer.table_reader import TableReader
 from trainer.touched import TouchedModel, touched
 
@@ -85,7 +85,7 @@ def export(
         since: a version under `out` to write a delta against; empty = write everything.
         keep: newest versions that stay, 0 = all.
         parity_requests: of the validation split, to compare ranking on besides the recorded ones; 0 = none.
-        aoti: add the head as machine code.
+        aoti: add the dense part as machine code.
 
     Raises:
         SnapshotError: the snapshot would not score like the trainer, or cannot be written; then nothing of
@@ -105,8 +105,8 @@ def export(
         with drafting(out) as part:
             manifest, parity = _write(part, opened, dtypes, base, ranks, parity_requests)
             if aoti:
-                head = write_head(part, load_snapshot(part).model)
-                manifest = manifest.model_copy(update={"code": (head,)})
+                code = write_code(part, load_snapshot(part))
+                manifest = manifest.model_copy(update={"code": (code,)})
             version = publish(out, part, manifest, keep)
     print("\n".join(_report(version, manifest, parity, opened.split)))
     return version
@@ -152,42 +152,48 @@ def _write(
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
     trainer = TouchedModel(run.config, run.manifest, ranks, dense, found)
-    facts |= draft.write_recorded(recorded, trainer.score(recorded))
     bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
     manifest = SnapshotManifest(
         number=1 if base is None else base.manifest.number + 1,
-        base=None
-        if base is None
-        else BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
+        base=None if base is None else _named(base),
         step=run.step,
         score_bound=bounds[0],
         mean_bound=bounds[1],
         tasks=tuple(run.manifest.tasks),
         numeric=tuple(run.manifest.numeric),
         features=feature_rows(run.groups),
+        inputs=inputs_of(run.manifest, recorded),
+        recorded_features=tuple(recorded.features.keys()),
+        recorded_context=() if recorded.context is None else tuple(recorded.context.keys()),
         vocabularies=_vocabularies(run),
         config=run.config,
-        files=describe_files(part),
+        files=(),
         versions=versions(),
         **facts,
     )
-    write_manifest(part, manifest)
-    return manifest, _check(part, trainer, run, ranks, parity_requests)
+    snapshot = finished(draft, manifest, recorded, trainer.score(recorded))
+    return snapshot.manifest, _check(snapshot, trainer, run, ranks, parity_requests)
 
 
-def _check(part: Path, trainer: TouchedModel, run: _Run, ranks: Ranks, parity_requests: int) -> Parity:
-    """Load what was written as anybody would, and compare.
+def _named(base: Chain) -> BaseVersion:
+    return BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST))
+
+
+def _check(
+    snapshot: Snapshot, trainer: TouchedModel, run: _Run, ranks: Ranks, parity_requests: int
+) -> Parity:
+    """Compare what was written with the trainer.
 
     Raises:
         SnapshotError: it does not score like the trainer.
     """
-    snapshot = load_snapshot(part)
     worst = snapshot.self_check()
     parity = compare(trainer, snapshot, run.requests(), parity_requests) if parity_requests else Parity()
     snapshot.check_parity(parity.worst, parity.mean)
     worst = max(worst, parity.worst)
     if worst > 0 and snapshot.manifest.score_bound == BOUNDS["fp32"][0] and ranks.device.type == "cpu":
-        raise SnapshotError(part, f"scores differ by {worst:.3g} from the trainer's on this very machine")
+        problem = f"scores differ by {worst:.3g} from the trainer's on this very machine"
+        raise SnapshotError(snapshot.path, problem)
     return parity
 
 
@@ -199,6 +205,17 @@ def _touching(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[Request
         while seen < limit and (step := next(steps, None)) is not None:
             yield step.batch
             seen += step.batch.requests
+
+
+def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeature]:
+    """What carries the features of a batch, as the log has it."""
+    found = {}
+    for name in batch.features.keys():  # noqa: SIM118 - no dict
+        info = manifest.features[name]
+        found[name] = InputFeature(side=info.side, multi=info.multi)
+    for name in () if batch.context is None else batch.context.keys():
+        found[name] = InputFeature(side="context", multi=manifest.context[name].multi)
+    return found
 
 
 def _vocabularies(run: _Run) -> dict[str, str]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import trainer.serving.current as current_module
+from pipelines.export import inputs_of
 from pipelines.serve_app import Service, build_app
 from pipelines.serve_metrics import Metrics
 from tests.logs import Row
@@ -26,6 +27,8 @@ from trainer.serving.current import Current
 from trainer.serving.histories import HistoryStore
 from trainer.serving.request import Limits, RequestBody
 from trainer.snapshot import Snapshot
+from trainer.snapshot.loading import Recorded
+from trainer.snapshot.manifest import InputFeature
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Described:
     tasks: tuple[str, ...]
     numeric: tuple[str, ...]
     vocabularies: dict[str, str]
+    inputs: dict[str, InputFeature]
     step: int = 7
     score_bound: float = 1e-6
     mean_bound: float = 1e-6
@@ -61,8 +65,10 @@ def snapshot_of(config: Config, path: Path = Path("snapshot/v00000001")) -> Snap
         tuple(manifest.tasks),
         tuple(manifest.numeric),
         {},
+        inputs_of(manifest, batch),
     )
-    recorded = batch, model(batch).logits.sigmoid()
+    scores = model(batch).logits.sigmoid()
+    recorded = Recorded(batch, scores, scores)
     return Snapshot(path, described, model, recorded)  # type: ignore[arg-type]
 
 

@@ -58,6 +58,24 @@ def test_round_robin_equals_a_walk_over_the_heads_lists(
         assert columns[counted].tolist() == walk(heads_scores, k)
 
 
+def test_columns_of_windows_lead_to_behaviors_and_marks() -> None:
+    """One by one, of several windows with sizes of clusters; what does not count is zero."""
+    rng = drawing(3)
+    windows = drawn_windows(rng, 3, 20, 9, sized=True)
+    width = windows.index.shape[1]
+    column = torch.randint(0, width, (9, 5), generator=rng)
+    mask = windows.mask[windows.of_candidate].gather(1, column) & (torch.rand(9, 5, generator=rng) < 0.8)
+    kept = windows.columns(column, mask)
+    assert windows.log_size is not None and kept.log_size is not None and 10 < int(mask.sum()) < 45
+    pairs = [(kept.index, windows.index), (kept.log_size, windows.log_size)]
+    pairs += [(getattr(kept.marks, name), getattr(windows.marks, name)) for name in MARK_ROWS]
+    for found, whole in pairs:
+        for c, window in enumerate(windows.of_candidate.tolist()):
+            for k in range(5):
+                expected = whole[window, column[c, k]] if mask[c, k] else 0
+                assert found[c, k] == expected
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_nobody_keeps_anything(heads: int) -> None:
     windows, raw = drawn_windows(drawing(0), 2, 3, 0), drawn_vectors(drawing(1), 8, 0)

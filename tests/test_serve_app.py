@@ -403,10 +403,13 @@ def test_switching_under_load_drops_and_mixes_nothing(
 def test_a_version_that_scores_its_records_otherwise_is_refused(
     snapshot: Snapshot, monkeypatch: Patch
 ) -> None:
-    batch, scores = snapshot.recorded
-    wrong = replace(snapshot, recorded=(batch, scores + 0.2))
+    recorded = snapshot.recorded
+    wrong = replace(snapshot, recorded=recorded._replace(trained=recorded.trained + 0.2))
     with pytest.raises(SnapshotError, match=r"differ from the trainer.s by up to 0\.2"):
         service_of(wrong, monkeypatch)
+    changed = replace(snapshot, recorded=recorded._replace(own=recorded.own + 1e-4))
+    with pytest.raises(SnapshotError, match=r"recorded candidates score otherwise than when it was"):
+        service_of(changed, monkeypatch)
 
 
 def mutated(rng: np.random.Generator, content: bytes, alien: bytes) -> bytes:

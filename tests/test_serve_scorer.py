@@ -29,7 +29,7 @@ from trainer.model.time import TimeBias, TimeEncoding
 from trainer.serving.arrow_body import read_arrow, write_arrow
 from trainer.serving.request import Limits, Request, from_json
 from trainer.serving.scorer import Scorer as Serving
-from trainer.serving.window_search import WindowSearch, top_of_blocks
+from trainer.serving.window_search import WindowSearch, _score, top_of_groups
 
 PRESETS = sorted(
     path.stem
@@ -190,27 +190,54 @@ def test_explained_behaviors_are_those_kept_with_their_weights(name: str, log: P
     assert c == batch.candidates and seen > 50
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 5),
-    blocks=st.integers(1, 12),
-    k=st.integers(1, 9),
+    width=st.integers(1, 90),
+    groups=st.integers(1, 40),
+    k=st.integers(1, 100),
     levels=st.sampled_from([2, 5, 1_000_000]),
-    missing=st.floats(0, 1),
+    missing=st.sampled_from([0.0, 0.3, 0.95, 1.0]),
 )
-def test_the_best_of_blocks_are_the_best_columns(
-    seed: int, rows: int, blocks: int, k: int, levels: int, missing: float
+def test_the_best_of_groups_are_the_best_columns(
+    seed: int, rows: int, width: int, groups: int, k: int, levels: int, missing: float
 ) -> None:
-    """Ties go to the lower column and -inf is never kept, as `top_columns` has it."""
+    """Ties go to the lower column and -inf is never kept, as `top_columns` has it; K may exceed the width."""
     rng = drawing(seed)
-    score = torch.randint(0, levels, (rows, blocks * 32), generator=rng).float()
+    score = torch.randint(-levels, levels, (rows, width), generator=rng).float()
     score[torch.rand(score.shape, generator=rng) < missing] = -torch.inf
     expected, real = top_columns(score, k)
-    found, mask = top_of_blocks(score, score.unflatten(1, (-1, 32)).amax(2), k)
-    assert torch.equal(mask.sum(1), real.sum(1))
+    groups = min(groups, width)
+    best = torch.stack([score[:, group::groups].amax(1) for group in range(groups)], dim=1)
+    found, mask = top_of_groups(score, best, k)
+    assert found.shape == mask.shape == (rows, k) and torch.equal(mask.sum(1), real.sum(1))
     for row in range(rows):
         assert found[row][mask[row]].tolist() == expected[row][real[row]].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.integers(1, 70),
+    groups=st.integers(1, 20),
+    tile=st.integers(1, 40),
+    beside=st.booleans(),
+)
+def test_tiles_give_all_scores_and_the_best_of_each_group(
+    seed: int, width: int, groups: int, tile: int, beside: bool
+) -> None:
+    """Small whole numbers, so that every order of adding up gives the same."""
+    rng, groups = drawing(seed), min(groups, width)
+    query, key = (torch.randint(-3, 4, (n, 5), generator=rng).float() for n in (4, width))
+    added = torch.randint(-9, 9, (4, width), generator=rng).float() if beside else None
+    score = torch.empty(4, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.serving.window_search._TILE", tile)
+        best = _score(score, query, key, added, groups)
+    expected = query @ key.T if added is None else query @ key.T + added
+    assert torch.equal(score, expected)
+    assert torch.equal(best, torch.stack([expected[:, g::groups].amax(1) for g in range(groups)], dim=1))
 
 
 def scorer_of(kind: str, rng: torch.Generator) -> tuple[Scorer, int]:
@@ -237,9 +264,10 @@ def scorer_of(kind: str, rng: torch.Generator) -> tuple[Scorer, int]:
     search=st.sampled_from(["dot", "hamming", "soft", "hard"]),
     sized=st.booleans(),
     cells=st.sampled_from([64, 1 << 20]),
+    k=st.sampled_from([1, 3, 40]),
 )
 def test_window_by_window_is_the_same_search(
-    seed: int, kind: str, search: str, sized: bool, cells: int
+    seed: int, kind: str, search: str, sized: bool, cells: int, k: int
 ) -> None:
     rng = drawing(seed)
     scorer, width = scorer_of(kind, rng)
@@ -254,14 +282,15 @@ def test_window_by_window_is_the_same_search(
         torch.randint(0, 3, (vectors.key_ND.shape[0],), generator=rng),
     )
     made: Search = {
-        "dot": lambda: DotSearch(3),
-        "hamming": lambda: HammingSearch(3, width, 16, 1),
-        "soft": lambda: draw(SoftSearch(3, width, 4), rng),
-        "hard": lambda: HardSearch(3),
+        "dot": lambda: DotSearch(k),
+        "hamming": lambda: HammingSearch(k, width, 16, 1),
+        "soft": lambda: draw(SoftSearch(k, width, 4), rng),
+        "hard": lambda: HardSearch(k),
     }[search]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.serving.window_search._CELLS", cells)
-        patch.setattr("trainer.serving.window_search._BLOCK", 4)
+        patch.setattr("trainer.serving.window_search._FEWEST", 2)
+        patch.setattr("trainer.serving.window_search._CACHED", cells)
         patch.setattr("trainer.serving.window_search._TILE", 8)
         found = WindowSearch.around(made)(query)
     expected = made(query)
@@ -271,8 +300,8 @@ def test_window_by_window_is_the_same_search(
         assert torch.equal(getattr(found.marks, name), getattr(expected.marks, name))
 
 
-def test_a_long_history_goes_through_tiles_and_blocks(log: Path) -> None:
-    """4,000 behaviors, several tiles, a last block that is not full: the kept ones are the exact top K."""
+def test_a_long_history_goes_through_tiles_and_chunks(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,000 behaviors, several tiles, a last one that is not full: the kept ones are the exact top K."""
     config = preset("dare", log, "data.history_length=5000", "model.k=20")
     serving = Serving(snapshot_of(config))
     rng = np.random.default_rng(0)
@@ -290,6 +319,8 @@ def test_a_long_history_goes_through_tiles_and_blocks(log: Path) -> None:
     request = replace(request, history=history, time=10**6 + 5)
     batch = serving.batch([request])
     assert batch.behaviors == n
+    monkeypatch.setattr("trainer.serving.window_search._FEWEST", 1)
+    monkeypatch.setattr("trainer.serving.window_search._CACHED", 2 * n)
     found = serving.snapshot.model.search(batch)["main"]
     expected = snapshot_of(config).model.search(batch)["main"]
     assert torch.equal(found.index, expected.index) and bool(found.mask.all())

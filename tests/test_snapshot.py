@@ -19,6 +19,7 @@ from tests.launching import tandemrec, train
 from tests.logs import FEATURES, small_log
 from trainer.data.reader import SequenceLogReader
 from trainer.snapshot import load_snapshot, resolve
+from trainer.snapshot.loading import _line
 
 EXACT = ["--dtype", "fp32", "--attention-dtype", "fp32"]
 
@@ -223,15 +224,29 @@ def test_hostile_recorded_requests_end_in_a_snapshot_error(made: Path, tmp_path:
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file)
-
-    def renew(manifest: dict) -> None:  # type: ignore[type-arg]
-        for entry in manifest["files"]:
-            if entry["path"] == file.name:
-                entry.update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
-
-    change(path, renew)
+    change(path, lambda manifest: renewed(manifest, file))
     with pytest.raises(SnapshotError):
         load_snapshot(path).self_check()
+
+
+def test_what_does_not_fit_the_config_is_named(made: Path, tmp_path: Path) -> None:
+    """All of torch's message in one line, and how many weights are not there."""
+    path = copy(made, tmp_path)
+    file = path / "dense.safetensors"
+    tensors = load_file(file)
+    lost = sorted(tensors)[:2]
+    save_file({name: tensor for name, tensor in tensors.items() if name not in lost}, file)
+    change(path, lambda manifest: renewed(manifest, file))
+    with pytest.raises(SnapshotError, match=f"does not fit the config: {lost[0]} and 1 more missing"):
+        load_snapshot(path)
+    error = RuntimeError('Error(s) in loading state_dict for Model:\n\tMissing key(s): "a.b".')
+    assert _line(error) == 'Error(s) in loading state_dict for Model: Missing key(s): "a.b".'
+
+
+def renewed(manifest: dict, file: Path) -> None:  # type: ignore[type-arg]
+    for entry in manifest["files"]:
+        if entry["path"] == file.name:
+            entry.update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def test_missing_snapshots_are_named(tmp_path: Path) -> None:

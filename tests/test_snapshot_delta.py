@@ -69,7 +69,7 @@ def test_base_and_deltas_equal_a_full_export(
         assert found.keys() == wanted.keys() and len(found) > 10
         for name, tensor in wanted.items():
             assert tensor.dtype == found[name].dtype and torch.equal(tensor, found[name]), name
-        recorded = load_snapshot(full).recorded[0]
+        recorded = load_snapshot(full).recorded.batch
         assert torch.equal(load_snapshot(versions[i]).score(recorded), load_snapshot(full).score(recorded))
     # Each holds what changed and no more; loading a later one left the files of its base as they were.
     held = [load_snapshot(v).manifest.groups["attention"][0].held for v in versions]

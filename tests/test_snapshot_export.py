@@ -17,11 +17,14 @@ from embeddings.errors import SnapshotError
 from embeddings.stored import TORCH_DTYPES, sum_bags, to_stored
 from pipelines.export import export
 from tests.launching import ROOT, tandemrec
+from tests.models import preset as a_preset
 from tests.models import small_log, stage_one
+from tests.serving import snapshot_of
 from tests.snapshots import exported, save_run
 from trainer import checkpoint
 from trainer.distributed import process_group
 from trainer.snapshot import load_search, load_snapshot
+from trainer.snapshot.code import _is_one_branch, _ranked, _Ranking
 from trainer.table_reader import TableReader
 
 
@@ -97,7 +100,7 @@ def test_stage_one_scores_follow_from_the_search_part(
     run = save_run(tmp_path / "run", log, preset, change=part_ways)
     version = exported(run, tmp_path / "out", "fp32", attention)
     snapshot, (part, rows) = load_snapshot(version), load_search(version)
-    batch = snapshot.recorded[0]
+    batch = snapshot.recorded.batch
     branch = snapshot.model.branches["main"]
     found = stage_one(snapshot.model, batch)["main"]
     n, windows = batch.behaviors, found.windows
@@ -213,21 +216,49 @@ def test_column_wise_shards_are_put_together(tmp_path: Path) -> None:
     assert first == 0 and torch.equal(band, whole) and torch.equal(reader.whole("other"), torch.ones(3))
 
 
+@pytest.mark.parametrize(
+    ("preset", "alone"),
+    [("dare", True), ("twin", False), ("twin_paper_dare", True), ("twin_proj", True), ("eta", True),
+     ("sim_soft", True), ("din", False), ("sdim", False), ("tdpe", False)],
+)  # fmt: skip
+def test_stage_two_is_a_function_of_what_was_kept(log: Path, preset: str, alone: bool) -> None:
+    """What is compiled for C++ computes the model's probabilities, for any number of candidates."""
+    snapshot = snapshot_of(a_preset(preset, log))
+    assert _is_one_branch(snapshot.model) == alone
+    if alone:
+        with torch.no_grad():
+            given, expected = _ranked(snapshot)
+            found = _Ranking(snapshot.model)(*given)
+            few = _Ranking(snapshot.model)(*(part[:3] for part in given))
+        # Projections of fewer rows may round otherwise.
+        assert torch.allclose(found, expected, rtol=0, atol=1e-6) and expected.std() > 1e-3
+        assert torch.allclose(few, expected[:3], rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling the head needs g++")
-def test_the_head_as_machine_code_computes_what_the_model_does(log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("preset", "path", "describes"),
+    [
+        ("dare", "code/ranking.pt2", "float32 [candidates, 4, 16], position int64 [candidates, 4]"),
+        ("din", "code/head.pt2", "float32 [candidates, 48]"),
+    ],
+)
+def test_machine_code_computes_what_the_model_does(
+    log: Path, tmp_path: Path, preset: str, path: str, describes: str
+) -> None:
     """Compiled in a process of its own: the compiler's warnings are not ours to judge."""
-    run = save_run(tmp_path / "run", log, "dare", "model.hidden=[8]")
+    run = save_run(tmp_path / "run", log, preset, "model.hidden=[8]")
     words = ["export", "--run", str(run), "--out", str(tmp_path / "out"), "--aoti", "--parity-requests", "0"]
     done = tandemrec(*words, timeout=800)
     assert done.returncode == 0, done.stderr
     snapshot = load_snapshot(tmp_path / "out")
     (code,) = snapshot.manifest.code
-    assert code.path == "code/head.pt2" and "[candidates, 48]" in code.describes
+    assert code.path == path and describes in code.describes
     file = snapshot.path / code.path
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(SnapshotError, match=r"head.pt2: does not match"):
+    with pytest.raises(SnapshotError, match=r"pt2: does not match"):
         load_snapshot(tmp_path / "out")

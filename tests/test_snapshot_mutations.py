@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from embeddings.errors import SnapshotError
 from tests.models import small_log
 from tests.snapshots import exported, save_run
 from trainer.snapshot import load_snapshot
+from trainer.snapshot.loading import OWN_EXCEPTIONS
+from trainer.snapshot.manifest import OWN
 
 FLIPS, CUTS, SWAPS, HEADERS, MANIFESTS = 900, 200, 100, 400, 400
 Rng = np.random.Generator
@@ -28,12 +31,6 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mutations")
     run = save_run(folder / "run", small_log(folder / "log"), "dare", "model.hidden=[8]")
     return exported(run, folder / "out", "int8", "fp16")
-
-
-@pytest.fixture(scope="module")
-def exact(version: Path) -> Path:
-    """The same model in fp32, whose scores have no room to differ."""
-    return exported(version.parent.parent / "run", version.parent.parent / "exact", "fp32", "fp32")
 
 
 @pytest.fixture
@@ -176,6 +173,50 @@ def test_headers_of_tensor_files(path: Path) -> None:
     restoring(path, edit, HEADERS)
 
 
+def change_table(tensors: dict[str, Any]) -> None:
+    """One step of every int8 code's scale: far below what the type itself costs."""
+    (name,) = tensors
+    tensors[name][:, 0] ^= 1
+
+
+def drop_own(tensors: dict[str, Any]) -> None:
+    del tensors[OWN]
+
+
+def move_own(tensors: dict[str, Any]) -> None:
+    tensors[OWN] += 2e-5
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "why"),
+    [
+        ("tables/representation.0.safetensors", change_table, "score otherwise than when it was exported"),
+        ("recorded.safetensors", drop_own, "lacks the snapshot's own scores"),
+        ("recorded.safetensors", move_own, "score otherwise than when it was exported"),
+    ],
+)
+def test_edits_within_the_bounds_of_a_narrow_type_are_noticed(
+    path: Path, file: str, edit: Callable[[dict[str, Any]], None], why: str
+) -> None:
+    """With every digest renewed: tables in int8 may be 0.005 from the trainer's scores, on average."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(path / file).items()}
+    edit(tensors)
+    save_file(tensors, path / file)
+    renew(path)
+    with pytest.raises(SnapshotError, match=why):
+        load_snapshot(path).self_check()
+
+
+def test_what_carries_a_feature_is_held_against_the_recorded_requests(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["inputs"]["item_id"] == {"side": "both", "multi": False}
+    for side, why in (("history", "not what its inputs say"), ("context", "not those of its recorded")):
+        manifest["inputs"]["item_id"]["side"] = side
+        write(path, json.dumps(manifest))
+        with pytest.raises(SnapshotError, match=why):
+            load_snapshot(path)
+
+
 def leaves(tree: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The places of everything in a JSON tree."""
     found = [place] if place else []
@@ -194,13 +235,15 @@ EVIL: list[Any] = [
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_hostile_manifests(exact: Path, tmp_path: Path) -> None:
-    """With the digest renewed. A changed setting may load only if the model stays what it was."""
-    path = Path(shutil.copytree(exact, tmp_path / exact.name))
+def test_hostile_manifests(path: Path) -> None:
+    """With the digest renewed. A changed setting may load only if the model stays what it was.
+
+    Parity with the trainer leaves room in narrow types; the snapshot's own scores leave none in any.
+    """
     text = (path / "manifest.json").read_text()
     whole = json.loads(text)
     known = load_snapshot(path)
-    expected = known.score(known.recorded[0])
+    expected = known.score(known.recorded.batch)
     places = [p for p in leaves(whole) if not FREE & set(p)]
     rng = np.random.default_rng(2)
     refusals = 0
@@ -223,8 +266,8 @@ def test_hostile_manifests(exact: Path, tmp_path: Path) -> None:
             refusals += 1
             continue
         # Whatever is accepted scores as before, but for rounding: the change was of no consequence.
-        difference = (found.score(found.recorded[0]) - expected).abs().max()
-        assert difference <= known.manifest.score_bound <= 1e-6, (place, part)
+        difference = (found.score(found.recorded.batch) - expected).abs().amax(1)
+        assert difference.quantile(1 - OWN_EXCEPTIONS) <= 1e-6, (place, part)
     assert refusals > 0.7 * MANIFESTS
 
 
@@ -238,7 +281,7 @@ def test_hostile_manifests(exact: Path, tmp_path: Path) -> None:
         ("a huge number", lambda t: t.replace('"step":', '"step": 1' + "0" * 5000 + ', "x":', 1)),
         ("large", lambda t: t + " " * (17 << 20)),
         ("not UTF-8", lambda t: t.replace("dare", "\udcff", 1).replace("{", "\udcff", 1)),
-        ("an older format", lambda t: t.replace('"version": 2', '"version": 1', 1)),
+        ("an older format", lambda t: t.replace('"version": 3', '"version": 2', 1)),
     ],
 )
 def test_manifests_that_are_no_plain_json(path: Path, what: str, edit: Callable[[str], str]) -> None:

@@ -71,10 +71,11 @@ class Windows:
 
     def columns(self, column_CK: Tensor | None, mask_CK: Tensor | None) -> Kept:
         """Follow columns of the candidates' windows to behaviors; None = all columns, in order."""
-        window = self.of_candidate if column_CK is None else self.of_candidate[:, None]
+        window, width = self.of_candidate, self.index.shape[1]
+        place_CK = None if column_CK is None else window[:, None] * width + column_CK
 
         def follow(part: Tensor) -> Tensor:
-            return part[window] if column_CK is None else part[window, column_CK]
+            return part[window] if place_CK is None else part.take(place_CK)
 
         mask = follow(self.mask) if mask_CK is None else mask_CK
 

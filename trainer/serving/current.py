@@ -6,13 +6,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from embeddings.errors import SnapshotError, TandemError
+from embeddings.errors import TandemError
 from trainer.serving.histories import HistoryStore
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import load_snapshot, resolve
-
-# Mean difference of probabilities: what rounding of a search, or a quantised table, may do and no more.
-_SERVING_BOUND = 0.01
 
 
 class Current:
@@ -86,7 +83,5 @@ class Current:
             snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
         scorer = Scorer(snapshot, self.histories.chunk if self.histories else 0)
         # Once more with the searches that serve, which also brings what they need into memory.
-        batch, expected = snapshot.recorded
-        if not float((snapshot.score(batch) - expected).abs().mean()) <= _SERVING_BOUND:
-            raise SnapshotError(path, "scores its recorded requests otherwise when serving")
+        snapshot.check_own(snapshot.score(snapshot.recorded.batch))
         return scorer

@@ -142,7 +142,7 @@ class Needs:
     Attributes:
         features: keys of behaviors and candidates, in the model's order; context: of the request.
         behavior, candidate: those that this side must have. A feature of one side only has nothing on the
-            other; the recorded requests show which.
+            other.
         numeric: numbers of a candidate; rows: feature -> table rows; clusters: histories carry clusters.
     """
 
@@ -156,18 +156,13 @@ class Needs:
 
     @staticmethod
     def of(snapshot: Snapshot) -> Needs:
-        manifest, batch = snapshot.manifest, snapshot.recorded[0]
-        sides: tuple[list[str], list[str]] = ([], [])
-        for name in manifest.recorded_features:
-            lengths = batch.features[name].lengths()
-            for side, found in zip(sides, lengths.split([batch.behaviors, batch.candidates]), strict=True):
-                if not found.numel() or bool(found.any()):
-                    side.append(name)
+        manifest = snapshot.manifest
+        names, inputs = manifest.recorded_features, manifest.inputs
         return Needs(
-            manifest.recorded_features,
+            names,
             manifest.recorded_context,
-            tuple(sides[0]),
-            tuple(sides[1]),
+            tuple(name for name in names if inputs[name].of_behaviors),
+            tuple(name for name in names if inputs[name].of_candidates),
             manifest.numeric,
             manifest.features,
             manifest.config.data.clusters,

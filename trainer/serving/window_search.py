@@ -9,20 +9,39 @@ stands for (property test), whatever the scorer and the kind of search.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.data.row_group import Floats, Ints
 from trainer.model.score import Attended, DotScorer
-from trainer.model.search import AllSearch, DotSearch, Query, Search, top_columns
+from trainer.model.search import AllSearch, DotSearch, Query, Search
 from trainer.model.windows import Kept, Windows
 
-# Behaviors of a block whose best score is kept; one maximum instruction's worth of two cache lines.
-_BLOCK = 32
+Bools = npt.NDArray[np.bool_]
+# Groups of columns whose best score is noted, times K: the more, the closer a bound on the Kth best score.
+_GROUPS = 4
 # Columns of a tile: wide enough for the matrix product, and still in the cache when its best are noted.
 _TILE = 2048
-# Scores held at once.
+# Scores of a chunk of candidates that the cache of a core or its neighbors holds, and the fewest candidates
+# of a chunk: a matrix product of fewer reads the keys too often.
+_CACHED, _FEWEST = 1 << 20, 128
+# Scores held at once by searches of other kinds.
 _CELLS = 8 << 20
+
+
+class Space:
+    """Memory for scores that is used again: fresh pages would cost as much as filling them."""
+
+    def __init__(self) -> None:
+        self._cells = torch.empty(0)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """Uninitialised float32 [rows, columns], gone with the next call."""
+        if self._cells.numel() < rows * columns:
+            self._cells = torch.empty(rows * columns)
+        return self._cells[: rows * columns].view(rows, columns)
 
 
 class WindowSearch(Search):
@@ -31,6 +50,7 @@ class WindowSearch(Search):
     def __init__(self, inner: Search) -> None:
         super().__init__(inner.k)
         self.inner = inner
+        self._space = Space()
 
     @staticmethod
     def around(search: Search) -> Search:
@@ -60,7 +80,7 @@ class WindowSearch(Search):
     def _of_window(self, query: Query, length: int) -> list[tuple[Tensor, Tensor]]:
         scorer = query.scorer
         if type(self.inner) is DotSearch and isinstance(scorer, DotScorer) and scorer.heads == 1 and length:
-            return _dot_columns(scorer, query, self.k)
+            return _dot_columns(scorer, query, self.k, self._space)
         count = query.vectors.query_CD.shape[0]
         size = max(1, _CELLS // max(length, 1))
         chunks = (_candidates(query, at, min(at + size, count)) for at in range(0, count, size))
@@ -97,66 +117,91 @@ def _candidates(query: Query, begin: int, end: int) -> Query:
     return Query(query.scorer, cut(query.vectors), cut(query.raw), windows, ids_C, query.ids_N)
 
 
-def _dot_columns(scorer: DotScorer, query: Query, k: int) -> list[tuple[Tensor, Tensor]]:
-    """Top-K by inner product: score a tile, note the best of each block while the tile is in the cache."""
+def _dot_columns(scorer: DotScorer, query: Query, k: int, space: Space) -> list[tuple[Tensor, Tensor]]:
+    """Top-K by inner product, some candidates at a time."""
     width = query.windows.index.shape[1]
     # What is added to a behavior's scores is one more dimension, in which every candidate has 1.
     bias_X1 = scorer._window_bias(query.vectors, query.windows)[0][:, None]
     keys_XD = F.embedding(query.windows.index[0], query.vectors.key_ND)
     biased = bool(bias_X1.any())
     keys_XD = torch.cat([keys_XD, bias_X1], dim=1) if biased else keys_XD
-    blocks = -(-width // _BLOCK)
-    size = max(1, _CELLS // (blocks * _BLOCK))
+    groups = min(_GROUPS * k, width)
+    size = max(_FEWEST, _CACHED // width)
     found = []
     for begin in range(0, query.vectors.query_CD.shape[0], size):
         chunk = _candidates(query, begin, begin + size)
         query_CD = chunk.vectors.query_CD
         query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
-        score_CX, best_CB = _scores(query_CD, keys_XD, scorer._beside(chunk.vectors, chunk.windows))
-        column_CK, mask_CK = top_of_blocks(score_CX, best_CB, k)
-        found.append((column_CK.clamp(max=width - 1), mask_CK))
+        score_CX = space.matrix(query_CD.shape[0], width)
+        best_CG = _score(score_CX, query_CD, keys_XD, scorer._beside(chunk.vectors, chunk.windows), groups)
+        found.append(top_of_groups(score_CX, best_CG, k))
     return found
 
 
-def _scores(query_CD: Tensor, keys_XD: Tensor, beside_CX: Tensor | None) -> tuple[Tensor, Tensor]:
-    """-> all scores, padded to whole blocks, and the best of each block [C, X / 32]."""
-    count, width = query_CD.shape[0], keys_XD.shape[0]
-    blocks = -(-width // _BLOCK)
-    score_CX, best_CB = torch.empty(count, blocks * _BLOCK), torch.empty(count, blocks)
-    score_CX[:, width:] = -torch.inf
-    for start in range(0, width, _TILE):
-        stop = min(start + _TILE, width)
-        tile = score_CX[:, start:stop]
-        torch.mm(query_CD, keys_XD[start:stop].T, out=tile)
-        if beside_CX is not None:
-            tile += beside_CX[:, start:stop]
-        first, last = start // _BLOCK, -(-stop // _BLOCK)
-        whole = score_CX[:, first * _BLOCK : last * _BLOCK].unflatten(1, (-1, _BLOCK))
-        torch.amax(whole, dim=2, out=best_CB[:, first:last])
-    return score_CX, best_CB
+def _score(
+    score_CX: Tensor, query_CD: Tensor, keys_XD: Tensor, beside_CX: Tensor | None, groups: int
+) -> Tensor:
+    """Fill in all scores; -> the best of each group [C, G], where group g has columns g, g + G, g + 2 G, ...
 
-
-def top_of_blocks(score_CX: Tensor, best_CB: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`top_columns(score_CX, k)`, from the best score of each block of 32 columns.
-
-    K blocks have a best score of at least the K-th largest, so K scores are at least that, and every score
-    of the K best is: only blocks that reach it are looked into, and only what reaches it in them is ranked.
+    A tile's best are taken while it is in the cache; neighboring columns are in different groups, so that
+    this compares whole vectors of columns.
     """
-    count, blocks = best_CB.shape
-    if blocks <= k:
-        return top_columns(score_CX, k)
-    best = best_CB.numpy()
-    least = np.partition(best, blocks - k, axis=1)[:, blocks - k]
-    row, block = np.nonzero(best >= least[:, None])
-    score = score_CX.numpy().reshape(count, blocks, _BLOCK)[row, block]
-    hit = np.flatnonzero(score >= least[row, None])
-    row, column = row[hit // _BLOCK], block[hit // _BLOCK] * _BLOCK + hit % _BLOCK
-    sizes = np.bincount(row, minlength=count)
-    slot = np.arange(row.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    shape = count, max(int(sizes.max()), 1)
-    few = np.full(shape, -np.inf, dtype=np.float32)
-    few[row, slot] = score.ravel()[hit]
-    columns = np.zeros(shape, dtype=np.int64)
-    columns[row, slot] = column
-    place_CK, mask_CK = top_columns(torch.from_numpy(few), k)
-    return torch.from_numpy(columns).gather(1, place_CK), mask_CK
+    width = score_CX.shape[1]
+    best_CG = torch.full((score_CX.shape[0], groups), -torch.inf)
+    step = max(_TILE // groups, 1) * groups
+    for start in range(0, width, step):
+        tile = score_CX[:, start : start + step]
+        torch.mm(query_CD, keys_XD[start : start + step].T, out=tile)
+        if beside_CX is not None:
+            tile += beside_CX[:, start : start + step]
+        rows, rest = divmod(tile.shape[1], groups)
+        if rows:
+            best = tile[:, : rows * groups].unflatten(1, (rows, groups)).amax(1)
+            torch.maximum(best_CG, best, out=best_CG)
+        if rest:
+            some = best_CG[:, :rest]
+            torch.maximum(some, tile[:, rows * groups :], out=some)
+    return best_CG
+
+
+def top_of_groups(score_CX: Tensor, best_CG: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`top_columns(score_CX, k)`, from the best score of each of G disjoint groups of columns.
+
+    K groups have a best score of at least the K-th largest of these, so K scores are at least that, and each
+    of the K best is. Only what reaches it is ranked: few more than K, where groups are a few times K.
+    """
+    count, width = score_CX.shape
+    groups = best_CG.shape[1]
+    # -inf is never kept.
+    least = np.full(count, np.finfo(np.float32).min, dtype=np.float32)
+    if groups > k:
+        least = np.maximum(least, np.partition(best_CG.numpy(), groups - k, axis=1)[:, groups - k])
+    score = score_CX.numpy()
+    hit = np.flatnonzero(score >= least[:, None])
+    row, place = _rows(hit, count, width)
+    few = np.full((count, max(int(place.max(initial=0)) + 1, k)), -np.inf, dtype=np.float32)
+    few[row, place] = score.reshape(-1)[hit]
+    last = np.partition(few, few.shape[1] - k, axis=1)[:, few.shape[1] - k]
+    keep = few >= np.maximum(last, least)[:, None]
+    if int(keep.sum(1).max(initial=0)) > k:
+        keep = _first_of_equals(few, last, k)
+    hit = hit[keep[row, place]]
+    row, place = _rows(hit, count, width)
+    column, mask = np.zeros((count, k), dtype=np.int64), np.zeros((count, k), dtype=bool)
+    column[row, place], mask[row, place] = hit - row * width, True
+    return torch.from_numpy(column), torch.from_numpy(mask)
+
+
+def _rows(hit: Ints, count: int, width: int) -> tuple[Ints, Ints]:
+    """Ascending flat places in [count, width] -> their rows, and how many of the same row come before."""
+    first = np.searchsorted(hit, np.arange(count + 1) * width)
+    sizes = np.diff(first)
+    return np.repeat(np.arange(count), sizes), np.arange(hit.size) - np.repeat(first[:-1], sizes)
+
+
+def _first_of_equals(few_CM: Floats, last_C: Floats, k: int) -> Bools:
+    """The k best of each row; of those equal to the k-th the first, which have the lowest columns."""
+    above, tied = few_CM > last_C[:, None], few_CM == last_C[:, None]
+    room = k - above.sum(1, keepdims=True)
+    kept: Bools = above | (tied & (few_CM > -np.inf) & (tied.cumsum(1) <= room))
+    return kept

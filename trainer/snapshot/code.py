@@ -1,4 +1,4 @@
-"""The head of a model as machine code for servers in C++: the only code a snapshot can hold, on request."""
+"""The dense part of a model as machine code for servers in C++: the only code in a snapshot, on request."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from embeddings.errors import SnapshotError
 from trainer.durable import file_digest
+from trainer.model.branch import Branch, Searched
 from trainer.model.head import Head
+from trainer.model.score import Attended
+from trainer.model.time import Marks
 from trainer.model.two_stage import TwoStageModel
+from trainer.model.windows import Kept, Windows
+from trainer.snapshot.loading import Snapshot
 from trainer.snapshot.manifest import CodeFile
 
-_PATH = "code/head.pt2"
 _MOST_CANDIDATES = 1 << 20
 _ALLOWED_DIFFERENCE = 1e-6
 
@@ -29,6 +33,42 @@ class _Probabilities(nn.Module):
         return logits.sigmoid()
 
 
+class _Ranking(nn.Module):
+    """Stage two of a model with one branch, as a function of tensors: what its search kept -> probabilities.
+
+    Shapes: A width of the attention vectors, D of the representation, K kept behaviors.
+    """
+
+    def __init__(self, model: TwoStageModel) -> None:
+        super().__init__()
+        branch = model.branches["main"]
+        assert isinstance(branch, Branch)
+        self.branch, self.head = branch, model.head
+
+    def forward(
+        self,
+        query_CA: Tensor,
+        key_CKA: Tensor,
+        target_CD: Tensor,
+        value_CKD: Tensor,
+        position_CK: Tensor,
+        age_CK: Tensor,
+        mask_CK: Tensor,
+    ) -> Tensor:
+        branch, (count, k) = self.branch, mask_CK.shape
+        assert branch.scorer is not None
+        place_CK = torch.arange(count * k, device=mask_CK.device).view(count, k)
+        of_none_C = torch.zeros(count, dtype=torch.int64, device=mask_CK.device)
+        marks = Marks(position_CK, age_CK, torch.zeros_like(age_CK))
+        raw = Attended(query_CA, key_CKA.flatten(0, 1), of_none_C)
+        windows = Windows(place_CK, mask_CK, marks, None, of_none_C)
+        kept = Kept(place_CK, mask_CK, marks)
+        searched = Searched(windows, raw, branch.scorer.encode(raw), kept)
+        parts = branch.pool(searched, target_CD, value_CKD.flatten(0, 1), place_CK)
+        logits: Tensor = self.head(parts)
+        return logits.sigmoid()
+
+
 def check_compiler(root: Path) -> None:
     """Raises SnapshotError where there is no C++ compiler."""
     if shutil.which("g++") is None:
@@ -36,24 +76,93 @@ def check_compiler(root: Path) -> None:
 
 
 @torch.no_grad()
-def write_head(folder: Path, model: TwoStageModel) -> CodeFile:
-    """Compile the head with AOTInductor into `folder`; any number of candidates, fixed width.
+def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
+    """Compile all that follows look-ups and search, or where that is no function of tensors, the head alone.
+
+    Any number of candidates; all other sizes are fixed.
 
     Raises:
-        SnapshotError: the model has another head, or the compiled one computes something else.
+        SnapshotError: the model has neither, or the compiled one computes something else.
     """
+    model = snapshot.model
+    if _is_one_branch(model):
+        given, expected = _ranked(snapshot)
+        sizes = ", ".join(f"{_NAMES[i]} {_shape(part)}" for i, part in enumerate(given))
+        describes = f"stage two and head: {sizes} -> probabilities [candidates, tasks]"
+        return _compiled(folder, "code/ranking.pt2", _Ranking(model).eval(), given, expected, describes)
     if not isinstance(model.head, Head):
         raise SnapshotError(folder, '--aoti compiles head = "mlp"; head = "dot" is one product')
     width = next(layer for layer in model.head.layers if isinstance(layer, nn.Linear)).in_features
-    whole = _Probabilities(model.head).eval()
+    head = _Probabilities(model.head).eval()
     sample = torch.randn(7, width, generator=torch.Generator().manual_seed(0))
+    describes = f"head and sigmoid: parts {_shape(sample)} -> probabilities [candidates, tasks]"
+    return _compiled(folder, "code/head.pt2", head, (sample,), head(sample), describes)
+
+
+_NAMES = (
+    "attention of candidates",
+    "attention of kept behaviors",
+    "representation of candidates",
+    "representation of kept behaviors",
+    "position",
+    "age",
+    "mask",
+)
+
+
+def _shape(part: Tensor) -> str:
+    sizes = ", ".join(map(str, ("candidates", *part.shape[1:])))
+    return f"{str(part.dtype).removeprefix('torch.')} [{sizes}]"
+
+
+def _is_one_branch(model: TwoStageModel) -> bool:
+    """Whether scores follow from the vectors, positions and ages of what one search kept."""
+    config, branch = model.config, model.branches["main"]
+    assert isinstance(branch, Branch)
+    if branch.search is None or config.search not in ("dot", "soft", "simhash", "hard"):
+        return False
+    others = config.branches or config.roles.cross or config.roles.context or model.numbers
+    return not (others or config.clusters or config.level or config.time_group)
+
+
+def _ranked(snapshot: Snapshot) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What `_Ranking` is given for the recorded requests, twice over, and the snapshot's own scores of it."""
+    model, batch = snapshot.model, snapshot.recorded.batch
+    found, roles = model.searched(batch)["main"], model.config.roles
+    groups = (roles.representation_target, roles.representation_behavior)
+    rows = model.lookups({name: model.collections[name](batch.features) for name in groups})
+    kept, n = found.kept, batch.behaviors
+    given = (
+        found.raw.query_CD,
+        found.raw.key_ND[kept.index],
+        rows[groups[0]][n:],
+        rows[groups[1]][kept.index],
+        kept.marks.position,
+        kept.marks.age,
+        kept.mask,
+    )
+    # A single candidate would be taken for a fixed size.
+    return tuple(torch.cat([part, part]) for part in given), snapshot.recorded.own.repeat(2, 1)
+
+
+def _compiled(
+    folder: Path, path: str, module: nn.Module, given: tuple[Tensor, ...], expected: Tensor, describes: str
+) -> CodeFile:
+    """Compile with AOTInductor, and compare with what is expected.
+
+    Raises:
+        SnapshotError: it computes something else.
+    """
     candidates = torch.export.Dim("candidates", min=1, max=_MOST_CANDIDATES)
-    traced = torch.export.export(whole, (sample,), dynamic_shapes=({0: candidates},))
-    file = folder / _PATH
+    traced = torch.export.export(module, given, dynamic_shapes=tuple({0: candidates} for _ in given))
+    file = folder / path
     file.parent.mkdir()
     torch._inductor.aoti_compile_and_package(traced, package_path=str(file))
-    difference = float((torch._inductor.aoti_load_package(str(file))(sample) - whole(sample)).abs().max())
-    if not difference <= _ALLOWED_DIFFERENCE:
-        raise SnapshotError(file, f"the compiled head differs by {difference:.3g}")
-    describes = f"head and sigmoid: float32 [candidates, {width}] -> probabilities [candidates, tasks]"
-    return CodeFile(path=_PATH, bytes=file.stat().st_size, sha256=file_digest(file), describes=describes)
+    compiled = torch._inductor.aoti_load_package(str(file))
+    worst = max(
+        float((compiled(*(part[:count] for part in given)) - expected[:count]).abs().max())
+        for count in (1, len(expected))
+    )
+    if not worst <= _ALLOWED_DIFFERENCE:
+        raise SnapshotError(file, f"the compiled model differs by {worst:.3g}")
+    return CodeFile(path=path, bytes=file.stat().st_size, sha256=file_digest(file), describes=describes)

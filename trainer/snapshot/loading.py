@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from trainer.snapshot.manifest import (
     DIGEST,
     LATEST,
     MANIFEST,
+    OWN,
     RECORDED,
     VERSION_NAME,
     SearchPart,
@@ -39,7 +40,21 @@ from trainer.snapshot.tensors import expect_like, read_tensors
 # A chain this long would be slower to load than to write anew.
 LONGEST_CHAIN = 64
 _MOST_RETRIES = 10
+# A snapshot scores its recorded requests as it did when it was exported: bit for bit on that machine. Another
+# processor adds up in another order, which moves a probability by some 1e-7, and now and then makes a
+# candidate's Kth and next behavior change places, which moves it by more: one in a hundred may.
+OWN_TOLERANCE = 1e-5
+OWN_EXCEPTIONS = 0.01
+_LONGEST_REASON = 500
 _T = TypeVar("_T")
+
+
+class Recorded(NamedTuple):
+    """Requests and their probabilities, float32 [C, T]: the trainer's, and the snapshot's own at export."""
+
+    batch: RequestBatch
+    trained: Tensor
+    own: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class Snapshot:
     path: Path
     manifest: SnapshotManifest
     model: TwoStageModel
-    recorded: tuple[RequestBatch, Tensor]
+    recorded: Recorded
 
     @torch.no_grad()
     def score(self, batch: RequestBatch) -> Tensor:
@@ -86,19 +101,39 @@ class Snapshot:
         """Largest difference to the trainer's scores on the recorded requests.
 
         Raises:
-            SnapshotError: the difference exceeds the manifest's bound.
+            SnapshotError: the difference exceeds the manifest's bound, or the snapshot does not score as it
+                did when it was exported.
         """
-        batch, expected = self.recorded
         try:
-            found = self.score(batch)
+            found = self.score(self.recorded.batch)
         except (RuntimeError, IndexError, ValueError, KeyError) as error:
             raise SnapshotError(self.path, f"cannot score its recorded requests: {_line(error)}") from None
-        if found.shape != expected.shape:
+        trained = self.recorded.trained
+        if found.shape != trained.shape:
             raise SnapshotError(self.path, "scores of the recorded requests have another shape")
-        difference = (found - expected).abs()
+        difference = (found - trained).abs()
         worst = float(difference.max())
         self.check_parity(worst, float(difference.mean()))
+        self.check_own(found)
         return worst
+
+    def check_own(self, found: Tensor) -> None:
+        """Hold scores of the recorded requests, float32 [C, T], against the snapshot's own of old.
+
+        Whatever the tables' type, these leave no room but that of rounding, and no manifest can widen it.
+
+        Raises:
+            SnapshotError: it scores otherwise now.
+        """
+        # A NaN is as the other scores are not.
+        same = (found - self.recorded.own).abs() <= OWN_TOLERANCE
+        other = int((~same).any(1).sum())
+        if other > OWN_EXCEPTIONS * len(same):
+            raise SnapshotError(
+                self.path,
+                f"{other:,} of {len(same):,} recorded candidates score otherwise than when it was exported, "
+                f"by over {OWN_TOLERANCE:g}: it was changed, or the software was; export it again",
+            )
 
     def check_parity(self, worst: float, mean: float) -> None:
         """Hold differences to the trainer's scores against what the manifest promises.
@@ -243,12 +278,38 @@ def _load(path: Path) -> Snapshot:
     dense = {name: tensor.clone() for name, tensor in read_tensors(path, DENSE).items()}
     expect_like(path, DENSE, dense, model.state_dict())
     _checked(path, lambda: model.load_state_dict(dense, assign=True))
-    keys = (manifest.recorded_features, manifest.recorded_context)
-    recorded = unpack(path, read_tensors(path, RECORDED), keys)
-    problem = recorded[0].problem(manifest.features, manifest.config.data.history_length)
+    return Snapshot(path, manifest, model.eval(), _recorded(path, manifest))
+
+
+def _recorded(path: Path, manifest: SnapshotManifest) -> Recorded:
+    tensors = read_tensors(path, RECORDED)
+    own = tensors.pop(OWN, None)
+    batch, trained = unpack(path, tensors, (manifest.recorded_features, manifest.recorded_context))
+    problem = batch.problem(manifest.features, manifest.config.data.history_length)
+    problem = problem or _problem_of_bags(batch, manifest)
+    if own is None or own.dtype != trained.dtype or own.shape != trained.shape:
+        problem = problem or "lacks the snapshot's own scores"
     if problem:
         raise SnapshotError(path / RECORDED, problem)
-    return Snapshot(path, manifest, model.eval(), recorded)
+    assert own is not None
+    return Recorded(batch, trained, own)
+
+
+def _problem_of_bags(batch: RequestBatch, manifest: SnapshotManifest) -> str:
+    """Which feature is not carried by what `inputs` says; empty if none is."""
+    for name in manifest.recorded_features:
+        given = manifest.inputs[name]
+        lengths = batch.features[name].lengths().split([batch.behaviors, batch.candidates])
+        for found, carries in zip(lengths, (given.of_behaviors, given.of_candidates), strict=True):
+            if bool((found > 0).any() if not carries else (found != 1).any() and not given.multi):
+                return f"{name} is not what its inputs say"
+    context = batch.context
+    for name in manifest.recorded_context:
+        if context is None or (
+            not manifest.inputs[name].multi and bool((context[name].lengths() != 1).any())
+        ):
+            return f"{name} is not what its inputs say"
+    return ""
 
 
 def _group(path: Path, name: str, manifest: SnapshotManifest) -> TableGroup:
@@ -286,4 +347,5 @@ def _check_matrix(path: Path, manifest: SnapshotManifest, stem: str) -> None:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """All of a message in one line: torch names what does not fit from the second on."""
+    return " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__

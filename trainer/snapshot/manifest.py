@@ -20,6 +20,8 @@ from trainer.settings import Settings
 VERSION_NAME = re.compile(r"v\d{8}")
 MANIFEST, DIGEST, LATEST = "manifest.json", "manifest.sha256", "LATEST"
 DENSE, RECORDED = "dense.safetensors", "recorded.safetensors"
+# Tensor of the recorded requests: probabilities by the snapshot itself, when it was exported.
+OWN = "own_scores"
 _LARGEST_MANIFEST = 16 << 20
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -100,6 +102,25 @@ class SearchPart(Settings):
     tables: tuple[SearchTable, ...] = ()
 
 
+class InputFeature(Settings):
+    """What carries a feature: behaviors, candidates, `both`, or the request (`context`).
+
+    Attributes:
+        multi: a list of ids, possibly empty, instead of one.
+    """
+
+    side: Literal["both", "history", "candidate", "context"]
+    multi: bool
+
+    @property
+    def of_behaviors(self) -> bool:
+        return self.side in ("both", "history")
+
+    @property
+    def of_candidates(self) -> bool:
+        return self.side in ("both", "candidate")
+
+
 class BaseVersion(Settings):
     """The version that a delta builds on: its number and the digest of its manifest."""
 
@@ -113,10 +134,13 @@ class SnapshotManifest(Settings):
     Attributes:
         score_bound, mean_bound: the promised parity with the trainer: largest and mean absolute difference of
             probabilities.
+        features: rows of each feature's tables; inputs: what carries the features that a request must have,
+            those without a table included that a hard search compares.
+        recorded_features, recorded_context: features in the order of the recorded requests.
     """
 
     format: Literal["tandemrec.snapshot"] = "tandemrec.snapshot"
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     number: int = Field(ge=1, lt=10**8)
     base: BaseVersion | None = None
     step: int = Field(ge=0)
@@ -125,6 +149,7 @@ class SnapshotManifest(Settings):
     tasks: tuple[str, ...]
     numeric: tuple[str, ...]
     features: dict[str, int]
+    inputs: dict[str, InputFeature]
     vocabularies: dict[str, str]
     recorded_features: tuple[str, ...]
     recorded_context: tuple[str, ...]
@@ -177,7 +202,8 @@ def read_manifest(path: Path) -> SnapshotManifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise SnapshotError(file, f"{place}: {first['msg']}") from None
+        advice = "; export the run again with this software" if place == "version" else ""
+        raise SnapshotError(file, f"{place}: {first['msg']}{advice}") from None
     except (OSError, ValueError, RecursionError, OverflowError) as error:
         raise SnapshotError(file, f"unreadable: {error}") from None
     problem = _problem(manifest)
@@ -206,9 +232,14 @@ def _problem(manifest: SnapshotManifest) -> str:
     for table in (table for tables in manifest.groups.values() for table in tables):
         rows.setdefault(table.feature, set()).add(table.rows)
     base = manifest.base
+    of_requests = {name for name, given in manifest.inputs.items() if given.side == "context"}
     problems = {
         "its groups are not those of its config": set(manifest.groups) != _used_groups(manifest.config),
         "its features are not those of its tables": rows != {n: {c} for n, c in manifest.features.items()},
+        "its inputs are not those of its recorded requests": (
+            sorted(manifest.recorded_features) != sorted(manifest.inputs.keys() - of_requests)
+            or sorted(manifest.recorded_context) != sorted(of_requests)
+        ),
         "it builds on a version that is not older": base is not None and base.number >= manifest.number,
     }
     found = next((problem for problem, there in problems.items() if there), "")

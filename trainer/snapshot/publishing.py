@@ -93,10 +93,16 @@ def write_manifest(part: Path, manifest: SnapshotManifest) -> None:
 
 def describe_files(part: Path) -> tuple[SnapshotFile, ...]:
     """Size and digest of every safetensors file."""
-    return tuple(
-        SnapshotFile(path=str(f.relative_to(part)), bytes=f.stat().st_size, sha256=file_digest(f))
-        for f in sorted(part.rglob("*.safetensors"))
-    )
+    return tuple(_described(part, file) for file in sorted(part.rglob("*.safetensors")))
+
+
+def describe_again(part: Path, files: tuple[SnapshotFile, ...], name: str) -> tuple[SnapshotFile, ...]:
+    """The same descriptions, of one file anew."""
+    return tuple(_described(part, part / name) if entry.path == name else entry for entry in files)
+
+
+def _described(part: Path, file: Path) -> SnapshotFile:
+    return SnapshotFile(path=str(file.relative_to(part)), bytes=file.stat().st_size, sha256=file_digest(file))
 
 
 def open_base(root: Path, since: str) -> Chain:

@@ -102,8 +102,11 @@ def expect_like(path: Path, file: str, tensors: Mapping[str, Tensor], like: Mapp
     Raises:
         SnapshotError: naming the first that has not.
     """
-    if different := sorted(tensors.keys() ^ like.keys()):
-        raise SnapshotError(path / file, f"does not fit the config: {different[0]} is missing or superfluous")
+    missing, surplus = sorted(like.keys() - tensors.keys()), sorted(tensors.keys() - like.keys())
+    for names, what in ((missing, "missing"), (surplus, "superfluous")):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise SnapshotError(path / file, f"does not fit the config: {names[0]}{others} {what}")
     for name, wanted in like.items():
         found = tensors[name]
         if found.dtype != wanted.dtype or found.shape != wanted.shape:

@@ -7,9 +7,8 @@ size of the model. `trainer.snapshot.publishing` then gives the folder its numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,17 +18,20 @@ from embeddings.stored import WIDTHS, Dtype
 from trainer.config import Config
 from trainer.data.batch import RequestBatch
 from trainer.recorded import pack
-from trainer.snapshot.loading import Chain
+from trainer.snapshot.loading import Chain, Recorded, Snapshot, load_snapshot
 from trainer.snapshot.manifest import (
     DENSE,
+    OWN,
     RECORDED,
     SearchPart,
     SearchTable,
+    SnapshotManifest,
     SnapshotTable,
     StoredRows,
     search_stem,
     table_stem,
 )
+from trainer.snapshot.publishing import describe_again, describe_files, write_manifest
 from trainer.snapshot.rows import RowSource, write_changes, write_rows
 from trainer.snapshot.search import Part, search_parts
 from trainer.table_reader import TableReader
@@ -106,11 +108,10 @@ class Draft:
     def write_dense(self, dense: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.contiguous() for name, tensor in dense.items()}, self.folder / DENSE)
 
-    def write_recorded(self, batch: RequestBatch, scores: Tensor) -> dict[str, Any]:
-        """A batch and the trainer's probabilities for it, float32 [C, T]; -> fields of the manifest."""
-        save_file({**pack(batch), "scores": scores.contiguous()}, self.folder / RECORDED)
-        context = () if batch.context is None else tuple(batch.context.keys())
-        return {"recorded_features": tuple(batch.features.keys()), "recorded_context": context}
+    def write_recorded(self, batch: RequestBatch, trained: Tensor, own: Tensor) -> None:
+        """A batch and its probabilities by the trainer and by the snapshot, float32 [C, T]."""
+        scores = {"scores": trained.contiguous(), OWN: own.contiguous()}
+        save_file({**pack(batch), **scores}, self.folder / RECORDED)
 
     def _write(
         self, stem: str, name: str, shape: tuple[int, int], dtype: Dtype, rows: RowSource
@@ -140,6 +141,26 @@ class Draft:
                 yield first, part.of(band)
 
         return rows
+
+
+def finished(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, trained: Tensor) -> Snapshot:
+    """Describe what was written, load it as anybody would, and record its own scores beside the trainer's.
+
+    Args:
+        manifest: of a draft whose tables and dense part are written; its `files` count for nothing.
+        batch, trained: to record, and the trainer's probabilities of it, float32 [C, T].
+    """
+    part = draft.folder
+    draft.write_recorded(batch, trained, own=trained.clone())
+    manifest = manifest.model_copy(update={"files": describe_files(part)})
+    write_manifest(part, manifest)
+    snapshot = load_snapshot(part)
+    # Written from memory again: the loaded batch is mapped from the file that this replaces.
+    recorded = Recorded(batch, trained, own=snapshot.score(snapshot.recorded.batch))
+    draft.write_recorded(*recorded)
+    manifest = manifest.model_copy(update={"files": describe_again(part, manifest.files, RECORDED)})
+    write_manifest(part, manifest)
+    return replace(snapshot, manifest=manifest, recorded=recorded)
 
 
 def group_dtypes(config: Config, dtype: Dtype, attention: Dtype) -> dict[str, Dtype]:
