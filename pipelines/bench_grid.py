@@ -87,8 +87,8 @@ _GRID = (
     Cell(items=4_068_790, length=10_000, users=4, kinds=("rows", "bare, blocks", "ours, blocks")),
     Cell(items=50_000, length=200, dim=64, kinds=("plain", "rows", "bare, blocks", "ours, blocks")),
     Cell(items=50_000, length=200, dim=128, kinds=("plain", "rows", "bare, blocks", "ours, blocks")),
-    Cell(model="din", items=1_000_000, length=200, kinds=_DIN),
-    Cell(model="din", items=1_000_000, length=1_000, users=9, kinds=_DIN),
+    Cell(model="din", items=1_000_000, length=200, users=18, kinds=_DIN),
+    Cell(model="din", items=1_000_000, length=1_000, users=4, kinds=_DIN),
 )
 
 
@@ -103,7 +103,7 @@ class StepBench(Settings):
 
     seed: int = Field(7, ge=0)
     cells: tuple[Cell, ...] = _GRID
-    steps: PositiveInt = 6
+    steps: PositiveInt = 4
     slow_steps: PositiveInt = 1
     slow_repeats: PositiveInt = 3
 

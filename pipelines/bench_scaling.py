@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,12 +175,29 @@ def training_step(point: Point, seed: int, ranks: Ranks, folder: Path) -> Callab
 def peak_bytes(work: Callable[[], object]) -> int:
     """Most bytes that PyTorch's CPU allocator handed out during the work and had not got back."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+    with (
+        _without_stderr(),
+        torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile,
+    ):
         work()
     results: Any = profile.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return int(held.max(initial=0))
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler announces every start and stop there, from C++; exceptions are reported afterwards."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _exponents(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
