@@ -196,9 +196,9 @@ class TimeEncoding(_MarkTables):
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
     """rows[index] for an index of any shape: [M, ...] -> [*index.shape, ...].
 
-    On a CPU its backward adds in the order of the index, as that of F.embedding does and to the same bits, but
-    at half the cost, and a twentieth where a row is one number. That of rows[index] adds in whatever order
-    the threads come by.
+    On a CPU its backward adds in the order of the index, as that of F.embedding does and to the same bits,
+    but at half the cost, and a twentieth where a row is one number. That of rows[index] adds in whatever
+    order the threads come by.
     """
     return rows.index_select(0, index.reshape(-1)).view(*index.shape, *rows.shape[1:])
 
