@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, redirect_stdout
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from pipelines.bench_report import required, write_report
+from pipelines.bench_grid import bench_grid
+from pipelines.bench_loops import Replay, Seconds, bare_loop, timed, trainer_loop
+from pipelines.bench_report import write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
-from trainer.checkpoint import Found
 from trainer.config import Config, load_config
-from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group
-from trainer.loop import Trainer
-from trainer.loss import loss_sum
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
-from trainer.run import RunFolder, versions
+from trainer.run import versions
 from trainer.step import TrainStep, make_optimizer
 
 _STEPS = 40
-Seconds = tuple[float, float]
 
 
 def bench_step(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
-    """Seconds a step takes in each kind of loop, measured interleaved over batches held in memory.
+    """With a config, what the trainer's loop adds to a step on its log; without, the grid of `bench_grid`.
 
-    On one rank and one thread; `repeats` rounds after one that warms up. A ratio is the median of the
-    rounds' ratios. Processor seconds are measured too: other work on the machine disturbs them less.
+    Seconds a step takes in each kind of loop, measured interleaved over batches held in memory, on one rank
+    and one thread; `repeats` rounds after one that warms up. A ratio is the median of the rounds' ratios.
+    Processor seconds are measured too: other work on the machine disturbs them less.
     """
+    if config is None:
+        bench_grid(overrides, repeats, report)
+        return
     quiet_third_parties()
-    settings = load_config(required(config), overrides)
+    settings = load_config(config, overrides)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
@@ -75,16 +76,14 @@ class _Loops:
     """Loops over the same steps; each has a model of its own, all with the same first weights."""
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path) -> None:
-        train = config.train.model_copy(update={"epochs": 1, "validate_every": 0})
-        checkpoint = config.checkpoint.model_copy(update={"every_steps": 0})
-        self._config = config.model_copy(update={"train": train, "checkpoint": checkpoint})
+        self._config = config
         self._ranks, self._folder = ranks, folder
         self._manifest = read_manifest(config.data.log)
         self._models: dict[str, Any] = {}
         rows = feature_rows(build_sharded(config, self._manifest, ranks).groups)
         reader = SequenceLogReader(config.data, "train", rows, seed=config.train.seed)
         with closing(reader.steps()) as steps:
-            self._replay = _Replay(list(islice(steps, _STEPS)))
+            self._replay = Replay(list(islice(steps, _STEPS)))
 
     def facts(self) -> dict[str, float]:
         batches = [step.batch for step in self._replay.all]
@@ -96,15 +95,7 @@ class _Loops:
 
     def bare(self) -> Seconds:
         """What TorchRec's documentation does, and no more."""
-        model, optimizer = self._model("bare")
-        started, started_cpu = time.perf_counter(), time.process_time()
-        for step in self._replay.all:
-            batch = step.batch.to(self._ranks.device)
-            optimizer.zero_grad()
-            total = loss_sum(model(batch).logits, batch.labels, batch.weight)
-            (total / batch.step_candidates).backward()
-            optimizer.step()
-        return time.perf_counter() - started, time.process_time() - started_cpu
+        return bare_loop(*self._model("bare"), self._replay.all, self._ranks)
 
     def steps(self, name: str, checked: bool) -> Seconds:
         """The trainer's step without the loop around it."""
@@ -112,40 +103,20 @@ class _Loops:
         guard = Guard(self._ranks, self._folder) if checked else None
         step = TrainStep(self._config, model, optimizer, 1, guard)
         pipeline = Pipeline("none", model, step, self._ranks.device)
-        started, started_cpu = time.perf_counter(), time.process_time()
-        for _ in pipeline.train(self._replay.all, lambda: 0):
-            pass
-        return time.perf_counter() - started, time.process_time() - started_cpu
+        return timed(lambda: deque(pipeline.train(self._replay.all, lambda: 0), maxlen=0))
 
     def trainer(self, pipeline: str) -> Seconds:
         """All of it but checkpoints: schedules, metrics, progress and TensorBoard as configured."""
         model, _ = self._model(f"trainer {pipeline}")
         train = self._config.train.model_copy(update={"pipeline": pipeline})
         config = self._config.model_copy(update={"train": train})
-        with tempfile.TemporaryDirectory(dir=self._folder) as run, redirect_stdout(io.StringIO()):
-            reader = cast(SequenceLogReader, self._replay)
-            trainer = Trainer(
-                config, model, reader, None, self._ranks, RunFolder(Path(run)), lambda _: None, "", {}
-            )
-            end = trainer.run(Found(None, {}, []))
-        return end.wall_s, end.cpu_s
+        return trainer_loop(config, model, self._replay.all, self._ranks, self._folder)
 
     def _model(self, name: str) -> tuple[Any, Any]:
         if name not in self._models:
             model = build_sharded(self._config, self._manifest, self._ranks).model
             self._models[name] = model, make_optimizer(model, self._config.train)
         return cast(tuple[Any, Any], self._models[name])
-
-
-class _Replay:
-    """Stands for a reader: steps that were read before."""
-
-    def __init__(self, steps: list[Step]) -> None:
-        self.all, self.order = steps, ""
-        self.candidates = sum(step.batch.step_candidates for step in steps)
-
-    def steps(self, cursor: Cursor) -> Iterator[Step]:
-        yield from self.all
 
 
 def _row(name: str, found: Sequence[Seconds], steps: float) -> dict[str, Any]:

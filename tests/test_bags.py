@@ -57,10 +57,10 @@ def test_dots_are_those_of_all_gathered_rows(case: tuple[int, Tensor], width: in
 
 
 @settings(deadline=None)
-@given(uses(), st.integers(0, 99))
-def test_scalars_are_looked_up(case: tuple[int, Tensor], seed: int) -> None:
+@given(uses(), st.sampled_from([(), (1,), (3,), (2, 2)]), st.integers(0, 99))
+def test_rows_are_looked_up(case: tuple[int, Tensor], shape: tuple[int, ...], seed: int) -> None:
     rows, index = case
-    both(bags.scalars, bags.plain_scalars, [normal(rows, seed=seed), index], seed)
+    both(bags.rows_at, bags.plain_rows_at, [normal(rows, *shape, seed=seed), index], seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -88,7 +88,7 @@ def test_gradients_are_the_same_bits_with_any_number_of_threads() -> None:
             leaves = [rows.clone().requires_grad_(), weight.clone().requires_grad_()]
             table = rows[:, 0].clone().requires_grad_()
             pooled = bags.weighted_bags(leaves[0], index, leaves[1])
-            score = bags.dots(pooled, leaves[0], index) + bags.scalars(table, index)
+            score = bags.dots(pooled, leaves[0], index) + bags.rows_at(table, index)
             score.square().sum().backward()
             found.append([leaf.grad for leaf in (*leaves, table)])
     finally:

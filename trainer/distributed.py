@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.errors import ConfigError, RankError, TandemError
+from trainer.allocator import keep_freed_memory
 
 Value = TypeVar("Value")
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
@@ -77,6 +78,8 @@ def process_group(timeout_s: float = 600) -> Iterator[Ranks]:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     launcher = os.getppid() if dist.is_torchelastic_launched() else None

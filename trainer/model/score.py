@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.bags import dots, scalars
+from trainer.model.bags import dots, rows_at
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Kept, Windows
 
@@ -84,7 +84,7 @@ class Scorer(nn.Module):
         """The bias of marks, scores of cross features and ln of clusters' sizes, as far as there are any."""
         added = torch.zeros(found.index.shape, device=found.index.device) if bias is None else bias
         if vectors.cross_N is not None:
-            added = added + scalars(vectors.cross_N, found.index)
+            added = added + rows_at(vectors.cross_N, found.index)
         return added if found.log_size is None else added + found.log_size
 
 
@@ -126,7 +126,7 @@ class DotScorer(Scorer):
         found = []
         for head in range(self.heads):
             part = slice(head * width, (head + 1) * width)
-            key_WXD = F.embedding(windows.index, vectors.key_ND[:, part])
+            key_WXD = rows_at(vectors.key_ND[:, part], windows.index)
             query_WSD = slots.spread(vectors.query_CD[:, part])
             score = slots.collect(torch.baddbmm(bias, query_WSD, key_WXD.transpose(1, 2)))
             found.append(score if beside is None else score + beside)
@@ -171,13 +171,13 @@ class MlpScorer(Scorer):
         self.width = width
 
     def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
-        score = self._score(vectors, F.embedding(windows.index[windows.of_candidate], vectors.key_ND))
+        score = self._score(vectors, rows_at(vectors.key_ND, windows.index[windows.of_candidate]))
         score = score + self._window_bias(vectors, windows).index_select(0, windows.of_candidate)
         bias = self._target_bias(vectors, windows)
         return (score if bias is None else score + bias)[:, None]
 
     def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
-        score = self._score(vectors, F.embedding(kept.index, vectors.key_ND))
+        score = self._score(vectors, rows_at(vectors.key_ND, kept.index))
         return (score + self._kept_bias(vectors, kept))[:, None]
 
     def _score(self, vectors: Attended, key_CXD: Tensor) -> Tensor:

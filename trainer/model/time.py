@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.bags import scalars, weighted_bags
+from trainer.model.bags import rows_at, weighted_bags
 
 AGE_BUCKETS = 64
 _BUCKETS_PER_OCTAVE = 2
+# Up to here a product with the whole table costs less than adding up one row a behavior.
+_FEW_MARKS = 128
 
 Form = Literal["shared", "target", "joint"]
 
@@ -104,7 +106,7 @@ class TimeBias(_MarkTables):
         """Bias that is the same for all targets -> float32 of the marks' shape."""
         bias = torch.zeros(marks.position.shape, device=marks.position.device)
         for name, mark in self.marks(marks) if not self.of_target else ():
-            bias = bias + scalars(self.tables[name], mark)
+            bias = bias + rows_at(self.tables[name], mark)
         return bias
 
     def forward(self, marks: Marks, group_C: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ class TimeBias(_MarkTables):
         bias = torch.zeros(marks.position.shape, device=group_C.device)
         for name, mark in self.marks(marks):
             table = self.tables[name] if self.form == "joint" else self._curves(name)
-            bias = bias + scalars(table, group_rows(mark, group_C, self.rows[name]))
+            bias = bias + rows_at(table, group_rows(mark, group_C, self.rows[name]))
         return bias
 
     def _curves(self, name: str) -> Tensor:
@@ -153,12 +155,12 @@ class TimeEncoding(_MarkTables):
     ) -> Tensor:
         """Add sum_k weight[c, k] * encoding[k] to each pooled vector.
 
-        With `many` behaviors a candidate their weights are summed by mark first, [C, marks], and multiplied
-        with the whole table.
+        With `many` behaviors a candidate, or few marks, weights are summed by mark first, [C, marks], and
+        multiplied with the whole table.
         """
         for name, index in self._indices(marks, group_C):
             table = self.tables[name]
-            if many and self.form != "joint":
+            if self.form != "joint" and (many or table.shape[0] <= _FEW_MARKS):
                 by_mark_CM = weight_CK.new_zeros(index.shape[0], table.shape[0]).scatter_add(
                     1, index, weight_CK
                 )
@@ -169,7 +171,7 @@ class TimeEncoding(_MarkTables):
 
     def behaviors(self, marks: Marks, group_C: Tensor) -> Tensor | float:
         """The encodings themselves: marks [C, K] -> [C, K, D]."""
-        return sum(F.embedding(index, self.tables[name]) for name, index in self._indices(marks, group_C))
+        return sum(rows_at(self.tables[name], index) for name, index in self._indices(marks, group_C))
 
     def scores(self, query_CD: Tensor, marks: Marks, group_C: Tensor) -> Tensor:
         """<query, encoding> of every behavior, marks [C, K] -> [C, K], without a [C, K, D] intermediate."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.data.batch import RequestBatch
+from trainer.model.bags import rows_at
 from trainer.model.time import Marks, age_bucket
 
 
@@ -117,7 +118,7 @@ class Source:
 
 def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_CX: Tensor) -> Tensor:
     """sum_x weight[c, x] * value[place[window of c, x]] -> [C, D], one batched product for all windows."""
-    value_WXD = F.embedding(place_WX, value_SD)
+    value_WXD = rows_at(value_SD, place_WX)
     return windows.slots.collect(windows.slots.spread(weight_CX) @ value_WXD)
 
 

@@ -1,0 +1,82 @@
+"""Loops over batches held in memory, timed: a bare TorchRec loop, and the trainer's own."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from trainer.checkpoint import Found
+from trainer.config import Config
+from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.distributed import Ranks
+from trainer.loop import Trainer
+from trainer.loss import loss_sum
+from trainer.run import RunFolder
+
+
+class Seconds(NamedTuple):
+    """By the clock on the wall, and of this process's threads."""
+
+    wall: float
+    cpu: float
+
+
+def timed(work: Callable[[], object]) -> Seconds:
+    started, started_cpu = time.perf_counter(), time.process_time()
+    work()
+    return Seconds(time.perf_counter() - started, time.process_time() - started_cpu)
+
+
+class Replay:
+    """Stands for a reader: steps that were read before."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.all, self.order = steps, ""
+        self.candidates = sum(step.batch.step_candidates for step in steps)
+
+    def steps(self, cursor: Cursor) -> Iterator[Step]:
+        yield from self.all
+
+
+def bare_loop(
+    model: DistributedModelParallel, optimizer: Any, steps: Sequence[Step], ranks: Ranks
+) -> Seconds:
+    """What TorchRec's documentation does, and no more."""
+
+    def work() -> None:
+        for step in steps:
+            batch = step.batch.to(ranks.device)
+            optimizer.zero_grad()
+            total = loss_sum(model(batch).logits, batch.labels, batch.weight)
+            (total / batch.step_candidates).backward()
+            optimizer.step()
+
+    return timed(work)
+
+
+class _Unsaved(Trainer):
+    """The end of a measurement is no checkpoint."""
+
+    def _save(self) -> None:
+        self._report()
+
+
+def trainer_loop(
+    config: Config, model: DistributedModelParallel, steps: Sequence[Step], ranks: Ranks, folder: Path
+) -> Seconds:
+    """All of it but validation and checkpoints: schedules, metrics, progress, TensorBoard as configured."""
+    train = config.train.model_copy(update={"epochs": 1, "validate_every": 0})
+    checkpoint = config.checkpoint.model_copy(update={"every_steps": 0, "every_minutes": 0.0})
+    config = config.model_copy(update={"train": train, "checkpoint": checkpoint})
+    with tempfile.TemporaryDirectory(dir=folder) as run, redirect_stdout(io.StringIO()):
+        reader = cast(SequenceLogReader, Replay(steps))
+        trainer = _Unsaved(config, model, reader, None, ranks, RunFolder(Path(run)), lambda _: None, "", {})
+        end = trainer.run(Found(None, {}, []))
+    return Seconds(end.wall_s, end.cpu_s)
