@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.faults.drive import Fault, Plan
-from tests.launching import ROOT, SETTINGS, losses, overrides, tandemrec
+from tests.launching import ROOT, SETTINGS, losses, overrides, torchrun
 from tests.logs import small_log
 from tests.test_ranks import parameters
 
@@ -177,8 +177,8 @@ def test_a_restart_storm_ends_with_one_clear_error(log: Path, tmp_path: Path) ->
 
 def test_an_error_of_all_ranks_is_said_once(log: Path, tmp_path: Path) -> None:
     changed = overrides({"data.log": str(log), "model.kk": 3})
-    done = tandemrec(
-        "train", "--config", "configs/dare.toml", "--out", str(tmp_path / "r"), *changed, ranks=2
+    done = torchrun(
+        "launch.cli", "train", "--config", "configs/dare.toml", "--out", str(tmp_path / "r"), *changed
     )
     assert done.returncode == 1
     problem = "configs/dare.toml: unknown key 'model.kk'; did you mean 'model.k'?"

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from embeddings.comms import Comms
 from embeddings.exchange import Lookup, ShardedTable, traffic
+from tests.count_bytes import COMMS
 from tests.launching import ROOT
 
 ROWS, DIM, BAGS = 40, 8, 12
@@ -35,11 +37,14 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("kind", ["bag", "sequence"])
 @pytest.mark.parametrize(("sharding", "shards"), [("table_wise", 1), ("row_wise", 1), ("column_wise", 2)])
+@pytest.mark.parametrize("comms", COMMS, ids=str)
 def test_the_formulae_are_what_torchrec_sends(
-    counted: dict[str, list[int]], kind: str, sharding: str, shards: int
+    counted: dict[str, list[int]], kind: str, sharding: str, shards: int, comms: Comms
 ) -> None:
-    said = traffic(ShardedTable(sharding, shards, ROWS, DIM), Lookup(BAGS, BAGS), 2, 2, kind == "bag")
-    assert [said.ids, said.forward, said.backward] == counted[f"{kind} {sharding}"]
+    table, asked = ShardedTable(sharding, shards, ROWS, DIM), Lookup(BAGS, BAGS)
+    said = traffic(table, asked, 2, 2, kind == "bag", comms.wire)
+    sent = counted[f"{kind} {sharding} {comms.forward} {comms.backward}"]
+    assert [said.ids, said.forward, said.backward] == sent
 
 
 def test_row_wise_bags_grow_with_the_ranks_and_sequences_do_not() -> None:
