@@ -31,17 +31,19 @@ def plan(run: Path, log: Path, faults: Sequence[Fault], again: bool = False, **s
     return Plan(str(run), "configs/dare.toml", words, list(faults), again)
 
 
-def command(what: Plan, max_restarts: int, torchrun: bool) -> list[str]:
+def command(what: Plan, max_restarts: int, torchrun: bool, grace_s: float = 30) -> list[str]:
     file = str(what.write(Path(f"{what.run}.plan.json")))
     if not torchrun:
-        return [sys.executable, "-m", "tests.faults.supervise", file, str(max_restarts)]
+        return [sys.executable, "-m", "tests.faults.supervise", file, str(max_restarts), str(grace_s)]
     options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={max_restarts}"]
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "tests.faults.drive", file]
 
 
-def supervised(what: Plan, max_restarts: int, torchrun: bool = False) -> subprocess.CompletedProcess[str]:
+def supervised(
+    what: Plan, max_restarts: int, torchrun: bool = False, grace_s: float = 30
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(what, max_restarts, torchrun),
+        command(what, max_restarts, torchrun, grace_s),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -139,13 +141,16 @@ def test_the_rank_that_failed_is_named_and_not_those_that_only_lost_it(log: Path
 def test_a_hung_rank_is_named_in_time_and_ended(log: Path, tmp_path: Path) -> None:
     """SIGSTOP: the other rank waits train.timeout_s, says for whom and where, and no process stays."""
     run = tmp_path / "run"
-    done = supervised(plan(run, log, [Fault(1, 5, "stop")], train__timeout_s=3), 0)
+    done = supervised(plan(run, log, [Fault(1, 5, "stop")], train__timeout_s=3), 0, grace_s=2)
+    ended = time.time()
     assert done.returncode == 1
     line = next(line for line in done.stderr.splitlines() if line.startswith("[rank 0] tandemrec: error"))
     assert "rank 0, after step 5: waited in vain for rank 1, which hangs, is dead or cut off" in line
     stopped = next(when for when, what in marks(run, 1) if what == "stop")
     # Nothing was trained after the stop, and the waiting ended at about the time asked for.
     assert not [when for when, what in marks(run, 0) if what.isdigit() and when > stopped + 3]
+    # 3 s of waiting, 5 for answers, 2 of grace; a save under way asks for none of its own 60.
+    assert ended - stopped < 60
     assert not [pid for pid in pids(run) if alive(pid)]
 
 

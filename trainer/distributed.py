@@ -89,8 +89,13 @@ def process_group(timeout_s: float = 600) -> Iterator[Ranks]:
     try:
         with naming_the_lost(ranks, lambda: "before or after training"):
             yield ranks
-    finally:
+    except RankError:
+        # To leave the group in order would mean to wait for the lost rank; it goes with the process.
+        raise
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _store_of_this_start(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
@@ -135,6 +140,11 @@ def naming_the_lost(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
         if ranks.world_size == 1 or not lost:
             raise
         raise RankError(f"rank {ranks.rank}, {where()}: {_blame(ranks, text)}") from error
+
+
+def waited_in_vain(error: BaseException | None) -> bool:
+    """Whether an error says that a rank did not answer in time: further collectives would wait as long."""
+    return isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)) is not None
 
 
 def _blame(ranks: Ranks, text: str) -> str:

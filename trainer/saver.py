@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from embeddings.errors import CheckpointError
 from trainer import checkpoint
+from trainer.distributed import waited_in_vain
 from trainer.sections import CheckpointConfig
 
 # How long a save under way may still take when training has failed: its peers may be gone.
@@ -52,7 +53,8 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._running is not None and error is not None:
+        # A save that needs a rank which does not answer has had its time already.
+        if self._running is not None and error is not None and not waited_in_vain(error):
             self._running.join(_GRACE_S)
 
     @property

@@ -1,4 +1,4 @@
-"""torchrun's agent over ranks that start in a moment: `python -m tests.faults.supervise PLAN MAX_RESTARTS`.
+"""torchrun's agent over ranks that start in a moment: `python -m tests.faults.supervise PLAN RESTARTS GRACE`.
 
 What restarts the ranks is the very agent of torchrun; but they are forked from a server that has done the
 slow imports, so that twenty kills take no minutes. tests/test_faults.py also kills under torchrun itself.
@@ -11,8 +11,19 @@ import sys
 import uuid
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing.spawn import ProcessContext
 
 from tests.faults.drive import main
+
+
+def shorten_grace(seconds: float) -> None:
+    """Between SIGTERM and SIGKILL of ranks beside a failed one; torch 2.13 waits 30 s, without an option."""
+    waiting = ProcessContext._join_procs_with_timeout
+
+    def shorter(self: ProcessContext, timeout: float) -> None:
+        waiting(self, min(timeout, seconds))
+
+    ProcessContext._join_procs_with_timeout = shorter  # type: ignore[method-assign]
 
 
 def supervise(plan_file: str, max_restarts: int) -> None:
@@ -32,4 +43,5 @@ def supervise(plan_file: str, max_restarts: int) -> None:
 
 
 if __name__ == "__main__":
+    shorten_grace(float(sys.argv[3]))
     supervise(sys.argv[1], int(sys.argv[2]))
