@@ -33,6 +33,7 @@ SERVER.set_forkserver_preload(
         ),
         "launch.reporting",
         "tests.logs",
+        "tests.faults.drive",
         "tests.test_reader_kill",
     ]
 )
@@ -135,12 +136,12 @@ def tandemrec(*words: str, ranks: int = 1, timeout: float = 120) -> subprocess.C
 
 
 def torchrun(
-    module: str, *words: str, ranks: int = 2, timeout: float = 120
+    module: str, *words: str, ranks: int = 2, max_restarts: int = 0, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """The same under torchrun itself, for tests of what it adds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
     return subprocess.run(
-        [*command, "-m", module, *words],
+        [sys.executable, "-m", "torch.distributed.run", *options, "-m", module, *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

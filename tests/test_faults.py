@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.faults.drive import Fault, Plan
-from tests.launching import ROOT, SETTINGS, losses, overrides, torchrun
+from tests.launching import SETTINGS, launched, losses, overrides, torchrun
 from tests.logs import small_log
 from tests.test_ranks import parameters
 
@@ -31,26 +29,15 @@ def plan(run: Path, log: Path, faults: Sequence[Fault], again: bool = False, **s
     return Plan(str(run), "configs/dare.toml", words, list(faults), again)
 
 
-def command(what: Plan, max_restarts: int, torchrun: bool, grace_s: float = 30) -> list[str]:
+def supervised(what: Plan, max_restarts: int, grace_s: float = 30) -> subprocess.CompletedProcess[str]:
+    """Two ranks under torchrun's agent in a process of the tests."""
     file = str(what.write(Path(f"{what.run}.plan.json")))
-    if not torchrun:
-        return [sys.executable, "-m", "tests.faults.supervise", file, str(max_restarts), str(grace_s)]
-    options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={max_restarts}"]
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "tests.faults.drive", file]
+    return launched("tests.faults.supervise", file, str(max_restarts), str(grace_s), timeout=LIMIT_S)
 
 
-def supervised(
-    what: Plan, max_restarts: int, torchrun: bool = False, grace_s: float = 30
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(what, max_restarts, torchrun, grace_s),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
+def under_torchrun(what: Plan, max_restarts: int) -> subprocess.CompletedProcess[str]:
+    file = str(what.write(Path(f"{what.run}.plan.json")))
+    return torchrun("tests.faults.drive", file, max_restarts=max_restarts, timeout=LIMIT_S)
 
 
 def marks(run: Path, rank: int) -> list[tuple[float, str]]:
@@ -118,7 +105,7 @@ def test_kill_9_at_five_random_steps_changes_no_bit(
 
 def test_kills_under_torchrun_itself(log: Path, unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = supervised(plan(run, log, [Fault(1, 12), Fault(0, 27)]), 4, torchrun=True)
+    done = under_torchrun(plan(run, log, [Fault(1, 12), Fault(0, 27)]), 4)
     assert done.returncode == 0, done.stderr
     assert losses(run) == losses(unbroken) and digest(run) == digest(unbroken)
     for rank, step in ((1, 12), (0, 27)):
@@ -156,7 +143,7 @@ def test_a_hung_rank_is_named_in_time_and_ended(log: Path, tmp_path: Path) -> No
 
 def test_ranks_do_not_outlive_a_launcher_that_was_killed(log: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = supervised(plan(run, log, [Fault(0, 5, "kill_launcher")], train__max_steps=0), 3, torchrun=True)
+    done = under_torchrun(plan(run, log, [Fault(0, 5, "kill_launcher")], train__max_steps=0), 3)
     assert done.returncode != 0
     end = time.monotonic() + 60
     while [pid for pid in pids(run) if alive(pid)]:
