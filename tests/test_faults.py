@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.faults.drive import Fault, Plan
 from tests.launching import SETTINGS, launched, losses, overrides, torchrun
 from tests.logs import small_log
 from tests.test_ranks import parameters
+from trainer.saver import Saver
 
 STEPS, LIMIT_S = 40, 540
 # Seconds on a machine of its own; a busy one may take ten times as long.
@@ -139,6 +141,18 @@ def test_a_hung_rank_is_named_in_time_and_ended(log: Path, tmp_path: Path) -> No
     # 3 s of waiting, 5 for answers, 2 of grace; a save under way asks for none of its own 60.
     assert ended - stopped < 60
     assert not [pid for pid in pids(run) if alive(pid)]
+
+
+def test_a_save_that_needs_a_lost_rank_is_hardly_waited_for() -> None:
+    """Its own collectives may wait for minutes; after another error its ranks are all there."""
+    granted: list[float] = []
+    saver = Saver.__new__(Saver)
+    saver._running = SimpleNamespace(join=granted.append)  # type: ignore[assignment]
+    for text in ("Connection reset by peer", "Timed out waiting 3000ms for send operation", "of the loss"):
+        error = RuntimeError(text)
+        saver.__exit__(type(error), error, None)
+    reset, silent, other = granted
+    assert reset == silent < 5 and other == 60
 
 
 def test_ranks_do_not_outlive_a_launcher_that_was_killed(log: Path, tmp_path: Path) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from embeddings.comms import Comms
 from embeddings.exchange import Lookup, ShardedTable, traffic
 from tests.count_bytes import COMMS
-from tests.launching import ROOT
+from tests.launching import launched
 
 ROWS, DIM, BAGS = 40, 8, 12
 
@@ -20,16 +17,7 @@ ROWS, DIM, BAGS = 40, 8, 12
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     out = tmp_path_factory.mktemp("bytes") / "bytes.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.count_bytes", *map(str, (ROWS, DIM, BAGS)), str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = launched("tests.count_bytes", *map(str, (ROWS, DIM, BAGS)), str(out), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, list[int]] = json.loads(out.read_text())
     return found

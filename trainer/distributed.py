@@ -136,15 +136,16 @@ def naming_the_lost(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        lost = isinstance(error, dist.DistError) or _TIMED_OUT.search(text) or _CUT.search(text)
-        if ranks.world_size == 1 or not lost:
+        if ranks.world_size == 1 or not tells_of_a_lost_rank(error):
             raise
         raise RankError(f"rank {ranks.rank}, {where()}: {_blame(ranks, text)}") from error
 
 
-def waited_in_vain(error: BaseException | None) -> bool:
-    """Whether an error says that a rank did not answer in time: further collectives would wait as long."""
-    return isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)) is not None
+def tells_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether an error is how the backend says that another rank is gone or does not answer."""
+    text = str(error)
+    words = _TIMED_OUT.search(text) or _CUT.search(text)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and words is not None)
 
 
 def _blame(ranks: Ranks, text: str) -> str:
