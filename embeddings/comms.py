@@ -16,12 +16,21 @@ from torchrec.distributed.types import QuantizedCommCodecs
 _FP16_SCALE = 2.0**12
 
 
+def _bytes(kind: str) -> int:
+    return 4 if kind == "fp32" else 2
+
+
 @dataclass(frozen=True)
 class Comms:
     """`fp32` (as they are), `fp16` or `bf16`, for vectors (forward) and their gradients (backward)."""
 
     forward: str = "fp32"
     backward: str = "fp32"
+
+    @property
+    def wire(self) -> tuple[int, int]:
+        """Bytes of a float that travels forward and backward."""
+        return _bytes(self.forward), _bytes(self.backward)
 
 
 AS_THEY_ARE = Comms()

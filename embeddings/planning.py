@@ -27,6 +27,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingPlan
 
+from embeddings.comms import AS_THEY_ARE, Comms
 from embeddings.errors import ConfigError
 from embeddings.exchange import Lookup
 from embeddings.groups import TableGroup, TableSpec
@@ -94,6 +95,7 @@ class Task:
     Attributes:
         model: with tables on the meta device and fused optimizers attached; groups: its table groups.
         cluster: the ranks; rules: what is allowed; lookups: table -> what a step asks of it.
+        comms: what vectors and gradients are rounded to on their way, by which the planner's time follows.
     """
 
     model: nn.Module
@@ -101,6 +103,7 @@ class Task:
     cluster: Cluster
     rules: PlanRules = PlanRules()
     lookups: Mapping[str, Lookup] = field(default_factory=dict)
+    comms: Comms = AS_THEY_ARE
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,18 @@ def read_plan(path: Path, task: Task) -> SavedPlan:
     Raises:
         ConfigError: it is unreadable, was made for something else, or breaks the rules.
     """
-    saved = read_plan_file(path)
-    tables = tables_of(task.model)
-    modules = {name: table.module for name, table in tables.items()}
-    check_fits(saved, saved_plan(task, ShardingPlan({})), modules, str(path))
-    _check_kernels(saved.plan, task.rules, str(path))
+    return check_plan(read_plan_file(path), task, str(path))
+
+
+def check_plan(saved: SavedPlan, task: Task, where: str) -> SavedPlan:
+    """The plan itself, once it is known to suit the task; `where` leads every message.
+
+    Raises:
+        ConfigError: it was made for something else, or breaks the rules.
+    """
+    modules = {name: table.module for name, table in tables_of(task.model).items()}
+    check_fits(saved, saved_plan(task, ShardingPlan({})), modules, where)
+    _check_kernels(saved.plan, task.rules, where)
     return saved
 
 
@@ -190,7 +200,7 @@ def offline_plan(task: Task) -> Found:
     Raises:
         ConfigError: a rule is wrong, or no plan fits (DoesNotFit).
     """
-    tables, kinds, kept = tables_of(task.model), sharders(), _Keep()
+    tables, kinds, kept = tables_of(task.model), sharders(task.comms), _Keep()
     topology, constraints = _topology(task.cluster), constraints_of(task)
     enumerator = _enumerator(topology, constraints, tables)
     try:

@@ -50,8 +50,8 @@ class Report:
         table, cluster = self.found.tables[option.name], self.cluster
         shards = column_shards(option.sharding_type, len(option.shards), cluster.local_world_size)
         sharded = ShardedTable(option.sharding_type, shards, table.rows, table.dim)
-        asked = self.asked[lookup][option.name]
-        return traffic(sharded, asked, cluster.world_size, cluster.local_world_size, pooled)
+        asked, wire = self.asked[lookup][option.name], self.task.comms.wire
+        return traffic(sharded, asked, cluster.world_size, cluster.local_world_size, pooled, wire)
 
 
 def report_lines(report: Report) -> list[str]:
@@ -143,8 +143,10 @@ def _exchange(report: Report) -> list[str]:
             sent = sum((report.sent(option, lookup, pooled) for option in report.options), Traffic())
             rows.append((f"{lookup}, {name}", *_traffic(sent, report.cluster.world_size)))
     head = ("lookup, collection", "ids", "vectors", "gradients", "all ranks", "a rank")
+    comms = report.task.comms
     return [
         "sent between ranks in a step (estimated), by lookup and kind of collection",
+        f"vectors travel in {comms.forward}, gradients in {comms.backward}",
         *table_lines(head, rows),
     ]
 

@@ -70,7 +70,9 @@ def run(
     note_start(folder, config, found.state.get("step", 0))
     if ranks.speaks:
         folder.write_config(config)
-    sharded = build_sharded(config, manifest, ranks, training=True)
+    sharded = build_sharded(config, manifest, ranks, training=True, resumed=found)
+    if sharded.origin:
+        say(sharded.origin)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
     rows = feature_rows(sharded.groups)
     reader = open_split(config, "train", rows, ranks, seed=config.train.seed)

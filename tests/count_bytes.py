@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=2 -m tests.count_bytes ROWS DIM BAGS OUT.json
 
-Writes {"bag row_wise": [ids, vectors forward, gradients backward], ...}, summed over the ranks, without what
-a rank keeps for itself and without the announcement of sizes. Ranks have equal parts.
+Writes {"bag row_wise fp32 fp32": [ids, vectors forward, gradients backward], ...}, summed over the ranks,
+without what a rank keeps for itself and without the announcement of sizes. Ranks have equal parts.
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embeddings.comms import Comms, codecs_of
+
 # The dense kernel would return a row for every empty bag of a sequence.
 FUSED = {"compute_kernel": "fused"}
+# Each precision once in each direction.
+COMMS = (Comms(), Comms("fp16", "bf16"), Comms("bf16", "fp16"))
 PLACES = {
     "table_wise": table_wise(rank=0, **FUSED),
     "row_wise": row_wise(**FUSED),
@@ -92,14 +96,15 @@ class Counted:
     )
 
 
-def sharded(kind: str, place: Any, rows: int, dim: int) -> DistributedModelParallel:
+def sharded(kind: str, place: Any, rows: int, dim: int, comms: Comms) -> DistributedModelParallel:
     """A model of one table on all ranks."""
     shape = {"name": "t", "num_embeddings": rows, "embedding_dim": dim, "feature_names": ["f"]}
-    model, sharder = nn.Module(), EmbeddingCollectionSharder()
+    codecs = codecs_of(comms)
+    model, sharder = nn.Module(), EmbeddingCollectionSharder(qcomm_codecs_registry=codecs)
     model.e = EmbeddingCollection(tables=[EmbeddingConfig(**shape)])
     if kind == "bag":
         model.e = EmbeddingBagCollection(tables=[EmbeddingBagConfig(**shape)])
-        sharder = EmbeddingBagCollectionSharder()
+        sharder = EmbeddingBagCollectionSharder(qcomm_codecs_registry=codecs)
     for weight in model.e.parameters():
         apply_optimizer_in_backward(torch.optim.SGD, [weight], {"lr": 0.1})
     world = dist.get_world_size()
@@ -135,9 +140,12 @@ def main() -> None:
     ids = (torch.arange(mine) * (rows // 2) + torch.arange(mine) // 2) % rows
     kjt = KeyedJaggedTensor(keys=["f"], values=ids, lengths=torch.ones(mine, dtype=torch.int32))
     found = {
-        f"{kind} {name}": count(sharded(kind, place, rows, dim).module, kind, kjt)
+        f"{kind} {name} {comms.forward} {comms.backward}": count(
+            sharded(kind, place, rows, dim, comms).module, kind, kjt
+        )
         for kind in ("bag", "sequence")
         for name, place in PLACES.items()
+        for comms in COMMS
     }
     if dist.get_rank() == 0:
         Path(sys.argv[4]).write_text(json.dumps(found))

@@ -1,15 +1,42 @@
-"""Starting the command line in fresh processes, on one rank or several, with a time limit."""
+"""Starting the command line in processes of its own, on one rank or several, with a time limit.
+
+They are forked from one server that has done the slow imports, which else cost each process five seconds of
+a core. That torchrun and a plain `python -m` start it alike is shown where those are what is tested.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
+# There is one such server in a process, for all that ask. What is run itself must not be among the imports.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        *(
+            f"pipelines.{verb}"
+            for verb in ("train", "evaluate", "export", "score", "ingest", "plan", "bench")
+        ),
+        "launch.reporting",
+        "tests.logs",
+        "tests.faults.drive",
+        "tests.test_reader_kill",
+    ]
+)
 # Two groups of unequal width, many steps from little data.
 SETTINGS = {
     "data.history_length": 16,
@@ -29,13 +56,92 @@ def overrides(settings: dict[str, Any]) -> list[str]:
     return [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
 
 
+def start_server() -> None:
+    """Have the server import what it forks with; does nothing where it runs."""
+    from multiprocessing import forkserver
+
+    # What reads it does so once, when it is loaded.
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+
+
+def _member(module: str, words: Sequence[str], environment: Mapping[str, str], said: tuple[str, str]) -> None:
+    """One process: `python -m MODULE WORDS`."""
+    for stream, path in enumerate(said, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    """Of every rank: what torchrun says to it, and nothing where there is one process alone."""
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if ranks == 1:
+        return [own]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _wait(processes: Sequence[ForkServerProcess], timeout: float) -> int:
+    """The exit code of the whole, as torchrun's: where one process fails, the others are ended."""
+    end = time.monotonic() + timeout
+    while left := [process for process in processes if process.exitcode is None]:
+        if not connection.wait([process.sentinel for process in left], max(0, end - time.monotonic())):
+            raise subprocess.TimeoutExpired("ranks", timeout)
+        if any(process.exitcode for process in processes):
+            for process in left:
+                process.terminate()
+    codes = [process.exitcode or 0 for process in processes]
+    return codes[0] if len(codes) == 1 else int(any(codes))
+
+
+def launched(
+    module: str, *words: str, ranks: int = 1, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE WORDS` on so many ranks; none outlives the call.
+
+    Raises:
+        TimeoutExpired: it took longer than `timeout` seconds.
+    """
+    start_server()
+    with tempfile.TemporaryDirectory() as folder:
+        said = (f"{folder}/out", f"{folder}/err")
+        processes = [
+            SERVER.Process(target=_member, args=(module, words, environment, said))
+            for environment in _environments(ranks)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            code = _wait(processes, timeout)
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        texts = [Path(path).read_text(encoding="utf-8") if Path(path).exists() else "" for path in said]
+    return subprocess.CompletedProcess([module, *words], code, *texts)
+
+
 def tandemrec(*words: str, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run the command line, under torchrun where `ranks` > 1."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    """Run the command line."""
+    return launched("launch.cli", *words, ranks=ranks, timeout=timeout)
+
+
+def torchrun(
+    module: str, *words: str, ranks: int = 2, max_restarts: int = 0, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """The same under torchrun itself, for tests of what it adds."""
+    options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
     return subprocess.run(
-        [*command, "-m", "launch.cli", *words],
+        [sys.executable, "-m", "torch.distributed.run", *options, "-m", module, *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import pytest
 import torch
 
 from embeddings.errors import ConfigError
-from tests.launching import ROOT, losses, train
+from tests.launching import launched, losses, train
 from tests.logs import Shape, enrich, random_rows, write_log
 from tests.step_cases import MODELS, WAYS
 from tests.test_ranks import parameters
@@ -40,16 +37,7 @@ def found(log: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Foun
     results = {}
     for ranks in (1, 2):
         out = tmp_path_factory.mktemp("cases") / "found.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        done = subprocess.run(
-            [*command, "-m", "tests.step_cases", str(log), str(out)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = launched("tests.step_cases", str(log), str(out), ranks=ranks, timeout=300)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         results[ranks] = json.loads(out.read_text())
     return results

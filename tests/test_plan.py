@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torchrec.distributed.types import (
 )
 
 from embeddings.collections import make_collection
+from embeddings.comms import Comms
 from embeddings.errors import ConfigError
 from embeddings.exchange import Lookup
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
@@ -142,6 +144,19 @@ def test_data_parallel_and_caches_survive_json_and_the_rest_is_refused() -> None
     tables["b"].cache_params = CacheParams(stats=object())
     with pytest.raises(ConfigError, match="table b: cache statistics"):
         to_tree(saved)
+
+
+def test_the_planner_counts_with_what_is_sent() -> None:
+    """Half the bytes, half the time of communication, as TorchRec estimates it."""
+
+    def estimates(comms: Comms) -> tuple[float, float]:
+        found = offline_plan(replace(task(), comms=comms))
+        perfs = [shard.perf for option in found.options for shard in option.shards]
+        return sum(perf.fwd_comms for perf in perfs), sum(perf.bwd_comms for perf in perfs)
+
+    (forward, backward), (half, same) = estimates(Comms()), estimates(Comms("fp16", "fp32"))
+    assert (half, same) == (pytest.approx(forward / 2), pytest.approx(backward)) and forward > 0
+    assert estimates(Comms("fp32", "bf16")) == (pytest.approx(forward), pytest.approx(backward / 2))
 
 
 def test_unified_memory_is_never_used_unasked() -> None:
@@ -297,6 +312,32 @@ def test_the_print_of_two_billion_rows_in_both_groups(
     assert json.loads(out.read_text())["tables"]["representation__item_id"] == [ITEMS, 64, 4]
 
 
+def test_the_print_counts_with_what_is_sent(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--world-size", "16", "--hbm", "141GB", "--behaviors-per-step", "5000000"]
+
+    def exchange(*more: str) -> tuple[str, list[list[float]]]:
+        assert main(["plan", *words(log), *sizes, *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.split() for line in lines if line.startswith(("full, ", "selected, "))]
+        assert len(rows) == 4
+        named = next(line for line in lines if line.startswith("vectors travel"))
+        units = {"MB": 1.0, "GB": 1000.0}
+        # Columns: ids, vectors, gradients.
+        return named, [
+            [float(row[at].replace(",", "")) * units[row[at + 1]] for at in (2, 4, 6)] for row in rows
+        ]
+
+    named, plain = exchange()
+    assert named == "vectors travel in fp32, gradients in fp32"
+    named, halved = exchange("--set", "comms.forward=fp16", "--set", "comms.backward=bf16")
+    assert named == "vectors travel in fp16, gradients in bf16"
+    for before, after in zip(plain[:2], halved[:2], strict=True):
+        assert before[1] > 100 and after[0] == before[0]
+        assert after[1:] == pytest.approx([before[1] / 2, before[2] / 2], rel=0.01)
+    _, forward = exchange("--set", "comms.forward=bf16")
+    assert [row[2] for row in forward] == [row[2] for row in plain]
+
+
 def test_what_would_make_it_fit_is_tried_and_named(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     billions = words(
         log, tables__item_id__rows=ITEMS, groups__attention__dim=4, groups__representation__dim=64
@@ -364,6 +405,35 @@ def test_training_by_a_saved_plan_changes_nothing_and_checkpoints_keep_it(
     capsys.readouterr()
     assert main(["train", *placed, "--out", str(tmp_path / "one"), "--plan", str(out)]) == 2
     assert "made for world_size 2, this run has 1" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_checkpoints_plan_whatever_the_planner_would_say(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan that the rules of the run would never give."""
+    file, run = tmp_path / "plan.json", tmp_path / "run"
+    wide = {"groups__representation__dim": 256, "checkpoint__every_steps": 2, "checkpoint__keep": 9}
+    placed = words(log, train__max_steps=4, **wide)
+    columns = ["--set", 'groups.representation.sharding=["column_wise"]', "--world-size", "1"]
+    assert main(["plan", *placed, *columns, "--json", str(file)]) == 0
+    tree = json.loads(file.read_text())
+    assert main(["train", *placed, "--out", str(run), "--plan", str(file)]) == 0
+    whole = losses(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    capsys.readouterr()
+    assert main(["train", *placed, "--out", str(run)]) == 0
+    assert "tables lie as in the plan of step-00000002\n" in capsys.readouterr().out
+    state = json.loads((run / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert state["plan"] == tree and "column_wise" in json.dumps(tree)
+    assert state["config"]["plan"]["file"] == ""
+    assert losses(run) == whole and len(whole) == 4
+    # Another rule is a wish for another plan.
+    more = words(log, train__max_steps=5, **wide, plan__reserve=0.5)
+    assert main(["train", *more, "--out", str(run)]) == 0
+    line = "the plan of step-00000004: made with plan.reserve = 0.15, now it is 0.5; tables are placed anew"
+    assert line in capsys.readouterr().out
+    state = json.loads((run / "checkpoints" / "step-00000005" / "state.json").read_text())
+    assert "column_wise" not in json.dumps(state["plan"])
 
 
 @pytest.mark.parametrize("lookup", ["full", "selected"])

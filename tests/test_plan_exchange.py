@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from embeddings.comms import Comms
 from embeddings.exchange import Lookup, ShardedTable, traffic
-from tests.launching import ROOT
+from tests.count_bytes import COMMS
+from tests.launching import launched
 
 ROWS, DIM, BAGS = 40, 8, 12
 
@@ -18,16 +17,7 @@ ROWS, DIM, BAGS = 40, 8, 12
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     out = tmp_path_factory.mktemp("bytes") / "bytes.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.count_bytes", *map(str, (ROWS, DIM, BAGS)), str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = launched("tests.count_bytes", *map(str, (ROWS, DIM, BAGS)), str(out), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, list[int]] = json.loads(out.read_text())
     return found
@@ -35,11 +25,14 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("kind", ["bag", "sequence"])
 @pytest.mark.parametrize(("sharding", "shards"), [("table_wise", 1), ("row_wise", 1), ("column_wise", 2)])
+@pytest.mark.parametrize("comms", COMMS, ids=str)
 def test_the_formulae_are_what_torchrec_sends(
-    counted: dict[str, list[int]], kind: str, sharding: str, shards: int
+    counted: dict[str, list[int]], kind: str, sharding: str, shards: int, comms: Comms
 ) -> None:
-    said = traffic(ShardedTable(sharding, shards, ROWS, DIM), Lookup(BAGS, BAGS), 2, 2, kind == "bag")
-    assert [said.ids, said.forward, said.backward] == counted[f"{kind} {sharding}"]
+    table, asked = ShardedTable(sharding, shards, ROWS, DIM), Lookup(BAGS, BAGS)
+    said = traffic(table, asked, 2, 2, kind == "bag", comms.wire)
+    sent = counted[f"{kind} {sharding} {comms.forward} {comms.backward}"]
+    assert [said.ids, said.forward, said.backward] == sent
 
 
 def test_row_wise_bags_grow_with_the_ranks_and_sequences_do_not() -> None:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.launching import SETTINGS, losses, overrides, tandemrec, train
 from tests.logs import Shape, enrich, random_rows, small_log, write_log
+from trainer.checkpoint_files import read_state
 
 pytestmark = pytest.mark.slow
 
@@ -164,6 +165,7 @@ def test_resuming_on_another_number_of_ranks_ends_alike(
     shutil.rmtree(max((run / "checkpoints").glob("step-????????")))
     resumed = train(log, run, ranks=after, **settings)
     assert len(resumed) == len(whole)
+    assert read_state(max((run / "checkpoints").glob("step-????????")))["plan"]["world_size"] == after
     assert max(abs(a - b) for a, b in zip(resumed, whole, strict=True)) < 1e-5
 
 

@@ -8,7 +8,6 @@ delivery counts if a saved cursor covers it or if it comes after the last resume
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -28,15 +27,13 @@ import pytest
 import torch
 
 from pipelines.train import train
-from tests.launching import ROOT, SETTINGS, losses
+from tests.launching import ROOT, SERVER, SETTINGS, losses, start_server
 from tests.logs import Shape, random_rows, small_log, write_log
 from tests.test_ranks import parameters
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.sections import DataConfig
 
 SEED, EPOCHS, LIMIT_S = 9, 2, 120.0
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.test_reader_kill"])
 
 Place = tuple[str, int, int, int]  # file, row group, row, request
 Key = tuple[int, int]  # user, request
@@ -136,6 +133,7 @@ def running(
     target: Callable[..., None], jobs: Sequence[tuple[Any, ...]]
 ) -> Iterator[list[ForkServerProcess]]:
     """A process for each job; none of them outlives the block."""
+    start_server()
     processes = [SERVER.Process(target=target, args=job) for job in jobs]
     try:
         for process in processes:

@@ -18,7 +18,7 @@ from tests.launching import ROOT, SETTINGS, losses, overrides, tandemrec, train
 from tests.logs import small_log
 from trainer.checkpoint_files import newest, read_state
 from trainer.config import Config, load_config
-from trainer.resume import check_resumable
+from trainer.resume import check_resumable, check_same_rules
 
 DARE = Path(__file__).parent.parent / "configs" / "dare.toml"
 
@@ -56,6 +56,25 @@ def test_what_orders_the_data_may_change_between_epochs_only() -> None:
     check_resumable(state(), changed("train.seed=3", "data.history_length=9"), "a")
     with pytest.raises(ConfigError, match=r"data.history_length = 500, now it is 9"):
         check_resumable(state(blocks=5), changed("data.history_length=9"), "a")
+
+
+@pytest.mark.parametrize("word", ["plan.file=x", "train.epochs=9", "groups.attention.learning_rate=1"])
+def test_these_leave_a_plan_as_it_is(word: str) -> None:
+    check_same_rules(state(), changed(word), "here")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "plan.reserve=0.3",
+        "plan.allow_unified_memory=true",
+        'groups.attention.sharding=["row_wise"]',
+        'plan.tables.attention__item_id.sharding=["row_wise"]',
+    ],
+)
+def test_rules_of_placing_call_for_another_plan(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"here: made with {word.split('=', maxsplit=1)[0]} = "):
+        check_same_rules(state(), changed(word), "here")
 
 
 def test_another_log_is_refused(tmp_path: Path) -> None:

@@ -15,25 +15,28 @@ from embeddings.collections import make_collection
 from embeddings.comms import Comms
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
-from embeddings.plan_file import SavedPlan
-from embeddings.planning import Cluster, Placement, Task, make_plan, placements, read_plan
+from embeddings.plan_file import SavedPlan, from_tree
+from embeddings.planning import Cluster, Placement, Task, check_plan, make_plan, placements, read_plan
 from embeddings.sharding import attach_optimizer, shard
+from trainer.checkpoint import Found
 from trainer.config import Config, build_groups
 from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
 from trainer.model.branch import Surroundings
 from trainer.model.two_stage import TwoStageModel
+from trainer.resume import check_same_rules
 from trainer.workload import StepSize, lookups, step_size
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """A model ready to train, and how its tables lie."""
+    """A model ready to train, and how its tables lie; `origin` says so where a checkpoint had a say in it."""
 
     model: DistributedModelParallel
     groups: Mapping[str, TableGroup]
     placements: list[Placement]
     plan: SavedPlan
+    origin: str = ""
 
 
 def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGroup]:
@@ -105,19 +108,47 @@ def build_trainable(
     return build_model(config, groups, collections, len(manifest.tasks), numbers), groups
 
 
-def build_sharded(config: Config, manifest: LogManifest, ranks: Ranks, training: bool = False) -> Sharded:
+def build_sharded(
+    config: Config,
+    manifest: LogManifest,
+    ranks: Ranks,
+    training: bool = False,
+    resumed: Found | None = None,
+) -> Sharded:
     """Plan, shard and initialise; collective over all ranks.
 
     Args:
         training: the plan weighs what a step of training asks of the tables, and may come from `plan.file`.
+        resumed: the checkpoint that training goes on from; its plan is taken again where it still suits.
     """
     model, groups = build_trainable(config, manifest, torch.device("meta"))
-    comms = Comms(config.comms.forward, config.comms.backward)
     size = step_size(config.data, manifest) if training else None
     task = plan_task(config, manifest, (model, groups), cluster_of(ranks), size)
-    plan = read_plan(Path(config.plan.file), task) if training and config.plan.file else make_plan(task)
-    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, comms)
-    return Sharded(sharded, groups, placements(plan, groups.values()), plan)
+    if training and config.plan.file:
+        plan, origin = read_plan(Path(config.plan.file), task), ""
+    else:
+        plan, origin = _plan(config, task, resumed)
+    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, task.comms)
+    return Sharded(sharded, groups, placements(plan, groups.values()), plan, origin)
+
+
+def _plan(config: Config, task: Task, resumed: Found | None) -> tuple[SavedPlan, str]:
+    """The checkpoint's plan or a new one, and a line that says which; empty without a checkpoint.
+
+    On other memory, or after an upgrade of TorchRec, the planner may answer otherwise than it did; a run goes
+    on bit for bit only where its tables lie as before.
+    """
+    if resumed is None or resumed.path is None:
+        return make_plan(task), ""
+    where = f"the plan of {resumed.path.name}"
+    try:
+        check_same_rules(resumed.state, config, where)
+        kept = check_plan(from_tree(resumed.state.get("plan"), where), task, where)
+    except ConfigError as problem:
+        # Without its advice, which is followed here.
+        reason, _, _ = str(problem).rpartition("; ")
+        return make_plan(task), f"{reason}; tables are placed anew"
+    return kept, f"tables lie as in {where}"
 
 
 def plan_task(
@@ -130,7 +161,8 @@ def plan_task(
     """The planner's question for a model and its groups; without a step's size it looks at memory only."""
     model, groups = built
     asked = {} if size is None else lookups(config, groups, manifest, size, config.model.lookup)
-    return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked)
+    comms = Comms(config.comms.forward, config.comms.backward)
+    return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked, comms)
 
 
 def cluster_of(ranks: Ranks) -> Cluster:

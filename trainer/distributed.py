@@ -92,8 +92,13 @@ def process_group(timeout_s: float = 600) -> Iterator[Ranks]:
     try:
         with naming_the_lost(ranks, lambda: "before or after training"):
             yield ranks
-    finally:
+    except RankError:
+        # To leave the group in order would mean to wait for the lost rank; it goes with the process.
+        raise
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _store_of_this_start(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
@@ -134,10 +139,16 @@ def naming_the_lost(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        lost = isinstance(error, dist.DistError) or _TIMED_OUT.search(text) or _CUT.search(text)
-        if ranks.world_size == 1 or not lost:
+        if ranks.world_size == 1 or not tells_of_a_lost_rank(error):
             raise
         raise RankError(f"rank {ranks.rank}, {where()}: {_blame(ranks, text)}") from error
+
+
+def tells_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether an error is how the backend says that another rank is gone or does not answer."""
+    text = str(error)
+    words = _TIMED_OUT.search(text) or _CUT.search(text)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and words is not None)
 
 
 def _blame(ranks: Ranks, text: str) -> str:

@@ -62,6 +62,25 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
             )
 
 
+def check_same_rules(state: Mapping[str, Any], config: Config, where: str) -> None:
+    """Whether a checkpoint's plan was made under the rules of this start; `plan.file` is none.
+
+    Raises:
+        ConfigError: a rule differs; `where` leads the message.
+    """
+    before, now = dict(_flat(state["config"])), dict(_flat(config.model_dump(mode="json")))
+    for key in {**before, **now}:
+        if _places_table(key) and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{where}: made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; plan again"
+            )
+
+
+def _places_table(key: str) -> bool:
+    of_group = key.startswith("groups.") and key.endswith(".sharding")
+    return of_group or (key.startswith("plan.") and key != "plan.file")
+
+
 def _shapes_table(key: str) -> bool:
     return key.startswith("groups.") and not key.endswith((".learning_rate", ".sharding"))
 

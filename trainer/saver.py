@@ -21,10 +21,12 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from embeddings.errors import CheckpointError
 from trainer import checkpoint
+from trainer.distributed import tells_of_a_lost_rank
 from trainer.sections import CheckpointConfig
 
-# How long a save under way may still take when training has failed: its peers may be gone.
-_GRACE_S = 60.0
+# How long a save under way may still take when training has failed; and when that was because of a lost rank,
+# which the save most likely needs, too.
+_GRACE_S, _LOST_S = 60.0, 2.0
 _WORTH_SAYING_S = 1.0
 
 
@@ -53,7 +55,7 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._running is not None and error is not None:
-            self._running.join(_GRACE_S)
+            self._running.join(_LOST_S if tells_of_a_lost_rank(error) else _GRACE_S)
 
     @property
     def failed(self) -> bool:

@@ -103,8 +103,14 @@ def drive(plan_file: str) -> None:
         run(config, Path(plan.run), ranks, fail_at(faults[0] if faults else None, ranks.rank, marks))
 
 
-def main(plan_file: str) -> None:
-    """`drive`, with errors and exit code as those of the command line."""
+def main(plan_file: str, *said: str) -> None:
+    """`drive`, with errors and exit code as those of the command line.
+
+    Args:
+        said: files for stdout and stderr; empty = those of the process.
+    """
+    for stream, path in enumerate(said, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     try:
         drive(plan_file)
     except Exception as error:
