@@ -320,10 +320,12 @@ def serve(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: reader, step, scaling, checkpoint or serve.")],
+    name: Annotated[
+        str, typer.Argument(help="What to measure: reader, step, scaling, quality, checkpoint or serve.")
+    ],
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="FILE", help="TOML; reader and checkpoint need one."),
+        typer.Option("--config", metavar="FILE", help="TOML; reader, quality and checkpoint need one."),
     ] = None,
     overrides: Overrides = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of each row.")] = 5,

@@ -14,6 +14,7 @@ import torch
 
 from embeddings.sharding import initialise_unsharded
 from pipelines.bench_checkpoint import bench_checkpoint
+from pipelines.bench_quality import bench_quality
 from pipelines.bench_report import required, write_report
 from pipelines.bench_scaling import bench_scaling
 from pipelines.bench_serve import bench_serve
@@ -190,6 +191,7 @@ BENCHES = {
     "reader": bench_reader,
     "step": bench_step,
     "scaling": bench_scaling,
+    "quality": bench_quality,
     "checkpoint": bench_checkpoint,
     "serve": bench_serve,
 }

@@ -61,7 +61,7 @@ def bare_loop(
     return timed(work)
 
 
-class _Unsaved(Trainer):
+class Unsaved(Trainer):
     """The end of a measurement is no checkpoint."""
 
     def _save(self) -> None:
@@ -77,6 +77,6 @@ def trainer_loop(
     config = config.model_copy(update={"train": train, "checkpoint": checkpoint})
     with tempfile.TemporaryDirectory(dir=folder) as run, redirect_stdout(io.StringIO()):
         reader = cast(SequenceLogReader, Replay(steps))
-        trainer = _Unsaved(config, model, reader, None, ranks, RunFolder(Path(run)), lambda _: None, "", {})
+        trainer = Unsaved(config, model, reader, None, ranks, RunFolder(Path(run)), lambda _: None, "", {})
         end = trainer.run(Found(None, {}, []))
     return Seconds(end.wall_s, end.cpu_s)
