@@ -26,15 +26,19 @@ class Slots:
         first = torch.cumsum(counts, 0) - counts
         self.slot = torch.arange(self.window.numel(), device=self.window.device) - first[self.window]
         self.shape = (counts.numel(), max(int(counts.max()) if counts.numel() else 0, 1))
+        # All windows have equally many candidates: they stand side by side already.
+        self.full = self.window.numel() == self.shape[0] * self.shape[1]
 
     def spread(self, part_C: Tensor) -> Tensor:
         """[C, ...] -> [W, most candidates of a window, ...], zero where there is none."""
+        if self.full:
+            return part_C.view(*self.shape, *part_C.shape[1:])
         spread = part_C.new_zeros(*self.shape, *part_C.shape[1:])
         return spread.index_put((self.window, self.slot), part_C)
 
     def collect(self, part_WS: Tensor) -> Tensor:
         """The inverse: [W, slots, ...] -> [C, ...]."""
-        return part_WS[self.window, self.slot]
+        return part_WS.flatten(0, 1) if self.full else part_WS[self.window, self.slot]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Windows:
         mask: bool [W, X]; marks: [W, X].
         log_size: float32 [W, X], ln of the behaviors that a cluster stands for; None = single behaviors.
         of_candidate: int64 [C], ascending: each candidate's window.
+        contiguous: column x of a window is the behavior x before that of its column 0.
     """
 
     index: Tensor
@@ -55,6 +60,7 @@ class Windows:
     marks: Marks
     log_size: Tensor | None
     of_candidate: Tensor
+    contiguous: bool = False
 
     @cached_property
     def slots(self) -> Slots:
@@ -185,7 +191,7 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
         _ages(batch, request, index, mask),
         torch.zeros_like(index),
     )
-    return Windows(index, mask, marks, None, batch.candidate_request)
+    return Windows(index, mask, marks, None, batch.candidate_request, contiguous=True)
 
 
 def _ages(batch: RequestBatch, request_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
