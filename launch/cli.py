@@ -314,10 +314,10 @@ def serve(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: reader, step, checkpoint or serve.")],
+    name: Annotated[str, typer.Argument(help="What to measure: reader, step, search, checkpoint or serve.")],
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="FILE", help="TOML; all but serve need one."),
+        typer.Option("--config", metavar="FILE", help="TOML; all but search and serve need one."),
     ] = None,
     overrides: Overrides = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of each row.")] = 5,

@@ -15,6 +15,7 @@ import torch
 from embeddings.sharding import initialise_unsharded
 from pipelines.bench_checkpoint import bench_checkpoint
 from pipelines.bench_report import required, write_report
+from pipelines.bench_search import bench_search
 from pipelines.bench_serve import bench_serve
 from pipelines.bench_step import bench_step
 from pipelines.console import quiet_third_parties, table_lines
@@ -188,6 +189,7 @@ def _print(
 BENCHES = {
     "reader": bench_reader,
     "step": bench_step,
+    "search": bench_search,
     "checkpoint": bench_checkpoint,
     "serve": bench_serve,
 }

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 Floats = NDArray[np.float32]
 # Scores of a block whose best one is noted first. A block is one or a few vector registers.
-_BLOCK = 32
+BLOCK = 32
 # Fewer blocks than so many times K tell too little apart.
 _ENOUGH = 6
 
@@ -67,7 +67,7 @@ def ascending(column_CK: Tensor, mask_CK: Tensor, width: int) -> tuple[Tensor, T
 def _best(score: Floats, k: int, last: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """-> columns [C, min(K, X)], ascending, X - 1 beyond the first `count[c]` of them; count [C]."""
     width = score.shape[1]
-    size = _BLOCK
+    size = BLOCK
     while size > 1 and width // size < _ENOUGH * k:
         size //= 2
     if size < 8 or k >= width:

@@ -52,7 +52,8 @@ class Windows:
         mask: bool [W, X]; marks: [W, X].
         log_size: float32 [W, X], ln of the behaviors that a cluster stands for; None = single behaviors.
         of_candidate: int64 [C], ascending: each candidate's window.
-        contiguous: column x of a window is the behavior x before that of its column 0.
+        lengths: int64 [W] where windows are stretches of the history: column x, as far as a window reaches, is
+            the behavior x before that of column 0; else None.
     """
 
     index: Tensor
@@ -60,7 +61,7 @@ class Windows:
     marks: Marks
     log_size: Tensor | None
     of_candidate: Tensor
-    contiguous: bool = False
+    lengths: Tensor | None = None
 
     @cached_property
     def slots(self) -> Slots:
@@ -148,7 +149,7 @@ def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
     whole = _request_windows(batch)
     index = whole.index
     if not batch.behaviors:
-        return replace(whole, log_size=torch.zeros(index.shape, device=index.device))
+        return replace(whole, lengths=None, log_size=torch.zeros(index.shape, device=index.device))
     mask = whole.mask & (clusters.size[index] > 0) & (clusters.until[index] <= clusters.end[:, None])
     count = max(int(mask.sum(1).max()) if mask.numel() else 0, 1)
     column = (~mask).to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
@@ -191,7 +192,7 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
         _ages(batch, request, index, mask),
         torch.zeros_like(index),
     )
-    return Windows(index, mask, marks, None, batch.candidate_request, contiguous=True)
+    return Windows(index, mask, marks, None, batch.candidate_request, length)
 
 
 def _ages(batch: RequestBatch, request_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
