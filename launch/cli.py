@@ -183,16 +183,22 @@ def train(
         ),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the configuration and the log.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace 20 steps and print where their time went.")
+    ] = False,
 ) -> None:
     """Train a model; torchx or torchrun start several ranks."""
     chosen = [*(overrides or []), *(more or [])]
     chosen += [f"plan.file={json.dumps(str(plan_file))}"] if plan_file else []
     chosen += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
     if check:
-        from pipelines.train import check as run
-    else:
-        from pipelines.train import train as run
-    run(config, out, chosen)
+        from pipelines.train import check as check_only
+
+        check_only(config, out, chosen)
+        return
+    from pipelines.train import train as run
+
+    run(config, out, chosen, profile)
 
 
 @app.command()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from embeddings.plan_file import to_tree
 from embeddings.planning import Placement
 from pipelines.console import quiet_third_parties
+from pipelines.profile import StepProfile
 from trainer import checkpoint
 from trainer.assemble import build_sharded, feature_rows, resolve_groups
 from trainer.config import Config, load_config
@@ -23,8 +24,11 @@ from trainer.starts import ending_well, note_start
 from trainer.warm_start import fill, opened
 
 
-def train(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
-    """Train as `config` says (with `section.key=value` overrides) and leave a run folder at `out`."""
+def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
+    """Train as `config` says (with `section.key=value` overrides) and leave a run folder at `out`.
+
+    `profiled`: also a trace of some steps and a table of where their time went, see `pipelines.profile`.
+    """
     settings = load_config(config, overrides)
     # Kept in the run, which other commands may read from another folder.
     here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
@@ -33,7 +37,7 @@ def train(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     settings = settings.model_copy(update={"data": here, "plan": placed})
     quiet_third_parties()
     with process_group(settings.train.timeout_s) as ranks:
-        run(settings, out, ranks)
+        run(settings, out, ranks, profiled=profiled)
 
 
 def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
@@ -43,7 +47,13 @@ def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     print(f"{config} and {settings.data.log} fit together; {out} can be trained")
 
 
-def run(config: Config, out: Path, ranks: Ranks, after_step: Callable[[int], None] | None = None) -> None:
+def run(
+    config: Config,
+    out: Path,
+    ranks: Ranks,
+    after_step: Callable[[int], None] | None = None,
+    profiled: bool = False,
+) -> None:
     """The job on one rank, inside a process group; `after_step` is called with the number of steps done."""
 
     def say(line: str) -> None:
@@ -72,7 +82,14 @@ def run(config: Config, out: Path, ranks: Ranks, after_step: Callable[[int], Non
     if found.path is None and config.train.init_from:
         _start_from(trainer, config, manifest, out, say)
     trainer.after_step = after_step
-    with ending_well(folder, ranks.speaks), folder.lock() if ranks.speaks else nullcontext():
+    watching = StepProfile(sharded.model, out, ranks, say) if profiled else None
+    if watching is not None:
+        trainer.after_step = watching.after_step
+    with (
+        closing(watching) if watching is not None else nullcontext(),
+        ending_well(folder, ranks.speaks),
+        folder.lock() if ranks.speaks else nullcontext(),
+    ):
         end = trainer.run(found)
     _conclude(trainer, end, found, say)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -83,9 +84,28 @@ def test_tables_of_one_group_on_two_ranks_keep_their_order(tmp_path: Path) -> No
 
 
 def test_same_seed_same_bits_on_two_ranks(log: Path, tmp_path: Path) -> None:
-    a = train(log, tmp_path / "a", ranks=2, train__max_steps=4)
-    b = train(log, tmp_path / "b", ranks=2, train__max_steps=4)
-    assert len(a) == 4 and a == b
+    """The second run is profiled, which changes nothing and leaves a table and a trace of every rank."""
+    a = train(log, tmp_path / "a", ranks=2, train__max_steps=14, train__epochs=2)
+    settings = {"data.log": str(log), **SETTINGS, "train.max_steps": 14, "train.epochs": 2}
+    words = ["train", "--config", "configs/dare.toml", "--out", str(tmp_path / "b"), "--profile"]
+    done = tandemrec(*words, *overrides(settings), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert len(a) == 14 and a == losses(tmp_path / "b")
+    assert "where 4 steps went" in done.stdout
+    for rank in range(2):
+        table = (tmp_path / "b" / "profile" / f"rank-{rank}.txt").read_text()
+        phases = {line[:31].rstrip() for line in table.splitlines()}
+        expected = {
+            "read",
+            "exchange",
+            "lookup attention",
+            "search",
+            "lookup representation",
+            "sequence model",
+        }
+        assert expected <= phases, table
+        trace = gzip.decompress((tmp_path / "b" / "profile" / f"rank-{rank}.json.gz").read_bytes())
+        assert json.loads(trace)["traceEvents"]
 
 
 def test_a_resumed_run_repeats_nothing_and_equals_the_uninterrupted_one(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
@@ -34,8 +35,11 @@ class PlainLoop:
         """Raises StopIteration after the last batch."""
         batch = next(batches).to(self._device)
         self._step.zero_grad()
-        loss, counted = self._forward(batch)
-        loss.backward()
+        # The names that TorchRec's pipelines give these ranges.
+        with record_function("## forward ##"):
+            loss, counted = self._forward(batch)
+        with record_function("## backward ##"):
+            loss.backward()
         self._step.step()
         return counted
 
@@ -102,10 +106,15 @@ class Pipeline:
             self._inner.attach(sparse_dist=False)
 
     def _read(self, steps: Iterable[Step]) -> Iterator[RequestBatch]:
-        pin = self._device.type == "cuda"
-        for step in steps:
+        pin, ordered = self._device.type == "cuda", iter(steps)
+        while True:
+            with record_function("## read ##"):
+                step = next(ordered, None)
+                if step is None:
+                    return
+                batch = step.batch.pin_memory() if pin else step.batch
             self._ahead.append(step)
-            yield step.batch.pin_memory() if pin else step.batch
+            yield batch
 
     def _forward(self, batch: RequestBatch) -> tuple[Tensor, Tensor]:
         # Batches are trained in the order in which they were read.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -135,7 +136,8 @@ class TrainStep:
         """
         if self._guard is not None:
             self._check_and_update_tables(self._guard)
-        self._optimizer.step()
+        with record_function("## optimizer ##"):
+            self._optimizer.step()
 
     def _predict(self, batch: RequestBatch) -> Prediction:
         bf16 = self._config.precision == "bf16"
@@ -144,9 +146,17 @@ class TrainStep:
         return prediction
 
     def _check_and_update_tables(self, guard: Guard) -> None:
+        cuts, self._cuts = self._cuts, []
+        with record_function("## check ##"):
+            vectors = self._checked(guard, cuts)
+        if cuts:
+            with record_function("## tables ##"):
+                torch.autograd.backward([cut.inside for cut in cuts], vectors)
+
+    def _checked(self, guard: Guard, cuts: list[Cut]) -> list[Tensor]:
+        """Clip the dense gradients where asked to; -> gradients of what was cut, all finite."""
         assert self._current is not None
         number, step = self._current
-        cuts, self._cuts = self._cuts, []
         dense = {name: weight.grad for name, weight in self._dense.items() if weight.grad is not None}
         found = Gradients(self._loss, {cut.group: cut.gradient() for cut in cuts}, dense)
         try:
@@ -158,5 +168,4 @@ class TrainStep:
         if self._config.max_gradient_norm:
             limit = self._config.max_gradient_norm
             torch.nn.utils.clip_grads_with_norm_(list(self._dense.values()), limit, norm)
-        if cuts:
-            torch.autograd.backward([cut.inside for cut in cuts], list(found.vectors.values()))
+        return list(found.vectors.values())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.model.bags import dots, scalars
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Kept, Windows
 
@@ -94,7 +95,7 @@ class Scorer(nn.Module):
         """The bias of marks, scores of cross features and ln of clusters' sizes, as far as there are any."""
         added = torch.zeros(found.index.shape, device=found.index.device) if bias is None else bias
         if vectors.cross_N is not None:
-            added = added + F.embedding(found.index, vectors.cross_N[:, None]).squeeze(-1)
+            added = added + scalars(vectors.cross_N, found.index)
         return added if found.log_size is None else added + found.log_size
 
 
@@ -150,12 +151,14 @@ class DotScorer(Scorer):
         bias = self._kept_bias(vectors, kept)
         if self.encoding is not None:
             bias = bias + self.encoding.scores(vectors.query_CD, kept.marks, vectors.group_C)
-        key_CKD = F.embedding(kept.index, vectors.key_ND)
-        if self.heads == 1:
-            return ((key_CKD @ vectors.query_CD.unsqueeze(2)).squeeze(2) + bias)[:, None]
-        key_CHKD = key_CKD.unflatten(2, (self.heads, -1)).transpose(1, 2)
-        query_CHD = vectors.query_CD.unflatten(1, (self.heads, -1))
-        score_CHK: Tensor = (key_CHKD @ query_CHD.unsqueeze(3)).squeeze(3)
+        # Heads are candidates and rows of their own, a head's width wide.
+        each = torch.arange(self.heads, device=kept.index.device)
+        index_CHK = kept.index[:, None] * self.heads + each[:, None]
+        query, key = (
+            part.unflatten(1, (self.heads, part.shape[1] // self.heads)).flatten(0, 1)
+            for part in (vectors.query_CD, vectors.key_ND)
+        )
+        score_CHK = dots(query, key, index_CHK.flatten(0, 1)).view(index_CHK.shape)
         return score_CHK + bias[:, None]
 
     def _beside(self, vectors: Attended, windows: Windows) -> Tensor | None:

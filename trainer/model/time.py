@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.model.bags import scalars, weighted_bags
+
 AGE_BUCKETS = 64
 _BUCKETS_PER_OCTAVE = 2
 
@@ -102,8 +104,7 @@ class TimeBias(_MarkTables):
         """Bias that is the same for all targets -> float32 of the marks' shape."""
         bias = torch.zeros(marks.position.shape, device=marks.position.device)
         for name, mark in self.marks(marks) if not self.of_target else ():
-            # Not table[mark]: its backward adds in whatever order the threads come by.
-            bias = bias + F.embedding(mark, self.tables[name][:, None]).squeeze(-1)
+            bias = bias + scalars(self.tables[name], mark)
         return bias
 
     def forward(self, marks: Marks, group_C: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class TimeBias(_MarkTables):
         bias = torch.zeros(marks.position.shape, device=group_C.device)
         for name, mark in self.marks(marks):
             table = self.tables[name] if self.form == "joint" else self._curves(name)
-            bias = bias + F.embedding(group_rows(mark, group_C, self.rows[name]), table[:, None]).squeeze(-1)
+            bias = bias + scalars(table, group_rows(mark, group_C, self.rows[name]))
         return bias
 
     def _curves(self, name: str) -> Tensor:
@@ -190,8 +191,3 @@ class TimeEncoding(_MarkTables):
     def _indices(self, marks: Marks, group_C: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name, mark in self.marks(marks):
             yield name, group_rows(mark, group_C, self.rows[name]) if self.form == "joint" else mark
-
-
-def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
-    """sum_k weight[c, k] * rows[index[c, k]] -> [C, D], without a [C, K, D] intermediate."""
-    return F.embedding_bag(index_CK, rows_ND, per_sample_weights=weight_CK, mode="sum")
