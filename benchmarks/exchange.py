@@ -1,10 +1,10 @@
-"""Bytes that two ranks exchange in a training step: `selected` against `full`, and against the plan's forecast.
+"""Bytes that two ranks exchange in a training step: `selected` against `full`, and the plan's forecast.
 
     python -m benchmarks.exchange
 
 prints the table and writes benchmarks/exchange.md. Two ranks on the CPU (gloo) train configs/dare.toml on a
-made-up log; every collective is counted where torch is given it. These are counts, not times: they are the same on
-a busy machine.
+made-up log; every collective is counted where torch is given it. These are counts, not times: a busy machine
+gives the same.
 """
 
 from __future__ import annotations
@@ -177,11 +177,12 @@ INTRODUCTION = [
     "",
     "Command: `python -m benchmarks.exchange` (half a minute; counts, so that a busy machine gives the same)",
     "",
-    f"Two ranks on the CPU (gloo) train configs/dare.toml with random weights, K = 20, width 16 for both groups, two "
-    f"features, about 2,048 candidates a step, up to {REQUESTS} requests of {CANDIDATES} candidates a block; histories of "
-    f"L / 2 to 2 L behaviors. Mean of {STEPS} steps, sum of both ranks, as torch's dispatcher hands them to collectives. The "
-    "forecast is that of `tandemrec plan --config configs/dare.toml --world-size 2`. Late bags are those of the second "
-    "look-up: behaviors kept by any candidate, and the candidates.",
+    "Two ranks on the CPU (gloo) train configs/dare.toml with random weights: K = 20, width 16 for both",
+    f"groups, two features, about 2,048 candidates a step, up to {REQUESTS} requests of {CANDIDATES} candidates a",
+    f"block; histories of L / 2 to 2 L behaviors; seed {SEED}. Mean of {STEPS} steps, sum of both ranks, as",
+    "torch's dispatcher hands them to collectives, MB. The forecast is that of `tandemrec plan --config",
+    "configs/dare.toml --world-size 2`. Late bags are those of the second lookup: behaviors kept by any",
+    "candidate, and candidates.",
     "",
 ]
 
@@ -189,7 +190,7 @@ INTRODUCTION = [
 def table(found: list[dict[str, Any]]) -> list[str]:
     """Measured and forecast, and what `selected` saves."""
     lines = [
-        "| L | look-up | late bags | forecast | ids MB | vectors MB | gradients MB | all MB | forecast MB | forecast / all |",
+        "| L | lookup | late bags | forecast | ids MB | vectors | gradients | all | forecast | ratio |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     sums = {}

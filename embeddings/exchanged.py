@@ -27,7 +27,7 @@ class Sent(NamedTuple):
 
     @property
     def serves_tables(self) -> bool:
-        """Not an average of gradients or a count, nor the announcement of sizes."""
+        """Neither an average of gradients or a count, nor the announcement of sizes."""
         return self.operation != "allreduce_" and (self.sized or not self.operation.startswith("alltoall"))
 
 
@@ -51,14 +51,8 @@ class Exchanged(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def bytes_of(self, *, floats: bool, since: int = 0) -> int:
-        """Of the all-to-alls and reduce-scatters (or their mirror) that serve tables, from call `since` on."""
-        return sum(
-            s.bytes
-            for s in self.sent[since:]
-            if s.floats == floats
-            and s.operation != "allreduce_"
-            and (s.sized or "alltoall" not in s.operation)
-        )
+        """What served tables, from call `since` on: vectors and gradients, or ids and lengths."""
+        return sum(s.bytes for s in self.sent[since:] if s.floats == floats and s.serves_tables)
 
 
 def _noted(name: str, args: Sequence[Any]) -> Sent:

@@ -20,7 +20,7 @@ from pipelines.console import quiet_third_parties, table_lines
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import DotSearch, Query
 from trainer.model.time import Marks
-from trainer.model.windows import Windows
+from trainer.model.windows import Kept, Windows
 from trainer.settings import Settings, load_settings
 
 Row = dict[str, Any]
@@ -51,8 +51,8 @@ def bench_search(config: Path | None, overrides: Sequence[str], repeats: int, re
     """Candidates x behaviors scores and top-K, forward and with the gradients of the trainer.
 
     On one thread; the ways are interleaved `repeats` times after a round that warms up, on the same vectors,
-    and must keep the same scores. Ratios are of processor seconds a candidate, which other work on the machine
-    disturbs less than those of the wall. `config` is a TOML of `SearchBench`.
+    and must keep the same scores. Ratios are of processor seconds a candidate, which other work on the
+    machine disturbs less than those of the wall. `config` is a TOML of `SearchBench`.
     """
     quiet_third_parties()
     settings = load_settings(SearchBench, config, overrides)
@@ -67,8 +67,7 @@ def bench_search(config: Path | None, overrides: Sequence[str], repeats: int, re
                 rows += _measured(_Case(settings, length, dim, candidates), repeats)
     torch.set_num_threads(threads)
     machine = {name: max(each[name] for each in rates) for name in rates[0]}
-    for row in rows:
-        row |= _shares(row, machine)
+    rows = [row | _shares(row, machine) for row in rows]
     _print(rows, machine)
     print("\n".join(provenance(settings.seed, repeats)))
     if report is not None:
@@ -76,7 +75,7 @@ def bench_search(config: Path | None, overrides: Sequence[str], repeats: int, re
 
 
 def machine_rates() -> Rates:
-    """The best of some copies (bytes read and written a second) and of some matrix products (FLOP a second)."""
+    """The best of some copies (bytes read and written a second) and matrix products (FLOP a second)."""
     size, width = 1 << 25, 1024
     source, target, square = torch.ones(size), torch.zeros(size), torch.randn(width, width)
 
@@ -121,10 +120,10 @@ class _Case:
         # A new object, for it keeps what is computed from it once a batch.
         windows = replace(self.windows)
         vectors = self.scorer.encode(raw)
-        kept = DotSearch(self.k)(Query(self.scorer, vectors, raw, windows))
+        kept: Kept = DotSearch(self.k)(Query(self.scorer, vectors, raw, windows))
         if not learns:
             return kept.index
-        score_CK = self.scorer.of_kept(vectors, kept)[:, 0]
+        score_CK: Tensor = self.scorer.of_kept(vectors, kept)[:, 0]
         score_CK.backward(self.gradient_CK)
         return score_CK
 
@@ -139,7 +138,7 @@ class _Case:
         return best.values if learns else best.indices
 
     def padded_dense(self, learns: bool) -> Tensor:
-        """TorchRec's way from a jagged history to a dense one (`to_padded_dense`), once a request; bmm, topk."""
+        """TorchRec's way from a jagged history to a dense one, once a request; then bmm and topk."""
         key_ND, query_CD = self._leaves(learns)
         lengths = torch.full((self.requests,), self.length)
         key_WXD = JaggedTensor(key_ND, lengths=lengths).to_padded_dense(self.length)

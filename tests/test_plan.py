@@ -401,7 +401,10 @@ def test_lookups_are_the_bags_that_the_model_asks_for(log: Path, lookup: str) ->
 def test_candidates_of_a_block_are_taken_to_keep_much_in_common() -> None:
     """One candidate a block keeps K of its own; many keep nearly all of it together, and never more."""
     config = load_config(Path("configs/dare.toml"), ["model.k=20"]).model
-    kept = [kept_behaviors(config, StepSize(1000 * b, 2000, 2000, ((1000, 2000 // b),) * b, "")) for b in (2000, 20, 2, 1)]
+    kept = [
+        kept_behaviors(config, StepSize(1000 * b, 2000, 2000, ((1000, 2000 // b),) * b, ""))
+        for b in (2000, 20, 2, 1)
+    ]
     assert kept[0] == 2000 * 20
     assert kept[1] == round(20_000 * (1 - 0.98**100)) < 2000 * 20
     assert [kept[2], kept[3]] == [2000, 1000]

@@ -15,10 +15,51 @@ from tests.logs import small_log
 
 Counts = dict[str, int]
 # Today's counts of the third step of configs/dare.toml, cut down as in tests/step_cases.py.
-LIMITS: dict[int, list[Counts]] = {}
+LIMITS: dict[int, list[Counts]] = {
+    1: [
+        {
+            "operators": 554,
+            "collectives": 1,
+            "graph nodes": 55,
+            "bytes of ids": 0,
+            "bytes of vectors": 0,
+            "bytes besides": 0,
+            "attention rows": 236,
+            "attention bytes": 7552,
+            "representation rows": 158,
+            "representation bytes": 5056,
+        }
+    ],
+    2: [
+        {
+            "operators": 619,
+            "collectives": 12,
+            "graph nodes": 55,
+            "bytes of ids": 1392,
+            "bytes of vectors": 6656,
+            "bytes besides": 7284,
+            "attention rows": 116,
+            "attention bytes": 3712,
+            "representation rows": 66,
+            "representation bytes": 2112,
+        },
+        {
+            "operators": 619,
+            "collectives": 12,
+            "graph nodes": 55,
+            "bytes of ids": 1104,
+            "bytes of vectors": 6656,
+            "bytes besides": 7284,
+            "attention rows": 120,
+            "attention bytes": 3840,
+            "representation rows": 92,
+            "representation bytes": 2944,
+        },
+    ],
+}
 ADVICE = (
-    "A step of configs/dare.toml calls, sends or looks up more than before. If that is meant, say in the commit "
-    "why it is worth it, and set LIMITS in tests/test_step_counts.py to\n"
+    "A step of configs/dare.toml calls, sends or looks up more than before. If that is meant, say in the "
+    "commit why it is worth it, and set LIMITS in tests/test_step_counts.py to\n"
 )
 
 
@@ -38,20 +79,24 @@ def counted(log: Path, out: Path, ranks: int) -> list[Counts]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_costs_no_more_than_it_did(tmp_path: Path, ranks: int) -> None:
-    log = small_log(tmp_path / "log", seed=2, users=24)
-    found = counted(log, tmp_path / "counts.json", ranks)
-    for mine, limit in zip(found, LIMITS[ranks], strict=True):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Counts]]:
+    folder = tmp_path_factory.mktemp("counts")
+    log = small_log(folder / "log", seed=2, users=24)
+    return {ranks: counted(log, folder / f"{ranks}.json", ranks) for ranks in LIMITS}
+
+
+@pytest.mark.parametrize("ranks", LIMITS)
+def test_a_step_costs_no_more_than_it_did(found: dict[int, list[Counts]], ranks: int) -> None:
+    for mine, limit in zip(found[ranks], LIMITS[ranks], strict=True):
         assert mine.keys() == limit.keys()
         more = {name: f"{limit[name]} -> {mine[name]}" for name in mine if mine[name] > limit[name]}
-        assert not more, f"{more}\n{ADVICE}{ranks}: {found}"
+        assert not more, f"{more}\n{ADVICE}{ranks}: {found[ranks]}"
 
 
-def test_the_guard_sees_what_a_step_does() -> None:
-    """One rank sends nothing for its tables; two send ids, vectors and gradients, and look up as many rows."""
-    (one,), two = LIMITS[1], LIMITS[2]
+def test_the_counts_see_what_a_step_does(found: dict[int, list[Counts]]) -> None:
+    """One rank sends nothing; two send ids, vectors and gradients, and look up as many rows together."""
+    (one,), two = found[1], found[2]
     assert one["bytes of ids"] == one["bytes of vectors"] == one["bytes besides"] == 0
-    assert all(mine["bytes of ids"] > 0 and mine["bytes of vectors"] > 0 for mine in two)
+    assert all(min(mine["bytes of ids"], mine["bytes of vectors"], mine["bytes besides"]) > 0 for mine in two)
     assert sum(mine["attention rows"] for mine in two) == one["attention rows"]
-    assert sum(mine["representation rows"] for mine in two) == one["representation rows"]

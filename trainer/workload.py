@@ -89,7 +89,7 @@ def kept_behaviors(config: ModelConfig, size: StepSize) -> int:
         for branch in config.all_branches().values():
             missed *= _missed(branch, max(n * longer, 1.0), c, size)
         kept += n * (1 - missed)
-    return round(size.behaviors * kept / max(behaviors, 1))
+    return int(size.behaviors * kept / max(behaviors, 1) + 0.5)
 
 
 def lookups(

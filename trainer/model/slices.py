@@ -23,8 +23,8 @@ from trainer.model.windows import Windows
 _LEAST = 1 << 15
 # Scores held at once; they stay in the cache until they are ranked.
 _CELLS = 1 << 20
-# So few candidates are multiplied with so many floats of keys from the other side: the library's product would
-# first rearrange the keys, which are the larger part.
+# So few candidates are multiplied with so many floats of keys from the other side: the library's product
+# would first rearrange the keys, which are the larger part.
 _FEW, _MANY = 12, 1 << 19
 
 

@@ -52,8 +52,8 @@ class Windows:
         mask: bool [W, X]; marks: [W, X].
         log_size: float32 [W, X], ln of the behaviors that a cluster stands for; None = single behaviors.
         of_candidate: int64 [C], ascending: each candidate's window.
-        lengths: int64 [W] where windows are stretches of the history: column x, as far as a window reaches, is
-            the behavior x before that of column 0; else None.
+        lengths: int64 [W] where windows are stretches of the history: column x of a window is the
+            behavior x before that of column 0; else None.
     """
 
     index: Tensor
