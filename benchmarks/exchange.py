@@ -178,7 +178,7 @@ INTRODUCTION = [
     "Command: `python -m benchmarks.exchange` (half a minute; counts, so that a busy machine gives the same)",
     "",
     "Two ranks on the CPU (gloo) train configs/dare.toml with random weights: K = 20, width 16 for both",
-    f"groups, two features, about 2,048 candidates a step, up to {REQUESTS} requests of {CANDIDATES} candidates a",
+    f"X",
     f"block; histories of L / 2 to 2 L behaviors; seed {SEED}. Mean of {STEPS} steps, sum of both ranks, as",
     "torch's dispatcher hands them to collectives, MB. The forecast is that of `tandemrec plan --config",
     "configs/dare.toml --world-size 2`. Late bags are those of the second lookup: behaviors kept by any",

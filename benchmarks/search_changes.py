@@ -3,8 +3,8 @@
     python -m benchmarks.search_changes
 
 prints two tables: the search with each change added, and single pieces beside what they would replace. One
-thread; all ways of a shape are interleaved in one run and must keep the same behaviors. Milliseconds are of the
-processor.
+thread; all ways of a shape are interleaved in one run and must keep the same behaviors. Milliseconds are of
+the processor.
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ def test_slices_keep_what_a_slow_search_keeps(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices, "_LEAST", 0)
         patch.setattr(slices, "_CELLS", cells)
+        patch.setattr(slices, "_WIDE", 4)
         patch.setattr(slices, "_MANY", 4 * longest // 2)
         assert slices.pays(scorer, query.vectors, made)
         sliced = DotSearch(k)(query)

@@ -22,10 +22,10 @@ from trainer.model.windows import Windows
 # Floats of a window's keys: below that, one product for all windows is cheaper than a call for each.
 _LEAST = 1 << 15
 # Scores held at once; they stay in the cache until they are ranked.
-_CELLS = 1 << 20
-# So few candidates are multiplied with so many floats of keys from the other side: the library's product
-# would first rearrange the keys, which are the larger part.
-_FEW, _MANY = 12, 1 << 19
+_CELLS = 1 << 21
+# So few candidates of so wide and many keys are multiplied from the other side: the library's product would
+# first rearrange the keys, which are the larger part.
+_FEW, _WIDE, _MANY = 8, 64, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _scores(vectors: Attended, tile: _Tile, bias_WX: Tensor | None, buffer: Tens
         rows[:, :begin] = -torch.inf
         query_CD = vectors.query_CD[window.first : window.last]
         key_XD = vectors.key_ND[window.newest + 1 - window.length : window.newest + 1]
-        if 1 < query_CD.shape[0] <= _FEW and key_XD.numel() >= _MANY:
+        if 1 < query_CD.shape[0] <= _FEW and key_XD.shape[1] >= _WIDE and key_XD.numel() >= _MANY:
             rows[:, begin:] = (key_XD @ query_CD.T).T
         else:
             torch.mm(query_CD, key_XD.T, out=rows[:, begin:])
