@@ -175,14 +175,15 @@ def main() -> None:
 INTRODUCTION = [
     "# Bytes exchanged: `selected` against `full`",
     "",
-    "Command: `python -m benchmarks.exchange` (half a minute; counts, so that a busy machine gives the same)",
+    "Command: `python -m benchmarks.exchange` (a minute; counts, so that a busy machine gives the same)",
     "",
     "Two ranks on the CPU (gloo) train configs/dare.toml with random weights: K = 20, width 16 for both",
-    f"X",
-    f"block; histories of L / 2 to 2 L behaviors; seed {SEED}. Mean of {STEPS} steps, sum of both ranks, as",
-    "torch's dispatcher hands them to collectives, MB. The forecast is that of `tandemrec plan --config",
-    "configs/dare.toml --world-size 2`. Late bags are those of the second lookup: behaviors kept by any",
-    "candidate, and candidates.",
+    f"groups, two features, about 2,048 candidates a step, up to {REQUESTS} requests of {CANDIDATES}",
+    f"candidates a block; histories of L / 2 to 2 L behaviors; seed {SEED}. Mean of {STEPS} steps, sum of both",
+    "ranks, as torch's dispatcher hands them to collectives, MB. The forecast is that of `tandemrec plan",
+    "--config configs/dare.toml --world-size 2`. Late bags are those of the second lookup: behaviors kept by",
+    "any candidate, and candidates. It takes every candidate to choose by itself, so that the true number is",
+    "smaller where candidates of a block share an item.",
     "",
 ]
 
