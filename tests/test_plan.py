@@ -292,8 +292,8 @@ def test_the_print_of_two_billion_rows_in_both_groups(
     sent = 15 * bags * 64 * 4 * 2 / 1e6
     by_table = next(line for line in reversed(lines) if line.startswith("representation__item_id "))
     assert by_table.split()[1] == "bag" and not out.read_text().startswith("[")
-    # `selected` asks for at most K = 4 behaviors a candidate.
-    assert by_table.split()[2] == f"{4 * 24 + 24:,}" and sent > 380
+    # `selected` asks for K = 4 behaviors a candidate, a few of them in common.
+    assert 3.5 * 24 + 24 < int(by_table.split()[2]) < 4 * 24 + 24 and sent > 380
     assert json.loads(out.read_text())["tables"]["representation__item_id"] == [ITEMS, 64, 4]
 
 
