@@ -321,7 +321,8 @@ def serve(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="What to measure: reader, step, scaling, quality, checkpoint or serve.")
+        str,
+        typer.Argument(help="What to measure: reader, step, search, scaling, quality, checkpoint or serve."),
     ],
     config: Annotated[
         Path | None,

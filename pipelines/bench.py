@@ -17,6 +17,7 @@ from pipelines.bench_checkpoint import bench_checkpoint
 from pipelines.bench_quality import bench_quality
 from pipelines.bench_report import required, write_report
 from pipelines.bench_scaling import bench_scaling
+from pipelines.bench_search import bench_search
 from pipelines.bench_serve import bench_serve
 from pipelines.bench_step import bench_step
 from pipelines.console import quiet_third_parties, table_lines
@@ -192,6 +193,7 @@ BENCHES = {
     "step": bench_step,
     "scaling": bench_scaling,
     "quality": bench_quality,
+    "search": bench_search,
     "checkpoint": bench_checkpoint,
     "serve": bench_serve,
 }

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -36,6 +32,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.comms import Comms, codecs_of
+from embeddings.exchanged import Exchanged
 
 # The dense kernel would return a row for every empty bag of a sequence.
 FUSED = {"compute_kernel": "fused"}
@@ -46,54 +43,6 @@ PLACES = {
     "row_wise": row_wise(**FUSED),
     "column_wise": column_wise(ranks=[0, 1], **FUSED),
 }
-
-
-class Counted:
-    """Stands in for torch.distributed's collectives and notes what leaves this rank."""
-
-    def __init__(self) -> None:
-        self.sent: Counter[str] = Counter()
-        self._single, self._gather = dist.all_to_all_single, dist.all_gather
-        self._scatter, self._scatter_tensor = dist.reduce_scatter, dist.reduce_scatter_tensor
-        self._gather_tensor = dist.all_gather_into_tensor
-
-    def all_to_all_single(
-        self,
-        output: Tensor,
-        input: Tensor,
-        output_split_sizes: Sequence[int] | None = None,
-        input_split_sizes: Sequence[int] | None = None,
-        **more: Any,
-    ) -> Any:
-        if input_split_sizes is not None:
-            away = sum(n for rank, n in enumerate(input_split_sizes) if rank != dist.get_rank())
-            width = input[0].numel() * input.element_size() if input.shape[0] else 0
-            self.sent["vectors" if input.is_floating_point() else "ids"] += away * width
-        return self._single(output, input, output_split_sizes, input_split_sizes, **more)
-
-    def reduce_scatter(self, output: Tensor, inputs: Sequence[Tensor], **more: Any) -> Any:
-        self.sent["vectors"] += sum(part.nbytes for part in inputs) - output.nbytes
-        return self._scatter(output, inputs, **more)
-
-    def reduce_scatter_tensor(self, output: Tensor, inputs: Tensor, **more: Any) -> Any:
-        self.sent["vectors"] += inputs.nbytes - output.nbytes
-        return self._scatter_tensor(output, inputs, **more)
-
-    def all_gather(self, outputs: Sequence[Tensor], inputs: Tensor, **more: Any) -> Any:
-        self.sent["vectors"] += inputs.nbytes * (dist.get_world_size() - 1)
-        return self._gather(outputs, inputs, **more)
-
-    def all_gather_into_tensor(self, output: Tensor, inputs: Tensor, **more: Any) -> Any:
-        self.sent["vectors"] += inputs.nbytes * (dist.get_world_size() - 1)
-        return self._gather_tensor(output, inputs, **more)
-
-    NAMES = (
-        "all_to_all_single",
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-        "all_gather",
-        "all_gather_into_tensor",
-    )
 
 
 def sharded(kind: str, place: Any, rows: int, dim: int, comms: Comms) -> DistributedModelParallel:
@@ -117,16 +66,14 @@ def sharded(kind: str, place: Any, rows: int, dim: int, comms: Comms) -> Distrib
 
 def count(model: nn.Module, kind: str, bags: KeyedJaggedTensor) -> list[int]:
     """Bytes of one forward and backward, over all ranks."""
-    with ExitStack() as stack:
-        counted = Counted()
-        for name in Counted.NAMES:
-            stack.enter_context(mock.patch.object(dist, name, getattr(counted, name)))
+    with Exchanged() as exchanged:
         got = model.e(bags)
         vectors = got.values() if kind == "bag" else got["f"].values()
-        forward = Counter(counted.sent)
+        forward = len(exchanged.sent)
         vectors.sum().backward()
-        back = counted.sent["vectors"] - forward["vectors"]
-    total = torch.tensor([forward["ids"], forward["vectors"], back])
+    back = exchanged.bytes_of(floats=True, since=forward)
+    ids = exchanged.bytes_of(floats=False)
+    total = torch.tensor([ids, exchanged.bytes_of(floats=True) - back, back])
     dist.all_reduce(total)
     numbers: list[int] = total.tolist()
     return numbers

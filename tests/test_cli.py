@@ -49,10 +49,10 @@ def test_success_is_0_and_arguments_arrive(pipeline: Callable[..., None]) -> Non
     calls: list[tuple[object, ...]] = []
     pipeline("train", train=lambda *args: calls.append(args))
     assert main([*TRAIN, "--set", "train.max_steps=3", "--set", "data.log=x y"]) == 0
-    assert main(TRAIN) == 0
+    assert main([*TRAIN, "--profile"]) == 0
     assert calls == [
-        (Path("c.toml"), Path("run"), ["train.max_steps=3", "data.log=x y"]),
-        (Path("c.toml"), Path("run"), []),
+        (Path("c.toml"), Path("run"), ["train.max_steps=3", "data.log=x y"], False),
+        (Path("c.toml"), Path("run"), [], True),
     ]
 
 

@@ -48,7 +48,7 @@ from trainer.assemble import build_trainable
 from trainer.config import load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
-from trainer.workload import lookups, step_size
+from trainer.workload import StepSize, kept_behaviors, lookups, step_size
 
 GB = 10**9
 ITEMS, SMALL = 2_000_000_000, 1000
@@ -307,8 +307,8 @@ def test_the_print_of_two_billion_rows_in_both_groups(
     sent = 15 * bags * 64 * 4 * 2 / 1e6
     by_table = next(line for line in reversed(lines) if line.startswith("representation__item_id "))
     assert by_table.split()[1] == "bag" and not out.read_text().startswith("[")
-    # `selected` asks for at most K = 4 behaviors a candidate.
-    assert by_table.split()[2] == f"{4 * 24 + 24:,}" and sent > 380
+    # `selected` asks for K = 4 behaviors a candidate, a few of them in common.
+    assert 3.5 * 24 + 24 < int(by_table.split()[2]) < 4 * 24 + 24 and sent > 380
     assert json.loads(out.read_text())["tables"]["representation__item_id"] == [ITEMS, 64, 4]
 
 
@@ -457,8 +457,24 @@ def test_lookups_are_the_bags_that_the_model_asks_for(log: Path, lookup: str) ->
     assert size.requests == step.batch.requests
     said = lookups(config, groups, manifest, size, lookup)
     assert said["attention__item_id"].bags == asked["attention"]
-    # What candidates keep in common makes the estimate an upper bound.
-    bound = said["representation__item_id"].bags
-    assert asked["representation"] == bound if lookup == "full" else asked["representation"] <= bound
+    expected = said["representation__item_id"].bags
+    if lookup == "full":
+        assert asked["representation"] == expected == size.candidates + size.behaviors
+    else:
+        # Each of a block's candidates keeps one behavior, wherever in the block.
+        kept = sum(n * (1 - (1 - 1 / n) ** c) for n, c in size.blocks if n)
+        assert expected == size.candidates + round(kept)
+        assert expected == pytest.approx(asked["representation"], rel=0.1)
     assert size.behaviors > size.candidates
-    assert bound == size.candidates + (size.behaviors if lookup == "full" else size.candidates)
+
+
+def test_candidates_of_a_block_are_taken_to_keep_much_in_common() -> None:
+    """One candidate a block keeps K of its own; many keep nearly all of it together, and never more."""
+    config = load_config(Path("configs/dare.toml"), ["model.k=20"]).model
+    kept = [
+        kept_behaviors(config, StepSize(1000 * b, 2000, 2000, ((1000, 2000 // b),) * b, ""))
+        for b in (2000, 20, 2, 1)
+    ]
+    assert kept[0] == 2000 * 20
+    assert kept[1] == round(20_000 * (1 - 0.98**100)) < 2000 * 20
+    assert [kept[2], kept[3]] == [2000, 1000]

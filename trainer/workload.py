@@ -29,11 +29,15 @@ _SAMPLED = 16
 
 @dataclass(frozen=True)
 class StepSize:
-    """N, C and R of one step, over all ranks; `source` says where N comes from."""
+    """N, C and R of one step, over all ranks; `source` says where N comes from.
+
+    `blocks`: behaviors and candidates of each of the blocks that were looked at.
+    """
 
     behaviors: int
     candidates: int
     requests: int
+    blocks: tuple[tuple[int, int], ...]
     source: str
 
 
@@ -49,13 +53,14 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
         DataError: the log's train split is missing, unreadable or without candidates.
     """
     limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
-    found = [0, 0, 0]
+    found, blocks = [0, 0, 0], []
     for place in islice(_row_groups(config.log, manifest), _SAMPLED):
         plan = read_plan(place.file, place.row_group)
         for block in cut_blocks(plan, 0, _LengthsOnly(place), limits):
             found[0] += block.behaviors
             found[1] += block.candidates
             found[2] += block.last - block.first
+            blocks.append((block.behaviors, block.candidates))
     if not found[1]:
         raise DataError("no request of split 'train' has a candidate", file=config.log)
     c = config.batch_candidates
@@ -65,12 +70,26 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
         c, n = round(c * config.batch_behaviors / n), config.batch_behaviors
     if behaviors is not None:
         n, source = behaviors, "as given"
-    return StepSize(n, c, max(1, round(found[2] / found[1] * c)), source)
+    return StepSize(n, c, max(1, round(found[2] / found[1] * c)), tuple(blocks), source)
 
 
 def kept_behaviors(config: ModelConfig, size: StepSize) -> int:
-    """S: behaviors that any branch keeps, at most (candidates of a request share some of them)."""
-    return min(size.behaviors, sum(_kept(branch, size) for branch in config.all_branches().values()))
+    """S: behaviors that any branch keeps.
+
+    Candidates of a block keep many in common. As if each chose by itself, anywhere in its block: of N_b
+    behaviors each is missed by all C_b candidates with probability (1 - K / N_b) ** C_b. Candidates that are
+    alike, or all drawn to the newest behaviors, keep fewer.
+    """
+    behaviors, candidates = (sum(part) for part in zip(*size.blocks, strict=True))
+    # Blocks are taken to be as much longer as the step was said to be.
+    longer = size.behaviors * candidates / max(size.candidates * behaviors, 1)
+    kept = 0.0
+    for n, c in size.blocks:
+        missed = 1.0
+        for branch in config.all_branches().values():
+            missed *= _missed(branch, max(n * longer, 1.0), c, size)
+        kept += n * (1 - missed)
+    return int(size.behaviors * kept / max(behaviors, 1) + 0.5)
 
 
 def lookups(
@@ -112,12 +131,13 @@ def _groups_looked_up(config: ModelConfig, lookup: str) -> tuple[set[str], set[s
     return (early | represent, set()) if lookup == "full" else (early, represent - early)
 
 
-def _kept(branch: BranchConfig, size: StepSize) -> int:
-    if branch.search == "recent":
-        return branch.k * size.requests
+def _missed(branch: BranchConfig, behaviors: float, candidates: int, size: StepSize) -> float:
+    """The share of a block's behaviors that a branch does not keep."""
     if branch.search == "all" or branch.sequence in ("collision", "sasrec"):
-        return size.behaviors
-    return branch.k * size.candidates
+        return 0.0
+    if branch.search == "recent":
+        return float(max(0.0, 1 - branch.k * size.requests / max(size.behaviors, 1)))
+    return float((1 - min(1.0, branch.k / behaviors)) ** candidates)
 
 
 def _row_groups(log: Path, manifest: LogManifest) -> list[RowGroup]:

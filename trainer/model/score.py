@@ -60,8 +60,19 @@ class Scorer(nn.Module):
         """Scores of kept behaviors, float32 [C, H, K]; undefined where `kept.mask` is False."""
         raise NotImplementedError
 
+    @property
+    def shares_bias(self) -> bool:
+        """Whether what is added to a window's scores is the same for all its candidates."""
+        return self.bias is None or not self.bias.of_target
+
+    def window_bias(self, vectors: Attended, windows: Windows) -> Tensor | None:
+        """What is added to a window's columns for every candidate: [W, X], or None where that is nothing."""
+        if self.bias is None and vectors.cross_N is None and windows.log_size is None:
+            return None
+        return self._window_bias(vectors, windows)
+
     def _window_bias(self, vectors: Attended, windows: Windows) -> Tensor:
-        """What is added to a window's columns for every candidate: [W, X]."""
+        """The same, with -inf where the window holds nothing."""
         bias = None
         if self.bias is not None and not self.bias.of_target:
             bias = self.bias.shared(windows.marks)
@@ -108,6 +119,10 @@ class DotScorer(Scorer):
         super().__init__(bias)
         self.query, self.key, self.heads, self.encoding = query, key, heads, encoding
 
+    @property
+    def shares_bias(self) -> bool:
+        return self.encoding is None and super().shares_bias
+
     def encode(self, vectors: Attended) -> Attended:
         query, key = vectors.query_CD, vectors.key_ND
         if self.encoding is not None:
@@ -130,7 +145,7 @@ class DotScorer(Scorer):
             query_WSD = slots.spread(vectors.query_CD[:, part])
             score = slots.collect(torch.baddbmm(bias, query_WSD, key_WXD.transpose(1, 2)))
             found.append(score if beside is None else score + beside)
-        return torch.stack(found, dim=1)
+        return found[0][:, None] if self.heads == 1 else torch.stack(found, dim=1)
 
     def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
         bias = self._kept_bias(vectors, kept)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.score import Attended, DotScorer, Scorer, twin_projections
+from trainer.model.slices import columns_of_slices, pays
+from trainer.model.top import ascending
+from trainer.model.top import top_columns as top_columns  # noqa: PLC0414 - serving takes it from here
 from trainer.model.windows import Kept, Windows
 
 
@@ -57,6 +60,9 @@ class DotSearch(Search):
     """Exact top-K by the scorer of stage two (TWIN, DARE); several heads share the K places round-robin."""
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        if pays(query.scorer, query.vectors, query.windows):
+            assert isinstance(query.scorer, DotScorer)
+            return columns_of_slices(query.scorer, query.vectors, query.windows, self.k)
         score_CHX = query.scorer.over_windows(query.vectors, query.windows)
         if score_CHX.shape[1] == 1:
             return top_columns(score_CHX[:, 0], self.k)
@@ -126,25 +132,6 @@ class SoftSearch(Search):
         return top_columns(score_CHX[:, 0], self.k)
 
 
-def top_columns(score_CX: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The K best columns of each row, ascending, and which of them count; ties go to the lower column.
-
-    `topk` alone keeps any of several equal scores, which one depending on the width of the tensor, so that
-    a request would be scored differently in other company. -inf is never kept.
-    """
-    width = score_CX.shape[1]
-    best = score_CX.topk(min(k + 1, width), dim=1)
-    column_CK, value_CK = best.indices[:, :k], best.values[:, :k]
-    if width > k:
-        tied = (best.values[:, k - 1] == best.values[:, k]) & (best.values[:, k] > -torch.inf)
-        rows = torch.nonzero(tied).squeeze(1)
-        if rows.numel():
-            exact = score_CX[rows].sort(dim=1, descending=True, stable=True)
-            column_CK = column_CK.index_copy(0, rows, exact.indices[:, :k])
-            value_CK = value_CK.index_copy(0, rows, exact.values[:, :k])
-    return _ascending(column_CK, ~(value_CK == -torch.inf), width)
-
-
 def round_robin(score_CHX: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Walk the heads' ranked lists in turn, best first, until K different columns are found (TWIN, 4.2)."""
     candidates, heads, width = score_CHX.shape
@@ -167,12 +154,7 @@ def _best_places(cost_CX: Tensor, windows: Windows, k: int) -> tuple[Tensor, Ten
     key = cost_CX * width + torch.arange(width, device=cost_CX.device)
     key = key.masked_fill(~windows.mask[windows.of_candidate], torch.iinfo(torch.int64).max)
     best = key.topk(min(k, width), dim=1, largest=False)
-    return _ascending(best.indices, best.values < torch.iinfo(torch.int64).max, width)
-
-
-def _ascending(column_CK: Tensor, mask_CK: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    order_CK = torch.where(mask_CK, column_CK, width).sort(dim=1)
-    return order_CK.values.clamp(max=width - 1), order_CK.values < width
+    return ascending(best.indices, best.values < torch.iinfo(torch.int64).max, width)
 
 
 def random_planes(width: int, bits: int, seed: int) -> Tensor:

@@ -27,15 +27,19 @@ class Slots:
         first = torch.cumsum(counts, 0) - counts
         self.slot = torch.arange(self.window.numel(), device=self.window.device) - first[self.window]
         self.shape = (counts.numel(), max(int(counts.max()) if counts.numel() else 0, 1))
+        # All windows have equally many candidates: they stand side by side already.
+        self.full = self.window.numel() == self.shape[0] * self.shape[1]
 
     def spread(self, part_C: Tensor) -> Tensor:
         """[C, ...] -> [W, most candidates of a window, ...], zero where there is none."""
+        if self.full:
+            return part_C.view(*self.shape, *part_C.shape[1:])
         spread = part_C.new_zeros(*self.shape, *part_C.shape[1:])
         return spread.index_put((self.window, self.slot), part_C)
 
     def collect(self, part_WS: Tensor) -> Tensor:
         """The inverse: [W, slots, ...] -> [C, ...]."""
-        return part_WS[self.window, self.slot]
+        return part_WS.flatten(0, 1) if self.full else part_WS[self.window, self.slot]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Windows:
         mask: bool [W, X]; marks: [W, X].
         log_size: float32 [W, X], ln of the behaviors that a cluster stands for; None = single behaviors.
         of_candidate: int64 [C], ascending: each candidate's window.
+        lengths: int64 [W] where windows are stretches of the history: column x of a window is the
+            behavior x before that of column 0; else None.
     """
 
     index: Tensor
@@ -56,6 +62,7 @@ class Windows:
     marks: Marks
     log_size: Tensor | None
     of_candidate: Tensor
+    lengths: Tensor | None = None
 
     @cached_property
     def slots(self) -> Slots:
@@ -144,7 +151,7 @@ def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
     whole = _request_windows(batch)
     index = whole.index
     if not batch.behaviors:
-        return replace(whole, log_size=torch.zeros(index.shape, device=index.device))
+        return replace(whole, lengths=None, log_size=torch.zeros(index.shape, device=index.device))
     mask = whole.mask & (clusters.size[index] > 0) & (clusters.until[index] <= clusters.end[:, None])
     count = max(int(mask.sum(1).max()) if mask.numel() else 0, 1)
     column = (~mask).to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
@@ -187,7 +194,7 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
         _ages(batch, request, index, mask),
         torch.zeros_like(index),
     )
-    return Windows(index, mask, marks, None, batch.candidate_request)
+    return Windows(index, mask, marks, None, batch.candidate_request, length)
 
 
 def _ages(batch: RequestBatch, request_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
