@@ -28,7 +28,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-spark train serve test lint format clean
+.PHONY: help install install-dev install-spark train serve test lint format bench clean
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -61,6 +61,10 @@ $(VENV)/.installed-$(DEVICE): requirements/common.txt requirements/$(DEVICE).txt
 
 $(VENV)/.installed-dev: requirements/dev.txt requirements/kubernetes.txt $(VENV)/.installed-$(DEVICE)
 	$(PIP) --no-deps -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.installed-bench: requirements/bench.txt $(VENV)/.installed-$(DEVICE)
+	$(PIP) --no-deps -r requirements/bench.txt
 	@touch $@
 
 $(VENV)/.installed-spark: requirements/spark.txt $(VENV)/.installed-$(DEVICE)
@@ -105,6 +109,9 @@ lint: install-dev ## ruff and mypy
 format: install-dev ## rewrite the code the way lint wants it
 	ruff check --fix $(FORMATTED)
 	ruff format $(FORMATTED)
+
+bench: $(VENV)/.installed-bench ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
+	python -m benchmarks.refresh --log "$(LOG)"
 
 clean: ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

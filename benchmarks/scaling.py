@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling F benchmarks/images/scaling.png
 
-Needs matplotlib, which is in no requirement file of the project.
+Needs matplotlib (requirements/bench.txt).
 """
 
 from __future__ import annotations
