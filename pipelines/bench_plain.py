@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.model.bags import rows_at
 from trainer.model.head import Head
 from trainer.model.score import Attended, MlpScorer
+from trainer.model.windows import Windows
 
 _HIDDEN, _AUXILIARY_HIDDEN = (200, 80), (200,)
 
@@ -84,6 +86,12 @@ class PlainMlpScorer(MlpScorer):
     def __init__(self, scorer: MlpScorer) -> None:
         super().__init__(scorer.width, scorer.first.out_features, scorer.bias)
         self.first, self.slope, self.last = scorer.first, scorer.slope, scorer.last
+
+    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+        score = self._score(vectors, rows_at(vectors.key_ND, windows.index[windows.of_candidate]))
+        score = score + self._window_bias(vectors, windows).index_select(0, windows.of_candidate)
+        bias = self._target_bias(vectors, windows)
+        return (score if bias is None else score + bias)[:, None]
 
     def _score(self, vectors: Attended, key_CXD: Tensor) -> Tensor:
         query_CXD = vectors.query_CD.unsqueeze(1).expand_as(key_CXD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.models import (
     drawn_vectors,
     drawn_windows,
 )
+from trainer.model import score
 from trainer.model.score import (
     WEIGHTS,
     Attended,
@@ -146,11 +148,51 @@ def test_din_first_layer_in_parts_equals_the_concatenated_form() -> None:
     together = torch.cat([query, key, query - key, query * key], dim=2)
     plain = scorer.last(scorer.slope(scorer.first(together).flatten(0, 1))).view(6, 5) / WIDTH
     found = []
-    for score in (scorer.of_kept(raw, kept)[:, 0], plain):
-        score.square().sum().backward(retain_graph=True)
-        found.append([score, *(p.grad for p in scorer.parameters())])
+    for scored in (scorer.of_kept(raw, kept)[:, 0], plain):
+        scored.square().sum().backward(retain_graph=True)
+        found.append([scored, *(p.grad for p in scorer.parameters())])
         scorer.zero_grad(set_to_none=True)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    windows=st.integers(1, 6),
+    width=st.integers(1, 4),
+    candidates=st.integers(0, 9),
+    cells=st.sampled_from([1, 100, 300, 1 << 19]),
+)
+def test_din_by_groups_of_windows_equals_one_candidate_at_a_time(
+    seed: int, windows: int, width: int, candidates: int, cells: int
+) -> None:
+    """Values and all gradients, however the windows are cut into groups."""
+    rng = drawing(seed)
+    scorer, drawn = MlpScorer(WIDTH, 7, TimeBias(MARK_ROWS)), drawn_vectors(rng, WIDTH, candidates)
+    draw(scorer, rng)
+    made = drawn_windows(rng, windows, width, candidates)
+    kept, found = made.of_candidates(), []
+    with mock.patch.object(score, "_CELLS", cells):
+        for grouped in (True, False):
+            leaves = [part.clone().requires_grad_() for part in (drawn.query_CD, drawn.key_ND)]
+            raw = replace(drawn, query_CD=leaves[0], key_ND=leaves[1])
+            scores = scorer.over_windows(raw, made) if grouped else scorer.of_kept(raw, kept)
+            scores = scores.masked_fill(~kept.mask[:, None], 0.0)
+            scorer.zero_grad()
+            scores.square().sum().backward()
+            found.append([scores, *(part.grad for part in (*leaves, *scorer.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.integers(0, 40), max_size=30), st.sampled_from([1, 50_000, 200_000]))
+def test_groups_are_small_and_not_half_empty(counts: list[int], cells: int) -> None:
+    groups = score._groups(counts, cells)
+    assert [window for each in groups for window in range(each.start, each.stop)] == list(range(len(counts)))
+    for each in groups:
+        inside, length = counts[each], each.stop - each.start
+        room = length * max(*inside, 1, 1)
+        assert length == 1 or (room * cells <= score._CELLS and room <= 2 * max(sum(inside), 1))
 
 
 @pytest.mark.parametrize(("weights", "factor"), [("softmax", 1.0), ("sigmoid", 2.0)])

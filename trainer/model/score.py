@@ -13,10 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trainer.model.bags import dots, rows_at
 from trainer.model.time import TimeBias, TimeEncoding
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Kept, Slots, Windows
+
+# Numbers between two layers that are held at once: 2 MB.
+_CELLS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -186,23 +190,71 @@ class MlpScorer(Scorer):
         self.width = width
 
     def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
-        score = self._score(vectors, rows_at(vectors.key_ND, windows.index[windows.of_candidate]))
+        """A few windows at a time, so that what lies between the layers stays in the processor's cache.
+
+        Keys are multiplied once for all candidates of their window. The backward pass computes the layers
+        again instead of keeping [C, X, E]: reading that back from memory would cost more.
+        """
+        counts = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).tolist()
+        groups = _groups(counts, windows.index.shape[1] * self.first.out_features)
+        query = vectors.query_CD.split([sum(counts[each]) for each in groups])
+        key = rows_at(vectors.key_ND, windows.index).split([each.stop - each.start for each in groups])
+        slots = [Slots.of_counts(counts[each], windows.of_candidate.device) for each in groups]
+        parts = [self._of_group(*given) for given in zip(query, key, slots, strict=True)]
+        score = torch.cat(parts) if parts else vectors.query_CD.new_zeros(0, windows.index.shape[1])
         score = score + self._window_bias(vectors, windows).index_select(0, windows.of_candidate)
         bias = self._target_bias(vectors, windows)
         return (score if bias is None else score + bias)[:, None]
+
+    def _of_group(self, query_CD: Tensor, key_WXD: Tensor, slots: Slots) -> Tensor:
+        """Scores of some windows' candidates, [C, X]."""
+        if not torch.is_grad_enabled():
+            return self._side_by_side(query_CD, key_WXD, slots)
+        score: Tensor = checkpoint(
+            self._side_by_side, query_CD, key_WXD, slots, use_reentrant=False, preserve_rng_state=False
+        )
+        return score
+
+    def _side_by_side(self, query_CD: Tensor, key_WXD: Tensor, slots: Slots) -> Tensor:
+        of_query_CE, folded_CDE = self._folded(query_CD)
+        width, hidden = folded_CDE.shape[1:]
+        folded = slots.spread(folded_CDE).transpose(1, 2).flatten(2)
+        bias = slots.spread(of_query_CE).flatten(1)[:, None]
+        hidden_WXSE = torch.baddbmm(bias, key_WXD, folded).unflatten(2, (-1, hidden))
+        score_WXS = self.last(self.slope(hidden_WXSE)).squeeze(3) / width
+        return slots.collect(score_WXS.transpose(1, 2))
 
     def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
         score = self._score(vectors, rows_at(vectors.key_ND, kept.index))
         return (score + self._kept_bias(vectors, kept))[:, None]
 
     def _score(self, vectors: Attended, key_CXD: Tensor) -> Tensor:
-        query, key, difference, product = self.first.weight.split(self.width, dim=1)
-        of_query_CE = F.linear(vectors.query_CD, query + difference, self.first.bias)
-        # [C, D, E]: the product's part with the query folded into the weights
-        folded_CDE = (key - difference).T + vectors.query_CD.unsqueeze(2) * product.T
+        of_query_CE, folded_CDE = self._folded(vectors.query_CD)
         hidden_CXE = torch.baddbmm(of_query_CE[:, None], key_CXD, folded_CDE)
         score: Tensor = self.last(self.slope(hidden_CXE)).squeeze(2) / self.width
         return score
+
+    def _folded(self, query_CD: Tensor) -> tuple[Tensor, Tensor]:
+        """The first layer with the query folded into its weights: bias [C, E] and map of a key [C, D, E]."""
+        query, key, difference, product = self.first.weight.split(self.width, dim=1)
+        of_query_CE = F.linear(query_CD, query + difference, self.first.bias)
+        return of_query_CE, (key - difference).T + query_CD.unsqueeze(2) * product.T
+
+
+def _groups(counts: Sequence[int], cells: int) -> list[slice]:
+    """Cut windows into runs of at most `_CELLS` numbers, `cells` for each candidate of each window.
+
+    Within a run all windows have room for as many candidates as the one with most, so that a run also ends
+    where half of that room would be empty.
+    """
+    groups, begin, most, held = [], 0, 0, 0
+    for window, count in enumerate(counts):
+        room = (window + 1 - begin) * max(most, count, 1)
+        if window > begin and (room * cells > _CELLS or room > 2 * max(held + count, 1)):
+            groups.append(slice(begin, window))
+            begin, most, held = window, 0, 0
+        most, held = max(most, count), held + count
+    return [*groups, slice(begin, len(counts))] if counts else []
 
 
 def twin_projections(width: int, out: int) -> tuple[nn.Linear, nn.Linear]:
