@@ -35,6 +35,7 @@ SERVER.set_forkserver_preload(
         "tests.logs",
         "tests.faults.drive",
         "tests.test_reader_kill",
+        "tests.frozen",
     ]
 )
 # Two groups of unequal width, many steps from little data.
