@@ -1,4 +1,4 @@
-"""Imported last by the server that processes are forked from: no collector of theirs walks its imports again."""
+"""Imported last by the server that tests fork: no collector of a fork walks these imports again."""
 
 import gc
 

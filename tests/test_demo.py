@@ -34,14 +34,14 @@ def repeated(out: Path) -> str:
     steps = [shlex.split(line) for line in commands if line.startswith(("tandemrec ", "torchx "))]
     assert len(steps) == 7
     for program, *words in steps:
-        ranks = 1
         if program == "torchx":
             job = words[words.index("launch/components.py:train") + 1 :]
             shape = job.index("-j")
-            ranks = int(job[shape + 1].removeprefix("1x"))
-            words = ["train", *job[:shape], *job[shape + 3 :]]
             assert job[shape + 2] == "--"
-        done = tandemrec(*words, ranks=ranks)
+            ranks = int(job[shape + 1].removeprefix("1x"))
+            done = tandemrec("train", *job[:shape], *job[shape + 3 :], ranks=ranks)
+        else:
+            done = tandemrec(*words)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         said += done.stdout + done.stderr
     return said
