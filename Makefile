@@ -98,8 +98,9 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 serve: install ## after `make train`: score over HTTP, with a page at http://127.0.0.1:8000
 	@tandemrec serve --snapshot "$(OUT)"/snapshot --histories "$(LOG)"
 
+# Byte code is kept even where containers say not to, or each worker compiles all plugins and files again.
 test: install-dev ## the tests
-	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install-dev ## ruff and mypy
 	ruff check $(FORMATTED)

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -35,6 +36,7 @@ SERVER.set_forkserver_preload(
         "tests.logs",
         "tests.faults.drive",
         "tests.test_reader_kill",
+        "tests.frozen",
     ]
 )
 # Two groups of unequal width, many steps from little data.
@@ -133,6 +135,25 @@ def launched(
 def tandemrec(*words: str, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
     return launched("launch.cli", *words, ranks=ranks, timeout=timeout)
+
+
+@contextmanager
+def started(*words: str) -> Iterator[tuple[ForkServerProcess, Path, Path]]:
+    """The command line beside the test, and files of its stdout and stderr; it ends with the block."""
+    start_server()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        out.touch()
+        err.touch()
+        process = SERVER.Process(
+            target=_member, args=("launch.cli", words, _environments(1)[0], (str(out), str(err)))
+        )
+        process.start()
+        try:
+            yield process, out, err
+        finally:
+            process.kill()
+            process.join()
 
 
 def torchrun(

@@ -1,4 +1,4 @@
-"""Run under torchrun: some training steps of several presets in one process group; losses go to a file.
+"""Run on every rank: some training steps of several presets in one process group; losses go to a file.
 
 torchrun --nproc-per-node N -m tests.preset_steps LOG OUT.json PRESET...
 """

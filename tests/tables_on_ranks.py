@@ -1,4 +1,4 @@
-"""Every way to shard a group, trained on ragged batches and compared with plain tables. Started by torchrun.
+"""Every way to shard a group, trained on ragged batches and compared with plain tables. Run on two ranks.
 
 Each rank makes the batches of all ranks, so it can do alone what they do together: look the same bags up in
 plain tables, add up the gradients of all ranks, and update with an optimizer from a library. What differs is

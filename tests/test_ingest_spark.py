@@ -19,6 +19,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning"),
 ]
 
+# Much is planned and compiled here, and little computed.
+CHEAP = {
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xshare:auto",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.sql.adaptive.enabled": "false",
+    "spark.sql.shuffle.partitions": "2",
+    "spark.ui.enabled": "false",
+}
+
+# Twice as many partitions are made of what is shuffled.
+ENGINE = {"threads": 1}
+
 
 @pytest.fixture(scope="module")
 def spark() -> Iterator[Any]:
@@ -26,8 +39,10 @@ def spark() -> Iterator[Any]:
     sql = pytest.importorskip("pyspark.sql", reason="pip install -r requirements/spark.txt")
     if shutil.which("java") is None:
         pytest.skip("Spark needs Java 17 or later on the path")
-    builder = sql.SparkSession.builder.master("local[2]").config("spark.sql.shuffle.partitions", "2")
-    session = builder.config("spark.ui.enabled", "false").getOrCreate()
+    builder = sql.SparkSession.builder.master("local[2]")
+    for name, value in CHEAP.items():
+        builder = builder.config(name, value)
+    session = builder.getOrCreate()
     yield session
     session.stop()
 
@@ -47,7 +62,7 @@ def test_both_engines_write_the_same_rows(
     del spark
     source = write(tmp_path / "events.parquet", events())
     shown = write(tmp_path / "shown.parquet", impressions(), SHOWN) if protocol == "impressions" else None
-    plan = config(protocol, files=files)
+    plan = config(protocol, files=files, engine=ENGINE)
     duckdb = ingest(source, tmp_path / "duckdb", plan, impressions=shown)
     other = ingest(source, tmp_path / "spark", plan, impressions=shown, engine="spark")
     assert rows(tmp_path / "spark") == rows(tmp_path / "duckdb") != []
@@ -61,7 +76,7 @@ def test_both_engines_continue_a_vocabulary_alike(tmp_path: Path, spark: Any) ->
     ingest(source, tmp_path / "old", config("impressions"), impressions=given)
     source = write(tmp_path / "events.parquet", renew(events(2)))
     given = write(tmp_path / "shown.parquet", renew(impressions()), SHOWN)
-    plan = config("impressions", vocabulary={"log": str(tmp_path / "old")})
+    plan = config("impressions", engine=ENGINE, vocabulary={"log": str(tmp_path / "old")})
     duckdb = ingest(source, tmp_path / "duckdb", plan, impressions=given)
     other = ingest(source, tmp_path / "spark", plan, impressions=given, engine="spark")
     # New items are unknown to the log, but have ids while it is made: their order is compared too.

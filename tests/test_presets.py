@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,7 @@ import torch
 
 from embeddings.plain import PlainBagCollection
 from embeddings.sharding import initialise_unsharded
-from tests.launching import ROOT
+from tests.launching import ROOT, launched
 from tests.logs import Shape, random_rows, write_log
 from tests.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
@@ -65,30 +62,13 @@ def model_of(config: Config, log: Path) -> tuple[TwoStageModel, dict[str, int]]:
     return model.eval(), feature_rows(groups)
 
 
-def steps_of(log: Path, out: Path, ranks: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.Popen(
-        [*command, "-m", "tests.preset_steps", str(log), str(out), *PRESETS],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def test_two_ranks_equal_one_for_every_preset(log: Path, tmp_path: Path) -> None:
     """Losses of some steps, and scores of a whole split after them."""
     found = []
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}.json"
-        with steps_of(log, out, ranks) as process:
-            try:
-                said, _ = process.communicate(timeout=200)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-        assert process.returncode == 0, said[-4000:]
+        done = launched("tests.preset_steps", str(log), str(out), *PRESETS, ranks=ranks, timeout=200)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         found.append(json.loads(out.read_text()))
     one, two = found
     assert set(one) == set(two) == set(PRESETS)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 
 from embeddings.errors import CheckpointError
-from tests.launching import ROOT
+from tests.launching import launched
 from tests.test_ranks import parameters_of
 from trainer.reshard import check_reshardable
 
@@ -24,15 +21,7 @@ Report = dict[str, Any]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saving")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.saving_runs", str(root)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    done = launched("tests.saving_runs", str(root), timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return root
 

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pytest
 
 from launch.cli import main
 from tests.browser import CHROMIUM, browser
-from tests.launching import ROOT, tandemrec, train
+from tests.launching import ROOT, started, tandemrec, train
 from tests.logs import Shape, random_rows, write_log
 
 ROWS = random_rows(4, Shape(users=12))
@@ -44,8 +45,18 @@ def export(made: Path, out: Path) -> None:
 
 
 @contextmanager
-def server(snapshot: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(snapshot: Path, *words: str) -> Iterator[tuple[ForkServerProcess, str]]:
     """The process and its address, once it listens."""
+    with started("serve", "--snapshot", str(snapshot), "--port", "0", *words) as (process, out, err):
+        until(lambda: process.exitcode is not None or "\n" in out.read_text())
+        line = out.read_text().splitlines()[:1]
+        assert line and line[0].startswith("serving "), err.read_text()
+        yield process, line[0].rsplit(" ", 1)[1]
+
+
+@contextmanager
+def server_alone(snapshot: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The same started as users do, with an interpreter of its own."""
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", "serve", "--snapshot", str(snapshot), "--port", "0", *words],
         cwd=ROOT,
@@ -123,8 +134,9 @@ def test_a_new_version_is_taken_and_a_bad_one_refused_while_requests_go_on(
             each.join(30)
         assert {status for status, _ in seen} == {200} and len(seen) > 20
         assert {version for _, version in seen} == {"v00000001", "v00000002"}
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        process.terminate()
+        process.join(30)
+        assert process.exitcode == 0
 
 
 def until(true: Any, limit: float = 60) -> None:
@@ -146,7 +158,7 @@ def look_at_the_page_without_histories(url: str) -> None:
 
 def test_sigterm_finishes_what_was_accepted(made: Path) -> None:
     """Bodies that wait when the signal comes are still answered; then it ends with 0, silently."""
-    with server(made / "snapshot", "--batch-window-ms", "1500") as (process, url):
+    with server_alone(made / "snapshot", "--batch-window-ms", "1500") as (process, url):
         if CHROMIUM is not None:
             look_at_the_page_without_histories(url)
         answers: list[tuple[int, Any]] = []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.errors import SnapshotError
 from embeddings.stored import TORCH_DTYPES, sum_bags, to_stored
 from pipelines.export import export
-from tests.launching import ROOT, tandemrec
+from tests.launching import launched, tandemrec
 from tests.models import preset as a_preset
 from tests.models import small_log, stage_one
 from tests.serving import snapshot_of
@@ -143,26 +141,6 @@ def test_nothing_in_a_snapshot_is_code_or_pickle(log: Path, tmp_path: Path) -> N
         assert file.suffix in (".json", ".sha256", ".safetensors")
 
 
-_STREAM = """
-import resource, sys, warnings
-warnings.simplefilter("ignore")
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from embeddings.groups import TableGroup, TableSpec
-from trainer.config import Config
-from trainer.snapshot.writing import Draft, Source
-from trainer.table_reader import TableReader
-path, out, dtype, rows, dim = *map(Path, sys.argv[1:3]), sys.argv[3], *map(int, sys.argv[4:6])
-group = TableGroup("attention", (TableSpec("item_id", rows, dim),))
-source = Source(Config(), {"attention": group}, TableReader(path))
-next(source.rows("attention", "item_id"))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-Draft(out, source, {"attention": dtype}).write_tables()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
 def write_shards(path: Path, rows: int, dim: int, shards: int) -> Tensor:
     """A checkpoint of one table in row-wise shards; -> its last rows."""
     each = rows // shards
@@ -184,14 +162,7 @@ def test_memory_follows_the_largest_shard_not_the_table(tmp_path: Path, dtype: s
     (tmp_path / "out").mkdir()
     path = tmp_path / "checkpoints" / "step-00000001"
     words = [str(path), str(tmp_path / "out"), dtype, str(rows), str(dim)]
-    done = subprocess.run(
-        [sys.executable, "-c", _STREAM, *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = launched("tests.stream_tables", *words)
     assert done.returncode == 0, done.stderr
     grown, whole, shard = int(done.stdout) * 1024, rows * dim * 4, rows * dim * 4 // shards
     assert grown < 8 * shard < whole / 3, f"{grown:,} bytes for shards of {shard:,}"

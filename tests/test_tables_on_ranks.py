@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.launching import ROOT
+from tests.launching import launched
 from tests.tables_on_ranks import TYPES
 
 Found = dict[str, dict[str, float]]
@@ -20,16 +17,7 @@ PLACES = [(kind, sharding) for kind, types in TYPES.items() for sharding in type
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Case -> largest differences to plain tables over both ranks."""
     out = tmp_path_factory.mktemp("tables")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *command, "-m", "tests.tables_on_ranks", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = launched("tests.tables_on_ranks", str(out), ranks=2, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return {
