@@ -23,14 +23,12 @@ pytestmark = [
 CHEAP = {
     "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xshare:auto",
     "spark.sql.codegen.wholeStage": "false",
-    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-    "spark.sql.adaptive.enabled": "false",
     "spark.sql.shuffle.partitions": "2",
     "spark.ui.enabled": "false",
 }
 
 # Twice as many partitions are made of what is shuffled.
-ENGINE = {"threads": 1}
+ENGINE = {"threads": 2}
 
 
 @pytest.fixture(scope="module")

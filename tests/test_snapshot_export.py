@@ -213,7 +213,7 @@ def test_stage_two_is_a_function_of_what_was_kept(log: Path, preset: str, alone:
     ("preset", "path", "describes"),
     [
         ("dare", "code/ranking.pt2", "float32 [candidates, 4, 16], position int64 [candidates, 4]"),
-        ("din", "code/head.pt2", "float32 [candidates, 48]"),
+        ("din", "code/head.pt2", "float32 [candidates, 32]"),
     ],
 )
 def test_machine_code_computes_what_the_model_does(
