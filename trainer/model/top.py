@@ -87,9 +87,11 @@ def top_of_groups(score_CX: Tensor, best_CG: Tensor, k: int, *, last: bool = Fal
     """
     score = score_CX.numpy()
     rows, width = score.shape
-    below = score < _kth(best_CG.numpy(), k)
-    # Not `>=`, for NaN is the best.
-    flat, hit = score.reshape(-1), np.flatnonzero(np.logical_not(below, out=below))
+    best = best_CG.numpy()
+    bound = _kth(best, k)
+    # NaN is the best, but every comparison with it is false.
+    reached = ~(score < bound) if np.isnan(best).any() else score >= bound
+    flat, hit = score.reshape(-1), np.flatnonzero(reached)
     if last:
         # The matrix from its end to its beginning, rows too.
         flat, hit = flat[::-1], flat.size - 1 - hit[::-1]
