@@ -77,7 +77,7 @@ def setting(module: object, name: str, value: int) -> Iterator[None]:
 
 
 def without_prefilter(score: Tensor) -> Tensor:
-    with setting(top, "_ENOUGH", 1 << 40):
+    with setting(top, "_COLUMNS", 1 << 40):
         return top_columns(score, K)[0]
 
 
@@ -92,7 +92,7 @@ def changes(query: Query) -> dict[str, Way]:
         "as it was: gather, baddbmm, topk": lambda: top_columns_by_topk(gathered_scores(query, True), K)[0],
         "no copies of the scores": lambda: top_columns_by_topk(gathered_scores(query, False), K)[0],
         "K-th best value, not topk": lambda: without_prefilter(gathered_scores(query, False)),
-        "blocks' best first": lambda: top_columns(gathered_scores(query, False), K)[0],
+        "groups' best first": lambda: top_columns(gathered_scores(query, False), K)[0],
         "slices, not gathered": lambda: sliced(query, 0),
         "few candidates from the keys' side": lambda: sliced(query, slices._FEW),
         "each where it pays: the trainer": now,

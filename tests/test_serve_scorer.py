@@ -24,12 +24,12 @@ from trainer.data.log_writer import write_manifest
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import FeatureInfo, read_manifest
 from trainer.model.score import DotScorer, MlpScorer, Scorer
-from trainer.model.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch, top_columns
+from trainer.model.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.serving.arrow_body import read_arrow, write_arrow
 from trainer.serving.request import Limits, Request, from_json
 from trainer.serving.scorer import Scorer as Serving
-from trainer.serving.window_search import WindowSearch, _score, top_of_groups
+from trainer.serving.window_search import WindowSearch, _score
 
 PRESETS = sorted(
     path.stem
@@ -188,32 +188,6 @@ def test_explained_behaviors_are_those_kept_with_their_weights(name: str, log: P
             assert len(set(kept.places)) == len(kept.places)
             c, seen = c + 1, seen + len(kept.places)
     assert c == batch.candidates and seen > 50
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    rows=st.integers(1, 5),
-    width=st.integers(1, 90),
-    groups=st.integers(1, 40),
-    k=st.integers(1, 100),
-    levels=st.sampled_from([2, 5, 1_000_000]),
-    missing=st.sampled_from([0.0, 0.3, 0.95, 1.0]),
-)
-def test_the_best_of_groups_are_the_best_columns(
-    seed: int, rows: int, width: int, groups: int, k: int, levels: int, missing: float
-) -> None:
-    """Ties go to the lower column and -inf is never kept, as `top_columns` has it; K may exceed the width."""
-    rng = drawing(seed)
-    score = torch.randint(-levels, levels, (rows, width), generator=rng).float()
-    score[torch.rand(score.shape, generator=rng) < missing] = -torch.inf
-    expected, real = top_columns(score, k)
-    groups = min(groups, width)
-    best = torch.stack([score[:, group::groups].amax(1) for group in range(groups)], dim=1)
-    found, mask = top_of_groups(score, best, k)
-    assert found.shape == mask.shape == (rows, k) and torch.equal(mask.sum(1), real.sum(1))
-    for row in range(rows):
-        assert found[row][mask[row]].tolist() == expected[row][real[row]].tolist()
 
 
 @settings(max_examples=60, deadline=None)

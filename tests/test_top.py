@@ -15,7 +15,7 @@ from trainer.model import slices
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import DotSearch, Query, search_reference
 from trainer.model.time import Marks, TimeBias
-from trainer.model.top import top_columns, top_columns_by_topk
+from trainer.model.top import best_of_groups, top_columns, top_columns_by_topk, top_of_groups
 from trainer.model.windows import Windows
 
 
@@ -26,11 +26,11 @@ def slow(row: list[float], k: int) -> list[int]:
 
 
 def drawn_scores(seed: int, rows: int, width: int, levels: int, empty: float) -> Tensor:
-    """Few different values, and -inf; the last row is all alike."""
+    """Few different values, and -inf; the last row is all alike, unless all is to be empty."""
     rng = drawing(seed)
     score = torch.randint(-levels, levels + 1, (rows, width), generator=rng).float()
     score[torch.rand(rows, width, generator=rng) < empty] = -torch.inf
-    score[-1:] = 1.0
+    score[-1:] = 1.0 if empty < 1 else -torch.inf
     return score
 
 
@@ -41,15 +41,23 @@ def drawn_scores(seed: int, rows: int, width: int, levels: int, empty: float) ->
     width=st.one_of(st.integers(1, 30), st.integers(150, 700)),
     k=st.integers(1, 12),
     levels=st.sampled_from([1, 5, 10_000]),
-    empty=st.sampled_from([0.0, 0.3, 0.99]),
+    empty=st.sampled_from([0.0, 0.3, 0.99, 1.0]),
     last=st.booleans(),
+    groups=st.integers(1, 200),
 )
 def test_top_columns_are_those_of_a_slow_sort(
-    seed: int, rows: int, width: int, k: int, levels: int, empty: float, last: bool
+    seed: int, rows: int, width: int, k: int, levels: int, empty: float, last: bool, groups: int
 ) -> None:
-    """With and without the prefilter of blocks, K beyond the width, fewer than K that count."""
+    """Groups of one column and of more, fewer of them than K, K beyond the width, few or none that count."""
     score = drawn_scores(seed, rows, width, levels, empty)
-    ways = [top_columns(score.flip(1) if last else score, k, last=last), top_columns_by_topk(score, k)]
+    best = torch.stack([score[:, g::groups].amax(1) for g in range(min(groups, width))], dim=1)
+    assert torch.equal(best_of_groups(score, groups), best)
+    given = score.flip(1) if last else score
+    ways = [
+        top_columns(given, k, last=last),
+        top_of_groups(given.contiguous(), best, k, last=last),
+        top_columns_by_topk(score, k),
+    ]
     for column, mask in ways:
         assert column.shape == mask.shape == (rows, min(k, width))
         for c, row in enumerate(score.tolist()):

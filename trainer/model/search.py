@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from trainer.model.score import Attended, DotScorer, Scorer, twin_projections
 from trainer.model.slices import columns_of_slices, pays
-from trainer.model.top import ascending
-from trainer.model.top import top_columns as top_columns  # noqa: PLC0414 - serving takes it from here
+from trainer.model.top import ascending, top_columns
 from trainer.model.windows import Kept, Windows
 
 

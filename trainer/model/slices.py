@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.model.score import Attended, DotScorer, Scorer
-from trainer.model.top import BLOCK, top_columns
+from trainer.model.top import top_columns
 from trainer.model.windows import Windows
 
 # Floats of a window's keys: below that, one product for all windows is cheaper than a call for each.
 _LEAST = 1 << 15
 # Scores held at once; they stay in the cache until they are ranked.
 _CELLS = 1 << 21
+# Rows of scores are a multiple of so many floats, two cache lines, and start alike.
+_LINE = 32
 # So few candidates of so wide and many keys are multiplied from the other side: the library's product would
 # first rearrange the keys, which are the larger part.
 _FEW, _WIDE, _MANY = 8, 64, 1 << 19
@@ -113,8 +115,7 @@ def _tiles(windows: Windows) -> Iterator[_Tile]:
     run: list[_Window] = []
     width = 0
     for number, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
-        # Whole blocks of the ranking.
-        wide = max(-(-lengths[number] // BLOCK), 1) * BLOCK
+        wide = max(-(-lengths[number] // _LINE), 1) * _LINE
         for first in range(end - count, end, max(1, _CELLS // wide)):
             last = min(first + max(1, _CELLS // wide), end)
             if run and (last - run[0].first) * max(width, wide) > _CELLS:

@@ -1,7 +1,9 @@
 """The K best columns of each row of scores, exactly; ties go to the lower column.
 
-On the CPU `torch.topk` writes a pair of value and place for every score before it looks at any. Nearly all of
-the work here is done on bare values instead: find what the K-th best score is, then where scores reach it.
+On the CPU `torch.topk` writes a pair of value and place for every score before it looks at any. Here columns
+are dealt out to groups, group g having g, g + G, g + 2 G, ..., whose best scores are found by comparing whole
+vectors of columns. K groups have a best score of at least the K-th largest of these, so K scores are at least
+that, and each of the K best is. Only what reaches it is ranked: few more than K.
 """
 
 from __future__ import annotations
@@ -10,37 +12,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 Floats = NDArray[np.float32]
-# Scores of a block whose best one is noted first. A block is one or a few vector registers.
-BLOCK = 32
-# Fewer blocks than so many times K tell too little apart.
-_ENOUGH = 6
+Ints = NDArray[np.int64]
+# Groups, times K: the more, the closer the bound. Torch compares columns fast from so many on.
+_TIMES, _FEWEST = 4, 128
+# Columns of a group that pay; of fewer, each is a group of its own.
+_COLUMNS = 2
 
 
 def top_columns(score_CX: Tensor, k: int, *, last: bool = False) -> tuple[Tensor, Tensor]:
     """The K best columns of each row, ascending, and which of them count; ties go to the lower column.
 
     `topk` alone keeps any of several equal scores, which one depending on the width of the tensor, so that
-    a request would be scored differently in other company. -inf is never kept; NaN counts as the best.
+    a request would be scored differently in other company. -inf is never kept; NaN counts as the best, so
+    that a model that has diverged shows it, in training and in serving.
 
     Args:
         last: columns are counted from the end of the row, which ties go to then.
 
     Returns:
-        int64 and bool, both [C, min(K, X)].
+        int64 and bool, both [C, min(K, X)]; columns that do not count are X - 1.
     """
     if score_CX.device.type != "cpu" or score_CX.dtype != torch.float32 or not score_CX.numel():
         return top_columns_by_topk(score_CX.flip(1) if last else score_CX, k)
-    column, count = _best(score_CX.detach().contiguous().numpy(), k, last)
-    slot = np.arange(column.shape[1])
-    mask = slot < count[:, None]
-    if last:
-        backwards = np.where(mask, count[:, None] - 1 - slot, slot)
-        width = score_CX.shape[1]
-        column = np.where(mask, width - 1 - np.take_along_axis(column, backwards, 1), width - 1)
-    return torch.from_numpy(column), torch.from_numpy(mask)
+    score_CX = score_CX.detach().contiguous()
+    groups = groups_of(k)
+    worth = score_CX.shape[1] >= _COLUMNS * groups
+    return top_of_groups(score_CX, best_of_groups(score_CX, groups) if worth else score_CX, k, last=last)
 
 
 def top_columns_by_topk(score_CX: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -64,78 +63,75 @@ def ascending(column_CK: Tensor, mask_CK: Tensor, width: int) -> tuple[Tensor, T
     return order_CK.values.clamp(max=width - 1), order_CK.values < width
 
 
-def _best(score: Floats, k: int, last: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """-> columns [C, min(K, X)], ascending, X - 1 beyond the first `count[c]` of them; count [C]."""
-    width = score.shape[1]
-    size = BLOCK
-    while size > 1 and width // size < _ENOUGH * k:
-        size //= 2
-    if size < 8 or k >= width:
-        return _reaching(score, k, last)
-    columns, few = _prefiltered(score, k, size)
-    place, count = _reaching(few, k, last)
-    found = np.take_along_axis(columns, place, 1)
-    found[np.arange(place.shape[1]) >= count[:, None]] = width - 1
-    return found, count
+def groups_of(k: int) -> int:
+    """G for the K best."""
+    return max(_TIMES * k, _FEWEST)
 
 
-def _reaching(score: Floats, k: int, last: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Find the K-th best score of each row, then where it is reached."""
+def best_of_groups(score_CX: Tensor, groups: int) -> Tensor:
+    """-> the best score of each group, [C, min(G, X)]."""
+    whole, rest = divmod(score_CX.shape[1], groups)
+    if not whole:
+        return score_CX
+    best_CG: Tensor = score_CX[:, : whole * groups].unflatten(1, (whole, groups)).amax(1)
+    if rest:
+        some = best_CG[:, :rest]
+        torch.maximum(some, score_CX[:, whole * groups :], out=some)
+    return best_CG
+
+
+def top_of_groups(score_CX: Tensor, best_CG: Tensor, k: int, *, last: bool = False) -> tuple[Tensor, Tensor]:
+    """`top_columns` of contiguous float32 on the CPU, from the best score of each of G groups of columns.
+
+    Any groups do that have no column in common; `best_CG` may have -inf for groups that do not exist.
+    """
+    score = score_CX.numpy()
     rows, width = score.shape
-    hit = score > -np.inf if k >= width else ~(score < _kth(score, k)[:, None])
-    count = np.count_nonzero(hit, axis=1)
-    odd = np.flatnonzero(count > k)
-    if odd.size:
-        hit[odd] = _tied(score[odd, ::-1], k)[:, ::-1] if last else _tied(score[odd], k)
-        count[odd] = np.count_nonzero(hit[odd], axis=1)
-    row, column = np.divmod(np.flatnonzero(hit), width)
-    if count.min() == k:
-        return column.reshape(rows, k), count
-    found = np.full((rows, min(k, width)), width - 1, dtype=np.int64)
-    found[row, np.arange(row.size) - np.repeat(np.cumsum(count) - count, count)] = column
-    return found, count
+    best = best_CG.numpy()
+    bound = _kth(best, k)
+    # NaN is the best, but every comparison with it is false.
+    reached = ~(score < bound) if np.isnan(best).any() else score >= bound
+    flat, hit = score.reshape(-1), np.flatnonzero(reached)
+    if last:
+        # The matrix from its end to its beginning, rows too.
+        flat, hit = flat[::-1], flat.size - 1 - hit[::-1]
+    reach = _filled(hit, rows, width)
+    if reach.shape[1] > k:
+        few = np.full(reach.shape, -np.inf, dtype=np.float32)
+        few[reach] = flat[hit]
+        hit = hit[_kept(few, k)[reach]]
+        reach = _filled(hit, rows, width)
+    mask = np.zeros((rows, min(k, width)), dtype=bool)
+    mask[:, : reach.shape[1]] = reach
+    column = np.full(mask.shape, width - 1, dtype=np.int64)
+    column[mask] = hit - np.repeat(np.arange(rows) * width, reach.sum(1))
+    found = torch.from_numpy(column), torch.from_numpy(mask)
+    return (found[0].flip(0), found[1].flip(0)) if last else found
+
+
+def _filled(hit: Ints, rows: int, width: int) -> NDArray[np.bool_]:
+    """Ascending flat places in [rows, width] -> [rows, most of a row], each row's first as many as it has."""
+    counts = np.diff(np.searchsorted(hit, np.arange(rows + 1) * width))
+    filled: NDArray[np.bool_] = np.arange(counts.max()) < counts[:, None]
+    return filled
 
 
 def _kth(score: Floats, k: int) -> Floats:
-    """The K-th best of each row; NaN is the best."""
+    """The K-th best of each row, [C, 1]; NaN is the best. More than -inf, which is never kept."""
+    least = np.finfo(np.float32).min
+    if score.shape[1] <= k:
+        return np.full((score.shape[0], 1), least, dtype=np.float32)
     place = score.shape[1] - k
-    kth: Floats = np.partition(score, place, axis=1)[:, place]
+    kth: Floats = np.maximum(np.partition(score, place, axis=1)[:, place : place + 1], least)
     return kth
 
 
-def _tied(score: Floats, k: int) -> NDArray[np.bool_]:
-    """Where more than K scores of a row reach its K-th best: which of them are kept."""
-    score = np.where(np.isnan(score), np.float32(np.inf), score)
-    kth = _kth(score, k)[:, None]
-    above, level = score > kth, (score == kth) & (kth > -np.inf)
-    free = k - np.count_nonzero(above, axis=1)
-    kept: NDArray[np.bool_] = above | (level & (np.cumsum(level, axis=1) <= free[:, None]))
+def _kept(few: Floats, k: int) -> NDArray[np.bool_]:
+    """The K best of each row; of those equal to the K-th the first."""
+    few[np.isnan(few)] = np.inf
+    kth = _kth(few, k)
+    kept: NDArray[np.bool_] = few >= kth
+    if np.count_nonzero(kept, axis=1).max() > k:
+        above, level = few > kth, few == kth
+        kept = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdims=True)))
     return kept
-
-
-def _prefiltered(score: Floats, k: int, size: int) -> tuple[NDArray[np.int64], Floats]:
-    """-> columns that may be among the K best, ascending, and their scores, -inf where a row has fewer.
-
-    K blocks have a best score of at least the K-th best of the blocks' best, so K scores are at least that,
-    and all scores of the K best are: only blocks that reach it are looked into.
-    """
-    rows, width = score.shape
-    blocks = -(-width // size)
-    padded = score
-    if blocks * size != width:
-        padded = F.pad(torch.from_numpy(score), (0, blocks * size - width), value=-torch.inf).numpy()
-    split = torch.from_numpy(padded).view(rows, blocks, size)
-    best: Floats = split.amax(2).numpy()
-    least = _kth(best, k)
-    row, block = np.divmod(np.flatnonzero(~(best < least[:, None])), blocks)
-    inside = split.numpy()[row, block]
-    hit = np.flatnonzero(~(inside < least[row, None]))
-    row, column = row[hit // size], block[hit // size] * size + hit % size
-    count = np.bincount(row, minlength=rows)
-    slot = np.arange(row.size) - np.repeat(np.cumsum(count) - count, count)
-    shape = rows, max(int(count.max()), k)
-    few = np.full(shape, -np.inf, dtype=np.float32)
-    columns = np.full(shape, width - 1, dtype=np.int64)
-    few[row, slot] = inside.ravel()[hit]
-    columns[row, slot] = column
-    return columns, few

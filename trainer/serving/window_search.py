@@ -8,20 +8,15 @@ stands for (property test), whatever the scorer and the kind of search.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.data.row_group import Floats, Ints
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import AllSearch, DotSearch, Query, Search
+from trainer.model.top import best_of_groups, groups_of, top_of_groups
 from trainer.model.windows import Kept, Windows
 
-Bools = npt.NDArray[np.bool_]
-# Groups of columns whose best score is noted, times K: the more, the closer a bound on the Kth best score.
-_GROUPS = 4
 # Columns of a tile: wide enough for the matrix product, and still in the cache when its best are noted.
 _TILE = 2048
 # Scores of a chunk of candidates that the cache of a core or its neighbors holds, and the fewest candidates
@@ -125,7 +120,7 @@ def _dot_columns(scorer: DotScorer, query: Query, k: int, space: Space) -> list[
     keys_XD = F.embedding(query.windows.index[0], query.vectors.key_ND)
     biased = bool(bias_X1.any())
     keys_XD = torch.cat([keys_XD, bias_X1], dim=1) if biased else keys_XD
-    groups = min(_GROUPS * k, width)
+    groups = min(groups_of(k), width)
     size = max(_FEWEST, _CACHED // width)
     found = []
     for begin in range(0, query.vectors.query_CD.shape[0], size):
@@ -141,11 +136,7 @@ def _dot_columns(scorer: DotScorer, query: Query, k: int, space: Space) -> list[
 def _score(
     score_CX: Tensor, query_CD: Tensor, keys_XD: Tensor, beside_CX: Tensor | None, groups: int
 ) -> Tensor:
-    """Fill in all scores; -> the best of each group [C, G], where group g has columns g, g + G, g + 2 G, ...
-
-    A tile's best are taken while it is in the cache; neighboring columns are in different groups, so that
-    this compares whole vectors of columns.
-    """
+    """Fill in all scores; -> the best of each group [C, G], taken while a tile is in the cache."""
     width = score_CX.shape[1]
     best_CG = torch.full((score_CX.shape[0], groups), -torch.inf)
     step = max(_TILE // groups, 1) * groups
@@ -154,54 +145,6 @@ def _score(
         torch.mm(query_CD, keys_XD[start : start + step].T, out=tile)
         if beside_CX is not None:
             tile += beside_CX[:, start : start + step]
-        rows, rest = divmod(tile.shape[1], groups)
-        if rows:
-            best = tile[:, : rows * groups].unflatten(1, (rows, groups)).amax(1)
-            torch.maximum(best_CG, best, out=best_CG)
-        if rest:
-            some = best_CG[:, :rest]
-            torch.maximum(some, tile[:, rows * groups :], out=some)
+        some = best_CG[:, : tile.shape[1]]
+        torch.maximum(some, best_of_groups(tile, groups), out=some)
     return best_CG
-
-
-def top_of_groups(score_CX: Tensor, best_CG: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`top_columns(score_CX, k)`, from the best score of each of G disjoint groups of columns.
-
-    K groups have a best score of at least the K-th largest of these, so K scores are at least that, and each
-    of the K best is. Only what reaches it is ranked: few more than K, where groups are a few times K.
-    """
-    count, width = score_CX.shape
-    groups = best_CG.shape[1]
-    # -inf is never kept.
-    least = np.full(count, np.finfo(np.float32).min, dtype=np.float32)
-    if groups > k:
-        least = np.maximum(least, np.partition(best_CG.numpy(), groups - k, axis=1)[:, groups - k])
-    score = score_CX.numpy()
-    hit = np.flatnonzero(score >= least[:, None])
-    row, place = _rows(hit, count, width)
-    few = np.full((count, max(int(place.max(initial=0)) + 1, k)), -np.inf, dtype=np.float32)
-    few[row, place] = score.reshape(-1)[hit]
-    last = np.partition(few, few.shape[1] - k, axis=1)[:, few.shape[1] - k]
-    keep = few >= np.maximum(last, least)[:, None]
-    if int(keep.sum(1).max(initial=0)) > k:
-        keep = _first_of_equals(few, last, k)
-    hit = hit[keep[row, place]]
-    row, place = _rows(hit, count, width)
-    column, mask = np.zeros((count, k), dtype=np.int64), np.zeros((count, k), dtype=bool)
-    column[row, place], mask[row, place] = hit - row * width, True
-    return torch.from_numpy(column), torch.from_numpy(mask)
-
-
-def _rows(hit: Ints, count: int, width: int) -> tuple[Ints, Ints]:
-    """Ascending flat places in [count, width] -> their rows, and how many of the same row come before."""
-    first = np.searchsorted(hit, np.arange(count + 1) * width)
-    sizes = np.diff(first)
-    return np.repeat(np.arange(count), sizes), np.arange(hit.size) - np.repeat(first[:-1], sizes)
-
-
-def _first_of_equals(few_CM: Floats, last_C: Floats, k: int) -> Bools:
-    """The k best of each row; of those equal to the k-th the first, which have the lowest columns."""
-    above, tied = few_CM > last_C[:, None], few_CM == last_C[:, None]
-    room = k - above.sum(1, keepdims=True)
-    kept: Bools = above | (tied & (few_CM > -np.inf) & (tied.cumsum(1) <= room))
-    return kept
