@@ -2,7 +2,7 @@
 
     python -m benchmarks.exchange
 
-prints the table and writes benchmarks/exchange.md. Two ranks on the CPU (gloo) train configs/dare.toml on a
+prints the table of benchmarks/exchange.md. Two ranks on the CPU (gloo) train configs/dare.toml on a
 made-up log; every collective is counted where torch is given it. These are counts, not times: a busy machine
 gives the same.
 """
@@ -167,26 +167,7 @@ def main() -> None:
             timeout=600,
         )
         found = json.loads((Path(folder) / "counts.json").read_text())
-    text = "\n".join([*INTRODUCTION, *table(found)]) + "\n"
-    print(text)
-    Path(__file__).with_suffix(".md").write_text(text)
-
-
-INTRODUCTION = [
-    "# Bytes exchanged: `selected` against `full`",
-    "",
-    "Command: `python -m benchmarks.exchange` (a minute; counts, so that a busy machine gives the same)",
-    "",
-    "Two ranks on the CPU (gloo) train configs/dare.toml with random weights: K = 20, width 16 for both",
-    f"groups, two features, about 2,048 candidates a step, up to {REQUESTS} requests of {CANDIDATES}",
-    f"candidates a block; histories of L / 2 to 2 L behaviors; seed {SEED}.",
-    f"Mean of {STEPS} steps, sum of both ranks, as torch's dispatcher hands them to collectives, MB. The",
-    "forecast is that of `tandemrec plan --config configs/dare.toml --world-size 2`. Late bags are those of",
-    "the second lookup: behaviors kept by",
-    "any candidate, and candidates. It takes every candidate to choose by itself, so that the true number is",
-    "smaller where candidates of a block share an item.",
-    "",
-]
+    print("\n".join(table(found)))
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:
