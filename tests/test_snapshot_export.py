@@ -157,7 +157,7 @@ def write_shards(path: Path, rows: int, dim: int, shards: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_memory_follows_the_largest_shard_not_the_table(tmp_path: Path, dtype: str) -> None:
-    rows, dim, shards = 640_000, 32, 32
+    rows, dim, shards = 1_280_000, 32, 32
     last = write_shards(tmp_path / "checkpoints", rows, dim, shards)
     (tmp_path / "out").mkdir()
     path = tmp_path / "checkpoints" / "step-00000001"
