@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def main() -> None:
             looked[f"{name} bytes"] += 4 * width * given[0].stride()
 
         shell = made.sharded.model.module
-        steps: list[Step] = list(islice(made.reader.steps(), COUNTED))
+        # Closed, or its threads would still run while the interpreter ends.
+        with closing(made.reader.steps()) as read:
+            steps: list[Step] = list(islice(read, COUNTED))
         for number, step in enumerate(steps):
             made.step.begin(number, step)
             if number == COUNTED - 1:
