@@ -14,6 +14,7 @@ import torch
 
 from embeddings.sharding import initialise_unsharded
 from pipelines.bench_checkpoint import bench_checkpoint
+from pipelines.bench_loops import one_thread, timed
 from pipelines.bench_quality import bench_quality
 from pipelines.bench_report import required, write_report
 from pipelines.bench_scaling import bench_scaling
@@ -117,14 +118,13 @@ def _read(data: DataConfig, **changes: int) -> tuple[int, int]:
     return behaviors, candidates
 
 
+@one_thread()
 def _step_seconds(config: Config, steps: int = 30) -> tuple[float, float]:
     """Seconds and processor seconds a candidate costs in forward, backward and fused update, on one thread.
 
     Several OpenMP threads wait for each other by spinning, which on a machine that others use too measures
     their load rather than the step.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     manifest = read_manifest(config.data.log)
     model, groups = build_trainable(config, manifest, torch.device("cpu"))
     initialise_unsharded(model, groups, config.train.seed)
@@ -137,13 +137,13 @@ def _step_seconds(config: Config, steps: int = 30) -> tuple[float, float]:
     warm, measured = batches[:5], batches[5:] or batches
     for batch in warm:
         loss_sum(model(batch).logits, batch.labels, batch.weight).backward()
-    started, started_cpu = time.perf_counter(), time.process_time()
-    for batch in measured:
-        loss_sum(model(batch).logits, batch.labels, batch.weight).backward()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - started_cpu
-    torch.set_num_threads(threads)
-    candidates = sum(batch.candidates for batch in measured)
-    return seconds / candidates, cpu / candidates
+
+    def train() -> None:
+        for batch in measured:
+            loss_sum(model(batch).logits, batch.labels, batch.weight).backward()
+
+    seconds, candidates = timed(train), sum(batch.candidates for batch in measured)
+    return seconds.wall / candidates, seconds.cpu / candidates
 
 
 def _row(name: str, seconds: list[float], cpu: list[float], behaviors: int, candidates: int) -> Row:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from pipelines.bench_loops import Seconds, bare_loop, timed, trainer_loop
+from pipelines.bench_loops import Seconds, bare_loop, one_thread, timed, trainer_loop
 from pipelines.bench_plain import PlainDare, PlainMlpScorer, plain_loss
 from pipelines.bench_report import provenance, write_report
 from pipelines.bench_synthetic import Draws, Shape, as_batch, padded, row_per_sample, zipf_share
@@ -108,6 +108,7 @@ class StepBench(Settings):
     slow_repeats: PositiveInt = 3
 
 
+@one_thread()
 def bench_grid(overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """Samples per processor second of every kind of every cell, kinds interleaved within a cell.
 
@@ -115,8 +116,6 @@ def bench_grid(overrides: Sequence[str], repeats: int, report: Path | None) -> N
     """
     quiet_third_parties()
     settings = load_settings(StepBench, None, overrides)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     facts: dict[str, Any] = {"settings": settings.model_dump(mode="json"), "repeats": repeats}
@@ -128,7 +127,6 @@ def bench_grid(overrides: Sequence[str], repeats: int, report: Path | None) -> N
                 ratios[f"{cell.name}: {name}"] = middle
                 facts |= {f"{cell.name}: {name}_min": low, f"{cell.name}: {name}_max": high}
             _print(cell, measured, found)
-    torch.set_num_threads(threads)
     print("\n".join(provenance(settings.seed, repeats)))
     if report is not None:
         write_report(report, rows, ratios, facts)

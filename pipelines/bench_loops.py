@@ -6,10 +6,11 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trainer.checkpoint import Found
@@ -26,6 +27,17 @@ class Seconds(NamedTuple):
 
     wall: float
     cpu: float
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Around a benchmark, or as its decorator: torch computes on a single thread meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def timed(work: Callable[[], object]) -> Seconds:

@@ -14,10 +14,9 @@ from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field, PositiveInt
 
-from pipelines.bench_loops import Unsaved
+from pipelines.bench_loops import Unsaved, one_thread
 from pipelines.bench_report import provenance, required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
@@ -53,6 +52,7 @@ class QualityBench(Settings):
     seed: int = Field(17, ge=0)
 
 
+@one_thread()
 def bench_quality(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """Train from scratch with blocks of each size, on one rank and one thread, until the target is reached.
 
@@ -63,13 +63,10 @@ def bench_quality(config: Path | None, overrides: Sequence[str], repeats: int, r
     own = [words.removeprefix(_PREFIX) for words in overrides if words.startswith(_PREFIX)]
     settings = load_settings(QualityBench, None, own)
     base = load_config(required(config), [words for words in overrides if not words.startswith(_PREFIX)])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows = []
     with process_group() as ranks:
         for seed in range(settings.seed, settings.seed + repeats):
             rows += [_until(base, settings, blocks, seed, ranks) for blocks in settings.blocks]
-    torch.set_num_threads(threads)
     ratios = _ratios(rows, settings.blocks)
     _print(rows, ratios, settings)
     print("\n".join(provenance(settings.seed, repeats)))

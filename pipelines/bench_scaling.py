@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pipelines.bench_loops import timed
+from pipelines.bench_loops import one_thread, timed
 from pipelines.bench_report import provenance, write_report
 from pipelines.bench_synthetic import Draws, Shape, as_batch
 from pipelines.console import quiet_third_parties, table_lines
@@ -90,6 +90,7 @@ class ScalingBench(Settings):
     sweeps: tuple[Sweep, ...] = _SWEEPS
 
 
+@one_thread()
 def bench_scaling(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """Processor seconds and peak memory a sample of a training step, and exponents fitted to them.
 
@@ -100,8 +101,6 @@ def bench_scaling(config: Path | None, overrides: Sequence[str], repeats: int, r
     """
     quiet_third_parties()
     settings = load_settings(ScalingBench, config, overrides)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
@@ -110,7 +109,6 @@ def bench_scaling(config: Path | None, overrides: Sequence[str], repeats: int, r
             rows += found
             ratios |= _exponents(sweep, found)
             _print(sweep, found, ratios)
-    torch.set_num_threads(threads)
     print("\n".join(provenance(settings.seed, repeats)))
     if report is not None:
         write_report(report, rows, ratios, {"settings": settings.model_dump(mode="json"), "repeats": repeats})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from pipelines.bench_loops import Seconds, one_thread, timed
 from pipelines.bench_report import provenance, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.model.score import Attended, DotScorer
@@ -47,6 +47,7 @@ class SearchBench(Settings):
     seed: int = Field(0, ge=0)
 
 
+@one_thread()
 def bench_search(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """Candidates x behaviors scores and top-K, forward and with the gradients of the trainer.
 
@@ -56,8 +57,6 @@ def bench_search(config: Path | None, overrides: Sequence[str], repeats: int, re
     """
     quiet_third_parties()
     settings = load_settings(SearchBench, config, overrides)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows: list[Row] = []
     rates = []
     for length in settings.lengths:
@@ -65,7 +64,6 @@ def bench_search(config: Path | None, overrides: Sequence[str], repeats: int, re
         for dim in settings.dims:
             for candidates in settings.candidates:
                 rows += _measured(_Case(settings, length, dim, candidates), repeats)
-    torch.set_num_threads(threads)
     machine = {name: max(each[name] for each in rates) for name in rates[0]}
     rows = [row | _shares(row, machine) for row in rows]
     _print(rows, machine)
@@ -81,7 +79,7 @@ def machine_rates() -> Rates:
 
     def best(run: Callable[[], object]) -> float:
         run()
-        return min(_seconds(run)[0] for _ in range(4))
+        return min(timed(run).wall for _ in range(4))
 
     copy, product = best(lambda: target.copy_(source)), best(lambda: torch.mm(square, square))
     return {"copy_bytes_per_s": 2 * 4 * size / copy, "matmul_flop_per_s": 2 * width**3 / product}
@@ -182,23 +180,16 @@ def _measured(case: _Case, repeats: int) -> list[Row]:
         ROWS: _Way(case.rows_a_sample, case.copied),
         PADDED: _Way(case.padded_dense, case.count),
     }
-    taken: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    taken: dict[tuple[str, bool], list[Seconds]] = {}
     for _ in range(repeats):
         for learns in (False, True):
             for name, way in ways.items():
                 with torch.set_grad_enabled(learns):
-                    taken.setdefault((name, learns), []).append(_seconds(lambda: way.run(learns)))  # noqa: B023
+                    taken.setdefault((name, learns), []).append(timed(lambda: way.run(learns)))  # noqa: B023
     return [_row(case, name, learns, ways[name].candidates, each) for (name, learns), each in taken.items()]
 
 
-def _seconds(run: Callable[[], object]) -> tuple[float, float]:
-    """Of the wall, and of the processor."""
-    started, started_cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - started, time.process_time() - started_cpu
-
-
-def _row(case: _Case, name: str, learns: bool, count: int, taken: Sequence[tuple[float, float]]) -> Row:
+def _row(case: _Case, name: str, learns: bool, count: int, taken: Sequence[Seconds]) -> Row:
     wall, cpu = ([1e6 * each[clock] / count for each in taken] for clock in (0, 1))
     return {
         "way": name,

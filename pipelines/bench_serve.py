@@ -27,6 +27,7 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.plain import PlainBagCollection
 from embeddings.stored import Dtype, to_stored
 from pipelines.bench_baselines import PlainProgram, attending_to_all, exported, per_sample
+from pipelines.bench_loops import one_thread
 from pipelines.bench_report import write_report
 from pipelines.bench_starts import measure_start
 from pipelines.console import quiet_third_parties, table_lines
@@ -101,6 +102,7 @@ class _Served:
         self.scorer = scorer
 
 
+@one_thread()
 def bench_serve(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """Score, split into search and ranking; other implementations of the same weights; the HTTP server.
 
@@ -112,7 +114,6 @@ def bench_serve(config: Path | None, overrides: Sequence[str], repeats: int, rep
     """
     quiet_third_parties()
     settings = load_settings(ServeBench, config, overrides)
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     representation = torch.randn(settings.rows, settings.width) * 0.1
     tables = {dim: torch.randn(settings.rows, dim) * 0.3 for dim in settings.dims}

@@ -11,10 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from pipelines.bench_grid import bench_grid
-from pipelines.bench_loops import Replay, Seconds, bare_loop, timed, trainer_loop
+from pipelines.bench_loops import Replay, Seconds, bare_loop, one_thread, timed, trainer_loop
 from pipelines.bench_report import write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
@@ -30,6 +28,7 @@ from trainer.step import TrainStep, make_optimizer
 _STEPS = 40
 
 
+@one_thread()
 def bench_step(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
     """With a config, what the trainer's loop adds to a step on its log; without, the grid of `bench_grid`.
 
@@ -42,8 +41,6 @@ def bench_step(config: Path | None, overrides: Sequence[str], repeats: int, repo
         return
     quiet_third_parties()
     settings = load_config(config, overrides)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
         loops = _Loops(settings, ranks, Path(folder))
         kinds: dict[str, Callable[[], Seconds]] = {
@@ -55,7 +52,6 @@ def bench_step(config: Path | None, overrides: Sequence[str], repeats: int, repo
         }
         rounds = [{name: run() for name, run in kinds.items()} for _ in range(repeats + 1)][1:]
         facts = loops.facts()
-    torch.set_num_threads(threads)
     rows = [_row(name, [each[name] for each in rounds], facts["steps"]) for name in kinds]
     ratios: dict[str, float] = {}
     for label, over, under in (

@@ -42,8 +42,7 @@ _PHASES = (
     (r"## optimizer ##", "optimizer, dense"),
 )
 _RANGES = [(re.compile(pattern), phase) for pattern, phase in _PHASES]
-_COLLECTION = re.compile(r"collections\.\w+")
-_MODULES = ("branches", "pooling", "auxiliary", "head")
+_MODULES = re.compile(r"branches|pooling|auxiliary|head|collections\.\w+")
 
 
 @dataclass
@@ -113,8 +112,7 @@ class StepProfile:
 def named_modules(model: nn.Module) -> Iterator[None]:
     """Within this context a model's lookups, search, sequence model and head are ranges of their own."""
     ranges: dict[str, list[Any]] = defaultdict(list)
-    chosen = [*_MODULES, *(name for name, _ in model.named_modules() if _COLLECTION.fullmatch(name))]
-    modules = {name: module for name, module in model.named_modules() if name in chosen}
+    modules = {name: module for name, module in model.named_modules() if _MODULES.fullmatch(name)}
     with ExitStack() as handles:
         for name, module in modules.items():
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT
+from tests.launching import launched
 from tests.logs import small_log
 
 Counts = dict[str, int]
@@ -64,16 +61,7 @@ ADVICE = (
 
 
 def counted(log: Path, out: Path, ranks: int) -> list[Counts]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.step_counts", str(log), str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = launched("tests.step_counts", str(log), str(out), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[Counts] = json.loads(out.read_text())["ranks"]
     return found

@@ -10,7 +10,7 @@ the same input gives the same bits.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,27 +64,20 @@ def plain_rows_at(rows: Tensor, index: Tensor) -> Tensor:
     )
 
 
-class _ByRow(NamedTuple):
-    """Uses of rows, sorted by row: `order` of the flat index, `offsets` [N + 1] of each row's uses in it."""
-
-    order: Tensor
-    offsets: Tensor
-
-
-def _by_row(index_CK: Tensor, rows: int) -> _ByRow:
+def _gathered(part_CD: Tensor, weight_CK: Tensor, index_CK: Tensor, rows: int) -> Tensor:
+    """For each row, the sum of weight[c, k] * part[c] over its uses, those (c, k) that index it: [N, D]."""
     flat = index_CK.reshape(-1)
     uses = torch.bincount(flat, minlength=rows)
     # A radix sort: as many passes as the numbers have bytes.
     narrow = flat.to(torch.int16 if rows <= torch.iinfo(torch.int16).max else torch.int32)
-    return _ByRow(torch.sort(narrow, stable=True).indices, F.pad(uses.cumsum(0), (1, 0)))
-
-
-def _gathered(part_CD: Tensor, weight_CK: Tensor, by_row: _ByRow) -> Tensor:
-    """For each row, the sum of weight[c, k] * part[c] over its uses: [N, D]."""
-    candidate = by_row.order.div(weight_CK.shape[1], rounding_mode="floor")
-    weight = weight_CK.reshape(-1)[by_row.order]
+    order = torch.sort(narrow, stable=True).indices
     return F.embedding_bag(
-        candidate, part_CD, by_row.offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
+        order.div(weight_CK.shape[1], rounding_mode="floor"),
+        part_CD,
+        F.pad(uses.cumsum(0), (1, 0)),
+        mode="sum",
+        per_sample_weights=weight_CK.reshape(-1)[order],
+        include_last_offset=True,
     )
 
 
@@ -109,7 +102,7 @@ class _WeightedBags(torch.autograd.Function):
         rows_ND, index_CK, weight_CK = ctx.saved_tensors
         of_rows = of_weights = None
         if ctx.needs_input_grad[0]:
-            of_rows = _gathered(gradient_CD, weight_CK, _by_row(index_CK, rows_ND.shape[0]))
+            of_rows = _gathered(gradient_CD, weight_CK, index_CK, rows_ND.shape[0])
         if ctx.needs_input_grad[2]:
             of_weights = _products(gradient_CD, rows_ND, index_CK)
         return of_rows, None, of_weights
@@ -128,7 +121,7 @@ class _Dots(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_query = plain_weighted_bags(rows_ND, index_CK, gradient_CK.contiguous())
         if ctx.needs_input_grad[1]:
-            of_rows = _gathered(query_CD, gradient_CK, _by_row(index_CK, rows_ND.shape[0]))
+            of_rows = _gathered(query_CD, gradient_CK, index_CK, rows_ND.shape[0])
         return of_query, of_rows, None
 
 

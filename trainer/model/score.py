@@ -197,9 +197,11 @@ class MlpScorer(Scorer):
         """
         counts = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).tolist()
         groups = _groups(counts, windows.index.shape[1] * self.first.out_features)
-        query = vectors.query_CD.split([sum(counts[each]) for each in groups])
-        key = rows_at(vectors.key_ND, windows.index).split([each.stop - each.start for each in groups])
-        slots = [Slots.of_counts(counts[each], windows.of_candidate.device) for each in groups]
+        held = [sum(counts[each]) for each in groups]
+        query, window = vectors.query_CD.split(held), windows.of_candidate.split(held)
+        sizes = [each.stop - each.start for each in groups]
+        key = rows_at(vectors.key_ND, windows.index).split(sizes)
+        slots = [Slots(part - each.start, n) for part, each, n in zip(window, groups, sizes, strict=True)]
         parts = [self._of_group(*given) for given in zip(query, key, slots, strict=True)]
         score = torch.cat(parts) if parts else vectors.query_CD.new_zeros(0, windows.index.shape[1])
         score = score + self._window_bias(vectors, windows).index_select(0, windows.of_candidate)
@@ -217,22 +219,18 @@ class MlpScorer(Scorer):
 
     def _side_by_side(self, query_CD: Tensor, key_WXD: Tensor, slots: Slots) -> Tensor:
         of_query_CE, folded_CDE = self._folded(query_CD)
-        width, hidden = folded_CDE.shape[1:]
         folded = slots.spread(folded_CDE).transpose(1, 2).flatten(2)
         bias = slots.spread(of_query_CE).flatten(1)[:, None]
-        hidden_WXSE = torch.baddbmm(bias, key_WXD, folded).unflatten(2, (-1, hidden))
-        score_WXS = self.last(self.slope(hidden_WXSE)).squeeze(3) / width
+        hidden_WXSE = torch.baddbmm(bias, key_WXD, folded).unflatten(2, (slots.shape[1], -1))
+        score_WXS = self.last(self.slope(hidden_WXSE)).squeeze(3) / self.width
         return slots.collect(score_WXS.transpose(1, 2))
 
     def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
-        score = self._score(vectors, rows_at(vectors.key_ND, kept.index))
-        return (score + self._kept_bias(vectors, kept))[:, None]
-
-    def _score(self, vectors: Attended, key_CXD: Tensor) -> Tensor:
-        of_query_CE, folded_CDE = self._folded(vectors.query_CD)
-        hidden_CXE = torch.baddbmm(of_query_CE[:, None], key_CXD, folded_CDE)
-        score: Tensor = self.last(self.slope(hidden_CXE)).squeeze(2) / self.width
-        return score
+        # As if what a candidate keeps were a window of its own.
+        each = torch.arange(kept.index.shape[0], device=kept.index.device)
+        key_CKD = rows_at(vectors.key_ND, kept.index)
+        score_CK = self._side_by_side(vectors.query_CD, key_CKD, Slots(each, len(each)))
+        return (score_CK + self._kept_bias(vectors, kept))[:, None]
 
     def _folded(self, query_CD: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer with the query folded into its weights: bias [C, E] and map of a key [C, D, E]."""

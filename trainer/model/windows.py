@@ -6,7 +6,6 @@ Shape legend of trainer.model (besides that of `trainer.data.batch`):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -30,12 +29,6 @@ class Slots:
         self.shape = (counts.numel(), max(int(counts.max()) if counts.numel() else 0, 1))
         # All windows have equally many candidates: they stand side by side already.
         self.full = self.window.numel() == self.shape[0] * self.shape[1]
-
-    @classmethod
-    def of_counts(cls, counts: Sequence[int], device: torch.device) -> Slots:
-        """Of windows with so many candidates each."""
-        each = torch.tensor(counts, device=device)
-        return cls(torch.arange(len(counts), device=device).repeat_interleave(each), len(counts))
 
     def spread(self, part_C: Tensor) -> Tensor:
         """[C, ...] -> [W, most candidates of a window, ...], zero where there is none."""
