@@ -11,10 +11,22 @@ TandemError
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class TandemError(Exception):
     """Base of all errors a user can cause or mend; the command line shows it as one line."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: an error as it is, since subclasses are made from other arguments than its text."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[TandemError], args: tuple[Any, ...], fields: dict[str, Any]) -> TandemError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 class ConfigError(TandemError):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -27,6 +26,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingPlan
 
+from embeddings.agreement import from_rank_0
 from embeddings.comms import AS_THEY_ARE, Comms
 from embeddings.errors import ConfigError
 from embeddings.exchange import Lookup
@@ -153,17 +153,10 @@ def make_plan(task: Task) -> SavedPlan:
     Raises:
         ConfigError: on every rank: a rule is wrong, or no plan fits.
     """
-    answer: list[Any] = [None, ""]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = to_tree(saved_plan(task, offline_plan(task).plan))
-        except ConfigError as error:
-            answer[1] = str(error)
-    # TorchRec's collective_plan leaves the other ranks waiting where rank 0 fails.
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise ConfigError(answer[1])
-    return from_tree(answer[0], "plan of rank 0")
+    # TorchRec's collective_plan leaves the other ranks waiting where rank 0 fails; and hundreds of tables may
+    # take the planner longer than a collective waits.
+    tree = from_rank_0(lambda: to_tree(saved_plan(task, offline_plan(task).plan)), slow=True)
+    return from_tree(tree, "plan of rank 0")
 
 
 def read_plan(path: Path, task: Task) -> SavedPlan:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+from embeddings.agreement import from_every_rank, from_rank_0, unhurried
 from embeddings.plan_file import to_tree
 from embeddings.planning import Placement
 from pipelines.console import quiet_third_parties
@@ -68,8 +70,7 @@ def run(
     if found.path is not None:
         check_resumable(found.state, config, fingerprint)
     note_start(folder, config, found.state.get("step", 0))
-    if ranks.speaks:
-        folder.write_config(config)
+    from_rank_0(lambda: folder.write_config(config))
     sharded = build_sharded(config, manifest, ranks, training=True, resumed=found)
     if sharded.origin:
         say(sharded.origin)
@@ -90,10 +91,18 @@ def run(
     with (
         closing(watching) if watching is not None else nullcontext(),
         ending_well(folder, ranks.speaks),
-        folder.lock() if ranks.speaks else nullcontext(),
+        _locked(folder),
     ):
         end = trainer.run(found)
     _conclude(trainer, end, found, say)
+
+
+@contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """Rank 0 holds the folder's lock; collective, so that all hear where it cannot."""
+    with ExitStack() as held:
+        from_rank_0(lambda: held.enter_context(folder.lock()))
+        yield
 
 
 def _conclude(trainer: Trainer, end: Position, found: checkpoint.Found, say: Callable[[str], None]) -> None:
@@ -109,8 +118,7 @@ def _conclude(trainer: Trainer, end: Position, found: checkpoint.Found, say: Cal
         )
         return
     cpu_s = trainer.cpu_seconds()
-    if ranks.speaks:
-        _summarise(folder, end, cpu_s, ranks.world_size, trainer.metrics_of_validation)
+    from_rank_0(lambda: _summarise(folder, end, cpu_s, ranks.world_size, trainer.metrics_of_validation))
     say(
         f"trained {end.candidates:,} samples in {end.step:,} steps and {end.wall_s:.0f} s: "
         f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); "
@@ -125,7 +133,14 @@ def _start_from(
     path, carry = Path(config.train.init_from), config.train.init_optimizer == "carry"
     with opened(path, out / "init.tmp") as source:
         lines: list[str] = []
-        trainer.load(lambda tensors: lines.extend(fill(tensors, source, config.data.log, manifest, carry)))
+
+        def filled(tensors: dict[str, Any]) -> None:
+            every = from_every_rank(
+                lambda: fill(tensors, source, config.data.log, manifest, carry), slow=True
+            )
+            lines.extend(every[0])
+
+        trainer.load(filled)
     say("\n".join([f"weights from {path}, step {source.manifest.step:,}", *lines]))
 
 
@@ -160,6 +175,7 @@ def open_split(
         world_size=ranks.world_size,
         seed=seed,
         share=sum_counts,
+        together=unhurried,
     )
 
 

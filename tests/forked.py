@@ -48,7 +48,7 @@ def wait_all(pids: list[int], seconds: int = 60) -> list[int]:
         signal.signal(signal.SIGALRM, before)
 
 
-def fork_ranks(world_size: int, work: Callable[[Ranks], None]) -> list[int]:
+def fork_ranks(world_size: int, work: Callable[[Ranks], None], timeout_s: float = 30) -> list[int]:
     """Run `work` on so many ranks of one process group; -> their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,7 +58,7 @@ def fork_ranks(world_size: int, work: Callable[[Ranks], None]) -> list[int]:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         os.environ.update({name: str(value) for name, value in places.items()})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-        with process_group(30) as ranks:
+        with process_group(timeout_s) as ranks:
             work(ranks)
 
     return wait_all([fork(lambda rank=rank: member(rank)) for rank in range(world_size)])

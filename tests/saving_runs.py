@@ -57,9 +57,9 @@ class Runs:
         folder = self.root / name / "checkpoints"
         return {
             "codes": codes,
-            "losses": losses(self.root / name),
+            "losses": losses(self.root / name) if (self.root / name / "metrics.jsonl").exists() else [],
             "said": said.read_text(),
-            "left": sorted(p.name for p in folder.iterdir()),
+            "left": sorted(p.name for p in folder.glob("*")),
         }
 
 

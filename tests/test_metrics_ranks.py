@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from embeddings.agreement import from_rank_0
 from embeddings.errors import TandemError
 from pipelines.evaluate import evaluate
 from pipelines.train import train
 from tests.launching import ROOT, SETTINGS, losses
 from tests.logs import Shape, random_rows, small_log, write_log
 from tests.test_reader_kill import LIMIT_S, free_port, running
-from trainer.distributed import from_rank_0, gather_rows, process_group
+from trainer.distributed import gather_rows, process_group
 from trainer.evaluation import Scored, shared_metrics
 
 WORLDS = (1, 2, 4)

@@ -201,3 +201,4 @@ def test_bad_row_groups_are_skipped_up_to_a_cap_and_reported(tmp_path: Path) -> 
         share=lambda mine: [max(a, b) for a, b in zip(mine, [0, 0, 1, 0], strict=True)],
     )
     assert shared.row_groups == reader.row_groups and not shared.skipped
+    assert shared.order == reader.order, "a position means other rows on each rank"

@@ -23,16 +23,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
 from trainer import checkpoint_files as files
 from trainer.checkpoint_files import Entries, newest, read_state, verify
 from trainer.hashed_writer import HashedWriter
 
-__all__ = ["Found", "find", "from_first", "load_tensors", "newest", "read_state", "save", "verify"]
+__all__ = ["Found", "find", "load_tensors", "newest", "read_state", "save", "verify"]
 
 Result = TypeVar("Result")
-# The ranks that save together: all of them, where it is None.
-Group = dist.ProcessGroup | None
 
 
 def save(
@@ -95,10 +94,10 @@ def find(folder: Path) -> Found:
         CheckpointError: there are checkpoints, but none verifies.
     """
     refused: list[str] = []
-    for path in from_first(lambda: files.checkpoints(folder)):
+    for path in from_rank_0(lambda: files.checkpoints(folder)):
         problem = _verify_together(path)
         if not problem:
-            return Found(path, from_first(partial(read_state, path)), refused)
+            return Found(path, from_rank_0(partial(read_state, path)), refused)
         refused.append(problem)
     if refused:
         why = f"no checkpoint verifies; use another --out, or restore one ({'; '.join(refused)})"
@@ -163,17 +162,19 @@ def _verify_together(path: Path) -> str:
         except CheckpointError as error:
             return {}, str(error)
 
-    entries, problem = from_first(manifest)
+    entries, problem = from_rank_0(manifest)
     if problem:
         return problem
-    try:
-        for name in _share(entries, dist.get_rank(), dist.get_world_size()):
-            files.check_file(path / name, entries[name])
-    except CheckpointError as error:
-        problem = str(error)
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((text for text in problems if text), "")
+
+    def check() -> str:
+        try:
+            for name in _share(entries, dist.get_rank(), dist.get_world_size()):
+                files.check_file(path / name, entries[name])
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    return next((text for text in from_every_rank(check, slow=True) if text), "")
 
 
 def _share(entries: Entries, rank: int, world_size: int) -> list[str]:
@@ -204,22 +205,7 @@ def _shared_id(final: Path, group: Group) -> str:
                 return ""
         return os.urandom(4).hex()
 
-    return from_first(name, group)
-
-
-def from_first(action: Callable[[], Result], group: Group = None) -> Result:
-    """What rank 0's call gives, or raises, on every rank."""
-    answers: list[Any] = [None, None]
-    if dist.get_rank(group) == 0:
-        try:
-            answers[0] = action()
-        except CheckpointError as error:
-            answers[1] = (error.path, error.problem)
-    dist.broadcast_object_list(answers, src=0, group=group)
-    if answers[1] is not None:
-        raise CheckpointError(*answers[1])
-    result: Result = answers[0]
-    return result
+    return from_rank_0(name, group)
 
 
 def _on_first(path: Path, action: Callable[[], None], group: Group) -> None:
@@ -229,18 +215,18 @@ def _on_first(path: Path, action: Callable[[], None], group: Group) -> None:
 
 def _everywhere(path: Path, action: Callable[[], Result], group: Group) -> list[Result]:
     """Run on every rank; -> the results of all, or a CheckpointError on all where any failed."""
-    result: Result | None = None
-    problem = ""
-    try:
-        result = action()
-    except CheckpointError as error:
-        problem = f"rank {dist.get_rank(group)} could not save: {error.problem}"
-    except Exception as error:
-        # Whatever it was, the other ranks wait in the next collective and must hear of it.
-        problem = f"rank {dist.get_rank(group)} could not save: {_reason(error)}"
-    answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, (result, problem), group=group)
+
+    def told() -> tuple[Result | None, str]:
+        try:
+            return action(), ""
+        except CheckpointError as error:
+            reason = error.problem
+        except Exception as error:
+            reason = _reason(error)
+        return None, f"rank {dist.get_rank(group)} could not save: {reason}"
+
+    answers = from_every_rank(told, group)
     failed = [text for _, text in answers if text]
     if failed:
         raise CheckpointError(path, f"{failed[0]}; older checkpoints are untouched")
-    return [value for value, _ in answers]
+    return [value for value, _ in answers]  # type: ignore[misc]

@@ -9,16 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embeddings.errors import ConfigError, RankError, TandemError
+from embeddings.errors import ConfigError, RankError
 from trainer.allocator import keep_freed_memory
 
-Value = TypeVar("Value")
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 _CUT = re.compile(r"connection (closed|reset|refused)|broken pipe|ncclRemoteError", re.IGNORECASE)
@@ -175,26 +173,6 @@ def _silent(ranks: Ranks) -> list[int]:
             others = [rank for rank in others if not ranks.store.check([f"waited/{rank}"])]
             time.sleep(0.1)
     return others
-
-
-def from_rank_0(compute: Callable[[], Value]) -> Value:
-    """What rank 0 computes, on every rank; collective.
-
-    Raises:
-        TandemError: rank 0's, on every rank.
-    """
-    answer: list[Any] = [None, None]
-    failure = None
-    if dist.get_rank() == 0:
-        try:
-            answer = [compute(), None]
-        except TandemError as error:
-            failure, answer = error, [None, str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise failure or TandemError(answer[1])
-    value: Value = answer[0]
-    return value
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

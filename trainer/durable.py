@@ -28,14 +28,26 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Have an error of writing say which file: a full disk is told of without one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside `path` that takes its place once the body succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        yield part
-        sync(part)
-        part.replace(path)
+        with naming(path):
+            yield part
+            sync(part)
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from embeddings.agreement import from_rank_0
 from embeddings.errors import DataError
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.distributed import from_rank_0, gather_rows
+from trainer.distributed import gather_rows
 from trainer.durable import replacing
 from trainer.metrics import Metrics, group_keys, measure
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError
 from trainer import checkpoint
 from trainer.config import Config
@@ -107,13 +108,12 @@ class Trainer:
     def _run(self, start: checkpoint.Found) -> Position:
         if start.path is not None:
             self._resume(start.path, start.state)
-        if self.ranks.speaks:
-            self.folder.drop_metrics_after(self.at.step)
+        from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
         epochs = self.config.train.epochs
         with (
             self.watch.listening(),
             self.saver,
-            MetricsLog(self.folder, self.ranks.speaks, self.at.step) as self.log,
+            MetricsLog(self.folder, self.at.step) as self.log,
         ):
             with Progress("train", self.ranks.speaks) as self.bar:
                 while self.at.cursor.epoch < epochs and not self._over():

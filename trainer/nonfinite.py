@@ -9,11 +9,12 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from embeddings.agreement import from_every_rank
 from embeddings.errors import DataError
 from trainer.data.files import RowGroup
 from trainer.data.reader import Step
@@ -92,16 +93,15 @@ class Guard:
         if not int(sum_over_ranks(bad).sum()):
             # It shows in the average only, so that any rank's batch may be the cause.
             problems = found.shared_problems()
-        said = ""
-        if problems:
+
+        def told() -> str:
+            if not problems:
+                return ""
             kept = self._keep(number, step, problems)
-            said = (
-                f"rank {self.ranks.rank}: {', '.join(problems)} (its batch {kept} and came from "
-                f"{_listed(step.sources)})"
-            )
-        answers: list[str] = [said] * self.ranks.world_size
-        if self.ranks.world_size > 1:
-            dist.all_gather_object(answers, said)
+            place = f"its batch {kept} and came from {_listed(step.sources)}"
+            return f"rank {self.ranks.rank}: {', '.join(problems)} ({place})"
+
+        answers = from_every_rank(told) if self.ranks.world_size > 1 else [told()]
         lines = [line for line in answers if line]
         if lines:
             more = f"; and {len(lines) - _SHOWN} more ranks" if len(lines) > _SHOWN else ""
@@ -129,8 +129,9 @@ class Guard:
         try:
             with replacing(path) as part:
                 save_file(pack(batch), part, {name: json.dumps(value) for name, value in facts.items()})
-        except OSError as error:
-            return f"could not be kept ({path}: {error.strerror})"
+        except (OSError, SafetensorError) as error:
+            # safetensors has an error of its own for a full disk.
+            return f"could not be kept ({path}: {getattr(error, 'strerror', None) or error})"
         return f"is kept in {path}"
 
 

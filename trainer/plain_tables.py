@@ -14,6 +14,7 @@ memory is the largest shard, not the table.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Mapping
@@ -216,7 +217,9 @@ def _mapped_file(file: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.d
     start = 8 + len(text)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(start + end)
+        stream.flush()
+        # Room is taken now: to write to a mapped file on a full disk would kill the process.
+        os.posix_fallocate(stream.fileno(), 0, start + end)
     content = torch.from_file(str(file), shared=True, size=start + end, dtype=torch.uint8)
     return {
         name: content[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]

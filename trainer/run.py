@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import tomli_w
 from torch.utils.tensorboard import SummaryWriter
 
+from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError
 from trainer.config import Config, load_config
-from trainer.durable import write_text
+from trainer.durable import naming, write_text
 
 _CONFIG = "config.toml"
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchx", "pyarrow", "numpy")
@@ -95,14 +96,20 @@ class RunFolder:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and TensorBoard; does nothing on ranks that do not speak."""
+    """Appends to metrics.jsonl and TensorBoard on rank 0, and does nothing on the others.
 
-    def __init__(self, folder: RunFolder, speaks: bool, resumed_at: int) -> None:
-        self._file = folder.metrics.open("a", encoding="utf-8") if speaks else None
+    Making one is collective: where rank 0 cannot open its files, all ranks hear of it.
+    """
+
+    def __init__(self, folder: RunFolder, resumed_at: int) -> None:
+        self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
-        if speaks:
-            # Events of steps that are about to be repeated disappear from the board.
-            self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_at + 1)
+        from_rank_0(lambda: self._open(folder, resumed_at))
+
+    def _open(self, folder: RunFolder, resumed_at: int) -> None:
+        self._file = folder.metrics.open("a", encoding="utf-8")
+        # Events of steps that are about to be repeated disappear from the board.
+        self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_at + 1)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -118,8 +125,9 @@ class MetricsLog:
         """One line: step, split and the values in full precision."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps(jsonable({"step": step, "split": split, **values})) + "\n")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(json.dumps(jsonable({"step": step, "split": split, **values})) + "\n")
+            self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 

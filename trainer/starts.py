@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
+from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError
 from trainer.config import Config
-from trainer.distributed import from_rank_0
 from trainer.run import RunFolder
 
 
@@ -32,22 +32,25 @@ def note_start(folder: RunFolder, config: Config, step: int) -> None:
 
 @contextmanager
 def ending_well(folder: RunFolder, speaks: bool) -> Iterator[None]:
-    """Forget the starts when the training returns, or is interrupted: a person or a signal is no failure."""
+    """Forget the starts when the training returns, or is interrupted: a person or a signal is no failure.
+
+    Collective where the training returns; ranks may be interrupted at different places.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        _forget(folder, speaks)
+        if speaks:
+            _forget(folder)
         raise
-    _forget(folder, speaks)
+    from_rank_0(lambda: _forget(folder))
 
 
 def _file(folder: RunFolder) -> Path:
     return folder.path / "starts.jsonl"
 
 
-def _forget(folder: RunFolder, speaks: bool) -> None:
-    if speaks:
-        _file(folder).unlink(missing_ok=True)
+def _forget(folder: RunFolder) -> None:
+    _file(folder).unlink(missing_ok=True)
 
 
 def _note(file: Path, config: Config, step: int) -> None:

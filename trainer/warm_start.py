@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError, DataError, TandemError
 from embeddings.sharding import table_of
 from trainer import checkpoint_files
-from trainer.checkpoint import from_first
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.data.schema import FeatureInfo, LogManifest, read_manifest
 from trainer.plain_tables import PlainManifest, PlainTables, open_plain_tables, unshard
@@ -99,11 +99,11 @@ def opened(path: Path, scratch: Path) -> Iterator[PlainTables]:
         except TandemError as error:
             raise CheckpointError(path, str(error)) from None
 
-    found = from_first(prepare)
+    found = from_rank_0(prepare, slow=True)
     try:
         yield open_plain_tables(found, check=False)
-    finally:
         dist.barrier()
+    finally:
         if dist.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
 

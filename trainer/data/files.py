@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,20 +45,13 @@ def check_files(
     return places
 
 
-def skip_bad(
-    places: list[RowGroup],
-    columns: Columns,
-    largest_share: float,
-    rank: tuple[int, int],
-    share: Callable[[Sequence[int]], list[int]],
-) -> tuple[list[RowGroup], list[DataError]]:
-    """Leave out the row groups that do not decode; all ranks agree, each having tried its part.
+def find_bad(
+    places: Sequence[RowGroup], columns: Columns, rank: tuple[int, int]
+) -> tuple[list[int], list[DataError]]:
+    """Try to decode this rank's part of the row groups.
 
     Returns:
-        The good row groups, and what was wrong with the bad ones that this rank tried.
-
-    Raises:
-        DataError: more than `largest_share` of the row groups are bad.
+        For each row group 1 where this rank found it bad, and what was wrong with those.
     """
     bad, problems = [0] * len(places), []
     for number in range(rank[0], len(places), rank[1]):
@@ -68,7 +61,20 @@ def skip_bad(
         except DataError as error:
             bad[number] = 1
             problems.append(error)
-    bad = share(bad)
+    return bad, problems
+
+
+def without_bad(
+    places: Sequence[RowGroup], bad: Sequence[int], largest_share: float, problems: Sequence[DataError]
+) -> list[RowGroup]:
+    """The good row groups.
+
+    Args:
+        bad: as all ranks have found; problems: what was wrong with those that this rank has tried.
+
+    Raises:
+        DataError: more than `largest_share` of the row groups are bad.
+    """
     if sum(bad) > largest_share * len(places):
         first = next(place for place, flag in zip(places, bad, strict=True) if flag)
         raise DataError(
@@ -77,7 +83,7 @@ def skip_bad(
             file=first.file,
             row_group=first.row_group,
         )
-    return [place for place, flag in zip(places, bad, strict=True) if not flag], problems
+    return [place for place, flag in zip(places, bad, strict=True) if not flag]
 
 
 def _compare(file: Path, entry: FileInfo) -> None:

@@ -13,10 +13,9 @@ import heapq
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,7 +24,7 @@ from embeddings.errors import ConfigError, DataError
 from trainer.data.batch import RequestBatch
 from trainer.data.blocks import Block, BlockLimits, WindowedRows, cut_blocks, with_windows
 from trainer.data.collate import collate
-from trainer.data.files import RowGroup, check_files, skip_bad
+from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
@@ -87,6 +86,7 @@ class SequenceLogReader:
         rank, world_size: this reader's share.
         seed: of the shuffle; None reads in stored order.
         share: sums an array over all ranks; needed with several ranks where bad row groups are skipped.
+        together: a block that ranks leave together, however long it takes some: each checks files of its own.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
@@ -103,6 +103,7 @@ class SequenceLogReader:
         world_size: int = 1,
         seed: int | None = None,
         share: Callable[[Sequence[int]], list[int]] = list,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.config, self.split = config, split
         self.seed = seed if config.order == "shuffled" else None
@@ -110,16 +111,22 @@ class SequenceLogReader:
         manifest = read_manifest(config.log)
         self.columns = _columns(manifest, rows, config)
         whole = config.verify and config.on_bad == "fail"
-        self.row_groups = check_files(config.log, manifest, split, (rank, world_size) if whole else None)
+        with together():
+            self.row_groups = check_files(config.log, manifest, split, (rank, world_size) if whole else None)
         self.skipped: list[DataError] = []
+        left_out: list[RowGroup] = []
         if config.on_bad == "skip":
-            self.row_groups, self.skipped = skip_bad(
-                self.row_groups, self.columns, config.max_bad, (rank, world_size), share
-            )
+            there = self.row_groups
+            with together():
+                bad, self.skipped = find_bad(there, self.columns, (rank, world_size))
+            self.row_groups = without_bad(there, share(bad), config.max_bad, self.skipped)
+            # As all ranks have agreed; `skipped` are those alone that this rank has tried.
+            kept = set(self.row_groups)
+            left_out = [place for place in there if place not in kept]
         self.candidates = manifest.splits[split].candidates
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
-        self.order = _order(manifest, split, self.skipped)
+        self.order = _order(manifest, split, left_out)
         self._limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
 
     def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
@@ -263,8 +270,8 @@ def _columns(manifest: LogManifest, rows: dict[str, int] | None, config: DataCon
     return replace(columns, chunk=manifest.clusters.chunk)
 
 
-def _order(manifest: LogManifest, split: str, skipped: Sequence[DataError]) -> str:
+def _order(manifest: LogManifest, split: str, skipped: Sequence[RowGroup]) -> str:
     """Digest of the rows of a split and their order: what a position inside an epoch refers to."""
     files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
-    left_out = [(Path(problem.file or "").name, problem.row_group) for problem in skipped]
+    left_out = [(place.file.name, place.row_group) for place in skipped]
     return hashlib.sha256(json.dumps([files, left_out]).encode()).hexdigest()

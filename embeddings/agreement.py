@@ -1,0 +1,147 @@
+"""What ranks tell each other: one computes and all know, or all do their part and all hear of a failure.
+
+Whatever is raised in such a call is told to the ranks that wait for its result, so that none of them waits
+in vain and each ends with a line that names the cause.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+from embeddings.errors import RankError, TandemError
+
+Value = TypeVar("Value")
+# The ranks that agree: all of them, where it is None.
+Group = dist.ProcessGroup | None
+_PULSE_S, _LOOK_S = 1.0, 0.1
+
+
+def from_rank_0(compute: Callable[[], Value], group: Group = None, slow: bool = False) -> Value:
+    """What rank 0 computes, on every rank; collective.
+
+    Args:
+        slow: it may take longer than a collective waits, see `unhurried`; only without a group.
+
+    Raises:
+        TandemError: rank 0's, on every rank. Anything else that rank 0 raised is raised there, and is a
+            RankError that repeats it on the others.
+    """
+    said, failure = [_Said()], None
+    with unhurried() if slow else nullcontext():
+        if dist.get_rank(group) == 0:
+            said[0], failure = _said(compute, 0)
+    dist.broadcast_object_list(said, src=0, group=group)
+    if failure is not None:
+        raise failure
+    value: Value = said[0].heard()
+    return value
+
+
+def from_every_rank(compute: Callable[[], Value], group: Group = None, slow: bool = False) -> list[Value]:
+    """What each rank computes, in their order, on every rank; collective.
+
+    Args:
+        slow: it may take some ranks longer than a collective waits, see `unhurried`; only without a group.
+
+    Raises:
+        Exception: a rank that failed raises its own; the others what the first of those raised, as
+            `from_rank_0` does.
+    """
+    with unhurried() if slow else nullcontext():
+        mine, failure = _said(compute, dist.get_rank(group))
+    said = [_Said()] * dist.get_world_size(group)
+    dist.all_gather_object(said, mine, group=group)
+    if failure is not None:
+        raise failure
+    return [answer.heard() for answer in said]
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """A block that may take some ranks as long as it likes; all leave it together.
+
+    A collective waits for a slow rank no longer than the group's time-out. Here each rank says through the
+    store every second that it works, and the others wait for as long as anybody does. A rank whose block
+    raises leaves it at once, and is not waited for.
+
+    Raises:
+        RankError: ranks are missing, and nothing was heard of any for the group's time-out.
+    """
+    if dist.get_world_size() == 1:
+        yield
+        return
+    rank, whole = dist.get_rank(), cast(Any, dist.distributed_c10d)._get_default_store()
+    # Each rank counts its own blocks, in the store, which is that of this start alone.
+    store = dist.PrefixStore(f"unhurried/{whole.add(f'unhurried/{rank}', 1)}", whole)
+    over = threading.Event()
+    pulse = threading.Thread(target=_beat, args=(store, over), name="pulse", daemon=True)
+    pulse.start()
+    try:
+        yield
+    finally:
+        over.set()
+        pulse.join()
+        store.set(f"left/{rank}", "")
+        store.add("left", 1)
+    _wait_for_all(store, whole.timeout.total_seconds())
+
+
+def _beat(store: dist.Store, over: threading.Event) -> None:
+    try:
+        while not over.is_set():
+            store.add("pulse", 1)
+            over.wait(_PULSE_S)
+    except RuntimeError:
+        # The store went away with the rank that holds it; the next call of this rank's own says so.
+        return
+
+
+def _wait_for_all(store: dist.Store, patience_s: float) -> None:
+    world_size, heard, since = dist.get_world_size(), 0, time.monotonic()
+    while store.add("left", 0) < world_size:
+        now = store.add("pulse", 0)
+        if now > heard:
+            heard, since = now, time.monotonic()
+        if time.monotonic() - since > patience_s:
+            silent = [rank for rank in range(world_size) if not store.check([f"left/{rank}"])]
+            raise RankError(
+                f"rank {dist.get_rank()}: waited in vain for rank {', '.join(map(str, silent))}, which "
+                "hangs, is dead or cut off; see train.timeout_s"
+            )
+        time.sleep(_LOOK_S)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a rank tells the others: a value, or why there is none."""
+
+    value: Any = None
+    problem: TandemError | None = None
+
+    def heard(self) -> Any:
+        if self.problem is not None:
+            raise self.problem
+        return self.value
+
+
+def _said(compute: Callable[[], Any], rank: int) -> tuple[_Said, BaseException | None]:
+    """For the others, and the error that this rank is to raise itself."""
+    try:
+        return _Said(compute()), None
+    except BaseException as error:
+        # Of any kind, an interrupt too: the others wait for this rank's answer.
+        return _Said(problem=_for_others(error, rank)), error
+
+
+def _for_others(error: BaseException, rank: int) -> TandemError:
+    if isinstance(error, TandemError):
+        return error
+    text = " ".join(str(error).split())
+    return RankError(f"rank {rank} failed with {type(error).__name__}{f': {text}' if text else ''}")
