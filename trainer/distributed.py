@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embeddings.errors import ConfigError, RankError
 from trainer.allocator import keep_freed_memory
+from trainer.durable import voice
 
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
@@ -72,6 +73,7 @@ def process_group(timeout_s: float = 600) -> Iterator[Ranks]:
         raise ConfigError(
             f"the launcher says RANK={rank}, WORLD_SIZE={world_size}; start with torchx or torchrun"
         )
+    voice.silent = rank > 0
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

@@ -1,12 +1,52 @@
-"""Files that are there whole or not at all, and that can be told from damaged ones."""
+"""Files and folders that are there whole or not at all, and what a shared folder does not promise of that.
+
+SMB, FUSE and object stores that are mounted as folders lack some calls: to sync a folder, to lock, to rename
+onto a file. Work goes on without them, and one line a process says which promise is weaker there. Whatever
+else goes wrong (a full disk, a broken one) is an error as ever.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import shutil
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+_LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
+_NO_SYNC_OF_FOLDERS = _LACKING | {errno.EISDIR, errno.EACCES, errno.EPERM, errno.EBADF}
+_NO_SYNC_OF_FILES = _LACKING | {errno.EBADF}
+_NO_LOCKS = _LACKING | {errno.ENOLCK, errno.EPERM, errno.EBADF}
+_NO_REPLACING = _LACKING | {errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EBUSY}
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+_ROUNDS = 100
+_DAY = 86_400
+
+
+class Voice:
+    """Says each thing once a process, on stderr; `trainer.distributed` silences all ranks but the first."""
+
+    def __init__(self) -> None:
+        self.silent = False
+        self._said: set[str] = set()
+
+    def say(self, line: str, once: str = "") -> None:
+        """Print a line; where `once` was said before, nothing."""
+        if not self.silent and (once or line) not in self._said:
+            self._said.add(once or line)
+            print(f"tandemrec: {line}", file=sys.stderr, flush=True)
+
+
+voice = Voice()
 
 
 def file_digest(path: Path) -> str:
@@ -20,11 +60,147 @@ def sync(path: Path) -> None:
 
     A rename may get there before the data does; a power cut would then leave an empty file behind it.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if not folder or error.errno not in _NO_SYNC_OF_FOLDERS:
+            raise
+        _weaken(path, "does not sync folders", error, "a power cut may lose what was saved last")
+        return
+    try:
+        sync_open(descriptor, path, folder)
     finally:
         os.close(descriptor)
+
+
+def sync_open(descriptor: int, path: Path, folder: bool = False) -> None:
+    """`sync` of a file or folder that is open already; `path` is what a message names."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (_NO_SYNC_OF_FOLDERS if folder else _NO_SYNC_OF_FILES):
+            raise
+        what = f"does not sync {'folders' if folder else 'files'}"
+        _weaken(path, what, error, "a power cut may lose what was saved last")
+
+
+def _weaken(path: Path, what: str, error: OSError, so: str) -> None:
+    """Say which promise is not kept."""
+    place = path if path.is_dir() else path.parent
+    voice.say(f"warning: {place}: this file system {what} ({error.strerror}), so {so}", what + so)
+
+
+@contextmanager
+def locked(path: Path, without: str, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file, which is there while it is held -> whether this file system has locks at all.
+
+    The lock of a killed process is free at once. A file, since NFS does not lock folders.
+
+    Args:
+        without: what may happen where there are no locks, for the line that says so.
+
+    Raises:
+        BlockingIOError: another process holds it, and there was no wish to wait.
+    """
+    descriptor, held = _take(path, without, wait)
+    try:
+        yield held
+    finally:
+        # Gone before it is free: whoever waited for it finds out, see `_take`.
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _take(path: Path, without: str, wait: bool) -> tuple[int, bool]:
+    for _ in range(_ROUNDS):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor, True
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                _weaken(path, "keeps no locks", error, without)
+                return descriptor, False
+            os.close(descriptor)
+            if error.errno == errno.EACCES:
+                raise BlockingIOError(errno.EAGAIN, error.strerror, str(path)) from None
+            raise
+        # The former holder removed what we waited for.
+        os.close(descriptor)
+    raise BlockingIOError(errno.EAGAIN, "is taken again and again, or changes its identity", str(path))
+
+
+@contextmanager
+def scratch(
+    parent: Path, name: str, *, owns: bool = False, rescue: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
+    """A new folder `<parent>/<name>.tmp-<id>`, its lock beside it, that goes at the end unless it moved.
+
+    Those of killed processes go first: where the lock file is there and nobody holds it.
+
+    Args:
+        owns: whatever has such a name is one of these, lock file or not.
+        rescue: is called with a folder that is about to go.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    _sweep(parent, name, owns, rescue)
+    folder = parent / f"{name}.tmp-{uuid.uuid4().hex[:12]}"
+    with locked(_lock_of(folder), _STAYS):
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            remove_folder(folder)
+
+
+_STAYS = "what a killed process leaves behind stays until somebody deletes it"
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _sweep(parent: Path, name: str, owns: bool, rescue: Callable[[Path], None] | None) -> None:
+    found = [path.name for path in parent.iterdir() if path.name.startswith(f"{name}.tmp-")]
+    stale = {entry.removesuffix(".lock") for entry in found if owns or entry.endswith(".lock")}
+    for folder in (parent / entry for entry in sorted(stale)):
+        with suppress(OSError), ExitStack() as held:
+            if held.enter_context(locked(_lock_of(folder), _STAYS)):
+                if rescue is not None:
+                    rescue(folder)
+                remove_folder(folder)
+
+
+def remove_folder(folder: Path, *, strict: bool = False) -> None:
+    """Delete a folder with all that is in it, as far as that goes; what remains is an error if `strict`."""
+    with suppress(OSError):
+        shutil.rmtree(folder)
+    # It opens folders to delete in them safely, which not every file system can; there by names.
+    for place, folders, files in os.walk(folder, topdown=False):
+        for name in (*files, *folders):
+            path = Path(place, name)
+            with suppress(OSError):
+                path.rmdir() if name in folders and not path.is_symlink() else path.unlink()
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError:
+        if strict:
+            raise
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Have two folders change places in one step; False where the system or the file system cannot."""
+    try:
+        call = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)
 
 
 @contextmanager
@@ -42,12 +218,13 @@ def naming(path: str | Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside `path` that takes its place once the body succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    _sweep_parts(path)
+    part = path.with_name(f".{path.name}.tmp-{_host()}-{os.getpid()}")
     try:
         with naming(path):
             yield part
             sync(part)
-            part.replace(path)
+            _move_onto(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -56,3 +233,46 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file whole."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname()) or "host"
+
+
+def _sweep_parts(path: Path) -> None:
+    """Delete what killed processes of this host left of this very file, and what is older than a day."""
+    ours = re.compile(rf"{re.escape(f'.{path.name}.tmp-{_host()}-')}(\d+)")
+    any_ours = re.compile(rf"{re.escape(f'.{path.name}.tmp-')}([A-Za-z0-9._]+-)?\d+")
+    for stale in path.parent.iterdir():
+        mine = ours.fullmatch(stale.name)
+        if any_ours.fullmatch(stale.name):
+            with suppress(OSError):
+                if (mine and not _alive(int(mine[1]))) or time.time() - stale.stat().st_mtime > _DAY:
+                    stale.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _move_onto(part: Path, path: Path) -> None:
+    try:
+        part.replace(path)
+    except OSError as error:
+        if error.errno not in _NO_REPLACING or not path.exists():
+            raise
+        old = path.with_name(f".{path.name}.tmp-{_host()}-0")
+        path.rename(old)
+        try:
+            part.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        _weaken(path, "cannot rename onto a file", error, "a reader may find none for a moment")
+        old.unlink()

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
 from trainer.checkpoint_files import Entries
+from trainer.durable import sync_open
 
 # Below this handing a buffer to another thread costs more than hashing it.
 _LARGE = 1 << 18
@@ -28,7 +29,7 @@ class HashedWriter(FileSystemWriter):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        super().__init__(path, sync_files=False)  # the streams do it
         self.fs = _HashingFileSystem()
 
     @property
@@ -50,6 +51,7 @@ class _HashingFileSystem(FileSystem):
         with ThreadPoolExecutor(1, "hash") as pool, self.noting(), open(path, "wb") as raw:
             stream = _HashingStream(raw, pool, self)
             yield stream
+            stream.close()
             self.entries[Path(path).name] = {"bytes": stream.size, "sha256": stream.sha.hexdigest()}
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -101,11 +103,10 @@ class _HashingStream(io.RawIOBase):
         if not self._raw.closed:
             self._raw.flush()
 
-    def fileno(self) -> int:
-        # DCP asks for it to call fsync, and does so on its metadata without having flushed them.
-        self._raw.flush()
-        return self._raw.fileno()
-
     def close(self) -> None:
-        self._raw.close()
+        """Have what was written reach the disk."""
+        if not self._raw.closed:
+            self._raw.flush()
+            sync_open(self._raw.fileno(), Path(self._raw.name))
+            self._raw.close()
         super().close()

@@ -36,7 +36,8 @@ from embeddings.sharding import table_of
 from trainer import checkpoint_files
 from trainer.checkpoint import load_tensors
 from trainer.data.schema import FeatureInfo
-from trainer.durable import file_digest, sync
+from trainer.durable import file_digest, scratch, sync
+from trainer.names import FileName, InnerPath, name_problem
 from trainer.settings import Settings
 
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
@@ -47,7 +48,7 @@ _ALIGNMENT = 8
 class PlainTable(Settings):
     """One table: `accumulator` is the shape of the optimizer's, per row; empty where it has none."""
 
-    feature: str
+    feature: FileName
     group: str
     rows: int = Field(ge=1)
     dim: int = Field(ge=1)
@@ -65,12 +66,12 @@ class PlainManifest(Settings):
     format: Literal["tandemrec.plain-tables"] = "tandemrec.plain-tables"
     version: Literal[1] = 1
     step: int = Field(ge=0)
-    tables: dict[str, PlainTable]
+    tables: dict[FileName, PlainTable]
     dense: dict[str, tuple[int, ...]]
-    vocabularies: dict[str, str]
+    vocabularies: dict[FileName, str]
     rows: dict[str, int]
     config: dict[str, Any]
-    files: dict[str, PlainFile]
+    files: dict[InnerPath, PlainFile]
 
 
 @dataclass(frozen=True)
@@ -111,21 +112,18 @@ def unshard(path: Path, out: Path, features: Features) -> PlainManifest:
     Raises:
         CheckpointError: `out` is there already or cannot be written.
     """
-    part = out.with_name(f"{out.name}.tmp-{path.name}")
     if out.exists():
         raise CheckpointError(out, "is there already; name another --out")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        (part / "tables").mkdir(parents=True)
-        manifest = _write(path, part, features)
-        for folder in (part / "tables", part / "vocab", part):
-            sync(folder)
-        part.rename(out)
-        sync(out.parent)
+        with scratch(out.absolute().parent, out.name) as part:
+            (part / "tables").mkdir()
+            manifest = _write(path, part, features)
+            for folder in (part / "tables", part / "vocab", part):
+                sync(folder)
+            part.rename(out)
+            sync(out.absolute().parent)
     except OSError as error:
         raise CheckpointError(out, f"cannot be written: {error.strerror} ({error.filename})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return manifest
 
 
@@ -134,7 +132,7 @@ def _write(path: Path, part: Path, features: Features) -> PlainManifest:
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     sizes = {name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
     tables: dict[str, PlainTable] = {}
-    for name, tensors in _tables(sizes).items():
+    for name, tensors in _tables(path, sizes).items():
         tables[name] = _write_table(path, part / "tables" / f"{name}.safetensors", name, tensors, sizes)
     dense = {
         name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -166,13 +164,15 @@ def _write(path: Path, part: Path, features: Features) -> PlainManifest:
     return manifest
 
 
-def _tables(sizes: Mapping[str, TensorStorageMetadata]) -> dict[str, _Saved]:
+def _tables(path: Path, sizes: Mapping[str, TensorStorageMetadata]) -> dict[str, _Saved]:
     """Tables of a checkpoint: those weights that a collection holds."""
     found = {}
     for name in sizes:
         table = table_of(name)
         if not name.startswith("model.") or "__" not in table:
             continue
+        if problem := name_problem(table):
+            raise CheckpointError(path, f"the name of the table {table!r} {problem}")
         # Only the first accumulator is the optimizers' own; FBGEMM's others are counters.
         state = f"optim.state.fused.{name.removeprefix('model.')}.{table}.momentum1"
         found[table] = _Saved(name, state if state in sizes else "")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError
 from trainer.config import Config, load_config
-from trainer.durable import naming, write_text
+from trainer.durable import locked, naming, remove_folder, write_text
 
 _CONFIG = "config.toml"
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchx", "pyarrow", "numpy")
@@ -35,6 +34,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def first_weights(self) -> Path:
+        """Where the plain tables of `train.init_from` lie until they are read."""
+        return self.path / "init.tmp"
 
     @property
     def metrics(self) -> Path:
@@ -53,13 +57,17 @@ class RunFolder:
         """Keep a second training out of this folder while this one runs.
 
         Raises:
-            ConfigError: another process trains here.
+            ConfigError: another process trains here, or the folder cannot be written.
         """
-        with (self.path / ".lock").open("w") as file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                held.enter_context(locked(self.path / ".lock", "two trainings in one folder go unnoticed"))
+            except BlockingIOError:
                 raise ConfigError(f"{self.path}: another training is running in this folder") from None
+            except OSError as error:
+                raise ConfigError(f"{self.path}: cannot be locked: {error}") from None
+            # Only a start that was killed while it read them has left any.
+            remove_folder(self.first_weights)
             yield
 
     def write_config(self, config: Config) -> None:

@@ -8,7 +8,6 @@ settled. Row 0, unknown, follows row 0. The dense optimizer starts fresh, as doe
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from embeddings.sharding import table_of
 from trainer import checkpoint_files
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.data.schema import FeatureInfo, LogManifest, read_manifest
+from trainer.durable import remove_folder
 from trainer.plain_tables import PlainManifest, PlainTables, open_plain_tables, unshard
 from trainer.resume import log_fingerprint
 from trainer.run import RunFolder
@@ -91,7 +91,7 @@ def opened(path: Path, scratch: Path) -> Iterator[PlainTables]:
             if not (path / "checkpoints").is_dir():
                 open_plain_tables(path)
                 return path
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_folder(scratch)
             unshard_run(path, scratch)
             return scratch
         except CheckpointError:
@@ -105,7 +105,7 @@ def opened(path: Path, scratch: Path) -> Iterator[PlainTables]:
         dist.barrier()
     finally:
         if dist.get_rank() == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_folder(scratch)
 
 
 def fill(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +12,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.schema import DIGEST, MANIFEST, FileInfo, LogManifest, SplitInfo, is_sequence_log
-from trainer.durable import file_digest, sync
+from trainer.data.schema import (
+    DIGEST,
+    MANIFEST,
+    FileInfo,
+    LogManifest,
+    SplitInfo,
+    is_sequence_log,
+    moved_away,
+)
+from trainer.durable import exchange, file_digest, remove_folder, scratch, sync, voice
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -34,19 +40,22 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def staged(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` if the body succeeds and vanishes if it fails."""
-    check_target(out, overwrite)
-    staging = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    """A new folder beside `out` that becomes `out` if the body succeeds and vanishes if it fails.
+
+    What killed processes left beside `out` goes first; a log that one of them had moved away comes back.
+
+    Raises:
+        DataError: `out` must not be replaced, or the disk is full or otherwise refuses to be written.
+    """
+    out = out.resolve()  # beside the folder itself, where `out` is a link to it
     try:
-        staging.mkdir(parents=True)
+        with scratch(out.parent, out.name, rescue=lambda folder: _bring_back(folder, out)) as staging:
+            check_target(out, overwrite)
+            yield staging
+            check_target(out, overwrite)  # somebody else may have finished the same log meanwhile
+            _publish(staging, out)
     except OSError as error:
-        raise DataError(f"cannot be created: {error}", file=staging) from error
-    try:
-        yield staging
-        check_target(out, overwrite)  # somebody else may have finished the same log meanwhile
-        _publish(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        raise DataError(f"cannot be made: {error}", file=out) from error
 
 
 def write_split(
@@ -118,7 +127,10 @@ def _describe(path: Path, root: Path, rows: int) -> FileInfo:
 def _publish(staging: Path, out: Path) -> None:
     for path in (*staging.rglob("*"), staging):
         sync(path)
-    old = out.with_name(f"{staging.name}-old")
+    if out.exists() and exchange(staging, out):
+        sync(out.parent)  # the older log is the one in `staging` now, and goes with it
+        return
+    old = moved_away(staging)
     replaces = out.exists()
     if replaces:
         out.rename(old)
@@ -129,4 +141,16 @@ def _publish(staging: Path, out: Path) -> None:
             old.rename(out)
         raise
     sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
+
+
+def _bring_back(staging: Path, out: Path) -> None:
+    """Undo or finish an overwrite that was killed between its two renames."""
+    old = moved_away(staging)
+    if old.is_dir() and out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if old.is_dir() and not out.exists():
+        old.rename(out)
+        voice.say(f"{out}: restored, since the process that was replacing it was killed")
+    elif is_sequence_log(out):
+        remove_folder(old)

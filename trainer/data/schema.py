@@ -11,6 +11,7 @@ once however many requests refer to it.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,11 +23,12 @@ from pydantic import Field, ValidationError, model_validator
 from embeddings.errors import DataError
 from trainer.data.clusters import ClusterInfo
 from trainer.durable import file_digest
+from trainer.names import FileName, InnerPath
 from trainer.settings import Settings
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1
-MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+MANIFEST, DIGEST, VOCABULARIES = "manifest.json", "manifest.sha256", "vocab"
 CLUSTER_COLUMNS = ("cluster_size", "cluster_time")
 REQUEST_COLUMNS = ("id", "timestamp", "history_end", "num_candidates")
 
@@ -59,17 +61,10 @@ class FeatureInfo(Settings):
 class FileInfo(Settings):
     """One Parquet file; `path` is relative to the log, `bytes` and `sha256` are of the whole file."""
 
-    path: str
+    path: InnerPath
     rows: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-    @model_validator(mode="after")
-    def _stays_inside(self) -> FileInfo:
-        # A log may come from anywhere: its manifest must not make a reader open files outside of it.
-        if self.path.startswith("/") or "\\" in self.path or ".." in self.path.split("/"):
-            raise ValueError(f"path {self.path!r} leaves the log's folder")
-        return self
 
 
 class SplitInfo(Settings):
@@ -95,14 +90,14 @@ class LogManifest(Settings):
 
     format: Literal["tandemrec.sequence-log"] = FORMAT
     version: Literal[1] = VERSION
-    features: dict[str, FeatureInfo]
-    context: dict[str, FeatureInfo] = Field(default_factory=dict)
+    features: dict[FileName, FeatureInfo]
+    context: dict[FileName, FeatureInfo] = Field(default_factory=dict)
     numeric: list[str] = Field(default_factory=list)
     weighted: bool = False
     clusters: ClusterInfo | None = None
     tasks: list[str]
     taxonomy: list[str]
-    splits: dict[str, SplitInfo]
+    splits: dict[FileName, SplitInfo]
     ingest: dict[str, Any]
     report: dict[str, Any]
 
@@ -113,16 +108,40 @@ class LogManifest(Settings):
             raise ValueError(f"taxonomy names features that the log does not have: {', '.join(unknown)}")
         return self
 
+    @model_validator(mode="after")
+    def _splits_have_folders_of_their_own(self) -> LogManifest:
+        taken = [name for name in self.splits if name in (VOCABULARIES, MANIFEST, DIGEST)]
+        if taken:
+            raise ValueError(f"a split is called {taken[0]!r}, which is something else in a log")
+        return self
+
 
 def _load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         problem = "no such file, so this is not a sequence log; write one with `tandemrec ingest`"
-        raise DataError(problem, file=path) from error
+        raise DataError(_left_behind(path.parent.resolve()) or problem, file=path) from error
     except (OSError, ValueError, RecursionError) as error:
         problem = f"not readable as JSON ({error}); run `tandemrec ingest` again"
         raise DataError(problem, file=path) from error
+
+
+def moved_away(staging: Path) -> Path:
+    """Where a log waits while the one in `staging` takes its place (`trainer.data.log_writer`)."""
+    return staging.with_name(f"{staging.name}-old")
+
+
+def _left_behind(log: Path) -> str:
+    """What to do about a log that an overwrite, killed on its way, had moved away; empty if there is none."""
+    found = sorted(log.parent.glob(f"{glob.escape(log.name)}.tmp-*-old/{MANIFEST}")) if log.name else []
+    if not found or log.exists():
+        return ""
+    old = found[0].parent
+    return (
+        f"missing: whoever was replacing this log was killed, or is about to finish; the older log is {old}: "
+        "ingest again (which restores it first), or rename it back"
+    )
 
 
 def read_manifest(log: Path) -> LogManifest:

@@ -1,25 +1,22 @@
 """Versions appear whole, in order, and go away whole; any number of exports may share a folder.
 
-    SNAP/.tmp-<id>/   a version being written, locked by who writes it; swept once that lock is free
-
-The folder itself is locked while a draft begins, and while a version gets its number, LATEST moves and old
-versions go.
+SNAP/.tmp-<id>/   a version being written, locked by who writes it (.tmp-<id>.lock beside it); swept once
+                  that lock is free
+SNAP/.lock        held while a draft begins, and while a version gets its number, LATEST moves and old
+                  versions go
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from embeddings.errors import SnapshotError
-from trainer.durable import file_digest, sync, write_text
+from trainer.durable import file_digest, locked, remove_folder, scratch, sync, write_text
 from trainer.snapshot.loading import Chain, read_chain
 from trainer.snapshot.manifest import (
     DIGEST,
@@ -39,19 +36,15 @@ def drafting(root: Path) -> Iterator[Path]:
     Raises:
         SnapshotError: it cannot be written; versions already published stay as they are.
     """
-    part = root / f".tmp-{uuid.uuid4().hex[:12]}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
-            with _locked(root, wait=True):
-                part.mkdir()
-                held.enter_context(_locked(part))
-                _sweep(root)
+            with _locked(root):
+                part = held.enter_context(scratch(root, "", owns=True))
             yield part
     except (OSError, SafetensorError) as error:
         raise SnapshotError(root, f"cannot be written: {error}") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
         # Only goes where nothing was ever published.
         with suppress(OSError):
             root.rmdir()
@@ -67,7 +60,7 @@ def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Pa
     Raises:
         SnapshotError: the base of a delta went away or changed meanwhile.
     """
-    with _locked(root, wait=True):
+    with _locked(root):
         if manifest.base is not None and not _is_there(root, manifest.base):
             raise SnapshotError(root, f"the base, version {manifest.base.number}, went away meanwhile")
         number = _next_number(root)
@@ -152,26 +145,9 @@ def _retire(root: Path, keep: int) -> None:
             # First out of sight, so that nobody finds half of it.
             gone = root / f".tmp-{uuid.uuid4().hex[:12]}"
             path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            remove_folder(gone)
 
 
-def _sweep(root: Path) -> None:
-    """Delete what exports left behind that were killed."""
-    for stale in root.glob(".tmp-*"):
-        with suppress(OSError), _locked(stale):
-            shutil.rmtree(stale, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a folder's lock.
-
-    Raises:
-        BlockingIOError: somebody else holds it, and there was no wish to wait.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
+def _locked(root: Path) -> AbstractContextManager[bool]:
+    """Hold the lock of a folder of versions, once it is free."""
+    return locked(root / ".lock", "exports at once into one folder may disturb each other", wait=True)
