@@ -38,8 +38,11 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
 
     dense = KeyedOptimizerWrapper(dense_weights(model), make)
     # The state is created by a first step; a checkpoint loaded before it would silently miss it. That step
-    # must not decay any weight, so it is done at rate 0.
+    # must not decay any weight, so it is done at rate 0, nor count for the correction of the moments' bias:
+    # the first true step would be taken for the second, and be 0.744 of what it should be.
     dense.init_state()
+    for state in dense.state.values():
+        state["step"].zero_()
     for group in dense.param_groups:
         group["lr"] = config.learning_rate
     return CombinedOptimizer([("fused", model.fused_optimizer), ("dense", dense)])
