@@ -209,7 +209,7 @@ def test_what_needs_two_classes_is_nothing_with_one(rate: float) -> None:
 def test_nothing_has_no_metrics() -> None:
     none = np.zeros(0)
     found = measure(none, none, none.astype(int), none.astype(int)).as_dict()
-    counts = {name: found.pop(name) for name in ("samples", "positives", "groups", "users")}
+    counts = {name: found.pop(name) for name in ("samples", "positives", "requests", "groups", "users")}
     assert set(counts.values()) == {0} and all(math.isnan(value) for value in found.values())
     assert group_keys(none, none).size == 0
 

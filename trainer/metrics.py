@@ -23,6 +23,8 @@ __all__ = [
     "grouped_auc",
     "logloss",
     "measure",
+    "number",
+    "one_line",
 ]
 
 Floats = npt.NDArray[np.float64]
@@ -44,8 +46,8 @@ class Metrics:
         pcoc: sum of predictions over sum of labels; 1 is calibrated.
         ece: mean |prediction - label| over 20 equally full bins (expected calibration error).
         rate: the mean label.
-        samples, positives, groups, users: what was counted; positives have a label above 0.5; groups
-            (requests) and users with both classes only.
+        samples, positives, requests: what was counted; positives have a label above 0.5.
+        groups, users: requests and users with both classes.
     """
 
     auc: float
@@ -65,6 +67,7 @@ class Metrics:
     rate: float
     samples: int
     positives: int
+    requests: int
     groups: int
     users: int
 
@@ -87,7 +90,13 @@ def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: I
     users = groups if users is None else users
     p, y = checked(scores, labels, groups, users)
     ranked: Mapping[str, Any] = ranking_metrics(p, y, groups, users)
-    return Metrics(**ranked, **calibration_metrics(p, y), samples=int(y.size), positives=int((y > 0.5).sum()))
+    calibrated: Mapping[str, Any] = calibration_metrics(p, y)
+    counts: Mapping[str, Any] = {
+        "samples": int(y.size),
+        "positives": int((y > 0.5).sum()),
+        "requests": int(np.unique(groups).size),
+    }
+    return Metrics(**ranked, **calibrated, **counts)
 
 
 def calibration_metrics(scores: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
@@ -163,3 +172,19 @@ def first_and_all(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Files hold metrics in this form wherever they hold any.
     """
     return {**next(iter(by_task.values())), "tasks": {task: dict(values) for task, values in by_task.items()}}
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A dash stands for a metric that has no meaning here."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def one_line(metrics: Mapping[str, Metrics]) -> str:
+    """All tasks of one validation; names are said only where there are several."""
+    several = len(metrics) > 1
+    parts = [
+        f"{f'{task}: ' if several else ''}AUC {number(m.auc)}  GAUC {number(m.gauc)}  "
+        f"logloss {number(m.logloss)}  PCOC {number(m.pcoc, 3)}"
+        for task, m in metrics.items()
+    ]
+    return "; ".join(parts)

@@ -114,13 +114,15 @@ class _Ties:
 
     @property
     def sizes(self) -> Ints:
-        return np.diff(np.r_[self.starts, self.of_tie.size])
+        sizes: Ints = np.diff(np.r_[self.starts, self.of_tie.size])
+        return sizes
 
     def below(self, weight: Floats) -> Floats:
         """[n] weight of what ranks lower in the same group, ties counted half."""
         total = np.r_[0.0, np.cumsum(weight)]
         first, last = total[self.starts], total[self.starts + self.sizes]
-        return ((first + last) / 2)[self.of_tie] - total[self.group_starts][self.of_group]
+        lower: Floats = ((first + last) / 2)[self.of_tie] - total[self.group_starts][self.of_group]
+        return lower
 
 
 @dataclass(frozen=True)
