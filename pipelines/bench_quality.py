@@ -95,11 +95,12 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
         trainer.run(Found(None, {}, []))
     found, at = trainer.metrics_of_validation, trainer.at
     assert found is not None
+    auc = next(iter(found.values())).auc
     return {
         "blocks": blocks,
         "seed": seed,
-        "reached": found.auc >= settings.target,
-        "auc": found.auc,
+        "reached": auc >= settings.target,
+        "auc": auc,
         "steps": at.step,
         "samples": at.candidates,
         "wall_s": at.wall_s,
@@ -112,7 +113,7 @@ class _Stopping(Unsaved):
 
     def stop_at(self, target: float) -> None:
         seen = self.metrics_of_validation
-        self.stopped = seen is not None and seen.auc >= target
+        self.stopped = seen is not None and next(iter(seen.values())).auc >= target
 
 
 class _Beginning(SequenceLogReader):

@@ -4,71 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from embeddings.errors import ConfigError
-from pipelines.console import quiet_third_parties, table_lines
-from pipelines.train import has, open_split
-from trainer.baselines import baselines
+from pipelines.console import quiet_third_parties
+from pipelines.quality_report import remarks, slices_table, task_table, without
+from pipelines.train import open_split
+from trainer.baselines import Baselines, baselines, by_baseline, counted_feature
+from trainer.data.schema import LogManifest
 from trainer.distributed import process_group
-from trainer.evaluation import score_split, shared_metrics, write_scores
-from trainer.metrics import Metrics
+from trainer.evaluation import score_split, shared_metrics
+from trainer.metrics import Metrics, first_and_all
 from trainer.restore import restore
 from trainer.run import RunFolder
+from trainer.scored import Scored, write_scores
 
 
-def evaluate(run: Path, split: str) -> Mapping[str, float | int]:
-    """Measure a run on every request of `split`; prints a table, extends summary.json, keeps the scores.
+def evaluate(run: Path, split: str) -> Mapping[str, Any]:
+    """Measure a run on every request of `split`; prints tables, extends summary.json, keeps the scores.
 
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.
+
+    Returns:
+        What summary.json holds of the split: metrics of the first task, and of every task under `tasks`.
     """
     folder = RunFolder(run)
     quiet_third_parties()
     with process_group(folder.read_config().train.timeout_s) as ranks:
         restored = restore(folder, ranks)
-        if not has(restored.manifest, split):
-            full = [name for name in restored.manifest.splits if has(restored.manifest, name)]
-            raise ConfigError(f"--split {split}: the log has requests in {', '.join(full)}")
+        restored.manifest.require(split)
         reader = open_split(restored.config, split, restored.rows, ranks)
         scored = score_split(restored.sharded.model, reader, ranks.device)
         metrics = shared_metrics(scored)
+        entry = first_and_all({task: found.as_dict() for task, found in metrics.items()})
         if ranks.speaks:
             write_scores(scored, folder.scores(split))
-            feature = counted_feature(restored.manifest.taxonomy)
-            found = baselines(reader, feature)
-            key = "baselines" if split == "test" else f"baselines_{split}"
-            slices = scored.by_history()
-            sliced = {name: part.as_dict() for name, part in slices.items()}
-            folder.update_summary({split: metrics.as_dict(), key: found, f"{split}_by_history": sliced})
-            print("\n".join([*_report(split, metrics, found, feature), "", *_slices(slices)]), flush=True)
-    return metrics.as_dict()
+            beside = baselines(reader)
+            print("\n".join(_conclude(folder, split, scored, metrics, beside, restored.manifest)), flush=True)
+    return entry
 
 
-def counted_feature(taxonomy: list[str]) -> str:
-    """What the category baseline counts: the finest taxonomy level, or the item where there is none."""
-    return taxonomy[-1] if taxonomy else "item_id"
-
-
-def _report(
-    split: str, metrics: Metrics, found: Mapping[str, Mapping[str, float]], feature: str
+def _conclude(
+    folder: RunFolder,
+    split: str,
+    scored: Scored,
+    metrics: Mapping[str, Metrics],
+    beside: Baselines,
+    manifest: LogManifest,
 ) -> list[str]:
-    head = [split, "AUC", "GAUC", "logloss", "NE", "PCOC", "ECE"]
-    values = [metrics.auc, metrics.gauc, metrics.logloss, metrics.ne, metrics.pcoc, metrics.ece]
-    labels = {
-        "popularity": "item popularity",
-        "category_count": f"own past count of {feature}",
-        "item_count": "own past count of item_id",
+    """Keep everything in the summary; returns the lines for a person."""
+    table, feature = beside.metrics(scored), counted_feature(manifest)
+    slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
+    entries = {
+        split: first_and_all({task: found.as_dict() for task, found in metrics.items()}),
+        baselines_key(split): by_baseline(table),
+        f"{split}_by_history": {
+            name: first_and_all({task: slices[task][name].as_dict() for task in slices})
+            for name in next(iter(slices.values()))
+        },
     }
-    rows = [["trained model", *(f"{value:.4f}" for value in values)]]
-    for name, scores in found.items():
-        rows.append([labels[name], f"{scores['auc']:.4f}", f"{scores['gauc']:.4f}", "-", "-", "-", "-"])
-    counted = f"{metrics.samples:,} candidates, {metrics.positives:,} positive"
-    return [*table_lines(head, rows), f"{counted}; GAUC over {metrics.groups:,} requests"]
+    folder.update_summary(entries)
+    size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests by {scored.users:,} users"
+    lines = [f"{split}: {size}", *without(beside.missing)]
+    for task, found in metrics.items():
+        lines += ["", *task_table(task, found, table[task], feature), "", *slices_table(task, slices[task])]
+    said = remarks(split, metrics, table, feature)
+    return [*lines, *([""] if said else []), *said]
 
 
-def _slices(slices: Mapping[str, Metrics]) -> list[str]:
-    head = ["behaviors seen", "candidates", "AUC", "GAUC", "logloss", "PCOC"]
-    rows = []
-    for name, part in slices.items():
-        values = (part.auc, part.gauc, part.logloss, part.pcoc)
-        rows.append([name, f"{part.samples:,}", *(f"{value:.4f}" for value in values)])
-    return table_lines(head, rows)
+def baselines_key(split: str) -> str:
+    """Where summary.json keeps the baselines of a split."""
+    return "baselines" if split == "test" else f"baselines_{split}"

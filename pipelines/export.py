@@ -17,7 +17,6 @@ from embeddings.groups import TableGroup
 from embeddings.stored import WIDTHS, Dtype
 from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
-from pipelines.train import has
 from trainer import checkpoint
 from trainer.assemble import feature_rows, resolve_groups
 from trainer.config import Config
@@ -130,7 +129,9 @@ def _open(run: Path) -> _Run:
             if found != (table.rows, table.dim):
                 problem = f"{table.feature} of group {name} is {list(found)}, its log and config say "
                 raise CheckpointError(path, f"{problem}{[table.rows, table.dim]}")
-    split = "validation" if has(manifest, "validation") else "train"
+    split = "validation" if manifest.holds("validation") else "train"
+    if split == "train":
+        print("this log has no validation requests: scores are compared on training ones", flush=True)
     return _Run(config, manifest, groups, reader, int(checkpoint.read_state(path)["step"]), split)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.evaluation import score_requests
+from trainer.metrics import auc, number
 from trainer.model.windows import Kept
 from trainer.snapshot import Snapshot
 from trainer.touched import TouchedModel
@@ -25,7 +27,7 @@ class Parity:
     """Attributes:
     requests, candidates: compared.
     worst, mean: absolute difference of probabilities; equal: share of candidates that are bit-equal.
-    before, after: AUC of the first task by the trainer and by the snapshot.
+    auc: task -> AUC by the trainer and by the snapshot.
     overlap: branch -> share of the behaviors kept by the trainer's search that the snapshot's keeps too.
     """
 
@@ -34,8 +36,7 @@ class Parity:
     worst: float = 0.0
     mean: float = 0.0
     equal: float = 1.0
-    before: float = 0.0
-    after: float = 0.0
+    auc: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     overlap: Mapping[str, float] = field(default_factory=dict)
 
     def lines(self, split: str) -> list[str]:
@@ -46,8 +47,16 @@ class Parity:
         return [
             f"parity on {self.candidates:,} candidates of {self.requests:,} {split} requests: largest "
             f"difference {self.worst:.3g}, mean {self.mean:.3g}, {self.equal:.2%} bit-equal",
-            f"AUC {self.before:.6f} by the trainer, {self.after:.6f} by the snapshot{kept}",
+            *self._aucs(kept),
         ]
+
+    def _aucs(self, kept: str) -> Iterator[str]:
+        """A line for every task; what the search keeps belongs to all of them."""
+        for place, (task, (before, after)) in enumerate(self.auc.items()):
+            name = f" of {task}" if len(self.auc) > 1 else ""
+            values = f"{number(before, 6)} by the trainer, {number(after, 6)} by the snapshot"
+            missing = "; all of these labels are alike" if math.isnan(before) else ""
+            yield f"AUC{name} {values}{missing}{kept if not place else ''}"
 
 
 def compare(trainer: TouchedModel, snapshot: Snapshot, reader: SequenceLogReader, limit: int) -> Parity:
@@ -68,8 +77,10 @@ def compare(trainer: TouchedModel, snapshot: Snapshot, reader: SequenceLogReader
         worst=float(difference.max()),
         mean=float(difference.mean()),
         equal=float((first.score == second.score).all(axis=1).mean()),
-        before=first.metrics().auc,
-        after=second.metrics().auc,
+        auc={
+            task: (auc(first.score[:, t], first.label[:, t]), auc(second.score[:, t], first.label[:, t]))
+            for t, task in enumerate(first.tasks)
+        },
         overlap={name: both / max(all_, 1) for name, (both, all_) in counts.items()},
     )
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
 from trainer.data.reader import SequenceLogReader
-from trainer.evaluation import Scored, compare_scores, read_scores, score_requests, write_scores
+from trainer.data.schema import read_manifest
+from trainer.evaluation import score_requests
+from trainer.scored import Scored, compare_scores, read_scores, write_scores
 from trainer.snapshot import Snapshot, load_snapshot
 
 
@@ -33,6 +35,7 @@ def score(
     quiet_third_parties()
     loaded = load_snapshot(snapshot)
     loaded.self_check()
+    read_manifest(requests).require(split)
     config = loaded.manifest.config.data.model_copy(update={"log": requests})
     reader = SequenceLogReader(config, split, loaded.manifest.features)
     _check_fits(requests, reader, loaded)

@@ -12,6 +12,7 @@ from embeddings.plan_file import to_tree
 from embeddings.planning import Placement
 from pipelines.console import quiet_third_parties
 from pipelines.profile import StepProfile
+from pipelines.train_report import next_commands, quality, unmeasured
 from trainer import checkpoint
 from trainer.assemble import build_sharded, feature_rows, resolve_groups
 from trainer.config import Config, load_config
@@ -19,7 +20,6 @@ from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks, process_group, sum_counts
 from trainer.loop import Position, Trainer
-from trainer.metrics import Metrics
 from trainer.resume import check_resumable, log_fingerprint
 from trainer.run import RunFolder, versions
 from trainer.starts import ending_well, note_start
@@ -45,8 +45,13 @@ def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool
 def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     """Find what is wrong with a configuration or its log before any rank starts."""
     settings = load_config(config, overrides)
-    resolve_groups(settings, read_manifest(settings.data.log))
-    print(f"{config} and {settings.data.log} fit together; {out} can be trained")
+    manifest = read_manifest(settings.data.log)
+    resolve_groups(settings, manifest)
+    print(
+        "\n".join(
+            [*unmeasured(manifest), f"{config} and {settings.data.log} fit together; {out} can be trained"]
+        )
+    )
 
 
 def run(
@@ -77,10 +82,12 @@ def run(
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
     rows = feature_rows(sharded.groups)
     reader = open_split(config, "train", rows, ranks, seed=config.train.seed)
-    validation = open_split(config, "validation", rows, ranks) if has(manifest, "validation") else None
+    validation = open_split(config, "validation", rows, ranks) if manifest.holds("validation") else None
     for problem in [*reader.skipped, *(validation.skipped if validation else [])]:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
     plan = to_tree(sharded.plan)
+    for line in unmeasured(manifest):
+        say(line)
     trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say, fingerprint, plan)
     if found.path is None and config.train.init_from:
         _start_from(trainer, config, manifest, out, say)
@@ -94,7 +101,7 @@ def run(
         _locked(folder),
     ):
         end = trainer.run(found)
-    _conclude(trainer, end, found, say)
+    _conclude(trainer, end, found, manifest, say)
 
 
 @contextmanager
@@ -105,7 +112,13 @@ def _locked(folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def _conclude(trainer: Trainer, end: Position, found: checkpoint.Found, say: Callable[[str], None]) -> None:
+def _conclude(
+    trainer: Trainer,
+    end: Position,
+    found: checkpoint.Found,
+    manifest: LogManifest,
+    say: Callable[[str], None],
+) -> None:
     """Say how training ended, and sum it up where it reached its end; collective."""
     ranks, folder = trainer.ranks, trainer.folder
     if trainer.stopped:
@@ -118,12 +131,20 @@ def _conclude(trainer: Trainer, end: Position, found: checkpoint.Found, say: Cal
         )
         return
     cpu_s = trainer.cpu_seconds()
-    from_rank_0(lambda: _summarise(folder, end, cpu_s, ranks.world_size, trainer.metrics_of_validation))
+    from_rank_0(lambda: _summarise(folder, end, cpu_s, ranks.world_size))
     say(
         f"trained {end.candidates:,} samples in {end.step:,} steps and {end.wall_s:.0f} s: "
         f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); "
         f"see {folder.path}"
     )
+    if not ranks.speaks:
+        return
+    if trainer.metrics_of_validation is not None and trainer.validation_reader is not None:
+        entries, lines = quality(trainer.metrics_of_validation, trainer.validation_reader, manifest)
+        folder.update_summary(entries)
+        for line in lines:
+            say(line)
+    say("\n".join(next_commands(folder.path, manifest)))
 
 
 def _start_from(
@@ -144,9 +165,7 @@ def _start_from(
     say("\n".join([f"weights from {path}, step {source.manifest.step:,}", *lines]))
 
 
-def _summarise(
-    folder: RunFolder, end: Position, cpu_s: float, world_size: int, validation: Metrics | None
-) -> None:
+def _summarise(folder: RunFolder, end: Position, cpu_s: float, world_size: int) -> None:
     entries = {
         "samples": end.candidates,
         "steps": end.step,
@@ -155,12 +174,7 @@ def _summarise(
         "world_size": world_size,
         "versions": versions(),
     }
-    folder.update_summary({**entries, **({"validation": validation.as_dict()} if validation else {})})
-
-
-def has(manifest: LogManifest, split: str) -> bool:
-    """Whether the log has any request in a split."""
-    return split in manifest.splits and bool(manifest.splits[split].files)
+    folder.update_summary(entries)
 
 
 def open_split(

@@ -20,7 +20,8 @@ from tests.launching import ROOT, SETTINGS, losses
 from tests.logs import Shape, random_rows, small_log, write_log
 from tests.test_reader_kill import LIMIT_S, free_port, running
 from trainer.distributed import gather_rows, process_group
-from trainer.evaluation import Scored, shared_metrics
+from trainer.evaluation import shared_metrics
+from trainer.scored import Scored
 
 WORLDS = (1, 2, 4)
 
@@ -47,7 +48,7 @@ def on_ranks(world_size: int, job: Callable[..., Any], *arguments: Any) -> list[
 
 
 def _evaluate(run: Path, _: Path) -> Any:
-    return dict(evaluate(run, "test"))
+    return evaluate(run, "test")["tasks"]["click"]
 
 
 def _train(log: Path, run: Path, sharding: str, _: Path) -> None:
@@ -68,8 +69,8 @@ def _measure(_: Path) -> Any:
         names = np.stack([user, request, np.arange(997), user, user], axis=1)
         keys = gather_rows(torch.from_numpy(names[mine])).numpy()
         assert len(floats) == len(keys) == (997 if ranks.speaks else 0 if ranks.world_size > 1 else 997)
-        scored = Scored(floats[:, :1], floats[:, 1:], *keys.T).in_order()
-        return shared_metrics(scored).as_dict()
+        scored = Scored(floats[:, :1], floats[:, 1:], *keys.T, ("click",)).in_order()
+        return shared_metrics(scored)["click"].as_dict()
 
 
 def _refuse(_: Path) -> Any:

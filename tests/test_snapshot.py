@@ -65,8 +65,8 @@ def test_limit_counts_requests(made: Path) -> None:
 
 def test_other_scores_are_an_error(made: Path) -> None:
     table = pq.read_table(made / "run" / "scores-test.parquet")
-    scores = table.column("score_0").to_numpy() + np.float32(0.01)
-    moved = table.set_column(table.schema.get_field_index("score_0"), "score_0", pa.array(scores))
+    scores = table.column("score_click").to_numpy() + np.float32(0.01)
+    moved = table.set_column(table.schema.get_field_index("score_click"), "score_click", pa.array(scores))
     pq.write_table(moved, made / "other.parquet")
     done = score(made, made / "snapshot", "--against", str(made / "other.parquet"))
     assert done.returncode == 2 and "scores differ by 0.01" in done.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,47 +13,140 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.blocks import visible_ends
+from trainer.data.blocks import with_windows
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.data.schema import read_manifest
-from trainer.metrics import auc, group_keys, grouped_auc
+from trainer.data.schema import LogManifest, read_manifest
+from trainer.label_rates import label_rates
+from trainer.metrics import calibration_metrics, first_and_all, group_keys
+from trainer.ranking import auc_influence, half_width, ranking_metrics
+from trainer.scored import Scored
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+# These are probabilities, the others only an order.
+RATES = ("mean_label", "item_rate", "user_item_rate")
 
 
-def baselines(reader: SequenceLogReader, feature: str) -> Mapping[str, Mapping[str, float]]:
-    """AUC and GAUC of scores that need no training.
+@dataclass(frozen=True)
+class Baselines:
+    """Scores that need no training, of every candidate of a split.
 
-    `popularity`: how often the candidate's item occurred before the validation period. `category_count`:
-    how often the user's own visible history holds the candidate's value of `feature`; `item_count`: how
-    often it holds the very item. None is a probability, so none has a logloss.
-
-    Args:
-        reader: of the split to score; its whole histories are used, whatever the window.
-        feature: the log feature that `category_count` counts, with one id a behavior and candidate.
+    Attributes:
+        candidates: their names and labels, in the order of `Scored.in_order`; its scores mean nothing.
+        scores: task -> baseline -> [n].
+        missing: what could not be computed, and why.
     """
-    popularity = item_counts(reader.config.log)
+
+    candidates: Scored
+    scores: Mapping[str, Mapping[str, Floats]]
+    missing: Sequence[str]
+
+    def metrics(self, scored: Scored | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+        """Task -> baseline -> metrics by the names of `trainer.metrics.Metrics`.
+
+        Args:
+            scored: a model's scores of the same candidates: then also `auc_lead`, by how much the model's
+                AUC is higher, and `auc_lead_ci`, half of its 95 % interval.
+        """
+        groups = group_keys(self.candidates.user_id, self.candidates.request_id)
+        users = group_keys(self.candidates.user_id)
+        table: dict[str, dict[str, dict[str, Any]]] = {}
+        for task, (name, found) in enumerate(self.scores.items()):
+            label = self.candidates.label[:, task]
+            model = None if scored is None else auc_influence(scored.score[:, task], label)
+            table[name] = {}
+            for baseline, score in found.items():
+                values: dict[str, Any] = {**ranking_metrics(score, label, groups, users)}
+                if baseline in RATES:
+                    values |= calibration_metrics(score, label)
+                if model is not None:
+                    value, influence = auc_influence(score, label)
+                    values["auc_lead"] = model[0] - value
+                    values["auc_lead_ci"] = half_width(model[1] - influence, users)
+                table[name][baseline] = values
+        return table
+
+
+def baselines(reader: SequenceLogReader) -> Baselines:
+    """Baselines on the reader's split, whole histories whatever the window.
+
+    `mean_label`, `item_rate`, `user_item_rate`: of the training split, for each task, see
+    `trainer.label_rates`. `popularity`: how often the candidate's item occurred before the validation period.
+    `item_count`: how often the user's own visible history holds the very item; `category_count`: the same
+    of the finest taxonomy level. These three are no probabilities, and the same for every task.
+    """
     manifest = read_manifest(reader.config.log)
-    columns = Columns.of(manifest, {name: manifest.features[name].rows for name in ("item_id", feature)})
-    parts: dict[str, list[Floats]] = {"popularity": [], "category_count": [], "item_count": []}
-    labels, keys = [], []
+    counted = {"item_count": "item_id"}
+    if manifest.taxonomy:
+        counted["category_count"] = manifest.taxonomy[-1]
+    read = _read(reader, manifest, counted)
+    label, items = read["label"], read.get("item_id")
+    order = np.lexsort((read["candidate"], read["request_id"], read["user_id"]))
+    missing, counts = [], {}
+    try:
+        if items is not None:
+            counts["popularity"] = _at(item_counts(reader.config.log), items)
+    except DataError as error:
+        missing.append(str(error))
+    counts |= {name: read[name] for name in counted if name in read}
+    rates = label_rates(reader.config, manifest, read["user_id"], items)
+    scores: dict[str, dict[str, Floats]] = {}
+    for task, name in enumerate(manifest.tasks):
+        own = {"mean_label": np.broadcast_to(rates.overall[task], label.shape[0])}
+        if items is not None:
+            own["item_rate"] = rates.by_item[:, task]
+        own["user_item_rate"] = rates.by_both[:, task]
+        scores[name] = {key: values[order] for key, values in {**own, **counts}.items()}
+    user, request, candidate = (read[name] for name in ("user_id", "request_id", "candidate"))
+    nothing, tasks = np.full(user.size, -1), tuple(manifest.tasks)
+    candidates = Scored(label, label, user, request, candidate, nothing, nothing, tasks)
+    return Baselines(candidates.part(order), scores, missing)
+
+
+def by_baseline(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """`Baselines.metrics` as files hold them: baseline -> the first task and all of them."""
+    names = next(iter(table.values()))
+    return {name: first_and_all({task: rows[name] for task, rows in table.items()}) for name in names}
+
+
+def counted_feature(manifest: LogManifest) -> str:
+    """What `category_count` counts."""
+    return manifest.taxonomy[-1] if manifest.taxonomy else "item_id"
+
+
+def _read(
+    reader: SequenceLogReader, manifest: LogManifest, counted: Mapping[str, str]
+) -> dict[str, npt.NDArray[Any]]:
+    """Names, labels and counts of all candidates; without what the log lacks."""
+    single = {name: info for name, info in manifest.features.items() if not info.multi}
+    wanted = {
+        name: single[name].rows for name in {"item_id", *counted.values()} if _of_candidates(single, name)
+    }
+    columns = replace(Columns.of(manifest, wanted), numeric=(), weighted=False)
+    parts: list[dict[str, npt.NDArray[Any]]] = []
     for place in reader.row_groups:
         rows = read_rows(place.file, place.row_group, columns)
-        parts["popularity"].append(popularity[rows.candidates["item_id"].values])
-        for name, counted in (("category_count", feature), ("item_count", "item_id")):
-            parts[name].append(_past_counts(rows, counted, reader.config.ingestion_delay))
-        labels.append(rows.labels[:, 0].astype(np.float64))
         requests = np.repeat(np.arange(rows.request_id.size), np.diff(rows.candidate_offsets))
         users = np.repeat(rows.user_id, np.diff(rows.request_offsets))
-        keys.append(np.stack([users[requests], rows.request_id[requests]], axis=1))
-    label, key = np.concatenate(labels), np.concatenate(keys)
-    groups = group_keys(key[:, 0], key[:, 1])
-    table = {}
-    for name, values in parts.items():
-        score = np.concatenate(values)
-        table[name] = {"auc": auc(score, label), "gauc": grouped_auc(score, label, groups)[0]}
-    return table
+        part: dict[str, npt.NDArray[Any]] = {
+            "user_id": users[requests],
+            "request_id": rows.request_id[requests],
+            "candidate": np.arange(requests.size) - rows.candidate_offsets[requests],
+            "label": rows.labels,
+        }
+        if "item_id" in wanted:
+            part["item_id"] = rows.candidates["item_id"].values
+        for name, feature in counted.items():
+            if feature in wanted and single[feature].of_behaviors:
+                part[name] = past_counts(rows, feature, reader.config.ingestion_delay)
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _of_candidates(single: Mapping[str, Any], name: str) -> bool:
+    return name in single and single[name].of_candidates
 
 
 def item_counts(log: Path) -> Floats:
@@ -67,16 +162,30 @@ def item_counts(log: Path) -> Floats:
     return dense
 
 
-def _past_counts(rows: UserRows, feature: str, delay: int) -> Floats:
-    history, candidates = rows.history[feature].values, rows.candidates[feature].values
-    counts = np.zeros(candidates.size)
-    for row in range(rows.user_id.size):
-        base = int(rows.history_offsets[row])
-        first, last = int(rows.request_offsets[row]), int(rows.request_offsets[row + 1])
-        for request, end in zip(range(first, last), visible_ends(rows, row, first, last, delay), strict=True):
-            part = slice(int(rows.candidate_offsets[request]), int(rows.candidate_offsets[request + 1]))
-            values, found = np.unique(history[base : base + int(end)], return_counts=True)
-            place = np.searchsorted(values, candidates[part]).clip(max=max(values.size - 1, 0))
-            if values.size:
-                counts[part] = np.where(values[place] == candidates[part], found[place], 0)
-    return counts
+def _at(counts: Floats, ids: Ints) -> Floats:
+    """Counts of ids; 0 of those beyond the vocabulary."""
+    inside = ids < counts.size
+    return np.where(inside, counts[np.where(inside, ids, 0)], 0.0)
+
+
+def past_counts(rows: UserRows, feature: str, delay: int) -> Floats:
+    """How often each candidate's id of `feature` is among the behaviors that its request sees."""
+    behavior, candidate = rows.history[feature].values, rows.candidates[feature].values
+    if not behavior.size or not candidate.size:
+        return np.zeros(candidate.size)
+    ends = with_windows(rows, 0, delay).requests[4]
+    requests = np.repeat(np.arange(ends.size), np.diff(rows.candidate_offsets))
+    row = np.repeat(np.arange(rows.user_id.size), np.diff(rows.request_offsets))[requests]
+    # One number for each pair of row and id; positions of equal pairs ascend.
+    rows_of_ids = int(max(behavior.max(), candidate.max())) + 1
+    lengths = np.diff(rows.history_offsets)
+    pairs, of_behavior = np.unique(
+        np.repeat(np.arange(lengths.size), lengths) * rows_of_ids + behavior, return_inverse=True
+    )
+    wanted = row * rows_of_ids + candidate
+    at = np.searchsorted(pairs, wanted).clip(max=pairs.size - 1)
+    step = behavior.size + 1
+    places = np.sort(of_behavior * step + np.arange(behavior.size))
+    first = np.searchsorted(places, at * step)
+    found = np.searchsorted(places, at * step + ends[requests]) - first
+    return np.where(pairs[at] == wanted, found, 0).astype(np.float64)

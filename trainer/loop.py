@@ -20,7 +20,7 @@ from trainer.config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.distributed import Ranks, naming_the_lost, sum_over_ranks
 from trainer.evaluation import score_split, shared_metrics
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, first_and_all, one_line
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.progress import Progress
@@ -85,7 +85,7 @@ class Trainer:
         step = TrainStep(config, model, self.optimizer, ranks.world_size, Guard(ranks, folder.path))
         self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
         self.at = Position()
-        self.metrics_of_validation: Metrics | None = None
+        self.metrics_of_validation: dict[str, Metrics] | None = None  # of every task
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
@@ -198,11 +198,9 @@ class Trainer:
         with self.pipeline.paused():
             metrics = shared_metrics(score_split(self.model, self.validation_reader, self.ranks.device))
         self.metrics_of_validation, self.at.validated = metrics, self.at.step
-        self.log.write(self.at.step, "validation", metrics.as_dict())
-        self.say(
-            f"validation after step {self.at.step}: AUC {metrics.auc:.4f}  GAUC {metrics.gauc:.4f}  "
-            f"logloss {metrics.logloss:.4f}  PCOC {metrics.pcoc:.3f}"
-        )
+        entry = first_and_all({task: found.as_dict() for task, found in metrics.items()})
+        self.log.write(self.at.step, "validation", entry)
+        self.say(f"validation after step {self.at.step}: {one_line(metrics)}")
         self.meter.clock.restart()
 
     def _progress(self) -> float:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from embeddings.errors import DataError
+from trainer.ranking import auc, checked, grouped_auc, ranking_metrics
+
+__all__ = [
+    "Metrics",
+    "auc",
+    "calibration_error",
+    "calibration_metrics",
+    "first_and_all",
+    "group_keys",
+    "grouped_auc",
+    "logloss",
+    "measure",
+    "number",
+    "one_line",
+]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -15,111 +33,158 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of one split and task.
+    """Metrics of one split and task; NaN where a metric has no meaning. docs/evaluation.md defines them.
 
     Attributes:
         auc: area under the ROC curve, ties counted half; NaN with one class only.
-        gauc: mean AUC of the groups that hold both classes, weighted by their candidates.
+        gauc: mean AUC of the requests that hold both classes, weighted by their candidates.
+        auc_ci, gauc_ci: half of their 95 % intervals; users are independent, their requests are not.
+        gauc_user: the same as gauc over users instead of requests.
+        hr_K, ndcg_K: hit rate and NDCG of the best K of a request, over requests with both classes.
         logloss: mean binary cross entropy in nats.
-        ne: logloss over the entropy of the mean label (normalised entropy).
+        ne: logloss over the entropy of the mean label (normalised entropy); NaN with one class only.
         pcoc: sum of predictions over sum of labels; 1 is calibrated.
         ece: mean |prediction - label| over 20 equally full bins (expected calibration error).
-        samples, positives, groups: what was counted; groups with both classes only.
+        rate: the mean label.
+        samples, positives, requests: what was counted; positives have a label above 0.5.
+        groups, users: requests and users with both classes.
     """
 
     auc: float
+    auc_ci: float
     gauc: float
+    gauc_ci: float
+    gauc_user: float
+    hr_1: float
+    hr_5: float
+    hr_10: float
+    ndcg_5: float
+    ndcg_10: float
     logloss: float
     ne: float
     pcoc: float
     ece: float
+    rate: float
     samples: int
     positives: int
+    requests: int
     groups: int
+    users: int
 
     def as_dict(self) -> dict[str, float | int]:
         return asdict(self)
 
 
-def measure(scores: Floats, labels: Floats, groups: Ints) -> Metrics:
+def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: Ints | None = None) -> Metrics:
     """Metrics of predicted probabilities.
 
     Args:
-        scores: [n] probabilities in [0, 1]; labels: [n] of 0 and 1; groups: [n] grouping key of GAUC.
+        scores: [n] probabilities; labels: [n] of 0 and 1, or probabilities too.
             Sample weights do not enter: every candidate counts once.
+        groups: [n] the request of each, numbered from 0; users: [n] its user, likewise. Without users
+            every request counts as a user's only one.
 
     Raises:
-        DataError: a score is not finite.
+        DataError: unequal lengths, a score that is not finite or no probability, or a label outside 0 to 1.
     """
-    if not np.isfinite(scores).all():
-        raise DataError(
-            f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are NaN or infinite; the model "
-            "diverged, train again with lower learning rates"
-        )
-    gauc, counted = grouped_auc(scores, labels, groups)
-    loss, rate = logloss(scores, labels), float(labels.mean())
-    entropy = logloss(np.full_like(labels, rate), labels)
-    return Metrics(
-        auc=auc(scores, labels),
-        gauc=gauc,
-        logloss=loss,
-        ne=loss / entropy if entropy > 0 else float("nan"),
-        pcoc=float(scores.sum() / labels.sum()) if labels.any() else float("nan"),
-        ece=calibration_error(scores, labels),
-        samples=int(labels.size),
-        positives=int(labels.sum()),
-        groups=counted,
-    )
+    users = groups if users is None else users
+    p, y = checked(scores, labels, groups, users)
+    ranked: Mapping[str, Any] = ranking_metrics(p, y, groups, users)
+    calibrated: Mapping[str, Any] = calibration_metrics(p, y)
+    counts: Mapping[str, Any] = {
+        "samples": int(y.size),
+        "positives": int((y > 0.5).sum()),
+        "requests": int(np.unique(groups).size),
+    }
+    return Metrics(**ranked, **calibrated, **counts)
 
 
-def auc(scores: Floats, labels: Floats) -> float:
-    """Area under the ROC curve by ranks; tied scores share their mean rank."""
-    value, _ = grouped_auc(scores, labels, np.zeros(labels.size, dtype=np.int64))
-    return value
+def calibration_metrics(scores: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
+    """Everything that needs probabilities, by the names of `Metrics`."""
+    p, y = _probabilities(scores, labels)
+    rate = float(y.mean()) if y.size else math.nan
+    loss, entropy = logloss(p, y), _entropy(rate)
+    return {
+        "logloss": loss,
+        "ne": loss / entropy if entropy > 0 else math.nan,
+        "pcoc": float(p.sum() / y.sum()) if y.any() else math.nan,
+        "ece": calibration_error(p, y),
+        "rate": rate,
+    }
 
 
-def grouped_auc(scores: Floats, labels: Floats, groups: Ints) -> tuple[float, int]:
-    """-> (mean AUC of groups with both classes, weighted by size; how many such groups)."""
-    if labels.size == 0:
-        return float("nan"), 0
-    order = np.lexsort((scores, groups))
-    scores, labels, groups = scores[order], labels[order], groups[order]
-    new_group = np.r_[True, groups[1:] != groups[:-1]]
-    group_start = np.nonzero(new_group)[0]
-    group = np.cumsum(new_group) - 1
-    new_tie = new_group | np.r_[True, scores[1:] != scores[:-1]]
-    tie_start = np.nonzero(new_tie)[0]
-    tie_size = np.diff(np.r_[tie_start, scores.size])
-    mean_rank = (tie_start + (tie_size - 1) / 2 + 1)[np.cumsum(new_tie) - 1] - group_start[group]
-    sizes = np.diff(np.r_[group_start, scores.size]).astype(np.float64)
-    positives = np.add.reduceat(labels, group_start)
-    rank_sum = np.add.reduceat(mean_rank * labels, group_start)
-    both = (positives > 0) & (positives < sizes)
-    if not both.any():
-        return float("nan"), 0
-    p, n = positives[both], sizes[both] - positives[both]
-    values = (rank_sum[both] - p * (p + 1) / 2) / (p * n)
-    return float(np.average(values, weights=sizes[both])), int(both.sum())
-
-
-def logloss(scores: Floats, labels: Floats) -> float:
+def logloss(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """Mean binary cross entropy in nats; probabilities are kept 1e-7 away from 0 and 1."""
-    p = scores.clip(1e-7, 1 - 1e-7)
-    return float(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean())
+    p, y = _probabilities(scores, labels)
+    if not y.size:
+        return math.nan
+    p = p.clip(1e-7, 1 - 1e-7)
+    return float(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean())
 
 
-def calibration_error(scores: Floats, labels: Floats, bins: int = 20) -> float:
-    """Expected calibration error over equally full bins of score."""
-    order = np.argsort(scores, kind="stable")
-    gaps = [
-        abs(float(scores[part].mean() - labels[part].mean())) * part.size
-        for part in np.array_split(order, bins)
-        if part.size
+def calibration_error(scores: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 20) -> float:
+    """Expected calibration error over equally full bins of score; equal scores share a bin.
+
+    The middle of the places that equal scores take decides on their bin, so that the order of the
+    candidates does not matter.
+    """
+    p, y = _probabilities(scores, labels)
+    if not y.size:
+        return math.nan
+    order = np.argsort(p, kind="stable")
+    new = np.r_[True, np.diff(p[order]) != 0]
+    starts = np.nonzero(new)[0]
+    ends = np.r_[starts[1:], p.size]
+    bin_of_tie = (starts + ends) * bins // (2 * p.size)
+    gaps = np.bincount(bin_of_tie[np.cumsum(new) - 1], weights=(p - y)[order])
+    return float(np.abs(gaps).sum()) / p.size
+
+
+def _entropy(rate: float) -> float:
+    """Of a label with this mean, in nats; 0 where there is one class only."""
+    if not 0 < rate < 1:
+        return 0.0
+    return -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+
+
+def _probabilities(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Floats]:
+    p, y = checked(scores, labels)
+    if p.size and not (p.min() >= 0 and p.max() <= 1):
+        raise DataError(f"scores lie in {p.min():g} to {p.max():g}: they must be probabilities")
+    return p, y
+
+
+def group_keys(*names: Ints) -> Ints:
+    """One number from 0 for each different tuple of names (of user and request, say), in their order."""
+    order = np.lexsort(names[::-1])
+    new = np.zeros(order.size, dtype=np.bool_)
+    for name in names:
+        ordered = np.asarray(name)[order]
+        new[1:] |= ordered[1:] != ordered[:-1]
+    keys = np.empty(order.size, dtype=np.int64)
+    keys[order] = np.cumsum(new)
+    return keys
+
+
+def first_and_all(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The values of the first task, and under `tasks` those of every task by its name.
+
+    Files hold metrics in this form wherever they hold any.
+    """
+    return {**next(iter(by_task.values())), "tasks": {task: dict(values) for task, values in by_task.items()}}
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A dash stands for a metric that has no meaning here."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def one_line(metrics: Mapping[str, Metrics]) -> str:
+    """All tasks of one validation; names are said only where there are several."""
+    several = len(metrics) > 1
+    parts = [
+        f"{f'{task}: ' if several else ''}AUC {number(m.auc)}  GAUC {number(m.gauc)}  "
+        f"logloss {number(m.logloss)}  PCOC {number(m.pcoc, 3)}"
+        for task, m in metrics.items()
     ]
-    return sum(gaps) / max(1, scores.size)
-
-
-def group_keys(user_id: Ints, request_id: Ints) -> Ints:
-    """One key a request, from the names of user and request."""
-    _, keys = np.unique(np.stack([user_id, request_id], axis=1), axis=0, return_inverse=True)
-    return keys.reshape(-1).astype(np.int64)
+    return "; ".join(parts)

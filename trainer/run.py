@@ -129,14 +129,22 @@ class MetricsLog:
             self._file.close()
             self._board.close()
 
-    def write(self, step: int, split: str, values: Mapping[str, float | int]) -> None:
-        """One line: step, split and the values in full precision."""
+    def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        """One line: step, split and the values in full precision.
+
+        Values may hold those of every task under `tasks`; on the board they are `SPLIT/TASK/NAME`, where
+        there are several tasks.
+        """
         if self._file is None or self._board is None:
             return
         with naming(self._file.name):
             self._file.write(json.dumps(jsonable({"step": step, "split": split, **values})) + "\n")
             self._file.flush()
-        for name, value in values.items():
+        tasks: Mapping[str, Mapping[str, float]] = values.get("tasks", {})
+        named = {name: value for name, value in values.items() if name != "tasks"}
+        if len(tasks) > 1:
+            named |= {f"{task}/{name}": value for task, own in tasks.items() for name, value in own.items()}
+        for name, value in named.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
 

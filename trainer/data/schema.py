@@ -20,7 +20,7 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 
-from embeddings.errors import DataError
+from embeddings.errors import ConfigError, DataError
 from trainer.data.clusters import ClusterInfo
 from trainer.durable import file_digest
 from trainer.names import FileName, InnerPath
@@ -100,6 +100,18 @@ class LogManifest(Settings):
     splits: dict[FileName, SplitInfo]
     ingest: dict[str, Any]
     report: dict[str, Any]
+
+    def holds(self, split: str) -> bool:
+        """Whether the log has any request in a split."""
+        return split in self.splits and bool(self.splits[split].files)
+
+    def require(self, split: str) -> None:
+        """Raises ConfigError where the log has no request in a split."""
+        if not self.holds(split):
+            full = ", ".join(name for name in self.splits if self.holds(name)) or "no split"
+            raise ConfigError(
+                f"--split {split}: the log has requests in {full}; [split] of its ingest config decides"
+            )
 
     @model_validator(mode="after")
     def _taxonomy_is_known(self) -> LogManifest:

@@ -67,7 +67,7 @@ class PlantedSplit:
     def truth(self, split: str) -> pa.Table:
         """One row a candidate: split, user_id, request_id, candidate (its place in the request), probability.
 
-        The keys are those of the scores that `trainer.evaluation.write_scores` keeps.
+        The keys are those of the scores that `trainer.scored.write_scores` keeps.
         """
         user, request, place = self._keys()
         return pa.table(
@@ -83,8 +83,8 @@ class PlantedSplit:
     def oracle(self) -> Metrics:
         """What scoring with the true probabilities achieves; no model does better but by chance."""
         user, request, _ = self._keys()
-        labels = self.labels.reshape(-1).astype(np.float64)
-        return measure(self.probability.reshape(-1), labels, group_keys(user, request))
+        groups, users = group_keys(user, request), group_keys(user)
+        return measure(self.probability.reshape(-1), self.labels.reshape(-1), groups, users)
 
     def _keys(self) -> tuple[Ints, Ints, Ints]:
         shape = self.probability.shape

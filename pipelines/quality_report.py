@@ -1,0 +1,162 @@
+"""What a person reads of metrics: tables, and plain sentences about what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipelines.console import table_lines
+from trainer.metrics import Metrics, number
+from trainer.ranking import RANKS
+
+# Baseline -> its numbers; of one task.
+Table = Mapping[str, Mapping[str, Any]]
+
+_MODEL = "trained model"
+_REMEDY = (
+    "what may help: more steps (train.epochs, train.max_steps), other learning rates (train.learning_rate, "
+    "groups.NAME.learning_rate), a shorter warm-up"
+)
+# A model is compared with baselines by these, and by whether more is better.
+_COMPARED = {"auc": ("AUC", 1), "gauc": ("GAUC", 1), "logloss": ("logloss", -1)}
+# PCOC outside of this is worth a sentence, if the split has enough positives to tell.
+_CALIBRATED = (0.8, 1.25)
+
+
+def title(baseline: str, feature: str) -> str:
+    """A baseline in words; `feature` is what `category_count` counts."""
+    words = {
+        "mean_label": "mean label",
+        "item_rate": "item rate",
+        "user_item_rate": "user + item rate",
+        "popularity": "item popularity",
+        "item_count": "own past count of item_id",
+        "category_count": f"own past count of {feature}",
+    }
+    return words[baseline]
+
+
+def with_interval(value: float, half: float) -> str:
+    """`0.7312 ± 0.0040`."""
+    return number(value) if math.isnan(value) or not half > 0 else f"{number(value)} ± {number(half)}"
+
+
+def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[str]:
+    """The model of one task beside its baselines, and by how much it leads the best of them."""
+    k = shown_rank(metrics)
+    names = ["gauc", "gauc_user", f"hr_{k}", *([f"ndcg_{k}"] if k > 1 else []), *_PROBABLE]
+    head = [task, "AUC", "GAUC", "user GAUC", f"HR@{k}", *([f"NDCG@{k}"] if k > 1 else [])]
+    entries = {_MODEL: metrics.as_dict(), **{title(name, feature): row for name, row in table.items()}}
+    rows = [
+        [
+            name,
+            with_interval(row["auc"], row["auc_ci"]),
+            *(number(row[each]) if each in row else "-" for each in names),
+        ]
+        for name, row in entries.items()
+    ]
+    lines = table_lines([*head, "logloss", "NE", "PCOC", "ECE"], rows)
+    return [*lines, *_counts(metrics), *_lead(metrics, table, feature)]
+
+
+_PROBABLE = ("logloss", "ne", "pcoc", "ece")
+
+
+def shown_rank(metrics: Metrics) -> int:
+    """The k of HR@k that a table shows: the largest below the mean number of candidates in a request."""
+    mean = metrics.samples / metrics.requests if metrics.requests else 0
+    return max(k for k in RANKS if k == RANKS[0] or k < mean)
+
+
+def _counts(metrics: Metrics) -> Iterator[str]:
+    share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
+    yield (
+        f"{share}; GAUC, HR and NDCG over the {metrics.groups:,} requests with both classes, "
+        f"user GAUC over {metrics.users:,} users"
+    )
+
+
+def _lead(metrics: Metrics, table: Table, feature: str) -> Iterator[str]:
+    found = _best(table, "auc", 1)
+    if found is None or math.isnan(metrics.auc) or "auc_lead" not in table[found]:
+        return
+    row = table[found]
+    half = f" ± {number(row['auc_lead_ci'])}" if not math.isnan(row["auc_lead_ci"]) else ""
+    yield f"AUC of the trained model less that of {title(found, feature)}: {row['auc_lead']:+.4f}{half}"
+
+
+def slices_table(task: str, slices: Mapping[str, Metrics]) -> list[str]:
+    """Metrics by how many behaviors a request saw."""
+    head = [f"{task}, by behaviors seen", "candidates", "positive", "AUC", "GAUC", "logloss", "PCOC"]
+    rows = [
+        [
+            name,
+            f"{part.samples:,}",
+            f"{part.positives:,}",
+            *map(number, (part.auc, part.gauc, part.logloss, part.pcoc)),
+        ]
+        for name, part in slices.items()
+    ]
+    return table_lines(head, rows)
+
+
+def remarks(
+    split: str, metrics: Mapping[str, Metrics], tables: Mapping[str, Table], feature: str
+) -> list[str]:
+    """Plain sentences: what is empty and why, baselines that beat the model, predictions out of scale."""
+    wrong = [
+        f"{split}, {task}: {words}"
+        for task, found in metrics.items()
+        for words in [*_lost(found, tables[task], feature), *_scale(found)]
+    ]
+    return [*_empty(split, metrics), *wrong, *([_REMEDY] if wrong else [])]
+
+
+def _empty(split: str, metrics: Mapping[str, Metrics]) -> Iterator[str]:
+    """Each reason once, with the tasks that it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for task, found in metrics.items():
+        if math.isnan(found.auc):
+            reason = f"AUC, GAUC, HR, NDCG and NE are empty, since all labels are {found.rate:g}"
+        elif not found.groups:
+            reason = "GAUC, HR and NDCG are empty, since no request holds both classes"
+        else:
+            continue
+        reasons.setdefault(reason, []).append(task)
+    for reason, tasks in reasons.items():
+        yield f"{split}, {' and '.join(tasks)}: {reason}"
+    if any(math.isnan(found.auc_ci) > math.isnan(found.auc) for found in metrics.values()):
+        yield f"{split}: AUC has no interval (±), since there is a single user"
+
+
+def _best(table: Table, metric: str, sign: int) -> str | None:
+    known = {name: row[metric] for name, row in table.items() if not math.isnan(row.get(metric, math.nan))}
+    return max(known, key=lambda name: sign * known[name]) if known else None
+
+
+def _lost(metrics: Metrics, table: Table, feature: str) -> Iterator[str]:
+    """One sentence for each baseline that is the best one by some metric, and better than the model."""
+    lost: dict[str, list[str]] = {}
+    for metric, (word, sign) in _COMPARED.items():
+        best, own = _best(table, metric, sign), metrics.as_dict()[metric]
+        if best is None or not sign * own < sign * table[best][metric]:
+            continue
+        half = table[best].get("auc_lead_ci", math.nan) if metric == "auc" else math.nan
+        far = "" if math.isnan(half) else f" ({table[best]['auc_lead']:+.4f} ± {half:.4f})"
+        lost.setdefault(best, []).append(f"{word} {own:.4f} against {table[best][metric]:.4f}{far}")
+    for best, parts in lost.items():
+        yield f"the trained model loses to `{title(best, feature)}`: {', '.join(parts)}"
+
+
+def _scale(metrics: Metrics) -> Iterator[str]:
+    pcoc, low, high = metrics.pcoc, *_CALIBRATED
+    # Three standard errors of a count: what chance alone may do to few positives is no remark.
+    chance = 3 / math.sqrt(max(metrics.rate * metrics.samples, 1)) if metrics.samples else math.inf
+    if not low <= pcoc <= high and abs(pcoc - 1) > chance:
+        yield f"PCOC is {pcoc:.3g}: the predictions add up to {pcoc:.3g} times the labels"
+
+
+def without(problems: Sequence[str]) -> list[str]:
+    """What baselines are missing."""
+    return [f"left out: {problem}" for problem in problems]

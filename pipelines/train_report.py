@@ -1,0 +1,55 @@
+"""The last lines of `tandemrec train`: how good the model is beside baselines, and what comes next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from embeddings.errors import TandemError
+from pipelines.quality_report import remarks, without
+from trainer.baselines import baselines, by_baseline, counted_feature
+from trainer.data.reader import SequenceLogReader
+from trainer.data.schema import LogManifest
+from trainer.metrics import Metrics, first_and_all
+
+_SPLITS = ("test", "validation")
+
+
+def unmeasured(manifest: LogManifest) -> list[str]:
+    """What is said before training of splits that no request fell into."""
+    empty = [split for split in _SPLITS if not manifest.holds(split)]
+    lines = []
+    if empty:
+        names = " and no ".join(empty)
+        lines.append(f"this log has no {names} requests; [split] of its ingest config decides")
+    if "validation" in empty:
+        lines.append("nothing is measured during training, so nothing will say whether the model is any good")
+    return lines
+
+
+def quality(
+    metrics: Mapping[str, Metrics], validation: SequenceLogReader, manifest: LogManifest
+) -> tuple[dict[str, Any], list[str]]:
+    """The newest validation beside its baselines: entries of summary.json, and plain sentences.
+
+    Training is over and saved by then: a baseline that cannot be computed is said, and is no failure.
+    """
+    entries: dict[str, Any] = {
+        "validation": first_and_all({task: found.as_dict() for task, found in metrics.items()})
+    }
+    try:
+        beside = baselines(validation)
+    except TandemError as error:
+        return entries, [f"no baselines beside the validation: {error}"]
+    table, feature = beside.metrics(), counted_feature(manifest)
+    entries["baselines_validation"] = by_baseline(table)
+    return entries, [*without(beside.missing), *remarks("validation", metrics, table, feature)]
+
+
+def next_commands(run: Path, manifest: LogManifest) -> list[str]:
+    """Where the curves are, and the command that measures the run."""
+    folder, split = shlex.quote(str(run)), next(filter(manifest.holds, _SPLITS), "train")
+    other = "" if split == "test" else f" --split {split}"
+    return [f"curves: tensorboard --logdir {folder}", f"next:   tandemrec evaluate --run {folder}{other}"]

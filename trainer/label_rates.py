@@ -1,0 +1,126 @@
+"""Mean labels of the training split, by user and by item: what a model without any history would know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embeddings.errors import DataError
+from trainer.data.files import RowGroup, check_files
+from trainer.data.row_group import GroupColumns, read_group
+from trainer.data.schema import LogManifest
+from trainer.sections import DataConfig
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+# Candidates of the mean label that are added to those of every user and item.
+STRENGTH = 10.0
+
+
+@dataclass(frozen=True)
+class LabelRates:
+    """Mean labels of T tasks, for n candidates of another split.
+
+    Attributes:
+        overall: [T]; by_user, by_item: [n, T], drawn towards `overall` (by_item is that where a log has no
+            items).
+    """
+
+    overall: Floats
+    by_user: Floats
+    by_item: Floats
+
+    @property
+    def by_both(self) -> Floats:
+        """Sum of what user and item each differ from the mean, as a probability."""
+        return np.clip(self.by_user + self.by_item - self.overall, 0, 1)
+
+
+def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: Ints | None) -> LabelRates:
+    """Rates of the training split for candidates of these users and items; one pass over it.
+
+    Memory follows the candidates asked for, whatever the size of the training split.
+
+    Args:
+        users: [n]; items: [n] ids, None where candidates have none.
+
+    Raises:
+        DataError: the training split is empty, missing or malformed.
+    """
+    kinds = {"user": _Sums(users, len(manifest.tasks))}
+    if items is not None:
+        kinds["item"] = _Sums(items, len(manifest.tasks))
+    total, count = np.zeros(len(manifest.tasks)), 0
+    for user, item, label in _candidates(config, manifest, items is not None):
+        total, count = total + label.sum(axis=0, dtype=np.float64), count + label.shape[0]
+        kinds["user"].add(user, label)
+        if item is not None:
+            kinds["item"].add(item, label)
+    if not count:
+        raise DataError("the training split has no candidates", file=config.log)
+    overall = total / count
+    by_user = kinds["user"].rates(overall)
+    by_item = kinds["item"].rates(overall) if items is not None else np.broadcast_to(overall, by_user.shape)
+    return LabelRates(overall, by_user, by_item)
+
+
+class _Sums:
+    """Labels summed by key, of the keys that somebody asks for."""
+
+    def __init__(self, asked: Ints, tasks: int) -> None:
+        self.keys, self.place = np.unique(asked, return_inverse=True)
+        self.labels, self.counts = np.zeros((self.keys.size, tasks)), np.zeros(self.keys.size)
+
+    def add(self, keys: Ints, labels: npt.NDArray[np.float32]) -> None:
+        if not self.keys.size:
+            return
+        at = np.searchsorted(self.keys, keys).clip(max=self.keys.size - 1)
+        known = self.keys[at] == keys
+        at, labels = at[known], labels[known]
+        self.counts += np.bincount(at, minlength=self.keys.size)
+        for task in range(labels.shape[1]):
+            self.labels[:, task] += np.bincount(at, weights=labels[:, task], minlength=self.keys.size)
+
+    def rates(self, overall: Floats) -> Floats:
+        """[asked, tasks], smoothed."""
+        found: Floats = (self.labels + STRENGTH * overall) / (self.counts[:, None] + STRENGTH)
+        return found[self.place]
+
+
+def _candidates(
+    config: DataConfig, manifest: LogManifest, with_items: bool
+) -> Iterator[tuple[Ints, Ints | None, npt.NDArray[np.float32]]]:
+    """(user, item, labels) of the candidates of every row group of the training split."""
+    for place in check_files(config.log, manifest, "train", None):
+        try:
+            yield _row_group(place, manifest, with_items)
+        except DataError:
+            # Training left it out too, and named it.
+            if config.on_bad != "skip":
+                raise
+
+
+def _row_group(
+    place: RowGroup, manifest: LogManifest, with_items: bool
+) -> tuple[Ints, Ints | None, npt.NDArray[np.float32]]:
+    labels = [f"label_{task}" for task in manifest.tasks]
+    items = ["candidate_item_id"] if with_items else []
+    names = ["user_id", "num_candidates", *items, *labels]
+    group = read_group(place.file, place.row_group, names, None)
+    users = np.repeat(group.ints("user_id"), group.ints("num_candidates"))
+    found = np.stack([_of_candidates(group, name, np.float32, users.size) for name in labels], axis=1)
+    item = _of_candidates(group, "candidate_item_id", np.int64, users.size) if with_items else None
+    return users, item, found
+
+
+def _of_candidates(group: GroupColumns, name: str, dtype: type, count: int) -> npt.NDArray:  # type: ignore[type-arg]
+    _, requests = group.lists(name)
+    _, values = group.unnest(requests, name)
+    found = group.flat(values, name, dtype)
+    if found.size != count:
+        raise group.fail(f"has {found.size} values for {count} candidates", name)
+    return found

@@ -1,0 +1,163 @@
+"""Candidates with their scores: metrics, slices, and the Parquet file that keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embeddings.errors import DataError
+from trainer.durable import replacing
+from trainer.metrics import Metrics, group_keys, measure
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+KEYS = ("user_id", "request_id", "candidate", "item_id", "history")
+HISTORY_EDGES = (0, 1, 10, 50, 200, 1000, 5000)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Candidates with their scores.
+
+    Attributes:
+        score, label: float32 [n, T], probabilities and labels.
+        user_id, request_id, candidate: int64 [n]; `candidate` counts within its request.
+        item_id: int64 [n], the candidate's id in the log's vocabulary; -1 where the log has no such feature.
+        history: int64 [n], behaviors that the request saw, at most L.
+        tasks: names of the T tasks; numbers where nothing is known of them.
+    """
+
+    score: Floats
+    label: Floats
+    user_id: Ints
+    request_id: Ints
+    candidate: Ints
+    item_id: Ints
+    history: Ints
+    tasks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            object.__setattr__(self, "tasks", _numbered(self.score.shape[1]))
+
+    @property
+    def requests(self) -> int:
+        return int(group_keys(self.user_id, self.request_id).max(initial=-1)) + 1
+
+    @property
+    def users(self) -> int:
+        return int(group_keys(self.user_id).max(initial=-1)) + 1
+
+    def metrics(self, task: int = 0) -> Metrics:
+        """Of one task."""
+        return self._measure([task])[self.tasks[task]]
+
+    def all_metrics(self) -> dict[str, Metrics]:
+        """Of every task, by its name."""
+        return self._measure(range(len(self.tasks)))
+
+    def _measure(self, tasks: Sequence[int]) -> dict[str, Metrics]:
+        groups, users = group_keys(self.user_id, self.request_id), group_keys(self.user_id)
+        return {
+            self.tasks[task]: measure(self.score[:, task], self.label[:, task], groups, users)
+            for task in tasks
+        }
+
+    def by_history(self, edges: Sequence[int] = HISTORY_EDGES, task: int = 0) -> dict[str, Metrics]:
+        """Metrics of slices by the length of the history, [edge, next edge); empty slices are left out."""
+        slices = {}
+        for low, high in zip(edges, [*edges[1:], None], strict=True):
+            inside = (self.history >= low) & (self.history < high if high is not None else True)
+            if inside.any():
+                last = "or more" if high is None else f"to {high - 1:,}"
+                name = f"{low:,}" if high == low + 1 else f"{low:,} {last}"
+                slices[name] = self.part(inside).metrics(task)
+        return slices
+
+    def in_order(self) -> Scored:
+        """The same candidates by user, request and place in the request: sums over them round alike."""
+        return self.part(np.lexsort((self.candidate, self.request_id, self.user_id)))
+
+    def part(self, chosen: npt.NDArray[np.bool_] | Ints) -> Scored:
+        """Only the chosen candidates, by a mask or by their places."""
+        parts = {name: getattr(self, name)[chosen] for name in ("score", "label", *KEYS)}
+        return replace(self, **parts)
+
+
+def write_scores(scored: Scored, path: Path) -> None:
+    """One Parquet row a candidate: its names, and `score_<task>` and `label_<task>` of every task."""
+    columns: dict[str, npt.NDArray[np.generic]] = {name: getattr(scored, name) for name in KEYS}
+    for place, task in enumerate(scored.tasks):
+        columns[f"score_{task}"] = scored.score[:, place]
+        columns[f"label_{task}"] = scored.label[:, place]
+    with replacing(path) as part:
+        pq.write_table(pa.table(columns), part, compression="zstd", write_page_checksum=True)
+
+
+def read_scores(path: Path) -> Scored:
+    """What `write_scores` wrote; files of earlier versions too, whose tasks are numbers.
+
+    Raises:
+        DataError: missing or not such a file.
+    """
+    what = "holds no scores of `tandemrec evaluate`"
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        tasks = [name.removeprefix("score_") for name in table.column_names if name.startswith("score_")]
+        score = [table.column(f"score_{task}").to_numpy() for task in tasks]
+        label = [table.column(f"label_{task}").to_numpy() for task in tasks]
+        keys = [table.column(name).to_numpy() for name in KEYS]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise DataError(f"{what}: {error}", file=path) from None
+    if not tasks:
+        raise DataError(f"{what}: no column is called score_<task>", file=path)
+    user, request, candidate, item, history = keys
+    score_NT, label_NT = np.stack(score, axis=1), np.stack(label, axis=1)
+    return Scored(score_NT, label_NT, user, request, candidate, item, history, tuple(tasks))
+
+
+def compare_scores(some: Scored, all_scores: Scored) -> tuple[float, float]:
+    """Find every candidate of `some` in `all_scores`.
+
+    Tasks are compared by name, or by place where one side has numbers only.
+
+    Returns:
+        The largest absolute difference (infinite if a candidate is missing), and the share of candidates
+        whose scores are bit-equal.
+
+    Raises:
+        DataError: the tasks are not the same.
+    """
+    score = all_scores.score[:, _same_tasks(some.tasks, all_scores.tasks)]
+    place = {key: i for i, key in enumerate(_keys(all_scores))}
+    found = np.array([place.get(key, -1) for key in _keys(some)])
+    if found.size == 0 or (found < 0).any():
+        return float("inf"), 0.0
+    other = score[found]
+    return float(np.abs(some.score - other).max()), float((some.score == other).all(axis=1).mean())
+
+
+def _same_tasks(wanted: Sequence[str], found: Sequence[str]) -> list[int]:
+    """Where the wanted tasks are among those found."""
+    if sorted(wanted) == sorted(found):
+        return [found.index(task) for task in wanted]
+    numbered = _numbered(len(wanted))
+    if len(wanted) == len(found) and numbered in (tuple(wanted), tuple(found)):
+        return list(range(len(found)))
+    raise DataError(f"scores of {', '.join(found)} cannot be compared with those of {', '.join(wanted)}")
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
+
+
+def _keys(scored: Scored) -> list[tuple[int, int, int]]:
+    return list(
+        zip(scored.user_id.tolist(), scored.request_id.tolist(), scored.candidate.tolist(), strict=True)
+    )
