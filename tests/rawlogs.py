@@ -206,12 +206,13 @@ class Log:
                 found[row["user_id"], request] = one
         return found
 
-    def attribute(self, item: int, name: str) -> Any:
-        """Of the item's latest event; with ties, of the largest attributes."""
-        having = [event for event in self.events if event["item_id"] == item]
-        missing: Any = [] if name == "tags" else 0
-        latest = max(having, key=lambda e: (e["timestamp"], e["category_id"], e["tags"]), default=None)
-        return latest[name] if latest else missing
+    def attribute(self, item: int, name: str, time: int) -> Any:
+        """The item's one value, or the last known one before `time`; of a second the largest."""
+        having = [event for event in self.events if event["item_id"] == item and event[name]]
+        if having and all(event[name] == having[0][name] for event in having):
+            return having[0][name]
+        past = [(event["timestamp"], event[name]) for event in having if event["timestamp"] < time]
+        return max(past)[1] if past else [] if name == "tags" else 0
 
     def check_histories(self) -> None:
         for (user, _), request in self.requests().items():
@@ -227,10 +228,11 @@ class Log:
             assert times[-1] == last
             cities = [event["context_city"] for event in past if event["timestamp"] == last]
             assert request["context_city"] == max(cities)
+            time = request["request_timestamp"]
             for place, item in enumerate(request["candidate_item_id"]):
                 # An unknown item is one of several: tests of vocabularies look at their attributes.
                 for name in ("category_id", "tags") if item else ():
-                    assert request[f"candidate_{name}"][place] == self.attribute(item, name)
+                    assert request[f"candidate_{name}"][place] == self.attribute(item, name, time)
 
 
 def frozen(behavior: tuple[Any, ...]) -> tuple[Any, ...]:
