@@ -42,17 +42,22 @@ def write(path: Path, rows: Sequence[Row], names: Sequence[str] = EVENT) -> Path
 
 
 def events(seed: int = 0, users: int = 6, per_user: int = 20, items: int = 30, days: int = 10) -> list[Row]:
-    """Events with ties in time, exact repetitions, nulls, and empty and missing tag lists."""
+    """Events with ties in time, exact repetitions, nulls, and empty and missing tag lists.
+
+    Half of the items change their category after day 4, and every third one lacks it now and then.
+    """
     random = Random(seed)
     found: list[Row] = []
     for user in range(1, users + 1):
         for _ in range(random.randint(per_user // 2, per_user)):
             item = random.randint(1, items)
+            day, second = random.randrange(days), random.randrange(3)
+            lacking = item % 5 == 0 or (item % 3 == 0 and second == 2)
             event = {
                 "user_id": user,
                 "item_id": item + 1000,
-                "timestamp": START + random.randrange(days) * DAY + random.randrange(3),
-                "category": None if item % 5 == 0 else f"c{item % 4}",
+                "timestamp": START + day * DAY + second,
+                "category": None if lacking else f"c{(item + item % 2 * (day > 4)) % 4}",
                 "action": random.choice(["view", "buy", None]),
                 "tags": random.choice([None, [], ["x"], ["y", "x", "y"], ["z", None]]),
                 "city": random.choice(["Rome", "Oslo", None]),
