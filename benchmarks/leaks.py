@@ -363,8 +363,8 @@ def batches_of(data: DataConfig, split: str) -> Iterator[RequestBatch]:
 class Tail:
     """How the events at or after `cut` are replaced: by as many random ones.
 
-    So that every value keeps its id, there is also one event of each item that would be gone; `new_words`
-    brings new items instead, and ids shift.
+    So that every item keeps its id, there is also one event of each that would be gone; `new_words` brings
+    new items instead, and ids shift. Features are those of any other event, so that items change in them.
 
     Attributes:
         before: requests older than this are compared; 0 = the cut. A later one makes a control.
@@ -398,6 +398,11 @@ class Tail:
             drawn[columns.request] = last + 1 + rng.integers(0, 1 + chosen.size // 8, chosen.size)
         if self.new_words:
             drawn[columns.item] = rng.integers(items.min(), items.max() + 1, chosen.size)
+        other = events.take(pa.array(rng.integers(0, events.num_rows, chosen.size)))
+        for feature in config.all_features:
+            if feature.name != "item_id" and feature.side != "candidate":
+                at = tail.schema.get_field_index(feature.source)
+                tail = tail.set_column(at, tail.schema.field(at), other[feature.source])
         for name, column in drawn.items():
             at = tail.schema.get_field_index(name)
             tail = tail.set_column(at, tail.schema.field(at), pa.array(column, tail.schema.field(at).type))

@@ -4,14 +4,15 @@ The relational part is one chain of Ibis tables, run by DuckDB or by Spark:
 
     events -> vocabularies -> encoded events -> requests -> candidates -> rows -> Parquet
 
-Vocabularies and popularity come from all events; `users` only limits whose requests are written, so
-a trial log is a part of the full one. Everything random is a seeded hash of ids.
+Vocabularies come from all events, and negatives are drawn from all of them; `users` only limits whose
+requests are written, so a trial log is a part of the full one. Everything random is a seeded hash of ids.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ibis
@@ -19,15 +20,23 @@ from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
 from pipelines.event_table import RAW_TABLES, open_events, open_impressions
+from pipelines.ingest_attributes import item_attributes, with_attributes
 from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_engine import Engine, connect
-from pipelines.ingest_report import Counts, full_report, report_lines
+from pipelines.ingest_report import (
+    Asked,
+    Counts,
+    Times,
+    event_times,
+    full_report,
+    new_positives,
+    report_lines,
+)
 from pipelines.ingest_sources import Files, any_file, find_files
 from pipelines.ingest_tables import (
     bucketed,
     encode,
-    item_attributes,
     kept_requests,
     offers,
     timed_requests,
@@ -38,7 +47,8 @@ from pipelines.ingest_vocabulary import write as write_vocabularies
 from trainer.data import impressions, leave_last, next_basket, time_split
 from trainer.data.ingest_config import IngestConfig, load_ingest_config
 from trainer.data.log_writer import check_target, staged, write_manifest, write_split
-from trainer.data.protocol import RequestProtocol, Tables
+from trainer.data.negatives import past_events
+from trainer.data.protocol import Past, RequestProtocol, Tables
 from trainer.data.schema import FeatureInfo, LogManifest, SplitInfo, arrow_schema
 from trainer.durable import remove_folder
 
@@ -144,16 +154,18 @@ def _open(engine: Engine, events: Files | None, impressions: Files | None, confi
 def _write_log(
     engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
 ) -> LogManifest:
+    times = event_times(engine, raw.events)
+    _check_dates(times, raw, config)
     encoded = _encode(engine, raw, older, root, config)
-    found, asked, offered = _requests(engine, encoded, config)
-    splits = _write_splits(engine, encoded, offered, root, config)
+    asked = _requests(engine, encoded, config)
+    splits = _write_splits(engine, encoded, asked.offered, root, config)
     if not any(info.rows for info in splits.values()):
         problem = f"no request has {config.requests.min_history} earlier events; lower requests.min_history"
         if config.protocol == "leave-last":
             problem = f"no user has {config.requests.min_events} events; lower requests.min_events"
         raise DataError(problem, file=raw.source)
     new = {name: made.new for name, made in encoded.vocabularies.items() if made.new}
-    counts = Counts(encoded.tables, found, asked, splits, raw.duplicates, new)
+    counts = Counts(encoded.tables, asked, splits, raw.duplicates, new, times)
     return LogManifest(
         features=encoded.features,
         context=encoded.context,
@@ -167,10 +179,28 @@ def _write_log(
     )
 
 
-def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> tuple[ir.Table, ir.Table, ir.Table]:
-    """All requests, those that are asked, and what these offer: each made for some users at a time."""
+def _check_dates(times: Times, raw: Raw, config: IngestConfig) -> None:
+    """Drawn candidates are those of events: without one before validation there is nothing to train on."""
+    if (
+        config.split is None
+        or config.protocol == "impressions"
+        or times.first < config.split.validation_start
+    ):
+        return
+    problem = f"no event before split.validation ({config.split.validation}): {times}; move that date"
+    raise DataError(problem, file=raw.source, column=config.events.timestamp)
+
+
+def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
+    """The requests and what they offer: each made for some users at a time."""
     protocol, tables, buckets = PROTOCOLS[config.protocol], encoded.tables, encoded.buckets
-    items = engine.keep("items", item_attributes(tables, config))
+    attributes = item_attributes(engine, tables, config, buckets)
+    if config.protocol != "impressions":
+        past = {
+            name: engine.keep(f"past_{name}", table)
+            for name, table in vars(past_events(tables.events)).items()
+        }
+        tables = replace(tables, past=Past(**past))
     users = None
     if config.users:
         users = engine.keep("users", trial_users(protocol.requests(tables, config), config))
@@ -181,15 +211,18 @@ def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> tuple[i
         found = found.filter(found.bucket == bucket)
         asked = engine.append("asked", kept_requests(found, config))
     total = engine.rows(asked.aggregate(rows=asked.count()))[0]["rows"]
-    groups = draw_groups(total, encoded.events, buckets, config)
+    groups, new = draw_groups(total, encoded.events, buckets, config), Counter[str]()
     for group in range(groups):
         first, end = (buckets * edge // groups for edge in (group, group + 1))
         some = asked.filter((asked.bucket >= first) & (asked.bucket < end))
         drawn = protocol.candidates(_part(tables, first, end), some.drop("bucket"), config)
         candidates = engine.keep("candidates", drawn)
-        offered = engine.append("offers", offers(items, some, candidates, config))
-    engine.drop("candidates")
-    return engine.table("requests"), asked, offered
+        if tables.past is not None:
+            new.update(new_positives(engine, candidates, some, tables.past, config))
+        offered = engine.append("offers", offers(some, with_attributes(attributes, candidates, some), config))
+    for name in ("candidates", "past_numbered", "past_seconds"):
+        engine.drop(name)
+    return Asked(engine.table("requests"), asked, offered, attributes, new)
 
 
 def _part(tables: Tables, first: int, end: int) -> Tables:
@@ -201,7 +234,7 @@ def _part(tables: Tables, first: int, end: int) -> Tables:
         return table.filter((table.bucket >= first) & (table.bucket < end)).drop("bucket")
 
     shown = None if tables.shown is None else some(tables.shown)
-    return Tables(some(tables.events), tables.popularity, shown)
+    return replace(tables, events=some(tables.events), shown=shown)
 
 
 def _write_splits(
@@ -231,10 +264,6 @@ def _encode(
     made = {name: build(engine, name, _sources(raw, name), older.get(name), config) for name in multi}
     infos = write_vocabularies(engine, made, root, config)
     words = {name: vocabulary.words for name, vocabulary in made.items()}
-    popularity = words["item_id"].select("count", item_id="id")
-    if config.split and not _counted(engine, popularity) and config.protocol != "impressions":
-        problem = f"no event before split.validation ({config.split.validation}); move that date"
-        raise DataError(problem, file=raw.source, column=config.events.timestamp)
     coded = {name: multi[name] for name in raw.events.columns if name in multi}
     events = encode(raw.events, coded, words, {})
     total = engine.rows(raw.events.aggregate(rows=raw.events.count()))[0]["rows"]
@@ -248,11 +277,7 @@ def _encode(
         engine.drop(name)
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
-    return Encoded(Tables(events, popularity, shown), features, context, total, buckets, made)
-
-
-def _counted(engine: Engine, popularity: ir.Table) -> int:
-    return engine.rows(popularity.aggregate(total=popularity["count"].sum()))[0]["total"] or 0
+    return Encoded(Tables(events, shown), features, context, total, buckets, made)
 
 
 def _sources(raw: Raw, name: str) -> list[ir.Table]:

@@ -4,36 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from ibis.expr import types as ir
 
+from pipelines.ingest_attributes import Attributes
 from pipelines.ingest_engine import Engine
 from trainer.data.ingest_config import IngestConfig
-from trainer.data.protocol import Tables
+from trainer.data.protocol import REQUEST, Past, Tables
 from trainer.data.schema import LogManifest, SplitInfo
 
 _QUANTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
+class Times:
+    """The first and the last second of a table, and its rows."""
+
+    first: int
+    last: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"the data is from {utc(self.first)} to {utc(self.last)}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The requests that were found, those that are kept (`asked`), and what these offer.
+
+    `new_positives`: split -> positives whose item no earlier event has.
+    """
+
+    found: ir.Table
+    asked: ir.Table
+    offered: ir.Table
+    attributes: Attributes
+    new_positives: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Counts:
-    """Where the numbers come from: all requests `found`, those `asked` of them, and what was written.
+    """Where the numbers come from: the tables, the requests, and what was written.
 
     `new`: (values, occurrences) of each feature that the older log's vocabulary, if there is one, lacks.
     """
 
     tables: Tables
-    found: ir.Table
-    asked: ir.Table
+    requests: Asked
     splits: Mapping[str, SplitInfo]
     duplicates: int
     new: Mapping[str, tuple[int, int]]
+    times: Times
+
+
+def utc(second: int) -> str:
+    """A Unix second as people write it, in UTC."""
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def event_times(engine: Engine, table: ir.Table) -> Times:
+    """The time that a table with rows covers."""
+    found = table.aggregate(first=table.timestamp.min(), end=table.timestamp.max(), rows=table.count())
+    row = engine.rows(found)[0]
+    return Times(int(row["first"]), int(row["end"]), int(row["rows"]))
+
+
+def new_positives(
+    engine: Engine, candidates: ir.Table, asked: ir.Table, past: Past, config: IngestConfig
+) -> dict[str, int]:
+    """split -> how many positives have an item that no event before their request has."""
+    chosen = candidates.filter(candidates[f"label_{config.task}"] > 0).select(*REQUEST, "item_id")
+    timed = chosen.inner_join(asked.select(*REQUEST, "timestamp", "split"), REQUEST)
+    timed = timed.inner_join(past.items, "item_id")
+    new = timed.filter(timed.since >= timed.timestamp)
+    return {
+        row["split"]: int(row["rows"])
+        for row in engine.rows(new.group_by("split").aggregate(rows=new.count()))
+    }
 
 
 def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[str, Any]:
     """Totals, quantiles of the history length at the requests, and dropped rows by reason."""
-    events, asked = counts.tables.events, counts.asked
+    events, asked = counts.tables.events, counts.requests.asked
     totals = engine.rows(
         events.aggregate(
             events=events.count(),
@@ -48,8 +102,14 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
         "event_users": int(totals["users"]),
         "request_users": int(requests["users"]),
         "history_length": _lengths(engine, asked, int(requests["requests"])),
+        "event_items": counts.requests.attributes.of,
+        "changing_items": dict(counts.requests.attributes.changing),
         "dropped": dropped | _dropped(engine, counts, int(requests["requests"]), config),
     }
+    if config.protocol != "impressions":
+        report["positives_new_items"] = {
+            split: counts.requests.new_positives[split] for split in counts.splits
+        }
     if config.vocabulary.log:
         report["new_values"] = {
             name: {"values": values, "occurrences": occurrences}
@@ -73,7 +133,8 @@ def _lengths(engine: Engine, asked: ir.Table, requests: int) -> dict[str, int]:
 
 
 def _dropped(engine: Engine, counts: Counts, requests: int, config: IngestConfig) -> dict[str, int]:
-    found, short = counts.found, counts.found.history_end < config.requests.min_history
+    found = counts.requests.found
+    short = found.history_end < config.requests.min_history
     sums = engine.rows(found.aggregate(all=found.count(), short=short.cast("int64").sum()))[0]
     below = int(sums["short"] or 0)
     dropped = {"requests_below_min_history": below}
@@ -89,6 +150,10 @@ def _dropped(engine: Engine, counts: Counts, requests: int, config: IngestConfig
     if config.protocol != "impressions":
         positives = sum(info.positives for info in counts.splits.values())
         candidates = sum(info.candidates for info in counts.splits.values())
+        if config.requests.new_items == "drop":
+            offered = counts.requests.offered
+            left = requests - int(engine.rows(offered.aggregate(rows=offered.count()))[0]["rows"])
+            dropped["requests_for_new_items_only"] = left
         dropped["negatives_not_found"] = positives * (config.requests.negatives + 1) - candidates
     return dropped
 
@@ -111,7 +176,27 @@ def report_lines(manifest: LogManifest) -> list[str]:
     lines += [f"dropped: {count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items()]
     lines += [f"{name}: {info.rows:,} table rows" for name, info in manifest.features.items()]
     lines += [f"context {name}: {info.rows:,} table rows" for name, info in manifest.context.items()]
-    return lines + _new_lines(manifest)
+    return lines + _time_lines(manifest) + _new_lines(manifest)
+
+
+def _time_lines(manifest: LogManifest) -> list[str]:
+    """What changes, and what is new, as of the requests."""
+    report = manifest.report
+    lines = [
+        f"{name}: changes in time for {count:,} of {report['event_items']:,} items;"
+        " candidates have the last value before their request"
+        for name, count in report.get("changing_items", {}).items()
+    ]
+    new = {split: count for split, count in report.get("positives_new_items", {}).items() if count}
+    if new:
+        counts = ", ".join(
+            f"{split} {count:,} of {manifest.splits[split].positives:,}" for split, count in new.items()
+        )
+        lines.append(
+            f"positives whose item no earlier event has: {counts}; no negative is new,"
+            ' so a model can tell them apart (requests.new_items = "drop" leaves them out)'
+        )
+    return lines
 
 
 def _new_lines(manifest: LogManifest) -> list[str]:

@@ -168,40 +168,19 @@ def kept_requests(found: ir.Table, config: IngestConfig) -> ir.Table:
     return asked.filter(asked.place < config.requests.per_user).drop("place")
 
 
-def item_attributes(tables: Tables, config: IngestConfig) -> ir.Table:
-    """item_id and the features of items that impressions do not give, as of the item's latest event."""
-    given = [] if tables.shown is None else tables.shown.columns
-    names = [
-        feature.name
-        for feature in config.all_features
-        if feature.side == "both" and feature.name not in ("item_id", *given)
-    ]
-    events = tables.events
-    seen = events.group_by(["item_id", *names]).aggregate(last=events.timestamp.max())
-    recent = [ibis.desc(seen["last"]), *(ibis.desc(seen[name]) for name in names)]
-    seen = seen.mutate(place=ibis.row_number().over(group_by="item_id", order_by=recent))
-    return seen.filter(seen.place == 0).select("item_id", *names)
-
-
-def offers(items: ir.Table, asked: ir.Table, candidates: ir.Table, config: IngestConfig) -> ir.Table:
+def offers(asked: ir.Table, candidates: ir.Table, config: IngestConfig) -> ir.Table:
     """The asked requests with `bucket`, `candidates` (a list of structs in seeded order) and their number.
 
-    What a candidate does not say of its item comes from `items`, of `item_attributes`.
+    Args:
+        candidates: user_id, request_id, item_id, label_*, and all that the log says of a candidate.
     """
-    carried = [feature for feature in config.all_features if feature.side != "history"]
-    lacking = [feature for feature in carried if feature.name not in candidates.columns]
-    joined = candidates
-    if lacking:
-        joined = candidates.left_join(items, "item_id", rname="{name}_right")
-        known = {feature.name: _or_nothing(joined[feature.name], feature.multi) for feature in lacking}
-        joined = joined.select(*candidates.columns, **known)
     # Without a shuffle a model could tell a positive by its place in the list.
-    order = digest(config.seed, "candidate", joined.user_id, joined.request_id, joined.item_id)
-    names = [feature.name for feature in carried]
+    order = digest(config.seed, "candidate", candidates.user_id, candidates.request_id, candidates.item_id)
+    names = [feature.name for feature in config.all_features if feature.side != "history"]
     names += [name for name in candidates.columns if name not in (*REQUEST, *names)]
-    nested = joined.group_by(REQUEST).aggregate(
-        candidates=ibis.struct({"_order": order, **{name: joined[name] for name in names}}).collect(),
-        num_candidates=joined.count(),
+    nested = candidates.group_by(REQUEST).aggregate(
+        candidates=ibis.struct({"_order": order, **{name: candidates[name] for name in names}}).collect(),
+        num_candidates=candidates.count(),
     )
     nested = nested.mutate(candidates=nested.candidates.sort())
     context = [f"context_{entry.name}" for entry in config.context]

@@ -42,17 +42,22 @@ def write(path: Path, rows: Sequence[Row], names: Sequence[str] = EVENT) -> Path
 
 
 def events(seed: int = 0, users: int = 6, per_user: int = 20, items: int = 30, days: int = 10) -> list[Row]:
-    """Events with ties in time, exact repetitions, nulls, and empty and missing tag lists."""
+    """Events with ties in time, exact repetitions, nulls, and empty and missing tag lists.
+
+    Half of the items change their category after day 4, and every third one lacks it now and then.
+    """
     random = Random(seed)
     found: list[Row] = []
     for user in range(1, users + 1):
         for _ in range(random.randint(per_user // 2, per_user)):
             item = random.randint(1, items)
+            day, second = random.randrange(days), random.randrange(3)
+            lacking = item % 5 == 0 or (item % 3 == 0 and second == 2)
             event = {
                 "user_id": user,
                 "item_id": item + 1000,
-                "timestamp": START + random.randrange(days) * DAY + random.randrange(3),
-                "category": None if item % 5 == 0 else f"c{item % 4}",
+                "timestamp": START + day * DAY + second,
+                "category": None if lacking else f"c{(item + item % 2 * (day > 4)) % 4}",
                 "action": random.choice(["view", "buy", None]),
                 "tags": random.choice([None, [], ["x"], ["y", "x", "y"], ["z", None]]),
                 "city": random.choice(["Rome", "Oslo", None]),
@@ -206,12 +211,13 @@ class Log:
                 found[row["user_id"], request] = one
         return found
 
-    def attribute(self, item: int, name: str) -> Any:
-        """Of the item's latest event; with ties, of the largest attributes."""
-        having = [event for event in self.events if event["item_id"] == item]
-        missing: Any = [] if name == "tags" else 0
-        latest = max(having, key=lambda e: (e["timestamp"], e["category_id"], e["tags"]), default=None)
-        return latest[name] if latest else missing
+    def attribute(self, item: int, name: str, time: int) -> Any:
+        """The item's one value, or the last known one before `time`; of a second the largest."""
+        having = [event for event in self.events if event["item_id"] == item and event[name]]
+        if having and all(event[name] == having[0][name] for event in having):
+            return having[0][name]
+        past = [(event["timestamp"], event[name]) for event in having if event["timestamp"] < time]
+        return max(past)[1] if past else [] if name == "tags" else 0
 
     def check_histories(self) -> None:
         for (user, _), request in self.requests().items():
@@ -227,10 +233,11 @@ class Log:
             assert times[-1] == last
             cities = [event["context_city"] for event in past if event["timestamp"] == last]
             assert request["context_city"] == max(cities)
+            time = request["request_timestamp"]
             for place, item in enumerate(request["candidate_item_id"]):
                 # An unknown item is one of several: tests of vocabularies look at their attributes.
                 for name in ("category_id", "tags") if item else ():
-                    assert request[f"candidate_{name}"][place] == self.attribute(item, name)
+                    assert request[f"candidate_{name}"][place] == self.attribute(item, name, time)
 
 
 def frozen(behavior: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -168,12 +168,16 @@ def test_candidates_are_bought_items_and_others(made: tuple[list[Event], Path, L
     basket: dict[tuple[int, int | None], set[int]] = defaultdict(set)
     for event in events:
         basket[event[0], event[2]].add(ids[event[1]])
-    popular = {ids[event[1]] for event in events if event[3] < START + 4 * DAY}
     first = []
     for row in rows(log):
-        for request, items, labels in zip(
-            row["request_id"], row["candidate_item_id"], row["label_purchase"], strict=True
+        for request, time, items, labels in zip(
+            row["request_id"],
+            row["request_timestamp"],
+            row["candidate_item_id"],
+            row["label_purchase"],
+            strict=True,
         ):
+            popular = {ids[event[1]] for event in events if event[3] < time}
             bought = basket[row["user_id"], request]
             positives = [item for item, label in zip(items, labels, strict=True) if label == 1.0]
             negatives = [item for item, label in zip(items, labels, strict=True) if label == 0.0]
@@ -257,18 +261,44 @@ def test_vocabularies_are_dense_and_count_the_past(made: tuple[list[Event], Path
             assert min(ids) >= 0 and max(ids) < manifest.features[feature].rows
 
 
-def test_candidates_have_the_taxonomy_of_the_latest_event(tmp_path: Path) -> None:
+def test_candidates_have_the_taxonomy_as_of_the_request(tmp_path: Path) -> None:
+    day = iter(range(START, START + 9 * DAY, DAY))
     events: list[Event] = [
-        (0, 1, 1, START, "old", 0),
-        (0, 1, 2, START + 9, "new", 0),
-        (1, 2, 3, START, "x", 0),
+        (0, 1, 1, next(day), "old", 0),
+        (0, 1, 2, next(day), "new", 0),  # asks for item 1 as it was
+        (0, 1, 3, next(day), None, 0),
+        (0, 1, 4, next(day), "last", 0),  # a missing category is the last known one
+        (0, 2, 5, next(day), "x", 1),  # nobody had item 2, and it never changes
+        (0, 3, 6, next(day), "y", 2),  # it will change: what it will be is not known
+        (0, 3, 7, next(day), "z", 2),
     ]
-    ingest(write(tmp_path / "events.parquet", events), tmp_path / "log", config())
-    (row,) = rows(tmp_path / "log")
-    category = words(tmp_path / "log", "category_id")
-    got = dict(zip(row["candidate_item_id"][0], row["candidate_category_id"][0], strict=True))
-    assert got == {1: category["new"], 2: category["x"]}
-    assert row["history_category_id"] == [category["old"]]
+    manifest = ingest(write(tmp_path / "events.parquet", events), tmp_path / "log", config())
+    ids = {name: words(tmp_path / "log", name) for name in ("item_id", "category_id", "type_id")}
+    found = {}
+    for row in rows(tmp_path / "log"):
+        asked = zip(row["request_id"], *(row[f"candidate_{name}"] for name in ids), strict=True)
+        for request, items, categories, types in asked:
+            found[request] = {item: values for item, *values in zip(items, categories, types, strict=True)}
+    one, two, three = (ids["item_id"][item] for item in (1, 2, 3))
+    expected = {
+        2: (one, "old", 0),
+        3: (one, "new", 0),
+        4: (one, "new", 0),
+        5: (two, "x", 1),
+        7: (three, "y", 2),
+    }
+    for request, (item, category, kind) in expected.items():
+        assert found[request][item] == [ids["category_id"][category], ids["type_id"][kind]]
+    assert found[6][three] == [0, ids["type_id"][2]]
+    # Item 1 of the negatives, too, is what it was.
+    assert {request: values[one][0] for request, values in found.items() if one in values} == {
+        2: ids["category_id"]["old"],
+        3: ids["category_id"]["new"],
+        4: ids["category_id"]["new"],
+        **{request: ids["category_id"]["last"] for request in (5, 6, 7) if one in found[request]},
+    }
+    assert manifest.report["changing_items"] == {"category_id": 2} and manifest.report["event_items"] == 3
+    assert "category_id: changes in time for 2 of 3 items" in " ".join(report_lines(manifest))
 
 
 def test_threads_and_row_order_change_nothing(

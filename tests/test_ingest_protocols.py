@@ -17,6 +17,7 @@ from pipelines.ingest import ingest, report_lines
 from tests.rawlogs import (
     BEHAVIOR,
     DAY,
+    EVENT,
     SHOWN,
     START,
     Log,
@@ -52,8 +53,6 @@ def split_of(time: int) -> str:
 def check_one_positive(log: Log, expected: dict[tuple[int, int], Row], never: str = "user") -> None:
     found = log.requests()
     assert found.keys() == expected.keys()
-    popular: set[int] = {event["item_id"] for event in log.events if log.config.split is None}
-    popular |= {event["item_id"] for event in log.events if split_of(event["timestamp"]) == "train"}
     missing = 0
     for (user, place), request in found.items():
         target = expected[user, place]
@@ -66,7 +65,7 @@ def check_one_positive(log: Log, expected: dict[tuple[int, int], Row], never: st
             theirs = {event["item_id"] for event in same}
         others = [item for item, label in zip(items, labels, strict=True) if not label]
         assert len(others) == len(set(others)) <= 2 and not theirs.intersection(others)
-        assert popular.issuperset(others)
+        assert {e["item_id"] for e in log.events if e["timestamp"] < target["timestamp"]}.issuperset(others)
         missing += 2 - len(others)
     # A user who touched nearly everything gets fewer; the report says how many in all.
     assert missing == log.manifest.report["dropped"]["negatives_not_found"]
@@ -299,3 +298,57 @@ def test_report_names_what_was_left_out(tmp_path: Path) -> None:
     few = sum(len(ordered(log, user)) < 15 for user in range(1, 5))
     lines = report_lines(log.manifest)
     assert f"dropped: {few} users below min events" in lines and "context city: 3 table rows" in lines
+
+
+@pytest.mark.parametrize("protocol", ["next-basket", "time-split", "leave-last"])
+def test_positives_of_new_items_are_counted_or_dropped(protocol: str, tmp_path: Path) -> None:
+    requests = {"min_history": 0, "min_events": 9, "exclude": "request", "negatives": 2}
+    kept = Log(tmp_path, protocol, 4, requests=requests)
+    first = {
+        item: min(e["timestamp"] for e in kept.events if e["item_id"] == item)
+        for item in {event["item_id"] for event in kept.events}
+    }
+
+    def chosen(log: Log, label: float) -> list[tuple[tuple[int, int], bool]]:
+        """(request, whether the item is new) of the candidates with a label."""
+        return [
+            (key, first[item] >= request["request_timestamp"])
+            for key, request in log.requests().items()
+            for item, one in zip(request["candidate_item_id"], request["label_click"], strict=True)
+            if one == label
+        ]
+
+    new = [key for key, is_new in chosen(kept, 1.0) if is_new]
+    assert sum(kept.manifest.report["positives_new_items"].values()) == len(new) > 0
+    assert not any(is_new for _, is_new in chosen(kept, 0.0))
+    assert any(
+        "positives whose item no earlier event has: train" in line for line in report_lines(kept.manifest)
+    )
+    left = {key for key, is_new in chosen(kept, 1.0) if not is_new}
+    dropped = Log(tmp_path, protocol, 4, requests=requests | {"new_items": "drop"})
+    assert {key for key, _ in chosen(dropped, 1.0)} == left == dropped.requests().keys()
+    assert not any(is_new for label in (0.0, 1.0) for _, is_new in chosen(dropped, label))
+    report = dropped.manifest.report
+    assert report["dropped"]["requests_for_new_items_only"] == len(kept.requests()) - len(left) > 0
+    assert set(report["positives_new_items"].values()) == {0}
+
+
+def test_what_impressions_leave_unknown_is_as_of_the_request(tmp_path: Path) -> None:
+    base: Row = dict.fromkeys(EVENT)
+    raw = [
+        base | {"user_id": 1, "item_id": 5, "timestamp": START + day * DAY, "category": category}
+        for day, category in enumerate(["a", "b", None, "c"])
+    ]
+    shown = [impressions()[0] | {"user_id": 1, "item_id": 5, "request": day} for day in range(1, 5)]
+    shown = [row | {"timestamp": START + row["request"] * DAY, "category": None} for row in shown]
+    shown[-1]["category"] = "served"
+    given = write(tmp_path / "i.parquet", shown, (*SHOWN, "category"))
+    source = write(tmp_path / "e.parquet", raw)
+    ingest(source, tmp_path / "log", config("impressions"), impressions=given)
+    ids = words(tmp_path / "log", "category_id")
+    found = {
+        request: category
+        for row in rows(tmp_path / "log")
+        for request, [category] in zip(row["request_id"], row["candidate_category_id"], strict=True)
+    }
+    assert found == {1: ids["a"], 2: ids["b"], 3: ids["b"], 4: ids["served"]}

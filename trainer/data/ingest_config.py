@@ -154,6 +154,8 @@ class RequestsConfig(Settings):
         exclude: negatives are no item of the whole `user`, or only not of the `request` (`time-split`).
         min_events: events a user needs (`leave-last`).
         distances: of the training targets from the user's last event, which has distance 1 (`leave-last`).
+        new_items: whether a positive whose item no earlier event has is asked (`keep`) or not (`drop`).
+            Negatives are items of earlier events, so that no negative is ever new.
     """
 
     positives: int = Field(default=6, ge=1)
@@ -163,6 +165,7 @@ class RequestsConfig(Settings):
     exclude: Literal["user", "request"] = "user"
     min_events: int = Field(default=210, ge=3)
     distances: tuple[Annotated[int, Field(ge=3)], ...] = tuple(range(3, 94, 5))
+    new_items: Literal["keep", "drop"] = "keep"
 
     @model_validator(mode="after")
     def _distances_are_distinct(self) -> RequestsConfig:
@@ -330,6 +333,10 @@ class IngestConfig(Settings):
             if self.domains and self.impressions.domain not in {domain.name for domain in self.domains}:
                 raise ValueError(
                     "impressions.domain must name one of the domains: it says whose items are shown"
+                )
+            if self.requests.new_items == "drop":
+                raise ValueError(
+                    "requests.new_items is about drawn candidates: impressions are kept as shown"
                 )
             return self
         asking = [feature.name for feature in self.features if feature.side == "candidate"]

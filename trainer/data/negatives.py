@@ -1,4 +1,4 @@
-"""Seeded negatives, drawn in proportion to how often an item occurs among past events."""
+"""Seeded negatives, drawn in proportion to how often an item occurs among the events before the request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from ibis.expr import types as ir
 
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.portable_hash import number
-from trainer.data.protocol import REQUEST, Tables
+from trainer.data.protocol import REQUEST, Past, Tables
+
+_HOUR = 3600
 
 
 def one_positive(tables: Tables, asked: ir.Table, config: IngestConfig) -> ir.Table:
@@ -19,7 +21,9 @@ def one_positive(tables: Tables, asked: ir.Table, config: IngestConfig) -> ir.Ta
     that the user has in the second of the request).
     """
     events = tables.events
-    wanted = asked.select(*REQUEST, wanted=ibis.literal(config.requests.negatives).cast("int64"))
+    asked = positives(asked, tables, config)
+    wanted = ibis.literal(config.requests.negatives).cast("int64")
+    wanted = asked.select(*REQUEST, "timestamp", wanted=wanted)
     if config.requests.exclude == "user" or config.protocol == "leave-last":
         theirs = events.semi_join(asked, "user_id")
         others = draw(wanted, theirs.select("user_id", "item_id").distinct(), ["user_id"], tables, config)
@@ -35,38 +39,62 @@ def labelled(items: ir.Table, label: int, task: str) -> ir.Table:
     return items.select(*REQUEST, "item_id", **{f"label_{task}": ibis.literal(label).cast("float32")})
 
 
+def positives(items: ir.Table, tables: Tables, config: IngestConfig) -> ir.Table:
+    """Those of the positives (item_id, timestamp, ...) that `requests.new_items` lets be asked."""
+    if config.requests.new_items == "keep":
+        return items
+    known = items.inner_join(_past(tables).items, "item_id")
+    return known.filter(known.since < known.timestamp).select(*items.columns)
+
+
+def past_events(events: ir.Table) -> Past:
+    """Numbers the events of all users: each table is computed where it is used, so keep them first.
+
+    The order inside a second is that of the items, so that the numbers below a request's do not change
+    with what happens later. Hours bound what a window function sorts at once.
+    """
+    events = events.select("timestamp", "item_id", hour=events.timestamp // _HOUR)
+    hours = events.group_by("hour").aggregate(size=events.count())
+    before = hours["size"].cumsum(order_by=hours.hour).cast("int64") - hours["size"]
+    hours = hours.select("hour", before=before)
+    place = ibis.row_number().over(group_by="hour", order_by=[events.timestamp, events.item_id])
+    placed = events.mutate(place=place.cast("int64")).inner_join(hours, "hour")
+    seconds = events.group_by(["hour", "timestamp"]).aggregate(size=events.count())
+    so_far = seconds["size"].cumsum(group_by="hour", order_by=seconds.timestamp).cast("int64")
+    seconds = seconds.mutate(within=so_far - seconds["size"]).inner_join(hours, "hour")
+    return Past(
+        placed.select("item_id", number=placed.before + placed.place),
+        seconds.select("timestamp", earlier=seconds.before + seconds.within),
+        events.group_by("item_id").aggregate(since=events.timestamp.min()),
+    )
+
+
 def draw(
     wanted: ir.Table, refused: ir.Table, keys: Sequence[str], tables: Tables, config: IngestConfig
 ) -> ir.Table:
     """user_id, request_id, item_id: `wanted` different items a request, none of those refused.
 
-    A request that meets too many refused items gets fewer.
+    A request that meets too many refused items, or few earlier events, gets fewer.
 
     Args:
-        wanted: user_id, request_id, wanted.
+        wanted: user_id, request_id, timestamp (of some event), wanted.
         refused: the columns `keys` and item_id.
     """
+    wanted = wanted.inner_join(_past(tables).seconds, "timestamp").drop("timestamp")
+    wanted = wanted.filter(wanted.earlier > 0)
     # Half as many again, and eight, replace the draws that are refused or meet one another.
     drawn = wanted.mutate(draw=ibis.range(0, wanted.wanted + wanted.wanted // 2 + 8).unnest())
-    drawn = _draw_events(drawn, tables.popularity, config.seed)
+    value = number(config.seed, "negative", drawn.user_id, drawn.request_id, drawn.draw)
+    # An engine may compute the remainder before it filters.
+    drawn = drawn.mutate(number=value % ibis.greatest(drawn.earlier, 1)).drop("earlier")
+    drawn = drawn.inner_join(_past(tables).numbered, "number")
     drawn = drawn.anti_join(refused, [*keys, "item_id"])
     once = drawn.group_by([*REQUEST, "item_id"]).aggregate(draw=drawn.draw.min(), wanted=drawn.wanted.max())
     once = once.mutate(place=ibis.row_number().over(group_by=REQUEST, order_by=once.draw))
     return once.filter(once.place < once.wanted)
 
 
-def _draw_events(drawn: ir.Table, popularity: ir.Table, seed: int) -> ir.Table:
-    """Adds the item of a uniformly drawn past event to each draw.
-
-    The past events are numbered item by item, so that a number needs no order among the events of
-    one item: an item of count c owns c numbers, one after the other.
-    """
-    owned = popularity.filter(popularity["count"] > 0)
-    last = owned["count"].cumsum(order_by=owned.item_id).cast("int64")
-    owned = owned.mutate(first=last - owned["count"])
-    numbers = owned.mutate(offset=ibis.range(0, owned["count"]).unnest())
-    numbers = numbers.select("item_id", number=numbers.first + numbers.offset)
-    value = number(seed, "negative", drawn.user_id, drawn.request_id, drawn.draw)
-    drawn = drawn.mutate(value=value).cross_join(owned.aggregate(total=owned["count"].sum().cast("int64")))
-    drawn = drawn.mutate(number=drawn.value % drawn.total)
-    return drawn.inner_join(numbers, "number").select(*REQUEST, "wanted", "draw", "item_id")
+def _past(tables: Tables) -> Past:
+    if tables.past is None:
+        raise ValueError("negatives are drawn from the past events, which nobody has numbered")
+    return tables.past

@@ -6,7 +6,7 @@ import ibis
 from ibis.expr import types as ir
 
 from trainer.data.ingest_config import IngestConfig
-from trainer.data.negatives import draw, labelled
+from trainer.data.negatives import draw, labelled, positives
 from trainer.data.portable_hash import digest
 from trainer.data.protocol import REQUEST, Tables
 
@@ -24,12 +24,15 @@ def requests(tables: Tables, config: IngestConfig) -> ir.Table:
 
 def candidates(tables: Tables, asked: ir.Table, config: IngestConfig) -> ir.Table:
     """user_id, request_id, item_id, label: up to `positives` bought items, `negatives` others for each."""
-    keys = asked.select(*REQUEST)
-    basket = tables.events.inner_join(keys, REQUEST).select(*REQUEST, "item_id").distinct()
-    order = digest(config.seed, "positive", basket.user_id, basket.request_id, basket.item_id)
-    place = ibis.row_number().over(group_by=REQUEST, order_by=order)
-    bought = basket.mutate(place=place)
+    keys = asked.select(*REQUEST, "timestamp")
+    basket = tables.events.drop("timestamp").inner_join(keys, REQUEST)
+    basket = basket.select(*REQUEST, "timestamp", "item_id").distinct()
+    bought = positives(basket, tables, config)
+    order = digest(config.seed, "positive", bought.user_id, bought.request_id, bought.item_id)
+    bought = bought.mutate(place=ibis.row_number().over(group_by=REQUEST, order_by=order))
     bought = bought.filter(bought.place < config.requests.positives).drop("place")
-    wanted = bought.group_by(REQUEST).aggregate(wanted=bought.count() * config.requests.negatives)
+    wanted = bought.group_by([*REQUEST, "timestamp"]).aggregate(
+        wanted=bought.count() * config.requests.negatives
+    )
     others = draw(wanted, basket, REQUEST, tables, config)
     return ibis.union(labelled(bought, 1, config.task), labelled(others, 0, config.task))

@@ -15,18 +15,37 @@ REQUEST = ("user_id", "request_id")
 
 
 @dataclass(frozen=True)
+class Past:
+    """The events of all users in the order of time, from which negatives are drawn.
+
+    Attributes:
+        numbered: number (from 0, by second), item_id: one row an event.
+        seconds: timestamp, earlier: the number of events strictly before each second that has one.
+        items: item_id, since: the second of the item's first event.
+    """
+
+    numbered: ir.Table
+    seconds: ir.Table
+    items: ir.Table
+
+
+@dataclass(frozen=True)
 class Tables:
     """Encoded tables: ids are dense integers, 0 for null; multi-valued features are lists of them.
 
     Attributes:
         events: user_id, request_id (may be null), timestamp, one column a behavior's feature.
-        popularity: item_id, count: how many events that may be learnt from have the item.
         shown: the impressions, one row a candidate: user_id, request_id, timestamp, item_id, label_*, ...
+        past: where candidates are drawn.
+        items: item_id and the features that a table of items gives.
+        users: user_id and the context_* that a table of users gives.
     """
 
     events: ir.Table
-    popularity: ir.Table
     shown: ir.Table | None = None
+    past: Past | None = None
+    items: ir.Table | None = None
+    users: ir.Table | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,169 @@
+"""The features of a candidate's item as of the request: what was known strictly before its second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import ibis
+from ibis.expr import types as ir
+
+from pipelines.ingest_engine import Engine
+from pipelines.ingest_tables import no_ids
+from trainer.data.ingest_config import IngestConfig
+from trainer.data.protocol import REQUEST, Tables
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What the events say of items.
+
+    A feature that has one value in all events of an item is taken for constant, as a catalogue would have
+    it: the item has it at any time. Another one has, at a request, the last value before it.
+
+    Attributes:
+        multi: feature -> whether it is multi-valued.
+        fixed: item_id and the features, null where unknown or where the item changes in it.
+        states: item_id, since, state (number, from 1) and `changing`, of the items that change in any of
+            these; None if there is none.
+        changing: feature -> how many items change in it, for those in which some do.
+        of: how many items have events.
+        given: item_id and features, of a table of items; these never change.
+    """
+
+    multi: Mapping[str, bool]
+    fixed: ir.Table
+    states: ir.Table | None
+    changing: Mapping[str, int]
+    of: int
+    given: ir.Table | None = None
+
+
+def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, buckets: int) -> Attributes:
+    """Collects the attributes of all items; those of changing ones for some items at a time."""
+    given = [] if tables.items is None else tables.items.columns
+    lacking = _lacking(engine, tables, config)
+    multi = {name: several for name, several in lacking.items() if name not in given}
+    events = tables.events
+    least = {name: known(events[name], several).min() for name, several in multi.items()}
+    most = {f"_most_{name}": known(events[name], several).max() for name, several in multi.items()}
+    grouped = events.group_by("item_id").aggregate(_events=events.count(), **least, **most)
+    spans = engine.keep("item_spans", grouped)
+    changes = {name: (spans[name] != spans[f"_most_{name}"]).fill_null(False) for name in multi}
+    sums = {name: change.cast("int64").sum() for name, change in changes.items()}
+    counts = engine.rows(spans.aggregate(_of=spans.count(), **sums))[0]
+    changing = {name: int(counts[name]) for name in multi if counts[name]}
+    fixed = {
+        name: ibis.ifelse(changes[name], ibis.null(spans[name].type()), spans[name])
+        if name in changing
+        else spans[name]
+        for name in multi
+    }
+    states = None
+    if changing:
+        changed = reduce(lambda one, other: one | other, (changes[name] for name in changing))
+        items = spans.filter(changed).select("item_id")
+        states = _states(engine, events, items, {name: multi[name] for name in changing}, buckets)
+    used = None
+    if tables.items is not None and (names := [name for name in lacking if name in given]):
+        used = tables.items.select("item_id", *names)
+    return Attributes(lacking, spans.select("item_id", **fixed), states, changing, int(counts["_of"]), used)
+
+
+def _lacking(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, bool]:
+    """The features of items that the impressions do not say of each of their rows."""
+    names = {entry.name: entry.multi for entry in config.all_features if entry.side == "both"}
+    del names["item_id"]
+    shown = tables.shown
+    said = [] if shown is None else [name for name in names if name in shown.columns]
+    if shown is None or not said:
+        return names
+    sums = {name: known(shown[name], names[name]).isnull().sum() for name in said}
+    unknown = engine.rows(shown.aggregate(**sums))[0]
+    return {name: several for name, several in names.items() if name not in said or unknown[name]}
+
+
+def _states(
+    engine: Engine, events: ir.Table, items: ir.Table, multi: Mapping[str, bool], buckets: int
+) -> ir.Table:
+    """A row for each second in which an item's last known features become others."""
+    found = events
+    for bucket in range(buckets):
+        some = items.filter(items.item_id % buckets == bucket) if buckets > 1 else items
+        theirs = events.semi_join(some, "item_id")
+        seconds = theirs.group_by(["item_id", "timestamp"]).aggregate(
+            **{name: known(theirs[name], several).max() for name, several in multi.items()}
+        )
+        found = engine.append("item_states", _filled(seconds, list(multi)))
+    return found
+
+
+def _filled(seconds: ir.Table, names: Sequence[str]) -> ir.Table:
+    """item_id, since, state, and what is known after each second that changed something."""
+    # A last value that skips nulls loses this skip on its way through Ibis to DuckDB; what is counted here
+    # is the values so far, so that each of them begins a group of its own.
+    order = ibis.window(group_by="item_id", order_by="timestamp")
+    upto = ibis.window(group_by="item_id", order_by="timestamp", preceding=None, following=0)
+    parts = seconds.mutate(**{f"_part_{name}": seconds[name].count().over(upto) for name in names})
+    filled = parts.select(
+        "item_id",
+        "timestamp",
+        **{
+            name: parts[name].max().over(ibis.window(group_by=["item_id", f"_part_{name}"])) for name in names
+        },
+    )
+    was = {f"_was_{name}": filled[name].lag().over(order) for name in names}
+    filled = filled.mutate(**was)
+    same = (filled[name].identical_to(filled[f"_was_{name}"]) for name in names)
+    filled = filled.mutate(_same=reduce(lambda one, other: one & other, same))
+    changed = filled.filter(~filled["_same"])
+    state = ibis.row_number().over(group_by="item_id", order_by=changed.timestamp) + 1
+    return changed.select("item_id", *names, since=changed.timestamp, state=state.cast("int64"))
+
+
+def known(values: ir.Value, multi: bool) -> ir.Value:
+    """Null for what is unknown: id 0, or no ids at all."""
+    return ibis.cases((values.length() > 0, values)) if multi else values.nullif(0)
+
+
+def with_attributes(attributes: Attributes, candidates: ir.Table, asked: ir.Table) -> ir.Table:
+    """Adds the features of items; what a candidate itself says of them comes first, where it is known."""
+    multi = attributes.multi
+    if not multi:
+        return candidates
+    joined, sources = candidates, [attributes.fixed]
+    if attributes.given is not None:
+        sources.insert(0, attributes.given)
+    if attributes.states is not None:
+        joined = joined.inner_join(asked.select(*REQUEST, _at=asked.timestamp), REQUEST)
+        sources.append(_as_of(joined.select("item_id", "_at").distinct(), attributes.states))
+    for number, source in enumerate(sources):
+        part = source.rename(lambda name, number=number: f"_{number}_{name}")
+        keys = [name for name in ("item_id", "_at") if name in source.columns]
+        joined = joined.left_join(part, [joined[key] == part[f"_{number}_{key}"] for key in keys])
+
+    def value(name: str) -> ir.Value:
+        places = [name, *(f"_{number}_{name}" for number in range(len(sources)))]
+        said = [known(joined[place], multi[name]) for place in places if place in joined.columns]
+        return ibis.coalesce(*said, no_ids() if multi[name] else 0)
+
+    others = [name for name in candidates.columns if name not in multi]
+    return joined.select(*others, **{name: value(name) for name in multi})
+
+
+def _as_of(wanted: ir.Table, states: ir.Table) -> ir.Table:
+    """item_id, _at and the features in the item's last state strictly before the second `_at`.
+
+    Both are put on one line of time and counted, since not every engine joins by nearness.
+    """
+    none, one = (ibis.literal(number).cast("int64") for number in (0, 1))
+    theirs = states.semi_join(wanted, "item_id")
+    marks = ibis.union(
+        wanted.select("item_id", "_at", _begins=none), theirs.select("item_id", _at=theirs.since, _begins=one)
+    )
+    marks = marks.group_by(["item_id", "_at"]).aggregate(_begins=marks["_begins"].sum().cast("int64"))
+    so_far = marks["_begins"].cumsum(group_by="item_id", order_by="_at").cast("int64")
+    marks = marks.select("item_id", "_at", state=so_far - marks["_begins"])
+    marks = marks.filter(marks.state > 0).semi_join(wanted, ["item_id", "_at"])
+    return marks.inner_join(states.drop("since"), ["item_id", "state"]).drop("state")
