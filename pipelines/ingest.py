@@ -23,8 +23,9 @@ from pipelines.event_table import RAW_TABLES, open_events, open_impressions
 from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_engine import Engine, connect
+from pipelines.ingest_files import Files, any_file, find_files
 from pipelines.ingest_report import Counts, full_report, report_lines
-from pipelines.ingest_sources import Files, any_file, find_files
+from pipelines.ingest_sources import Seen
 from pipelines.ingest_tables import (
     bucketed,
     encode,
@@ -60,6 +61,7 @@ class Raw:
     events: ir.Table
     shown: ir.Table | None
     source: Path | None
+    seen: Seen
     duplicates: int = 0
 
 
@@ -131,14 +133,14 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
 
 
 def _open(engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig) -> Raw:
-    shown = None
+    shown, seen = None, Seen()
     if impressions:
-        shown = open_impressions(engine, find_files(impressions, "impressions"), config)
+        shown = open_impressions(engine, find_files(impressions, "impressions"), config, seen)
     if events:
         files = find_files(events, "raw events")
-        return Raw(open_events(engine, files, config), shown, any_file(events))
-    table, duplicates = open_domains(engine, config)
-    return Raw(table, shown, None, duplicates)
+        return Raw(open_events(engine, files, config, seen), shown, any_file(events), seen)
+    table, duplicates = open_domains(engine, config, seen)
+    return Raw(table, shown, None, seen, duplicates)
 
 
 def _write_log(

@@ -13,6 +13,7 @@ from ibis.expr import types as ir
 
 from embeddings.errors import DataError
 from pipelines.ingest_engine import Engine
+from pipelines.ingest_files import look
 from pipelines.ingest_tables import counted, numbered
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.row_group import PARQUET_ERRORS
@@ -114,8 +115,10 @@ def _older(engine: Engine, file: Path, info: FeatureInfo) -> Older:
     if content.hexdigest() != info.vocabulary or rows != info.rows:
         problem = "is not the vocabulary in the log's manifest, so it was damaged or replaced"
         raise DataError(f"{problem}; take another copy of that log", file=file)
-    table = engine.read_parquet([file]).select("value", "id")
-    table = table.mutate(id=table.id.cast("int64"))
+    raw = look(file, ())
+    found = engine.scan([raw])
+    value, number = (found[f"c{raw.columns.index(name)}"] for name in ("value", "id"))
+    table = found.select(value=value, id=number.cast("int64"))
     different = engine.rows(table.aggregate(values=table["value"].nunique()))[0]["values"]
     if different != rows - 1:
         raise DataError("has a value twice, or a null; name a log that `tandemrec ingest` wrote", file=file)
