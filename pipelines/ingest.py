@@ -11,8 +11,9 @@ a trial log is a part of the full one. Everything random is a seeded hash of ids
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ibis
@@ -24,6 +25,8 @@ from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_engine import Engine, connect
 from pipelines.ingest_files import Files, any_file, find_files
+from pipelines.ingest_names import agree, with_numbers
+from pipelines.ingest_preview import preview_lines
 from pipelines.ingest_report import Counts, full_report, report_lines
 from pipelines.ingest_sources import Seen
 from pipelines.ingest_tables import (
@@ -43,7 +46,7 @@ from trainer.data.log_writer import check_target, staged, write_manifest, write_
 from trainer.data.protocol import RequestProtocol, Tables
 from trainer.data.schema import FeatureInfo, LogManifest, SplitInfo, arrow_schema
 
-__all__ = ["IngestConfig", "ingest", "load_ingest_config", "report_lines"]
+__all__ = ["IngestConfig", "ingest", "load_ingest_config", "preview", "report_lines"]
 
 SPLITS = ("train", "validation", "test")
 PROTOCOLS = {
@@ -108,13 +111,43 @@ def ingest(
         runner = connect(engine, config.engine, spill)
         try:
             older = older_vocabularies(runner, config)
-            raw = _open(runner, events, impressions, config)
+            raw = _open(runner, events, impressions, config, Seen())
             manifest = _write_log(runner, raw, older, root, config)
         finally:
             runner.close()
         shutil.rmtree(spill)
         write_manifest(root, manifest)
     return manifest
+
+
+def preview(
+    events: Files | None,
+    config: IngestConfig,
+    say: Callable[[str], None],
+    *,
+    impressions: Files | None = None,
+    engine: str = "duckdb",
+) -> None:
+    """Says how the raw tables would be read, whether or not they are then refused; writes nothing.
+
+    Args:
+        say: gets one line after the other; the others are those of `ingest`.
+
+    Raises:
+        ConfigError, DataError: as `ingest`, as far as the raw tables are concerned.
+    """
+    _check_inputs(events, impressions, config)
+    seen = Seen(measured=True)
+    with tempfile.TemporaryDirectory() as folder:
+        runner = connect(engine, config.engine, Path(folder) / "spill")
+        try:
+            older = older_vocabularies(runner, config)
+            raw = _open(runner, events, impressions, config, seen)
+            agree(raw.events, raw.shown, older, seen)
+        finally:
+            for line in preview_lines(seen):
+                say(line)
+            runner.close()
 
 
 def _check_inputs(events: Files | None, impressions: Files | None, config: IngestConfig) -> None:
@@ -132,8 +165,10 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
         )
 
 
-def _open(engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig) -> Raw:
-    shown, seen = None, Seen()
+def _open(
+    engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig, seen: Seen
+) -> Raw:
+    shown = None
     if impressions:
         shown = open_impressions(engine, find_files(impressions, "impressions"), config, seen)
     if events:
@@ -146,6 +181,9 @@ def _open(engine: Engine, events: Files | None, impressions: Files | None, confi
 def _write_log(
     engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
 ) -> LogManifest:
+    tables = agree(raw.events, raw.shown, older, raw.seen)
+    tables, named = with_numbers(engine, tables, older, root, raw.source, config)
+    raw = replace(raw, events=tables[0], shown=tables[1])
     encoded = _encode(engine, raw, older, root, config)
     found, asked, offered = _requests(engine, encoded, config)
     splits = _write_splits(engine, encoded, offered, root, config)
@@ -163,6 +201,9 @@ def _write_log(
         weighted=raw.shown is not None and bool(config.impressions.weight),
         tasks=list(config.tasks),
         taxonomy=[name for name in config.events.features if name != "item_id"],
+        named=named,
+        columns=raw.seen.columns,
+        notes=raw.seen.notes,
         splits=splits,
         ingest=config.model_dump(mode="json"),
         report=full_report(engine, counts, config),

@@ -1,8 +1,8 @@
 """What a wanted column is in each file, and the one type that all its files have in common.
 
-A file's own type belongs to a family; a column is decided over the families of all files. Text is never read
-as a number where two spellings would become one (`01` and `1`), and where a column of CSV could be either, all
-of its cells decide.
+A file's own type belongs to a family; a column is decided over the families of all files. Text is never
+read as a number where two spellings would become one (`01` and `1`), and where a column of CSV could be
+either, all of its cells decide.
 """
 
 from __future__ import annotations

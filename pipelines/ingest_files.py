@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
-import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -217,13 +216,11 @@ def _header(path: Path, start: Sequence[str], delimiter: str) -> tuple[str, ...]
 
 def open_text(path: Path) -> IO[str]:
     """A file of UTF-8 text, unpacked if its name ends in .gz, without a byte order mark."""
-    raw: IO[bytes] = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[assignment]
-    head = raw.read(2)
-    if head in (b"\xff\xfe", b"\xfe\xff"):
-        raw.close()
-        raise DataError("is UTF-16 text; save it as UTF-8", file=path)
-    raw.seek(0)
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rb") as raw:
+        if raw.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError("is UTF-16 text; save it as UTF-8", file=path)
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
 def folders_of(path: Path) -> dict[str, str | None]:

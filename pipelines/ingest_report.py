@@ -9,6 +9,7 @@ from typing import Any
 from ibis.expr import types as ir
 
 from pipelines.ingest_engine import Engine
+from pipelines.ingest_preview import column_lines
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.protocol import Tables
 from trainer.data.schema import LogManifest, SplitInfo
@@ -111,7 +112,7 @@ def report_lines(manifest: LogManifest) -> list[str]:
     lines += [f"dropped: {count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items()]
     lines += [f"{name}: {info.rows:,} table rows" for name, info in manifest.features.items()]
     lines += [f"context {name}: {info.rows:,} table rows" for name, info in manifest.context.items()]
-    return lines + _new_lines(manifest)
+    return lines + _new_lines(manifest) + column_lines(manifest.columns, manifest.notes)
 
 
 def _new_lines(manifest: LogManifest) -> list[str]:

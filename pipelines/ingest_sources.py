@@ -21,18 +21,7 @@ from pipelines.ingest_faults import bad_cell, check_rows
 from pipelines.ingest_files import FoundFiles, RawFile, look
 from pipelines.ingest_values import Cells, convert, look_at, of_text
 from trainer.data.ingest_config import IngestConfig
-
-
-@dataclass(frozen=True)
-class Understood:
-    """What was understood of a column: its own types, what it was read as, and why."""
-
-    table: str
-    setting: str
-    column: str
-    found: str
-    read_as: str
-    note: str = ""
+from trainer.data.schema import ColumnInfo
 
 
 @dataclass
@@ -42,12 +31,16 @@ class Seen:
     Attributes:
         loose: table -> its columns that were read as integers and could as well be text: of CSV, for example.
         unused: table -> columns of its files that no setting names.
+        measured: whether rows, and ranges of (table, setting): (nulls, least, greatest), are wanted.
     """
 
-    columns: list[Understood] = field(default_factory=list)
+    columns: list[ColumnInfo] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     loose: dict[str, set[str]] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
+    measured: bool = False
+    rows: dict[str, int] = field(default_factory=dict)
+    ranges: dict[tuple[str, str], tuple[int, Any, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,10 +72,10 @@ def open_files(
     targets = _settled(files, columns, facts)
     parts = []
     for group in groups:
-        table = engine.scan(group)
+        raw = engine.scan(group)
         cells = {
             f"c{place}": convert(
-                _cell(table, group[0], column, config),
+                _cell(raw, group[0], column, config),
                 _family(columns, place, files, group[0]),
                 column.want.kind,
                 target,
@@ -90,7 +83,7 @@ def open_files(
             )
             for place, (column, target) in enumerate(zip(columns, targets, strict=True))
         }
-        parts.append(table.select(**cells))
+        parts.append(raw.select(**cells))
     seen.notes += found.notes
     told = zip(columns, targets, facts, strict=True)
     seen.columns += [_understood(found.what, column, target, fact) for column, target, fact in told]
@@ -102,7 +95,24 @@ def open_files(
         for column, target in zip(columns, targets, strict=True)
         if target == "int64" and set(column.families) <= {CSV, NULL}
     }
-    return RawTable(_joined(parts), names, frozenset(loose))
+    table = _joined(parts)
+    if seen.measured:
+        _measure(engine, table, found.what, columns, seen)
+    return RawTable(table, names, frozenset(loose))
+
+
+def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Column], seen: Seen) -> None:
+    """Counts the rows and the nulls, and finds the range of each column."""
+    values: dict[str, ir.Value] = {"rows": table.count()}
+    for name in table.columns:
+        values |= {f"{name}_nulls": table[name].isnull().sum()}
+        if not table[name].type().is_array():
+            values |= {f"{name}_least": table[name].min(), f"{name}_most": table[name].max()}
+    row = engine.rows(table.aggregate(**values))[0]
+    seen.rows[what] = int(row["rows"])
+    for place, column in enumerate(columns):
+        least, most = (row.get(f"c{place}_{end}") for end in ("least", "most"))
+        seen.ranges[what, column.want.key] = (int(row[f"c{place}_nulls"] or 0), least, most)
 
 
 def look_at_files(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> list[RawFile]:
@@ -227,7 +237,7 @@ def _settled(
     return [column.target or ("string" if fact.get("wide") else "int64") for column, fact in told]
 
 
-def _understood(table: str, column: Column, target: Target, fact: Mapping[str, Any]) -> Understood:
+def _understood(table: str, column: Column, target: Target, fact: Mapping[str, Any]) -> ColumnInfo:
     types = ", ".join(dict.fromkeys(column.types))
     read_as = {"int64": "integers", "string": "text", "float64": "numbers"}.get(target, f"lists ({target})")
     note = ""
@@ -237,4 +247,11 @@ def _understood(table: str, column: Column, target: Target, fact: Mapping[str, A
     if column.want.kind == "time":
         read_as = "unix seconds"
         note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""
-    return Understood(table, column.want.key, column.want.column, types, read_as, note)
+    return ColumnInfo(
+        table=table,
+        setting=column.want.key,
+        column=column.want.column,
+        found=types,
+        read_as=read_as,
+        note=note,
+    )

@@ -51,8 +51,10 @@ def look_at(value: ir.Value, family: str, kind: Kind, target: Target | None, uni
         return _times(value, family, unit)
     if kind == "number" and family == CSV:
         return Cells(bad=_where(value, value.notnull() & ~_is_number(value)))
-    if kind not in ("key", "id"):
-        return Cells()
+    return _ids(value, family, target) if kind in ("key", "id") else Cells()
+
+
+def _ids(value: ir.Value, family: str, target: Target | None) -> Cells:
     if family == CSV:
         return Cells(wide=None if target else _where(value, value.notnull() & ~_is_integer(value)))
     if family == "uint64":
@@ -61,10 +63,8 @@ def look_at(value: ir.Value, family: str, kind: Kind, target: Target | None, uni
         parts = ~value.isnan() & ((value != value.floor()) | (value.abs() > _EXACT))
         return Cells(bad=_where(value, parts))
     if family == "decimal":
-        return Cells(
-            bad=_where(value, value != value.floor()),
-            wide=_where(value, (value > _INT64) | (value < -_INT64)),
-        )
+        beyond = (value > _INT64) | (value < -_INT64)
+        return Cells(bad=_where(value, value != value.floor()), wide=_where(value, beyond))
     return Cells()
 
 
