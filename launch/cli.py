@@ -91,12 +91,14 @@ def synth(
 
 @app.command()
 def ingest(
-    out: Annotated[Path, typer.Option("--out", metavar="LOG", help="The sequence log to write.")],
     config: ConfigFile,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="LOG", help="The sequence log to write.")
+    ] = None,
     events: Annotated[
         list[Path] | None,
         typer.Option(
-            "--events", metavar="FILE", help="Raw events: Parquet or CSV, or a pattern; repeatable."
+            "--events", metavar="FILE", help="Raw events: Parquet or CSV, a folder or pattern; repeatable."
         ),
     ] = None,
     impressions: Annotated[
@@ -115,10 +117,14 @@ def ingest(
     overrides: Overrides = None,
     engine: Annotated[str | None, typer.Option("--engine", help="duckdb (the default) or spark.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Only show how each column is read; writes nothing.")
+    ] = False,
 ) -> None:
     """Turn raw events into a sequence log."""
     from pipelines.ingest import ingest as run
     from pipelines.ingest import load_ingest_config, report_lines
+    from pipelines.ingest import preview as show
 
     files = events[0] if events and len(events) == 1 else events
     # What is not given stays with the pipeline's own default.
@@ -128,6 +134,11 @@ def ingest(
     chosen += [f"vocabulary.log={json.dumps(str(vocabulary), ensure_ascii=False)}"] if vocabulary else []
     chosen += ["vocabulary.extend=true"] if extend else []
     settings = load_ingest_config(config, chosen)
+    if preview:
+        show(files, settings, typer.echo, **options)
+        return
+    if out is None:
+        raise typer.BadParameter("name the log to write with --out, or ask for --preview")
     manifest = run(files, out, settings, overwrite=overwrite, **options)
     for line in report_lines(manifest):
         typer.echo(line)

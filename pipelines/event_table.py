@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
+from pipelines.ingest_columns import Kind, Wanted
 from pipelines.ingest_engine import Engine
-from pipelines.ingest_sources import Kind, Wanted, columns_of, open_files
-from trainer.data.ingest_config import ContextConfig, FeatureConfig, IngestConfig
+from pipelines.ingest_files import FoundFiles
+from pipelines.ingest_sources import RawTable, Seen, columns_of, open_files
+from trainer.data.ingest_config import (
+    ContextConfig,
+    EventsConfig,
+    FeatureConfig,
+    ImpressionsConfig,
+    IngestConfig,
+)
 
 # Kept while they are needed: text is slow to parse, and a query plan wants to know how large a table is.
 RAW_TABLES = _EVENTS, _SHOWN = ("raw_events", "raw_impressions")
 _YEAR_5000 = 95_617_584_000  # unix seconds; a larger timestamp is in milli- or microseconds
 
 
-def open_events(engine: Engine, files: Sequence[Path], config: IngestConfig) -> ir.Table:
+def open_events(engine: Engine, files: FoundFiles, config: IngestConfig, seen: Seen) -> ir.Table:
     """The events as user_id, request_id, timestamp (int64), one raw column a feature, and context_*.
+
+    Users and requests are integers or text.
 
     Raises:
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
@@ -27,28 +37,27 @@ def open_events(engine: Engine, files: Sequence[Path], config: IngestConfig) -> 
     columns = config.events
     entries = [feature for feature in config.all_features if feature.side != "candidate"]
     wanted = [
-        *_roles("events", columns.user, columns.timestamp, columns.request),
+        *_roles("events", columns),
         Wanted("events.item", columns.item, "id"),
     ]
     wanted += [Wanted(f"events.taxonomy: {column}", column, "id") for column in columns.taxonomy]
     named = {feature.name for feature in config.features}
     wanted += [_wanted("features", entry) for entry in entries if entry.name in named]
     wanted += [_wanted("context", entry) for entry in config.event_context]
-    table = open_files(engine, files, wanted, config.text_columns)
-    raw = table.select(
-        user_id=table[columns.user].cast("int64"),
-        request_id=table[columns.request or columns.timestamp].cast("int64"),
-        timestamp=table[columns.timestamp].cast("int64"),
-        **{entry.name: raw_values(table, entry) for entry in entries},
-        **{f"context_{entry.name}": raw_values(table, entry) for entry in config.event_context},
+    table = open_files(engine, files, wanted, config, seen)
+    raw = table.table.select(
+        **_role_values(table, columns),
+        **{entry.name: raw_values(engine, table, entry) for entry in entries},
+        **{f"context_{entry.name}": raw_values(engine, table, entry) for entry in config.event_context},
     )
     raw = engine.keep(_EVENTS, raw)
+    seen.loose[_EVENTS] = _loose(table, columns, entries, config.event_context)
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
-    check_values(engine, raw, files[0], required)
+    check_values(engine, raw, files.files[0], required)
     return raw
 
 
-def open_impressions(engine: Engine, files: Sequence[Path], config: IngestConfig) -> ir.Table:
+def open_impressions(engine: Engine, files: FoundFiles, config: IngestConfig, seen: Seen) -> ir.Table:
     """The impressions as user_id, request_id, timestamp, item_id, label_*, weight, numeric_*, context_*.
 
     Features of the item are there as far as the table has their columns.
@@ -60,37 +69,36 @@ def open_impressions(engine: Engine, files: Sequence[Path], config: IngestConfig
     numbers = {f"label_{task}": column for task, column in columns.labels.items()}
     numbers |= {f"numeric_{name}": name for name in columns.numeric}
     numbers |= {"weight": columns.weight} if columns.weight else {}
-    present = set(columns_of(files))
+    present = columns_of(files, [columns.user, columns.item, columns.timestamp], config)
     entries = [entry for entry in config.all_features if entry.name != "item_id" and entry.side != "history"]
     entries = [entry for entry in entries if entry.side == "candidate" or entry.source in present]
-    wanted = [*_roles("impressions", columns.user, columns.timestamp, columns.request)]
+    wanted = [*_roles("impressions", columns)]
     wanted += [Wanted("impressions.item", columns.item, "id")]
     wanted += [Wanted(f"impressions, for {name}", column, "number") for name, column in numbers.items()]
     wanted += [_wanted("features", entry) for entry in entries]
     wanted += [_wanted("context", entry) for entry in config.shown_context]
-    table = open_files(engine, files, wanted, config.text_columns)
+    table = open_files(engine, files, wanted, config, seen)
     entries = [entry for entry in entries if entry.name != "domain_id"]
-    raw = table.select(
-        user_id=table[columns.user].cast("int64"),
-        request_id=table[columns.request or columns.timestamp].cast("int64"),
-        timestamp=table[columns.timestamp].cast("int64"),
-        **_shown_items(table, entries, config),
-        **{f"context_{entry.name}": raw_values(table, entry) for entry in config.shown_context},
-        **{name: table[column].cast("float32") for name, column in numbers.items()},
+    raw = table.table.select(
+        **_role_values(table, columns),
+        **_shown_items(engine, table, entries, config),
+        **{f"context_{entry.name}": raw_values(engine, table, entry) for entry in config.shown_context},
+        **{name: table.values(column, "number").cast("float32") for name, column in numbers.items()},
     )
     raw = engine.keep(_SHOWN, raw)
+    seen.loose[_SHOWN] = _loose(table, columns, entries, config.shown_context)
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
     required |= {"request_id": columns.request} if columns.request else {}
-    check_values(engine, raw, files[0], required | numbers)
+    check_values(engine, raw, files.files[0], required | numbers)
     return raw
 
 
 def _shown_items(
-    table: ir.Table, entries: Sequence[FeatureConfig], config: IngestConfig
+    engine: Engine, table: RawTable, entries: Sequence[FeatureConfig], config: IngestConfig
 ) -> dict[str, ir.Value]:
     """The item and its features; with domains in the spelling of the merged events."""
-    item = table[config.impressions.item]
-    values = {entry.name: raw_values(table, entry) for entry in entries}
+    item = table.values(config.impressions.item, "id")
+    values = {entry.name: raw_values(engine, table, entry) for entry in entries}
     if not config.domains:
         return {"item_id": item, **values}
     domain = config.impressions.domain
@@ -100,22 +108,50 @@ def _shown_items(
     return {"item_id": item, "domain_id": ibis.literal(domain), **text}
 
 
-def raw_values(table: ir.Table, entry: FeatureConfig | ContextConfig) -> ir.Value:
+def raw_values(engine: Engine, table: RawTable, entry: FeatureConfig | ContextConfig) -> ir.Value:
     """The column of a feature; text with a separator becomes a list without blanks."""
-    values = table[entry.source]
+    values = table.values(entry.source, kind_of(entry))
     if not entry.separator:
         return values
-    return values.split(entry.separator).map(lambda part: part.strip()).filter(lambda part: part != "")
+    parts = engine.split(values, entry.separator)
+    return parts.map(lambda part: part.strip()).filter(lambda part: part != "")
 
 
-def _roles(table: str, user: str, timestamp: str, request: str) -> list[Wanted]:
-    roles = {"user": user, "timestamp": timestamp, "request": request}
-    return [Wanted(f"{table}.{key}", column, "integer") for key, column in roles.items() if column]
+def kind_of(entry: FeatureConfig | ContextConfig) -> Kind:
+    """What the column of a feature must hold."""
+    return "id" if not entry.multi else ("text" if entry.separator else "ids")
+
+
+def _roles(table: str, columns: EventsConfig | ImpressionsConfig) -> list[Wanted]:
+    roles = [
+        Wanted(f"{table}.user", columns.user, "key"),
+        Wanted(f"{table}.timestamp", columns.timestamp, "time", columns.timestamp_unit),
+    ]
+    return roles + ([Wanted(f"{table}.request", columns.request, "key")] if columns.request else [])
+
+
+def _role_values(table: RawTable, columns: EventsConfig | ImpressionsConfig) -> dict[str, ir.Value]:
+    time = table.values(columns.timestamp, "time")
+    request = table.values(columns.request, "key") if columns.request else time
+    return {"user_id": table.values(columns.user, "key"), "request_id": request, "timestamp": time}
+
+
+def _loose(
+    table: RawTable,
+    columns: EventsConfig | ImpressionsConfig,
+    entries: Iterable[FeatureConfig],
+    context: Iterable[ContextConfig],
+) -> set[str]:
+    """The columns of the table that `open_files` read as integers and could have left as text."""
+    sources: dict[str, tuple[str, Kind]] = {entry.name: (entry.source, kind_of(entry)) for entry in entries}
+    sources |= {f"context_{entry.name}": (entry.source, kind_of(entry)) for entry in context}
+    sources |= {"user_id": (columns.user, "key"), "item_id": (columns.item, "id")}
+    sources |= {"request_id": (columns.request, "key")}
+    return {name for name, source in sources.items() if source in table.loose}
 
 
 def _wanted(section: str, entry: FeatureConfig | ContextConfig) -> Wanted:
-    kind: Kind = "id" if not entry.multi else ("text" if entry.separator else "ids")
-    return Wanted(f"{section}: {entry.name}", entry.source, kind)
+    return Wanted(f"{section}: {entry.name}", entry.source, kind_of(entry))
 
 
 def check_values(engine: Engine, raw: ir.Table, file: Path, required: dict[str, str]) -> None:

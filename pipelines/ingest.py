@@ -10,8 +10,9 @@ requests are written, so a trial log is a part of the full one. Everything rando
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from pipelines.ingest_attributes import item_attributes, with_attributes
 from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_engine import Engine, connect
+from pipelines.ingest_files import Files, any_file, find_files
+from pipelines.ingest_names import agree, with_numbers
+from pipelines.ingest_preview import preview_lines
 from pipelines.ingest_report import (
     Asked,
     Counts,
@@ -33,7 +37,7 @@ from pipelines.ingest_report import (
     new_positives,
     report_lines,
 )
-from pipelines.ingest_sources import Files, any_file, find_files
+from pipelines.ingest_sources import Seen
 from pipelines.ingest_tables import (
     bucketed,
     encode,
@@ -52,7 +56,7 @@ from trainer.data.protocol import Past, RequestProtocol, Tables
 from trainer.data.schema import FeatureInfo, LogManifest, SplitInfo, arrow_schema
 from trainer.durable import remove_folder
 
-__all__ = ["IngestConfig", "ingest", "load_ingest_config", "report_lines"]
+__all__ = ["IngestConfig", "ingest", "load_ingest_config", "preview", "report_lines"]
 
 SPLITS = ("train", "validation", "test")
 PROTOCOLS = {
@@ -70,6 +74,7 @@ class Raw:
     events: ir.Table
     shown: ir.Table | None
     source: Path | None
+    seen: Seen
     duplicates: int = 0
 
 
@@ -116,13 +121,43 @@ def ingest(
         runner = connect(engine, config.engine, spill)
         try:
             older = older_vocabularies(runner, config)
-            raw = _open(runner, events, impressions, config)
+            raw = _open(runner, events, impressions, config, Seen())
             manifest = _write_log(runner, raw, older, root, config)
         finally:
             runner.close()
         remove_folder(spill, strict=True)
         write_manifest(root, manifest)
     return manifest
+
+
+def preview(
+    events: Files | None,
+    config: IngestConfig,
+    say: Callable[[str], None],
+    *,
+    impressions: Files | None = None,
+    engine: str = "duckdb",
+) -> None:
+    """Says how the raw tables would be read, whether or not they are then refused; writes nothing.
+
+    Args:
+        say: gets one line after the other; the others are those of `ingest`.
+
+    Raises:
+        ConfigError, DataError: as `ingest`, as far as the raw tables are concerned.
+    """
+    _check_inputs(events, impressions, config)
+    seen = Seen(measured=True)
+    with tempfile.TemporaryDirectory() as folder:
+        runner = connect(engine, config.engine, Path(folder) / "spill")
+        try:
+            older = older_vocabularies(runner, config)
+            raw = _open(runner, events, impressions, config, seen)
+            agree(raw.events, raw.shown, older, seen)
+        finally:
+            for line in preview_lines(seen):
+                say(line)
+            runner.close()
 
 
 def _check_inputs(events: Files | None, impressions: Files | None, config: IngestConfig) -> None:
@@ -140,20 +175,25 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
         )
 
 
-def _open(engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig) -> Raw:
+def _open(
+    engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig, seen: Seen
+) -> Raw:
     shown = None
     if impressions:
-        shown = open_impressions(engine, find_files(impressions, "impressions"), config)
+        shown = open_impressions(engine, find_files(impressions, "impressions"), config, seen)
     if events:
         files = find_files(events, "raw events")
-        return Raw(open_events(engine, files, config), shown, any_file(events))
-    table, duplicates = open_domains(engine, config)
-    return Raw(table, shown, None, duplicates)
+        return Raw(open_events(engine, files, config, seen), shown, any_file(events), seen)
+    table, duplicates = open_domains(engine, config, seen)
+    return Raw(table, shown, None, seen, duplicates)
 
 
 def _write_log(
     engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
 ) -> LogManifest:
+    tables = agree(raw.events, raw.shown, older, raw.seen)
+    tables, named = with_numbers(engine, tables, older, root, raw.source, config)
+    raw = replace(raw, events=tables[0], shown=tables[1])
     times = event_times(engine, raw.events)
     _check_dates(times, raw, config)
     encoded = _encode(engine, raw, older, root, config)
@@ -173,6 +213,9 @@ def _write_log(
         weighted=raw.shown is not None and bool(config.impressions.weight),
         tasks=list(config.tasks),
         taxonomy=[name for name in config.events.features if name != "item_id"],
+        named=named,
+        columns=raw.seen.columns,
+        notes=raw.seen.notes,
         splits=splits,
         ingest=config.model_dump(mode="json"),
         report=full_report(engine, counts, config),

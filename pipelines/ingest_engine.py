@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +13,20 @@ import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
+from pipelines.ingest_files import RawFile
 from trainer.data.ingest_config import EngineConfig
 from trainer.durable import remove_folder
 
 ENGINES = ("duckdb", "spark")
 # Bytes of the memory limit that DuckDB leaves to Python, its libraries, and the rows being written.
 _PYTHON = 300_000_000
-_SPARK_TYPES = {"int64": "BIGINT", "float64": "DOUBLE", "string": "STRING"}
+# Paths as they are, and no columns from the names of folders.
+_SPARK_EXACTLY = {"__globPaths__": "false", "recursiveFileLookup": "true"}
+_SPARK_SQL = {
+    "spark.sql.caseSensitive": "true",
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.legacy.parquet.nanosAsLong": "true",
+}
 
 
 class Engine(Protocol):
@@ -26,9 +34,15 @@ class Engine(Protocol):
 
     bounded: bool
 
-    def read_parquet(self, files: Sequence[Path]) -> ir.Table: ...
+    def scan(self, files: Sequence[RawFile]) -> ir.Table:
+        """Files of one format with the same columns in the same order, which become c0, c1, ...
 
-    def read_csv(self, files: Sequence[Path], types: Mapping[str, str]) -> ir.Table: ...
+        Exactly these files are read: no character of a path is a pattern, and no folder is a column.
+        Cells of CSV are text.
+        """
+
+    def split(self, text: ir.Value, separator: str) -> ir.Value:
+        """Text cut at a separator, which stands for itself."""
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
         """Computes the table now, so that what uses it twice does not compute it twice."""
@@ -78,15 +92,36 @@ class DuckEngine:
         # DuckDB 2.0.0 keeps N - 1 rows instead of N where "row_number() - 1 < N" (Ibis' row_number) stands
         # in a common table expression: this rewrite reads the "< N" as if nothing were subtracted.
         self._duck.con.execute("SET disabled_optimizers = 'top_n_window_elimination'")
+        # A time without a zone is UTC, wherever this runs.
+        self._duck.con.execute("SET TimeZone = 'UTC'")
         # No result here depends on the order of a table, and keeping it costs memory.
         self._duck.con.execute("SET preserve_insertion_order = false")
 
-    def read_parquet(self, files: Sequence[Path]) -> ir.Table:
-        return self._duck.read_parquet([str(path) for path in files])
+    def scan(self, files: Sequence[RawFile]) -> ir.Table:
+        first, name = files[0], ibis.util.gen_name("raw")
+        paths = ", ".join(_quoted(_literal(file.path)) for file in files)
+        columns = [f"c{place}" for place in range(len(first.columns))]
+        if first.format == "Parquet":
+            # By place, since DuckDB takes `cat` and `CAT` for one name.
+            source = f"read_parquet([{paths}], hive_partitioning = false) AS raw({', '.join(columns)})"
+        else:
+            options = {
+                "columns": "{" + ", ".join(f"'{column}': 'VARCHAR'" for column in columns) + "}",
+                "delim": _quoted(first.delimiter),
+                "compression": "'gzip'" if first.packed else "'none'",
+                "auto_detect": "false",
+                "header": "true",
+                "quote": "'\"'",
+                "escape": "'\"'",
+                "hive_partitioning": "false",
+            }
+            settings = ", ".join(f"{key} = {value}" for key, value in options.items())
+            source = f"read_csv([{paths}], {settings})"
+        self._run(lambda: self._duck.con.execute(f'CREATE TEMP VIEW "{name}" AS SELECT * FROM {source}'))
+        return self._duck.table(name)
 
-    def read_csv(self, files: Sequence[Path], types: Mapping[str, str]) -> ir.Table:
-        names = [str(path) for path in files]
-        return self._duck.read_csv(names, columns=dict(types), header=True, delim=",", quote='"')
+    def split(self, text: ir.Value, separator: str) -> ir.Value:
+        return text.split(separator)
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
         # Not create_table: it makes an empty table first, and to overwrite says what is no SQL to DuckDB 2.
@@ -162,17 +197,35 @@ class SparkEngine:
             builder = builder.config("spark.master", f"local[{config.threads}]")
             builder = builder.config("spark.sql.shuffle.partitions", str(2 * config.threads))
         self._session: Any = builder.getOrCreate()
+        self._before = {key: self._session.conf.get(key, None) for key in _SPARK_SQL}
+        for key, value in _SPARK_SQL.items():
+            self._session.conf.set(key, value)
         self._spark: Any = ibis.pyspark.connect(self._session)
         self._spill = spill
 
-    def read_parquet(self, files: Sequence[Path]) -> ir.Table:
-        return self._view(self._session.read.parquet(*(str(path.absolute()) for path in files)))
+    def scan(self, files: Sequence[RawFile]) -> ir.Table:
+        first = files[0]
+        for file in files:
+            if file.path.name.startswith(("_", ".")):
+                raise DataError("Spark skips files whose name begins with _ or .; rename it", file=file.path)
+        paths = [str(file.path.absolute()) for file in files]
+        columns = [f"c{place}" for place in range(len(first.columns))]
+        reader = self._session.read.options(**_SPARK_EXACTLY)
+        if first.format == "Parquet":
+            return self._view(reader.parquet(*paths).toDF(*columns))
+        schema = ", ".join(f"{column} STRING" for column in columns)
+        options = {
+            "sep": first.delimiter,
+            "header": True,
+            "mode": "FAILFAST",
+            "escape": '"',
+            "multiLine": True,
+        }
+        return self._view(reader.options(**options).schema(schema).csv(paths))
 
-    def read_csv(self, files: Sequence[Path], types: Mapping[str, str]) -> ir.Table:
-        schema = ", ".join(f"`{name}` {_SPARK_TYPES[kind]}" for name, kind in types.items())
-        options = {"header": True, "mode": "FAILFAST", "escape": '"', "enforceSchema": False}
-        names = [str(path.absolute()) for path in files]
-        return self._view(self._session.read.options(**options).schema(schema).csv(names))
+    def split(self, text: ir.Value, separator: str) -> ir.Value:
+        # Spark takes a regular expression.
+        return text.split(re.escape(separator))
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
         return self._store("overwrite", name, table)
@@ -207,6 +260,9 @@ class SparkEngine:
     def close(self) -> None:
         if self._mine:
             self._session.stop()
+            return
+        for key, value in self._before.items():
+            self._session.conf.unset(key) if value is None else self._session.conf.set(key, value)
 
     def _frame(self, table: ir.Table) -> Any:
         return self._session.sql(ibis.to_sql(table, dialect="pyspark"))
@@ -215,3 +271,18 @@ class SparkEngine:
         name = name or ibis.util.gen_name("raw")
         frame.createOrReplaceTempView(name)
         return self._spark.table(name)
+
+
+def _literal(path: Path) -> str:
+    """A path as a pattern of DuckDB that only this path fits."""
+    exact = str(path.absolute())
+    if not any(sign in exact for sign in "*?["):
+        return exact
+    if "\\" in exact:
+        problem = "DuckDB cannot open a path with a backslash beside *, ? or [; rename the file"
+        raise DataError(problem, file=path)
+    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in exact)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

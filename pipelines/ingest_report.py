@@ -11,6 +11,7 @@ from ibis.expr import types as ir
 
 from pipelines.ingest_attributes import Attributes
 from pipelines.ingest_engine import Engine
+from pipelines.ingest_preview import column_lines
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.protocol import REQUEST, Past, Tables
 from trainer.data.schema import LogManifest, SplitInfo
@@ -176,7 +177,8 @@ def report_lines(manifest: LogManifest) -> list[str]:
     lines += [f"dropped: {count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items()]
     lines += [f"{name}: {info.rows:,} table rows" for name, info in manifest.features.items()]
     lines += [f"context {name}: {info.rows:,} table rows" for name, info in manifest.context.items()]
-    return lines + _time_lines(manifest) + _new_lines(manifest)
+    lines += _time_lines(manifest) + _new_lines(manifest)
+    return lines + column_lines(manifest.columns, manifest.notes)
 
 
 def _time_lines(manifest: LogManifest) -> list[str]:

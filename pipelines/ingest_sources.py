@@ -1,143 +1,257 @@
-"""Finds the raw files, checks that they have the columns that are wanted, and opens them as one table."""
+"""Opens the raw files as one table: the engine reads exactly the files and columns that were checked.
+
+Files with the same columns in the same order are read together, and what differs is joined by name. Every
+column is first seen as it is, then all cells decide what it becomes.
+"""
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv as pc
-import pyarrow.parquet as pq
+import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
+from pipelines.ingest_columns import CSV, NULL, Column, Kind, Target, Wanted, decide, refuse
 from pipelines.ingest_engine import Engine
+from pipelines.ingest_faults import bad_cell, check_rows
+from pipelines.ingest_files import FoundFiles, RawFile, look
+from pipelines.ingest_values import Cells, convert, look_at, of_text
+from trainer.data.ingest_config import IngestConfig
+from trainer.data.schema import ColumnInfo
 
-Kind = Literal["integer", "id", "ids", "text", "number"]
-Files = Path | str | Sequence[Path | str]
-_WANTED: dict[Kind, str] = {
-    "integer": "an integer",
-    "id": "an integer or a string",
-    "ids": "a list of integers or of strings (or name a separator)",
-    "text": "a string, since a separator is named",
-    "number": "a number or a boolean",
-}
-_CSV_TYPES = {"integer": "int64", "number": "float64", "string": "string"}
+
+@dataclass
+class Seen:
+    """What was found on the way, for the report.
+
+    Attributes:
+        loose: table -> its columns that were read as integers and could as well be text: of CSV, for example.
+        unused: table -> columns of its files that no setting names.
+        measured: whether rows, and ranges of (table, setting): (nulls, least, greatest), are wanted.
+    """
+
+    columns: list[ColumnInfo] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    loose: dict[str, set[str]] = field(default_factory=dict)
+    unused: dict[str, list[str]] = field(default_factory=dict)
+    measured: bool = False
+    rows: dict[str, int] = field(default_factory=dict)
+    ranges: dict[tuple[str, str], tuple[int, Any, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A column that is needed: the setting that names it, its name in the file, what it must hold."""
+class RawTable:
+    """The files as one table; columns are asked for by their names in the files."""
 
-    key: str
-    column: str
-    kind: Kind
+    table: ir.Table
+    names: Mapping[tuple[str, Kind], str]
+    loose: frozenset[tuple[str, Kind]]
 
-
-def find_files(patterns: Files, what: str) -> list[Path]:
-    """The files that paths and patterns such as `logs/*.parquet` name, in the order of their names.
-
-    Raises:
-        DataError: there is none, or Parquet and CSV files are mixed.
-    """
-    given = [patterns] if isinstance(patterns, Path | str) else list(patterns)
-    found: list[Path] = []
-    for pattern in given:
-        exact = Path(pattern)
-        hits = [exact] if exact.is_file() else sorted(map(Path, glob.glob(str(pattern), recursive=True)))
-        files = [path for path in hits if path.is_file()]
-        if not files:
-            raise DataError(f"no such file; name a Parquet or CSV file of {what}", file=exact)
-        found += [path for path in files if path not in found]
-    if len({_is_csv(path) for path in found}) > 1:
-        odd = next(path for path in found if _is_csv(path) != _is_csv(found[0]))
-        raise DataError(f"Parquet and CSV are mixed in the {what}; convert one to the other", file=odd)
-    return found
+    def values(self, column: str, kind: Kind) -> ir.Value:
+        return self.table[self.names[column, kind]]
 
 
 def open_files(
-    engine: Engine, files: Sequence[Path], wanted: Iterable[Wanted], text_columns: Sequence[str]
-) -> ir.Table:
-    """The files as one table, after a look at the columns of each.
+    engine: Engine, found: FoundFiles, wanted: Iterable[Wanted], config: IngestConfig, seen: Seen
+) -> RawTable:
+    """The wanted columns of all files.
 
     Raises:
-        DataError: a file is unreadable, or a column is missing or of a wrong type.
+        DataError: a file is unreadable, a column is missing or of a wrong type, or a cell does not fit: of
+            all files and columns at once.
     """
     wanted = list(wanted)
-    first: dict[str, str] = {}
-    for path in files:
-        schema = _schema(path)
-        kinds = {want.column: _check(want, schema, path, text_columns) for want in wanted}
-        for column, kind in kinds.items():
-            if first.setdefault(column, kind) != kind:
-                problem = f"holds {kind}, but {files[0]} holds {first[column]}; cast one of them"
-                raise DataError(problem, file=path, column=column)
-    if not _is_csv(files[0]):
-        return engine.read_parquet(files)
-    types = {name: _CSV_TYPES[first.get(name, "string")] for name in _schema(files[0]).names}
-    return engine.read_csv(files, types)
-
-
-def columns_of(files: Sequence[Path]) -> list[str]:
-    """The column names of the first file."""
-    return list(_schema(files[0]).names)
-
-
-def _is_csv(path: Path) -> bool:
-    return path.name.endswith((".csv", ".csv.gz"))
-
-
-def _schema(path: Path) -> pa.Schema:
-    what = "CSV" if _is_csv(path) else "Parquet"
-    try:
-        if _is_csv(path):
-            with pc.open_csv(path) as reader:
-                return reader.schema
-        return pq.read_schema(path)
-    except FileNotFoundError as error:
-        raise DataError("no such file", file=path) from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"not readable as one {what} file: {error}", file=path) from error
-
-
-def _check(want: Wanted, schema: pa.Schema, path: Path, text_columns: Sequence[str]) -> str:
-    """What the column holds, in words; `open_files` compares them over files."""
-    if want.column not in schema.names:
-        problem = f"no such column ({want.key}); the file has {', '.join(schema.names)}"
-        raise DataError(problem, file=path, column=want.column)
-    kind = schema.field(want.column).type
-    if _is_csv(path) and (want.column in text_columns or want.kind == "text" or pa.types.is_null(kind)):
-        kind = pa.string() if want.kind in ("id", "text") else kind
-    found = _describe(kind)
-    allowed: dict[Kind, set[str]] = {
-        "integer": {"integer"},
-        "id": {"integer", "string"},
-        "ids": {"list of integer", "list of string"},
-        "text": {"string"},
-        "number": {"integer", "number"},
+    files = look_at_files(found, [want.column for want in wanted], config)
+    columns = decide(files, wanted, config.text_columns, config.partition_columns)
+    groups = _groups(files, config)
+    facts = _facts(engine, groups, columns, files, config)
+    targets = _settled(files, columns, facts)
+    parts = []
+    for group in groups:
+        raw = engine.scan(group)
+        cells = {
+            f"c{place}": convert(
+                _cell(raw, group[0], column, config),
+                _family(columns, place, files, group[0]),
+                column.want.kind,
+                target,
+                column.want.unit,
+            )
+            for place, (column, target) in enumerate(zip(columns, targets, strict=True))
+        }
+        parts.append(raw.select(**cells))
+    seen.notes += found.notes
+    told = zip(columns, targets, facts, strict=True)
+    seen.columns += [_understood(found.what, column, target, fact) for column, target, fact in told]
+    used = {want.column for want in wanted}
+    seen.unused[found.what] = [name for name in files[0].columns if name not in used]
+    names = {(column.want.column, column.want.kind): f"c{place}" for place, column in enumerate(columns)}
+    loose = {
+        (column.want.column, column.want.kind)
+        for column, target in zip(columns, targets, strict=True)
+        if target == "int64" and set(column.families) <= {CSV, NULL}
     }
-    if found not in allowed[want.kind]:
-        hint = ", in unix seconds" if want.key.endswith("timestamp") else ""
-        problem = f"type is {kind}, expected {_WANTED[want.kind]}{hint}; cast the column"
-        raise DataError(problem, file=path, column=want.column)
-    return "number" if want.kind == "number" and _is_csv(path) else found
+    table = _joined(parts)
+    if seen.measured:
+        _measure(engine, table, found.what, columns, seen)
+    return RawTable(table, names, frozenset(loose))
 
 
-def _describe(kind: pa.DataType) -> str:
-    types = pa.types
-    if types.is_list(kind) or types.is_large_list(kind):
-        return f"list of {_describe(kind.value_type)}"
-    # An unsigned 64-bit id may not fit the int64 of the log.
-    if types.is_integer(kind) and kind != pa.uint64():
-        return "integer"
-    if types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind):
-        return "number"
-    return "string" if types.is_string(kind) or types.is_large_string(kind) else str(kind)
+def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Column], seen: Seen) -> None:
+    """Counts the rows and the nulls, and finds the range of each column."""
+    values: dict[str, ir.Value] = {"rows": table.count()}
+    for name in table.columns:
+        values |= {f"{name}_nulls": table[name].isnull().sum()}
+        if not table[name].type().is_array():
+            values |= {f"{name}_least": table[name].min(), f"{name}_most": table[name].max()}
+    row = engine.rows(table.aggregate(**values))[0]
+    seen.rows[what] = int(row["rows"])
+    for place, column in enumerate(columns):
+        least, most = (row.get(f"c{place}_{end}") for end in ("least", "most"))
+        seen.ranges[what, column.want.key] = (int(row[f"c{place}_nulls"] or 0), least, most)
 
 
-def any_file(files: Files) -> Path:
-    """One path to name in an error about several files."""
-    return Path(files if isinstance(files, Path | str) else files[0])
+def look_at_files(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> list[RawFile]:
+    """The columns of every file; all that cannot be read are named at once."""
+    files: list[RawFile] = []
+    problems: list[DataError] = []
+    for path in found.files:
+        try:
+            files.append(look(path, wanted, config.csv.delimiter))
+        except DataError as error:
+            problems.append(error)
+    refuse(problems)
+    return files
+
+
+def columns_of(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> set[str]:
+    """The columns that any of the files has, and those that the settings take from their folders.
+
+    `wanted` are some columns that the files must have, which tell the delimiter of CSV.
+    """
+    files = look_at_files(found, wanted, config)
+    return {name for file in files for name in file.columns} | {
+        name for name in config.partition_columns if any(name in file.folders for file in files)
+    }
+
+
+def _groups(files: Sequence[RawFile], config: IngestConfig) -> list[list[RawFile]]:
+    """Files that an engine can read as one."""
+    groups: dict[Any, list[RawFile]] = {}
+    for file in files:
+        types = tuple(str(kind) for kind in file.types.values())
+        folders = tuple(file.folders.get(name) for name in config.partition_columns)
+        key = (file.columns, types, file.delimiter, file.packed, folders)
+        groups.setdefault(key, []).append(file)
+    return list(groups.values())
+
+
+def _cell(table: ir.Table, file: RawFile, column: Column, config: IngestConfig) -> ir.Value:
+    name = column.want.column
+    if name in config.partition_columns:
+        value = file.folders[name]
+        return ibis.null("string") if value is None else of_text(ibis.literal(value), config.csv.nulls)
+    value = table[f"c{file.columns.index(name)}"]
+    return of_text(value, config.csv.nulls) if file.format == "CSV" else value
+
+
+def _family(columns: Sequence[Column], place: int, files: Sequence[RawFile], file: RawFile) -> str:
+    return columns[place].families[files.index(file)]
+
+
+def _joined(parts: Sequence[ir.Table]) -> ir.Table:
+    return reduce(lambda left, right: left.union(right), parts)
+
+
+def _facts(
+    engine: Engine,
+    groups: Sequence[Sequence[RawFile]],
+    columns: Sequence[Column],
+    files: Sequence[RawFile],
+    config: IngestConfig,
+) -> list[dict[str, Any]]:
+    """Of each column: how many cells are bad, wide or cut, and the least of them, over all files."""
+    sums: dict[str, ir.Value] = {}
+    parts: list[ir.Table] = []
+    for group in groups:
+        table = engine.scan(group)
+        values: dict[str, ir.Value] = {}
+        for place, column in enumerate(columns):
+            cell = _cell(table, group[0], column, config)
+            family = _family(columns, place, files, group[0])
+            found = look_at(cell, family, column.want.kind, column.target, column.want.unit)
+            values |= _named(place, found)
+        parts.append(table.select(**values) if values else table.select(nothing=ibis.null("string")))
+    names = sorted({name for part in parts for name in part.columns if name != "nothing"})
+    if not names:
+        return [{} for _ in columns]
+    blank = {name: ibis.null("int64" if name.startswith("cut") else "string") for name in names}
+    parts = [
+        part.select(**{name: part[name] if name in part.columns else blank[name] for name in names})
+        for part in parts
+    ]
+    everything = _joined(parts)
+    for name in names:
+        sums |= (
+            {name: everything[name].sum()}
+            if name.startswith("cut")
+            else {name: everything[name].count(), f"{name}_least": everything[name].min()}
+        )
+    try:
+        row = engine.rows(everything.aggregate(**sums))[0]
+    except Exception:
+        # The engines' own words for a row that is cut short do not name the file on every engine.
+        check_rows(files)
+        raise
+    return [_of_column(row, place) for place in range(len(columns))]
+
+
+def _named(place: int, found: Cells) -> dict[str, ir.Value]:
+    values: dict[str, ir.Value] = {}
+    if found.bad is not None:
+        values[f"bad{place}"] = found.bad
+    if found.wide is not None:
+        values[f"wide{place}"] = found.wide
+    if found.cut is not None:
+        values[f"cut{place}"] = found.cut.cast("int64")
+    return values
+
+
+def _of_column(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+    kinds = ("bad", "wide", "cut")
+    found = {kind: int(row.get(f"{kind}{place}") or 0) for kind in kinds}
+    return found | {f"{kind}_least": row.get(f"{kind}{place}_least") for kind in kinds}
+
+
+def _settled(
+    files: Sequence[RawFile], columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]
+) -> list[Target]:
+    told = list(zip(columns, facts, strict=True))
+    refuse(
+        [bad_cell(files, column, fact["bad_least"], fact["bad"]) for column, fact in told if fact.get("bad")]
+    )
+    return [column.target or ("string" if fact.get("wide") else "int64") for column, fact in told]
+
+
+def _understood(table: str, column: Column, target: Target, fact: Mapping[str, Any]) -> ColumnInfo:
+    types = ", ".join(dict.fromkeys(column.types))
+    read_as = {"int64": "integers", "string": "text", "float64": "numbers"}.get(target, f"lists ({target})")
+    note = ""
+    if fact.get("wide"):
+        least = fact["wide_least"]
+        note = f"{fact['wide']:,} cells such as {least!r} are not the plain spelling of a 64-bit integer"
+    if column.want.kind == "time":
+        read_as = "unix seconds"
+        note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""
+    return ColumnInfo(
+        table=table,
+        setting=column.want.key,
+        column=column.want.column,
+        found=types,
+        read_as=read_as,
+        note=note,
+    )

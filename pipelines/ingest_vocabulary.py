@@ -13,6 +13,7 @@ from ibis.expr import types as ir
 
 from embeddings.errors import DataError
 from pipelines.ingest_engine import Engine
+from pipelines.ingest_files import look
 from pipelines.ingest_tables import counted, numbered
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.row_group import PARQUET_ERRORS
@@ -63,8 +64,10 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, Older]
     if not config.vocabulary.log:
         return {}
     log = Path(config.vocabulary.log)
-    infos = _infos(read_manifest(log))
+    manifest = read_manifest(log)
+    infos = _infos(manifest)
     _check_features(log / MANIFEST, infos, column_shapes(config))
+    infos |= manifest.named
     return {name: _older(engine, log / "vocab" / f"{name}.parquet", infos[name]) for name in infos}
 
 
@@ -114,8 +117,10 @@ def _older(engine: Engine, file: Path, info: FeatureInfo) -> Older:
     if content.hexdigest() != info.vocabulary or rows != info.rows:
         problem = "is not the vocabulary in the log's manifest, so it was damaged or replaced"
         raise DataError(f"{problem}; take another copy of that log", file=file)
-    table = engine.read_parquet([file]).select("value", "id")
-    table = table.mutate(id=table.id.cast("int64"))
+    raw = look(file, ())
+    found = engine.scan([raw])
+    value, number = (found[f"c{raw.columns.index(name)}"] for name in ("value", "id"))
+    table = found.select(value=value, id=number.cast("int64"))
     different = engine.rows(table.aggregate(values=table["value"].nunique()))[0]["values"]
     if different != rows - 1:
         raise DataError("has a value twice, or a null; name a log that `tandemrec ingest` wrote", file=file)
@@ -164,9 +169,7 @@ def build(
     kind = older.table["value"].type()
     found = counted(name, multi, sources, cutoff)
     found = engine.keep(f"counted_{name}", found.mutate(value=found["value"].cast(kind)))
-    new = engine.keep(f"new_{name}", found.anti_join(older.table, "value"))
-    known = older.table.left_join(found.select("value", "count"), "value")
-    known = known.select("value", "id", count=known["count"].fill_null(0).cast("int64"))
+    known, new = _compared(engine, name, found, older)
     totals = engine.rows(new.aggregate(values=new.count(), rows=new.occurrences.sum()))[0]
     # What is no item to the log still is one while it is made: a new item has attributes of its own, and is
     # not drawn as a negative for whoever had it. Only what is written forgets which one it was.
@@ -178,6 +181,21 @@ def build(
         None if config.vocabulary.extend or not items else older.rows,
         (int(totals["values"]), int(totals["rows"] or 0)),
     )
+
+
+def _compared(engine: Engine, name: str, found: ir.Table, older: Older) -> tuple[ir.Table, ir.Table]:
+    """The older vocabulary with the new counts, and what of `counted` it does not have."""
+    new = engine.keep(f"new_{name}", found.anti_join(older.table, "value"))
+    known = older.table.left_join(found.select("value", "count"), "value")
+    return known.select("value", "id", count=known["count"].fill_null(0).cast("int64")), new
+
+
+def continued(engine: Engine, name: str, found: ir.Table, older: Older | None) -> ir.Table:
+    """value, id, count: ids in the order of the values, those of an older log first."""
+    if older is None:
+        return numbered(found, 1)
+    known, new = _compared(engine, name, engine.keep(f"counted_{name}", found), older)
+    return known.union(numbered(new, older.rows))
 
 
 def _of_type(older: Older, name: str, sources: Sequence[ir.Table], multi: bool) -> Older:
@@ -200,29 +218,35 @@ def write(
     engine: Engine, made: Mapping[str, Vocabulary], root: Path, config: IngestConfig
 ) -> dict[str, FeatureInfo]:
     """Writes `vocab/` and gives what the manifest says of each column of `made`."""
-    (root / "vocab").mkdir()
     shapes = column_shapes(config)
     infos = {}
     for name, vocabulary in made.items():
         table = vocabulary.words
         if vocabulary.rows is not None:
             table = table.filter(table.id < vocabulary.rows)
-        rows, content = 0, hashlib.sha256()
-        writer, path = None, root / "vocab" / f"{name}.parquet"
-        for batch in engine.stream(table.order_by("id"), _BATCH):
-            if writer is None:
-                writer = pq.ParquetWriter(path, batch.schema, compression="zstd", write_page_checksum=True)
-            writer.write_batch(batch)
-            rows += batch.num_rows
-            content.update(_spelled(batch))
-        if writer is not None:
-            writer.close()
-        else:
-            # A column of nulls only: all its ids are 0.
-            pq.write_table(table.schema().to_pyarrow().empty_table(), path)
+        rows, digest = write_words(engine, name, table, root)
         multi, side = shapes[name]
-        infos[name] = FeatureInfo(rows=rows + 1, vocabulary=content.hexdigest(), multi=multi, side=side)
+        infos[name] = FeatureInfo(rows=rows, vocabulary=digest, multi=multi, side=side)
     return infos
+
+
+def write_words(engine: Engine, name: str, table: ir.Table, root: Path) -> tuple[int, str]:
+    """Writes `vocab/<name>.parquet` and gives its rows, unknown included, and the digest of its values."""
+    (root / "vocab").mkdir(exist_ok=True)
+    rows, content = 0, hashlib.sha256()
+    writer, path = None, root / "vocab" / f"{name}.parquet"
+    for batch in engine.stream(table.order_by("id"), _BATCH):
+        if writer is None:
+            writer = pq.ParquetWriter(path, batch.schema, compression="zstd", write_page_checksum=True)
+        writer.write_batch(batch)
+        rows += batch.num_rows
+        content.update(_spelled(batch))
+    if writer is not None:
+        writer.close()
+    else:
+        # A column of nulls only: all its ids are 0.
+        pq.write_table(table.schema().to_pyarrow().empty_table(), path)
+    return rows + 1, content.hexdigest()
 
 
 def _spelled(batch: pa.RecordBatch) -> bytes:

@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints, model_validator
 from trainer.settings import Settings, load_settings
 
 Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
+Unit = Literal["s", "ms", "us", "ns"]
 Protocol = Literal["next-basket", "impressions", "leave-last", "time-split"]
 DOMAIN_FEATURES = ("domain_id", "scenario_id", "action_id")
 # Names that the log, or a table on the way to it, uses for something else.
@@ -73,11 +74,13 @@ class EventsConfig(Settings):
     """Which columns of the event table hold what; `taxonomy` goes from coarse to fine.
 
     Without a `request` column, a user's events of one second are one request, and its id is that second.
+    `timestamp_unit` is of times that are numbers; a part of a second is cut off.
     """
 
     user: str = "user_id"
     item: str = "item_id"
     timestamp: str = "timestamp"
+    timestamp_unit: Unit = "s"
     request: str = ""
     taxonomy: tuple[Name, ...] = ()
 
@@ -111,6 +114,7 @@ class ImpressionsConfig(Settings):
     user: str = "user_id"
     item: str = "item_id"
     timestamp: str = "timestamp"
+    timestamp_unit: Unit = "s"
     request: str = ""
     labels: dict[Name, str] = Field(default_factory=lambda: {"click": "click"}, min_length=1)
     weight: str = ""
@@ -133,6 +137,7 @@ class DomainConfig(Settings):
     user: str = "user_id"
     item: str = "item_id"
     timestamp: str = "timestamp"
+    timestamp_unit: Unit = "s"
     scenario: str = ""
     action: str = ""
     key: str = ""
@@ -143,6 +148,18 @@ class DomainConfig(Settings):
         if bool(self.key) != bool(self.mapping):
             raise ValueError(f"domain {self.name}: give key and mapping together")
         return self
+
+
+class CsvConfig(Settings):
+    """How tables of text are written.
+
+    Attributes:
+        delimiter: between two cells; empty: a comma, tab, semicolon or bar, as the header of each file says.
+        nulls: words that mean no value, as an empty cell does.
+    """
+
+    delimiter: str = Field(default="", max_length=1)
+    nulls: tuple[str, ...] = ()
 
 
 class RequestsConfig(Settings):
@@ -268,7 +285,8 @@ class IngestConfig(Settings):
 
     Attributes:
         users: keep the requests of that many users, for trial runs; 0 = all.
-        text_columns: columns of CSV files that are text even where they look like integers.
+        text_columns: columns that are text even where they hold integers, or do in some files.
+        partition_columns: columns that `name=value` folders of the files' paths hold, not the files.
     """
 
     protocol: Protocol = "next-basket"
@@ -281,6 +299,8 @@ class IngestConfig(Settings):
     impressions: ImpressionsConfig = ImpressionsConfig()
     domains: tuple[DomainConfig, ...] = ()
     text_columns: tuple[str, ...] = ()
+    partition_columns: tuple[str, ...] = ()
+    csv: CsvConfig = CsvConfig()
     requests: RequestsConfig = RequestsConfig()
     split: SplitConfig | None = None
     vocabulary: VocabularyConfig = VocabularyConfig()

@@ -78,6 +78,22 @@ class SplitInfo(Settings):
     behaviors: int = Field(ge=0)
 
 
+class ColumnInfo(Settings):
+    """What ingest understood of a column of the raw tables.
+
+    Attributes:
+        table, setting, column: where it is, and what named it.
+        found: its types in the files; read_as: what it was taken for; note: why, or what was lost.
+    """
+
+    table: str
+    setting: str
+    column: str
+    found: str
+    read_as: str
+    note: str = ""
+
+
 class LogManifest(Settings):
     """What a sequence log holds and how it was made.
 
@@ -86,6 +102,9 @@ class LogManifest(Settings):
         numeric: numbers a candidate has; tasks: its labels; weighted: whether it has a sample weight.
         clusters: how histories were clustered, if they were (`tandemrec cluster`).
         taxonomy: features that classify items, coarse to fine.
+        named: users and requests that the raw tables name with text: their numbers are ids of
+            `vocab/user_id.parquet` and `vocab/request_id.parquet`.
+        columns, notes: how ingest read the raw tables.
     """
 
     format: Literal["tandemrec.sequence-log"] = FORMAT
@@ -97,6 +116,9 @@ class LogManifest(Settings):
     clusters: ClusterInfo | None = None
     tasks: list[str]
     taxonomy: list[str]
+    named: dict[str, FeatureInfo] = Field(default_factory=dict)
+    columns: list[ColumnInfo] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
     splits: dict[FileName, SplitInfo]
     ingest: dict[str, Any]
     report: dict[str, Any]

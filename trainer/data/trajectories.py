@@ -8,32 +8,34 @@ from functools import reduce
 import ibis
 from ibis.expr import types as ir
 
-from trainer.data.ingest_config import DomainConfig
-
 _SAME = ("user_id", "item_id", "action_id", "timestamp")
 
 
-def scoped(table: ir.Table, domain: DomainConfig, further: Mapping[str, ir.Value]) -> ir.Table:
+def scoped(
+    table: ir.Table, columns: Mapping[str, ir.Value], domain: str, further: Mapping[str, ir.Value]
+) -> ir.Table:
     """One domain's events in common columns: user_id, request_id, timestamp, item_id, domain_id, ..., key.
 
     Items and scenarios carry the domain's name, so that equal numbers of two domains are never one id;
     actions do not: a click is a click. `key` is what the domain's mapping explains.
+
+    Args:
+        columns: user, timestamp, item, and scenario, action, key where the domain has them.
     """
 
     def text(column: str) -> ir.Value:
-        return table[column].cast("string") if column else ibis.null("string")
+        return columns[column].cast("string") if column in columns else ibis.null("string")
 
-    prefix = ibis.literal(f"{domain.name}/")
-    timestamp = table[domain.timestamp].cast("int64")
+    prefix = ibis.literal(f"{domain}/")
     return table.select(
-        user_id=table[domain.user].cast("int64"),
-        request_id=timestamp,
-        timestamp=timestamp,
-        item_id=prefix + text(domain.item),
-        domain_id=ibis.literal(domain.name),
-        scenario_id=prefix + text(domain.scenario),
-        action_id=text(domain.action),
-        key=text(domain.key),
+        user_id=columns["user"],
+        request_id=columns["timestamp"],
+        timestamp=columns["timestamp"],
+        item_id=prefix + text("item"),
+        domain_id=ibis.literal(domain),
+        scenario_id=prefix + text("scenario"),
+        action_id=text("action"),
+        key=text("key"),
         **further,
     )
 

@@ -1,0 +1,245 @@
+"""What a wanted column is in each file, and the one type that all its files have in common.
+
+A file's own type belongs to a family; a column is decided over the families of all files. Text is never
+read as a number where two spellings would become one (`01` and `1`), and where a column of CSV could be
+either, all of its cells decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from embeddings.errors import DataError
+from pipelines.ingest_files import RawFile
+from trainer.data.ingest_config import Unit
+
+Kind = Literal["key", "time", "id", "ids", "text", "number"]
+Target = Literal["int64", "string", "float64", "array<int64>", "array<string>"]
+# Of a CSV cell, which may be anything; a column of nulls, which takes what the others are.
+CSV, NULL = "csv", "null"
+_WHOLE = {"int", "uint64", "float", "decimal"}
+_LOOSE = {CSV, NULL}
+_WANTED: dict[Kind, str] = {
+    "key": "an integer or a string",
+    "time": "unix seconds, a timestamp or text such as 2024-05-01T12:00:00Z",
+    "id": "an integer or a string",
+    "ids": "a list of integers or of strings (or name a separator)",
+    "text": "a string, since a separator is named",
+    "number": "a number or a boolean",
+}
+_ALLOWED: dict[Kind, set[str]] = {
+    "key": {*_WHOLE, *_LOOSE, "text", "bool"},
+    "time": {*_WHOLE, *_LOOSE, "text", "time", "date"},
+    "id": {*_WHOLE, *_LOOSE, "text", "bool"},
+    "ids": {NULL, "list of int", "list of uint64", "list of text", "list of null", "list of bool"},
+    "text": {*_LOOSE, "text"},
+    "number": {*_WHOLE, *_LOOSE, "bool"},
+}
+_SPELLED = {"int": "integers", "text": "text", "bool": "booleans", "float": "numbers", "decimal": "numbers"}
+_SPELLED |= {"uint64": "integers", "list of int": "lists of integers", "list of text": "lists of text"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A column that is needed: the setting that names it, its name in the file, what it must hold.
+
+    Attributes:
+        unit: of a time that is a number.
+    """
+
+    key: str
+    column: str
+    kind: Kind
+    unit: Unit = "s"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A wanted column over all files.
+
+    Attributes:
+        families: of each file; types: their own names, for people.
+        target: what the engine makes of it; None: integers if all values are, else text.
+    """
+
+    want: Wanted
+    families: tuple[str, ...]
+    types: tuple[str, ...]
+    target: Target | None
+
+
+def family(kind: pa.DataType) -> str:
+    """What an Arrow type holds, however it is encoded; the name of a type that no column may have."""
+    types = pa.types
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return family(kind.value_type)
+    if _is_list(kind):
+        return f"list of {family(kind.value_type)}"
+    tests: Mapping[str, bool] = {
+        NULL: types.is_null(kind),
+        "bool": types.is_boolean(kind),
+        "uint64": types.is_uint64(kind),
+        "int": types.is_integer(kind),
+        "float": types.is_floating(kind),
+        "decimal": types.is_decimal(kind),
+        "text": types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind),
+        "time": types.is_timestamp(kind),
+        "date": types.is_date(kind),
+    }
+    return next((name for name, holds in tests.items() if holds), str(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    views = (types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in (*lists, *views))
+
+
+def decide(
+    files: Sequence[RawFile], wanted: Sequence[Wanted], text_columns: Sequence[str], partitions: Sequence[str]
+) -> list[Column]:
+    """The wanted columns over all files.
+
+    Raises:
+        DataError: columns are missing or of wrong types, or files disagree: all of it in one message.
+    """
+    problems: list[DataError] = []
+    found: list[Column] = []
+    for want in dict.fromkeys(wanted):
+        wrong = [error for file in files if (error := _fault(file, want, partitions))]
+        problems += wrong[:2]
+        if wrong:
+            continue
+        families = tuple(CSV if _outside(file, want.column) else _family(file, want) for file in files)
+        types = tuple(_type(file, want.column) for file in files)
+        try:
+            target = _target(want, files, families, types, want.column in text_columns)
+        except DataError as error:
+            problems.append(error)
+        else:
+            found.append(Column(want, families, types, target))
+    refuse(problems)
+    return found
+
+
+def refuse(problems: Sequence[DataError]) -> None:
+    """Raises what is wrong, all of it at once."""
+    different = list({str(problem): problem for problem in problems}.values())
+    if len(different) == 1:
+        raise different[0]
+    if different:
+        told = " ".join(f"({number}) {problem}" for number, problem in enumerate(different, 1))
+        raise DataError(f"{len(different)} problems: {told}")
+
+
+def _outside(file: RawFile, column: str) -> bool:
+    return column not in file.columns
+
+
+def _family(file: RawFile, want: Wanted) -> str:
+    return CSV if file.format == "CSV" else family(file.types[want.column])
+
+
+def _type(file: RawFile, column: str) -> str:
+    if column not in file.columns:
+        return "folder"
+    return "CSV" if file.format == "CSV" else str(file.types[column])
+
+
+def _fault(file: RawFile, want: Wanted, partitions: Sequence[str]) -> DataError | None:
+    column, path = want.column, file.path
+    if column in partitions:
+        return _partition_fault(file, column)
+    times = file.columns.count(column)
+    if times > 1:
+        return DataError(f"{times} columns have this name; rename one", file=path, column=column)
+    if not times:
+        return DataError(_missing(file, want), file=path, column=column)
+    found = _family(file, want)
+    if found in _ALLOWED[want.kind]:
+        return None
+    if file.format == "CSV":
+        return DataError(f"holds text, expected {_WANTED[want.kind]}", file=path, column=column)
+    problem = f"type is {file.types[column]}, expected {_WANTED[want.kind]}; {_cast(want, found)}"
+    return DataError(problem, file=path, column=column)
+
+
+def _cast(want: Wanted, found: str) -> str:
+    """How to mend a column of a type that is not read."""
+    if found.endswith(("binary", "binary_view")) or found.startswith("fixed_size_binary"):
+        return "cast the column to string where the file is written"
+    if found in ("time", "date"):
+        return "cast the column to text, or to integers"
+    if found.startswith("list of") and want.kind in ("key", "id"):
+        return "set multi = true for a feature, or cast the column"
+    if found == "text" and want.kind == "ids":
+        return "cast the column"
+    return "cast the column"
+
+
+def _partition_fault(file: RawFile, column: str) -> DataError | None:
+    if column in file.columns:
+        problem = "the file has this column itself; take it out of partition_columns"
+        return DataError(problem, file=file.path, column=column)
+    if column not in file.folders:
+        problem = f"partition_columns names it, but the path has no folder {column}=..."
+        return DataError(problem, file=file.path, column=column)
+    return None
+
+
+def _missing(file: RawFile, want: Wanted) -> str:
+    column = want.column
+    problem = f"no such column ({want.key}); the file has {', '.join(file.columns)}"
+    if column in file.folders:
+        return f'{problem}; to read it from the folders, set partition_columns = ["{column}"]'
+    twin = [name for name in file.columns if name.strip().lower() == column.strip().lower()]
+    if twin:
+        return f"{problem}; {twin[0]!r} is spelled otherwise, and names are taken letter by letter"
+    if file.format == "CSV" and len(file.columns) == 1:
+        return f"{problem}; set csv.delimiter if another sign parts its cells"
+    return problem
+
+
+def _target(
+    want: Wanted, files: Sequence[RawFile], families: Sequence[str], types: Sequence[str], as_text: bool
+) -> Target | None:
+    found = set(families)
+    if want.kind == "number":
+        return "float64"
+    if want.kind == "time":
+        return "int64"
+    if want.kind == "text":
+        return "string"
+    text, other = ("list of text", "list of bool") if want.kind == "ids" else ("text", "bool")
+    whole = {"list of int", "list of uint64"} if want.kind == "ids" else _WHOLE
+    sides = [found & {text}, found & {other}, found & whole]
+    if sum(map(bool, sides)) > 1 and not as_text:
+        raise _conflict(want, files, families, types)
+    if as_text or sides[0] or sides[1] or found <= {NULL, "list of null"}:
+        return "array<string>" if want.kind == "ids" else "string"
+    if want.kind == "ids":
+        return "array<int64>"
+    # Cells of CSV, and numbers that are not int64, are integers only if each of them is.
+    return "int64" if found <= {"int", NULL} else None
+
+
+def _conflict(
+    want: Wanted, files: Sequence[RawFile], families: Sequence[str], types: Sequence[str]
+) -> DataError:
+    first = next(i for i, one in enumerate(families) if one not in (*_LOOSE, "list of null"))
+    kinds = [_SPELLED.get(one, one) for one in families]
+    odd = next(
+        i
+        for i, kind in enumerate(kinds)
+        if kind != kinds[first] and families[i] not in (*_LOOSE, "list of null")
+    )
+    problem = (
+        f"holds {kinds[odd]} ({types[odd]}), but {files[first].path} holds {kinds[first]} ({types[first]}); "
+        f"cast one of them, or name the column in text_columns"
+    )
+    return DataError(problem, file=files[odd].path, column=want.column)

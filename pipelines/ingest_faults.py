@@ -1,0 +1,91 @@
+"""Where in the raw files a fault is: looked up only after an engine has met it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+
+import pyarrow.parquet as pq
+
+from embeddings.errors import DataError
+from pipelines.ingest_columns import Column
+from pipelines.ingest_files import RawFile, open_text
+
+_HINTS = {
+    "number": "a number, true or false; mend the cell, or name the words for nothing in csv.nulls",
+    "time": "unix seconds or ISO 8601 such as 2024-05-01T12:00:00Z; mend the cell, or convert the column",
+    "id": "a whole number; cast the column to text, or mend it",
+    "key": "a whole number; cast the column to text, or mend it",
+}
+
+
+def bad_cell(files: Sequence[RawFile], column: Column, cell: str, count: int) -> DataError:
+    """The error about `count` cells of a column, with the place of one of them."""
+    want = column.want
+    problem = f"{cell!r} is not {_HINTS[want.kind]}"
+    if count > 1:
+        problem += f" ({count:,} such cells)"
+    for file in files:
+        for row, value in _cells(file, want.column):
+            if _same(value, cell):
+                place = "line" if file.format == "CSV" else "row"
+                return DataError(f"{place} {row}: {problem}", file=file.path, column=want.column)
+    return DataError(problem, file=files[0].path, column=want.column)
+
+
+def _cells(file: RawFile, column: str) -> Iterator[tuple[int, object]]:
+    """(line or row, cell) of one column."""
+    if column not in file.columns:
+        return
+    if file.format == "CSV":
+        place = file.columns.index(column)
+        for line, row in _rows(file):
+            if len(row) > place:
+                yield line, row[place]
+        return
+    number = 0
+    with pq.ParquetFile(file.path) as parquet:
+        for batch in parquet.iter_batches(columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield number, value
+                number += 1
+
+
+def _same(value: object, cell: str) -> bool:
+    if isinstance(value, float):
+        try:
+            return value == float(cell)
+        except ValueError:
+            return False
+    return value is not None and str(value) == cell
+
+
+def _rows(file: RawFile) -> Iterator[tuple[int, list[str]]]:
+    """(line on which it ends, cells) of every row after the header."""
+    with open_text(file.path) as lines:
+        reader = csv.reader(lines, delimiter=file.delimiter, strict=True)
+        header = True
+        for row in reader:
+            if row and not header:
+                yield reader.line_num, row
+            header = header and not row
+
+
+def check_rows(files: Sequence[RawFile]) -> None:
+    """Raises for the first row of CSV that has too many or too few cells, or cannot be read at all."""
+    for file in files:
+        if file.format != "CSV":
+            continue
+        line = 1
+        try:
+            for line, row in _rows(file):
+                if len(row) != len(file.columns):
+                    names = ", ".join(file.columns)
+                    problem = f"{len(row)} cells, but the header has {len(file.columns)} ({names})"
+                    raise DataError(f"line {line}: {problem}; mend the line", file=file.path)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"after line {line}: no UTF-8 text ({error}); save it as UTF-8", file=file.path
+            ) from error
+        except (csv.Error, OSError, EOFError) as error:
+            raise DataError(f"after line {line}: {error}; mend the line", file=file.path) from error

@@ -1,0 +1,106 @@
+"""What the raw tables must have in common, and the numbers of users and requests whose names are text.
+
+A log stores users and requests as integers. Where the raw tables name them with text, they are numbered in
+the order of their names, and the log keeps the names in `vocab/`, as it keeps the values of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ibis
+from ibis.expr import types as ir
+
+from embeddings.errors import DataError
+from pipelines.ingest_engine import Engine
+from pipelines.ingest_sources import Seen
+from pipelines.ingest_tables import counted
+from pipelines.ingest_vocabulary import Older, continued, write_words
+from trainer.data.ingest_config import IngestConfig
+from trainer.data.schema import FeatureInfo
+
+NAMES = ("user_id", "request_id")
+
+
+def agree(
+    events: ir.Table, shown: ir.Table | None, older: Mapping[str, Older], seen: Seen
+) -> tuple[ir.Table, ir.Table | None]:
+    """Both tables with columns of one type: where one holds text, integers of CSV are text as well.
+
+    Such a column was read as integers because each of its cells is the plain spelling of one, so that nothing
+    is lost. An older log's text is text too.
+    """
+    given = {"raw_events": events} | ({} if shown is None else {"raw_impressions": shown})
+    loose = {name: seen.loose.get(name, set()) for name in given}
+    loose["raw_events"] = loose["raw_events"] | seen.loose.get("trajectories", set())
+    for column in dict.fromkeys(name for table in given.values() for name in table.columns):
+        having = [name for name, table in given.items() if column in table.columns]
+        old = older.get(column)
+        text = old is not None and old.rows > 1 and old.table["value"].type().is_string()
+        text = text or any(given[name][column].type().is_string() for name in having)
+        if column == "timestamp" or not text:
+            continue
+        for name in having:
+            if column in loose[name] and given[name][column].type().is_integer():
+                given[name] = given[name].mutate(**{column: given[name][column].cast("string")})
+                seen.notes.append(f"{column} of the {name.removeprefix('raw_')} is text, as it is elsewhere")
+    return given["raw_events"], given.get("raw_impressions")
+
+
+def with_numbers(
+    engine: Engine,
+    tables: tuple[ir.Table, ir.Table | None],
+    older: Mapping[str, Older],
+    root: Path,
+    source: Path | None,
+    config: IngestConfig,
+) -> tuple[tuple[ir.Table, ir.Table | None], dict[str, FeatureInfo]]:
+    """The tables with integers for users and requests, and what the manifest says of their names.
+
+    With an older log known names keep their numbers, and new ones follow: a user is never unknown.
+
+    Raises:
+        DataError: one table has integers where the other, or the older log, has text.
+    """
+    events, shown = tables
+    if config.protocol != "next-basket" and events.request_id.type().is_string():
+        # Nothing reads these: a request is an impression, an event or a second.
+        asked = ibis.ifelse(events.request_id.notnull(), events.timestamp, ibis.null("int64"))
+        events = events.mutate(request_id=asked)
+    given = {"events": events} | ({} if shown is None else {"impressions": shown})
+    infos: dict[str, FeatureInfo] = {}
+    for name in NAMES:
+        text = {key for key, table in given.items() if table[name].type().is_string()}
+        _check(name, text, set(given), older.get(name), source)
+        if not text:
+            continue
+        sources = [given[key] for key in sorted(text)]
+        words = continued(engine, name, counted(name, False, sources, None), older.get(name))
+        words = engine.keep(f"vocabulary_{name}", words)
+        rows, digest = write_words(engine, name, words, root)
+        infos[name] = FeatureInfo(rows=rows, vocabulary=digest)
+        given |= {key: _numbered(given[key], name, words) for key in text}
+    if infos:
+        given = {key: engine.keep(f"numbered_{key}", table) for key, table in given.items()}
+    return (given["events"], given.get("impressions")), infos
+
+
+def _check(name: str, text: set[str], tables: set[str], older: Older | None, source: Path | None) -> None:
+    column = name.removesuffix("_id")
+    if name == "user_id" and text and text != tables:
+        other = min(tables - text)
+        problem = (
+            f"text in the {min(text)} and integers in the {other}; name the {column} column in text_columns"
+        )
+        raise DataError(problem, file=source, column=name)
+    if older is not None and not text and older.rows > 1:
+        problem = "the older log's are text, the raw tables' are integers; name the column in text_columns"
+        raise DataError(problem, file=older.file, column="value")
+
+
+def _numbered(table: ir.Table, name: str, words: ir.Table) -> ir.Table:
+    coded = words.select(_word=words["value"], _code=words["id"])
+    joined = table.left_join(coded, table[name] == coded["_word"])
+    others = [column for column in table.columns if column != name]
+    return joined.select(*others, **{name: joined["_code"]}).select(*table.columns)

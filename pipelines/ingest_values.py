@@ -1,0 +1,170 @@
+"""The cells of one raw column as ingest wants them, and which of them do not fit.
+
+All functions take and give Ibis values and run on any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ibis
+from ibis.expr import types as ir
+
+from pipelines.ingest_columns import CSV, NULL, Kind, Target
+from trainer.data.ingest_config import Unit
+
+UNITS: dict[Unit, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+_INT64 = 2**63 - 1
+_EXACT = 2**53  # a float holds every integer up to here
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_NO_NUMBER = ["nan", "inf", "-inf", "+inf", "infinity", "-infinity"]
+_DATE = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_CLOCK = r"[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]+)?)?"
+_OFFSET = r"([+-])([0-9]{2}):?([0-9]{2})?$"
+_ISO = rf"{_DATE}({_CLOCK} ?(Z|z|UTC|[+-][0-9]{{2}}(:?[0-9]{{2}})?)?)?$"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A column of some files.
+
+    Attributes:
+        bad: the cell as text where it is no value of its kind; wide: where it is one that only text can hold;
+            cut: whether it loses a part of a second. None: no cell is.
+    """
+
+    bad: ir.StringValue | None = None
+    wide: ir.StringValue | None = None
+    cut: ir.BooleanValue | None = None
+
+
+def of_text(value: ir.Value, nulls: Sequence[str]) -> ir.Value:
+    """A cell of CSV: null where it is empty, quoted or not, or one of the words for nothing."""
+    value = value.nullif("")
+    return ibis.ifelse(value.isin(list(nulls)), ibis.null("string"), value) if nulls else value
+
+
+def look_at(value: ir.Value, family: str, kind: Kind, target: Target | None, unit: Unit) -> Cells:
+    """Which cells of a column do not fit."""
+    if kind == "time":
+        return _times(value, family, unit)
+    if kind == "number" and family == CSV:
+        return Cells(bad=_where(value, value.notnull() & ~_is_number(value)))
+    return _ids(value, family, target) if kind in ("key", "id") else Cells()
+
+
+def _ids(value: ir.Value, family: str, target: Target | None) -> Cells:
+    if family == CSV:
+        return Cells(wide=None if target else _where(value, value.notnull() & ~_is_integer(value)))
+    if family == "uint64":
+        return Cells(wide=_where(value, value > _INT64))
+    if family == "float":
+        parts = ~value.isnan() & ((value != value.floor()) | (value.abs() > _EXACT))
+        return Cells(bad=_where(value, parts))
+    if family == "decimal":
+        beyond = (value > _INT64) | (value < -_INT64)
+        return Cells(bad=_where(value, value != value.floor()), wide=_where(value, beyond))
+    return Cells()
+
+
+def convert(value: ir.Value, family: str, kind: Kind, target: Target, unit: Unit) -> ir.Value:
+    """The column in its target type, where all of its cells fit."""
+    if family in (NULL, "list of null"):
+        return ibis.null(target)
+    if kind == "time":
+        return _seconds(value, family, unit)
+    if family == "float":
+        value = ibis.ifelse(value.isnan(), ibis.null(value.type()), value)
+    if target == "int64":
+        return (value.try_cast("int64") if family == CSV else value.cast("int64")).cast("int64")
+    if kind == "number" and family == CSV:
+        word = value.strip().lower()
+        truth = ibis.cases(
+            (word == "true", 1.0), (word == "false", 0.0), else_=value.strip().try_cast("float64")
+        )
+        return truth.cast("float64")
+    if target == "string" and family in ("float", "decimal"):
+        return value.cast("decimal(38, 0)").cast("string")
+    return value.cast(target)
+
+
+def _where(value: ir.Value, condition: ir.Value) -> ir.StringValue:
+    return ibis.ifelse(condition, value.cast("string"), ibis.null("string"))
+
+
+def _is_integer(text: ir.Value) -> ir.Value:
+    """Whether text is an integer, and the only way to spell it: not 01, +1, 1e3, -0 or one with a blank."""
+    return (text.try_cast("int64").cast("string") == text).fill_null(False)
+
+
+def _is_number(text: ir.Value) -> ir.Value:
+    word = text.strip()
+    return word.re_search(_NUMBER) | word.lower().isin(["true", "false", *_NO_NUMBER])
+
+
+def _times(value: ir.Value, family: str, unit: Unit) -> Cells:
+    size = UNITS[unit]
+    if family in ("int", "uint64"):
+        return Cells(cut=value % size != 0) if size > 1 else Cells()
+    if family in ("float", "decimal"):
+        whole = (value / size).floor() * size
+        known = ~value.isnan() if family == "float" else ibis.literal(True)
+        return Cells(cut=known & (value != whole))
+    if family == "time":
+        if value.type().is_integer():
+            return Cells(cut=value % UNITS["ns"] != 0)
+        return Cells(cut=value != value.truncate("s"))
+    if family in (CSV, "text"):
+        return _times_of_text(value, size)
+    return Cells()
+
+
+def _times_of_text(value: ir.Value, size: int) -> Cells:
+    word = value.strip()
+    number, moment = word.re_search(_NUMBER), word.re_search(_ISO)
+    fits = (number & word.try_cast("float64").notnull()) | (moment & _moment(word).notnull())
+    parts = word.try_cast("float64") / size
+    cut = ibis.cases(
+        (number, parts != parts.floor()), (moment, word.re_search(r"[.,][0-9]*[1-9]")), else_=False
+    )
+    return Cells(bad=_where(value, word.notnull() & ~fits), cut=cut)
+
+
+def _seconds(value: ir.Value, family: str, unit: Unit) -> ir.Value:
+    """Unix seconds; a part of a second is cut off."""
+    size = UNITS[unit]
+    if family in ("int", "uint64"):
+        return _over(value.cast("int64"), size)
+    if family in ("float", "decimal"):
+        value = value.cast("float64")
+        value = ibis.ifelse(value.isnan(), ibis.null("float64"), value)
+        return (value / size).floor().cast("int64")
+    if family == "time" and value.type().is_integer():
+        # Spark gives nanoseconds as a number.
+        return _over(value, UNITS["ns"])
+    if family == "time":
+        return value.truncate("s").epoch_seconds().cast("int64")
+    if family == "date":
+        return value.cast("timestamp").epoch_seconds().cast("int64")
+    word = value.strip()
+    whole = word.try_cast("int64")
+    parts = (word.try_cast("float64") / size).floor().try_cast("int64")
+    number = ibis.ifelse(word.re_search(r"^[+-]?[0-9]+$"), _over(whole, size), parts)
+    return ibis.ifelse(word.re_search(_NUMBER), number, _moment(word)).cast("int64")
+
+
+def _over(whole: ir.Value, size: int) -> ir.Value:
+    return whole if size == 1 else (whole // size).cast("int64")
+
+
+def _moment(word: ir.Value) -> ir.Value:
+    """Unix seconds of ISO 8601 text: UTC, unless it names its offset."""
+    day, clock = word.substr(0, 10), word.substr(11, 5)
+    seconds = ibis.ifelse(word.re_search(r"^.{16}:"), word.substr(16, 3), ":00")
+    stamp = ibis.ifelse(word.length() == 10, day + " 00:00:00", day + " " + clock + seconds)
+    zone = word.substr(16)
+    sign = ibis.ifelse(zone.re_extract(_OFFSET, 1) == "-", -1, 1)
+    hours, minutes = (zone.re_extract(_OFFSET, part).try_cast("int64").fill_null(0) for part in (2, 3))
+    offset = ibis.ifelse(zone.re_search(_OFFSET), sign * (hours * 3600 + minutes * 60), 0)
+    return (stamp.try_cast("timestamp").epoch_seconds().cast("int64") - offset).cast("int64")
