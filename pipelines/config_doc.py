@@ -23,8 +23,8 @@ _HEAD = """# Configuration: every key
 
 Made by `make docs` from the settings models. Each key can be set in a TOML file, or by
 `--set section.key=value`. A file may start from another one: `extends = "other.toml"`, a path beside it, over
-whose values its own win. Unknown keys are errors. configs/ holds ready files, and other pages here explain what
-the keys do: [training.md](training.md), [models.md](models.md), [tables.md](tables.md),
+whose values its own win. Unknown keys are errors. configs/ holds ready files, and other pages explain what
+keys do: [training.md](training.md), [models.md](models.md), [tables.md](tables.md),
 [checkpoints.md](checkpoints.md), [plan.md](plan.md), [ingest.md](ingest.md).
 """
 _FILES: tuple[tuple[str, str, type[Settings]], ...] = (
