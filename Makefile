@@ -28,7 +28,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-spark train serve test lint format bench clean
+.PHONY: help install install-dev install-spark train serve test lint format bench docs clean
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -113,6 +113,9 @@ format: install-dev ## rewrite the code the way lint wants it
 
 bench: $(VENV)/.installed-bench ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
 	python -m benchmarks.refresh --log "$(LOG)"
+
+docs: install ## docs/config.md, every key of the configurations, from the code
+	python -m pipelines.config_doc docs/config.md
 
 clean: ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,6 +28,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from embeddings.agreement import from_rank_0
 from embeddings.comms import AS_THEY_ARE, Comms
+from embeddings.empty_shards import leaves_ranks_empty
 from embeddings.errors import ConfigError
 from embeddings.exchange import Lookup
 from embeddings.groups import TableGroup, TableSpec
@@ -304,7 +305,7 @@ def _constraint(task: Task, group: TableGroup, table: TableSpec) -> ParameterCon
                 f"plan.tables.{name}.kernels: {kernel} puts rows in host memory; set "
                 "plan.allow_unified_memory = true as well"
             )
-    sharding = rule.sharding or group.sharding or _DEFAULT_SHARDING[task.cluster.device]
+    sharding = rule.sharding or group.sharding or _default_sharding(task.cluster, table.rows)
     # Data-parallel tables know no other kernel than `dense`, and only they may have it.
     kernels = rule.kernels or (*_DEFAULT_KERNELS, *(["dense"] if "data_parallel" in sharding else []))
     if task.rules.allow_unified_memory and not rule.kernels:
@@ -319,6 +320,16 @@ def _constraint(task: Task, group: TableGroup, table: TableSpec) -> ParameterCon
         num_poolings=[1.0],
         batch_sizes=[max(1, -(-lookup.bags // task.cluster.world_size))],
         min_partition=_columns_a_shard(dim, task.cluster.world_size),
+    )
+
+
+def _default_sharding(cluster: Cluster, rows: int) -> tuple[str, ...]:
+    """What a table may become unasked: no row shards where some ranks would get no row."""
+    among = {"row_wise": cluster.world_size, "table_row_wise": cluster.local_world_size}
+    return tuple(
+        kind
+        for kind in _DEFAULT_SHARDING[cluster.device]
+        if kind not in among or not leaves_ranks_empty(rows, among[kind])
     )
 
 

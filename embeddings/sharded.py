@@ -33,6 +33,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embeddings.collections import BagCollection, SequenceCollection, side_by_side, weight_name
+from embeddings.empty_shards import admit_empty_shards
 from embeddings.groups import TableGroup
 from embeddings.replicated import ReplicatedOptimizer
 
@@ -101,6 +102,7 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
 
     def __init__(self, module: BagCollection, strides: Strides, device: torch.device, **given: Any) -> None:
         super().__init__(module=module, device=device, **given)
+        admit_empty_shards(self._lookups)
         plan = self.module_sharding_plan.values()
         reduced = any(table.sharding_type in _REDUCED for table in plan)
         self._pads = reduced and device.type == "cpu" and given["env"].world_size > 1
@@ -134,6 +136,7 @@ class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
 
     def __init__(self, module: SequenceCollection, **given: Any) -> None:
         super().__init__(module=module, **given)
+        admit_empty_shards(self._lookups)
         self._group = module.group
         self._optim = _with_replicated(self, module.group)
 

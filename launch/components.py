@@ -134,14 +134,18 @@ def _rendezvous(shape: JobShape, port: int) -> list[str]:
 
 
 def _torchrun(shape: JobShape, max_restarts: int, port: int, words: Sequence[str]) -> str:
-    """One shell line. `exec`, so that a stop signal reaches torchrun and not a shell that waits for it."""
+    """One shell line. `exec`, so that a stop signal reaches torchrun and not a shell that waits for it.
+
+    torchrun looks for options of its own behind the name of the script, too, and takes beginnings of them:
+    `--run` might be its `--run-path`. Nothing behind `--` is one.
+    """
     options = [
         *_rendezvous(shape, port),
         f"--nnodes={shape.nnodes}",
         f"--nproc-per-node={shape.ranks}",
         f"--max-restarts={max_restarts}",
     ]
-    line = " ".join(["exec python -m torch.distributed.run", *options, "-m launch.cli", _quote(words)])
+    line = " ".join(["exec python -m torch.distributed.run", *options, "-m -- launch.cli", _quote(words)])
     if max_restarts and words[0] == "train":
         # torchrun restarts whatever failed: what no restart can mend is found before it takes over.
         line = f"{_quote([*_CLI, *words, '--check'])} && {line}"

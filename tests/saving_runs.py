@@ -28,6 +28,7 @@ from trainer import checkpoint_files, hashed_writer
 from trainer.config import Config, load_config
 from trainer.distributed import Ranks
 from trainer.loop import Trainer
+from trainer.saver import Saver
 
 
 class Runs:
@@ -102,6 +103,22 @@ def break_saves(times: int) -> Callable[[Ranks], None]:
     return before
 
 
+def note_saves(said: Path) -> Callable[[Ranks], None]:
+    """Keep the steps that rank 0 begins to save."""
+
+    def before(ranks: Ranks) -> None:
+        save = Saver.save
+
+        def noting(self: Saver, step: int, *rest: Any) -> None:
+            if ranks.rank == 0:
+                said.open("a").write(f"{step}\n")
+            save(self, step, *rest)
+
+        Saver.save = noting  # type: ignore[method-assign]
+
+    return before
+
+
 def dump_loaded(folder: Path) -> Callable[[Ranks], None]:
     """Keep every rank's shards as they are once a checkpoint is loaded, and the state of all generators."""
 
@@ -165,6 +182,13 @@ def main(root: Path) -> None:
     report["sync"] = runs.train("sync", 2, checkpoint__mode="sync", checkpoint__every_steps=4)
     report["same tensors"] = digests(root / "whole") == digests(root / "stopped") == digests(root / "sync")
     report["minutes"] = runs.train("minutes", 2, checkpoint__every_minutes=1e-6, checkpoint__keep=99)
+    # The end of the epochs is at a step after which a save is due; the next start finds nothing to do.
+    end = {"checkpoint__every_steps": len(report["whole"]["losses"])}
+    report["once"] = runs.train("once", 2, note_saves(root / "saves"), **end)
+    lines = (root / "once" / "metrics.jsonl").read_text()
+    report["over"] = runs.train("once", 2, note_saves(root / "saves"), **end)
+    report["lines again"] = (root / "once" / "metrics.jsonl").read_text() == lines
+    report["saves"] = (root / "saves").read_text()
     often = {"checkpoint__every_steps": 4, "checkpoint__keep": 99}
     report["full, stop"] = runs.train("full", 2, break_saves(1), **often)
     report["full, continue"] = runs.train("on", 2, break_saves(1), **often, checkpoint__on_error="continue")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from torch.distributed.run import get_args_parser
 from torchx import specs
 from torchx.runner import get_runner
 from torchx.specs.file_linter import validate
 
 from launch import components
+from launch.cli import app
 from launch.components import JobShape, evaluate, export, parse_shape, plan, train
-from tests.launching import ROOT
+from tests.launching import ROOT, SETTINGS, launched
 from tests.logs import small_log
 
 ODD = [
@@ -74,7 +78,7 @@ def test_one_node() -> None:
     words = shlex.split(_command(app))
     assert words[:4] == ["exec", "python", "-m", "torch.distributed.run"]
     assert {"--standalone", "--nnodes=1", "--nproc-per-node=2", "--max-restarts=0"} <= set(words)
-    tail = "-m launch.cli train --config c.toml --out runs/a --set train.max_steps=3"
+    tail = "-m -- launch.cli train --config c.toml --out runs/a --set train.max_steps=3"
     assert words[-len(tail.split()) :] == tail.split()
     assert not [word for word in words if "tee" in word or "rdzv" in word]
     assert (app.name, app.roles[0].num_replicas) == ("tandemrec", 1)
@@ -137,7 +141,7 @@ def test_torchx_accepts_the_signature_and_every_argument_has_its_help(verb: str)
 def test_the_other_verbs() -> None:
     app = evaluate(run="/s/run", split="validation", j="2x4", max_restarts=3)
     words = shlex.split(_command(app))
-    assert words[-7:] == ["-m", "launch.cli", "evaluate", "--run", "/s/run", "--split", "validation"]
+    assert words[-8:] == ["-m", "--", "launch.cli", "evaluate", "--run", "/s/run", "--split", "validation"]
     assert {"--nnodes=2", "--nproc-per-node=4", "--max-restarts=3"} <= set(words)
     line = _command(export(run="/s/run", out="/s/snap", mounts=["type=bind", "src=/s", "dst=/s"]))
     assert line == "exec python -m launch.cli export --run /s/run --out /s/snap"
@@ -249,9 +253,9 @@ def _assert_trains(line: str, environment: dict[str, str], job: str, host: str) 
         ["bash", "-c", stand_in], env=variables, capture_output=True, text=True, check=True
     )
     check, run = (part.strip("\0").split("\0") for part in shell.stdout.split("\0END\0")[:2])
-    trained = ["-m", "launch.cli", "train", "--config", "c.toml", "--out", "/s/run", *ODD]
-    assert check == [*trained, "--check"]
-    assert run[:2] == ["-m", "torch.distributed.run"] and run[-len(trained) :] == trained
+    trained = ["launch.cli", "train", "--config", "c.toml", "--out", "/s/run", *ODD]
+    assert check == ["-m", *trained, "--check"]
+    assert run[:2] == ["-m", "torch.distributed.run"] and run[-len(trained) - 2 :] == ["-m", "--", *trained]
     wanted = {"--nnodes=2", "--nproc-per-node=8", "--max-restarts=3", f"--rdzv-id={job}"}
     assert {*wanted, f"--rdzv-endpoint={host}:29500"} <= set(run)
 
@@ -276,6 +280,51 @@ def test_a_wrong_configuration_is_told_once_before_any_rank_starts(tmp_path: Pat
     assert len(done.stderr.splitlines()) == 1
     assert "unknown key 'model.kk'; did you mean 'model.k'?" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def started(app: specs.AppDef) -> str:
+    """Run a component's line word for word, but for the slow imports; -> what it printed."""
+    role, words = app.roles[0], shlex.split(_command(app))
+    assert words[:3] == ["exec", "python", "-m"] and role.num_replicas == 1
+    done = launched(*words[3:])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_component_runs(tmp_path: Path) -> None:
+    log, run, config = small_log(tmp_path / "log"), tmp_path / "run", str(ROOT / "configs/dare.toml")
+    changed = {**SETTINGS, "data.log": str(log), "train.max_steps": 2}
+    words = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+    assert "samples in 2 steps" in started(train(*words, config=config, out=str(run)))
+    assert "trained model" in started(evaluate(run=str(run), split="validation"))
+    snapshot = f"snapshot {tmp_path / 'snap' / 'v00000001'}: step 2"
+    assert snapshot in started(export(run=str(run), out=str(tmp_path / "snap")))
+    told = [word for pair in words for word in ("--set", pair)]
+    assert "representation__item_id" in started(plan(*told, config=config, world_size=4))
+    there = [name for name, each in vars(components).items() if _is_component(each)]
+    assert sorted(there) == ["evaluate", "export", "plan", "train"], "each is run here"
+
+
+def _is_component(each: object) -> bool:
+    gives_app = inspect.isfunction(each) and each.__annotations__.get("return") is specs.AppDef
+    return gives_app and not each.__name__.startswith("_")
+
+
+def test_torchrun_takes_no_option_of_ours_for_its_own() -> None:
+    """Of any verb, since any may be started under it; without `--` it takes four of them."""
+    parser, ambiguous = get_args_parser(), []
+    for verb, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for option in (word for each in command.params for word in each.opts if word.startswith("-")):
+            words = [verb, option, "value"]
+            line = shlex.split(components._torchrun(JobShape(), 0, 1, words))
+            found = parser.parse_args(line[line.index("torch.distributed.run") + 1 :])
+            assert (found.module, found.training_script) == (True, "launch.cli")
+            assert found.training_script_args == words
+            try:
+                parser.parse_args(["-m", "launch.cli", *words])
+            except SystemExit:
+                ambiguous.append(f"{verb} {option}")
+    assert ambiguous == ["evaluate --run", "export --run", "unshard --run", "cluster --log"]
 
 
 def test_the_image_is_made_of_what_is_there() -> None:

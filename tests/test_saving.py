@@ -59,6 +59,14 @@ def test_the_clock_of_rank_0_counts_where_ranks_agree(report: Report) -> None:
     assert steps == sorted({*range(3, last, 3), last})
 
 
+def test_no_step_is_saved_twice(report: Report) -> None:
+    last = len(report["whole"]["losses"])
+    assert report["once"]["codes"] == [0, 0] and report["once"]["left"] == [f"step-{last:08d}"]
+    assert report["once"]["said"].count("validation after step") == 1
+    assert report["over"]["codes"] == [0, 0] and "nothing left to train" in report["over"]["said"]
+    assert report["saves"] == f"{last}\n" and report["lines again"] is True
+
+
 def test_a_failed_save_stops_all_ranks_where_it_is_noticed(report: Report) -> None:
     full = report["full, stop"]
     assert full["codes"] == [1, 1] and full["left"] == []

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
@@ -118,7 +120,7 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group) -> Entries:
     """This rank's files, synced; -> their manifest entries."""
     writer = HashedWriter(part)
     try:
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+        dcp.save(dict(tensors), storage_writer=writer, planner=_NoEmptyShards(), process_group=group)
     except (Exception, dcp.api.CheckpointException) as error:
         if dist.get_rank(group) not in getattr(error, "failures", {dist.get_rank(group): None}):
             # DCP raises on all ranks; those whose fault it is can say why.
@@ -126,6 +128,23 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group) -> Entries:
         cause = writer.problem or error
         raise CheckpointError(part, f"{_sizes(part, tensors)}: {_reason(cause)}") from None
     return writer.entries
+
+
+class _NoEmptyShards(DefaultSavePlanner):
+    """Leaves out row shards without rows.
+
+    DCP knows a shard by where it begins, and the next one begins there, too: it took such a pair for copies
+    of one shard and kept either.
+    """
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        return replace(plan, items=[item for item in plan.items if not _is_empty(item)])
+
+
+def _is_empty(item: WriteItem) -> bool:
+    data = item.tensor_data
+    return item.type == WriteItemType.SHARD and data is not None and 0 in data.chunk.sizes
 
 
 def _sizes(part: Path, tensors: Mapping[str, Any]) -> str:

@@ -108,7 +108,9 @@ class Trainer:
     def _run(self, start: checkpoint.Found) -> Position:
         if start.path is not None:
             self._resume(start.path, start.state)
-        from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
+        # What was validated after the newest save, or else the last line of metrics.jsonl would come twice.
+        known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
+        self.at.validated = max(self.at.validated, known)
         epochs = self.config.train.epochs
         with (
             self.watch.listening(),
@@ -120,7 +122,9 @@ class Trainer:
                     self._epoch()
             if not self.stopped:
                 self._validate()
-            if start.path is None or self.at.step != start.state["step"]:
+            # The step may be one of those after which a save was due.
+            self.saver.settle()
+            if self.saver.saved != self.at.step:
                 self._save()
             self.saver.settle(last=True)
         return self.at
@@ -263,6 +267,7 @@ class Trainer:
             cpu_s=state["cpu_s"] / self.ranks.world_size,
             validated=state["validated"],
         )
+        self.saver.saved = self.at.step
         self.say(f"resumed from {path}")
 
 

@@ -94,13 +94,18 @@ class RunFolder:
         summary = json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else {}
         write_text(self.summary, json.dumps({**summary, **jsonable(entries)}, indent=1))
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget lines of steps that a resumed run is about to repeat."""
+    def drop_metrics_after(self, step: int) -> int:
+        """Forget lines of steps that a resumed run is about to repeat.
+
+        Returns:
+            The step of the newest validation that is left, -1 where there is none.
+        """
         if not self.metrics.exists():
-            return
+            return -1
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if 0 <= _step_of(line) <= step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
+        return max((_step_of(line) for line in kept if '"split": "validation"' in line), default=-1)
 
 
 class MetricsLog:

@@ -38,6 +38,9 @@ class Saver:
 
     Args:
         folder: the run's `checkpoints` folder; say: prints a line on rank 0.
+
+    Attributes:
+        saved: step of the newest checkpoint known to be in place, resumed from or written; -1 = none.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, say: Callable[[str], None]) -> None:
@@ -45,6 +48,7 @@ class Saver:
         timeout = datetime.timedelta(minutes=config.timeout_minutes)
         # Of its own, so that its collectives cannot mix with those of the steps.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self.saved = -1
         self._copy: dict[str, Any] | None = None
         self._running: _Save | None = None
 
@@ -96,6 +100,7 @@ class Saver:
             save.join()
         waited = time.monotonic() - started
         if save.problem is None:
+            self.saved = save.step
             slow = f" (waited {waited:.0f} s for it)" if waited > _WORTH_SAYING_S and not last else ""
             self.say(f"checkpoint {save.path}{slow}")
         elif last or self.config.on_error == "stop":
@@ -147,7 +152,7 @@ class _Save(threading.Thread):
     ) -> None:
         super().__init__(name=f"save of step {step}", daemon=True)
         self._arguments = (folder, step, tensors, state, keep, group)
-        self.folder, self.path = folder, Path()
+        self.folder, self.step, self.path = folder, step, Path()
         self.problem: CheckpointError | None = None
 
     def run(self) -> None:

@@ -38,7 +38,7 @@ class SearchConfig(Settings):
         budget: behaviors kept for each candidate, deepest match first, then most recent.
         half_life_days: of the decayed match counts.
         counts: give the model the number of matches at each level, total and decayed.
-        domain, domain_minimum: a feature of behaviors, and how many behaviors of its values are guaranteed
+        domain: a feature of behaviors; domain_minimum: its value -> how many of its behaviors are guaranteed
             a place.
     """
 
@@ -110,13 +110,14 @@ class DataConfig(Settings):
 
 
 class GroupConfig(Settings):
-    """One table group.
+    """One table group; left out, there are two, `attention` and `representation`.
 
     Attributes:
         dim: vector width, one for all features or one a feature.
         features: features that have a table here; empty means all of the log.
         fusion: a behavior's vector is its features' vectors side by side, `concat`, or their `sum`.
-        optimizer, learning_rate, eps: the fused optimizer of the rows.
+        optimizer: the fused one of the rows; learning_rate: its step size before any schedule; eps: added to
+            the root of its accumulator.
         init, init_scale: first weights are `uniform` in [-init_scale, init_scale), or `normal` with that
             deviation.
         max_gradient: bound on every element of the gradient of every bag; 0 = none.
@@ -167,7 +168,11 @@ class GroupConfig(Settings):
 
 
 class TableConfig(Settings):
-    """One feature's tables; `rows` defaults to the id range in the log's manifest."""
+    """One feature's tables.
+
+    Attributes:
+        rows: of each of them; not set: as many as the log's manifest has ids.
+    """
 
     rows: PositiveInt | None = None
 
@@ -177,7 +182,11 @@ Decay = Literal["none", "linear", "cosine"]
 
 class TableRatesConfig(Settings):
     """How the tables' learning rates differ in time from the dense ones; a key that is not set is no
-    difference. See TrainConfig."""
+    difference. See TrainConfig.
+
+    Attributes:
+        warmup_steps, decay: as in [train], of the tables alone.
+    """
 
     warmup_steps: int | None = Field(None, ge=0)
     decay: Decay | None = None
@@ -190,7 +199,7 @@ class TrainConfig(Settings):
         seed: of every random draw: initial weights and the order of the data.
         epochs: passes over the train split.
         max_steps: stop after this many steps; 0 = no limit. Schedules run to whichever end comes first.
-        optimizer, learning_rate: of the dense weights.
+        optimizer: of the dense weights; learning_rate: theirs, before any schedule.
         weight_decay: of adamw, on dense weights of two dimensions or more.
         max_gradient_norm: dense gradients are scaled down to this global norm; 0 = never. Tables are not
             clipped and their gradients are not in the norm.
@@ -242,7 +251,11 @@ class TrainConfig(Settings):
 
 
 class CommsConfig(Settings):
-    """What table vectors (forward) and their gradients (backward) are rounded to between ranks."""
+    """What table vectors and their gradients are rounded to between ranks.
+
+    Attributes:
+        forward: the vectors; backward: the gradients.
+    """
 
     forward: Literal["fp32", "fp16", "bf16"] = "fp32"
     backward: Literal["fp32", "fp16", "bf16"] = "fp32"

@@ -130,16 +130,16 @@ def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
         if current is None:
             return []
         field = current.model_fields.get(part)
-        candidates = [] if field is None else list(_models_in(field.annotation))
+        candidates = [] if field is None else list(models_in(field.annotation))
         current = candidates[0] if candidates else (current if field is None else None)
     return [] if current is None else list(current.model_fields)
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The pydantic models named in a (possibly nested) type annotation."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, BaseModel):
             yield annotation
         return
     for part in typing.get_args(annotation):
-        yield from _models_in(part)
+        yield from models_in(part)

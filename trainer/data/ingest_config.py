@@ -23,7 +23,13 @@ _TAKEN |= {"distance", "seconds", "num_candidates", "end"}
 
 
 class ColumnConfig(Settings):
-    """An id column of a raw table: a list column where `multi`, or text cut at `separator`."""
+    """An id column of a raw table: a list column where `multi`, or text cut at `separator`.
+
+    Attributes:
+        name: in the log; column: in the table, `name` if empty.
+        multi: the column holds lists, or text that `separator` splits.
+        separator: between the values of a cell of text; empty: the column holds lists.
+    """
 
     kind: ClassVar[str] = "column"
     name: Name
@@ -47,11 +53,9 @@ class FeatureConfig(ColumnConfig):
     """A further id column.
 
     Attributes:
-        name: in the log; column: in the table, `name` if empty.
         side: `both`: an attribute of the item, so that candidates have it too (from the impressions table
             where that has the column, else from the item's latest event); `history`: of the event alone;
             `candidate`: of the impression alone.
-        multi: the column holds lists, or text that `separator` splits.
     """
 
     kind: ClassVar[str] = "feature"
@@ -74,7 +78,12 @@ class EventsConfig(Settings):
     """Which columns of the event table hold what; `taxonomy` goes from coarse to fine.
 
     Without a `request` column, a user's events of one second are one request, and its id is that second.
-    `timestamp_unit` is of times that are numbers; a part of a second is cut off.
+
+    Attributes:
+        user, item, timestamp: columns of the user's and the item's id and of the time.
+        timestamp_unit: of times that are numbers; a part of a second is cut off.
+        request: column of the request's id, or empty.
+        taxonomy: columns of the item's categories, from coarse to fine.
     """
 
     user: str = "user_id"
@@ -106,6 +115,7 @@ class ImpressionsConfig(Settings):
     """Which columns of the impressions table hold what: one row is one candidate of one request.
 
     Attributes:
+        user, item, timestamp: columns of the user's and the item's id and of the time.
         request: request id; without it a user's rows of one second are one request.
         labels: task -> column of numbers or booleans; weight, numeric: columns of numbers.
         domain: with [[domains]], the domain whose items are shown.
@@ -126,10 +136,12 @@ class DomainConfig(Settings):
     """One source of a cross-domain history: its own files, columns, item ids and categories.
 
     Attributes:
-        files: paths or patterns, as for `--events`.
+        name: of the source; files: paths or patterns, as for `--events`.
+        user, item, timestamp: columns of the user's and the item's id and of the time.
         scenario, action: columns of text or integers; empty if the source has none.
         key: the column that `mapping`, a table of this column and the levels of `events.taxonomy`, explains.
             A level that the mapping does not have is unknown, never guessed.
+        mapping: the file of that table.
     """
 
     name: Name
@@ -166,6 +178,7 @@ class RequestsConfig(Settings):
     """Which requests are asked and how many candidates they get; `next-basket` uses `positives` a basket.
 
     Attributes:
+        positives: candidates that a basket gives; negatives: candidates drawn beside each.
         min_history: earlier events that a request needs.
         per_user: requests that a user keeps in one split, drawn by chance; 0 = all (`time-split`).
         exclude: negatives are no item of the whole `user`, or only not of the `request` (`time-split`).
@@ -192,7 +205,11 @@ class RequestsConfig(Settings):
 
 
 class SplitConfig(Settings):
-    """First day (UTC) of the validation and of the test split."""
+    """Where the splits by time begin.
+
+    Attributes:
+        validation, test: first day (UTC) of the split.
+    """
 
     validation: date
     test: date
@@ -236,6 +253,7 @@ class FilesConfig(Settings):
     """The layout of the Parquet files.
 
     Attributes:
+        rows_per_group, rows_per_file: of a row group, which is decoded whole, and of a file.
         layout: a row is a `user` with all requests, or one `request` with the history as of it.
         max_history: newest behaviors a request row keeps; 0 = all.
         order: of the rows: a seeded `shuffle`, or by request `time` (request rows only).
@@ -284,6 +302,9 @@ class IngestConfig(Settings):
     """How raw events become a sequence log.
 
     Attributes:
+        protocol: how requests are made of events, see docs/ingest.md.
+        task: the label's name where the protocol makes it.
+        seed: of every random draw.
         users: keep the requests of that many users, for trial runs; 0 = all.
         text_columns: columns that are text even where they hold integers, or do in some files.
         partition_columns: columns that `name=value` folders of the files' paths hold, not the files.

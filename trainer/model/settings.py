@@ -14,9 +14,12 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 class RolesConfig(Settings):
     """Which table group serves each of the four roles (DARE, section 3; TWIN names one group four times).
 
-    `cross` names a group over features of behaviors alone whose vectors become one additive score each
-    (TWIN's cross features); `context` one over the log's context features, whose vectors go to the head.
-    Both empty = none.
+    Attributes:
+        attention_target, attention_behavior: the group whose vectors are scored, of candidates and behaviors.
+        representation_target, representation_behavior: the group whose vectors are pooled.
+        cross: a group over features of behaviors alone whose vectors become one additive score each (TWIN's
+            cross features); empty = none.
+        context: one over the log's context features, whose vectors go to the head; empty = none.
     """
 
     attention_target: str = "attention"
@@ -44,6 +47,7 @@ class BranchConfig(Settings):
             their size added to every score in both stages (TWIN-V2).
         match: feature that `hard` compares.
         score: of stage two: `dot`, or `mlp` with one hidden layer of `score_hidden` (DIN).
+        score_hidden: width of that layer.
         weights: over the kept behaviors: `softmax`, or unnormalised `sigmoid`.
         sequence: `attention`; `stacked` (Stacked TIN, `layers` orders); `collision` (SDIM, `hashes`
             signatures of `hash_bits`; no search); `sasrec` (target-decoupled SASRec of
@@ -54,10 +58,14 @@ class BranchConfig(Settings):
         time_in: stages that use them. Values always use encodings.
         time_target: `shared`, or decoupled by the candidate's `time_group` feature: `target` (TdPE, of rank
             `time_dim` in scores) or `joint` (dPE).
+        time_group: feature of candidates that groups them in time, see `time_target` and `sasrec`.
+        time_dim: width of a time's own vector in scores, see `time_target`.
         attend: features whose vectors are scored, in order; left out = all of the group, empty = none.
         projection: of the vectors: `none`; `feature`, one linear map a feature and role; `heads`, to `heads`
             times `head_dim` for query and key (TWIN).
-        heads: attention heads.
+        heads: attention heads; head_dim: the width of one, or of the vectors that `soft` searches by.
+        layers: orders of `stacked`, blocks of `sasrec`.
+        hashes: signatures of `collision`; hash_bits: bits of a signature, or of all that `simhash` compares.
         roles: which table group serves what.
     """
 
