@@ -39,6 +39,9 @@ class Engine(Protocol):
     def table(self, name: str) -> ir.Table:
         """What is kept under a name."""
 
+    def query(self, sql: str, schema: Mapping[str, Any]) -> ir.Table:
+        """What SQL in DuckDB's dialect gives, over tables that are kept; its columns and their types."""
+
     def drop(self, name: str) -> None: ...
 
     def rows(self, table: ir.Table) -> list[dict[str, Any]]:
@@ -108,6 +111,9 @@ class DuckEngine:
 
     def table(self, name: str) -> ir.Table:
         return self._duck.table(name)
+
+    def query(self, sql: str, schema: Mapping[str, Any]) -> ir.Table:
+        return self._duck.sql(sql, schema=schema, dialect="duckdb")
 
     def drop(self, name: str) -> None:
         self._duck.con.execute(f'DROP TABLE IF EXISTS "{name}"')
@@ -187,6 +193,9 @@ class SparkEngine:
 
     def table(self, name: str) -> ir.Table:
         return self._spark.table(name)
+
+    def query(self, sql: str, schema: Mapping[str, Any]) -> ir.Table:
+        return self._spark.sql(sql, schema=schema, dialect="duckdb")
 
     def drop(self, name: str) -> None:
         self._session.catalog.dropTempView(name)
