@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
-from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import (
     KernelConfig,
     ParameterConstraints,
     PlannerError,
     ShardingOption,
-    Stats,
     Topology,
     TopologyFactory,
     TrainerConfig,
@@ -33,7 +30,8 @@ from embeddings.errors import ConfigError
 from embeddings.exchange import Lookup
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.plan_file import SavedPlan, check_fits, from_tree, read_plan_file, to_tree
-from embeddings.plan_memory import Reservation, StorageEstimator, Unplaced, shortfall
+from embeddings.plan_memory import Reservation, Unplaced, shortfall
+from embeddings.plan_search import Enumerator, Keep, Partitioner, fewer_ways
 from embeddings.sharding import sharders
 from embeddings.tables import Table, dense_bytes, tables_of
 
@@ -89,6 +87,10 @@ class PlanRules:
     tables: Mapping[str, TableRule] = field(default_factory=dict)
 
 
+def _keep_quiet(line: str) -> None:
+    del line
+
+
 @dataclass(frozen=True)
 class Task:
     """A planner's question.
@@ -97,6 +99,7 @@ class Task:
         model: with tables on the meta device and fused optimizers attached; groups: its table groups.
         cluster: the ranks; rules: what is allowed; lookups: table -> what a step asks of it.
         comms: what vectors and gradients are rounded to on their way, by which the planner's time follows.
+        say: hears now and again of a planner that takes long.
     """
 
     model: nn.Module
@@ -105,6 +108,7 @@ class Task:
     rules: PlanRules = PlanRules()
     lookups: Mapping[str, Lookup] = field(default_factory=dict)
     comms: Comms = AS_THEY_ARE
+    say: Callable[[str], None] = _keep_quiet
 
 
 @dataclass(frozen=True)
@@ -194,9 +198,19 @@ def offline_plan(task: Task) -> Found:
     Raises:
         ConfigError: a rule is wrong, or no plan fits (DoesNotFit).
     """
-    tables, kinds, kept = tables_of(task.model), sharders(task.comms), _Keep()
-    topology, constraints = _topology(task.cluster), constraints_of(task)
-    enumerator = _enumerator(topology, constraints, tables)
+    constraints = constraints_of(task)
+    fewer = fewer_ways(constraints, tables_of(task.model))
+    if fewer != constraints:
+        # The largest tables decide: what fits so is as good, and takes a fraction of the time.
+        with suppress(ConfigError, PlannerError):
+            return _plan_within(task, fewer)
+    return _plan_within(task, constraints)
+
+
+def _plan_within(task: Task, constraints: dict[str, ParameterConstraints]) -> Found:
+    tables, kinds, kept = tables_of(task.model), sharders(task.comms), Keep()
+    topology = _topology(task.cluster)
+    enumerator = Enumerator(topology, constraints, tables)
     try:
         options = enumerator.enumerate(task.model, kinds)
     except RuntimeError as error:
@@ -210,6 +224,7 @@ def offline_plan(task: Task) -> Found:
         constraints=constraints,
         enumerator=enumerator,
         storage_reservation=reservation,
+        partitioner=Partitioner(task.say, len(tables), task.cluster.world_size),
         # TorchRec's four, but no grid of thousands: eight tables of three types each took it a minute.
         proposer=[
             GridSearchProposer(max_proposals=_GRID),
@@ -237,30 +252,6 @@ def _check_kernels(plan: ShardingPlan, rules: PlanRules, where: str) -> None:
                     f"{where}: table {table} uses {sharding.compute_kernel}, host memory behind the "
                     "device's; plan again, or set plan.allow_unified_memory = true"
                 )
-
-
-class _Keep(Stats):  # type: ignore[misc]
-    """Keeps what the planner tells its statistics."""
-
-    def __init__(self) -> None:
-        self.options: list[ShardingOption] = []
-
-    def log(self, *_: Any, best_plan: list[ShardingOption], **__: Any) -> None:
-        self.options = best_plan
-
-
-def _enumerator(
-    topology: Topology, constraints: Mapping[str, ParameterConstraints], tables: Mapping[str, Table]
-) -> EmbeddingEnumerator:
-    return EmbeddingEnumerator(
-        topology=topology,
-        batch_size=1,
-        constraints=constraints,
-        estimator=[
-            EmbeddingPerfEstimator(topology=topology, constraints=constraints),
-            StorageEstimator(topology=topology, constraints=constraints, tables=tables),
-        ],
-    )
 
 
 def _topology(cluster: Cluster) -> Topology:

@@ -24,6 +24,7 @@ from pipelines.event_table import RAW_TABLES, open_events, open_impressions
 from pipelines.ingest_attributes import item_attributes, with_attributes
 from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
+from pipelines.ingest_encoding import encode, narrow
 from pipelines.ingest_engine import Engine, connect
 from pipelines.ingest_files import Files, any_file, find_files
 from pipelines.ingest_names import agree, with_numbers
@@ -40,7 +41,6 @@ from pipelines.ingest_report import (
 from pipelines.ingest_sources import Seen
 from pipelines.ingest_tables import (
     bucketed,
-    encode,
     kept_requests,
     offers,
     timed_requests,
@@ -304,18 +304,21 @@ def _encode(
 ) -> Encoded:
     """Writes the vocabularies and gives the tables in their ids."""
     multi = {name: shape[0] for name, shape in column_shapes(config).items()}
-    made = {name: build(engine, name, _sources(raw, name), older.get(name), config) for name in multi}
+    made = {name: build(engine, name, _sources(engine, raw, name), older.get(name), config) for name in multi}
     infos = write_vocabularies(engine, made, root, config)
     words = {name: vocabulary.words for name, vocabulary in made.items()}
     coded = {name: multi[name] for name in raw.events.columns if name in multi}
-    events = encode(raw.events, coded, words, {})
     total = engine.rows(raw.events.aggregate(rows=raw.events.count()))[0]["rows"]
     buckets = auto_buckets(total, config) if engine.bounded else 1
-    events = engine.keep("encoded", bucketed(events, buckets, config.seed))
+
+    def in_buckets(table: ir.Table) -> ir.Table:
+        return bucketed(table, buckets, config.seed)
+
+    events = encode(engine, "encoded", raw.events, coded, words, in_buckets)
     shown = None
     if raw.shown is not None:
         coded = {name: multi[name] for name in raw.shown.columns if name in multi}
-        shown = engine.keep("shown", bucketed(encode(raw.shown, coded, words, {}), buckets, config.seed))
+        shown = encode(engine, "shown", raw.shown, coded, words, in_buckets)
     for name in RAW_TABLES:
         engine.drop(name)
     features = {feature.name: infos[feature.name] for feature in config.all_features}
@@ -323,8 +326,8 @@ def _encode(
     return Encoded(Tables(events, shown), features, context, total, buckets, made)
 
 
-def _sources(raw: Raw, name: str) -> list[ir.Table]:
-    """The tables that have the column, the events first."""
+def _sources(engine: Engine, raw: Raw, name: str) -> list[ir.Table]:
+    """The column of the tables that have it, with the time; the events first."""
     sources = [table for table in (raw.events, raw.shown) if table is not None and name in table.columns]
     kinds = {str(table[name].type()) for table in sources}
     if len(kinds) > 1:
@@ -332,4 +335,4 @@ def _sources(raw: Raw, name: str) -> list[ir.Table]:
             f"{name} is {' in the events and '.join(sorted(kinds))} in the impressions; cast one of them"
         )
         raise DataError(problem, file=raw.source)
-    return sources
+    return [narrow(engine, table, (name, "timestamp")) for table in sources]

@@ -23,6 +23,7 @@ from trainer.data.protocol import behavior_features, tie
 _BYTES_PER_BEHAVIOR, _BYTES_PER_ID = 160, 48
 _BYTES_PER_DRAW, _BYTES_PER_REFUSED = 64, 24
 _SHARE = 4  # of the memory limit that one bucket may take
+_WAITING = 32  # part of the memory limit that rows take which wait to be written in another order
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class BlockWriter:
         made = (
             batch for bucket in range(self.buckets) for batch in self._stream(self._bucket(offered, bucket))
         )
-        paths = _scatter(made, limits, folder)
+        paths = _scatter(made, limits, folder, self.config.engine.memory_bytes // _WAITING)
         for path in paths:
             table = pq.read_table(path)
             path.unlink()
@@ -95,20 +96,34 @@ def _past(bucket: int) -> str:
     return f"histories_{bucket}"
 
 
-def _scatter(batches: Iterator[pa.RecordBatch], limits: list[str], folder: Path) -> list[Path]:
-    """Writes each row to the part its key belongs to."""
+def _scatter(batches: Iterator[pa.RecordBatch], limits: list[str], folder: Path, waiting: int) -> list[Path]:
+    """Writes each row to the part its key belongs to; `waiting`: bytes of rows that wait to be written."""
     paths = [folder / f"part-{part:05d}.parquet" for part in range(len(limits) + 1)]
     edges = np.array(limits, dtype=object)
     with ExitStack() as stack:
         writers: dict[int, pq.ParquetWriter] = {}
+        held: dict[int, list[pa.RecordBatch]] = {}
+
+        def write() -> None:
+            # All of them: parts are about equal, and a row group of each is as large as can be.
+            for part, rows in held.items():
+                if part not in writers:
+                    writers[part] = stack.enter_context(pq.ParquetWriter(paths[part], rows[0].schema))
+                writers[part].write_table(pa.Table.from_batches(rows))
+            held.clear()
+
+        size = 0
         for batch in batches:
             keys = batch.column("row_key").to_numpy(zero_copy_only=False)
             parts = np.searchsorted(edges, keys, side="right") if limits else np.zeros(len(keys), np.int64)
             for part in np.unique(parts):
                 rows = batch.take(pa.array(np.nonzero(parts == part)[0]))
-                if part not in writers:
-                    writers[part] = stack.enter_context(pq.ParquetWriter(paths[part], batch.schema))
-                writers[part].write_batch(rows)
+                held.setdefault(int(part), []).append(rows)
+                size += rows.nbytes
+            if size > waiting:
+                write()
+                size = 0
+        write()
     return [path for part, path in enumerate(paths) if part in writers]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import ibis
 import pyarrow as pa
@@ -13,10 +13,13 @@ import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
+from pipelines.ingest_errors import explained
 from pipelines.ingest_files import RawFile
 from trainer.data.ingest_config import EngineConfig
 from trainer.durable import remove_folder
 
+Rows = list[dict[str, Any]]
+Result = TypeVar("Result")
 ENGINES = ("duckdb", "spark")
 # Bytes of the memory limit that DuckDB leaves to Python, its libraries, and the rows being written.
 _PYTHON = 300_000_000
@@ -53,9 +56,12 @@ class Engine(Protocol):
     def table(self, name: str) -> ir.Table:
         """What is kept under a name."""
 
+    def query(self, sql: str, schema: Mapping[str, Any]) -> ir.Table:
+        """What SQL in DuckDB's dialect gives, over tables that are kept; its columns and their types."""
+
     def drop(self, name: str) -> None: ...
 
-    def rows(self, table: ir.Table) -> list[dict[str, Any]]:
+    def rows(self, table: ir.Table) -> Rows:
         """A small result."""
 
     def stream(self, table: ir.Table, size: int) -> Iterator[pa.RecordBatch]: ...
@@ -87,7 +93,8 @@ class DuckEngine:
         settings = {"memory_limit": f"{limit >> 20}MiB", "temp_directory": str(spill / "temp")}
         if config.threads:
             settings["threads"] = str(config.threads)
-        self._duck: Any = ibis.duckdb.connect(str(spill / "tables.duckdb"), **settings)
+        file = str(spill / "tables.duckdb")
+        self._duck: Any = self._run(lambda: ibis.duckdb.connect(file, **settings))
         self._appended: set[str] = set()
         # DuckDB 2.0.0 keeps N - 1 rows instead of N where "row_number() - 1 < N" (Ibis' row_number) stands
         # in a common table expression: this rewrite reads the "< N" as if nothing were subtracted.
@@ -144,16 +151,20 @@ class DuckEngine:
     def table(self, name: str) -> ir.Table:
         return self._duck.table(name)
 
-    def drop(self, name: str) -> None:
-        self._duck.con.execute(f'DROP TABLE IF EXISTS "{name}"')
+    def query(self, sql: str, schema: Mapping[str, Any]) -> ir.Table:
+        return self._duck.sql(sql, schema=schema, dialect="duckdb")
 
-    def rows(self, table: ir.Table) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._run(lambda: self._query(table).to_arrow_table().to_pylist())
-        return found
+    def drop(self, name: str) -> None:
+        self._run(lambda: self._duck.con.execute(f'DROP TABLE IF EXISTS "{name}"'))
+
+    def rows(self, table: ir.Table) -> Rows:
+        return cast(Rows, self._run(lambda: self._query(table).to_arrow_table().to_pylist()))
 
     def stream(self, table: ir.Table, size: int) -> Iterator[pa.RecordBatch]:
         # Not table.to_pyarrow_batches(): Ibis 12 calls a method that DuckDB 2 no longer has.
-        yield from self._run(lambda: self._query(table).to_arrow_reader(size))
+        reader = self._run(lambda: self._query(table).to_arrow_reader(size))
+        while (batch := self._run(lambda: next(reader, None))) is not None:
+            yield batch
 
     def close(self) -> None:
         self._duck.disconnect()
@@ -161,17 +172,19 @@ class DuckEngine:
     def _query(self, table: ir.Table) -> Any:
         return self._duck.con.sql(ibis.to_sql(table, dialect="duckdb"))
 
-    def _run(self, work: Any) -> Any:
+    def _run(self, work: Callable[[], Result]) -> Result:
         import duckdb
 
         try:
             return work()
-        except duckdb.OutOfMemoryException as error:
-            problem = f"raise engine.memory_limit or engine.buckets ({str(error).splitlines()[0]})"
-            raise ConfigError(f"engine.memory_limit is too small for these tables: {problem}") from error
-        except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
-            problem = f"the tables hold a value that does not fit its column: {str(error).splitlines()[0]}"
-            raise DataError(f"{problem}; mend it, or name the column in text_columns") from error
+        except (duckdb.Error, OSError, pa.ArrowException) as error:
+            # While rows stream they come through Arrow, which has its own error for those of DuckDB.
+            text = str(error)
+            known = isinstance(error, duckdb.Error) or re.match(r"[\w ]+ Error: ", text)
+            told = explained(text) if known else None
+            if told is None:
+                raise
+            raise told from error
 
 
 class SparkEngine:
@@ -235,22 +248,25 @@ class SparkEngine:
 
     def _store(self, mode: str, name: str, table: ir.Table) -> ir.Table:
         path = self._spill / name
-        self._frame(table).write.mode(mode).parquet(str(path))
+        self._run(lambda: self._frame(table).write.mode(mode).parquet(str(path)))
         return self._view(self._session.read.parquet(str(path)), name)
 
     def table(self, name: str) -> ir.Table:
         return self._spark.table(name)
 
+    def query(self, sql: str, schema: Mapping[str, Any]) -> ir.Table:
+        return self._spark.sql(sql, schema=schema, dialect="duckdb")
+
     def drop(self, name: str) -> None:
         self._session.catalog.dropTempView(name)
         remove_folder(self._spill / name)
 
-    def rows(self, table: ir.Table) -> list[dict[str, Any]]:
-        return [row.asDict(recursive=True) for row in self._frame(table).collect()]
+    def rows(self, table: ir.Table) -> Rows:
+        return self._run(lambda: [row.asDict(recursive=True) for row in self._frame(table).collect()])
 
     def stream(self, table: ir.Table, size: int) -> Iterator[pa.RecordBatch]:
         path = self._spill / "rows"
-        self._frame(table).write.mode("overwrite").parquet(str(path))
+        self._run(lambda: self._frame(table).write.mode("overwrite").parquet(str(path)))
         # Spark sorts by ranges, one a file, and numbers the files in that order.
         for file in sorted(path.glob("part-*.parquet")):
             with pq.ParquetFile(file) as parquet:
@@ -263,6 +279,18 @@ class SparkEngine:
             return
         for key, value in self._before.items():
             self._session.conf.unset(key) if value is None else self._session.conf.set(key, value)
+
+    def _run(self, work: Callable[[], Result]) -> Result:
+        from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+        from pyspark.errors import PySparkException
+
+        try:
+            return work()
+        except (PySparkException, Py4JError) as error:
+            told = explained(str(error))
+            if told is None:
+                raise
+            raise told from error
 
     def _frame(self, table: ir.Table) -> Any:
         return self._session.sql(ibis.to_sql(table, dialect="pyspark"))

@@ -5,7 +5,7 @@ All functions take and give Ibis tables and run on any engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import ibis
@@ -42,38 +42,6 @@ def numbered(values: ir.Table, first: int) -> ir.Table:
     """value, id, count: dense ids from `first` in the order of the values."""
     dense = ibis.row_number().over(order_by=values["value"]) + first
     return values.mutate(id=dense.cast("int64")).select("value", "id", "count")
-
-
-def encode(
-    raw: ir.Table, features: Mapping[str, bool], words: Mapping[str, ir.Table], aliases: Mapping[str, str]
-) -> ir.Table:
-    """The table with dense ids instead of values: 0 for null; of a multi-valued feature the sorted ids.
-
-    Args:
-        features: column -> whether it is multi-valued.
-        words: vocabulary name -> vocabulary.
-        aliases: column -> vocabulary name, where they differ.
-    """
-    table, codes = raw, {}
-    for name, multi in features.items():
-        vocabulary = words[aliases.get(name, name)]
-        coded = _bags(raw, name, vocabulary) if multi else vocabulary
-        coded = coded.select(**{f"{name}_word": coded["value"], f"{name}_code": coded["id"]})
-        table = table.left_join(coded, table[name] == coded[f"{name}_word"])
-        table = table.drop(f"{name}_word")
-        codes[name] = f"{name}_code"
-    ids = {name: _or_nothing(table[code], features[name]) for name, code in codes.items()}
-    others = [name for name in raw.columns if name not in features]
-    return table.select(*others, **ids)
-
-
-def _bags(raw: ir.Table, name: str, vocabulary: ir.Table) -> ir.Table:
-    """value (a list), id (the sorted different ids of its members)."""
-    lists = raw.select(value=raw[name]).distinct()
-    members = lists.mutate(member=lists["value"].unnest())
-    words = vocabulary.select(member=vocabulary["value"], code=vocabulary["id"])
-    coded = members.inner_join(words, "member").select("value", "code").distinct()
-    return coded.group_by("value").aggregate(id=coded.code.collect().sort())
 
 
 def _or_nothing(ids: ir.Value, multi: bool) -> ir.Value:

@@ -384,7 +384,7 @@ def test_an_existing_log_survives_a_failure(tmp_path: Path, monkeypatch: pytest.
         ingest(source, log, config())
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
-        with pytest.raises(OSError, match="disk is full"):
+        with pytest.raises(DataError, match="cannot be made: disk is full"):
             ingest(source, log, config(seed=9), overwrite=True)
     assert snapshot(tmp_path) == before and len(list(tmp_path.iterdir())) == 2
     assert ingest(source, log, config(seed=9), overwrite=True) == read_manifest(log)

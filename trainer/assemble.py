@@ -22,6 +22,7 @@ from trainer.checkpoint import Found
 from trainer.config import Config, build_groups
 from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
+from trainer.durable import voice
 from trainer.model.branch import Surroundings
 from trainer.model.two_stage import TwoStageModel
 from trainer.resume import check_same_rules
@@ -162,7 +163,7 @@ def plan_task(
     model, groups = built
     asked = {} if size is None else lookups(config, groups, manifest, size, config.model.lookup)
     comms = Comms(config.comms.forward, config.comms.backward)
-    return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked, comms)
+    return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked, comms, voice.say)
 
 
 def cluster_of(ranks: Ranks) -> Cluster:
