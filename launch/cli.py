@@ -227,11 +227,18 @@ def export(
         int, typer.Option("--parity-requests", min=0, help="Validation requests to compare AUC on; 0: none.")
     ] = 1000,
     aoti: Annotated[bool, typer.Option("--aoti", help="Add the dense part as machine code (g++).")] = False,
+    vocabularies: Annotated[
+        bool | None,
+        typer.Option(
+            "--vocabularies/--no-vocabularies",
+            help="Add the values that the ids stand for; the default: if they are small.",
+        ),
+    ] = None,
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    run(run_folder, out, dtype, attention_dtype, since, keep, parity_requests, aoti)
+    run(run_folder, out, dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies)
 
 
 @app.command()
@@ -310,15 +317,9 @@ def serve(
     max_in_flight: Annotated[
         int, typer.Option("--max-in-flight", min=1, help="Bytes of all bodies and answers; more: 503.")
     ] = 256 << 20,
-    head_seconds: Annotated[
-        float, typer.Option("--head-seconds", min=0.1, help="Until a request's head has come.")
-    ] = 10.0,
-    body_seconds: Annotated[
-        float, typer.Option("--body-seconds", min=0.1, help="Until a request's body has come.")
+    client_seconds: Annotated[
+        float, typer.Option("--client-seconds", min=0.1, help="For a head, a body, or to read an answer.")
     ] = 30.0,
-    answer_seconds: Annotated[
-        float, typer.Option("--answer-seconds", min=0.1, help="Until a slow client has its answer.")
-    ] = 60.0,
     batch_requests: Annotated[int, typer.Option("--batch-requests", min=1, help="Of a model call.")] = 32,
     batch_window_ms: Annotated[
         float, typer.Option("--batch-window-ms", min=0, help="Wait so long for company.")
@@ -347,7 +348,7 @@ def serve(
     from trainer.serving.batcher import BatchSettings
 
     limits = Limits(max_body, max_requests, max_history, max_candidates, max_bag, max_ids, max_json)
-    load = LoadLimits(max_connections, max_in_flight, head_seconds, body_seconds, answer_seconds)
+    load = LoadLimits(max_connections, max_in_flight, client_seconds)
     batching = BatchSettings(batch_window_ms / 1000, batch_requests, waiting=max_waiting, threads=threads)
     run(snapshot, host, port, histories, limits, batching, load, poll_seconds, reload_token_file, vocabulary)
 

@@ -168,7 +168,7 @@ def _add_score(app: FastAPI, service: Service) -> None:
 async def _scored(request: Request, service: Service, hold: Hold) -> Response:
     """The answer, which goes on holding its bytes."""
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    given = await read_body(request, service.limits, hold, service.load.body_seconds)
+    given = await read_body(request, service.limits, hold, service.load.seconds)
     if service.batcher.full:
         raise service.batcher.turned_away()
     arrived = time.perf_counter()

@@ -53,16 +53,16 @@ class BoundedProtocol(H11Protocol):
         if not (answered and self.conn.their_state is h11.IDLE):
             self._head_timer = _cancelled(self._head_timer)
         elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.limits.head_seconds, self._head_is_late)
+            self._head_timer = self.loop.call_later(self.limits.seconds, self._head_is_late)
 
     def _head_is_late(self) -> None:
-        self._refuse(408, f"no request came within {self.limits.head_seconds:g} s")
+        self._refuse(408, f"no request came within {self.limits.seconds:g} s")
 
     def pause_writing(self) -> None:
         """The client does not read as fast as it is answered."""
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.limits.answer_seconds, self.transport.abort)
+            self._write_timer = self.loop.call_later(self.limits.seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()

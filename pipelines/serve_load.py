@@ -22,15 +22,12 @@ class LoadLimits:
     Attributes:
         connections: open at once; more are turned away with 503.
         in_flight: bytes of all bodies and answers that are held; beyond, bodies are turned away with 503.
-        head_seconds: until a request's head has arrived; body_seconds: and its body.
-        answer_seconds: until a client that lets its answer wait has read it.
+        seconds: that a client has for a request's head, then for its body, and then to read the answer.
     """
 
     connections: int = 512
     in_flight: int = 256 << 20
-    head_seconds: float = 10.0
-    body_seconds: float = 30.0
-    answer_seconds: float = 60.0
+    seconds: float = 30.0
 
 
 class InFlight:

@@ -20,6 +20,7 @@ from embeddings.errors import DataError
 from trainer.data.row_group import PARQUET_ERRORS, Ints
 from trainer.serving.asked import RequestError
 from trainer.snapshot import Snapshot
+from trainer.snapshot.vocabularies import vocabulary_paths
 
 Hashes = npt.NDArray[np.uint64]
 # Odd, so that no byte of a text is lost; and what spreads a sum over all bits.
@@ -87,7 +88,8 @@ def read_vocabulary(file: Path, digest: str) -> Vocabulary:
         values = batch.column("value")
         integers = pa.types.is_integer(values.type)
         values = values.cast(pa.int64() if integers else pa.large_string())
-        lines = pc.binary_join_element_wise(values.cast(pa.large_string()), "", "\n")
+        empty, end = pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string())
+        lines = pc.binary_join_element_wise(values.cast(pa.large_string()), empty, end)
         content.update(_text(lines)[1])
         parts.append(values)
     values = pa.concat_arrays(parts) if parts else pa.array([], pa.int64())
@@ -122,11 +124,8 @@ def vocabularies_of(snapshot: Snapshot, log: Path | None) -> dict[str, Vocabular
     manifest = snapshot.manifest
     files = {entry.feature: snapshot.path / entry.path for entry in manifest.vocabulary_files}
     if not files and log is not None:
-        for name, given in manifest.inputs.items():
-            stem = f"context_{name}" if given.side == "context" else name
-            files[name] = log / "vocab" / f"{stem}.parquet"
-    digests = {name: digest for name, digest in manifest.vocabularies.items() if digest and name in files}
-    return {name: read_vocabulary(files[name], digest) for name, digest in digests.items()}
+        files = vocabulary_paths(log, manifest.inputs, manifest.vocabularies)
+    return {name: read_vocabulary(file, manifest.vocabularies[name]) for name, file in files.items()}
 
 
 class Translation:

@@ -255,7 +255,15 @@ def _problem(manifest: SnapshotManifest) -> str:
         "it builds on a version that is not older": base is not None and base.number >= manifest.number,
     }
     found = next((problem for problem, there in problems.items() if there), "")
-    return found or _problem_of_files(manifest)
+    return found or _problem_of_vocabularies(manifest) or _problem_of_files(manifest)
+
+
+def _problem_of_vocabularies(manifest: SnapshotManifest) -> str:
+    named = [entry.feature for entry in manifest.vocabulary_files]
+    other = [name for name in named if not manifest.vocabularies.get(name)]
+    if other or len(set(named)) < len(named):
+        return "its vocabularies are not those of its features"
+    return ""
 
 
 def _problem_of_files(manifest: SnapshotManifest) -> str:
