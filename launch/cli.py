@@ -302,7 +302,7 @@ def serve(
         typer.Option("--histories", metavar="LOG", help="A sequence log whose users requests may name."),
     ] = None,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a body.")] = 64 << 20,
-    max_json: Annotated[int, typer.Option("--max-json", min=1, help="Bytes of a JSON body.")] = 16 << 20,
+    max_json: Annotated[int, typer.Option("--max-json", min=1, help="Bytes of a JSON body.")] = 8 << 20,
     max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Of a body.")] = 64,
     max_history: Annotated[
         int, typer.Option("--max-history", min=1, help="Behaviors of a request that the model reads.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ def serve(
         log_level="error",
         timeout_graceful_shutdown=grace_seconds,
     )
+    # What is there now stays, so that no collector walks it while a body becomes a million lists.
+    gc.collect()
+    gc.freeze()
     # uvicorn raises the signal that stopped it once more when it is done: here that is no error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)

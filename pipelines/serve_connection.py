@@ -16,6 +16,28 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipelines.serve_load import LoadLimits
 
+_LONGEST_HEAD = 64 << 10
+_FEW_PARTS, _SHORT_PART = 1_000, 256
+
+
+class BoundedConnection(h11.Connection):
+    """Reads events of which each costs some 30 microseconds, so that a body must not be cut into crumbs."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(h11.SERVER, most)
+        self._parts = self._bytes = 0
+
+    def next_event(self) -> Any:
+        """Raises h11.RemoteProtocolError too for a body in chunks of a few bytes."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._parts = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._parts, self._bytes = self._parts + 1, self._bytes + len(event.data)
+            if self._parts > _FEW_PARTS + self._bytes / _SHORT_PART:
+                raise h11.RemoteProtocolError("a body in chunks of a few bytes")
+        return event
+
 
 class BoundedProtocol(H11Protocol):
     """One connection. A subclass by `protocol` knows the limits."""
@@ -25,6 +47,10 @@ class BoundedProtocol(H11Protocol):
     _turned_away = False
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.conn = BoundedConnection(_LONGEST_HEAD)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first head must come in time."""

@@ -40,7 +40,7 @@ class Decoded:
 
 
 def decode(
-    body: bytearray, content_type: str, scorer: Scorer, stored: Mapping[int, History], limits: Limits
+    body: memoryview, content_type: str, scorer: Scorer, stored: Mapping[int, History], limits: Limits
 ) -> Decoded:
     """Raises RequestError for whatever cannot be scored."""
     if content_type == arrow_body.MEDIA_TYPE:

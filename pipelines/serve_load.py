@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +15,8 @@ from trainer.serving.asked import Limits, RequestError
 
 # An answer is sent in pieces, so that a client that reads slowly is noticed before all of it is handed over.
 _PIECE = 256 << 10
+_SHORT = 64 << 10
+_MUCH = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,15 @@ class InFlight:
     """Counts the bytes that are held for clients."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.held = most, 0
+        self.most, self.held, self._peak = most, 0, 0
+
+    def change(self, size: int) -> None:
+        """Once all is gone that was much, its memory goes back: the C library would keep it."""
+        self.held += size
+        self._peak = max(self._peak, self.held)
+        if not self.held and self._peak > _MUCH:
+            self._peak = 0
+            _trim()
 
 
 class Hold:
@@ -48,15 +60,47 @@ class Hold:
         if self._all.held - self.bytes + size > self._all.most:
             problem = f"the server holds {self._all.most:,} bytes for its clients already (--max-in-flight)"
             raise RequestError(503, f"{problem}; try again")
-        self._all.held += size - self.bytes
+        self._all.change(size - self.bytes)
         self.bytes = size
 
     def release(self) -> None:
-        self._all.held -= self.bytes
+        self._all.change(-self.bytes)
         self.bytes = 0
 
 
-async def read_body(request: Request, limits: Limits, hold: Hold, seconds: float) -> bytearray:
+def _trim() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class _Body:
+    """A body as it comes: pages of its own where it is long, which go back when it does.
+
+    Not a list of the parts, which may be of one byte each, nor an array that is copied to become longer.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.size, self._most = 0, most
+        self._short = bytearray()
+        self._long: mmap.mmap | None = None
+
+    def add(self, part: bytes) -> None:
+        self.size += len(part)
+        if self._long is None and self.size <= _SHORT:
+            self._short += part
+            return
+        if self._long is None:
+            # A page counts once something is written to it.
+            self._long = mmap.mmap(-1, self._most, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._long.write(self._short)
+        self._long.write(part)
+
+    def view(self) -> memoryview:
+        return memoryview(self._short if self._long is None else self._long)[: self.size]
+
+
+async def read_body(request: Request, limits: Limits, hold: Hold, seconds: float) -> memoryview:
     """The whole body.
 
     Raises:
@@ -70,18 +114,17 @@ async def read_body(request: Request, limits: Limits, hold: Hold, seconds: float
     announced = request.headers.get("content-length", "0")
     if announced.isascii() and announced.isdigit() and int(announced[:19]) > limits.body:
         raise RequestError(413, problem)
-    # Not a list of the parts, which may be of one byte each.
-    body = bytearray()
+    body = _Body(limits.body)
     try:
         async with asyncio.timeout(seconds):
             async for part in request.stream():
-                if len(body) + len(part) > limits.body:
+                if body.size + len(part) > limits.body:
                     raise RequestError(413, problem)
-                hold.resize(len(body) + len(part))
-                body += part
+                hold.resize(body.size + len(part))
+                body.add(part)
     except TimeoutError:
         raise RequestError(408, f"the body did not arrive within {seconds:g} s") from None
-    return body
+    return body.view()
 
 
 class HeldAnswer(Response):

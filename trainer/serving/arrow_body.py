@@ -22,13 +22,13 @@ from trainer.serving.asked import Doubles, History, Limits, Needs, Request, Requ
 from trainer.serving.checks import checked, size_of
 from trainer.serving.request import stored_history, time_of
 from trainer.serving.scorer import Scored
-from trainer.serving.vocabulary import Translation, Vocabulary
+from trainer.serving.vocabulary import Translation, Vocabulary, check_text
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 
 
 def read_arrow(
-    body: bytes | bytearray,
+    body: bytes | memoryview,
     stored: Mapping[int, History],
     needs: Needs,
     limits: Limits,
@@ -48,10 +48,10 @@ def read_arrow(
             for batch in reader:
                 if len(requests) + batch.num_rows > limits.requests:
                     raise RequestError(413, f"more than {limits.requests} requests (--max-requests)")
-                batch.validate(full=True)
-                for row in range(batch.num_rows):
+                columns = _needed(batch, needs)
+                for row in range(columns.num_rows):
                     translation = Translation(vocabularies or {}) if raw else None
-                    cells = _Row(batch, row, len(requests), left, translation)
+                    cells = _Row(columns, row, len(requests), left, translation)
                     requests.append(_request(cells, stored, needs, limits))
     except (*PARQUET_ERRORS, struct.error, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -88,6 +88,28 @@ def write_arrow(scored: Sequence[Scored], tasks: Sequence[str], version: str) ->
         writer.write_table(table)
     found: bytes = sink.getvalue().to_pybytes()
     return found
+
+
+def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
+    """The columns that are read, each checked to be what it says."""
+    known = ["user_id", "request_timestamp", "history_timestamp", "cluster_size", "cluster_time"]
+    known += [f"{side}_{name}" for side in ("history", "candidate") for name in needs.features]
+    known += [f"context_{name}" for name in needs.context] + [f"numeric_{name}" for name in needs.numeric]
+    batch = batch.select([name for name in known if name in set(batch.schema.names)])
+    for name in batch.schema.names:
+        values, shared = batch.column(name), False
+        while _is_list(values.type):
+            shared = shared or pa.types.is_list_view(values.type) or pa.types.is_large_list_view(values.type)
+            values = values.values
+        # Many lists may share one long text, and views refer to it, a million times.
+        if shared and _is_text(values.type) and not pa.types.is_dictionary(values.type):
+            raise RequestError(422, f"column {name}: holds text in list views; write plain lists")
+        values = values.dictionary if pa.types.is_dictionary(values.type) else values
+        if not _is_read(values.type):
+            raise RequestError(422, f"column {name}: holds {values.type}")
+        check_text(values, f"column {name}")
+        batch.column(name).validate(full=True)
+    return batch
 
 
 class _Left:
@@ -127,7 +149,8 @@ class _Row:
             values = values.dictionary.take(values.indices)
         if not _is_integer(values.type):
             raise self.fail(name, f"holds {values.type}, expected int64")
-        ids: Ints = values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        # A copy, which does not keep the body.
+        ids: Ints = values.to_numpy(zero_copy_only=False).astype(np.int64)
         return ids
 
     def bags(self, name: str, feature: str, part: str) -> Bags:
@@ -194,6 +217,11 @@ class _Row:
         if nulls or (pa.types.is_null(values.type) and len(values)):
             raise self.fail(name, "holds a null")
         return values
+
+
+def _is_read(kind: pa.DataType) -> bool:
+    plain = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null, _is_text)
+    return any(known(kind) for known in plain)
 
 
 def _is_integer(kind: pa.DataType) -> bool:

@@ -21,7 +21,7 @@ _MOST_COLUMNS, _DEEPEST = 10_000, 64
 _MOST_TEXT = 4 << 20
 
 
-def check_messages(body: bytes | bytearray) -> None:
+def check_messages(body: bytes | memoryview) -> None:
     """Refuse a stream that would take far more memory than it is long.
 
     Raises:

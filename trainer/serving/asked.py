@@ -47,7 +47,7 @@ class Limits:
     candidates: int = 5_000
     bag: int = 1_000
     ids: int = 8 << 20
-    json: int = 16 << 20
+    json: int = 8 << 20
     explained: int = 5_000
 
 

@@ -163,7 +163,8 @@ class Translation:
         """Each value that is referred to is looked up once."""
         used, where = np.unique(raw.indices.to_numpy(zero_copy_only=False), return_inverse=True)
         words = raw.dictionary
-        values = (_as_text(words, place) if _is_text(words.type) else words).take(pa.array(used))
+        check_text(words, place)
+        values = (words.cast(pa.large_string()) if _is_text(words.type) else words).take(pa.array(used))
         ids: Ints = Translation(self.vocabularies).ids(feature, values, part, place)[where]
         self._count(part, ids)
         return ids
@@ -184,7 +185,8 @@ def _found(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
             return known.ids(raw.cast(pa.int64()))
         except pa.ArrowInvalid:
             raise RequestError(422, f"{place}: holds an integer beyond 64 bits with a sign") from None
-    text = _as_text(raw, place)
+    check_text(raw, place)
+    text = raw.cast(pa.large_string())
     # What no value is as long as need not be looked up.
     fits = pc.binary_length(text).to_numpy(zero_copy_only=False) <= known.longest
     found: Ints = np.zeros(len(text), dtype=np.int64)
@@ -192,17 +194,15 @@ def _found(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
     return found
 
 
-def _as_text(raw: pa.Array, place: str) -> pa.Array:
-    """As large_string, unless that is too long: views may refer to one long text a million times."""
-    if pa.types.is_string_view(raw.type):
-        # A view is its length and 12 other bytes.
-        views = np.frombuffer(raw.buffers()[1], dtype=np.int32).reshape(-1, 4)
-        size = int(views[raw.offset : raw.offset + len(raw), 0].sum(dtype=np.int64))
-    else:
-        size = pc.sum(pc.binary_length(raw)).as_py() or 0
+def check_text(values: pa.Array, place: str) -> None:
+    """Refuses text that is far longer than what it lies in: views may refer to one text a million times."""
+    if not pa.types.is_string_view(values.type) or not len(values):
+        return
+    # A view is its length and 12 other bytes.
+    views = np.frombuffer(values.buffers()[1], dtype=np.uint32).reshape(-1, 4)
+    size = int(views[values.offset : values.offset + len(values), 0].sum(dtype=np.int64))
     if size > _MOST_TEXT:
         raise RequestError(413, f"{place}: more than {_MOST_TEXT:,} bytes of text")
-    return raw.cast(pa.large_string())
 
 
 def _text(values: pa.Array) -> tuple[Ints, memoryview]:
