@@ -238,11 +238,18 @@ def export(
         int, typer.Option("--parity-requests", min=0, help="Validation requests to compare AUC on; 0: none.")
     ] = 1000,
     aoti: Annotated[bool, typer.Option("--aoti", help="Add the dense part as machine code (g++).")] = False,
+    vocabularies: Annotated[
+        bool | None,
+        typer.Option(
+            "--vocabularies/--no-vocabularies",
+            help="Add the values that the ids stand for; the default: if they are small.",
+        ),
+    ] = None,
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    run(run_folder, out, dtype, attention_dtype, since, keep, parity_requests, aoti)
+    run(run_folder, out, dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies)
 
 
 @app.command()
@@ -306,10 +313,24 @@ def serve(
         typer.Option("--histories", metavar="LOG", help="A sequence log whose users requests may name."),
     ] = None,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a body.")] = 64 << 20,
+    max_json: Annotated[int, typer.Option("--max-json", min=1, help="Bytes of a JSON body.")] = 8 << 20,
     max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Of a body.")] = 64,
-    max_history: Annotated[int, typer.Option("--max-history", min=1, help="Of a request.")] = 100_000,
+    max_history: Annotated[
+        int, typer.Option("--max-history", min=1, help="Behaviors of a request that the model reads.")
+    ] = 100_000,
     max_candidates: Annotated[int, typer.Option("--max-candidates", min=1, help="Of a request.")] = 5_000,
+    max_bag: Annotated[int, typer.Option("--max-bag", min=1, help="Ids of a behavior.")] = 1_000,
+    max_ids: Annotated[int, typer.Option("--max-ids", min=1, help="Values of a body.")] = 8 << 20,
     max_waiting: Annotated[int, typer.Option("--max-waiting", min=1, help="Bodies; more: 429.")] = 256,
+    max_connections: Annotated[
+        int, typer.Option("--max-connections", min=1, help="Open at once; more: 503.")
+    ] = 512,
+    max_in_flight: Annotated[
+        int, typer.Option("--max-in-flight", min=1, help="Bytes of all bodies and answers; more: 503.")
+    ] = 256 << 20,
+    client_seconds: Annotated[
+        float, typer.Option("--client-seconds", min=0.1, help="For a head, a body, or to read an answer.")
+    ] = 30.0,
     batch_requests: Annotated[int, typer.Option("--batch-requests", min=1, help="Of a model call.")] = 32,
     batch_window_ms: Annotated[
         float, typer.Option("--batch-window-ms", min=0, help="Wait so long for company.")
@@ -318,15 +339,29 @@ def serve(
         float, typer.Option("--poll-seconds", min=0, help="Look for a newer version; 0: never.")
     ] = 5.0,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of the model.")] = 1,
+    reload_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--reload-token-file", metavar="FILE", help="Holds the token of POST /reload; without: off."
+        ),
+    ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(
+            "--vocabulary", metavar="LOG", help="Whose values requests may name where the snapshot has none."
+        ),
+    ] = None,
 ) -> None:
     """Serve a snapshot over HTTP, with a page to look at."""
     from pipelines.serve import serve as run
+    from pipelines.serve_load import LoadLimits
+    from trainer.serving.asked import Limits
     from trainer.serving.batcher import BatchSettings
-    from trainer.serving.request import Limits
 
-    limits = Limits(max_body, max_requests, max_history, max_candidates)
+    limits = Limits(max_body, max_requests, max_history, max_candidates, max_bag, max_ids, max_json)
+    load = LoadLimits(max_connections, max_in_flight, client_seconds)
     batching = BatchSettings(batch_window_ms / 1000, batch_requests, waiting=max_waiting, threads=threads)
-    run(snapshot, host, port, histories, limits, batching, poll_seconds)
+    run(snapshot, host, port, histories, limits, batching, load, poll_seconds, reload_token_file, vocabulary)
 
 
 @app.command()

@@ -38,8 +38,8 @@ from trainer.config import Config
 from trainer.data.row_group import Bags
 from trainer.run import versions
 from trainer.serving.arrow_body import MEDIA_TYPE
+from trainer.serving.asked import History, Limits, Request
 from trainer.serving.batcher import BatchSettings
-from trainer.serving.request import History, Limits, Request
 from trainer.serving.scorer import Scorer
 from trainer.settings import Settings, load_settings
 from trainer.snapshot import Snapshot

@@ -26,11 +26,19 @@ from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks, process_group
 from trainer.durable import file_digest
 from trainer.run import RunFolder, versions
+from trainer.serving.vocabulary import vocabularies_of
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_compiler, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
-from trainer.snapshot.manifest import MANIFEST, BaseVersion, InputFeature, SnapshotManifest
+from trainer.snapshot.manifest import (
+    MANIFEST,
+    BaseVersion,
+    InputFeature,
+    SnapshotManifest,
+    VocabularyFile,
+)
 from trainer.snapshot.publishing import drafting, open_base, publish
+from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
 from trainer.snapshot.writing import Draft, Source, finished, group_dtypes
 from trainer.table_reader import TableReader
 from trainer.touched import TouchedModel, touched
@@ -76,6 +84,7 @@ def export(
     keep: int = 0,
     parity_requests: int = 1000,
     aoti: bool = False,
+    vocabularies: bool | None = None,
 ) -> Path:
     """Publish the newest checkpoint of `run` as the next version under `out`, once its scores are checked.
 
@@ -85,6 +94,7 @@ def export(
         keep: newest versions that stay, 0 = all.
         parity_requests: of the validation split, to compare ranking on besides the recorded ones; 0 = none.
         aoti: add the dense part as machine code.
+        vocabularies: add the values that the ids stand for; None: where they are small.
 
     Raises:
         SnapshotError: the snapshot would not score like the trainer, or cannot be written; then nothing of
@@ -102,7 +112,7 @@ def export(
             raise SnapshotError(base.path, f"builds on {LONGEST_CHAIN - 1} others; export without --since")
         dtypes = group_dtypes(opened.config, dtype, attention_dtype)
         with drafting(out) as part:
-            manifest, parity = _write(part, opened, dtypes, base, ranks, parity_requests)
+            manifest, parity = _write(part, opened, dtypes, base, ranks, (parity_requests, vocabularies))
             if aoti:
                 code = write_code(part, load_snapshot(part))
                 manifest = manifest.model_copy(update={"code": (code,)})
@@ -141,9 +151,13 @@ def _write(
     dtypes: Mapping[str, Dtype],
     base: Chain | None,
     ranks: Ranks,
-    parity_requests: int,
+    wanted: tuple[int, bool | None],
 ) -> tuple[SnapshotManifest, Parity]:
-    """Everything of a version but its number, and how it compares to the trainer."""
+    """Everything of a version but its number, and how it compares to the trainer.
+
+    `wanted`: parity requests, and whether vocabularies go along.
+    """
+    parity_requests, vocabularies = wanted
     with closing(run.requests(_RECORDED_CANDIDATES).steps()) as steps:
         recorded = next(steps).batch
     found = touched(_touching(recorded, run, parity_requests), run.groups, run.config)
@@ -154,6 +168,8 @@ def _write(
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
     trainer = TouchedModel(run.config, run.manifest, ranks, dense, found)
     bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
+    inputs = inputs_of(run.manifest, recorded)
+    digests = _vocabularies(run, inputs)
     manifest = SnapshotManifest(
         number=1 if base is None else base.manifest.number + 1,
         base=None if base is None else _named(base),
@@ -163,10 +179,11 @@ def _write(
         tasks=tuple(run.manifest.tasks),
         numeric=tuple(run.manifest.numeric),
         features=feature_rows(run.groups),
-        inputs=inputs_of(run.manifest, recorded),
+        inputs=inputs,
         recorded_features=tuple(recorded.features.keys()),
         recorded_context=() if recorded.context is None else tuple(recorded.context.keys()),
-        vocabularies=_vocabularies(run),
+        vocabularies=digests,
+        vocabulary_files=_copied(part, run.config.data.log, inputs, digests, vocabularies),
         config=run.config,
         files=(),
         versions=versions(),
@@ -186,9 +203,10 @@ def _check(
     """Compare what was written with the trainer.
 
     Raises:
-        SnapshotError: it does not score like the trainer.
+        SnapshotError: it does not score like the trainer. DataError: its vocabularies are not the log's.
     """
     worst = snapshot.self_check()
+    vocabularies_of(snapshot, None)
     parity = compare(trainer, snapshot, run.requests(), parity_requests) if parity_requests else Parity()
     snapshot.check_parity(parity.worst, parity.mean)
     worst = max(worst, parity.worst)
@@ -219,10 +237,29 @@ def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeat
     return found
 
 
-def _vocabularies(run: _Run) -> dict[str, str]:
+def _vocabularies(run: _Run, inputs: Mapping[str, InputFeature]) -> dict[str, str]:
     """Feature -> digest of what its ids stand for, of the features that the model uses."""
     known = {**run.manifest.features, **run.manifest.context}
-    return {name: known[name].vocabulary for name in feature_rows(run.groups)}
+    return {name: known[name].vocabulary for name in {**feature_rows(run.groups), **inputs}}
+
+
+def _copied(
+    part: Path,
+    log: Path,
+    inputs: Mapping[str, InputFeature],
+    digests: Mapping[str, str],
+    wanted: bool | None,
+) -> tuple[VocabularyFile, ...]:
+    """The log's vocabularies, where they are wanted, or small and nobody said anything."""
+    files = vocabulary_paths(log, inputs, digests)
+    if wanted is None:
+        there = [file.stat().st_size for file in files.values() if file.is_file()]
+        if len(there) < len(files):
+            return ()
+        if sum(there) > SMALL:
+            print(f"vocabularies of {sum(there) / 1e6:,.0f} MB are left out; --vocabularies adds them")
+            return ()
+    return copy_vocabularies(part, files) if wanted is not False else ()
 
 
 def _report(version: Path, manifest: SnapshotManifest, parity: Parity, split: str) -> list[str]:

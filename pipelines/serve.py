@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import torch
 import uvicorn
 
+from embeddings.errors import ConfigError
 from pipelines.console import quiet_third_parties
 from pipelines.serve_app import Service, build_app
+from pipelines.serve_connection import protocol
+from pipelines.serve_load import LoadLimits
 from pipelines.serve_metrics import Metrics
+from pipelines.serve_updates import read_token
+from trainer.serving.asked import Limits
 from trainer.serving.batcher import BatchSettings
 from trainer.serving.current import Current
 from trainer.serving.histories import HistoryStore
-from trainer.serving.request import Limits
 
 
 def serve(
@@ -25,7 +30,10 @@ def serve(
     histories: Path | None,
     limits: Limits,
     batching: BatchSettings,
+    load: LoadLimits,
     poll_seconds: float = 0.0,
+    token_file: Path | None = None,
+    vocabulary: Path | None = None,
     grace_seconds: int = 30,
 ) -> None:
     """Serve the newest version of a snapshot; SIGTERM lets what was accepted finish, and returns.
@@ -34,25 +42,38 @@ def serve(
         snapshot: a version's folder or the folder of versions; the latter can be reloaded.
         histories: a sequence log whose users may be named instead of sending a history.
         poll_seconds: look for a newer version that often; 0 = only when asked by POST /reload.
+        token_file: holds what POST /reload must bring; without it, nobody may ask.
+        vocabulary: a log whose values requests may name instead of ids, where the snapshot has none with it.
         grace_seconds: after SIGTERM, for requests under way.
 
     Raises:
         SnapshotError, DataError, ConfigError: it cannot be served; see `trainer.serving.current`.
     """
     quiet_third_parties()
+    if load.in_flight < limits.body:
+        problem = f"is less than one body may have, {limits.body:,} (--max-body)"
+        raise ConfigError(f"--max-in-flight: {load.in_flight:,} bytes {problem}")
     torch.set_num_threads(batching.threads)
     metrics = Metrics()
     store = None if histories is None else HistoryStore(histories)
-    current = Current(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc())
-    service = Service(current, metrics, limits, batching, poll_seconds)
+    token = "" if token_file is None else read_token(token_file)
+    current = Current(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary)
+    service = Service(current, metrics, limits, batching, poll_seconds, load, token)
     config = uvicorn.Config(
         build_app(service),
         host=host,
         port=port,
+        http=protocol(load, lambda status: metrics.errors.labels(str(status)).inc()),
+        ws="none",
+        proxy_headers=False,
         access_log=False,
-        log_level="warning",
+        # Each client that sends what is no HTTP would else write a line.
+        log_level="error",
         timeout_graceful_shutdown=grace_seconds,
     )
+    # What is there now stays, so that no collector walks it while a body becomes a million lists.
+    gc.collect()
+    gc.freeze()
     # uvicorn raises the signal that stopped it once more when it is done: here that is no error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)

@@ -49,6 +49,18 @@ class Metrics:
         self.reloads = Counter(
             "tandemrec_reloads", "Attempts to reload, by outcome", ["outcome"], registry=registry
         )
+        self.poll_failures = Counter(
+            "tandemrec_poll_failures", "Looks for a newer version that failed", registry=registry
+        )
+        self.poll_failing = Gauge(
+            "tandemrec_poll_failing", "1 while looking for a newer version fails", registry=registry
+        )
+        self.in_flight = Gauge(
+            "tandemrec_in_flight_bytes", "Bytes held for bodies and answers", registry=registry
+        )
+        self.unknown = Counter(
+            "tandemrec_unknown_values", "Raw values that stand for no id", registry=registry
+        )
 
     def serving(self, scorer: Scorer) -> None:
         """Another version is served from now on."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 
 import numpy as np
 from pydantic import BaseModel
 
 from trainer.data.row_group import Bags
+from trainer.serving.asked import Limits
 from trainer.serving.histories import HistoryStore, StoredRequest
-from trainer.serving.request import Limits
 
 _MOST_USERS, _MOST_REQUESTS = 500, 12
 
@@ -58,7 +59,7 @@ def users_body(histories: HistoryStore | None) -> UsersBody:
     """Users by number."""
     if histories is None:
         return UsersBody(total=0, users=[])
-    users = sorted(histories)[:_MOST_USERS]
+    users = heapq.nsmallest(_MOST_USERS, histories)
     lines = [UserLine(user_id=user, behaviors=histories.behaviors(user)) for user in users]
     return UsersBody(total=len(histories), users=lines)
 

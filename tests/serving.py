@@ -15,6 +15,7 @@ import pytest
 import trainer.serving.current as current_module
 from pipelines.export import inputs_of
 from pipelines.serve_app import Service, build_app
+from pipelines.serve_load import LoadLimits
 from pipelines.serve_metrics import Metrics
 from tests.logs import Row
 from tests.models import model_of
@@ -28,7 +29,10 @@ from trainer.serving.histories import HistoryStore
 from trainer.serving.request import Limits, RequestBody
 from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import Recorded
-from trainer.snapshot.manifest import InputFeature
+from trainer.snapshot.manifest import InputFeature, VocabularyFile
+
+TOKEN = "a token for the tests"
+MAY_RELOAD = {"authorization": f"Bearer {TOKEN}"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Described:
     numeric: tuple[str, ...]
     vocabularies: dict[str, str]
     inputs: dict[str, InputFeature]
+    vocabulary_files: tuple[VocabularyFile, ...] = ()
     step: int = 7
     score_bound: float = 1e-6
     mean_bound: float = 1e-6
@@ -140,6 +145,8 @@ def service_of(
 ) -> Service:
     """A service of a snapshot that lies in memory only; `settings` are limits, or how requests are batched.
 
+    Whoever reloads it must bring TOKEN.
+
     Limits and batching both have `requests`: it is that of a body.
     """
     monkeypatch.setattr(current_module, "load_snapshot", lambda path: snapshot)
@@ -148,7 +155,8 @@ def service_of(
     store = None if log is None else HistoryStore(log)
     current = Current(snapshot.path, store, lambda outcome: metrics.reloads.labels(outcome).inc())
     limits = {name: settings.pop(name) for name in list(settings) if name in Limits.__annotations__}
-    return Service(current, metrics, Limits(**limits), BatchSettings(**settings), poll)
+    load = settings.pop("load", LoadLimits())
+    return Service(current, metrics, Limits(**limits), BatchSettings(**settings), poll, load, TOKEN)
 
 
 @asynccontextmanager

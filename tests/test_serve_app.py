@@ -19,7 +19,7 @@ import trainer.serving.current as current_module
 from embeddings.errors import SnapshotError
 from tests.logs import Shape, enrich, random_rows, write_log
 from tests.models import preset
-from tests.serving import Client, bodies, reference, service_of, serving, snapshot_of
+from tests.serving import MAY_RELOAD, Client, bodies, reference, service_of, serving, snapshot_of
 from trainer.data.schema import read_manifest
 from trainer.snapshot import Snapshot
 
@@ -77,7 +77,7 @@ def test_scores_are_those_of_evaluation(
             answer = await client.score(*(body for _, body in asked[:20]))
             assert answer["version"] == "v00000001" and len(answer["results"]) == 20
             for (name, _), result in zip(asked, answer["results"], strict=False):
-                assert set(result) == {"scores"}
+                assert set(result) == {"scores", "history_used"}
                 for t, task in enumerate(("click", "buy")):
                     assert result["scores"][task] == pytest.approx(expected[name][:, t], abs=1e-6)
 
@@ -174,7 +174,11 @@ REFUSED = [
     (change("numeric.price.0", 1e39), 422, "requests[0].numeric.price: holds a number that is not finite"),
     (change("numeric.price.0", float("nan")), 422, "requests.0.numeric.price.0"),
     (change("colour", "red"), 422, "requests.0.colour: Extra inputs are not permitted"),
-    (change("history.timestamp", [0] * 41), 413, "requests[0].history: 41 behaviors, the server takes 40"),
+    (
+        change("history.timestamp", [0] * 41),
+        422,
+        "requests[0].history.features.item_id: 29 entries, expected 41",
+    ),
     (change("candidates.item_id", [1] * 7), 413, "requests[0].candidates: 7 candidates, the server takes 6"),
 ]
 
@@ -217,7 +221,7 @@ def test_refused_requests(
             for path, method in (("/nothing", "GET"), ("/score", "GET")):
                 answer = await client.http.request(method, path)
                 assert answer.status_code in (404, 405) and "error" in answer.json()
-            assert await client.metric('tandemrec_errors_total{status="413"}') == 5
+            assert await client.metric('tandemrec_errors_total{status="413"}') == 4
 
     asyncio.run(run())
 
@@ -383,12 +387,15 @@ def test_switching_under_load_drops_and_mixes_nothing(
             await until(client, "v00000002", None)
             latest[0] = "v00000003"
             await until(client, "v00000002", "v00000003")
-            answer = await client.http.post("/reload")
+            answer = await client.http.post("/reload", headers=MAY_RELOAD)
             assert answer.status_code == 409 and answer.json() == {"error": "snapshot/v00000003: is corrupt"}
             latest[0] = "v00000004"
-            answer = await client.http.post("/reload")
+            answer = await client.http.post("/reload", headers=MAY_RELOAD)
             assert answer.json()["version"] == "v00000004"
-            assert (await client.http.post("/reload")).json() == {"version": "v00000004", "switched": False}
+            assert (await client.http.post("/reload", headers=MAY_RELOAD)).json() == {
+                "version": "v00000004",
+                "switched": False,
+            }
             await asyncio.sleep(0.1)
             done = True
             await asyncio.gather(*load_tasks)

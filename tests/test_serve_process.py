@@ -75,9 +75,9 @@ def server_alone(snapshot: Path, *words: str) -> Iterator[tuple[subprocess.Popen
         process.communicate(timeout=30)
 
 
-def call(url: str, body: Any = None) -> tuple[int, Any]:
+def call(url: str, body: Any = None, **more: str) -> tuple[int, Any]:
     content = None if body is None else json.dumps(body).encode()
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json", **more}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, content, headers), timeout=60) as answer:
             return answer.status, json.load(answer)
@@ -107,7 +107,10 @@ def test_a_new_version_is_taken_and_a_bad_one_refused_while_requests_go_on(
 ) -> None:
     root = tmp_path / "snapshot"
     shutil.copytree(made / "snapshot", root)
-    with server(root, "--poll-seconds", "0.1") as (process, url):
+    token = tmp_path / "token"
+    token.write_text("a token for the tests\n")
+    words = ("--poll-seconds", "0.1", "--reload-token-file", str(token))
+    with server(root, *words) as (process, url):
         seen: list[tuple[int, str]] = []
         over = threading.Event()
 
@@ -127,7 +130,9 @@ def test_a_new_version_is_taken_and_a_bad_one_refused_while_requests_go_on(
         (bad / "dense.safetensors").write_bytes(content)
         (root / "LATEST").write_text("v00000003\n")
         until(lambda: (call(f"{url}/healthz")[1]["refused"] or {}).get("version") == "v00000003")
-        status, answer = call(f"{url}/reload", {})
+        for wrong in ({}, {"authorization": "Bearer a token for the test"}):
+            assert call(f"{url}/reload", {}, **wrong)[0] == 403
+        status, answer = call(f"{url}/reload", {}, authorization="Bearer a token for the tests")
         assert status == 409 and "does not match" in answer["error"]
         over.set()
         for each in clients:

@@ -2,51 +2,86 @@
 
 One row a request. The columns are those of the sequence log: `user_id`, `request_timestamp`,
 `history_timestamp`, `history_<feature>`, `candidate_<feature>`, `context_<feature>`, `numeric_<name>`,
-`cluster_size`, `cluster_time`; a list of lists where a behavior or candidate has several ids.
+`cluster_size`, `cluster_time`; a list of lists where a behavior or candidate has several ids. Lists may be of
+any of Arrow's kinds, and ids dictionaries. Raw values instead of ids are announced by `ids: raw` in the
+metadata of the schema.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from trainer.data.row_group import PARQUET_ERRORS, Bags, Ints
-from trainer.serving.request import (
-    Doubles,
-    History,
-    Limits,
-    Needs,
-    Request,
-    RequestError,
-    checked,
-    stored_history,
-)
+from trainer.serving.arrow_meta import check_messages
+from trainer.serving.asked import Doubles, History, Limits, Needs, Request, RequestError
+from trainer.serving.checks import checked, size_of
+from trainer.serving.request import stored_history, time_of
 from trainer.serving.scorer import Scored
+from trainer.serving.vocabulary import Translation, Vocabulary, check_text
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
-_RECORD_BATCH = 3
-_COMPRESSION_SLOT = 10  # of field 3 in the vtable of Arrow's RecordBatch
 
 
-def read_arrow(body: bytes, stored: Mapping[int, History], needs: Needs, limits: Limits) -> list[Request]:
+def read_arrow(
+    body: bytes | memoryview,
+    stored: Mapping[int, History],
+    needs: Needs,
+    limits: Limits,
+    vocabularies: Mapping[str, Vocabulary] | None = None,
+) -> list[Request]:
     """Requests of an Arrow IPC stream, checked.
 
     Raises:
         RequestError: 413 above a limit, 404 for an unknown user, 422 for anything else.
     """
-    table = _table(body, limits)
-    return [_request(table, row, stored, needs, limits) for row in range(table.num_rows)]
+    requests: list[Request] = []
+    left = _Left(limits.ids)
+    try:
+        check_messages(body)
+        with pa.ipc.open_stream(body) as reader:
+            raw = _is_raw(reader.schema)
+            for batch in reader:
+                if len(requests) + batch.num_rows > limits.requests:
+                    raise RequestError(413, f"more than {limits.requests} requests (--max-requests)")
+                columns = _needed(batch, needs)
+                for row in range(columns.num_rows):
+                    translation = Translation(vocabularies or {}) if raw else None
+                    cells = _Row(columns, row, len(requests), left, translation)
+                    requests.append(_request(cells, stored, needs, limits))
+    except (*PARQUET_ERRORS, struct.error, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise RequestError(422, f"no Arrow IPC stream: {reason}") from None
+    if not requests:
+        raise RequestError(422, "there is no request: the stream has no rows")
+    return requests
+
+
+def _is_raw(schema: pa.Schema) -> bool:
+    if len(set(schema.names)) != len(schema.names):
+        raise RequestError(422, "a column occurs twice")
+    said = (schema.metadata or {}).get(b"ids", b"dense")
+    if said not in (b"dense", b"raw"):
+        raise RequestError(422, f"the schema's metadata says ids: {said[:40]!r}; dense and raw are known")
+    return bool(said == b"raw")
 
 
 def write_arrow(scored: Sequence[Scored], tasks: Sequence[str], version: str) -> bytes:
-    """One row a request: `score_<task>`, a list of float32; the version in the schema's metadata."""
+    """One row a request; the version is in the schema's metadata.
+
+    `score_<task>` is a list of float32, `history_used` how many behaviors the model could see, and
+    `unknown` how many raw values stand for no id.
+    """
     columns = {
         f"score_{task}": pa.array([part.probabilities[:, t] for part in scored], pa.list_(pa.float32()))
         for t, task in enumerate(tasks)
     }
+    columns["history_used"] = pa.array([part.history_used for part in scored], pa.int64())
+    columns["unknown"] = pa.array([sum(part.unknown.values()) for part in scored], pa.int64())
     table = pa.table(columns).replace_schema_metadata({"version": version})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -55,88 +90,83 @@ def write_arrow(scored: Sequence[Scored], tasks: Sequence[str], version: str) ->
     return found
 
 
-def _table(body: bytes, limits: Limits) -> pa.Table:
-    try:
-        _refuse_compressed(body)
-        with pa.ipc.open_stream(body) as reader:
-            batches = []
-            rows = 0
-            for batch in reader:
-                rows += batch.num_rows
-                if rows > limits.requests:
-                    raise RequestError(413, f"more than {limits.requests} requests (--max-requests)")
-                batch.validate(full=True)
-                batches.append(batch)
-            table = pa.Table.from_batches(batches, reader.schema).combine_chunks()
-    except (*PARQUET_ERRORS, struct.error, IndexError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise RequestError(422, f"no Arrow IPC stream: {reason}") from None
-    if not table.num_rows:
-        raise RequestError(422, "there is no request: the stream has no rows")
-    names = table.column_names
-    if len(set(names)) != len(names):
-        raise RequestError(422, "a column occurs twice")
-    return table
+def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
+    """The columns that are read, each checked to be what it says."""
+    known = ["user_id", "request_timestamp", "history_timestamp", "cluster_size", "cluster_time"]
+    known += [f"{side}_{name}" for side in ("history", "candidate") for name in needs.features]
+    known += [f"context_{name}" for name in needs.context] + [f"numeric_{name}" for name in needs.numeric]
+    batch = batch.select([name for name in known if name in set(batch.schema.names)])
+    for name in batch.schema.names:
+        values, shared = batch.column(name), False
+        while _is_list(values.type):
+            shared = shared or pa.types.is_list_view(values.type) or pa.types.is_large_list_view(values.type)
+            values = values.values
+        # Many lists may share one long text, and views refer to it, a million times.
+        if shared and _is_text(values.type) and not pa.types.is_dictionary(values.type):
+            raise RequestError(422, f"column {name}: holds text in list views; write plain lists")
+        values = values.dictionary if pa.types.is_dictionary(values.type) else values
+        if not _is_read(values.type):
+            raise RequestError(422, f"column {name}: holds {values.type}")
+        check_text(values, f"column {name}")
+        batch.column(name).validate(full=True)
+    return batch
 
 
-def _refuse_compressed(body: bytes) -> None:
-    """A compressed buffer of a few bytes may claim to become gigabytes, and Arrow would allocate them."""
-    source = pa.BufferReader(body)
-    while source.tell() < len(body):
-        try:
-            message = pa.ipc.read_message(source)
-        except EOFError:
-            return
-        meta = memoryview(message.metadata)
-        root = struct.unpack_from("<I", meta, 0)[0]
-        vtable = root - struct.unpack_from("<i", meta, root)[0]
-        kind_at, header_at = struct.unpack_from("<HH", meta, vtable + 6)
-        if not kind_at or not header_at or meta[root + kind_at] != _RECORD_BATCH:
-            continue
-        header = root + header_at + struct.unpack_from("<I", meta, root + header_at)[0]
-        vtable = header - struct.unpack_from("<i", meta, header)[0]
-        size = struct.unpack_from("<H", meta, vtable)[0]
-        slot = _COMPRESSION_SLOT
-        if size > slot and struct.unpack_from("<H", meta, vtable + slot)[0]:
-            raise RequestError(422, "compressed Arrow bodies are not accepted; write it uncompressed")
+class _Left:
+    """How many values a body may still hold; rows may share the same ones, and then each counts."""
+
+    def __init__(self, most: int) -> None:
+        self.most = self.left = most
+
+    def take(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise RequestError(413, f"more values than the server takes, {self.most:,} (--max-ids)")
 
 
 class _Row:
-    """One row of the table; every value is checked for its type and for nulls when it is taken."""
+    """One row of a batch; every value is checked for its type and for nulls when it is taken."""
 
-    def __init__(self, table: pa.Table, row: int) -> None:
-        self.table, self.row, self.place = table, row, f"requests[{row}]"
+    def __init__(
+        self, batch: pa.RecordBatch, row: int, number: int, left: _Left, translation: Translation | None
+    ) -> None:
+        self.batch, self.row, self.left, self.translation = batch, row, left, translation
+        self.place, self.names = f"requests[{number}]", set(batch.schema.names)
 
     def fail(self, name: str, problem: str) -> RequestError:
         return RequestError(422, f"{self.place}, column {name}: {problem}")
 
     def items(self, name: str) -> pa.Array:
         """Items of a list, without nulls."""
-        cell = self._cell(name)
-        if not isinstance(cell, pa.ListScalar | pa.LargeListScalar):
-            raise self.fail(name, f"is {cell.type}, expected a list")
-        return self._whole(name, cell.values)
+        column = self._column(name)
+        if not _is_list(column.type):
+            raise self.fail(name, f"is {column.type}, expected a list")
+        return self._whole(name, self._flat(column))
 
     def ints(self, name: str, values: pa.Array | None = None) -> Ints:
         values = self.items(name) if values is None else values
-        if not pa.types.is_integer(values.type) or pa.types.is_uint64(values.type):
+        if pa.types.is_dictionary(values.type) and not _is_text(values.type):
+            values = values.dictionary.take(values.indices)
+        if not _is_integer(values.type):
             raise self.fail(name, f"holds {values.type}, expected int64")
-        ids: Ints = values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        # A copy, which does not keep the body.
+        ids: Ints = values.to_numpy(zero_copy_only=False).astype(np.int64)
         return ids
 
-    def bags(self, name: str) -> Bags:
+    def bags(self, name: str, feature: str, part: str) -> Bags:
         values = self.items(name)
-        if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
-            return Bags(self.ints(name, values))
-        offsets = values.offsets.to_numpy().astype(np.int64)
-        inner = self._whole(name, values.values.slice(offsets[0], offsets[-1] - offsets[0]))
-        return Bags(self.ints(name, inner), offsets - offsets[0])
+        if not _is_list(values.type):
+            return Bags(self._ids(name, feature, part, values))
+        lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
+        offsets = np.zeros(lengths.size + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        inner = self._whole(name, self._flat(values))
+        return Bags(self._ids(name, feature, part, inner), offsets)
 
-    def one_bag(self, name: str) -> Bags:
-        cell = self._cell(name)
-        is_list = isinstance(cell, pa.ListScalar | pa.LargeListScalar)
-        values = self.items(name) if is_list else pa.array([cell.as_py()], cell.type)
-        ids = self.ints(name, values)
+    def one_bag(self, name: str, feature: str) -> Bags:
+        column = self._column(name)
+        values = self.items(name) if _is_list(column.type) else column
+        ids = self._ids(name, feature, f"context.{feature}", values)
         return Bags(ids, np.array([0, ids.size]))
 
     def floats(self, name: str) -> Doubles:
@@ -148,54 +178,94 @@ class _Row:
 
     def whole(self, name: str) -> int | None:
         """A single number, or None where the column or the value is missing."""
-        if name not in self.table.column_names:
+        if name not in self.names:
             return None
-        column = self.table.column(name)
-        if not pa.types.is_integer(column.type) or pa.types.is_uint64(column.type):
+        column = self.batch.column(name)
+        if not _is_integer(column.type):
             raise self.fail(name, f"is {column.type}, expected int64")
         found: int | None = column[self.row].as_py()
         return found
 
-    def after(self, prefix: str) -> list[str]:
-        return [n.removeprefix(prefix) for n in self.table.column_names if n.startswith(prefix)]
+    def after(self, prefix: str, known: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """(feature, its column) of the known features that there are columns of."""
+        return ((name, f"{prefix}{name}") for name in known if f"{prefix}{name}" in self.names)
 
-    def _cell(self, name: str) -> pa.Scalar:
-        cell = self.table.column(name)[self.row]
-        if not cell.is_valid:
+    def _column(self, name: str) -> pa.Array:
+        column = self.batch.column(name).slice(self.row, 1)
+        if column.null_count:
             raise self.fail(name, "is null")
-        return cell
+        return column
+
+    def _flat(self, lists: pa.Array) -> pa.Array:
+        """The items of lists one after the other, counted before any of them is copied."""
+        count = pc.sum(pc.list_value_length(lists)).as_py() or 0
+        self.left.take(count + len(lists))
+        return lists.flatten()
+
+    def _ids(self, name: str, feature: str, part: str, values: pa.Array) -> Ints:
+        if self.translation is not None:
+            return self.translation.ids(feature, values, part, f"{self.place}, column {name}")
+        if _is_text(values.type):
+            hint = "for raw values say `ids: raw` in the schema's metadata"
+            raise self.fail(name, f"holds {values.type}, expected int64; {hint}")
+        return self.ints(name, values)
 
     def _whole(self, name: str, values: pa.Array) -> pa.Array:
-        if values.null_count:
+        nulls = values.null_count
+        if pa.types.is_dictionary(values.type):
+            nulls += values.dictionary.null_count
+        if nulls or (pa.types.is_null(values.type) and len(values)):
             raise self.fail(name, "holds a null")
         return values
 
 
-def _request(
-    table: pa.Table, number: int, stored: Mapping[int, History], needs: Needs, limits: Limits
-) -> Request:
-    row = _Row(table, number)
+def _is_read(kind: pa.DataType) -> bool:
+    plain = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null, _is_text)
+    return any(known(kind) for known in plain)
+
+
+def _is_integer(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) and not pa.types.is_uint64(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _request(row: _Row, stored: Mapping[int, History], needs: Needs, limits: Limits) -> Request:
     user, when = row.whole("user_id"), row.whole("request_timestamp")
-    if "history_timestamp" in table.column_names:
+    if "history_timestamp" in row.names:
+        features = row.after("history_", needs.features)
         history = History(
             row.ints("history_timestamp"),
-            {name: row.bags(f"history_{name}") for name in needs.features if name in row.after("history_")},
-            *(row.ints(n) if n in table.column_names else None for n in ("cluster_size", "cluster_time")),
+            {name: row.bags(column, name, f"history.{name}") for name, column in features},
+            *(row.ints(n) if n in row.names else None for n in ("cluster_size", "cluster_time")),
         )
     else:
         history = stored_history(stored, user, row.place)
     candidates = {
-        name: row.bags(f"candidate_{name}") for name in needs.features if name in row.after("candidate_")
+        name: row.bags(column, name, f"candidates.{name}")
+        for name, column in row.after("candidate_", needs.features)
     }
-    sizes = [b.values.size if b.offsets is None else b.offsets.size - 1 for b in candidates.values()]
-    newest = int(history.time[-1]) if history.time.size else 0
     request = Request(
         user_id=user or 0,
         history=history,
-        time=min(newest, 2**63 - 2) + 1 if when is None else when,
+        time=time_of(when, history),
         candidates=candidates,
-        count=max(sizes, default=0),
-        context={n: row.one_bag(f"context_{n}") for n in needs.context if n in row.after("context_")},
-        numeric={n: row.floats(f"numeric_{n}") for n in needs.numeric if n in row.after("numeric_")},
+        count=max(map(size_of, candidates.values()), default=0),
+        context={name: row.one_bag(column, name) for name, column in row.after("context_", needs.context)},
+        numeric={name: row.floats(column) for name, column in row.after("numeric_", needs.numeric)},
+        unknown={} if row.translation is None else row.translation.unknown,
     )
     return checked(request, needs, limits, row.place)

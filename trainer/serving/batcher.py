@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.serving.request import Request, RequestError
+from trainer.serving.asked import Request, RequestError
 from trainer.serving.scorer import Scored, Scorer, Seconds
 
 
@@ -20,7 +20,7 @@ class BatchSettings:
 
     Attributes:
         window: seconds to wait for company; 0 = whoever came while the model was busy.
-        requests, behaviors: most of one call (one body is always scored whole).
+        requests, behaviors, candidates: most of one model call (one request is always scored whole).
         waiting: bodies that may wait; beyond, they are turned away with 429.
         threads: of the model.
     """
@@ -28,8 +28,13 @@ class BatchSettings:
     window: float = 0.0
     requests: int = 32
     behaviors: int = 200_000
+    candidates: int = 10_000
     waiting: int = 256
     threads: int = 1
+
+    def fits(self, requests: int, behaviors: int, candidates: int) -> bool:
+        """Whether a model call may be so large."""
+        return requests <= self.requests and behaviors <= self.behaviors and candidates <= self.candidates
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +51,10 @@ class Job:
     def behaviors(self) -> int:
         return sum(request.history.time.size for request in self.requests)
 
+    @property
+    def candidates(self) -> int:
+        return sum(request.count for request in self.requests)
+
 
 # Called after every model call: its jobs, how long each had waited, where the time went.
 Observe = Callable[[Sequence[Job], Sequence[float], Seconds], None]
@@ -60,6 +69,15 @@ class Batcher:
         self._next: Job | None = None
         self._pool = ThreadPoolExecutor(1, "score", torch.set_num_threads, (settings.threads,))
 
+    @property
+    def full(self) -> bool:
+        """Whether a body would be turned away now."""
+        return self._queue.full()
+
+    def turned_away(self) -> RequestError:
+        """What its client is told."""
+        return RequestError(429, f"{self.settings.waiting} requests are waiting; try again")
+
     async def score(self, scorer: Scorer, requests: Sequence[Request], explain: bool) -> list[Scored]:
         """Raises RequestError (429) if too many are waiting."""
         answer: asyncio.Future[list[Scored]] = asyncio.get_running_loop().create_future()
@@ -67,22 +85,28 @@ class Batcher:
         try:
             self._queue.put_nowait(job)
         except asyncio.QueueFull:
-            raise RequestError(429, f"{self.settings.waiting} requests are waiting; try again") from None
+            raise self.turned_away() from None
         return await answer
 
     async def run(self) -> None:
-        """Score what comes, until cancelled."""
-        loop = asyncio.get_running_loop()
+        """Score what comes, until cancelled; whatever goes wrong, its jobs are answered and others go on."""
         try:
             while True:
-                jobs = await self._company()
-                waited = [time.perf_counter() - job.queued for job in jobs]
-                outcomes, seconds = await loop.run_in_executor(self._pool, _score, jobs)
-                self._observe(jobs, waited, seconds)
-                for job, outcome in zip(jobs, outcomes, strict=True):
-                    _settle(job.answer, outcome)
+                await self._score_next(await self._company())
         finally:
             self._pool.shutdown(wait=True)
+
+    async def _score_next(self, jobs: Sequence[Job]) -> None:
+        waited = [time.perf_counter() - job.queued for job in jobs]
+        outcomes: Sequence[list[Scored] | Exception]
+        try:
+            scoring = asyncio.get_running_loop().run_in_executor(self._pool, _score, jobs, self.settings)
+            outcomes, seconds = await scoring
+            self._observe(jobs, waited, seconds)
+        except Exception as error:
+            outcomes = [error] * len(jobs)
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            _settle(job.answer, outcome)
 
     async def _company(self) -> list[Job]:
         """The next job, and those behind it that fit into its call, in order."""
@@ -91,30 +115,49 @@ class Batcher:
         if self.settings.window:
             await asyncio.sleep(self.settings.window)
         requests, behaviors = len(jobs[0].requests), jobs[0].behaviors
+        candidates = jobs[0].candidates
         while not self._queue.empty():
             job = self._queue.get_nowait()
             requests, behaviors = requests + len(job.requests), behaviors + job.behaviors
+            candidates += job.candidates
             same = job.scorer is jobs[0].scorer and job.explain == jobs[0].explain
-            if not same or requests > self.settings.requests or behaviors > self.settings.behaviors:
+            if not same or not self.settings.fits(requests, behaviors, candidates):
                 self._next = job
                 break
             jobs.append(job)
         return jobs
 
 
-def _score(jobs: Sequence[Job]) -> tuple[list[list[Scored] | Exception], Seconds]:
+def _score(jobs: Sequence[Job], settings: BatchSettings) -> tuple[list[list[Scored] | Exception], Seconds]:
     """One call for all jobs. If it fails, each gets a call of its own, so that no job fails for another."""
     requests = [request for job in jobs for request in job.requests]
     try:
-        scored, seconds = jobs[0].scorer.score(requests, jobs[0].explain)
+        scored, seconds = _score_in_parts(jobs[0], requests, settings)
     except Exception as error:
         if len(jobs) == 1:
             return [error], Seconds(0.0, 0.0)
-        alone = [_score([job]) for job in jobs]
+        alone = [_score([job], settings) for job in jobs]
         search, ranking = (sum(part) for part in zip(*(seconds for _, seconds in alone), strict=True))
         return [outcomes[0] for outcomes, _ in alone], Seconds(search, ranking)
     answers = iter(scored)
     return [[next(answers) for _ in job.requests] for job in jobs], seconds
+
+
+def _score_in_parts(
+    job: Job, requests: Sequence[Request], settings: BatchSettings
+) -> tuple[list[Scored], Seconds]:
+    """As few model calls as the limits allow, in order: the memory of a call grows with its candidates."""
+    parts: list[list[Request]] = []
+    sizes = (0, 0, 0)
+    for request in requests:
+        sizes = (sizes[0] + 1, sizes[1] + request.history.time.size, sizes[2] + request.count)
+        if not parts or not settings.fits(*sizes):
+            parts.append([])
+            sizes = (1, request.history.time.size, request.count)
+        parts[-1].append(request)
+    found = [job.scorer.score(part, job.explain) for part in parts]
+    search, ranking = (sum(part) for part in zip(*(seconds for _, seconds in found), strict=True))
+    return [scored for part, _ in found for scored in part], Seconds(search, ranking)
 
 
 def _settle(answer: asyncio.Future[list[Scored]], outcome: list[Scored] | Exception) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from embeddings.errors import TandemError
 from trainer.serving.histories import HistoryStore
 from trainer.serving.scorer import Scorer
+from trainer.serving.vocabulary import vocabularies_of
 from trainer.snapshot import load_snapshot, resolve
 
 
@@ -18,7 +19,8 @@ class Current:
     Args:
         root: a version's folder, which is then served for good, or the folder of versions.
         histories: their ids must be of the snapshot's vocabulary.
-        reloaded: told "switched", "unchanged" or "refused" after every attempt.
+        vocabulary: a log whose values may stand for ids, where a snapshot has none with it.
+        reloaded: told "switched", "unchanged", "refused" or "failed" after every attempt.
 
     Attributes:
         scorer: the one in use. Whoever took it may go on with it; its tables live as long as it does.
@@ -26,7 +28,7 @@ class Current:
 
     Raises:
         SnapshotError: the first version cannot be loaded or fails its self-check.
-        DataError: the histories are of another vocabulary. ConfigError: they lack the model's clusters.
+        DataError: the histories or values are of another vocabulary. ConfigError: the model's clusters lack.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class Current:
         root: Path,
         histories: HistoryStore | None = None,
         reloaded: Callable[[str], None] = lambda outcome: None,
+        vocabulary: Path | None = None,
     ) -> None:
         self.root, self.histories, self._reloaded = root, histories, reloaded
+        self._vocabulary = vocabulary
         self.refused: tuple[str, str] | None = None
         self._lock = threading.Lock()
         self.scorer = self._load(resolve(root))
@@ -71,6 +75,10 @@ class Current:
                 self.refused = (path.name, str(error))
                 self._reloaded("refused")
                 raise
+            except Exception:
+                # No fault of the version, as far as anybody knows: it is tried again.
+                self._reloaded("failed")
+                raise
             self.refused = None
             self._reloaded("switched")
             return True
@@ -82,6 +90,7 @@ class Current:
             known = self.histories.manifest
             snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
         scorer = Scorer(snapshot, self.histories.chunk if self.histories else 0)
+        scorer.vocabularies = vocabularies_of(snapshot, self._vocabulary)
         # Once more with the searches that serve, which also brings what they need into memory.
         snapshot.check_own(snapshot.score(snapshot.recorded.batch))
         return scorer

@@ -18,7 +18,7 @@ from trainer.data.row_group import PARQUET_ERRORS, Bags, FeatureIds, Floats
 from trainer.data.rows import UserRows, read_rows
 from trainer.data.schema import read_manifest
 from trainer.sections import DataConfig
-from trainer.serving.request import History
+from trainer.serving.asked import History
 
 _SPLITS = ("train", "validation", "test")
 

@@ -1,55 +1,40 @@
-"""A request to score: its JSON form, its arrays, and every check that must come before the model sees it.
+"""A request to score in JSON: its form, and its arrays.
 
 A request is one user's history, oldest first, and the candidates to score. Ids are the dense ids of the log
-that the snapshot was trained on.
+that the snapshot was trained on, or raw values where the body says so and the server has the vocabularies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json as parsed
 
-from embeddings.errors import TandemError
-from trainer.data.row_group import Bags, Floats, Ints
-from trainer.snapshot import Snapshot
+from trainer.data.row_group import Bags, Ints
+from trainer.serving.asked import History, Limits, Needs, Request, RequestError
+from trainer.serving.checks import checked, size_of
+from trainer.serving.vocabulary import Translation
 
-Doubles = npt.NDArray[np.float64]
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-# One id each, or several each; which of the two, the first item says.
-Ids = Annotated[list[Int64] | list[list[Int64]], Field(union_mode="left_to_right")]
-
-
-class RequestError(TandemError):
-    """A request that cannot be scored.
-
-    Args:
-        status: HTTP status of the answer; problem: what is wrong, and where in the request.
-    """
-
-    def __init__(self, status: int, problem: str) -> None:
-        self.status = status
-        super().__init__(problem)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one body may ask for.
-
-    Attributes:
-        body: bytes; requests: in one body; history: behaviors of a request; candidates: of a request.
-    """
-
-    body: int = 64 << 20
-    requests: int = 64
-    history: int = 100_000
-    candidates: int = 5_000
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(strict=True)]
+# The first mistake ends a list: a report of each would take a thousand times the room of what is wrong.
+Ints64 = Annotated[list[Int64], Field(fail_fast=True)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+# One id each, or several each; which of the two, the first item says. Raw values may be text.
+ManyInts64 = Annotated[list[Ints64], Field(fail_fast=True)]
+ManyTexts = Annotated[list[Texts], Field(fail_fast=True)]
+Ids = Annotated[Ints64 | Texts | ManyInts64 | ManyTexts, Field(union_mode="left_to_right")]
+Spelling = Literal["dense", "raw"]
+# A list or an object takes as much time and memory as so many numbers.
+_LIST_WEIGHT = 16
+_MOST_KEYS = 10_000
 
 
 class _Body(BaseModel):
@@ -65,10 +50,10 @@ class HistoryBody(_Body):
         cluster_size, cluster_time: of the clusters, for a model that searches clusters.
     """
 
-    timestamp: list[Int64]
+    timestamp: Ints64
     features: dict[str, Ids]
-    cluster_size: list[Int64] | None = None
-    cluster_time: list[Int64] | None = None
+    cluster_size: Ints64 | None = None
+    cluster_time: Ints64 | None = None
 
 
 class RequestBody(_Body):
@@ -87,8 +72,8 @@ class RequestBody(_Body):
     history: HistoryBody | None = None
     time: Int64 | None = None
     candidates: dict[str, Ids]
-    context: dict[str, Int64 | list[Int64]] = Field(default_factory=dict)
-    numeric: dict[str, list[Number]] = Field(default_factory=dict)
+    context: dict[str, Int64 | Text | Ints64 | Texts] = Field(default_factory=dict)
+    numeric: dict[str, Annotated[list[Number], Field(fail_fast=True)]] = Field(default_factory=dict)
 
 
 class ScoreBody(_Body):
@@ -96,110 +81,117 @@ class ScoreBody(_Body):
 
     Attributes:
         explain: tell which behaviors were kept for every candidate, and their weights.
+        ids: `dense` ids of the log, or `raw` values as they were ingested.
     """
 
-    requests: list[RequestBody] = Field(min_length=1)
+    requests: Annotated[list[RequestBody], Field(fail_fast=True)] = Field(min_length=1)
     explain: bool = False
+    ids: Spelling = "dense"
 
 
-@dataclass(frozen=True)
-class History:
-    """Behaviors of one user, oldest first.
+def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
+    """The body, parsed once it is known that this takes little memory.
 
-    Attributes:
-        time: int64 [n]; features: name -> ids of n behaviors.
-        cluster_size, cluster_time: int64 [n], or None.
+    Raises:
+        RequestError: 413 above a limit; 422 naming the place of the first mistake.
     """
-
-    time: Ints
-    features: Mapping[str, Bags]
-    cluster_size: Ints | None = None
-    cluster_time: Ints | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request as arrays: n behaviors, c candidates.
-
-    Attributes:
-        time: unix seconds; candidates: name -> ids of c candidates; count: c.
-        context: name -> ids, one bag each; numeric: name -> [c], float32 once checked.
-    """
-
-    user_id: int
-    history: History
-    time: int
-    candidates: Mapping[str, Bags]
-    count: int
-    context: Mapping[str, Bags]
-    numeric: Mapping[str, Floats | Doubles] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a snapshot must be given.
-
-    Attributes:
-        features: keys of behaviors and candidates, in the model's order; context: of the request.
-        behavior, candidate: those that this side must have. A feature of one side only has nothing on the
-            other.
-        numeric: numbers of a candidate; rows: feature -> table rows; clusters: histories carry clusters.
-    """
-
-    features: tuple[str, ...]
-    context: tuple[str, ...]
-    behavior: tuple[str, ...]
-    candidate: tuple[str, ...]
-    numeric: tuple[str, ...]
-    rows: Mapping[str, int]
-    clusters: bool
-
-    @staticmethod
-    def of(snapshot: Snapshot) -> Needs:
-        manifest = snapshot.manifest
-        names, inputs = manifest.recorded_features, manifest.inputs
-        return Needs(
-            names,
-            manifest.recorded_context,
-            tuple(name for name in names if inputs[name].of_behaviors),
-            tuple(name for name in names if inputs[name].of_candidates),
-            manifest.numeric,
-            manifest.features,
-            manifest.config.data.clusters,
+    if len(given) > limits.json:
+        problem = (
+            f"JSON longer than {limits.json:,} bytes (--max-json); send Arrow, or fewer requests at once"
         )
-
-
-def read_json(body: bytes) -> ScoreBody:
-    """Raises RequestError (422) naming the place of the first mistake."""
+        raise RequestError(413, problem)
+    body = bytes(given)
+    # Commas and brackets inside of texts are counted too; there are few.
+    if body.count(b",") + _LIST_WEIGHT * (body.count(b"[") + body.count(b"{")) > limits.ids:
+        raise RequestError(413, f"more values than the server takes, {limits.ids:,} (--max-ids)")
     try:
-        return ScoreBody.model_validate_json(body)
+        tree = parsed(body)
+    except ValueError as error:
+        raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
+    _check_sizes(tree, limits)
+    _check_keys(body, tree)
+    try:
+        return ScoreBody.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))[:200]
-        raise RequestError(422, f"{place}: {first['msg']}" if place else str(first["msg"])[:300]) from None
+        raise RequestError(
+            422, f"{place}: {first['msg']}"[:500] if place else str(first["msg"])[:300]
+        ) from None
+
+
+def _check_sizes(tree: Any, limits: Limits) -> None:
+    """Bounds what is reported one by one: requests, and keys of objects."""
+    requests = tree.get("requests") if isinstance(tree, dict) else None
+    if isinstance(requests, list) and len(requests) > limits.requests:
+        found = f"{len(requests):,} requests, the server takes {limits.requests:,} (--max-requests)"
+        raise RequestError(413, found)
+    for part in _objects(tree):
+        if len(part) > _MOST_KEYS:
+            raise RequestError(413, f"an object of {len(part):,} keys, the server takes {_MOST_KEYS:,}")
+
+
+def _objects(tree: Any) -> Iterator[dict[str, Any]]:
+    """All objects that a body may hold: lists other than that of the requests have none."""
+    if isinstance(tree, dict):
+        yield tree
+        requests = tree.get("requests")
+        for value in (*tree.values(), *(requests if isinstance(requests, list) else ())):
+            yield from _objects(value)
+
+
+def _check_keys(body: bytes, tree: Any) -> None:
+    """Refuses a key that an object has twice, of which the parser keeps the last.
+
+    Without spaces, a quote and a colon stand behind every key. Only where there are more of them than keys,
+    which may be within texts too, the body is parsed again.
+    """
+    keys = sum(map(len, _objects(tree)))
+    if body.translate(None, b" \t\r\n").count(b'":') == keys:
+        return
+    try:
+        json.loads(body, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"the key {key[:80]!r} occurs twice in an object")
+        seen.add(key)
 
 
 def from_json(
-    body: RequestBody, stored: Mapping[int, History], needs: Needs, limits: Limits, place: str
+    body: RequestBody,
+    stored: Mapping[int, History],
+    needs: Needs,
+    limits: Limits,
+    place: str,
+    translation: Translation | None = None,
 ) -> Request:
     """Arrays of one request of a body that `read_json` has read, checked.
 
     Args:
-        stored: histories by user id; place: of the request in the body, for messages.
+        stored: histories by user id, in dense ids; place: of the request in the body, for messages.
+        translation: of raw values to ids; None: the body holds dense ids.
     """
+    reader = _Reader(needs, translation, place)
     if body.history is not None:
-        history = _history(body.history)
+        history = reader.history(body.history)
     else:
         history = stored_history(stored, body.user_id, place)
-    candidates = {name: _bags(ids) for name, ids in body.candidates.items()}
+    candidates = reader.bags(body.candidates, needs.features, "candidates", "candidates")
     request = Request(
         user_id=body.user_id or 0,
         history=history,
-        time=_time(body.time, history),
+        time=time_of(body.time, history),
         candidates=candidates,
-        count=max((_size(bags) for bags in candidates.values()), default=0),
-        context={name: _one_bag(ids) for name, ids in body.context.items()},
+        count=max((size_of(bags) for bags in candidates.values()), default=0),
+        context=reader.context(body.context),
         numeric={name: np.array(values, dtype=np.float64) for name, values in body.numeric.items()},
+        unknown={} if translation is None else translation.unknown,
     )
     return checked(request, needs, limits, place)
 
@@ -215,131 +207,54 @@ def stored_history(stored: Mapping[int, History], user: int | None, place: str) 
     return stored[user]
 
 
-def _time(given: int | None, history: History) -> int:
+def time_of(given: int | None, history: History) -> int:
+    """The request's time; without one, all behaviors are older."""
     newest = int(history.time[-1]) if history.time.size else 0
     return min(newest, 2**63 - 2) + 1 if given is None else given
 
 
-def _history(body: HistoryBody) -> History:
-    clusters = (body.cluster_size, body.cluster_time)
-    size, time = (None if part is None else _ints(part) for part in clusters)
-    return History(
-        _ints(body.timestamp), {name: _bags(ids) for name, ids in body.features.items()}, size, time
-    )
+class _Reader:
+    """Makes arrays of the lists of one request."""
+
+    def __init__(self, needs: Needs, translation: Translation | None, place: str) -> None:
+        self.needs, self.translation, self.place = needs, translation, place
+
+    def history(self, body: HistoryBody) -> History:
+        clusters = (body.cluster_size, body.cluster_time)
+        size, time = (None if part is None else _ints(part) for part in clusters)
+        features = self.bags(body.features, self.needs.features, "history.features", "history")
+        return History(_ints(body.timestamp), features, size, time)
+
+    def bags(self, given: Mapping[str, Any], known: Sequence[str], where: str, part: str) -> dict[str, Bags]:
+        """Features that the snapshot knows, in its order."""
+        return {n: self._bags(n, given[n], f"{where}.{n}", f"{part}.{n}") for n in known if n in given}
+
+    def _bags(self, name: str, ids: Any, where: str, part: str) -> Bags:
+        if not ids or not isinstance(ids[0], list):
+            return Bags(self._values(name, ids, where, part))
+        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum([len(bag) for bag in ids], out=offsets[1:])
+        return Bags(self._values(name, list(chain.from_iterable(ids)), where, part), offsets)
+
+    def context(self, given: Mapping[str, Any]) -> dict[str, Bags]:
+        found = {}
+        for name in self.needs.context:
+            if name in given:
+                ids = given[name] if isinstance(given[name], list) else [given[name]]
+                values = self._values(name, ids, f"context.{name}", f"context.{name}")
+                found[name] = Bags(values, np.array([0, values.size], dtype=np.int64))
+        return found
+
+    def _values(self, name: str, values: list[Any], where: str, part: str) -> Ints:
+        text = bool(values) and isinstance(values[0], str)
+        if self.translation is not None and values:
+            raw = pa.array(values, pa.large_string() if text else pa.int64())
+            return self.translation.ids(name, raw, part, f"{self.place}.{where}")
+        if text:
+            problem = 'holds text, and dense ids are integers; say "ids": "raw" for raw values'
+            raise RequestError(422, f"{self.place}.{where}: {problem}")
+        return _ints(values)
 
 
 def _ints(values: Sequence[int]) -> Ints:
     return np.array(values, dtype=np.int64)
-
-
-def _bags(ids: Any) -> Bags:
-    if not ids or not isinstance(ids[0], list):
-        return Bags(_ints(ids))
-    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-    np.cumsum([len(bag) for bag in ids], out=offsets[1:])
-    return Bags(_ints(list(chain.from_iterable(ids))), offsets)
-
-
-def _one_bag(ids: int | list[int]) -> Bags:
-    values = _ints(ids if isinstance(ids, list) else [ids])
-    return Bags(values, np.array([0, values.size], dtype=np.int64))
-
-
-def _size(bags: Bags) -> int:
-    return bags.values.size if bags.offsets is None else bags.offsets.size - 1
-
-
-def checked(request: Request, needs: Needs, limits: Limits, place: str) -> Request:
-    """The request, of what the model needs alone.
-
-    Raises:
-        RequestError: 413 above a limit; 422 with the feature, its place and range for anything else.
-    """
-    history, n = request.history, int(request.history.time.size)
-    _check_limit(n, limits.history, f"{place}.history", "behaviors", "--max-history")
-    _check_limit(request.count, limits.candidates, f"{place}.candidates", "candidates", "--max-candidates")
-    if not request.count:
-        raise RequestError(422, f"{place}.candidates: there is none")
-    _check_times(history.time, f"{place}.history.timestamp")
-    where = f"{place}.history.features"
-    behaviors = _checked_side(history.features, needs.features, needs.behavior, n, needs.rows, where)
-    where = f"{place}.candidates"
-    candidates = _checked_side(
-        request.candidates, needs.features, needs.candidate, request.count, needs.rows, where
-    )
-    context = _checked_side(request.context, needs.context, needs.context, 1, needs.rows, f"{place}.context")
-    cut = _checked_clusters(history, needs, place)
-    numeric = {name: _numbers(request, name, place) for name in needs.numeric}
-    return Request(
-        request.user_id,
-        History(history.time, behaviors, *cut),
-        request.time,
-        candidates,
-        request.count,
-        context,
-        numeric,
-    )
-
-
-def _check_limit(found: int, most: int, place: str, what: str, option: str) -> None:
-    if found > most:
-        raise RequestError(413, f"{place}: {found:,} {what}, the server takes {most:,} ({option})")
-
-
-def _check_times(times: Ints, place: str) -> None:
-    if times.size and times.min() < -(2**53):
-        raise RequestError(422, f"{place}: {times.min()} is no time in unix seconds")
-    falls = np.flatnonzero(times[1:] < times[:-1])
-    if falls.size:
-        raise RequestError(422, f"{place}[{falls[0] + 1}]: older than the one before; sort by time")
-
-
-def _checked_side(
-    given: Mapping[str, Bags],
-    known: Sequence[str],
-    needed: Sequence[str],
-    count: int,
-    rows: Mapping[str, int],
-    place: str,
-) -> dict[str, Bags]:
-    missing = [name for name in needed if name not in given]
-    if missing and count:
-        raise RequestError(422, f"{place}.{missing[0]}: missing; the snapshot needs {', '.join(needed)}")
-    found = {name: given[name] for name in known if name in given}
-    for name, bags in found.items():
-        if _size(bags) != count:
-            raise RequestError(422, f"{place}.{name}: {_size(bags):,} entries, expected {count:,}")
-        _check_ids(bags.values, rows.get(name, 2**63 - 1), f"{place}.{name}")
-    return found
-
-
-def _check_ids(ids: Any, rows: int, place: str) -> None:
-    # As unsigned numbers negative ids are the largest, so that one pass finds both.
-    if ids.size and ids.view(np.uint64).max() >= rows:
-        at = int(np.flatnonzero((ids < 0) | (ids >= rows))[0])
-        raise RequestError(422, f"{place}[{at}]: id {ids[at]} lies outside [0, {rows})")
-
-
-def _checked_clusters(history: History, needs: Needs, place: str) -> tuple[Ints | None, Ints | None]:
-    if not needs.clusters:
-        return None, None
-    size, time = history.cluster_size, history.cluster_time
-    for name, part in (("cluster_size", size), ("cluster_time", time)):
-        if part is None or part.size != history.time.size:
-            raise RequestError(422, f"{place}.history.{name}: one for each behavior is needed")
-    if size is not None and size.size and size.min() < 0:
-        raise RequestError(422, f"{place}.history.cluster_size: negative")
-    return size, time
-
-
-def _numbers(request: Request, name: str, place: str) -> Floats:
-    place = f"{place}.numeric.{name}"
-    if name not in request.numeric:
-        raise RequestError(422, f"{place}: missing; the snapshot needs it")
-    given = request.numeric[name]
-    if given.size != request.count:
-        raise RequestError(422, f"{place}: {given.size:,} entries, expected {request.count:,}")
-    # Compared before the conversion, which would warn of what does not fit.
-    if not (np.abs(given) < np.finfo(np.float32).max).all():
-        raise RequestError(422, f"{place}: holds a number that is not finite in float32")
-    return given.astype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,9 @@ from trainer.data.rows import Columns, UserRows
 from trainer.data.schema import FeatureInfo
 from trainer.model.branch import Branch
 from trainer.model.sequence import Behaviors
-from trainer.serving.request import Needs, Request
+from trainer.serving.asked import Needs, Request
+from trainer.serving.checks import seen as seen_of
+from trainer.serving.vocabulary import Vocabulary
 from trainer.serving.window_search import WindowSearch
 from trainer.snapshot import Snapshot
 
@@ -46,10 +48,14 @@ class Scored:
     Attributes:
         probabilities: float32 [c, T].
         kept: branch -> what it kept for each of the c candidates; empty unless asked for.
+        history_used: behaviors that the model could see.
+        unknown: place -> raw values there that stand for no id.
     """
 
     probabilities: Floats
     kept: Mapping[str, list[Kept]]
+    history_used: int = 0
+    unknown: Mapping[str, int] = field(default_factory=dict)
 
 
 class Seconds(NamedTuple):
@@ -89,6 +95,8 @@ class Scorer:
             numeric=manifest.numeric,
             chunk=chunk if self.data.clusters else 0,
         )
+        # Of whoever has them: requests may then hold raw values.
+        self.vocabularies: Mapping[str, Vocabulary] = {}
         self._searched = 0.0
         self.branches: dict[str, Branch] = {}
         for name, branch in snapshot.model.branches.items():
@@ -132,10 +140,16 @@ class Scorer:
             for hook in hooks:
                 hook.remove()
         ended = self.clock()
-        kept = {name: _kept(batch, *found) for name, found in seen.items()}
+        skipped = np.repeat([r.skipped for r in requests], [r.count for r in requests]).tolist()
+        kept = {name: _kept(batch, skipped, *found) for name, found in seen.items()}
         bounds = np.cumsum([request.count for request in requests])
         scored = [
-            Scored(part, {name: found[end - request.count : end] for name, found in kept.items()})
+            Scored(
+                part,
+                {name: found[end - request.count : end] for name, found in kept.items()},
+                seen_of(request, self.needs),
+                request.unknown,
+            )
             for request, part, end in zip(
                 requests, np.split(probabilities, bounds[:-1]), bounds.tolist(), strict=True
             )
@@ -238,14 +252,19 @@ def _joined(parts: Sequence[Bags | None], sizes: Ints) -> Bags:
     return Bags(np.concatenate(found), _offsets(np.concatenate(lengths)))
 
 
-def _kept(batch: RequestBatch, behaviors: Behaviors, weight_CHK: torch.Tensor) -> list[Kept]:
-    """For each candidate, the heaviest kept behaviors; with several heads, by their mean weight."""
+def _kept(
+    batch: RequestBatch, skipped: Sequence[int], behaviors: Behaviors, weight_CHK: torch.Tensor
+) -> list[Kept]:
+    """For each candidate, the heaviest kept behaviors; with several heads, by their mean weight.
+
+    `skipped`: of each candidate's request, behaviors that were sent before those it holds.
+    """
     kept = behaviors.kept
     place = batch.features[_PLACE].values()
     weight = weight_CHK.mean(1).masked_fill(~kept.mask, -torch.inf)
     best = weight.topk(min(MOST_EXPLAINED, weight.shape[1]), dim=1)
     found = []
-    for index, values in zip(kept.index.gather(1, best.indices), best.values, strict=True):
+    for before, index, values in zip(skipped, kept.index.gather(1, best.indices), best.values, strict=True):
         real = values > -torch.inf
-        found.append(Kept(place[index[real]].tolist(), values[real].tolist()))
+        found.append(Kept((place[index[real]] + before).tolist(), values[real].tolist()))
     return found

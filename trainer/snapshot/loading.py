@@ -81,11 +81,16 @@ class Snapshot:
         return file_digest(self.path / MANIFEST)
 
     def check_vocabularies(self, known: Mapping[str, FeatureInfo], log: Path) -> None:
-        """The same ids must stand for the same things in a log and in training.
+        """The same ids must stand for the same things in a log and in training, and be as many.
 
         Raises:
-            DataError: the log lacks a feature, or its ids are of another vocabulary.
+            DataError: the log lacks a feature, its ids are of another vocabulary, or it has lists of them
+                where the model was trained with one each.
         """
+        for feature, given in self.manifest.inputs.items():
+            if feature in known and known[feature].multi and not given.multi:
+                problem = f"has lists of {feature!r}, and the model was trained with one each"
+                raise DataError(f"{problem}; ingest without multi = true", file=log)
         for feature, expected in self.manifest.vocabularies.items():
             if feature not in known:
                 raise DataError(f"lacks the feature {feature!r} that the snapshot needs", file=log)

@@ -102,6 +102,15 @@ class SearchPart(Settings):
     tables: tuple[SearchTable, ...] = ()
 
 
+class VocabularyFile(Settings):
+    """The values that a feature's ids stand for, value and id, as the log has them."""
+
+    feature: str
+    path: str = Field(pattern=r"^vocab/[0-9]+\.parquet$", max_length=200)
+    bytes: int = Field(ge=0)
+    sha256: _Sha256
+
+
 class InputFeature(Settings):
     """What carries a feature: behaviors, candidates, `both`, or the request (`context`).
 
@@ -137,6 +146,7 @@ class SnapshotManifest(Settings):
         features: rows of each feature's tables; inputs: what carries the features that a request must have,
             those without a table included that a hard search compares.
         recorded_features, recorded_context: features in the order of the recorded requests.
+        vocabularies: feature -> digest of the values that its ids stand for; vocabulary_files: these values.
     """
 
     format: Literal["tandemrec.snapshot"] = "tandemrec.snapshot"
@@ -158,6 +168,7 @@ class SnapshotManifest(Settings):
     config: Config
     files: tuple[SnapshotFile, ...]
     code: tuple[CodeFile, ...] = ()
+    vocabulary_files: tuple[VocabularyFile, ...] = ()
     versions: dict[str, str]
 
     def matrices(self) -> Iterator[tuple[str, str, StoredRows]]:
@@ -169,8 +180,9 @@ class SnapshotManifest(Settings):
             for place, entry in enumerate(part.tables):
                 yield search_stem(branch, place), f"{entry.side}__{entry.feature}", entry
 
-    def listed(self) -> dict[str, SnapshotFile | CodeFile]:
-        entries: tuple[SnapshotFile | CodeFile, ...] = (*self.files, *self.code)
+    def listed(self) -> dict[str, SnapshotFile | CodeFile | VocabularyFile]:
+        entries: tuple[SnapshotFile | CodeFile | VocabularyFile, ...]
+        entries = (*self.files, *self.code, *self.vocabulary_files)
         return {entry.path: entry for entry in entries}
 
 
@@ -212,7 +224,7 @@ def read_manifest(path: Path) -> SnapshotManifest:
     return manifest
 
 
-def check_file(path: Path, entry: SnapshotFile | CodeFile) -> None:
+def check_file(path: Path, entry: SnapshotFile | CodeFile | VocabularyFile) -> None:
     """A listed file must be a plain one of the size and digest that the manifest says."""
     file = path / entry.path
     if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
@@ -243,15 +255,24 @@ def _problem(manifest: SnapshotManifest) -> str:
         "it builds on a version that is not older": base is not None and base.number >= manifest.number,
     }
     found = next((problem for problem, there in problems.items() if there), "")
-    return found or _problem_of_files(manifest)
+    return found or _problem_of_vocabularies(manifest) or _problem_of_files(manifest)
+
+
+def _problem_of_vocabularies(manifest: SnapshotManifest) -> str:
+    named = [entry.feature for entry in manifest.vocabulary_files]
+    other = [name for name in named if not manifest.vocabularies.get(name)]
+    if other or len(set(named)) < len(named):
+        return "its vocabularies are not those of its features"
+    return ""
 
 
 def _problem_of_files(manifest: SnapshotManifest) -> str:
     """Files must be those of the matrices, no more and no fewer, and large enough."""
     listed = manifest.listed()
-    if len(listed) != len(manifest.files) + len(manifest.code):
+    apart: tuple[CodeFile | VocabularyFile, ...] = (*manifest.code, *manifest.vocabulary_files)
+    if len(listed) != len(manifest.files) + len(apart):
         return "lists a file twice"
-    wanted = {DENSE, RECORDED, *(entry.path for entry in manifest.code)}
+    wanted = {DENSE, RECORDED, *(entry.path for entry in apart)}
     for stem, _, stored in manifest.matrices():
         wanted.add(f"{stem}.safetensors")
         if stored.changed is not None:

@@ -1,0 +1,86 @@
+"""The answers of `tandemrec serve`, as its OpenAPI description has them."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no success."""
+
+    error: str
+
+
+class KeptBody(BaseModel):
+    """What a branch kept for one candidate, heaviest first: places in the history, and weights."""
+
+    behaviors: list[int]
+    weights: list[float]
+
+
+class ResultBody(BaseModel):
+    """Of one request: a probability for every candidate and task; `kept` by branch where asked for.
+
+    Attributes:
+        history_used: behaviors that the model could see: older than the request, and at most as many as it
+            reads; the newest of those that were sent.
+        items: of a body with raw ids, the candidates' `item_id` as they were sent.
+        unknown: of a body with raw ids, how many stand for nothing the model was trained on, by place.
+    """
+
+    scores: dict[str, list[float]]
+    history_used: int
+    items: list[int | str] | None = None
+    unknown: dict[str, int] | None = None
+    kept: dict[str, list[KeptBody]] | None = None
+
+
+class AnswerBody(BaseModel):
+    """What POST /score answers, results in the order of the requests."""
+
+    version: str
+    results: list[ResultBody]
+
+
+class UpdatesBody(BaseModel):
+    """Looking for newer versions fails: how often in a row, and why."""
+
+    failures: int
+    problem: str | None
+
+
+class ReadyBody(BaseModel):
+    """Requests are scored; `updates`: off, working, or failing and why."""
+
+    status: str
+    updates: str
+
+
+class HealthBody(BaseModel):
+    """State, and what a client must know of the snapshot.
+
+    Attributes:
+        raw: features whose raw values may be sent instead of ids.
+        refused: the newest version that was refused; updates: why newer ones cannot be looked for.
+    """
+
+    status: str
+    version: str
+    step: int
+    tasks: list[str]
+    features: dict[str, int]
+    context: list[str]
+    numeric: list[str]
+    history_length: int
+    histories: int
+    raw: list[str]
+    uptime_seconds: float
+    refused: dict[str, str] | None
+    updates: UpdatesBody | None
+
+
+class ReloadBody(BaseModel):
+    """The version served now, and whether it is another than before."""
+
+    version: str
+    switched: bool

@@ -1,0 +1,103 @@
+"""Newer versions of the snapshot: looked for, taken, and told of, whatever goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+from embeddings.errors import ConfigError, TandemError
+from pipelines.serve_metrics import Metrics
+from trainer.serving.current import Current
+
+_LONGEST_WAIT = 60.0
+
+
+def say(line: str) -> None:
+    """One line for the log. Its disk may be full: that must not end what a server does."""
+    with suppress(OSError, ValueError):
+        print(" ".join(line.split()), flush=True)
+
+
+class Updates:
+    """Switches to every newer version.
+
+    Args:
+        seconds: between two looks; 0 = only when asked.
+
+    Attributes:
+        problem: why the newest look failed, or None; failures: looks that failed since one did not.
+    """
+
+    def __init__(self, current: Current, metrics: Metrics, seconds: float) -> None:
+        self._current, self._metrics, self.seconds = current, metrics, seconds
+        self.problem: str | None = None
+        self.failures = 0
+
+    async def reload(self, retry: bool = True) -> bool:
+        """Load in another thread; requests go on."""
+        switched = await asyncio.to_thread(self._current.reload, retry)
+        if switched:
+            self._metrics.serving(self._current.scorer)
+        return switched
+
+    async def poll(self) -> None:
+        """Look for ever; after a failure ever less often, up to once a minute.
+
+        A version that was refused is not tried again, and is no failure: the look was a success.
+        """
+        while self.seconds:
+            wait = self.seconds * 2 ** min(self.failures, 20)
+            await asyncio.sleep(min(wait, max(_LONGEST_WAIT, self.seconds)))
+            try:
+                await self._look()
+            except Exception as error:
+                self._failed(error)
+            else:
+                self._worked()
+
+    async def _look(self) -> None:
+        if await asyncio.to_thread(self._current.newer) is None:
+            return
+        before = self._current.refused
+        try:
+            switched = await self.reload(retry=False)
+        except TandemError as error:
+            if self._current.refused == before:
+                raise
+            say(f"still serving {self._current.scorer.version}: {error}")
+            return
+        if switched:
+            say(f"now serving {self._current.scorer.snapshot.path}")
+
+    def _failed(self, error: Exception) -> None:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        self.failures += 1
+        self._metrics.poll_failures.inc()
+        self._metrics.poll_failing.set(1)
+        # Once a kind: the disk that a log lies on may be what is full.
+        if problem != self.problem:
+            say(f"still serving {self._current.scorer.version}; cannot look for newer versions: {problem}")
+        self.problem = problem
+
+    def _worked(self) -> None:
+        if self.problem is not None:
+            say("looking for newer versions works again")
+        self.problem, self.failures = None, 0
+        self._metrics.poll_failing.set(0)
+
+
+def read_token(file: Path) -> str:
+    """What POST /reload must bring, from a file that others cannot read.
+
+    Raises:
+        ConfigError: it is missing, or too short to be secret.
+    """
+
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: the token cannot be read: {error}") from None
+    if len(token) < 16 or not token.isascii() or not token.isprintable():
+        raise ConfigError(f"{file}: a token is a line of 16 or more plain characters")
+    return token

@@ -1,0 +1,149 @@
+"""What may be asked of a server: requests as arrays, their limits, and what a snapshot needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from embeddings.errors import TandemError
+from trainer.data.row_group import Bags, Floats, Ints
+from trainer.snapshot import Snapshot
+
+Doubles = npt.NDArray[np.float64]
+# The year 2242 in seconds. Milliseconds are larger from April 1970 on.
+_LATEST = 1 << 33
+
+
+class RequestError(TandemError):
+    """A request that cannot be scored.
+
+    Args:
+        status: HTTP status of the answer; problem: what is wrong, and where in the request.
+    """
+
+    def __init__(self, status: int, problem: str) -> None:
+        self.status = status
+        super().__init__(problem)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one body may ask for.
+
+    Attributes:
+        body: bytes; requests: in one body.
+        history: behaviors of a request that the model reads; candidates: of a request.
+        bag: ids of one behavior, candidate or context; ids: values of a body, shared ones counted each time.
+        json: bytes of a body in JSON, whose parser needs some ten times as many.
+        explained: candidates of a body that is to be explained.
+    """
+
+    body: int = 64 << 20
+    requests: int = 64
+    history: int = 100_000
+    candidates: int = 5_000
+    bag: int = 1_000
+    ids: int = 8 << 20
+    json: int = 8 << 20
+    explained: int = 5_000
+
+
+@dataclass(frozen=True)
+class History:
+    """Behaviors of one user, oldest first.
+
+    Attributes:
+        time: int64 [n]; features: name -> ids of n behaviors.
+        cluster_size, cluster_time: int64 [n], or None.
+    """
+
+    time: Ints
+    features: Mapping[str, Bags]
+    cluster_size: Ints | None = None
+    cluster_time: Ints | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as arrays: n behaviors, c candidates.
+
+    Attributes:
+        time: unix seconds; candidates: name -> ids of c candidates; count: c.
+        context: name -> ids, one bag each; numeric: name -> [c], float32 once checked.
+        skipped: behaviors that were sent before the first of `history`.
+        unknown: place -> how many raw values stand for no id there.
+    """
+
+    user_id: int
+    history: History
+    time: int
+    candidates: Mapping[str, Bags]
+    count: int
+    context: Mapping[str, Bags]
+    numeric: Mapping[str, Floats | Doubles] = field(default_factory=dict)
+    skipped: int = 0
+    unknown: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """What its arrays take."""
+        history = self.history
+        arrays: list[npt.NDArray[np.generic] | None] = [
+            history.time,
+            history.cluster_size,
+            history.cluster_time,
+        ]
+        for side in (history.features, self.candidates, self.context):
+            arrays += [part for bags in side.values() for part in (bags.values, bags.offsets)]
+        return sum(array.nbytes for array in (*arrays, *self.numeric.values()) if array is not None)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a snapshot must be given.
+
+    Attributes:
+        features: keys of behaviors and candidates, in the model's order; context: of the request.
+        behavior, candidate: those that this side must have. A feature of one side only has nothing on the
+            other.
+        numeric: numbers of a candidate; rows: feature -> table rows; clusters: histories carry clusters.
+        multi: features and context that may have several ids, or none; the others have exactly one.
+        length: behaviors that the model reads at most; delay: seconds that the youngest of them are old.
+        latest: times beyond it are in another unit than seconds.
+    """
+
+    features: tuple[str, ...]
+    context: tuple[str, ...]
+    behavior: tuple[str, ...]
+    candidate: tuple[str, ...]
+    numeric: tuple[str, ...]
+    rows: Mapping[str, int]
+    clusters: bool
+    multi: frozenset[str]
+    length: int
+    delay: int
+    latest: int
+
+    @staticmethod
+    def of(snapshot: Snapshot) -> Needs:
+        manifest = snapshot.manifest
+        names, inputs, data = manifest.recorded_features, manifest.inputs, manifest.config.data
+        times = snapshot.recorded.batch.request_time
+        # A model of a log in another unit, which was never promised to work, goes on as it did.
+        trained = int(times.max()) if times.numel() else 0
+        return Needs(
+            names,
+            manifest.recorded_context,
+            tuple(name for name in names if inputs[name].of_behaviors),
+            tuple(name for name in names if inputs[name].of_candidates),
+            manifest.numeric,
+            manifest.features,
+            data.clusters,
+            frozenset(name for name, given in inputs.items() if given.multi),
+            data.history_length,
+            data.ingestion_delay,
+            max(_LATEST, 2 * trained),
+        )

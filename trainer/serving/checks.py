@@ -1,0 +1,192 @@
+"""Every check of a request that must come before the model sees it, and the cut to what the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from trainer.data.row_group import Bags, Floats, Ints
+from trainer.serving.asked import History, Limits, Needs, Request, RequestError
+
+
+def checked(request: Request, needs: Needs, limits: Limits, place: str) -> Request:
+    """The request, of what the model needs alone.
+
+    Raises:
+        RequestError: 413 above a limit; 422 with the feature, its place and range for anything else.
+    """
+    history, n = request.history, int(request.history.time.size)
+    _check_limit(request.count, limits.candidates, f"{place}.candidates", "candidates", "--max-candidates")
+    if not request.count:
+        raise RequestError(422, f"{place}.candidates: there is none")
+    check_times(history.time, needs.latest, f"{place}.history.timestamp")
+    check_times(np.array([request.time]), needs.latest, f"{place}.time")
+    start, end = _window(history, request.time, needs)
+    _check_limit(end - start, limits.history, f"{place}.history", "behaviors", "--max-history")
+    side = _Side(needs, limits)
+    where = f"{place}.history.features"
+    behaviors = side.checked(history.features, needs.features, needs.behavior, n, where)
+    where = f"{place}.candidates"
+    candidates = side.checked(request.candidates, needs.features, needs.candidate, request.count, where)
+    context = side.checked(request.context, needs.context, needs.context, 1, f"{place}.context")
+    cut = _checked_clusters(history, needs, place)
+    return replace(
+        request,
+        history=History(history.time, behaviors, *cut),
+        candidates=candidates,
+        context=context,
+        numeric={name: _numbers(request, name, place) for name in needs.numeric},
+    )
+
+
+def newest(request: Request, needs: Needs) -> Request:
+    """A checked request with the behaviors that the model reads alone, which give the same scores."""
+    start, end = _window(request.history, request.time, needs)
+    if not start and end == request.history.time.size:
+        return request
+    part, history = slice(start, end), request.history
+    clusters = (None if each is None else each[part] for each in (history.cluster_size, history.cluster_time))
+    features = {name: _cut(bags, part) for name, bags in history.features.items()}
+    return replace(
+        request,
+        # Copies: slices would keep all that was sent in memory.
+        history=History(history.time[part].copy(), features, *clusters),
+        skipped=request.skipped + start,
+    )
+
+
+def seen(request: Request, needs: Needs) -> int:
+    """How many behaviors the model reads."""
+    visible = np.searchsorted(request.history.time, request.time - needs.delay)
+    return min(int(visible), needs.length)
+
+
+def _window(history: History, when: int, needs: Needs) -> tuple[int, int]:
+    """[start, end) of the behaviors that scoring needs: all, where clusters count from the first."""
+    if needs.clusters:
+        return 0, int(history.time.size)
+    visible, end = np.searchsorted(history.time, [when - needs.delay, when]).tolist()
+    return max(visible - needs.length, 0), end
+
+
+def _cut(bags: Bags, part: slice) -> Bags:
+    values, lengths = bags.select(part)
+    if bags.offsets is None:
+        return Bags(values.copy())
+    return Bags(values.copy(), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def _check_limit(found: int, most: int, place: str, what: str, option: str) -> None:
+    if found > most:
+        raise RequestError(413, f"{place}: {found:,} {what}, the server takes {most:,} ({option})")
+
+
+def check_times(times: Ints, latest: int, place: str) -> None:
+    """Unix seconds, ascending.
+
+    Raises:
+        RequestError: 422 for another unit, times before 1970, or another order.
+    """
+    if not times.size:
+        return
+    # As unsigned numbers negative times are the largest, so that one pass finds both.
+    if times.view(np.uint64).max() > latest:
+        at = int(np.flatnonzero((times < 0) | (times > latest))[0])
+        where = f"{place}[{at}]" if place.endswith("timestamp") else place
+        raise RequestError(
+            422, f"{where}: {times[at]} is no time in unix seconds{_unit_hint(int(times[at]))}"
+        )
+    falls = np.flatnonzero(times[1:] < times[:-1])
+    if falls.size:
+        raise RequestError(422, f"{place}[{falls[0] + 1}]: older than the one before; sort by time")
+
+
+def _unit_hint(time: int) -> str:
+    """What to divide by, for the units in use; each is what lies in this century."""
+    for factor, unit in (
+        (1_000, "milliseconds"),
+        (1_000_000, "microseconds"),
+        (1_000_000_000, "nanoseconds"),
+    ):
+        if factor * 10**8 <= time < factor * 10**10:
+            return f"; it looks like {unit}, so divide by {factor:,}"
+    return "; it is before 1970" if time < 0 else "; it lies too far in the future"
+
+
+class _Side:
+    """Checks the ids of behaviors, candidates and context alike."""
+
+    def __init__(self, needs: Needs, limits: Limits) -> None:
+        self.needs, self.limits = needs, limits
+
+    def checked(
+        self, given: Mapping[str, Bags], known: Sequence[str], needed: Sequence[str], count: int, place: str
+    ) -> dict[str, Bags]:
+        missing = [name for name in needed if name not in given]
+        if missing and count:
+            raise RequestError(422, f"{place}.{missing[0]}: missing; the snapshot needs {', '.join(needed)}")
+        return {
+            name: self._bags(name, given[name], count, f"{place}.{name}") for name in known if name in given
+        }
+
+    def _bags(self, name: str, bags: Bags, count: int, place: str) -> Bags:
+        if size_of(bags) != count:
+            raise RequestError(422, f"{place}: {size_of(bags):,} entries, expected {count:,}")
+        if bags.offsets is not None:
+            bags = self._of_lengths(name, bags, np.diff(bags.offsets), place)
+        _check_ids(bags.values, self.needs.rows.get(name, 2**63 - 1), place)
+        return bags
+
+    def _of_lengths(self, name: str, bags: Bags, lengths: Ints, place: str) -> Bags:
+        if name not in self.needs.multi:
+            other = np.flatnonzero(lengths != 1)
+            if other.size:
+                at = int(other[0])
+                found = f"{lengths[at]:,} ids" if lengths[at] else "no id"
+                raise RequestError(422, f"{place}[{at}]: {found}; the feature has exactly one")
+            return Bags(bags.values)
+        if lengths.size and lengths.max() > self.limits.bag:
+            at = int(lengths.argmax())
+            problem = f"{lengths[at]:,} ids, the server takes {self.limits.bag:,} of one (--max-bag)"
+            raise RequestError(413, f"{place}[{at}]: {problem}")
+        return bags
+
+
+def size_of(bags: Bags) -> int:
+    """How many behaviors or candidates have them."""
+    return bags.values.size if bags.offsets is None else bags.offsets.size - 1
+
+
+def _check_ids(ids: Any, rows: int, place: str) -> None:
+    # As unsigned numbers negative ids are the largest, so that one pass finds both.
+    if ids.size and ids.view(np.uint64).max() >= rows:
+        at = int(np.flatnonzero((ids < 0) | (ids >= rows))[0])
+        raise RequestError(422, f"{place}[{at}]: id {ids[at]} lies outside [0, {rows})")
+
+
+def _checked_clusters(history: History, needs: Needs, place: str) -> tuple[Ints | None, Ints | None]:
+    if not needs.clusters:
+        return None, None
+    size, time = history.cluster_size, history.cluster_time
+    for name, part in (("cluster_size", size), ("cluster_time", time)):
+        if part is None or part.size != history.time.size:
+            raise RequestError(422, f"{place}.history.{name}: one for each behavior is needed")
+    if size is not None and size.size and size.min() < 0:
+        raise RequestError(422, f"{place}.history.cluster_size: negative")
+    return size, time
+
+
+def _numbers(request: Request, name: str, place: str) -> Floats:
+    place = f"{place}.numeric.{name}"
+    if name not in request.numeric:
+        raise RequestError(422, f"{place}: missing; the snapshot needs it")
+    given = request.numeric[name]
+    if given.size != request.count:
+        raise RequestError(422, f"{place}: {given.size:,} entries, expected {request.count:,}")
+    # Compared before the conversion, which would warn of what does not fit.
+    if not (np.abs(given) < np.finfo(np.float32).max).all():
+        raise RequestError(422, f"{place}: holds a number that is not finite in float32")
+    return given.astype(np.float32)

@@ -1,0 +1,243 @@
+"""Raw values of clients as the ids of training: the log's vocabularies in memory, as sorted arrays.
+
+A vocabulary takes its values and 16 bytes each. Values of text are found by a hash, and each that is found is
+compared, so that answers are exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embeddings.errors import DataError
+from trainer.data.row_group import PARQUET_ERRORS, Ints
+from trainer.serving.asked import RequestError
+from trainer.snapshot import Snapshot
+from trainer.snapshot.vocabularies import vocabulary_paths
+
+Hashes = npt.NDArray[np.uint64]
+# Odd, so that no byte of a text is lost; and what spreads a sum over all bits.
+_BASE, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
+_CHUNK_BYTES, _CHUNK_ROWS = 1 << 20, 1 << 16
+# Of the raw values of one column of a request.
+_MOST_TEXT = 64 << 20
+
+
+class Vocabulary:
+    """Value -> id: the first value's id is 1, and 0 is what no value has.
+
+    Args:
+        values: no null among them and none twice; int64 or large_string.
+    """
+
+    def __init__(self, values: pa.Array) -> None:
+        self.values = values
+        self.text = not pa.types.is_integer(values.type)
+        self.longest = pc.max(pc.binary_length(values)).as_py() or 0 if self.text else 8
+        keys = _hashes(values) if self.text else values.to_numpy()
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+        # Values of one hash, which nobody will ever see: found by themselves.
+        twins = self._keys[1:][self._keys[1:] == self._keys[:-1]] if self.text else self._keys[:0]
+        places = self._order[np.isin(self._keys, twins)].tolist()
+        self._twins = {values[at].as_py(): at + 1 for at in places}
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def kind(self) -> str:
+        return "text" if self.text else "integers"
+
+    def ids(self, raw: pa.Array) -> Ints:
+        """Ids of values without nulls, of the vocabulary's type; 0 for those that it does not hold."""
+        if not len(self) or not len(raw):
+            return np.zeros(len(raw), dtype=np.int64)
+        keys = _hashes(raw) if self.text else raw.to_numpy()
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
+        same = self._keys[at] == keys
+        places = self._order[at]
+        found: Ints = np.zeros(len(raw), dtype=np.int64)
+        found[same] = places[same] + 1
+        if self.text:
+            hits = np.flatnonzero(same)
+            equal = pc.equal(raw.take(pa.array(hits)), self.values.take(pa.array(places[hits])))
+            for hit in hits[~equal.to_numpy(zero_copy_only=False)].tolist():
+                found[hit] = self._twins.get(raw[hit].as_py(), 0)
+        return found
+
+
+def read_vocabulary(file: Path, digest: str) -> Vocabulary:
+    """The vocabulary of a log or a snapshot, which must be the one that the digest is of.
+
+    Args:
+        digest: SHA-256 of its values, as a log's manifest has it.
+
+    Raises:
+        DataError: it is missing, damaged, or another one.
+    """
+    content, parts = hashlib.sha256(), []
+    for batch in _batches(file):
+        values = batch.column("value")
+        integers = pa.types.is_integer(values.type)
+        values = values.cast(pa.int64() if integers else pa.large_string())
+        empty, end = pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string())
+        lines = pc.binary_join_element_wise(values.cast(pa.large_string()), empty, end)
+        content.update(_text(lines)[1])
+        parts.append(values)
+    values = pa.concat_arrays(parts) if parts else pa.array([], pa.int64())
+    if content.hexdigest() != digest:
+        problem = "is not the vocabulary that the model was trained with; take the one of its log"
+        raise DataError(problem, file=file)
+    return Vocabulary(values)
+
+
+def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            first = 1
+            for batch in parquet.iter_batches(_CHUNK_ROWS, columns=["value", "id"]):
+                ids = batch.column("id").to_numpy(zero_copy_only=False)
+                if not np.array_equal(ids, np.arange(first, first + ids.size)):
+                    raise DataError("its ids do not count from 1", file=file)
+                first += ids.size
+                yield batch
+    except FileNotFoundError:
+        raise DataError("missing", file=file) from None
+    except (*PARQUET_ERRORS, KeyError) as error:
+        raise DataError(f"unreadable: {error}", file=file) from None
+
+
+def vocabularies_of(snapshot: Snapshot, log: Path | None) -> dict[str, Vocabulary]:
+    """Feature -> vocabulary: those that a snapshot has with it, or else those of a log.
+
+    Raises:
+        DataError: one is missing or damaged, or not the one that the model was trained with.
+    """
+    manifest = snapshot.manifest
+    files = {entry.feature: snapshot.path / entry.path for entry in manifest.vocabulary_files}
+    if not files and log is not None:
+        files = vocabulary_paths(log, manifest.inputs, manifest.vocabularies)
+    return {name: read_vocabulary(file, manifest.vocabularies[name]) for name, file in files.items()}
+
+
+class Translation:
+    """Of one request: its raw values become ids, and those that no vocabulary holds are counted by place."""
+
+    def __init__(self, vocabularies: Mapping[str, Vocabulary]) -> None:
+        self.vocabularies = vocabularies
+        self.unknown: dict[str, int] = {}
+
+    def ids(self, feature: str, raw: pa.Array, part: str, place: str) -> Ints:
+        """Ids of the raw values of a feature.
+
+        Args:
+            part: under which unknown ones are counted; place: of the values in the body, for messages.
+
+        Raises:
+            RequestError: 422 where the feature has no vocabulary or one of another type.
+        """
+        known = self.vocabularies.get(feature)
+        if known is None:
+            problem = "the server has no vocabulary of this feature, so it reads no raw values of it"
+            raise RequestError(422, f"{place}: {problem}")
+        if pa.types.is_dictionary(raw.type):
+            return self._of_dictionary(feature, raw, part, place)
+        if pa.types.is_null(raw.type) and not len(raw):
+            return np.zeros(0, dtype=np.int64)
+        text = _is_text(raw.type)
+        if text != known.text or not (text or pa.types.is_integer(raw.type)):
+            raise RequestError(422, f"{place}: holds {raw.type}, and its vocabulary {known.kind}")
+        ids = _found(known, raw, place)
+        self._count(part, ids)
+        return ids
+
+    def _of_dictionary(self, feature: str, raw: pa.DictionaryArray, part: str, place: str) -> Ints:
+        """Each value that is referred to is looked up once."""
+        used, where = np.unique(raw.indices.to_numpy(zero_copy_only=False), return_inverse=True)
+        words = raw.dictionary
+        check_text(words, place)
+        values = (words.cast(pa.large_string()) if _is_text(words.type) else words).take(pa.array(used))
+        ids: Ints = Translation(self.vocabularies).ids(feature, values, part, place)[where]
+        self._count(part, ids)
+        return ids
+
+    def _count(self, part: str, ids: Ints) -> None:
+        missing = int((ids == 0).sum())
+        if missing:
+            self.unknown[part] = self.unknown.get(part, 0) + missing
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _found(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
+    if not known.text:
+        try:
+            return known.ids(raw.cast(pa.int64()))
+        except pa.ArrowInvalid:
+            raise RequestError(422, f"{place}: holds an integer beyond 64 bits with a sign") from None
+    check_text(raw, place)
+    text = raw.cast(pa.large_string())
+    # What no value is as long as need not be looked up.
+    fits = pc.binary_length(text).to_numpy(zero_copy_only=False) <= known.longest
+    found: Ints = np.zeros(len(text), dtype=np.int64)
+    found[fits] = known.ids(text.filter(pa.array(fits)))
+    return found
+
+
+def check_text(values: pa.Array, place: str) -> None:
+    """Refuses text that is far longer than what it lies in: views may refer to one text a million times."""
+    if not pa.types.is_string_view(values.type) or not len(values):
+        return
+    # A view is its length and 12 other bytes.
+    views = np.frombuffer(values.buffers()[1], dtype=np.uint32).reshape(-1, 4)
+    size = int(views[values.offset : values.offset + len(values), 0].sum(dtype=np.int64))
+    if size > _MOST_TEXT:
+        raise RequestError(413, f"{place}: more than {_MOST_TEXT:,} bytes of text")
+
+
+def _text(values: pa.Array) -> tuple[Ints, memoryview]:
+    """Of large_string: where each text begins and ends, from zero, and all bytes."""
+    _, offsets, data = values.buffers()
+    bounds = np.frombuffer(offsets, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
+    first, last = int(bounds[0]), int(bounds[-1])
+    return bounds - first, memoryview(b"" if data is None else data)[first:last]
+
+
+def _hashes(values: pa.Array) -> Hashes:
+    """Of large_string without nulls: 64 bits of every text."""
+    if not len(values):
+        return np.zeros(0, dtype=np.uint64)
+    offsets, data = _text(values)
+    content = np.frombuffer(data, dtype=np.uint8)
+    found = np.empty(len(values), dtype=np.uint64)
+    start = 0
+    while start < len(values):
+        # Some megabytes at a time: every byte takes 24 of them while it is summed up.
+        most = int(np.searchsorted(offsets, offsets[start] + _CHUNK_BYTES, side="right")) - 1
+        stop = min(max(most, start + 1), start + _CHUNK_ROWS, len(values))
+        bounds = offsets[start : stop + 1]
+        found[start:stop] = _hash(content[bounds[0] : bounds[-1]], bounds - bounds[0])
+        start = stop
+    return found
+
+
+def _hash(content: npt.NDArray[np.uint8], offsets: Ints) -> Hashes:
+    """The sum of every byte times a power of its place, modulo 2^64."""
+    lengths = np.diff(offsets)
+    longest = int(lengths.max())
+    powers = np.multiply.accumulate(np.full(longest + 1, _BASE, dtype=np.uint64))
+    place = np.arange(content.size) - np.repeat(offsets[:-1], lengths)
+    sums = np.zeros(content.size + 1, dtype=np.uint64)
+    np.cumsum((content.astype(np.uint64) + np.uint64(1)) * powers[place], out=sums[1:])
+    found: Hashes = (sums[offsets[1:]] - sums[offsets[:-1]] + lengths.astype(np.uint64)) * _SPREAD
+    return found

@@ -1,0 +1,58 @@
+"""The values that a log's ids stand for, put into a version, so that who serves it needs no log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embeddings.errors import DataError
+from trainer.data.row_group import PARQUET_ERRORS
+from trainer.durable import file_digest
+from trainer.snapshot.manifest import InputFeature, VocabularyFile
+
+# Of all vocabularies of a log, as files; larger ones go along only where they are asked for.
+SMALL = 64 << 20
+_BATCH = 1 << 16
+
+
+def vocabulary_paths(
+    log: Path, inputs: Mapping[str, InputFeature], digests: Mapping[str, str]
+) -> dict[str, Path]:
+    """Feature -> file of the log, of the features whose values the log's manifest has a digest of."""
+    stems = {name: f"context_{name}" if given.side == "context" else name for name, given in inputs.items()}
+    return {name: log / "vocab" / f"{stem}.parquet" for name, stem in stems.items() if digests.get(name)}
+
+
+def copy_vocabularies(part: Path, files: Mapping[str, Path]) -> tuple[VocabularyFile, ...]:
+    """Write value and id of each into a draft.
+
+    Raises:
+        DataError: one is missing or damaged.
+    """
+    if files:
+        (part / "vocab").mkdir()
+    found = []
+    for number, (feature, file) in enumerate(files.items()):
+        name = f"vocab/{number}.parquet"
+        _copy(file, part / name)
+        size = (part / name).stat().st_size
+        found.append(VocabularyFile(feature=feature, path=name, bytes=size, sha256=file_digest(part / name)))
+    return tuple(found)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
+            names = [name for name in parquet.schema_arrow.names if name in ("value", "id")]
+            schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
+            with pq.ParquetWriter(target, schema, compression="zstd", write_page_checksum=True) as writer:
+                for batch in parquet.iter_batches(_BATCH, columns=names):
+                    writer.write_batch(batch)
+    except FileNotFoundError:
+        raise DataError("missing; export with --no-vocabularies, or restore the log", file=source) from None
+    except PARQUET_ERRORS as error:
+        problem = f"unreadable: {error}; export with --no-vocabularies, or restore the log"
+        raise DataError(problem, file=source) from None
