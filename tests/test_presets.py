@@ -19,8 +19,8 @@ from trainer.config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.evaluation import score_split
-from trainer.scored import Scored
 from trainer.model.two_stage import TwoStageModel
+from trainer.scored import Scored
 
 # twin_v2 needs a clustered log and has tests of its own.
 PRESETS = sorted(
