@@ -233,7 +233,7 @@ def test_predictions_out_of_scale_are_told() -> None:
         assert bool(said) == told, (scale, said)
         if told:
             assert said[0] == (
-                f"validation, click: PCOC is {own.pcoc:.3g}: the predictions add up to {own.pcoc:.3g} times "
+                f"validation, click: PCOC is {own.pcoc:.2f}: the predictions add up to {own.pcoc:.2f} times "
                 "the labels"
             )
 
