@@ -150,6 +150,9 @@ def test_an_empty_split_is_said(tmp_path: Path) -> None:
     said = trained(log, run)
     assert "this log has no test and no validation requests" in said and "nothing is measured" in said
     assert said.splitlines()[-1].endswith(f"tandemrec evaluate --run {run} --split train")
+    words = ["--check", "--config", str(ROOT / "configs/dare.toml"), "--out", str(run), "--set"]
+    done = tandemrec("train", *words, f"data.log={json.dumps(str(log))}")
+    assert done.returncode == 0 and "no test and no validation requests" in done.stdout
     done = tandemrec("evaluate", "--run", str(run))
     assert done.returncode == 2 and "--split test: the log has requests in train;" in done.stderr
     done = tandemrec("export", "--run", str(run), "--out", str(tmp_path / "snapshot"))
@@ -160,13 +163,22 @@ def test_an_empty_split_is_said(tmp_path: Path) -> None:
 
 
 def test_a_task_of_one_class_is_measured_as_far_as_it_can_be(tmp_path: Path) -> None:
-    never = [{**row, "label_buy": [[0.0] * len(part) for part in row["label_buy"]]} for row in rows(2, 6)]
-    log = write_log(tmp_path / "log", {"train": rows(1), "validation": never, "test": never}, rich=True)
+    # The item alone decides on a click, which four steps cannot learn; nobody buys after training.
+    train, later = (
+        [{**row, "label_click": [[i % 2.0 for i in ids] for ids in row["candidate_item_id"]]} for row in some]
+        for some in (rows(1, 40), rows(2, 6))
+    )
+    never = [{**row, "label_buy": [[0.0] * len(part) for part in row["label_buy"]]} for row in later]
+    log = write_log(tmp_path / "log", {"train": train, "validation": never, "test": never}, rich=True)
     reason = "buy: AUC, GAUC, HR, NDCG and NE are empty, since all labels are 0"
     said = trained(log, tmp_path / "run")
     assert "; buy: AUC -  GAUC -  logloss 0." in said and said.count(reason) == 1
     done = tandemrec("evaluate", "--run", str(tmp_path / "run"))
     assert done.returncode == 0 and done.stdout.count(reason) == 1 and "nan" not in done.stdout
+    for split, lines in (("validation", said), ("test", done.stdout)):
+        lost = rf"\n{split}, click: the trained model loses to `.*item rate`: AUC 0\.[0-9]* against 1\.0"
+        assert re.search(lost, lines), lines
+        assert "\nwhat may help: more steps" in lines
     found = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
     assert found["auc"] > 0 and found["tasks"]["buy"]["auc"] is None and found["tasks"]["buy"]["ne"] is None
     assert found["tasks"]["buy"]["logloss"] > 0 and found["tasks"]["buy"]["positives"] == 0

@@ -46,7 +46,7 @@ class Metrics:
         pcoc: sum of predictions over sum of labels; 1 is calibrated.
         ece: mean |prediction - label| over 20 equally full bins (expected calibration error).
         rate: the mean label.
-        samples, positives, requests: what was counted; positives have a label above 0.5.
+        samples, positives, requests: what was counted; positives have a label of at least 0.5.
         groups, users: requests and users with both classes.
     """
 
@@ -93,7 +93,7 @@ def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: I
     calibrated: Mapping[str, Any] = calibration_metrics(p, y)
     counts: Mapping[str, Any] = {
         "samples": int(y.size),
-        "positives": int((y > 0.5).sum()),
+        "positives": int((y >= 0.5).sum()),
         "requests": int(np.unique(groups).size),
     }
     return Metrics(**ranked, **calibrated, **counts)

@@ -178,10 +178,10 @@ class Ranked:
     def at(self, k: int) -> tuple[float, float]:
         """-> (HR@k, NDCG@k): means over the groups with both classes, each of them once.
 
-        A label above 0.5 is a hit. Tied candidates take their places in random order: both are expected
+        A label of at least 0.5 is a hit. Tied candidates take their places in random order: both are expected
         values over it.
         """
-        ties, hits = self.ties, (self.labels > 0.5).astype(np.int64)
+        ties, hits = self.ties, (self.labels >= 0.5).astype(np.int64)
         if not hits.size:
             return math.nan, math.nan
         total = np.add.reduceat(hits, ties.group_starts)
