@@ -200,6 +200,22 @@ def test_tasks_are_compared_by_name() -> None:
             compare_scores(one, scored([[0.5] * len(other)] * 2, other))
 
 
+def test_scores_are_found_by_the_candidates_names() -> None:
+    """In whatever order; a candidate that is missing is an infinite difference, and so is nothing at all."""
+    score = np.random.default_rng(0).uniform(size=(40, 1)).tolist()
+    whole = scored(score, ("click",))
+    order = np.random.default_rng(1).permutation(40)
+    assert compare_scores(whole.part(order[:25]), whole.part(order[::-1])) == (0.0, 1.0)
+    for some, everything in (
+        (whole, whole.part(order[1:])),
+        (whole.part(order[:0]), whole),
+        (whole, whole.part(order[:0])),
+    ):
+        assert compare_scores(some, everything) == (math.inf, 0.0)
+    moved = scored([[value + (i == 7) / 4] for i, (value,) in enumerate(score)], ("click",))
+    assert compare_scores(moved, whole) == (pytest.approx(0.25), 39 / 40)
+
+
 def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
     whole = tmp_path / "scores.parquet"
     write_scores(scored([[0.5]], ("click",)), whole)
