@@ -81,8 +81,8 @@ def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: I
     Args:
         scores: [n] probabilities; labels: [n] of 0 and 1, or probabilities too.
             Sample weights do not enter: every candidate counts once.
-        groups: [n] the request of each, numbered from 0; users: [n] its user, likewise. Without users
-            every request counts as a user's only one.
+        groups: [n] the request of each, by whatever integers; users: [n] its user. Without users every
+            request counts as a user's only one.
 
     Raises:
         DataError: unequal lengths, a score that is not finite or no probability, or a label outside 0 to 1.

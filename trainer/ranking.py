@@ -216,6 +216,7 @@ def ranking_metrics(
 ) -> Mapping[str, float | int]:
     """Everything that only the order of scores decides, by the names of `trainer.metrics.Metrics`."""
     checked(scores, labels, groups, users)
+    users = np.unique(users, return_inverse=True)[1]
     value, influence = auc_influence(scores, labels)
     by_request, by_user = Ranked.of(scores, labels, groups), Ranked.of(scores, labels, users)
     at = {k: by_request.at(k) for k in RANKS}
