@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from tests.logs import Row, Shape, enrich, random_rows, write_log
+from tests.logs import INFOS, Row, Shape, enrich, random_rows, write_log
 from trainer.baselines import Baselines, baselines, by_baseline
 from trainer.data.reader import SequenceLogReader
 from trainer.label_rates import STRENGTH
@@ -139,6 +139,16 @@ def test_a_log_without_a_vocabulary_has_no_popularity_and_says_so(
     found = of(log)
     assert "popularity" not in found.scores["click"] and "item_rate" in found.scores["click"]
     assert len(found.missing) == 1 and "the log's vocabulary" in found.missing[0]
+
+
+def test_a_log_without_items_keeps_what_needs_none(
+    splits: dict[str, list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.logs.INFOS", {"category_id": INFOS["category_id"]})
+    found = of(write_log(tmp_path / "log", splits))
+    assert list(found.scores) == ["click"] and found.missing == []
+    assert list(found.scores["click"]) == ["mean_label", "user_item_rate", "category_count"]
+    assert found.scores["click"]["category_count"].sum() == sum(counted(splits["test"], "category_id", 0))
 
 
 def test_training_is_not_measured_on_rates_of_its_own_labels(log: Path) -> None:
