@@ -154,7 +154,7 @@ def _scale(metrics: Metrics) -> Iterator[str]:
     # Three standard errors of a count: what chance alone may do to few positives is no remark.
     chance = 3 / math.sqrt(max(metrics.rate * metrics.samples, 1)) if metrics.samples else math.inf
     if not low <= pcoc <= high and abs(pcoc - 1) > chance:
-        yield f"PCOC is {pcoc:.3g}: the predictions add up to {pcoc:.3g} times the labels"
+        yield f"PCOC is {pcoc:.2f}: the predictions add up to {pcoc:.2f} times the labels"
 
 
 def without(problems: Sequence[str]) -> list[str]:

@@ -42,6 +42,8 @@ def test_the_order_of_candidates_and_doubling_them_change_nothing(case: Case, rn
     order = np.random.default_rng(rng.randint(0, 2**31)).permutation(case[0].size)  # type: ignore[attr-defined]
     first = numbers(case)
     assert numbers(tuple(part[order] for part in case)) == pytest.approx(first, nan_ok=True)  # type: ignore[arg-type]
+    renamed = measure(case[0], case[1], case[2] * 10**15 - 7, -case[3] * 10**15)
+    assert list(renamed.as_dict().values()) == pytest.approx(first, nan_ok=True)
     found = measure(*(np.tile(part, 2) for part in case))
     once = measure(*case)
     for name in ("auc", "gauc", "gauc_user", "logloss", "ne", "pcoc", "ece", "rate", "groups", "users"):

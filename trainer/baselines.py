@@ -84,25 +84,52 @@ def baselines(reader: SequenceLogReader) -> Baselines:
     read = _read(reader, manifest, counted)
     label, items = read["label"], read.get("item_id")
     order = np.lexsort((read["candidate"], read["request_id"], read["user_id"]))
-    missing, counts = [], {}
-    try:
-        if items is not None:
-            counts["popularity"] = _at(item_counts(reader.config.log), items)
-    except DataError as error:
-        missing.append(str(error))
-    counts |= {name: read[name] for name in counted if name in read}
-    rates = label_rates(reader.config, manifest, read["user_id"], items)
-    scores: dict[str, dict[str, Floats]] = {}
-    for task, name in enumerate(manifest.tasks):
-        own = {"mean_label": np.broadcast_to(rates.overall[task], label.shape[0])}
-        if items is not None:
-            own["item_rate"] = rates.by_item[:, task]
-        own["user_item_rate"] = rates.by_both[:, task]
-        scores[name] = {key: values[order] for key, values in {**own, **counts}.items()}
+    counts, missing = _counts(reader.config.log, read, counted)
+    rates, problems = _rates(reader, manifest, read["user_id"], items)
+    scores = {
+        task: {name: values[order] for name, values in {**rates.get(task, {}), **counts}.items()}
+        for task in manifest.tasks
+    }
     user, request, candidate = (read[name] for name in ("user_id", "request_id", "candidate"))
     nothing, tasks = np.full(user.size, -1), tuple(manifest.tasks)
     candidates = Scored(label, label, user, request, candidate, nothing, nothing, tasks)
-    return Baselines(candidates.part(order), scores, missing)
+    return Baselines(candidates.part(order), scores, [*missing, *problems])
+
+
+def _counts(
+    log: Path, read: Mapping[str, npt.NDArray[Any]], counted: Mapping[str, str]
+) -> tuple[dict[str, Floats], list[str]]:
+    """Scores that are the same for every task, and what is missing among them."""
+    own = {name: read[name] for name in counted if name in read}
+    if "item_id" not in read:
+        return own, []
+    try:
+        return {"popularity": _at(item_counts(log), read["item_id"]), **own}, []
+    except DataError as error:
+        return own, [f"item popularity: {error}"]
+
+
+def _rates(
+    reader: SequenceLogReader, manifest: LogManifest, users: Ints, items: Ints | None
+) -> tuple[dict[str, dict[str, Floats]], list[str]]:
+    """Task -> scores that training's labels decide, and what is missing of them.
+
+    Training's files may be gone by the time a model is measured: then nothing else is the worse for it.
+    """
+    try:
+        rates = label_rates(reader.config, manifest, users, items)
+    except DataError as error:
+        return {}, [f"label rates: {error}"]
+    found: dict[str, dict[str, Floats]] = {}
+    for task, name in enumerate(manifest.tasks):
+        found[name] = {"mean_label": np.broadcast_to(rates.overall[task], users.shape)}
+        if reader.split == "train":
+            continue
+        if items is not None:
+            found[name]["item_rate"] = rates.by_item[:, task]
+        found[name]["user_item_rate"] = rates.by_both[:, task]
+    own = "label rates of items and users: training would be measured on the labels they are made of"
+    return found, [own] if reader.split == "train" else []
 
 
 def by_baseline(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:

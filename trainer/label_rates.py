@@ -36,8 +36,10 @@ class LabelRates:
 
     @property
     def by_both(self) -> Floats:
-        """Sum of what user and item each differ from the mean, as a probability."""
-        return np.clip(self.by_user + self.by_item - self.overall, 0, 1)
+        """What user and item each add to the log-odds of the mean, together, as a probability."""
+        odds = _log_odds(self.by_user) + _log_odds(self.by_item) - _log_odds(self.overall)
+        rates: Floats = 1 / (1 + np.exp(-odds))
+        return rates
 
 
 def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: Ints | None) -> LabelRates:
@@ -66,6 +68,13 @@ def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: I
     by_user = kinds["user"].rates(overall)
     by_item = kinds["item"].rates(overall) if items is not None else np.broadcast_to(overall, by_user.shape)
     return LabelRates(overall, by_user, by_item)
+
+
+def _log_odds(rate: Floats) -> Floats:
+    """Finite for a label that training never saw, or saw always."""
+    p = np.clip(rate, 1e-7, 1 - 1e-7)
+    odds: Floats = np.log(p) - np.log1p(-p)
+    return odds
 
 
 class _Sums:

@@ -46,7 +46,7 @@ class Metrics:
         pcoc: sum of predictions over sum of labels; 1 is calibrated.
         ece: mean |prediction - label| over 20 equally full bins (expected calibration error).
         rate: the mean label.
-        samples, positives, requests: what was counted; positives have a label above 0.5.
+        samples, positives, requests: what was counted; positives have a label of at least 0.5.
         groups, users: requests and users with both classes.
     """
 
@@ -81,8 +81,8 @@ def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: I
     Args:
         scores: [n] probabilities; labels: [n] of 0 and 1, or probabilities too.
             Sample weights do not enter: every candidate counts once.
-        groups: [n] the request of each, numbered from 0; users: [n] its user, likewise. Without users
-            every request counts as a user's only one.
+        groups: [n] the request of each, by whatever integers; users: [n] its user. Without users every
+            request counts as a user's only one.
 
     Raises:
         DataError: unequal lengths, a score that is not finite or no probability, or a label outside 0 to 1.
@@ -93,7 +93,7 @@ def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: I
     calibrated: Mapping[str, Any] = calibration_metrics(p, y)
     counts: Mapping[str, Any] = {
         "samples": int(y.size),
-        "positives": int((y > 0.5).sum()),
+        "positives": int((y >= 0.5).sum()),
         "requests": int(np.unique(groups).size),
     }
     return Metrics(**ranked, **calibrated, **counts)

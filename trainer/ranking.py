@@ -178,10 +178,10 @@ class Ranked:
     def at(self, k: int) -> tuple[float, float]:
         """-> (HR@k, NDCG@k): means over the groups with both classes, each of them once.
 
-        A label above 0.5 is a hit. Tied candidates take their places in random order: both are expected
+        A label of at least 0.5 is a hit. Tied candidates take their places in random order: both are expected
         values over it.
         """
-        ties, hits = self.ties, (self.labels > 0.5).astype(np.int64)
+        ties, hits = self.ties, (self.labels >= 0.5).astype(np.int64)
         if not hits.size:
             return math.nan, math.nan
         total = np.add.reduceat(hits, ties.group_starts)
@@ -216,6 +216,7 @@ def ranking_metrics(
 ) -> Mapping[str, float | int]:
     """Everything that only the order of scores decides, by the names of `trainer.metrics.Metrics`."""
     checked(scores, labels, groups, users)
+    users = np.unique(users, return_inverse=True)[1]
     value, influence = auc_influence(scores, labels)
     by_request, by_user = Ranked.of(scores, labels, groups), Ranked.of(scores, labels, users)
     at = {k: by_request.at(k) for k in RANKS}

@@ -135,9 +135,13 @@ def compare_scores(some: Scored, all_scores: Scored) -> tuple[float, float]:
         DataError: the tasks are not the same.
     """
     score = all_scores.score[:, _same_tasks(some.tasks, all_scores.tasks)]
-    place = {key: i for i, key in enumerate(_keys(all_scores))}
-    found = np.array([place.get(key, -1) for key in _keys(some)])
-    if found.size == 0 or (found < 0).any():
+    if not some.candidate.size or not all_scores.candidate.size:
+        return float("inf"), 0.0
+    names = [np.r_[getattr(all_scores, name), getattr(some, name)] for name in KEYS[:3]]
+    known, wanted = np.split(group_keys(*names), [all_scores.candidate.size])
+    order = np.argsort(known, kind="stable")
+    found = order[np.searchsorted(known[order], wanted).clip(max=order.size - 1)]
+    if (known[found] != wanted).any():
         return float("inf"), 0.0
     other = score[found]
     return float(np.abs(some.score - other).max()), float((some.score == other).all(axis=1).mean())
@@ -155,9 +159,3 @@ def _same_tasks(wanted: Sequence[str], found: Sequence[str]) -> list[int]:
 
 def _numbered(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
-
-
-def _keys(scored: Scored) -> list[tuple[int, int, int]]:
-    return list(
-        zip(scored.user_id.tolist(), scored.request_id.tolist(), scored.candidate.tolist(), strict=True)
-    )
