@@ -6,22 +6,20 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from embeddings.plan_file import to_tree
 from embeddings.planning import Placement
 from pipelines.console import quiet_third_parties
 from pipelines.profile import StepProfile
+from pipelines.start import has, open_split, open_start, try_out
 from trainer import checkpoint
-from trainer.assemble import build_sharded, feature_rows, resolve_groups
+from trainer.assemble import build_sharded
 from trainer.config import Config, load_config
-from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import LogManifest, read_manifest
-from trainer.distributed import Ranks, process_group, sum_counts
+from trainer.distributed import Ranks, process_group
 from trainer.loop import Position, Trainer
 from trainer.metrics import Metrics
-from trainer.resume import check_resumable, log_fingerprint
 from trainer.run import RunFolder, versions
-from trainer.starts import ending_well, note_start
-from trainer.warm_start import fill, opened
+from trainer.starts import ending_well
+
+__all__ = ["check", "has", "open_split", "plan_lines", "run", "train"]
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
@@ -29,22 +27,40 @@ def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool
 
     `profiled`: also a trace of some steps and a table of where their time went, see `pipelines.profile`.
     """
-    settings = load_config(config, overrides)
-    # Kept in the run, which other commands may read from another folder.
-    here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
-    file = settings.plan.file and str(Path(settings.plan.file).absolute())
-    placed = settings.plan.model_copy(update={"file": file})
-    settings = settings.model_copy(update={"data": here, "plan": placed})
-    quiet_third_parties()
+    settings = _settings(config, overrides)
     with process_group(settings.train.timeout_s) as ranks:
         run(settings, out, ranks, profiled=profiled)
 
 
 def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
-    """Find what is wrong with a configuration or its log before any rank starts."""
+    """Find whatever would stop a training before its first step; nothing is left behind.
+
+    Raises:
+        TandemError: what training would raise.
+    """
+    settings = _settings(config, overrides)
+    with process_group(settings.train.timeout_s) as ranks:
+        say = _say(ranks)
+        try_out(open_start(settings, out, ranks, say, checking=True), say)
+        say(f"{config} and {settings.data.log} fit together; {out} can be trained")
+
+
+def _settings(config: Path, overrides: Sequence[str]) -> Config:
     settings = load_config(config, overrides)
-    resolve_groups(settings, read_manifest(settings.data.log))
-    print(f"{config} and {settings.data.log} fit together; {out} can be trained")
+    # Kept in the run, which other commands may read from another folder.
+    here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
+    file = settings.plan.file and str(Path(settings.plan.file).absolute())
+    placed = settings.plan.model_copy(update={"file": file})
+    quiet_third_parties()
+    return settings.model_copy(update={"data": here, "plan": placed})
+
+
+def _say(ranks: Ranks) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if ranks.speaks:
+            print(line, flush=True)
+
+    return say
 
 
 def run(
@@ -55,34 +71,15 @@ def run(
     profiled: bool = False,
 ) -> None:
     """The job on one rank, inside a process group; `after_step` is called with the number of steps done."""
-
-    def say(line: str) -> None:
-        if ranks.speaks:
-            print(line, flush=True)
-
-    manifest, folder = read_manifest(config.data.log), RunFolder(out)
-    fingerprint = log_fingerprint(manifest)
-    found = checkpoint.find(folder.checkpoints)
-    for reason in found.refused:
-        say(f"refused checkpoint: {reason}")
-    if found.path is not None:
-        check_resumable(found.state, config, fingerprint)
-    note_start(folder, config, found.state.get("step", 0))
-    if ranks.speaks:
-        folder.write_config(config)
-    sharded = build_sharded(config, manifest, ranks, training=True, resumed=found)
+    say = _say(ranks)
+    start = open_start(config, out, ranks, say)
+    folder, found = start.folder, start.found
+    sharded = build_sharded(config, start.manifest, ranks, training=True, resumed=found)
     if sharded.origin:
         say(sharded.origin)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
-    rows = feature_rows(sharded.groups)
-    reader = open_split(config, "train", rows, ranks, seed=config.train.seed)
-    validation = open_split(config, "validation", rows, ranks) if has(manifest, "validation") else None
-    for problem in [*reader.skipped, *(validation.skipped if validation else [])]:
-        print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
-    plan = to_tree(sharded.plan)
-    trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say, fingerprint, plan)
-    if found.path is None and config.train.init_from:
-        _start_from(trainer, config, manifest, out, say)
+    trainer = start.trainer(sharded, say)
+    start.fill(trainer, out / "init.tmp", say)
     trainer.after_step = after_step
     watching = StepProfile(sharded.model, out, ranks, say) if profiled else None
     if watching is not None:
@@ -118,17 +115,6 @@ def _conclude(trainer: Trainer, end: Position, found: checkpoint.Found, say: Cal
     )
 
 
-def _start_from(
-    trainer: Trainer, config: Config, manifest: LogManifest, out: Path, say: Callable[[str], None]
-) -> None:
-    """Give a new run the weights that `train.init_from` names."""
-    path, carry = Path(config.train.init_from), config.train.init_optimizer == "carry"
-    with opened(path, out / "init.tmp") as source:
-        lines: list[str] = []
-        trainer.load(lambda tensors: lines.extend(fill(tensors, source, config.data.log, manifest, carry)))
-    say("\n".join([f"weights from {path}, step {source.manifest.step:,}", *lines]))
-
-
 def _summarise(
     folder: RunFolder, end: Position, cpu_s: float, world_size: int, validation: Metrics | None
 ) -> None:
@@ -141,26 +127,6 @@ def _summarise(
         "versions": versions(),
     }
     folder.update_summary({**entries, **({"validation": validation.as_dict()} if validation else {})})
-
-
-def has(manifest: LogManifest, split: str) -> bool:
-    """Whether the log has any request in a split."""
-    return split in manifest.splits and bool(manifest.splits[split].files)
-
-
-def open_split(
-    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None
-) -> SequenceLogReader:
-    """This rank's reader of a split; shuffled where a seed is given. Collective."""
-    return SequenceLogReader(
-        config.data,
-        split,
-        rows,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=seed,
-        share=sum_counts,
-    )
 
 
 def plan_lines(placed: Sequence[Placement], world_size: int) -> list[str]:

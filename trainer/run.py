@@ -61,6 +61,14 @@ class RunFolder:
                 raise ConfigError(f"{self.path}: another training is running in this folder") from None
             yield
 
+    def check_free(self) -> None:
+        """Raises:
+        ConfigError: another process trains here.
+        """
+        if (self.path / ".lock").exists():
+            with self.lock():
+                pass
+
     def write_config(self, config: Config) -> None:
         """Keep the resolved config."""
         self.path.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from trainer.model.search import (
 from trainer.model.sequence import Behaviors, SequenceModel, StackedTin, TargetAttention
 from trainer.model.settings import BranchConfig
 from trainer.model.time import AGE_BUCKETS, TimeBias, TimeEncoding
-from trainer.model.windows import Kept, Source, Windows, first_ids
+from trainer.model.windows import Kept, Source, Windows, all_ids, one_id
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,7 @@ class Branch(nn.Module):
             kept = Kept(windows.index, windows.mask, windows.marks, windows.log_size)
             return Searched(windows, raw, raw, kept)
         encoded = self.scorer.encode(raw)
-        ids_N, ids_C = first_ids(batch, self.settings.match) if self.settings.match else (None, None)
-        if ids_N is not None and not batch.behaviors:
-            ids_N = F.pad(ids_N, (0, 1))
+        ids_N, ids_C = all_ids(batch, self.settings.match) if self.settings.match else (None, None)
         kept = self._search(Query(self.scorer, encoded, raw, windows, ids_C, ids_N))
         return Searched(windows, raw, encoded, kept, isinstance(self.search, AllSearch))
 
@@ -151,7 +149,7 @@ class Branch(nn.Module):
             query_CD, key_ND = _select(query_CD, self.columns), _select(key_ND, self.columns)
         group_C = torch.zeros_like(batch.candidate_request)
         if self.settings.time_group:
-            _, group_C = first_ids(batch, self.settings.time_group)
+            group_C = one_id(batch, self.settings.time_group)
         cross_N = self.cross(at_least_one_row(vectors[roles.cross][:n])) if self.cross is not None else None
         return Attended(query_CD, key_ND, group_C, cross_N)
 

@@ -26,7 +26,7 @@ class Query:
     Attributes:
         scorer, vectors: of stage two, encoded; raw: the attention vectors before that.
         windows: where to search.
-        ids_C, ids_N: ids that a hard search matches, or None.
+        ids_C, ids_N: ids that a hard search matches, or None: [C], or [C, ids] where there may be several.
     """
 
     scorer: Scorer
@@ -83,7 +83,7 @@ class AllSearch(Search):
 
 
 class HardSearch(Search):
-    """The newest K behaviors of the candidate's own id (category, say), then the newest others.
+    """The newest K behaviors that share an id with the candidate (its category, say), then the newest others.
 
     This is the mask of DARE's `TWIN hard`, which fills up with other behaviors; SIM's hard search, which does
     not, is `data.search` with one level. Id 0, unknown, matches nothing in either.
@@ -92,8 +92,15 @@ class HardSearch(Search):
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         assert query.ids_C is not None and query.ids_N is not None
         windows = query.windows
-        same = query.ids_N[windows.index][windows.of_candidate] == query.ids_C[:, None]
-        same = same & (query.ids_C > 0)[:, None]
+        of_candidate, of_behavior = (
+            part if part.dim() == 2 else part[:, None] for part in (query.ids_C, query.ids_N)
+        )
+        same = torch.zeros(windows.of_candidate.numel(), windows.index.shape[1], dtype=torch.bool)
+        same = same.to(windows.index.device)
+        for ids_N in of_behavior.unbind(1):
+            ids_CX = ids_N[windows.index][windows.of_candidate]
+            for ids_C in of_candidate.unbind(1):
+                same |= (ids_CX == ids_C[:, None]) & (ids_C > 0)[:, None]
         return _best_places(torch.where(same, 0, 1), windows, self.k)
 
 
