@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from fbgemm_gpu.quantize_comm import QuantizationContext, QuantizedCommCodec
@@ -11,21 +12,39 @@ from torch import Tensor
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.types import QuantizedCommCodecs
 
+# The largest number of fp16.
+HALF_MAX = 65504.0
 # Gradients of a mean over thousands of candidates lie below 6e-5, where fp16 loses bits and soon everything.
-# A power of two changes no bits; values up to 16 stay within fp16.
-_FP16_SCALE = 2.0**12
+# A power of two changes no bits; values up to 15.99 stay within fp16.
+_LARGEST_SCALE = 2.0**12
 
 
 def _bytes(kind: str) -> int:
     return 4 if kind == "fp32" else 2
 
 
+@dataclass
+class GradientScale:
+    """What gradients are multiplied with while they travel in fp16; all ranks must have the same."""
+
+    value: float = _LARGEST_SCALE
+
+    def fit(self, largest: float) -> None:
+        """Choose it for a step whose largest gradient, over all ranks, is this: nothing may be clipped."""
+        room = HALF_MAX / largest if largest else _LARGEST_SCALE
+        self.value = min(_LARGEST_SCALE, 2.0 ** math.floor(math.log2(room)))
+
+
 @dataclass(frozen=True)
 class Comms:
-    """`fp32` (as they are), `fp16` or `bf16`, for vectors (forward) and their gradients (backward)."""
+    """`fp32` (as they are), `fp16` or `bf16`, for vectors (forward) and their gradients (backward).
+
+    `scale`: of gradients in fp16.
+    """
 
     forward: str = "fp32"
     backward: str = "fp32"
+    scale: GradientScale = field(default_factory=GradientScale, compare=False, repr=False)
 
     @property
     def wire(self) -> tuple[int, int]:
@@ -39,16 +58,17 @@ AS_THEY_ARE = Comms()
 class ScaledHalf(QuantizedCommCodec):  # type: ignore[misc]
     """fp16 of scaled gradients. FBGEMM's own `loss_scale` divides before it leaves fp16, which undoes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: GradientScale) -> None:
         super().__init__(SparseType.FP16, is_fwd=False)
+        self._scale = scale
 
     def encode(self, input_tensor: Tensor, ctx: QuantizationContext | None = None) -> Tensor:
-        sent: Tensor = super().encode(input_tensor * _FP16_SCALE, ctx)
+        sent: Tensor = super().encode(input_tensor * self._scale.value, ctx)
         return sent
 
     def decode(self, input_tensor: Tensor, ctx: QuantizationContext | None = None) -> Tensor:
         received: Tensor = super().decode(input_tensor, ctx)
-        return received / _FP16_SCALE
+        return received / self._scale.value
 
 
 def codecs_of(comms: Comms) -> dict[str, QuantizedCommCodecs] | None:
@@ -59,5 +79,5 @@ def codecs_of(comms: Comms) -> dict[str, QuantizedCommCodecs] | None:
         precision, device=torch.device("cuda")
     )
     for codec in codecs.values() if codecs and comms.backward == "fp16" else ():
-        codec.backward = ScaledHalf()
+        codec.backward = ScaledHalf(comms.scale)
     return codecs

@@ -51,7 +51,8 @@ def shard(
 ) -> DistributedModelParallel:
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
 
-    Forward must go through the returned module, or the dense weights of the ranks drift apart.
+    Forward must go through the returned module, or the dense weights of the ranks drift apart. It keeps
+    `comms`, whose scale a step fits to its gradients.
     """
     sharded = DistributedModelParallel(
         model, device=device, plan=plan, sharders=sharders(comms), init_parameters=True
@@ -61,6 +62,7 @@ def shard(
         table = table_of(name)
         if table in first:
             _initialise(weight, table_seed(seed, table), first[table])
+    sharded.comms = comms
     return sharded
 
 

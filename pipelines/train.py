@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
-from embeddings.agreement import from_every_rank, from_rank_0, unhurried
-from embeddings.plan_file import to_tree
+from embeddings.agreement import from_rank_0
 from embeddings.planning import Placement
 from pipelines.console import quiet_third_parties
 from pipelines.profile import StepProfile
-from pipelines.train_report import next_commands, quality, unmeasured
+from pipelines.start import open_split, open_start, try_out
+from pipelines.train_report import next_commands, quality
 from trainer import checkpoint
-from trainer.assemble import build_sharded, feature_rows, resolve_groups
+from trainer.assemble import build_sharded
 from trainer.config import Config, load_config
-from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import LogManifest, read_manifest
-from trainer.distributed import Ranks, process_group, sum_counts
+from trainer.data.schema import LogManifest
+from trainer.distributed import Ranks, process_group
 from trainer.loop import Position, Trainer
-from trainer.resume import check_resumable, log_fingerprint
 from trainer.run import RunFolder, versions
-from trainer.starts import ending_well, note_start
-from trainer.warm_start import fill, opened
+from trainer.starts import ending_well
+
+__all__ = ["check", "open_split", "plan_lines", "run", "train"]
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
@@ -31,27 +29,40 @@ def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool
 
     `profiled`: also a trace of some steps and a table of where their time went, see `pipelines.profile`.
     """
-    settings = load_config(config, overrides)
-    # Kept in the run, which other commands may read from another folder.
-    here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
-    file = settings.plan.file and str(Path(settings.plan.file).absolute())
-    placed = settings.plan.model_copy(update={"file": file})
-    settings = settings.model_copy(update={"data": here, "plan": placed})
-    quiet_third_parties()
+    settings = _settings(config, overrides)
     with process_group(settings.train.timeout_s) as ranks:
         run(settings, out, ranks, profiled=profiled)
 
 
 def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
-    """Find what is wrong with a configuration or its log before any rank starts."""
+    """Find whatever would stop a training before its first step; nothing is left behind.
+
+    Raises:
+        TandemError: what training would raise.
+    """
+    settings = _settings(config, overrides)
+    with process_group(settings.train.timeout_s) as ranks:
+        say = _say(ranks)
+        try_out(open_start(settings, out, ranks, say, checking=True), say)
+        say(f"{config} and {settings.data.log} fit together; {out} can be trained")
+
+
+def _settings(config: Path, overrides: Sequence[str]) -> Config:
     settings = load_config(config, overrides)
-    manifest = read_manifest(settings.data.log)
-    resolve_groups(settings, manifest)
-    print(
-        "\n".join(
-            [*unmeasured(manifest), f"{config} and {settings.data.log} fit together; {out} can be trained"]
-        )
-    )
+    # Kept in the run, which other commands may read from another folder.
+    here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
+    file = settings.plan.file and str(Path(settings.plan.file).absolute())
+    placed = settings.plan.model_copy(update={"file": file})
+    quiet_third_parties()
+    return settings.model_copy(update={"data": here, "plan": placed})
+
+
+def _say(ranks: Ranks) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if ranks.speaks:
+            print(line, flush=True)
+
+    return say
 
 
 def run(
@@ -62,35 +73,15 @@ def run(
     profiled: bool = False,
 ) -> None:
     """The job on one rank, inside a process group; `after_step` is called with the number of steps done."""
-
-    def say(line: str) -> None:
-        if ranks.speaks:
-            print(line, flush=True)
-
-    manifest, folder = read_manifest(config.data.log), RunFolder(out)
-    fingerprint = log_fingerprint(manifest)
-    found = checkpoint.find(folder.checkpoints)
-    for reason in found.refused:
-        say(f"refused checkpoint: {reason}")
-    if found.path is not None:
-        check_resumable(found.state, config, fingerprint)
-    note_start(folder, config, found.state.get("step", 0))
-    from_rank_0(lambda: folder.write_config(config))
-    sharded = build_sharded(config, manifest, ranks, training=True, resumed=found)
+    say = _say(ranks)
+    start = open_start(config, out, ranks, say)
+    folder, found = start.folder, start.found
+    sharded = build_sharded(config, start.manifest, ranks, training=True, resumed=found)
     if sharded.origin:
         say(sharded.origin)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
-    rows = feature_rows(sharded.groups)
-    reader = open_split(config, "train", rows, ranks, seed=config.train.seed)
-    validation = open_split(config, "validation", rows, ranks) if manifest.holds("validation") else None
-    for problem in [*reader.skipped, *(validation.skipped if validation else [])]:
-        print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
-    plan = to_tree(sharded.plan)
-    for line in unmeasured(manifest):
-        say(line)
-    trainer = Trainer(config, sharded.model, reader, validation, ranks, folder, say, fingerprint, plan)
-    if found.path is None and config.train.init_from:
-        _start_from(trainer, config, manifest, out, say)
+    trainer = start.trainer(sharded, say)
+    start.fill(trainer, folder.first_weights, say)
     trainer.after_step = after_step
     watching = StepProfile(sharded.model, out, ranks, say) if profiled else None
     if watching is not None:
@@ -101,7 +92,7 @@ def run(
         _locked(folder),
     ):
         end = trainer.run(found)
-    _conclude(trainer, end, found, manifest, say)
+    _conclude(trainer, end, found, start.manifest, say)
 
 
 @contextmanager
@@ -147,24 +138,6 @@ def _conclude(
     say("\n".join(next_commands(folder.path, manifest)))
 
 
-def _start_from(
-    trainer: Trainer, config: Config, manifest: LogManifest, out: Path, say: Callable[[str], None]
-) -> None:
-    """Give a new run the weights that `train.init_from` names."""
-    path, carry = Path(config.train.init_from), config.train.init_optimizer == "carry"
-    with opened(path, RunFolder(out).first_weights) as source:
-        lines: list[str] = []
-
-        def filled(tensors: dict[str, Any]) -> None:
-            every = from_every_rank(
-                lambda: fill(tensors, source, config.data.log, manifest, carry), slow=True
-            )
-            lines.extend(every[0])
-
-        trainer.load(filled)
-    say("\n".join([f"weights from {path}, step {source.manifest.step:,}", *lines]))
-
-
 def _summarise(folder: RunFolder, end: Position, cpu_s: float, world_size: int) -> None:
     entries = {
         "samples": end.candidates,
@@ -175,22 +148,6 @@ def _summarise(folder: RunFolder, end: Position, cpu_s: float, world_size: int) 
         "versions": versions(),
     }
     folder.update_summary(entries)
-
-
-def open_split(
-    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None
-) -> SequenceLogReader:
-    """This rank's reader of a split; shuffled where a seed is given. Collective."""
-    return SequenceLogReader(
-        config.data,
-        split,
-        rows,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=seed,
-        share=sum_counts,
-        together=unhurried,
-    )
 
 
 def plan_lines(placed: Sequence[Placement], world_size: int) -> list[str]:

@@ -17,18 +17,6 @@ from trainer.metrics import Metrics, first_and_all
 _SPLITS = ("test", "validation")
 
 
-def unmeasured(manifest: LogManifest) -> list[str]:
-    """What is said before training of splits that no request fell into."""
-    empty = [split for split in _SPLITS if not manifest.holds(split)]
-    lines = []
-    if empty:
-        names = " and no ".join(empty)
-        lines.append(f"this log has no {names} requests; [split] of its ingest config decides")
-    if "validation" in empty:
-        lines.append("nothing is measured during training, so nothing will say whether the model is any good")
-    return lines
-
-
 def quality(
     metrics: Mapping[str, Metrics], validation: SequenceLogReader, manifest: LogManifest
 ) -> tuple[dict[str, Any], list[str]]:

@@ -24,6 +24,7 @@ from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
 from trainer.durable import voice
 from trainer.model.branch import Surroundings
+from trainer.model.settings import BranchConfig
 from trainer.model.two_stage import TwoStageModel
 from trainer.resume import check_same_rules
 from trainer.workload import StepSize, lookups, step_size
@@ -45,7 +46,35 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
     items = {name: info.rows for name, info in manifest.features.items()}
     groups = build_groups(config, items, {name: info.rows for name, info in manifest.context.items()})
     _check_sequences(groups, {**manifest.features, **manifest.context})
+    for name, branch in config.model.all_branches().items():
+        _check_compared(name, branch, manifest)
     return groups
+
+
+def _check_compared(name: str, branch: BranchConfig, manifest: LogManifest) -> None:
+    """Raises:
+    ConfigError: candidates cannot be grouped, or behaviors matched, by the feature that a branch names.
+    """
+    section = "model" if name == "main" else f"model.branches.{name}"
+    for key in ("match", "time_group"):
+        feature = getattr(branch, key)
+        if not feature:
+            continue
+        where, info = f"{section}.{key} = {feature!r}", manifest.features.get(feature)
+        needs = "behaviors and candidates" if key == "match" else "candidates"
+        if info is None:
+            known = ", ".join(manifest.features)
+            raise ConfigError(f"{where}: the log's {needs} have no such feature; they have {known}")
+        if not info.of_candidates or (key == "match" and not info.of_behaviors):
+            raise ConfigError(
+                f"{where}: {needs} need it, but it has side = {info.side!r} in the log; name a feature of "
+                'side = "both", or ingest the log again with that'
+            )
+        if key == "time_group" and info.multi:
+            raise ConfigError(
+                f"{where}: a candidate has any number of its ids, but belongs to one group; name a feature "
+                "with one id"
+            )
 
 
 def _check_sequences(groups: Mapping[str, TableGroup], features: Mapping[str, FeatureInfo]) -> None:

@@ -27,7 +27,7 @@ from trainer.progress import Progress
 from trainer.reshard import check_reshardable
 from trainer.run import MetricsLog, RunFolder
 from trainer.saver import Saver
-from trainer.schedule import dense_schedule, progress_of, table_schedule
+from trainer.schedule import dense_schedule, progress_of, run_steps, table_schedule
 from trainer.step import RateSetter, TrainStep, make_optimizer
 from trainer.watch import Watch
 
@@ -81,7 +81,8 @@ class Trainer:
         self.train_reader, self.validation_reader = train, validation
         self.optimizer = make_optimizer(model, config.train)
         self.rates = RateSetter(model, self.optimizer)
-        self.schedules = dense_schedule(config.train), table_schedule(config.train)
+        steps = run_steps(config.train, train.candidates, config.data.batch_candidates)
+        self.schedules = dense_schedule(config.train, steps), table_schedule(config.train, steps)
         step = TrainStep(config, model, self.optimizer, ranks.world_size, Guard(ranks, folder.path))
         self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
         self.at = Position()
@@ -106,8 +107,7 @@ class Trainer:
             return self._run(start)
 
     def _run(self, start: checkpoint.Found) -> Position:
-        if start.path is not None:
-            self._resume(start.path, start.state)
+        self.resume(start)
         # What was validated after the newest save, or else the last line of metrics.jsonl would come twice.
         known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
         self.at.validated = max(self.at.validated, known)
@@ -243,6 +243,11 @@ class Trainer:
         self.saver.save(self.at.step, self._tensors(), state)
         self.watch.restart_clock()
         self.meter.clock.restart()
+
+    def resume(self, start: checkpoint.Found) -> None:
+        """Take up what a checkpoint holds, if there is one."""
+        if start.path is not None:
+            self._resume(start.path, start.state)
 
     def _resume(self, path: Path, state: dict[str, Any]) -> None:
         """Continue from a verified checkpoint.

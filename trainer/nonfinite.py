@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from embeddings.agreement import from_every_rank
+from embeddings.comms import HALF_MAX
 from embeddings.errors import DataError
 from trainer.data.files import RowGroup
 from trainer.data.reader import Step
@@ -33,17 +35,27 @@ class Gradients:
     Attributes:
         loss: of this rank, scalar; vectors: group -> gradient of the vectors that this rank looked up;
             dense: dense weight -> gradient, already averaged over ranks.
+        halves: group -> vectors that travelled in fp16, where too large ones are clipped.
     """
 
     loss: Tensor
     vectors: Mapping[str, Tensor]
     dense: Mapping[str, Tensor]
+    halves: Mapping[str, Tensor] = field(default_factory=dict)
 
     def local_problems(self) -> list[str]:
         """What is not finite and comes from this rank's batch alone."""
         found = [] if _finite(self.loss) else [f"the loss ({float(self.loss)})"]
         bad = [group for group, gradient in self.vectors.items() if not _finite(gradient)]
-        return [*found, *(f"the gradient of group {group}" for group in bad)]
+        found += [f"the gradient of group {group}" for group in bad]
+        clipped = [group for group, vectors in self.halves.items() if _reaches(vectors, HALF_MAX)]
+        return [
+            *found,
+            *(
+                f'the vectors of group {group}, which comms.forward = "fp16" clips at {HALF_MAX:,.0f},'
+                for group in clipped
+            ),
+        ]
 
     def shared_problems(self) -> list[str]:
         """What is not finite in the average over ranks."""
@@ -77,6 +89,12 @@ class Guard:
         norm = get_total_norm(dense) if dense else torch.zeros_like(found.loss)
         vectors = list(found.vectors.values())
         sizes = torch.stack([found.loss, norm, get_total_norm(vectors) if vectors else norm])
+        clipped = [
+            torch.where(part.abs().amax() < HALF_MAX, 0.0, torch.inf)
+            for part in found.halves.values()
+            if part.numel()
+        ]
+        sizes = torch.cat([sizes, torch.stack(clipped)]) if clipped else sizes
         # What is not finite in a tensor shows in its norm.
         alarm = (~torch.isfinite(sizes).all()).to(torch.int64)
         if int(sum_over_ranks(alarm) if self.ranks.world_size > 1 else alarm):
@@ -84,6 +102,14 @@ class Guard:
             # Only the squares were too large.
             norm = get_total_norm([gradient.double() for gradient in dense]) if dense else norm
         return norm
+
+    def largest(self, parts: Sequence[Tensor]) -> float:
+        """The largest number of some tensors on any rank, by size; collective."""
+        sizes = [part.abs().amax() for part in parts if part.numel()]
+        largest = torch.stack(sizes).amax() if sizes else torch.zeros((), device=self.ranks.device)
+        if self.ranks.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
 
     def _stop(self, number: int, step: Step, found: Gradients) -> None:
         """Raise on all ranks, or on none where the alarm was false; collective."""
@@ -137,6 +163,10 @@ class Guard:
 
 def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
+
+
+def _reaches(tensor: Tensor, limit: float) -> bool:
+    return bool((tensor.abs() >= limit).any())
 
 
 def _plain(name: str) -> str:

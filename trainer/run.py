@@ -70,6 +70,14 @@ class RunFolder:
             remove_folder(self.first_weights)
             yield
 
+    def check_free(self) -> None:
+        """Raises:
+        ConfigError: another process trains here.
+        """
+        if (self.path / ".lock").exists():
+            with self.lock():
+                pass
+
     def write_config(self, config: Config) -> None:
         """Keep the resolved config."""
         self.path.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from trainer.sections import Decay, TrainConfig
 
 _FLOOR = 1e-3
+# Of the run: a warm-up given in steps takes no more, so that a short run reaches its rates at all.
+LONGEST_WARMUP = 0.2
+# Fewer steps are worth a word, and as many as these are advised.
+_FEW_STEPS, _ENOUGH_STEPS = 100, 300
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,56 @@ class Schedule:
         return warm * max(_FLOOR, left)
 
 
-def dense_schedule(config: TrainConfig) -> Schedule:
-    """Of everything outside the tables."""
-    return Schedule(config.warmup_steps, config.decay)
+def dense_schedule(config: TrainConfig, steps: int = 0) -> Schedule:
+    """Of everything outside the tables; `steps`: of the whole run, 0 = nobody knows."""
+    return Schedule(_warmup(config.warmup_steps, config.warmup, steps), config.decay)
 
 
-def table_schedule(config: TrainConfig) -> Schedule:
+def table_schedule(config: TrainConfig, steps: int = 0) -> Schedule:
     """The same, but for what `train.tables` sets."""
     tables = config.tables
-    warmup = config.warmup_steps if tables.warmup_steps is None else tables.warmup_steps
+    own = tables.warmup_steps is not None or tables.warmup is not None
+    given = tables if own else config
+    warmup = _warmup(given.warmup_steps, given.warmup or 0.0, steps)
     return Schedule(warmup, config.decay if tables.decay is None else tables.decay)
+
+
+def _warmup(asked: int | None, share: float, steps: int) -> int:
+    """Steps of a warm-up: so many as asked for, but no more than a part of the run; or a share of it."""
+    if asked is None:
+        return round(share * steps)
+    return min(asked, max(1, math.ceil(LONGEST_WARMUP * steps))) if steps and asked else asked
+
+
+def run_steps(config: TrainConfig, epoch_candidates: int, batch_candidates: int) -> int:
+    """About how many steps a run has: blocks are not cut, so that its steps are a little larger and fewer."""
+    by_data = config.epochs * math.ceil(epoch_candidates / batch_candidates)
+    return min(by_data, config.max_steps) if config.max_steps else by_data
+
+
+def schedule_remarks(config: TrainConfig, epoch_candidates: int, batch_candidates: int) -> list[str]:
+    """What a user should know of a short run before it starts."""
+    steps = run_steps(config, epoch_candidates, batch_candidates)
+    asked = {
+        "train.warmup_steps": config.warmup_steps,
+        "train.tables.warmup_steps": config.tables.warmup_steps,
+    }
+    lines = [
+        f"{key} = {length:,} is more than a fifth of the run's {steps:,} steps or so: the warm-up takes "
+        f"{_warmup(length, 0.0, steps):,} (set a share of the run instead, such as train.warmup = 0.05)"
+        for key, length in asked.items()
+        if length and _warmup(length, 0.0, steps) < length
+    ]
+    wanted = config.epochs * epoch_candidates // _ENOUGH_STEPS
+    if steps < _FEW_STEPS and not (config.max_steps and config.max_steps <= steps):
+        smaller = f"data.batch_candidates = {max(16, wanted)}" if wanted < batch_candidates else ""
+        more = f"train.epochs = {math.ceil(config.epochs * _ENOUGH_STEPS / max(steps, 1))}"
+        advice = " or ".join([part for part in (smaller, more) if part])
+        lines.append(
+            f"a short run: about {steps:,} step(s) of {batch_candidates:,} candidates from "
+            f"{epoch_candidates:,} a pass, in which little is learnt; for some hundred steps set {advice}"
+        )
+    return lines
 
 
 def progress_of(config: TrainConfig, step: int, candidates: int, epoch_candidates: int) -> float:

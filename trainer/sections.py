@@ -188,6 +188,7 @@ class TableRatesConfig(Settings):
         warmup_steps, decay: as in [train], of the tables alone.
     """
 
+    warmup: float | None = Field(None, ge=0, lt=1)
     warmup_steps: int | None = Field(None, ge=0)
     decay: Decay | None = None
 
@@ -203,7 +204,8 @@ class TrainConfig(Settings):
         weight_decay: of adamw, on dense weights of two dimensions or more.
         max_gradient_norm: dense gradients are scaled down to this global norm; 0 = never. Tables are not
             clipped and their gradients are not in the norm.
-        warmup_steps: linear warm-up of all learning rates.
+        warmup: share of the run in which all learning rates rise linearly; warmup_steps: the same in steps,
+            which then counts instead, but for no more than a fifth of the run.
         decay: `linear` or `cosine` lets all learning rates fall to a thousandth at the last step.
         tables: another warm-up or decay for the tables' rates, which are groups.<name>.learning_rate.
         precision: of everything dense in training: `bf16` multiplies in bfloat16; weights, looked-up vectors
@@ -227,7 +229,8 @@ class TrainConfig(Settings):
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     max_gradient_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
-    warmup_steps: int = Field(0, ge=0)
+    warmup: float = Field(0.0, ge=0, lt=1)
+    warmup_steps: int | None = Field(None, ge=0)
     decay: Decay = "linear"
     tables: TableRatesConfig = TableRatesConfig()
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -30,6 +30,11 @@ def note_start(folder: RunFolder, config: Config, step: int) -> None:
     from_rank_0(lambda: _note(_file(folder), config, step))
 
 
+def check_start(folder: RunFolder, config: Config, step: int) -> None:
+    """The same, but nothing is written down; collective."""
+    from_rank_0(lambda: _check(_file(folder), config, step))
+
+
 @contextmanager
 def ending_well(folder: RunFolder, speaks: bool) -> Iterator[None]:
     """Forget the starts when the training returns, or is interrupted: a person or a signal is no failure.
@@ -53,7 +58,8 @@ def _forget(folder: RunFolder) -> None:
     _file(folder).unlink(missing_ok=True)
 
 
-def _note(file: Path, config: Config, step: int) -> None:
+def _check(file: Path, config: Config, step: int) -> str:
+    """-> digest of the config."""
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     vain = len(list(takewhile(lambda line: _began(line) == (step, digest), reversed(lines))))
@@ -64,6 +70,11 @@ def _note(file: Path, config: Config, step: int) -> None:
             "look at the first error of each and mend its cause (or save more often, see checkpoint.*), then "
             "delete this file to go on; a start with a changed configuration goes on by itself"
         )
+    return digest
+
+
+def _note(file: Path, config: Config, step: int) -> None:
+    digest = _check(file, config, step)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as starts:

@@ -11,6 +11,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from embeddings.comms import AS_THEY_ARE, Comms
 from embeddings.errors import DataError
 from trainer.config import Config
 from trainer.data.batch import RequestBatch
@@ -96,6 +97,7 @@ class TrainStep:
         shell = model.module
         assert isinstance(shell, TwoStageModel)
         self._lookups, self._dense = shell.lookups, dense_weights(model)
+        self._comms: Comms = getattr(model, "comms", AS_THEY_ARE)
         # The one thing that a forward pass changes: running statistics of batch normalisation.
         norms = [module for module in shell.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self._statistics = [buffer for module in norms for buffer in module.buffers()]
@@ -161,13 +163,16 @@ class TrainStep:
         assert self._current is not None
         number, step = self._current
         dense = {name: weight.grad for name, weight in self._dense.items() if weight.grad is not None}
-        found = Gradients(self._loss, {cut.group: cut.gradient() for cut in cuts}, dense)
+        sent = {cut.group: cut.outside.detach() for cut in cuts} if self._comms.forward == "fp16" else {}
+        found = Gradients(self._loss, {cut.group: cut.gradient() for cut in cuts}, dense, sent)
         try:
             norm = guard.norm(number, step, found)
         except DataError:
             for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
                 buffer.copy_(before)
             raise
+        if self._comms.backward == "fp16":
+            self._comms.scale.fit(guard.largest(list(found.vectors.values())))
         if self._config.max_gradient_norm:
             limit = self._config.max_gradient_norm
             torch.nn.utils.clip_grads_with_norm_(list(self._dense.values()), limit, norm)

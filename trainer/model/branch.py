@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from trainer.model.search import (
 from trainer.model.sequence import Behaviors, SequenceModel, StackedTin, TargetAttention
 from trainer.model.settings import BranchConfig
 from trainer.model.time import AGE_BUCKETS, TimeBias, TimeEncoding
-from trainer.model.windows import Kept, Source, Windows, first_ids
+from trainer.model.windows import Kept, Source, Windows, all_ids, one_id
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,20 @@ class Branch(nn.Module):
             kept = Kept(windows.index, windows.mask, windows.marks, windows.log_size)
             return Searched(windows, raw, raw, kept)
         encoded = self.scorer.encode(raw)
-        ids_N, ids_C = first_ids(batch, self.settings.match) if self.settings.match else (None, None)
-        if ids_N is not None and not batch.behaviors:
-            ids_N = F.pad(ids_N, (0, 1))
-        kept = self.search(Query(self.scorer, encoded, raw, windows, ids_C, ids_N))
+        ids_N, ids_C = all_ids(batch, self.settings.match) if self.settings.match else (None, None)
+        kept = self._search(Query(self.scorer, encoded, raw, windows, ids_C, ids_N))
         return Searched(windows, raw, encoded, kept, isinstance(self.search, AllSearch))
+
+    def _search(self, query: Query) -> Kept:
+        """In single precision always: half of it would rank by rounding."""
+        assert self.search is not None
+        device = query.raw.key_ND.device.type
+        again = torch.is_autocast_enabled(device) and not isinstance(self.search, AllSearch)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            if again:
+                query = replace(query, vectors=query.scorer.encode(query.raw))
+            kept: Kept = self.search(query)
+        return kept
 
     def weigh(self, searched: Searched) -> Tensor | None:
         """Attention weights of the kept behaviors, [C, H, K]."""
@@ -140,7 +149,7 @@ class Branch(nn.Module):
             query_CD, key_ND = _select(query_CD, self.columns), _select(key_ND, self.columns)
         group_C = torch.zeros_like(batch.candidate_request)
         if self.settings.time_group:
-            _, group_C = first_ids(batch, self.settings.time_group)
+            group_C = one_id(batch, self.settings.time_group)
         cross_N = self.cross(at_least_one_row(vectors[roles.cross][:n])) if self.cross is not None else None
         return Attended(query_CD, key_ND, group_C, cross_N)
 
@@ -157,7 +166,8 @@ class CrossBias(nn.Module):
     def forward(self, vector_ND: Tensor) -> Tensor:
         """[N, sum of widths] -> [N]."""
         beta_D = self.beta.repeat_interleave(torch.tensor(self.widths, device=self.beta.device))
-        return vector_ND @ (self.compress * beta_D)
+        # Not a matrix product, which rounds equal rows differently depending on their place.
+        return (vector_ND * (self.compress * beta_D)).sum(1)
 
 
 class _Parts:

@@ -6,15 +6,16 @@ the kept scores again with gradient, from the same vectors, by the same scorer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.model.exact import PairScores, exact_signs, sign_error
 from trainer.model.score import Attended, DotScorer, Scorer, twin_projections
 from trainer.model.slices import columns_of_slices, pays
-from trainer.model.top import ascending, top_columns
+from trainer.model.top import Doubt, ascending, top_columns
 from trainer.model.windows import Kept, Windows
 
 
@@ -25,7 +26,7 @@ class Query:
     Attributes:
         scorer, vectors: of stage two, encoded; raw: the attention vectors before that.
         windows: where to search.
-        ids_C, ids_N: ids that a hard search matches, or None.
+        ids_C, ids_N: ids that a hard search matches, or None: [C], or [C, ids] where there may be several.
     """
 
     scorer: Scorer
@@ -34,6 +35,10 @@ class Query:
     windows: Windows
     ids_C: Tensor | None = None
     ids_N: Tensor | None = None
+
+    def doubt(self) -> Doubt:
+        """What a ranking by the scorer's rounded scores must ask for."""
+        return PairScores(self.scorer, self.raw, self.vectors, self.windows).doubt()
 
 
 class Search(nn.Module):
@@ -45,7 +50,7 @@ class Search(nn.Module):
 
     @torch.no_grad()
     def forward(self, query: Query) -> Kept:
-        """-> the kept behaviors, [C, K]."""
+        """-> the kept behaviors, [C, K]. What is kept for a candidate depends on it and its window alone."""
         column, mask = self.columns(query)
         missing = self.k - column.shape[1]
         return query.windows.columns(F.pad(column, (0, missing)), F.pad(mask, (0, missing)))
@@ -59,13 +64,14 @@ class DotSearch(Search):
     """Exact top-K by the scorer of stage two (TWIN, DARE); several heads share the K places round-robin."""
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        doubt = query.doubt()
         if pays(query.scorer, query.vectors, query.windows):
             assert isinstance(query.scorer, DotScorer)
-            return columns_of_slices(query.scorer, query.vectors, query.windows, self.k)
+            return columns_of_slices(query.scorer, query.vectors, query.windows, self.k, doubt)
         score_CHX = query.scorer.over_windows(query.vectors, query.windows)
         if score_CHX.shape[1] == 1:
-            return top_columns(score_CHX[:, 0], self.k)
-        return round_robin(score_CHX, self.k)
+            return top_columns(score_CHX[:, 0], self.k, doubt=doubt)
+        return round_robin(score_CHX, self.k, doubt)
 
 
 class AllSearch(Search):
@@ -77,7 +83,7 @@ class AllSearch(Search):
 
 
 class HardSearch(Search):
-    """The newest K behaviors of the candidate's own id (category, say), then the newest others.
+    """The newest K behaviors that share an id with the candidate (its category, say), then the newest others.
 
     This is the mask of DARE's `TWIN hard`, which fills up with other behaviors; SIM's hard search, which does
     not, is `data.search` with one level. Id 0, unknown, matches nothing in either.
@@ -86,8 +92,15 @@ class HardSearch(Search):
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         assert query.ids_C is not None and query.ids_N is not None
         windows = query.windows
-        same = query.ids_N[windows.index][windows.of_candidate] == query.ids_C[:, None]
-        same = same & (query.ids_C > 0)[:, None]
+        of_candidate, of_behavior = (
+            part if part.dim() == 2 else part[:, None] for part in (query.ids_C, query.ids_N)
+        )
+        same = torch.zeros(windows.of_candidate.numel(), windows.index.shape[1], dtype=torch.bool)
+        same = same.to(windows.index.device)
+        for ids_N in of_behavior.unbind(1):
+            ids_CX = ids_N[windows.index][windows.of_candidate]
+            for ids_C in of_candidate.unbind(1):
+                same |= (ids_CX == ids_C[:, None]) & (ids_C > 0)[:, None]
         return _best_places(torch.where(same, 0, 1), windows, self.k)
 
 
@@ -127,17 +140,20 @@ class SoftSearch(Search):
         self.index = DotScorer(*twin_projections(width, dim), 1, None, None)
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
-        score_CHX = self.index.over_windows(self.index.encode(query.raw), query.windows)
-        return top_columns(score_CHX[:, 0], self.k)
+        own = replace(query, scorer=self.index, vectors=self.index.encode(query.raw))
+        # The index knows neither cross features nor sizes of clusters.
+        score_CHX = self.index.over_windows(own.vectors, own.windows)
+        return top_columns(score_CHX[:, 0], self.k, doubt=own.doubt())
 
 
-def round_robin(score_CHX: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
     """Walk the heads' ranked lists in turn, best first, until K different columns are found (TWIN, 4.2)."""
     candidates, heads, width = score_CHX.shape
-    ranked = score_CHX.flatten(0, 1).sort(dim=1, descending=True, stable=True)
     lists = (candidates, heads)
-    column = ranked.indices[:, :k].unflatten(0, lists).transpose(1, 2).flatten(1)
-    real = (ranked.values[:, :k] > -torch.inf).unflatten(0, lists).transpose(1, 2).flatten(1)
+    column, real = (
+        part.unflatten(0, lists).transpose(1, 2).flatten(1)
+        for part in ranked_columns(score_CHX.flatten(0, 1), k, doubt)
+    )
     column = torch.where(real, column, width)
     place = column.sort(dim=1, stable=True)
     again = F.pad(place.values[:, 1:] == place.values[:, :-1], (1, 0))
@@ -145,6 +161,25 @@ def round_robin(score_CHX: Tensor, k: int) -> tuple[Tensor, Tensor]:
     taken = new & (new.cumsum(1) <= k)
     order = torch.where(taken, column, width).sort(dim=1).values[:, : min(k, width)]
     return order.clamp(max=width - 1), order < width
+
+
+def ranked_columns(score_RX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
+    """The K best columns of each row, best first, and which of them count; ties go to the lower column."""
+    column, real = top_columns(score_RX, k, doubt=doubt)
+    value = score_RX.gather(1, column).masked_fill(~real, -torch.inf)
+    ranked = value.sort(dim=1, descending=True, stable=True)
+    if doubt is not None and column.shape[1] > 1:
+        close = ranked.values[:, :-1] - ranked.values[:, 1:] <= doubt.slack[:, None]
+        close = F.pad(close, (0, 1)) | F.pad(close, (1, 0))
+        row, place = torch.nonzero(
+            torch.zeros_like(real).scatter(1, ranked.indices, close) & real, as_tuple=True
+        )
+        if row.numel():
+            value = value.double()
+            value[row, place] = doubt.exact(row, column[row, place])
+            order = value.sort(dim=1, descending=True, stable=True).indices
+            return column.gather(1, order), real.gather(1, order)
+    return column.gather(1, ranked.indices), real.gather(1, ranked.indices)
 
 
 def _best_places(cost_CX: Tensor, windows: Windows, k: int) -> tuple[Tensor, Tensor]:
@@ -162,8 +197,17 @@ def random_planes(width: int, bits: int, seed: int) -> Tensor:
 
 
 def sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
-    """-> bool [N, bits]; P(two bits differ) = angle / pi."""
-    return vector_ND @ planes > 0
+    """-> bool [N, bits]; P(two bits differ) = angle / pi. Equal vectors have equal bits in any company."""
+    with torch.no_grad(), torch.autocast(vector_ND.device.type, enabled=False):
+        vector_ND = vector_ND.float()
+        product = vector_ND @ planes
+        bits = product > 0
+        error_N = sign_error(vector_ND, planes.T)
+        rows = torch.nonzero(product.abs_().amin(1) < error_N).squeeze(1)
+        row, bit = torch.nonzero(product[rows] < error_N[rows, None], as_tuple=True)
+        if row.numel():
+            bits[rows[row], bit] = exact_signs(vector_ND, planes.T, (rows[row], bit))
+    return bits
 
 
 _WORD = 32
@@ -193,10 +237,11 @@ def search_reference(query: Query, k: int) -> Kept:
     column = torch.zeros(vectors.query_CD.shape[0], k, dtype=torch.int64)
     mask = torch.zeros(vectors.query_CD.shape[0], k, dtype=torch.bool)
     everything = windows.of_candidates()
-    scores = query.scorer.of_kept(vectors, everything)[:, 0]
+    exact = query.doubt().exact
     for c in range(column.shape[0]):
         seen = torch.nonzero(everything.mask[c]).squeeze(1)
-        best = seen[scores[c][seen].argsort(descending=True, stable=True)[:k]].sort().values
+        scores = exact(torch.full_like(seen, c), seen)
+        best = seen[scores.argsort(descending=True, stable=True)[:k]].sort().values
         column[c, : best.numel()] = best
         mask[c, : best.numel()] = True
     return windows.columns(column, mask)

@@ -45,7 +45,7 @@ class BranchConfig(Settings):
             `head_dim` that only the auxiliary loss `index` trains (SIM).
         clusters: search the log's clusters (`tandemrec cluster`) instead of single behaviors, with ln of
             their size added to every score in both stages (TWIN-V2).
-        match: feature that `hard` compares.
+        match: feature that `hard` compares; of several ids, one in common is enough.
         score: of stage two: `dot`, or `mlp` with one hidden layer of `score_hidden` (DIN).
         score_hidden: width of that layer.
         weights: over the kept behaviors: `softmax`, or unnormalised `sigmoid`.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.model.score import Attended, DotScorer, Scorer
-from trainer.model.top import top_columns
+from trainer.model.top import Doubt, top_columns
 from trainer.model.windows import Windows
 
 # Floats of a window's keys: below that, one product for all windows is cheaper than a call for each.
@@ -70,9 +70,12 @@ def pays(scorer: Scorer, vectors: Attended, windows: Windows) -> bool:
 
 @torch.no_grad()
 def columns_of_slices(
-    scorer: DotScorer, vectors: Attended, windows: Windows, k: int
+    scorer: DotScorer, vectors: Attended, windows: Windows, k: int, doubt: Doubt
 ) -> tuple[Tensor, Tensor]:
-    """The K best columns of each candidate's window, ascending, and which count: both [C, K]."""
+    """The K best columns of each candidate's window, ascending, and which count: both [C, K].
+
+    `doubt`: of all candidates and the columns of their windows.
+    """
     bias_WX = scorer.window_bias(vectors, windows)
     # Windows are newest first, slices newest last.
     bias_WX = None if bias_WX is None else bias_WX.flip(1)
@@ -81,7 +84,9 @@ def columns_of_slices(
     buffer = torch.empty(max(tile.cells for tile in tiles))
     found = []
     for tile in tiles:
-        column, mask = top_columns(_scores(vectors, tile, bias_WX, buffer), k, last=True)
+        score_CX = _scores(vectors, tile, bias_WX, buffer)
+        here = doubt.cut(tile.windows[0].first, tile.windows[-1].last).mirrored(tile.width)
+        column, mask = top_columns(score_CX, k, last=True, doubt=here)
         missing = k - column.shape[1]
         found.append((F.pad(column, (0, missing)), F.pad(mask, (0, missing))))
     columns, masks = zip(*found, strict=True)

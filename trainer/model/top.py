@@ -8,6 +8,10 @@ that, and each of the K best is. Only what reaches it is ranked: few more than K
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,13 +19,38 @@ from torch import Tensor
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+# Of float32, more than the -inf that is never kept.
+_LEAST = np.finfo(np.float32).min
 # Groups, times K: the more, the closer the bound. Torch compares columns fast from so many on.
 _TIMES, _FEWEST = 4, 128
 # Columns of a group that pay; of fewer, each is a group of its own.
 _COLUMNS = 2
 
 
-def top_columns(score_CX: Tensor, k: int, *, last: bool = False) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Doubt:
+    """What a ranking by rounded scores must ask for, see `trainer.model.exact`.
+
+    Attributes:
+        slack: float32 [rows], scores that lie no farther apart may be in the wrong order.
+        exact: (rows [M], columns [M]) -> scores of these pairs, float64 [M].
+    """
+
+    slack: Tensor
+    exact: Callable[[Tensor, Tensor], Tensor]
+
+    def cut(self, begin: int, end: int) -> Doubt:
+        """That of some rows."""
+        return Doubt(self.slack[begin:end], lambda row, column: self.exact(row + begin, column))
+
+    def mirrored(self, width: int) -> Doubt:
+        """That of rows which are counted from their end."""
+        return Doubt(self.slack, lambda row, column: self.exact(row, width - 1 - column))
+
+
+def top_columns(
+    score_CX: Tensor, k: int, *, last: bool = False, doubt: Doubt | None = None
+) -> tuple[Tensor, Tensor]:
     """The K best columns of each row, ascending, and which of them count; ties go to the lower column.
 
     `topk` alone keeps any of several equal scores, which one depending on the width of the tensor, so that
@@ -30,31 +59,54 @@ def top_columns(score_CX: Tensor, k: int, *, last: bool = False) -> tuple[Tensor
 
     Args:
         last: columns are counted from the end of the row, which ties go to then.
+        doubt: where given, columns whose scores are as good as equal are ranked by their exact scores.
 
     Returns:
         int64 and bool, both [C, min(K, X)]; columns that do not count are X - 1.
     """
     if score_CX.device.type != "cpu" or score_CX.dtype != torch.float32 or not score_CX.numel():
-        return top_columns_by_topk(score_CX.flip(1) if last else score_CX, k)
+        if not last:
+            return top_columns_by_topk(score_CX, k, doubt)
+        return top_columns_by_topk(score_CX.flip(1), k, doubt and doubt.mirrored(score_CX.shape[1]))
     score_CX = score_CX.detach().contiguous()
     groups = groups_of(k)
     worth = score_CX.shape[1] >= _COLUMNS * groups
-    return top_of_groups(score_CX, best_of_groups(score_CX, groups) if worth else score_CX, k, last=last)
+    best_CG = best_of_groups(score_CX, groups) if worth else score_CX
+    return top_of_groups(score_CX, best_CG, k, last=last, doubt=doubt)
 
 
-def top_columns_by_topk(score_CX: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_columns_by_topk(score_CX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
     """The same by torch's own operators: for devices, and the reference of the property test."""
     width = score_CX.shape[1]
     best = score_CX.topk(min(k + 1, width), dim=1)
     column_CK, value_CK = best.indices[:, :k], best.values[:, :k]
     if width > k:
-        tied = (best.values[:, k - 1] == best.values[:, k]) & (best.values[:, k] > -torch.inf)
+        kth, next_C = best.values[:, k - 1], best.values[:, k]
+        slack = 0.0 if doubt is None else doubt.slack.nan_to_num(0.0)
+        # NaN is the best, and equal to itself.
+        tied = ((kth - next_C <= slack) | (kth == next_C) | next_C.isnan()) & ~(next_C == -torch.inf)
         rows = torch.nonzero(tied).squeeze(1)
         if rows.numel():
-            exact = score_CX[rows].sort(dim=1, descending=True, stable=True)
+            score = score_CX[rows]
+            if doubt is not None:
+                score = _settled_rows(score, kth[rows], rows, doubt)
+            exact = score.sort(dim=1, descending=True, stable=True)
             column_CK = column_CK.index_copy(0, rows, exact.indices[:, :k])
-            value_CK = value_CK.index_copy(0, rows, exact.values[:, :k])
+            value_CK = value_CK.index_copy(0, rows, exact.values[:, :k].to(value_CK.dtype))
     return ascending(column_CK, ~(value_CK == -torch.inf), width)
+
+
+def _settled_rows(score_RX: Tensor, kth_R: Tensor, rows_R: Tensor, doubt: Doubt) -> Tensor:
+    """What decides in rows of which the K-th best is in doubt: inf, an exact score, or -inf."""
+    score_RX = score_RX.double().nan_to_num(torch.inf, torch.inf, -torch.inf)
+    slack = doubt.slack[rows_R].double().nan_to_num(0.0)[:, None]
+    kth = kth_R.double().nan_to_num(torch.inf)[:, None]
+    sure = score_RX > kth + slack
+    zone = ~sure & (score_RX >= kth - slack) & (score_RX > -torch.inf)
+    row, column = torch.nonzero(zone, as_tuple=True)
+    settled = torch.where(sure, torch.inf, -torch.inf).double()
+    settled[row, column] = doubt.exact(rows_R[row], column).nan_to_num(torch.inf)
+    return settled
 
 
 def ascending(column_CK: Tensor, mask_CK: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +132,9 @@ def best_of_groups(score_CX: Tensor, groups: int) -> Tensor:
     return best_CG
 
 
-def top_of_groups(score_CX: Tensor, best_CG: Tensor, k: int, *, last: bool = False) -> tuple[Tensor, Tensor]:
+def top_of_groups(
+    score_CX: Tensor, best_CG: Tensor, k: int, *, last: bool = False, doubt: Doubt | None = None
+) -> tuple[Tensor, Tensor]:
     """`top_columns` of contiguous float32 on the CPU, from the best score of each of G groups of columns.
 
     Any groups do that have no column in common; `best_CG` may have -inf for groups that do not exist.
@@ -88,7 +142,8 @@ def top_of_groups(score_CX: Tensor, best_CG: Tensor, k: int, *, last: bool = Fal
     score = score_CX.numpy()
     rows, width = score.shape
     best = best_CG.numpy()
-    bound = _kth(best, k)
+    slack = None if doubt is None else doubt.slack.nan_to_num(0.0).numpy()[:, None]
+    bound = _kth(best, k) if slack is None else np.maximum(_kth(best, k) - slack, _LEAST)
     # NaN is the best, but every comparison with it is false.
     reached = ~(score < bound) if np.isnan(best).any() else score >= bound
     flat, hit = score.reshape(-1), np.flatnonzero(reached)
@@ -99,6 +154,11 @@ def top_of_groups(score_CX: Tensor, best_CG: Tensor, k: int, *, last: bool = Fal
     if reach.shape[1] > k:
         few = np.full(reach.shape, -np.inf, dtype=np.float32)
         few[reach] = flat[hit]
+        few[np.isnan(few)] = np.inf
+        if doubt is not None and slack is not None:
+            rank_of = np.full(reach.shape, -1, dtype=np.int64)
+            rank_of[reach] = flat.size - 1 - hit if last else hit
+            few = _settled(few, k, slack, lambda zone: _exact(doubt, rank_of[zone], width))
         hit = hit[_kept(few, k)[reach]]
         reach = _filled(hit, rows, width)
     mask = np.zeros((rows, min(k, width)), dtype=bool)
@@ -109,6 +169,34 @@ def top_of_groups(score_CX: Tensor, best_CG: Tensor, k: int, *, last: bool = Fal
     return (found[0].flip(0), found[1].flip(0)) if last else found
 
 
+def _exact(doubt: Doubt, place: Ints, width: int) -> NDArray[np.float64]:
+    """Exact scores at flat places."""
+    row, column = (torch.from_numpy(part) for part in np.divmod(place, width))
+    found: NDArray[np.float64] = doubt.exact(row, column).numpy()
+    return np.where(np.isnan(found), np.inf, found)
+
+
+def _settled(
+    few: Floats, k: int, slack: Floats, exact: Callable[[NDArray[np.bool_]], NDArray[np.float64]]
+) -> NDArray[Any]:
+    """Scores by which the K best of each row are found; where rounding could decide, the exact ones do.
+
+    Of the rounded scores, what is above the K-th by more than the slack is one of the K best for sure, what
+    is below it by more is none.
+    """
+    kth = _kth(few, k)
+    sure = few > kth + slack
+    zone = ~sure & (few >= kth - slack) & (few > -np.inf)
+    zone &= (np.count_nonzero(zone, axis=1) > k - np.count_nonzero(sure, axis=1))[:, None]
+    if not zone.any():
+        return few
+    doubtful = zone.any(1)
+    settled = few.astype(np.float64)
+    settled[doubtful] = np.where(sure[doubtful], np.inf, -np.inf)
+    settled[zone] = exact(zone)
+    return settled
+
+
 def _filled(hit: Ints, rows: int, width: int) -> NDArray[np.bool_]:
     """Ascending flat places in [rows, width] -> [rows, most of a row], each row's first as many as it has."""
     counts = np.diff(np.searchsorted(hit, np.arange(rows + 1) * width))
@@ -116,19 +204,17 @@ def _filled(hit: Ints, rows: int, width: int) -> NDArray[np.bool_]:
     return filled
 
 
-def _kth(score: Floats, k: int) -> Floats:
+def _kth(score: NDArray[Any], k: int) -> Floats:
     """The K-th best of each row, [C, 1]; NaN is the best. More than -inf, which is never kept."""
-    least = np.finfo(np.float32).min
     if score.shape[1] <= k:
-        return np.full((score.shape[0], 1), least, dtype=np.float32)
+        return np.full((score.shape[0], 1), _LEAST, dtype=np.float32)
     place = score.shape[1] - k
-    kth: Floats = np.maximum(np.partition(score, place, axis=1)[:, place : place + 1], least)
+    kth: Floats = np.maximum(np.partition(score, place, axis=1)[:, place : place + 1], _LEAST)
     return kth
 
 
-def _kept(few: Floats, k: int) -> NDArray[np.bool_]:
+def _kept(few: NDArray[Any], k: int) -> NDArray[np.bool_]:
     """The K best of each row; of those equal to the K-th the first."""
-    few[np.isnan(few)] = np.inf
     kth = _kth(few, k)
     kept: NDArray[np.bool_] = few >= kth
     if np.count_nonzero(kept, axis=1).max() > k:

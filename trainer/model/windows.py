@@ -208,9 +208,19 @@ def _at_least_one(part: Tensor) -> Tensor:
     return part if part.shape[1] else F.pad(part, (0, 1))
 
 
-def first_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:
-    """The first id of each behavior [N] and candidate [C]; 0 where it has none."""
+def one_id(batch: RequestBatch, feature: str) -> Tensor:
+    """The id of each candidate [C] in a feature that has one; 0 where it has none."""
+    return all_ids(batch, feature)[1][:, 0]
+
+
+def all_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:
+    """The ids of each behavior [N, most of a bag] and candidate [C, most], 0 after the last; N at least 1."""
     bags = batch.features[feature]
-    values, offsets = F.pad(bags.values(), (0, 1)), bags.offsets().to(torch.int64)
-    first = torch.where(bags.lengths() > 0, values[offsets[:-1]].to(torch.int64), 0)
-    return first[: batch.behaviors], first[batch.behaviors :]
+    lengths, offsets = bags.lengths().to(torch.int64), bags.offsets().to(torch.int64)
+    most = max(int(lengths.max()) if lengths.numel() else 0, 1)
+    step = torch.arange(most, device=lengths.device)
+    inside = step < lengths[:, None]
+    values = F.pad(bags.values().to(torch.int64), (0, 1))
+    ids = torch.where(inside, values[torch.where(inside, offsets[:-1, None] + step, 0)], 0)
+    of_behaviors = ids[: batch.behaviors]
+    return of_behaviors if batch.behaviors else F.pad(of_behaviors, (0, 0, 0, 1)), ids[batch.behaviors :]

@@ -120,7 +120,7 @@ def _dot_columns(scorer: DotScorer, query: Query, k: int, space: Space) -> list[
     keys_XD = F.embedding(query.windows.index[0], query.vectors.key_ND)
     biased = bool(bias_X1.any())
     keys_XD = torch.cat([keys_XD, bias_X1], dim=1) if biased else keys_XD
-    groups = min(groups_of(k), width)
+    groups, doubt = min(groups_of(k), width), query.doubt()
     size = max(_FEWEST, _CACHED // width)
     found = []
     for begin in range(0, query.vectors.query_CD.shape[0], size):
@@ -129,7 +129,7 @@ def _dot_columns(scorer: DotScorer, query: Query, k: int, space: Space) -> list[
         query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
         score_CX = space.matrix(query_CD.shape[0], width)
         best_CG = _score(score_CX, query_CD, keys_XD, scorer._beside(chunk.vectors, chunk.windows), groups)
-        found.append(top_of_groups(score_CX, best_CG, k))
+        found.append(top_of_groups(score_CX, best_CG, k, doubt=doubt.cut(begin, begin + size)))
     return found
 
 

@@ -1,0 +1,245 @@
+"""What a training does before its first step; `train --check` does the same, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embeddings.agreement import from_every_rank, from_rank_0, unhurried
+from embeddings.errors import ConfigError
+from embeddings.groups import TableGroup
+from embeddings.plan_file import read_plan_file, to_tree
+from embeddings.planning import DoesNotFit, check_plan, offline_plan
+from trainer import checkpoint
+from trainer.assemble import (
+    Sharded,
+    build_sharded,
+    build_trainable,
+    cluster_of,
+    feature_rows,
+    plan_task,
+    resolve_groups,
+)
+from trainer.config import Config
+from trainer.data.reader import SequenceLogReader, Step
+from trainer.data.schema import LogManifest, read_manifest
+from trainer.distributed import Ranks, sum_counts
+from trainer.durable import remove_folder
+from trainer.loop import Trainer
+from trainer.pipeline import kind_for
+from trainer.remarks import remarks
+from trainer.resume import check_resumable, log_fingerprint
+from trainer.run import RunFolder
+from trainer.schedule import schedule_remarks
+from trainer.starts import check_start, note_start
+from trainer.warm_start import fill, opened
+from trainer.workload import step_size
+
+Say = Callable[[str], None]
+# Tables up to this size are built where a configuration is only checked.
+_SMALL = 1 << 30
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run before its tables are placed.
+
+    Attributes:
+        config, manifest, folder, ranks: what, on what, where to and who.
+        found: the checkpoint to go on from; fingerprint: of the log.
+        groups: resolved; train, validation: this rank's readers.
+    """
+
+    config: Config
+    manifest: LogManifest
+    folder: RunFolder
+    ranks: Ranks
+    found: checkpoint.Found
+    fingerprint: str
+    groups: dict[str, TableGroup]
+    train: SequenceLogReader
+    validation: SequenceLogReader | None
+
+    def trainer(self, sharded: Sharded, say: Say) -> Trainer:
+        """The model with everything that trains it, still with its first weights; collective."""
+        plan = to_tree(sharded.plan)
+        return Trainer(
+            self.config,
+            sharded.model,
+            self.train,
+            self.validation,
+            self.ranks,
+            self.folder,
+            say,
+            self.fingerprint,
+            plan,
+        )
+
+    def fill(self, trainer: Trainer, scratch: Path, say: Say) -> None:
+        """Give a new run the weights that `train.init_from` names, if any; collective."""
+        if self.found.path is not None or not self.config.train.init_from:
+            return
+        path, carry = Path(self.config.train.init_from), self.config.train.init_optimizer == "carry"
+        log = self.config.data.log
+        with opened(path, scratch) as source:
+            lines: list[str] = []
+
+            def filled(tensors: dict[str, Any]) -> None:
+                # Ranks read different rows of large files, some for longer than a collective waits.
+                every = from_every_rank(lambda: fill(tensors, source, log, self.manifest, carry), slow=True)
+                lines.extend(every[0])
+
+            trainer.load(filled)
+        say("\n".join([f"weights from {path}, step {source.manifest.step:,}", *lines]))
+
+
+def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: bool = False) -> Start:
+    """Read all that a run is made of, and say what of it is left aside; collective.
+
+    Args:
+        checking: leave no trace.
+
+    Raises:
+        TandemError: something of it is missing, damaged, or does not fit together.
+    """
+    manifest, folder = read_manifest(config.data.log), RunFolder(out)
+    fingerprint = log_fingerprint(manifest)
+    from_rank_0(lambda: check_writable(out))
+    found = checkpoint.find(folder.checkpoints)
+    for reason in found.refused:
+        say(f"refused checkpoint: {reason}")
+    if found.path is not None:
+        check_resumable(found.state, config, fingerprint)
+    step = found.state.get("step", 0)
+    if checking:
+        check_start(folder, config, step)
+    else:
+        note_start(folder, config, step)
+        from_rank_0(lambda: folder.write_config(config))
+    groups = resolve_groups(config, manifest)
+    kind_for(config.train.pipeline, ranks.device)
+    rows = feature_rows(groups)
+    train = open_split(config, "train", rows, ranks, seed=config.train.seed)
+    validation = open_split(config, "validation", rows, ranks) if manifest.holds("validation") else None
+    for problem in [*train.skipped, *(validation.skipped if validation else [])]:
+        print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
+    for line in remarks(config, manifest, groups):
+        say(line)
+    for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
+        say(line)
+    return Start(config, manifest, folder, ranks, found, fingerprint, groups, train, validation)
+
+
+def try_out(start: Start, say: Say) -> None:
+    """Do what is left before a first step, short of taking it; collective.
+
+    Tables of more than a gigabyte are planned and not built. That they need more ranks than one is said and
+    no error where there is one: a check is made before the ranks of a training are there.
+
+    Raises:
+        TandemError: training would raise it.
+    """
+    if start.ranks.speaks:
+        start.folder.check_free()
+    size = sum(4 * table.rows * table.dim for group in start.groups.values() for table in group.tables)
+    _check_plan(start, say)
+    if size <= _SMALL:
+        _build(start)
+    else:
+        say(f"tables of {size / 1e9:,.1f} GB were planned, not built")
+    if start.validation is not None:
+        _first(start.validation)
+    if start.manifest.holds("test"):
+        _first(open_split(start.config, "test", feature_rows(start.groups), start.ranks))
+
+
+def _check_plan(start: Start, say: Say) -> None:
+    """Whether the tables have a place; a plan from a file is checked for the ranks that it was made for."""
+    config, ranks = start.config, start.ranks
+    cluster, size = cluster_of(ranks), step_size(config.data, start.manifest)
+    built = build_trainable(config, start.manifest, torch.device("meta"))
+    if config.plan.file:
+        file = Path(config.plan.file)
+        saved = read_plan_file(file)
+        if ranks.world_size == 1:
+            places = saved.world_size, saved.local_world_size
+            cluster = replace(cluster, device=saved.device, world_size=places[0], local_world_size=places[1])
+            say(f"{file} is for {places[0]} rank(s) on {saved.device}")
+        check_plan(saved, plan_task(config, start.manifest, built, cluster, size), str(file))
+        return
+
+    def problem() -> str:
+        try:
+            offline_plan(plan_task(config, start.manifest, built, cluster, size))
+        except DoesNotFit as found:
+            if ranks.world_size > 1:
+                raise
+            return f"{found}; more ranks may hold them, see `tandemrec plan`"
+        return ""
+
+    if line := from_rank_0(problem):
+        say(line)
+
+
+def _build(start: Start) -> None:
+    """The model with its weights, and its answer to a first batch."""
+    own = start.config.plan.model_copy(update={"file": ""})
+    config = start.config.model_copy(update={"plan": own})
+    sharded = build_sharded(config, start.manifest, start.ranks, training=True, resumed=start.found)
+    trainer = start.trainer(sharded, _nothing)
+    trainer.resume(start.found)
+    scratch = Path(from_rank_0(tempfile.mkdtemp))
+    try:
+        start.fill(trainer, scratch / "init.tmp", _nothing)
+    finally:
+        if start.ranks.speaks:
+            remove_folder(scratch)
+    step = _first(start.train)
+    with torch.no_grad():
+        sharded.model.eval()(step.batch.to(start.ranks.device))
+
+
+def _nothing(line: str) -> None:
+    """Says nothing."""
+
+
+def _first(reader: SequenceLogReader) -> Step:
+    """The first step of a split, read and checked."""
+    with closing(reader.steps()) as steps:
+        return next(iter(steps))
+
+
+def check_writable(out: Path) -> None:
+    """Raises:
+    ConfigError: no run can be written there.
+    """
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {place} cannot be written ({error.strerror})") from None
+
+
+def open_split(
+    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None
+) -> SequenceLogReader:
+    """This rank's reader of a split; shuffled where a seed is given. Collective."""
+    return SequenceLogReader(
+        config.data,
+        split,
+        rows,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=seed,
+        share=sum_counts,
+        together=unhurried,
+    )

@@ -1,0 +1,315 @@
+"""Scores whose bits depend on candidate and behavior alone, for pairs that rounding could put in any order.
+
+A matrix product rounds equal rows differently, depending on where in the matrix they lie, and so on all else
+in the batch. What a search keeps must not: equal behaviors would be ranked by chance, and a request scored
+differently alone and in company. So a search takes the fast product for what it is, right up to an error that
+has a bound, and asks here only where scores lie closer than that.
+
+A sum of products of whole numbers is exact in double precision as long as it stays below 2 ** 53, in any
+order of adding up. Vectors are rounded to so many bits below their own largest element that it does.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import itemgetter
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
+from trainer.model.time import TimeBias
+from trainer.model.top import Doubt
+from trainer.model.windows import Kept, Windows
+
+# Of a double's significand.
+_BITS = 53
+# Twice the relative error of one rounding to float32: the bound also covers the rounding to whole numbers.
+_ROUNDING = 2.0**-23
+# Numbers of pairs' vectors that are held at once: 32 MB.
+_CELLS = 1 << 22
+# Pairs that are scored at once, and so many that equal behaviors among them are worth looking for.
+_PAIRS, _MANY = 1 << 20, 1 << 16
+
+
+class PairScores:
+    """The exact scores of candidates and columns of their windows.
+
+    Args:
+        scorer: whose scores; raw: the attention vectors before it encodes them; vectors: after that, as they
+            were multiplied.
+        windows: whose columns; newest first.
+    """
+
+    def __init__(self, scorer: Scorer, raw: Attended, vectors: Attended, windows: Windows) -> None:
+        self.scorer, self.raw, self.vectors, self.windows = scorer, raw, vectors, windows
+
+    def doubt(self) -> Doubt:
+        """Rows are candidates times heads, the heads of a candidate one after the other."""
+        return Doubt(2 * self._error_CH.flatten(), self.of)
+
+    def of(self, row_M: Tensor, column_M: Tensor) -> Tensor:
+        """float64 [M]."""
+        parts = zip(row_M.split(_PAIRS), column_M.split(_PAIRS), strict=True)
+        return torch.cat([self._of_some(*part) for part in parts])
+
+    def _of_some(self, row_M: Tensor, column_M: Tensor) -> Tensor:
+        candidate_M, head_M = row_M // self.scorer.heads, row_M % self.scorer.heads
+        window_M = self.windows.of_candidate[candidate_M]
+
+        def at(part: Tensor) -> Tensor:
+            return part[window_M, column_M][:, None]
+
+        index_M1, size = at(self.windows.index), self.windows.log_size
+        kept = Kept(
+            index_M1,
+            torch.ones_like(index_M1, dtype=torch.bool),
+            self.windows.marks.each(at),
+            None if size is None else at(size),
+        )
+        if not isinstance(self.scorer, DotScorer):
+            return self._in_double(candidate_M, kept)
+        group_M = self.raw.group_C[candidate_M]
+        asked = Attended(self.raw.query_CD, self.raw.key_ND, group_M, self.raw.cross_N)
+        score_M = self.scorer._kept_bias(asked, kept)[:, 0].double()
+        query = self._queries(candidate_M, head_M)
+        score_M = score_M + self._products(query, index_M1[:, 0], row_M)
+        encoding = self.scorer.encoding
+        for name, index in encoding._indices(kept.marks, group_M) if encoding is not None else ():
+            assert encoding is not None
+            score_M = score_M + query.times(Rows.of(encoding.tables[name].double(), index[:, 0]))
+        return score_M
+
+    def _products(self, query: Rows, index_M: Tensor, row_M: Tensor) -> Tensor:
+        """Of the queries and the keys of behaviors; equal ones are multiplied once where they are many."""
+        heads = self.scorer.heads
+        kinds = self._kinds if index_M.numel() > _MANY else None
+        if kinds is None or (int(row_M.max()) + 1) * len(kinds.first) > index_M.numel():
+            return query.times(self._keys(index_M, row_M % heads))
+        pair_M = row_M * len(kinds.first) + kinds.of_row[index_M]
+        needed, place_M = _needed(pair_M, (int(row_M.max()) + 1) * len(kinds.first))
+        some = torch.empty_like(needed)
+        some[place_M] = torch.arange(index_M.numel(), device=needed.device)
+        keys = self._keys(kinds.first[needed % len(kinds.first)], row_M[some] % heads)
+        return replace(query, place=query.place[some]).times(keys)[place_M]
+
+    @cached_property
+    def _kinds(self) -> _Kinds | None:
+        return _kinds_of(self.raw.key_ND)
+
+    def _queries(self, candidate_M: Tensor, head_M: Tensor) -> Rows:
+        needed, place_M = _needed(candidate_M, self.raw.query_CD.shape[0])
+        assert isinstance(self.scorer, DotScorer)
+        query_RD = self.raw.query_CD[needed].float()
+        if self.scorer.encoding is not None:
+            query_RD = self.scorer.encoding.target(query_RD, self.raw.group_C[needed])
+        mapped_RD = _mapped(self.scorer.query, query_RD)
+        mapped_RD = mapped_RD * max(mapped_RD.shape[1] // self.scorer.heads, 1) ** -0.5
+        return self._of_heads(mapped_RD, place_M, head_M)
+
+    def _keys(self, index_M: Tensor, head_M: Tensor) -> Rows:
+        needed, place_M = _needed(index_M, self.raw.key_ND.shape[0])
+        assert isinstance(self.scorer, DotScorer)
+        mapped_RD = _mapped(self.scorer.key, self.raw.key_ND[needed].float())
+        return self._of_heads(mapped_RD, place_M, head_M)
+
+    def _of_heads(self, rows_RD: Tensor, place_M: Tensor, head_M: Tensor) -> Rows:
+        heads = self.scorer.heads
+        return Rows.of(rows_RD.unflatten(1, (heads, -1)).flatten(0, 1), place_M * heads + head_M)
+
+    def _in_double(self, candidate_M: Tensor, kept: Kept) -> Tensor:
+        """Scores that are no inner products: in double precision, rounded to float32.
+
+        The order of adding up shows in them only where it decides to which of two floats is rounded.
+        """
+        scorer, parts = copy.deepcopy(self.scorer).double(), []
+        vectors, cross_N = self.raw, self.raw.cross_N
+        step = max(1, _CELLS // max(1, self.raw.key_ND.shape[1] ** 2))
+        for start in range(0, candidate_M.numel(), step):
+            some = slice(start, start + step)
+            asked = scorer.encode(
+                Attended(
+                    vectors.query_CD[candidate_M[some]].double(),
+                    vectors.key_ND[kept.index[some, 0]].double(),
+                    vectors.group_C[candidate_M[some]],
+                    None if cross_N is None else cross_N[kept.index[some, 0]].double(),
+                )
+            )
+            each = torch.arange(asked.query_CD.shape[0], device=kept.index.device)[:, None]
+            size = None if kept.log_size is None else kept.log_size[some]
+            pairs = Kept(each, kept.mask[some], kept.marks.each(itemgetter(some)), size)
+            parts.append(scorer.of_kept(asked, pairs)[:, 0, 0].float().double())
+        return torch.cat(parts)
+
+    @cached_property
+    def _error_CH(self) -> Tensor:
+        """Bound of how far a rounded score lies from the exact one, float32 [C, heads]."""
+        bias = self.scorer.window_bias(self.vectors, self.windows)
+        finite = None if bias is None else bias.masked_fill(~self.windows.mask, 0.0)
+        added = 0.0 if finite is None or not finite.numel() else float(finite.abs().max())
+        if isinstance(self.scorer, MlpScorer):
+            return self._error_of_mlp(self.scorer, added)
+        assert isinstance(self.scorer, DotScorer)
+        return self._error_of_dot(self.scorer, added)
+
+    def _seen(self, part_ND: Tensor) -> Tensor:
+        """Rows of the windows' behaviors, where these are fewer than all."""
+        index_WX = self.windows.index
+        return part_ND if index_WX.numel() >= part_ND.shape[0] else part_ND[index_WX.flatten()]
+
+    def _error_of_dot(self, scorer: DotScorer, added: float) -> Tensor:
+        """By the norms of what is multiplied; of projected vectors also by those of the projections."""
+        heads, raw = scorer.heads, self.raw
+        query_CH, key_NH = (
+            torch.linalg.vector_norm(part.float().unflatten(1, (heads, -1)), dim=2)
+            if part.shape[1]
+            else part.new_zeros(part.shape[0], heads)
+            for part in (self.vectors.query_CD, self._seen(self.vectors.key_ND))
+        )
+        key_H = key_NH.amax(0)
+        error_CH = query_CH * key_H
+        if scorer.query is not None and scorer.key is not None:
+            given = raw.query_CD, self._seen(raw.key_ND)
+            given_C, given_N = (torch.linalg.vector_norm(part, dim=1) for part in given)
+            scale = max(self.vectors.query_CD.shape[1] // heads, 1) ** -0.5
+            error_CH = error_CH + query_CH * _size(scorer.key) * given_N.amax()
+            error_CH = error_CH + (scale * _size(scorer.query) * given_C)[:, None] * key_H
+        if scorer.encoding is not None:
+            for table in scorer.encoding.tables.values():
+                largest = torch.linalg.vector_norm(table.float(), dim=1).amax()
+                error_CH = error_CH + torch.linalg.vector_norm(query_CH, dim=1, keepdim=True) * largest
+        if scorer.bias is not None and scorer.bias.of_target:
+            added += _largest(scorer.bias)
+        terms = raw.key_ND.shape[1] + self.vectors.key_ND.shape[1] + 16
+        return terms * _ROUNDING * (error_CH + added)
+
+    def _error_of_mlp(self, scorer: MlpScorer, added: float) -> Tensor:
+        query_C = torch.linalg.vector_norm(self.vectors.query_CD.float(), dim=1)
+        key = torch.linalg.vector_norm(self._seen(self.vectors.key_ND).float(), dim=1).amax()
+        if scorer.bias is not None and scorer.bias.of_target:
+            added += _largest(scorer.bias)
+        given_C = 2 * (query_C + key) + query_C * key
+        hidden_C = _size(scorer.first) * given_C + torch.linalg.vector_norm(scorer.first.bias)
+        slope = max(1.0, float(scorer.slope.weight.abs().max()))
+        score_C = slope * hidden_C * _size(scorer.last) + scorer.last.bias.abs().sum()
+        terms = 4 * scorer.width + scorer.first.out_features + 16
+        error_C: Tensor = terms * _ROUNDING * (score_C / scorer.width + added)
+        return error_C[:, None]
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """Which rows of a matrix are equal.
+
+    Attributes:
+        of_row: int64 [N]; first: int64 [kinds], one row of each kind.
+    """
+
+    of_row: Tensor
+    first: Tensor
+
+
+def _kinds_of(rows_ND: Tensor) -> _Kinds | None:
+    """By a hash of the bits; None where two different rows have the same."""
+    bits = rows_ND.float().contiguous().view(torch.int32).to(torch.int64)
+    rng = torch.Generator().manual_seed(0)
+    factor = torch.randint(-(2**62), 2**62, (rows_ND.shape[1],), generator=rng).to(bits.device) * 2 + 1
+    of_row = torch.unique((bits * factor).sum(1), return_inverse=True)[1]
+    first = torch.empty(int(of_row.max()) + 1, dtype=torch.int64, device=of_row.device)
+    first[of_row] = torch.arange(of_row.numel(), device=of_row.device)
+    same = bool((bits[first[of_row]] == bits).all())
+    return _Kinds(of_row, first) if same else None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a matrix as whole numbers.
+
+    Attributes:
+        whole: [R, D], rounded; unit: [R, 1], the power of two that a row is a multiple of.
+        place: int64 [M], which of the rows.
+    """
+
+    whole: Tensor
+    unit: Tensor
+    place: Tensor
+
+    @staticmethod
+    def of(rows_RD: Tensor, place_M: Tensor) -> Rows:
+        return Rows(*_whole(rows_RD), place_M)
+
+    def times(self, other: Rows) -> Tensor:
+        """Inner products of the M pairs, exact for the rounded rows."""
+        width = self.whole.shape[1]
+        step = max(1, _CELLS // max(1, width))
+        parts = []
+        for mine, its in zip(self.place.split(step), other.place.split(step), strict=True):
+            sums = torch.einsum("md,md->m", self.whole[mine], other.whole[its])
+            parts.append(sums * self.unit[mine, 0] * other.unit[its, 0])
+        return torch.cat(parts) if parts else self.whole.new_zeros(0)
+
+
+def exact_signs(rows_RD: Tensor, others_SD: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
+    """Whether the inner products of some rows with some others are above 0: bool [M]."""
+    needed, place_M = _needed(place[0], rows_RD.shape[0])
+    mine = Rows.of(rows_RD[needed].double(), place_M)
+    return mine.times(Rows.of(others_SD.double(), place[1])) > 0
+
+
+def sign_error(rows_RD: Tensor, others_SD: Tensor) -> Tensor:
+    """Bound of how far a rounded inner product with any of the others may be from the exact one: [R]."""
+    largest = torch.linalg.vector_norm(others_SD, dim=1).amax()
+    terms = (rows_RD.shape[1] + 16) * _ROUNDING
+    error_R: Tensor = terms * largest * torch.linalg.vector_norm(rows_RD, dim=1)
+    return error_R
+
+
+def _whole(rows_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of float64 as whole numbers, and the power of two that each must be multiplied with."""
+    if not rows_RD.shape[1]:
+        return rows_RD, rows_RD.new_ones(rows_RD.shape[0], 1)
+    bits = (_BITS - math.ceil(math.log2(rows_RD.shape[1]))) // 2
+    largest = rows_RD.abs().amax(1, keepdim=True)
+    # The quotient of a number and its significand is a power of two, without any rounding.
+    power = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
+    unit = power * 2.0**-bits
+    return (rows_RD / unit).round(), unit
+
+
+def _mapped(module: nn.Module | None, rows_RD: Tensor) -> Tensor:
+    """A projection of rows, float64 [R, ...]: the same for equal rows, wherever they lie."""
+    if module is None:
+        return rows_RD.double()
+    if isinstance(module, FeatureProjection):
+        parts = rows_RD.split(module.widths, dim=1)
+        return torch.cat([_mapped(each, part) for each, part in zip(module.maps, parts, strict=True)], dim=1)
+    assert isinstance(module, nn.Linear)
+    (rows, unit), (weight, of_weight) = _whole(rows_RD.double()), _whole(module.weight.double())
+    return rows @ weight.T * unit * of_weight.T
+
+
+def _size(module: nn.Module) -> Tensor:
+    """The norm of all weights of a projection."""
+    maps = list(module.maps) if isinstance(module, FeatureProjection) else [module]
+    weights = [each.weight.flatten() for each in maps if isinstance(each, nn.Linear)]
+    norm: Tensor = torch.linalg.vector_norm(torch.cat(weights))
+    return norm
+
+
+def _largest(bias: TimeBias) -> float:
+    """What the bias of a target may add at most."""
+    if bias.form != "target":
+        return sum(float(table.abs().max()) for table in bias.tables.values())
+    rows = [bias.targets, *bias.curves.values()]
+    target, *curves = (float(torch.linalg.vector_norm(part, dim=1).amax()) for part in rows)
+    return target * sum(curves)
+
+
+def _needed(place_M: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """-> the different places, ascending [R], and where each of the M is among them."""
+    touched = torch.zeros(rows, dtype=torch.bool, device=place_M.device)
+    touched[place_M] = True
+    return torch.nonzero(touched).squeeze(1), (torch.cumsum(touched, 0) - 1)[place_M]

@@ -1,0 +1,152 @@
+"""What a run leaves aside, said once before its first step: parts of the log, and settings without effect.
+
+Nothing a user gave is dropped in silence: what cannot be used at all is refused where it is read; what a
+configuration chooses not to use is named here, with what would use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from embeddings.groups import TableGroup
+from trainer.config import Config
+from trainer.data.schema import LogManifest
+from trainer.model.settings import BranchConfig, ModelConfig
+from trainer.settings import Settings
+
+_SPLITS = ("train", "validation", "test")
+
+
+def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGroup]) -> list[str]:
+    """One line for each kind of thing that this run will not use."""
+    lines = [
+        _context(manifest, groups),
+        _features(config, manifest, groups),
+        _clusters(config, manifest),
+        *_splits(config, manifest),
+        _settings(config),
+    ]
+    return [line for line in lines if line]
+
+
+def _context(manifest: LogManifest, groups: Mapping[str, TableGroup]) -> str:
+    used = {feature for group in groups.values() for feature in group.features}
+    left = [name for name in manifest.context if name not in used]
+    if not left:
+        return ""
+    names = ", ".join(f'"{name}"' for name in left)
+    return (
+        f"not used: {_counted(left, 'context feature')} of the log; for the model to see them, set "
+        f'groups.context.features = [{names}] and model.roles.context = "context"'
+    )
+
+
+def _features(config: Config, manifest: LogManifest, groups: Mapping[str, TableGroup]) -> str:
+    search = config.data.search
+    used = {feature for group in groups.values() for feature in group.features}
+    used |= {*search.levels, search.domain}
+    left = [name for name in manifest.features if name not in used]
+    if not left:
+        return ""
+    return (
+        f"not used: {_counted(left, 'feature')} of the log; name them in groups.<name>.features (left out, a "
+        "group has all of them)"
+    )
+
+
+def _clusters(config: Config, manifest: LogManifest) -> str:
+    if manifest.clusters is None or config.data.clusters:
+        return ""
+    return "not used: the log's clusters of behaviors; data.clusters and model.clusters search them"
+
+
+def _splits(config: Config, manifest: LogManifest) -> Iterable[str]:
+    def requests(split: str) -> int:
+        return manifest.splits[split].requests if split in manifest.splits else 0
+
+    if not requests("validation"):
+        every = config.train.validate_every
+        beside = f", so train.validate_every = {every} has no effect" if every else ""
+        yield f"the log has no validation requests: nothing is measured while training{beside}"
+    if not requests("test"):
+        yield "the log has no test requests: `evaluate` needs --split with one that has"
+    for split in manifest.splits:
+        if split not in _SPLITS and requests(split):
+            yield f"not used: split {split!r} with {requests(split):,} requests"
+
+
+def _settings(config: Config) -> str:
+    left = [*_of_model(config.model), *_of_rest(config)]
+    return f"no effect in this configuration: {'; '.join(left)}" if left else ""
+
+
+def _of_model(model: ModelConfig) -> list[str]:
+    """Keys of the model that no branch looks at, where they were given another value than the default."""
+    branches = list(model.all_branches().values())
+    used = set().union(*(_used(branch) for branch in branches))
+    found = []
+    for key in ("k", "hash_bits", "hashes", "score_hidden", "head_dim", "layers", "time_dim", "time_group"):
+        if key not in used and _changed(model, key):
+            found.append(f"model.{key} = {getattr(model, key)!r}")
+    if model.auxiliary == "none":
+        found += [
+            f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "none")'
+            for key in ("auxiliary_weight", "auxiliary_hidden")
+            if _changed(model, key)
+        ]
+    return found
+
+
+def _used(branch: BranchConfig) -> set[str]:
+    """Which of the keys above a branch looks at."""
+    marks = branch.position or branch.age or branch.level
+    searches = branch.sequence in ("attention", "stacked") and branch.search != "all"
+    uses = {
+        "k": searches or branch.search == "recent",
+        "hash_bits": branch.search == "simhash" or branch.sequence == "collision",
+        "hashes": branch.sequence == "collision",
+        "score_hidden": branch.score == "mlp",
+        "head_dim": branch.projection == "heads" or branch.search == "soft",
+        "layers": branch.sequence in ("stacked", "sasrec"),
+        "time_dim": branch.time_target == "target" and branch.time == "bias" and marks,
+        "time_group": branch.time_target != "shared" or branch.sequence == "sasrec",
+    }
+    return {key for key, used in uses.items() if used}
+
+
+def _of_rest(config: Config) -> list[str]:
+    data, train = config.data, config.train
+    search = data.search
+    found = []
+    if not search.levels:
+        found += [
+            f"data.search.{key} (data.search.levels is empty)"
+            for key in ("budget", "half_life_days", "counts", "domain", "domain_minimum")
+            if _changed(search, key)
+        ]
+    elif search.domain_minimum and not search.domain:
+        found.append("data.search.domain_minimum (data.search.domain is empty)")
+    if data.recent and not (search.levels or data.clusters):
+        found.append(f"data.recent = {data.recent} (neither data.search nor data.clusters cuts the history)")
+    if data.order == "stored" and _changed(data, "shuffle_row_groups"):
+        found.append('data.shuffle_row_groups (data.order is "stored")')
+    if data.on_bad == "fail" and _changed(data, "max_bad"):
+        found.append('data.max_bad (data.on_bad is "fail")')
+    if train.init_optimizer != "carry" and not train.init_from:
+        found.append("train.init_optimizer (train.init_from is empty)")
+    if train.warmup and train.warmup_steps is not None and train.warmup != TYPICAL_WARMUP:
+        found.append(f"train.warmup (train.warmup_steps = {train.warmup_steps} counts instead)")
+    return found
+
+
+# What the presets say; whoever sets steps beside it has said enough.
+TYPICAL_WARMUP = 0.08
+
+
+def _changed(section: Settings, key: str) -> bool:
+    default = type(section).model_fields[key].get_default(call_default_factory=True)
+    return bool(getattr(section, key) != default)
+
+
+def _counted(names: list[str], what: str) -> str:
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({', '.join(names)})"
