@@ -20,7 +20,7 @@ from embeddings.errors import RankError, TandemError
 Value = TypeVar("Value")
 # The ranks that agree: all of them, where it is None.
 Group = dist.ProcessGroup | None
-_PULSE_S, _LOOK_S = 1.0, 0.1
+_PULSE_S, _LOOK_S = 1.0, 0.02
 
 
 def from_rank_0(compute: Callable[[], Value], group: Group = None, slow: bool = False) -> Value:

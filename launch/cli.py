@@ -20,7 +20,6 @@ from launch.reporting import OTHER_ERROR, USER_ERROR, report
 app = typer.Typer(
     name="tandemrec",
     help="Train, evaluate and serve long-sequence recommendation models on TorchRec.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -26,6 +26,8 @@ Made by `make docs` from the settings models. Each key can be set in a TOML file
 whose values its own win. Unknown keys are errors. configs/ holds ready files, and other pages explain what
 keys do: [training.md](training.md), [models.md](models.md), [tables.md](tables.md),
 [checkpoints.md](checkpoints.md), [plan.md](plan.md), [ingest.md](ingest.md).
+
+`tandemrec --install-completion` has the shell complete verbs and options.
 """
 _FILES: tuple[tuple[str, str, type[Settings]], ...] = (
     ("Training", "For `tandemrec train`, `plan` and `bench`.", Config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -186,3 +187,28 @@ def test_a_foreign_pipelines_is_one_line(tmp_path: Path) -> None:
 def test_help_does_not_import_torch() -> None:
     code = "import sys; from launch.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_completion_is_installed_and_fast(tmp_path: Path) -> None:
+    """What a shell runs at every press of a key must not wait for torch."""
+    home = {**os.environ, "HOME": str(tmp_path), "PYTHONPROFILEIMPORTTIME": "1"}
+    tandemrec = str(Path(sys.executable).with_name("tandemrec"))
+    done = subprocess.run(
+        [tandemrec, "--install-completion", "bash"], env=home, capture_output=True, text=True, check=True
+    )
+    script = tmp_path / ".bash_completions" / "tandemrec.sh"
+    assert f"bash completion installed in {script}" in done.stdout
+    # The function as bash calls it, but for the program, which is that of this environment.
+    line = f'source {script}; COMP_WORDS=(tandemrec {{words}}); COMP_CWORD={{at}}; _tandemrec_completion "$0"'
+    for words, at, wanted in (
+        ("tr", 1, "train"),
+        ("export --attention-dtype fp", 3, "fp32\nfp16"),
+        ("cluster --gr", 2, "--group-by"),
+    ):
+        asked = line.format(words=words, at=at) + '; printf "%s\\n" "${COMPREPLY[@]}"'
+        found = subprocess.run(
+            ["bash", "-c", asked, tandemrec], env=home, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == wanted
+        assert "launch.cli" in found.stderr
+        assert " torch" not in found.stderr and "pipelines" not in found.stderr

@@ -54,6 +54,11 @@ BRANCH_REFUSALS = [
         )
     ),
     ({"sequence": "collision", "hash_bits": 13}, 'sequence = "collision" keeps hash_bits at 12 at most'),
+    (
+        {"sequence": "collision", "hashes": 512, "hash_bits": 12},
+        'sequence = "collision": hashes = 512 of hash_bits = 12 are 2,097,152 buckets, 8.4 MB for every '
+        "behavior of every request",
+    ),
 ]
 MODEL_REFUSALS = [
     ({"branches": {"main": {}}}, 'branches.main: the section [model] is the branch "main" itself'),

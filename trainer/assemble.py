@@ -26,6 +26,7 @@ from trainer.durable import voice
 from trainer.model.branch import Surroundings
 from trainer.model.settings import BranchConfig
 from trainer.model.two_stage import TwoStageModel
+from trainer.model_memory import check_collision, check_dense
 from trainer.resume import check_same_rules
 from trainer.workload import StepSize, lookups, step_size
 
@@ -111,12 +112,17 @@ def build_model(
     tasks: int,
     numbers: int = 0,
 ) -> TwoStageModel:
-    """The model around given lookups; its dense weights come from train.seed alone."""
+    """The model around given lookups; its dense weights come from train.seed alone.
+
+    Raises:
+        ConfigError: they do not fit into this machine's memory.
+    """
     state = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
     around = Surroundings(
         groups, config.data.history_length, len(config.data.search.levels), config.train.seed
     )
+    check_dense(lambda: TwoStageModel(config.model, around, collections, tasks, numbers))
     model = TwoStageModel(config.model, around, collections, tasks, numbers)
     torch.set_rng_state(state)
     return model
@@ -153,7 +159,10 @@ def build_sharded(
     """
     model, groups = build_trainable(config, manifest, torch.device("meta"))
     size = step_size(config.data, manifest) if training else None
-    task = plan_task(config, manifest, (model, groups), cluster_of(ranks), size)
+    cluster = cluster_of(ranks)
+    if size is not None:
+        check_collision(config, size, cluster.world_size, cluster.memory)
+    task = plan_task(config, manifest, (model, groups), cluster, size)
     if training and config.plan.file:
         plan, origin = read_plan(Path(config.plan.file), task), ""
     else:

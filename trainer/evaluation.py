@@ -44,7 +44,7 @@ def score_split(model: nn.Module, reader: SequenceLogReader, device: torch.devic
 
 def shared_metrics(scored: Scored) -> dict[str, Metrics]:
     """Metrics by task of what `score_split` returned, on every rank; rank 0 computes them, collective."""
-    return from_rank_0(scored.all_metrics)
+    return from_rank_0(scored.all_metrics, slow=True)
 
 
 def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogReader, limit: int) -> Scored:

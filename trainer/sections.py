@@ -98,8 +98,8 @@ class DataConfig(Settings):
     verify: bool = True
     on_bad: Literal["fail", "skip"] = "fail"
     max_bad: float = Field(0.001, ge=0, le=1)
-    workers: int = Field(1, ge=0)
-    prefetch: int = Field(4, ge=0)
+    workers: int = Field(1, ge=0, le=1024)
+    prefetch: int = Field(4, ge=0, le=1024)
     search: SearchConfig = SearchConfig()
     clusters: bool = False
     recent: int = Field(0, ge=0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from trainer.settings import Settings
 
+# Of one window: a number for each of them and each behavior is 131 MB of a history of 500.
+_BUCKETS = 65_536
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
@@ -88,9 +90,9 @@ class BranchConfig(Settings):
     time_dim: Width = 16
     attend: tuple[str, ...] | None = None
     projection: Literal["none", "feature", "heads"] = "none"
-    heads: PositiveInt = 1
+    heads: int = Field(1, ge=1, le=1024)
     head_dim: Width = 16
-    layers: PositiveInt = 2
+    layers: int = Field(2, ge=1, le=128)
     hashes: int = Field(16, ge=1, le=512)
     hash_bits: int = Field(3, ge=1, le=4096)
     roles: RolesConfig = RolesConfig()
@@ -102,6 +104,7 @@ class BranchConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> BranchConfig:
+        buckets = self.hashes << self.hash_bits
         problems = {
             'search = "hard" needs match, the feature to compare': self.search == "hard" and not self.match,
             'clusters goes with search = "dot" or "all"': self.clusters and self.search not in ("dot", "all"),
@@ -127,6 +130,11 @@ class BranchConfig(Settings):
             ),
             'sequence = "collision" keeps hash_bits at 12 at most (its buckets are 2 ** hash_bits)': (
                 self.sequence == "collision" and self.hash_bits > 12
+            ),
+            f'sequence = "collision": hashes = {self.hashes} of hash_bits = {self.hash_bits} are {buckets:,} '
+            f"buckets, {buckets * 4 / 1e6:,.1f} MB for every behavior of every request; keep hashes * 2 ** "
+            f"hash_bits at {_BUCKETS:,} at most": (
+                self.sequence == "collision" and self.hash_bits <= 12 and buckets > _BUCKETS
             ),
         }
         for problem, found in problems.items():

@@ -1,0 +1,79 @@
+"""Refuses a model whose settings ask for more memory than there is, before any of it is taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from embeddings.errors import ConfigError
+from trainer.config import Config
+from trainer.workload import StepSize
+
+_FLOAT = 4
+# A weight in training: itself, its gradient and Adam's two means.
+_TIMES_TRAINED = 4
+# Part of a tensor's name -> the settings that its size comes from; the first that fits.
+_SETTINGS = (
+    ("head.", "model.hidden, groups.<name>.dim"),
+    ("auxiliary", "model.auxiliary_hidden"),
+    ("time", "data.history_length, model.time_dim"),
+    ("bias", "data.history_length, model.time_dim"),
+    ("planes", "model.hashes, model.hash_bits"),
+    ("scorer", "model.score_hidden, model.heads, model.head_dim"),
+    ("search", "model.head_dim"),
+    ("", "model.layers, model.heads, model.head_dim, groups.<name>.dim"),
+)
+
+
+def check_dense(build: Callable[[], nn.Module]) -> None:
+    """Compare the dense part of a model with this machine's memory; `build` makes the model.
+
+    Raises:
+        ConfigError: it does not fit; names the largest tensor and the settings behind it.
+    """
+    with torch.device("meta"):
+        model = build()
+    tensors = {name: tensor for name, tensor in _dense(model)}
+    need = _TIMES_TRAINED * sum(tensor.nbytes for tensor in tensors.values())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need <= there:
+        return
+    name, largest = max(tensors.items(), key=lambda item: item[1].nbytes)
+    settings = next(settings for part, settings in _SETTINGS if part in name)
+    raise ConfigError(
+        f"the dense part of the model takes {need / 1e9:,.1f} GB with gradients and optimizer, this machine "
+        f"has {there / 1e9:,.1f} GB; its largest tensor is {name} {list(largest.shape)}, "
+        f"{largest.nbytes / 1e9:,.2f} GB: make {settings} smaller"
+    )
+
+
+def check_collision(config: Config, size: StepSize, ranks: int, memory: int) -> None:
+    """Compare what `sequence = "collision"` makes of a step with a rank's memory.
+
+    Each request of a step has a matrix that says which bucket every behavior of its window falls into.
+
+    Raises:
+        ConfigError: they would take more than half of it.
+    """
+    window = min(config.data.history_length, max((behaviors for behaviors, _ in size.blocks), default=1))
+    requests = -(-size.requests // ranks)
+    for branch, settings in config.model.all_branches().items():
+        need = (settings.hashes << settings.hash_bits) * window * requests * _FLOAT
+        if settings.sequence == "collision" and 2 * need > memory:
+            section = "model" if branch == "main" else f"model.branches.{branch}"
+            raise ConfigError(
+                f"{section}.hashes = {settings.hashes} with hash_bits = {settings.hash_bits} takes "
+                f"{need / 1e9:,.1f} GB for the {requests:,} requests of {window:,} behaviors that a rank has "
+                f"in a step, and a rank has {memory / 1e9:,.1f} GB: make them, data.history_length or "
+                "data.batch_candidates smaller"
+            )
+
+
+def _dense(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that are no tables."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not name.startswith("collections."):
+            yield name, tensor
