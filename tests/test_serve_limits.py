@@ -434,3 +434,33 @@ def test_bytes_in_flight_are_one_budget(snapshot: Snapshot, monkeypatch: Patch, 
             assert service.in_flight.held == 0
 
     asyncio.run(run())
+
+
+def test_one_long_name_referred_to_by_every_column_is_refused(needs: Needs) -> None:
+    """Many columns of a schema may be the same bytes, and each would become a column of its own."""
+    names = [f"c{n}" for n in range(500)] + ["long" * 4_000]
+    content = bytearray(stream(pa.schema([(name, pa.int64()) for name in names]).empty_table()))
+    start = 8
+    message = start + _u32(content, start)
+    schema = _slot(content, message, 2)
+    schema += _u32(content, schema)
+    vector = _slot(content, schema, 1)
+    vector += _u32(content, vector)
+    assert _u32(content, vector) == 501
+    places = range(vector + 4, vector + 4 + 4 * 501, 4)
+    last = places[-1] + _u32(content, places[-1])
+    for place in places:
+        content[place : place + 4] = (last - place).to_bytes(4, "little")
+    found = refusal(bytes(content), needs)
+    assert found == (413, "more than 4,194,304 bytes of names and metadata")
+
+
+def _u32(content: bytearray, at: int) -> int:
+    return int.from_bytes(content[at : at + 4], "little")
+
+
+def _slot(content: bytearray, table: int, number: int) -> int:
+    """Where a field of a table lies."""
+    vtable = table - int.from_bytes(content[table : table + 4], "little", signed=True)
+    at = vtable + 4 + 2 * number
+    return table + int.from_bytes(content[at : at + 2], "little")
