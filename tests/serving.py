@@ -25,10 +25,11 @@ from trainer.config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.run import versions
+from trainer.serving.asked import Limits
 from trainer.serving.batcher import BatchSettings
 from trainer.serving.current import Current
 from trainer.serving.histories import HistoryStore
-from trainer.serving.request import Limits, RequestBody
+from trainer.serving.request import RequestBody
 from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import Recorded
 from trainer.snapshot.manifest import InputFeature, SnapshotManifest, VocabularyFile
