@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,10 @@ class _Manifest:
     recorded_context: tuple[str, ...] = ()
 
 
+# Of the recorded requests only the times are looked at.
+_RECORDED = SimpleNamespace(batch=SimpleNamespace(request_time=torch.zeros(0)))
+
+
 class _Served:
     """One version for good, in the place of `trainer.serving.current.Current`."""
 
@@ -146,7 +151,7 @@ def _scorer(
     }
     made = build_model(config, groups, collections, 1).eval().requires_grad_(False)
     manifest = _Manifest(config, {_FEATURE: settings.rows})
-    return Scorer(Snapshot(Path("synthetic"), manifest, made, None))  # type: ignore[arg-type]
+    return Scorer(Snapshot(Path("synthetic"), manifest, made, _RECORDED))  # type: ignore[arg-type]
 
 
 def _model(

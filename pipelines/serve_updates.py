@@ -15,7 +15,7 @@ _LONGEST_WAIT = 60.0
 
 def say(line: str) -> None:
     """One line for the log. Its disk may be full: that must not end what a server does."""
-    with suppress(OSError, ValueError):
+    with suppress(Exception):
         print(" ".join(line.split()), flush=True)
 
 

@@ -43,11 +43,13 @@ class UserBody(BaseModel):
     """A user's history and his newest logged requests.
 
     Attributes:
+        skipped: older behaviors that are left out here.
         features: ids of behaviors, one each (of several only the first); names: feature -> id -> value.
         taxonomy: features that classify items, coarse to fine.
     """
 
     user_id: int
+    skipped: int
     timestamp: list[int]
     features: dict[str, list[int]]
     requests: list[RequestLine]
@@ -65,7 +67,7 @@ def users_body(histories: HistoryStore | None) -> UsersBody:
 
 
 def user_body(histories: HistoryStore, user: int, limits: Limits) -> UserBody:
-    """The newest behaviors that a body may hold; KeyError for an unknown user."""
+    """The newest behaviors that a model may read; KeyError for an unknown user."""
     history, manifest = histories[user], histories.manifest
     requests = histories.requests(user)[-_MOST_REQUESTS:]
     features = {name: _first_ids(bags)[-limits.history :] for name, bags in history.features.items()}
@@ -76,6 +78,7 @@ def user_body(histories: HistoryStore, user: int, limits: Limits) -> UserBody:
         names[name] = known
     return UserBody(
         user_id=user,
+        skipped=max(history.time.size - limits.history, 0),
         timestamp=history.time[-limits.history :].tolist(),
         features={name: ids.tolist() for name, ids in features.items()},
         requests=[_line(request, manifest.tasks, manifest.numeric) for request in requests],

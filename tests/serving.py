@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 import trainer.serving.current as current_module
 from pipelines.export import inputs_of
@@ -18,18 +19,22 @@ from pipelines.serve_app import Service, build_app
 from pipelines.serve_load import LoadLimits
 from pipelines.serve_metrics import Metrics
 from tests.logs import Row
-from tests.models import model_of
+from tests.models import drawing, model_of
 from trainer.assemble import feature_rows, resolve_groups
 from trainer.config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import LogManifest, read_manifest
+from trainer.run import versions
+from trainer.serving.asked import Limits
 from trainer.serving.batcher import BatchSettings
 from trainer.serving.current import Current
 from trainer.serving.histories import HistoryStore
-from trainer.serving.request import Limits, RequestBody
+from trainer.serving.request import RequestBody
 from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import Recorded
-from trainer.snapshot.manifest import InputFeature, VocabularyFile
+from trainer.snapshot.manifest import InputFeature, SnapshotManifest, VocabularyFile
+from trainer.snapshot.publishing import drafting, publish
+from trainer.snapshot.writing import Draft, Source, finished
 
 TOKEN = "a token for the tests"
 MAY_RELOAD = {"authorization": f"Bearer {TOKEN}"}
@@ -75,6 +80,52 @@ def snapshot_of(config: Config, path: Path = Path("snapshot/v00000001")) -> Snap
     scores = model(batch).logits.sigmoid()
     recorded = Recorded(batch, scores, scores)
     return Snapshot(path, described, model, recorded)  # type: ignore[arg-type]
+
+
+def published(config: Config, root: Path) -> Path:
+    """The version of a snapshot with random tables, which nobody trained."""
+    groups = resolve_groups(config, read_manifest(config.data.log))
+    source = _Untrained(config, groups, None)  # type: ignore[arg-type]
+    plain = snapshot_of(config)
+    manifest, batch = plain.manifest, plain.recorded.batch
+    with drafting(root) as part:
+        draft = Draft(part, source, dict.fromkeys(source.groups, "fp32"))  # type: ignore[arg-type]
+        dense = source.dense()
+        draft.write_dense(dense)
+        described = SnapshotManifest(
+            number=1,
+            step=0,
+            score_bound=0.2,
+            mean_bound=0.01,
+            tasks=manifest.tasks,
+            numeric=manifest.numeric,
+            features=manifest.features,
+            inputs=manifest.inputs,
+            recorded_features=manifest.recorded_features,
+            recorded_context=manifest.recorded_context,
+            vocabularies=dict.fromkeys(manifest.features, ""),
+            groups=draft.write_tables(),
+            search=draft.write_search(dense),
+            config=config,
+            files=(),
+            versions=versions(),
+        )
+        # Its own scores stand for the trainer's.
+        nothing = torch.zeros(batch.candidates, len(manifest.tasks))
+        own = finished(draft, described, batch, nothing).recorded.own
+        return publish(root, part, finished(draft, described, batch, own).manifest, keep=0)
+
+
+class _Untrained(Source):
+    """First weights of a model, and random tables."""
+
+    def dense(self) -> dict[str, torch.Tensor]:
+        state = model_of(self.config).state_dict()
+        return {name: part for name, part in state.items() if not name.startswith("collections.")}
+
+    def rows(self, group: str, feature: str) -> Iterator[tuple[int, torch.Tensor]]:
+        (table,) = (table for table in self.groups[group].tables if table.feature == feature)
+        yield 0, torch.randn(table.rows, table.dim, generator=drawing(table.rows)) * 0.5
 
 
 def bodies(manifest: LogManifest, rows: Sequence[Row]) -> list[tuple[tuple[int, int], dict[str, Any]]]:

@@ -27,7 +27,9 @@ from trainer.model.score import DotScorer, MlpScorer, Scorer
 from trainer.model.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.serving.arrow_body import read_arrow, write_arrow
-from trainer.serving.request import Limits, Request, from_json
+from trainer.serving.asked import Limits, Request
+from trainer.serving.checks import newest
+from trainer.serving.request import from_json
 from trainer.serving.scorer import Scorer as Serving
 from trainer.serving.window_search import WindowSearch, _score
 
@@ -72,7 +74,8 @@ def compare(config: Config, rows: list[Row], chunk: int = 0) -> None:
     assert len(named) == len(expected) > 20
     for (name, request), in_company in zip(named, together, strict=True):
         alone = serving.score([request])[0][0].probabilities
-        for found in (in_company.probabilities, alone):
+        cut = newest(request, serving.needs)
+        for found in (in_company.probabilities, alone, serving.score([cut])[0][0].probabilities):
             assert found.shape == expected[name].shape
             assert np.abs(found - expected[name]).max() <= 1e-6, name
     assert np.std(np.concatenate(list(expected.values()))) > 1e-3

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.reader import SequenceLogReader
-from trainer.data.row_group import PARQUET_ERRORS, Bags, FeatureIds, Floats
+from trainer.data.row_group import PARQUET_ERRORS, Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import UserRows, read_rows
 from trainer.data.schema import read_manifest
 from trainer.sections import DataConfig
@@ -56,7 +57,7 @@ class HistoryStore(Mapping[int, History]):
         self.log, self.manifest = log, read_manifest(log)
         self.chunk = self.manifest.clusters.chunk if self.manifest.clusters else 0
         self._places: dict[int, _Place] = {}
-        self._names: dict[str, dict[int, str]] = {}
+        self._names: dict[str, tuple[Ints, pa.Array]] = {}
         data = DataConfig(log=log, clusters=bool(self.chunk))
         for split in _SPLITS:
             if split in self.manifest.splits and self.manifest.splits[split].candidates:
@@ -108,16 +109,21 @@ class HistoryStore(Mapping[int, History]):
         """What ids stand for, as far as the log says."""
         if feature not in self._names:
             self._names[feature] = self._vocabulary(feature)
-        known = self._names[feature]
-        return {i: known[i] for i in ids if i in known}
+        known, values = self._names[feature]
+        wanted = np.array([i for i in ids if len(known)], dtype=np.int64)
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        found = wanted == known[at]
+        return dict(zip(wanted[found].tolist(), map(str, values.take(at[found]).to_pylist()), strict=True))
 
-    def _vocabulary(self, feature: str) -> dict[int, str]:
+    def _vocabulary(self, feature: str) -> tuple[Ints, pa.Array]:
+        """Ids in order and their values, as arrays: objects of a large vocabulary would take gigabytes."""
         try:
             table = pq.read_table(self.log / "vocab" / f"{feature}.parquet", columns=["value", "id"])
-            values, ids = table.column("value").to_pylist(), table.column("id").to_pylist()
-        except PARQUET_ERRORS:
-            return {}
-        return dict(zip(ids, map(str, values), strict=True))
+            table = table.sort_by("id").combine_chunks()
+            ids = table.column("id").to_numpy().astype(np.int64)
+        except (*PARQUET_ERRORS, KeyError):
+            return np.zeros(0, dtype=np.int64), pa.array([], pa.string())
+        return ids, table.column("value")
 
 
 def _span(offsets: np.typing.NDArray[np.int64], row: int) -> slice:
