@@ -16,7 +16,7 @@ from trainer.restore import restore
 from trainer.run import RunFolder
 
 
-def evaluate(run: Path, split: str) -> Mapping[str, float | int]:
+def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, float | int]:
     """Measure a run on every request of `split`; prints a table, extends summary.json, keeps the scores.
 
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.
@@ -24,7 +24,7 @@ def evaluate(run: Path, split: str) -> Mapping[str, float | int]:
     folder = RunFolder(run)
     quiet_third_parties()
     with process_group(folder.read_config().train.timeout_s) as ranks:
-        restored = restore(folder, ranks)
+        restored = restore(folder, ranks, which)
         if not has(restored.manifest, split):
             full = [name for name in restored.manifest.splits if has(restored.manifest, name)]
             raise ConfigError(f"--split {split}: the log has requests in {', '.join(full)}")

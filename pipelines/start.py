@@ -115,6 +115,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         note_start(folder, config, step)
         if ranks.speaks:
             folder.write_config(config)
+    if config.train.early_stopping.on and not has(manifest, "validation"):
+        raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     groups = resolve_groups(config, manifest)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)

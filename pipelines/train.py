@@ -100,10 +100,8 @@ def _conclude(trainer: Trainer, end: Position, found: checkpoint.Found, say: Cal
         say(f"stopped after step {end.step:,} as asked, and saved; the same command continues it")
         return
     if found.path is not None and end.step == found.state["step"]:
-        say(
-            f"nothing left to train: {folder.path} has all its {end.step:,} steps "
-            "(raise train.epochs or train.max_steps for more)"
-        )
+        raised = "train.early_stopping.patience" if trainer.ended_early else "train.epochs or train.max_steps"
+        say(f"nothing left to train: {folder.path} has all its {end.step:,} steps (raise {raised} for more)")
         return
     cpu_s = trainer.cpu_seconds()
     if ranks.speaks:

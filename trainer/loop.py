@@ -18,6 +18,7 @@ from trainer import checkpoint
 from trainer.config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.distributed import Ranks, naming_the_lost, sum_over_ranks
+from trainer.early_stopping import Best
 from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics
 from trainer.nonfinite import Guard
@@ -38,7 +39,7 @@ class Position:
     Attributes:
         step: steps done; cursor: next block to read; candidates: trained so far, over all ranks.
         wall_s, cpu_s: spent in training steps so far, by this rank (checkpoints keep cpu_s of all ranks).
-        validated: step of the newest validation, -1 before the first.
+        validated: step of the newest validation, -1 before the first; best: see `trainer.early_stopping`.
     """
 
     step: int = 0
@@ -47,6 +48,7 @@ class Position:
     wall_s: float = 0.0
     cpu_s: float = 0.0
     validated: int = -1
+    best: Best = field(default_factory=Best)
 
 
 class Trainer:
@@ -91,7 +93,7 @@ class Trainer:
         self.meter = _Meter(ranks.device)
         self.saver = Saver(folder.checkpoints, config.checkpoint, say)
         self.watch = Watch(config.checkpoint)
-        self.stopped = False
+        self.stopped = self._best_due = False
 
     def run(self, start: checkpoint.Found) -> Position:
         """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.
@@ -170,11 +172,17 @@ class Trainer:
             self.saver.settle()
         every = self.config.checkpoint.every_steps
         # One that stops is saved by run(), which waits for it.
-        if not self._over() and (seen.due or (every and self.at.step % every == 0)):
+        due = seen.due or self._best_due or bool(every and self.at.step % every == 0)
+        if due and not self._over():
             self._save()
 
     def _over(self) -> bool:
-        return self.stopped or self._step_limit()
+        return self.stopped or self._step_limit() or self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether validation has brought nothing for as long as the config waits."""
+        return self.at.best.over(self.config.train.early_stopping)
 
     def _report(self) -> None:
         """Write what was trained since the last report; collective."""
@@ -203,7 +211,20 @@ class Trainer:
             f"validation after step {self.at.step}: AUC {metrics.auc:.4f}  GAUC {metrics.gauc:.4f}  "
             f"logloss {metrics.logloss:.4f}  PCOC {metrics.pcoc:.3f}"
         )
+        self._compare(metrics)
         self.meter.clock.restart()
+
+    def _compare(self, metrics: Metrics) -> None:
+        """Whether this validation is the best so far, or the last."""
+        stopping, best = self.config.train.early_stopping, self.at.best
+        if not stopping.on:
+            return
+        self._best_due = best.see(stopping, metrics, self.at.step)
+        if self.ended_early:
+            value = "none" if best.value is None else f"{best.value:.4f} after step {best.step:,}"
+            self.say(
+                f"no better {stopping.metric} in {best.fruitless} validation(s): training ends; best: {value}"
+            )
 
     def _progress(self) -> float:
         return progress_of(self.config.train, self.at.step, self.at.candidates, self.train_reader.candidates)
@@ -229,6 +250,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._report()
+        self._best_due = False
         state = {
             **asdict(self.at),
             "cpu_s": self.cpu_seconds(),
@@ -238,7 +260,7 @@ class Trainer:
             "order": self.train_reader.order,
             "config": self.config.model_dump(mode="json"),
         }
-        self.saver.save(self.at.step, self._tensors(), state)
+        self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
         self.watch.restart_clock()
         self.meter.clock.restart()
 
@@ -269,6 +291,8 @@ class Trainer:
             wall_s=state["wall_s"],
             cpu_s=state["cpu_s"] / self.ranks.world_size,
             validated=state["validated"],
+            # Older checkpoints know of no best.
+            best=Best(**state.get("best", {})),
         )
         self.say(f"resumed from {path}")
 
