@@ -242,7 +242,9 @@ def test_a_warm_up_ends_within_the_run() -> None:
 def test_a_short_run_says_what_would_make_it_longer() -> None:
     (line,) = schedule_remarks(TrainConfig(), 6000, 2048)
     assert "about 3 step(s)" in line
-    assert "data.batch_candidates = 20 or train.epochs = 100" in line
+    assert "300 steps would be data.batch_candidates = 64 with train.epochs = 4" in line
+    (line,) = schedule_remarks(TrainConfig(), 100_000, 2048)
+    assert "data.batch_candidates = 333 with train.epochs = 1" in line
     assert not schedule_remarks(TrainConfig(max_steps=3), 6000, 2048)
     assert not schedule_remarks(TrainConfig(), 300_000, 2048)
     assert len(schedule_remarks(TrainConfig(warmup_steps=100), 6000, 2048)) == 2
