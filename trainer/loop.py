@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.errors import ConfigError
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
@@ -25,6 +24,7 @@ from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.progress import Progress
 from trainer.reshard import check_reshardable
+from trainer.resume import check_same_order
 from trainer.run import MetricsLog, RunFolder
 from trainer.saver import Saver
 from trainer.schedule import dense_schedule, progress_of, run_steps, table_schedule
@@ -277,12 +277,7 @@ class Trainer:
             CheckpointError: the tables' optimizer state has no meaning for how they lie now.
         """
         check_reshardable(path, state, self.plan)
-        if state["cursor"]["blocks"] and state["order"] != self.train_reader.order:
-            raise ConfigError(
-                f"{path} stands inside an epoch, and the rows of {self.config.data.log} lie in other files "
-                "or another order since (or other row groups are skipped), so some would be read twice and "
-                "some never; give the log as it was, or name another --out"
-            )
+        check_same_order(path, state, self.train_reader.order, self.config.data.log)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         self.at = Position(
             step=state["step"],
