@@ -31,6 +31,15 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Option("--run", metavar="RUN", help="A run folder written by `train`.")]
 Dtype = Literal["fp32", "fp16", "int8"]
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint",
+        metavar="newest|best|STEP",
+        help="Which; the best where train.early_stopping looked for it, else the newest.",
+        show_default=False,
+    ),
+]
 Split = Annotated[str, typer.Option("--split", help="Which split of the log: train, validation or test.")]
 
 
@@ -212,11 +221,11 @@ def train(
 
 
 @app.command()
-def evaluate(run_folder: RunFolder, split: Split = "test") -> None:
+def evaluate(run_folder: RunFolder, split: Split = "test", checkpoint: Checkpoint = "") -> None:
     """Measure a trained run: AUC, log loss, calibration."""
     from pipelines.evaluate import evaluate as run
 
-    run(run_folder, split)
+    run(run_folder, split, checkpoint)
 
 
 @app.command()
@@ -244,11 +253,12 @@ def export(
             help="Add the values that the ids stand for; the default: if they are small.",
         ),
     ] = None,
+    checkpoint: Checkpoint = "",
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    run(run_folder, out, dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies)
+    run(run_folder, out, dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, checkpoint)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from trainer.run import RunFolder
 from trainer.scored import Scored, write_scores
 
 
-def evaluate(run: Path, split: str) -> Mapping[str, Any]:
+def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, Any]:
     """Measure a run on every request of `split`; prints tables, extends summary.json, keeps the scores.
 
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.
@@ -30,7 +30,7 @@ def evaluate(run: Path, split: str) -> Mapping[str, Any]:
     folder = RunFolder(run)
     quiet_third_parties()
     with process_group(folder.read_config().train.timeout_s) as ranks:
-        restored = restore(folder, ranks)
+        restored = restore(folder, ranks, which)
         restored.manifest.require(split)
         reader = open_split(restored.config, split, restored.rows, ranks)
         scored = score_split(restored.sharded.model, reader, ranks.device)

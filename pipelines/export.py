@@ -85,8 +85,9 @@ def export(
     parity_requests: int = 1000,
     aoti: bool = False,
     vocabularies: bool | None = None,
+    which: str = "",
 ) -> Path:
-    """Publish the newest checkpoint of `run` as the next version under `out`, once its scores are checked.
+    """Publish a checkpoint of `run` as the next version under `out`, once its scores are checked.
 
     Args:
         dtype, attention_dtype: how tables of representation and of attention are stored.
@@ -95,6 +96,7 @@ def export(
         parity_requests: of the validation split, to compare ranking on besides the recorded ones; 0 = none.
         aoti: add the dense part as machine code.
         vocabularies: add the values that the ids stand for; None: where they are small.
+        which: checkpoint, see `trainer.checkpoint.find_to_use`.
 
     Raises:
         SnapshotError: the snapshot would not score like the trainer, or cannot be written; then nothing of
@@ -106,7 +108,7 @@ def export(
     with process_group() as ranks:
         if ranks.world_size > 1:
             raise ConfigError("export runs in one process; start it without torchrun")
-        opened = _open(run)
+        opened = _open(run, which)
         base = open_base(out, since) if since else None
         if base is not None and len(base.versions) >= LONGEST_CHAIN:
             raise SnapshotError(base.path, f"builds on {LONGEST_CHAIN - 1} others; export without --since")
@@ -121,11 +123,11 @@ def export(
     return version
 
 
-def _open(run: Path) -> _Run:
+def _open(run: Path, which: str = "") -> _Run:
     folder = RunFolder(run)
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
-    path, refused = checkpoint.newest(folder.checkpoints)
+    path, refused = checkpoint.to_use(folder.checkpoints, which)
     if path is None:
         detail = f"; refused: {refused[0]}" if refused else ""
         problem = f"no usable checkpoint; train the run to the end first{detail}"

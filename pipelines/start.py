@@ -34,11 +34,11 @@ from trainer.durable import remove_folder
 from trainer.loop import Trainer
 from trainer.pipeline import kind_for
 from trainer.remarks import remarks
-from trainer.resume import check_resumable, log_fingerprint
+from trainer.resume import check_resumable, check_same_order, log_fingerprint
 from trainer.run import RunFolder
 from trainer.schedule import schedule_remarks
 from trainer.starts import check_start, note_start
-from trainer.warm_start import fill, opened
+from trainer.warm_start import check_source, fill, opened
 from trainer.workload import step_size
 
 Say = Callable[[str], None]
@@ -122,11 +122,15 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     else:
         note_start(folder, config, step)
         from_rank_0(lambda: folder.write_config(config))
+    if config.train.early_stopping.on and not manifest.holds("validation"):
+        raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     groups = resolve_groups(config, manifest)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)
     validation = open_split(config, "validation", rows, ranks) if manifest.holds("validation") else None
+    if found.path is not None:
+        check_same_order(found.path, found.state, train.order, config.data.log)
     for problem in [*train.skipped, *(validation.skipped if validation else [])]:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
     for line in remarks(config, manifest, groups):
@@ -153,6 +157,10 @@ def try_out(start: Start, say: Say) -> None:
         _build(start)
     else:
         say(f"tables of {size / 1e9:,.1f} GB were planned, not built")
+        source, config = start.config.train.init_from, start.config
+        if source and start.found.path is None:
+            model, _ = build_trainable(config, start.manifest, torch.device("meta"))
+            from_rank_0(lambda: check_source(model, Path(source)))
     if start.validation is not None:
         _first(start.validation)
     if start.manifest.holds("test"):

@@ -116,10 +116,8 @@ def _conclude(
         say(f"stopped after step {end.step:,} as asked, and saved; the same command continues it")
         return
     if found.path is not None and end.step == found.state["step"]:
-        say(
-            f"nothing left to train: {folder.path} has all its {end.step:,} steps "
-            "(raise train.epochs or train.max_steps for more)"
-        )
+        raised = "train.early_stopping.patience" if trainer.ended_early else "train.epochs or train.max_steps"
+        say(f"nothing left to train: {folder.path} has all its {end.step:,} steps (raise {raised} for more)")
         return
     cpu_s = trainer.cpu_seconds()
     from_rank_0(lambda: _summarise(folder, end, cpu_s, ranks.world_size))

@@ -37,6 +37,7 @@ from trainer.model.search import (
     sign_bits,
 )
 from trainer.model.time import TimeBias, TimeEncoding
+from trainer.model.top import top_columns_by_topk
 from trainer.model.two_stage import TwoStageModel
 from trainer.model.windows import Kept, Windows
 from trainer.serving.window_search import WindowSearch
@@ -178,12 +179,16 @@ def slow(query: Query, k: int) -> Kept:
     kinds=st.integers(1, 6),
     k=st.sampled_from([1, 3, 9]),
     same=st.booleans(),
+    device=st.booleans(),
 )
 @torch.no_grad()
 def test_whatever_rounding_does_the_exact_scores_decide(
-    seed: int, kind: str, kinds: int, k: int, same: bool
+    seed: int, kind: str, kinds: int, k: int, same: bool, device: bool
 ) -> None:
-    """Fast scores are shaken within the bound of their error; kept is what exact scores and recency say."""
+    """Fast scores are shaken within the bound of their error; kept is what exact scores and recency say.
+
+    Ranked as on the CPU, or by the operators that serve other devices.
+    """
     rng = drawing(seed)
     windows = drawn_windows(rng, 3, 20, 7, sized=not same)
     raw = copies(rng, 6, 7, kinds)
@@ -205,6 +210,8 @@ def test_whatever_rounding_does_the_exact_scores_decide(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(asked.scorer), "over_windows", shaken)
+        if device:
+            patch.setattr("trainer.model.search.top_columns", top_columns_by_topk)
         found = search(query)
     served = WindowSearch.around(search)(query)
     for kept in (found, served):

@@ -19,10 +19,12 @@ from trainer.assemble import resolve_groups
 from trainer.config import load_config
 from trainer.data.clusters import ClusterInfo
 from trainer.data.schema import read_manifest
+from trainer.distributed import process_group
 from trainer.remarks import remarks
 from trainer.run import RunFolder
 from trainer.schedule import dense_schedule, run_steps, schedule_remarks, table_schedule
 from trainer.sections import TrainConfig
+from trainer.warm_start import unshard_run
 
 CONFIG = ROOT / "configs" / "dare.toml"
 
@@ -129,6 +131,23 @@ def test_tables_too_large_to_build_are_planned(
     assert "no sharding plan for 1 rank(s)" in said and "more ranks may hold them" in said
 
 
+def test_the_weights_to_start_large_tables_with_are_looked_at(
+    log: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.start._SMALL", 1)
+    with process_group():
+        unshard_run(trained, tmp_path / "plain")
+    for source in (trained, tmp_path / "plain"):
+        pipelines.train.check(CONFIG, tmp_path / "run", words(log, train__init_from=str(source)))
+    for changes in ({"groups__attention__dim": 8}, {"model__hidden": [9]}):
+        given = words(log, train__init_from=str(tmp_path / "plain"), **changes)
+        with pytest.raises(TandemError, match=r"the config says 8|this model's is"):
+            pipelines.train.check(CONFIG, tmp_path / "run", given)
+    with pytest.raises(TandemError, match="nowhere"):
+        given = words(log, train__init_from=str(tmp_path / "nowhere"))
+        pipelines.train.check(CONFIG, tmp_path / "run", given)
+
+
 def test_a_plan_for_more_ranks_is_checked_for_those(
     log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +172,10 @@ def test_what_is_left_aside_is_said_by_check_and_training(
         "model__hash_bits": 7,
         "train__validate_every": 5,
         "train__warmup_steps": 100,
+        "train__early_stopping__metric": "gauc",
+        "model__roles__cross": "cross",
+        "groups__cross__features": ["band", "action"],
+        "tables__category_id__rows": 50,
     }
     roles = {"model__roles__attention_target": "attention"}
     said = []
@@ -163,11 +186,13 @@ def test_what_is_left_aside_is_said_by_check_and_training(
     for text in said:
         for line in (
             "not used: 2 context features (city, segments) of the log",
-            "not used: 3 features (category_id, action, band) of the log",
+            "not used: 1 feature (category_id) of the log",
+            "no effect: band in groups.cross;",
+            "no effect: tables.category_id; no group",
             "no validation requests: nothing is measured while training, so train.validate_every = 5",
             "the log has no test requests",
             "not used: split 'later' with",
-            "no effect in this configuration: model.hash_bits = 7",
+            "no effect in this configuration: model.hash_bits = 7; train.early_stopping.metric (",
             "train.warmup_steps = 100 is more than a fifth",
         ):
             assert text.count(line) == 1, line
@@ -242,7 +267,9 @@ def test_a_warm_up_ends_within_the_run() -> None:
 def test_a_short_run_says_what_would_make_it_longer() -> None:
     (line,) = schedule_remarks(TrainConfig(), 6000, 2048)
     assert "about 3 step(s)" in line
-    assert "data.batch_candidates = 20 or train.epochs = 100" in line
+    assert "300 steps would be data.batch_candidates = 64 with train.epochs = 4" in line
+    (line,) = schedule_remarks(TrainConfig(), 100_000, 2048)
+    assert "data.batch_candidates = 333 with train.epochs = 1" in line
     assert not schedule_remarks(TrainConfig(max_steps=3), 6000, 2048)
     assert not schedule_remarks(TrainConfig(), 300_000, 2048)
     assert len(schedule_remarks(TrainConfig(warmup_steps=100), 6000, 2048)) == 2

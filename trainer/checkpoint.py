@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
 from trainer import checkpoint_files as files
-from trainer.checkpoint_files import Entries, newest, read_state, verify
+from trainer.checkpoint_files import Entries, newest, read_state, to_use, verify
 from trainer.durable import remove_folder
 from trainer.hashed_writer import HashedWriter
 
-__all__ = ["Found", "find", "load_tensors", "newest", "read_state", "save", "verify"]
+__all__ = ["Found", "find", "load_tensors", "newest", "read_state", "save", "to_use", "verify"]
 
 Result = TypeVar("Result")
 
@@ -43,6 +43,7 @@ def save(
     tensors: Mapping[str, Any],
     state: Mapping[str, Any],
     keep: int,
+    best: int = -1,
     group: Group = None,
 ) -> Path:
     """Write one checkpoint; collective over all ranks.
@@ -53,6 +54,7 @@ def save(
         tensors: state dict for DCP (model and optimizers).
         state: JSON-able rank-independent state.
         keep: newest checkpoints to keep; older ones are deleted after the new one is in place.
+        best: the step of one that stays besides; -1 = none.
         group: that the ranks talk through; a save in a thread needs one that nobody else uses.
 
     Raises:
@@ -72,7 +74,7 @@ def save(
         if dist.get_rank(group) == 0:
             remove_folder(part)
         raise
-    _on_first(final, lambda: files.retire(folder, final, keep), group)
+    _on_first(final, lambda: files.retire(folder, final, keep, best), group)
     return final
 
 
@@ -106,6 +108,29 @@ def find(folder: Path) -> Found:
         why = f"no checkpoint verifies; use another --out, or restore one ({'; '.join(refused)})"
         raise CheckpointError(folder, why)
     return Found(None, {}, [])
+
+
+def find_to_use(folder: Path, which: str = "") -> Found:
+    """Look for the checkpoint that a finished run is used by; collective.
+
+    Args:
+        which: `newest`, `best`, or the number of a step; empty = the best where training looked for it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = find(folder)
+    if found.path is None:
+        raise CheckpointError(folder, "no usable checkpoint; train the run to the end first")
+    wanted = files.wanted(folder, found.path, found.state, which)
+    if wanted == found.path:
+        return found
+    problem = _verify_together(wanted)
+    if problem and which:
+        raise CheckpointError(wanted, f"cannot be used: {problem}")
+    if problem:
+        return Found(found.path, found.state, [*found.refused, f"the best one: {problem}"])
+    return Found(wanted, from_rank_0(partial(read_state, wanted)), found.refused)
 
 
 def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = True) -> None:

@@ -156,14 +156,54 @@ def publish(part: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def retire(folder: Path, final: Path, keep: int) -> None:
+def wanted(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> Path:
+    """The checkpoint that `which` names (see `trainer.checkpoint.find_to_use`), not yet verified.
+
+    Args:
+        newest, state: the newest good one, and what it knows.
+
+    Raises:
+        CheckpointError: nothing has that name.
+    """
+    best = int(state.get("best", {}).get("step", -1))
+    if which == "newest" or (not which and best < 0):
+        return newest
+    if which in ("", "best"):
+        if best < 0:
+            problem = "knows of no best checkpoint: set train.early_stopping.patience, or take the newest"
+            raise CheckpointError(newest, problem)
+        return folder / final_name(best)
+    if not which.isdigit() or not (folder / final_name(int(which))).is_dir():
+        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in checkpoints(folder))
+        raise CheckpointError(folder, f"no checkpoint {which!r}: give newest, best or a step, of {steps}")
+    return folder / final_name(int(which))
+
+
+def to_use(folder: Path, which: str = "") -> tuple[Path | None, list[str]]:
+    """`trainer.checkpoint.find_to_use` for one process: -> (path or None, why others were refused)."""
+    path, refused = newest(folder)
+    if path is None:
+        return None, refused
+    chosen = wanted(folder, path, read_state(path), which)
+    try:
+        verify(chosen)
+    except CheckpointError as error:
+        if which:
+            raise
+        return path, [*refused, f"the best one: {error}"]
+    return chosen, refused
+
+
+def retire(folder: Path, final: Path, keep: int, best: int = -1) -> None:
     """Delete all but the newest `keep` checkpoints up to `final`; damaged ones don't count as kept.
+
+    That of step `best` stays besides.
 
     Each is renamed before it is deleted: a half deleted checkpoint must not look like one.
     """
     good = 0
     for old in checkpoints(folder):
-        if old.name > final.name:
+        if old.name > final.name or (best >= 0 and old.name == final_name(best) and good >= keep):
             continue
         if good < keep:
             with suppress(CheckpointError):

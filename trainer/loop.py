@@ -14,17 +14,18 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
-from embeddings.errors import ConfigError
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.distributed import Ranks, naming_the_lost, sum_over_ranks
+from trainer.early_stopping import Best
 from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics, first_and_all, one_line
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.progress import Progress
 from trainer.reshard import check_reshardable
+from trainer.resume import check_same_order
 from trainer.run import MetricsLog, RunFolder
 from trainer.saver import Saver
 from trainer.schedule import dense_schedule, progress_of, run_steps, table_schedule
@@ -39,7 +40,7 @@ class Position:
     Attributes:
         step: steps done; cursor: next block to read; candidates: trained so far, over all ranks.
         wall_s, cpu_s: spent in training steps so far, by this rank (checkpoints keep cpu_s of all ranks).
-        validated: step of the newest validation, -1 before the first.
+        validated: step of the newest validation, -1 before the first; best: see `trainer.early_stopping`.
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class Position:
     wall_s: float = 0.0
     cpu_s: float = 0.0
     validated: int = -1
+    best: Best = field(default_factory=Best)
 
 
 class Trainer:
@@ -92,7 +94,7 @@ class Trainer:
         self.meter = _Meter(ranks.device)
         self.saver = Saver(folder.checkpoints, config.checkpoint, say)
         self.watch = Watch(config.checkpoint)
-        self.stopped = False
+        self.stopped = self._best_due = False
 
     def run(self, start: checkpoint.Found) -> Position:
         """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.
@@ -174,11 +176,17 @@ class Trainer:
             self.saver.settle()
         every = self.config.checkpoint.every_steps
         # One that stops is saved by run(), which waits for it.
-        if not self._over() and (seen.due or (every and self.at.step % every == 0)):
+        due = seen.due or self._best_due or bool(every and self.at.step % every == 0)
+        if due and not self._over():
             self._save()
 
     def _over(self) -> bool:
-        return self.stopped or self._step_limit()
+        return self.stopped or self._step_limit() or self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether validation has brought nothing for as long as the config waits."""
+        return self.at.best.over(self.config.train.early_stopping)
 
     def _report(self) -> None:
         """Write what was trained since the last report; collective."""
@@ -205,7 +213,20 @@ class Trainer:
         entry = first_and_all({task: found.as_dict() for task, found in metrics.items()})
         self.log.write(self.at.step, "validation", entry)
         self.say(f"validation after step {self.at.step}: {one_line(metrics)}")
+        self._compare(next(iter(metrics.values())))
         self.meter.clock.restart()
+
+    def _compare(self, metrics: Metrics) -> None:
+        """Whether this validation is the best so far, or the last."""
+        stopping, best = self.config.train.early_stopping, self.at.best
+        if not stopping.on:
+            return
+        self._best_due = best.see(stopping, metrics, self.at.step)
+        if self.ended_early:
+            value = "none" if best.value is None else f"{best.value:.4f} after step {best.step:,}"
+            self.say(
+                f"no better {stopping.metric} in {best.fruitless} validation(s): training ends; best: {value}"
+            )
 
     def _progress(self) -> float:
         return progress_of(self.config.train, self.at.step, self.at.candidates, self.train_reader.candidates)
@@ -231,6 +252,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._report()
+        self._best_due = False
         state = {
             **asdict(self.at),
             "cpu_s": self.cpu_seconds(),
@@ -240,7 +262,7 @@ class Trainer:
             "order": self.train_reader.order,
             "config": self.config.model_dump(mode="json"),
         }
-        self.saver.save(self.at.step, self._tensors(), state)
+        self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
         self.watch.restart_clock()
         self.meter.clock.restart()
 
@@ -257,12 +279,7 @@ class Trainer:
             CheckpointError: the tables' optimizer state has no meaning for how they lie now.
         """
         check_reshardable(path, state, self.plan)
-        if state["cursor"]["blocks"] and state["order"] != self.train_reader.order:
-            raise ConfigError(
-                f"{path} stands inside an epoch, and the rows of {self.config.data.log} lie in other files "
-                "or another order since (or other row groups are skipped), so some would be read twice and "
-                "some never; give the log as it was, or name another --out"
-            )
+        check_same_order(path, state, self.train_reader.order, self.config.data.log)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         self.at = Position(
             step=state["step"],
@@ -271,6 +288,8 @@ class Trainer:
             wall_s=state["wall_s"],
             cpu_s=state["cpu_s"] / self.ranks.world_size,
             validated=state["validated"],
+            # Older checkpoints know of no best.
+            best=Best(**state.get("best", {})),
         )
         self.saver.saved = self.at.step
         self.say(f"resumed from {path}")

@@ -20,13 +20,21 @@ _SPLITS = ("train", "validation", "test")
 def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGroup]) -> list[str]:
     """One line for each kind of thing that this run will not use."""
     lines = [
+        _tables(config, groups),
         _context(manifest, groups),
         _features(config, manifest, groups),
+        _sides(config, manifest),
         _clusters(config, manifest),
         *_splits(config, manifest),
         _settings(config),
     ]
     return [line for line in lines if line]
+
+
+def _tables(config: Config, groups: Mapping[str, TableGroup]) -> str:
+    used = {feature for group in groups.values() for feature in group.features}
+    left = [f"tables.{name}" for name in config.tables if name not in used]
+    return f"no effect: {', '.join(left)}; no group has a table of that feature" if left else ""
 
 
 def _context(manifest: LogManifest, groups: Mapping[str, TableGroup]) -> str:
@@ -52,6 +60,31 @@ def _features(config: Config, manifest: LogManifest, groups: Mapping[str, TableG
         f"not used: {_counted(left, 'feature')} of the log; name them in groups.<name>.features (left out, a "
         "group has all of them)"
     )
+
+
+def _sides(config: Config, manifest: LogManifest) -> str:
+    """Features of a group whose tables are only looked up for those who do not have them."""
+    needs: dict[str, set[str]] = {}
+    for branch in config.model.all_branches().values():
+        for role, group in branch.roles.model_dump().items():
+            if group and role != "context":
+                needs.setdefault(group, set()).add("candidate" if role.endswith("_target") else "history")
+    left = [
+        f"{feature} in groups.{name}"
+        for name, sides in needs.items()
+        for feature in config.groups[name].features or manifest.features
+        if feature in manifest.features and sides == {_OTHER.get(manifest.features[feature].side)}
+    ]
+    if not left:
+        return ""
+    return (
+        f"no effect: {', '.join(left)}; the group is looked up for behaviors alone or for candidates "
+        "alone, and only the other side carries the feature"
+    )
+
+
+# Who lacks a feature of a side.
+_OTHER = {"candidate": "history", "history": "candidate"}
 
 
 def _clusters(config: Config, manifest: LogManifest) -> str:
@@ -88,6 +121,8 @@ def _of_model(model: ModelConfig) -> list[str]:
     for key in ("k", "hash_bits", "hashes", "score_hidden", "head_dim", "layers", "time_dim", "time_group"):
         if key not in used and _changed(model, key):
             found.append(f"model.{key} = {getattr(model, key)!r}")
+    if model.head == "dot" and _changed(model, "hidden"):
+        found.append('model.hidden (model.head is "dot")')
     if model.auxiliary == "none":
         found += [
             f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "none")'
@@ -134,6 +169,12 @@ def _of_rest(config: Config) -> list[str]:
         found.append('data.max_bad (data.on_bad is "fail")')
     if train.init_optimizer != "carry" and not train.init_from:
         found.append("train.init_optimizer (train.init_from is empty)")
+    if not train.early_stopping.on:
+        found += [
+            f"train.early_stopping.{key} (train.early_stopping.patience is 0)"
+            for key in ("metric", "min_delta")
+            if _changed(train.early_stopping, key)
+        ]
     if train.warmup and train.warmup_steps is not None and train.warmup != TYPICAL_WARMUP:
         found.append(f"train.warmup (train.warmup_steps = {train.warmup_steps} counts instead)")
     return found

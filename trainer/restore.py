@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from embeddings.errors import CheckpointError
 from trainer import checkpoint
 from trainer.assemble import Sharded, build_sharded, feature_rows
 from trainer.config import Config
@@ -16,7 +15,7 @@ from trainer.run import RunFolder
 
 @dataclass(frozen=True)
 class Restored:
-    """A run's newest verified checkpoint as a model in eval mode.
+    """A run's verified checkpoint as a model in eval mode.
 
     Attributes:
         config, manifest: of the run and of its log; sharded: the model; step: steps it was trained.
@@ -32,19 +31,23 @@ class Restored:
         return feature_rows(self.sharded.groups)
 
 
-def restore(folder: RunFolder, ranks: Ranks) -> Restored:
-    """Load the newest checkpoint that verifies; collective over all ranks.
+def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> Restored:
+    """Load a checkpoint that verifies; collective over all ranks.
+
+    Args:
+        which: see `trainer.checkpoint.find_to_use`.
 
     Raises:
         ConfigError: no run there. CheckpointError: it has no usable checkpoint.
     """
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
-    found = checkpoint.find(folder.checkpoints)
-    if found.path is None:
-        raise CheckpointError(folder.checkpoints, "no usable checkpoint; train the run to the end first")
+    found = checkpoint.find_to_use(folder.checkpoints, which)
+    assert found.path is not None
     for reason in found.refused if ranks.speaks else []:
         print(f"refused checkpoint: {reason}; using {found.path.name}", flush=True)
+    if ranks.speaks and found.state.get("best", {}).get("step", -1) >= 0:
+        print(f"checkpoint {found.path.name} (--checkpoint takes another)", flush=True)
     sharded = build_sharded(config, manifest, ranks)
     tensors: dict[str, Any] = {"model": sharded.model.state_dict()}
     checkpoint.load_tensors(found.path, tensors)

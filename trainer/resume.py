@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from embeddings.errors import ConfigError
@@ -60,6 +61,20 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or name another --out"
             )
+
+
+def check_same_order(path: Path, state: Mapping[str, Any], order: str, log: Path) -> None:
+    """Refuse to go on inside an epoch whose rows lie elsewhere by now; `order`: of this start's reader.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if state["cursor"]["blocks"] and state["order"] != order:
+        raise ConfigError(
+            f"{path} stands inside an epoch, and the rows of {log} lie in other files or another order since "
+            "(or other row groups are skipped), so some would be read twice and some never; give the log as "
+            "it was, or name another --out"
+        )
 
 
 def check_same_rules(state: Mapping[str, Any], config: Config, where: str) -> None:

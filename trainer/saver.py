@@ -66,8 +66,11 @@ class Saver:
         """Whether a save in the background has failed and was not yet spoken of."""
         return self._running is not None and self._running.problem is not None
 
-    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], best: int = -1) -> None:
         """Save what training stands at; collective. Returns once the tensors may change again.
+
+        Args:
+            best: the step whose checkpoint stays, however old it gets; -1 = none.
 
         Raises:
             CheckpointError: this save failed, or the one before, and `on_error` is `stop`.
@@ -75,7 +78,7 @@ class Saver:
         self.settle()
         if self.config.mode == "async":
             tensors = self._stage(tensors)
-        save = _Save(self.folder, step, tensors, state, self.config.keep, self._group)
+        save = _Save(self.folder, step, tensors, state, (self.config.keep, best), self._group)
         self._running = save
         if self.config.mode == "async":
             save.start()
@@ -147,11 +150,11 @@ class _Save(threading.Thread):
         step: int,
         tensors: Mapping[str, Any],
         state: Mapping[str, Any],
-        keep: int,
+        kept: tuple[int, int],
         group: dist.ProcessGroup,
     ) -> None:
         super().__init__(name=f"save of step {step}", daemon=True)
-        self._arguments = (folder, step, tensors, state, keep, group)
+        self._arguments = (folder, step, tensors, state, *kept, group)
         self.folder, self.step, self.path = folder, step, Path()
         self.problem: CheckpointError | None = None
 

@@ -12,6 +12,8 @@ _FLOOR = 1e-3
 LONGEST_WARMUP = 0.2
 # Fewer steps are worth a word, and as many as these are advised.
 _FEW_STEPS, _ENOUGH_STEPS = 100, 300
+# Candidates of a step; fewer make it noise.
+_SMALL_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,14 @@ def schedule_remarks(config: TrainConfig, epoch_candidates: int, batch_candidate
         for key, length in asked.items()
         if length and _warmup(length, 0.0, steps) < length
     ]
-    wanted = config.epochs * epoch_candidates // _ENOUGH_STEPS
     if steps < _FEW_STEPS and not (config.max_steps and config.max_steps <= steps):
-        smaller = f"data.batch_candidates = {max(16, wanted)}" if wanted < batch_candidates else ""
-        more = f"train.epochs = {math.ceil(config.epochs * _ENOUGH_STEPS / max(steps, 1))}"
-        advice = " or ".join([part for part in (smaller, more) if part])
+        wanted = config.epochs * epoch_candidates // _ENOUGH_STEPS
+        batch = min(batch_candidates, max(_SMALL_BATCH, wanted))
+        epochs = max(config.epochs, math.ceil(_ENOUGH_STEPS * batch / epoch_candidates))
         lines.append(
             f"a short run: about {steps:,} step(s) of {batch_candidates:,} candidates from "
-            f"{epoch_candidates:,} a pass, in which little is learnt; for some hundred steps set {advice}"
+            f"{epoch_candidates:,} a pass, in which little is learnt; {_ENOUGH_STEPS} steps would be "
+            f"data.batch_candidates = {batch} with train.epochs = {epochs}"
         )
     return lines
 

@@ -193,6 +193,24 @@ class TableRatesConfig(Settings):
     decay: Decay | None = None
 
 
+class EarlyStoppingConfig(Settings):
+    """End training where validation no longer gets better, and keep the best checkpoint.
+
+    Attributes:
+        metric: of the validation split, see `evaluate`.
+        patience: validations in a row that may bring nothing; 0 = never stop early.
+        min_delta: a gain must be larger than this to count.
+    """
+
+    metric: Literal["auc", "gauc", "logloss"] = "auc"
+    patience: int = Field(0, ge=0)
+    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+    @property
+    def on(self) -> bool:
+        return self.patience > 0
+
+
 class TrainConfig(Settings):
     """The training run; docs/training.md explains it.
 
@@ -215,6 +233,7 @@ class TrainConfig(Settings):
             `sparse_dist` on CUDA, `none` on a CPU, which has nothing to overlap. Losses are the same.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: steps between two validations; 0 = only at the end.
+        early_stopping: see EarlyStoppingConfig; it needs validate_every.
         init_from: a run, or tables written by `unshard`, whose weights a new run starts with; see
             `trainer.warm_start`.
         init_optimizer: `carry` the accumulators of the tables' rows with them, or start those `fresh`.
@@ -237,6 +256,7 @@ class TrainConfig(Settings):
     pipeline: Literal["auto", "none", "sparse_dist", "prefetch"] = "auto"
     log_every: PositiveInt = 10
     validate_every: int = Field(0, ge=0)
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     init_from: str = ""
     init_optimizer: Literal["carry", "fresh"] = "carry"
     timeout_s: float = Field(600, gt=0)
@@ -250,6 +270,11 @@ class TrainConfig(Settings):
             )
         if self.optimizer == "adamw" and not self.weight_decay:
             raise ValueError('train.optimizer = "adamw" without train.weight_decay is adam: say which')
+        if self.early_stopping.on and not self.validate_every:
+            raise ValueError(
+                f"train.early_stopping.patience = {self.early_stopping.patience} counts validations: set "
+                "train.validate_every to the steps between two of them"
+            )
         return self
 
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.agreement import from_rank_0
@@ -146,6 +146,24 @@ def fill(
             else:
                 lines.append(f"{table}: another optimizer than before, its accumulators start fresh")
     return lines
+
+
+def check_source(model: nn.Module, path: Path) -> None:
+    """Whether a model could start with weights from there, without reading all of them; one process.
+
+    Raises:
+        CheckpointError: what is there is damaged, or does not fit; of a run, it has nothing to start with.
+    """
+    if (path / "checkpoints").is_dir():
+        good, refused = checkpoint_files.newest(path / "checkpoints")
+        if good is None:
+            detail = f"; refused: {refused[0]}" if refused else ""
+            raise CheckpointError(path / "checkpoints", f"no usable checkpoint{detail}")
+        return
+    source, weights = open_plain_tables(path), model.state_dict()
+    _check_tables(weights, source)
+    tables = {name for name in weights if table_of(name) in source.manifest.tables}
+    _fill_dense({name: torch.empty_like(w, device="meta") for name, w in weights.items()}, source, tables)
 
 
 def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:

@@ -1,0 +1,162 @@
+"""Training that ends where validation no longer gets better, and the checkpoint that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipelines.train
+from embeddings.errors import CheckpointError, ConfigError
+from pipelines.evaluate import evaluate
+from pipelines.export import export
+from tests.launching import SETTINGS, overrides, tandemrec
+from tests.logs import random_rows, small_log, write_log
+from trainer import checkpoint_files
+from trainer.config import Config, load_config
+from trainer.distributed import process_group
+from trainer.early_stopping import Best
+from trainer.metrics import Metrics
+from trainer.sections import EarlyStoppingConfig
+
+CONFIG = Path("configs/dare.toml")
+# Nothing gains as much, so that the first validation stays the best: after step 2, with an end after step 6.
+STOPPING = {
+    "train.validate_every": 2,
+    "train.early_stopping.patience": 2,
+    "train.early_stopping.min_delta": 1.0,
+    "train.epochs": 9,
+    "checkpoint.keep": 1,
+    "checkpoint.every_steps": 1,
+}
+
+
+def words(log: Path, **changes: Any) -> list[str]:
+    named = {k.replace("__", "."): v for k, v in changes.items()}
+    return overrides({**SETTINGS, "data.log": str(log), **STOPPING, **named})
+
+
+def config(log: Path, **changes: Any) -> Config:
+    return load_config(CONFIG, words(log, **changes)[1::2])
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory.mktemp("early") / "log", seed=1)
+
+
+@pytest.fixture(scope="module")
+def run(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("early") / "run"
+    with process_group() as ranks:
+        pipelines.train.run(config(log), run, ranks)
+    return run
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.name[-8:]) for path in checkpoint_files.checkpoints(run / "checkpoints"))
+
+
+def validated(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["auc"]) for line in lines if line["split"] == "validation"]
+
+
+def test_training_ends_and_its_best_checkpoint_stays(run: Path) -> None:
+    assert [step for step, _ in validated(run)] == [2, 4, 6]
+    assert steps(run) == [2, 6]
+
+
+def test_the_best_is_what_is_measured_and_exported(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = dict(validated(run))
+    assert len(set(found.values())) == 3
+    for which, step in (("", 2), ("best", 2), ("newest", 6), ("6", 6), ("2", 2)):
+        assert evaluate(run, "validation", which)["auc"] == found[step], which
+    assert "checkpoint step-00000002" in capfd.readouterr().out
+    version = export(run, tmp_path / "snapshots", parity_requests=0)
+    assert json.loads((version / "manifest.json").read_text())["step"] == 2
+    version = export(run, tmp_path / "snapshots", parity_requests=0, which="newest")
+    assert json.loads((version / "manifest.json").read_text())["step"] == 6
+    with pytest.raises(CheckpointError, match=r"no checkpoint '5': give newest, best or a step, of 6, 2"):
+        evaluate(run, "validation", "5")
+
+
+def test_a_stop_in_between_changes_nothing(log: Path, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+
+    def stop(step: int) -> None:
+        if step == 4:  # seen in the step after it
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with process_group() as ranks:
+        pipelines.train.run(config(log), other, ranks, after_step=stop)
+        assert steps(other) == [2, 5]
+        pipelines.train.run(config(log), other, ranks)
+    assert validated(other) == validated(run) and steps(other) == [2, 6]
+
+
+def test_a_run_that_ended_early_has_nothing_left(
+    log: Path, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with process_group() as ranks:
+        pipelines.train.run(config(log), run, ranks)
+    assert "nothing left to train" in (said := capfd.readouterr().out)
+    assert "raise train.early_stopping.patience for more" in said
+    assert steps(run) == [2, 6]
+
+
+def test_two_ranks_end_together(log: Path, tmp_path: Path) -> None:
+    done = tandemrec("train", "--config", str(CONFIG), "--out", str(tmp_path / "run"), *words(log), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no better auc in 2 validation(s): training ends; best: 0." in done.stdout
+    assert steps(tmp_path / "run") == [2, 6]
+
+
+def test_a_damaged_best_checkpoint_is_not_used_unasked(
+    log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with process_group() as ranks:
+        pipelines.train.run(config(log), run, ranks)
+    (run / "checkpoints" / "step-00000002" / "state.json").write_text("{}")
+    assert evaluate(run, "validation")["auc"] == validated(run)[-1][1]
+    assert "refused checkpoint: the best one" in capfd.readouterr().out
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        evaluate(run, "validation", "best")
+
+
+def metrics(value: float) -> Metrics:
+    blank = {name: 0 for name in Metrics.__dataclass_fields__}
+    return replace(Metrics(**blank), auc=value, logloss=value)
+
+
+def test_what_counts_as_better() -> None:
+    def seen(values: list[float], **settings: Any) -> list[bool]:
+        given, best = EarlyStoppingConfig(patience=2, **settings), Best()
+        return [best.see(given, metrics(value), n) for n, value in enumerate(values)]
+
+    nan = float("nan")
+    assert seen([nan, 0.5, nan, 0.6, 0.6]) == [False, True, False, True, False]
+    assert seen([0.5, 0.55, 0.61, 0.7], min_delta=0.1) == [True, False, True, False]
+    assert seen([0.5, 0.6, 0.4], metric="logloss") == [True, False, True]
+    best, given = Best(), EarlyStoppingConfig(patience=2)
+    ends = []
+    for value in (nan, nan):
+        best.see(given, metrics(value), 1)
+        ends.append(best.over(given))
+    assert ends == [False, True] and not best.over(EarlyStoppingConfig())
+
+
+def test_it_needs_validations(tmp_path: Path, log: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set train.validate_every to the steps"):
+        config(log, train__validate_every=0)
+    bare = write_log(tmp_path / "log", {"train": random_rows(1)})
+    with pytest.raises(ConfigError, match=r"train.early_stopping needs validation requests"):
+        pipelines.train.check(CONFIG, tmp_path / "run", words(bare)[1::2])

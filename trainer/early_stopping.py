@@ -1,0 +1,41 @@
+"""When validation stops getting better: training ends, and the best checkpoint stays."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from trainer.metrics import Metrics
+from trainer.sections import EarlyStoppingConfig
+
+_LOWER_IS_BETTER = {"logloss"}
+
+
+@dataclass
+class Best:
+    """The best validation so far; checkpoints keep it, so that a resumed run stops where it would have.
+
+    Attributes:
+        value: of the metric, None before the first; step: at which; fruitless: validations since then.
+    """
+
+    value: float | None = None
+    step: int = -1
+    fruitless: int = 0
+
+    def see(self, config: EarlyStoppingConfig, metrics: Metrics, step: int) -> bool:
+        """Take a validation into account; -> whether it is the best. One without a value is never."""
+        found = float(getattr(metrics, config.metric))
+        better = math.isfinite(found) and (self.value is None or self._gain(config, found) > config.min_delta)
+        if better:
+            self.value, self.step, self.fruitless = found, step, 0
+        else:
+            self.fruitless += 1
+        return better
+
+    def over(self, config: EarlyStoppingConfig) -> bool:
+        return config.on and self.fruitless >= config.patience
+
+    def _gain(self, config: EarlyStoppingConfig, found: float) -> float:
+        assert self.value is not None
+        return self.value - found if config.metric in _LOWER_IS_BETTER else found - self.value
