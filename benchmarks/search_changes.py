@@ -67,7 +67,7 @@ def gathered_scores(query: Query, copies: bool) -> Tensor:
 def sliced(query: Query, few: int) -> Tensor:
     with mock.patch.object(slices, "_FEW", few):
         assert isinstance(query.scorer, DotScorer)
-        return slices.columns_of_slices(query.scorer, query.vectors, query.windows, K)[0]
+        return slices.columns_of_slices(query.scorer, query.vectors, query.windows, K, query.doubt())[0]
 
 
 @contextmanager

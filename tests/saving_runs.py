@@ -109,10 +109,10 @@ def note_saves(said: Path) -> Callable[[Ranks], None]:
     def before(ranks: Ranks) -> None:
         save = Saver.save
 
-        def noting(self: Saver, step: int, *rest: Any) -> None:
+        def noting(self: Saver, step: int, *rest: Any, **named: Any) -> None:
             if ranks.rank == 0:
                 said.open("a").write(f"{step}\n")
-            save(self, step, *rest)
+            save(self, step, *rest, **named)
 
         Saver.save = noting  # type: ignore[method-assign]
 

@@ -15,7 +15,7 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.planning import Cluster, Task, constraints_of
 from tests.launching import launched
 from tests.tiny_tables import ROWS, WAYS
-from trainer.evaluation import read_scores
+from trainer.scored import read_scores
 
 Report = dict[str, Any]
 
