@@ -170,7 +170,10 @@ def check_values(engine: Engine, raw: ir.Table, file: Path, required: dict[str, 
             problem = f"null in {int(count):,} of {found['rows']:,} rows; remove or fill them"
             raise DataError(problem, file=file, column=column)
     if found["latest"] > _YEAR_5000:
-        problem = f"{found['latest']} is too large for unix seconds; divide milliseconds by 1,000"
+        problem = (
+            f"{found['latest']} is too large for unix seconds; say what it counts with "
+            'timestamp_unit = "ms", "us" or "ns"'
+        )
         raise DataError(problem, file=file, column=required["timestamp"])
     if found["earliest"] < 0:
         problem = f"{found['earliest']} is before 1970; remove or mend such rows"
