@@ -22,6 +22,7 @@ ENGINES = ("duckdb", "spark")
 _PYTHON = 300_000_000
 # Paths as they are, and no columns from the names of folders.
 _SPARK_EXACTLY = {"__globPaths__": "false", "recursiveFileLookup": "true"}
+_SPARK_PLAIN = "timestamp_ntz"
 _SPARK_SQL = {
     "spark.sql.caseSensitive": "true",
     "spark.sql.session.timeZone": "UTC",
@@ -117,7 +118,10 @@ class DuckEngine:
             }
             settings = ", ".join(f"{key} = {value}" for key, value in options.items())
             source = f"read_csv([{paths}], {settings})"
-        self._run(lambda: self._duck.con.execute(f'CREATE TEMP VIEW "{name}" AS SELECT * FROM {source}'))
+        chosen = ", ".join(_duck_column(first, place) for place in range(len(columns)))
+        self._run(
+            lambda: self._duck.con.execute(f'CREATE TEMP VIEW "{name}" AS SELECT {chosen} FROM {source}')
+        )
         return self._duck.table(name)
 
     def split(self, text: ir.Value, separator: str) -> ir.Value:
@@ -212,7 +216,12 @@ class SparkEngine:
         columns = [f"c{place}" for place in range(len(first.columns))]
         reader = self._session.read.options(**_SPARK_EXACTLY)
         if first.format == "Parquet":
-            return self._view(reader.parquet(*paths).toDF(*columns))
+            frame = reader.parquet(*paths).toDF(*columns)
+            # Times without a zone, which Ibis does not know; this session's zone is UTC.
+            plain = {
+                name: frame[name].cast("timestamp") for name, kind in frame.dtypes if kind == _SPARK_PLAIN
+            }
+            return self._view(frame.withColumns(plain) if plain else frame)
         schema = ", ".join(f"{column} STRING" for column in columns)
         options = {
             "sep": first.delimiter,
@@ -271,6 +280,15 @@ class SparkEngine:
         name = name or ibis.util.gen_name("raw")
         frame.createOrReplaceTempView(name)
         return self._spark.table(name)
+
+
+def _duck_column(file: RawFile, place: int) -> str:
+    """Nanoseconds as a number, as Spark gives them: Ibis knows no such time with a zone."""
+    name = file.columns[place]
+    kind = file.types.get(name) if file.columns.count(name) == 1 else None
+    if kind is not None and pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return f"epoch_ns(c{place}) AS c{place}"
+    return f"c{place}"
 
 
 def _literal(path: Path) -> str:
