@@ -30,14 +30,12 @@ class Seen:
 
     Attributes:
         loose: table -> its columns that were read as integers and could as well be text: of CSV, for example.
-        unused: table -> columns of its files that no setting names.
         measured: whether rows, and ranges of (table, setting): (nulls, least, greatest), are wanted.
     """
 
     columns: list[ColumnInfo] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     loose: dict[str, set[str]] = field(default_factory=dict)
-    unused: dict[str, list[str]] = field(default_factory=dict)
     measured: bool = False
     rows: dict[str, int] = field(default_factory=dict)
     ranges: dict[tuple[str, str], tuple[int, Any, Any]] = field(default_factory=dict)
@@ -88,7 +86,12 @@ def open_files(
     told = zip(columns, targets, facts, strict=True)
     seen.columns += [_understood(found.what, column, target, fact) for column, target, fact in told]
     used = {want.column for want in wanted}
-    seen.unused[found.what] = [name for name in files[0].columns if name not in used]
+    unused = [
+        name for name in dict.fromkeys(name for file in files for name in file.columns) if name not in used
+    ]
+    if unused:
+        names_told = ", ".join(unused[:10]) + (f" and {len(unused) - 10} more" if len(unused) > 10 else "")
+        seen.notes.append(f"{found.what}: not read, since no setting names them: {names_told}")
     names = {(column.want.column, column.want.kind): f"c{place}" for place, column in enumerate(columns)}
     loose = {
         (column.want.column, column.want.kind)
@@ -189,7 +192,7 @@ def _facts(
     names = sorted({name for part in parts for name in part.columns if name != "nothing"})
     if not names:
         return [{} for _ in columns]
-    blank = {name: ibis.null("int64" if name.startswith("cut") else "string") for name in names}
+    blank = {name: ibis.null("int64" if name.startswith(("cut", "known")) else "string") for name in names}
     parts = [
         part.select(**{name: part[name] if name in part.columns else blank[name] for name in names})
         for part in parts
@@ -198,7 +201,7 @@ def _facts(
     for name in names:
         sums |= (
             {name: everything[name].sum()}
-            if name.startswith("cut")
+            if name.startswith(("cut", "known"))
             else {name: everything[name].count(), f"{name}_least": everything[name].min()}
         )
     try:
@@ -218,11 +221,13 @@ def _named(place: int, found: Cells) -> dict[str, ir.Value]:
         values[f"wide{place}"] = found.wide
     if found.cut is not None:
         values[f"cut{place}"] = found.cut.cast("int64")
+    if found.known is not None:
+        values[f"known{place}"] = found.known.cast("int64")
     return values
 
 
 def _of_column(row: Mapping[str, Any], place: int) -> dict[str, Any]:
-    kinds = ("bad", "wide", "cut")
+    kinds = ("bad", "wide", "cut", "known")
     found = {kind: int(row.get(f"{kind}{place}") or 0) for kind in kinds}
     return found | {f"{kind}_least": row.get(f"{kind}{place}_least") for kind in kinds}
 
@@ -241,9 +246,11 @@ def _understood(table: str, column: Column, target: Target, fact: Mapping[str, A
     types = ", ".join(dict.fromkeys(column.types))
     read_as = {"int64": "integers", "string": "text", "float64": "numbers"}.get(target, f"lists ({target})")
     note = ""
-    if fact.get("wide"):
-        least = fact["wide_least"]
-        note = f"{fact['wide']:,} cells such as {least!r} are not the plain spelling of a 64-bit integer"
+    # A column of words needs no reason; one that is nearly a column of numbers does.
+    if fact.get("wide") and (fact["wide"] < fact["known"] or CSV not in column.families):
+        note = (
+            f"{fact['wide']:,} cells such as {fact['wide_least']!r} are no plain spelling of a 64-bit integer"
+        )
     if column.want.kind == "time":
         read_as = "unix seconds"
         note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""

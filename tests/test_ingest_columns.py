@@ -322,4 +322,4 @@ def test_pandas_tables_are_read(door: Door, tmp_path: Path) -> None:
         (2, START + 1, "y"),
         (3, START + 2, None),
     ]
-    assert door.seen.unused == {"raw events": ["__index_level_0__"]}
+    assert door.seen.notes == ["raw events: not read, since no setting names them: __index_level_0__"]
