@@ -41,6 +41,8 @@ class FoundFiles:
     what: str
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    # Of Parquet files that were looked at before: there may be thousands, far away.
+    known: dict[Path, RawFile] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -92,14 +92,12 @@ def test_users_and_requests_of_text_are_numbered_in_their_order(tmp_path: Path) 
     )
     assert plain.named == {} and not (tmp_path / "plain" / "vocab" / "user_id.parquet").exists()
     named, asked = with_text(raw, user_id="u"), with_text(shown, user_id="u", request="s")
-    kinds = {"user_id": pa.string(), "request": pa.string()}
     manifest = ingest(
         as_text(tmp_path / "e.csv", named, EVENT),
         tmp_path / "log",
         config("impressions", **SEPARATED),
         impressions=as_text(tmp_path / "i.csv", asked, SHOWN),
     )
-    del kinds
     users, requests = words(tmp_path / "log", "user_id"), words(tmp_path / "log", "request_id")
     assert users == {f"u{user}": user for user in range(1, 8)}
     assert requests == {f"s{request}": request + 1 for request in range(6)}
@@ -235,7 +233,8 @@ def test_preview_shows_every_column(tmp_path: Path, capsys: pytest.CaptureFixtur
         ["item_id", "events.item", "CSV", "text", "0", "'00'", "'7'"],
     ]
     assert told[5:] == [
-        "raw events: item_id is read as text: 30 cells such as '00' are no plain spelling of a 64-bit integer",
+        "raw events: item_id is read as text: "
+        "30 cells such as '00' are no plain spelling of a 64-bit integer",
         "raw events: not read, since no setting names them: note",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.toml", "e.csv"]
