@@ -28,7 +28,7 @@ from pipelines.ingest_files import Files, any_file, find_files
 from pipelines.ingest_names import agree, with_numbers
 from pipelines.ingest_preview import preview_lines
 from pipelines.ingest_report import Counts, full_report, report_lines
-from pipelines.ingest_sources import Seen
+from pipelines.ingest_sources import Seen, unread_settings
 from pipelines.ingest_tables import (
     bucketed,
     encode,
@@ -173,9 +173,12 @@ def _open(
         shown = open_impressions(engine, find_files(impressions, "impressions"), config, seen)
     if events:
         files = find_files(events, "raw events")
-        return Raw(open_events(engine, files, config, seen), shown, any_file(events), seen)
-    table, duplicates = open_domains(engine, config, seen)
-    return Raw(table, shown, None, seen, duplicates)
+        raw = Raw(open_events(engine, files, config, seen), shown, any_file(events), seen)
+    else:
+        table, duplicates = open_domains(engine, config, seen)
+        raw = Raw(table, shown, None, seen, duplicates)
+    seen.notes += unread_settings(config, seen)
+    return raw
 
 
 def _write_log(

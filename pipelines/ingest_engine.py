@@ -212,25 +212,24 @@ class SparkEngine:
         for file in files:
             if file.path.name.startswith(("_", ".")):
                 raise DataError("Spark skips files whose name begins with _ or .; rename it", file=file.path)
-        paths = [str(file.path.absolute()) for file in files]
+        try:
+            return self._view(self._frame_of(files))
+        except Exception as error:
+            problem = f"Spark cannot read this file, or one beside it: {str(error).splitlines()[0]}"
+            raise DataError(problem, file=first.path) from error
+
+    def _frame_of(self, files: Sequence[RawFile]) -> Any:
+        first, paths = files[0], [str(file.path.absolute()) for file in files]
         columns = [f"c{place}" for place in range(len(first.columns))]
         reader = self._session.read.options(**_SPARK_EXACTLY)
-        if first.format == "Parquet":
-            frame = reader.parquet(*paths).toDF(*columns)
-            # Times without a zone, which Ibis does not know; this session's zone is UTC.
-            plain = {
-                name: frame[name].cast("timestamp") for name, kind in frame.dtypes if kind == _SPARK_PLAIN
-            }
-            return self._view(frame.withColumns(plain) if plain else frame)
-        schema = ", ".join(f"{column} STRING" for column in columns)
-        options = {
-            "sep": first.delimiter,
-            "header": True,
-            "mode": "FAILFAST",
-            "escape": '"',
-            "multiLine": True,
-        }
-        return self._view(reader.options(**options).schema(schema).csv(paths))
+        if first.format == "CSV":
+            schema = ", ".join(f"{column} STRING" for column in columns)
+            options = {"sep": first.delimiter, "header": True, "escape": '"', "multiLine": True}
+            return reader.options(mode="FAILFAST", **options).schema(schema).csv(paths)
+        frame = reader.parquet(*paths).toDF(*columns)
+        # Times without a zone, which Ibis does not know; this session's zone is UTC.
+        plain = {name: frame[name].cast("timestamp") for name, kind in frame.dtypes if kind == _SPARK_PLAIN}
+        return frame.withColumns(plain) if plain else frame
 
     def split(self, text: ir.Value, separator: str) -> ir.Value:
         # Spark takes a regular expression.
@@ -245,7 +244,7 @@ class SparkEngine:
     def _store(self, mode: str, name: str, table: ir.Table) -> ir.Table:
         path = self._spill / name
         self._frame(table).write.mode(mode).parquet(str(path))
-        return self._view(self._session.read.parquet(str(path)), name)
+        return self._view(self._session.read.options(**_SPARK_EXACTLY).parquet(str(path)), name)
 
     def table(self, name: str) -> ir.Table:
         return self._spark.table(name)

@@ -29,6 +29,8 @@ TEXT_TABLES = (".csv", ".tsv", ".txt", ".inter")
 _JSON = (".json", ".jsonl", ".ndjson")
 _PACKED = (".zst", ".bz2", ".xz", ".zip", ".lz4")
 _MAGIC = b"PAR1"
+# What says which files of a folder count.
+_LAKES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 # RecBole writes the type of a column behind its name.
 _RECBOLE = re.compile(r":(token|float|token_seq|float_seq)$")
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
@@ -117,6 +119,9 @@ def _below(folder: Path, skipped: list[Path]) -> list[Path]:
     """All data files of a folder and of those in it."""
     files: list[Path] = []
     for place, folders, names in os.walk(folder, followlinks=True):
+        if lake := next((name for name in folders if name in _LAKES), None):
+            problem = f"is a {_LAKES[lake]} table: some of its files may be no part of it any more; export it"
+            raise DataError(f"{problem} to plain Parquet, or name the files", file=place)
         # A day of a log is `day=1`; `_temporary` and `.snapshots` are no part of it.
         folders[:] = sorted(name for name in folders if not _is_marker(name))
         for name in sorted(names):

@@ -261,3 +261,15 @@ def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Colum
     for place, column in enumerate(columns):
         least, most = (row.get(f"c{place}_{end}") for end in ("least", "most"))
         seen.ranges[what, column.want.key] = (int(row[f"c{place}_nulls"] or 0), least, most)
+
+
+def unread_settings(config: IngestConfig, seen: Seen) -> list[str]:
+    """Columns that a setting about columns names, and no setting that reads one."""
+    read = {column.column for column in seen.columns}
+    lists = {"text_columns": config.text_columns, "partition_columns": config.partition_columns}
+    return [
+        f"{setting} names {name!r}, a column that no other setting names"
+        for setting, names in lists.items()
+        for name in names
+        if name not in read
+    ]

@@ -101,6 +101,9 @@ def test_a_folder_is_its_data_files(door: Door, tmp_path: Path) -> None:
     assert sorted(door.column(f"{folder}/*", "item_id")) == [*ITEMS, 100, 200, 300]
     assert door.column(f"{folder}/part*", "item_id") == ITEMS
     assert sorted(door.column(f"{folder}/**/*.parquet", "item_id"))[-1] == 300
+    (folder / "day=2" / "_delta_log").mkdir()
+    with pytest.raises(DataError, match=r"day=2: is a Delta Lake table.*or name the files"):
+        door.events(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         DataError, match=r"empty: holds no data file; name a Parquet or CSV file of raw events"

@@ -168,6 +168,19 @@ def test_an_older_log_of_text_keeps_csv_text(tmp_path: Path) -> None:
         )
 
 
+def test_an_older_log_is_opened_by_its_exact_path(tmp_path: Path) -> None:
+    for folder, shift in (("id=5[1]", 0), ("id=51", 500)):
+        (tmp_path / folder).mkdir()
+        next_days(
+            f"{folder}/old", tmp_path, [row | {"item_id": row["item_id"] + shift} for row in events()], NAMES
+        )
+    vocabulary = {"vocabulary": {"log": str(tmp_path / "id=5[1]" / "old")}}
+    manifest = next_days("new", tmp_path, events(), NAMES, **vocabulary)
+    assert manifest.features == read_manifest(tmp_path / "id=5[1]" / "old").features
+    assert words(tmp_path / "new", "item_id") == words(tmp_path / "id=5[1]" / "old", "item_id")
+    assert len({item for row in rows(tmp_path / "new") for item in row["history_item_id"]}) > 20
+
+
 def test_impressions_of_csv_follow_the_events(tmp_path: Path) -> None:
     raw, shown = events(), impressions()
     items = [*range(1001, 1031)]
@@ -238,6 +251,9 @@ def test_preview_shows_every_column(tmp_path: Path, capsys: pytest.CaptureFixtur
         "raw events: not read, since no setting names them: note",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.toml", "e.csv"]
+    more = ["--set", 'text_columns=["item", "user_id"]', "--preview"]
+    assert main([*given, *more]) == 0
+    assert "text_columns names 'item', a column that no other setting names" in capsys.readouterr().out
     assert main(given) == 2
     assert "name the log to write with --out, or ask for --preview" in capsys.readouterr().err
 

@@ -90,7 +90,7 @@ def test_both_engines_continue_a_vocabulary_alike(tmp_path: Path, spark: Any) ->
 @pytest.fixture
 def doors(tmp_path: Path, spark: Any) -> Iterator[list[Door]]:
     del spark
-    both = [Door(tmp_path / name, name) for name in ("duckdb", "spark")]
+    both = [Door(tmp_path / f"{name}[1]{{a,b}}", name) for name in ("duckdb", "spark")]
     yield both
     for door in both:
         door.engine.close()
