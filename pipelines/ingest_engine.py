@@ -31,9 +31,15 @@ _SPARK_SQL = {
 
 
 class Engine(Protocol):
-    """What ingest needs of an engine. `bounded` engines want users in buckets to respect a memory limit."""
+    """What ingest needs of an engine.
+
+    Attributes:
+        bounded: it wants users in buckets to respect a memory limit.
+        lenient: it takes CSV that is broken, or no UTF-8, for something else, and says nothing.
+    """
 
     bounded: bool
+    lenient: bool
 
     def scan(self, files: Sequence[RawFile]) -> ir.Table:
         """Files of one format with the same columns in the same order, which become c0, c1, ...
@@ -81,7 +87,7 @@ def connect(name: str, config: EngineConfig, spill: Path) -> Engine:
 class DuckEngine:
     """DuckDB on a database file, so that what does not fit the memory limit is read again from disk."""
 
-    bounded = True
+    bounded, lenient = True, False
 
     def __init__(self, config: EngineConfig, spill: Path) -> None:
         limit = max(config.memory_bytes - _PYTHON, config.memory_bytes // 2)
@@ -184,7 +190,7 @@ class SparkEngine:
     Intermediate tables are Parquet files under `spill`, which driver and executors must both reach.
     """
 
-    bounded = False
+    bounded, lenient = False, True
 
     def __init__(self, config: EngineConfig, spill: Path) -> None:
         try:

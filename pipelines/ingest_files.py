@@ -46,6 +46,12 @@ class FoundFiles:
     # Of Parquet files that were looked at before: there may be thousands, far away.
     known: dict[Path, RawFile] = field(default_factory=dict, compare=False)
 
+    @property
+    def label(self) -> str:
+        """All of them, for an error that no single one of them is known to have caused."""
+        more = f" and {len(self.files) - 1} more files" if len(self.files) > 1 else ""
+        return f"{self.files[0]}{more}"
+
 
 @dataclass(frozen=True)
 class RawFile:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import ibis
@@ -18,7 +19,7 @@ from pipelines.ingest_columns import CSV, NULL, Column, Kind, Target, Wanted, de
 from pipelines.ingest_engine import Engine
 from pipelines.ingest_faults import bad_cell, check_rows
 from pipelines.ingest_files import FoundFiles, RawFile, look
-from pipelines.ingest_values import convert, look_at, of_text
+from pipelines.ingest_values import convert, look_at, may_be_broken, of_text
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.schema import ColumnInfo
 
@@ -167,7 +168,7 @@ def _facts(
     engine: Engine, parts: Sequence[_Part], columns: Sequence[Column], files: Sequence[RawFile]
 ) -> list[dict[str, Any]]:
     """Of each column, over all files: how many cells are bad, wide, cut and known, and the least of them."""
-    looks = [_looks(part, columns) for part in parts]
+    looks = [_looks(part, columns, engine.lenient) for part in parts]
     kinds = {name: value.type() for look_ in looks for name, value in look_.items()}
     if not kinds:
         return [{} for _ in columns]
@@ -189,12 +190,17 @@ def _facts(
         # The engines' own words for a row that is cut short do not name the file on every engine.
         check_rows(files)
         raise
+    if row.get("odd"):
+        check_rows(files)
     return [_of_column(row, place) for place in range(len(columns))]
 
 
-def _looks(part: _Part, columns: Sequence[Column]) -> dict[str, ir.Value]:
-    """What is asked of the cells of each column: bad0, wide0, ..., bad1, ..."""
+def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, ir.Value]:
+    """What is asked of the cells of each column: bad0, wide0, ..., bad1, ..., and `odd` of a row of CSV."""
     asked: dict[str, ir.Value] = {}
+    texts = [cell for cell, family in zip(part.cells, part.families, strict=True) if family == CSV]
+    if lenient and texts:
+        asked["odd"] = reduce(lambda left, right: left | right, map(may_be_broken, texts))
     for place, (column, cell, family) in enumerate(zip(columns, part.cells, part.families, strict=True)):
         cells = look_at(cell, family, column.want.kind, column.target, column.want.unit)
         named = {"bad": cells.bad, "wide": cells.wide, "cut": cells.cut, "known": cells.known}

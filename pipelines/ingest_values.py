@@ -46,6 +46,11 @@ def of_text(value: ir.Value, nulls: Sequence[str]) -> ir.Value:
     return ibis.ifelse(value.isin(list(nulls)), ibis.null("string"), value) if nulls else value
 
 
+def may_be_broken(text: ir.Value) -> ir.Value:
+    """Whether a cell looks like what a lenient reader makes of a lost quote or of bytes that are no UTF-8."""
+    return (text.contains("\ufffd") | text.contains("\n") | text.startswith('"')).fill_null(False)
+
+
 def look_at(value: ir.Value, family: str, kind: Kind, target: Target | None, unit: Unit) -> Cells:
     """Which cells of a column do not fit."""
     if kind == "time":

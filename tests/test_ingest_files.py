@@ -228,6 +228,13 @@ def test_a_file_that_cannot_be_read_is_explained(
         door.events(tmp_path / name)
 
 
+def test_a_fault_of_all_files_names_more_than_the_first(door: Door, tmp_path: Path) -> None:
+    good = parquet(tmp_path / "0.parquet")
+    bad = parquet(tmp_path / "1.parquet", item_id=[1, None, 3])
+    with pytest.raises(DataError, match=r"0\.parquet and 1 more files: column item_id: null in 1 of 6 rows"):
+        door.events([good, bad])
+
+
 def test_all_problems_of_all_files_come_at_once(door: Door, tmp_path: Path) -> None:
     first = parquet(tmp_path / "0.parquet", user_id=[[1], [2], [3]], cat=[1, 2, 3])
     second = parquet(

@@ -144,8 +144,11 @@ def test_both_engines_understand_csv_alike(doors: list[Door], tmp_path: Path) ->
         ("user_id,item_id,timestamp\n1,2,3\n4,5\n", r"b\.csv: line 3: 2 cells, but the header has 3"),
         ("user_id,item_id,timestamp\n1,2,soon\n", r"b\.csv: column timestamp: line 2: 'soon' is not"),
         ("user_id,item_id,timestamp\n", r"b\.csv: has no rows"),
+        ("user_id,item_id,timestamp\n1,\xff,3\n", r"b\.csv: after line 1: no UTF-8 text"),
+        ('user_id,item_id,timestamp\n1,"d" e,3\n', r"b\.csv: after line 1: ',' expected after"),
+        ('timestamp,user_id,item_id\n3,1,"d\n4,5,6\n', r"b\.csv: after line 1: unexpected end of data"),
     ):
-        (tmp_path / "b.csv").write_text(content)
+        (tmp_path / "b.csv").write_text(content, encoding="latin-1")
         for door in doors:
             with pytest.raises(DataError, match=message):
                 door.events(tmp_path / "b.csv")
