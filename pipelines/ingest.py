@@ -25,7 +25,7 @@ from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_engine import Engine, connect
 from pipelines.ingest_files import Files, any_file, find_files
-from pipelines.ingest_names import agree, with_numbers
+from pipelines.ingest_names import NUMBERED, agree, with_numbers
 from pipelines.ingest_preview import preview_lines
 from pipelines.ingest_report import Counts, full_report, report_lines
 from pipelines.ingest_sources import Seen, unread_settings
@@ -290,7 +290,7 @@ def _encode(
     if raw.shown is not None:
         coded = {name: multi[name] for name in raw.shown.columns if name in multi}
         shown = engine.keep("shown", bucketed(encode(raw.shown, coded, words, {}), buckets, config.seed))
-    for name in RAW_TABLES:
+    for name in (*RAW_TABLES, *NUMBERED):
         engine.drop(name)
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}

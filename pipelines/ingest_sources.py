@@ -6,6 +6,7 @@ column is first seen as it is, then all cells decide what it becomes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -186,9 +187,12 @@ def _facts(
             sums[name] = value.cast("int64").sum()
     try:
         row = engine.rows(everything.aggregate(**sums))[0]
-    except Exception:
+    except Exception as error:
         # The engines' own words for a row that is cut short do not name the file on every engine.
         check_rows(files)
+        if isinstance(error, DataError) and error.file is None:
+            more = f", or in one of {len(files) - 1} more files" if len(files) > 1 else ""
+            raise DataError(f"{error}{more}", file=files[0].path) from error
         raise
     if row.get("odd"):
         check_rows(files)
@@ -227,7 +231,7 @@ def _understood(table: str, column: Column, target: Target, fact: Mapping[str, A
     read_as = {"int64": "integers", "string": "text", "float64": "numbers"}.get(target, f"lists ({target})")
     note = ""
     # A column of words needs no reason; one that is nearly a column of numbers does.
-    if fact.get("wide") and (fact["wide"] < fact["known"] or CSV not in column.families):
+    if fact.get("wide") and (fact["wide"] < fact["known"] or re.match(r"\s*[+-]?\d", fact["wide_least"])):
         note = (
             f"{fact['wide']:,} cells such as {fact['wide_least']!r} are no plain spelling of a 64-bit integer"
         )

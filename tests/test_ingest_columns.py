@@ -71,6 +71,16 @@ def test_plain_integers_of_csv_are_integers(door: Door, tmp_path: Path) -> None:
     assert door.column(path, "item_id", text_columns=["item_id"]) == [str(item) for item in items]
 
 
+def test_a_reason_is_told_where_text_looks_like_numbers(door: Door, tmp_path: Path) -> None:
+    for items, note in (
+        (["a", "b"], ""),
+        (["1.0", "2.0"], "2 cells such as '1.0' are no plain spelling of a 64-bit integer"),
+        (["1", "a"], "1 cells such as 'a' are no plain spelling of a 64-bit integer"),
+    ):
+        assert door.column(text(tmp_path / "e.csv", *csv_events(items)), "item_id") == items
+        assert door.seen.columns[2].note == note
+
+
 def test_users_requests_and_members_of_lists_are_not_merged_either(door: Door, tmp_path: Path) -> None:
     lines = [
         "user_id,item_id,timestamp,basket,tags",
