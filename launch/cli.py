@@ -132,7 +132,6 @@ def ingest(
     """Turn raw events into a sequence log."""
     from pipelines.ingest import ingest as run
     from pipelines.ingest import load_ingest_config, report_lines
-    from pipelines.ingest import preview as show
 
     files = events[0] if events and len(events) == 1 else events
     # What is not given stays with the pipeline's own default.
@@ -143,6 +142,8 @@ def ingest(
     chosen += ["vocabulary.extend=true"] if extend else []
     settings = load_ingest_config(config, chosen)
     if preview:
+        from pipelines.ingest import preview as show
+
         show(files, settings, typer.echo, **options)
         return
     if out is None:

@@ -53,7 +53,7 @@ def open_events(engine: Engine, files: FoundFiles, config: IngestConfig, seen: S
     raw = engine.keep(_EVENTS, raw)
     seen.loose[_EVENTS] = _loose(table, columns, entries, config.event_context)
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
-    check_values(engine, raw, files.files[0], required)
+    check_values(engine, raw, files.label, required)
     return raw
 
 
@@ -89,7 +89,7 @@ def open_impressions(engine: Engine, files: FoundFiles, config: IngestConfig, se
     seen.loose[_SHOWN] = _loose(table, columns, entries, config.shown_context)
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
     required |= {"request_id": columns.request} if columns.request else {}
-    check_values(engine, raw, files.files[0], required | numbers)
+    check_values(engine, raw, files.label, required | numbers)
     return raw
 
 
@@ -154,7 +154,7 @@ def _wanted(section: str, entry: FeatureConfig | ContextConfig) -> Wanted:
     return Wanted(f"{section}: {entry.name}", entry.source, kind_of(entry))
 
 
-def check_values(engine: Engine, raw: ir.Table, file: Path, required: dict[str, str]) -> None:
+def check_values(engine: Engine, raw: ir.Table, file: Path | str, required: dict[str, str]) -> None:
     """Refuses an empty table, nulls and NaN in required columns (name in `raw` -> in the file), odd times."""
     missing = {name: raw[name].isnull() for name in required}
     missing |= {
@@ -170,7 +170,10 @@ def check_values(engine: Engine, raw: ir.Table, file: Path, required: dict[str, 
             problem = f"null in {int(count):,} of {found['rows']:,} rows; remove or fill them"
             raise DataError(problem, file=file, column=column)
     if found["latest"] > _YEAR_5000:
-        problem = f"{found['latest']} is too large for unix seconds; divide milliseconds by 1,000"
+        problem = (
+            f"{found['latest']} is too large for unix seconds; say what it counts with "
+            'timestamp_unit = "ms", "us" or "ns"'
+        )
         raise DataError(problem, file=file, column=required["timestamp"])
     if found["earliest"] < 0:
         problem = f"{found['earliest']} is before 1970; remove or mend such rows"

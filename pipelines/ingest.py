@@ -27,7 +27,7 @@ from pipelines.ingest_domains import open_domains
 from pipelines.ingest_encoding import encode, narrow
 from pipelines.ingest_engine import Engine, connect
 from pipelines.ingest_files import Files, any_file, find_files
-from pipelines.ingest_names import agree, with_numbers
+from pipelines.ingest_names import NUMBERED, agree, with_numbers
 from pipelines.ingest_preview import preview_lines
 from pipelines.ingest_report import (
     Asked,
@@ -38,7 +38,7 @@ from pipelines.ingest_report import (
     new_positives,
     report_lines,
 )
-from pipelines.ingest_sources import Seen
+from pipelines.ingest_sources import Seen, unread_settings
 from pipelines.ingest_tables import (
     bucketed,
     kept_requests,
@@ -183,9 +183,12 @@ def _open(
         shown = open_impressions(engine, find_files(impressions, "impressions"), config, seen)
     if events:
         files = find_files(events, "raw events")
-        return Raw(open_events(engine, files, config, seen), shown, any_file(events), seen)
-    table, duplicates = open_domains(engine, config, seen)
-    return Raw(table, shown, None, seen, duplicates)
+        raw = Raw(open_events(engine, files, config, seen), shown, any_file(events), seen)
+    else:
+        table, duplicates = open_domains(engine, config, seen)
+        raw = Raw(table, shown, None, seen, duplicates)
+    seen.notes += unread_settings(config, seen)
+    return raw
 
 
 def _write_log(
@@ -319,7 +322,7 @@ def _encode(
     if raw.shown is not None:
         coded = {name: multi[name] for name in raw.shown.columns if name in multi}
         shown = encode(engine, "shown", raw.shown, coded, words, in_buckets)
-    for name in RAW_TABLES:
+    for name in (*RAW_TABLES, *NUMBERED):
         engine.drop(name)
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}

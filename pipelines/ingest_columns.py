@@ -23,6 +23,7 @@ Target = Literal["int64", "string", "float64", "array<int64>", "array<string>"]
 CSV, NULL = "csv", "null"
 _WHOLE = {"int", "uint64", "float", "decimal"}
 _LOOSE = {CSV, NULL}
+_TOLD = 20  # problems that one message tells
 _WANTED: dict[Kind, str] = {
     "key": "an integer or a string",
     "time": "unix seconds, a timestamp or text such as 2024-05-01T12:00:00Z",
@@ -133,8 +134,9 @@ def refuse(problems: Sequence[DataError]) -> None:
     if len(different) == 1:
         raise different[0]
     if different:
-        told = " ".join(f"({number}) {problem}" for number, problem in enumerate(different, 1))
-        raise DataError(f"{len(different)} problems: {told}")
+        told = " ".join(f"({number}) {problem}" for number, problem in enumerate(different[:_TOLD], 1))
+        more = f" and {len(different) - _TOLD} more" if len(different) > _TOLD else ""
+        raise DataError(f"{len(different)} problems: {told}{more}")
 
 
 def _outside(file: RawFile, column: str) -> bool:
@@ -202,6 +204,8 @@ def _missing(file: RawFile, want: Wanted) -> str:
         return f"{problem}; {twin[0]!r} is spelled otherwise, and names are taken letter by letter"
     if file.format == "CSV" and len(file.columns) == 1:
         return f"{problem}; set csv.delimiter if another sign parts its cells"
+    if file.format == "CSV" and all(name.strip().lstrip("-").isdigit() for name in file.columns):
+        return f"{problem}; the first line must hold the names of the columns"
     return problem
 
 

@@ -25,6 +25,7 @@ ENGINES = ("duckdb", "spark")
 _PYTHON = 300_000_000
 # Paths as they are, and no columns from the names of folders.
 _SPARK_EXACTLY = {"__globPaths__": "false", "recursiveFileLookup": "true"}
+_SPARK_PLAIN = "timestamp_ntz"
 _SPARK_SQL = {
     "spark.sql.caseSensitive": "true",
     "spark.sql.session.timeZone": "UTC",
@@ -33,9 +34,15 @@ _SPARK_SQL = {
 
 
 class Engine(Protocol):
-    """What ingest needs of an engine. `bounded` engines want users in buckets to respect a memory limit."""
+    """What ingest needs of an engine.
+
+    Attributes:
+        bounded: it wants users in buckets to respect a memory limit.
+        lenient: it takes CSV that is broken, or no UTF-8, for something else, and says nothing.
+    """
 
     bounded: bool
+    lenient: bool
 
     def scan(self, files: Sequence[RawFile]) -> ir.Table:
         """Files of one format with the same columns in the same order, which become c0, c1, ...
@@ -86,7 +93,7 @@ def connect(name: str, config: EngineConfig, spill: Path) -> Engine:
 class DuckEngine:
     """DuckDB on a database file, so that what does not fit the memory limit is read again from disk."""
 
-    bounded = True
+    bounded, lenient = True, False
 
     def __init__(self, config: EngineConfig, spill: Path) -> None:
         limit = max(config.memory_bytes - _PYTHON, config.memory_bytes // 2)
@@ -124,7 +131,10 @@ class DuckEngine:
             }
             settings = ", ".join(f"{key} = {value}" for key, value in options.items())
             source = f"read_csv([{paths}], {settings})"
-        self._run(lambda: self._duck.con.execute(f'CREATE TEMP VIEW "{name}" AS SELECT * FROM {source}'))
+        chosen = ", ".join(_duck_column(first, place) for place in range(len(columns)))
+        self._run(
+            lambda: self._duck.con.execute(f'CREATE TEMP VIEW "{name}" AS SELECT {chosen} FROM {source}')
+        )
         return self._duck.table(name)
 
     def split(self, text: ir.Value, separator: str) -> ir.Value:
@@ -193,7 +203,7 @@ class SparkEngine:
     Intermediate tables are Parquet files under `spill`, which driver and executors must both reach.
     """
 
-    bounded = False
+    bounded, lenient = False, True
 
     def __init__(self, config: EngineConfig, spill: Path) -> None:
         try:
@@ -221,20 +231,24 @@ class SparkEngine:
         for file in files:
             if file.path.name.startswith(("_", ".")):
                 raise DataError("Spark skips files whose name begins with _ or .; rename it", file=file.path)
-        paths = [str(file.path.absolute()) for file in files]
+        try:
+            return self._view(self._frame_of(files))
+        except Exception as error:
+            problem = f"Spark cannot read this file, or one beside it: {str(error).splitlines()[0]}"
+            raise DataError(problem, file=first.path) from error
+
+    def _frame_of(self, files: Sequence[RawFile]) -> Any:
+        first, paths = files[0], [str(file.path.absolute()) for file in files]
         columns = [f"c{place}" for place in range(len(first.columns))]
         reader = self._session.read.options(**_SPARK_EXACTLY)
-        if first.format == "Parquet":
-            return self._view(reader.parquet(*paths).toDF(*columns))
-        schema = ", ".join(f"{column} STRING" for column in columns)
-        options = {
-            "sep": first.delimiter,
-            "header": True,
-            "mode": "FAILFAST",
-            "escape": '"',
-            "multiLine": True,
-        }
-        return self._view(reader.options(**options).schema(schema).csv(paths))
+        if first.format == "CSV":
+            schema = ", ".join(f"{column} STRING" for column in columns)
+            options = {"sep": first.delimiter, "header": True, "escape": '"', "multiLine": True}
+            return reader.options(mode="FAILFAST", **options).schema(schema).csv(paths)
+        frame = reader.parquet(*paths).toDF(*columns)
+        # Times without a zone, which Ibis does not know; this session's zone is UTC.
+        plain = {name: frame[name].cast("timestamp") for name, kind in frame.dtypes if kind == _SPARK_PLAIN}
+        return frame.withColumns(plain) if plain else frame
 
     def split(self, text: ir.Value, separator: str) -> ir.Value:
         # Spark takes a regular expression.
@@ -249,7 +263,7 @@ class SparkEngine:
     def _store(self, mode: str, name: str, table: ir.Table) -> ir.Table:
         path = self._spill / name
         self._run(lambda: self._frame(table).write.mode(mode).parquet(str(path)))
-        return self._view(self._session.read.parquet(str(path)), name)
+        return self._view(self._session.read.options(**_SPARK_EXACTLY).parquet(str(path)), name)
 
     def table(self, name: str) -> ir.Table:
         return self._spark.table(name)
@@ -299,6 +313,15 @@ class SparkEngine:
         name = name or ibis.util.gen_name("raw")
         frame.createOrReplaceTempView(name)
         return self._spark.table(name)
+
+
+def _duck_column(file: RawFile, place: int) -> str:
+    """Nanoseconds as a number, as Spark gives them: Ibis knows no such time with a zone."""
+    name = file.columns[place]
+    kind = file.types.get(name) if file.columns.count(name) == 1 else None
+    if kind is not None and pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return f"epoch_ns(c{place}) AS c{place}"
+    return f"c{place}"
 
 
 def _literal(path: Path) -> str:

@@ -29,6 +29,8 @@ TEXT_TABLES = (".csv", ".tsv", ".txt", ".inter")
 _JSON = (".json", ".jsonl", ".ndjson")
 _PACKED = (".zst", ".bz2", ".xz", ".zip", ".lz4")
 _MAGIC = b"PAR1"
+# What says which files of a folder count.
+_LAKES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 # RecBole writes the type of a column behind its name.
 _RECBOLE = re.compile(r":(token|float|token_seq|float_seq)$")
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
@@ -41,6 +43,14 @@ class FoundFiles:
     what: str
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    # Of Parquet files that were looked at before: there may be thousands, far away.
+    known: dict[Path, RawFile] = field(default_factory=dict, compare=False)
+
+    @property
+    def label(self) -> str:
+        """All of them, for an error that no single one of them is known to have caused."""
+        more = f" and {len(self.files) - 1} more files" if len(self.files) > 1 else ""
+        return f"{self.files[0]}{more}"
 
 
 @dataclass(frozen=True)
@@ -98,10 +108,11 @@ def _named(pattern: Path | str, what: str, skipped: list[Path]) -> list[Path]:
     hits = [exact] if exact.is_dir() else sorted(map(Path, glob.glob(str(pattern), recursive=True)))
     files: list[Path] = []
     for hit in hits:
-        if hit.is_dir():
+        if _is_marker(hit.name) and hit != exact:
+            skipped += [] if hit.is_dir() else [hit]
+        elif hit.is_dir():
+            # A pattern with ** finds the files of a folder besides the folder.
             files += _below(hit, skipped) if "**" not in str(pattern) or hit == exact else []
-        elif _is_marker(hit.name):
-            skipped.append(hit)
         else:
             files.append(hit)
     if not files:
@@ -114,6 +125,9 @@ def _below(folder: Path, skipped: list[Path]) -> list[Path]:
     """All data files of a folder and of those in it."""
     files: list[Path] = []
     for place, folders, names in os.walk(folder, followlinks=True):
+        if lake := next((name for name in folders if name in _LAKES), None):
+            problem = f"is a {_LAKES[lake]} table: some of its files may be no part of it any more; export it"
+            raise DataError(f"{problem} to plain Parquet, or name the files", file=place)
         # A day of a log is `day=1`; `_temporary` and `.snapshots` are no part of it.
         folders[:] = sorted(name for name in folders if not _is_marker(name))
         for name in sorted(names):
@@ -166,7 +180,7 @@ def look(path: Path, wanted: Iterable[str], delimiter: str = "") -> RawFile:
         schema = pq.read_schema(path)
     except FileNotFoundError as error:
         raise DataError("no such file", file=path) from error
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+    except (OSError, EOFError, UnicodeError, csv.Error, pa.ArrowException) as error:
         what = "CSV" if _is_text(path) else "Parquet"
         raise DataError(f"not readable as one {what} file: {error}", file=path) from error
     types = {name: schema.field(place).type for place, name in enumerate(schema.names)}
@@ -187,9 +201,11 @@ def _refuse_others(path: Path) -> None:
 
 
 def _look_at_text(path: Path, wanted: set[str], delimiter: str) -> RawFile:
-    with open_text(path) as lines:
+    # Bytes that are no UTF-8 may stand anywhere in the first piece that is read; where, is told later.
+    with open_text(path, "surrogateescape") as lines:
         # The header may hold quoted line ends, so that only the reader knows where it stops.
         start = list(_first_lines(lines))
+    "".join(start).encode("utf-8")
     if not start:
         raise DataError("is empty: it has no line with the names of its columns", file=path)
     headers = {sign: _header(path, start, sign) for sign in ([delimiter] if delimiter else DELIMITERS)}
@@ -214,13 +230,13 @@ def _header(path: Path, start: Sequence[str], delimiter: str) -> tuple[str, ...]
     return tuple(names)
 
 
-def open_text(path: Path) -> IO[str]:
+def open_text(path: Path, errors: str = "strict") -> IO[str]:
     """A file of UTF-8 text, unpacked if its name ends in .gz, without a byte order mark."""
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     with opener(path, "rb") as raw:
         if raw.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError("is UTF-16 text; save it as UTF-8", file=path)
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+    return opener(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
 
 
 def folders_of(path: Path) -> dict[str, str | None]:

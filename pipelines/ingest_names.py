@@ -21,6 +21,7 @@ from trainer.data.ingest_config import IngestConfig
 from trainer.data.schema import FeatureInfo
 
 NAMES = ("user_id", "request_id")
+NUMBERED = _EVENTS, _SHOWN = ("numbered_events", "numbered_impressions")
 
 
 def agree(
@@ -82,7 +83,8 @@ def with_numbers(
         infos[name] = FeatureInfo(rows=rows, vocabulary=digest)
         given |= {key: _numbered(given[key], name, words) for key in text}
     if infos:
-        given = {key: engine.keep(f"numbered_{key}", table) for key, table in given.items()}
+        kept = {"events": _EVENTS, "impressions": _SHOWN}
+        given = {key: engine.keep(kept[key], table) for key, table in given.items()}
     return (given["events"], given.get("impressions")), infos
 
 

@@ -33,8 +33,6 @@ def preview_lines(seen: Seen) -> list[str]:
             for one, (nulls, least, most) in zip(theirs, ranges, strict=True)
         ]
         lines += [f"{table}: {seen.rows.get(table, 0):,} rows", *_aligned([_HEAD, *cells])]
-        if unused := seen.unused.get(table):
-            lines.append(f"  no setting names: {', '.join(unused)}")
     return lines + list(dict.fromkeys([*_noted(seen.columns), *seen.notes]))
 
 

@@ -6,6 +6,7 @@ column is first seen as it is, then all cells decide what it becomes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -19,9 +20,11 @@ from pipelines.ingest_columns import CSV, NULL, Column, Kind, Target, Wanted, de
 from pipelines.ingest_engine import Engine
 from pipelines.ingest_faults import bad_cell, check_rows
 from pipelines.ingest_files import FoundFiles, RawFile, look
-from pipelines.ingest_values import Cells, convert, look_at, of_text
+from pipelines.ingest_values import convert, look_at, may_be_broken, of_text
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.schema import ColumnInfo
+
+_TOLD = 10  # names of columns that one line lists
 
 
 @dataclass
@@ -30,14 +33,12 @@ class Seen:
 
     Attributes:
         loose: table -> its columns that were read as integers and could as well be text: of CSV, for example.
-        unused: table -> columns of its files that no setting names.
         measured: whether rows, and ranges of (table, setting): (nulls, least, greatest), are wanted.
     """
 
     columns: list[ColumnInfo] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     loose: dict[str, set[str]] = field(default_factory=dict)
-    unused: dict[str, list[str]] = field(default_factory=dict)
     measured: bool = False
     rows: dict[str, int] = field(default_factory=dict)
     ranges: dict[tuple[str, str], tuple[int, Any, Any]] = field(default_factory=dict)
@@ -55,6 +56,15 @@ class RawTable:
         return self.table[self.names[column, kind]]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Files that the engine reads as one: each column as it is in them, and its family."""
+
+    cells: tuple[ir.Value, ...]
+    families: tuple[str, ...]
+    table: ir.Table
+
+
 def open_files(
     engine: Engine, found: FoundFiles, wanted: Iterable[Wanted], config: IngestConfig, seen: Seen
 ) -> RawTable:
@@ -67,38 +77,186 @@ def open_files(
     wanted = list(wanted)
     files = look_at_files(found, [want.column for want in wanted], config)
     columns = decide(files, wanted, config.text_columns, config.partition_columns)
-    groups = _groups(files, config)
-    facts = _facts(engine, groups, columns, files, config)
+    parts = _parts(engine, files, columns, config)
+    facts = _facts(engine, parts, columns, files)
     targets = _settled(files, columns, facts)
-    parts = []
-    for group in groups:
-        raw = engine.scan(group)
-        cells = {
-            f"c{place}": convert(
-                _cell(raw, group[0], column, config),
-                _family(columns, place, files, group[0]),
-                column.want.kind,
-                target,
-                column.want.unit,
-            )
-            for place, (column, target) in enumerate(zip(columns, targets, strict=True))
-        }
-        parts.append(raw.select(**cells))
-    seen.notes += found.notes
-    told = zip(columns, targets, facts, strict=True)
-    seen.columns += [_understood(found.what, column, target, fact) for column, target, fact in told]
-    used = {want.column for want in wanted}
-    seen.unused[found.what] = [name for name in files[0].columns if name not in used]
+    table = _joined([_converted(part, columns, targets) for part in parts])
+    told = list(zip(columns, targets, facts, strict=True))
+    seen.columns += [_understood(found.what, *one) for one in told]
+    seen.notes += [*found.notes, *_unused(found.what, files, wanted)]
+    if seen.measured:
+        _measure(engine, table, found.what, columns, seen)
     names = {(column.want.column, column.want.kind): f"c{place}" for place, column in enumerate(columns)}
     loose = {
         (column.want.column, column.want.kind)
-        for column, target in zip(columns, targets, strict=True)
+        for column, target, _ in told
         if target == "int64" and set(column.families) <= {CSV, NULL}
     }
-    table = _joined(parts)
-    if seen.measured:
-        _measure(engine, table, found.what, columns, seen)
     return RawTable(table, names, frozenset(loose))
+
+
+def look_at_files(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> list[RawFile]:
+    """The columns of every file; all that cannot be read are named at once."""
+    files: list[RawFile] = []
+    problems: list[DataError] = []
+    for path in found.files:
+        try:
+            file = found.known.get(path) or look(path, wanted, config.csv.delimiter)
+        except DataError as error:
+            problems.append(error)
+            continue
+        files.append(file)
+        if file.format == "Parquet":
+            found.known[path] = file
+    refuse(problems)
+    return files
+
+
+def columns_of(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> set[str]:
+    """The columns that any of the files has, and those that the settings take from their folders.
+
+    `wanted` are some columns that the files must have, which tell the delimiter of CSV.
+    """
+    files = look_at_files(found, wanted, config)
+    return {name for file in files for name in file.columns} | {
+        name for name in config.partition_columns if any(name in file.folders for file in files)
+    }
+
+
+def _parts(
+    engine: Engine, files: Sequence[RawFile], columns: Sequence[Column], config: IngestConfig
+) -> list[_Part]:
+    groups: dict[Any, list[int]] = {}
+    for place, file in enumerate(files):
+        types = tuple(str(kind) for kind in file.types.values())
+        folders = tuple(file.folders.get(name) for name in config.partition_columns)
+        key = (file.columns, types, file.delimiter, file.packed, folders)
+        groups.setdefault(key, []).append(place)
+    parts = []
+    for places in groups.values():
+        first = files[places[0]]
+        table = engine.scan([files[place] for place in places])
+        cells = tuple(_cell(table, first, column.want.column, config) for column in columns)
+        parts.append(_Part(cells, tuple(column.families[places[0]] for column in columns), table))
+    return parts
+
+
+def _cell(table: ir.Table, file: RawFile, name: str, config: IngestConfig) -> ir.Value:
+    if name in config.partition_columns:
+        value = file.folders[name]
+        return ibis.null("string") if value is None else of_text(ibis.literal(value), config.csv.nulls)
+    cell = table[f"c{file.columns.index(name)}"]
+    return of_text(cell, config.csv.nulls) if file.format == "CSV" else cell
+
+
+def _converted(part: _Part, columns: Sequence[Column], targets: Sequence[Target]) -> ir.Table:
+    values = {}
+    for place, (column, target) in enumerate(zip(columns, targets, strict=True)):
+        cell, family = part.cells[place], part.families[place]
+        values[f"c{place}"] = convert(cell, family, column.want.kind, target, column.want.unit)
+    return part.table.select(**values)
+
+
+def _joined(parts: Sequence[ir.Table]) -> ir.Table:
+    """All rows of all parts; a tree of unions, since a chain of thousands is too deep to compile."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    return _joined(parts[:half]).union(_joined(parts[half:]))
+
+
+def _facts(
+    engine: Engine, parts: Sequence[_Part], columns: Sequence[Column], files: Sequence[RawFile]
+) -> list[dict[str, Any]]:
+    """Of each column, over all files: how many cells are bad, wide, cut and known, and the least of them."""
+    looks = [_looks(part, columns, engine.lenient) for part in parts]
+    kinds = {name: value.type() for look_ in looks for name, value in look_.items()}
+    if not kinds:
+        return [{} for _ in columns]
+    tables = [
+        part.table.select(**{name: look_.get(name, ibis.null(kind)) for name, kind in kinds.items()})
+        for part, look_ in zip(parts, looks, strict=True)
+    ]
+    everything = _joined(tables)
+    sums: dict[str, ir.Value] = {}
+    for name, kind in kinds.items():
+        value = everything[name]
+        if kind.is_string():
+            sums |= {name: value.count(), f"{name}_least": value.min()}
+        else:
+            sums[name] = value.cast("int64").sum()
+    try:
+        row = engine.rows(everything.aggregate(**sums))[0]
+    except Exception as error:
+        # The engines' own words for a row that is cut short do not name the file on every engine.
+        check_rows(files)
+        if isinstance(error, DataError) and error.file is None:
+            more = f", or in one of {len(files) - 1} more files" if len(files) > 1 else ""
+            raise DataError(f"{error}{more}", file=files[0].path) from error
+        raise
+    if row.get("odd"):
+        check_rows(files)
+    return [_of_column(row, place) for place in range(len(columns))]
+
+
+def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, ir.Value]:
+    """What is asked of the cells of each column: bad0, wide0, ..., bad1, ..., and `odd` of a row of CSV."""
+    asked: dict[str, ir.Value] = {}
+    texts = [cell for cell, family in zip(part.cells, part.families, strict=True) if family == CSV]
+    if lenient and texts:
+        asked["odd"] = reduce(lambda left, right: left | right, map(may_be_broken, texts))
+    for place, (column, cell, family) in enumerate(zip(columns, part.cells, part.families, strict=True)):
+        cells = look_at(cell, family, column.want.kind, column.target, column.want.unit)
+        named = {"bad": cells.bad, "wide": cells.wide, "cut": cells.cut, "known": cells.known}
+        asked |= {f"{kind}{place}": value for kind, value in named.items() if value is not None}
+    return asked
+
+
+def _of_column(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+    kinds = ("bad", "wide", "cut", "known")
+    found: dict[str, Any] = {kind: int(row.get(f"{kind}{place}") or 0) for kind in kinds}
+    return found | {f"{kind}_least": row.get(f"{kind}{place}_least") for kind in ("bad", "wide")}
+
+
+def _settled(
+    files: Sequence[RawFile], columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]
+) -> list[Target]:
+    told = list(zip(columns, facts, strict=True))
+    bad = [(column, fact) for column, fact in told if fact.get("bad")]
+    refuse([bad_cell(files, column, fact["bad_least"], fact["bad"]) for column, fact in bad])
+    return [column.target or ("string" if fact.get("wide") else "int64") for column, fact in told]
+
+
+def _understood(table: str, column: Column, target: Target, fact: Mapping[str, Any]) -> ColumnInfo:
+    read_as = {"int64": "integers", "string": "text", "float64": "numbers"}.get(target, f"lists ({target})")
+    note = ""
+    # A column of words needs no reason; one that is nearly a column of numbers does.
+    if fact.get("wide") and (fact["wide"] < fact["known"] or re.match(r"\s*[+-]?\d", fact["wide_least"])):
+        note = (
+            f"{fact['wide']:,} cells such as {fact['wide_least']!r} are no plain spelling of a 64-bit integer"
+        )
+    if column.want.kind == "time":
+        read_as = "unix seconds"
+        note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""
+    return ColumnInfo(
+        table=table,
+        setting=column.want.key,
+        column=column.want.column,
+        found=", ".join(dict.fromkeys(column.types)),
+        read_as=read_as,
+        note=note,
+    )
+
+
+def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[Wanted]) -> list[str]:
+    used = {want.column for want in wanted}
+    names = [
+        name for name in dict.fromkeys(name for file in files for name in file.columns) if name not in used
+    ]
+    if not names:
+        return []
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return [f"{what}: not read, since no setting names them: {', '.join(names[:_TOLD])}{more}"]
 
 
 def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Column], seen: Seen) -> None:
@@ -115,143 +273,13 @@ def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Colum
         seen.ranges[what, column.want.key] = (int(row[f"c{place}_nulls"] or 0), least, most)
 
 
-def look_at_files(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> list[RawFile]:
-    """The columns of every file; all that cannot be read are named at once."""
-    files: list[RawFile] = []
-    problems: list[DataError] = []
-    for path in found.files:
-        try:
-            files.append(look(path, wanted, config.csv.delimiter))
-        except DataError as error:
-            problems.append(error)
-    refuse(problems)
-    return files
-
-
-def columns_of(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> set[str]:
-    """The columns that any of the files has, and those that the settings take from their folders.
-
-    `wanted` are some columns that the files must have, which tell the delimiter of CSV.
-    """
-    files = look_at_files(found, wanted, config)
-    return {name for file in files for name in file.columns} | {
-        name for name in config.partition_columns if any(name in file.folders for file in files)
-    }
-
-
-def _groups(files: Sequence[RawFile], config: IngestConfig) -> list[list[RawFile]]:
-    """Files that an engine can read as one."""
-    groups: dict[Any, list[RawFile]] = {}
-    for file in files:
-        types = tuple(str(kind) for kind in file.types.values())
-        folders = tuple(file.folders.get(name) for name in config.partition_columns)
-        key = (file.columns, types, file.delimiter, file.packed, folders)
-        groups.setdefault(key, []).append(file)
-    return list(groups.values())
-
-
-def _cell(table: ir.Table, file: RawFile, column: Column, config: IngestConfig) -> ir.Value:
-    name = column.want.column
-    if name in config.partition_columns:
-        value = file.folders[name]
-        return ibis.null("string") if value is None else of_text(ibis.literal(value), config.csv.nulls)
-    value = table[f"c{file.columns.index(name)}"]
-    return of_text(value, config.csv.nulls) if file.format == "CSV" else value
-
-
-def _family(columns: Sequence[Column], place: int, files: Sequence[RawFile], file: RawFile) -> str:
-    return columns[place].families[files.index(file)]
-
-
-def _joined(parts: Sequence[ir.Table]) -> ir.Table:
-    return reduce(lambda left, right: left.union(right), parts)
-
-
-def _facts(
-    engine: Engine,
-    groups: Sequence[Sequence[RawFile]],
-    columns: Sequence[Column],
-    files: Sequence[RawFile],
-    config: IngestConfig,
-) -> list[dict[str, Any]]:
-    """Of each column: how many cells are bad, wide or cut, and the least of them, over all files."""
-    sums: dict[str, ir.Value] = {}
-    parts: list[ir.Table] = []
-    for group in groups:
-        table = engine.scan(group)
-        values: dict[str, ir.Value] = {}
-        for place, column in enumerate(columns):
-            cell = _cell(table, group[0], column, config)
-            family = _family(columns, place, files, group[0])
-            found = look_at(cell, family, column.want.kind, column.target, column.want.unit)
-            values |= _named(place, found)
-        parts.append(table.select(**values) if values else table.select(nothing=ibis.null("string")))
-    names = sorted({name for part in parts for name in part.columns if name != "nothing"})
-    if not names:
-        return [{} for _ in columns]
-    blank = {name: ibis.null("int64" if name.startswith("cut") else "string") for name in names}
-    parts = [
-        part.select(**{name: part[name] if name in part.columns else blank[name] for name in names})
-        for part in parts
+def unread_settings(config: IngestConfig, seen: Seen) -> list[str]:
+    """Columns that a setting about columns names, and no setting that reads one."""
+    read = {column.column for column in seen.columns}
+    lists = {"text_columns": config.text_columns, "partition_columns": config.partition_columns}
+    return [
+        f"{setting} names {name!r}, a column that no other setting names"
+        for setting, names in lists.items()
+        for name in names
+        if name not in read
     ]
-    everything = _joined(parts)
-    for name in names:
-        sums |= (
-            {name: everything[name].sum()}
-            if name.startswith("cut")
-            else {name: everything[name].count(), f"{name}_least": everything[name].min()}
-        )
-    try:
-        row = engine.rows(everything.aggregate(**sums))[0]
-    except Exception:
-        # The engines' own words for a row that is cut short do not name the file on every engine.
-        check_rows(files)
-        raise
-    return [_of_column(row, place) for place in range(len(columns))]
-
-
-def _named(place: int, found: Cells) -> dict[str, ir.Value]:
-    values: dict[str, ir.Value] = {}
-    if found.bad is not None:
-        values[f"bad{place}"] = found.bad
-    if found.wide is not None:
-        values[f"wide{place}"] = found.wide
-    if found.cut is not None:
-        values[f"cut{place}"] = found.cut.cast("int64")
-    return values
-
-
-def _of_column(row: Mapping[str, Any], place: int) -> dict[str, Any]:
-    kinds = ("bad", "wide", "cut")
-    found = {kind: int(row.get(f"{kind}{place}") or 0) for kind in kinds}
-    return found | {f"{kind}_least": row.get(f"{kind}{place}_least") for kind in kinds}
-
-
-def _settled(
-    files: Sequence[RawFile], columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]
-) -> list[Target]:
-    told = list(zip(columns, facts, strict=True))
-    refuse(
-        [bad_cell(files, column, fact["bad_least"], fact["bad"]) for column, fact in told if fact.get("bad")]
-    )
-    return [column.target or ("string" if fact.get("wide") else "int64") for column, fact in told]
-
-
-def _understood(table: str, column: Column, target: Target, fact: Mapping[str, Any]) -> ColumnInfo:
-    types = ", ".join(dict.fromkeys(column.types))
-    read_as = {"int64": "integers", "string": "text", "float64": "numbers"}.get(target, f"lists ({target})")
-    note = ""
-    if fact.get("wide"):
-        least = fact["wide_least"]
-        note = f"{fact['wide']:,} cells such as {least!r} are not the plain spelling of a 64-bit integer"
-    if column.want.kind == "time":
-        read_as = "unix seconds"
-        note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""
-    return ColumnInfo(
-        table=table,
-        setting=column.want.key,
-        column=column.want.column,
-        found=types,
-        read_as=read_as,
-        note=note,
-    )

@@ -31,12 +31,13 @@ class Cells:
 
     Attributes:
         bad: the cell as text where it is no value of its kind; wide: where it is one that only text can hold;
-            cut: whether it loses a part of a second. None: no cell is.
+            cut: whether it loses a part of a second; known: whether it is no null. None: nobody asks.
     """
 
     bad: ir.StringValue | None = None
     wide: ir.StringValue | None = None
     cut: ir.BooleanValue | None = None
+    known: ir.BooleanValue | None = None
 
 
 def of_text(value: ir.Value, nulls: Sequence[str]) -> ir.Value:
@@ -45,18 +46,26 @@ def of_text(value: ir.Value, nulls: Sequence[str]) -> ir.Value:
     return ibis.ifelse(value.isin(list(nulls)), ibis.null("string"), value) if nulls else value
 
 
+def may_be_broken(text: ir.Value) -> ir.Value:
+    """Whether a cell looks like what a lenient reader makes of a lost quote or of bytes that are no UTF-8."""
+    return (text.contains("\ufffd") | text.contains("\n") | text.startswith('"')).fill_null(False)
+
+
 def look_at(value: ir.Value, family: str, kind: Kind, target: Target | None, unit: Unit) -> Cells:
     """Which cells of a column do not fit."""
     if kind == "time":
         return _times(value, family, unit)
     if kind == "number" and family == CSV:
-        return Cells(bad=_where(value, value.notnull() & ~_is_number(value)))
+        return Cells(
+            bad=_where(value, value.notnull() & ibis.ifelse(_is_integer(value), False, ~_is_number(value)))
+        )
     return _ids(value, family, target) if kind in ("key", "id") else Cells()
 
 
 def _ids(value: ir.Value, family: str, target: Target | None) -> Cells:
     if family == CSV:
-        return Cells(wide=None if target else _where(value, value.notnull() & ~_is_integer(value)))
+        wide = None if target else _where(value, value.notnull() & ~_is_integer(value))
+        return Cells(wide=wide, known=value.notnull() if wide is not None else None)
     if family == "uint64":
         return Cells(wide=_where(value, value > _INT64))
     if family == "float":
@@ -123,12 +132,18 @@ def _times(value: ir.Value, family: str, unit: Unit) -> Cells:
 def _times_of_text(value: ir.Value, size: int) -> Cells:
     word = value.strip()
     number, moment = word.re_search(_NUMBER), word.re_search(_ISO)
+    # Plain integers are most of what there is, and the quickest to know.
+    plain = _is_integer(value)
     fits = (number & word.try_cast("float64").notnull()) | (moment & _moment(word).notnull())
     parts = word.try_cast("float64") / size
+    whole = ibis.literal(False) if size == 1 else value.try_cast("int64") % size != 0
     cut = ibis.cases(
-        (number, parts != parts.floor()), (moment, word.re_search(r"[.,][0-9]*[1-9]")), else_=False
+        (plain, whole),
+        (number, parts != parts.floor()),
+        (moment, word.re_search(r"[.,][0-9]*[1-9]")),
+        else_=False,
     )
-    return Cells(bad=_where(value, word.notnull() & ~fits), cut=cut)
+    return Cells(bad=_where(value, value.notnull() & ibis.ifelse(plain, False, ~fits)), cut=cut)
 
 
 def _seconds(value: ir.Value, family: str, unit: Unit) -> ir.Value:
@@ -151,7 +166,8 @@ def _seconds(value: ir.Value, family: str, unit: Unit) -> ir.Value:
     whole = word.try_cast("int64")
     parts = (word.try_cast("float64") / size).floor().try_cast("int64")
     number = ibis.ifelse(word.re_search(r"^[+-]?[0-9]+$"), _over(whole, size), parts)
-    return ibis.ifelse(word.re_search(_NUMBER), number, _moment(word)).cast("int64")
+    slow = ibis.ifelse(word.re_search(_NUMBER), number, _moment(word)).cast("int64")
+    return ibis.ifelse(_is_integer(value), _over(value.try_cast("int64"), size), slow).cast("int64")
 
 
 def _over(whole: ir.Value, size: int) -> ir.Value:

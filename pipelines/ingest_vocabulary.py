@@ -205,7 +205,9 @@ def _of_type(older: Older, name: str, sources: Sequence[ir.Table], multi: bool) 
     theirs = older.table["value"].type()
     if older.rows > 1 and mine.is_integer() != theirs.is_integer():
         kinds = {True: "integers", False: "text"}
-        hint = f"cast {name}" if mine.is_string() else f"cast {name}, or name its CSV column in text_columns"
+        hint = f"cast {name}, or name its column in text_columns"
+        if mine.is_string():
+            hint = f"cast {name}, or ingest that log again with its column in text_columns"
         problem = (
             f"holds {kinds[theirs.is_integer()]}, the raw tables hold {kinds[mine.is_integer()]}; {hint}"
         )
