@@ -10,6 +10,7 @@ from ibis.expr import types as ir
 
 from embeddings.errors import DataError
 from pipelines.ingest_engine import Engine
+from pipelines.ingest_labels import checked_labels
 from pipelines.ingest_sources import Kind, Wanted, columns_of, open_files
 from trainer.data.ingest_config import ContextConfig, FeatureConfig, IngestConfig
 
@@ -57,7 +58,7 @@ def open_impressions(engine: Engine, files: Sequence[Path], config: IngestConfig
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
     """
     columns = config.impressions
-    numbers = {f"label_{task}": column for task, column in columns.labels.items()}
+    numbers = {f"label_{task}": label.column for task, label in columns.labels.items()}
     numbers |= {f"numeric_{name}": name for name in columns.numeric}
     numbers |= {"weight": columns.weight} if columns.weight else {}
     present = set(columns_of(files))
@@ -82,7 +83,7 @@ def open_impressions(engine: Engine, files: Sequence[Path], config: IngestConfig
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
     required |= {"request_id": columns.request} if columns.request else {}
     check_values(engine, raw, files[0], required | numbers)
-    return raw
+    return checked_labels(engine, raw, files[0], columns, numbers)
 
 
 def _shown_items(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,15 +21,15 @@ from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
 from pipelines.event_table import RAW_TABLES, open_events, open_impressions
+from pipelines.ingest_alone import lone_predictors
 from pipelines.ingest_attributes import item_attributes, with_attributes
 from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_engine import Engine, connect
+from pipelines.ingest_remarks import Span, remarks, unused_columns
 from pipelines.ingest_report import (
     Asked,
     Counts,
-    Times,
-    event_times,
     full_report,
     new_positives,
     report_lines,
@@ -65,11 +65,12 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Raw:
-    """The checked raw tables, and a file to name where all of them are at fault."""
+    """The checked raw tables, a file to name where all are at fault, and the columns that nothing uses."""
 
     events: ir.Table
     shown: ir.Table | None
     source: Path | None
+    unused: Mapping[str, Sequence[str]]
     duplicates: int = 0
 
 
@@ -141,20 +142,22 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
 
 
 def _open(engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig) -> Raw:
-    shown = None
+    shown, unused = None, unused_columns(config, events, impressions)
     if impressions:
         shown = open_impressions(engine, find_files(impressions, "impressions"), config)
     if events:
         files = find_files(events, "raw events")
-        return Raw(open_events(engine, files, config), shown, any_file(events))
+        return Raw(open_events(engine, files, config), shown, any_file(events), unused)
     table, duplicates = open_domains(engine, config)
-    return Raw(table, shown, None, duplicates)
+    return Raw(table, shown, None, unused, duplicates)
 
 
 def _write_log(
     engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
 ) -> LogManifest:
-    times = event_times(engine, raw.events)
+    times = {"events": Span.of(engine, raw.events)}
+    if raw.shown is not None:
+        times["impressions"] = Span.of(engine, raw.shown)
     _check_dates(times, raw, config)
     encoded = _encode(engine, raw, older, root, config)
     asked = _requests(engine, encoded, config)
@@ -163,9 +166,16 @@ def _write_log(
         problem = f"no request has {config.requests.min_history} earlier events; lower requests.min_history"
         if config.protocol == "leave-last":
             problem = f"no user has {config.requests.min_events} events; lower requests.min_events"
+        if raw.shown is not None:
+            problem += f" (the events are {times['events']}, the impressions {times['impressions']})"
         raise DataError(problem, file=raw.source)
     new = {name: made.new for name, made in encoded.vocabularies.items() if made.new}
     counts = Counts(encoded.tables, asked, splits, raw.duplicates, new, times)
+    report = full_report(engine, counts, config)
+    report |= remarks(engine, encoded.tables, encoded.buckets, config) | {
+        "unused_columns": dict(raw.unused),
+        "predicts_alone": lone_predictors(engine, asked.offered, config),
+    }
     return LogManifest(
         features=encoded.features,
         context=encoded.context,
@@ -175,19 +185,20 @@ def _write_log(
         taxonomy=[name for name in config.events.features if name != "item_id"],
         splits=splits,
         ingest=config.model_dump(mode="json"),
-        report=full_report(engine, counts, config),
+        report=report,
     )
 
 
-def _check_dates(times: Times, raw: Raw, config: IngestConfig) -> None:
+def _check_dates(times: Mapping[str, Span], raw: Raw, config: IngestConfig) -> None:
     """Drawn candidates are those of events: without one before validation there is nothing to train on."""
     if (
         config.split is None
         or config.protocol == "impressions"
-        or times.first < config.split.validation_start
+        or times["events"].first < config.split.validation_start
     ):
         return
-    problem = f"no event before split.validation ({config.split.validation}): {times}; move that date"
+    day, span = config.split.validation, times["events"]
+    problem = f"no event before split.validation ({day}), they are {span}; move that date"
     raise DataError(problem, file=raw.source, column=config.events.timestamp)
 
 
@@ -205,7 +216,7 @@ def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
     if config.users:
         users = engine.keep("users", trial_users(protocol.requests(tables, config), config))
     for bucket in range(buckets):
-        part = _part(tables, bucket, bucket + 1)
+        part = tables.of_buckets(bucket, bucket + 1)
         found = timed_requests(part, protocol.requests(part, config), users, config)
         found = engine.append("requests", found.mutate(bucket=ibis.literal(bucket).cast("int64")))
         found = found.filter(found.bucket == bucket)
@@ -215,7 +226,7 @@ def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
     for group in range(groups):
         first, end = (buckets * edge // groups for edge in (group, group + 1))
         some = asked.filter((asked.bucket >= first) & (asked.bucket < end))
-        drawn = protocol.candidates(_part(tables, first, end), some.drop("bucket"), config)
+        drawn = protocol.candidates(tables.of_buckets(first, end), some.drop("bucket"), config)
         candidates = engine.keep("candidates", drawn)
         if tables.past is not None:
             new.update(new_positives(engine, candidates, some, tables.past, config))
@@ -223,18 +234,6 @@ def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
     for name in ("candidates", "past_numbered", "past_seconds"):
         engine.drop(name)
     return Asked(engine.table("requests"), asked, offered, attributes, new)
-
-
-def _part(tables: Tables, first: int, end: int) -> Tables:
-    """The users of the buckets from `first` to before `end`; what all users share stays whole."""
-
-    def some(table: ir.Table) -> ir.Table:
-        if "bucket" not in table.columns:
-            return table
-        return table.filter((table.bucket >= first) & (table.bucket < end)).drop("bucket")
-
-    shown = None if tables.shown is None else some(tables.shown)
-    return replace(tables, events=some(tables.events), shown=shown)
 
 
 def _write_splits(

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from trainer.settings import Settings, load_settings
 
@@ -99,12 +99,36 @@ class EventsConfig(Settings):
         return self
 
 
+class LabelConfig(Settings):
+    """A task's label column; `click = "c"` is short for `click = { column = "c" }`.
+
+    Attributes:
+        kind: `binary`, 0 or 1 (or false and true), or a `probability`, anything from 0 to 1.
+        positive_from: the column holds other numbers (ratings, say), and the label is 1 from this one on.
+    """
+
+    column: str
+    kind: Literal["binary", "probability"] = "binary"
+    positive_from: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if self.positive_from is not None and self.kind == "probability":
+            raise ValueError("positive_from makes a label binary: leave kind out")
+        return self
+
+
+def _label(given: Any) -> Any:
+    return {"column": given} if isinstance(given, str) else given
+
+
 class ImpressionsConfig(Settings):
     """Which columns of the impressions table hold what: one row is one candidate of one request.
 
     Attributes:
         request: request id; without it a user's rows of one second are one request.
-        labels: task -> column of numbers or booleans; weight, numeric: columns of numbers.
+        labels: task -> column of numbers or booleans, 0 or 1 unless declared otherwise.
+        weight, numeric: columns of numbers.
         domain: with [[domains]], the domain whose items are shown.
     """
 
@@ -112,7 +136,9 @@ class ImpressionsConfig(Settings):
     item: str = "item_id"
     timestamp: str = "timestamp"
     request: str = ""
-    labels: dict[Name, str] = Field(default_factory=lambda: {"click": "click"}, min_length=1)
+    labels: dict[Name, Annotated[LabelConfig, BeforeValidator(_label)]] = Field(
+        default_factory=lambda: {"click": LabelConfig(column="click")}, min_length=1
+    )
     weight: str = ""
     numeric: tuple[Name, ...] = ()
     domain: str = ""
