@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import ibis
@@ -12,29 +12,39 @@ from embeddings.errors import DataError
 from pipelines.ingest_engine import Engine
 from pipelines.ingest_labels import checked_labels
 from pipelines.ingest_sources import Kind, Wanted, columns_of, open_files
-from trainer.data.ingest_config import ContextConfig, FeatureConfig, IngestConfig
+from trainer.data.ingest_config import ColumnConfig, FeatureConfig, IngestConfig
 
 # Kept while they are needed: text is slow to parse, and a query plan wants to know how large a table is.
 RAW_TABLES = _EVENTS, _SHOWN = ("raw_events", "raw_impressions")
 _YEAR_5000 = 95_617_584_000  # unix seconds; a larger timestamp is in milli- or microseconds
 
 
-def open_events(engine: Engine, files: Sequence[Path], config: IngestConfig) -> ir.Table:
+def open_events(
+    engine: Engine, files: Sequence[Path], config: IngestConfig, given: Collection[str] = ()
+) -> ir.Table:
     """The events as user_id, request_id, timestamp (int64), one raw column a feature, and context_*.
+
+    Args:
+        given: the features that another table gives, of which the events need no column.
 
     Raises:
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
     """
     columns = config.events
-    entries = [feature for feature in config.all_features if feature.side != "candidate"]
+    entries = [
+        entry for entry in config.all_features if entry.side != "candidate" and entry.name not in given
+    ]
     wanted = [
         *_roles("events", columns.user, columns.timestamp, columns.request),
         Wanted("events.item", columns.item, "id"),
     ]
-    wanted += [Wanted(f"events.taxonomy: {column}", column, "id") for column in columns.taxonomy]
     named = {feature.name for feature in config.features}
-    wanted += [_wanted("features", entry) for entry in entries if entry.name in named]
-    wanted += [_wanted("context", entry) for entry in config.event_context]
+    wanted += [
+        wanted_column("features" if entry.name in named else "events.taxonomy", entry)
+        for entry in entries
+        if entry.name != "item_id"
+    ]
+    wanted += [wanted_column("context", entry) for entry in config.event_context]
     table = open_files(engine, files, wanted, config.text_columns)
     raw = table.select(
         user_id=table[columns.user].cast("int64"),
@@ -67,8 +77,8 @@ def open_impressions(engine: Engine, files: Sequence[Path], config: IngestConfig
     wanted = [*_roles("impressions", columns.user, columns.timestamp, columns.request)]
     wanted += [Wanted("impressions.item", columns.item, "id")]
     wanted += [Wanted(f"impressions, for {name}", column, "number") for name, column in numbers.items()]
-    wanted += [_wanted("features", entry) for entry in entries]
-    wanted += [_wanted("context", entry) for entry in config.shown_context]
+    wanted += [wanted_column("features", entry) for entry in entries]
+    wanted += [wanted_column("context", entry) for entry in config.shown_context]
     table = open_files(engine, files, wanted, config.text_columns)
     entries = [entry for entry in entries if entry.name != "domain_id"]
     raw = table.select(
@@ -101,7 +111,7 @@ def _shown_items(
     return {"item_id": item, "domain_id": ibis.literal(domain), **text}
 
 
-def raw_values(table: ir.Table, entry: FeatureConfig | ContextConfig) -> ir.Value:
+def raw_values(table: ir.Table, entry: ColumnConfig) -> ir.Value:
     """The column of a feature; text with a separator becomes a list without blanks."""
     values = table[entry.source]
     if not entry.separator:
@@ -114,7 +124,8 @@ def _roles(table: str, user: str, timestamp: str, request: str) -> list[Wanted]:
     return [Wanted(f"{table}.{key}", column, "integer") for key, column in roles.items() if column]
 
 
-def _wanted(section: str, entry: FeatureConfig | ContextConfig) -> Wanted:
+def wanted_column(section: str, entry: ColumnConfig) -> Wanted:
+    """The column of a feature, for `open_files`."""
     kind: Kind = "id" if not entry.multi else ("text" if entry.separator else "ids")
     return Wanted(f"{section}: {entry.name}", entry.source, kind)
 

@@ -34,6 +34,7 @@ from pipelines.ingest_report import (
     new_positives,
     report_lines,
 )
+from pipelines.ingest_side_tables import SideTables, given_features, open_side_tables
 from pipelines.ingest_sources import Files, any_file, find_files
 from pipelines.ingest_tables import (
     bucketed,
@@ -70,6 +71,7 @@ class Raw:
     events: ir.Table
     shown: ir.Table | None
     source: Path | None
+    side: SideTables
     unused: Mapping[str, Sequence[str]]
     duplicates: int = 0
 
@@ -142,14 +144,16 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
 
 
 def _open(engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig) -> Raw:
-    shown, unused = None, unused_columns(config, events, impressions)
+    shown, given = None, [entry.name for entry in given_features(config)]
+    unused = unused_columns(config, events, impressions, given)
+    side = open_side_tables(engine, config)
     if impressions:
         shown = open_impressions(engine, find_files(impressions, "impressions"), config)
     if events:
-        files = find_files(events, "raw events")
-        return Raw(open_events(engine, files, config), shown, any_file(events), unused)
+        table = open_events(engine, find_files(events, "raw events"), config, given)
+        return Raw(side.beside(table), shown, any_file(events), side, unused)
     table, duplicates = open_domains(engine, config)
-    return Raw(table, shown, None, unused, duplicates)
+    return Raw(table, shown, None, side, unused, duplicates)
 
 
 def _write_log(
@@ -272,16 +276,23 @@ def _encode(
     if raw.shown is not None:
         coded = {name: multi[name] for name in raw.shown.columns if name in multi}
         shown = engine.keep("shown", bucketed(encode(raw.shown, coded, words, {}), buckets, config.seed))
+    items, users = (
+        None if table is None else engine.keep(f"encoded_{name}", table)
+        for name, table in zip(("items", "users"), raw.side.encoded(multi, words), strict=True)
+    )
     for name in RAW_TABLES:
         engine.drop(name)
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
-    return Encoded(Tables(events, shown), features, context, total, buckets, made)
+    return Encoded(Tables(events, shown, items=items, users=users), features, context, total, buckets, made)
 
 
 def _sources(raw: Raw, name: str) -> list[ir.Table]:
     """The tables that have the column, the events first."""
-    sources = [table for table in (raw.events, raw.shown) if table is not None and name in table.columns]
+    tables = [table for table in (raw.events, raw.shown) if table is not None]
+    # Of items that nobody meets the log says nothing.
+    tables += raw.side.all if name != "item_id" else []
+    sources = [table for table in tables if name in table.columns]
     kinds = {str(table[name].type()) for table in sources}
     if len(kinds) > 1:
         problem = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import reduce
@@ -46,10 +46,15 @@ class Span:
 
 
 def unused_columns(
-    config: IngestConfig, events: Files | None, impressions: Files | None
+    config: IngestConfig, events: Files | None, impressions: Files | None, given: Collection[str]
 ) -> dict[str, list[str]]:
-    """Table -> its columns that no setting names; tables without such columns are left out."""
-    of_events = [entry.source for entry in config.all_features if entry.side != "candidate"]
+    """Table -> its columns that no setting names; tables without such columns are left out.
+
+    `given`: the features that come from the item table.
+    """
+    of_events = [
+        entry.source for entry in config.all_features if entry.side != "candidate" and entry.name not in given
+    ]
     of_events += [entry.source for entry in config.event_context]
     found: dict[str, list[str]] = {}
     if events:
@@ -71,6 +76,15 @@ def unused_columns(
         used += [entry.source for entry in config.all_features if entry.side != "history"]
         used += [entry.source for entry in config.shown_context]
         found["impressions"] = _left(find_files(impressions, "impressions"), used)
+    if config.item_table.files:
+        used = [
+            config.item_table.item,
+            *(entry.source for entry in config.all_features if entry.name in given),
+        ]
+        found["item table"] = _left(find_files(config.item_table.files, "the item table"), used)
+    if config.user_table.files:
+        used = [config.user_table.user, *(entry.source for entry in config.user_context)]
+        found["user table"] = _left(find_files(config.user_table.files, "the user table"), used)
     return {table: columns for table, columns in found.items() if columns}
 
 
@@ -90,6 +104,11 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
         found["repeated_events"] += int(rows - engine.rows(once.aggregate(rows=once.count()))[0]["rows"])
         if part.shown is not None:
             found.update(_impressions(engine, part.shown, events, config))
+    if tables.items is not None:
+        found["items_that_the_item_table_lacks"] = _lacking(engine, tables.events, tables.items, "item_id")
+    if tables.users is not None:
+        asking = tables.events if tables.shown is None else tables.shown
+        found["users_that_the_user_table_lacks"] = _lacking(engine, asking, tables.users, "user_id")
     if tables.shown is not None:
         had = tables.shown.anti_join(tables.events.select("item_id").distinct(), "item_id")
         found["impressions_of_items_without_events"] = _count(engine, had)
@@ -105,6 +124,10 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
 
 def _count(engine: Engine, table: ir.Table) -> int:
     return int(engine.rows(table.aggregate(rows=table.count()))[0]["rows"])
+
+
+def _lacking(engine: Engine, table: ir.Table, known: ir.Table, key: str) -> int:
+    return _count(engine, table.select(key).distinct().anti_join(known, key))
 
 
 def _impressions(engine: Engine, shown: ir.Table, events: ir.Table, config: IngestConfig) -> dict[str, int]:
@@ -166,6 +189,8 @@ _KEPT = {
     "repeated_impressions_with_other_labels": "the item is offered with both labels",
     "requests_of_several_times_or_contexts": "the earliest time and the largest context count",
     "impressions_of_users_without_events": "their history is empty",
+    "items_that_the_item_table_lacks": "their features are unknown",
+    "users_that_the_user_table_lacks": "their context is unknown",
     "impressions_of_items_without_events": "what the events would say of these items is unknown",
 }
 

@@ -48,8 +48,9 @@ class FeatureConfig(ColumnConfig):
     Attributes:
         name: in the log; column: in the table, `name` if empty.
         side: `both`: an attribute of the item, so that candidates have it too (from the impressions table
-            where that has the column, else from the item's latest event); `history`: of the event alone;
-            `candidate`: of the impression alone.
+            where that has the column, else as of the item's last event before the request; where the item
+            table has it, both have it from there); `history`: of the event alone; `candidate`: of the
+            impression alone.
         multi: the column holds lists, or text that `separator` splits.
     """
 
@@ -61,12 +62,34 @@ class ContextConfig(ColumnConfig):
     """A request's own id column.
 
     Attributes:
-        table: `impressions`, or `events`: a column that says something about the user, taken from the newest
-            event strictly before the request.
+        table: `impressions`; or `events`: a column that says something about the user, taken from the newest
+            event strictly before the request; or `users`, the user table.
     """
 
     kind: ClassVar[str] = "context"
-    table: Literal["impressions", "events"] = "impressions"
+    table: Literal["impressions", "events", "users"] = "impressions"
+
+
+class ItemTableConfig(Settings):
+    """A table with one row an item, if there is one: its features of items are taken for constant.
+
+    Attributes:
+        files: paths or patterns, as for `--events`; item: the column with the item.
+    """
+
+    files: tuple[str, ...] = ()
+    item: str = "item_id"
+
+
+class UserTableConfig(Settings):
+    """A table with one row a user, if there is one, for `[[context]]` with `table = "users"`.
+
+    Attributes:
+        files: paths or patterns, as for `--events`; user: the column with the user.
+    """
+
+    files: tuple[str, ...] = ()
+    user: str = "user_id"
 
 
 class EventsConfig(Settings):
@@ -305,6 +328,8 @@ class IngestConfig(Settings):
     features: tuple[FeatureConfig, ...] = ()
     context: tuple[ContextConfig, ...] = ()
     impressions: ImpressionsConfig = ImpressionsConfig()
+    item_table: ItemTableConfig = ItemTableConfig()
+    user_table: UserTableConfig = UserTableConfig()
     domains: tuple[DomainConfig, ...] = ()
     text_columns: tuple[str, ...] = ()
     requests: RequestsConfig = RequestsConfig()
@@ -337,6 +362,19 @@ class IngestConfig(Settings):
     def shown_context(self) -> tuple[ContextConfig, ...]:
         """The context that comes from the impressions."""
         return tuple(entry for entry in self.context if entry.table == "impressions")
+
+    @property
+    def user_context(self) -> tuple[ContextConfig, ...]:
+        """The context that comes from the user table."""
+        return tuple(entry for entry in self.context if entry.table == "users")
+
+    @model_validator(mode="after")
+    def _side_tables_are_used(self) -> IngestConfig:
+        if self.item_table.files and self.domains:
+            raise ValueError("item_table: with [[domains]] their mapping tables say what items are")
+        if bool(self.user_table.files) != bool(self.user_context):
+            raise ValueError('user_table.files and a [[context]] with table = "users" need each other')
+        return self
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> IngestConfig:
