@@ -31,13 +31,13 @@ def lone_predictors(engine: Engine, offered: ir.Table, config: IngestConfig) -> 
     total = int(engine.rows(train.aggregate(rows=train.num_candidates.sum()))[0]["rows"] or 0)
     key = digest(config.seed, "alone", train.user_id, train.request_id)
     context = [f"context_{entry.name}" for entry in config.context]
-    sample = train.select("candidates", *context, key=key)
+    sample = train.select("candidates", *context, _key=key)
     if total > _ROWS:
-        sample = sample.filter(sample.key < f"{(_ROWS << 32) // total:08x}")
+        sample = sample.filter(sample["_key"] < f"{(_ROWS << 32) // total:08x}")
     found = _columns(list(engine.stream(sample, 1024)), context)
     if not found:
         return []
-    fits = found.pop("key") == 0
+    fits = found.pop("_key") == 0
     labels = {task: found.pop(f"label_{task}") >= 0.5 for task in config.tasks}
     odd: list[dict[str, Any]] = []
     for name, values in found.items():
@@ -49,13 +49,13 @@ def lone_predictors(engine: Engine, offered: ir.Table, config: IngestConfig) -> 
 
 
 def _columns(batches: list[pa.RecordBatch], context: list[str]) -> dict[str, Values]:
-    """name -> one value a candidate; `key` is the half that its request belongs to."""
+    """name -> one value a candidate; `_key` is the half that its request belongs to."""
     parts: dict[str, list[Values]] = {}
     for batch in batches:
         lists = batch.column("candidates")
         owner, flat = pc.list_parent_indices(lists), pc.list_flatten(lists)
-        halves = [int(key[-1], 16) % 2 for key in batch.column("key").to_pylist()]
-        columns = {"key": pa.array(halves, pa.int8()).take(owner)}
+        halves = [int(key[-1], 16) % 2 for key in batch.column("_key").to_pylist()]
+        columns = {"_key": pa.array(halves, pa.int8()).take(owner)}
         columns |= {name: batch.column(name).take(owner) for name in context}
         columns |= {field.name: flat.field(field.name) for field in flat.type}
         for name in columns.keys() - {"_order", "weight"}:

@@ -25,7 +25,7 @@ class Attributes:
     Attributes:
         multi: feature -> whether it is multi-valued.
         fixed: item_id and the features, null where unknown or where the item changes in it.
-        states: item_id, since, state (number, from 1) and `changing`, of the items that change in any of
+        states: item_id, _since, _state (number, from 1) and `changing`, of the items that change in any of
             these; None if there is none.
         changing: feature -> how many items change in it, for those in which some do.
         of: how many items have events.
@@ -100,7 +100,7 @@ def _states(
 
 
 def _filled(seconds: ir.Table, names: Sequence[str]) -> ir.Table:
-    """item_id, since, state, and what is known after each second that changed something."""
+    """item_id, _since, _state, and what is known after each second that changed something."""
     # A last value that skips nulls loses this skip on its way through Ibis to DuckDB; what is counted here
     # is the values so far, so that each of them begins a group of its own.
     order = ibis.window(group_by="item_id", order_by="timestamp")
@@ -119,7 +119,7 @@ def _filled(seconds: ir.Table, names: Sequence[str]) -> ir.Table:
     filled = filled.mutate(_same=reduce(lambda one, other: one & other, same))
     changed = filled.filter(~filled["_same"])
     state = ibis.row_number().over(group_by="item_id", order_by=changed.timestamp) + 1
-    return changed.select("item_id", *names, since=changed.timestamp, state=state.cast("int64"))
+    return changed.select("item_id", *names, _since=changed.timestamp, _state=state.cast("int64"))
 
 
 def known(values: ir.Value, multi: bool) -> ir.Value:
@@ -160,10 +160,10 @@ def _as_of(wanted: ir.Table, states: ir.Table) -> ir.Table:
     none, one = (ibis.literal(number).cast("int64") for number in (0, 1))
     theirs = states.semi_join(wanted, "item_id")
     marks = ibis.union(
-        wanted.select("item_id", "_at", _begins=none), theirs.select("item_id", _at=theirs.since, _begins=one)
+        wanted.select("item_id", "_at", _begins=none), theirs.select("item_id", _at=theirs["_since"], _begins=one)
     )
     marks = marks.group_by(["item_id", "_at"]).aggregate(_begins=marks["_begins"].sum().cast("int64"))
     so_far = marks["_begins"].cumsum(group_by="item_id", order_by="_at").cast("int64")
-    marks = marks.select("item_id", "_at", state=so_far - marks["_begins"])
-    marks = marks.filter(marks.state > 0).semi_join(wanted, ["item_id", "_at"])
-    return marks.inner_join(states.drop("since"), ["item_id", "state"]).drop("state")
+    marks = marks.select("item_id", "_at", _state=so_far - marks["_begins"])
+    marks = marks.filter(marks["_state"] > 0).semi_join(wanted, ["item_id", "_at"])
+    return marks.inner_join(states.drop("_since"), ["item_id", "_state"]).drop("_state")

@@ -381,9 +381,11 @@ class IngestConfig(Settings):
         names = Counter(feature.name for feature in self.all_features)
         names.update(_TAKEN - {"item_id"})
         names.update(f"context_{entry.name}" for entry in self.context)
+        names.update(f"label_{task}" for task in self.tasks)
+        names.update(f"numeric_{name}" for name in self.impressions.numeric)
         clash = [name for name, times in names.items() if times > 1]
         if clash:
-            raise ValueError(f"features or context give the name {clash[0]!r} twice; rename one")
+            raise ValueError(f"features, context, labels or numbers give the name {clash[0]!r} twice; rename one")
         domains = [domain.name for domain in self.domains]
         if len(set(domains)) < len(domains):
             raise ValueError("domains: two have one name; rename one")
