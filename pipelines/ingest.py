@@ -234,7 +234,8 @@ def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
         candidates = engine.keep("candidates", drawn)
         if tables.past is not None:
             new.update(new_positives(engine, candidates, some, tables.past, config))
-        offered = engine.append("offers", offers(some, with_attributes(attributes, candidates, some), config))
+        full = with_attributes(engine, attributes, candidates, some, group)
+        offered = engine.append("offers", offers(some, full, config))
     for name in ("candidates", "past_numbered", "past_seconds"):
         engine.drop(name)
     return Asked(engine.table("requests"), asked, offered, attributes, new)

@@ -25,8 +25,8 @@ class Attributes:
     Attributes:
         multi: feature -> whether it is multi-valued.
         fixed: item_id and the features, null where unknown or where the item changes in it.
-        states: item_id, _since, _state (number, from 1) and `changing`, of the items that change in any of
-            these; None if there is none.
+        states: item_id, _since, _state (number, from 1), _part (of `parts` of the items) and `changing`, of the
+            items that change in any of these; None if there is none.
         changing: feature -> how many items change in it, for those in which some do.
         of: how many items have events.
         given: item_id and features, of a table of items; these never change.
@@ -38,10 +38,11 @@ class Attributes:
     changing: Mapping[str, int]
     of: int
     given: ir.Table | None = None
+    parts: int = 1
 
 
-def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, buckets: int) -> Attributes:
-    """Collects the attributes of all items; those of changing ones for some items at a time."""
+def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts: int) -> Attributes:
+    """Collects the attributes of all items; those of changing ones for a part of the items at a time."""
     given = [] if tables.items is None else tables.items.columns
     lacking = _lacking(engine, tables, config)
     multi = {name: several for name, several in lacking.items() if name not in given}
@@ -64,11 +65,13 @@ def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, bucket
     if changing:
         changed = reduce(lambda one, other: one | other, (changes[name] for name in changing))
         items = spans.filter(changed).select("item_id")
-        states = _states(engine, events, items, {name: multi[name] for name in changing}, buckets)
+        states = _states(engine, events, items, {name: multi[name] for name in changing}, parts)
     used = None
     if tables.items is not None and (names := [name for name in lacking if name in given]):
         used = tables.items.select("item_id", *names)
-    return Attributes(lacking, spans.select("item_id", **fixed), states, changing, int(counts["_of"]), used)
+    return Attributes(
+        lacking, spans.select("item_id", **fixed), states, changing, int(counts["_of"]), used, parts
+    )
 
 
 def _lacking(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, bool]:
@@ -85,17 +88,18 @@ def _lacking(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, 
 
 
 def _states(
-    engine: Engine, events: ir.Table, items: ir.Table, multi: Mapping[str, bool], buckets: int
+    engine: Engine, events: ir.Table, items: ir.Table, multi: Mapping[str, bool], parts: int
 ) -> ir.Table:
     """A row for each second in which an item's last known features become others."""
     found = events
-    for bucket in range(buckets):
-        some = items.filter(items.item_id % buckets == bucket) if buckets > 1 else items
+    for part in range(parts):
+        some = items.filter(items.item_id % parts == part) if parts > 1 else items
         theirs = events.semi_join(some, "item_id")
         seconds = theirs.group_by(["item_id", "timestamp"]).aggregate(
             **{name: known(theirs[name], several).max() for name, several in multi.items()}
         )
-        found = engine.append("item_states", _filled(seconds, list(multi)))
+        states = _filled(seconds, list(multi)).mutate(_part=ibis.literal(part).cast("int64"))
+        found = engine.append("item_states", states)
     return found
 
 
@@ -127,8 +131,13 @@ def known(values: ir.Value, multi: bool) -> ir.Value:
     return ibis.cases((values.length() > 0, values)) if multi else values.nullif(0)
 
 
-def with_attributes(attributes: Attributes, candidates: ir.Table, asked: ir.Table) -> ir.Table:
-    """Adds the features of items; what a candidate itself says of them comes first, where it is known."""
+def with_attributes(
+    engine: Engine, attributes: Attributes, candidates: ir.Table, asked: ir.Table, group: int
+) -> ir.Table:
+    """Adds the features of items; what a candidate itself says of them comes first, where it is known.
+
+    `group` is the number of these candidates, others for each call.
+    """
     multi = attributes.multi
     if not multi:
         return candidates
@@ -137,7 +146,8 @@ def with_attributes(attributes: Attributes, candidates: ir.Table, asked: ir.Tabl
         sources.insert(0, attributes.given)
     if attributes.states is not None:
         joined = joined.inner_join(asked.select(*REQUEST, _at=asked.timestamp), REQUEST)
-        sources.append(_as_of(joined.select("item_id", "_at").distinct(), attributes.states))
+        pairs = joined.select("item_id", "_at").distinct()
+        sources.append(_all_as_of(engine, pairs, attributes.states, attributes.parts, group))
     for number, source in enumerate(sources):
         part = source.rename(lambda name, number=number: f"_{number}_{name}")
         keys = [name for name in ("item_id", "_at") if name in source.columns]
@@ -152,6 +162,17 @@ def with_attributes(attributes: Attributes, candidates: ir.Table, asked: ir.Tabl
     return joined.select(*others, **{name: value(name) for name in multi})
 
 
+def _all_as_of(engine: Engine, wanted: ir.Table, states: ir.Table, parts: int, group: int) -> ir.Table:
+    """`_as_of`, for a part of the items at a time."""
+    wanted, found = engine.keep("item_seconds", wanted), wanted
+    for part in range(parts):
+        some = wanted.filter(wanted.item_id % parts == part) if parts > 1 else wanted
+        theirs = states.filter(states["_part"] == part).drop("_part")
+        as_of = _as_of(some, theirs).mutate(_group=ibis.literal(group).cast("int64"))
+        found = engine.append("known_items", as_of)
+    return found.filter(found["_group"] == group).drop("_group")
+
+
 def _as_of(wanted: ir.Table, states: ir.Table) -> ir.Table:
     """item_id, _at and the features in the item's last state strictly before the second `_at`.
 
@@ -160,7 +181,8 @@ def _as_of(wanted: ir.Table, states: ir.Table) -> ir.Table:
     none, one = (ibis.literal(number).cast("int64") for number in (0, 1))
     theirs = states.semi_join(wanted, "item_id")
     marks = ibis.union(
-        wanted.select("item_id", "_at", _begins=none), theirs.select("item_id", _at=theirs["_since"], _begins=one)
+        wanted.select("item_id", "_at", _begins=none),
+        theirs.select("item_id", _at=theirs["_since"], _begins=one),
     )
     marks = marks.group_by(["item_id", "_at"]).aggregate(_begins=marks["_begins"].sum().cast("int64"))
     so_far = marks["_begins"].cumsum(group_by="item_id", order_by="_at").cast("int64")
