@@ -26,7 +26,7 @@ from pipelines.ingest_attributes import item_attributes, with_attributes
 from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_engine import Engine, connect
-from pipelines.ingest_remarks import Span, remarks, unused_columns
+from pipelines.ingest_remarks import Span, remarks, unused_columns, unused_settings
 from pipelines.ingest_report import (
     Asked,
     Counts,
@@ -178,6 +178,7 @@ def _write_log(
     report = full_report(engine, counts, config)
     report |= remarks(engine, encoded.tables, encoded.buckets, config) | {
         "unused_columns": dict(raw.unused),
+        "unused_settings": unused_settings(config),
         "predicts_alone": lone_predictors(engine, asked.offered, config),
     }
     return LogManifest(

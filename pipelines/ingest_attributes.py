@@ -25,8 +25,8 @@ class Attributes:
     Attributes:
         multi: feature -> whether it is multi-valued.
         fixed: item_id and the features, null where unknown or where the item changes in it.
-        states: item_id, _since, _state (number, from 1), _part (of `parts` of the items) and `changing`, of the
-            items that change in any of these; None if there is none.
+        states: item_id, _since, _state (number, from 1), _part (of `parts` of the items) and `changing`, of
+            the items that change in any of these; None if there is none.
         changing: feature -> how many items change in it, for those in which some do.
         of: how many items have events.
         given: item_id and features, of a table of items; these never change.

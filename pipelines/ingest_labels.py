@@ -10,7 +10,8 @@ from ibis.expr import types as ir
 
 from embeddings.errors import DataError
 from pipelines.ingest_engine import Engine
-from trainer.data.ingest_config import ImpressionsConfig, LabelConfig
+from trainer.data.ingest_config import ImpressionsConfig
+from trainer.data.ingest_sections import LabelConfig
 
 
 def checked_labels(

@@ -93,6 +93,27 @@ def _left(files: Sequence[Path], used: Iterable[str]) -> list[str]:
     return [column for column in columns_of(files) if column not in named]
 
 
+def unused_settings(config: IngestConfig) -> list[str]:
+    """The settings that were given, though the protocol has no use for them."""
+    protocol = config.protocol
+    users: dict[str, tuple[str, ...]] = {
+        "positives": ("next-basket",),
+        "negatives": ("next-basket", "leave-last", "time-split"),
+        "exclude": ("time-split",),
+        "min_events": ("leave-last",),
+        "distances": ("leave-last",),
+    }
+    given = config.requests.model_fields_set
+    found = [f"requests.{name}" for name, known in users.items() if name in given and protocol not in known]
+    if protocol == "impressions":
+        found += ["task"] if "task" in config.model_fields_set else []
+    elif "impressions" in config.model_fields_set:
+        found.append("impressions")
+    if "request" in config.events.model_fields_set and config.events.request and protocol != "next-basket":
+        found.append("events.request")
+    return found
+
+
 def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) -> dict[str, Any]:
     """Counts of rows that are there more than once, and of impressions that contradict one another."""
     found: Counter[str] = Counter()
@@ -165,6 +186,10 @@ def remark_lines(manifest: LogManifest) -> list[str]:
     lines = [
         f"{table}: nothing uses the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
         for table, columns in report.get("unused_columns", {}).items()
+    ]
+    lines += [
+        f"{name}: the protocol {manifest.ingest['protocol']} does not use this setting"
+        for name in report.get("unused_settings", [])
     ]
     lines += [
         f"{count:,} {name.replace('_', ' ')} ({_KEPT[name]})"

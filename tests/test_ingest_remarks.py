@@ -66,6 +66,7 @@ def test_rows_that_are_there_twice_are_counted(buckets: int, tmp_path: Path) -> 
     )
     lines = report_lines(manifest)
     assert any(line.startswith("1 repeated impressions with other labels (") for line in lines)
+    assert manifest.report["unused_settings"] == ["requests.negatives", "task"]
     clicks = sum(row["click"] for row in shown + more)
     assert f"label click: {clicks:,} of {len(shown) + 4:,} impressions are positive" in lines
     assert not any("WARNING" in line for line in lines)
@@ -85,6 +86,18 @@ def test_columns_that_nothing_uses_are_named(tmp_path: Path) -> None:
         "impressions": ["buy", "slot"],
     }
     assert "events: nothing uses the columns action, tags, city" in report_lines(manifest)
+
+
+def test_settings_that_a_protocol_has_no_use_for_are_named(tmp_path: Path) -> None:
+    settings = config(
+        "time-split",
+        requests={"min_history": 1, "distances": [3], "positives": 2, "exclude": "user"},
+        impressions={"domain": ""},
+    )
+    manifest = ingest(write(tmp_path / "e.parquet", events()), tmp_path / "log", settings)
+    assert manifest.report["unused_settings"] == ["requests.positives", "requests.distances", "impressions"]
+    line = "requests.distances: the protocol time-split does not use this setting"
+    assert line in report_lines(manifest)
 
 
 def test_splits_and_columns_without_anything_are_warned_of(tmp_path: Path) -> None:

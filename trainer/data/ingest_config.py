@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
+from trainer.data.ingest_sections import ItemTableConfig, Label, LabelConfig, UserTableConfig
 from trainer.settings import Settings, load_settings
 
 Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
@@ -70,28 +71,6 @@ class ContextConfig(ColumnConfig):
     table: Literal["impressions", "events", "users"] = "impressions"
 
 
-class ItemTableConfig(Settings):
-    """A table with one row an item, if there is one: its features of items are taken for constant.
-
-    Attributes:
-        files: paths or patterns, as for `--events`; item: the column with the item.
-    """
-
-    files: tuple[str, ...] = ()
-    item: str = "item_id"
-
-
-class UserTableConfig(Settings):
-    """A table with one row a user, if there is one, for `[[context]]` with `table = "users"`.
-
-    Attributes:
-        files: paths or patterns, as for `--events`; user: the column with the user.
-    """
-
-    files: tuple[str, ...] = ()
-    user: str = "user_id"
-
-
 class EventsConfig(Settings):
     """Which columns of the event table hold what; `taxonomy` goes from coarse to fine.
 
@@ -122,29 +101,6 @@ class EventsConfig(Settings):
         return self
 
 
-class LabelConfig(Settings):
-    """A task's label column; `click = "c"` is short for `click = { column = "c" }`.
-
-    Attributes:
-        kind: `binary`, 0 or 1 (or false and true), or a `probability`, anything from 0 to 1.
-        positive_from: the column holds other numbers (ratings, say), and the label is 1 from this one on.
-    """
-
-    column: str
-    kind: Literal["binary", "probability"] = "binary"
-    positive_from: Annotated[float, Field(allow_inf_nan=False)] | None = None
-
-    @model_validator(mode="after")
-    def _says_one_thing(self) -> Self:
-        if self.positive_from is not None and self.kind == "probability":
-            raise ValueError("positive_from makes a label binary: leave kind out")
-        return self
-
-
-def _label(given: Any) -> Any:
-    return {"column": given} if isinstance(given, str) else given
-
-
 class ImpressionsConfig(Settings):
     """Which columns of the impressions table hold what: one row is one candidate of one request.
 
@@ -159,7 +115,7 @@ class ImpressionsConfig(Settings):
     item: str = "item_id"
     timestamp: str = "timestamp"
     request: str = ""
-    labels: dict[Name, Annotated[LabelConfig, BeforeValidator(_label)]] = Field(
+    labels: dict[Name, Label] = Field(
         default_factory=lambda: {"click": LabelConfig(column="click")}, min_length=1
     )
     weight: str = ""
@@ -385,7 +341,9 @@ class IngestConfig(Settings):
         names.update(f"numeric_{name}" for name in self.impressions.numeric)
         clash = [name for name, times in names.items() if times > 1]
         if clash:
-            raise ValueError(f"features, context, labels or numbers give the name {clash[0]!r} twice; rename one")
+            raise ValueError(
+                f"features, context, labels or numbers give the name {clash[0]!r} twice; rename one"
+            )
         domains = [domain.name for domain in self.domains]
         if len(set(domains)) < len(domains):
             raise ValueError("domains: two have one name; rename one")
