@@ -19,8 +19,8 @@ from trainer.data.protocol import REQUEST, Tables
 class Attributes:
     """What the events say of items.
 
-    A feature that has one value in all events of an item is taken for constant, as a catalogue would have
-    it: the item has it at any time. Another one has, at a request, the last value before it.
+    A feature that has one value from an item's first event on is taken for constant, as a catalogue would
+    have it: the item has it at any time. Another one has, at a request, the last value before it.
 
     Attributes:
         multi: feature -> whether it is multi-valued.
@@ -47,11 +47,19 @@ def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts:
     lacking = _lacking(engine, tables, config)
     multi = {name: several for name, several in lacking.items() if name not in given}
     events = tables.events
-    least = {name: known(events[name], several).min() for name, several in multi.items()}
-    most = {f"_most_{name}": known(events[name], several).max() for name, several in multi.items()}
-    grouped = events.group_by("item_id").aggregate(_events=events.count(), **least, **most)
+    values = {name: known(events[name], several) for name, several in multi.items()}
+    ends = {name: value.min() for name, value in values.items()}
+    ends |= {f"_most_{name}": value.max() for name, value in values.items()}
+    ends |= {f"_from_{name}": events.timestamp.min(where=value.notnull()) for name, value in values.items()}
+    grouped = events.group_by("item_id").aggregate(_since=events.timestamp.min(), **ends)
     spans = engine.keep("item_spans", grouped)
-    changes = {name: (spans[name] != spans[f"_most_{name}"]).fill_null(False) for name in multi}
+    # Who first had no value did change, too: at a request between, the later one is not known.
+    changes = {
+        name: (
+            (spans[name] != spans[f"_most_{name}"]) | (spans[f"_from_{name}"] != spans["_since"])
+        ).fill_null(False)
+        for name in multi
+    }
     sums = {name: change.cast("int64").sum() for name, change in changes.items()}
     counts = engine.rows(spans.aggregate(_of=spans.count(), **sums))[0]
     changing = {name: int(counts[name]) for name in multi if counts[name]}
