@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import ibis
@@ -12,9 +12,10 @@ from embeddings.errors import DataError
 from pipelines.ingest_columns import Kind, Wanted
 from pipelines.ingest_engine import Engine
 from pipelines.ingest_files import FoundFiles
+from pipelines.ingest_labels import checked_labels
 from pipelines.ingest_sources import RawTable, Seen, columns_of, open_files
 from trainer.data.ingest_config import (
-    ContextConfig,
+    ColumnConfig,
     EventsConfig,
     FeatureConfig,
     ImpressionsConfig,
@@ -22,36 +23,46 @@ from trainer.data.ingest_config import (
 )
 
 # Kept while they are needed: text is slow to parse, and a query plan wants to know how large a table is.
-RAW_TABLES = _EVENTS, _SHOWN = ("raw_events", "raw_impressions")
+RAW_TABLES = EVENTS, SHOWN = ("raw_events", "raw_impressions")
 _YEAR_5000 = 95_617_584_000  # unix seconds; a larger timestamp is in milli- or microseconds
 
 
-def open_events(engine: Engine, files: FoundFiles, config: IngestConfig, seen: Seen) -> ir.Table:
+def open_events(
+    engine: Engine, files: FoundFiles, config: IngestConfig, seen: Seen, given: Collection[str] = ()
+) -> ir.Table:
     """The events as user_id, request_id, timestamp (int64), one raw column a feature, and context_*.
 
     Users and requests are integers or text.
+
+    Args:
+        given: the features that another table gives, of which the events need no column.
 
     Raises:
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
     """
     columns = config.events
-    entries = [feature for feature in config.all_features if feature.side != "candidate"]
+    entries = [
+        entry for entry in config.all_features if entry.side != "candidate" and entry.name not in given
+    ]
     wanted = [
         *_roles("events", columns),
         Wanted("events.item", columns.item, "id"),
     ]
-    wanted += [Wanted(f"events.taxonomy: {column}", column, "id") for column in columns.taxonomy]
     named = {feature.name for feature in config.features}
-    wanted += [_wanted("features", entry) for entry in entries if entry.name in named]
-    wanted += [_wanted("context", entry) for entry in config.event_context]
+    wanted += [
+        wanted_column("features" if entry.name in named else "events.taxonomy", entry)
+        for entry in entries
+        if entry.name != "item_id"
+    ]
+    wanted += [wanted_column("context", entry) for entry in config.event_context]
     table = open_files(engine, files, wanted, config, seen)
     raw = table.table.select(
         **_role_values(table, columns),
         **{entry.name: raw_values(engine, table, entry) for entry in entries},
         **{f"context_{entry.name}": raw_values(engine, table, entry) for entry in config.event_context},
     )
-    raw = engine.keep(_EVENTS, raw)
-    seen.loose[_EVENTS] = _loose(table, columns, entries, config.event_context)
+    raw = engine.keep(EVENTS, raw)
+    seen.loose[EVENTS] = loose_columns(table, _roles_of(columns), _named(entries, config.event_context))
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
     check_values(engine, raw, files.label, required)
     return raw
@@ -66,7 +77,7 @@ def open_impressions(engine: Engine, files: FoundFiles, config: IngestConfig, se
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
     """
     columns = config.impressions
-    numbers = {f"label_{task}": column for task, column in columns.labels.items()}
+    numbers = {f"label_{task}": label.column for task, label in columns.labels.items()}
     numbers |= {f"numeric_{name}": name for name in columns.numeric}
     numbers |= {"weight": columns.weight} if columns.weight else {}
     present = columns_of(files, [columns.user, columns.item, columns.timestamp], config)
@@ -75,8 +86,8 @@ def open_impressions(engine: Engine, files: FoundFiles, config: IngestConfig, se
     wanted = [*_roles("impressions", columns)]
     wanted += [Wanted("impressions.item", columns.item, "id")]
     wanted += [Wanted(f"impressions, for {name}", column, "number") for name, column in numbers.items()]
-    wanted += [_wanted("features", entry) for entry in entries]
-    wanted += [_wanted("context", entry) for entry in config.shown_context]
+    wanted += [wanted_column("features", entry) for entry in entries]
+    wanted += [wanted_column("context", entry) for entry in config.shown_context]
     table = open_files(engine, files, wanted, config, seen)
     entries = [entry for entry in entries if entry.name != "domain_id"]
     raw = table.table.select(
@@ -85,12 +96,12 @@ def open_impressions(engine: Engine, files: FoundFiles, config: IngestConfig, se
         **{f"context_{entry.name}": raw_values(engine, table, entry) for entry in config.shown_context},
         **{name: table.values(column, "number").cast("float32") for name, column in numbers.items()},
     )
-    raw = engine.keep(_SHOWN, raw)
-    seen.loose[_SHOWN] = _loose(table, columns, entries, config.shown_context)
+    raw = engine.keep(SHOWN, raw)
+    seen.loose[SHOWN] = loose_columns(table, _roles_of(columns), _named(entries, config.shown_context))
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
     required |= {"request_id": columns.request} if columns.request else {}
     check_values(engine, raw, files.label, required | numbers)
-    return raw
+    return checked_labels(engine, raw, files.label, columns, numbers)
 
 
 def _shown_items(
@@ -108,7 +119,7 @@ def _shown_items(
     return {"item_id": item, "domain_id": ibis.literal(domain), **text}
 
 
-def raw_values(engine: Engine, table: RawTable, entry: FeatureConfig | ContextConfig) -> ir.Value:
+def raw_values(engine: Engine, table: RawTable, entry: ColumnConfig) -> ir.Value:
     """The column of a feature; text with a separator becomes a list without blanks."""
     values = table.values(entry.source, kind_of(entry))
     if not entry.separator:
@@ -117,7 +128,7 @@ def raw_values(engine: Engine, table: RawTable, entry: FeatureConfig | ContextCo
     return parts.map(lambda part: part.strip()).filter(lambda part: part != "")
 
 
-def kind_of(entry: FeatureConfig | ContextConfig) -> Kind:
+def kind_of(entry: ColumnConfig) -> Kind:
     """What the column of a feature must hold."""
     return "id" if not entry.multi else ("text" if entry.separator else "ids")
 
@@ -136,21 +147,32 @@ def _role_values(table: RawTable, columns: EventsConfig | ImpressionsConfig) -> 
     return {"user_id": table.values(columns.user, "key"), "request_id": request, "timestamp": time}
 
 
-def _loose(
-    table: RawTable,
-    columns: EventsConfig | ImpressionsConfig,
-    entries: Iterable[FeatureConfig],
-    context: Iterable[ContextConfig],
+def _roles_of(columns: EventsConfig | ImpressionsConfig) -> dict[str, tuple[str, Kind]]:
+    return {
+        "user_id": (columns.user, "key"),
+        "item_id": (columns.item, "id"),
+        "request_id": (columns.request, "key"),
+    }
+
+
+def _named(entries: Iterable[ColumnConfig], context: Iterable[ColumnConfig]) -> dict[str, ColumnConfig]:
+    return {entry.name: entry for entry in entries} | {f"context_{entry.name}": entry for entry in context}
+
+
+def loose_columns(
+    table: RawTable, keys: Mapping[str, tuple[str, Kind]], columns: Mapping[str, ColumnConfig]
 ) -> set[str]:
-    """The columns of the table that `open_files` read as integers and could have left as text."""
-    sources: dict[str, tuple[str, Kind]] = {entry.name: (entry.source, kind_of(entry)) for entry in entries}
-    sources |= {f"context_{entry.name}": (entry.source, kind_of(entry)) for entry in context}
-    sources |= {"user_id": (columns.user, "key"), "item_id": (columns.item, "id")}
-    sources |= {"request_id": (columns.request, "key")}
+    """The columns of the table that `open_files` read as integers and could have left as text.
+
+    Args:
+        keys: name in the engine's table -> column of the files and what it must hold; columns: of features.
+    """
+    sources = {name: (entry.source, kind_of(entry)) for name, entry in columns.items()} | dict(keys)
     return {name for name, source in sources.items() if source in table.loose}
 
 
-def _wanted(section: str, entry: FeatureConfig | ContextConfig) -> Wanted:
+def wanted_column(section: str, entry: ColumnConfig) -> Wanted:
+    """The column of a feature, for `open_files`."""
     return Wanted(f"{section}: {entry.name}", entry.source, kind_of(entry))
 
 

@@ -20,7 +20,8 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.event_table import RAW_TABLES, open_events, open_impressions
+from pipelines.event_table import EVENTS, RAW_TABLES, SHOWN, open_events, open_impressions
+from pipelines.ingest_alone import lone_predictors
 from pipelines.ingest_attributes import item_attributes, with_attributes
 from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
@@ -29,15 +30,15 @@ from pipelines.ingest_engine import Engine, connect
 from pipelines.ingest_files import Files, any_file, find_files
 from pipelines.ingest_names import NUMBERED, agree, with_numbers
 from pipelines.ingest_preview import preview_lines
+from pipelines.ingest_remarks import Span, remarks, unused_settings
 from pipelines.ingest_report import (
     Asked,
     Counts,
-    Times,
-    event_times,
     full_report,
     new_positives,
     report_lines,
 )
+from pipelines.ingest_side_tables import DESCRIBED, SideTables, open_side_tables
 from pipelines.ingest_sources import Seen, unread_settings
 from pipelines.ingest_tables import (
     bucketed,
@@ -75,6 +76,7 @@ class Raw:
     shown: ir.Table | None
     source: Path | None
     seen: Seen
+    side: SideTables
     duplicates: int = 0
 
 
@@ -153,7 +155,7 @@ def preview(
         try:
             older = older_vocabularies(runner, config)
             raw = _open(runner, events, impressions, config, seen)
-            agree(raw.events, raw.shown, older, seen)
+            _agreed(raw, older)
         finally:
             for line in preview_lines(seen):
                 say(line)
@@ -178,26 +180,36 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
 def _open(
     engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig, seen: Seen
 ) -> Raw:
-    shown = None
+    shown, side = None, open_side_tables(engine, config, seen)
     if impressions:
         shown = open_impressions(engine, find_files(impressions, "impressions"), config, seen)
     if events:
         files = find_files(events, "raw events")
-        raw = Raw(open_events(engine, files, config, seen), shown, any_file(events), seen)
+        table = open_events(engine, files, config, seen, side.features)
+        raw = Raw(table, shown, any_file(events), seen, side)
     else:
         table, duplicates = open_domains(engine, config, seen)
-        raw = Raw(table, shown, None, seen, duplicates)
+        raw = Raw(table, shown, None, seen, side, duplicates)
     seen.notes += unread_settings(config, seen)
     return raw
+
+
+def _agreed(raw: Raw, older: Mapping[str, Older]) -> dict[str, ir.Table]:
+    """All raw tables by their names, with columns of one type."""
+    tables = {EVENTS: raw.events} | ({} if raw.shown is None else {SHOWN: raw.shown})
+    return agree(tables | raw.side.by_name, older, raw.seen)
 
 
 def _write_log(
     engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
 ) -> LogManifest:
-    tables = agree(raw.events, raw.shown, older, raw.seen)
-    tables, named = with_numbers(engine, tables, older, root, raw.source, config)
-    raw = replace(raw, events=tables[0], shown=tables[1])
-    times = event_times(engine, raw.events)
+    tables, named = with_numbers(engine, _agreed(raw, older), older, root, raw.source, config)
+    side = raw.side.of(tables)
+    events = side.beside(engine, tables[EVENTS])
+    raw = replace(raw, events=events, shown=tables.get(SHOWN), side=side)
+    times = {"events": Span.of(engine, raw.events)}
+    if raw.shown is not None:
+        times["impressions"] = Span.of(engine, raw.shown)
     _check_dates(times, raw, config)
     encoded = _encode(engine, raw, older, root, config)
     asked = _requests(engine, encoded, config)
@@ -206,9 +218,16 @@ def _write_log(
         problem = f"no request has {config.requests.min_history} earlier events; lower requests.min_history"
         if config.protocol == "leave-last":
             problem = f"no user has {config.requests.min_events} events; lower requests.min_events"
+        if raw.shown is not None:
+            problem += f" (the events are {times['events']}, the impressions {times['impressions']})"
         raise DataError(problem, file=raw.source)
     new = {name: made.new for name, made in encoded.vocabularies.items() if made.new}
     counts = Counts(encoded.tables, asked, splits, raw.duplicates, new, times)
+    report = full_report(engine, counts, config)
+    report |= remarks(engine, encoded.tables, encoded.buckets, config) | {
+        "unused_settings": unused_settings(config),
+        "predicts_alone": lone_predictors(engine, asked.offered, config),
+    }
     return LogManifest(
         features=encoded.features,
         context=encoded.context,
@@ -221,19 +240,20 @@ def _write_log(
         notes=raw.seen.notes,
         splits=splits,
         ingest=config.model_dump(mode="json"),
-        report=full_report(engine, counts, config),
+        report=report,
     )
 
 
-def _check_dates(times: Times, raw: Raw, config: IngestConfig) -> None:
+def _check_dates(times: Mapping[str, Span], raw: Raw, config: IngestConfig) -> None:
     """Drawn candidates are those of events: without one before validation there is nothing to train on."""
     if (
         config.split is None
         or config.protocol == "impressions"
-        or times.first < config.split.validation_start
+        or times["events"].first < config.split.validation_start
     ):
         return
-    problem = f"no event before split.validation ({config.split.validation}): {times}; move that date"
+    day, span = config.split.validation, times["events"]
+    problem = f"no event before split.validation ({day}), they are {span}; move that date"
     raise DataError(problem, file=raw.source, column=config.events.timestamp)
 
 
@@ -251,7 +271,7 @@ def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
     if config.users:
         users = engine.keep("users", trial_users(protocol.requests(tables, config), config))
     for bucket in range(buckets):
-        part = _part(tables, bucket, bucket + 1)
+        part = tables.of_buckets(bucket, bucket + 1)
         found = timed_requests(part, protocol.requests(part, config), users, config)
         found = engine.append("requests", found.mutate(bucket=ibis.literal(bucket).cast("int64")))
         found = found.filter(found.bucket == bucket)
@@ -261,26 +281,15 @@ def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
     for group in range(groups):
         first, end = (buckets * edge // groups for edge in (group, group + 1))
         some = asked.filter((asked.bucket >= first) & (asked.bucket < end))
-        drawn = protocol.candidates(_part(tables, first, end), some.drop("bucket"), config)
+        drawn = protocol.candidates(tables.of_buckets(first, end), some.drop("bucket"), config)
         candidates = engine.keep("candidates", drawn)
         if tables.past is not None:
             new.update(new_positives(engine, candidates, some, tables.past, config))
-        offered = engine.append("offers", offers(some, with_attributes(attributes, candidates, some), config))
+        full = with_attributes(engine, attributes, candidates, some, group)
+        offered = engine.append("offers", offers(some, full, config))
     for name in ("candidates", "past_numbered", "past_seconds"):
         engine.drop(name)
     return Asked(engine.table("requests"), asked, offered, attributes, new)
-
-
-def _part(tables: Tables, first: int, end: int) -> Tables:
-    """The users of the buckets from `first` to before `end`; what all users share stays whole."""
-
-    def some(table: ir.Table) -> ir.Table:
-        if "bucket" not in table.columns:
-            return table
-        return table.filter((table.bucket >= first) & (table.bucket < end)).drop("bucket")
-
-    shown = None if tables.shown is None else some(tables.shown)
-    return replace(tables, events=some(tables.events), shown=shown)
 
 
 def _write_splits(
@@ -322,16 +331,20 @@ def _encode(
     if raw.shown is not None:
         coded = {name: multi[name] for name in raw.shown.columns if name in multi}
         shown = encode(engine, "shown", raw.shown, coded, words, in_buckets)
-    for name in (*RAW_TABLES, *NUMBERED):
+    items, users = raw.side.encoded(engine, multi, words)
+    for name in (*RAW_TABLES, *NUMBERED, DESCRIBED):
         engine.drop(name)
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
-    return Encoded(Tables(events, shown), features, context, total, buckets, made)
+    return Encoded(Tables(events, shown, items=items, users=users), features, context, total, buckets, made)
 
 
 def _sources(engine: Engine, raw: Raw, name: str) -> list[ir.Table]:
     """The column of the tables that have it, with the time; the events first."""
-    sources = [table for table in (raw.events, raw.shown) if table is not None and name in table.columns]
+    tables = [table for table in (raw.events, raw.shown) if table is not None]
+    # Of items that nobody meets the log says nothing.
+    tables += raw.side.all if name != "item_id" else []
+    sources = [table for table in tables if name in table.columns]
     kinds = {str(table[name].type()) for table in sources}
     if len(kinds) > 1:
         problem = (

@@ -19,14 +19,14 @@ from trainer.data.protocol import REQUEST, Tables
 class Attributes:
     """What the events say of items.
 
-    A feature that has one value in all events of an item is taken for constant, as a catalogue would have
-    it: the item has it at any time. Another one has, at a request, the last value before it.
+    A feature that has one value from an item's first event on is taken for constant, as a catalogue would
+    have it: the item has it at any time. Another one has, at a request, the last value before it.
 
     Attributes:
         multi: feature -> whether it is multi-valued.
         fixed: item_id and the features, null where unknown or where the item changes in it.
-        states: item_id, since, state (number, from 1) and `changing`, of the items that change in any of
-            these; None if there is none.
+        states: item_id, _since, _state (number, from 1), _part (of `parts` of the items) and `changing`, of
+            the items that change in any of these; None if there is none.
         changing: feature -> how many items change in it, for those in which some do.
         of: how many items have events.
         given: item_id and features, of a table of items; these never change.
@@ -38,19 +38,28 @@ class Attributes:
     changing: Mapping[str, int]
     of: int
     given: ir.Table | None = None
+    parts: int = 1
 
 
-def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, buckets: int) -> Attributes:
-    """Collects the attributes of all items; those of changing ones for some items at a time."""
+def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts: int) -> Attributes:
+    """Collects the attributes of all items; those of changing ones for a part of the items at a time."""
     given = [] if tables.items is None else tables.items.columns
     lacking = _lacking(engine, tables, config)
     multi = {name: several for name, several in lacking.items() if name not in given}
     events = tables.events
-    least = {name: known(events[name], several).min() for name, several in multi.items()}
-    most = {f"_most_{name}": known(events[name], several).max() for name, several in multi.items()}
-    grouped = events.group_by("item_id").aggregate(_events=events.count(), **least, **most)
+    values = {name: known(events[name], several) for name, several in multi.items()}
+    ends = {name: value.min() for name, value in values.items()}
+    ends |= {f"_most_{name}": value.max() for name, value in values.items()}
+    ends |= {f"_from_{name}": events.timestamp.min(where=value.notnull()) for name, value in values.items()}
+    grouped = events.group_by("item_id").aggregate(_since=events.timestamp.min(), **ends)
     spans = engine.keep("item_spans", grouped)
-    changes = {name: (spans[name] != spans[f"_most_{name}"]).fill_null(False) for name in multi}
+    # Who first had no value did change, too: at a request between, the later one is not known.
+    changes = {
+        name: (
+            (spans[name] != spans[f"_most_{name}"]) | (spans[f"_from_{name}"] != spans["_since"])
+        ).fill_null(False)
+        for name in multi
+    }
     sums = {name: change.cast("int64").sum() for name, change in changes.items()}
     counts = engine.rows(spans.aggregate(_of=spans.count(), **sums))[0]
     changing = {name: int(counts[name]) for name in multi if counts[name]}
@@ -64,11 +73,13 @@ def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, bucket
     if changing:
         changed = reduce(lambda one, other: one | other, (changes[name] for name in changing))
         items = spans.filter(changed).select("item_id")
-        states = _states(engine, events, items, {name: multi[name] for name in changing}, buckets)
+        states = _states(engine, events, items, {name: multi[name] for name in changing}, parts)
     used = None
     if tables.items is not None and (names := [name for name in lacking if name in given]):
         used = tables.items.select("item_id", *names)
-    return Attributes(lacking, spans.select("item_id", **fixed), states, changing, int(counts["_of"]), used)
+    return Attributes(
+        lacking, spans.select("item_id", **fixed), states, changing, int(counts["_of"]), used, parts
+    )
 
 
 def _lacking(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, bool]:
@@ -85,22 +96,23 @@ def _lacking(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, 
 
 
 def _states(
-    engine: Engine, events: ir.Table, items: ir.Table, multi: Mapping[str, bool], buckets: int
+    engine: Engine, events: ir.Table, items: ir.Table, multi: Mapping[str, bool], parts: int
 ) -> ir.Table:
     """A row for each second in which an item's last known features become others."""
     found = events
-    for bucket in range(buckets):
-        some = items.filter(items.item_id % buckets == bucket) if buckets > 1 else items
+    for part in range(parts):
+        some = items.filter(items.item_id % parts == part) if parts > 1 else items
         theirs = events.semi_join(some, "item_id")
         seconds = theirs.group_by(["item_id", "timestamp"]).aggregate(
             **{name: known(theirs[name], several).max() for name, several in multi.items()}
         )
-        found = engine.append("item_states", _filled(seconds, list(multi)))
+        states = _filled(seconds, list(multi)).mutate(_part=ibis.literal(part).cast("int64"))
+        found = engine.append("item_states", states)
     return found
 
 
 def _filled(seconds: ir.Table, names: Sequence[str]) -> ir.Table:
-    """item_id, since, state, and what is known after each second that changed something."""
+    """item_id, _since, _state, and what is known after each second that changed something."""
     # A last value that skips nulls loses this skip on its way through Ibis to DuckDB; what is counted here
     # is the values so far, so that each of them begins a group of its own.
     order = ibis.window(group_by="item_id", order_by="timestamp")
@@ -119,7 +131,7 @@ def _filled(seconds: ir.Table, names: Sequence[str]) -> ir.Table:
     filled = filled.mutate(_same=reduce(lambda one, other: one & other, same))
     changed = filled.filter(~filled["_same"])
     state = ibis.row_number().over(group_by="item_id", order_by=changed.timestamp) + 1
-    return changed.select("item_id", *names, since=changed.timestamp, state=state.cast("int64"))
+    return changed.select("item_id", *names, _since=changed.timestamp, _state=state.cast("int64"))
 
 
 def known(values: ir.Value, multi: bool) -> ir.Value:
@@ -127,8 +139,13 @@ def known(values: ir.Value, multi: bool) -> ir.Value:
     return ibis.cases((values.length() > 0, values)) if multi else values.nullif(0)
 
 
-def with_attributes(attributes: Attributes, candidates: ir.Table, asked: ir.Table) -> ir.Table:
-    """Adds the features of items; what a candidate itself says of them comes first, where it is known."""
+def with_attributes(
+    engine: Engine, attributes: Attributes, candidates: ir.Table, asked: ir.Table, group: int
+) -> ir.Table:
+    """Adds the features of items; what a candidate itself says of them comes first, where it is known.
+
+    `group` is the number of these candidates, others for each call.
+    """
     multi = attributes.multi
     if not multi:
         return candidates
@@ -137,7 +154,8 @@ def with_attributes(attributes: Attributes, candidates: ir.Table, asked: ir.Tabl
         sources.insert(0, attributes.given)
     if attributes.states is not None:
         joined = joined.inner_join(asked.select(*REQUEST, _at=asked.timestamp), REQUEST)
-        sources.append(_as_of(joined.select("item_id", "_at").distinct(), attributes.states))
+        pairs = joined.select("item_id", "_at").distinct()
+        sources.append(_all_as_of(engine, pairs, attributes.states, attributes.parts, group))
     for number, source in enumerate(sources):
         part = source.rename(lambda name, number=number: f"_{number}_{name}")
         keys = [name for name in ("item_id", "_at") if name in source.columns]
@@ -152,6 +170,17 @@ def with_attributes(attributes: Attributes, candidates: ir.Table, asked: ir.Tabl
     return joined.select(*others, **{name: value(name) for name in multi})
 
 
+def _all_as_of(engine: Engine, wanted: ir.Table, states: ir.Table, parts: int, group: int) -> ir.Table:
+    """`_as_of`, for a part of the items at a time."""
+    wanted, found = engine.keep("item_seconds", wanted), wanted
+    for part in range(parts):
+        some = wanted.filter(wanted.item_id % parts == part) if parts > 1 else wanted
+        theirs = states.filter(states["_part"] == part).drop("_part")
+        as_of = _as_of(some, theirs).mutate(_group=ibis.literal(group).cast("int64"))
+        found = engine.append("known_items", as_of)
+    return found.filter(found["_group"] == group).drop("_group")
+
+
 def _as_of(wanted: ir.Table, states: ir.Table) -> ir.Table:
     """item_id, _at and the features in the item's last state strictly before the second `_at`.
 
@@ -160,10 +189,11 @@ def _as_of(wanted: ir.Table, states: ir.Table) -> ir.Table:
     none, one = (ibis.literal(number).cast("int64") for number in (0, 1))
     theirs = states.semi_join(wanted, "item_id")
     marks = ibis.union(
-        wanted.select("item_id", "_at", _begins=none), theirs.select("item_id", _at=theirs.since, _begins=one)
+        wanted.select("item_id", "_at", _begins=none),
+        theirs.select("item_id", _at=theirs["_since"], _begins=one),
     )
     marks = marks.group_by(["item_id", "_at"]).aggregate(_begins=marks["_begins"].sum().cast("int64"))
     so_far = marks["_begins"].cumsum(group_by="item_id", order_by="_at").cast("int64")
-    marks = marks.select("item_id", "_at", state=so_far - marks["_begins"])
-    marks = marks.filter(marks.state > 0).semi_join(wanted, ["item_id", "_at"])
-    return marks.inner_join(states.drop("since"), ["item_id", "state"]).drop("state")
+    marks = marks.select("item_id", "_at", _state=so_far - marks["_begins"])
+    marks = marks.filter(marks["_state"] > 0).semi_join(wanted, ["item_id", "_at"])
+    return marks.inner_join(states.drop("_since"), ["item_id", "_state"]).drop("_state")

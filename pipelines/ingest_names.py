@@ -13,6 +13,7 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
+from pipelines.event_table import EVENTS, SHOWN
 from pipelines.ingest_engine import Engine
 from pipelines.ingest_sources import Seen
 from pipelines.ingest_tables import counted
@@ -24,17 +25,18 @@ NAMES = ("user_id", "request_id")
 NUMBERED = _EVENTS, _SHOWN = ("numbered_events", "numbered_impressions")
 
 
-def agree(
-    events: ir.Table, shown: ir.Table | None, older: Mapping[str, Older], seen: Seen
-) -> tuple[ir.Table, ir.Table | None]:
-    """Both tables with columns of one type: where one holds text, integers of CSV are text as well.
+def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], seen: Seen) -> dict[str, ir.Table]:
+    """The tables with columns of one type: where one holds text, integers of CSV are text as well.
 
     Such a column was read as integers because each of its cells is the plain spelling of one, so that nothing
     is lost. An older log's text is text too.
+
+    Args:
+        tables: by the names under which the engine keeps them.
     """
-    given = {"raw_events": events} | ({} if shown is None else {"raw_impressions": shown})
+    given = dict(tables)
     loose = {name: seen.loose.get(name, set()) for name in given}
-    loose["raw_events"] = loose["raw_events"] | seen.loose.get("trajectories", set())
+    loose[EVENTS] = loose[EVENTS] | seen.loose.get("trajectories", set())
     for column in dict.fromkeys(name for table in given.values() for name in table.columns):
         having = [name for name, table in given.items() if column in table.columns]
         old = older.get(column)
@@ -46,55 +48,55 @@ def agree(
             if column in loose[name] and given[name][column].type().is_integer():
                 given[name] = given[name].mutate(**{column: given[name][column].cast("string")})
                 seen.notes.append(f"{column} of the {name.removeprefix('raw_')} is text, as it is elsewhere")
-    return given["raw_events"], given.get("raw_impressions")
+    return given
 
 
 def with_numbers(
     engine: Engine,
-    tables: tuple[ir.Table, ir.Table | None],
+    tables: Mapping[str, ir.Table],
     older: Mapping[str, Older],
     root: Path,
     source: Path | None,
     config: IngestConfig,
-) -> tuple[tuple[ir.Table, ir.Table | None], dict[str, FeatureInfo]]:
+) -> tuple[dict[str, ir.Table], dict[str, FeatureInfo]]:
     """The tables with integers for users and requests, and what the manifest says of their names.
 
-    With an older log known names keep their numbers, and new ones follow: a user is never unknown.
+    With an older log known names keep their numbers, and new ones follow: a user is never unknown. A user of
+    the table of users who has no event and no impression gets no number, but null.
 
     Raises:
         DataError: one table has integers where the other, or the older log, has text.
     """
-    events, shown = tables
+    given = dict(tables)
+    events = given[EVENTS]
     if config.protocol != "next-basket" and events.request_id.type().is_string():
         # Nothing reads these: a request is an impression, an event or a second.
         asked = ibis.ifelse(events.request_id.notnull(), events.timestamp, ibis.null("int64"))
-        events = events.mutate(request_id=asked)
-    given = {"events": events} | ({} if shown is None else {"impressions": shown})
+        given[EVENTS] = events.mutate(request_id=asked)
     infos: dict[str, FeatureInfo] = {}
     for name in NAMES:
-        text = {key for key, table in given.items() if table[name].type().is_string()}
-        _check(name, text, set(given), older.get(name), source)
+        having = {key for key, table in given.items() if name in table.columns}
+        text = {key for key in having if given[key][name].type().is_string()}
+        _check(name, text, having, older.get(name), source)
         if not text:
             continue
-        sources = [given[key] for key in sorted(text)]
+        sources = [given[key] for key in (EVENTS, SHOWN) if key in text]
         words = continued(engine, name, counted(name, False, sources, None), older.get(name))
         words = engine.keep(f"vocabulary_{name}", words)
         rows, digest = write_words(engine, name, words, root)
         infos[name] = FeatureInfo(rows=rows, vocabulary=digest)
         given |= {key: _numbered(given[key], name, words) for key in text}
     if infos:
-        kept = {"events": _EVENTS, "impressions": _SHOWN}
-        given = {key: engine.keep(kept[key], table) for key, table in given.items()}
-    return (given["events"], given.get("impressions")), infos
+        kept = {EVENTS: _EVENTS, SHOWN: _SHOWN}
+        given |= {key: engine.keep(name, given[key]) for key, name in kept.items() if key in given}
+    return given, infos
 
 
 def _check(name: str, text: set[str], tables: set[str], older: Older | None, source: Path | None) -> None:
     column = name.removesuffix("_id")
     if name == "user_id" and text and text != tables:
-        other = min(tables - text)
-        problem = (
-            f"text in the {min(text)} and integers in the {other}; name the {column} column in text_columns"
-        )
+        some, other = (min(names).removeprefix("raw_") for names in (text, tables - text))
+        problem = f"text in the {some} and integers in the {other}; name the {column} column in text_columns"
         raise DataError(problem, file=source, column=name)
     if older is not None and not text and older.rows > 1:
         problem = "the older log's are text, the raw tables' are integers; name the column in text_columns"

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from ibis.expr import types as ir
 
+from pipelines.ingest_alone import lone_lines
 from pipelines.ingest_attributes import Attributes
 from pipelines.ingest_engine import Engine
 from pipelines.ingest_preview import column_lines
+from pipelines.ingest_remarks import Span, remark_lines
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.protocol import REQUEST, Past, Tables
 from trainer.data.schema import LogManifest, SplitInfo
 
 _QUANTILES = (50, 90, 99)
-
-
-@dataclass(frozen=True)
-class Times:
-    """The first and the last second of a table, and its rows."""
-
-    first: int
-    last: int
-    rows: int
-
-    def __str__(self) -> str:
-        return f"the data is from {utc(self.first)} to {utc(self.last)}"
 
 
 @dataclass(frozen=True)
@@ -57,19 +46,7 @@ class Counts:
     splits: Mapping[str, SplitInfo]
     duplicates: int
     new: Mapping[str, tuple[int, int]]
-    times: Times
-
-
-def utc(second: int) -> str:
-    """A Unix second as people write it, in UTC."""
-    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def event_times(engine: Engine, table: ir.Table) -> Times:
-    """The time that a table with rows covers."""
-    found = table.aggregate(first=table.timestamp.min(), end=table.timestamp.max(), rows=table.count())
-    row = engine.rows(found)[0]
-    return Times(int(row["first"]), int(row["end"]), int(row["rows"]))
+    times: Mapping[str, Span]
 
 
 def new_positives(
@@ -100,6 +77,7 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
     dropped = {"events_without_request": int(totals["without"])}
     report = {
         "events": int(totals["events"]),
+        "time": {table: {"first": span.first, "last": span.last} for table, span in counts.times.items()},
         "event_users": int(totals["users"]),
         "request_users": int(requests["users"]),
         "history_length": _lengths(engine, asked, int(requests["requests"])),
@@ -177,7 +155,8 @@ def report_lines(manifest: LogManifest) -> list[str]:
     lines += [f"dropped: {count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items()]
     lines += [f"{name}: {info.rows:,} table rows" for name, info in manifest.features.items()]
     lines += [f"context {name}: {info.rows:,} table rows" for name, info in manifest.context.items()]
-    lines += _time_lines(manifest) + _new_lines(manifest)
+    lines += _time_lines(manifest) + _new_lines(manifest) + remark_lines(manifest)
+    lines += lone_lines(manifest.report, manifest.features)
     return lines + column_lines(manifest.columns, manifest.notes)
 
 

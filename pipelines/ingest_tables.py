@@ -30,7 +30,7 @@ def counted(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | N
     for number, table in enumerate(sources):
         counts = ibis.literal(number == 0) & (True if cutoff is None else table.timestamp < cutoff)
         values = table[name].unnest() if multi else table[name]
-        parts.append(table.select(value=values, counted=counts.cast("int64")))
+        parts.append(table.select(value=values, counted=counts.fill_null(False).cast("int64")))
     everything = reduce(lambda left, right: left.union(right), parts)
     known = everything.filter(everything["value"].notnull())
     return known.group_by("value").aggregate(
@@ -98,6 +98,7 @@ def timed_requests(
     )
     timed = requests.inner_join(earlier, ["user_id", "timestamp"])
     timed = _with_user_context(timed, events, config).drop("seconds")
+    timed = _with_user_table(timed, tables.users, config)
     return timed if "split" in timed.columns else timed.mutate(split=_split(timed, config))
 
 
@@ -123,6 +124,16 @@ def _with_user_context(timed: ir.Table, events: ir.Table, config: IngestConfig) 
     joined = timed.left_join(states, ["user_id", "seconds"], rname="{name}_right")
     multi = {f"context_{entry.name}": entry.multi for entry in config.event_context}
     return joined.select(*timed.columns, **{name: _or_nothing(joined[name], multi[name]) for name in names})
+
+
+def _with_user_table(timed: ir.Table, users: ir.Table | None, config: IngestConfig) -> ir.Table:
+    """Adds context_* of the table of users; a user whom it lacks has no value."""
+    if users is None:
+        return timed
+    theirs = users.rename(_user="user_id")
+    joined = timed.left_join(theirs, timed.user_id == theirs["_user"])
+    multi = {f"context_{entry.name}": entry.multi for entry in config.user_context}
+    return joined.select(*timed.columns, **{name: _or_nothing(joined[name], multi[name]) for name in multi})
 
 
 def kept_requests(found: ir.Table, config: IngestConfig) -> ir.Table:

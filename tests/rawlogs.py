@@ -214,7 +214,9 @@ class Log:
     def attribute(self, item: int, name: str, time: int) -> Any:
         """The item's one value, or the last known one before `time`; of a second the largest."""
         having = [event for event in self.events if event["item_id"] == item and event[name]]
-        if having and all(event[name] == having[0][name] for event in having):
+        first = min((event["timestamp"] for event in self.events if event["item_id"] == item), default=0)
+        always = any(event["timestamp"] == first for event in having)
+        if always and all(event[name] == having[0][name] for event in having):
             return having[0][name]
         past = [(event["timestamp"], event[name]) for event in having if event["timestamp"] < time]
         return max(past)[1] if past else [] if name == "tags" else 0

@@ -262,7 +262,7 @@ def test_vocabularies_are_dense_and_count_the_past(made: tuple[list[Event], Path
 
 
 def test_candidates_have_the_taxonomy_as_of_the_request(tmp_path: Path) -> None:
-    day = iter(range(START, START + 9 * DAY, DAY))
+    day = iter(range(START, START + 10 * DAY, DAY))
     events: list[Event] = [
         (0, 1, 1, next(day), "old", 0),
         (0, 1, 2, next(day), "new", 0),  # asks for item 1 as it was
@@ -271,6 +271,8 @@ def test_candidates_have_the_taxonomy_as_of_the_request(tmp_path: Path) -> None:
         (0, 2, 5, next(day), "x", 1),  # nobody had item 2, and it never changes
         (0, 3, 6, next(day), "y", 2),  # it will change: what it will be is not known
         (0, 3, 7, next(day), "z", 2),
+        (0, 4, 8, next(day), None, 1),  # what becomes known later is not known yet
+        (0, 4, 9, next(day), "w", 1),
     ]
     manifest = ingest(write(tmp_path / "events.parquet", events), tmp_path / "log", config())
     ids = {name: words(tmp_path / "log", name) for name in ("item_id", "category_id", "type_id")}
@@ -289,16 +291,17 @@ def test_candidates_have_the_taxonomy_as_of_the_request(tmp_path: Path) -> None:
     }
     for request, (item, category, kind) in expected.items():
         assert found[request][item] == [ids["category_id"][category], ids["type_id"][kind]]
-    assert found[6][three] == [0, ids["type_id"][2]]
+    four = ids["item_id"][4]
+    assert found[6][three] == [0, ids["type_id"][2]] and found[8][four] == found[9][four] == [0, 2]
     # Item 1 of the negatives, too, is what it was.
     assert {request: values[one][0] for request, values in found.items() if one in values} == {
         2: ids["category_id"]["old"],
         3: ids["category_id"]["new"],
         4: ids["category_id"]["new"],
-        **{request: ids["category_id"]["last"] for request in (5, 6, 7) if one in found[request]},
+        **{request: ids["category_id"]["last"] for request in (5, 6, 7, 8, 9) if one in found[request]},
     }
-    assert manifest.report["changing_items"] == {"category_id": 2} and manifest.report["event_items"] == 3
-    assert "category_id: changes in time for 2 of 3 items" in " ".join(report_lines(manifest))
+    assert manifest.report["changing_items"] == {"category_id": 3} and manifest.report["event_items"] == 4
+    assert "category_id: changes in time for 3 of 4 items" in " ".join(report_lines(manifest))
 
 
 def test_threads_and_row_order_change_nothing(

@@ -64,6 +64,23 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         ("leave_last", 'features=[{name = "a", separator = ","}]', "feature a: separator needs multi = true"),
         ("leave_last", 'features=[{name = "a", sides = "both"}]', "did you mean .*side"),
         ("impressions", "impressions.labels={}", r"impressions\.labels: .*at least 1"),
+        ("impressions", "impressions.labels.click=3", r"impressions\.labels\.click: "),
+        (
+            "impressions",
+            'impressions.labels.click={column="a", kind="x"}',
+            r"labels\.click\.kind: .*'binary' or",
+        ),
+        (
+            "impressions",
+            'impressions.labels.click={colum="a"}',
+            r"did you mean 'impressions\.labels\.click\.column'",
+        ),
+        (
+            "impressions",
+            'impressions.labels.click={column="a", kind="probability", positive_from=3}',
+            "positive_from makes a label binary: leave kind out",
+        ),
+        ("impressions", "requests.new_items=drop", r"requests\.new_items is about drawn candidates"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_ingest_config(CONFIGS / f"ingest_{name}.toml", [override])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -352,3 +354,73 @@ def test_what_impressions_leave_unknown_is_as_of_the_request(tmp_path: Path) -> 
         for request, [category] in zip(row["request_id"], row["candidate_category_id"], strict=True)
     }
     assert found == {1: ids["a"], 2: ids["b"], 3: ids["b"], 4: ids["served"]}
+
+
+BAD_NUMBERS: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "rating": (
+        {"buy": 4.0},
+        "buy",
+        r"buy: holds 4 to 4, but impressions\.labels\.buy is binary, 0 or 1 \(\d+ of",
+    ),
+    "minus one": ({"buy": -1.0}, "buy", r"column buy: holds -1 to -1, but .*positive_from = NUMBER"),
+    "infinite label": ({"buy": float("inf")}, "buy", r"column buy: holds infinity \(inf to inf\); remove"),
+    "share": ({"buy": 0.5}, "buy", r'holds 0\.5 to 0\.5, but .*kind = "probability"'),
+    "no share": (
+        {"buy": 1.5},
+        {"column": "buy", "kind": "probability"},
+        r"is a probability, 0 to 1 \(\d+ of",
+    ),
+    "infinite rating": ({"buy": float("-inf")}, {"column": "buy", "positive_from": 3}, "holds infinity"),
+    "weight": (
+        {"importance": -0.5},
+        "buy",
+        r"column importance: -0\.5 is negative, and a weight is at least",
+    ),
+    "infinite weight": ({"importance": float("inf")}, "buy", r"column importance: holds infinity"),
+    "price": ({"price": float("-inf")}, "buy", r"column price: holds infinity"),
+}
+
+
+def with_buys(path: Path, shown: Sequence[Row]) -> Path:
+    """The impressions with numbers, not booleans, in the column `buy`."""
+    table = pa.Table.from_pylist([{name: row[name] for name in SHOWN} for row in shown])
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("case", BAD_NUMBERS)
+def test_numbers_that_cannot_be_learnt_from_are_refused(case: str, tmp_path: Path) -> None:
+    changes, label, message = BAD_NUMBERS[case]
+    given = with_buys(tmp_path / "i.parquet", [{**row, "buy": 0.0, **changes} for row in impressions()])
+    plan = config(
+        "impressions", impressions={"labels": {"click": "click", "buy": label}, "request": "request"}
+    )
+    plan = plan.model_copy(
+        update={
+            "impressions": plan.impressions.model_copy(update={"weight": "importance", "numeric": ("price",)})
+        }
+    )
+    with pytest.raises(DataError, match=message):
+        ingest(write(tmp_path / "e.parquet", events()), tmp_path / "log", plan, impressions=given)
+
+
+def test_declared_labels_are_written_as_declared(tmp_path: Path) -> None:
+    shown = [
+        {**row, "buy": row["price"] / 25, "click": 1 + number % 5} for number, row in enumerate(impressions())
+    ]
+    labels = {
+        "buy": {"column": "buy", "kind": "probability"},
+        "click": {"column": "click", "positive_from": 4},
+    }
+    plan = config("impressions", impressions={"labels": labels, "request": "request", "numeric": ["click"]})
+    given = with_buys(tmp_path / "i.parquet", shown)
+    manifest = ingest(write(tmp_path / "e.parquet", events()), tmp_path / "log", plan, impressions=given)
+    found = [
+        values
+        for row in rows(tmp_path / "log")
+        for one in zip(row["label_buy"], row["label_click"], row["numeric_click"], strict=True)
+        for values in zip(*one, strict=True)
+    ]
+    assert {(click, rating) for _, click, rating in found} == {(0, 1), (0, 2), (0, 3), (1, 4), (1, 5)}
+    assert len({buy for buy, _, _ in found}) > 50
+    assert sum(info.positives for info in manifest.splits.values()) == sum(buy >= 0.5 for buy, _, _ in found)

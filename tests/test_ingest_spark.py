@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
@@ -50,24 +51,31 @@ def spark() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "files"),
+    ("protocol", "changes"),
     [
-        ("next-basket", {}),
-        ("impressions", {"layout": "request", "max_history": 5, "order": "time"}),
+        ("next-basket", {"requests": {"min_history": 0, "new_items": "drop"}}),
+        ("impressions", {"files": {"layout": "request", "max_history": 5, "order": "time"}}),
         ("leave-last", {}),
-        ("time-split", {"layout": "request"}),
+        ("time-split", {"files": {"layout": "request"}, "context": [{"name": "home", "table": "users"}]}),
     ],
 )
 def test_both_engines_write_the_same_rows(
-    protocol: str, files: dict[str, Any], tmp_path: Path, spark: Any, monkeypatch: pytest.MonkeyPatch
+    protocol: str, changes: dict[str, Any], tmp_path: Path, spark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del spark
     if protocol == "impressions":
         # As if there were too many features for one statement.
         monkeypatch.setattr(ingest_encoding, "_AT_ONCE", 4)
     source = write(tmp_path / "events.parquet", events())
-    shown = write(tmp_path / "shown.parquet", impressions(), SHOWN) if protocol == "impressions" else None
-    plan = config(protocol, files=files, engine=ENGINE)
+    rows_shown = [{**row, "category": "c1" if row["click"] else None} for row in impressions()]
+    given = write(tmp_path / "shown.parquet", rows_shown, (*SHOWN, "category"))
+    shown = given if protocol == "impressions" else None
+    if protocol == "time-split":
+        items, homes = {"item_id": [1001, 1002], "tags": [["x"], ["new"]]}, {"user_id": [2], "home": ["Rome"]}
+        for name, table in (("item", items), ("user", homes)):
+            pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+            changes = {**changes, f"{name}_table": {"files": [str(tmp_path / f"{name}.parquet")]}}
+    plan = config(protocol, **changes, engine=ENGINE)
     duckdb = ingest(source, tmp_path / "duckdb", plan, impressions=shown)
     other = ingest(source, tmp_path / "spark", plan, impressions=shown, engine="spark")
     assert rows(tmp_path / "spark") == rows(tmp_path / "duckdb") != []

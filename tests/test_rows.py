@@ -98,6 +98,12 @@ def test_labels_that_are_not_numbers(tmp_path: Path) -> None:
     fails(tmp_path / "a", broken(label_click=labels), "label_click", "NaN", None)
 
 
+@pytest.mark.parametrize("bad", [-1.0, 1.5, 4.0])
+def test_labels_outside_0_to_1(tmp_path: Path, bad: float) -> None:
+    labels = [[bad, *part[1:]] for part in good_rows()[3]["label_click"]]
+    fails(tmp_path / "a", broken(label_click=labels), "label_click", "and a label is 0 to 1; ingest", None)
+
+
 def test_missing_column_wrong_type_and_null(tmp_path: Path) -> None:
     table = pa.Table.from_pylist(good_rows(), schema=arrow_schema(INFOS, ["click"]))
     pq.write_table(table.drop_columns(["history_item_id"]), tmp_path / "a")

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from trainer.data.ingest_sections import ItemTableConfig, Label, LabelConfig, UserTableConfig
 from trainer.settings import Settings, load_settings
 
 Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
@@ -54,8 +55,9 @@ class FeatureConfig(ColumnConfig):
 
     Attributes:
         side: `both`: an attribute of the item, so that candidates have it too (from the impressions table
-            where that has the column, else from the item's latest event); `history`: of the event alone;
-            `candidate`: of the impression alone.
+            where that has the column, else as of the item's last event before the request; where the item
+            table has it, both have it from there); `history`: of the event alone; `candidate`: of the
+            impression alone.
     """
 
     kind: ClassVar[str] = "feature"
@@ -66,12 +68,12 @@ class ContextConfig(ColumnConfig):
     """A request's own id column.
 
     Attributes:
-        table: `impressions`, or `events`: a column that says something about the user, taken from the newest
-            event strictly before the request.
+        table: `impressions`; or `events`: a column that says something about the user, taken from the newest
+            event strictly before the request; or `users`, the user table.
     """
 
     kind: ClassVar[str] = "context"
-    table: Literal["impressions", "events"] = "impressions"
+    table: Literal["impressions", "events", "users"] = "impressions"
 
 
 class EventsConfig(Settings):
@@ -117,7 +119,8 @@ class ImpressionsConfig(Settings):
     Attributes:
         user, item, timestamp: columns of the user's and the item's id and of the time.
         request: request id; without it a user's rows of one second are one request.
-        labels: task -> column of numbers or booleans; weight, numeric: columns of numbers.
+        labels: task -> column of numbers or booleans, 0 or 1 unless declared otherwise.
+        weight, numeric: columns of numbers.
         domain: with [[domains]], the domain whose items are shown.
     """
 
@@ -126,7 +129,9 @@ class ImpressionsConfig(Settings):
     timestamp: str = "timestamp"
     timestamp_unit: Unit = "s"
     request: str = ""
-    labels: dict[Name, str] = Field(default_factory=lambda: {"click": "click"}, min_length=1)
+    labels: dict[Name, Label] = Field(
+        default_factory=lambda: {"click": LabelConfig(column="click")}, min_length=1
+    )
     weight: str = ""
     numeric: tuple[Name, ...] = ()
     domain: str = ""
@@ -318,6 +323,8 @@ class IngestConfig(Settings):
     features: tuple[FeatureConfig, ...] = ()
     context: tuple[ContextConfig, ...] = ()
     impressions: ImpressionsConfig = ImpressionsConfig()
+    item_table: ItemTableConfig = ItemTableConfig()
+    user_table: UserTableConfig = UserTableConfig()
     domains: tuple[DomainConfig, ...] = ()
     text_columns: tuple[str, ...] = ()
     partition_columns: tuple[str, ...] = ()
@@ -353,14 +360,31 @@ class IngestConfig(Settings):
         """The context that comes from the impressions."""
         return tuple(entry for entry in self.context if entry.table == "impressions")
 
+    @property
+    def user_context(self) -> tuple[ContextConfig, ...]:
+        """The context that comes from the user table."""
+        return tuple(entry for entry in self.context if entry.table == "users")
+
+    @model_validator(mode="after")
+    def _side_tables_are_used(self) -> IngestConfig:
+        if self.item_table.files and self.domains:
+            raise ValueError("item_table: with [[domains]] their mapping tables say what items are")
+        if bool(self.user_table.files) != bool(self.user_context):
+            raise ValueError('user_table.files and a [[context]] with table = "users" need each other')
+        return self
+
     @model_validator(mode="after")
     def _names_are_distinct(self) -> IngestConfig:
         names = Counter(feature.name for feature in self.all_features)
         names.update(_TAKEN - {"item_id"})
         names.update(f"context_{entry.name}" for entry in self.context)
+        names.update(f"label_{task}" for task in self.tasks)
+        names.update(f"numeric_{name}" for name in self.impressions.numeric)
         clash = [name for name, times in names.items() if times > 1]
         if clash:
-            raise ValueError(f"features or context give the name {clash[0]!r} twice; rename one")
+            raise ValueError(
+                f"features, context, labels or numbers give the name {clash[0]!r} twice; rename one"
+            )
         domains = [domain.name for domain in self.domains]
         if len(set(domains)) < len(domains):
             raise ValueError("domains: two have one name; rename one")

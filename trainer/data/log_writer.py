@@ -112,7 +112,7 @@ def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
 
 def _count(group: pa.Table, totals: dict[str, int]) -> None:
     label = next(name for name in group.column_names if name.startswith("label_"))
-    positives = pc.sum(pc.list_flatten(group[label], recursive=True)).as_py()
+    positives = pc.sum(pc.greater_equal(pc.list_flatten(group[label], recursive=True), 0.5)).as_py()
     totals["rows"] += group.num_rows
     totals["positives"] += int(positives or 0)
     for name in ("requests", "candidates", "behaviors"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ibis
 from ibis.expr import types as ir
@@ -46,6 +46,17 @@ class Tables:
     past: Past | None = None
     items: ir.Table | None = None
     users: ir.Table | None = None
+
+    def of_buckets(self, first: int, end: int) -> Tables:
+        """Of the users of the buckets from `first` to before `end`; what all users share stays whole."""
+
+        def some(table: ir.Table) -> ir.Table:
+            if "bucket" not in table.columns:
+                return table
+            return table.filter((table.bucket >= first) & (table.bucket < end)).drop("bucket")
+
+        shown = None if self.shown is None else some(self.shown)
+        return replace(self, events=some(self.events), shown=shown)
 
 
 @dataclass(frozen=True)

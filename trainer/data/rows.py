@@ -186,9 +186,7 @@ def _decode(group: GroupColumns, columns: Columns) -> UserRows:
             request_offsets,
             lambda column: _one_level(group, column, request_offsets, "request_timestamp"),
         ),
-        labels=_numbers(
-            group, [f"label_{task}" for task in columns.tasks], request_offsets, candidate_offsets
-        ),
+        labels=_labels(group, columns.tasks, request_offsets, candidate_offsets),
         numeric=_numbers(
             group, [f"numeric_{n}" for n in columns.numeric], request_offsets, candidate_offsets
         ),
@@ -232,6 +230,18 @@ def _numbers(
         if not np.isfinite(found[:, place]).all():
             raise group.fail("holds NaN or infinity", name)
     return found
+
+
+def _labels(
+    group: GroupColumns, tasks: Sequence[str], request_offsets: Ints, candidate_offsets: Ints
+) -> Floats:
+    labels = _numbers(group, [f"label_{task}" for task in tasks], request_offsets, candidate_offsets)
+    for place, task in enumerate(tasks):
+        values = labels[:, place]
+        if values.size and (values.min() < 0 or values.max() > 1):
+            problem = f"holds {values.min():g} to {values.max():g}, and a label is 0 to 1"
+            raise group.fail(f"{problem}; ingest the events again", f"label_{task}")
+    return labels
 
 
 def _weight(group: GroupColumns, columns: Columns, request_offsets: Ints, candidate_offsets: Ints) -> Floats:

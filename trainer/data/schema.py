@@ -68,7 +68,7 @@ class FileInfo(Settings):
 
 
 class SplitInfo(Settings):
-    """The files of one split and their totals; `positives` counts candidates whose first task is 1."""
+    """The files of one split and their totals; `positives` counts candidates whose first label is >= 0.5."""
 
     files: list[FileInfo]
     rows: int = Field(ge=0)
