@@ -54,7 +54,7 @@ class Runs:
             before(ranks)
             pipelines.train.run(config, self.root / name, ranks)
 
-        codes = fork_ranks(ranks, work)
+        codes = fork_ranks(ranks, work, changes.get("train__timeout_s", 30))
         folder = self.root / name / "checkpoints"
         return {
             "codes": codes,

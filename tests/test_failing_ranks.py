@@ -40,15 +40,15 @@ def test_a_full_disk_under_the_metrics_ends_all_ranks_and_names_the_file(report:
 
 
 def test_ranks_wait_for_slow_ones_as_long_as_these_live(report: Report) -> None:
-    """Three seconds of work, where a collective waits for half of that."""
-    assert report["slow"] == {"codes": [0, 0, 0], "got": ["10", "10", "10"]}
-    assert report["each slow"] == {"codes": [0, 0, 0], "got": ["[10, 11, 12]"] * 3}
+    """Rank 0 unshards for longer than a collective waits; and a rank dies at its work."""
+    assert report["slow"]["codes"] == [0, 0] and "weights from " in report["slow"]["said"]
     dead = report["dead"]
     assert dead["codes"] == [1, 1, -9]
     assert dead["got"][0] == (
         "RankError: rank 0: waited in vain for rank 2, which hangs, is dead or cut off; see train.timeout_s"
     )
-    assert dead["got"][1] == dead["got"][0].replace("rank 0:", "rank 1:")
+    # Rank 0 holds the store here, so that rank 1 may lose that first.
+    assert dead["got"][1].startswith(("RankError", "DistNetworkError"))
 
 
 def test_a_failure_is_told_at_once_and_raised_as_it_was_where_it_happened(report: Report) -> None:

@@ -36,7 +36,7 @@ from embeddings.sharding import table_of
 from trainer import checkpoint_files
 from trainer.checkpoint import load_tensors
 from trainer.data.schema import FeatureInfo
-from trainer.durable import file_digest, scratch, sync
+from trainer.durable import file_digest, naming, scratch, sync
 from trainer.names import FileName, InnerPath, name_problem
 from trainer.settings import Settings
 
@@ -215,7 +215,7 @@ def _mapped_file(file: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.d
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     start = 8 + len(text)
-    with file.open("wb") as stream:
+    with naming(file), file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.flush()
         # Room is taken now: to write to a mapped file on a full disk would kill the process.
