@@ -19,6 +19,7 @@ from pipelines.ingest_engine import connect
 from pipelines.ingest_errors import explained
 from tests.rawlogs import config, rows, words
 from trainer.data.ingest_config import EngineConfig
+from trainer.data.trajectories import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 
@@ -56,6 +57,13 @@ def test_dozens_of_features_become_their_ids(tmp_path: Path) -> None:
         assert ids == {value: place + 1 for place, value in enumerate(sorted({*raw[name]} - {None}))}
         assert last[f"history_{name}"] == [ids.get(value, 0) for value in raw[name]][:seen], name
     assert last["history_tags"] == [[1, 2], [], [], [3], [1], *([[1]] * 7)][:seen]
+
+
+def test_events_of_hundreds_of_domains_are_one_table() -> None:
+    schema = dict.fromkeys(("user_id", "item_id", "action_id", "timestamp"), "int64")
+    merged = merge([ibis.table(schema, name=f"domain_{number}") for number in range(200)])
+    sql = ibis.to_sql(merged, dialect="duckdb")
+    assert all(f'"domain_{number}"' in sql for number in range(200))
 
 
 def test_errors_while_rows_stream_are_errors_of_the_data(tmp_path: Path) -> None:
