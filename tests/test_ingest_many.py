@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import ibis
 import numpy as np
 import pyarrow as pa
@@ -76,6 +77,25 @@ def test_errors_while_rows_stream_are_errors_of_the_data(tmp_path: Path) -> None
             sum(batch.num_rows for batch in batches)
     finally:
         engine.close()
+
+
+def test_an_engine_works_where_its_file_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect_, files = ibis.duckdb.connect, []
+
+    def careful(file: str, **settings: str) -> Any:
+        files.append(file)
+        if file != ":memory:":
+            raise duckdb.IOException(f'IO Error: Could not set lock on file "{file}": No locks available')
+        return connect_(file, **settings)
+
+    monkeypatch.setattr(ibis.duckdb, "connect", careful)
+    engine = connect("duckdb", EngineConfig(threads=1), tmp_path)
+    kept = engine.keep("kept", ibis.range(3).unnest().name("a").as_table())
+    assert engine.rows(kept.aggregate(total=kept.a.sum())) == [{"total": 3}]
+    engine.close()
+    assert files == [str(tmp_path / "tables.duckdb"), ":memory:"]
 
 
 def test_an_engine_that_cannot_start_is_one_line(tmp_path: Path) -> None:
