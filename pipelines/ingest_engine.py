@@ -100,8 +100,7 @@ class DuckEngine:
         settings = {"memory_limit": f"{limit >> 20}MiB", "temp_directory": str(spill / "temp")}
         if config.threads:
             settings["threads"] = str(config.threads)
-        file = str(spill / "tables.duckdb")
-        self._duck: Any = self._run(lambda: ibis.duckdb.connect(file, **settings))
+        self._duck: Any = self._run(lambda: _connect_duckdb(spill / "tables.duckdb", settings))
         self._appended: set[str] = set()
         # DuckDB 2.0.0 keeps N - 1 rows instead of N where "row_number() - 1 < N" (Ibis' row_number) stands
         # in a common table expression: this rewrite reads the "< N" as if nothing were subtracted.
@@ -195,6 +194,18 @@ class DuckEngine:
             if told is None:
                 raise
             raise told from error
+
+
+def _connect_duckdb(file: Path, settings: Mapping[str, str]) -> Any:
+    import duckdb
+
+    try:
+        return ibis.duckdb.connect(str(file), **settings)
+    except duckdb.IOException as error:
+        if "Could not set lock" not in str(error):
+            raise
+        # A shared folder without locks. What does not fit in memory goes to temporary files then.
+        return ibis.duckdb.connect(":memory:", **settings)
 
 
 class SparkEngine:

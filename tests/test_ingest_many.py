@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import ibis
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from pipelines.ingest_engine import connect
 from pipelines.ingest_errors import explained
 from tests.rawlogs import config, rows, words
 from trainer.data.ingest_config import EngineConfig
+from trainer.data.trajectories import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 
@@ -58,6 +60,13 @@ def test_dozens_of_features_become_their_ids(tmp_path: Path) -> None:
     assert last["history_tags"] == [[1, 2], [], [], [3], [1], *([[1]] * 7)][:seen]
 
 
+def test_events_of_hundreds_of_domains_are_one_table() -> None:
+    schema = dict.fromkeys(("user_id", "item_id", "action_id", "timestamp"), "int64")
+    merged = merge([ibis.table(schema, name=f"domain_{number}") for number in range(200)])
+    sql = ibis.to_sql(merged, dialect="duckdb")
+    assert all(f'"domain_{number}"' in sql for number in range(200))
+
+
 def test_errors_while_rows_stream_are_errors_of_the_data(tmp_path: Path) -> None:
     engine = connect("duckdb", EngineConfig(threads=1, memory_limit="500MB"), tmp_path)
     try:
@@ -68,6 +77,25 @@ def test_errors_while_rows_stream_are_errors_of_the_data(tmp_path: Path) -> None
             sum(batch.num_rows for batch in batches)
     finally:
         engine.close()
+
+
+def test_an_engine_works_where_its_file_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect_, files = ibis.duckdb.connect, []
+
+    def careful(file: str, **settings: str) -> Any:
+        files.append(file)
+        if file != ":memory:":
+            raise duckdb.IOException(f'IO Error: Could not set lock on file "{file}": No locks available')
+        return connect_(file, **settings)
+
+    monkeypatch.setattr(ibis.duckdb, "connect", careful)
+    engine = connect("duckdb", EngineConfig(threads=1), tmp_path)
+    kept = engine.keep("kept", ibis.range(3).unnest().name("a").as_table())
+    assert engine.rows(kept.aggregate(total=kept.a.sum())) == [{"total": 3}]
+    engine.close()
+    assert files == [str(tmp_path / "tables.duckdb"), ":memory:"]
 
 
 def test_an_engine_that_cannot_start_is_one_line(tmp_path: Path) -> None:

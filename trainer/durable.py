@@ -160,12 +160,20 @@ def scratch(
 _STAYS = "what a killed process leaves behind stays until somebody deletes it"
 
 
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where it may not be read, as it can be written all the same."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
 def _sweep(parent: Path, name: str, owns: bool, rescue: Callable[[Path], None] | None) -> None:
-    found = [path.name for path in parent.iterdir() if path.name.startswith(f"{name}.tmp-")]
+    found = [path.name for path in _listed(parent) if path.name.startswith(f"{name}.tmp-")]
     stale = {entry.removesuffix(".lock") for entry in found if owns or entry.endswith(".lock")}
     for folder in (parent / entry for entry in sorted(stale)):
         with suppress(OSError), ExitStack() as held:
@@ -243,7 +251,7 @@ def _sweep_parts(path: Path) -> None:
     """Delete what killed processes of this host left of this very file, and what is older than a day."""
     ours = re.compile(rf"{re.escape(f'.{path.name}.tmp-{_host()}-')}(\d+)")
     any_ours = re.compile(rf"{re.escape(f'.{path.name}.tmp-')}([A-Za-z0-9._]+-)?\d+")
-    for stale in path.parent.iterdir():
+    for stale in _listed(path.parent):
         mine = ours.fullmatch(stale.name)
         if any_ours.fullmatch(stale.name):
             with suppress(OSError):

@@ -19,10 +19,10 @@ def name_problem(name: str) -> str:
     return f"is longer than {_LONGEST} bytes" if len(name.encode(errors="replace")) > _LONGEST else ""
 
 
-def path_problem(path: str) -> str:
-    """Why a relative path is refused; empty if it stays inside of the folder that it is relative to."""
+def path_problem(path: str, folder: str = "its folder") -> str:
+    """Why a relative path is refused; empty if it stays inside of the `folder` that it is relative to."""
     if path.startswith("/") or "\\" in path or ".." in path.split("/"):
-        return "leaves its folder"
+        return f"leaves {folder}"
     return next((problem for part in path.split("/") if (problem := name_problem(part))), "")
 
 

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from embeddings.errors import ConfigError, DataError
 from trainer.data.clusters import ClusterInfo
 from trainer.durable import file_digest
-from trainer.names import FileName, InnerPath
+from trainer.names import FileName, path_problem
 from trainer.settings import Settings
 
 FORMAT: Final = "tandemrec.sequence-log"
@@ -61,10 +61,17 @@ class FeatureInfo(Settings):
 class FileInfo(Settings):
     """One Parquet file; `path` is relative to the log, `bytes` and `sha256` are of the whole file."""
 
-    path: InnerPath
+    path: str
     rows: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _stays_inside(self) -> FileInfo:
+        # A log may come from anywhere: its manifest must not make a reader open files outside of it.
+        if problem := path_problem(self.path, "the log's folder"):
+            raise ValueError(f"path {self.path!r} {problem}")
+        return self
 
 
 class SplitInfo(Settings):
