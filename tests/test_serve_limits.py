@@ -267,7 +267,10 @@ def test_arrow_lists_of_any_kind_are_the_same(fine: Body, needs: Needs) -> None:
     ):
         found = read_arrow(stream(arrow(fine, candidate_item_id=column)), {}, needs, Limits())[0]
         assert np.array_equal(found.candidates["item_id"].values, expected.candidates["item_id"].values)
-    short = {**fine, "history": {"timestamp": [], "features": dict.fromkeys(fine["history"]["features"], [])}}
+    short = {
+        **fine,
+        "history": {"timestamp": [], "features": {name: [] for name in fine["history"]["features"]}},
+    }
     assert read_arrow(stream(arrow(short)), {}, needs, Limits())[0].history.time.size == 0
     tags = pa.ListArray.from_arrays(pa.array([0, len(items)], pa.int32()), views([2] * len(items)))
     found = read_arrow(stream(arrow(fine, candidate_tags=tags)), {}, needs, Limits())[0]
