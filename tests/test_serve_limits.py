@@ -234,6 +234,9 @@ def test_json_is_weighed_before_it_is_parsed(snapshot: Snapshot, monkeypatch: Pa
             client.service.limits = Limits()
             found = await post(client, of({**fine, "candidates": keys}))
             assert found == (413, "an object of 10,001 keys, the server takes 10,000")
+            keys = {f"k{n}": 1 for n in range(100_001)}
+            found = await post(client, of({**fine, **keys}))
+            assert found == (413, "more keys than the server takes, 100,000")
             # A quote and a colon within a text are no second key.
             assert "requests.0.user_id" in (await post(client, b'{"requests": [{"user_id": "\\":"}]}'))[1]
             assert client.service.in_flight.held == 0
