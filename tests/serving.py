@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import trainer.serving.current as current_module
-from pipelines.export import inputs_of
+from pipelines.export import _copied, inputs_of
 from pipelines.serve_app import Service, build_app
 from pipelines.serve_load import LoadLimits
 from pipelines.serve_metrics import Metrics
@@ -82,11 +82,14 @@ def snapshot_of(config: Config, path: Path = Path("snapshot/v00000001")) -> Snap
     return Snapshot(path, described, model, recorded)  # type: ignore[arg-type]
 
 
-def published(config: Config, root: Path) -> Path:
+def published(config: Config, root: Path, vocabularies: bool | None = False) -> Path:
     """The version of a snapshot with random tables, which nobody trained."""
     groups = resolve_groups(config, read_manifest(config.data.log))
     source = _Untrained(config, groups, None)  # type: ignore[arg-type]
+    log = read_manifest(config.data.log)
+    digests = {name: info.vocabulary for name, info in {**log.features, **log.context}.items()}
     plain = snapshot_of(config)
+    digests = {name: digests[name] for name in plain.manifest.inputs}
     manifest, batch = plain.manifest, plain.recorded.batch
     with drafting(root) as part:
         draft = Draft(part, source, dict.fromkeys(source.groups, "fp32"))  # type: ignore[arg-type]
@@ -103,7 +106,8 @@ def published(config: Config, root: Path) -> Path:
             inputs=manifest.inputs,
             recorded_features=manifest.recorded_features,
             recorded_context=manifest.recorded_context,
-            vocabularies=dict.fromkeys(manifest.features, ""),
+            vocabularies=digests,
+            vocabulary_files=_copied(part, config.data.log, manifest.inputs, digests, vocabularies),
             groups=draft.write_tables(),
             search=draft.write_search(dense),
             config=config,

@@ -234,6 +234,9 @@ def test_json_is_weighed_before_it_is_parsed(snapshot: Snapshot, monkeypatch: Pa
             client.service.limits = Limits()
             found = await post(client, of({**fine, "candidates": keys}))
             assert found == (413, "an object of 10,001 keys, the server takes 10,000")
+            keys = {f"k{n}": 1 for n in range(100_001)}
+            found = await post(client, of({**fine, **keys}))
+            assert found == (413, "more keys than the server takes, 100,000")
             # A quote and a colon within a text are no second key.
             assert "requests.0.user_id" in (await post(client, b'{"requests": [{"user_id": "\\":"}]}'))[1]
             assert client.service.in_flight.held == 0
@@ -267,6 +270,11 @@ def test_arrow_lists_of_any_kind_are_the_same(fine: Body, needs: Needs) -> None:
     ):
         found = read_arrow(stream(arrow(fine, candidate_item_id=column)), {}, needs, Limits())[0]
         assert np.array_equal(found.candidates["item_id"].values, expected.candidates["item_id"].values)
+    short = {
+        **fine,
+        "history": {"timestamp": [], "features": {name: [] for name in fine["history"]["features"]}},
+    }
+    assert read_arrow(stream(arrow(short)), {}, needs, Limits())[0].history.time.size == 0
     tags = pa.ListArray.from_arrays(pa.array([0, len(items)], pa.int32()), views([2] * len(items)))
     found = read_arrow(stream(arrow(fine, candidate_tags=tags)), {}, needs, Limits())[0]
     assert found.candidates["tags"].values.tolist() == [1] * 2 * len(items)

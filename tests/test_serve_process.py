@@ -188,6 +188,9 @@ def test_what_cannot_be_served_is_one_line(made: Path, capsys: pytest.CaptureFix
         (["--snapshot", "nowhere"], "no snapshot here"),
         (["--snapshot", snapshot, "--histories", "nowhere"], "not a sequence log"),
         (["--snapshot", snapshot, "--port", "70000"], "--port"),
+        (["--snapshot", snapshot, "--max-in-flight", "5"], "--max-in-flight: 5 bytes is less than one body"),
+        (["--snapshot", snapshot, "--reload-token-file", "nowhere"], "nowhere: the token cannot be read"),
+        (["--snapshot", snapshot, "--reload-token-file", os.devnull], "16 or more plain characters"),
     ):
         assert main(["serve", *words]) == 2
         said = capsys.readouterr().err

@@ -16,15 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipelines.export as export_module
 import trainer.serving.vocabulary as vocabulary_module
-from embeddings.errors import DataError
+from embeddings.errors import DataError, SnapshotError
 from tests.logs import random_rows, write_log
 from tests.models import preset
-from tests.serving import bodies, service_of, serving, snapshot_of
+from tests.serving import bodies, published, service_of, serving, snapshot_of
 from trainer.data.log_writer import write_manifest
 from trainer.data.schema import read_manifest
 from trainer.serving.vocabulary import Vocabulary, read_vocabulary, vocabularies_of
-from trainer.snapshot import Snapshot
+from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.vocabularies import copy_vocabularies
 
 ARROW = "application/vnd.apache.arrow.stream"
@@ -164,3 +165,25 @@ def test_texts_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> No
     )
     known = Vocabulary(pa.array(["a", "b", "c"], pa.large_string()))
     assert known.ids(pa.array(["c", "z", "b", "a"], pa.large_string())).tolist() == [3, 0, 2, 1]
+
+
+def test_a_snapshot_carries_small_vocabularies(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are files of the version as others: listed, checked, and enough to serve raw values."""
+    config = preset("dare", log)
+    assert not published(config, tmp_path / "none", False).joinpath("vocab").exists()
+    version = published(config, tmp_path / "small", None)
+    known = vocabularies_of(load_snapshot(version), None)
+    assert known["item_id"].values.to_pylist() == ITEMS
+    assert known["category_id"].ids(pa.array([2**62, 3, -5])).tolist() == [8, 0, 1]
+    listed = load_snapshot(version).manifest.vocabulary_files
+    assert {entry.feature for entry in listed} == {"item_id", "category_id"}
+    monkeypatch.setattr(export_module, "SMALL", 100)
+    assert not published(config, tmp_path / "large", None).joinpath("vocab").exists()
+    assert "vocabularies of 0 MB are left out; --vocabularies adds them" in capsys.readouterr().out
+    assert published(config, tmp_path / "wanted", True).joinpath("vocab").exists()
+    file = version / listed[0].path
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(SnapshotError, match="does not match the manifest"):
+        load_snapshot(version)

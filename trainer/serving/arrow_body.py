@@ -145,6 +145,9 @@ class _Row:
 
     def ints(self, name: str, values: pa.Array | None = None) -> Ints:
         values = self.items(name) if values is None else values
+        # An empty list that nobody gave a type.
+        if pa.types.is_null(values.type) and not len(values):
+            return np.zeros(0, dtype=np.int64)
         if pa.types.is_dictionary(values.type) and not _is_text(values.type):
             values = values.dictionary.take(values.indices)
         if not _is_integer(values.type):

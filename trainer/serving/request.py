@@ -34,7 +34,7 @@ Ids = Annotated[Ints64 | Texts | ManyInts64 | ManyTexts, Field(union_mode="left_
 Spelling = Literal["dense", "raw"]
 # A list or an object takes as much time and memory as so many numbers.
 _LIST_WEIGHT = 16
-_MOST_KEYS = 10_000
+_MOST_KEYS, _MOST_KEYS_OF_ALL = 10_000, 100_000
 
 
 class _Body(BaseModel):
@@ -104,12 +104,16 @@ def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
     # Commas and brackets inside of texts are counted too; there are few.
     if body.count(b",") + _LIST_WEIGHT * (body.count(b"[") + body.count(b"{")) > limits.ids:
         raise RequestError(413, f"more values than the server takes, {limits.ids:,} (--max-ids)")
+    # Without spaces, a quote and a colon stand behind every key, and now and then within a text.
+    keys = body.translate(None, b" \t\r\n").count(b'":')
+    if keys > _MOST_KEYS_OF_ALL:
+        raise RequestError(413, f"more keys than the server takes, {_MOST_KEYS_OF_ALL:,}")
     try:
         tree = parsed(body)
     except ValueError as error:
         raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
     _check_sizes(tree, limits)
-    _check_keys(body, tree)
+    _check_keys(body, keys, tree)
     try:
         return ScoreBody.model_validate(tree)
     except ValidationError as error:
@@ -140,14 +144,12 @@ def _objects(tree: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(value)
 
 
-def _check_keys(body: bytes, tree: Any) -> None:
+def _check_keys(body: bytes, keys: int, tree: Any) -> None:
     """Refuses a key that an object has twice, of which the parser keeps the last.
 
-    Without spaces, a quote and a colon stand behind every key. Only where there are more of them than keys,
-    which may be within texts too, the body is parsed again.
+    Only where `keys` were seen and not as many are left, the body is parsed again.
     """
-    keys = sum(map(len, _objects(tree)))
-    if body.translate(None, b" \t\r\n").count(b'":') == keys:
+    if keys == sum(map(len, _objects(tree))):
         return
     try:
         json.loads(body, object_pairs_hook=_no_duplicates)
