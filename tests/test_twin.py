@@ -25,7 +25,7 @@ from tests.test_search import walk
 from trainer.model.branch import CrossBias
 from trainer.model.sequence import TargetAttention
 from trainer.model.time import TimeEncoding
-from trainer.model.windows import all_ids
+from trainer.model.windows import first_ids
 
 WIDTH = 6
 
@@ -75,7 +75,7 @@ def test_t4_a_planted_cross_signal_decides_what_is_kept(rich: Path) -> None:
         table = model.collections["cross"].cross__action
         table.zero_()
         table[3] = 100 * branch.cross.compress / branch.cross.compress.square().sum()
-        action = all_ids(batch, "action")[0][:, 0]
+        action = first_ids(batch, "action")[0]
         planted = model.search(batch)["main"]
         branch.cross.beta.zero_()
         without = model.search(batch)["main"]
@@ -97,7 +97,7 @@ def test_t4_the_cross_bias_weighs_what_is_kept(rich: Path) -> None:
         table[3] = 100 * branch.cross.compress / branch.cross.compress.square().sum()
         found = stage_one(model, batch)["main"]
         weight = branch.weigh(found)
-    mine = (all_ids(batch, "action")[0][:, 0][found.kept.index] == 3) & found.kept.mask
+    mine = (first_ids(batch, "action")[0][found.kept.index] == 3) & found.kept.mask
     some = mine.any(1) & (mine != found.kept.mask).any(1)
     assert some.any()
     assert ((weight * mine[:, None]).sum(2)[some] > 0.999).all()

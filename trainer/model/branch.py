@@ -34,7 +34,7 @@ from trainer.model.search import (
 from trainer.model.sequence import Behaviors, SequenceModel, StackedTin, TargetAttention
 from trainer.model.settings import BranchConfig
 from trainer.model.time import AGE_BUCKETS, TimeBias, TimeEncoding
-from trainer.model.windows import Kept, Source, Windows, all_ids, one_id
+from trainer.model.windows import Kept, Source, Windows, all_ids, first_ids
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Branch(nn.Module):
             query_CD, key_ND = _select(query_CD, self.columns), _select(key_ND, self.columns)
         group_C = torch.zeros_like(batch.candidate_request)
         if self.settings.time_group:
-            group_C = one_id(batch, self.settings.time_group)
+            group_C = first_ids(batch, self.settings.time_group)[1]
         cross_N = self.cross(at_least_one_row(vectors[roles.cross][:n])) if self.cross is not None else None
         return Attended(query_CD, key_ND, group_C, cross_N)
 

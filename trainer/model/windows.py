@@ -208,9 +208,10 @@ def _at_least_one(part: Tensor) -> Tensor:
     return part if part.shape[1] else F.pad(part, (0, 1))
 
 
-def one_id(batch: RequestBatch, feature: str) -> Tensor:
-    """The id of each candidate [C] in a feature that has one; 0 where it has none."""
-    return all_ids(batch, feature)[1][:, 0]
+def first_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:
+    """The id of each behavior [N] and candidate [C] in a feature that has one; 0 where it has none."""
+    of_behaviors, of_candidates = all_ids(batch, feature)
+    return of_behaviors[: batch.behaviors, 0], of_candidates[:, 0]
 
 
 def all_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:
