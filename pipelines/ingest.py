@@ -92,8 +92,8 @@ def ingest(
     """Writes the sequence log of an event table; `out` appears whole or not at all.
 
     Args:
-        events: Parquet or CSV files (paths or patterns) with the columns that `config.events` names; None if
-            `config.domains` names the files.
+        events: Parquet or CSV files (paths, folders or patterns) with the columns that `config.events` names;
+            None if `config.domains` names the files.
         out: the log's folder. An existing log is replaced only with `overwrite`.
         impressions: files of impressions, for the protocol of that name.
         engine: `duckdb` or `spark`.

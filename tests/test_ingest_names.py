@@ -82,6 +82,17 @@ def test_every_format_gives_the_same_log(tmp_path: Path) -> None:
         assert made.report == parquet.report
 
 
+@pytest.mark.parametrize("protocol", ["next-basket", "leave-last"])
+def test_every_protocol_reads_text(protocol: str, tmp_path: Path) -> None:
+    raw = events()
+    plan = config(protocol, features=[SEPARATED["features"][1]])
+    given = as_text(tmp_path / "e.tsv.gz", raw, EVENT, "\t")
+    parquet = write(tmp_path / "e.parquet", raw)
+    like = config(protocol, features=[{"name": "tags", "multi": True}])
+    made = [ingest(given, tmp_path / "text", plan), ingest(parquet, tmp_path / "parquet", like)]
+    assert made[0].splits == made[1].splits and made[0].report == made[1].report
+
+
 def test_users_and_requests_of_text_are_numbered_in_their_order(tmp_path: Path) -> None:
     raw, shown = events(), impressions()
     plain = ingest(
