@@ -187,6 +187,9 @@ def _write_log(
     tables = agree(raw.events, raw.shown, older, raw.seen)
     tables, named = with_numbers(engine, tables, older, root, raw.source, config)
     raw = replace(raw, events=tables[0], shown=tables[1])
+    if config.vocabulary.log and "user_id" in named and "user_id" not in older:
+        note = "users are text here and integers in the older log: one number is two users in the two logs"
+        raw.seen.notes.append(note)
     encoded = _encode(engine, raw, older, root, config)
     found, asked, offered = _requests(engine, encoded, config)
     splits = _write_splits(engine, encoded, offered, root, config)

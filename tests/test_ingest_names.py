@@ -169,8 +169,11 @@ def test_an_older_log_of_text_keeps_csv_text(tmp_path: Path) -> None:
     new = next_days("new", tmp_path, raw, NAMES, **vocabulary)
     assert new.features["item_id"].rows == 2 * old.features["item_id"].rows - 1
     assert {type(value) for value in words(tmp_path / "new", "item_id")} == {str}
+    assert "users are text" not in " ".join(new.notes)
     shutil.rmtree(tmp_path / "old")
     next_days("old", tmp_path, raw, NAMES)
+    named = next_days("new", tmp_path, with_text(raw, user_id="u"), NAMES, **vocabulary)
+    assert "users are text here and integers in the older log" in " ".join(named.notes)
     with pytest.raises(
         DataError, match=r"item_id\.parquet: column value: holds integers, the raw tables hold text"
     ):
