@@ -104,8 +104,8 @@ def ingest(
     """Writes the sequence log of an event table; `out` appears whole or not at all.
 
     Args:
-        events: Parquet or CSV files (paths or patterns) with the columns that `config.events` names; None if
-            `config.domains` names the files.
+        events: Parquet or CSV files (paths, folders or patterns) with the columns that `config.events` names;
+            None if `config.domains` names the files.
         out: the log's folder. An existing log is replaced only with `overwrite`.
         impressions: files of impressions, for the protocol of that name.
         engine: `duckdb` or `spark`.
@@ -207,6 +207,9 @@ def _write_log(
     side = raw.side.of(tables)
     events = side.beside(engine, tables[EVENTS])
     raw = replace(raw, events=events, shown=tables.get(SHOWN), side=side)
+    if config.vocabulary.log and "user_id" in named and "user_id" not in older:
+        note = "users are text here and integers in the older log: one number is two users in the two logs"
+        raw.seen.notes.append(note)
     times = {"events": Span.of(engine, raw.events)}
     if raw.shown is not None:
         times["impressions"] = Span.of(engine, raw.shown)

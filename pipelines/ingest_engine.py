@@ -253,9 +253,14 @@ class SparkEngine:
         columns = [f"c{place}" for place in range(len(first.columns))]
         reader = self._session.read.options(**_SPARK_EXACTLY)
         if first.format == "CSV":
-            schema = ", ".join(f"{column} STRING" for column in columns)
+            from pyspark.sql.types import StringType, StructField, StructType
+
+            # Spark warns of every header that differs from the schema; it cannot have one name twice.
+            unique = len(set(first.columns)) == len(first.columns)
+            names = first.columns if unique else columns
+            schema = StructType([StructField(name, StringType()) for name in names])
             options = {"sep": first.delimiter, "header": True, "escape": '"', "multiLine": True}
-            return reader.options(mode="FAILFAST", **options).schema(schema).csv(paths)
+            return reader.options(mode="FAILFAST", **options).schema(schema).csv(paths).toDF(*columns)
         frame = reader.parquet(*paths).toDF(*columns)
         # Times without a zone, which Ibis does not know; this session's zone is UTC.
         plain = {name: frame[name].cast("timestamp") for name, kind in frame.dtypes if kind == _SPARK_PLAIN}

@@ -7,10 +7,9 @@ column is first seen as it is, then all cells decide what it becomes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import ibis
 from ibis.expr import types as ir
@@ -24,6 +23,7 @@ from pipelines.ingest_values import convert, look_at, may_be_broken, of_text
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.schema import ColumnInfo
 
+Part = TypeVar("Part")
 _TOLD = 10  # names of columns that one line lists
 
 
@@ -158,11 +158,16 @@ def _converted(part: _Part, columns: Sequence[Column], targets: Sequence[Target]
 
 
 def _joined(parts: Sequence[ir.Table]) -> ir.Table:
-    """All rows of all parts; a tree of unions, since a chain of thousands is too deep to compile."""
+    """All rows of all parts."""
+    return _balanced(parts, lambda left, right: left.union(right))
+
+
+def _balanced(parts: Sequence[Part], join: Callable[[Part, Part], Part]) -> Part:
+    """All parts joined as a tree, since a chain of thousands is too deep to compile."""
     if len(parts) == 1:
         return parts[0]
     half = len(parts) // 2
-    return _joined(parts[:half]).union(_joined(parts[half:]))
+    return join(_balanced(parts[:half], join), _balanced(parts[half:], join))
 
 
 def _facts(
@@ -204,7 +209,7 @@ def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, i
     asked: dict[str, ir.Value] = {}
     texts = [cell for cell, family in zip(part.cells, part.families, strict=True) if family == CSV]
     if lenient and texts:
-        asked["odd"] = reduce(lambda left, right: left | right, map(may_be_broken, texts))
+        asked["odd"] = _balanced([may_be_broken(text) for text in texts], lambda left, right: left | right)
     for place, (column, cell, family) in enumerate(zip(columns, part.cells, part.families, strict=True)):
         cells = look_at(cell, family, column.want.kind, column.target, column.want.unit)
         named = {"bad": cells.bad, "wide": cells.wide, "cut": cells.cut, "known": cells.known}

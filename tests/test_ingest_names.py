@@ -82,6 +82,17 @@ def test_every_format_gives_the_same_log(tmp_path: Path) -> None:
         assert made.report == parquet.report
 
 
+@pytest.mark.parametrize("protocol", ["next-basket", "leave-last"])
+def test_every_protocol_reads_text(protocol: str, tmp_path: Path) -> None:
+    raw = events()
+    plan = config(protocol, features=[SEPARATED["features"][1]])
+    given = as_text(tmp_path / "e.tsv.gz", raw, EVENT, "\t")
+    parquet = write(tmp_path / "e.parquet", raw)
+    like = config(protocol, features=[{"name": "tags", "multi": True}])
+    made = [ingest(given, tmp_path / "text", plan), ingest(parquet, tmp_path / "parquet", like)]
+    assert made[0].splits == made[1].splits and made[0].report == made[1].report
+
+
 def test_users_and_requests_of_text_are_numbered_in_their_order(tmp_path: Path) -> None:
     raw, shown = events(), impressions()
     plain = ingest(
@@ -158,8 +169,11 @@ def test_an_older_log_of_text_keeps_csv_text(tmp_path: Path) -> None:
     new = next_days("new", tmp_path, raw, NAMES, **vocabulary)
     assert new.features["item_id"].rows == 2 * old.features["item_id"].rows - 1
     assert {type(value) for value in words(tmp_path / "new", "item_id")} == {str}
+    assert "users are text" not in " ".join(new.notes)
     shutil.rmtree(tmp_path / "old")
     next_days("old", tmp_path, raw, NAMES)
+    named = next_days("new", tmp_path, with_text(raw, user_id="u"), NAMES, **vocabulary)
+    assert "users are text here and integers in the older log" in " ".join(named.notes)
     with pytest.raises(
         DataError, match=r"item_id\.parquet: column value: holds integers, the raw tables hold text"
     ):

@@ -175,7 +175,7 @@ class CsvConfig(Settings):
         nulls: words that mean no value, as an empty cell does.
     """
 
-    delimiter: str = Field(default="", max_length=1)
+    delimiter: str = Field(default="", pattern=r'^[^"\r\n]?$')
     nulls: tuple[str, ...] = ()
 
 
