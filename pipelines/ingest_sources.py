@@ -261,7 +261,9 @@ def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[Wanted]) -> li
     if not names:
         return []
     more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return [f"{what}: not read, since no setting names them: {', '.join(names[:_TOLD])}{more}"]
+    return [
+        f"{what}: nothing uses the column{'s' if len(names) > 1 else ''} {', '.join(names[:_TOLD])}{more}"
+    ]
 
 
 def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Column], seen: Seen) -> None:

@@ -87,7 +87,7 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
         "ingest": (Path("e.parquet"), Path("log"), (Path("i.toml"), ["users=9"]), True),
         "plan": (Path("c.toml"), ["model.k=5"], (8, "141GB")),
         "evaluate": (Path("r"), "test", ""),
-        "export": (Path("r"), Path("snap"), "fp32", "fp16", "", 0, 1000, False, ""),
+        "export": (Path("r"), Path("snap"), "fp32", "fp16", "", 0, 1000, False, None, ""),
         "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None),
     }
     assert capsys.readouterr().out.splitlines() == ["events: d/events.parquet", "report of manifest"]

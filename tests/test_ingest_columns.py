@@ -299,7 +299,8 @@ def test_labels_of_csv_are_read_in_every_spelling(door: Door, tmp_path: Path) ->
         ([" 1", "1e-1"], [1, 0.1]),
         (['"1"', "+0"], [1, 0]),
     ):
-        rows = door.shown(shown(tmp_path / "i.csv", clicks))
+        labels = {"click": {"column": "click", "kind": "probability"}}
+        rows = door.shown(shown(tmp_path / "i.csv", clicks), impressions={"labels": labels})
         rows.sort(key=lambda row: row["user_id"])
         assert [row["label_click"] for row in rows] == pytest.approx(expected)
     one = shown(tmp_path / "a.csv", ["0", "1"])
@@ -332,4 +333,4 @@ def test_pandas_tables_are_read(door: Door, tmp_path: Path) -> None:
         (2, START + 1, "y"),
         (3, START + 2, None),
     ]
-    assert door.seen.notes == ["raw events: not read, since no setting names them: __index_level_0__"]
+    assert door.seen.notes == ["raw events: nothing uses the column __index_level_0__"]

@@ -262,7 +262,7 @@ def test_preview_shows_every_column(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert told[5:] == [
         "raw events: item_id is read as text: "
         "30 cells such as '00' are no plain spelling of a 64-bit integer",
-        "raw events: not read, since no setting names them: note",
+        "raw events: nothing uses the column note",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.toml", "e.csv"]
     more = ["--set", 'text_columns=["item", "user_id"]', "--preview"]

@@ -168,7 +168,9 @@ def test_both_engines_understand_csv_alike(doors: list[Door], tmp_path: Path) ->
         "user_id,item_id,timestamp,click\n1,7,1483228800,True\n1,8,1483228801,0.25\n"
     )
     for door in doors:
-        assert [row["label_click"] for row in door.shown(tmp_path / "i.csv")] == [1.0, 0.25]
+        labels = {"click": {"column": "click", "kind": "probability"}}
+        rows_of = door.shown(tmp_path / "i.csv", impressions={"labels": labels})
+        assert [row["label_click"] for row in rows_of] == [1.0, 0.25]
 
 
 def test_both_engines_read_the_types_of_arrow_alike(doors: list[Door], tmp_path: Path) -> None:

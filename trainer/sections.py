@@ -185,7 +185,7 @@ class TableRatesConfig(Settings):
     difference. See TrainConfig.
 
     Attributes:
-        warmup_steps, decay: as in [train], of the tables alone.
+        warmup, warmup_steps, decay: as in [train], of the tables alone.
     """
 
     warmup: float | None = Field(None, ge=0, lt=1)

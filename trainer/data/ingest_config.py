@@ -118,6 +118,7 @@ class ImpressionsConfig(Settings):
 
     Attributes:
         user, item, timestamp: columns of the user's and the item's id and of the time.
+        timestamp_unit: of times that are numbers; a part of a second is cut off.
         request: request id; without it a user's rows of one second are one request.
         labels: task -> column of numbers or booleans, 0 or 1 unless declared otherwise.
         weight, numeric: columns of numbers.
@@ -143,6 +144,7 @@ class DomainConfig(Settings):
     Attributes:
         name: of the source; files: paths or patterns, as for `--events`.
         user, item, timestamp: columns of the user's and the item's id and of the time.
+        timestamp_unit: of times that are numbers; a part of a second is cut off.
         scenario, action: columns of text or integers; empty if the source has none.
         key: the column that `mapping`, a table of this column and the levels of `events.taxonomy`, explains.
             A level that the mapping does not have is unknown, never guessed.

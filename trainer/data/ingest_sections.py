@@ -13,6 +13,7 @@ class LabelConfig(Settings):
     """A task's label column; `click = "c"` is short for `click = { column = "c" }`.
 
     Attributes:
+        column: of the impressions table.
         kind: `binary`, 0 or 1 (or false and true), or a `probability`, anything from 0 to 1.
         positive_from: the column holds other numbers (ratings, say), and the label is 1 from this one on.
     """
