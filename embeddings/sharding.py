@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.optim import RowWiseAdagrad
@@ -57,6 +59,11 @@ def shard(
     sharded = DistributedModelParallel(
         model, device=device, plan=plan, sharders=sharders(comms), init_parameters=True
     )
+    if device.type == "cpu" and dist.get_world_size() > 2:
+        for module in sharded.modules():
+            if isinstance(module, DistributedDataParallel):
+                # A function without annotations, since torch does not understand postponed ones.
+                module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
     first = {group.table_name(t.feature): group.first for group in groups.values() for t in group.tables}
     for name, weight in sharded.state_dict().items():
         table = table_of(name)
@@ -64,6 +71,29 @@ def shard(
             _initialise(weight, table_seed(seed, table), first[table])
     sharded.comms = comms
     return sharded
+
+
+def _average_in_order_of_ranks(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """The average of a bucket's gradients over ranks, whatever else lies in the bucket.
+
+    Gloo's ring adds the ranks up in an order that depends on a gradient's place in its bucket, and
+    DistributedDataParallel makes other buckets after its first step. So the first step after a resume would
+    round otherwise than the same step of a run that was never stopped, on more than two ranks.
+    """
+    mine = bucket.buffer()
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    work = dist.all_gather(parts, mine, async_op=True)
+    assert work is not None
+
+    def average(done: torch.futures.Future[object]) -> torch.Tensor:
+        done.wait()
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total / len(parts)
+
+    future: torch.futures.Future[torch.Tensor] = work.get_future().then(average)
+    return future
 
 
 def table_of(parameter: str) -> str:

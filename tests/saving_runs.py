@@ -200,6 +200,7 @@ def main(root: Path) -> None:
         shutil.copytree(root / "four", root / f"four-{ranks}")
         shutil.rmtree(root / f"four-{ranks}" / "checkpoints" / "step-00000008")
         report[f"4 to {ranks}"] = runs.train(f"four-{ranks}", ranks, dump_loaded(root), **four)
+    report["same tensors on 4"] = digests(root / "four") == digests(root / "four-4")
     wide = {"groups__representation__dim": 256, "train__max_steps": 4, "checkpoint__every_steps": 3}
     runs.train("wide", 2, **wide)
     shutil.rmtree(root / "wide" / "checkpoints" / "step-00000004")

@@ -112,17 +112,12 @@ def build_model(
     tasks: int,
     numbers: int = 0,
 ) -> TwoStageModel:
-    """The model around given lookups; its dense weights come from train.seed alone.
-
-    Raises:
-        ConfigError: they do not fit into this machine's memory.
-    """
+    """The model around given lookups; its dense weights come from train.seed alone."""
     state = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
     around = Surroundings(
         groups, config.data.history_length, len(config.data.search.levels), config.train.seed
     )
-    check_dense(lambda: TwoStageModel(config.model, around, collections, tasks, numbers))
     model = TwoStageModel(config.model, around, collections, tasks, numbers)
     torch.set_rng_state(state)
     return model
@@ -134,6 +129,9 @@ def build_trainable(
     """The model over collections on `device` whose rows are updated in the backward pass, and its groups.
 
     On the meta device the tables take no memory until they are sharded.
+
+    Raises:
+        ConfigError: the dense weights do not fit into this machine's memory while they are trained.
     """
     groups = resolve_groups(config, manifest)
     collections = {}
@@ -141,7 +139,12 @@ def build_trainable(
         collections[name] = make_collection(group, device)
         attach_optimizer(collections[name], group.optimizer)
     numbers = count_numbers(config, manifest.numeric)
-    return build_model(config, groups, collections, len(manifest.tasks), numbers), groups
+
+    def build() -> TwoStageModel:
+        return build_model(config, groups, collections, len(manifest.tasks), numbers)
+
+    check_dense(build)
+    return build(), groups
 
 
 def build_sharded(

@@ -142,7 +142,7 @@ class PairScores:
             size = None if kept.log_size is None else kept.log_size[some]
             pairs = Kept(each, kept.mask[some], kept.marks.each(itemgetter(some)), size)
             parts.append(scorer.of_kept(asked, pairs)[:, 0, 0].float().double())
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=candidate_M.device)
 
     @cached_property
     def _error_CH(self) -> Tensor:
