@@ -11,10 +11,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from launch.options import Checkpoint, ConfigFile, Dtype, Overrides, RunFolder, Split
 from launch.reporting import OTHER_ERROR, USER_ERROR, report
 
 app = typer.Typer(
@@ -23,24 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="TOML configuration.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
-]
-RunFolder = Annotated[Path, typer.Option("--run", metavar="RUN", help="A run folder written by `train`.")]
-Dtype = Literal["fp32", "fp16", "int8"]
-Checkpoint = Annotated[
-    str,
-    typer.Option(
-        "--checkpoint",
-        metavar="newest|best|STEP",
-        help="Which; the best where train.early_stopping looked for it, else the newest.",
-        show_default=False,
-    ),
-]
-Split = Annotated[str, typer.Option("--split", help="Which split of the log: train, validation or test.")]
 
 
 def _show_version(wanted: bool) -> None:

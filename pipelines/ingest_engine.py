@@ -15,7 +15,7 @@ from ibis.expr import types as ir
 from embeddings.errors import ConfigError, DataError
 from pipelines.ingest_errors import explained
 from pipelines.ingest_files import RawFile
-from trainer.data.ingest_config import EngineConfig
+from trainer.data.ingest_sections import EngineConfig
 from trainer.durable import remove_folder
 
 Rows = list[dict[str, Any]]

@@ -14,7 +14,8 @@ from pipelines.ingest_engine import Engine, connect
 from pipelines.ingest_files import Files, find_files
 from pipelines.ingest_sources import Seen
 from tests.rawlogs import START, Row
-from trainer.data.ingest_config import EngineConfig, IngestConfig
+from trainer.data.ingest_config import IngestConfig
+from trainer.data.ingest_sections import EngineConfig
 
 GOOD: dict[str, Any] = {
     "user_id": [1, 2, 3],

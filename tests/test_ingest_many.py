@@ -19,7 +19,7 @@ from pipelines.ingest import ingest
 from pipelines.ingest_engine import connect
 from pipelines.ingest_errors import explained
 from tests.rawlogs import config, rows, words
-from trainer.data.ingest_config import EngineConfig
+from trainer.data.ingest_sections import EngineConfig
 from trainer.data.trajectories import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")

@@ -1,0 +1,26 @@
+"""Options that several verbs of the command line share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="TOML configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
+]
+RunFolder = Annotated[Path, typer.Option("--run", metavar="RUN", help="A run folder written by `train`.")]
+Dtype = Literal["fp32", "fp16", "int8"]
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint",
+        metavar="newest|best|STEP",
+        help="Which; the best where train.early_stopping looked for it, else the newest.",
+        show_default=False,
+    ),
+]
+Split = Annotated[str, typer.Option("--split", help="Which split of the log: train, validation or test.")]
