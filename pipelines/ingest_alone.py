@@ -101,6 +101,12 @@ def lone_lines(report: Mapping[str, Any], candidate_features: Mapping[str, Any])
     lines = []
     for one in report.get("predicts_alone", []):
         name = one["column"]
+        if name == "item_id":
+            lines.append(
+                f"WARNING: the item alone tells the label {one['task']} (AUC {one['auc']:.4f}): then it is a"
+                " property of items, and there is nothing of users to learn"
+            )
+            continue
         remedy = "leave it out"
         if name in candidate_features:
             remedy = 'give it side = "history", or leave it out'
