@@ -26,7 +26,7 @@ from pipelines.ingest_attributes import item_attributes, with_attributes
 from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_encoding import encode, narrow
-from pipelines.ingest_engine import Engine, connect
+from pipelines.ingest_engine import Engine, connect, count_rows
 from pipelines.ingest_files import Files, any_file, find_files
 from pipelines.ingest_names import NUMBERED, agree, with_numbers
 from pipelines.ingest_preview import preview_lines
@@ -279,7 +279,7 @@ def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
         found = engine.append("requests", found.mutate(bucket=ibis.literal(bucket).cast("int64")))
         found = found.filter(found.bucket == bucket)
         asked = engine.append("asked", kept_requests(found, config))
-    total = engine.rows(asked.aggregate(rows=asked.count()))[0]["rows"]
+    total = count_rows(engine, asked)
     groups, new = draw_groups(total, encoded.events, buckets, config), Counter[str]()
     for group in range(groups):
         first, end = (buckets * edge // groups for edge in (group, group + 1))
@@ -323,7 +323,7 @@ def _encode(
     infos = write_vocabularies(engine, made, root, config)
     words = {name: vocabulary.words for name, vocabulary in made.items()}
     coded = {name: multi[name] for name in raw.events.columns if name in multi}
-    total = engine.rows(raw.events.aggregate(rows=raw.events.count()))[0]["rows"]
+    total = count_rows(engine, raw.events)
     buckets = auto_buckets(total, config) if engine.bounded else 1
 
     def in_buckets(table: ir.Table) -> ir.Table:

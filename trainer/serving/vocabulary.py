@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
+from trainer.data.arrow_types import is_text
 from trainer.data.row_group import PARQUET_ERRORS, Ints
 from trainer.serving.asked import RequestError
 from trainer.snapshot import Snapshot
@@ -44,7 +45,7 @@ class Vocabulary:
         keys = _hashes(values) if self.text else values.to_numpy()
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
-        # Values of one hash, which nobody will ever see: found by themselves.
+        # Values that share a hash, of which there is hardly ever one, are looked up in a dictionary.
         twins = self._keys[1:][self._keys[1:] == self._keys[:-1]] if self.text else self._keys[:0]
         places = self._order[np.isin(self._keys, twins)].tolist()
         self._twins = {values[at].as_py(): at + 1 for at in places}
@@ -152,7 +153,7 @@ class Translation:
             return self._of_dictionary(feature, raw, part, place)
         if pa.types.is_null(raw.type) and not len(raw):
             return np.zeros(0, dtype=np.int64)
-        text = _is_text(raw.type)
+        text = is_text(raw.type)
         if text != known.text or not (text or pa.types.is_integer(raw.type)):
             raise RequestError(422, f"{place}: holds {raw.type}, and its vocabulary {known.kind}")
         ids = _found(known, raw, place)
@@ -164,7 +165,7 @@ class Translation:
         used, where = np.unique(raw.indices.to_numpy(zero_copy_only=False), return_inverse=True)
         words = raw.dictionary
         check_text(words, place)
-        values = (words.cast(pa.large_string()) if _is_text(words.type) else words).take(pa.array(used))
+        values = (words.cast(pa.large_string()) if is_text(words.type) else words).take(pa.array(used))
         ids: Ints = Translation(self.vocabularies).ids(feature, values, part, place)[where]
         self._count(part, ids)
         return ids
@@ -175,10 +176,6 @@ class Translation:
             self.unknown[part] = self.unknown.get(part, 0) + missing
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
 def _found(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
     if not known.text:
         try:
@@ -187,7 +184,7 @@ def _found(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
             raise RequestError(422, f"{place}: holds an integer beyond 64 bits with a sign") from None
     check_text(raw, place)
     text = raw.cast(pa.large_string())
-    # What no value is as long as need not be looked up.
+    # A text that is longer than every value is unknown without a look-up.
     fits = pc.binary_length(text).to_numpy(zero_copy_only=False) <= known.longest
     found: Ints = np.zeros(len(text), dtype=np.int64)
     found[fits] = known.ids(text.filter(pa.array(fits)))
