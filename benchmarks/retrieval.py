@@ -147,7 +147,7 @@ def measure_run(
 
     Its own search is named "", and with `beside` come the references.
     """
-    from pipelines.train import open_split
+    from pipelines.start import open_split
     from trainer.distributed import process_group
     from trainer.restore import restore
 

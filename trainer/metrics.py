@@ -18,6 +18,7 @@ __all__ = [
     "auc",
     "calibration_error",
     "calibration_metrics",
+    "entry_of",
     "first_and_all",
     "group_keys",
     "grouped_auc",
@@ -172,6 +173,11 @@ def first_and_all(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Files hold metrics in this form wherever they hold any.
     """
     return {**next(iter(by_task.values())), "tasks": {task: dict(values) for task, values in by_task.items()}}
+
+
+def entry_of(metrics: Mapping[str, Metrics]) -> dict[str, Any]:
+    """Metrics by task as files hold them."""
+    return first_and_all({task: found.as_dict() for task, found in metrics.items()})
 
 
 def number(value: float, digits: int = 4) -> str:
