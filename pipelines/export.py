@@ -128,10 +128,6 @@ def _open(run: Path, which: str = "") -> _Run:
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
     path, refused = checkpoint.to_use(folder.checkpoints, which)
-    if path is None:
-        detail = f"; refused: {refused[0]}" if refused else ""
-        problem = f"no usable checkpoint; train the run to the end first{detail}"
-        raise CheckpointError(folder.checkpoints, problem)
     for reason in refused:
         print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
     groups, reader = resolve_groups(config, manifest), TableReader(path)

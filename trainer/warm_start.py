@@ -62,10 +62,7 @@ def unshard_run(run: Path, out: Path) -> PlainManifest:
     """
     folder = RunFolder(run)
     config = folder.read_config()
-    path, refused = checkpoint_files.newest(folder.checkpoints)
-    if path is None:
-        detail = f"; refused: {refused[0]}" if refused else ""
-        raise CheckpointError(folder.checkpoints, f"no usable checkpoint{detail}")
+    path, _ = checkpoint_files.usable(folder.checkpoints)
     manifest = read_manifest(config.data.log)
     if log_fingerprint(manifest) != checkpoint_files.read_state(path)["log"]:
         raise CheckpointError(
@@ -155,10 +152,7 @@ def check_source(model: nn.Module, path: Path) -> None:
         CheckpointError: what is there is damaged, or does not fit; of a run, it has nothing to start with.
     """
     if (path / "checkpoints").is_dir():
-        good, refused = checkpoint_files.newest(path / "checkpoints")
-        if good is None:
-            detail = f"; refused: {refused[0]}" if refused else ""
-            raise CheckpointError(path / "checkpoints", f"no usable checkpoint{detail}")
+        checkpoint_files.usable(path / "checkpoints")
         return
     source, weights = open_plain_tables(path), model.state_dict()
     _check_tables(weights, source)
