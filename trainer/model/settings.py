@@ -226,5 +226,10 @@ class ModelConfig(BranchConfig):
         return {"main": BranchConfig(**own), **self.branches}
 
 
+def section_of(branch: str) -> str:
+    """Where a branch is configured, by its name in `all_branches`."""
+    return "model" if branch == "main" else f"model.branches.{branch}"
+
+
 def _tree(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
