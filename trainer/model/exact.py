@@ -78,9 +78,9 @@ class PairScores:
         query = self._queries(candidate_M, head_M)
         score_M = score_M + self._products(query, index_M1[:, 0], row_M)
         encoding = self.scorer.encoding
-        for name, index in encoding._indices(kept.marks, group_M) if encoding is not None else ():
-            assert encoding is not None
-            score_M = score_M + query.times(Rows.of(encoding.tables[name].double(), index[:, 0]))
+        if encoding is not None:
+            for name, index in encoding._indices(kept.marks, group_M):
+                score_M = score_M + query.times(Rows.of(encoding.tables[name].double(), index[:, 0]))
         return score_M
 
     def _products(self, query: Rows, index_M: Tensor, row_M: Tensor) -> Tensor:

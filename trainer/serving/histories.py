@@ -47,7 +47,7 @@ class StoredRequest:
 
 
 class HistoryStore(Mapping[int, History]):
-    """user id -> the longest history that the log has of him. All of the log stays in memory.
+    """user id -> the longest history that the log has of them. All of the log stays in memory.
 
     Raises:
         DataError: the log is missing or malformed.
