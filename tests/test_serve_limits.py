@@ -18,13 +18,12 @@ from embeddings.errors import DataError
 from pipelines.serve_load import LoadLimits
 from tests.logs import INFOS, Shape, enrich, random_rows, write_log
 from tests.models import preset
-from tests.serving import Client, bodies, service_of, serving, snapshot_of
+from tests.serving import ARROW, Client, bodies, service_of, serving, snapshot_of, stream
 from trainer.data.schema import read_manifest
 from trainer.serving.arrow_body import read_arrow
 from trainer.serving.asked import Limits, Needs, RequestError
 from trainer.snapshot import Snapshot
 
-ARROW = "application/vnd.apache.arrow.stream"
 ROWS = enrich(random_rows(4, Shape(users=10)), 5)
 LISTS = pa.list_(pa.int64())
 Patch = pytest.MonkeyPatch
@@ -64,13 +63,6 @@ def row_of(body: Body) -> dict[str, Any]:
     for side, part in {**sides, "context": body["context"], "numeric": body["numeric"]}.items():
         row |= {f"{side}_{name}": values for name, values in part.items()}
     return row
-
-
-def stream(table: pa.Table, **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
 def arrow(body: Body, **columns: pa.Array) -> pa.Table:
