@@ -132,7 +132,7 @@ def test_a_damaged_best_checkpoint_is_not_used_unasked(
 
 
 def metrics(value: float) -> Metrics:
-    blank = {name: 0 for name in Metrics.__dataclass_fields__}
+    blank = dict.fromkeys(Metrics.__dataclass_fields__, 0)
     return replace(Metrics(**blank), auc=value, logloss=value)
 
 

@@ -342,7 +342,7 @@ def test_newer_versions_are_looked_for_whatever_is_raised(
             monkeypatch.setattr(client.service.current, "newer", full)
             await until(client, True)
             client.service.tasks[0].cancel()
-            await asyncio.sleep(0.01)
+            await asyncio.wait(client.service.tasks[:1])
             assert (await client.http.get("/readyz")).status_code == 503
 
     asyncio.run(run())
@@ -424,7 +424,8 @@ def test_bytes_in_flight_are_one_budget(snapshot: Snapshot, monkeypatch: Patch, 
                 await go.wait()
 
             waiting = asyncio.create_task(client.http.post("/score", content=slow()))
-            await asyncio.sleep(0.05)
+            while not service.in_flight.held:
+                await asyncio.sleep(0)
             answer = await client.http.post("/score", content=b"x" * 50_000)
             assert answer.status_code == 503 and "--max-in-flight" in answer.json()["error"]
             assert answer.headers["retry-after"] == "1"
