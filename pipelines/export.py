@@ -26,7 +26,7 @@ from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks, process_group
 from trainer.durable import file_digest
 from trainer.run import RunFolder, versions
-from trainer.serving.vocabulary import vocabularies_of
+from trainer.serving.vocabulary import checked_values
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_compiler, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
@@ -203,8 +203,9 @@ def _check(
     Raises:
         SnapshotError: it does not score like the trainer. DataError: its vocabularies are not the log's.
     """
-    worst = snapshot.self_check()
-    vocabularies_of(snapshot, None)
+    worst, manifest = snapshot.self_check(), snapshot.manifest
+    for entry in manifest.vocabulary_files:
+        checked_values(snapshot.path / entry.path, manifest.vocabularies[entry.feature])
     parity = compare(trainer, snapshot, run.requests(), parity_requests) if parity_requests else Parity()
     snapshot.check_parity(parity.worst, parity.mean)
     worst = max(worst, parity.worst)

@@ -28,6 +28,7 @@ from embeddings.sharding import table_of
 from trainer import checkpoint_files
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.data.schema import FeatureInfo, LogManifest, read_manifest
+from trainer.data.vocabulary_digest import spelled
 from trainer.durable import remove_folder
 from trainer.plain_tables import PlainManifest, PlainTables, open_plain_tables, unshard
 from trainer.resume import log_fingerprint
@@ -253,8 +254,7 @@ def _read(file: Path, digest: str) -> tuple[pa.Array, pa.Array]:
     values, ids = (table.column(name).combine_chunks() for name in ("value", "id"))
     content = hashlib.sha256()
     for start in range(0, len(values), _ROWS_AT_ONCE):
-        batch = values.slice(start, _ROWS_AT_ONCE).to_pylist()
-        content.update("".join(f"{value}\n" for value in batch).encode())
+        content.update(spelled(values.slice(start, _ROWS_AT_ONCE)))
     if content.hexdigest() != digest:
         raise DataError("is not the vocabulary in the log's manifest, so it was damaged", file=file)
     if pa.types.is_integer(values.type):

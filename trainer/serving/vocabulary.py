@@ -27,7 +27,7 @@ Hashes = npt.NDArray[np.uint64]
 # Odd, so that no byte of a text is lost; and what spreads a sum over all bits.
 _BASE, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 _CHUNK_BYTES, _CHUNK_ROWS = 1 << 20, 1 << 16
-# Of the raw values of one column of a request.
+# Most bytes of the raw values in one column of a request.
 _MOST_TEXT = 64 << 20
 
 
@@ -76,7 +76,12 @@ class Vocabulary:
 
 
 def read_vocabulary(file: Path, digest: str) -> Vocabulary:
-    """The vocabulary of a log or a snapshot, which must be the one that the digest is of.
+    """The vocabulary of a log or a snapshot; see `checked_values`."""
+    return Vocabulary(checked_values(file, digest))
+
+
+def checked_values(file: Path, digest: str) -> pa.Array:
+    """The values of a vocabulary, which must be the one that the digest is of.
 
     Args:
         digest: SHA-256 of its values, as a log's manifest has it.
@@ -89,6 +94,7 @@ def read_vocabulary(file: Path, digest: str) -> Vocabulary:
         values = batch.column("value")
         integers = pa.types.is_integer(values.type)
         values = values.cast(pa.int64() if integers else pa.large_string())
+        # As `trainer.data.vocabulary_digest` spells them, without a Python object for each.
         empty, end = pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string())
         lines = pc.binary_join_element_wise(values.cast(pa.large_string()), empty, end)
         content.update(_text(lines)[1])
@@ -97,7 +103,7 @@ def read_vocabulary(file: Path, digest: str) -> Vocabulary:
     if content.hexdigest() != digest:
         problem = "is not the vocabulary that the model was trained with; take the one of its log"
         raise DataError(problem, file=file)
-    return Vocabulary(values)
+    return values
 
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
@@ -130,7 +136,7 @@ def vocabularies_of(snapshot: Snapshot, log: Path | None) -> dict[str, Vocabular
 
 
 class Translation:
-    """Of one request: its raw values become ids, and those that no vocabulary holds are counted by place."""
+    """Turns the raw values of one request into ids, and counts by place those that no vocabulary holds."""
 
     def __init__(self, vocabularies: Mapping[str, Vocabulary]) -> None:
         self.vocabularies = vocabularies
@@ -203,7 +209,7 @@ def check_text(values: pa.Array, place: str) -> None:
 
 
 def _text(values: pa.Array) -> tuple[Ints, memoryview]:
-    """Of large_string: where each text begins and ends, from zero, and all bytes."""
+    """Where each text of a large_string array begins and ends, from zero, and all bytes."""
     _, offsets, data = values.buffers()
     bounds = np.frombuffer(offsets, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
     first, last = int(bounds[0]), int(bounds[-1])
@@ -211,7 +217,7 @@ def _text(values: pa.Array) -> tuple[Ints, memoryview]:
 
 
 def _hashes(values: pa.Array) -> Hashes:
-    """Of large_string without nulls: 64 bits of every text."""
+    """A hash of 64 bits for every text of a large_string array without nulls."""
     if not len(values):
         return np.zeros(0, dtype=np.uint64)
     offsets, data = _text(values)
