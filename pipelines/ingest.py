@@ -79,6 +79,11 @@ class Raw:
     side: SideTables
     duplicates: int = 0
 
+    @property
+    def by_name(self) -> dict[str, ir.Table]:
+        """Events and impressions by the names under which the engine keeps them."""
+        return {EVENTS: self.events} | ({} if self.shown is None else {SHOWN: self.shown})
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -196,8 +201,7 @@ def _open(
 
 def _agreed(raw: Raw, older: Mapping[str, Older]) -> dict[str, ir.Table]:
     """All raw tables by their names, with columns of one type."""
-    tables = {EVENTS: raw.events} | ({} if raw.shown is None else {SHOWN: raw.shown})
-    return agree(tables | raw.side.by_name, older, raw.seen)
+    return agree(raw.by_name | raw.side.by_name, older, raw.seen)
 
 
 def _write_log(
@@ -344,14 +348,13 @@ def _encode(
 
 def _sources(engine: Engine, raw: Raw, name: str) -> list[ir.Table]:
     """The column of the tables that have it, with the time; the events first."""
-    tables = [table for table in (raw.events, raw.shown) if table is not None]
-    # Of items that nobody meets the log says nothing.
-    tables += raw.side.all if name != "item_id" else []
-    sources = [table for table in tables if name in table.columns]
-    kinds = {str(table[name].type()) for table in sources}
+    # The log says nothing of items that no event and no impression has.
+    tables = raw.by_name | (raw.side.by_name if name != "item_id" else {})
+    sources = {key: table for key, table in tables.items() if name in table.columns}
+    kinds: dict[str, str] = {}
+    for key, table in sources.items():
+        kinds.setdefault(str(table[name].type()), key.removeprefix("raw_"))
     if len(kinds) > 1:
-        problem = (
-            f"{name} is {' in the events and '.join(sorted(kinds))} in the impressions; cast one of them"
-        )
-        raise DataError(problem, file=raw.source)
-    return [narrow(engine, table, (name, "timestamp")) for table in sources]
+        told = " and ".join(f"{kind} in the {key}" for kind, key in kinds.items())
+        raise DataError(f"{name} is {told}; cast one of them", file=raw.source)
+    return [narrow(engine, table, (name, "timestamp")) for table in sources.values()]
