@@ -37,7 +37,7 @@ def check_dense(build: Callable[[], nn.Module]) -> None:
     """
     with torch.device("meta"):
         model = build()
-    tensors = {name: tensor for name, tensor in _dense(model)}
+    tensors = dict(_dense(model))
     need = _TIMES_TRAINED * sum(tensor.nbytes for tensor in tensors.values())
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need <= there:

@@ -96,7 +96,8 @@ def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
     known = ["user_id", "request_timestamp", "history_timestamp", "cluster_size", "cluster_time"]
     known += [f"{side}_{name}" for side in ("history", "candidate") for name in needs.features]
     known += [f"context_{name}" for name in needs.context] + [f"numeric_{name}" for name in needs.numeric]
-    batch = batch.select([name for name in known if name in set(batch.schema.names)])
+    there = set(batch.schema.names)
+    batch = batch.select([name for name in known if name in there])
     for name in batch.schema.names:
         values, shared = batch.column(name), False
         while is_list(values.type):
