@@ -132,7 +132,7 @@ class _Said:
 
 
 def _said(compute: Callable[[], Any], rank: int) -> tuple[_Said, BaseException | None]:
-    """For the others, and the error that this rank is to raise itself."""
+    """-> what the other ranks are told, and the error that this rank raises itself."""
     try:
         return _Said(compute()), None
     except BaseException as error:

@@ -83,7 +83,7 @@ def _alone(values: Values, label: Values, fits: Values) -> float:
     hits = np.bincount(codes[fits], weights=label[fits], minlength=words.size)
     best = auc(((hits + prior) / (seen + 1))[codes[~fits]], measured)
     if values.dtype.kind == "f":
-        # Of a number with many values the order tells more.
+        # A number with many values tells more by its order.
         ordered = auc(values[~fits], measured)
         best = max(best, ordered, 1 - ordered)
     return best

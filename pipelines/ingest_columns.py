@@ -20,7 +20,7 @@ from trainer.data.ingest_config import Unit
 
 Kind = Literal["key", "time", "id", "ids", "text", "number"]
 Target = Literal["int64", "string", "float64", "array<int64>", "array<string>"]
-# Of a CSV cell, which may be anything; a column of nulls, which takes what the others are.
+# Families of their own: a CSV cell may be anything, and a column of nulls takes the type of the others.
 CSV, NULL = "csv", "null"
 _WHOLE = {"int", "uint64", "float", "decimal"}
 _LOOSE = {CSV, NULL}

@@ -180,7 +180,7 @@ def _facts(
     try:
         row = engine.rows(everything.aggregate(**sums))[0]
     except Exception as error:
-        # The engines' own words for a row that is cut short do not name the file on every engine.
+        # Not every engine names the file of a row that is cut short, so it is looked for here.
         check_rows(files)
         if isinstance(error, DataError) and error.file is None:
             more = f", or in one of {len(files) - 1} more files" if len(files) > 1 else ""

@@ -39,7 +39,7 @@ _CSP = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:"
 )
-# Of a client that has left; nobody sees it.
+# The status of an answer to a client that has left; nobody sees it.
 _LEFT = 499
 
 

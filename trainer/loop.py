@@ -110,7 +110,7 @@ class Trainer:
 
     def _run(self, start: checkpoint.Found) -> Position:
         self.resume(start)
-        # What was validated after the newest save, or else the last line of metrics.jsonl would come twice.
+        # Validations after the newest save count, or the last line of metrics.jsonl would come twice.
         known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
         self.at.validated = max(self.at.validated, known)
         epochs = self.config.train.epochs

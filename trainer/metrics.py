@@ -142,7 +142,7 @@ def calibration_error(scores: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 
 
 
 def _entropy(rate: float) -> float:
-    """Of a label with this mean, in nats; 0 where there is one class only."""
+    """Entropy of a label with this mean, in nats; 0 with one class only."""
     if not 0 < rate < 1:
         return 0.0
     return -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))

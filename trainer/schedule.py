@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trainer.sections import Decay, TrainConfig
 
 _FLOOR = 1e-3
-# Of the run: a warm-up given in steps takes no more, so that a short run reaches its rates at all.
+# A warm-up given in steps takes no larger share of the run, so that a short run reaches its rates at all.
 _LONGEST_WARMUP = 0.2
 # Fewer steps are worth a word, and as many as these are advised.
 _FEW_STEPS, _ENOUGH_STEPS = 100, 300

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from trainer.settings import Settings
 
-# Of one window: a number for each of them and each behavior is 131 MB of a history of 500.
+# Most buckets of one window: a number for each bucket and each of 500 behaviors takes 131 MB.
 _BUCKETS = 65_536
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
