@@ -17,7 +17,7 @@ import torch
 
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.model.windows import all_ids, windows_of
+from trainer.model.windows import first_ids, windows_of
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -57,7 +57,7 @@ def _of_batch(
     batch: RequestBatch, feature: str, length: int, rows: int
 ) -> tuple[npt.NDArray[np.int16], Ints]:
     """Windows [R, L], and requests, categories, shown and clicked [4, S]."""
-    ids_N, ids_C = (ids[:, 0] for ids in all_ids(batch, feature))
+    ids_N, ids_C = first_ids(batch, feature)
     window = np.full((batch.requests, length), -1, dtype=np.int16)
     found = window_ids(batch, ids_N, length)
     window[:, : found.shape[1]] = found

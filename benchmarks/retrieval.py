@@ -30,7 +30,7 @@ from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.model.two_stage import TwoStageModel
-from trainer.model.windows import all_ids
+from trainer.model.windows import first_ids
 from trainer.run import RunFolder
 from trainer.sections import DataConfig
 
@@ -83,7 +83,7 @@ def ranked(model: TwoStageModel, batch: RequestBatch, feature: str) -> Ranked:
     column = np.where(kept.mask.numpy(), kept.marks.position.numpy() - 1, 0)
     best = np.where(kept.mask.numpy(), np.take_along_axis(score, column, axis=1), -np.inf)
     order = np.take_along_axis(column, np.argsort(-best, axis=1, kind="stable")[:, :k], axis=1)
-    ids_N, ids_C = (ids[:, 0] for ids in all_ids(batch, feature))
+    ids_N, ids_C = first_ids(batch, feature)
     window = window_ids(batch, ids_N, model.branches.history_length)[batch.candidate_request.numpy()]
     wide = (window >= 0).sum(axis=1) > k
     return Ranked(ids_C.numpy()[wide], window[wide], score[wide], order[wide])
@@ -147,7 +147,7 @@ def measure_run(
 
     Its own search is named "", and with `beside` come the references.
     """
-    from pipelines.train import open_split
+    from pipelines.start import open_split
     from trainer.distributed import process_group
     from trainer.restore import restore
 

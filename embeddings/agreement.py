@@ -27,7 +27,7 @@ def from_rank_0(compute: Callable[[], Value], group: Group = None, slow: bool = 
     """What rank 0 computes, on every rank; collective.
 
     Args:
-        slow: it may take longer than a collective waits, see `unhurried`; only without a group.
+        slow: the call may take longer than a collective waits, see `unhurried`; not possible with a group.
 
     Raises:
         TandemError: rank 0's, on every rank. Anything else that rank 0 raised is raised there, and is a
@@ -48,7 +48,7 @@ def from_every_rank(compute: Callable[[], Value], group: Group = None, slow: boo
     """What each rank computes, in their order, on every rank; collective.
 
     Args:
-        slow: it may take some ranks longer than a collective waits, see `unhurried`; only without a group.
+        slow: some ranks may take longer than a collective waits, see `unhurried`; not possible with a group.
 
     Raises:
         Exception: a rank that failed raises its own; the others what the first of those raised, as
@@ -65,7 +65,7 @@ def from_every_rank(compute: Callable[[], Value], group: Group = None, slow: boo
 
 @contextmanager
 def unhurried() -> Iterator[None]:
-    """A block that may take some ranks as long as it likes; all leave it together.
+    """A block for which some ranks may need any length of time; all ranks leave it together.
 
     A collective waits for a slow rank no longer than the group's time-out. Here each rank says through the
     store every second that it works, and the others wait for as long as anybody does. A rank whose block
@@ -78,7 +78,7 @@ def unhurried() -> Iterator[None]:
         yield
         return
     rank, whole = dist.get_rank(), cast(Any, dist.distributed_c10d)._get_default_store()
-    # Each rank counts its own blocks, in the store, which is that of this start alone.
+    # Each rank counts its blocks in the store, which belongs to this start alone, so that names are new.
     store = dist.PrefixStore(f"unhurried/{whole.add(f'unhurried/{rank}', 1)}", whole)
     over = threading.Event()
     pulse = threading.Thread(target=_beat, args=(store, over), name="pulse", daemon=True)
@@ -132,7 +132,7 @@ class _Said:
 
 
 def _said(compute: Callable[[], Any], rank: int) -> tuple[_Said, BaseException | None]:
-    """For the others, and the error that this rank is to raise itself."""
+    """-> what the other ranks are told, and the error that this rank raises itself."""
     try:
         return _Said(compute()), None
     except BaseException as error:

@@ -30,7 +30,7 @@ class GradientScale:
     value: float = _LARGEST_SCALE
 
     def fit(self, largest: float) -> None:
-        """Choose it for a step whose largest gradient, over all ranks, is this: nothing may be clipped."""
+        """Take the largest power of two that clips no gradient; `largest`: of the step, over all ranks."""
         room = HALF_MAX / largest if largest else _LARGEST_SCALE
         self.value = min(_LARGEST_SCALE, 2.0 ** math.floor(math.log2(room)))
 

@@ -18,7 +18,7 @@ class TandemError(Exception):
     """Base of all errors a user can cause or mend; the command line shows it as one line."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle: an error as it is, since subclasses are made from other arguments than its text."""
+        """Have pickle keep the error as it is, since subclasses take other arguments than its text."""
         return _again, (type(self), self.args, self.__dict__)
 
 

@@ -15,7 +15,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, ShardingOpt
 from embeddings.plan_memory import StorageEstimator
 from embeddings.tables import Table
 
-# So many tables, the largest, are tried in all their ways; of more the others in one.
+# The largest tables, so many of them, are tried in all their ways; all others in one.
 _DETAILED = 32
 _PATIENCE_S = 5.0
 
@@ -81,7 +81,7 @@ class Partitioner(GreedyPerfPartitioner):  # type: ignore[misc]
 def fewer_ways(
     constraints: Mapping[str, ParameterConstraints], tables: Mapping[str, Table]
 ) -> dict[str, ParameterConstraints]:
-    """The constraints, where there are many tables with one way for all but the largest, if that is allowed.
+    """The constraints, but all except the largest tables get one way only, where that is allowed.
 
     TorchRec tries some arrangements for each way of each table, and each takes time for every table.
     """

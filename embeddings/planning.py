@@ -87,7 +87,8 @@ class PlanRules:
     tables: Mapping[str, TableRule] = field(default_factory=dict)
 
 
-def _keep_quiet(line: str) -> None:
+def keep_quiet(line: str) -> None:
+    """Says nothing."""
     del line
 
 
@@ -99,7 +100,7 @@ class Task:
         model: with tables on the meta device and fused optimizers attached; groups: its table groups.
         cluster: the ranks; rules: what is allowed; lookups: table -> what a step asks of it.
         comms: what vectors and gradients are rounded to on their way, by which the planner's time follows.
-        say: hears now and again of a planner that takes long.
+        say: is told now and again that a slow planner is still at work.
     """
 
     model: nn.Module
@@ -108,7 +109,7 @@ class Task:
     rules: PlanRules = PlanRules()
     lookups: Mapping[str, Lookup] = field(default_factory=dict)
     comms: Comms = AS_THEY_ARE
-    say: Callable[[str], None] = _keep_quiet
+    say: Callable[[str], None] = keep_quiet
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def shard(
 ) -> DistributedModelParallel:
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
 
-    Forward must go through the returned module, or the dense weights of the ranks drift apart. It keeps
-    `comms`, whose scale a step fits to its gradients.
+    Forward must go through the returned module, or the dense weights of the ranks drift apart. The module
+    keeps `comms`, so that a step can fit the scale to its gradients.
     """
     sharded = DistributedModelParallel(
         model, device=device, plan=plan, sharders=sharders(comms), init_parameters=True

@@ -335,7 +335,7 @@ def serve(
     reload_token_file: Annotated[
         Path | None,
         typer.Option(
-            "--reload-token-file", metavar="FILE", help="Holds the token of POST /reload; without: off."
+            "--reload-token-file", metavar="FILE", help="Holds the token of POST /reload; else it is off."
         ),
     ] = None,
     vocabulary: Annotated[

@@ -19,7 +19,7 @@ Checkpoint = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="newest|best|STEP",
-        help="Which; the best where train.early_stopping looked for it, else the newest.",
+        help="Default: the best if train.early_stopping looked for one, else the newest.",
         show_default=False,
     ),
 ]

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.console import quiet_third_parties
-from pipelines.quality_report import remarks, slices_table, task_table, without
-from pipelines.train import open_split
+from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
+from pipelines.start import open_split
 from trainer.baselines import Baselines, baselines, by_baseline, counted_feature
 from trainer.data.schema import LogManifest
 from trainer.distributed import process_group
 from trainer.evaluation import score_split, shared_metrics
-from trainer.metrics import Metrics, first_and_all
+from trainer.metrics import Metrics, entry_of
 from trainer.restore import restore
 from trainer.run import RunFolder
 from trainer.scored import Scored, write_scores
@@ -35,12 +35,11 @@ def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, Any]:
         reader = open_split(restored.config, split, restored.rows, ranks)
         scored = score_split(restored.sharded.model, reader, ranks.device)
         metrics = shared_metrics(scored)
-        entry = first_and_all({task: found.as_dict() for task, found in metrics.items()})
         if ranks.speaks:
             write_scores(scored, folder.scores(split))
             beside = baselines(reader)
             print("\n".join(_conclude(folder, split, scored, metrics, beside, restored.manifest)), flush=True)
-    return entry
+    return entry_of(metrics)
 
 
 def _conclude(
@@ -55,10 +54,10 @@ def _conclude(
     table, feature = beside.metrics(scored), counted_feature(manifest)
     slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
     entries = {
-        split: first_and_all({task: found.as_dict() for task, found in metrics.items()}),
+        split: entry_of(metrics),
         baselines_key(split): by_baseline(table),
         f"{split}_by_history": {
-            name: first_and_all({task: slices[task][name].as_dict() for task in slices})
+            name: entry_of({task: parts[name] for task, parts in slices.items()})
             for name in next(iter(slices.values()))
         },
     }
@@ -69,8 +68,3 @@ def _conclude(
         lines += ["", *task_table(task, found, table[task], feature), "", *slices_table(task, slices[task])]
     said = remarks(split, metrics, table, feature)
     return [*lines, *([""] if said else []), *said]
-
-
-def baselines_key(split: str) -> str:
-    """Where summary.json keeps the baselines of a split."""
-    return "baselines" if split == "test" else f"baselines_{split}"

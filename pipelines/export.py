@@ -26,7 +26,7 @@ from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks, process_group
 from trainer.durable import file_digest
 from trainer.run import RunFolder, versions
-from trainer.serving.vocabulary import vocabularies_of
+from trainer.serving.vocabulary import checked_values
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_compiler, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
@@ -128,10 +128,6 @@ def _open(run: Path, which: str = "") -> _Run:
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
     path, refused = checkpoint.to_use(folder.checkpoints, which)
-    if path is None:
-        detail = f"; refused: {refused[0]}" if refused else ""
-        problem = f"no usable checkpoint; train the run to the end first{detail}"
-        raise CheckpointError(folder.checkpoints, problem)
     for reason in refused:
         print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
     groups, reader = resolve_groups(config, manifest), TableReader(path)
@@ -207,8 +203,9 @@ def _check(
     Raises:
         SnapshotError: it does not score like the trainer. DataError: its vocabularies are not the log's.
     """
-    worst = snapshot.self_check()
-    vocabularies_of(snapshot, None)
+    worst, manifest = snapshot.self_check(), snapshot.manifest
+    for entry in manifest.vocabulary_files:
+        checked_values(snapshot.path / entry.path, manifest.vocabularies[entry.feature])
     parity = compare(trainer, snapshot, run.requests(), parity_requests) if parity_requests else Parity()
     snapshot.check_parity(parity.worst, parity.mean)
     worst = max(worst, parity.worst)

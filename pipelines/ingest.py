@@ -26,7 +26,7 @@ from pipelines.ingest_attributes import item_attributes, with_attributes
 from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_encoding import encode, narrow
-from pipelines.ingest_engine import Engine, connect
+from pipelines.ingest_engine import Engine, connect, count_rows
 from pipelines.ingest_files import Files, any_file, find_files
 from pipelines.ingest_names import NUMBERED, agree, with_numbers
 from pipelines.ingest_preview import preview_lines
@@ -78,6 +78,11 @@ class Raw:
     seen: Seen
     side: SideTables
     duplicates: int = 0
+
+    @property
+    def by_name(self) -> dict[str, ir.Table]:
+        """Events and impressions by the names under which the engine keeps them."""
+        return {EVENTS: self.events} | ({} if self.shown is None else {SHOWN: self.shown})
 
 
 @dataclass(frozen=True)
@@ -196,8 +201,7 @@ def _open(
 
 def _agreed(raw: Raw, older: Mapping[str, Older]) -> dict[str, ir.Table]:
     """All raw tables by their names, with columns of one type."""
-    tables = {EVENTS: raw.events} | ({} if raw.shown is None else {SHOWN: raw.shown})
-    return agree(tables | raw.side.by_name, older, raw.seen)
+    return agree(raw.by_name | raw.side.by_name, older, raw.seen)
 
 
 def _write_log(
@@ -279,7 +283,7 @@ def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
         found = engine.append("requests", found.mutate(bucket=ibis.literal(bucket).cast("int64")))
         found = found.filter(found.bucket == bucket)
         asked = engine.append("asked", kept_requests(found, config))
-    total = engine.rows(asked.aggregate(rows=asked.count()))[0]["rows"]
+    total = count_rows(engine, asked)
     groups, new = draw_groups(total, encoded.events, buckets, config), Counter[str]()
     for group in range(groups):
         first, end = (buckets * edge // groups for edge in (group, group + 1))
@@ -323,7 +327,7 @@ def _encode(
     infos = write_vocabularies(engine, made, root, config)
     words = {name: vocabulary.words for name, vocabulary in made.items()}
     coded = {name: multi[name] for name in raw.events.columns if name in multi}
-    total = engine.rows(raw.events.aggregate(rows=raw.events.count()))[0]["rows"]
+    total = count_rows(engine, raw.events)
     buckets = auto_buckets(total, config) if engine.bounded else 1
 
     def in_buckets(table: ir.Table) -> ir.Table:
@@ -344,14 +348,13 @@ def _encode(
 
 def _sources(engine: Engine, raw: Raw, name: str) -> list[ir.Table]:
     """The column of the tables that have it, with the time; the events first."""
-    tables = [table for table in (raw.events, raw.shown) if table is not None]
-    # Of items that nobody meets the log says nothing.
-    tables += raw.side.all if name != "item_id" else []
-    sources = [table for table in tables if name in table.columns]
-    kinds = {str(table[name].type()) for table in sources}
+    # The log says nothing of items that no event and no impression has.
+    tables = raw.by_name | (raw.side.by_name if name != "item_id" else {})
+    sources = {key: table for key, table in tables.items() if name in table.columns}
+    kinds: dict[str, str] = {}
+    for key, table in sources.items():
+        kinds.setdefault(str(table[name].type()), key.removeprefix("raw_"))
     if len(kinds) > 1:
-        problem = (
-            f"{name} is {' in the events and '.join(sorted(kinds))} in the impressions; cast one of them"
-        )
-        raise DataError(problem, file=raw.source)
-    return [narrow(engine, table, (name, "timestamp")) for table in sources]
+        told = " and ".join(f"{kind} in the {key}" for kind, key in kinds.items())
+        raise DataError(f"{name} is {told}; cast one of them", file=raw.source)
+    return [narrow(engine, table, (name, "timestamp")) for table in sources.values()]

@@ -14,6 +14,7 @@ from ibis.expr import types as ir
 from pipelines.ingest_engine import Engine
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.portable_hash import digest
+from trainer.ranking import auc
 
 _ROWS = 40_000  # candidates that are looked at
 _EACH = 10  # positives and negatives of the half that measures, at least
@@ -42,9 +43,9 @@ def lone_predictors(engine: Engine, offered: ir.Table, config: IngestConfig) -> 
     odd: list[dict[str, Any]] = []
     for name, values in found.items():
         for task, label in labels.items():
-            auc = _alone(values, label, fits)
-            if auc > _TOO_GOOD:
-                odd.append({"column": name.removeprefix("numeric_"), "task": task, "auc": round(auc, 4)})
+            value = _alone(values, label, fits)
+            if value > _TOO_GOOD:
+                odd.append({"column": name.removeprefix("numeric_"), "task": task, "auc": round(value, 4)})
     return sorted(odd, key=lambda one: (one["task"], one["column"]))
 
 
@@ -80,20 +81,12 @@ def _alone(values: Values, label: Values, fits: Values) -> float:
     prior = label[fits].mean()
     seen = np.bincount(codes[fits], minlength=words.size)
     hits = np.bincount(codes[fits], weights=label[fits], minlength=words.size)
-    best = _auc(((hits + prior) / (seen + 1))[codes[~fits]], measured)
+    best = auc(((hits + prior) / (seen + 1))[codes[~fits]], measured)
     if values.dtype.kind == "f":
-        # Of a number with many values the order tells more.
-        ordered = _auc(values[~fits], measured)
+        # A number with many values tells more by its order.
+        ordered = auc(values[~fits], measured)
         best = max(best, ordered, 1 - ordered)
     return best
-
-
-def _auc(scores: Values, label: Values) -> float:
-    _, places = np.unique(scores, return_inverse=True)
-    ones = np.bincount(places, weights=label)
-    zeros = np.bincount(places, weights=~label)
-    below = np.cumsum(zeros) - zeros
-    return float((ones * (below + zeros / 2)).sum() / (ones.sum() * zeros.sum()))
 
 
 def lone_lines(report: Mapping[str, Any], candidate_features: Mapping[str, Any]) -> list[str]:

@@ -53,7 +53,7 @@ def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts:
     ends |= {f"_from_{name}": events.timestamp.min(where=value.notnull()) for name, value in values.items()}
     grouped = events.group_by("item_id").aggregate(_since=events.timestamp.min(), **ends)
     spans = engine.keep("item_spans", grouped)
-    # Who first had no value did change, too: at a request between, the later one is not known.
+    # An item that first had no value changes, too: a request in between does not know the later value.
     changes = {
         name: (
             (spans[name] != spans[f"_most_{name}"]) | (spans[f"_from_{name}"] != spans["_since"])

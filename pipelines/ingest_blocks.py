@@ -23,7 +23,7 @@ from trainer.data.protocol import behavior_features, tie
 _BYTES_PER_BEHAVIOR, _BYTES_PER_ID = 160, 48
 _BYTES_PER_DRAW, _BYTES_PER_REFUSED = 64, 24
 _SHARE = 4  # of the memory limit that one bucket may take
-_WAITING = 32  # part of the memory limit that rows take which wait to be written in another order
+_WAITING = 32  # 1 / 32 of the memory limit holds rows that wait for their part of the new order
 
 
 @dataclass(frozen=True)

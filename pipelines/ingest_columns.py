@@ -15,11 +15,12 @@ import pyarrow as pa
 
 from embeddings.errors import DataError
 from pipelines.ingest_files import RawFile
+from trainer.data.arrow_types import is_list, is_text
 from trainer.data.ingest_config import Unit
 
 Kind = Literal["key", "time", "id", "ids", "text", "number"]
 Target = Literal["int64", "string", "float64", "array<int64>", "array<string>"]
-# Of a CSV cell, which may be anything; a column of nulls, which takes what the others are.
+# Families of their own: a CSV cell may be anything, and a column of nulls takes the type of the others.
 CSV, NULL = "csv", "null"
 _WHOLE = {"int", "uint64", "float", "decimal"}
 _LOOSE = {CSV, NULL}
@@ -78,7 +79,7 @@ def family(kind: pa.DataType) -> str:
     types = pa.types
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return family(kind.value_type)
-    if _is_list(kind):
+    if is_list(kind):
         return f"list of {family(kind.value_type)}"
     tests: Mapping[str, bool] = {
         NULL: types.is_null(kind),
@@ -87,18 +88,11 @@ def family(kind: pa.DataType) -> str:
         "int": types.is_integer(kind),
         "float": types.is_floating(kind),
         "decimal": types.is_decimal(kind),
-        "text": types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind),
+        "text": is_text(kind),
         "time": types.is_timestamp(kind),
         "date": types.is_date(kind),
     }
     return next((name for name, holds in tests.items() if holds), str(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
-    views = (types.is_list_view, types.is_large_list_view)
-    return any(test(kind) for test in (*lists, *views))
 
 
 def decide(
@@ -116,7 +110,7 @@ def decide(
         problems += wrong[:2]
         if wrong:
             continue
-        families = tuple(CSV if _outside(file, want.column) else _family(file, want) for file in files)
+        families = tuple(_family(file, want) for file in files)
         types = tuple(_type(file, want.column) for file in files)
         try:
             target = _target(want, files, families, types, want.column in text_columns)
@@ -139,12 +133,10 @@ def refuse(problems: Sequence[DataError]) -> None:
         raise DataError(f"{len(different)} problems: {told}{more}")
 
 
-def _outside(file: RawFile, column: str) -> bool:
-    return column not in file.columns
-
-
 def _family(file: RawFile, want: Wanted) -> str:
-    return CSV if file.format == "CSV" else family(file.types[want.column])
+    """What the file holds; a column that its folders name is text, as CSV is."""
+    outside = want.column not in file.columns
+    return CSV if outside or file.format == "CSV" else family(file.types[want.column])
 
 
 def _type(file: RawFile, column: str) -> str:
@@ -179,8 +171,6 @@ def _cast(want: Wanted, found: str) -> str:
         return "cast the column to text, or to integers"
     if found.startswith("list of") and want.kind in ("key", "id"):
         return "set multi = true for a feature, or cast the column"
-    if found == "text" and want.kind == "ids":
-        return "cast the column"
     return "cast the column"
 
 
@@ -235,13 +225,10 @@ def _target(
 def _conflict(
     want: Wanted, files: Sequence[RawFile], families: Sequence[str], types: Sequence[str]
 ) -> DataError:
-    first = next(i for i, one in enumerate(families) if one not in (*_LOOSE, "list of null"))
+    typed = [i for i, one in enumerate(families) if one not in (*_LOOSE, "list of null")]
     kinds = [_SPELLED.get(one, one) for one in families]
-    odd = next(
-        i
-        for i, kind in enumerate(kinds)
-        if kind != kinds[first] and families[i] not in (*_LOOSE, "list of null")
-    )
+    first = typed[0]
+    odd = next(i for i in typed if kinds[i] != kinds[first])
     problem = (
         f"holds {kinds[odd]} ({types[odd]}), but {files[first].path} holds {kinds[first]} ({types[first]}); "
         f"cast one of them, or name the column in text_columns"

@@ -6,9 +6,9 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.event_table import check_values, kind_of, raw_values
+from pipelines.event_table import check_values, raw_values, wanted_column
 from pipelines.ingest_columns import Kind, Wanted
-from pipelines.ingest_engine import Engine
+from pipelines.ingest_engine import Engine, count_rows
 from pipelines.ingest_files import find_files
 from pipelines.ingest_sources import RawTable, Seen, columns_of, open_files
 from trainer.data.ingest_config import ContextConfig, DomainConfig, FeatureConfig, IngestConfig
@@ -24,9 +24,8 @@ def open_domains(engine: Engine, config: IngestConfig, seen: Seen) -> tuple[ir.T
     sources = {domain.name: _open_domain(engine, domain, config, seen) for domain in config.domains}
     sources = _with_common_users(sources, config, seen)
     merged = engine.keep("trajectories", merge(list(sources.values())))
-    before = sum(engine.rows(table.aggregate(rows=table.count()))[0]["rows"] for table in sources.values())
-    after = engine.rows(merged.aggregate(rows=merged.count()))[0]["rows"]
-    return merged, int(before - after)
+    before = sum(count_rows(engine, table) for table in sources.values())
+    return merged, before - count_rows(engine, merged)
 
 
 def _with_common_users(sources: dict[str, ir.Table], config: IngestConfig, seen: Seen) -> dict[str, ir.Table]:
@@ -34,10 +33,9 @@ def _with_common_users(sources: dict[str, ir.Table], config: IngestConfig, seen:
     text = {name for name, table in sources.items() if table.user_id.type().is_string()}
     strict = [name for name in sources if name not in text and "user_id" not in seen.loose[name]]
     if text and strict:
-        files = next(domain.files[0] for domain in config.domains if domain.name == strict[0])
-        column = next(domain.user for domain in config.domains if domain.name == strict[0])
+        domain = next(domain for domain in config.domains if domain.name == strict[0])
         problem = f"holds integers, but the users of the domain {min(text)} are text; name it in text_columns"
-        raise DataError(problem, file=files, column=column)
+        raise DataError(problem, file=domain.files[0], column=domain.user)
     if not text:
         seen.loose["trajectories"] = {"user_id"} if not strict else set()
         return sources
@@ -60,7 +58,7 @@ def _open_domain(engine: Engine, domain: DomainConfig, config: IngestConfig, see
     }
     entries |= {f"context_{entry.name}": entry for entry in config.event_context}
     known = {name: entry for name, entry in entries.items() if entry.source in present}
-    wanted += [Wanted(f"features: {entry.name}", entry.source, kind_of(entry)) for entry in known.values()]
+    wanted += [wanted_column("features", entry) for entry in known.values()]
     table = open_files(engine, files, wanted, config, seen)
     seen.loose[domain.name] = {"user_id"} if (domain.user, "key") in table.loose else set()
     further = {name: _further(engine, table, entry, name in known) for name, entry in entries.items()}

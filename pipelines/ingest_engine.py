@@ -331,6 +331,11 @@ class SparkEngine:
         return self._spark.table(name)
 
 
+def count_rows(engine: Engine, table: ir.Table) -> int:
+    """How many rows a table has."""
+    return int(engine.rows(table.aggregate(rows=table.count()))[0]["rows"])
+
+
 def _duck_column(file: RawFile, place: int) -> str:
     """Nanoseconds as a number, as Spark gives them: Ibis knows no such time with a zone."""
     name = file.columns[place]

@@ -1,4 +1,4 @@
-"""Where in the raw files a fault is: looked up only after an engine has met it."""
+"""Finds the place of a fault in the raw files, once an engine has met one."""
 
 from __future__ import annotations
 

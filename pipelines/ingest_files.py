@@ -29,7 +29,7 @@ TEXT_TABLES = (".csv", ".tsv", ".txt", ".inter")
 _JSON = (".json", ".jsonl", ".ndjson")
 _PACKED = (".zst", ".bz2", ".xz", ".zip", ".lz4")
 _MAGIC = b"PAR1"
-# What says which files of a folder count.
+# A folder with one of these is a table whose own log says which of its files count.
 _LAKES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 # RecBole writes the type of a column behind its name.
 _RECBOLE = re.compile(r":(token|float|token_seq|float_seq)$")
@@ -43,7 +43,7 @@ class FoundFiles:
     what: str
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
-    # Of Parquet files that were looked at before: there may be thousands, far away.
+    # Parquet files that were looked at before; there may be thousands, on slow storage.
     known: dict[Path, RawFile] = field(default_factory=dict, compare=False)
 
     @property

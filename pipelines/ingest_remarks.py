@@ -11,7 +11,7 @@ from typing import Any
 
 from ibis.expr import types as ir
 
-from pipelines.ingest_engine import Engine
+from pipelines.ingest_engine import Engine, count_rows
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.protocol import REQUEST, Tables
 from trainer.data.schema import LogManifest
@@ -70,9 +70,7 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
     for bucket in range(buckets):
         part = tables.of_buckets(bucket, bucket + 1)
         events = part.events
-        rows = engine.rows(events.aggregate(rows=events.count()))[0]["rows"]
-        once = events.distinct()
-        found["repeated_events"] += int(rows - engine.rows(once.aggregate(rows=once.count()))[0]["rows"])
+        found["repeated_events"] += count_rows(engine, events) - count_rows(engine, events.distinct())
         if part.shown is not None:
             found.update(_impressions(engine, part.shown, events, config))
     if tables.items is not None:
@@ -82,7 +80,7 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
         found["users_that_the_user_table_lacks"] = _lacking(engine, asking, tables.users, "user_id")
     if tables.shown is not None:
         had = tables.shown.anti_join(tables.events.select("item_id").distinct(), "item_id")
-        found["impressions_of_items_without_events"] = _count(engine, had)
+        found["impressions_of_items_without_events"] = count_rows(engine, had)
         labels = {task: (tables.shown[f"label_{task}"] >= 0.5).cast("int64").sum() for task in config.tasks}
         sums = engine.rows(tables.shown.aggregate(_rows=tables.shown.count(), **labels))[0]
         return {
@@ -93,12 +91,8 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
     return {"remarks": dict(found)}
 
 
-def _count(engine: Engine, table: ir.Table) -> int:
-    return int(engine.rows(table.aggregate(rows=table.count()))[0]["rows"])
-
-
 def _lacking(engine: Engine, table: ir.Table, known: ir.Table, key: str) -> int:
-    return _count(engine, table.select(key).distinct().anti_join(known, key))
+    return count_rows(engine, table.select(key).distinct().anti_join(known, key))
 
 
 def _impressions(engine: Engine, shown: ir.Table, events: ir.Table, config: IngestConfig) -> dict[str, int]:
@@ -114,8 +108,8 @@ def _impressions(engine: Engine, shown: ir.Table, events: ir.Table, config: Inge
     return {
         "repeated_impressions": int(sums["rows"] or 0),
         "repeated_impressions_with_other_labels": int(sums["differ"] or 0),
-        "requests_of_several_times_or_contexts": _count(engine, asked.filter(asked["_differ"])),
-        "impressions_of_users_without_events": _count(
+        "requests_of_several_times_or_contexts": count_rows(engine, asked.filter(asked["_differ"])),
+        "impressions_of_users_without_events": count_rows(
             engine, shown.anti_join(events.select("user_id").distinct(), "user_id")
         ),
     }

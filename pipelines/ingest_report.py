@@ -10,7 +10,7 @@ from ibis.expr import types as ir
 
 from pipelines.ingest_alone import lone_lines
 from pipelines.ingest_attributes import Attributes
-from pipelines.ingest_engine import Engine
+from pipelines.ingest_engine import Engine, count_rows
 from pipelines.ingest_preview import column_lines
 from pipelines.ingest_remarks import Span, remark_lines
 from trainer.data.ingest_config import IngestConfig
@@ -131,7 +131,7 @@ def _dropped(engine: Engine, counts: Counts, requests: int, config: IngestConfig
         candidates = sum(info.candidates for info in counts.splits.values())
         if config.requests.new_items == "drop":
             offered = counts.requests.offered
-            left = requests - int(engine.rows(offered.aggregate(rows=offered.count()))[0]["rows"])
+            left = requests - count_rows(engine, offered)
             dropped["requests_for_new_items_only"] = left
         dropped["negatives_not_found"] = positives * (config.requests.negatives + 1) - candidates
     return dropped

@@ -40,10 +40,6 @@ class SideTables:
         return {name: table for name, table in found.items() if table is not None}
 
     @property
-    def all(self) -> list[ir.Table]:
-        return list(self.by_name.values())
-
-    @property
     def features(self) -> list[str]:
         """The features that the table of items gives."""
         return (
@@ -80,7 +76,7 @@ class SideTables:
 
 
 def _met(table: ir.Table) -> ir.Table:
-    """Without the items and users that no event and no impression has."""
+    """The rows of items and users that some event or impression has."""
     if "item_id" in table.columns:
         return table.filter(table.item_id > 0)
     return table.filter(table.user_id.notnull())

@@ -7,9 +7,9 @@ column is first seen as it is, then all cells decide what it becomes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import ibis
 from ibis.expr import types as ir
@@ -20,10 +20,10 @@ from pipelines.ingest_engine import Engine
 from pipelines.ingest_faults import bad_cell, check_rows
 from pipelines.ingest_files import FoundFiles, RawFile, look
 from pipelines.ingest_values import convert, look_at, may_be_broken, of_text
+from trainer.data.balanced import all_rows, balanced
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.schema import ColumnInfo
 
-Part = TypeVar("Part")
 _TOLD = 10  # names of columns that one line lists
 
 
@@ -80,7 +80,7 @@ def open_files(
     parts = _parts(engine, files, columns, config)
     facts = _facts(engine, parts, columns, files)
     targets = _settled(files, columns, facts)
-    table = _joined([_converted(part, columns, targets) for part in parts])
+    table = all_rows([_converted(part, columns, targets) for part in parts])
     told = list(zip(columns, targets, facts, strict=True))
     seen.columns += [_understood(found.what, *one) for one in told]
     seen.notes += [*found.notes, *_unused(found.what, files, wanted)]
@@ -157,19 +157,6 @@ def _converted(part: _Part, columns: Sequence[Column], targets: Sequence[Target]
     return part.table.select(**values)
 
 
-def _joined(parts: Sequence[ir.Table]) -> ir.Table:
-    """All rows of all parts."""
-    return _balanced(parts, lambda left, right: left.union(right))
-
-
-def _balanced(parts: Sequence[Part], join: Callable[[Part, Part], Part]) -> Part:
-    """All parts joined as a tree, since a chain of thousands is too deep to compile."""
-    if len(parts) == 1:
-        return parts[0]
-    half = len(parts) // 2
-    return join(_balanced(parts[:half], join), _balanced(parts[half:], join))
-
-
 def _facts(
     engine: Engine, parts: Sequence[_Part], columns: Sequence[Column], files: Sequence[RawFile]
 ) -> list[dict[str, Any]]:
@@ -182,7 +169,7 @@ def _facts(
         part.table.select(**{name: look_.get(name, ibis.null(kind)) for name, kind in kinds.items()})
         for part, look_ in zip(parts, looks, strict=True)
     ]
-    everything = _joined(tables)
+    everything = all_rows(tables)
     sums: dict[str, ir.Value] = {}
     for name, kind in kinds.items():
         value = everything[name]
@@ -193,7 +180,7 @@ def _facts(
     try:
         row = engine.rows(everything.aggregate(**sums))[0]
     except Exception as error:
-        # The engines' own words for a row that is cut short do not name the file on every engine.
+        # Not every engine names the file of a row that is cut short, so it is looked for here.
         check_rows(files)
         if isinstance(error, DataError) and error.file is None:
             more = f", or in one of {len(files) - 1} more files" if len(files) > 1 else ""
@@ -209,7 +196,7 @@ def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, i
     asked: dict[str, ir.Value] = {}
     texts = [cell for cell, family in zip(part.cells, part.families, strict=True) if family == CSV]
     if lenient and texts:
-        asked["odd"] = _balanced([may_be_broken(text) for text in texts], lambda left, right: left | right)
+        asked["odd"] = balanced([may_be_broken(text) for text in texts], lambda left, right: left | right)
     for place, (column, cell, family) in enumerate(zip(columns, part.cells, part.families, strict=True)):
         cells = look_at(cell, family, column.want.kind, column.target, column.want.unit)
         named = {"bad": cells.bad, "wide": cells.wide, "cut": cells.cut, "known": cells.known}

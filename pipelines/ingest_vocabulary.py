@@ -18,6 +18,7 @@ from pipelines.ingest_tables import counted, numbered
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.data.schema import MANIFEST, FeatureInfo, LogManifest, read_manifest
+from trainer.data.vocabulary_digest import spelled
 
 _BATCH = 1 << 16
 
@@ -112,7 +113,7 @@ def _older(engine: Engine, file: Path, info: FeatureInfo) -> Older:
             raise DataError(
                 "its ids do not count from 1; name a log that `tandemrec ingest` wrote", file=file
             )
-        content.update(_spelled(batch))
+        content.update(spelled(batch.column("value")))
         rows += len(ids)
     if content.hexdigest() != info.vocabulary or rows != info.rows:
         problem = "is not the vocabulary in the log's manifest, so it was damaged or replaced"
@@ -242,15 +243,10 @@ def write_words(engine: Engine, name: str, table: ir.Table, root: Path) -> tuple
             writer = pq.ParquetWriter(path, batch.schema, compression="zstd", write_page_checksum=True)
         writer.write_batch(batch)
         rows += batch.num_rows
-        content.update(_spelled(batch))
+        content.update(spelled(batch.column("value")))
     if writer is not None:
         writer.close()
     else:
         # A column of nulls only: all its ids are 0.
         pq.write_table(table.schema().to_pyarrow().empty_table(), path)
     return rows + 1, content.hexdigest()
-
-
-def _spelled(batch: pa.RecordBatch) -> bytes:
-    # Of the values, not of the file: both engines, whatever their bytes, give one vocabulary.
-    return "".join(f"{value}\n" for value in batch.column("value").to_pylist()).encode()

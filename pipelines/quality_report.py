@@ -18,6 +18,8 @@ _REMEDY = (
     "what may help: more steps (train.epochs, train.max_steps), other learning rates (train.learning_rate, "
     "groups.NAME.learning_rate), a shorter warm-up"
 )
+# What only probabilities have.
+_PROBABLE = ("logloss", "ne", "pcoc", "ece")
 # A model is compared with baselines by these, and by whether more is better.
 _COMPARED = {"auc": ("AUC", 1), "gauc": ("GAUC", 1), "logloss": ("logloss", -1)}
 # PCOC outside of this is worth a sentence, if the split has enough positives to tell.
@@ -58,9 +60,6 @@ def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[
     ]
     lines = table_lines([*head, "logloss", "NE", "PCOC", "ECE"], rows)
     return [*lines, *_counts(metrics), *_lead(metrics, table, feature)]
-
-
-_PROBABLE = ("logloss", "ne", "pcoc", "ece")
 
 
 def shown_rank(metrics: Metrics) -> int:
@@ -157,6 +156,11 @@ def _scale(metrics: Metrics) -> Iterator[str]:
         yield f"PCOC is {pcoc:.2f}: the predictions add up to {pcoc:.2f} times the labels"
 
 
+def baselines_key(split: str) -> str:
+    """Where summary.json keeps the baselines of a split."""
+    return "baselines" if split == "test" else f"baselines_{split}"
+
+
 def without(problems: Sequence[str]) -> list[str]:
-    """What baselines are missing."""
+    """A line for each baseline that is missing, and why."""
     return [f"left out: {problem}" for problem in problems]

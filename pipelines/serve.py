@@ -71,7 +71,7 @@ def serve(
         log_level="error",
         timeout_graceful_shutdown=grace_seconds,
     )
-    # What is there now stays, so that no collector walks it while a body becomes a million lists.
+    # All objects of now stay alive, so the collector need not walk them while a body becomes a million lists.
     gc.collect()
     gc.freeze()
     # uvicorn raises the signal that stopped it once more when it is done: here that is no error.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from embeddings.errors import TandemError
 from pipelines.serve_bodies import AnswerBody, ErrorBody, HealthBody, ReadyBody, ReloadBody, UpdatesBody
-from pipelines.serve_decode import Decoded, decode, encode
+from pipelines.serve_decode import decode, encode
 from pipelines.serve_load import HeldAnswer, Hold, InFlight, LoadLimits, read_body
 from pipelines.serve_metrics import Metrics
 from pipelines.serve_updates import Updates
@@ -33,12 +33,13 @@ from trainer.serving.current import Current
 from trainer.serving.request import ScoreBody
 from trainer.serving.scorer import Scorer
 
+Result = TypeVar("Result")
 _PAGE = Path(__file__).with_name("serve_page.html")
 _CSP = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:"
 )
-# Of a client that has left; nobody sees it.
+# The status of an answer to a client that has left; nobody sees it.
 _LEFT = 499
 
 
@@ -69,7 +70,7 @@ class Service:
         self.updates = Updates(self.current, self.metrics, self.poll_seconds)
         self.metrics.serving(self.current.scorer)
 
-    async def aside(self, work: Any, *given: Any) -> Any:
+    async def aside(self, work: Callable[..., Result], *given: Any) -> Result:
         """What may take long, in the thread that decodes."""
         return await asyncio.get_running_loop().run_in_executor(self.decoder, work, *given)
 
@@ -174,7 +175,7 @@ async def _scored(request: Request, service: Service, hold: Hold) -> Response:
     arrived = time.perf_counter()
     scorer = service.current.scorer
     stored: Mapping[int, History] = service.current.histories or {}
-    decoded: Decoded = await service.aside(decode, given, content_type, scorer, stored, service.limits)
+    decoded = await service.aside(decode, given, content_type, scorer, stored, service.limits)
     del given
     hold.resize(decoded.bytes)
     service.metrics.stage.labels("decode").observe(time.perf_counter() - arrived)
@@ -266,8 +267,7 @@ def _add_page(app: FastAPI, service: Service) -> None:
     @app.get("/users", response_model=UsersBody)
     async def users() -> UsersBody:
         """Users whose histories the server has, those with requests to look at first."""
-        found: UsersBody = await service.aside(users_body, service.current.histories)
-        return found
+        return await service.aside(users_body, service.current.histories)
 
     @app.get("/users/{user_id}", response_model=UserBody, responses=_errors(404, 422))
     async def user(user_id: int) -> UserBody:
@@ -275,5 +275,4 @@ def _add_page(app: FastAPI, service: Service) -> None:
         histories = service.current.histories
         if histories is None or user_id not in histories:
             raise RequestError(404, f"no stored history of user {str(user_id)[:20]}")
-        found: UserBody = await service.aside(user_body, histories, user_id, service.limits)
-        return found
+        return await service.aside(user_body, histories, user_id, service.limits)

@@ -21,7 +21,7 @@ _FEW_PARTS, _SHORT_PART = 1_000, 256
 
 
 class BoundedConnection(h11.Connection):
-    """Reads events of which each costs some 30 microseconds, so that a body must not be cut into crumbs."""
+    """Refuses bodies in crumbs: each event costs some 30 microseconds, however few bytes it brings."""
 
     def __init__(self, most: int) -> None:
         super().__init__(h11.SERVER, most)
@@ -68,7 +68,7 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Between requests a head has begun; else it has come, or the request before is not yet answered."""
+        """Between two requests the clock of a head runs, until the head has come whole."""
         if self._turned_away:
             return
         super().data_received(data)
@@ -96,7 +96,7 @@ class BoundedProtocol(H11Protocol):
             self._write_timer = _cancelled(self._write_timer)
 
     def on_response_complete(self) -> None:
-        """All of an answer has been handed over; with what follows another begins."""
+        """A client that has taken the whole answer has no more time to keep."""
         if not self.flow.write_paused:
             self._write_timer = _cancelled(self._write_timer)
         super().on_response_complete()

@@ -42,7 +42,7 @@ class Decoded:
 def decode(
     body: memoryview, content_type: str, scorer: Scorer, stored: Mapping[int, History], limits: Limits
 ) -> Decoded:
-    """Raises RequestError for whatever cannot be scored."""
+    """Requests of a body; RequestError for whatever cannot be scored."""
     if content_type == arrow_body.MEDIA_TYPE:
         found = arrow_body.read_arrow(body, stored, scorer.needs, limits, scorer.vocabularies)
         return Decoded([newest(request, scorer.needs) for request in found])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import mmap
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastapi import Request, Response
@@ -41,7 +40,7 @@ class InFlight:
         self.most, self.held, self._peak = most, 0, 0
 
     def change(self, size: int) -> None:
-        """Once all is gone that was much, its memory goes back: the C library would keep it."""
+        """Add to what is held. Where much has become nothing, the C library is told to free its memory."""
         self.held += size
         self._peak = max(self._peak, self.held)
         if not self.held and self._peak > _MUCH:
@@ -56,7 +55,7 @@ class Hold:
         self._all, self.bytes = all_, 0
 
     def resize(self, size: int) -> None:
-        """Raises RequestError (503) where that is too much for all."""
+        """Hold so many bytes from now on; RequestError (503) where that is too much for all clients."""
         if self._all.held - self.bytes + size > self._all.most:
             problem = f"the server holds {self._all.most:,} bytes for its clients already (--max-in-flight)"
             raise RequestError(503, f"{problem}; try again")
@@ -104,8 +103,8 @@ async def read_body(request: Request, limits: Limits, hold: Hold, seconds: float
     """The whole body.
 
     Raises:
-        RequestError: 413 as soon as it is seen to be too long, 503 where all are, 415 where it is compressed,
-            408 where it does not come.
+        RequestError: 413 as soon as it is seen to be too long, 503 where all clients' bodies are, 415 where
+            it is compressed, 408 where it does not come.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
@@ -130,10 +129,8 @@ async def read_body(request: Request, limits: Limits, hold: Hold, seconds: float
 class HeldAnswer(Response):
     """An answer whose bytes count until its client has taken them."""
 
-    def __init__(
-        self, content: bytes, hold: Hold, media_type: str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(content, headers=headers, media_type=media_type)
+    def __init__(self, content: bytes, hold: Hold, media_type: str) -> None:
+        super().__init__(content, media_type=media_type)
         self._hold = hold
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

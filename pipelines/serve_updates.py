@@ -93,7 +93,6 @@ def read_token(file: Path) -> str:
     Raises:
         ConfigError: it is missing, or too short to be secret.
     """
-
     try:
         token = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -16,7 +16,7 @@ _MOST_USERS, _MOST_REQUESTS = 500, 12
 
 
 class UserLine(BaseModel):
-    """A user and how long his history is."""
+    """A user and how long their history is."""
 
     user_id: int
     behaviors: int
@@ -40,7 +40,7 @@ class RequestLine(BaseModel):
 
 
 class UserBody(BaseModel):
-    """A user's history and his newest logged requests.
+    """A user's history and their newest logged requests.
 
     Attributes:
         skipped: older behaviors that are left out here.

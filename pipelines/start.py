@@ -15,7 +15,7 @@ from embeddings.agreement import from_every_rank, from_rank_0, unhurried
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.plan_file import read_plan_file, to_tree
-from embeddings.planning import DoesNotFit, check_plan, offline_plan
+from embeddings.planning import DoesNotFit, check_plan, keep_quiet, offline_plan
 from trainer import checkpoint
 from trainer.assemble import (
     Sharded,
@@ -32,6 +32,7 @@ from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks, sum_counts
 from trainer.durable import remove_folder
 from trainer.loop import Trainer
+from trainer.model.two_stage import TwoStageModel
 from trainer.pipeline import kind_for
 from trainer.remarks import remarks
 from trainer.resume import check_resumable, check_same_order, log_fingerprint
@@ -143,8 +144,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
 def try_out(start: Start, say: Say) -> None:
     """Do what is left before a first step, short of taking it; collective.
 
-    Tables of more than a gigabyte are planned and not built. That they need more ranks than one is said and
-    no error where there is one: a check is made before the ranks of a training are there.
+    Tables of more than a gigabyte are planned and not built. If a check runs on one rank, tables that need
+    more ranks are reported and are no error, since a check comes before the ranks of a training are there.
 
     Raises:
         TandemError: training would raise it.
@@ -152,26 +153,25 @@ def try_out(start: Start, say: Say) -> None:
     if start.ranks.speaks:
         start.folder.check_free()
     size = sum(4 * table.rows * table.dim for group in start.groups.values() for table in group.tables)
-    _check_plan(start, say)
+    built = build_trainable(start.config, start.manifest, torch.device("meta"))
+    _check_plan(start, built, say)
     if size <= _SMALL:
         _build(start)
     else:
         say(f"tables of {size / 1e9:,.1f} GB were planned, not built")
-        source, config = start.config.train.init_from, start.config
+        source = start.config.train.init_from
         if source and start.found.path is None:
-            model, _ = build_trainable(config, start.manifest, torch.device("meta"))
-            from_rank_0(lambda: check_source(model, Path(source)))
+            from_rank_0(lambda: check_source(built[0], Path(source)))
     if start.validation is not None:
         _first(start.validation)
     if start.manifest.holds("test"):
         _first(open_split(start.config, "test", feature_rows(start.groups), start.ranks))
 
 
-def _check_plan(start: Start, say: Say) -> None:
+def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]], say: Say) -> None:
     """Whether the tables have a place; a plan from a file is checked for the ranks that it was made for."""
     config, ranks = start.config, start.ranks
     cluster, size = cluster_of(ranks), step_size(config.data, start.manifest)
-    built = build_trainable(config, start.manifest, torch.device("meta"))
     if config.plan.file:
         file = Path(config.plan.file)
         saved = read_plan_file(file)
@@ -200,11 +200,11 @@ def _build(start: Start) -> None:
     own = start.config.plan.model_copy(update={"file": ""})
     config = start.config.model_copy(update={"plan": own})
     sharded = build_sharded(config, start.manifest, start.ranks, training=True, resumed=start.found)
-    trainer = start.trainer(sharded, _nothing)
+    trainer = start.trainer(sharded, keep_quiet)
     trainer.resume(start.found)
     scratch = Path(from_rank_0(tempfile.mkdtemp))
     try:
-        start.fill(trainer, scratch / "init.tmp", _nothing)
+        start.fill(trainer, scratch / "init.tmp", keep_quiet)
     finally:
         if start.ranks.speaks:
             remove_folder(scratch)
@@ -213,14 +213,10 @@ def _build(start: Start) -> None:
         sharded.model.eval()(step.batch.to(start.ranks.device))
 
 
-def _nothing(line: str) -> None:
-    """Says nothing."""
-
-
 def _first(reader: SequenceLogReader) -> Step:
     """The first step of a split, read and checked."""
     with closing(reader.steps()) as steps:
-        return next(iter(steps))
+        return next(steps)
 
 
 def check_writable(out: Path) -> None:

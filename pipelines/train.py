@@ -10,7 +10,7 @@ from embeddings.agreement import from_rank_0
 from embeddings.planning import Placement
 from pipelines.console import quiet_third_parties
 from pipelines.profile import StepProfile
-from pipelines.start import open_split, open_start, try_out
+from pipelines.start import open_start, try_out
 from pipelines.train_report import next_commands, quality
 from trainer import checkpoint
 from trainer.assemble import build_sharded
@@ -20,8 +20,6 @@ from trainer.distributed import Ranks, process_group
 from trainer.loop import Position, Trainer
 from trainer.run import RunFolder, versions
 from trainer.starts import ending_well
-
-__all__ = ["check", "open_split", "plan_lines", "run", "train"]
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:

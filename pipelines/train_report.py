@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.errors import TandemError
-from pipelines.quality_report import remarks, without
+from pipelines.quality_report import baselines_key, remarks, without
 from trainer.baselines import baselines, by_baseline, counted_feature
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import LogManifest
-from trainer.metrics import Metrics, first_and_all
+from trainer.metrics import Metrics, entry_of
 
 _SPLITS = ("test", "validation")
 
@@ -24,15 +24,13 @@ def quality(
 
     Training is over and saved by then: a baseline that cannot be computed is said, and is no failure.
     """
-    entries: dict[str, Any] = {
-        "validation": first_and_all({task: found.as_dict() for task, found in metrics.items()})
-    }
+    entries: dict[str, Any] = {"validation": entry_of(metrics)}
     try:
         beside = baselines(validation)
     except TandemError as error:
         return entries, [f"no baselines beside the validation: {error}"]
     table, feature = beside.metrics(), counted_feature(manifest)
-    entries["baselines_validation"] = by_baseline(table)
+    entries[baselines_key("validation")] = by_baseline(table)
     return entries, [*without(beside.missing), *remarks("validation", metrics, table, feature)]
 
 

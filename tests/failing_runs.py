@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 import trainer.checkpoint
@@ -25,7 +24,7 @@ import trainer.starts
 import trainer.warm_start
 from embeddings import planning
 from embeddings.agreement import from_every_rank, from_rank_0
-from tests.forked import fork_ranks
+from tests.forked import fork_ranks, one_thread
 from tests.logs import Shape, random_rows, write_log
 from tests.saving_runs import Runs
 from trainer import checkpoint_files
@@ -140,7 +139,5 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
+    one_thread()
     main(Path(sys.argv[1]))

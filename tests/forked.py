@@ -12,6 +12,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import pyarrow as pa
+import torch
+
 from trainer.distributed import Ranks, process_group
 
 
@@ -29,6 +32,13 @@ def fork(work: Callable[[], None]) -> int:
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def one_thread() -> None:
+    """Have torch and Arrow work without threads of their own, which a fork would lose."""
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
 
 
 def wait_all(pids: list[int], seconds: int = 60) -> list[int]:

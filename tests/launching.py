@@ -132,6 +132,14 @@ def launched(
     return subprocess.CompletedProcess([module, *words], code, *texts)
 
 
+def reported(module: str, root: Path, timeout: float = 280) -> dict[str, Any]:
+    """What `python -m MODULE ROOT` has written to report.json there."""
+    done = launched(module, str(root), timeout=timeout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found: dict[str, Any] = json.loads((root / "report.json").read_text())
+    return found
+
+
 def tandemrec(*words: str, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
     return launched("launch.cli", *words, ranks=ranks, timeout=timeout)

@@ -53,6 +53,12 @@ class Door:
         self.engine: Engine = connect(engine, EngineConfig(threads=1, memory_limit="500MB"), folder / "spill")
         self.seen = Seen()
 
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
     def events(self, files: Files, **changes: Any) -> list[Row]:
         """The rows in the order of their times."""
         self.seen = Seen()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.train import open_split
+from pipelines.start import open_split
 from tests.launching import ROOT
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config import Config, load_config

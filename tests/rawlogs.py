@@ -41,6 +41,12 @@ def write(path: Path, rows: Sequence[Row], names: Sequence[str] = EVENT) -> Path
     return path
 
 
+def as_parquet(path: Path, rows: Sequence[Row], names: Sequence[str]) -> Path:
+    """Some columns of the rows, of the types that their values have."""
+    pq.write_table(pa.table({name: [row[name] for row in rows] for name in names}), path)
+    return path
+
+
 def events(seed: int = 0, users: int = 6, per_user: int = 20, items: int = 30, days: int = 10) -> list[Row]:
     """Events with ties in time, exact repetitions, nulls, and empty and missing tag lists.
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 import pipelines.train
-from tests.forked import fork_ranks
+from tests.forked import fork_ranks, one_thread
 from tests.launching import SETTINGS, losses, overrides
 from tests.logs import small_log
 from trainer import checkpoint_files, hashed_writer
@@ -209,7 +208,5 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
+    one_thread()
     main(Path(sys.argv[1]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -36,8 +37,8 @@ from trainer.snapshot.manifest import InputFeature, SnapshotManifest, Vocabulary
 from trainer.snapshot.publishing import drafting, publish
 from trainer.snapshot.writing import Draft, Source, finished
 
+ARROW = "application/vnd.apache.arrow.stream"
 TOKEN = "a token for the tests"
-MAY_RELOAD = {"authorization": f"Bearer {TOKEN}"}
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,11 @@ def snapshot_of(config: Config, path: Path = Path("snapshot/v00000001")) -> Snap
 
 def published(config: Config, root: Path, vocabularies: bool | None = False) -> Path:
     """The version of a snapshot with random tables, which nobody trained."""
-    groups = resolve_groups(config, read_manifest(config.data.log))
-    source = _Untrained(config, groups, None)  # type: ignore[arg-type]
-    log = read_manifest(config.data.log)
-    digests = {name: info.vocabulary for name, info in {**log.features, **log.context}.items()}
-    plain = snapshot_of(config)
-    digests = {name: digests[name] for name in plain.manifest.inputs}
+    log, plain = read_manifest(config.data.log), snapshot_of(config)
+    source = _Untrained(config, resolve_groups(config, log), None)  # type: ignore[arg-type]
     manifest, batch = plain.manifest, plain.recorded.batch
+    known = {**log.features, **log.context}
+    digests = {name: known[name].vocabulary for name in manifest.inputs}
     with drafting(root) as part:
         draft = Draft(part, source, dict.fromkeys(source.groups, "fp32"))  # type: ignore[arg-type]
         dense = source.dense()
@@ -185,10 +184,22 @@ class Client:
         found: dict[str, Any] = answer.json()
         return found
 
+    async def reload(self) -> httpx.Response:
+        """Ask for the newest version, with the token."""
+        return await self.http.post("/reload", headers={"authorization": f"Bearer {TOKEN}"})
+
     async def metric(self, name: str) -> float:
         text = (await self.http.get("/metrics")).text
         lines = [line.rpartition(" ") for line in text.splitlines()]
         return float(next(value for key, _, value in lines if key == name))
+
+
+def stream(table: pa.Table, rows: int | None = None, **options: Any) -> bytes:
+    """A table as an Arrow IPC stream, in batches of so many rows; `options` of how it is written."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return sink.getvalue().to_pybytes()
 
 
 def service_of(

@@ -22,7 +22,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.errors import DataError
 from pipelines.console import quiet_third_parties
-from pipelines.train import open_split
+from pipelines.start import open_split
 from tests.launching import ROOT
 from trainer.assemble import Sharded, build_sharded, feature_rows
 from trainer.config import Config, load_config

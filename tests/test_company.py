@@ -87,8 +87,7 @@ def clustered_log(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         groups, times = np.zeros(len(vectors)), np.array(row["history_timestamp"])
         found = cluster_history(vectors, groups, times, ClusterInfo(chunk=9, cap=3))
         row |= {"cluster_size": found.size.tolist(), "cluster_time": found.time.tolist()}
-    path = clustered(tmp_path_factory.mktemp("clustered") / "log", rows)
-    return path
+    return clustered(tmp_path_factory.mktemp("clustered") / "log", rows)
 
 
 @pytest.mark.parametrize("preset", [*PRESETS, "twin_v2"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -120,11 +121,9 @@ def test_two_ranks_end_together(log: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_best_checkpoint_is_not_used_unasked(
-    log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    with process_group() as ranks:
-        pipelines.train.run(config(log), run, ranks)
+    run = shutil.copytree(run, tmp_path / "run")
     (run / "checkpoints" / "step-00000002" / "state.json").write_text("{}")
     assert evaluate(run, "validation")["auc"] == validated(run)[-1][1]
     assert "refused checkpoint: the best one" in capfd.readouterr().out
@@ -133,7 +132,7 @@ def test_a_damaged_best_checkpoint_is_not_used_unasked(
 
 
 def metrics(value: float) -> Metrics:
-    blank = {name: 0 for name in Metrics.__dataclass_fields__}
+    blank = dict.fromkeys(Metrics.__dataclass_fields__, 0)
     return replace(Metrics(**blank), auc=value, logloss=value)
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from embeddings.errors import CheckpointError, DataError, RankError, TandemError
 from tests.failing_runs import PLACES
-from tests.launching import launched
+from tests.launching import reported
 
 Report = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    root = tmp_path_factory.mktemp("failing")
-    done = launched("tests.failing_runs", str(root), timeout=280)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found: Report = json.loads((root / "report.json").read_text())
-    return found
+    return reported("tests.failing_runs", tmp_path_factory.mktemp("failing"))
 
 
 @pytest.mark.parametrize("place", PLACES)

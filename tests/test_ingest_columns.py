@@ -23,9 +23,8 @@ TAGS: dict[str, Any] = {"features": [{"name": "tags", "multi": True}]}
 
 @pytest.fixture(scope="module")
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    opened = Door(tmp_path_factory.mktemp("engine"))
-    yield opened
-    opened.engine.close()
+    with Door(tmp_path_factory.mktemp("engine")) as opened:
+        yield opened
 
 
 @pytest.mark.parametrize(

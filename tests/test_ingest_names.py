@@ -9,14 +9,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
 from launch.cli import main
 from pipelines.ingest import ingest, preview, report_lines
-from tests.rawlogs import DAY, EVENT, SHOWN, START, Row, config, events, impressions, rows, words, write
+from tests.rawlogs import (
+    DAY,
+    EVENT,
+    SHOWN,
+    START,
+    Row,
+    as_parquet,
+    config,
+    events,
+    impressions,
+    rows,
+    words,
+    write,
+)
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.schema import LogManifest, read_manifest
 
@@ -51,11 +62,6 @@ def as_text(
 
 def with_text(raw: Sequence[Row], **names: str) -> list[Row]:
     return [row | {name: f"{prefix}{row[name]}" for name, prefix in names.items()} for row in raw]
-
-
-def as_parquet(path: Path, raw: Sequence[Row], names: Sequence[str]) -> Path:
-    pq.write_table(pa.table({name: [row[name] for row in raw] for name in names}), path)
-    return path
 
 
 def test_every_format_gives_the_same_log(tmp_path: Path) -> None:
@@ -208,7 +214,7 @@ def test_impressions_of_csv_follow_the_events(tmp_path: Path) -> None:
     ingest(told, tmp_path / "log", small_plan, impressions=asked, overwrite=True)
     assert set(words(tmp_path / "log", "item_id")) >= set(map(str, items))
     strict = write(tmp_path / "i.parquet", shown, SHOWN)
-    with pytest.raises(DataError, match="item_id is int64 in the events and string in the impressions"):
+    with pytest.raises(DataError, match="item_id is string in the events and int64 in the impressions"):
         ingest(told, tmp_path / "log", small_plan, impressions=strict, overwrite=True)
     told = as_parquet(tmp_path / "e.parquet", with_text(raw, user_id="u"), EVENT[:4])
     with pytest.raises(DataError, match=r"user_id: text in the events and integers in the impressions"):

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +22,7 @@ from tests.rawlogs import (
     START,
     Log,
     Row,
+    as_parquet,
     config,
     events,
     impressions,
@@ -381,17 +380,12 @@ BAD_NUMBERS: dict[str, tuple[dict[str, Any], Any, str]] = {
 }
 
 
-def with_buys(path: Path, shown: Sequence[Row]) -> Path:
-    """The impressions with numbers, not booleans, in the column `buy`."""
-    table = pa.Table.from_pylist([{name: row[name] for name in SHOWN} for row in shown])
-    pq.write_table(table, path)
-    return path
-
-
 @pytest.mark.parametrize("case", BAD_NUMBERS)
 def test_numbers_that_cannot_be_learnt_from_are_refused(case: str, tmp_path: Path) -> None:
     changes, label, message = BAD_NUMBERS[case]
-    given = with_buys(tmp_path / "i.parquet", [{**row, "buy": 0.0, **changes} for row in impressions()])
+    given = as_parquet(
+        tmp_path / "i.parquet", [{**row, "buy": 0.0, **changes} for row in impressions()], SHOWN
+    )
     plan = config(
         "impressions", impressions={"labels": {"click": "click", "buy": label}, "request": "request"}
     )
@@ -413,7 +407,7 @@ def test_declared_labels_are_written_as_declared(tmp_path: Path) -> None:
         "click": {"column": "click", "positive_from": 4},
     }
     plan = config("impressions", impressions={"labels": labels, "request": "request", "numeric": ["click"]})
-    given = with_buys(tmp_path / "i.parquet", shown)
+    given = as_parquet(tmp_path / "i.parquet", shown, SHOWN)
     manifest = ingest(write(tmp_path / "e.parquet", events()), tmp_path / "log", plan, impressions=given)
     found = [
         values

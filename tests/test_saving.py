@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from embeddings.errors import CheckpointError
-from tests.launching import launched
+from tests.launching import reported
 from tests.test_ranks import parameters_of
 from trainer.reshard import check_reshardable
 
@@ -20,16 +19,12 @@ Report = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("saving")
-    done = launched("tests.saving_runs", str(root), timeout=280)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return root
+    return tmp_path_factory.mktemp("saving")
 
 
 @pytest.fixture(scope="module")
 def report(root: Path) -> Report:
-    found: Report = json.loads((root / "report.json").read_text())
-    return found
+    return reported("tests.saving_runs", root)
 
 
 def test_a_stop_signal_on_one_rank_stops_all_at_one_step(report: Report) -> None:

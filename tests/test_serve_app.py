@@ -19,11 +19,10 @@ import trainer.serving.current as current_module
 from embeddings.errors import SnapshotError
 from tests.logs import Shape, enrich, random_rows, write_log
 from tests.models import preset
-from tests.serving import MAY_RELOAD, Client, bodies, reference, service_of, serving, snapshot_of
+from tests.serving import ARROW, Client, bodies, reference, service_of, serving, snapshot_of, stream
 from trainer.data.schema import read_manifest
 from trainer.snapshot import Snapshot
 
-ARROW = "application/vnd.apache.arrow.stream"
 ROWS = enrich(random_rows(4, Shape(users=10)), 5)
 WITH_CONTEXT = ("model.roles.context=context", "groups.context.dim=8")
 Patch = pytest.MonkeyPatch
@@ -254,7 +253,7 @@ def test_arrow_bodies_that_are_refused(
                     client, stream(pa.table({**good, **changes})), **{"content-type": ARROW}
                 )
                 assert found[0] == 422 and message in found[1], (found, message)
-            squeezed = stream(pa.table(good), pa.ipc.IpcWriteOptions(compression="zstd"))
+            squeezed = stream(pa.table(good), compression="zstd")
             found = await refused(client, squeezed, **{"content-type": ARROW})
             assert found == (422, "compressed Arrow bodies are not accepted; write it uncompressed")
             rows = pa.table({"user_id": pa.array([1] * 65)})
@@ -265,13 +264,6 @@ def test_arrow_bodies_that_are_refused(
             ] == "a column occurs twice"
 
     asyncio.run(run())
-
-
-def stream(table: pa.Table, options: pa.ipc.IpcWriteOptions | None = None) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
 def test_requests_that_wait_together_are_scored_by_one_call(
@@ -387,15 +379,12 @@ def test_switching_under_load_drops_and_mixes_nothing(
             await until(client, "v00000002", None)
             latest[0] = "v00000003"
             await until(client, "v00000002", "v00000003")
-            answer = await client.http.post("/reload", headers=MAY_RELOAD)
+            answer = await client.reload()
             assert answer.status_code == 409 and answer.json() == {"error": "snapshot/v00000003: is corrupt"}
             latest[0] = "v00000004"
-            answer = await client.http.post("/reload", headers=MAY_RELOAD)
+            answer = await client.reload()
             assert answer.json()["version"] == "v00000004"
-            assert (await client.http.post("/reload", headers=MAY_RELOAD)).json() == {
-                "version": "v00000004",
-                "switched": False,
-            }
+            assert (await client.reload()).json() == {"version": "v00000004", "switched": False}
             await asyncio.sleep(0.1)
             done = True
             await asyncio.gather(*load_tasks)

@@ -18,11 +18,10 @@ import pytest
 
 from tests.logs import Shape, random_rows, write_log
 from tests.models import preset
-from tests.serving import bodies, published
+from tests.serving import ARROW, bodies, published, stream
 from tests.test_serve_process import call, server, until
 from trainer.data.schema import read_manifest
 
-ARROW = "application/vnd.apache.arrow.stream"
 ROWS = random_rows(4, Shape(users=8))
 # A body may have 1 MB, all clients 4 MB, and each a second.
 LIMITS = {
@@ -95,13 +94,6 @@ def unharmed(served: Served) -> Iterator[None]:
     assert served.memory() - before < ROOM
     until(lambda: served.metric("tandemrec_in_flight_bytes") == 0, 20)
     assert served.post(served.good)[0] == 200 and call(f"{served.url}/readyz")[0] == 200
-
-
-def stream(table: pa.Table, **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
 def one_bag_of_all_rows() -> bytes:
@@ -205,7 +197,8 @@ def test_what_is_no_http_is_one_line_of_json(served: Served, content: bytes) -> 
             # What was sent behind the mistake ended the connection before its answer was read.
             answer = b""
             assert len(content) > 50_000
-        assert not answer or (answer.startswith(b"HTTP/1.1 400 ") and b'{"error": "' in answer)
+        if answer or len(content) <= 50_000:
+            assert answer.startswith(b"HTTP/1.1 400 ") and b'{"error": "' in answer
 
 
 def test_requests_behind_each_other_and_upgrades_are_answered(served: Served) -> None:
@@ -223,8 +216,7 @@ def test_clients_that_leave_or_do_not_read_are_forgotten(served: Served) -> None
     """In the middle of their body, and before their answer, which lies in memory until then."""
     many = json.loads(served.good)
     (one,) = many["requests"]
-    for side in (one["candidates"],):
-        side.update({name: [1] * 3_000 for name in side})
+    one["candidates"] = {name: [1] * 3_000 for name in one["candidates"]}
     content = json.dumps({"requests": [one] * 20}).encode()
     head = b"POST /score HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     with ExitStack() as open_:

@@ -18,13 +18,12 @@ from embeddings.errors import DataError
 from pipelines.serve_load import LoadLimits
 from tests.logs import INFOS, Shape, enrich, random_rows, write_log
 from tests.models import preset
-from tests.serving import Client, bodies, service_of, serving, snapshot_of
+from tests.serving import ARROW, Client, bodies, service_of, serving, snapshot_of, stream
 from trainer.data.schema import read_manifest
 from trainer.serving.arrow_body import read_arrow
 from trainer.serving.asked import Limits, Needs, RequestError
 from trainer.snapshot import Snapshot
 
-ARROW = "application/vnd.apache.arrow.stream"
 ROWS = enrich(random_rows(4, Shape(users=10)), 5)
 LISTS = pa.list_(pa.int64())
 Patch = pytest.MonkeyPatch
@@ -64,13 +63,6 @@ def row_of(body: Body) -> dict[str, Any]:
     for side, part in {**sides, "context": body["context"], "numeric": body["numeric"]}.items():
         row |= {f"{side}_{name}": values for name, values in part.items()}
     return row
-
-
-def stream(table: pa.Table, **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
 def arrow(body: Body, **columns: pa.Array) -> pa.Table:
@@ -350,7 +342,7 @@ def test_newer_versions_are_looked_for_whatever_is_raised(
             monkeypatch.setattr(client.service.current, "newer", full)
             await until(client, True)
             client.service.tasks[0].cancel()
-            await asyncio.sleep(0.01)
+            await asyncio.wait(client.service.tasks[:1])
             assert (await client.http.get("/readyz")).status_code == 503
 
     asyncio.run(run())
@@ -432,7 +424,8 @@ def test_bytes_in_flight_are_one_budget(snapshot: Snapshot, monkeypatch: Patch, 
                 await go.wait()
 
             waiting = asyncio.create_task(client.http.post("/score", content=slow()))
-            await asyncio.sleep(0.05)
+            while not service.in_flight.held:
+                await asyncio.sleep(0)
             answer = await client.http.post("/score", content=b"x" * 50_000)
             assert answer.status_code == 503 and "--max-in-flight" in answer.json()["error"]
             assert answer.headers["retry-after"] == "1"

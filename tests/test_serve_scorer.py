@@ -17,7 +17,7 @@ from embeddings.errors import ConfigError
 from tests.launching import ROOT
 from tests.logs import Row, Shape, enrich, random_rows, write_log
 from tests.models import GROUPS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows, preset
-from tests.serving import bodies, model_body, reference, rows_of, snapshot_of
+from tests.serving import bodies, model_body, reference, rows_of, snapshot_of, stream
 from trainer.config import Config
 from trainer.data.clusters import ClusterInfo, cluster_history
 from trainer.data.log_writer import write_manifest
@@ -144,11 +144,7 @@ def test_arrow_and_json_are_the_same_request(log: Path) -> None:
     ):
         for name in parts[0]:
             columns[f"{side}_{name}"] = arrow_column(side, name, [part[name] for part in parts])
-    sink = pa.BufferOutputStream()
-    table = pa.table(columns)
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=4)
-    read = read_arrow(sink.getvalue().to_pybytes(), {}, serving.needs, Limits())
+    read = read_arrow(stream(pa.table(columns), rows=4), {}, serving.needs, Limits())
     (expected, _), (found, _) = serving.score([request for _, request in named]), serving.score(read)
     answer = pa.ipc.open_stream(write_arrow(found, serving.tasks, "v00000003")).read_all()
     assert answer.schema.metadata == {b"version": b"v00000003"} and len(found) == 9

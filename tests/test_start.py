@@ -122,7 +122,7 @@ def test_a_check_reads_all_splits(log: Path, tmp_path: Path) -> None:
 
 
 def test_tables_too_large_to_build_are_planned(
-    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     large = words(log, tables__item_id__rows=3_000_000_000)
     pipelines.train.check(CONFIG, tmp_path / "run", large)

@@ -13,7 +13,7 @@ from embeddings.collections import make_collection
 from embeddings.empty_shards import leaves_ranks_empty
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.planning import Cluster, Task, constraints_of
-from tests.launching import launched
+from tests.launching import reported
 from tests.tiny_tables import ROWS, WAYS
 from trainer.scored import read_scores
 
@@ -22,16 +22,12 @@ Report = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    done = launched("tests.tiny_tables", str(root), timeout=280)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return root
+    return tmp_path_factory.mktemp("tiny")
 
 
 @pytest.fixture(scope="module")
 def report(root: Path) -> Report:
-    found: Report = json.loads((root / "report.json").read_text())
-    return found
+    return reported("tests.tiny_tables", root)
 
 
 @pytest.mark.parametrize(("kind", "way"), WAYS)

@@ -12,22 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 import tests.tables_on_ranks as tables
 from pipelines.export import export
 from pipelines.score import score
 from pipelines.unshard import unshard
-from tests.forked import fork, fork_ranks, wait_all
+from tests.forked import fork, fork_ranks, one_thread, wait_all
 from tests.saving_runs import Runs
 from tests.test_ranks import parameters
 from trainer.distributed import Ranks
 
 # The last of three ranks gets no row of the last table, and of none.
 ROWS = ({"item": 7, "tag": 4}, {"item": 1, "tag": 2})
-WAYS = [(kind, way) for kind, way in (("bag", "row_wise"), ("bag", "table_row_wise"), ("bag", "grid_shard"))]
-WAYS.append(("sequence", "row_wise"))
+WAYS = [("bag", "row_wise"), ("bag", "table_row_wise"), ("bag", "grid_shard"), ("sequence", "row_wise")]
 
 
 def compare(root: Path) -> dict[str, Any]:
@@ -97,7 +95,5 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
+    one_thread()
     main(Path(sys.argv[1]))

@@ -24,7 +24,7 @@ from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
 from trainer.durable import voice
 from trainer.model.branch import Surroundings
-from trainer.model.settings import BranchConfig
+from trainer.model.settings import BranchConfig, section_of
 from trainer.model.two_stage import TwoStageModel
 from trainer.model_memory import check_collision, check_dense
 from trainer.resume import check_same_rules
@@ -56,12 +56,11 @@ def _check_compared(name: str, branch: BranchConfig, manifest: LogManifest) -> N
     """Raises:
     ConfigError: candidates cannot be grouped, or behaviors matched, by the feature that a branch names.
     """
-    section = "model" if name == "main" else f"model.branches.{name}"
     for key in ("match", "time_group"):
         feature = getattr(branch, key)
         if not feature:
             continue
-        where, info = f"{section}.{key} = {feature!r}", manifest.features.get(feature)
+        where, info = f"{section_of(name)}.{key} = {feature!r}", manifest.features.get(feature)
         needs = "behaviors and candidates" if key == "match" else "candidates"
         if info is None:
             known = ", ".join(manifest.features)

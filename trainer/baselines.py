@@ -80,7 +80,7 @@ def baselines(reader: SequenceLogReader) -> Baselines:
     manifest = read_manifest(reader.config.log)
     counted = {"item_count": "item_id"}
     if manifest.taxonomy:
-        counted["category_count"] = manifest.taxonomy[-1]
+        counted["category_count"] = counted_feature(manifest)
     read = _read(reader, manifest, counted)
     label, items = read["label"], read.get("item_id")
     order = np.lexsort((read["candidate"], read["request_id"], read["user_id"]))

@@ -158,8 +158,8 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group) -> Entries:
 class _NoEmptyShards(DefaultSavePlanner):
     """Leaves out row shards without rows.
 
-    DCP knows a shard by where it begins, and the next one begins there, too: it took such a pair for copies
-    of one shard and kept either.
+    DCP knows a shard by where it begins, and the next shard begins in the same place: DCP took such a pair
+    for two copies of one shard and kept only one of them.
     """
 
     def create_local_plan(self) -> SavePlan:

@@ -156,6 +156,19 @@ def publish(part: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def usable(folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that verifies, and why newer ones were refused.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path, refused = newest(folder)
+    if path is None:
+        detail = f"; refused: {refused[0]}" if refused else ""
+        raise CheckpointError(folder, f"no usable checkpoint; train the run to the end first{detail}")
+    return path, refused
+
+
 def wanted(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> Path:
     """The checkpoint that `which` names (see `trainer.checkpoint.find_to_use`), not yet verified.
 
@@ -179,11 +192,9 @@ def wanted(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> 
     return folder / final_name(int(which))
 
 
-def to_use(folder: Path, which: str = "") -> tuple[Path | None, list[str]]:
-    """`trainer.checkpoint.find_to_use` for one process: -> (path or None, why others were refused)."""
-    path, refused = newest(folder)
-    if path is None:
-        return None, refused
+def to_use(folder: Path, which: str = "") -> tuple[Path, list[str]]:
+    """`trainer.checkpoint.find_to_use` for one process: -> (path, why others were refused)."""
+    path, refused = usable(folder)
     chosen = wanted(folder, path, read_state(path), which)
     try:
         verify(chosen)

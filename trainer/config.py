@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup, table_group
 from embeddings.init import FirstWeights
-from trainer.model.settings import BranchConfig, ModelConfig
+from trainer.model.settings import BranchConfig, ModelConfig, section_of
 from trainer.sections import (
     CheckpointConfig,
     CommsConfig,
@@ -46,11 +46,12 @@ class Config(Settings):
     def _roles_name_groups(self) -> Config:
         used = set()
         for branch, settings in self.model.all_branches().items():
-            section = "model.roles" if branch == "main" else f"model.branches.{branch}.roles"
             for role, group in settings.roles.model_dump().items():
                 if group not in self.groups and (group or role not in ("context", "cross")):
                     known = ", ".join(sorted(self.groups))
-                    raise ValueError(f"{section}.{role} names group {group!r}; defined groups: {known}")
+                    raise ValueError(
+                        f"{section_of(branch)}.roles.{role} names group {group!r}; defined groups: {known}"
+                    )
             used |= settings.roles.used()
             self._check_data(branch, settings)
         unused = set(self.groups) - used

@@ -29,6 +29,7 @@ _NO_LOCKS = _LACKING | {errno.ENOLCK, errno.EPERM, errno.EBADF}
 _NO_REPLACING = _LACKING | {errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EBUSY}
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 _ROUNDS = 100
+_STAYS = "what a killed process leaves behind stays until somebody deletes it"
 _DAY = 86_400
 
 
@@ -155,9 +156,6 @@ def scratch(
             yield folder
         finally:
             remove_folder(folder)
-
-
-_STAYS = "what a killed process leaves behind stays until somebody deletes it"
 
 
 def _listed(folder: Path) -> list[Path]:

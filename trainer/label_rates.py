@@ -17,7 +17,7 @@ from trainer.sections import DataConfig
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-# Candidates of the mean label that are added to those of every user and item.
+# Every user and item gets so many candidates with the mean label besides their own.
 STRENGTH = 10.0
 
 

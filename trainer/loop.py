@@ -20,7 +20,7 @@ from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.distributed import Ranks, naming_the_lost, sum_over_ranks
 from trainer.early_stopping import Best
 from trainer.evaluation import score_split, shared_metrics
-from trainer.metrics import Metrics, first_and_all, one_line
+from trainer.metrics import Metrics, entry_of, one_line
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.progress import Progress
@@ -110,7 +110,7 @@ class Trainer:
 
     def _run(self, start: checkpoint.Found) -> Position:
         self.resume(start)
-        # What was validated after the newest save, or else the last line of metrics.jsonl would come twice.
+        # Validations after the newest save count, or the last line of metrics.jsonl would come twice.
         known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
         self.at.validated = max(self.at.validated, known)
         epochs = self.config.train.epochs
@@ -210,8 +210,7 @@ class Trainer:
         with self.pipeline.paused():
             metrics = shared_metrics(score_split(self.model, self.validation_reader, self.ranks.device))
         self.metrics_of_validation, self.at.validated = metrics, self.at.step
-        entry = first_and_all({task: found.as_dict() for task, found in metrics.items()})
-        self.log.write(self.at.step, "validation", entry)
+        self.log.write(self.at.step, "validation", entry_of(metrics))
         self.say(f"validation after step {self.at.step}: {one_line(metrics)}")
         self._compare(next(iter(metrics.values())))
         self.meter.clock.restart()

@@ -18,6 +18,7 @@ __all__ = [
     "auc",
     "calibration_error",
     "calibration_metrics",
+    "entry_of",
     "first_and_all",
     "group_keys",
     "grouped_auc",
@@ -141,7 +142,7 @@ def calibration_error(scores: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 
 
 
 def _entropy(rate: float) -> float:
-    """Of a label with this mean, in nats; 0 where there is one class only."""
+    """Entropy of a label with this mean, in nats; 0 with one class only."""
     if not 0 < rate < 1:
         return 0.0
     return -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
@@ -172,6 +173,11 @@ def first_and_all(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Files hold metrics in this form wherever they hold any.
     """
     return {**next(iter(by_task.values())), "tasks": {task: dict(values) for task, values in by_task.items()}}
+
+
+def entry_of(metrics: Mapping[str, Metrics]) -> dict[str, Any]:
+    """Metrics by task as files hold them."""
+    return first_and_all({task: found.as_dict() for task, found in metrics.items()})
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from embeddings.errors import ConfigError
 from trainer.config import Config
+from trainer.model.settings import section_of
 from trainer.workload import StepSize
 
 _FLOAT = 4
@@ -36,7 +37,7 @@ def check_dense(build: Callable[[], nn.Module]) -> None:
     """
     with torch.device("meta"):
         model = build()
-    tensors = {name: tensor for name, tensor in _dense(model)}
+    tensors = dict(_dense(model))
     need = _TIMES_TRAINED * sum(tensor.nbytes for tensor in tensors.values())
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need <= there:
@@ -63,7 +64,7 @@ def check_collision(config: Config, size: StepSize, ranks: int, memory: int) -> 
     for branch, settings in config.model.all_branches().items():
         need = (settings.hashes << settings.hash_bits) * window * requests * _FLOAT
         if settings.sequence == "collision" and 2 * need > memory:
-            section = "model" if branch == "main" else f"model.branches.{branch}"
+            section = section_of(branch)
             raise ConfigError(
                 f"{section}.hashes = {settings.hashes} with hash_bits = {settings.hash_bits} takes "
                 f"{need / 1e9:,.1f} GB for the {requests:,} requests of {window:,} behaviors that a rank has "

@@ -97,7 +97,7 @@ def grouped_auc(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints) -> t
 
 @dataclass(frozen=True)
 class _Ties:
-    """Of values in ascending order within groups: where the group and the tie of each begins and ends."""
+    """Where groups and ties begin and end, for values in ascending order within groups."""
 
     group_starts: Ints
     starts: Ints

@@ -15,14 +15,19 @@ from trainer.model.settings import BranchConfig, ModelConfig
 from trainer.settings import Settings
 
 _SPLITS = ("train", "validation", "test")
+# Who lacks a feature of a side.
+_OTHER = {"candidate": "history", "history": "candidate"}
+# What the presets say; whoever sets steps beside it has said enough.
+_TYPICAL_WARMUP = 0.08
 
 
 def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGroup]) -> list[str]:
     """One line for each kind of thing that this run will not use."""
+    used = {feature for group in groups.values() for feature in group.features}
     lines = [
-        _tables(config, groups),
-        _context(manifest, groups),
-        _features(config, manifest, groups),
+        _tables(config, used),
+        _context(manifest, used),
+        _features(config, manifest, used),
         _sides(config, manifest),
         _clusters(config, manifest),
         *_splits(config, manifest),
@@ -31,14 +36,12 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
     return [line for line in lines if line]
 
 
-def _tables(config: Config, groups: Mapping[str, TableGroup]) -> str:
-    used = {feature for group in groups.values() for feature in group.features}
+def _tables(config: Config, used: set[str]) -> str:
     left = [f"tables.{name}" for name in config.tables if name not in used]
     return f"no effect: {', '.join(left)}; no group has a table of that feature" if left else ""
 
 
-def _context(manifest: LogManifest, groups: Mapping[str, TableGroup]) -> str:
-    used = {feature for group in groups.values() for feature in group.features}
+def _context(manifest: LogManifest, used: set[str]) -> str:
     left = [name for name in manifest.context if name not in used]
     if not left:
         return ""
@@ -49,11 +52,9 @@ def _context(manifest: LogManifest, groups: Mapping[str, TableGroup]) -> str:
     )
 
 
-def _features(config: Config, manifest: LogManifest, groups: Mapping[str, TableGroup]) -> str:
+def _features(config: Config, manifest: LogManifest, used: set[str]) -> str:
     search = config.data.search
-    used = {feature for group in groups.values() for feature in group.features}
-    used |= {*search.levels, search.domain}
-    left = [name for name in manifest.features if name not in used]
+    left = [name for name in manifest.features if name not in {*used, *search.levels, search.domain}]
     if not left:
         return ""
     return (
@@ -81,10 +82,6 @@ def _sides(config: Config, manifest: LogManifest) -> str:
         f"no effect: {', '.join(left)}; the group is looked up for behaviors alone or for candidates "
         "alone, and only the other side carries the feature"
     )
-
-
-# Who lacks a feature of a side.
-_OTHER = {"candidate": "history", "history": "candidate"}
 
 
 def _clusters(config: Config, manifest: LogManifest) -> str:
@@ -175,13 +172,9 @@ def _of_rest(config: Config) -> list[str]:
             for key in ("metric", "min_delta")
             if _changed(train.early_stopping, key)
         ]
-    if train.warmup and train.warmup_steps is not None and train.warmup != TYPICAL_WARMUP:
+    if train.warmup and train.warmup_steps is not None and train.warmup != _TYPICAL_WARMUP:
         found.append(f"train.warmup (train.warmup_steps = {train.warmup_steps} counts instead)")
     return found
-
-
-# What the presets say; whoever sets steps beside it has said enough.
-TYPICAL_WARMUP = 0.08
 
 
 def _changed(section: Settings, key: str) -> bool:

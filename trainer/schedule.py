@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from trainer.sections import Decay, TrainConfig
 
 _FLOOR = 1e-3
-# Of the run: a warm-up given in steps takes no more, so that a short run reaches its rates at all.
-LONGEST_WARMUP = 0.2
+# A warm-up given in steps takes no larger share of the run, so that a short run reaches its rates at all.
+_LONGEST_WARMUP = 0.2
 # Fewer steps are worth a word, and as many as these are advised.
 _FEW_STEPS, _ENOUGH_STEPS = 100, 300
 # Candidates of a step; fewer make it noise.
@@ -56,7 +56,7 @@ def _warmup(asked: int | None, share: float, steps: int) -> int:
     """Steps of a warm-up: so many as asked for, but no more than a part of the run; or a share of it."""
     if asked is None:
         return round(share * steps)
-    return min(asked, max(1, math.ceil(LONGEST_WARMUP * steps))) if steps and asked else asked
+    return min(asked, max(1, math.ceil(_LONGEST_WARMUP * steps))) if steps and asked else asked
 
 
 def run_steps(config: TrainConfig, epoch_candidates: int, batch_candidates: int) -> int:

@@ -55,11 +55,11 @@ class Scored:
         return int(group_keys(self.user_id).max(initial=-1)) + 1
 
     def metrics(self, task: int = 0) -> Metrics:
-        """Of one task."""
+        """Metrics of one task."""
         return self._measure([task])[self.tasks[task]]
 
     def all_metrics(self) -> dict[str, Metrics]:
-        """Of every task, by its name."""
+        """Metrics of every task, by its name."""
         return self._measure(range(len(self.tasks)))
 
     def _measure(self, tasks: Sequence[int]) -> dict[str, Metrics]:

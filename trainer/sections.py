@@ -79,7 +79,7 @@ class DataConfig(Settings):
         on_bad: what a damaged or malformed row group does: `fail`, or `skip` it, counted and reported.
         max_bad: largest share of row groups that may be skipped.
         workers: threads that decode row groups ahead; prefetch: batches collated ahead by another thread.
-        search: hard search while reading, see SearchConfig.
+        search: hard search while reading, see [data.search].
         clusters: deliver the log's clusters of behaviors, and single behaviors only as far as `recent`.
         recent: the newest behaviors of each request that are delivered besides what a hard search or clusters
             leave of its history.
@@ -182,7 +182,7 @@ Decay = Literal["none", "linear", "cosine"]
 
 class TableRatesConfig(Settings):
     """How the tables' learning rates differ in time from the dense ones; a key that is not set is no
-    difference. See TrainConfig.
+    difference. See [train].
 
     Attributes:
         warmup, warmup_steps, decay: as in [train], of the tables alone.
@@ -233,7 +233,7 @@ class TrainConfig(Settings):
             `sparse_dist` on CUDA, `none` on a CPU, which has nothing to overlap. Losses are the same.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: steps between two validations; 0 = only at the end.
-        early_stopping: see EarlyStoppingConfig; it needs validate_every.
+        early_stopping: see [train.early_stopping]; it needs validate_every.
         init_from: a run, or tables written by `unshard`, whose weights a new run starts with; see
             `trainer.warm_start`.
         init_optimizer: `carry` the accumulators of the tables' rows with them, or start those `fresh`.

@@ -75,7 +75,7 @@ class TableReader:
         """
         entry = self._tensors[name]
         rows, dim = entry.size
-        # Of ranks that were left without rows there are shards, too, at the table's end.
+        # Ranks that were left without rows have shards, too, at the table's end.
         starts = sorted({chunk.offsets[0] for chunk in entry.chunks if chunk.sizes[0]})
         for start, stop in zip(starts, [*starts[1:], rows], strict=True):
             band = ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([stop - start, dim]))

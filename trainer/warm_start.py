@@ -28,6 +28,7 @@ from embeddings.sharding import table_of
 from trainer import checkpoint_files
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.data.schema import FeatureInfo, LogManifest, read_manifest
+from trainer.data.vocabulary_digest import spelled
 from trainer.durable import remove_folder
 from trainer.plain_tables import PlainManifest, PlainTables, open_plain_tables, unshard
 from trainer.resume import log_fingerprint
@@ -62,10 +63,7 @@ def unshard_run(run: Path, out: Path) -> PlainManifest:
     """
     folder = RunFolder(run)
     config = folder.read_config()
-    path, refused = checkpoint_files.newest(folder.checkpoints)
-    if path is None:
-        detail = f"; refused: {refused[0]}" if refused else ""
-        raise CheckpointError(folder.checkpoints, f"no usable checkpoint{detail}")
+    path, _ = checkpoint_files.usable(folder.checkpoints)
     manifest = read_manifest(config.data.log)
     if log_fingerprint(manifest) != checkpoint_files.read_state(path)["log"]:
         raise CheckpointError(
@@ -155,10 +153,7 @@ def check_source(model: nn.Module, path: Path) -> None:
         CheckpointError: what is there is damaged, or does not fit; of a run, it has nothing to start with.
     """
     if (path / "checkpoints").is_dir():
-        good, refused = checkpoint_files.newest(path / "checkpoints")
-        if good is None:
-            detail = f"; refused: {refused[0]}" if refused else ""
-            raise CheckpointError(path / "checkpoints", f"no usable checkpoint{detail}")
+        checkpoint_files.usable(path / "checkpoints")
         return
     source, weights = open_plain_tables(path), model.state_dict()
     _check_tables(weights, source)
@@ -259,8 +254,7 @@ def _read(file: Path, digest: str) -> tuple[pa.Array, pa.Array]:
     values, ids = (table.column(name).combine_chunks() for name in ("value", "id"))
     content = hashlib.sha256()
     for start in range(0, len(values), _ROWS_AT_ONCE):
-        batch = values.slice(start, _ROWS_AT_ONCE).to_pylist()
-        content.update("".join(f"{value}\n" for value in batch).encode())
+        content.update(spelled(values.slice(start, _ROWS_AT_ONCE)))
     if content.hexdigest() != digest:
         raise DataError("is not the vocabulary in the log's manifest, so it was damaged", file=file)
     if pa.types.is_integer(values.type):

@@ -35,7 +35,7 @@ KEPT = "kept.json"
 def measure_kept(run: Path, facts: dict[str, Any]) -> None:
     """Leave the recall of a trained run's search on the test split in `kept.json`."""
     from benchmarks.planted.recall import planted_recall
-    from pipelines.train import open_split
+    from pipelines.start import open_split
     from trainer.data.planted.kinds import KINDS
     from trainer.data.reader import SequenceLogReader
     from trainer.distributed import process_group

@@ -36,7 +36,7 @@ class Tables:
     Attributes:
         events: user_id, request_id (may be null), timestamp, one column a behavior's feature.
         shown: the impressions, one row a candidate: user_id, request_id, timestamp, item_id, label_*, ...
-        past: where candidates are drawn.
+        past: only for protocols that draw candidates.
         items: item_id and the features that a table of items gives.
         users: user_id and the context_* that a table of users gives.
     """

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import ibis
 from ibis.expr import types as ir
 
+from trainer.data.balanced import all_rows
+
 _SAME = ("user_id", "item_id", "action_id", "timestamp")
 
 
@@ -42,16 +44,8 @@ def scoped(
 def merge(sources: Sequence[ir.Table]) -> ir.Table:
     """All events, one of each (user, item, action, second): of several the least in its other columns."""
     names = list(sources[0].columns)
-    everything = _together([table.select(names) for table in sources])
+    everything = all_rows([table.select(names) for table in sources])
     others = [everything[name] for name in names if name not in _SAME]
     place = ibis.row_number().over(group_by=list(_SAME), order_by=others)
     numbered = everything.mutate(place=place)
     return numbered.filter(numbered.place == 0).drop("place")
-
-
-def _together(tables: Sequence[ir.Table]) -> ir.Table:
-    """The rows of all; in halves, since a chain of a hundred unions is too deep for Ibis."""
-    if len(tables) == 1:
-        return tables[0]
-    half = len(tables) // 2
-    return _together(tables[:half]).union(_together(tables[half:]))

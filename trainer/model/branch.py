@@ -108,7 +108,7 @@ class Branch(nn.Module):
         return Searched(windows, raw, encoded, kept, isinstance(self.search, AllSearch))
 
     def _search(self, query: Query) -> Kept:
-        """In single precision always: half of it would rank by rounding."""
+        """Search in single precision always, since half precision would rank by rounding."""
         assert self.search is not None
         device = query.raw.key_ND.device.type
         again = torch.is_autocast_enabled(device) and not isinstance(self.search, AllSearch)

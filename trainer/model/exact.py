@@ -25,7 +25,7 @@ from trainer.model.time import TimeBias
 from trainer.model.top import Doubt
 from trainer.model.windows import Kept, Windows
 
-# Of a double's significand.
+# Bits of a double's significand.
 _BITS = 53
 # Twice the relative error of one rounding to float32: the bound also covers the rounding to whole numbers.
 _ROUNDING = 2.0**-23
@@ -78,13 +78,13 @@ class PairScores:
         query = self._queries(candidate_M, head_M)
         score_M = score_M + self._products(query, index_M1[:, 0], row_M)
         encoding = self.scorer.encoding
-        for name, index in encoding._indices(kept.marks, group_M) if encoding is not None else ():
-            assert encoding is not None
-            score_M = score_M + query.times(Rows.of(encoding.tables[name].double(), index[:, 0]))
+        if encoding is not None:
+            for name, index in encoding._indices(kept.marks, group_M):
+                score_M = score_M + query.times(Rows.of(encoding.tables[name].double(), index[:, 0]))
         return score_M
 
     def _products(self, query: Rows, index_M: Tensor, row_M: Tensor) -> Tensor:
-        """Of the queries and the keys of behaviors; equal ones are multiplied once where they are many."""
+        """Inner products of queries and behaviors' keys; of many, equal ones are multiplied once."""
         heads = self.scorer.heads
         kinds = self._kinds if index_M.numel() > _MANY else None
         if kinds is None or (int(row_M.max()) + 1) * len(kinds.first) > index_M.numel():
@@ -161,7 +161,7 @@ class PairScores:
         return part_ND if index_WX.numel() >= part_ND.shape[0] else part_ND[index_WX.flatten()]
 
     def _error_of_dot(self, scorer: DotScorer, added: float) -> Tensor:
-        """By the norms of what is multiplied; of projected vectors also by those of the projections."""
+        """The bound follows from the norms of the factors, and from those of the projections, if any."""
         heads, raw = scorer.heads, self.raw
         query_CH, key_NH = (
             torch.linalg.vector_norm(part.float().unflatten(1, (heads, -1)), dim=2)
@@ -213,7 +213,7 @@ class _Kinds:
 
 
 def _kinds_of(rows_ND: Tensor) -> _Kinds | None:
-    """By a hash of the bits; None where two different rows have the same."""
+    """The kinds of rows by a hash of their bits; None where two different rows have one hash."""
     bits = rows_ND.float().contiguous().view(torch.int32).to(torch.int64)
     rng = torch.Generator().manual_seed(0)
     factor = torch.randint(-(2**62), 2**62, (rows_ND.shape[1],), generator=rng).to(bits.device) * 2 + 1

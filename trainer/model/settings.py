@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from trainer.settings import Settings
 
-# Of one window: a number for each of them and each behavior is 131 MB of a history of 500.
+# Most buckets of one window: a number for each bucket and each of 500 behaviors takes 131 MB.
 _BUCKETS = 65_536
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -224,6 +224,11 @@ class ModelConfig(BranchConfig):
         """The main branch and the others."""
         own = {name: getattr(self, name) for name in BranchConfig.model_fields}
         return {"main": BranchConfig(**own), **self.branches}
+
+
+def section_of(branch: str) -> str:
+    """Where a branch is configured, by its name in `all_branches`."""
+    return "model" if branch == "main" else f"model.branches.{branch}"
 
 
 def _tree(value: Any) -> dict[str, Any]:

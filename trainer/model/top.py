@@ -19,7 +19,7 @@ from torch import Tensor
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-# Of float32, more than the -inf that is never kept.
+# The least float32, which is more than the -inf that is never kept.
 _LEAST = np.finfo(np.float32).min
 # Groups, times K: the more, the closer the bound. Torch compares columns fast from so many on.
 _TIMES, _FEWEST = 4, 128
@@ -40,11 +40,11 @@ class Doubt:
     exact: Callable[[Tensor, Tensor], Tensor]
 
     def cut(self, begin: int, end: int) -> Doubt:
-        """That of some rows."""
+        """The doubt of the rows from `begin` to before `end`."""
         return Doubt(self.slack[begin:end], lambda row, column: self.exact(row + begin, column))
 
     def mirrored(self, width: int) -> Doubt:
-        """That of rows which are counted from their end."""
+        """The doubt of rows whose columns are counted from the end."""
         return Doubt(self.slack, lambda row, column: self.exact(row, width - 1 - column))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.data.arrow_types import is_list, is_text
 from trainer.data.row_group import PARQUET_ERRORS, Bags, Ints
 from trainer.serving.arrow_meta import check_messages
 from trainer.serving.asked import Doubles, History, Limits, Needs, Request, RequestError
@@ -95,10 +96,11 @@ def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
     known = ["user_id", "request_timestamp", "history_timestamp", "cluster_size", "cluster_time"]
     known += [f"{side}_{name}" for side in ("history", "candidate") for name in needs.features]
     known += [f"context_{name}" for name in needs.context] + [f"numeric_{name}" for name in needs.numeric]
-    batch = batch.select([name for name in known if name in set(batch.schema.names)])
+    there = set(batch.schema.names)
+    batch = batch.select([name for name in known if name in there])
     for name in batch.schema.names:
         values, shared = batch.column(name), False
-        while _is_list(values.type):
+        while is_list(values.type):
             shared = shared or pa.types.is_list_view(values.type) or pa.types.is_large_list_view(values.type)
             values = values.values
         # Many lists may share one long text, and views refer to it, a million times.
@@ -139,7 +141,7 @@ class _Row:
     def items(self, name: str) -> pa.Array:
         """Items of a list, without nulls."""
         column = self._column(name)
-        if not _is_list(column.type):
+        if not is_list(column.type):
             raise self.fail(name, f"is {column.type}, expected a list")
         return self._whole(name, self._flat(column))
 
@@ -158,7 +160,7 @@ class _Row:
 
     def bags(self, name: str, feature: str, part: str) -> Bags:
         values = self.items(name)
-        if not _is_list(values.type):
+        if not is_list(values.type):
             return Bags(self._ids(name, feature, part, values))
         lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
         offsets = np.zeros(lengths.size + 1, dtype=np.int64)
@@ -168,7 +170,7 @@ class _Row:
 
     def one_bag(self, name: str, feature: str) -> Bags:
         column = self._column(name)
-        values = self.items(name) if _is_list(column.type) else column
+        values = self.items(name) if is_list(column.type) else column
         ids = self._ids(name, feature, f"context.{feature}", values)
         return Bags(ids, np.array([0, ids.size]))
 
@@ -231,19 +233,8 @@ def _is_integer(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) and not pa.types.is_uint64(kind))
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_fixed_size_list(kind)
-        or pa.types.is_list_view(kind)
-        or pa.types.is_large_list_view(kind)
-    )
-
-
 def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return is_text(kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
 def _request(row: _Row, stored: Mapping[int, History], needs: Needs, limits: Limits) -> Request:

@@ -71,12 +71,12 @@ class _Table:
         return _Table(self.data, at + _u32(self.data, at)) if at else None
 
     def length(self, field: int) -> int:
-        """Of a text or vector."""
+        """The length of a text or vector."""
         at = self.place(field)
         return _u32(self.data, at + _u32(self.data, at)) if at else 0
 
     def tables(self, field: int) -> Iterator[_Table]:
-        """Of a vector."""
+        """The tables of a vector."""
         at = self.place(field)
         if at:
             vector = at + _u32(self.data, at)

@@ -28,7 +28,8 @@ class Current:
 
     Raises:
         SnapshotError: the first version cannot be loaded or fails its self-check.
-        DataError: the histories or values are of another vocabulary. ConfigError: the model's clusters lack.
+        DataError: the histories or values are of another vocabulary.
+        ConfigError: the histories lack the model's clusters.
     """
 
     def __init__(

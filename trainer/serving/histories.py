@@ -47,7 +47,7 @@ class StoredRequest:
 
 
 class HistoryStore(Mapping[int, History]):
-    """user id -> the longest history that the log has of him. All of the log stays in memory.
+    """user id -> the longest history that the log has of them. All of the log stays in memory.
 
     Raises:
         DataError: the log is missing or malformed.
@@ -110,7 +110,9 @@ class HistoryStore(Mapping[int, History]):
         if feature not in self._names:
             self._names[feature] = self._vocabulary(feature)
         known, values = self._names[feature]
-        wanted = np.array([i for i in ids if len(known)], dtype=np.int64)
+        if not known.size:
+            return {}
+        wanted = np.array(list(ids), dtype=np.int64)
         at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         found = wanted == known[at]
         return dict(zip(wanted[found].tolist(), map(str, values.take(at[found]).to_pylist()), strict=True))

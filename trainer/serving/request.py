@@ -57,7 +57,7 @@ class HistoryBody(_Body):
 
 
 class RequestBody(_Body):
-    """One user and his candidates.
+    """One user and their candidates.
 
     Attributes:
         user_id: whose stored history is meant, where the server has histories; or any name of the user.

@@ -95,7 +95,7 @@ class Scorer:
             numeric=manifest.numeric,
             chunk=chunk if self.data.clusters else 0,
         )
-        # Of whoever has them: requests may then hold raw values.
+        # `trainer.serving.current` sets them; requests may then hold raw values of these features.
         self.vocabularies: Mapping[str, Vocabulary] = {}
         self._searched = 0.0
         self.branches: dict[str, Branch] = {}

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
+from trainer.data.arrow_types import is_text
 from trainer.data.row_group import PARQUET_ERRORS, Ints
 from trainer.serving.asked import RequestError
 from trainer.snapshot import Snapshot
@@ -26,7 +27,7 @@ Hashes = npt.NDArray[np.uint64]
 # Odd, so that no byte of a text is lost; and what spreads a sum over all bits.
 _BASE, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 _CHUNK_BYTES, _CHUNK_ROWS = 1 << 20, 1 << 16
-# Of the raw values of one column of a request.
+# Most bytes of the raw values in one column of a request.
 _MOST_TEXT = 64 << 20
 
 
@@ -44,7 +45,7 @@ class Vocabulary:
         keys = _hashes(values) if self.text else values.to_numpy()
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
-        # Values of one hash, which nobody will ever see: found by themselves.
+        # Values that share a hash, of which there is hardly ever one, are looked up in a dictionary.
         twins = self._keys[1:][self._keys[1:] == self._keys[:-1]] if self.text else self._keys[:0]
         places = self._order[np.isin(self._keys, twins)].tolist()
         self._twins = {values[at].as_py(): at + 1 for at in places}
@@ -75,7 +76,12 @@ class Vocabulary:
 
 
 def read_vocabulary(file: Path, digest: str) -> Vocabulary:
-    """The vocabulary of a log or a snapshot, which must be the one that the digest is of.
+    """The vocabulary of a log or a snapshot; see `checked_values`."""
+    return Vocabulary(checked_values(file, digest))
+
+
+def checked_values(file: Path, digest: str) -> pa.Array:
+    """The values of a vocabulary, which must be the one that the digest is of.
 
     Args:
         digest: SHA-256 of its values, as a log's manifest has it.
@@ -88,6 +94,7 @@ def read_vocabulary(file: Path, digest: str) -> Vocabulary:
         values = batch.column("value")
         integers = pa.types.is_integer(values.type)
         values = values.cast(pa.int64() if integers else pa.large_string())
+        # As `trainer.data.vocabulary_digest` spells them, without a Python object for each.
         empty, end = pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string())
         lines = pc.binary_join_element_wise(values.cast(pa.large_string()), empty, end)
         content.update(_text(lines)[1])
@@ -96,7 +103,7 @@ def read_vocabulary(file: Path, digest: str) -> Vocabulary:
     if content.hexdigest() != digest:
         problem = "is not the vocabulary that the model was trained with; take the one of its log"
         raise DataError(problem, file=file)
-    return Vocabulary(values)
+    return values
 
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
@@ -129,7 +136,7 @@ def vocabularies_of(snapshot: Snapshot, log: Path | None) -> dict[str, Vocabular
 
 
 class Translation:
-    """Of one request: its raw values become ids, and those that no vocabulary holds are counted by place."""
+    """Turns the raw values of one request into ids, and counts by place those that no vocabulary holds."""
 
     def __init__(self, vocabularies: Mapping[str, Vocabulary]) -> None:
         self.vocabularies = vocabularies
@@ -152,7 +159,7 @@ class Translation:
             return self._of_dictionary(feature, raw, part, place)
         if pa.types.is_null(raw.type) and not len(raw):
             return np.zeros(0, dtype=np.int64)
-        text = _is_text(raw.type)
+        text = is_text(raw.type)
         if text != known.text or not (text or pa.types.is_integer(raw.type)):
             raise RequestError(422, f"{place}: holds {raw.type}, and its vocabulary {known.kind}")
         ids = _found(known, raw, place)
@@ -164,7 +171,7 @@ class Translation:
         used, where = np.unique(raw.indices.to_numpy(zero_copy_only=False), return_inverse=True)
         words = raw.dictionary
         check_text(words, place)
-        values = (words.cast(pa.large_string()) if _is_text(words.type) else words).take(pa.array(used))
+        values = (words.cast(pa.large_string()) if is_text(words.type) else words).take(pa.array(used))
         ids: Ints = Translation(self.vocabularies).ids(feature, values, part, place)[where]
         self._count(part, ids)
         return ids
@@ -175,10 +182,6 @@ class Translation:
             self.unknown[part] = self.unknown.get(part, 0) + missing
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
 def _found(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
     if not known.text:
         try:
@@ -187,7 +190,7 @@ def _found(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
             raise RequestError(422, f"{place}: holds an integer beyond 64 bits with a sign") from None
     check_text(raw, place)
     text = raw.cast(pa.large_string())
-    # What no value is as long as need not be looked up.
+    # A text that is longer than every value is unknown without a look-up.
     fits = pc.binary_length(text).to_numpy(zero_copy_only=False) <= known.longest
     found: Ints = np.zeros(len(text), dtype=np.int64)
     found[fits] = known.ids(text.filter(pa.array(fits)))
@@ -206,7 +209,7 @@ def check_text(values: pa.Array, place: str) -> None:
 
 
 def _text(values: pa.Array) -> tuple[Ints, memoryview]:
-    """Of large_string: where each text begins and ends, from zero, and all bytes."""
+    """Where each text of a large_string array begins and ends, from zero, and all bytes."""
     _, offsets, data = values.buffers()
     bounds = np.frombuffer(offsets, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
     first, last = int(bounds[0]), int(bounds[-1])
@@ -214,7 +217,7 @@ def _text(values: pa.Array) -> tuple[Ints, memoryview]:
 
 
 def _hashes(values: pa.Array) -> Hashes:
-    """Of large_string without nulls: 64 bits of every text."""
+    """A hash of 64 bits for every text of a large_string array without nulls."""
     if not len(values):
         return np.zeros(0, dtype=np.uint64)
     offsets, data = _text(values)

@@ -13,7 +13,7 @@ from trainer.data.row_group import PARQUET_ERRORS
 from trainer.durable import file_digest
 from trainer.snapshot.manifest import InputFeature, VocabularyFile
 
-# Of all vocabularies of a log, as files; larger ones go along only where they are asked for.
+# Bytes of all vocabularies of a log, as files; larger ones go along only where they are asked for.
 SMALL = 64 << 20
 _BATCH = 1 << 16
 

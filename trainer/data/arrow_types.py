@@ -1,0 +1,18 @@
+"""Kinds of Arrow types, whichever of Arrow's encodings they come in."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Lists of any length or of a fixed one, and views of lists."""
+    types = pa.types
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    views = (types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in (*lists, *views))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Text and views of text; a dictionary of text is none."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
