@@ -10,11 +10,10 @@ from pipelines.console import quiet_third_parties
 from pipelines.quality_report import remarks, slices_table, task_table, without
 from pipelines.train import open_split
 from trainer.baselines import Baselines, baselines, by_baseline, counted_feature
-from trainer.data.schema import LogManifest
 from trainer.distributed import process_group
 from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics, first_and_all
-from trainer.restore import restore
+from trainer.restore import Restored, restore
 from trainer.run import RunFolder
 from trainer.scored import Scored, write_scores
 
@@ -39,7 +38,8 @@ def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, Any]:
         if ranks.speaks:
             write_scores(scored, folder.scores(split))
             beside = baselines(reader)
-            print("\n".join(_conclude(folder, split, scored, metrics, beside, restored.manifest)), flush=True)
+            lines = _conclude(folder, split, scored, metrics, beside, restored)
+            print("\n".join(lines), flush=True)
     return entry
 
 
@@ -49,13 +49,14 @@ def _conclude(
     scored: Scored,
     metrics: Mapping[str, Metrics],
     beside: Baselines,
-    manifest: LogManifest,
+    restored: Restored,
 ) -> list[str]:
     """Keep everything in the summary; returns the lines for a person."""
-    table, feature = beside.metrics(scored), counted_feature(manifest)
+    table, feature = beside.metrics(scored), counted_feature(restored.manifest)
     slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
     entries = {
         split: first_and_all({task: found.as_dict() for task, found in metrics.items()}),
+        f"{split}_step": restored.step,
         baselines_key(split): by_baseline(table),
         f"{split}_by_history": {
             name: first_and_all({task: slices[task][name].as_dict() for task in slices})

@@ -18,18 +18,25 @@ _SPLITS = ("test", "validation")
 
 
 def quality(
-    metrics: Mapping[str, Metrics], validation: SequenceLogReader, manifest: LogManifest
+    metrics: Mapping[str, Metrics] | None,
+    validation: SequenceLogReader | None,
+    manifest: LogManifest,
+    step: int,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The newest validation beside its baselines: entries of summary.json, and plain sentences.
+    """The validation after `step` beside its baselines: entries of summary.json, and plain sentences.
 
     Training is over and saved by then: a baseline that cannot be computed is said, and is no failure.
+    Nothing is said of a log without a validation split.
     """
+    if metrics is None or validation is None:
+        return {}, []
     entries: dict[str, Any] = {
-        "validation": first_and_all({task: found.as_dict() for task, found in metrics.items()})
+        "validation": first_and_all({task: found.as_dict() for task, found in metrics.items()}),
+        "validation_step": step,
     }
     try:
         beside = baselines(validation)
-    except TandemError as error:
+    except (TandemError, OSError, MemoryError) as error:
         return entries, [f"no baselines beside the validation: {error}"]
     table, feature = beside.metrics(), counted_feature(manifest)
     entries["baselines_validation"] = by_baseline(table)
