@@ -10,11 +10,10 @@ from pipelines.console import quiet_third_parties
 from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
 from pipelines.start import open_split
 from trainer.baselines import Baselines, baselines, by_baseline, counted_feature
-from trainer.data.schema import LogManifest
 from trainer.distributed import process_group
 from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics, entry_of
-from trainer.restore import restore
+from trainer.restore import Restored, restore
 from trainer.run import RunFolder
 from trainer.scored import Scored, write_scores
 
@@ -35,11 +34,13 @@ def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, Any]:
         reader = open_split(restored.config, split, restored.rows, ranks)
         scored = score_split(restored.sharded.model, reader, ranks.device)
         metrics = shared_metrics(scored)
+        entry = entry_of(metrics)
         if ranks.speaks:
             write_scores(scored, folder.scores(split))
             beside = baselines(reader)
-            print("\n".join(_conclude(folder, split, scored, metrics, beside, restored.manifest)), flush=True)
-    return entry_of(metrics)
+            lines = _conclude(folder, split, scored, metrics, beside, restored)
+            print("\n".join(lines), flush=True)
+    return entry
 
 
 def _conclude(
@@ -48,13 +49,14 @@ def _conclude(
     scored: Scored,
     metrics: Mapping[str, Metrics],
     beside: Baselines,
-    manifest: LogManifest,
+    restored: Restored,
 ) -> list[str]:
     """Keep everything in the summary; returns the lines for a person."""
-    table, feature = beside.metrics(scored), counted_feature(manifest)
+    table, feature = beside.metrics(scored), counted_feature(restored.manifest)
     slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
     entries = {
         split: entry_of(metrics),
+        f"{split}_step": restored.step,
         baselines_key(split): by_baseline(table),
         f"{split}_by_history": {
             name: entry_of({task: parts[name] for task, parts in slices.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from embeddings.agreement import from_rank_0
 from embeddings.planning import Placement
@@ -113,37 +114,36 @@ def _conclude(
     if trainer.stopped:
         say(f"stopped after step {end.step:,} as asked, and saved; the same command continues it")
         return
-    if found.path is not None and end.step == found.state["step"]:
+    # An earlier start may have been killed between its last save and its summary.
+    summed_up = from_rank_0(lambda: folder.read_summary().get("steps") == end.step)
+    if found.path is not None and end.step == found.state["step"] and summed_up:
         raised = "train.early_stopping.patience" if trainer.ended_early else "train.epochs or train.max_steps"
         say(f"nothing left to train: {folder.path} has all its {end.step:,} steps (raise {raised} for more)")
         return
-    cpu_s = trainer.cpu_seconds()
-    from_rank_0(lambda: _summarise(folder, end, cpu_s, ranks.world_size))
+    cpu_s, metrics = trainer.cpu_seconds(), trainer.newest_validation()
     say(
         f"trained {end.candidates:,} samples in {end.step:,} steps and {end.wall_s:.0f} s: "
         f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); "
         f"see {folder.path}"
     )
-    if not ranks.speaks:
-        return
-    if trainer.metrics_of_validation is not None and trainer.validation_reader is not None:
-        entries, lines = quality(trainer.metrics_of_validation, trainer.validation_reader, manifest)
-        folder.update_summary(entries)
-        for line in lines:
-            say(line)
+
+    def summarise() -> list[str]:
+        entries: dict[str, Any] = {
+            "samples": end.candidates,
+            "steps": end.step,
+            "wall_s": end.wall_s,
+            "cpu_s": cpu_s,
+            "world_size": ranks.world_size,
+            "versions": versions(),
+        }
+        found, lines = quality(metrics, trainer.validation_reader, manifest, end.step)
+        folder.update_summary({**entries, **found})
+        return lines
+
+    # Rank 0 may count for long, and what it cannot write is every rank's failure.
+    for line in from_rank_0(summarise, slow=True):
+        say(line)
     say("\n".join(next_commands(folder.path, manifest)))
-
-
-def _summarise(folder: RunFolder, end: Position, cpu_s: float, world_size: int) -> None:
-    entries = {
-        "samples": end.candidates,
-        "steps": end.step,
-        "wall_s": end.wall_s,
-        "cpu_s": cpu_s,
-        "world_size": world_size,
-        "versions": versions(),
-    }
-    folder.update_summary(entries)
 
 
 def plan_lines(placed: Sequence[Placement], world_size: int) -> list[str]:

@@ -18,16 +18,22 @@ _SPLITS = ("test", "validation")
 
 
 def quality(
-    metrics: Mapping[str, Metrics], validation: SequenceLogReader, manifest: LogManifest
+    metrics: Mapping[str, Metrics] | None,
+    validation: SequenceLogReader | None,
+    manifest: LogManifest,
+    step: int,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The newest validation beside its baselines: entries of summary.json, and plain sentences.
+    """The validation after `step` beside its baselines: entries of summary.json, and plain sentences.
 
     Training is over and saved by then: a baseline that cannot be computed is said, and is no failure.
+    Nothing is said of a log without a validation split.
     """
-    entries: dict[str, Any] = {"validation": entry_of(metrics)}
+    if metrics is None or validation is None:
+        return {}, []
+    entries: dict[str, Any] = {"validation": entry_of(metrics), "validation_step": step}
     try:
         beside = baselines(validation)
-    except TandemError as error:
+    except (TandemError, OSError, MemoryError) as error:
         return entries, [f"no baselines beside the validation: {error}"]
     table, feature = beside.metrics(), counted_feature(manifest)
     entries[baselines_key("validation")] = by_baseline(table)

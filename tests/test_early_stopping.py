@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import pipelines.train
-from embeddings.errors import CheckpointError, ConfigError
+from embeddings.errors import CheckpointError, ConfigError, DataError
 from pipelines.evaluate import evaluate
 from pipelines.export import export
 from tests.launching import SETTINGS, overrides, tandemrec
@@ -80,6 +80,7 @@ def test_the_best_is_what_is_measured_and_exported(
     assert len(set(found.values())) == 3
     for which, step in (("", 2), ("best", 2), ("newest", 6), ("6", 6), ("2", 2)):
         assert evaluate(run, "validation", which)["auc"] == found[step], which
+        assert json.loads((run / "summary.json").read_text())["validation_step"] == step
     assert "checkpoint step-00000002" in capfd.readouterr().out
     version = export(run, tmp_path / "snapshots", parity_requests=0)
     assert json.loads((version / "manifest.json").read_text())["step"] == 2
@@ -159,3 +160,52 @@ def test_it_needs_validations(tmp_path: Path, log: Path) -> None:
     bare = write_log(tmp_path / "log", {"train": random_rows(1)})
     with pytest.raises(ConfigError, match=r"train.early_stopping needs validation requests"):
         pipelines.train.check(CONFIG, tmp_path / "run", words(bare)[1::2])
+
+
+def state(run: Path, step: int) -> dict[str, Any]:
+    return checkpoint_files.read_state(run / "checkpoints" / checkpoint_files.final_name(step))
+
+
+def test_the_last_checkpoint_knows_of_the_last_validation(log: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # The validation at the end is due by nothing else, and a save after the last step is due, too.
+    with process_group() as ranks:
+        pipelines.train.run(config(log, train__epochs=1, train__validate_every=1000), run, ranks)
+    end = steps(run)[-1]
+    assert validated(run)[-1][0] == end
+    assert state(run, end)["validated"] == state(run, end)["best"]["step"] == end
+
+
+def test_another_metric_has_no_best_yet(
+    log: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, changes, said in (
+        ("metric", {"train__early_stopping__metric": "logloss"}, "train.early_stopping.metric was auc"),
+        ("off", {"train__early_stopping__patience": 0, "train__max_steps": 7}, "is off now"),
+    ):
+        other = tmp_path / name
+        shutil.copytree(run, other)
+        with process_group() as ranks:
+            pipelines.train.run(config(log, **changes), other, ranks)
+        assert f"{said}: the best validation so far, after step 2," in capfd.readouterr().out.replace(
+            "train.early_stopping is off now", "is off now"
+        )
+        best = state(other, steps(other)[-1])["best"]
+        assert best["step"] > 6 if name == "metric" else best["step"] == -1
+
+
+def test_a_start_that_was_killed_before_its_summary_is_summed_up(
+    log: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    (other / "summary.json").unlink()
+    with process_group() as ranks:
+        pipelines.train.run(config(log), other, ranks)
+        now = json.loads((other / "summary.json").read_text())
+        assert now["steps"] == 6 and now["validation"]["auc"] == validated(run)[-1][1]
+        assert now["validation_step"] == 6
+        assert "nothing left to train" not in capfd.readouterr().out
+        (other / "summary.json").write_text("[1]")
+        with pytest.raises(DataError, match=r"is no JSON object; move it away"):
+            pipelines.train.run(config(log), other, ranks)

@@ -186,7 +186,7 @@ def wanted(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> 
             problem = "knows of no best checkpoint: set train.early_stopping.patience, or take the newest"
             raise CheckpointError(newest, problem)
         return folder / final_name(best)
-    if not which.isdigit() or not (folder / final_name(int(which))).is_dir():
+    if not which.isdecimal() or not (folder / final_name(int(which))).is_dir():
         steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in checkpoints(folder))
         raise CheckpointError(folder, f"no checkpoint {which!r}: give newest, best or a step, of {steps}")
     return folder / final_name(int(which))

@@ -148,7 +148,7 @@ class Trainer:
                     self._report()
                 if config.validate_every and self.at.step % config.validate_every == 0:
                     self._validate()
-                self._between_steps()
+                self._between_steps(step.last and self.at.cursor.epoch + 1 == config.epochs)
                 self.ranks.check_launcher()
                 if self.after_step is not None:
                     self.after_step(self.at.step)
@@ -168,8 +168,11 @@ class Trainer:
         dense, tables = (schedule.factor(self.at.step, self._progress()) for schedule in self.schedules)
         return dense, tables
 
-    def _between_steps(self) -> None:
-        """Save where one is due, and see whether to stop; on every rank alike."""
+    def _between_steps(self, last: bool) -> None:
+        """Save where one is due, and see whether to stop; on every rank alike.
+
+        After the last step nothing is saved before the last validation, which the checkpoint is to know of.
+        """
         seen = self.watch.look(self.at.step, self.saver.failed)
         self.stopped = seen.stop
         if seen.failed:
@@ -177,7 +180,7 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         # One that stops is saved by run(), which waits for it.
         due = seen.due or self._best_due or bool(every and self.at.step % every == 0)
-        if due and not self._over():
+        if due and not (last or self._over()):
             self._save()
 
     def _over(self) -> bool:
@@ -207,13 +210,24 @@ class Trainer:
     def _validate(self) -> None:
         if self.validation_reader is None or self.at.validated == self.at.step:
             return
-        with self.pipeline.paused():
-            metrics = shared_metrics(score_split(self.model, self.validation_reader, self.ranks.device))
-        self.metrics_of_validation, self.at.validated = metrics, self.at.step
+        metrics = self._measure(self.validation_reader)
+        self.at.validated = self.at.step
         self.log.write(self.at.step, "validation", entry_of(metrics))
         self.say(f"validation after step {self.at.step}: {one_line(metrics)}")
         self._compare(next(iter(metrics.values())))
         self.meter.clock.restart()
+
+    def newest_validation(self) -> dict[str, Metrics] | None:
+        """Metrics of every task, counted anew where an earlier start has; collective."""
+        if self.metrics_of_validation is None and self.validation_reader is not None:
+            self._measure(self.validation_reader)
+        return self.metrics_of_validation
+
+    def _measure(self, reader: SequenceLogReader) -> dict[str, Metrics]:
+        with self.pipeline.paused():
+            metrics = shared_metrics(score_split(self.model, reader, self.ranks.device))
+        self.metrics_of_validation = metrics
+        return metrics
 
     def _compare(self, metrics: Metrics) -> None:
         """Whether this validation is the best so far, or the last."""
@@ -287,11 +301,21 @@ class Trainer:
             wall_s=state["wall_s"],
             cpu_s=state["cpu_s"] / self.ranks.world_size,
             validated=state["validated"],
-            # Older checkpoints know of no best.
-            best=Best(**state.get("best", {})),
+            best=self._known_best(state),
         )
         self.saver.saved = self.at.step
         self.say(f"resumed from {path}")
+
+    def _known_best(self, state: dict[str, Any]) -> Best:
+        """The best validation of a checkpoint, where this start looks for it by the same metric."""
+        # Older checkpoints know of no best.
+        best, now = Best(**state.get("best", {})), self.config.train.early_stopping
+        before = state["config"]["train"].get("early_stopping", {}).get("metric", now.metric)
+        if best == Best() or (now.on and before == now.metric):
+            return best
+        why = f"train.early_stopping.metric was {before}" if now.on else "train.early_stopping is off now"
+        self.say(f"{why}: the best validation so far, after step {best.step:,}, is no longer kept")
+        return Best()
 
 
 class _Meter:

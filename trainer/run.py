@@ -17,7 +17,7 @@ import tomli_w
 from torch.utils.tensorboard import SummaryWriter
 
 from embeddings.agreement import from_rank_0
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, DataError
 from trainer.config import Config, load_config
 from trainer.durable import locked, naming, remove_folder, write_text
 
@@ -97,10 +97,25 @@ class RunFolder:
             )
         return load_config(file)
 
+    def read_summary(self) -> dict[str, Any]:
+        """What summary.json holds, nothing where there is none.
+
+        Raises:
+            DataError: it is no JSON object.
+        """
+        if not self.summary.exists():
+            return {}
+        try:
+            found = json.loads(self.summary.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise DataError("is no JSON object; move it away, and it is written anew", file=self.summary)
+        return found
+
     def update_summary(self, entries: Mapping[str, Any]) -> None:
         """Merge entries into summary.json."""
-        summary = json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else {}
-        write_text(self.summary, json.dumps({**summary, **jsonable(entries)}, indent=1))
+        write_text(self.summary, json.dumps({**self.read_summary(), **jsonable(entries)}, indent=1))
 
     def drop_metrics_after(self, step: int) -> int:
         """Forget lines of steps that a resumed run is about to repeat.

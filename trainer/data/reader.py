@@ -49,12 +49,14 @@ class Step:
         counted: False where the step has no block for this rank: it then repeats a block of another one, so
             that collectives match, and its loss and scores count for nothing.
         after: the cursor once the step is done.
+        last: it is the last one of its epoch.
         sources: the row groups that the batch came from.
     """
 
     batch: RequestBatch
     counted: bool
     after: Cursor
+    last: bool = False
     sources: tuple[RowGroup, ...] = ()
 
 
@@ -144,26 +146,29 @@ class SequenceLogReader:
             if self.config.workers:
                 pool = ThreadPoolExecutor(self.config.workers, "decode")
                 stack.callback(pool.shutdown, cancel_futures=True)
-            for blocks, owners, after in self._plan(cursor, pool):
+            for blocks, owners, after, last in self._plan(cursor, pool):
                 mine = [block for block, owner in zip(blocks, owners, strict=True) if owner == self.rank]
                 total = sum([block.candidates for block in blocks])
                 used = mine or blocks[:1]
                 batch = collate(used, self.config, self.columns, total)
-                yield Step(batch, bool(mine), after, tuple({block.rows.place: None for block in used}))
+                sources = tuple({block.rows.place: None for block in used})
+                yield Step(batch, bool(mine), after, last, sources)
 
-    def _plan(self, cursor: Cursor, pool: Executor | None) -> Iterator[tuple[list[Block], list[int], Cursor]]:
-        """Cut the stream of blocks into global steps: (blocks, owning ranks, cursor after)."""
+    def _plan(
+        self, cursor: Cursor, pool: Executor | None
+    ) -> Iterator[tuple[list[Block], list[int], Cursor, bool]]:
+        """Cut the stream of blocks into global steps: (blocks, owning ranks, cursor after, the last one)."""
         pending: list[Block] = []
         candidates, behaviors, consumed = 0, 0, cursor.blocks
         for block in self._blocks(cursor, pool):
             if pending and self._full(candidates, behaviors + block.behaviors):
-                yield pending, self._owners(pending), Cursor(cursor.epoch, consumed)
+                yield pending, self._owners(pending), Cursor(cursor.epoch, consumed), False
                 pending, candidates, behaviors = [], 0, 0
             pending.append(block)
             consumed += 1
             candidates, behaviors = candidates + block.candidates, behaviors + block.behaviors
         if pending:
-            yield pending, self._owners(pending), Cursor(cursor.epoch, consumed)
+            yield pending, self._owners(pending), Cursor(cursor.epoch, consumed), True
 
     def _full(self, candidates: int, behaviors: int) -> bool:
         limit = self.config.batch_behaviors
