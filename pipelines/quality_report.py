@@ -136,16 +136,21 @@ def _best(table: Table, metric: str, sign: int) -> str | None:
 
 def _lost(metrics: Metrics, table: Table, feature: str) -> Iterator[str]:
     """One sentence for each baseline that is the best one by some metric, and better than the model."""
-    lost: dict[str, list[str]] = {}
+    lost: dict[tuple[str, bool], list[str]] = {}
     for metric, (word, sign) in _COMPARED.items():
         best, own = _best(table, metric, sign), metrics.as_dict()[metric]
         if best is None or not sign * own < sign * table[best][metric]:
             continue
         half = table[best].get("auc_lead_ci", math.nan) if metric == "auc" else math.nan
-        far = "" if math.isnan(half) else f" ({table[best]['auc_lead']:+.4f} ± {half:.4f})"
-        lost.setdefault(best, []).append(f"{word} {own:.4f} against {table[best][metric]:.4f}{far}")
-    for best, parts in lost.items():
-        yield f"the trained model loses to `{title(best, feature)}`: {', '.join(parts)}"
+        lead = table[best].get("auc_lead", math.nan)
+        far = "" if math.isnan(half) else f" ({lead:+.4f} ± {half:.4f})"
+        # Where chance alone may have made the difference, neither of the two is better.
+        lost.setdefault((best, abs(lead) <= half), []).append(
+            f"{word} {own:.4f} against {table[best][metric]:.4f}{far}"
+        )
+    for (best, even), parts in lost.items():
+        verb = "is no better than" if even else "loses to"
+        yield f"the trained model {verb} `{title(best, feature)}`: {', '.join(parts)}"
 
 
 def _scale(metrics: Metrics) -> Iterator[str]:

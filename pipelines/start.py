@@ -35,7 +35,7 @@ from trainer.loop import Trainer
 from trainer.model.two_stage import TwoStageModel
 from trainer.pipeline import kind_for
 from trainer.remarks import remarks
-from trainer.resume import check_resumable, check_same_order, log_fingerprint
+from trainer.resume import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.run import RunFolder
 from trainer.schedule import schedule_remarks
 from trainer.starts import check_start, note_start
@@ -117,12 +117,13 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         say(f"refused checkpoint: {reason}")
     if found.path is not None:
         check_resumable(found.state, config, fingerprint)
+        if changed := changed_settings(found.state, config):
+            say(f"settings that differ from those of {found.path.name}: {', '.join(changed)}")
     step = found.state.get("step", 0)
     if checking:
         check_start(folder, config, step)
     else:
         note_start(folder, config, step)
-        from_rank_0(lambda: folder.write_config(config))
     if config.train.early_stopping.on and not manifest.holds("validation"):
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     groups = resolve_groups(config, manifest)

@@ -120,7 +120,7 @@ def _conclude(
         raised = "train.early_stopping.patience" if trainer.ended_early else "train.epochs or train.max_steps"
         say(f"nothing left to train: {folder.path} has all its {end.step:,} steps (raise {raised} for more)")
         return
-    cpu_s, metrics = trainer.cpu_seconds(), trainer.newest_validation()
+    cpu_s, (metrics, step) = trainer.cpu_seconds(), trainer.kept_validation()
     say(
         f"trained {end.candidates:,} samples in {end.step:,} steps and {end.wall_s:.0f} s: "
         f"{end.candidates / max(end.wall_s, 1e-9):,.0f} samples/s on {ranks.world_size} rank(s); "
@@ -136,10 +136,12 @@ def _conclude(
             "world_size": ranks.world_size,
             "versions": versions(),
         }
-        found, lines = quality(metrics, trainer.validation_reader, manifest, end.step)
+        found, lines = quality(metrics, trainer.validation_reader, manifest, step)
         folder.update_summary({**entries, **found})
         return lines
 
+    if step != end.step:
+        say(f"evaluate and export take the best checkpoint, after step {step:,}; what follows is about it")
     # Rank 0 may count for long, and what it cannot write is every rank's failure.
     for line in from_rank_0(summarise, slow=True):
         say(line)

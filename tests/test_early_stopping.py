@@ -23,7 +23,8 @@ from trainer.config import Config, load_config
 from trainer.distributed import process_group
 from trainer.early_stopping import Best
 from trainer.metrics import Metrics
-from trainer.sections import EarlyStoppingConfig
+from trainer.schedule import schedule_remarks
+from trainer.sections import EarlyStoppingConfig, TrainConfig
 
 CONFIG = Path("configs/dare.toml")
 # Nothing gains as much, so that the first validation stays the best: after step 2, with an end after step 6.
@@ -104,20 +105,30 @@ def test_a_stop_in_between_changes_nothing(log: Path, run: Path, tmp_path: Path)
     assert validated(other) == validated(run) and steps(other) == [2, 6]
 
 
-def test_a_run_that_ended_early_has_nothing_left(
+def test_the_summary_is_of_the_checkpoint_that_is_taken(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["validation"]["auc"] == dict(validated(run))[2] and summary["validation_step"] == 2
+
+
+def test_a_run_that_has_nothing_left_stays_as_it_is(
     log: Path, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    before = (run / "config.toml").read_text()
     with process_group() as ranks:
-        pipelines.train.run(config(log), run, ranks)
+        pipelines.train.run(config(log, train__learning_rate=0.5), run, ranks)
+        with pytest.raises(ConfigError, match=r"data.history_length = [0-9]+, now it is 3; set it back"):
+            pipelines.train.run(config(log, data__history_length=3), run, ranks)
     assert "nothing left to train" in (said := capfd.readouterr().out)
     assert "raise train.early_stopping.patience for more" in said
-    assert steps(run) == [2, 6]
+    assert "settings that differ from those of step-00000006: train.learning_rate = 0.5 (was " in said
+    assert steps(run) == [2, 6] and (run / "config.toml").read_text() == before
 
 
 def test_two_ranks_end_together(log: Path, tmp_path: Path) -> None:
     done = tandemrec("train", "--config", str(CONFIG), "--out", str(tmp_path / "run"), *words(log), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no better auc in 2 validation(s): training ends; best: 0." in done.stdout
+    assert "no better auc of click in 2 validation(s): training ends; best: 0." in done.stdout
+    assert "evaluate and export take the best checkpoint, after step 2; what follows" in done.stdout
     assert steps(tmp_path / "run") == [2, 6]
 
 
@@ -203,9 +214,17 @@ def test_a_start_that_was_killed_before_its_summary_is_summed_up(
     with process_group() as ranks:
         pipelines.train.run(config(log), other, ranks)
         now = json.loads((other / "summary.json").read_text())
-        assert now["steps"] == 6 and now["validation"]["auc"] == validated(run)[-1][1]
-        assert now["validation_step"] == 6
+        assert now["steps"] == 6 and now["validation"]["auc"] == dict(validated(run))[2]
+        assert now["validation_step"] == 2
         assert "nothing left to train" not in capfd.readouterr().out
         (other / "summary.json").write_text("[1]")
         with pytest.raises(DataError, match=r"is no JSON object; move it away"):
             pipelines.train.run(config(log), other, ranks)
+
+
+def test_stopping_that_can_never_happen_is_said() -> None:
+    given = {"early_stopping": {"patience": 3}, "max_steps": 500}
+    for every, told in ((100, False), (200, True)):
+        lines = schedule_remarks(TrainConfig(validate_every=every, **given), 100_000, 200)
+        found = [line for line in lines if line.startswith("train.early_stopping cannot end this run early")]
+        assert bool(found) == told, lines

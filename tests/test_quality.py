@@ -253,6 +253,9 @@ def test_a_model_that_loses_is_told_so_with_both_values() -> None:
     ]
     assert len(said) == 3 and said[2].startswith("what may help: more steps (train.epochs")
     assert remarks("test", {"click": own}, {"click": {"popularity": WORSE}}, "c") == []
+    even = {"auc": own.auc + 0.01, "auc_lead": -0.01, "auc_lead_ci": 0.02}
+    (first, _) = remarks("test", {"click": own}, {"click": {"popularity": even}}, "c")
+    assert first.startswith("test, click: the trained model is no better than `item popularity`: AUC")
 
 
 def test_predictions_out_of_scale_are_told() -> None:

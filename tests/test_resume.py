@@ -18,7 +18,7 @@ from tests.launching import ROOT, SETTINGS, losses, overrides, tandemrec, train
 from tests.logs import small_log
 from trainer.checkpoint_files import newest, read_state
 from trainer.config import Config, load_config
-from trainer.resume import check_resumable, check_same_rules
+from trainer.resume import changed_settings, check_resumable, check_same_rules
 
 DARE = Path(__file__).parent.parent / "configs" / "dare.toml"
 
@@ -53,9 +53,17 @@ def test_what_shapes_the_model_may_not(word: str) -> None:
 
 
 def test_what_orders_the_data_may_change_between_epochs_only() -> None:
-    check_resumable(state(), changed("train.seed=3", "data.history_length=9"), "a")
+    given = ["train.seed=3", "data.requests_per_block=9"]
+    check_resumable(state(), changed(*given), "a")
+    assert changed_settings(state(), changed(*given)) == [
+        "data.requests_per_block = 9 (was 8)",
+        "train.seed = 3 (was 17)",
+    ]
+    with pytest.raises(ConfigError, match=r"data.requests_per_block = 8, now it is 9"):
+        check_resumable(state(blocks=5), changed("data.requests_per_block=9"), "a")
+    # A model that knows places in the history has a number for each.
     with pytest.raises(ConfigError, match=r"data.history_length = 500, now it is 9"):
-        check_resumable(state(blocks=5), changed("data.history_length=9"), "a")
+        check_resumable(state(), changed("data.history_length=9"), "a")
 
 
 @pytest.mark.parametrize("word", ["plan.file=x", "train.epochs=9", "groups.attention.learning_rate=1"])

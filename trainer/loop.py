@@ -89,6 +89,7 @@ class Trainer:
         self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
         self.at = Position()
         self.metrics_of_validation: dict[str, Metrics] | None = None  # of every task
+        self._best_metrics: dict[str, Metrics] | None = None
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
@@ -110,17 +111,19 @@ class Trainer:
 
     def _run(self, start: checkpoint.Found) -> Position:
         self.resume(start)
+        if start.path is None or not self._finished():
+            # Not before: a start that is refused, or has nothing to do, leaves the run as it is.
+            from_rank_0(lambda: self.folder.write_config(self.config))
         # Validations after the newest save count, or the last line of metrics.jsonl would come twice.
         known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
         self.at.validated = max(self.at.validated, known)
-        epochs = self.config.train.epochs
         with (
             self.watch.listening(),
             self.saver,
             MetricsLog(self.folder, self.at.step) as self.log,
         ):
             with Progress("train", self.ranks.speaks) as self.bar:
-                while self.at.cursor.epoch < epochs and not self._over():
+                while not self._finished():
                     self._epoch()
             if not self.stopped:
                 self._validate()
@@ -183,6 +186,10 @@ class Trainer:
         if due and not (last or self._over()):
             self._save()
 
+    def _finished(self) -> bool:
+        """Whether no step is left."""
+        return self.at.cursor.epoch >= self.config.train.epochs or self._over()
+
     def _over(self) -> bool:
         return self.stopped or self._step_limit() or self.ended_early
 
@@ -214,8 +221,24 @@ class Trainer:
         self.at.validated = self.at.step
         self.log.write(self.at.step, "validation", entry_of(metrics))
         self.say(f"validation after step {self.at.step}: {one_line(metrics)}")
-        self._compare(next(iter(metrics.values())))
+        self._compare(metrics)
         self.meter.clock.restart()
+
+    def kept_validation(self) -> tuple[dict[str, Metrics] | None, int]:
+        """Metrics of the checkpoint that `evaluate` and `export` take, and its step; collective.
+
+        Where that is the best one, and an earlier start has measured it, its weights are loaded and stay.
+        """
+        best = self.at.best
+        if self.validation_reader is None or best.step in (-1, self.at.step):
+            return self.newest_validation(), self.at.step
+        if self._best_metrics is None:
+            found = checkpoint.find_to_use(self.folder.checkpoints)
+            path, step = found.path, int(found.state["step"])
+            assert path is not None
+            self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
+            return self._measure(self.validation_reader), step
+        return self._best_metrics, best.step
 
     def newest_validation(self) -> dict[str, Metrics] | None:
         """Metrics of every task, counted anew where an earlier start has; collective."""
@@ -229,16 +252,20 @@ class Trainer:
         self.metrics_of_validation = metrics
         return metrics
 
-    def _compare(self, metrics: Metrics) -> None:
-        """Whether this validation is the best so far, or the last."""
+    def _compare(self, metrics: dict[str, Metrics]) -> None:
+        """Whether this validation is the best so far, or the last, by the first task."""
         stopping, best = self.config.train.early_stopping, self.at.best
         if not stopping.on:
             return
-        self._best_due = best.see(stopping, metrics, self.at.step)
+        task, first = next(iter(metrics.items()))
+        self._best_due = best.see(stopping, first, self.at.step)
+        if self._best_due:
+            self._best_metrics = metrics
         if self.ended_early:
             value = "none" if best.value is None else f"{best.value:.4f} after step {best.step:,}"
             self.say(
-                f"no better {stopping.metric} in {best.fruitless} validation(s): training ends; best: {value}"
+                f"no better {stopping.metric} of {task} in {best.fruitless} validation(s): training ends; "
+                f"best: {value}"
             )
 
     def _progress(self) -> float:

@@ -55,12 +55,28 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
     ]
     if state["cursor"]["blocks"]:
         fixed += _ORDER
+    if any(branch.position for branch in config.model.all_branches().values()):
+        # There is a number for each place in the history.
+        fixed.append("data.history_length")
     for key in fixed:
         if before.get(key) != now.get(key):
             raise ConfigError(
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or name another --out"
             )
+
+
+def changed_settings(state: Mapping[str, Any], config: Config) -> list[str]:
+    """The settings in which a start that may go on differs from its checkpoint: `key = now (was before)`.
+
+    Where a log or a plan lies is no difference.
+    """
+    before, now = dict(_flat(state["config"])), dict(_flat(config.model_dump(mode="json")))
+    return [
+        f"{key} = {value!r} (was {before[key]!r})"
+        for key, value in now.items()
+        if key in before and before[key] != value and key not in ("data.log", "plan.file")
+    ]
 
 
 def check_same_order(path: Path, state: Mapping[str, Any], order: str, log: Path) -> None:

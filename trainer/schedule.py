@@ -78,6 +78,13 @@ def schedule_remarks(config: TrainConfig, epoch_candidates: int, batch_candidate
         for key, length in asked.items()
         if length and _warmup(length, 0.0, steps) < length
     ]
+    stopping, every = config.early_stopping, config.validate_every
+    if stopping.on and every * (stopping.patience + 1) > steps:
+        lines.append(
+            f"train.early_stopping cannot end this run early: {stopping.patience} validations "
+            f"without gain after a first one are {every * (stopping.patience + 1):,} steps, and the run has "
+            f"{steps:,} or so; lower train.validate_every or train.early_stopping.patience"
+        )
     if steps < _FEW_STEPS and not (config.max_steps and config.max_steps <= steps):
         wanted = config.epochs * epoch_candidates // _ENOUGH_STEPS
         batch = min(batch_candidates, max(_SMALL_BATCH, wanted))
