@@ -337,11 +337,17 @@ def count_rows(engine: Engine, table: ir.Table) -> int:
 
 
 def _duck_column(file: RawFile, place: int) -> str:
-    """Nanoseconds as a number, as Spark gives them: Ibis knows no such time with a zone."""
+    """Nanoseconds as a number, as Spark gives them: Ibis knows no such time with a zone.
+
+    DuckDB believes the least and greatest value that Parquet states, which leave NaN out: isnan() is false
+    then, and x <= greatest true. What comes out of a list has no such statement.
+    """
     name = file.columns[place]
     kind = file.types.get(name) if file.columns.count(name) == 1 else None
     if kind is not None and pa.types.is_timestamp(kind) and kind.unit == "ns":
         return f"epoch_ns(c{place}) AS c{place}"
+    if kind is not None and pa.types.is_floating(kind):
+        return f"list_value(c{place})[1] AS c{place}"
     return f"c{place}"
 
 

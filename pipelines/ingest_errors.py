@@ -8,7 +8,11 @@ from embeddings.errors import ConfigError, DataError, TandemError
 
 _MEMORY = re.compile(r"^Out of Memory Error|OutOfMemory|GC overhead limit", re.IGNORECASE)
 _DISK = re.compile(r"No space left|offload data block|max_temp_directory_size|Disk quota|database is full")
-_FILE = re.compile(r"^(IO|Permission|HTTP) Error|IOException|FileNotFound|FAILED_READ_FILE", re.IGNORECASE)
+_FILE = re.compile(
+    r"^(IO|Permission|HTTP) Error|IOException|FileNotFound|FAILED_READ_FILE"
+    r"|Failed to read file|decompress|TProtocolException",
+    re.IGNORECASE,
+)
 _VALUE = re.compile(
     r"^(Conversion|Invalid Input|Out of Range|Mismatch Type|Type|Invalid type|Constraint|Serialization) Error"
     r"|CAST_|MALFORMED|OVERFLOW|NumberFormat|DateTimeException|ArithmeticException|BadRecord",

@@ -14,8 +14,8 @@ from pipelines.ingest_files import RawFile, open_text
 _HINTS = {
     "number": "a number, true or false; mend the cell, or name the words for nothing in csv.nulls",
     "time": "unix seconds or ISO 8601 such as 2024-05-01T12:00:00Z; mend the cell, or convert the column",
-    "id": "a whole number; cast the column to text, or mend it",
-    "key": "a whole number; cast the column to text, or mend it",
+    "id": "a whole number (a float is one up to 2^53); cast the column to text, or mend it",
+    "key": "a whole number (a float is one up to 2^53); cast the column to text, or mend it",
 }
 
 

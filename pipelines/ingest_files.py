@@ -125,6 +125,10 @@ def _below(folder: Path, skipped: list[Path]) -> list[Path]:
     """All data files of a folder and of those in it."""
     files: list[Path] = []
     for place, folders, names in os.walk(folder, followlinks=True):
+        # A link may lead to a folder above it.
+        if os.path.realpath(place) in map(os.path.realpath, Path(place).parents):
+            folders.clear()
+            continue
         if lake := next((name for name in folders if name in _LAKES), None):
             problem = f"is a {_LAKES[lake]} table: some of its files may be no part of it any more; export it"
             raise DataError(f"{problem} to plain Parquet, or name the files", file=place)
@@ -182,7 +186,7 @@ def look(path: Path, wanted: Iterable[str], delimiter: str = "") -> RawFile:
         raise DataError("no such file", file=path) from error
     except (OSError, EOFError, UnicodeError, csv.Error, pa.ArrowException) as error:
         what = "CSV" if _is_text(path) else "Parquet"
-        raise DataError(f"not readable as one {what} file: {error}", file=path) from error
+        raise DataError(f"not readable as one {what} file: {error}; write it again", file=path) from error
     types = {name: schema.field(place).type for place, name in enumerate(schema.names)}
     return RawFile(path, "Parquet", tuple(schema.names), types, folders=folders_of(path))
 
@@ -195,7 +199,9 @@ def _refuse_others(path: Path) -> None:
         raise DataError("is packed in a way that is not read; unpack it, or pack CSV with gzip", file=path)
     with path.open("rb") as file:
         start = file.read(4)
-    if start != _MAGIC and not path.name.lower().endswith((".parquet", ".pq")):
+    if not start:
+        raise DataError("is empty; remove it, or write it again", file=path)
+    if start != _MAGIC:
         hint = f"name it {', '.join(TEXT_TABLES)} if it is a table of text with a header (.gz may follow)"
         raise DataError(f"is no Parquet file; {hint}", file=path)
 
@@ -205,9 +211,15 @@ def _look_at_text(path: Path, wanted: set[str], delimiter: str) -> RawFile:
     with open_text(path, "surrogateescape") as lines:
         # The header may hold quoted line ends, so that only the reader knows where it stops.
         start = list(_first_lines(lines))
-    "".join(start).encode("utf-8")
+    if "".join(start).startswith(_MAGIC.decode()):
+        raise DataError("is a Parquet file; name it .parquet", file=path)
+    if any("\udc80" <= sign <= "\udcff" for line in start for sign in line):
+        raise DataError("the names of the columns are no UTF-8 text; save it as UTF-8", file=path)
     if not start:
         raise DataError("is empty: it has no line with the names of its columns", file=path)
+    if not start[0].strip():
+        # The engines disagree about what comes after such a line.
+        raise DataError("begins with a blank line; the first must hold the names of the columns", file=path)
     headers = {sign: _header(path, start, sign) for sign in ([delimiter] if delimiter else DELIMITERS)}
     chosen = max(headers, key=lambda sign: (len(wanted & set(headers[sign])), len(headers[sign])))
     packed = path.name.lower().endswith(".gz")

@@ -83,7 +83,7 @@ def open_files(
     table = all_rows([_converted(part, columns, targets) for part in parts])
     told = list(zip(columns, targets, facts, strict=True))
     seen.columns += [_understood(found.what, *one) for one in told]
-    seen.notes += [*found.notes, *_unused(found.what, files, wanted)]
+    seen.notes += [*found.notes, *_words(found.what, columns, facts), *_unused(found.what, files, wanted)]
     if seen.measured:
         _measure(engine, table, found.what, columns, seen)
     names = {(column.want.column, column.want.kind): f"c{place}" for place, column in enumerate(columns)}
@@ -200,14 +200,15 @@ def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, i
     for place, (column, cell, family) in enumerate(zip(columns, part.cells, part.families, strict=True)):
         cells = look_at(cell, family, column.want.kind, column.target, column.want.unit)
         named = {"bad": cells.bad, "wide": cells.wide, "cut": cells.cut, "known": cells.known}
+        named |= {"word": cells.word}
         asked |= {f"{kind}{place}": value for kind, value in named.items() if value is not None}
     return asked
 
 
 def _of_column(row: Mapping[str, Any], place: int) -> dict[str, Any]:
-    kinds = ("bad", "wide", "cut", "known")
+    kinds = ("bad", "wide", "cut", "known", "word")
     found: dict[str, Any] = {kind: int(row.get(f"{kind}{place}") or 0) for kind in kinds}
-    return found | {f"{kind}_least": row.get(f"{kind}{place}_least") for kind in ("bad", "wide")}
+    return found | {f"{kind}_least": row.get(f"{kind}{place}_least") for kind in ("bad", "wide", "word")}
 
 
 def _settled(
@@ -238,6 +239,21 @@ def _understood(table: str, column: Column, target: Target, fact: Mapping[str, A
         read_as=read_as,
         note=note,
     )
+
+
+def _words(what: str, columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns with a word that may mean nothing, and is a value like others."""
+    told = []
+    for column, fact in zip(columns, facts, strict=True):
+        if fact.get("word"):
+            one = f"{fact['word']:,} cells such as {fact['word_least']!r} are values like others"
+            remedy = (
+                "name such words in csv.nulls if they mean nothing"
+                if CSV in column.families
+                else "write null if they mean nothing"
+            )
+            told.append(f"{what}: {column.want.column}: {one}; {remedy}")
+    return told
 
 
 def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[Wanted]) -> list[str]:

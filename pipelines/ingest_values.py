@@ -19,6 +19,8 @@ _INT64 = 2**63 - 1
 _EXACT = 2**53  # a float holds every integer up to here
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _NO_NUMBER = ["nan", "inf", "-inf", "+inf", "infinity", "-infinity"]
+# In small letters: what pandas, Hive, R and people write for nothing.
+_NOTHING = ["null", "none", "nan", "na", "n/a", "<na>", "\\n", "nil", "(null)"]
 _DATE = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}"
 _CLOCK = r"[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]+)?)?"
 _OFFSET = r"([+-])([0-9]{2}):?([0-9]{2})?$"
@@ -31,13 +33,15 @@ class Cells:
 
     Attributes:
         bad: the cell as text where it is no value of its kind; wide: where it is one that only text can hold;
-            cut: whether it loses a part of a second; known: whether it is no null. None: nobody asks.
+            cut: whether it loses a part of a second; known: whether it is no null; word: the cell where it
+            is a word that other programs write for nothing. None: nobody asks.
     """
 
     bad: ir.StringValue | None = None
     wide: ir.StringValue | None = None
     cut: ir.BooleanValue | None = None
     known: ir.BooleanValue | None = None
+    word: ir.StringValue | None = None
 
 
 def of_text(value: ir.Value, nulls: Sequence[str]) -> ir.Value:
@@ -63,18 +67,20 @@ def look_at(value: ir.Value, family: str, kind: Kind, target: Target | None, uni
 
 
 def _ids(value: ir.Value, family: str, target: Target | None) -> Cells:
+    word = _where(value, value.lower().isin(_NOTHING)) if family in (CSV, "text") else None
     if family == CSV:
         wide = None if target else _where(value, value.notnull() & ~_is_integer(value))
-        return Cells(wide=wide, known=value.notnull() if wide is not None else None)
+        return Cells(wide=wide, known=value.notnull() if wide is not None else None, word=word)
     if family == "uint64":
         return Cells(wide=_where(value, value > _INT64))
     if family == "float":
-        parts = ~value.isnan() & ((value != value.floor()) | (value.abs() > _EXACT))
-        return Cells(bad=_where(value, parts))
+        number = value.cast("float64")
+        parts = _floor(number).isnull() | (number != _floor(number)) | (number.abs() > _EXACT)
+        return Cells(bad=_where(value, value.notnull() & ~value.isnan() & parts))
     if family == "decimal":
         beyond = (value > _INT64) | (value < -_INT64)
         return Cells(bad=_where(value, value != value.floor()), wide=_where(value, beyond))
-    return Cells()
+    return Cells(word=word)
 
 
 def convert(value: ir.Value, family: str, kind: Kind, target: Target, unit: Unit) -> ir.Value:
@@ -86,7 +92,7 @@ def convert(value: ir.Value, family: str, kind: Kind, target: Target, unit: Unit
     if family == "float":
         value = ibis.ifelse(value.isnan(), ibis.null(value.type()), value)
     if target == "int64":
-        return (value.try_cast("int64") if family == CSV else value.cast("int64")).cast("int64")
+        return (value.try_cast("int64") if family in (CSV, "float") else value.cast("int64")).cast("int64")
     if kind == "number" and family == CSV:
         word = value.strip().lower()
         truth = ibis.cases(
@@ -94,7 +100,7 @@ def convert(value: ir.Value, family: str, kind: Kind, target: Target, unit: Unit
         )
         return truth.cast("float64")
     if target == "string" and family in ("float", "decimal"):
-        return value.cast("decimal(38, 0)").cast("string")
+        return value.try_cast("decimal(38, 0)").cast("string")
     return value.cast(target)
 
 
@@ -115,11 +121,12 @@ def _is_number(text: ir.Value) -> ir.Value:
 def _times(value: ir.Value, family: str, unit: Unit) -> Cells:
     size = UNITS[unit]
     if family in ("int", "uint64"):
-        return Cells(cut=value % size != 0) if size > 1 else Cells()
+        bad = _where(value, value > _INT64) if family == "uint64" else None
+        return Cells(bad=bad, cut=value % size != 0 if size > 1 else None)
     if family in ("float", "decimal"):
-        whole = (value / size).floor() * size
-        known = ~value.isnan() if family == "float" else ibis.literal(True)
-        return Cells(cut=known & (value != whole))
+        parts = value.cast("float64") / size
+        known = value.notnull() & ~parts.isnan()
+        return Cells(bad=_where(value, known & _floor(parts).isnull()), cut=known & (parts != _floor(parts)))
     if family == "time":
         if value.type().is_integer():
             return Cells(cut=value % UNITS["ns"] != 0)
@@ -134,12 +141,12 @@ def _times_of_text(value: ir.Value, size: int) -> Cells:
     number, moment = word.re_search(_NUMBER), word.re_search(_ISO)
     # Plain integers are most of what there is, and the quickest to know.
     plain = _is_integer(value)
-    fits = (number & word.try_cast("float64").notnull()) | (moment & _moment(word).notnull())
     parts = word.try_cast("float64") / size
+    fits = (number & _floor(parts).notnull()) | (moment & _moment(word).notnull())
     whole = ibis.literal(False) if size == 1 else value.try_cast("int64") % size != 0
     cut = ibis.cases(
         (plain, whole),
-        (number, parts != parts.floor()),
+        (number, parts != _floor(parts)),
         (moment, word.re_search(r"[.,][0-9]*[1-9]")),
         else_=False,
     )
@@ -152,9 +159,7 @@ def _seconds(value: ir.Value, family: str, unit: Unit) -> ir.Value:
     if family in ("int", "uint64"):
         return _over(value.cast("int64"), size)
     if family in ("float", "decimal"):
-        value = value.cast("float64")
-        value = ibis.ifelse(value.isnan(), ibis.null("float64"), value)
-        return (value / size).floor().cast("int64")
+        return _floor(value.cast("float64") / size)
     if family == "time" and value.type().is_integer():
         # Spark gives nanoseconds as a number.
         return _over(value, UNITS["ns"])
@@ -164,10 +169,20 @@ def _seconds(value: ir.Value, family: str, unit: Unit) -> ir.Value:
         return value.cast("timestamp").epoch_seconds().cast("int64")
     word = value.strip()
     whole = word.try_cast("int64")
-    parts = (word.try_cast("float64") / size).floor().try_cast("int64")
+    parts = _floor(word.try_cast("float64") / size)
     number = ibis.ifelse(word.re_search(r"^[+-]?[0-9]+$"), _over(whole, size), parts)
     slow = ibis.ifelse(word.re_search(_NUMBER), number, _moment(word)).cast("int64")
     return ibis.ifelse(_is_integer(value), _over(value.try_cast("int64"), size), slow).cast("int64")
+
+
+def _floor(number: ir.Value) -> ir.Value:
+    """A float without its parts as a 64-bit integer, null where none holds it.
+
+    DuckDB computes whole dictionaries of a file, also entries that a condition leaves out, so that a cast
+    which may fail does so. Its `try_cast` rounds, and Spark's cuts.
+    """
+    whole = number.try_cast("int64")
+    return ibis.ifelse(whole.cast("float64") > number, whole - 1, whole)
 
 
 def _over(whole: ir.Value, size: int) -> ir.Value:

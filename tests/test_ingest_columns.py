@@ -142,6 +142,37 @@ def test_ids_of_every_arrow_type_are_read(case: str, door: Door, tmp_path: Path)
     assert door.column(parquet(tmp_path / "e.parquet", cat=values), "cat", **CAT) == expected
 
 
+def test_nan_is_found_where_the_statistics_of_a_file_leave_it_out(door: Door, tmp_path: Path) -> None:
+    """DuckDB takes isnan() for false where Parquet states a greatest value."""
+    nan, later = float("nan"), [START + 9.5, float("nan"), START + 20]
+    for kind in (pa.float64(), pa.float32()):
+        values = pa.array([3.0, nan, 1.0], kind)
+        assert door.column(parquet(tmp_path / "e.parquet", cat=values), "cat", **CAT) == [3, None, 1]
+    with pytest.raises(DataError, match="column timestamp: null in 1 of 3 rows"):
+        door.events(parquet(tmp_path / "t.parquet", timestamp=later))
+    with pytest.raises(DataError, match=r"column cat: row 1: 'inf' is not a whole number"):
+        door.events(parquet(tmp_path / "i.parquet", cat=[1.0, float("inf"), 2.0]), **CAT)
+
+
+def test_words_for_nothing_are_told(door: Door, tmp_path: Path) -> None:
+    csv = text(tmp_path / "e.csv", *csv_events(["NULL", "7", "NULL"]))
+    assert door.column(csv, "item_id") == ["NULL", "7", "NULL"]
+    said = "raw events: item_id: 2 cells such as 'NULL' are values like others; name such words in csv.nulls"
+    assert any(note.startswith(said) for note in door.seen.notes)
+    assert door.column(parquet(tmp_path / "e.parquet", cat=["nan", "a", "b"]), "cat", **CAT)[0] == "nan"
+    assert any("cat: 1 cells such as 'nan'" in note for note in door.seen.notes)
+
+
+@pytest.mark.parametrize("cell", ["1e400", "-1e400", "9223372036854775808", "1e30"])
+def test_a_time_out_of_reach_is_told_with_its_line(cell: str, door: Door, tmp_path: Path) -> None:
+    lines = ["user_id,item_id,timestamp", f"1,7,{START}", f"1,7,{cell}"]
+    with pytest.raises(DataError, match=rf"column timestamp: line 3: '{cell}' is not unix seconds"):
+        door.events(text(tmp_path / "e.csv", *lines))
+    far = parquet(tmp_path / "e.parquet", timestamp=[float(START), float(cell), float(START)])
+    with pytest.raises(DataError, match=r"column timestamp: row 1: .* is not unix seconds"):
+        door.events(far)
+
+
 L = [[2, 1], [], None]
 LISTS = {
     "list": pa.array(L, pa.list_(pa.int64())),

@@ -97,6 +97,12 @@ def test_a_folder_is_its_data_files(door: Door, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"README\.md: is no Parquet file"):
         door.events(f"{folder}/*")
     (folder / "README.md").unlink()
+    (folder / "day=2" / "above").symlink_to(folder)
+    assert find_files(folder, "raw events").files == (
+        folder / "part-0.parquet",
+        folder / "day=2" / "part-0.parquet",
+    )
+    (folder / "day=2" / "above").unlink()
     assert sorted(door.column(f"{folder}/*", "item_id")) == [*ITEMS, 100, 200, 300]
     assert door.column(f"{folder}/part*", "item_id") == ITEMS
     assert sorted(door.column(f"{folder}/**/*.parquet", "item_id"))[-1] == 300
@@ -204,7 +210,16 @@ def test_text_is_read_as_other_programs_write_it(door: Door, tmp_path: Path) -> 
         ("e.jsonl.gz", b"", r"JSON is not read"),
         ("e.csv.zst", b"", "packed in a way that is not read"),
         ("e.data", b"user_id,item_id", r"is no Parquet file; name it \.csv"),
-        ("e.parquet", b"user_id,item_id", r"e\.parquet: not readable as one Parquet file"),
+        ("e.parquet", b"user_id,item_id", r"e\.parquet: is no Parquet file; name it \.csv"),
+        ("e.parquet", b"", r"e\.parquet: is empty"),
+        (
+            "e.parquet",
+            b"PAR1user_id,item_id",
+            r"e\.parquet: not readable as one Parquet file.*write it again",
+        ),
+        ("e.csv", b"PAR1\x15\x04\xc0", r"e\.csv: is a Parquet file; name it \.parquet"),
+        ("e.csv", b"user_id,\xe9,timestamp\n", r"e\.csv: the names of the columns are no UTF-8 text"),
+        ("e.csv", b"\n \nuser_id,item_id,timestamp\n1,2,3\n", r"e\.csv: begins with a blank line"),
         ("e.csv", b"", "is empty: it has no line with the names"),
         ("e.csv", "user_id,item_id,timestamp\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
         ("e.csv", b"user_id,item_id,timestamp\n", r"e\.csv: has no rows"),
