@@ -117,7 +117,7 @@ def test_a_run_that_ended_early_has_nothing_left(
 def test_two_ranks_end_together(log: Path, tmp_path: Path) -> None:
     done = tandemrec("train", "--config", str(CONFIG), "--out", str(tmp_path / "run"), *words(log), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no better auc in 2 validation(s): training ends; best: 0." in done.stdout
+    assert "no better auc of click in 2 validation(s): training ends; best: 0." in done.stdout
     assert steps(tmp_path / "run") == [2, 6]
 
 

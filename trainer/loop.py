@@ -215,7 +215,7 @@ class Trainer:
         entry = first_and_all({task: found.as_dict() for task, found in metrics.items()})
         self.log.write(self.at.step, "validation", entry)
         self.say(f"validation after step {self.at.step}: {one_line(metrics)}")
-        self._compare(next(iter(metrics.values())))
+        self._compare(*next(iter(metrics.items())))
         self.meter.clock.restart()
 
     def newest_validation(self) -> dict[str, Metrics] | None:
@@ -230,8 +230,8 @@ class Trainer:
         self.metrics_of_validation = metrics
         return metrics
 
-    def _compare(self, metrics: Metrics) -> None:
-        """Whether this validation is the best so far, or the last."""
+    def _compare(self, task: str, metrics: Metrics) -> None:
+        """Whether this validation of a task is the best so far, or the last."""
         stopping, best = self.config.train.early_stopping, self.at.best
         if not stopping.on:
             return
@@ -239,7 +239,8 @@ class Trainer:
         if self.ended_early:
             value = "none" if best.value is None else f"{best.value:.4f} after step {best.step:,}"
             self.say(
-                f"no better {stopping.metric} in {best.fruitless} validation(s): training ends; best: {value}"
+                f"no better {stopping.metric} of {task} in {best.fruitless} validation(s): training ends; "
+                f"best: {value}"
             )
 
     def _progress(self) -> float:
