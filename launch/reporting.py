@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -13,6 +14,8 @@ from launch.elastic import leave_word
 
 USER_ERROR = 2
 OTHER_ERROR = 1
+# The system tells of these without the file where a write failed that was opened before.
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def _prefix() -> str:
@@ -42,6 +45,8 @@ def _user_message(error: Exception) -> str | None:
         return _hidden_package(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        return f"a file cannot be written: {error.strerror} (--debug shows which)"
     try:
         # Here and not at the top, so that `doctor` still starts where a foreign package hides ours.
         from embeddings.errors import TandemError

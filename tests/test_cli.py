@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from embeddings.errors import ConfigError, DataError
 from launch.cli import main
+from launch.reporting import report
 
 Capture = pytest.CaptureFixture[str]
 
@@ -212,3 +214,11 @@ def test_completion_is_installed_and_fast(tmp_path: Path) -> None:
         assert found.stdout.strip() == wanted
         assert "launch.cli" in found.stderr
         assert " torch" not in found.stderr and "pipelines" not in found.stderr
+
+
+def test_a_full_disk_is_no_internal_error(capfd: pytest.CaptureFixture[str]) -> None:
+    """The system names no file where a write fails."""
+    assert report(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), debug=False) == 2
+    assert "error: a file cannot be written: No space left on device" in capfd.readouterr().err
+    assert report(OSError(errno.EBADF, os.strerror(errno.EBADF)), debug=False) == 1
+    assert "internal error" in capfd.readouterr().err

@@ -145,7 +145,8 @@ class MetricsLog:
     def _open(self, folder: RunFolder, resumed_at: int) -> None:
         self._file = folder.metrics.open("a", encoding="utf-8")
         # Events of steps that are about to be repeated disappear from the board.
-        self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_at + 1)
+        with naming(folder.path / "tensorboard"):
+            self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_at + 1)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -155,7 +156,8 @@ class MetricsLog:
     ) -> None:
         if self._file and self._board:
             self._file.close()
-            self._board.close()
+            with naming(self._board.log_dir):
+                self._board.close()
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """One line: step, split and the values in full precision.
@@ -172,8 +174,9 @@ class MetricsLog:
         named = {name: value for name, value in values.items() if name != "tasks"}
         if len(tasks) > 1:
             named |= {f"{task}/{name}": value for task, own in tasks.items() for name, value in own.items()}
-        for name, value in named.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        with naming(self._board.log_dir):
+            for name, value in named.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
 
 
 def _step_of(line: str) -> int:

@@ -197,7 +197,7 @@ class EarlyStoppingConfig(Settings):
     """End training where validation no longer gets better, and keep the best checkpoint.
 
     Attributes:
-        metric: of the validation split, see `evaluate`.
+        metric: of the validation split and the log's first task, see `evaluate`.
         patience: validations in a row that may bring nothing; 0 = never stop early.
         min_delta: a gain must be larger than this to count.
     """

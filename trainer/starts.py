@@ -18,6 +18,7 @@ from pathlib import Path
 from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError
 from trainer.config import Config
+from trainer.durable import naming
 from trainer.run import RunFolder
 
 
@@ -77,7 +78,7 @@ def _note(file: Path, config: Config, step: int) -> None:
     digest = _check(file, config, step)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as starts:
+    with naming(file), file.open("a", encoding="utf-8") as starts:
         starts.write(json.dumps({"step": step, "config": digest, "time": now}) + "\n")
 
 

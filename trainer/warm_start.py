@@ -232,7 +232,9 @@ def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | Non
     name = new.file.name
     before, after = _read(source.path / "vocab" / name, digest), _read(new.file, new.info.vocabulary)
     if before[0].type != after[0].type:
-        raise DataError(f"holds {after[0].type}, the older one {before[0].type}", file=new.file)
+        now, then = ("integers" if pa.types.is_integer(part[0].type) else "text" for part in (after, before))
+        problem = f"holds {now}, that of {source.path} {then}: none would be found; ingest both logs alike"
+        raise DataError(problem, file=new.file)
     found = pc.index_in(after[0], value_set=before[0])
     old = pc.fill_null(pc.take(before[1], found), -1)
     row_map = torch.full((new.info.rows,), -1, dtype=torch.int64)
