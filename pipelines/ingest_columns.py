@@ -194,7 +194,7 @@ def _missing(file: RawFile, want: Wanted) -> str:
         return f"{problem}; {twin[0]!r} is spelled otherwise, and names are taken letter by letter"
     if file.format == "CSV" and len(file.columns) == 1:
         return f"{problem}; set csv.delimiter if another sign parts its cells"
-    if file.format == "CSV" and all(name.strip().lstrip("-").isdigit() for name in file.columns):
+    if file.format == "CSV" and any(name.strip().lstrip("-").isdigit() for name in file.columns):
         return f"{problem}; the first line must hold the names of the columns"
     return problem
 

@@ -16,6 +16,8 @@ from trainer.data.ingest_config import IngestConfig
 from trainer.data.protocol import REQUEST, Tables
 from trainer.data.schema import LogManifest
 
+_DAY = 86_400
+
 
 @dataclass(frozen=True)
 class Span:
@@ -71,6 +73,8 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
         part = tables.of_buckets(bucket, bucket + 1)
         events = part.events
         found["repeated_events"] += count_rows(engine, events) - count_rows(engine, events.distinct())
+        if config.protocol == "next-basket" and config.events.request:
+            found["baskets_longer_than_a_day"] += _long_baskets(engine, events)
         if part.shown is not None:
             found.update(_impressions(engine, part.shown, events, config))
     if tables.items is not None:
@@ -89,6 +93,13 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
             "remarks": dict(found),
         }
     return {"remarks": dict(found)}
+
+
+def _long_baskets(engine: Engine, events: ir.Table) -> int:
+    known = events.filter(events.request_id.notnull())
+    length = known.timestamp.max() - known.timestamp.min()
+    baskets = known.group_by(REQUEST).aggregate(length=length)
+    return count_rows(engine, baskets.filter(baskets["length"] > _DAY))
 
 
 def _lacking(engine: Engine, table: ir.Table, known: ir.Table, key: str) -> int:
@@ -149,6 +160,7 @@ def remark_lines(manifest: LogManifest) -> list[str]:
 
 
 _KEPT = {
+    "baskets_longer_than_a_day": "the first time counts; an id that is used again is one basket",
     "repeated_events": "equal in all that is used; kept, as several events of one second",
     "repeated_impressions": "an item twice in one request; kept, as two candidates",
     "repeated_impressions_with_other_labels": "the item is offered with both labels",

@@ -259,7 +259,9 @@ def _words(what: str, columns: Sequence[Column], facts: Sequence[Mapping[str, An
 def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[Wanted]) -> list[str]:
     used = {want.column for want in wanted}
     names = [
-        name for name in dict.fromkeys(name for file in files for name in file.columns) if name not in used
+        name or "without a name"
+        for name in dict.fromkeys(name for file in files for name in file.columns)
+        if name not in used
     ]
     if not names:
         return []

@@ -371,7 +371,7 @@ def test_missing_and_unreadable_events_are_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"events\.parquet: no such file"):
         ingest(source, tmp_path / "log", config())
     source.write_text("user,item")
-    with pytest.raises(DataError, match=r"events\.parquet: not readable"):
+    with pytest.raises(DataError, match=r"events\.parquet: is no Parquet file"):
         ingest(source, tmp_path / "log", config())
     pq.write_table(pa.table({"user_id": [1]}), source)
     with pytest.raises(DataError, match=r"column timestamp: no such column \(events.timestamp\)"):

@@ -63,7 +63,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         ("leave_last", 'features=[{name = "timestamp"}]', "give the name 'timestamp' twice"),
         ("leave_last", 'features=[{name = "a", separator = ","}]', "feature a: separator needs multi = true"),
         ("leave_last", 'features=[{name = "a", sides = "both"}]', "did you mean .*side"),
-        ("leave_last", 'csv.delimiter="::"', r"csv\.delimiter: .*pattern"),
+        ("leave_last", 'csv.delimiter="::"', r"csv\.delimiter: is one sign"),
         ("leave_last", 'events.timestamp_unit="min"', r"events\.timestamp_unit: .*'us'"),
         ("impressions", "impressions.labels={}", r"impressions\.labels: .*at least 1"),
         ("impressions", "impressions.labels.click=3", r"impressions\.labels\.click: "),

@@ -15,6 +15,7 @@ from embeddings.errors import DataError
 from pipelines.ingest_files import find_files
 from tests.opening import GOOD, Door, csv_events, parquet, text
 from tests.rawlogs import START
+from trainer.data.ingest_sections import CsvConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 ITEMS = [7, 8, 9]
@@ -221,6 +222,7 @@ def test_text_is_read_as_other_programs_write_it(door: Door, tmp_path: Path) -> 
         ("e.csv", b"user_id,\xe9,timestamp\n", r"e\.csv: the names of the columns are no UTF-8 text"),
         ("e.csv", b"\n \nuser_id,item_id,timestamp\n1,2,3\n", r"e\.csv: begins with a blank line"),
         ("e.csv", b"", "is empty: it has no line with the names"),
+        ("e.csv", b"1,52,3,buy,1700633533\n", r"column user_id: .*the first line must hold the names of the"),
         ("e.csv", "user_id,item_id,timestamp\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
         ("e.csv", b"user_id,item_id,timestamp\n", r"e\.csv: has no rows"),
         (
@@ -270,3 +272,9 @@ def test_all_problems_of_all_files_come_at_once(door: Door, tmp_path: Path) -> N
     (tmp_path / "worse.csv").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"2 problems: .*bad\.csv: is empty.*worse\.csv: is UTF-16"):
         door.events(f"{tmp_path}/*.csv")
+
+
+@pytest.mark.parametrize("sign", ["::", '"', "\n"])
+def test_a_delimiter_is_one_sign(sign: str) -> None:
+    with pytest.raises(ValueError, match=r"delimiter[^$]*is one sign.*write the files anew"):
+        CsvConfig(delimiter=sign)

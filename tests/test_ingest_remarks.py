@@ -194,3 +194,17 @@ def test_a_request_that_tells_its_label_is_warned_of(tmp_path: Path) -> None:
     manifest = ingest(source, tmp_path / "log", plan, impressions=tmp_path / "i.parquet")
     assert manifest.report["predicts_alone"] == [{"column": "context_page", "task": "click", "auc": 1.0}]
     assert any(line.startswith("WARNING: context page alone predicts") for line in report_lines(manifest))
+
+
+def test_baskets_whose_id_is_used_again_are_told(tmp_path: Path) -> None:
+    again = [{**row, "basket": place % 3} for place, row in enumerate(events())]
+    longest: dict[tuple[int, int], list[int]] = {}
+    for row in again:
+        longest.setdefault((row["user_id"], row["basket"]), []).append(row["timestamp"])
+    expected = sum(max(times) - min(times) > DAY for times in longest.values())
+    source = write(tmp_path / "e.parquet", again, (*EVENT, "basket"))
+    made_of = config("next-basket", events={"request": "basket"}, engine={"buckets": 3})
+    manifest = ingest(source, tmp_path / "log", made_of)
+    assert manifest.report["remarks"]["baskets_longer_than_a_day"] == expected > 0
+    said = f"{expected} baskets longer than a day (the first time counts; an id that is used again is one"
+    assert any(line.startswith(said) for line in report_lines(manifest))

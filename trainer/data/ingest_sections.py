@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from trainer.settings import Settings
 
@@ -66,8 +66,15 @@ class CsvConfig(Settings):
         nulls: words that mean no value, as an empty cell does.
     """
 
-    delimiter: str = Field(default="", pattern=r'^[^"\r\n]?$')
+    delimiter: str = ""
     nulls: tuple[str, ...] = ()
+
+    @field_validator("delimiter")
+    @classmethod
+    def _is_one_sign(cls, value: str) -> str:
+        if len(value) > 1 or value in ('"', "\r", "\n"):
+            raise ValueError("is one sign, no quote or line end; write the files anew, with tabs for example")
+        return value
 
 
 class VocabularyConfig(Settings):
