@@ -106,25 +106,21 @@ def _states(
         seconds = theirs.group_by(["item_id", "timestamp"]).aggregate(
             **{name: known(theirs[name], several).max() for name, several in multi.items()}
         )
-        states = _filled(seconds, list(multi)).mutate(_part=ibis.literal(part).cast("int64"))
+        states = _filled(engine, seconds, list(multi)).mutate(_part=ibis.literal(part).cast("int64"))
         found = engine.append("item_states", states)
     return found
 
 
-def _filled(seconds: ir.Table, names: Sequence[str]) -> ir.Table:
+def _filled(engine: Engine, seconds: ir.Table, names: Sequence[str]) -> ir.Table:
     """item_id, _since, _state, and what is known after each second that changed something."""
-    # A last value that skips nulls loses this skip on its way through Ibis to DuckDB; what is counted here
-    # is the values so far, so that each of them begins a group of its own.
+    # As SQL: a last value that skips nulls loses this skip on its way through Ibis. All features share one
+    # window, which the engine sorts once.
+    kept = engine.keep("item_known", seconds)
+    over = 'OVER (PARTITION BY "item_id" ORDER BY "timestamp")'
+    columns = (f'LAST_VALUE("{name}" IGNORE NULLS) {over} AS "{name}"' for name in names)
+    query = f'SELECT "item_id", "timestamp", {", ".join(columns)} FROM "{kept.get_name()}"'
+    filled = engine.keep("item_filled", engine.query(query, kept.schema()))
     order = ibis.window(group_by="item_id", order_by="timestamp")
-    upto = ibis.window(group_by="item_id", order_by="timestamp", preceding=None, following=0)
-    parts = seconds.mutate(**{f"_part_{name}": seconds[name].count().over(upto) for name in names})
-    filled = parts.select(
-        "item_id",
-        "timestamp",
-        **{
-            name: parts[name].max().over(ibis.window(group_by=["item_id", f"_part_{name}"])) for name in names
-        },
-    )
     was = {f"_was_{name}": filled[name].lag().over(order) for name in names}
     filled = filled.mutate(**was)
     same = (filled[name].identical_to(filled[f"_was_{name}"]) for name in names)
