@@ -74,11 +74,12 @@ class Vocabulary:
         return found
 
 
-def read_vocabulary(file: Path, digest: str) -> Vocabulary:
+def read_vocabulary(file: Path, digest: str, of_log: bool = False) -> Vocabulary:
     """The vocabulary of a log or a snapshot, which must be the one that the digest is of.
 
     Args:
         digest: SHA-256 of its values, as a log's manifest has it.
+        of_log: the digest is of the log that the file lies in, not of a model, for messages.
 
     Raises:
         DataError: it is missing, damaged, or another one.
@@ -95,6 +96,8 @@ def read_vocabulary(file: Path, digest: str) -> Vocabulary:
     values = pa.concat_arrays(parts) if parts else pa.array([], pa.int64())
     if content.hexdigest() != digest:
         problem = "is not the vocabulary that the model was trained with; take the one of its log"
+        if of_log:
+            problem = "is not the vocabulary in the log's manifest; take another copy of that log"
         raise DataError(problem, file=file)
     return Vocabulary(values)
 
@@ -129,10 +132,14 @@ def vocabularies_of(snapshot: Snapshot, log: Path | None) -> dict[str, Vocabular
 
 
 class Translation:
-    """Of one request: its raw values become ids, and those that no vocabulary holds are counted by place."""
+    """Of one request: its raw values become ids, and those that no vocabulary holds are counted by place.
 
-    def __init__(self, vocabularies: Mapping[str, Vocabulary]) -> None:
-        self.vocabularies = vocabularies
+    Args:
+        users: names of the users of the stored histories, where their log has names.
+    """
+
+    def __init__(self, vocabularies: Mapping[str, Vocabulary], users: Vocabulary | None = None) -> None:
+        self.vocabularies, self.users = vocabularies, users
         self.unknown: dict[str, int] = {}
 
     def ids(self, feature: str, raw: pa.Array, part: str, place: str) -> Ints:
@@ -152,10 +159,10 @@ class Translation:
             return self._of_dictionary(feature, raw, part, place)
         if pa.types.is_null(raw.type) and not len(raw):
             return np.zeros(0, dtype=np.int64)
-        text = _is_text(raw.type)
+        text = is_text(raw.type)
         if text != known.text or not (text or pa.types.is_integer(raw.type)):
             raise RequestError(422, f"{place}: holds {raw.type}, and its vocabulary {known.kind}")
-        ids = _found(known, raw, place)
+        ids = found_in(known, raw, place)
         self._count(part, ids)
         return ids
 
@@ -164,7 +171,7 @@ class Translation:
         used, where = np.unique(raw.indices.to_numpy(zero_copy_only=False), return_inverse=True)
         words = raw.dictionary
         check_text(words, place)
-        values = (words.cast(pa.large_string()) if _is_text(words.type) else words).take(pa.array(used))
+        values = (words.cast(pa.large_string()) if is_text(words.type) else words).take(pa.array(used))
         ids: Ints = Translation(self.vocabularies).ids(feature, values, part, place)[where]
         self._count(part, ids)
         return ids
@@ -175,11 +182,17 @@ class Translation:
             self.unknown[part] = self.unknown.get(part, 0) + missing
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of this type are text; dictionaries are not."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _found(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
+def found_in(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
+    """Ids of raw values of the vocabulary's kind; 0 for those that it does not hold.
+
+    Raises:
+        RequestError: 422 for an integer beyond 64 bits, 413 for too much text.
+    """
     if not known.text:
         try:
             return known.ids(raw.cast(pa.int64()))
