@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.console import quiet_third_parties
 from pipelines.quality_report import remarks, slices_table, task_table, without
+from pipelines.score_names import write_named_scores
 from pipelines.train import open_split
 from trainer.baselines import Baselines, baselines, by_baseline, counted_feature
 from trainer.data.schema import LogManifest
@@ -16,7 +17,7 @@ from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics, first_and_all
 from trainer.restore import restore
 from trainer.run import RunFolder
-from trainer.scored import Scored, write_scores
+from trainer.scored import Scored
 
 
 def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, Any]:
@@ -37,9 +38,11 @@ def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, Any]:
         metrics = shared_metrics(scored)
         entry = first_and_all({task: found.as_dict() for task, found in metrics.items()})
         if ranks.speaks:
-            write_scores(scored, folder.scores(split))
+            log, kept = restored.config.data.log, folder.scores(split)
+            said = write_named_scores(scored, kept, log, restored.manifest)
             beside = baselines(reader)
-            print("\n".join(_conclude(folder, split, scored, metrics, beside, restored.manifest)), flush=True)
+            lines = _conclude(folder, split, scored, metrics, beside, restored.manifest)
+            print("\n".join([*lines, *said]), flush=True)
     return entry
 
 

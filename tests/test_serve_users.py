@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
+from pipelines.score_names import write_named_scores
 from pipelines.serve_app import Service
 from tests.logs import FEATURES, Shape, random_rows, write_log
 from tests.models import preset
 from tests.serving import Client, bodies, service_of, serving, snapshot_of
 from trainer.data.log_writer import write_manifest
 from trainer.data.schema import FeatureInfo, read_manifest
+from trainer.scored import Scored, read_scores
 from trainer.serving.histories import HistoryStore
 from trainer.serving.vocabulary import Vocabulary
 
@@ -169,3 +172,20 @@ def test_names_that_are_not_the_logs_are_refused(log: Path) -> None:
     (log / "vocab" / "user_id.parquet").unlink()
     with pytest.raises(DataError, match="missing"):
         HistoryStore(log)
+
+
+def test_scores_have_names_beside_the_numbers(log: Path, tmp_path: Path) -> None:
+    """A number without a name has none; names that cannot be read are told of, and cost no scores."""
+    with_names(log, NAMES)
+    manifest, file = read_manifest(log), tmp_path / "scores.parquet"
+    users, zeros = np.array([USER, 1, 0, 10]), np.zeros(4, dtype=np.int64)
+    score = np.zeros((4, 1), dtype=np.float32)
+    scored = Scored(score, score, users, zeros, zeros, zeros, zeros, ("click",))
+    assert write_named_scores(scored, file, log, manifest) == []
+    table = pq.read_table(file)
+    assert table["user"].to_pylist() == ["u_0017", "", None, None] and "request" not in table.column_names
+    assert table["user_id"].to_pylist() == read_scores(file).user_id.tolist() == users.tolist()
+    (log / "vocab" / "user_id.parquet").unlink()
+    (said,) = write_named_scores(scored, file, log, manifest)
+    assert said.startswith("the scores have no column user: ") and "missing" in said
+    assert "user" not in pq.read_table(file).column_names and read_scores(file).tasks == ("click",)

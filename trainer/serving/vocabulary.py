@@ -75,7 +75,12 @@ class Vocabulary:
 
 
 def read_vocabulary(file: Path, digest: str, of_log: bool = False) -> Vocabulary:
-    """The vocabulary of a log or a snapshot, which must be the one that the digest is of.
+    """The vocabulary of a log or a snapshot, as `read_values` has it, for look-ups."""
+    return Vocabulary(read_values(file, digest, of_log))
+
+
+def read_values(file: Path, digest: str, of_log: bool = False) -> pa.Array:
+    """The values of a vocabulary, in the order of their ids, which must be those that the digest is of.
 
     Args:
         digest: SHA-256 of its values, as a log's manifest has it.
@@ -99,7 +104,7 @@ def read_vocabulary(file: Path, digest: str, of_log: bool = False) -> Vocabulary
         if of_log:
             problem = "is not the vocabulary in the log's manifest; take another copy of that log"
         raise DataError(problem, file=file)
-    return Vocabulary(values)
+    return values
 
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
