@@ -111,6 +111,10 @@ def test_a_user_is_found_by_name(log: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert status == 422 and "dense ids are integers" in problem
             assert "say `ids: raw`" in (await by_arrow(client, plain, names, "dense"))["error"]
             assert "give a history, or a user_id" in (await refused(client, None, plain))[1]
+            for wrong in (1.5, True, ["u_0017"]):
+                kinds = "requests.0.user_id: Input should be a valid integer, or text in a body of raw values"
+                assert await refused(client, wrong, plain) == (422, kinds)
+            assert "should be less than 92" in (await refused(client, 2**63, plain))[1]
             missing = await by_arrow(client, plain, pa.array([None], pa.string()).dictionary_encode())
             assert "give a history, or a user_id" in missing["error"]
 
@@ -134,6 +138,26 @@ def test_users_without_names_are_integers(log: Path, monkeypatch: pytest.MonkeyP
         async with serving(served(log, monkeypatch, stored=False)) as client:
             assert (await client.http.get("/healthz")).json()["users"] is None
             assert "started without --histories" in (await refused(client, "u_0017", plain))[1]
+
+    asyncio.run(run())
+
+
+def test_names_may_be_integers(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are other integers than the numbers that stand for them."""
+    full, plain = asked(with_names(log, [10 * number for number in range(1, 10)]))
+
+    async def run() -> None:
+        async with serving(served(log, monkeypatch)) as client:
+            (expected,) = (await client.score(full))["results"]
+            (found,) = (await client.score({**plain, "user_id": 10 * USER}, ids="raw"))["results"]
+            assert found["scores"] == expected["scores"]
+            (found,) = (await by_arrow(client, plain, pa.array([10 * USER], pa.int32())))["results"]
+            assert found["history_used"] == expected["history_used"]
+            assert await refused(client, USER, plain) == (404, f"no stored history of user {USER}")
+            text = "is text, and the users of the histories' log are integers"
+            assert await refused(client, str(10 * USER), plain) == (422, text)
+            (line,) = (await client.http.get("/users", params={"name": 10 * USER})).json()["users"]
+            assert (line["user_id"], line["name"]) == (USER, str(10 * USER))
 
     asyncio.run(run())
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import from_json as parsed
 
 from trainer.data.row_group import Bags, Ints
@@ -32,6 +32,19 @@ Texts = Annotated[list[Text], Field(fail_fast=True)]
 ManyInts64 = Annotated[list[Ints64], Field(fail_fast=True)]
 ManyTexts = Annotated[list[Texts], Field(fail_fast=True)]
 Ids = Annotated[Ints64 | Texts | ManyInts64 | ManyTexts, Field(union_mode="left_to_right")]
+
+
+def _kind_of_user(given: Any) -> str | None:
+    if isinstance(given, str):
+        return "text"
+    return "integer" if isinstance(given, int) and not isinstance(given, bool) else None
+
+
+_KINDS = "Input should be a valid integer, or text in a body of raw values"
+User = Annotated[
+    Annotated[Int64, Tag("integer")] | Annotated[Text, Tag("text")],
+    Discriminator(_kind_of_user, custom_error_type="user", custom_error_message=_KINDS),
+]
 Spelling = Literal["dense", "raw"]
 # A list or an object takes as much time and memory as so many numbers.
 _LIST_WEIGHT = 16
@@ -70,7 +83,7 @@ class RequestBody(_Body):
         numeric: numbers of every candidate.
     """
 
-    user_id: Annotated[Int64 | Text, Field(union_mode="left_to_right")] | None = None
+    user_id: User | None = None
     history: HistoryBody | None = None
     time: Int64 | None = None
     candidates: dict[str, Ids]
