@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.console import quiet_third_parties
 from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
+from pipelines.score_names import write_named_scores
 from pipelines.start import open_split
 from trainer.baselines import Baselines, baselines, by_baseline, counted_feature
 from trainer.distributed import process_group
@@ -15,7 +16,7 @@ from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics, entry_of
 from trainer.restore import Restored, restore
 from trainer.run import RunFolder
-from trainer.scored import Scored, write_scores
+from trainer.scored import Scored
 
 
 def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, Any]:
@@ -36,10 +37,11 @@ def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, Any]:
         metrics = shared_metrics(scored)
         entry = entry_of(metrics)
         if ranks.speaks:
-            write_scores(scored, folder.scores(split))
+            log, kept = restored.config.data.log, folder.scores(split)
+            said = write_named_scores(scored, kept, log, restored.manifest)
             beside = baselines(reader)
             lines = _conclude(folder, split, scored, metrics, beside, restored)
-            print("\n".join(lines), flush=True)
+            print("\n".join([*lines, *said]), flush=True)
     return entry
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
+from pipelines.score_names import write_named_scores
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.evaluation import score_requests
-from trainer.scored import Scored, compare_scores, read_scores, write_scores
+from trainer.scored import Scored, compare_scores, read_scores
 from trainer.snapshot import Snapshot, load_snapshot
 
 
@@ -35,14 +36,15 @@ def score(
     quiet_third_parties()
     loaded = load_snapshot(snapshot)
     loaded.self_check()
-    read_manifest(requests).require(split)
+    manifest = read_manifest(requests)
+    manifest.require(split)
     config = loaded.manifest.config.data.model_copy(update={"log": requests})
     reader = SequenceLogReader(config, split, loaded.manifest.features)
     _check_fits(requests, reader, loaded)
     scored = score_requests(loaded.score, reader, limit)
-    write_scores(scored, out)
+    said = write_named_scores(scored, out, requests, manifest)
     size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests"
-    print(f"{size} scored by {loaded.path} -> {out}")
+    print(f"{size} scored by {loaded.path} -> {out}", *said, sep="\n")
     if against is not None:
         _compare(scored, against, loaded)
     return out

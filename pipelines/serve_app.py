@@ -27,9 +27,10 @@ from pipelines.serve_metrics import Metrics
 from pipelines.serve_updates import Updates
 from pipelines.serve_users import UserBody, UsersBody, user_body, users_body
 from trainer.serving import arrow_body
-from trainer.serving.asked import History, Limits, RequestError
+from trainer.serving.asked import Limits, RequestError
 from trainer.serving.batcher import Batcher, BatchSettings
 from trainer.serving.current import Current
+from trainer.serving.histories import HistoryStore
 from trainer.serving.request import ScoreBody
 from trainer.serving.scorer import Scorer
 
@@ -174,8 +175,8 @@ async def _scored(request: Request, service: Service, hold: Hold) -> Response:
         raise service.batcher.turned_away()
     arrived = time.perf_counter()
     scorer = service.current.scorer
-    stored: Mapping[int, History] = service.current.histories or {}
-    decoded = await service.aside(decode, given, content_type, scorer, stored, service.limits)
+    histories = service.current.histories
+    decoded = await service.aside(decode, given, content_type, scorer, histories, service.limits)
     del given
     hold.resize(decoded.bytes)
     service.metrics.stage.labels("decode").observe(time.perf_counter() - arrived)
@@ -218,10 +219,17 @@ def _health(service: Service, scorer: Scorer) -> HealthBody:
         history_length=scorer.data.history_length,
         histories=len(service.current.histories or ()),
         raw=sorted(scorer.vocabularies),
+        users=_kind_of_users(service.current.histories),
         uptime_seconds=time.monotonic() - service.started,
         refused={"version": refused[0], "problem": refused[1]} if refused else None,
         updates=failing,
     )
+
+
+def _kind_of_users(histories: HistoryStore | None) -> str | None:
+    if histories is None:
+        return None
+    return "integers" if histories.users is None else histories.users.kind
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -264,10 +272,10 @@ def _add_page(app: FastAPI, service: Service) -> None:
         """The page."""
         return HTMLResponse(page, headers={"content-security-policy": _CSP})
 
-    @app.get("/users", response_model=UsersBody)
-    async def users() -> UsersBody:
-        """Users whose histories the server has, those with requests to look at first."""
-        return await service.aside(users_body, service.current.histories)
+    @app.get("/users", response_model=UsersBody, responses=_errors(404, 422))
+    async def users(name: str | None = None) -> UsersBody:
+        """The first users whose histories the server has, or the one of a name."""
+        return await service.aside(users_body, service.current.histories, name)
 
     @app.get("/users/{user_id}", response_model=UserBody, responses=_errors(404, 422))
     async def user(user_id: int) -> UserBody:

@@ -61,6 +61,7 @@ class HealthBody(BaseModel):
 
     Attributes:
         raw: features whose raw values may be sent instead of ids.
+        users: what a raw `user_id` is, `text` or `integers`; None: the server has no histories.
         refused: the newest version that was refused; updates: why newer ones cannot be looked for.
     """
 
@@ -74,6 +75,7 @@ class HealthBody(BaseModel):
     history_length: int
     histories: int
     raw: list[str]
+    users: str | None
     uptime_seconds: float
     refused: dict[str, str] | None
     updates: UpdatesBody | None

@@ -11,6 +11,7 @@ from pydantic_core import to_json
 from trainer.serving import arrow_body
 from trainer.serving.asked import History, Limits, Request, RequestError
 from trainer.serving.checks import newest
+from trainer.serving.histories import HistoryStore
 from trainer.serving.request import ScoreBody, from_json, read_json
 from trainer.serving.scorer import Scored, Scorer
 from trainer.serving.vocabulary import Translation
@@ -40,22 +41,25 @@ class Decoded:
 
 
 def decode(
-    body: memoryview, content_type: str, scorer: Scorer, stored: Mapping[int, History], limits: Limits
+    body: memoryview, content_type: str, scorer: Scorer, histories: HistoryStore | None, limits: Limits
 ) -> Decoded:
     """Requests of a body; RequestError for whatever cannot be scored."""
     if content_type == arrow_body.MEDIA_TYPE:
-        found = arrow_body.read_arrow(body, stored, scorer.needs, limits, scorer.vocabularies)
+        users = None if histories is None else histories.users
+        found = arrow_body.read_arrow(body, histories or {}, scorer.needs, limits, scorer.vocabularies, users)
         return Decoded([newest(request, scorer.needs) for request in found])
     if content_type != "application/json":
         kinds = f"application/json or {arrow_body.MEDIA_TYPE}"
         raise RequestError(415, f"content type {content_type[:80]!r} is not read; send {kinds}")
-    return _of_json(read_json(body, limits), scorer, stored, limits)
+    return _of_json(read_json(body, limits), scorer, histories, limits)
 
 
-def _of_json(read: ScoreBody, scorer: Scorer, stored: Mapping[int, History], limits: Limits) -> Decoded:
+def _of_json(read: ScoreBody, scorer: Scorer, histories: HistoryStore | None, limits: Limits) -> Decoded:
     raw, requests = read.ids == "raw", []
+    users = None if histories is None else histories.users
+    stored: Mapping[int, History] = histories or {}
     for r, each in enumerate(read.requests):
-        translation = Translation(scorer.vocabularies) if raw else None
+        translation = Translation(scorer.vocabularies, users) if raw else None
         found = from_json(each, stored, scorer.needs, limits, f"requests[{r}]", translation)
         requests.append(newest(found, scorer.needs))
     candidates = sum(request.count for request in requests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,19 +12,23 @@ from pydantic import BaseModel
 from trainer.data.row_group import Bags
 from trainer.serving.asked import Limits
 from trainer.serving.histories import HistoryStore, StoredRequest
+from trainer.serving.users import as_user, known_user
 
 _MOST_USERS, _MOST_REQUESTS = 500, 12
+# Surely of 64 bits.
+_WHOLE = re.compile(r"\s*-?[0-9]{1,18}\s*")
 
 
 class UserLine(BaseModel):
-    """A user and how long their history is."""
+    """A user and how long their history is; `name` is the user's own, or the number where there is none."""
 
     user_id: int
+    name: str
     behaviors: int
 
 
 class UsersBody(BaseModel):
-    """The first users, and how many there are."""
+    """The first users, or the one that was asked for, and how many there are."""
 
     total: int
     users: list[UserLine]
@@ -43,12 +48,14 @@ class UserBody(BaseModel):
     """A user's history and their newest logged requests.
 
     Attributes:
+        name: the user's own, or the number where there is none.
         skipped: older behaviors that are left out here.
         features: ids of behaviors, one each (of several only the first); names: feature -> id -> value.
         taxonomy: features that classify items, coarse to fine.
     """
 
     user_id: int
+    name: str
     skipped: int
     timestamp: list[int]
     features: dict[str, list[int]]
@@ -57,13 +64,27 @@ class UserBody(BaseModel):
     taxonomy: list[str]
 
 
-def users_body(histories: HistoryStore | None) -> UsersBody:
-    """Users by number."""
+def users_body(histories: HistoryStore | None, name: str | None = None) -> UsersBody:
+    """Users by number, or the one that has a name.
+
+    Raises:
+        RequestError: 404 for a name that nobody has, 422 for text where users are integers.
+    """
     if histories is None:
         return UsersBody(total=0, users=[])
-    users = heapq.nsmallest(_MOST_USERS, histories)
-    lines = [UserLine(user_id=user, behaviors=histories.behaviors(user)) for user in users]
+    users = heapq.nsmallest(_MOST_USERS, histories) if name is None else [_called(histories, name)]
+    lines = [
+        UserLine(user_id=user, name=histories.name(user), behaviors=histories.behaviors(user))
+        for user in users
+    ]
     return UsersBody(total=len(histories), users=lines)
+
+
+def _called(histories: HistoryStore, name: str) -> int:
+    """The number of a user; digits are a name where the log's users are text."""
+    text = histories.users is not None and histories.users.text
+    user = as_user(name if text or not _WHOLE.fullmatch(name) else int(name))
+    return known_user(histories, user, histories.users, "name")
 
 
 def user_body(histories: HistoryStore, user: int, limits: Limits) -> UserBody:
@@ -78,6 +99,7 @@ def user_body(histories: HistoryStore, user: int, limits: Limits) -> UserBody:
         names[name] = known
     return UserBody(
         user_id=user,
+        name=histories.name(user),
         skipped=max(history.time.size - limits.history, 0),
         timestamp=history.time[-limits.history :].tolist(),
         features={name: ids.tolist() for name, ids in features.items()},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,9 +91,13 @@ class Scored:
         return replace(self, **parts)
 
 
-def write_scores(scored: Scored, path: Path) -> None:
-    """One Parquet row a candidate: its names, and `score_<task>` and `label_<task>` of every task."""
-    columns: dict[str, npt.NDArray[np.generic]] = {name: getattr(scored, name) for name in KEYS}
+def write_scores(scored: Scored, path: Path, names: Mapping[str, pa.Array] | None = None) -> None:
+    """One Parquet row a candidate: its numbers, and `score_<task>` and `label_<task>` of every task.
+
+    Args:
+        names: further columns, first of all.
+    """
+    columns: dict[str, Any] = {**(names or {}), **{name: getattr(scored, name) for name in KEYS}}
     for place, task in enumerate(scored.tasks):
         columns[f"score_{task}"] = scored.score[:, place]
         columns[f"label_{task}"] = scored.label[:, place]

@@ -21,8 +21,9 @@ from trainer.data.row_group import PARQUET_ERRORS, Bags, Ints
 from trainer.serving.arrow_meta import check_messages
 from trainer.serving.asked import Doubles, History, Limits, Needs, Request, RequestError
 from trainer.serving.checks import checked, size_of
-from trainer.serving.request import stored_history, time_of
+from trainer.serving.request import time_of
 from trainer.serving.scorer import Scored
+from trainer.serving.users import as_user, names_of, number_sent, stored_history
 from trainer.serving.vocabulary import Translation, Vocabulary, check_text
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
@@ -34,8 +35,13 @@ def read_arrow(
     needs: Needs,
     limits: Limits,
     vocabularies: Mapping[str, Vocabulary] | None = None,
+    users: Vocabulary | None = None,
 ) -> list[Request]:
     """Requests of an Arrow IPC stream, checked.
+
+    Args:
+        stored: histories by user id; users: their names, where the log has names.
+        vocabularies: of the features whose raw values may be sent.
 
     Raises:
         RequestError: 413 above a limit, 404 for an unknown user, 422 for anything else.
@@ -51,7 +57,7 @@ def read_arrow(
                     raise RequestError(413, f"more than {limits.requests} requests (--max-requests)")
                 columns = _needed(batch, needs)
                 for row in range(columns.num_rows):
-                    translation = Translation(vocabularies or {}) if raw else None
+                    translation = Translation(vocabularies or {}, users) if raw else None
                     cells = _Row(columns, row, len(requests), left, translation)
                     requests.append(_request(cells, stored, needs, limits))
     except (*PARQUET_ERRORS, struct.error, IndexError) as error:
@@ -191,6 +197,20 @@ class _Row:
         found: int | None = column[self.row].as_py()
         return found
 
+    def user(self) -> pa.Array | None:
+        """One integer or one text, or None where the column or the value is missing."""
+        name = "user_id"
+        if name not in self.names or not _is_text(self.batch.column(name).type):
+            number = self.whole(name)
+            return None if number is None else as_user(number)
+        if self.translation is None:
+            raise self._text(name, self.batch.column(name).type)
+        one = self.batch.column(name).slice(self.row, 1)
+        if pa.types.is_dictionary(one.type):
+            index = one.indices[0].as_py()
+            one = pa.nulls(1, pa.large_string()) if index is None else one.dictionary.slice(index, 1)
+        return None if one.null_count else one.cast(pa.large_string())
+
     def after(self, prefix: str, known: Sequence[str]) -> Iterator[tuple[str, str]]:
         """(feature, its column) of the known features that there are columns of."""
         return ((name, f"{prefix}{name}") for name in known if f"{prefix}{name}" in self.names)
@@ -211,9 +231,12 @@ class _Row:
         if self.translation is not None:
             return self.translation.ids(feature, values, part, f"{self.place}, column {name}")
         if _is_text(values.type):
-            hint = "for raw values say `ids: raw` in the schema's metadata"
-            raise self.fail(name, f"holds {values.type}, expected int64; {hint}")
+            raise self._text(name, values.type)
         return self.ints(name, values)
+
+    def _text(self, name: str, kind: pa.DataType) -> RequestError:
+        hint = "for raw values say `ids: raw` in the schema's metadata"
+        return self.fail(name, f"holds {kind}, expected int64; {hint}")
 
     def _whole(self, name: str, values: pa.Array) -> pa.Array:
         nulls = values.null_count
@@ -238,7 +261,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _request(row: _Row, stored: Mapping[int, History], needs: Needs, limits: Limits) -> Request:
-    user, when = row.whole("user_id"), row.whole("request_timestamp")
+    user, when = row.user(), row.whole("request_timestamp")
+    number = number_sent(user)
     if "history_timestamp" in row.names:
         features = row.after("history_", needs.features)
         history = History(
@@ -247,13 +271,13 @@ def _request(row: _Row, stored: Mapping[int, History], needs: Needs, limits: Lim
             *(row.ints(n) if n in row.names else None for n in ("cluster_size", "cluster_time")),
         )
     else:
-        history = stored_history(stored, user, row.place)
+        number, history = stored_history(stored, user, names_of(row.translation), row.place)
     candidates = {
         name: row.bags(column, name, f"candidates.{name}")
         for name, column in row.after("candidate_", needs.features)
     }
     request = Request(
-        user_id=user or 0,
+        user_id=number,
         history=history,
         time=time_of(when, history),
         candidates=candidates,

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import PARQUET_ERRORS, Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import UserRows, read_rows
-from trainer.data.schema import read_manifest
+from trainer.data.schema import VOCABULARIES, read_manifest
 from trainer.sections import DataConfig
 from trainer.serving.asked import History
+from trainer.serving.vocabulary import read_vocabulary
 
 _SPLITS = ("train", "validation", "test")
 
@@ -49,14 +50,20 @@ class StoredRequest:
 class HistoryStore(Mapping[int, History]):
     """user id -> the longest history that the log has of them. All of the log stays in memory.
 
+    Attributes:
+        users: names of the users, whose ids they number, where the log has names; None: users are integers.
+
     Raises:
-        DataError: the log is missing or malformed.
+        DataError: the log is missing or malformed, or its names are not those of its manifest.
     """
 
     def __init__(self, log: Path) -> None:
         self.log, self.manifest = log, read_manifest(log)
         self.chunk = self.manifest.clusters.chunk if self.manifest.clusters else 0
         self._places: dict[int, _Place] = {}
+        named = self.manifest.named.get("user_id")
+        file = log / VOCABULARIES / "user_id.parquet"
+        self.users = None if named is None else read_vocabulary(file, named.vocabulary, of_log=True)
         self._names: dict[str, tuple[Ints, pa.Array]] = {}
         data = DataConfig(log=log, clusters=bool(self.chunk))
         for split in _SPLITS:
@@ -83,6 +90,11 @@ class HistoryStore(Mapping[int, History]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def name(self, user: int) -> str:
+        """The user's own name; the number, where the log has no name."""
+        named = self.users is not None and 1 <= user <= len(self.users)
+        return str(self.users.values[user - 1]) if self.users is not None and named else str(user)
 
     def behaviors(self, user: int) -> int:
         return _length(self._places[user])

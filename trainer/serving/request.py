@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import from_json as parsed
 
 from trainer.data.row_group import Bags, Ints
 from trainer.serving.asked import History, Limits, Needs, Request, RequestError
 from trainer.serving.checks import checked, size_of
+from trainer.serving.users import as_user, names_of, number_sent, stored_history
 from trainer.serving.vocabulary import Translation
 
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
@@ -31,6 +32,19 @@ Texts = Annotated[list[Text], Field(fail_fast=True)]
 ManyInts64 = Annotated[list[Ints64], Field(fail_fast=True)]
 ManyTexts = Annotated[list[Texts], Field(fail_fast=True)]
 Ids = Annotated[Ints64 | Texts | ManyInts64 | ManyTexts, Field(union_mode="left_to_right")]
+
+
+def _kind_of_user(given: Any) -> str | None:
+    if isinstance(given, str):
+        return "text"
+    return "integer" if isinstance(given, int) and not isinstance(given, bool) else None
+
+
+_KINDS = "Input should be a valid integer, or text in a body of raw values"
+User = Annotated[
+    Annotated[Int64, Tag("integer")] | Annotated[Text, Tag("text")],
+    Discriminator(_kind_of_user, custom_error_type="user", custom_error_message=_KINDS),
+]
 Spelling = Literal["dense", "raw"]
 # A list or an object takes as much time and memory as so many numbers.
 _LIST_WEIGHT = 16
@@ -60,7 +74,8 @@ class RequestBody(_Body):
     """One user and their candidates.
 
     Attributes:
-        user_id: whose stored history is meant, where the server has histories; or any name of the user.
+        user_id: whose stored history is meant, where the server has histories: the log's number of the user;
+            with raw values the user's own name, where the log has names. Beside a history, any name.
         history: sent along; without it, the stored one of `user_id`.
         time: of the request, unix seconds; only older behaviors are seen. Left out, all of them are.
         candidates: ids of every candidate.
@@ -68,7 +83,7 @@ class RequestBody(_Body):
         numeric: numbers of every candidate.
     """
 
-    user_id: Int64 | None = None
+    user_id: User | None = None
     history: HistoryBody | None = None
     time: Int64 | None = None
     candidates: dict[str, Ids]
@@ -180,13 +195,14 @@ def from_json(
         translation: of raw values to ids; None: the body holds dense ids.
     """
     reader = _Reader(needs, translation, place)
+    user = reader.user(body.user_id)
     if body.history is not None:
-        history = reader.history(body.history)
+        number, history = number_sent(user), reader.history(body.history)
     else:
-        history = stored_history(stored, body.user_id, place)
+        number, history = stored_history(stored, user, names_of(translation), place)
     candidates = reader.bags(body.candidates, needs.features, "candidates", "candidates")
     request = Request(
-        user_id=body.user_id or 0,
+        user_id=number,
         history=history,
         time=time_of(body.time, history),
         candidates=candidates,
@@ -196,17 +212,6 @@ def from_json(
         unknown={} if translation is None else translation.unknown,
     )
     return checked(request, needs, limits, place)
-
-
-def stored_history(stored: Mapping[int, History], user: int | None, place: str) -> History:
-    """Raises RequestError: 422 without a user, 404 for an unknown one."""
-    if user is None:
-        raise RequestError(422, f"{place}: give a history, or a user_id where the server has histories")
-    if not stored:
-        raise RequestError(422, f"{place}.history: missing, and this server was started without --histories")
-    if user not in stored:
-        raise RequestError(404, f"{place}.user_id: no stored history of user {user}")
-    return stored[user]
 
 
 def time_of(given: int | None, history: History) -> int:
@@ -220,6 +225,11 @@ class _Reader:
 
     def __init__(self, needs: Needs, translation: Translation | None, place: str) -> None:
         self.needs, self.translation, self.place = needs, translation, place
+
+    def user(self, given: int | str | None) -> pa.Array | None:
+        if isinstance(given, str) and self.translation is None:
+            raise self._text("user_id")
+        return None if given is None else as_user(given)
 
     def history(self, body: HistoryBody) -> History:
         clusters = (body.cluster_size, body.cluster_time)
@@ -253,9 +263,12 @@ class _Reader:
             raw = pa.array(values, pa.large_string() if text else pa.int64())
             return self.translation.ids(name, raw, part, f"{self.place}.{where}")
         if text:
-            problem = 'holds text, and dense ids are integers; say "ids": "raw" for raw values'
-            raise RequestError(422, f"{self.place}.{where}: {problem}")
+            raise self._text(where)
         return _ints(values)
+
+    def _text(self, where: str) -> RequestError:
+        problem = 'holds text, and dense ids are integers; say "ids": "raw" for raw values'
+        return RequestError(422, f"{self.place}.{where}: {problem}")
 
 
 def _ints(values: Sequence[int]) -> Ints:

@@ -75,16 +75,17 @@ class Vocabulary:
         return found
 
 
-def read_vocabulary(file: Path, digest: str) -> Vocabulary:
-    """The vocabulary of a log or a snapshot; see `checked_values`."""
-    return Vocabulary(checked_values(file, digest))
+def read_vocabulary(file: Path, digest: str, of_log: bool = False) -> Vocabulary:
+    """The vocabulary of a log or a snapshot, as `checked_values` has it, for look-ups."""
+    return Vocabulary(checked_values(file, digest, of_log))
 
 
-def checked_values(file: Path, digest: str) -> pa.Array:
-    """The values of a vocabulary, which must be the one that the digest is of.
+def checked_values(file: Path, digest: str, of_log: bool = False) -> pa.Array:
+    """The values of a vocabulary, in the order of their ids, which must be those that the digest is of.
 
     Args:
         digest: SHA-256 of its values, as a log's manifest has it.
+        of_log: the digest is of the log that the file lies in, not of a model, for messages.
 
     Raises:
         DataError: it is missing, damaged, or another one.
@@ -102,6 +103,8 @@ def checked_values(file: Path, digest: str) -> pa.Array:
     values = pa.concat_arrays(parts) if parts else pa.array([], pa.int64())
     if content.hexdigest() != digest:
         problem = "is not the vocabulary that the model was trained with; take the one of its log"
+        if of_log:
+            problem = "is not the vocabulary in the log's manifest; take another copy of that log"
         raise DataError(problem, file=file)
     return values
 
@@ -136,10 +139,14 @@ def vocabularies_of(snapshot: Snapshot, log: Path | None) -> dict[str, Vocabular
 
 
 class Translation:
-    """Turns the raw values of one request into ids, and counts by place those that no vocabulary holds."""
+    """Turns the raw values of one request into ids, and counts by place those that no vocabulary holds.
 
-    def __init__(self, vocabularies: Mapping[str, Vocabulary]) -> None:
-        self.vocabularies = vocabularies
+    Args:
+        users: names of the users of the stored histories, where their log has names.
+    """
+
+    def __init__(self, vocabularies: Mapping[str, Vocabulary], users: Vocabulary | None = None) -> None:
+        self.vocabularies, self.users = vocabularies, users
         self.unknown: dict[str, int] = {}
 
     def ids(self, feature: str, raw: pa.Array, part: str, place: str) -> Ints:
@@ -162,7 +169,7 @@ class Translation:
         text = is_text(raw.type)
         if text != known.text or not (text or pa.types.is_integer(raw.type)):
             raise RequestError(422, f"{place}: holds {raw.type}, and its vocabulary {known.kind}")
-        ids = _found(known, raw, place)
+        ids = found_in(known, raw, place)
         self._count(part, ids)
         return ids
 
@@ -182,7 +189,12 @@ class Translation:
             self.unknown[part] = self.unknown.get(part, 0) + missing
 
 
-def _found(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
+def found_in(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
+    """Ids of raw values of the vocabulary's kind; 0 for those that it does not hold.
+
+    Raises:
+        RequestError: 422 for an integer beyond 64 bits, 413 for too much text.
+    """
     if not known.text:
         try:
             return known.ids(raw.cast(pa.int64()))
