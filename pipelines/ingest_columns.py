@@ -57,6 +57,10 @@ class Wanted:
     kind: Kind
     unit: Unit = "s"
 
+    @property
+    def is_label(self) -> bool:
+        return self.key.startswith("impressions.labels:")
+
 
 @dataclass(frozen=True)
 class Column:
@@ -71,6 +75,11 @@ class Column:
     families: tuple[str, ...]
     types: tuple[str, ...]
     target: Target | None
+
+    @property
+    def has_own_unit(self) -> bool:
+        """Whether its times are no numbers in any file."""
+        return set(self.families) <= {"time", "date", NULL}
 
 
 def family(kind: pa.DataType) -> str:
@@ -179,8 +188,8 @@ def _cast(want: Wanted, found: str) -> str:
         return "cast the column to text, or to integers"
     if found.startswith("list of") and want.kind in ("key", "id"):
         return "set multi = true for a feature, or cast the column"
-    if found == "text" and want.kind == "ids":
-        return "cast the column"
+    if want.is_label:
+        return "write 0 and 1, or true and false"
     return "cast the column"
 
 

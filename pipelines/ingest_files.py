@@ -245,8 +245,3 @@ def folders_of(path: Path) -> dict[str, str | None]:
     return {
         unquote(name): None if value == _NO_VALUE else unquote(value) for name, sign, value in parts if sign
     }
-
-
-def any_file(files: Files) -> Path:
-    """One path to name in an error about several files."""
-    return Path(files if isinstance(files, Path | str) else files[0])

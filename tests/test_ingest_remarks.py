@@ -112,9 +112,11 @@ def test_splits_and_columns_without_anything_are_warned_of(tmp_path: Path) -> No
     assert "WARNING: label buy has one class only: nothing can be learnt from it" in lines
     late = {"validation": "2016-12-01", "test": "2016-12-09"}
     with pytest.raises(
-        DataError, match=r"no event before split\.validation \(2016-12-01\), they are from 2017-"
+        DataError,
+        match=r"e\.parquet and 1 more files: .*no event before split\.validation \(2016-12-01\), they are from 2017-",
     ):
-        ingest(write(tmp_path / "e.parquet", raw), tmp_path / "other", config("time-split", split=late))
+        both = [write(tmp_path / name, raw) for name in ("e.parquet", "f.parquet")]
+        ingest(both, tmp_path / "other", config("time-split", split=late))
     early = [{**row, "timestamp": row["timestamp"] - 1000 * DAY} for row in impressions()]
     with pytest.raises(DataError, match=r"\(the events are from 2017-.*, the impressions from 2014-"):
         made(tmp_path, raw, early)
