@@ -89,7 +89,9 @@ def ingest(
     events: Annotated[
         list[Path] | None,
         typer.Option(
-            "--events", metavar="FILE", help="Raw events: Parquet or CSV, a folder or pattern; repeatable."
+            "--events",
+            metavar="FILE",
+            help="Raw events: Parquet or CSV, a folder or a quoted pattern; repeatable.",
         ),
     ] = None,
     impressions: Annotated[

@@ -113,7 +113,8 @@ def test_splits_and_columns_without_anything_are_warned_of(tmp_path: Path) -> No
     late = {"validation": "2016-12-01", "test": "2016-12-09"}
     with pytest.raises(
         DataError,
-        match=r"e\.parquet and 1 more files: .*no event before split\.validation \(2016-12-01\), they are from 2017-",
+        match=r"e\.parquet and 1 more files: .*no event before split\.validation \(2016-12-01\), "
+        "they are from 2017-",
     ):
         both = [write(tmp_path / name, raw) for name in ("e.parquet", "f.parquet")]
         ingest(both, tmp_path / "other", config("time-split", split=late))

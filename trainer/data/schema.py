@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from embeddings.errors import ConfigError, DataError
 from trainer.data.clusters import ClusterInfo
 from trainer.durable import file_digest
+from trainer.mistakes import words_of
 from trainer.names import FileName, path_problem
 from trainer.settings import Settings
 
@@ -208,7 +209,7 @@ def read_manifest(log: Path) -> LogManifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        problem = f"{place or 'manifest'}: {first['msg']}; ingest the events again"
+        problem = f"{place or 'manifest'}: {words_of(dict(first))}; ingest the events again"
         raise DataError(problem, file=path) from error
 
 

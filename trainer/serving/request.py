@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json as parsed
 
 from trainer.data.row_group import Bags, Ints
+from trainer.mistakes import path_in, words_of
 from trainer.serving.asked import History, Limits, Needs, Request, RequestError
 from trainer.serving.checks import checked, size_of
 from trainer.serving.vocabulary import Translation
@@ -118,10 +119,8 @@ def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
         return ScoreBody.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))[:200]
-        raise RequestError(
-            422, f"{place}: {first['msg']}"[:500] if place else str(first["msg"])[:300]
-        ) from None
+        place, problem = path_in(tree, first["loc"])[:200], words_of(dict(first), json=True)
+        raise RequestError(422, f"{place}: {problem}"[:500] if place else problem[:300]) from None
 
 
 def _check_sizes(tree: Any, limits: Limits) -> None:
