@@ -219,8 +219,8 @@ def test_completion_is_installed_and_fast(tmp_path: Path) -> None:
     [
         (
             "ingest --config c --events a.csv b.csv.gz",
-            "unexpected b.csv.gz: an option takes one value; repeat --events before each, or quote the pattern"
-            "; see `tandemrec ingest --help`",
+            "unexpected b.csv.gz: an option takes one value; repeat --events before each, "
+            "or quote the pattern; see `tandemrec ingest --help`",
         ),
         (
             "ingest --config c --events a.csv --set seed=1 users=2",

@@ -160,6 +160,16 @@ REFUSED = [
     (change("candidates.item_id.0", 1.5), 422, "requests[0].candidates.item_id"),
     (change("candidates.item_id", None), 422, "requests[0].candidates.item_id: missing; the snapshot needs"),
     (change("candidates", {}), 422, "requests[0].candidates: there is none"),
+    (
+        change("candidates", {"product": [1]}),
+        422,
+        "requests[0].candidates: product is not known; this snapshot has item_id, category_id",
+    ),
+    (
+        change("context", {"town": 1}),
+        422,
+        "requests[0].context: town is not known; this snapshot has city",
+    ),
     (change("candidates.item_id", [1]), 422, "entries, expected"),
     (change("history.features.item_id", None), 422, "requests[0].history.features.item_id: missing"),
     (change("history.features.item_id", [1]), 422, "requests[0].history.features.item_id: 1 entries"),

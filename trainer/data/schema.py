@@ -164,6 +164,9 @@ def _load_json(path: Path) -> Any:
     except FileNotFoundError as error:
         problem = "no such file, so this is not a sequence log; write one with `tandemrec ingest`"
         raise DataError(_left_behind(path.parent.resolve()) or problem, file=path) from error
+    except NotADirectoryError as error:
+        problem = "is a file, and a sequence log is a folder; name the one that `tandemrec ingest` wrote"
+        raise DataError(problem, file=path.parent) from error
     except (OSError, ValueError, RecursionError) as error:
         problem = f"not readable as JSON ({error}); run `tandemrec ingest` again"
         raise DataError(problem, file=path) from error

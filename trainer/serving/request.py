@@ -178,6 +178,7 @@ def from_json(
         stored: histories by user id, in dense ids; place: of the request in the body, for messages.
         translation: of raw values to ids; None: the body holds dense ids.
     """
+    _check_names(body, needs, place)
     reader = _Reader(needs, translation, place)
     if body.history is not None:
         history = reader.history(body.history)
@@ -195,6 +196,27 @@ def from_json(
         unknown={} if translation is None else translation.unknown,
     )
     return checked(request, needs, limits, place)
+
+
+def _check_names(body: RequestBody, needs: Needs, place: str) -> None:
+    """Refuses names that the snapshot does not know where one that it needs is missing: it is meant by them.
+
+    Further ones are left out: clients may send what only another version of the model reads.
+    """
+    history = {} if body.history is None else body.history.features
+    parts: list[tuple[str, Mapping[str, Any], Sequence[str], Sequence[str]]] = [
+        ("candidates", body.candidates, needs.features, needs.candidate),
+        ("history.features", history, needs.features, needs.behavior),
+        ("context", body.context, needs.context, needs.context),
+        ("numeric", body.numeric, needs.numeric, needs.numeric),
+    ]
+    for where, given, known, needed in parts:
+        unknown = [name for name in given if name not in known]
+        if unknown and not set(needed).issubset(given):
+            has = ", ".join(known) or "none"
+            raise RequestError(
+                422, f"{place}.{where}: {unknown[0][:80]} is not known; this snapshot has {has}"
+            )
 
 
 def stored_history(stored: Mapping[int, History], user: int | None, place: str) -> History:
