@@ -11,8 +11,11 @@ import pyarrow as pa
 import pytest
 
 from embeddings.errors import DataError
+from pipelines.ingest_preview import preview_lines
+from pipelines.ingest_sources import Seen
 from tests.opening import GOOD, Door, csv_events, parquet, text
 from tests.rawlogs import START
+from trainer.data.schema import ColumnInfo
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +79,16 @@ def test_a_unit_beside_a_type_with_its_own_is_said_to_do_nothing(door: Door, tmp
     numbers = parquet(tmp_path / "n.parquet", timestamp=[second * 1000 for second in GOOD["timestamp"]])
     door.events(numbers, events={"timestamp_unit": "ms"})
     assert door.seen.notes == []
+
+
+def test_preview_shows_labels_and_times_as_they_are_meant() -> None:
+    keys = {"impressions.labels: click": "numbers", "impressions.timestamp": "unix seconds"}
+    columns = [
+        ColumnInfo(table="impressions", setting=key, column="c", found="CSV", read_as=read)
+        for key, read in keys.items()
+    ]
+    ranges = [(0, 0.0, 1.0), (2, START, START * 1000)]
+    seen = Seen(columns, ranges=dict(zip((("impressions", key) for key in keys), ranges, strict=True)))
+    _, _, label, time = (re.split("  +", line.strip()) for line in preview_lines(seen))
+    assert label == ["c", "impressions.labels: click", "CSV", "numbers", "0", "0", "1"]
+    assert time[-2:] == ["2017-01-01 00:00:00", str(START * 1000)]
