@@ -117,7 +117,8 @@ def _named(pattern: Path | str, what: str, skipped: list[Path]) -> list[Path]:
             files.append(hit)
     if not files:
         empty = "holds no data file" if exact.is_dir() else "no such file"
-        raise DataError(f"{empty}; name a Parquet or CSV file of {what}", file=exact)
+        where = "" if exact.is_absolute() or exact.is_dir() else f" in {Path.cwd()}"
+        raise DataError(f"{empty}{where}; name a Parquet or CSV file of {what}", file=exact)
     return files
 
 

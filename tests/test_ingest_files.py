@@ -256,3 +256,15 @@ def test_all_problems_of_all_files_come_at_once(door: Door, tmp_path: Path) -> N
     (tmp_path / "worse.csv").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"2 problems: .*bad\.csv: is empty.*worse\.csv: is UTF-16"):
         door.events(f"{tmp_path}/*.csv")
+
+
+def test_a_relative_path_that_is_not_there_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=rf"items\.parquet: no such file in {tmp_path}; name a Parquet or CSV"
+    ):
+        find_files("items.parquet", "item table")
+    with pytest.raises(DataError, match=r"items\.parquet: no such file; name"):
+        find_files(tmp_path / "items.parquet", "item table")
