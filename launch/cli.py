@@ -89,7 +89,7 @@ def ingest(
     events: Annotated[
         list[Path] | None,
         typer.Option(
-            "--events", metavar="FILE", help="Raw events: Parquet or CSV, a folder or pattern; repeatable."
+            "--events", metavar="FILE", help="Raw events: a file, folder or quoted pattern; repeatable."
         ),
     ] = None,
     impressions: Annotated[

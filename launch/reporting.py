@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from launch.elastic import leave_word
 
+_EXTRA = re.compile(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", re.DOTALL)
 USER_ERROR = 2
 OTHER_ERROR = 1
 # The system tells of these without the file where a write failed that was opened before.
@@ -37,10 +39,29 @@ def _hidden_package(error: ModuleNotFoundError) -> str | None:
     return f"package '{package}' in {where} hides tandemrec's own; uninstall or rename it, or change folder"
 
 
+def _usage(error: typer.TyperException) -> str:
+    """What is wrong with the words of a command line, and where its help is."""
+    context = getattr(error, "ctx", None)
+    verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
+    message = error.format_message().rstrip(".").removeprefix("Invalid value: ")
+    extra = _EXTRA.match(message)
+    if extra and context is not None:
+        many = [one for one in context.command.params if one.param_type_name == "option" and one.multiple]
+        sets = "=" in extra[1].split()[0]
+        given = [
+            one.opts[0] for one in many if context.params.get(one.name) and (one.opts[0] == "--set") == sets
+        ]
+        message = f"unexpected {extra[1]}: an option takes one value"
+        if given:
+            quote = "" if sets else ", or quote the pattern"
+            message += f"; repeat {' or '.join(given)} before each{quote}"
+    return f"{message}; see `tandemrec{verb} --help`"
+
+
 def _user_message(error: Exception) -> str | None:
     """What to tell the user about an error of theirs; None when it is not one."""
     if isinstance(error, typer.TyperException):
-        return f"{error.format_message().rstrip('.')}; see `tandemrec --help`"
+        return _usage(error)
     if isinstance(error, ModuleNotFoundError):
         return _hidden_package(error)
     if isinstance(error, OSError) and error.filename:

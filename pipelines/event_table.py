@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import ibis
 from ibis.expr import types as ir
@@ -11,9 +10,11 @@ from ibis.expr import types as ir
 from embeddings.errors import DataError
 from pipelines.ingest_columns import Kind, Wanted
 from pipelines.ingest_engine import Engine
+from pipelines.ingest_faults import fault_of, number_of
 from pipelines.ingest_files import FoundFiles
 from pipelines.ingest_labels import checked_labels
 from pipelines.ingest_sources import RawTable, Seen, columns_of, open_files
+from pipelines.ingest_values import UNITS
 from trainer.data.ingest_config import (
     ColumnConfig,
     EventsConfig,
@@ -64,7 +65,7 @@ def open_events(
     raw = engine.keep(EVENTS, raw)
     seen.loose[EVENTS] = loose_columns(table, _roles_of(columns), _named(entries, config.event_context))
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
-    check_values(engine, raw, files.label, required)
+    check_values(engine, raw, table, required, config.csv.nulls)
     return raw
 
 
@@ -85,7 +86,10 @@ def open_impressions(engine: Engine, files: FoundFiles, config: IngestConfig, se
     entries = [entry for entry in entries if entry.side == "candidate" or entry.source in present]
     wanted = [*_roles("impressions", columns)]
     wanted += [Wanted("impressions.item", columns.item, "id")]
-    wanted += [Wanted(f"impressions, for {name}", column, "number") for name, column in numbers.items()]
+    keys = {f"label_{task}": f"impressions.labels: {task}" for task in columns.labels}
+    keys |= {f"numeric_{name}": f"impressions.numeric: {name}" for name in columns.numeric}
+    keys |= {"weight": "impressions.weight"}
+    wanted += [Wanted(keys[name], column, "number") for name, column in numbers.items()]
     wanted += [wanted_column("features", entry) for entry in entries]
     wanted += [wanted_column("context", entry) for entry in config.shown_context]
     table = open_files(engine, files, wanted, config, seen)
@@ -100,8 +104,8 @@ def open_impressions(engine: Engine, files: FoundFiles, config: IngestConfig, se
     seen.loose[SHOWN] = loose_columns(table, _roles_of(columns), _named(entries, config.shown_context))
     required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
     required |= {"request_id": columns.request} if columns.request else {}
-    check_values(engine, raw, files.label, required | numbers)
-    return checked_labels(engine, raw, files.label, columns, numbers)
+    check_values(engine, raw, table, required | numbers, config.csv.nulls)
+    return checked_labels(engine, raw, table, columns, numbers)
 
 
 def _shown_items(
@@ -176,8 +180,14 @@ def wanted_column(section: str, entry: ColumnConfig) -> Wanted:
     return Wanted(f"{section}: {entry.name}", entry.source, kind_of(entry))
 
 
-def check_values(engine: Engine, raw: ir.Table, file: Path | str, required: dict[str, str]) -> None:
-    """Refuses an empty table, nulls and NaN in required columns (name in `raw` -> in the file), odd times."""
+def check_values(
+    engine: Engine, raw: ir.Table, table: RawTable, required: dict[str, str], nulls: Collection[str]
+) -> None:
+    """Refuses an empty table, nulls and NaN in required columns (name in `raw` -> in the file), odd times.
+
+    Args:
+        table: the files that `raw` was made of, to name the place of a fault; nulls: their words for nothing.
+    """
     missing = {name: raw[name].isnull() for name in required}
     missing |= {
         name: missing[name] | raw[name].isnan() for name in required if raw[name].type().is_floating()
@@ -186,17 +196,38 @@ def check_values(engine: Engine, raw: ir.Table, file: Path | str, required: dict
     times = {"earliest": raw.timestamp.min(), "latest": raw.timestamp.max()}
     found = engine.rows(raw.aggregate(rows=raw.count(), **times, **sums))[0]
     if not found["rows"]:
-        raise DataError("has no rows; ingest needs some", file=file)
+        raise DataError("has no rows; ingest needs some", file=table.label)
     for name, column in required.items():
         if count := found[f"bad_{name}"]:
             problem = f"null in {int(count):,} of {found['rows']:,} rows; remove or fill them"
-            raise DataError(problem, file=file, column=column)
-    if found["latest"] > _YEAR_5000:
-        problem = (
-            f"{found['latest']} is too large for unix seconds; say what it counts with "
-            'timestamp_unit = "ms", "us" or "ns"'
+            raise fault_of(table.files, column, problem, table.label, lambda cell: _is_given(cell, nulls))
+    if found["latest"] > _YEAR_5000 or found["earliest"] < 0:
+        raise _odd_time(table, required["timestamp"], int(found["earliest"]), int(found["latest"]))
+
+
+def _is_given(cell: object, nulls: Collection[str]) -> bool:
+    return cell is not None and cell != "" and cell not in nulls and str(cell).strip().lower() != "nan"
+
+
+def _odd_time(table: RawTable, column: str, earliest: int, latest: int) -> DataError:
+    """The error about times that lie before 1970, or so late that they must have another unit."""
+    known = next(one for one in table.columns if one.want.column == column and one.want.kind == "time")
+    unit = known.want.unit
+    if latest <= _YEAR_5000:
+        problem = f"{earliest} is before 1970; remove or mend such rows"
+    elif known.has_own_unit:
+        problem = f"{latest} unix seconds lie after the year 5000; mend how the column is written"
+    else:
+        others = [f'"{one}"' for one in UNITS if UNITS[one] > UNITS[unit]]
+        key = f"{known.want.key}_unit"
+        problem = f"{latest} is too large for unix seconds"
+        problem += f' ({key} = "{unit}" was counted in)' if unit != "s" else ""
+        problem += (
+            f"; say what it counts with {key} = {' or '.join(others)}" if others else "; mend such rows"
         )
-        raise DataError(problem, file=file, column=required["timestamp"])
-    if found["earliest"] < 0:
-        problem = f"{found['earliest']} is before 1970; remove or mend such rows"
-        raise DataError(problem, file=file, column=required["timestamp"])
+
+    def fits(cell: object) -> bool:
+        number = number_of(cell)
+        return number is None or 0 <= number / UNITS[unit] <= _YEAR_5000
+
+    return fault_of(table.files, column, problem, table.label, fits)

@@ -27,7 +27,7 @@ from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
 from pipelines.ingest_domains import open_domains
 from pipelines.ingest_encoding import encode, narrow
 from pipelines.ingest_engine import Engine, connect, count_rows
-from pipelines.ingest_files import Files, any_file, find_files
+from pipelines.ingest_files import Files, find_files
 from pipelines.ingest_names import NUMBERED, agree, with_numbers
 from pipelines.ingest_preview import preview_lines
 from pipelines.ingest_remarks import Span, remarks, unused_settings
@@ -70,11 +70,11 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Raw:
-    """The checked raw tables, and a file to name where all of them are at fault."""
+    """The checked raw tables, and `source`: all files of events, for an error about all of them."""
 
     events: ir.Table
     shown: ir.Table | None
-    source: Path | None
+    source: str | None
     seen: Seen
     side: SideTables
     duplicates: int = 0
@@ -191,7 +191,7 @@ def _open(
     if events:
         files = find_files(events, "raw events")
         table = open_events(engine, files, config, seen, side.features)
-        raw = Raw(table, shown, any_file(events), seen, side)
+        raw = Raw(table, shown, files.label, seen, side)
     else:
         table, duplicates = open_domains(engine, config, seen)
         raw = Raw(table, shown, None, seen, side, duplicates)

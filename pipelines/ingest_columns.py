@@ -58,6 +58,10 @@ class Wanted:
     kind: Kind
     unit: Unit = "s"
 
+    @property
+    def is_label(self) -> bool:
+        return self.key.startswith("impressions.labels:")
+
 
 @dataclass(frozen=True)
 class Column:
@@ -72,6 +76,11 @@ class Column:
     families: tuple[str, ...]
     types: tuple[str, ...]
     target: Target | None
+
+    @property
+    def has_own_unit(self) -> bool:
+        """Whether its times are no numbers in any file."""
+        return set(self.families) <= {"time", "date", NULL}
 
 
 def family(kind: pa.DataType) -> str:
@@ -171,6 +180,8 @@ def _cast(want: Wanted, found: str) -> str:
         return "cast the column to text, or to integers"
     if found.startswith("list of") and want.kind in ("key", "id"):
         return "set multi = true for a feature, or cast the column"
+    if want.is_label:
+        return "write 0 and 1, or true and false"
     return "cast the column"
 
 

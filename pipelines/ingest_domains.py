@@ -64,7 +64,7 @@ def _open_domain(engine: Engine, domain: DomainConfig, config: IngestConfig, see
     further = {name: _further(engine, table, entry, name in known) for name, entry in entries.items()}
     raw = scoped(table.table, _columns(table, domain), domain.name, further)
     required = {"user_id": domain.user, "item_id": domain.item, "timestamp": domain.timestamp}
-    check_values(engine, raw, files.label, required)
+    check_values(engine, raw, table, required, config.csv.nulls)
     levels = [name for name in config.events.features if name != "item_id"]
     if not domain.mapping:
         # Unknown, never guessed.

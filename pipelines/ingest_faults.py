@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow.parquet as pq
 
@@ -12,7 +12,8 @@ from pipelines.ingest_columns import Column
 from pipelines.ingest_files import RawFile, open_text
 
 _HINTS = {
-    "number": "a number, true or false; mend the cell, or name the words for nothing in csv.nulls",
+    "number": "a number, true or false; mend the cell",
+    "label": "a number; for a label write 0 and 1, or true and false",
     "time": "unix seconds or ISO 8601 such as 2024-05-01T12:00:00Z; mend the cell, or convert the column",
     "id": "a whole number (a float is one up to 2^53); cast the column to text, or mend it",
     "key": "a whole number (a float is one up to 2^53); cast the column to text, or mend it",
@@ -22,15 +23,49 @@ _HINTS = {
 def bad_cell(files: Sequence[RawFile], column: Column, cell: str, count: int) -> DataError:
     """The error about `count` cells of a column, with the place of one of them."""
     want = column.want
-    problem = f"{cell!r} is not {_HINTS[want.kind]}"
+    problem = f"{cell!r} is not {_HINTS['label' if want.is_label else want.kind]}"
     if count > 1:
         problem += f" ({count:,} such cells)"
     for file in files:
         for row, value in _cells(file, want.column):
             if _same(value, cell):
-                place = "line" if file.format == "CSV" else "row"
-                return DataError(f"{place} {row}: {problem}", file=file.path, column=want.column)
+                return DataError(f"{_unit(file)} {row}: {problem}", file=file.path, column=want.column)
     return DataError(problem, file=files[0].path, column=want.column)
+
+
+def fault_of(
+    files: Sequence[RawFile], column: str, problem: str, label: str, fits: Callable[[object], bool]
+) -> DataError:
+    """The error about a column, with the place of the first cell that does not fit, if one is found.
+
+    None is found in a column that the names of folders hold, for example.
+
+    Args:
+        label: of all files.
+        fits: what a cell of Parquet, or the text of one of CSV, must be.
+    """
+    for file in files:
+        for row, value in _cells(file, column):
+            if not fits(value):
+                of = f" of {file.path}" if len(files) > 1 else ""
+                problem += f" (the first is in {_unit(file)} {row}{of})"
+                return DataError(problem, file=label, column=column)
+    return DataError(problem, file=label, column=column)
+
+
+def number_of(cell: object) -> float | None:
+    """The number of a cell; None where it holds something else."""
+    word = str(cell).strip().lower()
+    if word in ("true", "false"):
+        return float(word == "true")
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _unit(file: RawFile) -> str:
+    return "line" if file.format == "CSV" else "row"
 
 
 def _cells(file: RawFile, column: str) -> Iterator[tuple[int, object]]:

@@ -117,7 +117,8 @@ def _named(pattern: Path | str, what: str, skipped: list[Path]) -> list[Path]:
             files.append(hit)
     if not files:
         empty = "holds no data file" if exact.is_dir() else "no such file"
-        raise DataError(f"{empty}; name a Parquet or CSV file of {what}", file=exact)
+        where = "" if exact.is_absolute() or exact.is_dir() else f" in {Path.cwd()}"
+        raise DataError(f"{empty}{where}; name a Parquet or CSV file of {what}", file=exact)
     return files
 
 
@@ -257,8 +258,3 @@ def folders_of(path: Path) -> dict[str, str | None]:
     return {
         unquote(name): None if value == _NO_VALUE else unquote(value) for name, sign, value in parts if sign
     }
-
-
-def any_file(files: Files) -> Path:
-    """One path to name in an error about several files."""
-    return Path(files if isinstance(files, Path | str) else files[0])

@@ -7,19 +7,20 @@ from collections.abc import Mapping
 import ibis
 from ibis.expr import types as ir
 
-from embeddings.errors import DataError
 from pipelines.ingest_engine import Engine
+from pipelines.ingest_faults import fault_of, number_of
+from pipelines.ingest_sources import RawTable
 from trainer.data.ingest_config import ImpressionsConfig
 from trainer.data.ingest_sections import LabelConfig
 
 
 def checked_labels(
-    engine: Engine, raw: ir.Table, file: str, columns: ImpressionsConfig, numbers: Mapping[str, str]
+    engine: Engine, raw: ir.Table, table: RawTable, columns: ImpressionsConfig, numbers: Mapping[str, str]
 ) -> ir.Table:
     """The table with labels of 0 to 1.
 
     Args:
-        raw: its numbers are neither null nor NaN.
+        raw: its numbers are neither null nor NaN; table: the files that it was made of.
         numbers: name in `raw` (label_*, numeric_*, weight) -> in the file.
 
     Raises:
@@ -35,17 +36,35 @@ def checked_labels(
     found = engine.rows(raw.aggregate(**sums))[0]
     for name, column in numbers.items():
         least, most = (float(found[f"_{end}_{name}"]) for end in ("least", "most"))
-        problem = ""
+        problem, fits = "", _is_finite
         if max(abs(least), abs(most)) == float("inf"):
             problem = f"holds infinity ({least:g} to {most:g}); remove or mend such rows"
         elif name == "weight" and least < 0:
             problem = f"{least:g} is negative, and a weight is at least 0; mend or leave out such rows"
+            fits = _is_not_negative
         elif odd := int(found.get(f"_odd_{name}", 0)):
             share = f"{odd:,} of {int(found['_rows']):,} rows"
             problem = _explained(name.removeprefix("label_"), labels[name], f"{least:g} to {most:g}", share)
+            fits = _is_binary if labels[name].kind == "binary" else _is_probability
         if problem:
-            raise DataError(problem, file=file, column=column)
+            raise fault_of(table.files, column, problem, table.label, fits)
     return raw.mutate(**{name: _label(raw[name], label) for name, label in labels.items()})
+
+
+def _is_finite(cell: object) -> bool:
+    return abs(number_of(cell) or 0) < float("inf")
+
+
+def _is_not_negative(cell: object) -> bool:
+    return (number_of(cell) or 0) >= 0
+
+
+def _is_binary(cell: object) -> bool:
+    return (number_of(cell) or 0) in (0, 1)
+
+
+def _is_probability(cell: object) -> bool:
+    return 0 <= (number_of(cell) or 0) <= 1
 
 
 def _odd(value: ir.Value, label: LabelConfig) -> ir.BooleanValue:

@@ -56,7 +56,7 @@ def with_numbers(
     tables: Mapping[str, ir.Table],
     older: Mapping[str, Older],
     root: Path,
-    source: Path | None,
+    source: str | None,
     config: IngestConfig,
 ) -> tuple[dict[str, ir.Table], dict[str, FeatureInfo]]:
     """The tables with integers for users and requests, and what the manifest says of their names.
@@ -92,7 +92,7 @@ def with_numbers(
     return given, infos
 
 
-def _check(name: str, text: set[str], tables: set[str], older: Older | None, source: Path | None) -> None:
+def _check(name: str, text: set[str], tables: set[str], older: Older | None, source: str | None) -> None:
     column = name.removesuffix("_id")
     if name == "user_id" and text and text != tables:
         some, other = (min(names).removeprefix("raw_") for names in (text, tables - text))

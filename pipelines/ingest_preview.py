@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from pipelines.ingest_sources import Seen
 from trainer.data.schema import ColumnInfo
 
 _HEAD = ("column", "named by", "type", "read as", "nulls", "from", "to")
 _LONGEST = 28
+_TOO_LATE = 253_402_300_800  # the year 10,000: no date can be shown
 
 
 def column_lines(columns: Sequence[ColumnInfo], notes: Sequence[str]) -> list[str]:
@@ -23,13 +25,13 @@ def column_lines(columns: Sequence[ColumnInfo], notes: Sequence[str]) -> list[st
 
 
 def preview_lines(seen: Seen) -> list[str]:
-    """Every column that a setting names with the range of its values, and those that none names."""
+    """Every column that a setting names with its range (times in UTC), and those that none names."""
     lines: list[str] = []
     for table in dict.fromkeys(column.table for column in seen.columns):
         theirs = [column for column in seen.columns if column.table == table]
         ranges = [seen.ranges.get((table, column.setting), (0, None, None)) for column in theirs]
         cells = [
-            (one.column, one.setting, one.found, one.read_as, f"{nulls:,}", _cut(least), _cut(most))
+            (one.column, one.setting, one.found, one.read_as, f"{nulls:,}", _cut(one, least), _cut(one, most))
             for one, (nulls, least, most) in zip(theirs, ranges, strict=True)
         ]
         lines += [f"{table}: {seen.rows.get(table, 0):,} rows", *_aligned([_HEAD, *cells])]
@@ -48,6 +50,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _cut(value: object) -> str:
+def _cut(column: ColumnInfo, value: object) -> str:
+    """A value as it is meant: a day and a time, or a number without a needless point."""
     text = "" if value is None else repr(value)
+    if isinstance(value, float):
+        text = f"{value:g}"
+    if column.read_as == "unix seconds" and isinstance(value, int) and 0 <= value < _TOO_LATE:
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -138,26 +138,33 @@ def _dropped(engine: Engine, counts: Counts, requests: int, config: IngestConfig
 
 
 def report_lines(manifest: LogManifest) -> list[str]:
-    """The manifest for people: one line a split, then history lengths and what was left out."""
+    """The manifest for people: one line a split, then history lengths, what was left out, and warnings."""
     report = manifest.report
     lines = [
         f"{report['events']:,} events of {report['event_users']:,} users;"
         f" requests of {report['request_users']:,} users"
     ]
     layout = "requests" if manifest.ingest.get("files", {}).get("layout") == "request" else "users"
+    # Splits count those of the first label.
+    of = f" of {manifest.tasks[0]}" if len(manifest.tasks) > 1 else ""
     for name, info in manifest.splits.items():
         lines.append(
             f"{name:<10} {info.rows:>9,} rows ({layout}) {info.requests:>11,} requests"
-            f" {info.candidates:>12,} candidates {info.positives:>11,} positives"
+            f" {info.candidates:>12,} candidates {info.positives:>11,} positives{of}"
         )
     lengths = ", ".join(f"{name} {value:,}" for name, value in report["history_length"].items())
     lines.append(f"history length at request: {lengths}")
-    lines += [f"dropped: {count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items()]
+    lines += [
+        f"dropped: {count:,} {reason.replace('_', ' ')}"
+        for reason, count in report["dropped"].items()
+        if count
+    ]
     lines += [f"{name}: {info.rows:,} table rows" for name, info in manifest.features.items()]
     lines += [f"context {name}: {info.rows:,} table rows" for name, info in manifest.context.items()]
     lines += _time_lines(manifest) + _new_lines(manifest) + remark_lines(manifest)
     lines += lone_lines(manifest.report, manifest.features)
-    return lines + column_lines(manifest.columns, manifest.notes)
+    lines += column_lines(manifest.columns, manifest.notes)
+    return sorted(lines, key=lambda line: line.startswith("WARNING"))
 
 
 def _time_lines(manifest: LogManifest) -> list[str]:

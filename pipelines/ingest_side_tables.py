@@ -123,7 +123,8 @@ def _open(
     config: IngestConfig,
     seen: Seen,
 ) -> ir.Table:
-    wanted = [wanted_column(entry.kind, entry) for entry in columns.values()]
+    section = "context" if key.key.startswith("user_table") else "features"
+    wanted = [wanted_column(section, entry) for entry in columns.values()]
     table = open_files(engine, files, [key, *wanted], config, seen)
     name, kept = names
     raw = table.table.select(

@@ -46,11 +46,18 @@ class Seen:
 
 @dataclass(frozen=True)
 class RawTable:
-    """The files as one table; columns are asked for by their names in the files."""
+    """The files as one table; columns are asked for by their names in the files.
+
+    Attributes:
+        label: names all files in an error; files, columns: what to look a fault up in.
+    """
 
     table: ir.Table
     names: Mapping[tuple[str, Kind], str]
     loose: frozenset[tuple[str, Kind]]
+    label: str = ""
+    files: tuple[RawFile, ...] = ()
+    columns: tuple[Column, ...] = ()
 
     def values(self, column: str, kind: Kind) -> ir.Value:
         return self.table[self.names[column, kind]]
@@ -84,6 +91,7 @@ def open_files(
     told = list(zip(columns, targets, facts, strict=True))
     seen.columns += [_understood(found.what, *one) for one in told]
     seen.notes += [*found.notes, *_words(found.what, columns, facts), *_unused(found.what, files, wanted)]
+    seen.notes += _idle_units(columns)
     if seen.measured:
         _measure(engine, table, found.what, columns, seen)
     names = {(column.want.column, column.want.kind): f"c{place}" for place, column in enumerate(columns)}
@@ -92,7 +100,7 @@ def open_files(
         for column, target, _ in told
         if target == "int64" and set(column.families) <= {CSV, NULL}
     }
-    return RawTable(table, names, frozenset(loose))
+    return RawTable(table, names, frozenset(loose), found.label, tuple(files), tuple(columns))
 
 
 def look_at_files(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> list[RawFile]:
@@ -254,6 +262,16 @@ def _words(what: str, columns: Sequence[Column], facts: Sequence[Mapping[str, An
             )
             told.append(f"{what}: {column.want.column}: {one}; {remedy}")
     return told
+
+
+def _idle_units(columns: Sequence[Column]) -> list[str]:
+    """Units that were set for times whose type has one of its own."""
+    return [
+        f'{column.want.key}_unit = "{column.want.unit}" has no effect: the column {column.want.column} is '
+        f"{', '.join(dict.fromkeys(column.types))}, which has a unit of its own"
+        for column in columns
+        if column.want.kind == "time" and column.want.unit != "s" and column.has_own_unit
+    ]
 
 
 def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[Wanted]) -> list[str]:

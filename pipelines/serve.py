@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def serve(
     if load.in_flight < limits.body:
         problem = f"is less than one body may have, {limits.body:,} (--max-body)"
         raise ConfigError(f"--max-in-flight: {load.in_flight:,} bytes {problem}")
+    _check_address(host, port)
     torch.set_num_threads(batching.threads)
     metrics = Metrics()
     store = None if histories is None else HistoryStore(histories)
@@ -78,6 +80,27 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)
     _Server(config, f"serving {current.scorer.snapshot.path} on http://{host}").run()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises ConfigError where nothing can listen, before the snapshot is loaded."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error.strerror}") from None
+    for family, kind, protocol_, _, address in found:
+        with socket.socket(family, kind, protocol_) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                probe.bind(address)
+                probe.listen()
+            except OSError as error:
+                problem = f"{(error.strerror or str(error)).lower()} on {host}"
+                raise ConfigError(
+                    f"--port {port}: {problem}; name another --port, or 0 for any free one"
+                ) from None
 
 
 def _ignore(*_: Any) -> None:

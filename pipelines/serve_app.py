@@ -26,6 +26,7 @@ from pipelines.serve_load import HeldAnswer, Hold, InFlight, LoadLimits, read_bo
 from pipelines.serve_metrics import Metrics
 from pipelines.serve_updates import Updates
 from pipelines.serve_users import UserBody, UsersBody, user_body, users_body
+from trainer.mistakes import words_of
 from trainer.serving import arrow_body
 from trainer.serving.asked import Limits, RequestError
 from trainer.serving.batcher import Batcher, BatchSettings
@@ -122,7 +123,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     def of_path(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        return answer(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return answer(422, f"{'.'.join(map(str, first['loc']))}: {words_of(first, json=True)}")
 
     def of_reload(_: Request, error: Exception) -> Response:
         return answer(409, " ".join(str(error).split()))

@@ -222,3 +222,32 @@ def test_a_full_disk_is_no_internal_error(capfd: pytest.CaptureFixture[str]) -> 
     assert "error: a file cannot be written: No space left on device" in capfd.readouterr().err
     assert report(OSError(errno.EBADF, os.strerror(errno.EBADF)), debug=False) == 1
     assert "internal error" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "ingest --config c --events a.csv b.csv.gz",
+            "unexpected b.csv.gz: an option takes one value; repeat --events before each, "
+            "or quote the pattern; see `tandemrec ingest --help`",
+        ),
+        (
+            "ingest --config c --events a.csv --set seed=1 users=2",
+            "unexpected users=2: an option takes one value; repeat --set before each"
+            "; see `tandemrec ingest --help`",
+        ),
+        ("doctor a b", "unexpected a b: an option takes one value; see `tandemrec doctor --help`"),
+        ("frobnicate", "No such command 'frobnicate'; see `tandemrec --help`"),
+        ("train --config c.toml", "Missing option '--out'; see `tandemrec train --help`"),
+    ],
+)
+def test_wrong_usage_says_what_to_do(capsys: Capture, words: str, message: str) -> None:
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err == f"tandemrec: error: {message}\n"
+
+
+def test_our_own_sentences_have_no_prefix(pipeline: Callable[..., None], capsys: Capture) -> None:
+    pipeline("ingest", ingest=None, report_lines=None, load_ingest_config=lambda *_: None)
+    assert main(["ingest", "--config", "c.toml", "--events", "e.csv"]) == 2
+    assert capsys.readouterr().err.startswith("tandemrec: error: name the log to write with --out")

@@ -8,6 +8,7 @@ import pytest
 
 from embeddings.errors import ConfigError
 from trainer.config import Config, build_groups, load_config
+from trainer.data.ingest_config import load_ingest_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ROWS = {"item_id": 100, "category_id": 10}
@@ -60,6 +61,50 @@ def test_dare_and_twin_differ_in_their_groups_only() -> None:
 def test_mistakes_are_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(CONFIGS / "dare.toml", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["batch_candidates=371"],
+            "--set batch_candidates=371: unknown key 'batch_candidates'; "
+            "did you mean 'data.batch_candidates'?",
+        ),
+        (["train.k=5"], "--set train.k=5: unknown key 'train.k'; did you mean 'model.k'?"),
+        (["data=3"], "--set data=3: data: must be a section, a table of keys (given: 3)"),
+        (
+            ["groups.spare.dim=4"],
+            "--set groups.spare.dim=4: group 'spare' serves no role; remove it or name it in model.roles",
+        ),
+    ],
+)
+def test_a_mistake_of_an_override_names_the_override(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIGS / "dare.toml", overrides)
+    assert str(caught.value) == message
+
+
+def test_a_mistake_of_the_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text('[data]\nfoo = 1\nbar_ = 2\n[train]\nepochs = "many"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["model.k=0"])
+    message = str(caught.value)
+    assert message.startswith(f"{path}: unknown key 'data.") and message.count("known here: ") == 1
+    assert "train.epochs: must be a whole number (given: 'many')" in message
+    assert message.endswith("; --set model.k=0: model.k: must be greater than or equal to 1 (given: 0)")
+
+
+def test_the_config_of_another_verb_is_one_sentence() -> None:
+    for path, load, found, wanted in (
+        ("dare", load_ingest_config, "train", "ingest"),
+        ("ingest_time_split", load_config, "ingest", "train"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(CONFIGS / f"{path}.toml")
+        assert f"{path}.toml: this is a config of `{found}`; `{wanted}` wants one with" in str(caught.value)
+        assert len(str(caught.value)) < 250
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

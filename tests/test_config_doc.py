@@ -42,6 +42,14 @@ def test_every_key_has_a_line(model: type[Settings]) -> None:
     assert not missing, f"say what they are in the Attributes of {model.__name__}"
 
 
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_a_key_shares_its_line_with_none_of_another_kind(model: type[Settings]) -> None:
+    """What is said of two keys at once says of neither which of the two it is."""
+    lines = lines_of(model)
+    shared = {key for key in lines if list(lines.values()).count(lines[key]) > 1}
+    assert shared <= {"warmup", "warmup_steps", "decay"}, "give each its own line in the Attributes"
+
+
 class _Small(Settings):
     """A section.
 

@@ -187,7 +187,7 @@ def test_an_error_of_all_ranks_is_said_once(log: Path, tmp_path: Path) -> None:
         "launch.cli", "train", "--config", "configs/dare.toml", "--out", str(tmp_path / "r"), *changed
     )
     assert done.returncode == 1
-    problem = "configs/dare.toml: unknown key 'model.kk'; did you mean 'model.k'?"
+    problem = "--set model.kk=3: unknown key 'model.kk'; did you mean 'model.k'?"
     assert done.stderr.count(f"tandemrec: error: {problem}") == 1
     assert problem in done.stderr[done.stderr.index("Root Cause (first observed failure)") :]
     assert "Traceback" not in done.stderr[: done.stderr.index("tandemrec: error")]

@@ -386,7 +386,7 @@ def test_an_existing_log_survives_a_failure(tmp_path: Path, monkeypatch: pytest.
     source, log = write(tmp_path / "events.parquet", world(users=3)), tmp_path / "log"
     ingest(source, log, config())
     before = snapshot(tmp_path)
-    with pytest.raises(DataError, match=r"is a sequence log already.*overwrite"):
+    with pytest.raises(DataError, match=r"is a sequence log already; name another folder or say --overwrite"):
         ingest(source, log, config())
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
@@ -410,6 +410,9 @@ def test_bad_manifests_are_explained(made: tuple[list[Event], Path, LogManifest]
     path = tmp_path / "manifest.json"
     with pytest.raises(DataError, match=r"manifest\.json: no such file"):
         read_manifest(tmp_path)
+    (tmp_path / "requests.csv").write_text("user_id\n")
+    with pytest.raises(DataError, match=r"requests\.csv: is a file, and a sequence log is a folder; name"):
+        read_manifest(tmp_path / "requests.csv")
     for text, message in (
         ("{", "not readable as JSON"),
         ("[]", "format is None"),

@@ -278,3 +278,15 @@ def test_all_problems_of_all_files_come_at_once(door: Door, tmp_path: Path) -> N
 def test_a_delimiter_is_one_sign(sign: str) -> None:
     with pytest.raises(ValueError, match=r"delimiter[^$]*is one sign.*write the files anew"):
         CsvConfig(delimiter=sign)
+
+
+def test_a_relative_path_that_is_not_there_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=rf"items\.parquet: no such file in {tmp_path}; name a Parquet or CSV"
+    ):
+        find_files("items.parquet", "item table")
+    with pytest.raises(DataError, match=r"items\.parquet: no such file; name"):
+        find_files(tmp_path / "items.parquet", "item table")

@@ -109,12 +109,22 @@ def test_splits_and_columns_without_anything_are_warned_of(tmp_path: Path) -> No
     assert f"WARNING: split.test = 2019-01-09 lies outside of the impressions, which are {span}" in lines
     assert any(line.startswith("WARNING: the split test has no requests; ") for line in lines)
     assert "WARNING: action has no value in any row" in lines
+    warned = [line.startswith("WARNING") for line in lines]
+    assert sum(warned) >= 4 and warned == sorted(warned), "warnings come last, together"
+    assert all(
+        line.endswith(" positives of click") for line in lines if " requests " in line and " rows (" in line
+    )
+    assert not any(line.startswith("dropped: 0 ") for line in lines)
+    assert 0 in manifest.report["dropped"].values()
     assert "WARNING: label buy has one class only: nothing can be learnt from it" in lines
     late = {"validation": "2016-12-01", "test": "2016-12-09"}
     with pytest.raises(
-        DataError, match=r"no event before split\.validation \(2016-12-01\), they are from 2017-"
+        DataError,
+        match=r"e\.parquet and 1 more files: .*no event before split\.validation \(2016-12-01\), "
+        "they are from 2017-",
     ):
-        ingest(write(tmp_path / "e.parquet", raw), tmp_path / "other", config("time-split", split=late))
+        both = [write(tmp_path / name, raw) for name in ("e.parquet", "f.parquet")]
+        ingest(both, tmp_path / "other", config("time-split", split=late))
     early = [{**row, "timestamp": row["timestamp"] - 1000 * DAY} for row in impressions()]
     with pytest.raises(DataError, match=r"\(the events are from 2017-.*, the impressions from 2014-"):
         made(tmp_path, raw, early)

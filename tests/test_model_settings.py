@@ -134,11 +134,11 @@ def test_their_neighbours_are_accepted(model: dict[str, Any]) -> None:
         ({"hash_bits": 5000}, "model.hash_bits: .*less than or equal to 4096"),
         ({"head_dim": 0}, "model.head_dim: .*greater than or equal to 1"),
         ({"auxiliary_weight": 0}, "model.auxiliary_weight: .*greater than 0"),
-        ({"attend": "item_id"}, r'model.attend: Input should be a list, such as \["a", "b"\]'),
+        ({"attend": "item_id"}, r'model.attend: must be a list, such as \["a", "b"\]'),
         ({"time_in": ["score"]}, "model.time_in.0: .*'scores' or 'values'"),
-        ({"branches": {"Wide": {}}}, "model.branches.Wide.*: String should match pattern"),
-        ({"branches": {"other": 5}}, "model.branches.other: Input should be a valid dictionary"),
-        ({"branches": 5}, "model.branches: Input should be a valid dictionary"),
+        ({"branches": {"Wide": {}}}, "model.branches.Wide.*: must match the pattern"),
+        ({"branches": {"other": 5}}, "model.branches.other: must be a section, a table of keys"),
+        ({"branches": 5}, "model.branches: must be a table of keys"),
         (
             {"branches": {"other": {"atend": []}}},
             "unknown key 'model.branches.other.atend'; did you mean 'model.branches.other.attend'?",
@@ -212,7 +212,7 @@ ROLE = {"roles": {"attention_target": "nope"}}
             {"groups": {"attention": {}, "representation": {}, "idle": {}}},
             "group 'idle' serves no role; remove it or name it in model.roles",
         ),
-        ({}, {"groups": {"Bad": {}}}, "groups.Bad.*: String should match pattern"),
+        ({}, {"groups": {"Bad": {}}}, "groups.Bad.*: must match the pattern"),
     ],
 )
 def test_roles_and_groups_that_do_not_fit_are_named(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -182,6 +183,16 @@ def test_sigterm_finishes_what_was_accepted(made: Path) -> None:
         assert process.returncode == 0 and err == "" and "Traceback" not in out
 
 
+def test_a_port_in_use_is_said_before_the_snapshot_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert main(["serve", "--snapshot", "none", "--port", port]) == 2
+    expected = (
+        f"--port {port}: address already in use on 127.0.0.1; name another --port, or 0 for any free one"
+    )
+    assert capsys.readouterr().err == f"tandemrec: error: {expected}\n"
+
+
 def test_what_cannot_be_served_is_one_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     snapshot = str(made / "snapshot")
     for words, message in (
@@ -192,7 +203,7 @@ def test_what_cannot_be_served_is_one_line(made: Path, capsys: pytest.CaptureFix
         (["--snapshot", snapshot, "--reload-token-file", "nowhere"], "nowhere: the token cannot be read"),
         (["--snapshot", snapshot, "--reload-token-file", os.devnull], "16 or more plain characters"),
     ):
-        assert main(["serve", *words]) == 2
+        assert main(["serve", "--port", "0", *words]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
 

@@ -113,7 +113,7 @@ def test_raw_values_score_as_their_ids(
                 (
                     {**raw, "candidates": {**raw["candidates"], "item_id": [1, 2]}},
                     "raw",
-                    "its vocabulary text",
+                    'its values are text: send "1", not 1',
                 ),
             ):
                 answer = await client.http.post("/score", json={"requests": [wrong], "ids": ids})

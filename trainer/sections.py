@@ -118,8 +118,8 @@ class GroupConfig(Settings):
         fusion: a behavior's vector is its features' vectors side by side, `concat`, or their `sum`.
         optimizer: the fused one of the rows; learning_rate: its step size before any schedule; eps: added to
             the root of its accumulator.
-        init, init_scale: first weights are `uniform` in [-init_scale, init_scale), or `normal` with that
-            deviation.
+        init: first weights are `uniform` in [-init_scale, init_scale), or `normal`.
+        init_scale: half the width of `uniform` first weights, the standard deviation of `normal` ones.
         max_gradient: bound on every element of the gradient of every bag; 0 = none.
         sharding: sharding types the planner may use; empty means what suits the device.
         kind: `bag`, or `sequence` for features with exactly one id (see docs/tables.md).
@@ -293,7 +293,8 @@ class CheckpointConfig(Settings):
     """When to save besides the end of training and a stop signal, and how. See docs/checkpoints.md.
 
     Attributes:
-        every_steps, every_minutes: between two saves; 0 = not by this. Rank 0's clock counts for all.
+        every_steps: steps between two saves; 0 = not by steps.
+        every_minutes: minutes between two saves, by rank 0's clock; 0 = not by time.
         check_every: steps between two moments at which the ranks agree whether a stop was asked for, the
             minutes are over, or a save in the background failed. One rank alone looks after every step.
         keep: newest checkpoints to keep.

@@ -6,6 +6,7 @@ An unknown key is an error that names the nearest valid one; every message names
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 import types
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embeddings.errors import ConfigError
+from trainer.mistakes import words_of
 
 
 class Settings(BaseModel):
@@ -26,6 +28,19 @@ class Settings(BaseModel):
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
+# Verb -> sections that its config alone has, and what to ask for.
+_VERBS: dict[str, tuple[set[str], str]] = {
+    "train": (
+        {"data", "model", "groups", "tables", "train", "comms", "checkpoint", "plan"},
+        "one with [data], [model] and [train], such as configs/dare.toml",
+    ),
+    "ingest": (
+        {"protocol", "task", "seed", "users", "events", "features", "context", "impressions", "item_table"}
+        | {"user_table", "domains", "text_columns", "partition_columns", "csv", "requests", "split"}
+        | {"vocabulary", "files", "engine"},
+        "one with protocol, [events] and [split], such as configs/ingest_time_split.toml",
+    ),
+}
 
 
 def load_settings(
@@ -37,9 +52,15 @@ def load_settings(
         ConfigError: the file is missing or no TOML, a key is unknown, a value is wrong.
     """
     tree = {} if path is None else _read(path, ())
+    if path is not None:
+        _check_verb(model, tree, path)
+    whole = copy.deepcopy(tree)
     for override in overrides:
-        _apply(tree, override)
-    return validate_settings(model, tree, str(path or "--set"))
+        _apply(whole, override)
+    try:
+        return model.model_validate(whole)
+    except ValidationError as error:
+        raise ConfigError(_blamed(model, error, tree, str(path or ""), overrides)) from None
 
 
 def validate_settings(model: type[SettingsType], tree: dict[str, Any], where: str) -> SettingsType:
@@ -47,8 +68,66 @@ def validate_settings(model: type[SettingsType], tree: dict[str, Any], where: st
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_explain(model, dict(problem)) for problem in error.errors())
-        raise ConfigError(f"{where}: {problems}") from None
+        raise ConfigError(f"{where}: {_explained(model, _problems(error), set())}") from None
+
+
+def _check_verb(model: type[Settings], tree: dict[str, Any], path: Path) -> None:
+    """Raises where a file holds nothing but sections of another verb's config."""
+    for verb, (keys, _) in _VERBS.items():
+        if tree and keys.issuperset(tree) and not set(tree).intersection(model.model_fields):
+            mine = next((name for name, (own, _) in _VERBS.items() if own.issubset(model.model_fields)), "")
+            if mine:
+                problem = f"this is a config of `{verb}`; `{mine}` wants {_VERBS[mine][1]}"
+                raise ConfigError(f"{path}: {problem}")
+
+
+def _blamed(
+    model: type[Settings],
+    error: ValidationError,
+    tree: dict[str, Any],
+    path: str,
+    overrides: Sequence[str],
+) -> str:
+    """The problems, each behind the file that has it, or behind the overrides without which it is none."""
+    try:
+        model.model_validate(tree)
+        old: list[dict[str, Any]] = []
+    except ValidationError as alone:
+        old = _problems(alone) if path else []
+    known = [(problem["loc"], problem["msg"]) for problem in old]
+    told: dict[str, list[dict[str, Any]]] = {}
+    for problem in _problems(error):
+        mine = path if (problem["loc"], problem["msg"]) in known else _culprit(problem["loc"], overrides)
+        told.setdefault(mine or path or "--set", []).append(problem)
+    lists = set[str]()
+    return "; ".join(f"{where}: {_explained(model, problems, lists)}" for where, problems in told.items())
+
+
+def _culprit(location: Sequence[Any], overrides: Sequence[str]) -> str:
+    """The override of a place, or all of them where none is of it alone."""
+    place = [str(part) for part in location]
+    of = [one for one in overrides if _meets(one.partition("=")[0].strip().split("."), place)]
+    return " ".join(f"--set {one}" for one in (of[-1:] or overrides))
+
+
+def _meets(key: Sequence[str], place: Sequence[str]) -> bool:
+    shorter = min(len(key), len(place))
+    return bool(place) and list(key[:shorter]) == list(place[:shorter])
+
+
+def _problems(error: ValidationError) -> list[dict[str, Any]]:
+    return [dict(problem) for problem in error.errors()]
+
+
+def _explained(model: type[BaseModel], problems: Sequence[dict[str, Any]], told: set[str]) -> str:
+    """All problems in one line; a list of the keys that are known is told once, and kept in `told`."""
+    lines = []
+    for problem in problems:
+        line = _explain(model, problem)
+        first, sign, known = line.partition("; known here: ")
+        lines.append(first if known in told else line)
+        told |= {known} if sign else set()
+    return "; ".join(lines)
 
 
 def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
@@ -113,15 +192,33 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         known = _keys_at(model, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
-        full = ".".join([*location[:-1], near[0]]) if near else ""
-        hint = f"did you mean {full!r}?" if near else f"known here: {', '.join(sorted(known))}"
+        elsewhere = _only_place(model, location[-1])
+        full = elsewhere or (".".join([*location[:-1], near[0]]) if near else "")
+        hint = f"did you mean {full!r}?" if full else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {name!r}; {hint}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] in ("tuple_type", "list_type"):
-        message = 'Input should be a list, such as ["a", "b"]'
+    message = words_of(problem)
     given = problem.get("input")
     shown = f" (given: {given!r})" if name and isinstance(given, str | int | float | bool) else ""
     return f"{name}: {message}{shown}" if name else message
+
+
+def _only_place(model: type[BaseModel], key: str) -> str:
+    """The full name of a key of another section; empty where several sections of one depth have it, or none.
+
+    Sections with free names, such as groups, are not looked into.
+    """
+    level: list[tuple[str, type[BaseModel]]] = [("", model)]
+    while level:
+        found = [f"{path}{key}" for path, section in level if key in section.model_fields]
+        if found:
+            return found[0] if len(found) == 1 else ""
+        level = [
+            (f"{path}{name}.", field.annotation)
+            for path, section in level
+            for name, field in section.model_fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ]
+    return ""
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:

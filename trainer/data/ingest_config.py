@@ -91,10 +91,13 @@ class EventsConfig(Settings):
     Without a `request` column, a user's events of one second are one request, and its id is that second.
 
     Attributes:
-        user, item, timestamp: columns of the user's and the item's id and of the time.
+        user: column of the user's id.
+        item: column of the item's id, the feature `item_id` of the log.
+        timestamp: column of the time.
         timestamp_unit: of times that are numbers; a part of a second is cut off.
         request: column of the request's id, or empty.
-        taxonomy: columns of the item's categories, from coarse to fine.
+        taxonomy: columns of the item's categories, from coarse to fine; `category` becomes the
+            feature `category_id`.
     """
 
     user: str = "user_id"
@@ -126,11 +129,14 @@ class ImpressionsConfig(Settings):
     """Which columns of the impressions table hold what: one row is one candidate of one request.
 
     Attributes:
-        user, item, timestamp: columns of the user's and the item's id and of the time.
+        user: column of the user's id.
+        item: column of the item's id, the feature `item_id` of the log.
+        timestamp: column of the time.
         timestamp_unit: of times that are numbers; a part of a second is cut off.
         request: request id; without it a user's rows of one second are one request.
         labels: task -> column of numbers or booleans, 0 or 1 unless declared otherwise.
-        weight, numeric: columns of numbers.
+        weight: column of each candidate's weight in the loss, at least 0; empty: all have 1.
+        numeric: columns of numbers that candidates have.
         domain: with [[domains]], the domain whose items are shown.
     """
 
@@ -151,13 +157,16 @@ class DomainConfig(Settings):
     """One source of a cross-domain history: its own files, columns, item ids and categories.
 
     Attributes:
-        name: of the source; files: paths or patterns, as for `--events`.
-        user, item, timestamp: columns of the user's and the item's id and of the time.
+        name: of the source; files: paths or patterns, as for `--events`, from the current folder.
+        user: column of the user's id.
+        item: column of the item's id, the feature `item_id` of the log.
+        timestamp: column of the time.
         timestamp_unit: of times that are numbers; a part of a second is cut off.
-        scenario, action: columns of text or integers; empty if the source has none.
+        scenario: column of text or integers with where it happened; empty if the source has none.
+        action: column of text or integers with what was done; empty if the source has none.
         key: the column that `mapping`, a table of this column and the levels of `events.taxonomy`, explains.
             A level that the mapping does not have is unknown, never guessed.
-        mapping: the file of that table.
+        mapping: the file of that table, from the current folder.
     """
 
     name: Name
@@ -212,7 +221,8 @@ class SplitConfig(Settings):
     """Where the splits by time begin.
 
     Attributes:
-        validation, test: first day (UTC) of the split.
+        validation: first day (UTC) of the validation split, such as 2025-03-16; training ends before it.
+        test: first day (UTC) of the test split.
     """
 
     validation: date

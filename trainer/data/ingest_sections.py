@@ -40,7 +40,7 @@ class ItemTableConfig(Settings):
     """A table with one row an item, if there is one: its features of items are taken for constant.
 
     Attributes:
-        files: paths or patterns, as for `--events`; item: the column with the item.
+        files: paths or patterns, as for `--events`, from the current folder; item: the column with the item.
     """
 
     files: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class UserTableConfig(Settings):
     """A table with one row a user, if there is one, for `[[context]]` with `table = "users"`.
 
     Attributes:
-        files: paths or patterns, as for `--events`; user: the column with the user.
+        files: paths or patterns, as for `--events`, from the current folder; user: the column with the user.
     """
 
     files: tuple[str, ...] = ()
@@ -99,7 +99,8 @@ class FilesConfig(Settings):
     """The layout of the Parquet files.
 
     Attributes:
-        rows_per_group, rows_per_file: of a row group, which is decoded whole, and of a file.
+        rows_per_group: rows of a row group, which is decoded whole.
+        rows_per_file: rows of a file, a multiple of `rows_per_group`.
         layout: a row is a `user` with all requests, or one `request` with the history as of it.
         max_history: newest behaviors a request row keeps; 0 = all.
         order: of the rows: a seeded `shuffle`, or by request `time` (request rows only).

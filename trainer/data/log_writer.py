@@ -35,7 +35,7 @@ def check_target(out: Path, overwrite: bool) -> None:
     if not is_sequence_log(out):
         raise DataError("exists and is not a sequence log, so it stays; name another folder", file=out)
     if not overwrite:
-        raise DataError("is a sequence log already; name another folder or ask to overwrite it", file=out)
+        raise DataError("is a sequence log already; name another folder or say --overwrite", file=out)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from embeddings.errors import ConfigError, DataError
 from trainer.data.clusters import ClusterInfo
 from trainer.durable import file_digest
+from trainer.mistakes import words_of
 from trainer.names import FileName, path_problem
 from trainer.settings import Settings
 
@@ -163,6 +164,9 @@ def _load_json(path: Path) -> Any:
     except FileNotFoundError as error:
         problem = "no such file, so this is not a sequence log; write one with `tandemrec ingest`"
         raise DataError(_left_behind(path.parent.resolve()) or problem, file=path) from error
+    except NotADirectoryError as error:
+        problem = "is a file, and a sequence log is a folder; name the one that `tandemrec ingest` wrote"
+        raise DataError(problem, file=path.parent) from error
     except (OSError, ValueError, RecursionError) as error:
         problem = f"not readable as JSON ({error}); run `tandemrec ingest` again"
         raise DataError(problem, file=path) from error
@@ -208,7 +212,7 @@ def read_manifest(log: Path) -> LogManifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        problem = f"{place or 'manifest'}: {first['msg']}; ingest the events again"
+        problem = f"{place or 'manifest'}: {words_of(dict(first))}; ingest the events again"
         raise DataError(problem, file=path) from error
 
 

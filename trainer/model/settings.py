@@ -17,8 +17,10 @@ class RolesConfig(Settings):
     """Which table group serves each of the four roles (DARE, section 3; TWIN names one group four times).
 
     Attributes:
-        attention_target, attention_behavior: the group whose vectors are scored, of candidates and behaviors.
-        representation_target, representation_behavior: the group whose vectors are pooled.
+        attention_target: the group whose vectors of candidates are scored.
+        attention_behavior: the group whose vectors of behaviors are scored.
+        representation_target: the group whose vectors of candidates go to the head.
+        representation_behavior: the group whose vectors of behaviors are pooled.
         cross: a group over features of behaviors alone whose vectors become one additive score each (TWIN's
             cross features); empty = none.
         context: one over the log's context features, whose vectors go to the head; empty = none.
@@ -55,8 +57,11 @@ class BranchConfig(Settings):
             signatures of `hash_bits`; no search); `sasrec` (target-decoupled SASRec of
             `layers` blocks; no search).
         target_aware: feed the product of target and pooled representation to the head (TIN, DARE).
-        position, age, level: use target-relative rank, log-bucketed age, level of the hard search's match.
-        time: how these enter scores: as an additive `bias`, or as `encoding` of both vectors (TIN).
+        position: use a behavior's rank, counted back from the request.
+        age: use the time from a behavior to the request, in logarithmic buckets.
+        level: use the level at which a hard search while reading matched.
+        time: how position, age and level enter scores: as an additive `bias`, or as `encoding` of both
+            vectors (TIN).
         time_in: stages that use them. Values always use encodings.
         time_target: `shared`, or decoupled by the candidate's `time_group` feature: `target` (TdPE, of rank
             `time_dim` in scores) or `joint` (dPE).

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import from_json as parsed
 
 from trainer.data.row_group import Bags, Ints
+from trainer.mistakes import path_in, words_of
 from trainer.serving.asked import History, Limits, Needs, Request, RequestError
 from trainer.serving.checks import checked, size_of
 from trainer.serving.users import as_user, names_of, number_sent, stored_history
@@ -133,10 +134,8 @@ def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
         return ScoreBody.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))[:200]
-        raise RequestError(
-            422, f"{place}: {first['msg']}"[:500] if place else str(first["msg"])[:300]
-        ) from None
+        place, problem = path_in(tree, first["loc"])[:200], words_of(dict(first), json=True)
+        raise RequestError(422, f"{place}: {problem}"[:500] if place else problem[:300]) from None
 
 
 def _check_sizes(tree: Any, limits: Limits) -> None:
@@ -194,6 +193,7 @@ def from_json(
         stored: histories by user id, in dense ids; place: of the request in the body, for messages.
         translation: of raw values to ids; None: the body holds dense ids.
     """
+    _check_names(body, needs, place)
     reader = _Reader(needs, translation, place)
     user = reader.user(body.user_id)
     if body.history is not None:
@@ -212,6 +212,27 @@ def from_json(
         unknown={} if translation is None else translation.unknown,
     )
     return checked(request, needs, limits, place)
+
+
+def _check_names(body: RequestBody, needs: Needs, place: str) -> None:
+    """Refuses names that the snapshot does not know where one that it needs is missing: it is meant by them.
+
+    Further ones are left out: clients may send what only another version of the model reads.
+    """
+    history = {} if body.history is None else body.history.features
+    parts: list[tuple[str, Mapping[str, Any], Sequence[str], Sequence[str]]] = [
+        ("candidates", body.candidates, needs.features, needs.candidate),
+        ("history.features", history, needs.features, needs.behavior),
+        ("context", body.context, needs.context, needs.context),
+        ("numeric", body.numeric, needs.numeric, needs.numeric),
+    ]
+    for where, given, known, needed in parts:
+        unknown = [name for name in given if name not in known]
+        if unknown and not set(needed).issubset(given):
+            has = ", ".join(known) or "none"
+            raise RequestError(
+                422, f"{place}.{where}: {unknown[0][:80]} is not known; this snapshot has {has}"
+            )
 
 
 def time_of(given: int | None, history: History) -> int:

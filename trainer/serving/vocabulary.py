@@ -168,7 +168,7 @@ class Translation:
             return np.zeros(0, dtype=np.int64)
         text = is_text(raw.type)
         if text != known.text or not (text or pa.types.is_integer(raw.type)):
-            raise RequestError(422, f"{place}: holds {raw.type}, and its vocabulary {known.kind}")
+            raise RequestError(422, f"{place}: {_other_type(raw, known)}")
         ids = found_in(known, raw, place)
         self._count(part, ids)
         return ids
@@ -187,6 +187,16 @@ class Translation:
         missing = int((ids == 0).sum())
         if missing:
             self.unknown[part] = self.unknown.get(part, 0) + missing
+
+
+def _other_type(raw: pa.Array, known: Vocabulary) -> str:
+    """What to send instead of values of a type that a vocabulary does not have."""
+    sent = raw[0].as_py() if len(raw) else None
+    if known.text and isinstance(sent, int) and not isinstance(sent, bool):
+        return f'its values are text: send "{sent}", not {sent}'
+    if not known.text and isinstance(sent, str) and sent.lstrip("-").isdigit():
+        return f'its values are integers: send {int(sent)}, not "{sent[:80]}"'
+    return f"holds {raw.type}, and its values are {known.kind}"
 
 
 def found_in(known: Vocabulary, raw: pa.Array, place: str) -> Ints:

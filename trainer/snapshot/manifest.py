@@ -14,6 +14,7 @@ from embeddings.errors import SnapshotError
 from embeddings.stored import Dtype, row_bytes
 from trainer.config import Config
 from trainer.durable import file_digest
+from trainer.mistakes import words_of
 from trainer.sections import GroupName
 from trainer.settings import Settings
 
@@ -215,7 +216,7 @@ def read_manifest(path: Path) -> SnapshotManifest:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         advice = "; export the run again with this software" if place == "version" else ""
-        raise SnapshotError(file, f"{place}: {first['msg']}{advice}") from None
+        raise SnapshotError(file, f"{place}: {words_of(dict(first))}{advice}") from None
     except (OSError, ValueError, RecursionError, OverflowError) as error:
         raise SnapshotError(file, f"unreadable: {error}") from None
     problem = _problem(manifest)
