@@ -34,7 +34,7 @@ def _with_common_users(sources: dict[str, ir.Table], config: IngestConfig, seen:
     text = {name for name, table in sources.items() if table.user_id.type().is_string()}
     strict = [name for name in sources if name not in text and "user_id" not in seen.loose[name]]
     if text and strict:
-        files = next(domain.files[0] for domain in config.domains if domain.name == strict[0])
+        files = next(", ".join(domain.files) for domain in config.domains if domain.name == strict[0])
         column = next(domain.user for domain in config.domains if domain.name == strict[0])
         problem = f"holds integers, but the users of the domain {min(text)} are text; name it in text_columns"
         raise DataError(problem, file=files, column=column)
@@ -97,7 +97,7 @@ def _further(
 def _mapping(engine: Engine, domain: DomainConfig, config: IngestConfig, seen: Seen) -> ir.Table:
     """key_right and the taxonomy's levels as text; null where the mapping does not have the level."""
     files = find_files(domain.mapping, f"the mapping of the domain {domain.name}")
-    path = files.files[0]
+    path = files.label
     present = columns_of(files, [domain.key], config)
     columns = {name: column for name, column in config.events.features.items() if name != "item_id"}
     known = [column for column in columns.values() if column in present]
