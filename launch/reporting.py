@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -41,7 +42,7 @@ def _hidden_package(error: ModuleNotFoundError) -> str | None:
 
 def _usage(error: typer.TyperException) -> str:
     """What is wrong with the words of a command line, and where its help is."""
-    context = getattr(error, "ctx", None)
+    context: Any = getattr(error, "ctx", None)
     verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
     message = error.format_message().rstrip(".").removeprefix("Invalid value: ")
     extra = _EXTRA.match(message)

@@ -222,9 +222,7 @@ def _odd_time(table: RawTable, column: str, earliest: int, latest: int) -> DataE
         key = f"{known.want.key}_unit"
         problem = f"{latest} is too large for unix seconds"
         problem += f' ({key} = "{unit}" was counted in)' if unit != "s" else ""
-        problem += (
-            f"; say what it counts with {key} = {' or '.join(others)}" if others else "; mend such rows"
-        )
+        problem += f"; set {key} = {' or '.join(others)}" if others else "; mend such rows"
 
     def fits(cell: object) -> bool:
         number = number_of(cell)

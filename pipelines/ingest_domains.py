@@ -35,7 +35,7 @@ def _with_common_users(sources: dict[str, ir.Table], config: IngestConfig, seen:
     if text and strict:
         domain = next(domain for domain in config.domains if domain.name == strict[0])
         problem = f"holds integers, but the users of the domain {min(text)} are text; name it in text_columns"
-        raise DataError(problem, file=domain.files[0], column=domain.user)
+        raise DataError(problem, file=", ".join(domain.files), column=domain.user)
     if not text:
         seen.loose["trajectories"] = {"user_id"} if not strict else set()
         return sources
@@ -95,7 +95,7 @@ def _further(
 def _mapping(engine: Engine, domain: DomainConfig, config: IngestConfig, seen: Seen) -> ir.Table:
     """key_right and the taxonomy's levels as text; null where the mapping does not have the level."""
     files = find_files(domain.mapping, f"the mapping of the domain {domain.name}")
-    path = files.files[0]
+    path = files.label
     present = columns_of(files, [domain.key], config)
     columns = {name: column for name, column in config.events.features.items() if name != "item_id"}
     known = [column for column in columns.values() if column in present]

@@ -30,7 +30,8 @@ def bad_cell(files: Sequence[RawFile], column: Column, cell: str, count: int) ->
         for row, value in _cells(file, want.column):
             if _same(value, cell):
                 return DataError(f"{_unit(file)} {row}: {problem}", file=file.path, column=want.column)
-    return DataError(problem, file=files[0].path, column=want.column)
+    more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+    return DataError(problem, file=f"{files[0].path}{more}", column=want.column)
 
 
 def fault_of(

@@ -57,7 +57,7 @@ def test_labels_and_weights_out_of_range_have_a_place(door: Door, tmp_path: Path
 
 def test_times_of_another_unit_name_the_setting_and_the_place(door: Door, tmp_path: Path) -> None:
     late = text(tmp_path / "e.csv", *csv_events(["7"]), f"2,7,{START}000")
-    with pytest.raises(DataError, match=says('with events.timestamp_unit = "ms"', "first is in line 3")):
+    with pytest.raises(DataError, match=says('; set events.timestamp_unit = "ms"', "first is in line 3")):
         door.events(late)
     given = parquet(tmp_path / "i.parquet", timestamp=[START, START * 1000, START], click=[0, 1, 1])
     with pytest.raises(DataError, match=says('impressions.timestamp_unit = "ms"', "first is in row 1")):

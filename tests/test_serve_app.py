@@ -253,6 +253,10 @@ def test_arrow_bodies_that_are_refused(
         ({"candidate_item_id": pa.array([["a"]], pa.list_(pa.string()))}, "holds string, expected int64"),
         ({"candidate_item_id": pa.array([1], pa.int64())}, "is int64, expected a list"),
         ({"request_timestamp": pa.array(["x"])}, "is string, expected int64"),
+        (
+            {"context_town": pa.array([1])},
+            "columns context_*: town is not known; this snapshot has city",
+        ),
         ({"history_timestamp": pa.array([[2, 1]], pa.list_(pa.int64()))}, "older than the one before"),
     ]
 

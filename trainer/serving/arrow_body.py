@@ -20,7 +20,7 @@ from trainer.data.arrow_types import is_list, is_text
 from trainer.data.row_group import PARQUET_ERRORS, Bags, Ints
 from trainer.serving.arrow_meta import check_messages
 from trainer.serving.asked import Doubles, History, Limits, Needs, Request, RequestError
-from trainer.serving.checks import checked, size_of
+from trainer.serving.checks import check_names, checked, size_of
 from trainer.serving.request import time_of
 from trainer.serving.scorer import Scored
 from trainer.serving.users import as_user, names_of, number_sent, stored_history
@@ -102,6 +102,7 @@ def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
     known = ["user_id", "request_timestamp", "history_timestamp", "cluster_size", "cluster_time"]
     known += [f"{side}_{name}" for side in ("history", "candidate") for name in needs.features]
     known += [f"context_{name}" for name in needs.context] + [f"numeric_{name}" for name in needs.numeric]
+    _check_names(batch.schema.names, needs)
     there = set(batch.schema.names)
     batch = batch.select([name for name in known if name in there])
     for name in batch.schema.names:
@@ -118,6 +119,16 @@ def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
         check_text(values, f"column {name}")
         batch.column(name).validate(full=True)
     return batch
+
+
+def _check_names(columns: Sequence[str], needs: Needs) -> None:
+    sides = [("candidate_", needs.features, needs.candidate), ("context_", needs.context, needs.context)]
+    sides += [("numeric_", needs.numeric, needs.numeric)]
+    if "history_timestamp" in columns:
+        sides.append(("history_", needs.features, needs.behavior))
+    for prefix, known, needed in sides:
+        given = [name.removeprefix(prefix) for name in columns if name.startswith(prefix)]
+        check_names([name for name in given if name != "timestamp"], known, needed, f"columns {prefix}*")
 
 
 class _Left:

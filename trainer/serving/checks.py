@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,21 @@ def checked(request: Request, needs: Needs, limits: Limits, place: str) -> Reque
         context=context,
         numeric={name: _numbers(request, name, place) for name in needs.numeric},
     )
+
+
+def check_names(given: Iterable[str], known: Sequence[str], needed: Iterable[str], place: str) -> None:
+    """Refuses names that the snapshot does not know where one that it needs is missing: it is meant by them.
+
+    Further ones are left out: clients may send what only another version of the model reads.
+
+    Raises:
+        RequestError: 422 with the first such name, and those that are known.
+    """
+    given = list(given)
+    unknown = [name for name in given if name not in known]
+    if unknown and not set(needed).issubset(given):
+        has = ", ".join(known) or "none"
+        raise RequestError(422, f"{place}: {unknown[0][:80]} is not known; this snapshot has {has}")
 
 
 def newest(request: Request, needs: Needs) -> Request:

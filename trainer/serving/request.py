@@ -19,7 +19,7 @@ from pydantic_core import from_json as parsed
 from trainer.data.row_group import Bags, Ints
 from trainer.mistakes import path_in, words_of
 from trainer.serving.asked import History, Limits, Needs, Request, RequestError
-from trainer.serving.checks import checked, size_of
+from trainer.serving.checks import check_names, checked, size_of
 from trainer.serving.users import as_user, names_of, number_sent, stored_history
 from trainer.serving.vocabulary import Translation
 
@@ -215,24 +215,11 @@ def from_json(
 
 
 def _check_names(body: RequestBody, needs: Needs, place: str) -> None:
-    """Refuses names that the snapshot does not know where one that it needs is missing: it is meant by them.
-
-    Further ones are left out: clients may send what only another version of the model reads.
-    """
     history = {} if body.history is None else body.history.features
-    parts: list[tuple[str, Mapping[str, Any], Sequence[str], Sequence[str]]] = [
-        ("candidates", body.candidates, needs.features, needs.candidate),
-        ("history.features", history, needs.features, needs.behavior),
-        ("context", body.context, needs.context, needs.context),
-        ("numeric", body.numeric, needs.numeric, needs.numeric),
-    ]
-    for where, given, known, needed in parts:
-        unknown = [name for name in given if name not in known]
-        if unknown and not set(needed).issubset(given):
-            has = ", ".join(known) or "none"
-            raise RequestError(
-                422, f"{place}.{where}: {unknown[0][:80]} is not known; this snapshot has {has}"
-            )
+    check_names(body.candidates, needs.features, needs.candidate, f"{place}.candidates")
+    check_names(history, needs.features, needs.behavior, f"{place}.history.features")
+    check_names(body.context, needs.context, needs.context, f"{place}.context")
+    check_names(body.numeric, needs.numeric, needs.numeric, f"{place}.numeric")
 
 
 def time_of(given: int | None, history: History) -> int:
