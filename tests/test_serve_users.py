@@ -112,7 +112,7 @@ def test_a_user_is_found_by_name(log: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert "say `ids: raw`" in (await by_arrow(client, plain, names, "dense"))["error"]
             assert "give a history, or a user_id" in (await refused(client, None, plain))[1]
             for wrong in (1.5, True, ["u_0017"]):
-                kinds = "requests.0.user_id: Input should be a valid integer, or text in a body of raw values"
+                kinds = "must be a valid integer, or text in a body of raw values"
                 assert await refused(client, wrong, plain) == (422, kinds)
             assert "should be less than 92" in (await refused(client, 2**63, plain))[1]
             missing = await by_arrow(client, plain, pa.array([None], pa.string()).dictionary_encode())
