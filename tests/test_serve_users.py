@@ -114,7 +114,7 @@ def test_a_user_is_found_by_name(log: Path, monkeypatch: pytest.MonkeyPatch) -> 
             for wrong in (1.5, True, ["u_0017"]):
                 kinds = "must be a valid integer, or text in a body of raw values"
                 assert await refused(client, wrong, plain) == (422, kinds)
-            assert "should be less than 92" in (await refused(client, 2**63, plain))[1]
+            assert "must be less than 92" in (await refused(client, 2**63, plain))[1]
             missing = await by_arrow(client, plain, pa.array([None], pa.string()).dictionary_encode())
             assert "give a history, or a user_id" in missing["error"]
 
