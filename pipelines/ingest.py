@@ -339,7 +339,7 @@ def _encode(
         coded = {name: multi[name] for name in raw.shown.columns if name in multi}
         shown = encode(engine, "shown", raw.shown, coded, words, in_buckets)
     items, users = raw.side.encoded(engine, multi, words)
-    for name in (*RAW_TABLES, *NUMBERED, DESCRIBED):
+    for name in (*RAW_TABLES, *raw.side.by_name, *NUMBERED, DESCRIBED):
         engine.drop(name)
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}

@@ -14,6 +14,9 @@ from pipelines.ingest_tables import no_ids
 from trainer.data.ingest_config import IngestConfig
 from trainer.data.protocol import REQUEST, Tables
 
+# What the engine keeps only until the states of items are made: as many rows as their events have seconds.
+_PASSING = ("item_known", "item_filled")
+
 
 @dataclass(frozen=True)
 class Attributes:
@@ -108,6 +111,8 @@ def _states(
         )
         states = _filled(engine, seconds, list(multi)).mutate(_part=ibis.literal(part).cast("int64"))
         found = engine.append("item_states", states)
+    for name in _PASSING:
+        engine.drop(name)
     return found
 
 
@@ -115,11 +120,12 @@ def _filled(engine: Engine, seconds: ir.Table, names: Sequence[str]) -> ir.Table
     """item_id, _since, _state, and what is known after each second that changed something."""
     # As SQL: a last value that skips nulls loses this skip on its way through Ibis. All features share one
     # window, which the engine sorts once.
-    kept = engine.keep("item_known", seconds)
+    known_then, filled_up = _PASSING
+    kept = engine.keep(known_then, seconds)
     over = 'OVER (PARTITION BY "item_id" ORDER BY "timestamp")'
     columns = (f'LAST_VALUE("{name}" IGNORE NULLS) {over} AS "{name}"' for name in names)
     query = f'SELECT "item_id", "timestamp", {", ".join(columns)} FROM "{kept.get_name()}"'
-    filled = engine.keep("item_filled", engine.query(query, kept.schema()))
+    filled = engine.keep(filled_up, engine.query(query, kept.schema()))
     order = ibis.window(group_by="item_id", order_by="timestamp")
     was = {f"_was_{name}": filled[name].lag().over(order) for name in names}
     filled = filled.mutate(**was)
