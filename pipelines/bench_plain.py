@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.bags import rows_at
 from trainer.model.head import Head
+from trainer.model.ops.bags import rows_at
 from trainer.model.score import Attended, MlpScorer
 from trainer.model.windows import Windows
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.model import bags
+from trainer.model.ops import bags
 
 
 @st.composite

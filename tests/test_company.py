@@ -26,6 +26,7 @@ from trainer.config import Config
 from trainer.data.clusters import cluster_history
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import ClusterInfo
+from trainer.model.ops.top import top_columns_by_topk
 from trainer.model.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
 from trainer.model.search import (
     DotSearch,
@@ -37,7 +38,6 @@ from trainer.model.search import (
     sign_bits,
 )
 from trainer.model.time import TimeBias, TimeEncoding
-from trainer.model.top import top_columns_by_topk
 from trainer.model.two_stage import TwoStageModel
 from trainer.model.windows import Kept, Windows
 from trainer.serving.window_search import WindowSearch

@@ -13,10 +13,10 @@ from torch import Tensor
 from tests.logs import FEATURES, Shape, random_rows, write_log
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
+from trainer.model.ops.top import top_columns
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import DotSearch, Query, search_reference
 from trainer.model.time import AGE_BUCKETS, Marks, TimeBias, age_bucket
-from trainer.model.top import top_columns
 from trainer.model.windows import Kept, Windows, windows_of
 from trainer.sections import DataConfig
 

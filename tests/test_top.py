@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models import GROUPS, MARK_ROWS, draw, drawing
-from trainer.model import slices
+from trainer.model.ops import slices
+from trainer.model.ops.top import best_of_groups, top_columns, top_columns_by_topk, top_of_groups
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import DotSearch, Query, search_reference
 from trainer.model.time import Marks, TimeBias
-from trainer.model.top import best_of_groups, top_columns, top_columns_by_topk, top_of_groups
 from trainer.model.windows import Windows
 
 

@@ -20,9 +20,9 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
+from trainer.model.ops.top import Doubt
 from trainer.model.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
 from trainer.model.time import TimeBias
-from trainer.model.top import Doubt
 from trainer.model.windows import Kept, Windows
 
 # Bits of a double's significand.

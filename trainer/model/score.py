@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trainer.model.bags import dots, rows_at
+from trainer.model.ops.bags import dots, rows_at
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Kept, Slots, Windows
 

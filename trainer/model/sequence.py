@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.bags import weighted_bags
+from trainer.model.ops.bags import weighted_bags
 from trainer.model.score import Attended, softmax_weights
 from trainer.model.time import TimeEncoding
 from trainer.model.windows import Kept, Windows, pooled_windows

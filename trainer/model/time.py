@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.bags import rows_at, weighted_bags
+from trainer.model.ops.bags import rows_at, weighted_bags
 
 AGE_BUCKETS = 64
 _BUCKETS_PER_OCTAVE = 2

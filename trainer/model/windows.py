@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.data.batch import RequestBatch
-from trainer.model.bags import rows_at
+from trainer.model.ops.bags import rows_at
 from trainer.model.time import Marks, age_bucket
 
 
