@@ -26,6 +26,7 @@ from trainer.config import Config
 from trainer.data.clusters import cluster_history
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import ClusterInfo
+from trainer.model.ops.signs import sign_bits
 from trainer.model.ops.top import top_columns_by_topk
 from trainer.model.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
 from trainer.model.search import (
@@ -35,7 +36,6 @@ from trainer.model.search import (
     Search,
     SoftSearch,
     search_reference,
-    sign_bits,
 )
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.two_stage import TwoStageModel
@@ -247,7 +247,8 @@ def test_many_pairs_of_few_kinds_have_the_scores_of_each_alone(monkeypatch: pyte
     assert torch.equal(doubt.exact(row, column), alone)
     monkeypatch.setattr("trainer.model.exact._MANY", 1)
     monkeypatch.setattr("trainer.model.exact._PAIRS", 100)
-    monkeypatch.setattr("trainer.model.exact._CELLS", 12)
+    monkeypatch.setattr("trainer.model.exact.CELLS", 12)
+    monkeypatch.setattr("trainer.model.ops.whole.CELLS", 12)
     assert torch.equal(doubt.exact(row, column), alone)
 
 

@@ -21,7 +21,7 @@ from tests.models import (
     drawn_vectors,
     drawn_windows,
 )
-from trainer.model import score
+from trainer.model.ops import tiling
 from trainer.model.score import (
     WEIGHTS,
     Attended,
@@ -172,7 +172,7 @@ def test_din_by_groups_of_windows_equals_one_candidate_at_a_time(
     draw(scorer, rng)
     made = drawn_windows(rng, windows, width, candidates)
     kept, found = made.of_candidates(), []
-    with mock.patch.object(score, "_CELLS", cells):
+    with mock.patch.object(tiling, "CPU", replace(tiling.CPU, cells=cells)):
         for grouped in (True, False):
             leaves = [part.clone().requires_grad_() for part in (drawn.query_CD, drawn.key_ND)]
             raw = replace(drawn, query_CD=leaves[0], key_ND=leaves[1])
@@ -187,12 +187,16 @@ def test_din_by_groups_of_windows_equals_one_candidate_at_a_time(
 
 @given(st.lists(st.integers(0, 40), max_size=30), st.sampled_from([1, 50_000, 200_000]))
 def test_groups_are_small_and_not_half_empty(counts: list[int], cells: int) -> None:
-    groups = score._groups(counts, cells)
-    assert [window for each in groups for window in range(each.start, each.stop)] == list(range(len(counts)))
-    for each in groups:
-        inside, length = counts[each], each.stop - each.start
-        room = length * max(*inside, 1, 1)
-        assert length == 1 or (room * cells <= score._CELLS and room <= 2 * max(sum(inside), 1))
+    for some in (tiling.CPU, replace(tiling.CPU, spare=500_000), tiling.DEVICE):
+        groups = some.groups(counts, cells)
+        windows = [window for each in groups for window in range(each.start, each.stop)]
+        assert windows == list(range(len(counts)))
+        for each in groups:
+            inside, length = counts[each], each.stop - each.start
+            room = length * max(*inside, 1, 1)
+            empty = room - max(sum(inside), 1)
+            assert length == 1 or room * cells <= some.cells
+            assert length == 1 or empty <= max(sum(inside), 1) or empty * cells <= some.spare
 
 
 @pytest.mark.parametrize(("weights", "factor"), [("softmax", 1.0), ("sigmoid", 2.0)])

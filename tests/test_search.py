@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.models import BEHAVIORS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows
+from trainer.model.ops.signs import sign_bits
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import (
     DotSearch,
@@ -22,7 +23,6 @@ from trainer.model.search import (
     pack_bits,
     random_planes,
     round_robin,
-    sign_bits,
 )
 from trainer.model.time import TimeBias
 from trainer.model.windows import Kept, Windows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -104,19 +104,8 @@ class Branch(nn.Module):
             return Searched(windows, raw, raw, kept)
         encoded = self.scorer.encode(raw)
         ids_N, ids_C = all_ids(batch, self.settings.match) if self.settings.match else (None, None)
-        kept = self._search(Query(self.scorer, encoded, raw, windows, ids_C, ids_N))
+        kept = self.search(Query(self.scorer, encoded, raw, windows, ids_C, ids_N))
         return Searched(windows, raw, encoded, kept, isinstance(self.search, AllSearch))
-
-    def _search(self, query: Query) -> Kept:
-        """Search in single precision always, since half precision would rank by rounding."""
-        assert self.search is not None
-        device = query.raw.key_ND.device.type
-        again = torch.is_autocast_enabled(device) and not isinstance(self.search, AllSearch)
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            if again:
-                query = replace(query, vectors=query.scorer.encode(query.raw))
-            kept: Kept = self.search(query)
-        return kept
 
     def weigh(self, searched: Searched) -> Tensor | None:
         """Attention weights of the kept behaviors, [C, H, K]."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.model.search import random_planes, sign_bits
+from trainer.model.ops.signs import sign_bits
+from trainer.model.search import random_planes
 from trainer.model.sequence import Behaviors, TargetPooling
 from trainer.model.windows import Windows
 

@@ -5,14 +5,14 @@ in the batch. What a search keeps must not: equal behaviors would be ranked by c
 differently alone and in company. So a search takes the fast product for what it is, right up to an error that
 has a bound, and asks here only where scores lie closer than that.
 
-A sum of products of whole numbers is exact in double precision as long as it stays below 2 ** 53, in any
-order of adding up. Vectors are rounded to so many bits below their own largest element that it does.
+Inner products are of whole numbers (`trainer.model.ops.whole`), exact in any order. Which pairs these are,
+and whether any, is asked for on the way, so that a device makes the host wait: `Search.doubt` says when
+that is worth it.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
@@ -21,16 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.ops.top import Doubt
+from trainer.model.ops.whole import CELLS, ROUNDING, Rows, needed_places, whole_rows
 from trainer.model.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
 from trainer.model.time import TimeBias
 from trainer.model.windows import Kept, Windows
 
-# Bits of a double's significand.
-_BITS = 53
-# Twice the relative error of one rounding to float32: the bound also covers the rounding to whole numbers.
-_ROUNDING = 2.0**-23
-# Numbers of pairs' vectors that are held at once: 32 MB.
-_CELLS = 1 << 22
 # Pairs that are scored at once, and so many that equal behaviors among them are worth looking for.
 _PAIRS, _MANY = 1 << 20, 1 << 16
 
@@ -90,7 +85,7 @@ class PairScores:
         if kinds is None or (int(row_M.max()) + 1) * len(kinds.first) > index_M.numel():
             return query.times(self._keys(index_M, row_M % heads))
         pair_M = row_M * len(kinds.first) + kinds.of_row[index_M]
-        needed, place_M = _needed(pair_M, (int(row_M.max()) + 1) * len(kinds.first))
+        needed, place_M = needed_places(pair_M, (int(row_M.max()) + 1) * len(kinds.first))
         some = torch.empty_like(needed)
         some[place_M] = torch.arange(index_M.numel(), device=needed.device)
         keys = self._keys(kinds.first[needed % len(kinds.first)], row_M[some] % heads)
@@ -101,7 +96,7 @@ class PairScores:
         return _kinds_of(self.raw.key_ND)
 
     def _queries(self, candidate_M: Tensor, head_M: Tensor) -> Rows:
-        needed, place_M = _needed(candidate_M, self.raw.query_CD.shape[0])
+        needed, place_M = needed_places(candidate_M, self.raw.query_CD.shape[0])
         assert isinstance(self.scorer, DotScorer)
         query_RD = self.raw.query_CD[needed].float()
         if self.scorer.encoding is not None:
@@ -111,7 +106,7 @@ class PairScores:
         return self._of_heads(mapped_RD, place_M, head_M)
 
     def _keys(self, index_M: Tensor, head_M: Tensor) -> Rows:
-        needed, place_M = _needed(index_M, self.raw.key_ND.shape[0])
+        needed, place_M = needed_places(index_M, self.raw.key_ND.shape[0])
         assert isinstance(self.scorer, DotScorer)
         mapped_RD = _mapped(self.scorer.key, self.raw.key_ND[needed].float())
         return self._of_heads(mapped_RD, place_M, head_M)
@@ -127,7 +122,7 @@ class PairScores:
         """
         scorer, parts = copy.deepcopy(self.scorer).double(), []
         vectors, cross_N = self.raw, self.raw.cross_N
-        step = max(1, _CELLS // max(1, self.raw.key_ND.shape[1] ** 2))
+        step = max(1, CELLS // max(1, self.raw.key_ND.shape[1] ** 2))
         for start in range(0, candidate_M.numel(), step):
             some = slice(start, start + step)
             asked = scorer.encode(
@@ -184,7 +179,7 @@ class PairScores:
         if scorer.bias is not None and scorer.bias.of_target:
             added += _largest(scorer.bias)
         terms = raw.key_ND.shape[1] + self.vectors.key_ND.shape[1] + 16
-        return terms * _ROUNDING * (error_CH + added)
+        return terms * ROUNDING * (error_CH + added)
 
     def _error_of_mlp(self, scorer: MlpScorer, added: float) -> Tensor:
         query_C = torch.linalg.vector_norm(self.vectors.query_CD.float(), dim=1)
@@ -196,7 +191,7 @@ class PairScores:
         slope = max(1.0, float(scorer.slope.weight.abs().max()))
         score_C = slope * hidden_C * _size(scorer.last) + scorer.last.bias.abs().sum()
         terms = 4 * scorer.width + scorer.first.out_features + 16
-        error_C: Tensor = terms * _ROUNDING * (score_C / scorer.width + added)
+        error_C: Tensor = terms * ROUNDING * (score_C / scorer.width + added)
         return error_C[:, None]
 
 
@@ -224,61 +219,6 @@ def _kinds_of(rows_ND: Tensor) -> _Kinds | None:
     return _Kinds(of_row, first) if same else None
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a matrix as whole numbers.
-
-    Attributes:
-        whole: [R, D], rounded; unit: [R, 1], the power of two that a row is a multiple of.
-        place: int64 [M], which of the rows.
-    """
-
-    whole: Tensor
-    unit: Tensor
-    place: Tensor
-
-    @staticmethod
-    def of(rows_RD: Tensor, place_M: Tensor) -> Rows:
-        return Rows(*_whole(rows_RD), place_M)
-
-    def times(self, other: Rows) -> Tensor:
-        """Inner products of the M pairs, exact for the rounded rows."""
-        width = self.whole.shape[1]
-        step = max(1, _CELLS // max(1, width))
-        parts = []
-        for mine, its in zip(self.place.split(step), other.place.split(step), strict=True):
-            sums = torch.einsum("md,md->m", self.whole[mine], other.whole[its])
-            parts.append(sums * self.unit[mine, 0] * other.unit[its, 0])
-        return torch.cat(parts) if parts else self.whole.new_zeros(0)
-
-
-def exact_signs(rows_RD: Tensor, others_SD: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
-    """Whether the inner products of some rows with some others are above 0: bool [M]."""
-    needed, place_M = _needed(place[0], rows_RD.shape[0])
-    mine = Rows.of(rows_RD[needed].double(), place_M)
-    return mine.times(Rows.of(others_SD.double(), place[1])) > 0
-
-
-def sign_error(rows_RD: Tensor, others_SD: Tensor) -> Tensor:
-    """Bound of how far a rounded inner product with any of the others may be from the exact one: [R]."""
-    largest = torch.linalg.vector_norm(others_SD, dim=1).amax()
-    terms = (rows_RD.shape[1] + 16) * _ROUNDING
-    error_R: Tensor = terms * largest * torch.linalg.vector_norm(rows_RD, dim=1)
-    return error_R
-
-
-def _whole(rows_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of float64 as whole numbers, and the power of two that each must be multiplied with."""
-    if not rows_RD.shape[1]:
-        return rows_RD, rows_RD.new_ones(rows_RD.shape[0], 1)
-    bits = (_BITS - math.ceil(math.log2(rows_RD.shape[1]))) // 2
-    largest = rows_RD.abs().amax(1, keepdim=True)
-    # The quotient of a number and its significand is a power of two, without any rounding.
-    power = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
-    unit = power * 2.0**-bits
-    return (rows_RD / unit).round(), unit
-
-
 def _mapped(module: nn.Module | None, rows_RD: Tensor) -> Tensor:
     """A projection of rows, float64 [R, ...]: the same for equal rows, wherever they lie."""
     if module is None:
@@ -287,7 +227,7 @@ def _mapped(module: nn.Module | None, rows_RD: Tensor) -> Tensor:
         parts = rows_RD.split(module.widths, dim=1)
         return torch.cat([_mapped(each, part) for each, part in zip(module.maps, parts, strict=True)], dim=1)
     assert isinstance(module, nn.Linear)
-    (rows, unit), (weight, of_weight) = _whole(rows_RD.double()), _whole(module.weight.double())
+    (rows, unit), (weight, of_weight) = whole_rows(rows_RD.double()), whole_rows(module.weight.double())
     return rows @ weight.T * unit * of_weight.T
 
 
@@ -306,10 +246,3 @@ def _largest(bias: TimeBias) -> float:
     rows = [bias.targets, *bias.curves.values()]
     target, *curves = (float(torch.linalg.vector_norm(part, dim=1).amax()) for part in rows)
     return target * sum(curves)
-
-
-def _needed(place_M: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """-> the different places, ascending [R], and where each of the M is among them."""
-    touched = torch.zeros(rows, dtype=torch.bool, device=place_M.device)
-    touched[place_M] = True
-    return torch.nonzero(touched).squeeze(1), (torch.cumsum(touched, 0) - 1)[place_M]

@@ -7,8 +7,8 @@ search consistent with the attention that follows it (TWIN, section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trainer.model.ops.bags import dots, rows_at
+from trainer.model.ops.precision import full, in_single_precision
+from trainer.model.ops.tiling import tiling_of
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Kept, Slots, Windows
-
-# Numbers between two layers that are held at once: 2 MB.
-_CELLS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,10 @@ class Attended:
     key_ND: Tensor
     group_C: Tensor
     cross_N: Tensor | None = None
+
+    def in_full(self) -> Attended:
+        """In single precision, where autocast halved the vectors."""
+        return replace(self, query_CD=full(self.query_CD), key_ND=full(self.key_ND))
 
 
 class Scorer(nn.Module):
@@ -138,6 +141,10 @@ class DotScorer(Scorer):
 
     def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
         """One batched product a head for all windows: the cost follows C x L, whatever a block holds."""
+        with in_single_precision(vectors.key_ND.device):
+            return self._over_windows(vectors.in_full(), windows)
+
+    def _over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
         slots = windows.slots
         bias = self._window_bias(vectors, windows)[:, None, :]
         beside = self._beside(vectors, windows)
@@ -152,6 +159,10 @@ class DotScorer(Scorer):
         return found[0][:, None] if self.heads == 1 else torch.stack(found, dim=1)
 
     def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+        with in_single_precision(vectors.key_ND.device):
+            return self._of_kept(vectors.in_full(), kept)
+
+    def _of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
         bias = self._kept_bias(vectors, kept)
         if self.encoding is not None:
             bias = bias + self.encoding.scores(vectors.query_CD, kept.marks, vectors.group_C)
@@ -190,32 +201,39 @@ class MlpScorer(Scorer):
         self.width = width
 
     def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
-        """A few windows at a time, so that what lies between the layers stays in the processor's cache.
+        """A few windows at a time, as many as the `Tiling` of the device has room for.
 
-        Keys are multiplied once for all candidates of their window. The backward pass computes the layers
-        again instead of keeping [C, X, E]: reading that back from memory would cost more.
+        Keys are multiplied once for all candidates of their window. Autocast halves the layers, not what is
+        added to their scores.
         """
-        counts = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).tolist()
-        groups = _groups(counts, windows.index.shape[1] * self.first.out_features)
-        held = [sum(counts[each]) for each in groups]
-        query, window = vectors.query_CD.split(held), windows.of_candidate.split(held)
-        sizes = [each.stop - each.start for each in groups]
-        key = rows_at(vectors.key_ND, windows.index).split(sizes)
-        slots = [Slots(part - each.start, n) for part, each, n in zip(window, groups, sizes, strict=True)]
-        parts = [self._of_group(*given) for given in zip(query, key, slots, strict=True)]
-        score = torch.cat(parts) if parts else vectors.query_CD.new_zeros(0, windows.index.shape[1])
-        score = score + self._window_bias(vectors, windows).index_select(0, windows.of_candidate)
-        bias = self._target_bias(vectors, windows)
+        tiling = tiling_of(vectors.key_ND.device)
+        counts = windows.host_counts
+        groups = tiling.groups(counts, windows.index.shape[1] * self.first.out_features)
+        recompute = torch.is_grad_enabled() and (tiling.always_again or len(groups) > 1)
+        score = full(self._by_groups(vectors, windows, groups, recompute))
+        with in_single_precision(score.device):
+            score = score + rows_at(self._window_bias(vectors, windows), windows.of_candidate)
+            bias = self._target_bias(vectors, windows)
         return (score if bias is None else score + bias)[:, None]
 
-    def _of_group(self, query_CD: Tensor, key_WXD: Tensor, slots: Slots) -> Tensor:
-        """Scores of some windows' candidates, [C, X]."""
-        if not torch.is_grad_enabled():
-            return self._side_by_side(query_CD, key_WXD, slots)
-        score: Tensor = checkpoint(
-            self._side_by_side, query_CD, key_WXD, slots, use_reentrant=False, preserve_rng_state=False
+    def _by_groups(
+        self, vectors: Attended, windows: Windows, groups: Sequence[slice], recompute: bool
+    ) -> Tensor:
+        """Scores of the layers alone, [C, X]; `recompute`: in the backward pass, which keeps no [C, X, E]."""
+        if len(groups) == 1:
+            cut = [(vectors.query_CD, rows_at(vectors.key_ND, windows.index), windows.slots)]
+        else:
+            cut = list(_cut(vectors, windows, groups))
+        if not cut:
+            return vectors.query_CD.new_zeros(0, windows.index.shape[1])
+        if not recompute:
+            return _joined([self._side_by_side(*given) for given in cut])
+        return _joined(
+            [
+                checkpoint(self._side_by_side, *given, use_reentrant=False, preserve_rng_state=False)
+                for given in cut
+            ]
         )
-        return score
 
     def _side_by_side(self, query_CD: Tensor, key_WXD: Tensor, slots: Slots) -> Tensor:
         of_query_CE, folded_CDE = self._folded(query_CD)
@@ -229,8 +247,10 @@ class MlpScorer(Scorer):
         # As if what a candidate keeps were a window of its own.
         each = torch.arange(kept.index.shape[0], device=kept.index.device)
         key_CKD = rows_at(vectors.key_ND, kept.index)
-        score_CK = self._side_by_side(vectors.query_CD, key_CKD, Slots(each, len(each)))
-        return (score_CK + self._kept_bias(vectors, kept))[:, None]
+        slots = Slots(each, len(each), (1,) * len(each))
+        score_CK = full(self._side_by_side(vectors.query_CD, key_CKD, slots))
+        with in_single_precision(score_CK.device):
+            return (score_CK + self._kept_bias(vectors, kept))[:, None]
 
     def _folded(self, query_CD: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer with the query folded into its weights: bias [C, E] and map of a key [C, D, E]."""
@@ -239,20 +259,22 @@ class MlpScorer(Scorer):
         return of_query_CE, (key - difference).T + query_CD.unsqueeze(2) * product.T
 
 
-def _groups(counts: Sequence[int], cells: int) -> list[slice]:
-    """Cut windows into runs of at most `_CELLS` numbers, `cells` for each candidate of each window.
+def _cut(
+    vectors: Attended, windows: Windows, groups: Sequence[slice]
+) -> Iterator[tuple[Tensor, Tensor, Slots]]:
+    """Queries, keys and slots of each group of windows."""
+    counts = windows.host_counts
+    held = [sum(counts[each]) for each in groups]
+    query, window = vectors.query_CD.split(held), windows.of_candidate.split(held)
+    sizes = [each.stop - each.start for each in groups]
+    key = rows_at(vectors.key_ND, windows.index).split(sizes)
+    for place, each in enumerate(groups):
+        slots = Slots(window[place] - each.start, sizes[place], counts[each])
+        yield query[place], key[place], slots
 
-    Within a run all windows have room for as many candidates as the one with most, so that a run also ends
-    where half of that room would be empty.
-    """
-    groups, begin, most, held = [], 0, 0, 0
-    for window, count in enumerate(counts):
-        room = (window + 1 - begin) * max(most, count, 1)
-        if window > begin and (room * cells > _CELLS or room > 2 * max(held + count, 1)):
-            groups.append(slice(begin, window))
-            begin, most, held = window, 0, 0
-        most, held = max(most, count), held + count
-    return [*groups, slice(begin, len(counts))] if counts else []
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def twin_projections(width: int, out: int) -> tuple[nn.Linear, nn.Linear]:

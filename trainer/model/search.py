@@ -1,18 +1,23 @@
 """Stage one (GSU): which K behaviors of its window a candidate keeps.
 
-A search maps scores, marks or ids of a window to its columns. It runs without gradient: stage two computes
-the kept scores again with gradient, from the same vectors, by the same scorer.
+A search maps scores, marks or ids of a window to its columns. It runs without gradient and in single
+precision: stage two computes the kept scores again with gradient, from the same vectors, by the same
+scorer. Half precision would rank by rounding, and each form of a product by another rounding.
+
+In training on a device that is not the CPU, no search asks a tensor for a number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.exact import PairScores, exact_signs, sign_error
+from trainer.model.exact import PairScores
+from trainer.model.ops.signs import sign_bits
 from trainer.model.ops.slices import columns_of_slices, pays
 from trainer.model.ops.top import Doubt, ascending, top_columns
 from trainer.model.score import Attended, DotScorer, Scorer, twin_projections
@@ -51,6 +56,14 @@ class Search(nn.Module):
     @torch.no_grad()
     def forward(self, query: Query) -> Kept:
         """-> the kept behaviors, [C, K]. What is kept for a candidate depends on it and its window alone."""
+        device = query.windows.index.device.type
+        halved = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False):
+            # What autocast made of the vectors is not what is searched.
+            return self.kept(replace(query, vectors=query.scorer.encode(query.raw)) if halved else query)
+
+    def kept(self, query: Query) -> Kept:
+        """`forward` of vectors in single precision, without autocast."""
         column, mask = self.columns(query)
         missing = self.k - column.shape[1]
         return query.windows.columns(F.pad(column, (0, missing)), F.pad(mask, (0, missing)))
@@ -59,19 +72,49 @@ class Search(nn.Module):
         """-> columns of the windows, at most K a candidate, ascending, and which of them count."""
         raise NotImplementedError
 
+    def doubt(self, query: Query) -> Doubt | None:
+        """What a ranking by rounded scores must ask for; None where the rounded scores decide.
+
+        They do in training on a device that is not the CPU, since each question makes the host wait for it.
+        Among scores as close as rounding the choice then depends on the batch; it is the same in the same
+        batch. In evaluation, export and scoring the exact scores decide on every device, so that a request
+        is scored alike in any company.
+        """
+        if self.training and query.windows.index.device.type != "cpu":
+            return None
+        return query.doubt()
+
 
 class DotSearch(Search):
     """Exact top-K by the scorer of stage two (TWIN, DARE); several heads share the K places round-robin."""
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
-        doubt = query.doubt()
-        if pays(query.scorer, query.vectors, query.windows):
-            assert isinstance(query.scorer, DotScorer)
-            return columns_of_slices(query.scorer, query.vectors, query.windows, self.k, doubt)
-        score_CHX = query.scorer.over_windows(query.vectors, query.windows)
-        if score_CHX.shape[1] == 1:
-            return top_columns(score_CHX[:, 0], self.k, doubt=doubt)
-        return round_robin(score_CHX, self.k, doubt)
+        return choose(query)(query, self.k, self.doubt(query))
+
+
+# (query, K, doubt) -> columns of the K best behaviors, and which of them count.
+Form = Callable[[Query, int, Doubt | None], tuple[Tensor, Tensor]]
+
+
+def choose(query: Query) -> Form:
+    """The form of the search by inner product that serves these windows on their device."""
+    if pays(query.scorer, query.vectors, query.windows):
+        return by_slices
+    return by_product
+
+
+def by_product(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tensor]:
+    """The plain form, of all scorers on all devices: scores of whole windows, then the best of them."""
+    score_CHX = query.scorer.over_windows(query.vectors, query.windows)
+    if score_CHX.shape[1] == 1:
+        return top_columns(score_CHX[:, 0], k, doubt=doubt)
+    return round_robin(score_CHX, k, doubt)
+
+
+def by_slices(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tensor]:
+    """The CPU's form for long windows, see `trainer.model.ops.slices`."""
+    assert isinstance(query.scorer, DotScorer)
+    return columns_of_slices(query.scorer, query.vectors, query.windows, k, doubt)
 
 
 class AllSearch(Search):
@@ -95,8 +138,8 @@ class HardSearch(Search):
         of_candidate, of_behavior = (
             part if part.dim() == 2 else part[:, None] for part in (query.ids_C, query.ids_N)
         )
-        same = torch.zeros(windows.of_candidate.numel(), windows.index.shape[1], dtype=torch.bool)
-        same = same.to(windows.index.device)
+        shape = windows.of_candidate.numel(), windows.index.shape[1]
+        same = torch.zeros(shape, dtype=torch.bool, device=windows.index.device)
         for ids_N in of_behavior.unbind(1):
             ids_CX = ids_N[windows.index][windows.of_candidate]
             for ids_C in of_candidate.unbind(1):
@@ -143,7 +186,7 @@ class SoftSearch(Search):
         own = replace(query, scorer=self.index, vectors=self.index.encode(query.raw))
         # The index knows neither cross features nor sizes of clusters.
         score_CHX = self.index.over_windows(own.vectors, own.windows)
-        return top_columns(score_CHX[:, 0], self.k, doubt=own.doubt())
+        return top_columns(score_CHX[:, 0], self.k, doubt=self.doubt(own))
 
 
 def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
@@ -194,20 +237,6 @@ def _best_places(cost_CX: Tensor, windows: Windows, k: int) -> tuple[Tensor, Ten
 def random_planes(width: int, bits: int, seed: int) -> Tensor:
     """Gaussian projection [D, bits], the same for the same seed."""
     return torch.randn(width, bits, generator=torch.Generator().manual_seed(seed))
-
-
-def sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
-    """-> bool [N, bits]; P(two bits differ) = angle / pi. Equal vectors have equal bits in any company."""
-    with torch.no_grad(), torch.autocast(vector_ND.device.type, enabled=False):
-        vector_ND = vector_ND.float()
-        product = vector_ND @ planes
-        bits = product > 0
-        error_N = sign_error(vector_ND, planes.T)
-        rows = torch.nonzero(product.abs_().amin(1) < error_N).squeeze(1)
-        row, bit = torch.nonzero(product[rows] < error_N[rows, None], as_tuple=True)
-        if row.numel():
-            bits[rows[row], bit] = exact_signs(vector_ND, planes.T, (rows[row], bit))
-    return bits
 
 
 _WORD = 32

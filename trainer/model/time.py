@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.ops.bags import rows_at, weighted_bags
+from trainer.model.ops.precision import in_single_precision
 
 AGE_BUCKETS = 64
 _BUCKETS_PER_OCTAVE = 2
@@ -156,7 +157,7 @@ class TimeEncoding(_MarkTables):
         """Add sum_k weight[c, k] * encoding[k] to each pooled vector.
 
         With `many` behaviors a candidate, or few marks, weights are summed by mark first, [C, marks], and
-        multiplied with the whole table.
+        multiplied with the whole table, in single precision as `weighted_bags` adds up.
         """
         for name, index in self._indices(marks, group_C):
             table = self.tables[name]
@@ -164,7 +165,8 @@ class TimeEncoding(_MarkTables):
                 by_mark_CM = weight_CK.new_zeros(index.shape[0], table.shape[0]).scatter_add(
                     1, index, weight_CK
                 )
-                pooled_CD = pooled_CD + by_mark_CM @ table
+                with in_single_precision(table.device):
+                    pooled_CD = pooled_CD + by_mark_CM @ table
             else:
                 pooled_CD = pooled_CD + weighted_bags(table, index, weight_CK)
         return pooled_CD

@@ -6,6 +6,7 @@ Shape legend of trainer.model (besides that of `trainer.data.batch`):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,20 +16,30 @@ from torch.nn import functional as F
 
 from trainer.data.batch import RequestBatch
 from trainer.model.ops.bags import rows_at
+from trainer.model.ops.precision import full, in_single_precision
 from trainer.model.time import Marks, age_bucket
 
 
 class Slots:
-    """Candidates side by side within their window, so that a window is multiplied once with all of them."""
+    """Candidates side by side within their window, so that a window is multiplied once with all of them.
 
-    def __init__(self, of_candidate: Tensor, windows: int) -> None:
+    Args:
+        of_candidate: int64 [C], ascending: each candidate's window; windows: W.
+        counts: [W], candidates of each window; None: they are counted, for which the host waits.
+    """
+
+    def __init__(self, of_candidate: Tensor, windows: int, counts: Sequence[int] | None = None) -> None:
         self.window = of_candidate
-        counts = torch.bincount(self.window, minlength=windows)
-        first = torch.cumsum(counts, 0) - counts
-        self.slot = torch.arange(self.window.numel(), device=self.window.device) - first[self.window]
-        self.shape = (counts.numel(), max(int(counts.max()) if counts.numel() else 0, 1))
+        if counts is None:
+            counts = torch.bincount(of_candidate, minlength=windows).tolist()
+        self.shape = (windows, max(max(counts, default=0), 1))
         # All windows have equally many candidates: they stand side by side already.
         self.full = self.window.numel() == self.shape[0] * self.shape[1]
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """int64 [C], each candidate's place among those of its window."""
+        return places_in_groups(self.window, self.shape[0])
 
     def spread(self, part_C: Tensor) -> Tensor:
         """[C, ...] -> [W, most candidates of a window, ...], zero where there is none."""
@@ -40,6 +51,15 @@ class Slots:
     def collect(self, part_WS: Tensor) -> Tensor:
         """The inverse: [W, slots, ...] -> [C, ...]."""
         return part_WS.flatten(0, 1) if self.full else part_WS[self.window, self.slot]
+
+
+def places_in_groups(group: Tensor, groups: int) -> Tensor:
+    """int64 [n], ascending -> each one's place among those of its group, from 0; without any wait."""
+    # Not bincount, which asks a device for the largest.
+    counts = torch.zeros(groups, dtype=torch.int64, device=group.device)
+    counts = counts.scatter_add_(0, group, torch.ones_like(group))
+    first = torch.cumsum(counts, 0) - counts
+    return torch.arange(group.numel(), device=group.device) - first[group]
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,7 @@ class Windows:
         of_candidate: int64 [C], ascending: each candidate's window.
         lengths: int64 [W] where windows are stretches of the history: column x of a window is the
             behavior x before that of column 0; else None.
+        counts: [W], candidates of each window, where the host knows them.
     """
 
     index: Tensor
@@ -63,11 +84,19 @@ class Windows:
     log_size: Tensor | None
     of_candidate: Tensor
     lengths: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+
+    @cached_property
+    def host_counts(self) -> tuple[int, ...]:
+        """[W], candidates of each window; where they are not known the host waits for them."""
+        if self.counts is not None:
+            return self.counts
+        return tuple(torch.bincount(self.of_candidate, minlength=self.index.shape[0]).tolist())
 
     @cached_property
     def slots(self) -> Slots:
         """Its candidates side by side."""
-        return Slots(self.of_candidate, self.index.shape[0])
+        return Slots(self.of_candidate, self.index.shape[0], self.host_counts)
 
     @cached_property
     def _whole(self) -> Kept:
@@ -124,9 +153,13 @@ class Source:
 
 
 def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_CX: Tensor) -> Tensor:
-    """sum_x weight[c, x] * value[place[window of c, x]] -> [C, D], one batched product for all windows."""
-    value_WXD = rows_at(value_SD, place_WX)
-    return windows.slots.collect(windows.slots.spread(weight_CX) @ value_WXD)
+    """sum_x weight[c, x] * value[place[window of c, x]] -> [C, D], one batched product for all windows.
+
+    In single precision, as `weighted_bags` adds up kept behaviors.
+    """
+    with in_single_precision(weight_CX.device):
+        value_WXD = rows_at(full(value_SD), place_WX)
+        return windows.slots.collect(windows.slots.spread(full(weight_CX)) @ value_WXD)
 
 
 def windows_of(batch: RequestBatch, history_length: int, source: Source = Source()) -> Windows:

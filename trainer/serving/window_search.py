@@ -52,8 +52,7 @@ class WindowSearch(Search):
         """A search that keeps whole windows has nothing to find, and stays as it is."""
         return search if isinstance(search, AllSearch | WindowSearch) else WindowSearch(search)
 
-    @torch.no_grad()
-    def forward(self, query: Query) -> Kept:
+    def kept(self, query: Query) -> Kept:
         windows = query.windows
         bounds = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).cumsum(0).tolist()
         lengths = windows.mask.sum(1).tolist()

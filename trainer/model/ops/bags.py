@@ -1,11 +1,17 @@
-"""Sums and products over a few rows of a matrix each, without a [C, K, D] intermediate in either direction.
+"""Sums and products over a few rows of a matrix each, and rows by their places.
 
-torch's own backward passes add row by row on CPU, or first build all C x K rows. The gradient of a sum over
-rows, sorted by row, is a sum again: every row gathers from the candidates that used it. Where torch runs on
-another device the plain forms are used, which are also what tests compare with.
+`weighted_bags`, `dots` and `rows_at` choose between two forms (property tests of values and gradients):
 
-Shapes: index_CK int64, K rows of rows_ND for each of C candidates; the order of additions is fixed, so that
-the same input gives the same bits.
+    plain, device   `plain_...`  torch's own operators. Their backward passes add in a fixed order on CUDA:
+                    they sort by row first, where index_select, gather and scatter_add add as threads come
+                    by.
+    CPU             torch's own backward passes add row by row there, or first build all C x K rows. The
+                    gradient of a sum over rows, sorted by row, is a sum again: every row gathers from the
+                    candidates that used it. No [C, K, D] intermediate in either direction.
+
+Sums are in single precision at least, also where autocast halves products. Shapes: index_CK int64, K rows
+of rows_ND for each of C candidates; the order of additions is fixed, so that the same input gives the same
+bits.
 """
 
 from __future__ import annotations
@@ -16,28 +22,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.model.ops.precision import full, in_single_precision
+
 
 def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
     """sum_k weight[c, k] * rows[index[c, k]] -> [C, D]."""
-    rows_ND, weight_CK = _full(rows_ND), _full(weight_CK)
-    if not _fast(rows_ND, index_CK):
-        return plain_weighted_bags(rows_ND, index_CK, weight_CK)
+    rows_ND, weight_CK = full(rows_ND), full(weight_CK)
+    if not _by_cpu(rows_ND, index_CK):
+        with in_single_precision(rows_ND.device):
+            return plain_weighted_bags(rows_ND, index_CK, weight_CK)
     found: Tensor = _WeightedBags.apply(rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
     return found
 
 
 def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     """<query[c], rows[index[c, k]]> -> [C, K]."""
-    query_CD, rows_ND = _full(query_CD), _full(rows_ND)
-    if not _fast(rows_ND, index_CK):
-        return plain_dots(query_CD, rows_ND, index_CK)
+    query_CD, rows_ND = full(query_CD), full(rows_ND)
+    if not _by_cpu(rows_ND, index_CK):
+        with in_single_precision(rows_ND.device):
+            return plain_dots(query_CD, rows_ND, index_CK)
     found: Tensor = _Dots.apply(query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
     return found
 
 
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
     """rows[index] for an index of any shape: rows [M, ...] -> [*index.shape, ...]."""
-    if not _fast(rows, index):
+    if not _by_cpu(rows, index):
         return plain_rows_at(rows, index)
     return rows.index_select(0, index.reshape(-1)).view(*index.shape, *rows.shape[1:])
 
@@ -125,10 +135,6 @@ class _Dots(torch.autograd.Function):
         return of_query, of_rows, None
 
 
-def _full(part: Tensor) -> Tensor:
-    """In single precision at least, whatever autocast made of it."""
-    return part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
-
-
-def _fast(rows: Tensor, index: Tensor) -> bool:
+def _by_cpu(rows: Tensor, index: Tensor) -> bool:
+    """Which form: the CPU's there, unless there is nothing to add up."""
     return rows.device.type == "cpu" and index.numel() > 0

@@ -1,9 +1,18 @@
 """The K best columns of each row of scores, exactly; ties go to the lower column.
 
-On the CPU `torch.topk` writes a pair of value and place for every score before it looks at any. Here columns
-are dealt out to groups, group g having g, g + G, g + 2 G, ..., whose best scores are found by comparing whole
-vectors of columns. K groups have a best score of at least the K-th largest of these, so K scores are at least
-that, and each of the K best is. Only what reaches it is ranked: few more than K.
+`top_columns` chooses among three forms that keep the same columns (property test):
+
+    plain    `top_columns_by_topk`   torch's `topk`, then a stable sort of the rows whose K-th best is tied
+             or in doubt. It must know which these are, so that a device makes the host wait.
+    CPU      `top_of_groups`         `topk` writes a pair of value and place for every score before it looks
+             at any. Here columns are dealt out to groups, group g having g, g + G, g + 2 G, ..., whose best
+             scores are found by comparing whole vectors of columns. K groups have a best score of at least
+             the K-th largest of these, so K scores are at least that, and each of the K best is. Only what
+             reaches it is ranked: few more than K.
+    device   `top_columns_by_keys`   one `topk` of whole numbers that are all different. Nothing is tied,
+             nobody waits.
+
+With a `Doubt` about close scores, which is there to ask about them, a device takes the plain form.
 """
 
 from __future__ import annotations
@@ -25,6 +34,10 @@ _LEAST = np.finfo(np.float32).min
 _TIMES, _FEWEST = 4, 128
 # Columns of a group that pay; of fewer, each is a group of its own.
 _COLUMNS = 2
+# Keys of a device that are held at once, 2 GiB; 2,048 candidates with windows of 10,000 have a tenth of that.
+_KEYS = 1 << 28
+# `_ordered_bits` of -inf.
+_EMPTY = -0x7F800001
 
 
 @dataclass(frozen=True)
@@ -64,27 +77,31 @@ def top_columns(
     Returns:
         int64 and bool, both [C, min(K, X)]; columns that do not count are X - 1.
     """
-    if score_CX.device.type != "cpu" or score_CX.dtype != torch.float32 or not score_CX.numel():
-        if not last:
-            return top_columns_by_topk(score_CX, k, doubt)
+    if score_CX.device.type == "cpu" and score_CX.dtype == torch.float32 and score_CX.numel():
+        score_CX = score_CX.detach().contiguous()
+        groups = groups_of(k)
+        worth = score_CX.shape[1] >= _COLUMNS * groups
+        best_CG = best_of_groups(score_CX, groups) if worth else score_CX
+        return top_of_groups(score_CX, best_CG, k, last=last, doubt=doubt)
+    if score_CX.device.type != "cpu" and score_CX.dtype == torch.float32 and doubt is None:
+        return top_columns_by_keys(score_CX, k, last=last)
+    if last:
         return top_columns_by_topk(score_CX.flip(1), k, doubt and doubt.mirrored(score_CX.shape[1]))
-    score_CX = score_CX.detach().contiguous()
-    groups = groups_of(k)
-    worth = score_CX.shape[1] >= _COLUMNS * groups
-    best_CG = best_of_groups(score_CX, groups) if worth else score_CX
-    return top_of_groups(score_CX, best_CG, k, last=last, doubt=doubt)
+    return top_columns_by_topk(score_CX, k, doubt)
 
 
 def top_columns_by_topk(score_CX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
-    """The same by torch's own operators: for devices, and the reference of the property test."""
+    """The plain form: for any type of number, for doubt on a device, and the reference of the others."""
     width = score_CX.shape[1]
+    # NaN is the best, and no better than infinity.
+    score_CX = score_CX.masked_fill(score_CX.isnan(), torch.inf)
     best = score_CX.topk(min(k + 1, width), dim=1)
     column_CK, value_CK = best.indices[:, :k], best.values[:, :k]
     if width > k:
         kth, next_C = best.values[:, k - 1], best.values[:, k]
         slack = 0.0 if doubt is None else doubt.slack.nan_to_num(0.0)
-        # NaN is the best, and equal to itself.
-        tied = ((kth - next_C <= slack) | (kth == next_C) | next_C.isnan()) & ~(next_C == -torch.inf)
+        # The difference of two infinities is no number.
+        tied = ((kth - next_C <= slack) | (kth == next_C)) & ~(next_C == -torch.inf)
         rows = torch.nonzero(tied).squeeze(1)
         if rows.numel():
             score = score_CX[rows]
@@ -94,6 +111,33 @@ def top_columns_by_topk(score_CX: Tensor, k: int, doubt: Doubt | None = None) ->
             column_CK = column_CK.index_copy(0, rows, exact.indices[:, :k])
             value_CK = value_CK.index_copy(0, rows, exact.values[:, :k].to(value_CK.dtype))
     return ascending(column_CK, ~(value_CK == -torch.inf), width)
+
+
+def top_columns_by_keys(score_CX: Tensor, k: int, *, last: bool = False) -> tuple[Tensor, Tensor]:
+    """The device form, of float32.
+
+    The bits of a score, in an order that is that of the numbers, are the high half of a key, and the column
+    is the low half, so that of two equal scores the lower column has the higher key. `topk` of keys has one
+    right answer only, whatever algorithm it takes.
+    """
+    width = score_CX.shape[1]
+    place = torch.arange(width, device=score_CX.device)
+    # Columns are counted from the end with `last`.
+    place = place if last else place.flip(0)
+    found = []
+    for rows_RX in score_CX.detach().split(max(1, _KEYS // width)):
+        key_RX = _ordered_bits(rows_RX).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(place)
+        found.append(key_RX.topk(min(k, width), dim=1, sorted=False).values)
+    key_CK = torch.cat(found)
+    return ascending(width - 1 - (key_CK & 0xFFFFFFFF), key_CK >> 32 > _EMPTY, width)
+
+
+def _ordered_bits(score: Tensor) -> Tensor:
+    """float32 -> int32 in the order of the numbers; NaN is infinity, and the two zeros are one."""
+    score = torch.where(score.isnan(), torch.inf, score + 0.0)
+    bits = score.view(torch.int32)
+    # Negative numbers have the sign bit; the greater the rest of the bits, the lower the number.
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _settled_rows(score_RX: Tensor, kth_R: Tensor, rows_R: Tensor, doubt: Doubt) -> Tensor:

@@ -1,0 +1,72 @@
+"""Signs of the inner products of vectors and planes: the bits of SimHash codes and of signatures.
+
+A product in single precision rounds equal vectors differently, depending on where in the matrix they lie;
+near a plane that decides on which side they are. `sign_bits` chooses between two forms that give the same
+bits for all finite vectors (property test):
+
+    plain, device   `whole_sign_bits`   one product of whole numbers, exact in any order. It costs double
+                    precision for all pairs, of which a GPU for servers has plenty, and nobody waits.
+    CPU             `close_sign_bits`   one product in single precision; only the few pairs closer to 0 than
+                    its error are computed exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trainer.model.ops.whole import ROUNDING, Rows, needed_places, whole_rows
+
+# Products of a device that are held at once, in double precision: 512 MiB.
+_PRODUCTS = 1 << 26
+
+
+@torch.no_grad()
+def sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
+    """-> bool [N, bits]; P(two bits differ) = angle / pi. Equal vectors have equal bits in any company.
+
+    Args:
+        vector_ND: float32; planes: float32 [D, bits].
+    """
+    with torch.autocast(vector_ND.device.type, enabled=False):
+        if vector_ND.device.type == "cpu":
+            return close_sign_bits(vector_ND.float(), planes)
+        return whole_sign_bits(vector_ND.float(), planes)
+
+
+def whole_sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
+    """The plain form, and that of devices."""
+    # The powers of two that whole numbers are multiplied with change no sign.
+    plane_BD, _ = whole_rows(planes.T.double())
+    parts = [
+        whole_rows(some.double())[0] @ plane_BD.T > 0
+        for some in vector_ND.split(max(1, _PRODUCTS // max(1, *planes.shape)))
+    ]
+    return torch.cat(parts)
+
+
+def close_sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
+    """The CPU's form."""
+    product = vector_ND @ planes
+    bits = product > 0
+    error_N = _error(vector_ND, planes.T)
+    rows = torch.nonzero(product.abs_().amin(1) < error_N).squeeze(1)
+    row, bit = torch.nonzero(product[rows] < error_N[rows, None], as_tuple=True)
+    if row.numel():
+        bits[rows[row], bit] = _exact(vector_ND, planes.T, rows[row], bit)
+    return bits
+
+
+def _exact(rows_RD: Tensor, others_SD: Tensor, row_M: Tensor, other_M: Tensor) -> Tensor:
+    """Whether the inner products of some rows with some others are above 0: bool [M]."""
+    needed, place_M = needed_places(row_M, rows_RD.shape[0])
+    mine = Rows.of(rows_RD[needed].double(), place_M)
+    return mine.times(Rows.of(others_SD.double(), other_M)) > 0
+
+
+def _error(rows_RD: Tensor, others_SD: Tensor) -> Tensor:
+    """Bound of how far a rounded inner product with any of the others may be from the exact one: [R]."""
+    largest = torch.linalg.vector_norm(others_SD, dim=1).amax()
+    terms = (rows_RD.shape[1] + 16) * ROUNDING
+    error_R: Tensor = terms * largest * torch.linalg.vector_norm(rows_RD, dim=1)
+    return error_R
