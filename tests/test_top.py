@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models import GROUPS, MARK_ROWS, draw, drawing
-from trainer.model.ops import slices
-from trainer.model.ops.top import best_of_groups, top_columns, top_columns_by_topk, top_of_groups
+from trainer.model.ops import slices, top
+from trainer.model.ops.top import (
+    best_of_groups,
+    top_columns,
+    top_columns_by_keys,
+    top_columns_by_topk,
+    top_of_groups,
+)
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import DotSearch, Query, search_reference
 from trainer.model.time import Marks, TimeBias
@@ -57,6 +63,7 @@ def test_top_columns_are_those_of_a_slow_sort(
         top_columns(given, k, last=last),
         top_of_groups(given.contiguous(), best, k, last=last),
         top_columns_by_topk(score, k),
+        top_columns_by_keys(given, k, last=last),
     ]
     for column, mask in ways:
         assert column.shape == mask.shape == (rows, min(k, width))
@@ -65,6 +72,39 @@ def test_top_columns_are_those_of_a_slow_sort(
             assert column[c][mask[c]].tolist() == wanted
             assert mask[c].tolist() == [j < len(wanted) for j in range(min(k, width))]
             assert (column[c][~mask[c]] == width - 1).all()
+
+
+SPECIAL = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0, 1.0000001, -1.0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    score=st.integers(1, 9).flatmap(
+        lambda width: st.lists(
+            st.lists(st.sampled_from(SPECIAL), min_size=width, max_size=width), min_size=1, max_size=3
+        )
+    ),
+    k=st.integers(1, 6),
+    last=st.booleans(),
+    keys=st.sampled_from([1, 1 << 28]),
+)
+def test_all_forms_rank_what_is_hardly_a_number_alike(
+    score: list[list[float]], k: int, last: bool, keys: int
+) -> None:
+    """NaN is as good as infinity, the two zeros are one, the least numbers are none of them."""
+    rows = torch.tensor(score)
+    given = rows.flip(1) if last else rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(top, "_KEYS", keys)
+        ways = [
+            top_columns_by_keys(given, k, last=last),
+            top_columns(given, k, last=last),
+            top_columns_by_topk(rows, k),
+        ]
+    for column, mask in ways:
+        for c, row in enumerate(score):
+            assert column[c][mask[c]].tolist() == slow(row, k)
+        assert (column[~mask] == rows.shape[1] - 1).all()
 
 
 @pytest.mark.parametrize("width", [12, 600])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.exact import PairScores
+from trainer.model.ops.precision import in_single_precision, is_halved
 from trainer.model.ops.signs import sign_bits
 from trainer.model.ops.slices import columns_of_slices, pays
 from trainer.model.ops.top import Doubt, ascending, top_columns
@@ -56,11 +57,11 @@ class Search(nn.Module):
     @torch.no_grad()
     def forward(self, query: Query) -> Kept:
         """-> the kept behaviors, [C, K]. What is kept for a candidate depends on it and its window alone."""
-        device = query.windows.index.device.type
-        halved = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False):
+        device = query.windows.index.device
+        again = is_halved(device)
+        with in_single_precision(device):
             # What autocast made of the vectors is not what is searched.
-            return self.kept(replace(query, vectors=query.scorer.encode(query.raw)) if halved else query)
+            return self.kept(replace(query, vectors=query.scorer.encode(query.raw)) if again else query)
 
     def kept(self, query: Query) -> Kept:
         """`forward` of vectors in single precision, without autocast."""

@@ -6,13 +6,20 @@ does not is a table in docs/training.md.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 
-def in_single_precision(device: torch.device) -> torch.autocast:
+def is_halved(device: torch.device) -> bool:
+    """Whether autocast is on for products of the device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def in_single_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which products are what their factors are; `full` makes these float32."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if is_halved(device) else nullcontext()
 
 
 def full(part: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trainer.model.ops.precision import in_single_precision
 from trainer.model.ops.whole import ROUNDING, Rows, needed_places, whole_rows
 
 # Products of a device that are held at once, in double precision: 512 MiB.
@@ -28,7 +29,7 @@ def sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
     Args:
         vector_ND: float32; planes: float32 [D, bits].
     """
-    with torch.autocast(vector_ND.device.type, enabled=False):
+    with in_single_precision(vector_ND.device):
         if vector_ND.device.type == "cpu":
             return close_sign_bits(vector_ND.float(), planes)
         return whole_sign_bits(vector_ND.float(), planes)
