@@ -29,6 +29,14 @@ def test_age_buckets_grow_with_age_and_stay_in_range() -> None:
     assert int(age_bucket(torch.tensor([86_400 * 2]))) - int(age_bucket(torch.tensor([86_400]))) == 2
 
 
+def test_age_buckets_are_exact_at_every_border() -> None:
+    """Floor of twice the binary logarithm, plus one, in whole numbers: how many bits the square has."""
+    near = {int(2 ** (half / 2)) + step for half in range(80) for step in (-1, 0, 1)}
+    seconds = sorted(near | set(range(1, 3000)))[1:]
+    wanted = [min((second * second).bit_length(), AGE_BUCKETS - 1) for second in seconds]
+    assert age_bucket(torch.tensor(seconds)).tolist() == wanted
+
+
 def read_batch(path: Path, seed: int, history_length: int) -> RequestBatch:
     log = write_log(path, {"train": random_rows(seed, Shape(users=4, behaviors=25))})
     config = DataConfig(log=log, history_length=history_length, batch_candidates=10_000, prefetch=0)

@@ -24,7 +24,8 @@ from trainer.model.ops.bags import rows_at, weighted_bags
 from trainer.model.ops.precision import in_single_precision
 
 AGE_BUCKETS = 64
-_BUCKETS_PER_OCTAVE = 2
+# Where the second of an octave's two buckets begins, of significands from 1/2 to 1.
+_HALF_AN_OCTAVE = 0.5**0.5
 # Up to here a product with the whole table costs less than adding up one row a behavior.
 _FEW_MARKS = 128
 
@@ -52,10 +53,12 @@ class Marks:
 def age_bucket(seconds: Tensor) -> Tensor:
     """Ages in seconds (any shape, > 0) -> int64 buckets in [1, AGE_BUCKETS), two for every doubling.
 
-    Bucket 63 begins at about 2 ** 31 seconds.
+    Bucket 63 begins at 2 ** 31 seconds.
     """
-    octave = torch.log2(seconds.clamp(min=1).to(torch.float64))
-    return (1 + (octave * _BUCKETS_PER_OCTAVE).floor().to(torch.int64)).clamp(1, AGE_BUCKETS - 1)
+    # Not the rounded logarithm: of a power of two it may be just below the whole number on some device.
+    significand, exponent = torch.frexp(seconds.clamp(min=1).to(torch.float64))
+    bucket = 2 * exponent - (significand < _HALF_AN_OCTAVE).to(torch.int64)
+    return bucket.clamp(max=AGE_BUCKETS - 1)
 
 
 def group_rows(mark: Tensor, group_C: Tensor, rows: int) -> Tensor:

@@ -34,8 +34,8 @@ _LEAST = np.finfo(np.float32).min
 _TIMES, _FEWEST = 4, 128
 # Columns of a group that pay; of fewer, each is a group of its own.
 _COLUMNS = 2
-# Keys of a device that are held at once, 2 GiB; 2,048 candidates with windows of 10,000 have a tenth of that.
-_KEYS = 1 << 28
+# Keys of a device that are held at once, 512 MiB: 2,048 candidates with windows of 32,768.
+_KEYS = 1 << 26
 # `_ordered_bits` of -inf.
 _EMPTY = -0x7F800001
 
