@@ -6,6 +6,7 @@ Shape legend of trainer.model (besides that of `trainer.data.batch`):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,16 +20,25 @@ from trainer.model.time import Marks, age_bucket
 
 
 class Slots:
-    """Candidates side by side within their window, so that a window is multiplied once with all of them."""
+    """Candidates side by side within their window, so that a window is multiplied once with all of them.
 
-    def __init__(self, of_candidate: Tensor, windows: int) -> None:
+    Args:
+        of_candidate: int64 [C], ascending: each candidate's window; windows: W.
+        counts: [W], candidates of each window; None: they are counted, for which the host waits.
+    """
+
+    def __init__(self, of_candidate: Tensor, windows: int, counts: Sequence[int] | None = None) -> None:
         self.window = of_candidate
-        counts = torch.bincount(self.window, minlength=windows)
-        first = torch.cumsum(counts, 0) - counts
-        self.slot = torch.arange(self.window.numel(), device=self.window.device) - first[self.window]
-        self.shape = (counts.numel(), max(int(counts.max()) if counts.numel() else 0, 1))
+        if counts is None:
+            counts = torch.bincount(of_candidate, minlength=windows).tolist()
+        self.shape = (windows, max(max(counts, default=0), 1))
         # All windows have equally many candidates: they stand side by side already.
         self.full = self.window.numel() == self.shape[0] * self.shape[1]
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """int64 [C], each candidate's place among those of its window."""
+        return places_in_groups(self.window, self.shape[0])
 
     def spread(self, part_C: Tensor) -> Tensor:
         """[C, ...] -> [W, most candidates of a window, ...], zero where there is none."""
@@ -40,6 +50,15 @@ class Slots:
     def collect(self, part_WS: Tensor) -> Tensor:
         """The inverse: [W, slots, ...] -> [C, ...]."""
         return part_WS.flatten(0, 1) if self.full else part_WS[self.window, self.slot]
+
+
+def places_in_groups(group: Tensor, groups: int) -> Tensor:
+    """int64 [n], ascending -> each one's place among those of its group, from 0; without any wait."""
+    # Not bincount, which asks a device for the largest.
+    counts = torch.zeros(groups, dtype=torch.int64, device=group.device)
+    counts = counts.scatter_add_(0, group, torch.ones_like(group))
+    first = torch.cumsum(counts, 0) - counts
+    return torch.arange(group.numel(), device=group.device) - first[group]
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,7 @@ class Windows:
         of_candidate: int64 [C], ascending: each candidate's window.
         lengths: int64 [W] where windows are stretches of the history: column x of a window is the
             behavior x before that of column 0; else None.
+        counts: [W], candidates of each window, where the host knows them.
     """
 
     index: Tensor
@@ -63,11 +83,19 @@ class Windows:
     log_size: Tensor | None
     of_candidate: Tensor
     lengths: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+
+    @cached_property
+    def host_counts(self) -> tuple[int, ...]:
+        """[W], candidates of each window; where they are not known the host waits for them."""
+        if self.counts is not None:
+            return self.counts
+        return tuple(torch.bincount(self.of_candidate, minlength=self.index.shape[0]).tolist())
 
     @cached_property
     def slots(self) -> Slots:
         """Its candidates side by side."""
-        return Slots(self.of_candidate, self.index.shape[0])
+        return Slots(self.of_candidate, self.index.shape[0], self.host_counts)
 
     @cached_property
     def _whole(self) -> Kept:
@@ -153,14 +181,15 @@ def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
     if not batch.behaviors:
         return replace(whole, lengths=None, log_size=torch.zeros(index.shape, device=index.device))
     mask = whole.mask & (clusters.size[index] > 0) & (clusters.until[index] <= clusters.end[:, None])
-    count = max(int(mask.sum(1).max()) if mask.numel() else 0, 1)
+    count = max(batch.host_sizes.clusters, 1)
     column = (~mask).to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
     mask, index = mask.gather(1, column), index.gather(1, column)
     index = torch.where(mask, index, 0)
     rank = torch.where(mask, mask.cumsum(1).clamp(max=history_length), 0)
     age = torch.where(mask, age_bucket(batch.request_time[:, None] - clusters.time[index]), 0)
     size = torch.where(mask, clusters.size[index].to(torch.float32).log(), 0.0)
-    return Windows(index, mask, Marks(rank, age, torch.zeros_like(rank)), size, whole.of_candidate)
+    marks = Marks(rank, age, torch.zeros_like(rank))
+    return replace(whole, index=index, mask=mask, marks=marks, log_size=size, lengths=None)
 
 
 def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
@@ -176,7 +205,7 @@ def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
         torch.where(mask, level, 0),
     )
     each = torch.arange(batch.candidates, device=index.device)
-    return Windows(index, mask, marks, None, each)
+    return Windows(index, mask, marks, None, each, counts=(1,) * batch.candidates)
 
 
 def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
@@ -184,7 +213,7 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
     length = batch.window_end - batch.window_start
     if newest:
         length = length.clamp(max=newest)
-    longest = max(int(length.max()) if length.numel() else 0, 1)
+    longest = max(batch.host_sizes.longest(newest), 1)
     step = torch.arange(longest, device=length.device)
     mask = step[None, :] < length[:, None]
     index = torch.where(mask, batch.window_end[:, None] - 1 - step[None, :], 0)
@@ -194,7 +223,8 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
         _ages(batch, request, index, mask),
         torch.zeros_like(index),
     )
-    return Windows(index, mask, marks, None, batch.candidate_request, length)
+    counts = batch.host_sizes.candidates
+    return Windows(index, mask, marks, None, batch.candidate_request, length, counts)
 
 
 def _ages(batch: RequestBatch, request_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
@@ -218,7 +248,7 @@ def all_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:
     """The ids of each behavior [N, most of a bag] and candidate [C, most], 0 after the last; N at least 1."""
     bags = batch.features[feature]
     lengths, offsets = bags.lengths().to(torch.int64), bags.offsets().to(torch.int64)
-    most = max(int(lengths.max()) if lengths.numel() else 0, 1)
+    most = max(batch.host_sizes.bags[batch.features.keys().index(feature)], 1)
     step = torch.arange(most, device=lengths.device)
     inside = step < lengths[:, None]
     values = F.pad(bags.values().to(torch.int64), (0, 1))
