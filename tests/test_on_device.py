@@ -144,7 +144,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def both(config: Config) -> tuple[list[int], StandIn, RequestBatch]:
-    """A step on the CPU and one on the device, alike -> the latter's strides of look-ups, counts and batch."""
+    """A step on the CPU and one on the device, alike -> of the latter: strides of look-ups, counts, batch."""
     step, cpu, batch = made(config, torch.device("cpu"))
     expected = trained(step, batch)
     step.step()
