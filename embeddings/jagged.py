@@ -10,17 +10,31 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 def one_id_bags(keys: list[str], ids_FB: Tensor) -> KeyedJaggedTensor:
     """A KJT in which every bag holds exactly one id. Shape of `ids_FB`: [features, bags]."""
     lengths = torch.ones(ids_FB.numel(), dtype=torch.int32, device=ids_FB.device)
-    return KeyedJaggedTensor(keys=keys, values=ids_FB.reshape(-1), lengths=lengths, stride=ids_FB.shape[1])
+    features, bags = ids_FB.shape
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=ids_FB.reshape(-1),
+        lengths=lengths,
+        stride=bags,
+        # Else collections would ask the device for it.
+        length_per_key=[bags] * features,
+    )
 
 
-def select_bags(kjt: KeyedJaggedTensor, bags_S: Tensor) -> KeyedJaggedTensor:
+def select_bags(kjt: KeyedJaggedTensor, bags_S: Tensor, one_id: bool | None = None) -> KeyedJaggedTensor:
     """The bags `bags_S` (int64 [S], repeats allowed) of every key, in that order; stride S.
 
-    Where every bag holds one id this is a plain index_select; otherwise whole bags are copied.
+    Where every bag holds one id this is a plain index_select. Otherwise whole bags are copied, and the host
+    waits once for the device to say how many ids they hold.
+
+    Args:
+        one_id: whether every bag of every key holds exactly one id; None: the host waits to find out.
     """
     keys, bags = kjt.keys(), kjt.stride()
     values = kjt.values()
-    if values.numel() == len(keys) * bags and bool((kjt.lengths() == 1).all()):
+    if one_id is None:
+        one_id = values.numel() == len(keys) * bags and bool((kjt.lengths() == 1).all())
+    if one_id:
         return one_id_bags(keys, values.view(len(keys), bags).index_select(1, bags_S))
     return _select_jagged(kjt, bags_S)
 
@@ -31,19 +45,15 @@ def _select_jagged(kjt: KeyedJaggedTensor, bags_S: Tensor) -> KeyedJaggedTensor:
     flat = (key_start[:, None] + bags_S[None, :]).reshape(-1)
     lengths = kjt.lengths().index_select(0, flat)
     start = kjt.offsets().to(torch.int64).index_select(0, flat)
-    total = int(lengths.sum())
+    held = lengths.view(len(keys), -1).sum(1).tolist()
+    total = sum(held)
     bag = torch.repeat_interleave(torch.arange(flat.numel(), device=flat.device), lengths, output_size=total)
     first = torch.cumsum(lengths, 0) - lengths
     within = torch.arange(total, device=flat.device) - first.index_select(0, bag)
     values = kjt.values().index_select(0, start.index_select(0, bag) + within)
-    return KeyedJaggedTensor(keys=keys, values=values, lengths=lengths, stride=bags_S.numel())
-
-
-def select_keys(kjt: KeyedJaggedTensor, keys: list[str]) -> KeyedJaggedTensor:
-    """The named keys only; the same object when they are all there already."""
-    if kjt.keys() == keys:
-        return kjt
-    return kjt.permute([kjt.keys().index(key) for key in keys])
+    return KeyedJaggedTensor(
+        keys=keys, values=values, lengths=lengths, stride=bags_S.numel(), length_per_key=held
+    )
 
 
 def vectors_in_order(pooled: KeyedTensor, keys: list[str]) -> Tensor:

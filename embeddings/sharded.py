@@ -64,7 +64,13 @@ def with_empty_bags(features: KeyedJaggedTensor, stride: int) -> KeyedJaggedTens
     if bags == stride:
         return features
     lengths = F.pad(features.lengths().view(len(keys), bags), (0, stride - bags))
-    return KeyedJaggedTensor(keys=keys, values=features.values(), lengths=lengths.reshape(-1), stride=stride)
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=features.values(),
+        lengths=lengths.reshape(-1),
+        stride=stride,
+        length_per_key=features.length_per_key_or_none(),
+    )
 
 
 @dataclass

@@ -18,6 +18,7 @@ from trainer.data.clusters import ClusterInfo, cluster_history
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, read_rows
 from trainer.data.schema import read_manifest
+from trainer.data.sizes import Sizes
 from trainer.model.windows import Source, windows_of
 from trainer.sections import DataConfig
 from trainer.snapshot import load_snapshot
@@ -67,6 +68,7 @@ def test_a_request_sees_the_clusters_of_chunks_complete_before_it(made: tuple[Pa
         for step in SequenceLogReader(per_block, "train", None).steps():
             batch = step.batch
             assert batch.clusters is not None
+            assert batch.sizes == Sizes.of(batch) and batch.sizes.one_id
             windows, newest = windows_of(batch, 100, Source(clusters=True)), windows_of(batch, 100, Source(5))
             items = batch.features["item_id"].values()
             for r in range(batch.requests):
@@ -132,6 +134,7 @@ def test_recent_behaviors_stay_beside_a_hard_search(made: tuple[Path, Path, Path
         assert without.retrieval is not None and batch.retrieval is not None
         for one, other in ((without, batch), (batch, without)):
             assert one.retrieval is not None and other.retrieval is not None
+            assert one.sizes == Sizes.of(one)
             items, others = one.features["item_id"].values(), other.features["item_id"].values()
             mask = one.retrieval.index >= 0
             assert torch.equal(mask, other.retrieval.index >= 0)

@@ -19,6 +19,7 @@ from trainer.data.blocks import Block, BlockLimits, WindowedRows, cut_blocks, wi
 from trainer.data.collate import collate
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.schema import read_manifest
+from trainer.data.sizes import Sizes
 from trainer.sections import DataConfig
 
 Cut = tuple[int, int, int, int]  # first request, last, behaviors, candidates
@@ -182,3 +183,7 @@ def test_a_batch_is_what_putting_it_together_value_by_value_gives(
     for name, expected in reference.items():
         assert mine[name].dtype == expected.dtype, name
         assert torch.equal(mine[name], expected), name
+    assert batch.sizes == Sizes.of(wanted)
+    for kjt, other in ((batch.features, wanted.features), (batch.context, wanted.context)):
+        assert kjt is not None and other is not None
+        assert kjt.length_per_key_or_none() == other.length_per_key()

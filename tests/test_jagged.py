@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.jagged import one_id_bags, select_bags, select_keys
+from embeddings.jagged import select_bags
 
 Bags = list[list[int]]
 
@@ -40,13 +40,10 @@ def as_lists(kjt: KeyedJaggedTensor) -> list[Bags]:
 @given(bag_lists())
 def test_select_bags_equals_list_indexing(case: tuple[list[Bags], list[int]]) -> None:
     features, chosen = case
-    selected = select_bags(as_kjt(features), torch.tensor(chosen, dtype=torch.int64))
-    assert selected.stride() == len(chosen)
-    assert as_lists(selected) == [[bags[i] for i in chosen] for bags in features]
-
-
-def test_select_keys_keeps_the_asked_order() -> None:
-    kjt = one_id_bags(["a", "b", "c"], torch.arange(6).view(3, 2))
-    picked = select_keys(kjt, ["c", "a"])
-    assert picked.keys() == ["c", "a"] and picked.values().tolist() == [4, 5, 0, 1]
-    assert select_keys(kjt, ["a", "b", "c"]) is kjt
+    expected = [[bags[i] for i in chosen] for bags in features]
+    known = all(len(bag) == 1 for bags in features for bag in bags)
+    for one_id in (None, known, False):
+        selected = select_bags(as_kjt(features), torch.tensor(chosen, dtype=torch.int64), one_id)
+        assert selected.stride() == len(chosen)
+        assert selected.length_per_key_or_none() == [sum(map(len, bags)) for bags in expected]
+        assert as_lists(selected) == expected

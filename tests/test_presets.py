@@ -30,8 +30,7 @@ PRESETS = sorted(
 )
 
 
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def preset_log(path: Path) -> Path:
     """Short and empty histories beside long ones, with the taxonomy of the demo log."""
     rows = random_rows(4, Shape(users=30))
     for row in rows:
@@ -40,11 +39,12 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row[f"candidate_{feature}"] = [
                 [i // divisor for i in ids] for ids in row["candidate_category_id"]
             ]
-    return write_log(
-        tmp_path_factory.mktemp("presets") / "log",
-        {"train": rows, "validation": rows[:5]},
-        more={"department_id": 3, "type_id": 9},
-    )
+    return write_log(path, {"train": rows, "validation": rows[:5]}, more={"department_id": 3, "type_id": 9})
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return preset_log(tmp_path_factory.mktemp("presets") / "log")
 
 
 def model_of(config: Config, log: Path) -> tuple[TwoStageModel, dict[str, int]]:

@@ -96,6 +96,31 @@ def test_bags_and_sequences_are_one_on_single_ids(
         assert torch.allclose(bag, sequence, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kind, sharding", [("bag", "row_wise"), ("bag", "data_parallel"), ("sequence", "row_wise")]
+)
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+def test_a_gradient_of_zero_leaves_a_row_as_it_is(
+    ranks: Ranks, kind: str, optimizer: str, sharding: str
+) -> None:
+    """Whatever fills up a look-up trains nothing, from the first step on and with state from earlier ones."""
+    group = replace(group_of(kind, optimizer), sharding=(sharding,))
+    models = [sharded(group, ranks) for _ in range(2)]
+    weigh = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    wanted = torch.tensor([[1, 7, 2, 3, 1], [0, 1, 0, 1, 2]])
+    others = torch.tensor([[4, 5, 7], [3, 2, 1]])
+    for bags in (wanted[:, :2], wanted, wanted[:, 2:]):
+        count = bags.shape[1]
+        (models[0](one_id_bags(list(ROWS), bags)) * weigh[:count]).sum().backward()
+        filled = models[1](one_id_bags(list(ROWS), torch.cat([bags, others], 1)))
+        (filled[:count] * weigh[:count]).sum().backward()
+        for model in models:
+            model.fused_optimizer.step()
+    one, other = (model.state_dict() for model in models)
+    for name, weight in one.items():
+        assert torch.equal(whole_tensor(weight), whole_tensor(other[name])), name
+
+
 @pytest.mark.filterwarnings("ignore:Please use DTensor")
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
 def test_state_of_data_parallel_tables_fits_sharded_ones(

@@ -14,6 +14,7 @@ from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.distributed import gather_rows
 from trainer.metrics import Metrics
+from trainer.model.windows import places_in_groups
 from trainer.scored import KEYS, Scored
 
 
@@ -63,10 +64,7 @@ def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogR
 
 def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
     request = batch.candidate_request
-    counts = torch.bincount(request, minlength=batch.requests)
-    within = (
-        torch.arange(batch.candidates, device=request.device) - (torch.cumsum(counts, 0) - counts)[request]
-    )
+    within = places_in_groups(request, batch.requests)
     item = torch.full_like(within, -1)
     if "item_id" in batch.features.keys():  # noqa: SIM118 - no dict
         item = batch.features["item_id"].values()[batch.behaviors :]

@@ -123,7 +123,11 @@ class TouchedModel:
             for key in kjt.keys()  # noqa: SIM118 - no dict
         ]
         return KeyedJaggedTensor(
-            keys=kjt.keys(), values=torch.cat(values), lengths=kjt.lengths(), stride=kjt.stride()
+            keys=kjt.keys(),
+            values=torch.cat(values),
+            lengths=kjt.lengths(),
+            stride=kjt.stride(),
+            length_per_key=kjt.length_per_key(),
         )
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from trainer.data.sizes import Sizes
+
 
 class _Tensors(Pipelineable):  # type: ignore[misc]
     """Moves every field of a dataclass of tensors."""
@@ -88,6 +90,8 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
         retrieval: of a hard search, or None where a request sees its whole window.
         step_candidates: candidates of all ranks in this step, so that a mean over ranks is exact.
         clusters: of the histories, or None where the log has none or the model asks for none.
+        sizes: of the parts above, on the host; None where nobody has counted yet (see `host_sizes`). A copy
+            with other windows, candidates or bags is given None.
     """
 
     features: KeyedJaggedTensor
@@ -106,6 +110,14 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
     retrieval: Retrieval | None
     step_candidates: int
     clusters: Clusters | None = None
+    sizes: Sizes | None = None
+
+    @property
+    def host_sizes(self) -> Sizes:
+        """`sizes`, or where there are none those of the tensors, for which the host waits once."""
+        if self.sizes is None:
+            self.sizes = Sizes.of(self)
+        return self.sizes
 
     @property
     def behaviors(self) -> int:
@@ -125,7 +137,7 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
     def _parts(self) -> Iterator[tuple[str, Any]]:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not isinstance(value, int):
+            if value is not None and not isinstance(value, int | Sizes):
                 yield field.name, value
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:

@@ -20,6 +20,7 @@ from trainer.data.blocks import Block
 from trainer.data.hard_search import hierarchical_search
 from trainer.data.row_group import Chosen, FeatureIds, Floats, Ids, Ints
 from trainer.data.rows import Columns, UserRows
+from trainer.data.sizes import Sizes
 from trainer.sections import DataConfig
 
 _DAY = 86_400.0
@@ -83,6 +84,7 @@ class _Histories:
         chosen: behaviors of each block; base: [blocks], where they begin in the batch; total: N.
         start, end: [R], windows in the batch.
         found, clusters: of a hard search, or where clusters are read.
+        most_clusters: that a request may see.
     """
 
     chosen: Sequence[Chosen]
@@ -92,6 +94,7 @@ class _Histories:
     end: Ints
     found: Sequence[_Found] = ()
     clusters: Clusters | None = None
+    most_clusters: int = 0
 
 
 def collate(
@@ -108,8 +111,9 @@ def collate(
         _Side([r.history for r in rows], past.chosen, past.total),
         _Side([r.candidates for r in rows], candidates, total),
     ]
+    features, bags = _jagged(list(columns.features), sides)
     return RequestBatch(
-        features=_jagged(list(columns.features), sides),
+        features=features,
         behavior_time=_tensor([r.history_time[at] for r, at in zip(rows, past.chosen, strict=True)]),
         request_time=torch.from_numpy(time),
         window_start=torch.from_numpy(past.start),
@@ -125,6 +129,13 @@ def collate(
         retrieval=_retrieval(past.found, past.base) if past.found else None,
         step_candidates=step_candidates,
         clusters=past.clusters,
+        sizes=Sizes(
+            tuple((past.end - past.start).tolist()),
+            tuple(counts.tolist()),
+            bags,
+            features.length_per_key() == [features.stride()] * len(bags) and max(bags, default=1) <= 1,
+            past.most_clusters,
+        ),
     )
 
 
@@ -165,12 +176,13 @@ def _histories(laid: _Laid, config: DataConfig, columns: Columns) -> _Histories:
         return _Histories(laid.spans, base, int(lengths.sum()), start, end)
     of_block = np.split(laid.requests, np.cumsum(laid.sizes)[:-1], axis=1)
     found: list[_Found] = []
-    clusters = None
+    clusters, most = None, 0
     if columns.chunk:
         until = [_until(r, first, columns.chunk) for r, first in zip(laid.rows, laid.first, strict=True)]
         each = zip(laid.rows, laid.spans, of_block, until, strict=True)
         cuts = [_summarise(*block, config.recent) for block in each]
         clusters = _clusters(laid.rows, cuts, until, laid.requests[4])
+        most = max(map(_most_clusters, laid.rows, cuts, of_block, until))
     else:
         each_searched = zip(laid.rows, laid.spans, laid.candidates, of_block, strict=True)
         found = [_search(*block, config) for block in each_searched]
@@ -180,7 +192,8 @@ def _histories(laid: _Laid, config: DataConfig, columns: Columns) -> _Histories:
     shift = np.repeat(base, laid.sizes)
     start = np.concatenate([cut.start for cut in cuts]) + shift
     end = np.concatenate([cut.end for cut in cuts]) + shift
-    return _Histories([cut.kept for cut in cuts], base, int(lengths.sum()), start, end, found, clusters)
+    kept = [cut.kept for cut in cuts]
+    return _Histories(kept, base, int(lengths.sum()), start, end, found, clusters, most)
 
 
 def _until(rows: UserRows, request: int, chunk: int) -> Callable[[Ints], Ints]:
@@ -226,6 +239,14 @@ def _clusters(
     )
 
 
+def _most_clusters(rows: UserRows, cut: _Cut, requests: Ints, until: Callable[[Ints], Ints]) -> int:
+    """Most clusters that a request of the block sees: those that stand in its window, of complete chunks."""
+    assert rows.cluster_size is not None
+    stands = cut.kept[rows.cluster_size[cut.kept] > 0]
+    before = np.searchsorted(stands, requests[3])
+    return int((np.searchsorted(until(stands), requests[4], side="right") - before).max())
+
+
 def _search(rows: UserRows, history: slice, candidates: slice, requests: Ints, config: DataConfig) -> _Found:
     """Keep only the behaviors that the hard search retrieves for some candidate of a block."""
     search = config.search
@@ -263,7 +284,7 @@ def _context(
 ) -> KeyedJaggedTensor | None:
     if not columns.context:
         return None
-    return _jagged(list(columns.context), [_Side([r.context for r in rows], requests, total)])
+    return _jagged(list(columns.context), [_Side([r.context for r in rows], requests, total)])[0]
 
 
 class _Side(NamedTuple):
@@ -274,8 +295,11 @@ class _Side(NamedTuple):
     total: int
 
 
-def _jagged(keys: list[str], sides: Sequence[_Side]) -> KeyedJaggedTensor:
-    """Key by key, all of one side, then all of the next; a side without the feature has empty bags."""
+def _jagged(keys: list[str], sides: Sequence[_Side]) -> tuple[KeyedJaggedTensor, tuple[int, ...]]:
+    """Key by key, all of one side, then all of the next; a side without the feature has empty bags.
+
+    Also the most ids of a bag, of each key.
+    """
     stride = sum(side.total for side in sides)
     single = []
     for features, chosen, _ in sides:
@@ -283,24 +307,34 @@ def _jagged(keys: list[str], sides: Sequence[_Side]) -> KeyedJaggedTensor:
         single.append(dict(zip(features[0].single, ids, strict=True)))
     values: list[Ids] = []
     lengths = np.ones(len(keys) * stride, dtype=np.int32)
+    held, most = [], []
     begin = 0
     for key in keys:
+        before, longest = len(values), 0
         for (features, chosen, total), ids_of in zip(sides, single, strict=True):
             if key in ids_of:
                 values.append(ids_of[key])
+                longest = max(longest, min(total, 1))
             elif key in features[0].multi:
                 bags = [part.multi[key].select(at) for part, at in zip(features, chosen, strict=True)]
                 values += [ids for ids, _ in bags]
-                lengths[begin : begin + total] = np.concatenate([sizes for _, sizes in bags])
+                sizes = np.concatenate([sizes for _, sizes in bags])
+                lengths[begin : begin + total] = sizes
+                longest = max(longest, int(sizes.max(initial=0)))
             else:
                 lengths[begin : begin + total] = 0
             begin += total
-    return KeyedJaggedTensor(
+        held.append(sum(part.size for part in values[before:]))
+        most.append(longest)
+    kjt = KeyedJaggedTensor(
         keys=keys,
         values=torch.from_numpy(np.concatenate(values, dtype=np.int64)),
         lengths=torch.from_numpy(lengths),
         stride=stride,
+        # TorchRec would ask the device for it, in each collection.
+        length_per_key=held,
     )
+    return kjt, tuple(most)
 
 
 def _numeric(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from embeddings.groups import TableGroup
 from trainer.data.batch import RequestBatch
+from trainer.model.bags import rows_at
 from trainer.model.collision import HashCollision
 from trainer.model.sasrec import TargetDecoupledSasrec
 from trainer.model.score import (
@@ -154,7 +155,11 @@ class CrossBias(nn.Module):
 
     def forward(self, vector_ND: Tensor) -> Tensor:
         """[N, sum of widths] -> [N]."""
-        beta_D = self.beta.repeat_interleave(torch.tensor(self.widths, device=self.beta.device))
+        # Filled on the device: a list of the host's would be copied, for which it waits.
+        of_feature_D = torch.cat(
+            [torch.full((width,), j, device=self.beta.device) for j, width in enumerate(self.widths)]
+        )
+        beta_D = rows_at(self.beta, of_feature_D)
         # Not a matrix product, which rounds equal rows differently depending on their place.
         return (vector_ND * (self.compress * beta_D)).sum(1)
 

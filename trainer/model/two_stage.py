@@ -12,7 +12,7 @@ does not enter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from trainer.model.branch import Branch, Searched, Surroundings, at_least_one_ro
 from trainer.model.head import DotHead, Head
 from trainer.model.lookups import Lookups
 from trainer.model.settings import ModelConfig
+from trainer.model.union import most_kept, padded_union, union_of
 from trainer.model.windows import Kept, Source, Windows, windows_of
 
 
@@ -55,8 +56,9 @@ class Found(NamedTuple):
 
     Attributes:
         branches: that made it; searched: what each found.
-        selected: KJT of the behaviors that any branch kept, then the candidates; None where all of them were
-            looked up already. place_N: where each of the batch's behaviors is among the former.
+        selected: KJT of the behaviors that any branch kept and maybe others, then the candidates; None where
+            all of them were looked up already. place_N: where each of the batch's behaviors is among the
+            former; None: behavior n is at n.
     """
 
     branches: Branches
@@ -71,11 +73,14 @@ class Branches(nn.ModuleDict):
     Args:
         branches: by name; history_length: L.
         selects: behaviors are looked up again, as far as they are kept.
+        pads: some others are too, see `trainer.model.union`; None: where the device is not the CPU.
     """
 
-    def __init__(self, branches: Mapping[str, Branch], history_length: int, selects: bool) -> None:
+    def __init__(
+        self, branches: Mapping[str, Branch], history_length: int, selects: bool, pads: bool | None = None
+    ) -> None:
         super().__init__(branches)
-        self.history_length, self.selects = history_length, selects
+        self.history_length, self.selects, self.pads = history_length, selects, pads
 
     def named(self) -> dict[str, Branch]:
         return {name: branch for name, branch in self.items() if isinstance(branch, Branch)}
@@ -91,10 +96,27 @@ class Branches(nn.ModuleDict):
         if not self.selects:
             return Found(self, searched, None, None)
         kept = [found.windows if found.whole else found.kept for found in searched.values()]
-        chosen_S, place_N = union_of(kept, batch.behaviors)
-        candidates = batch.behaviors + torch.arange(batch.candidates, device=chosen_S.device)
-        selected = select_bags(batch.features, torch.cat([chosen_S, candidates]))
-        return Found(self, searched, selected, place_N)
+        if self.pads_on(batch.behavior_time.device):
+            most = most_kept(batch.host_sizes, (self._keeps(name, found) for name, found in searched.items()))
+            chosen = padded_union(kept, batch.behaviors, most)
+        else:
+            chosen = union_of(kept, batch.behaviors)
+        if chosen.behavior_S is None:
+            return Found(self, searched, batch.features, None)
+        candidates = batch.behaviors + torch.arange(batch.candidates, device=chosen.behavior_S.device)
+        bags = torch.cat([chosen.behavior_S, candidates])
+        selected = select_bags(batch.features, bags, batch.host_sizes.one_id)
+        return Found(self, searched, selected, chosen.place_N)
+
+    def pads_on(self, device: torch.device) -> bool:
+        """Whether more behaviors than were kept are looked up again, so that the host need not wait."""
+        return device.type != "cpu" if self.pads is None else self.pads
+
+    def _keeps(self, name: str, found: Searched) -> tuple[int, int | None]:
+        """What a branch keeps at most, for `most_kept`."""
+        branch = self.named()[name]
+        whole = found.whole or branch.search is None
+        return branch.source.newest, None if whole else found.kept.index.shape[1]
 
 
 class Pooled(NamedTuple):
@@ -245,18 +267,6 @@ def first_and_late(full: bool, branches: Iterable[Branch]) -> tuple[list[str], l
         late += [roles.representation_target, roles.representation_behavior]
     first = list(dict.fromkeys(first + late if full else first))
     return first, [name for name in dict.fromkeys(late) if name not in first]
-
-
-def union_of(kept: Sequence[Kept | Windows], behaviors: int) -> tuple[Tensor, Tensor]:
-    """-> the behaviors that anything kept, ascending [S], and each behavior's place among them [N].
-
-    Places of behaviors that nobody kept are 0; N is at least 1, so that padding has something to point at.
-    """
-    touched = torch.zeros(max(behaviors, 1), dtype=torch.bool, device=kept[0].index.device)
-    for each in kept:
-        touched[each.index[each.mask]] = True
-    place = torch.where(touched, torch.cumsum(touched, 0) - 1, 0)
-    return torch.nonzero(touched[:behaviors]).squeeze(1), place
 
 
 def _normal_init(model: TwoStageModel) -> None:

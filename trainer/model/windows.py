@@ -186,14 +186,15 @@ def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
     if not batch.behaviors:
         return replace(whole, lengths=None, log_size=torch.zeros(index.shape, device=index.device))
     mask = whole.mask & (clusters.size[index] > 0) & (clusters.until[index] <= clusters.end[:, None])
-    count = max(int(mask.sum(1).max()) if mask.numel() else 0, 1)
+    count = max(batch.host_sizes.clusters, 1)
     column = (~mask).to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
     mask, index = mask.gather(1, column), index.gather(1, column)
     index = torch.where(mask, index, 0)
     rank = torch.where(mask, mask.cumsum(1).clamp(max=history_length), 0)
     age = torch.where(mask, age_bucket(batch.request_time[:, None] - clusters.time[index]), 0)
     size = torch.where(mask, clusters.size[index].to(torch.float32).log(), 0.0)
-    return Windows(index, mask, Marks(rank, age, torch.zeros_like(rank)), size, whole.of_candidate)
+    marks = Marks(rank, age, torch.zeros_like(rank))
+    return replace(whole, index=index, mask=mask, marks=marks, log_size=size, lengths=None)
 
 
 def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
@@ -209,7 +210,7 @@ def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
         torch.where(mask, level, 0),
     )
     each = torch.arange(batch.candidates, device=index.device)
-    return Windows(index, mask, marks, None, each)
+    return Windows(index, mask, marks, None, each, counts=(1,) * batch.candidates)
 
 
 def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
@@ -217,7 +218,7 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
     length = batch.window_end - batch.window_start
     if newest:
         length = length.clamp(max=newest)
-    longest = max(int(length.max()) if length.numel() else 0, 1)
+    longest = max(batch.host_sizes.longest(newest), 1)
     step = torch.arange(longest, device=length.device)
     mask = step[None, :] < length[:, None]
     index = torch.where(mask, batch.window_end[:, None] - 1 - step[None, :], 0)
@@ -227,7 +228,8 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
         _ages(batch, request, index, mask),
         torch.zeros_like(index),
     )
-    return Windows(index, mask, marks, None, batch.candidate_request, length)
+    counts = batch.host_sizes.candidates
+    return Windows(index, mask, marks, None, batch.candidate_request, length, counts)
 
 
 def _ages(batch: RequestBatch, request_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
@@ -251,7 +253,7 @@ def all_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:
     """The ids of each behavior [N, most of a bag] and candidate [C, most], 0 after the last; N at least 1."""
     bags = batch.features[feature]
     lengths, offsets = bags.lengths().to(torch.int64), bags.offsets().to(torch.int64)
-    most = max(int(lengths.max()) if lengths.numel() else 0, 1)
+    most = max(batch.host_sizes.bags[batch.features.keys().index(feature)], 1)
     step = torch.arange(most, device=lengths.device)
     inside = step < lengths[:, None]
     values = F.pad(bags.values().to(torch.int64), (0, 1))

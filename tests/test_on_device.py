@@ -1,0 +1,240 @@
+"""All presets on a device that is not the CPU, as far as Python goes: see `tests.stand_in`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec.optim.fused import EmptyFusedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from tests.launching import ROOT
+from tests.logs import enrich, random_rows, write_log
+from tests.models import batch_of, model_of
+from tests.preset_steps import SMALL, small_config
+from tests.stand_in import CUDA, MixedDevices, OnDevice, StandIn, moved
+from tests.test_presets import PRESETS, preset_log
+from trainer.config import Config, load_config
+from trainer.data.batch import Clusters, RequestBatch
+from trainer.data.reader import Cursor, Step
+from trainer.distributed import Ranks
+from trainer.evaluation import _rows
+from trainer.model.union import most_kept
+from trainer.nonfinite import Guard
+from trainer.step import TrainStep, make_optimizer
+
+# Host waits of one training step that are left, the most of any preset in each file. Searches that rank
+# exactly and DIN's scorer ask how many rows are in doubt or how many candidates a window has.
+WAITS = {
+    "trainer/model/exact.py": 5,
+    "trainer/model/score.py": 2,
+    "trainer/model/search.py": 4,
+    "trainer/model/top.py": 2,
+    "trainer/model/windows.py": 2,
+    # The guard looks at its alarm.
+    "trainer/nonfinite.py": 1,
+}
+# Kernels that forward pass, loss and backward pass start, look-ups in plain tables among them.
+LAUNCHES = {
+    "best": 358,
+    "dare": 222,
+    "dare_paper": 309,
+    "dare_pointwise": 222,
+    "dare_search": 213,
+    "din": 193,
+    "dpe": 224,
+    "dsi_tin": 336,
+    "eta": 271,
+    "sdim": 147,
+    "sim_hard": 234,
+    "sim_soft": 346,
+    "stacked_tin": 298,
+    "td_sasrec": 232,
+    "tdpe": 260,
+    "tin": 188,
+    "twin": 763,
+    "twin_3e": 234,
+    "twin_4e": 246,
+    "twin_hard": 187,
+    "twin_no_tr": 205,
+    "twin_paper_dare": 210,
+    "twin_proj": 280,
+    "twin_v2": 651,
+}
+ADVICE = (
+    "If that is meant, say in the commit why it is worth it, and set LAUNCHES in tests/test_on_device.py to"
+)
+
+
+class Unsharded(nn.Module):
+    """A model in place of a sharded one, whose tables are weights like all others."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.fused_optimizer = module, EmptyFusedOptimizer()
+
+    def forward(self, batch: RequestBatch) -> Any:
+        return self.module(batch)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return preset_log(tmp_path_factory.mktemp("device") / "log")
+
+
+def made(config: Config, device: torch.device) -> tuple[TrainStep, Unsharded, RequestBatch]:
+    """A training step, its model, and a batch that is still on the host."""
+    # Reading clusters would need a log that has some.
+    data = config.data.model_copy(update={"clusters": False, "recent": 0})
+    batch = batch_of(config.model_copy(update={"data": data}))
+    batch = with_clusters(batch) if config.data.clusters else batch
+    return *steps_of(config, model_of(config), device), batch
+
+
+def steps_of(config: Config, model: nn.Module, device: torch.device) -> tuple[TrainStep, Unsharded]:
+    whole = Unsharded(model if device.type == "cpu" else moved(model)).train()
+    optimizer = make_optimizer(whole, config.train)  # type: ignore[arg-type]
+    guard = Guard(Ranks(0, 1, 1, device), Path())
+    return TrainStep(config, whole, optimizer, 1, guard), whole  # type: ignore[arg-type]
+
+
+def with_clusters(batch: RequestBatch) -> RequestBatch:
+    """Every other behavior stands for a cluster whose chunk ends with it."""
+    place = torch.arange(batch.behaviors)
+    clusters = Clusters(place % 2 * 3, batch.behavior_time, place + 1, batch.window_end)
+    return replace(batch, clusters=clusters, sizes=None)
+
+
+def on_device(batch: RequestBatch) -> RequestBatch:
+    """The batch as TorchRec's pipelines move it, its sizes known."""
+    assert batch.host_sizes
+    return batch.pin_memory().to(CUDA, non_blocking=True)
+
+
+def trained(step: TrainStep, batch: RequestBatch) -> Tensor:
+    """One training step -> its loss."""
+    step.begin(1, Step(batch, counted=True, after=Cursor()))
+    step.zero_grad()
+    loss, _ = step.forward(batch)
+    loss.backward()
+    return loss.detach()
+
+
+def by_file(waits: Counter[str]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for line, times in waits.items():
+        found[line.partition(":")[0]] += times
+    return found
+
+
+def too_many(waits: Counter[str]) -> list[str]:
+    """Lines in files that have more waits than are left."""
+    files = {name for name, times in by_file(waits).items() if times > WAITS.get(name, 0)}
+    return sorted(line for line in waits if line.partition(":")[0] in files)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    return tensor.inner if isinstance(tensor, OnDevice) else tensor
+
+
+def both(config: Config) -> tuple[list[int], StandIn, RequestBatch]:
+    """A step on the CPU and one on the device, alike -> of the latter: strides of look-ups, counts, batch."""
+    step, cpu, batch = made(config, torch.device("cpu"))
+    expected = trained(step, batch)
+    step.step()
+    strides: list[int] = []
+    with StandIn() as device:
+        step, whole, batch = made(config, CUDA)
+        for collection in whole.module.collections.values():  # type: ignore[union-attr,operator]
+            collection.register_forward_pre_hook(lambda _, given: note(given[0], strides))
+        batch = on_device(batch)
+        device.reset()
+        loss = trained(step, batch)
+        device.forward_and_backward = device.launches.total()
+        step.step()
+    assert torch.allclose(plain(loss), expected, atol=1e-6)
+    for (name, mine), theirs in zip(whole.named_parameters(), cpu.parameters(), strict=True):
+        assert torch.allclose(plain(mine), theirs, atol=1e-4), name
+    return strides, device, batch
+
+
+def note(bags: KeyedJaggedTensor, strides: list[int]) -> None:
+    # Else TorchRec would ask the device for it.
+    assert bags.length_per_key_or_none() is not None
+    strides.append(bags.stride())
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "twin_v2"])
+def test_a_step_mixes_no_devices_waits_for_nothing_and_is_that_of_the_cpu(preset: str, log: Path) -> None:
+    strides, device, _ = both(small_config(preset, log))
+    assert strides and not too_many(device.waits), device.waits
+    found, limit = device.forward_and_backward, LAUNCHES[preset]
+    assert found <= limit, f"{preset} starts {found} kernels, {limit} before. {ADVICE} {found}"
+
+
+def test_few_behaviors_are_looked_up_again_without_a_wait(log: Path) -> None:
+    """Where candidates keep less than their windows: as many for each batch of these sizes, not all."""
+    config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, "model.k=1"])
+    (first, second), device, batch = both(config)
+    assert not too_many(device.waits), device.waits
+    assert first == batch.behaviors + batch.candidates
+    assert second == most_kept(batch.host_sizes, [(0, 1)]) + batch.candidates < first
+
+
+def test_bags_of_several_ids_cost_one_wait(tmp_path: Path) -> None:
+    """Of what is looked up second, the host cannot know how many ids there are."""
+    log = write_log(tmp_path / "log", {"train": enrich(random_rows(3), 3)}, rich=True)
+    config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, "model.k=1"])
+    strides, device, batch = both(config)
+    assert not batch.host_sizes.one_id and strides[1] < strides[0]
+    assert by_file(device.waits)["embeddings/jagged.py"] == 1
+    del device.waits[next(line for line in device.waits if line.startswith("embeddings/jagged.py"))]
+    assert not too_many(device.waits), device.waits
+
+
+@pytest.mark.parametrize("preset", ["dare", "din", "td_sasrec", "twin_v2"])
+def test_scores_of_an_evaluation_leave_the_device_by_one_wait_each(preset: str, log: Path) -> None:
+    config = small_config(preset, log)
+    (_, cpu, batch), found = made(config, torch.device("cpu")), []
+    with torch.no_grad():
+        expected = _rows(batch, cpu.eval()(batch).logits)
+        with StandIn() as device:
+            _, whole, batch = made(config, CUDA)
+            batch = on_device(batch)
+            device.reset()
+            found = [part.cpu() for part in _rows(batch, whole.eval()(batch).logits)]
+    assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.equal(found[1], expected[1])
+    device.waits.subtract({line: 2 for line in device.waits if line.startswith("elsewhere")})
+    assert not too_many(+device.waits), device.waits
+
+
+def test_the_stand_in_finds_what_it_is_for() -> None:
+    with StandIn() as device:
+        part = torch.arange(4).pin_memory().to(CUDA, non_blocking=True)
+        assert part.device == CUDA and part.is_cuda and isinstance(part + 1, OnDevice)
+        assert not device.waits and device.launches.total() == 2
+        waiting: list[Callable[[], Any]] = [
+            lambda: int(part.sum()),
+            part.tolist,
+            part.cpu,
+            lambda: part[part > 1],
+            lambda: part[torch.tensor([1, 0])],
+            lambda: torch.nonzero(part),
+            lambda: torch.bincount(part),
+            lambda: torch.repeat_interleave(part),
+            lambda: torch.tensor([1, 2], device=CUDA),
+            lambda: torch.arange(4).to(CUDA, non_blocking=True),
+            lambda: torch.arange(4).pin_memory().to(CUDA),
+        ]
+        for number, wait in enumerate(waiting):
+            wait()
+            assert device.waits.total() == number + 1
+        with pytest.raises(MixedDevices, match=r"add at elsewhere: \[\(4,\)\]"):
+            part + torch.arange(4)
+        assert (part + torch.tensor(1)).tolist() == [1, 2, 3, 4]

@@ -1,0 +1,77 @@
+"""What stage two looks up: the behaviors that any branch kept, each once.
+
+How many these are is known only once they are found, and a host that asks a device waits for all that it has
+still to do. On a device the host uses a bound instead, and other behaviors fill up what is missing: the
+result is the same, for no candidate points at them and their gradient is zero, which leaves a row as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.data.sizes import Sizes
+from trainer.model.windows import Kept, Windows
+
+
+class Chosen(NamedTuple):
+    """Behaviors to look up.
+
+    Attributes:
+        behavior_S: int64 [S], each at most once; None: all of them, in their order.
+        place_N: int64 [N], where each of the batch's behaviors is among the former, N at least 1; whatever
+            lies within them for behaviors that nobody kept. None: behavior n is at n.
+    """
+
+    behavior_S: Tensor | None
+    place_N: Tensor | None
+
+
+def union_of(kept: Sequence[Kept | Windows], behaviors: int) -> Chosen:
+    """The behaviors that anything kept, ascending; asks the device how many. `behaviors`: N.
+
+    Places of behaviors that nobody kept are 0.
+    """
+    touched = touched_by(kept, behaviors)
+    place = torch.where(touched, torch.cumsum(touched, 0) - 1, 0)
+    return Chosen(torch.nonzero(touched[:behaviors]).squeeze(1), place)
+
+
+def padded_union(kept: Sequence[Kept | Windows], behaviors: int, bound: int) -> Chosen:
+    """The same followed by other behaviors, `bound` in all, without asking; `bound`: of `most_kept`."""
+    if bound >= behaviors:
+        return Chosen(None, None)
+    touched = touched_by(kept, behaviors)
+    # Stable: those that were kept come first, as many as they are, all in ascending order.
+    order = (~touched).to(torch.int8).sort(stable=True).indices
+    return Chosen(order[:bound], torch.where(touched, torch.cumsum(touched, 0) - 1, 0))
+
+
+def touched_by(kept: Sequence[Kept | Windows], behaviors: int) -> Tensor:
+    """Which behaviors anything kept: bool [N], at least 1."""
+    behaviors = max(behaviors, 1)
+    # Padding marks one more place, so that no mask has to be counted; all write the same value.
+    touched = torch.zeros(behaviors + 1, dtype=torch.bool, device=kept[0].index.device)
+    for each in kept:
+        touched.index_fill_(0, torch.where(each.mask, each.index, behaviors).flatten(), True)
+    return touched[:behaviors]
+
+
+def most_kept(sizes: Sizes, branches: Iterable[tuple[int, int | None]]) -> int:
+    """At least as many as the behaviors that all branches keep together, known without looking at any.
+
+    Args:
+        branches: of each, the newest behaviors of a request that it looks at (0 = all), and how many of them
+            a candidate keeps at most; None: whole windows are kept, with candidates or without.
+    """
+    total, branches = 0, list(branches)
+    for window, candidates in zip(sizes.windows, sizes.candidates, strict=True):
+        mine = 0
+        for newest, k in branches:
+            seen = min(window, newest or window)
+            mine += seen if k is None else min(seen, candidates * k)
+        total += min(window, mine)
+    return total
