@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -23,16 +22,29 @@ def _bytes(kind: str) -> int:
     return 4 if kind == "fp32" else 2
 
 
+# Everything but the exponent of a float64.
+_EXPONENT = 0x7FF << 52
+
+
 @dataclass
 class GradientScale:
-    """What gradients are multiplied with while they travel in fp16; all ranks must have the same."""
+    """What gradients are multiplied with while they travel in fp16; all ranks must have the same.
 
-    value: float = _LARGEST_SCALE
+    Attributes:
+        value: a power of two, scalar; a tensor on the device of the gradients once it has been fitted.
+    """
 
-    def fit(self, largest: float) -> None:
-        """Take the largest power of two that clips no gradient; `largest`: of the step, over all ranks."""
-        room = HALF_MAX / largest if largest else _LARGEST_SCALE
-        self.value = min(_LARGEST_SCALE, 2.0 ** math.floor(math.log2(room)))
+    value: float | Tensor = _LARGEST_SCALE
+
+    def fit(self, largest: Tensor) -> None:
+        """Take the largest power of two that clips no gradient; nothing waits for the device.
+
+        Args:
+            largest: scalar, the largest gradient of the step over all ranks, by size; finite.
+        """
+        room = (HALF_MAX / largest.double()).clamp(max=_LARGEST_SCALE)
+        # Without its other bits a float is the power of two at or below it.
+        self.value = (room.view(torch.int64) & _EXPONENT).view(torch.float64).to(largest.dtype)
 
 
 @dataclass(frozen=True)

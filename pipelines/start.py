@@ -27,6 +27,7 @@ from trainer.assemble import (
     resolve_groups,
 )
 from trainer.config import Config
+from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks, sum_counts
@@ -247,4 +248,5 @@ def open_split(
         seed=seed,
         share=sum_counts,
         together=unhurried,
+        prepare=pinning(ranks.device),
     )

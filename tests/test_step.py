@@ -18,7 +18,7 @@ from trainer.config import load_config
 from trainer.data.files import RowGroup
 from trainer.data.reader import Cursor, Step
 from trainer.distributed import Ranks, process_group
-from trainer.nonfinite import Gradients, Guard, _listed
+from trainer.nonfinite import Gradients, Guard, _listed, dense_norm
 from trainer.schedule import Schedule, dense_schedule, table_schedule
 from trainer.sections import TrainConfig
 from trainer.step import RateSetter, make_optimizer
@@ -103,7 +103,9 @@ def test_a_norm_that_overflows_is_no_alarm(tmp_path: Path) -> None:
     step = Step(None, True, Cursor())  # type: ignore[arg-type] # not looked at
     large = {"a": torch.tensor([3e30]), "b": torch.tensor([4e30])}
     with process_group():
-        assert float(guard.norm(1, step, Gradients(torch.zeros(()), large, large))) == pytest.approx(5e30)
+        guard.judge(guard.check(1, step, Gradients(torch.zeros(()), large, large)))
+        for wait in (True, False):
+            assert float(dense_norm(list(large.values()), wait)) == pytest.approx(5e30)
         assert not list(tmp_path.iterdir())
 
 

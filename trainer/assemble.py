@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embeddings.caches import with_prefetch
 from embeddings.collections import make_collection
 from embeddings.comms import Comms
 from embeddings.errors import ConfigError
@@ -169,6 +170,9 @@ def build_sharded(
         plan, origin = read_plan(Path(config.plan.file), task), ""
     else:
         plan, origin = _plan(config, task, resumed)
+    if training:
+        plan, line = _fit_caches(plan, config.train.pipeline == "prefetch", model)
+        origin = "\n".join(filter(None, (origin, line)))
     sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, task.comms)
     return Sharded(sharded, groups, placements(plan, groups.values()), plan, origin)
 
@@ -190,6 +194,22 @@ def _plan(config: Config, task: Task, resumed: Found | None) -> tuple[SavedPlan,
         reason, _, _ = str(problem).rpartition("; ")
         return make_plan(task), f"{reason}; tables are placed anew"
     return kept, f"tables lie as in {where}"
+
+
+def _fit_caches(saved: SavedPlan, ahead: bool, model: TwoStageModel) -> tuple[SavedPlan, str]:
+    """The plan with caches that are filled ahead, or with none of these, and a line where that is a change.
+
+    A plan file or checkpoint may have been made for a run with another `train.pipeline`.
+
+    Args:
+        ahead: `train.pipeline` fills the caches of whatever is looked up before the search.
+    """
+    modules = [f"collections.{group}" for group in model.collections if group not in model.late]
+    plan, changed = with_prefetch(saved.plan, modules if ahead else [])
+    if not changed:
+        return saved, ""
+    how = "filled ahead of their batch" if ahead else "no longer filled ahead of their batch"
+    return replace(saved, plan=plan), f"train.pipeline: caches are {how}: {', '.join(changed)}"
 
 
 def plan_task(

@@ -2,45 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.agreement import from_rank_0
 from trainer.data.batch import RequestBatch
-from trainer.data.reader import SequenceLogReader
+from trainer.data.reader import SequenceLogReader, Step
 from trainer.distributed import gather_rows
+from trainer.host_copy import Unloading
 from trainer.metrics import Metrics
 from trainer.model.windows import places_in_groups
 from trainer.scored import KEYS, Scored
 
+# Batches whose scores are on their way to the host at a time.
+_UNDER_WAY = 8
+
 
 @torch.no_grad()
-def score_split(model: nn.Module, reader: SequenceLogReader, device: torch.device) -> Scored:
+def score_split(
+    model: nn.Module, reader: SequenceLogReader, device: torch.device, pipelined: bool | None = None
+) -> Scored:
     """Score every candidate of the reader's split once; collective.
+
+    Args:
+        pipelined: a batch is copied to the device, and its ids travel, while another one is scored; None: a
+            sharded model on CUDA.
 
     Returns:
         On rank 0 all candidates in the order of their names, the same whatever the number of ranks; on the
         others none. They lie in main memory: 8 bytes a task and candidate, 40 more for the names.
     """
+    if pipelined is None:
+        pipelined = device.type == "cuda" and isinstance(model, DistributedModelParallel)
     was_training = model.training
     model.eval()
-    parts = []
+    # Off the device at once: a split may be larger than its memory.
+    values, keys = Unloading(_UNDER_WAY), Unloading(_UNDER_WAY)
     with closing(reader.steps()) as steps:
-        for step in steps:
-            batch = step.batch.to(device)
-            score = model(batch).logits.sigmoid()
-            if step.counted:
-                # Off the device at once: a split may be larger than its memory.
-                parts.append(tuple(part.cpu() for part in _rows(batch, score)))
+        scored = _pipelined(model, steps, device) if pipelined else _one_by_one(model, steps, device)
+        with closing(scored):
+            for step, batch, score in scored:
+                if step.counted:
+                    value, key = _rows(batch, score)
+                    values.add(value)
+                    keys.add(key)
     model.train(was_training)
     no_values, no_keys = torch.zeros(0, 2 * len(reader.columns.tasks)), torch.zeros(0, len(KEYS)).long()
-    values = gather_rows(torch.cat([no_values, *(row for row, _ in parts)]))
-    keys = gather_rows(torch.cat([no_keys, *(key for _, key in parts)]))
-    return _scored(values, keys, reader.columns.tasks).in_order()
+    all_values = gather_rows(torch.cat([no_values, *values.all()]))
+    all_keys = gather_rows(torch.cat([no_keys, *keys.all()]))
+    return _scored(all_values, all_keys, reader.columns.tasks).in_order()
+
+
+# A step, its batch on the device, and the scores [C, T] there.
+_Scores = Generator[tuple[Step, RequestBatch, Tensor], None, None]
+
+
+def _one_by_one(model: nn.Module, steps: Iterable[Step], device: torch.device) -> _Scores:
+    for step in steps:
+        batch = step.batch.to(device, non_blocking=True)
+        yield step, batch, model(batch).logits.sigmoid()
+
+
+def _pipelined(model: nn.Module, steps: Iterable[Step], device: torch.device) -> _Scores:
+    """By the pipeline that trains, which only scores while the model is in eval mode.
+
+    TorchRec's own `EvalPipelineSparseDist` (version 1.8) drops what the model returns first, starts the
+    exchange of the first batch twice, and reads in a thread that goes on after some errors.
+    """
+    ahead: deque[Step] = deque()
+
+    def read() -> Iterator[RequestBatch]:
+        for step in steps:
+            ahead.append(step)
+            yield step.batch
+
+    def forward(batch: RequestBatch) -> tuple[Tensor, tuple[RequestBatch, Tensor]]:
+        score = model(batch).logits.sigmoid()
+        # In the place of the loss, which nobody looks at in eval mode.
+        return score, (batch, score)
+
+    pipeline: Any = TrainPipelineSparseDist(
+        model, None, device, custom_model_fwd=forward, pipeline_postproc=False
+    )
+    batches = read()
+    try:
+        while True:
+            try:
+                batch, score = pipeline.progress(batches)
+            except StopIteration:
+                return
+            yield ahead.popleft(), batch, score
+    finally:
+        pipeline.detach()
 
 
 def shared_metrics(scored: Scored) -> dict[str, Metrics]:

@@ -22,7 +22,7 @@ from trainer.early_stopping import Best
 from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics, entry_of, one_line
 from trainer.nonfinite import Guard
-from trainer.pipeline import Pipeline
+from trainer.pipeline import Pipeline, remark_on
 from trainer.progress import Progress
 from trainer.reshard import check_reshardable
 from trainer.resume import check_same_order
@@ -87,6 +87,8 @@ class Trainer:
         self.schedules = dense_schedule(config.train, steps), table_schedule(config.train, steps)
         step = TrainStep(config, model, self.optimizer, ranks.world_size, Guard(ranks, folder.path))
         self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
+        if remark := remark_on(config.train.pipeline, self.pipeline):
+            say(remark)
         self.at = Position()
         self.metrics_of_validation: dict[str, Metrics] | None = None  # of every task
         self._best_metrics: dict[str, Metrics] | None = None
@@ -141,7 +143,9 @@ class Trainer:
         with (
             closing(self.train_reader.steps(self.at.cursor)) as steps,
             # A pipeline reads ahead, but not beyond the last step.
-            closing(self.pipeline.train(islice(steps, left), self._begin_step)) as trained,
+            closing(
+                self.pipeline.train(islice(steps, left), self._begin_step, self._to_validation)
+            ) as trained,
         ):
             for step, loss in trained:
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
@@ -165,6 +169,11 @@ class Trainer:
         """Set the next step's learning rates; returns its number."""
         self.rates.set(*self._rate_factors())
         return self.at.step + 1
+
+    def _to_validation(self) -> int | None:
+        """Steps until tables are looked up for something else than training; None = the whole epoch."""
+        every = self.config.train.validate_every
+        return every - self.at.step % every if every and self.validation_reader is not None else None
 
     def _rate_factors(self) -> tuple[float, float]:
         """Of dense weights and of tables, see `trainer.schedule`."""
@@ -203,6 +212,7 @@ class Trainer:
         meter = self.meter
         if meter.candidates == 0:
             return
+        self.pipeline.settle()
         wall, cpu = meter.clock.take()
         self.at.wall_s, self.at.cpu_s = self.at.wall_s + wall, self.at.cpu_s + cpu
         mean = float(sum_over_ranks(meter.loss)) / meter.candidates
@@ -291,6 +301,7 @@ class Trainer:
         return {"model": self.model.state_dict(), "optim": self.optimizer.state_dict()}
 
     def _save(self) -> None:
+        self.pipeline.settle()
         self._report()
         self._best_due = False
         state = {

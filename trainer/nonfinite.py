@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,10 +22,12 @@ from embeddings.comms import HALF_MAX
 from embeddings.errors import DataError
 from trainer.data.files import RowGroup
 from trainer.data.reader import Step
-from trainer.distributed import Ranks, sum_over_ranks
+from trainer.distributed import Ranks
 from trainer.durable import replacing
+from trainer.host_copy import HostCopy
 from trainer.recorded import pack
 
+Answer = TypeVar("Answer")
 # Names in a message; the batch that is kept says more.
 _SHOWN = 3
 
@@ -43,12 +47,50 @@ class Gradients:
     dense: Mapping[str, Tensor]
     halves: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def local_problems(self) -> list[str]:
-        """What is not finite and comes from this rank's batch alone."""
-        found = [] if _finite(self.loss) else [f"the loss ({float(self.loss)})"]
-        bad = [group for group, gradient in self.vectors.items() if not _finite(gradient)]
+    @torch.no_grad()
+    def sizes(self) -> Tensor:
+        """The loss, then the largest number of each part, without its sign: float32 [1 + parts].
+
+        The parts are those of `vectors`, `halves` and `dense`. What is not finite in a part shows in its
+        size. A part without numbers has size 0. Nothing waits for the device.
+        """
+        parts = [*self.vectors.values(), *self.halves.values(), *self.dense.values()]
+        full = [part for part in parts if part.numel()]
+        # As torch's own clipping of gradients does it: a few kernels for all parts together.
+        sizes = iter(torch._foreach_norm(full, math.inf) if full else ())
+        zero = torch.zeros_like(self.loss)
+        return torch.stack([self.loss, *(next(sizes) if part.numel() else zero for part in parts)])
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A step after its check, whose answer may not have reached the host yet.
+
+    Attributes:
+        number, step: which step it is, for the message.
+        groups, halves, dense: names of the parts whose sizes were taken.
+        alarm: float32 scalar on the device, the same on all ranks: 1 where something is not finite, else 0.
+        largest: scalar on the device, the same on all ranks: the largest gradient of a looked-up vector, by
+            size, 0 where that is not finite; None where nobody asked for it.
+        copy: this rank's alarm, then `Gradients.sizes`.
+    """
+
+    number: int
+    step: Step
+    groups: tuple[str, ...]
+    halves: tuple[str, ...]
+    dense: tuple[str, ...]
+    alarm: Tensor
+    largest: Tensor | None
+    copy: HostCopy
+
+    def local_problems(self, sizes: Sequence[float]) -> list[str]:
+        """What is not finite and comes from this rank's batch alone; `sizes`: of `Gradients.sizes`."""
+        loss, of_groups, of_halves, _ = self._split(sizes)
+        found = [] if math.isfinite(loss) else [f"the loss ({loss})"]
+        bad = [group for group, size in of_groups.items() if not math.isfinite(size)]
         found += [f"the gradient of group {group}" for group in bad]
-        clipped = [group for group, vectors in self.halves.items() if _reaches(vectors, HALF_MAX)]
+        clipped = [group for group, size in of_halves.items() if size >= HALF_MAX]
         return [
             *found,
             *(
@@ -57,11 +99,22 @@ class Gradients:
             ),
         ]
 
-    def shared_problems(self) -> list[str]:
+    def shared_problems(self, sizes: Sequence[float]) -> list[str]:
         """What is not finite in the average over ranks."""
-        bad = [_plain(name) for name, gradient in self.dense.items() if not _finite(gradient)]
+        of_dense = self._split(sizes)[3]
+        bad = [_plain(name) for name, size in of_dense.items() if not math.isfinite(size)]
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         return [f"the gradient of {', '.join(bad[:_SHOWN])}{more}"] if bad else []
+
+    def _split(
+        self, sizes: Sequence[float]
+    ) -> tuple[float, dict[str, float], dict[str, float], dict[str, float]]:
+        """The loss, and the sizes of groups, halves and dense weights by their names."""
+        rest = iter(sizes[1:])
+        groups, halves, dense = (
+            {name: next(rest) for name in names} for names in (self.groups, self.halves, self.dense)
+        )
+        return sizes[0], groups, halves, dense
 
 
 @dataclass(frozen=True)
@@ -70,72 +123,78 @@ class Guard:
 
     Attributes:
         ranks: this rank's place; folder: where the batch of a bad step is kept.
+        late: the host reads the answer to a check one step later, and the device itself leaves everything as
+            it was where the answer is bad; None: on CUDA, where the host would wait for the device.
     """
 
     ranks: Ranks
     folder: Path
+    late: bool | None = None
 
-    def norm(self, number: int, step: Step, found: Gradients) -> Tensor:
-        """The global norm of the dense gradients; collective.
+    @property
+    def reads_late(self) -> bool:
+        return self.ranks.device.type == "cuda" if self.late is None else self.late
+
+    @torch.no_grad()
+    def check(self, number: int, step: Step, found: Gradients, largest: bool = False) -> Checked:
+        """Look whether a step is finite, without waiting for the device; collective.
 
         Args:
             number, step: which step this is, for the message.
+            largest: find the largest gradient of a looked-up vector, too.
+        """
+        sizes, groups, halves = found.sizes(), len(found.vectors), len(found.halves)
+        # Of a NaN this is false, too.
+        bad = ~(sizes.abs() < math.inf).all()
+        if halves:
+            bad = bad | (sizes[1 + groups : 1 + groups + halves] >= HALF_MAX).any()
+        shared = bad.to(sizes.dtype)[None]
+        if largest:
+            # What is not finite is left out: NCCL does not say what becomes of a NaN in a maximum.
+            gradients = sizes[1 : 1 + groups]
+            gradients = torch.where(gradients < math.inf, gradients, 0.0)
+            shared = torch.cat(
+                [shared, gradients.amax(0, keepdim=True) if groups else torch.zeros_like(shared)]
+            )
+        if self.ranks.world_size > 1:
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+        names = tuple(found.vectors), tuple(found.halves), tuple(found.dense)
+        copy = HostCopy(torch.cat([shared[:1], sizes]))
+        return Checked(number, step, *names, shared[0], shared[1] if largest else None, copy)
+
+    def judge(self, checked: Checked) -> None:
+        """Stop where a checked step is not finite; waits for the answer, collective where it is bad.
 
         Raises:
             DataError: something is not finite on some rank. All ranks raise it; it names the ranks, what is
                 not finite there, and the files of their batches, which are kept in the folder.
         """
-        dense = list(found.dense.values())
-        norm = get_total_norm(dense) if dense else torch.zeros_like(found.loss)
-        vectors = list(found.vectors.values())
-        sizes = torch.stack([found.loss, norm, get_total_norm(vectors) if vectors else norm])
-        clipped = [
-            torch.where(part.abs().amax() < HALF_MAX, 0.0, torch.inf)
-            for part in found.halves.values()
-            if part.numel()
-        ]
-        sizes = torch.cat([sizes, torch.stack(clipped)]) if clipped else sizes
-        # What is not finite in a tensor shows in its norm.
-        alarm = (~torch.isfinite(sizes).all()).to(torch.int64)
-        if int(sum_over_ranks(alarm) if self.ranks.world_size > 1 else alarm):
-            self._stop(number, step, found)
-            # Only the squares were too large.
-            norm = get_total_norm([gradient.double() for gradient in dense]) if dense else norm
-        return norm
-
-    def largest(self, parts: Sequence[Tensor]) -> float:
-        """The largest number of some tensors on any rank, by size; collective."""
-        sizes = [part.abs().amax() for part in parts if part.numel()]
-        largest = torch.stack(sizes).amax() if sizes else torch.zeros((), device=self.ranks.device)
-        if self.ranks.world_size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return float(largest)
-
-    def _stop(self, number: int, step: Step, found: Gradients) -> None:
-        """Raise on all ranks, or on none where the alarm was false; collective."""
-        bad = torch.zeros(self.ranks.world_size, dtype=torch.int64, device=found.loss.device)
-        problems = found.local_problems()
-        bad[self.ranks.rank] = len(problems)
-        if not int(sum_over_ranks(bad).sum()):
+        alarm, *sizes = checked.copy.wait().tolist()
+        if not alarm:
+            return
+        problems = checked.local_problems(sizes)
+        if not any(self._everyone(lambda: bool(problems))):
             # It shows in the average only, so that any rank's batch may be the cause.
-            problems = found.shared_problems()
+            problems = checked.shared_problems(sizes)
 
         def told() -> str:
             if not problems:
                 return ""
-            kept = self._keep(number, step, problems)
-            place = f"its batch {kept} and came from {_listed(step.sources)}"
+            kept = self._keep(checked.number, checked.step, problems)
+            place = f"its batch {kept} and came from {_listed(checked.step.sources)}"
             return f"rank {self.ranks.rank}: {', '.join(problems)} ({place})"
 
-        answers = from_every_rank(told) if self.ranks.world_size > 1 else [told()]
-        lines = [line for line in answers if line]
-        if lines:
-            more = f"; and {len(lines) - _SHOWN} more ranks" if len(lines) > _SHOWN else ""
-            raise DataError(
-                f"step {number} is not finite on {'; '.join(lines[:_SHOWN])}{more}. No weight was "
-                "changed and nothing saved; look at labels, weights and numbers of the batch, or lower the "
-                "learning rates"
-            )
+        lines = [line for line in self._everyone(told) if line]
+        more = f"; and {len(lines) - _SHOWN} more ranks" if len(lines) > _SHOWN else ""
+        raise DataError(
+            f"step {checked.number} is not finite on {'; '.join(lines[:_SHOWN])}{more}. No weight was "
+            "changed and nothing saved; look at labels, weights and numbers of the batch, or lower the "
+            "learning rates"
+        )
+
+    def _everyone(self, compute: Callable[[], Answer]) -> list[Answer]:
+        """What each rank computes, on every rank; collective."""
+        return from_every_rank(compute) if self.ranks.world_size > 1 else [compute()]
 
     def _keep(self, number: int, step: Step, problems: Sequence[str]) -> str:
         """Keep the batch as a safetensors file; returns where it is."""
@@ -161,12 +220,18 @@ class Guard:
         return f"is kept in {path}"
 
 
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+def dense_norm(gradients: list[Tensor], wait: bool) -> Tensor:
+    """L2 norm of all gradients together, also where their squares overflow.
 
-
-def _reaches(tensor: Tensor, limit: float) -> bool:
-    return bool((tensor.abs() >= limit).any())
+    Args:
+        wait: the host may wait for the device, and so find the exact norm only where it is needed.
+    """
+    norm = get_total_norm(gradients)
+    if wait and bool(torch.isfinite(norm)):
+        return norm
+    # Only the squares were too large.
+    exact = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)))
+    return exact if wait else torch.where(torch.isfinite(norm), norm, exact.to(norm.dtype))
 
 
 def _plain(name: str) -> str:

@@ -2,6 +2,11 @@
 
 Pipelines copy a later batch to the device and exchange its ids while the present one is computed. They read
 ahead, so what a batch is (`trainer.data.reader.Step`, with its cursor) is kept beside it until it is trained.
+
+Where something else is to use the tables after a given step, such as a validation, `Pipeline.train` is told
+so before: the pipeline then reads no batch beyond that step, and begins anew after it. Where FBGEMM has
+filled a cache for a batch, the next lookup takes the places of that batch's rows, whatever it looks up (see
+`prefetch` in split_table_batched_embeddings_ops_training.py). So no such batch may wait during a validation.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +23,7 @@ from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
+from embeddings.caches import fills_caches, forget_prefetched
 from embeddings.errors import ConfigError
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
@@ -33,7 +40,8 @@ class PlainLoop:
 
     def progress(self, batches: Iterator[RequestBatch]) -> Tensor:
         """Raises StopIteration after the last batch."""
-        batch = next(batches).to(self._device)
+        # On CUDA the reader has pinned the batch, and only then the host does not wait for its copy.
+        batch = next(batches).to(self._device, non_blocking=True)
         self._step.zero_grad()
         # The names that TorchRec's pipelines give these ranges.
         with record_function("## forward ##"):
@@ -56,7 +64,8 @@ class Pipeline:
     def __init__(
         self, kind: str, model: DistributedModelParallel, step: TrainStep, device: torch.device
     ) -> None:
-        self.kind, self._step, self._device = kind_for(kind, device), step, device
+        self.kind = kind_for(kind, device, fills_caches(model.plan))
+        self._step, self._device, self._model = step, device, model
         self._ahead: deque[Step] = deque()
         self._number = 0
         self._inner: Any
@@ -71,7 +80,10 @@ class Pipeline:
             )
 
     def train(
-        self, steps: Iterable[Step], begin: Callable[[], int]
+        self,
+        steps: Iterable[Step],
+        begin: Callable[[], int],
+        until: Callable[[], int | None] = lambda: None,
     ) -> Generator[tuple[Step, Tensor], None, None]:
         """Train the steps in order; gives each with this rank's part of its loss' sum once it is trained.
 
@@ -79,42 +91,64 @@ class Pipeline:
 
         Args:
             begin: called before each step, to set learning rates for instance; returns the step's number.
+            until: called where nothing is read ahead; returns after how many steps that is to be so again,
+                at least 1, or None for the end of the steps.
+
+        Raises:
+            DataError: a step is not finite, see `TrainStep.step`. Where the guard reads late, also once the
+                steps are over or the consumer stops.
         """
-        batches = self._read(steps)
+        ordered = iter(steps)
         try:
-            while True:
-                self._number = begin()
-                try:
-                    loss = self._inner.progress(batches)
-                except StopIteration:
-                    return
-                yield self._ahead.popleft(), loss
+            trained = True
+            while trained:
+                trained, batches = False, self._read(islice(ordered, until()))
+                while True:
+                    self._number = begin()
+                    try:
+                        loss = self._inner.progress(batches)
+                    except StopIteration:
+                        break
+                    trained = True
+                    yield self._ahead.popleft(), loss
+            self._step.settle()
+        except GeneratorExit:
+            self._step.settle()
+            raise
         finally:
             self._finish()
+
+    def settle(self) -> None:
+        """Raise DataError where the last step was not finite and that was not said yet; see `TrainStep`."""
+        self._step.settle()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Give the model its own forward pass back for a while, to evaluate it in the middle of training."""
+        self._step.settle()
         if self.kind == "none":
             yield
             return
+        if self.kind == "prefetch" and self._ahead:
+            raise RuntimeError("caches hold rows of batches to come; tell Pipeline.train when to pause")
         self._inner.detach()
         try:
             yield
         finally:
+            if self.kind == "prefetch":
+                forget_prefetched(self._model)
             # The next batch's ids have been exchanged already: only forward passes are replaced again.
             self._inner.attach(sparse_dist=False)
 
     def _read(self, steps: Iterable[Step]) -> Iterator[RequestBatch]:
-        pin, ordered = self._device.type == "cuda", iter(steps)
+        ordered = iter(steps)
         while True:
             with record_function("## read ##"):
                 step = next(ordered, None)
                 if step is None:
                     return
-                batch = step.batch.pin_memory() if pin else step.batch
             self._ahead.append(step)
-            yield batch
+            yield step.batch
 
     def _forward(self, batch: RequestBatch) -> tuple[Tensor, Tensor]:
         # Batches are trained in the order in which they were read.
@@ -127,12 +161,14 @@ class Pipeline:
         if self.kind != "none":
             self._inner.detach()
             self._inner.reset()
+            if self.kind == "prefetch":
+                forget_prefetched(self._model)
             # With nothing in flight this only has the next batch traced anew.
             self._inner.attach()
 
 
-def kind_for(kind: str, device: torch.device) -> str:
-    """What `train.pipeline` means on a device.
+def kind_for(kind: str, device: torch.device, caches: bool = True) -> str:
+    """What `train.pipeline` means on a device; `caches`: some table has a cache that can be filled ahead.
 
     Raises:
         ConfigError: it needs CUDA.
@@ -144,4 +180,14 @@ def kind_for(kind: str, device: torch.device) -> str:
             f'train.pipeline = "prefetch" fills caches of device memory, which {device.type} has not; '
             'use "none" or "sparse_dist"'
         )
-    return kind
+    return "sparse_dist" if kind == "prefetch" and not caches else kind
+
+
+def remark_on(kind: str, pipeline: Pipeline) -> str:
+    """What a user should know who asked for one kind of pipeline and got another; else empty."""
+    if kind != "prefetch" or pipeline.kind == kind:
+        return ""
+    return (
+        f'train.pipeline = "prefetch" has no cache to fill, so that "{pipeline.kind}" is used: no table that '
+        'is looked up before the search has the kernel "fused_uvm_caching" (see plan.allow_unified_memory)'
+    )

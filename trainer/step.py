@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,62 @@ from trainer.data.reader import Step
 from trainer.loss import loss_sum, rank_loss
 from trainer.model.lookups import Cut
 from trainer.model.two_stage import Prediction, TwoStageModel
-from trainer.nonfinite import Gradients, Guard
+from trainer.nonfinite import Checked, Gradients, Guard, dense_norm
 from trainer.sections import TrainConfig
 
 
-def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
-    """The fused optimizers of the tables and one for everything dense, as one."""
+class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]
+    """Adam of the dense weights, by their names.
+
+    Args:
+        fused: PyTorch's kernel that updates all weights at once and can leave a step out by itself.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, nn.Parameter],
+        make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
+        fused: bool,
+    ) -> None:
+        self.fused = fused
+        super().__init__(weights, make)
+
+    def skip_where(self, alarm: Tensor) -> None:
+        """The next step changes nothing where `alarm`, float32 scalar on the device, is 1 and not 0.
+
+        `torch.amp.GradScaler` tells fused optimizers so in the same way (torch 2.13, optim/adam.py): weights
+        and moments stay as they are, and the step does not count.
+        """
+        self._optimizer.found_inf = alarm
+
+
+def make_optimizer(
+    model: DistributedModelParallel, config: TrainConfig, fused: bool | None = None
+) -> CombinedOptimizer:
+    """The fused optimizers of the tables and one for everything dense, as one.
+
+    Args:
+        fused: whether the dense one is PyTorch's fused kernel; None: where all dense weights lie on CUDA. Its
+            state has the names, shapes and types of the other's, so that checkpoints fit both.
+    """
+    weights = dense_weights(model)
+    if fused is None:
+        fused = all(weight.device.type == "cuda" for weight in weights.values())
 
     def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         if config.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=0.0)
+            return torch.optim.Adam(parameters, lr=0.0, fused=fused or None)
         # Biases, scales and slopes are not decayed: zero is nothing they should be drawn to.
         matrices = [parameter for parameter in parameters if parameter.dim() > 1]
         others = [parameter for parameter in parameters if parameter.dim() <= 1]
         groups = [(matrices, config.weight_decay), (others, 0.0)]
         return torch.optim.AdamW(
-            [{"params": chosen, "weight_decay": decay} for chosen, decay in groups if chosen], lr=0.0
+            [{"params": chosen, "weight_decay": decay} for chosen, decay in groups if chosen],
+            lr=0.0,
+            fused=fused or None,
         )
 
-    dense = KeyedOptimizerWrapper(dense_weights(model), make)
+    dense = DenseOptimizer(weights, make, fused)
     # The state is created by a first step; a checkpoint loaded before it would silently miss it. That step
     # must not decay any weight, so it is done at rate 0, nor count for the correction of the moments' bias:
     # the first true step would be taken for the second, and be 0.744 of what it should be.
@@ -81,7 +118,7 @@ class TrainStep:
     Args:
         model: sharded; optimizer: of `make_optimizer`; world_size: ranks.
         guard: stops the run where something is not finite; None: no check, no cut and no clipping, for
-            measuring what these cost.
+            measuring what these cost. One that reads late needs the fused dense optimizer.
     """
 
     def __init__(
@@ -105,6 +142,11 @@ class TrainStep:
         self._current: tuple[int, Step] | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
+        self._unread: Checked | None = None
+        parts = [part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer)]
+        (self._dense_optimizer,) = parts
+        if guard is not None and guard.reads_late and not self._dense_optimizer.fused:
+            raise ValueError("a guard that reads late needs make_optimizer(..., fused=True)")
 
     def begin(self, number: int, step: Step) -> None:
         """The next forward pass is of this step, whose number is for messages."""
@@ -137,12 +179,25 @@ class TrainStep:
         """Update all weights, or none.
 
         Raises:
-            DataError: the loss or a gradient is not finite on some rank; raised on all ranks.
+            DataError: the loss or a gradient is not finite on some rank; raised on all ranks. A guard that
+                reads late raises it in the next step, before that changes anything, or in `settle`.
         """
         if self._guard is not None:
             self._check_and_update_tables(self._guard)
         with record_function("## optimizer ##"):
             self._optimizer.step()
+
+    def settle(self) -> None:
+        """Read the answer to the last step's check, where the guard has not done so; collective if it is bad.
+
+        Called before anything is made of a step: its loss reported, its weights measured or saved.
+
+        Raises:
+            DataError: that step is not finite.
+        """
+        checked, self._unread = self._unread, None
+        if checked is not None:
+            self._judge(checked)
 
     def _predict(self, batch: RequestBatch) -> Prediction:
         bf16 = self._config.precision == "bf16"
@@ -161,19 +216,43 @@ class TrainStep:
     def _checked(self, guard: Guard, cuts: list[Cut]) -> list[Tensor]:
         """Clip the dense gradients where asked to; -> gradients of what was cut, all finite."""
         assert self._current is not None
-        number, step = self._current
+        self.settle()
         dense = {name: weight.grad for name, weight in self._dense.items() if weight.grad is not None}
         sent = {cut.group: cut.outside.detach() for cut in cuts} if self._comms.forward == "fp16" else {}
         found = Gradients(self._loss, {cut.group: cut.gradient() for cut in cuts}, dense, sent)
+        checked = guard.check(*self._current, found, largest=self._comms.backward == "fp16")
+        vectors = list(found.vectors.values())
+        if guard.reads_late:
+            self._unread, vectors = checked, self._without_effect_where(checked.alarm, vectors)
+        else:
+            self._judge(checked)
+        if checked.largest is not None:
+            self._comms.scale.fit(checked.largest)
+        if self._config.max_gradient_norm and dense:
+            norm = dense_norm(list(dense.values()), wait=not guard.reads_late)
+            limit = self._config.max_gradient_norm
+            torch.nn.utils.clip_grads_with_norm_(list(self._dense.values()), limit, norm)
+        return vectors
+
+    def _without_effect_where(self, alarm: Tensor, vectors: list[Tensor]) -> list[Tensor]:
+        """Have the device leave everything as it was where the alarm is 1; -> gradients of what was cut.
+
+        Rows stay as they are under gradients of zero, and so do their accumulators, by each of the row
+        optimizers there is. A product with zero would not do: zero times NaN is NaN.
+        """
+        bad = alarm > 0
+        for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
+            buffer.copy_(torch.where(bad, before, buffer))
+        self._dense_optimizer.skip_where(alarm)
+        return [torch.where(bad, 0.0, gradient) for gradient in vectors]
+
+    def _judge(self, checked: Checked) -> None:
+        """Raise where a checked step is not finite, with the running statistics as they were before it."""
+        assert self._guard is not None
         try:
-            norm = guard.norm(number, step, found)
+            self._guard.judge(checked)
         except DataError:
+            # A guard that reads late may have seen the forward pass of one more step, which changes them.
             for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
                 buffer.copy_(before)
             raise
-        if self._comms.backward == "fp16":
-            self._comms.scale.fit(guard.largest(list(found.vectors.values())))
-        if self._config.max_gradient_norm:
-            limit = self._config.max_gradient_norm
-            torch.nn.utils.clip_grads_with_norm_(list(self._dense.values()), limit, norm)
-        return list(found.vectors.values())

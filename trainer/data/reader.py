@@ -89,6 +89,8 @@ class SequenceLogReader:
         seed: of the shuffle; None reads in stored order.
         share: sums an array over all ranks; needed with several ranks where bad row groups are skipped.
         together: a block that ranks leave together, however long it takes some: each checks files of its own.
+        prepare: what is done last to every batch, where it was read: in a thread where `config.prefetch` is
+            set. Its errors reach the consumer as those of reading do.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
@@ -106,7 +108,9 @@ class SequenceLogReader:
         seed: int | None = None,
         share: Callable[[Sequence[int]], list[int]] = list,
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
+        prepare: Callable[[RequestBatch], RequestBatch] | None = None,
     ) -> None:
+        self._prepare = prepare
         self.config, self.split = config, split
         self.seed = seed if config.order == "shuffled" else None
         self.rank, self.world_size = rank, world_size
@@ -151,6 +155,8 @@ class SequenceLogReader:
                 total = sum([block.candidates for block in blocks])
                 used = mine or blocks[:1]
                 batch = collate(used, self.config, self.columns, total)
+                if self._prepare is not None:
+                    batch = self._prepare(batch)
                 sources = tuple({block.rows.place: None for block in used})
                 yield Step(batch, bool(mine), after, last, sources)
 

@@ -1,0 +1,86 @@
+"""Tables whose rows lie in host memory behind a cache on the device, and caches that are filled ahead.
+
+TorchRec's `PrefetchTrainPipelineSparseDist` has the cache of a later batch filled while the present one is
+computed. FBGEMM needs to know that from the start (`prefetch_pipeline`), or the rows of a batch may be taken
+out of the cache before its backward pass has updated them; and TorchRec fills the caches of no other tables
+(`_need_prefetch` in distributed/embedding_sharding.py, version 1.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import nn
+from torchrec.distributed.types import (
+    CacheParams,
+    EmbeddingModuleShardingPlan,
+    ParameterSharding,
+    ShardingPlan,
+)
+
+from embeddings.errors import ConfigError
+
+_CACHED = "fused_uvm_caching"
+
+
+def with_prefetch(plan: ShardingPlan, modules: Collection[str]) -> tuple[ShardingPlan, list[str]]:
+    """A plan whose caches are filled ahead in some modules and in no others.
+
+    Args:
+        modules: names of the collections, as in the plan, whose ids are known ahead of their batch.
+
+    Returns:
+        The plan, and the names of the tables whose entry had to be changed.
+
+    Raises:
+        ConfigError: a cache that is to be filled ahead has another algorithm than LRU.
+    """
+    placed, changed = {}, []
+    for module, tables in plan.plan.items():
+        entries = {}
+        for table, entry in tables.items():
+            wanted = entry.compute_kernel == _CACHED and module in modules
+            entries[table] = entry
+            if bool(entry.cache_params and entry.cache_params.prefetch_pipeline) != wanted:
+                entries[table] = _filled_ahead(table, entry, wanted)
+                changed.append(table)
+        placed[module] = EmbeddingModuleShardingPlan(entries)
+    return ShardingPlan(placed), changed
+
+
+def _filled_ahead(table: str, entry: ParameterSharding, wanted: bool) -> ParameterSharding:
+    cache = entry.cache_params or CacheParams()
+    if wanted and cache.algorithm not in (None, CacheAlgorithm.LRU):
+        raise ConfigError(
+            f"table {table}: its cache has the algorithm {cache.algorithm.name}, but only LRU caches can be "
+            'filled ahead; plan again, or set train.pipeline = "sparse_dist"'
+        )
+    return replace(entry, cache_params=replace(cache, prefetch_pipeline=wanted))
+
+
+def fills_caches(plan: ShardingPlan) -> bool:
+    """Whether some table, on whatever rank it lies, has its cache filled ahead."""
+    entries = [entry for tables in plan.plan.values() for entry in tables.values()]
+    return any(entry.cache_params is not None and entry.cache_params.prefetch_pipeline for entry in entries)
+
+
+def forget_prefetched(model: nn.Module) -> None:
+    """Drop what caches keep ready for batches that will not be trained.
+
+    Without it the next lookup would take the places of another batch's rows. Besides, each lookup locks the
+    rows of its batch in the cache, also one of an evaluation, and only a backward pass unlocks them. The
+    cached rows themselves stay. Waits for the device.
+    """
+    parts = [part for part in model.modules() if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen)]
+    kernels = [part for part in parts if part.prefetch_pipeline]
+    if kernels and torch.cuda.is_available():
+        # The stream that fills the caches may still be at it.
+        torch.cuda.synchronize()
+    for kernel in kernels:
+        kernel.timesteps_prefetched.clear()
+        kernel.lxu_cache_locations_list.clear()
+        kernel.lxu_cache_locking_counter.zero_()
