@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from trainer.config import Config, build_groups
 from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
 from trainer.durable import voice
+from trainer.machine import memory_bytes
 from trainer.model.branch import Surroundings
 from trainer.model.settings import BranchConfig, section_of
 from trainer.model.two_stage import TwoStageModel
@@ -207,8 +207,7 @@ def plan_task(
 
 
 def cluster_of(ranks: Ranks) -> Cluster:
-    """The ranks as they run: the device's own memory, and an equal part of this node's."""
+    """The ranks as they run: the device's own memory, and an equal part of what this node lets them have."""
     hbm = torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else 0
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     local = ranks.local_world_size
-    return Cluster(ranks.device.type, ranks.world_size, local, hbm, host // local)
+    return Cluster(ranks.device.type, ranks.world_size, local, hbm, memory_bytes() // local)
