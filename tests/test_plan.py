@@ -34,16 +34,8 @@ from embeddings.exchange import Lookup
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.plan_file import SavedPlan, from_tree, to_tree
 from embeddings.plan_memory import memory_of_ranks
-from embeddings.planning import (
-    Cluster,
-    DoesNotFit,
-    PlanRules,
-    TableRule,
-    Task,
-    offline_plan,
-    read_plan,
-    saved_plan,
-)
+from embeddings.plan_task import Cluster, PlanRules, TableRule, Task
+from embeddings.planning import DoesNotFit, offline_plan, read_plan, saved_plan
 from embeddings.sharding import attach_optimizer
 from launch.cli import main
 from pipelines.plan import parse_size
