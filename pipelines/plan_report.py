@@ -188,10 +188,10 @@ def _assumed(cluster: Cluster) -> str:
     numbers = {
         name: f"{number or defaults[name]:,.0f}{'' if number else '*'}" for name, number in given.items()
     }
-    marked = "; * TorchRec's default" if None in given.values() else ""
+    marked = " (* TorchRec's)" if None in given.values() else ""
     return (
         f"{numbers['hbm']} GB/s of device memory, {numbers['host']} to host memory, {numbers['intra']} "
-        f"inside a node, {numbers['inter']} between nodes{marked}"
+        f"in a node, {numbers['inter']} between nodes{marked}"
     )
 
 

@@ -285,7 +285,7 @@ def test_caches_of_tables_in_host_memory_are_as_told_and_weigh_as_much() -> None
         assert cache == (CacheParams(CacheAlgorithm.LFU, share) if share else None)
         assert sharding.compute_kernel == "fused_uvm_caching"
         found[share] = sum(part.storage.hbm for option in result.options for part in option.shards)
-    # 25.6 GB of rows, of which the planner counts so much on the device, and what the cache keeps of each row.
+    # 25.6 GB of rows, of which the planner counts so much on the device, and what its cache notes of each.
     assert found[0.5] - found[0.1] == pytest.approx(0.4 * (25.6 + 16 * 0.1) * GB)
     assert found[0.1] < found[None] < found[0.5]
 
@@ -371,11 +371,11 @@ def test_the_print_says_which_they_were(log: Path, capsys: pytest.CaptureFixture
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("it assumes "))
 
     assert said() == (
-        "it assumes 963* GB/s of device memory, 34* to host memory, 644* inside a node, 13* between nodes; "
-        "* TorchRec's default"
+        "it assumes 963* GB/s of device memory, 34* to host memory, 644* in a node, 13* between nodes "
+        "(* TorchRec's)"
     )
     given = ["--set", "plan.gpu=H100", "--set", "plan.inter_gb_per_s=50"]
     assert said(*given) == (
-        "it assumes 3,350 GB/s of device memory, 64 to host memory, 450 inside a node, 50 between nodes"
+        "it assumes 3,350 GB/s of device memory, 64 to host memory, 450 in a node, 50 between nodes"
     )
     assert said("--device", "cpu") == "it assumes TorchRec's default bandwidths"
