@@ -67,6 +67,8 @@ class TableGroup:
         sharding: sharding types the planner may use; empty means the device's default set.
         kind: `bag` or `sequence`, see `embeddings.collections`.
         dtype: `fp32` or `fp16`, what the rows are kept in; lookups give float32 and state is float32.
+        stochastic_rounding: whether an updated row becomes fp16 at random, in proportion, instead of to
+            nearest; None = on a GPU, as FBGEMM's kernels do by default. A CPU rounds to nearest.
     """
 
     name: str
@@ -77,6 +79,7 @@ class TableGroup:
     kind: str = "bag"
     dtype: str = "fp32"
     fusion: Literal["concat", "sum"] = "concat"
+    stochastic_rounding: bool | None = None
 
     def __post_init__(self) -> None:
         if self.fusion == "sum" and len({table.dim for table in self.tables}) > 1:
@@ -120,7 +123,9 @@ def table_group(
     kind: str = "bag",
     dtype: str = "fp32",
     fusion: Literal["concat", "sum"] = "concat",
+    stochastic_rounding: bool | None = None,
 ) -> TableGroup:
     """Build a group from per-feature widths and row counts."""
     tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
-    return TableGroup(name, tables, optimizer, first, tuple(sharding), kind, dtype, fusion)
+    kinds = (tuple(sharding), kind, dtype, fusion, stochastic_rounding)
+    return TableGroup(name, tables, optimizer, first, *kinds)

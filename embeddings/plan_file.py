@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, CacheAlgorithm
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+    BoundsCheckMode,
+    CacheAlgorithm,
+    MultiPassPrefetchConfig,
+)
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.types import (
@@ -30,6 +34,9 @@ FORMAT: Final = "tandemrec.sharding-plan"
 VERSION: Final = 1
 _PLAIN = ("sharding_type", "compute_kernel", "ranks", "enforce_hbm", "stochastic_rounding")
 _CACHE_PLAIN = ("load_factor", "reserved_memory", "prefetch_pipeline")
+# What a file may hold of a table, and of its cache. `multipass` is missing in files of earlier versions.
+_TABLE_KEYS = {*_PLAIN, "bounds_check", "output", "cache", "shards"}
+_CACHE_KEYS = {*_CACHE_PLAIN, "algorithm", "precision", "multipass"}
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,7 @@ def _sharding_tree(table: str, sharding: ParameterSharding) -> dict[str, Any]:
 
 
 def _sharding(tree: Mapping[str, Any]) -> ParameterSharding:
+    _check_keys(tree, _TABLE_KEYS)
     shards = tree["shards"]
     return ParameterSharding(
         **{name: tree[name] for name in _PLAIN},
@@ -204,23 +212,34 @@ def _sharding(tree: Mapping[str, Any]) -> ParameterSharding:
 def _cache_tree(table: str, cache: CacheParams | None) -> dict[str, Any] | None:
     if cache is None:
         return None
-    if cache.stats is not None or cache.multipass_prefetch_config is not None:
-        raise ConfigError(f"table {table}: cache statistics and multipass prefetch have no JSON form")
+    if cache.stats is not None:
+        raise ConfigError(f"table {table}: cache statistics have no JSON form")
+    passes = cache.multipass_prefetch_config
     return {
         **{name: getattr(cache, name) for name in _CACHE_PLAIN},
         "algorithm": cache.algorithm and cache.algorithm.name,
         "precision": cache.precision and cache.precision.name,
+        "multipass": passes and passes._asdict(),
     }
 
 
 def _cache(tree: Mapping[str, Any] | None) -> CacheParams | None:
     if tree is None:
         return None
+    _check_keys(tree, _CACHE_KEYS)
+    passes = tree.get("multipass")
     return CacheParams(
         **{name: tree[name] for name in _CACHE_PLAIN},
         algorithm=_named(CacheAlgorithm, tree["algorithm"]),
         precision=_named(DataType, tree["precision"]),
+        multipass_prefetch_config=None if passes is None else MultiPassPrefetchConfig(**passes),
     )
+
+
+def _check_keys(tree: Mapping[str, Any], known: set[str]) -> None:
+    """Raises ValueError: a key that is not known here would be dropped, and the tables trained otherwise."""
+    if unknown := sorted(set(tree) - known):
+        raise ValueError(f"unknown key {unknown[0]!r}")
 
 
 def _named(kind: Any, name: str | None) -> Any:

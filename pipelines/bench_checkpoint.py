@@ -25,8 +25,8 @@ from trainer.durable import sync
 from trainer.hashed_writer import HashedWriter
 from trainer.run import versions
 from trainer.saver import Saver
-from trainer.sections import TableConfig
 from trainer.step import make_optimizer
+from trainer.table_sections import TableConfig
 
 _BYTES = 2e9
 _PIECE = 1 << 24  # bytes

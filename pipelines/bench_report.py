@@ -13,6 +13,7 @@ from typing import Any
 
 from embeddings.errors import ConfigError
 from trainer.durable import write_text
+from trainer.machine import cores
 from trainer.run import versions
 
 
@@ -49,7 +50,7 @@ def provenance(seed: int, repeats: int) -> list[str]:
     named = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return [
-        f"{(named or [platform.machine()])[0]}, {os.cpu_count()} cores, load {load}, {platform.platform()}",
+        f"{(named or [platform.machine()])[0]}, {cores()} cores, load {load}, {platform.platform()}",
         "; ".join(f"{name} {version}" for name, version in versions().items()),
         f"commit {_commit()}; seed {seed}; n = {repeats}; tandemrec {' '.join(sys.argv[1:])}",
     ]

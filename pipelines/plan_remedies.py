@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from embeddings.errors import ConfigError
 from embeddings.plan_memory import Unplaced, gigabytes
-from embeddings.planning import Cluster, Task, offline_plan
+from embeddings.plan_task import Cluster, Task
+from embeddings.planning import offline_plan
 from trainer.config import Config
-from trainer.sections import GroupConfig, PlanTableConfig
+from trainer.table_sections import GroupConfig, PlanTableConfig
 
 # A remedy at a time, from its gentlest form on, so often at most.
 _TRIES = 6

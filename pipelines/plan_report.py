@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from torchrec.distributed.planner.stats import _calculate_critical_path
 from torchrec.distributed.planner.types import ShardingOption
 
+from embeddings.bandwidths import TORCHREC
 from embeddings.exchange import Lookup, ShardedTable, Traffic, traffic
 from embeddings.plan_memory import RankMemory, Unplaced, gigabytes, memory_of_ranks
-from embeddings.planning import Cluster, Found, Task
+from embeddings.plan_task import Cluster, Task
+from embeddings.planning import Found
 from embeddings.tables import column_shards
 from pipelines.console import table_lines
 from trainer.workload import StepSize
@@ -173,8 +175,24 @@ def _time(report: Report) -> list[str]:
     return [
         f"TorchRec's estimate of the lookups' time in a step: {path.total():.2f} ms (communication "
         f"{path.comms_estimate:.2f}, computation {path.comp_estimate:.2f});",
-        "it assumes TorchRec's default bandwidths and was not checked against any machine",
+        f"it assumes {_assumed(report.cluster)}",
+        "and was not checked against any machine",
     ]
+
+
+def _assumed(cluster: Cluster) -> str:
+    """The bandwidths that the planner counted with, each marked where nobody gave it."""
+    if cluster.device == "cpu":
+        return "TorchRec's default bandwidths"
+    given, defaults = cluster.bandwidths.items(), TORCHREC.items()
+    numbers = {
+        name: f"{number or defaults[name]:,.0f}{'' if number else '*'}" for name, number in given.items()
+    }
+    marked = " (* TorchRec's)" if None in given.values() else ""
+    return (
+        f"{numbers['hbm']} GB/s of device memory, {numbers['host']} to host memory, {numbers['intra']} "
+        f"in a node, {numbers['inter']} between nodes{marked}"
+    )
 
 
 def _work(report: Report) -> list[float]:

@@ -26,7 +26,8 @@ from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.init import FirstWeights
 from embeddings.jagged import one_id_bags, select_bags, vectors_in_order
 from embeddings.plain import PlainBagCollection
-from embeddings.planning import Task, make_plan
+from embeddings.plan_task import Task
+from embeddings.planning import make_plan
 from embeddings.sharding import attach_optimizer, initialise_unsharded, shard
 from trainer.assemble import cluster_of
 from trainer.distributed import Ranks, process_group

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from embeddings.errors import ConfigError
 from tests.logs import small_log
-from trainer.assemble import build_sharded
+from trainer.assemble import build_sharded, build_trainable, cluster_of
 from trainer.config import load_config
 from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group
@@ -76,3 +77,14 @@ def test_the_limit_of_collisions_is_half_of_a_ranks_memory() -> None:
     with pytest.raises(ConfigError, match="the 50 requests of 100 behaviors"):
         check_collision(config, size, 1, 2 * need)
     check_collision(load_config(CONFIGS / "dare.toml"), size, 1, 1)
+
+
+def test_a_container_has_what_its_control_group_allows(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = 10**6
+    for module in ("assemble", "model_memory"):
+        monkeypatch.setattr(f"trainer.{module}.memory_bytes", lambda: allowed)
+    found = cluster_of(Ranks(0, 4, 2, torch.device("cpu")))
+    assert found.memory == allowed // 2
+    config = load_config(CONFIGS / "dare.toml", [f"data.log={log}", "model.hidden=[1024]"])
+    with pytest.raises(ConfigError, match=r"the dense part .* this machine has 0\.0 GB"):
+        build_trainable(config, read_manifest(log), torch.device("meta"))

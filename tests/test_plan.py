@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+    BoundsCheckMode,
+    CacheAlgorithm,
+    MultiPassPrefetchConfig,
+)
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
@@ -20,6 +25,7 @@ from torchrec.distributed.types import (
     ParameterSharding,
     ShardingPlan,
 )
+from torchrec.modules.embedding_configs import DataType
 
 from embeddings.collections import make_collection
 from embeddings.comms import Comms
@@ -28,16 +34,8 @@ from embeddings.exchange import Lookup
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.plan_file import SavedPlan, from_tree, to_tree
 from embeddings.plan_memory import memory_of_ranks
-from embeddings.planning import (
-    Cluster,
-    DoesNotFit,
-    PlanRules,
-    TableRule,
-    Task,
-    offline_plan,
-    read_plan,
-    saved_plan,
-)
+from embeddings.plan_task import Cluster, PlanRules, TableRule, Task
+from embeddings.planning import DoesNotFit, offline_plan, read_plan, saved_plan
 from embeddings.sharding import attach_optimizer
 from launch.cli import main
 from pipelines.plan import parse_size
@@ -126,10 +124,10 @@ def test_a_plan_survives_json(sharding: str) -> None:
 
 
 def test_data_parallel_and_caches_survive_json_and_the_rest_is_refused() -> None:
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, CacheAlgorithm
-    from torchrec.modules.embedding_configs import DataType
-
-    cache = CacheParams(CacheAlgorithm.LFU, UVM_CACHING_RATIO, 0.5, DataType.FP16, prefetch_pipeline=True)
+    cache = CacheParams(
+        CacheAlgorithm.LFU, UVM_CACHING_RATIO, 0.5, DataType.FP16, prefetch_pipeline=True,
+        multipass_prefetch_config=MultiPassPrefetchConfig(3, 17),
+    )  # fmt: skip
     spec = EnumerableShardingSpec([ShardMetadata([0, 0], [5, 8], "rank:1/cuda:1")])
     tables = {
         "a": ParameterSharding("data_parallel", "dense", ranks=[0, 1]),
@@ -141,9 +139,31 @@ def test_data_parallel_and_caches_survive_json_and_the_rest_is_refused() -> None
     plan = ShardingPlan({"m": EmbeddingModuleShardingPlan(tables)})
     saved = SavedPlan(plan, "cuda", 2, 2, {"a": (3, 4, 4), "b": (5, 8, 2)})
     assert from_tree(json.loads(json.dumps(to_tree(saved))), "here") == saved
+    # Nothing of these was left out above, so a field that a newer TorchRec adds is noticed here.
+    left_out = {field.name for field in fields(CacheParams) if getattr(cache, field.name) is None}
+    left_out |= {f.name for f in fields(ParameterSharding) if getattr(tables["b"], f.name) is None}
+    assert left_out == {"stats", "key_value_params"}
     tables["b"].cache_params = CacheParams(stats=object())
     with pytest.raises(ConfigError, match="table b: cache statistics"):
         to_tree(saved)
+
+
+def test_a_plan_of_an_earlier_version_loads() -> None:
+    """As written before multipass prefetch was kept."""
+    cache = {"load_factor": 0.1, "reserved_memory": None, "prefetch_pipeline": None, "algorithm": "LRU",
+             "precision": None}  # fmt: skip
+    table = {
+        "sharding_type": "table_wise", "compute_kernel": "fused_uvm_caching", "ranks": [0],
+        "enforce_hbm": None, "stochastic_rounding": None, "bounds_check": None, "output": None,
+        "cache": cache,
+        "shards": [{"offsets": [0, 0], "sizes": [5, 8], "placement": "rank:0/cuda:0"}],
+    }  # fmt: skip
+    tree = {
+        "format": "tandemrec.sharding-plan", "version": 1, "device": "cuda", "world_size": 1,
+        "local_world_size": 1, "tables": {"a": [5, 8, 4]}, "modules": {"m": {"a": table}},
+    }  # fmt: skip
+    found = from_tree(tree, "here").plan.plan["m"]["a"]
+    assert found.cache_params == CacheParams(CacheAlgorithm.LRU, 0.1) and found.ranks == [0]
 
 
 def test_the_planner_counts_with_what_is_sent() -> None:
@@ -244,6 +264,7 @@ def test_a_plan_made_for_something_else_is_refused(
         ),
         (lambda tree: tree["modules"]["g"].pop("g__small"), "does not place table g__small"),
         (lambda tree: tree["modules"]["g"]["g__item"]["ranks"].append(16), "shards of table g__item"),
+        (lambda tree: tree["modules"]["g"]["g__item"].update(odd=1), "damaged plan .*unknown key 'odd'"),
         (lambda tree: tree.update(modules={"other": tree["modules"]["g"]}), "does not place table"),
     ],
 )

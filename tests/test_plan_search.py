@@ -11,7 +11,8 @@ from embeddings.collections import make_collection
 from embeddings.errors import ConfigError
 from embeddings.exchange import Lookup
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
-from embeddings.planning import Cluster, Found, Task, offline_plan
+from embeddings.plan_task import Cluster, Task
+from embeddings.planning import Found, offline_plan
 from embeddings.sharding import attach_optimizer
 
 GB = 10**9

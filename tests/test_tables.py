@@ -23,7 +23,8 @@ from embeddings.errors import ConfigError
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec, state_reshards
 from embeddings.init import FirstWeights
 from embeddings.jagged import one_id_bags
-from embeddings.planning import Task, make_plan
+from embeddings.plan_task import Task
+from embeddings.planning import make_plan
 from embeddings.sharded import with_empty_bags
 from embeddings.sharding import attach_optimizer, shard, whole_tensor
 from tests.launching import tandemrec, train

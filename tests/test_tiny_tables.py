@@ -12,7 +12,8 @@ import torch
 from embeddings.collections import make_collection
 from embeddings.empty_shards import leaves_ranks_empty
 from embeddings.groups import TableGroup, TableSpec
-from embeddings.planning import Cluster, Task, constraints_of
+from embeddings.plan_constraints import constraints_of
+from embeddings.plan_task import Cluster, Task
 from tests.launching import reported
 from tests.tiny_tables import ROWS, WAYS
 from trainer.scored import read_scores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +10,22 @@ import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embeddings.bandwidths import of_device
 from embeddings.caches import with_prefetch
 from embeddings.collections import make_collection
 from embeddings.comms import Comms
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.plan_file import SavedPlan, from_tree
-from embeddings.planning import Cluster, Placement, Task, check_plan, make_plan, placements, read_plan
+from embeddings.plan_task import Cluster, Task
+from embeddings.planning import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.sharding import attach_optimizer, shard
 from trainer.checkpoint import Found
 from trainer.config import Config, build_groups
 from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
 from trainer.durable import voice
+from trainer.machine import memory_bytes
 from trainer.model.branch import Surroundings
 from trainer.model.settings import BranchConfig, section_of
 from trainer.model.two_stage import TwoStageModel
@@ -221,14 +223,34 @@ def plan_task(
 ) -> Task:
     """The planner's question for a model and its groups; without a step's size it looks at memory only."""
     model, groups = built
+    if size is not None:
+        _check_rounding(groups, cluster.device)
+    cluster = replace(cluster, bandwidths=config.plan.bandwidths(cluster.bandwidths))
     asked = {} if size is None else lookups(config, groups, manifest, size, config.model.lookup)
     comms = Comms(config.comms.forward, config.comms.backward)
     return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked, comms, voice.say)
 
 
+def _check_rounding(groups: Mapping[str, TableGroup], device: str) -> None:
+    """Raises:
+    ConfigError: a group is to be trained with a rounding that this device does not have.
+    """
+    for name, group in groups.items():
+        if group.stochastic_rounding and device == "cpu":
+            raise ConfigError(
+                f"groups.{name}.stochastic_rounding = true needs a GPU: on a CPU, FBGEMM's kernels round to "
+                "nearest; leave it out, or set it to false for the same rounding on both"
+            )
+
+
 def cluster_of(ranks: Ranks) -> Cluster:
-    """The ranks as they run: the device's own memory, and an equal part of this node's."""
-    hbm = torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else 0
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The ranks as they run: the device's own memory, and an equal part of what this node lets them have."""
     local = ranks.local_world_size
-    return Cluster(ranks.device.type, ranks.world_size, local, hbm, host // local)
+    host = memory_bytes() // local
+    if ranks.device.type == "cpu":
+        return Cluster("cpu", ranks.world_size, local, 0, host)
+    gpu = torch.cuda.get_device_properties(ranks.device)
+    # Some releases of torch leave these two out.
+    memory = (getattr(gpu, "memory_bus_width", 0), getattr(gpu, "memory_clock_rate", 0))
+    hbm = torch.cuda.mem_get_info(ranks.device)[1]
+    return Cluster(ranks.device.type, ranks.world_size, local, hbm, host, of_device(gpu.name, *memory))

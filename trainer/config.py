@@ -19,13 +19,10 @@ from trainer.sections import (
     CheckpointConfig,
     CommsConfig,
     DataConfig,
-    GroupConfig,
-    GroupName,
-    PlanConfig,
-    TableConfig,
     TrainConfig,
 )
 from trainer.settings import Settings, load_settings
+from trainer.table_sections import GroupConfig, GroupName, PlanConfig, TableConfig
 
 
 class Config(Settings):
@@ -148,7 +145,7 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> Tabl
         raise ConfigError(problem)
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
-    kinds = (group.sharding, group.kind, group.dtype, group.fusion)
+    kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
     return table_group(name, features, dims, rows, optimizer, first, *kinds)
 
 

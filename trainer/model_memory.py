@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from embeddings.errors import ConfigError
 from trainer.config import Config
+from trainer.machine import memory_bytes
 from trainer.model.settings import section_of
 from trainer.workload import StepSize
 
@@ -30,7 +30,7 @@ _SETTINGS = (
 
 
 def check_dense(build: Callable[[], nn.Module]) -> None:
-    """Compare the dense part of a model with this machine's memory; `build` makes the model.
+    """Compare the dense part of a model with the memory that this process may take; `build` makes it.
 
     Raises:
         ConfigError: it does not fit; names the largest tensor and the settings behind it.
@@ -39,7 +39,7 @@ def check_dense(build: Callable[[], nn.Module]) -> None:
         model = build()
     tensors = dict(_dense(model))
     need = _TIMES_TRAINED * sum(tensor.nbytes for tensor in tensors.values())
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = memory_bytes()
     if need <= there:
         return
     name, largest = max(tensors.items(), key=lambda item: item[1].nbytes)

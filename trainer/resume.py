@@ -108,12 +108,14 @@ def check_same_rules(state: Mapping[str, Any], config: Config, where: str) -> No
 
 
 def _places_table(key: str) -> bool:
-    of_group = key.startswith("groups.") and key.endswith(".sharding")
+    of_group = key.startswith("groups.") and key.endswith((".sharding", ".stochastic_rounding"))
     return of_group or (key.startswith("plan.") and key != "plan.file")
 
 
 def _shapes_table(key: str) -> bool:
-    return key.startswith("groups.") and not key.endswith((".learning_rate", ".sharding"))
+    return key.startswith("groups.") and not key.endswith(
+        (".learning_rate", ".sharding", ".stochastic_rounding")
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,7 @@ from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError, DataError
 from trainer.config import Config, load_config
 from trainer.durable import locked, naming, remove_folder, write_text
+from trainer.machine import cores
 
 _CONFIG = "config.toml"
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchx", "pyarrow", "numpy")
@@ -196,7 +196,7 @@ def jsonable(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, and the machine they were made on."""
-    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {cores()} cores"}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -1,32 +1,13 @@
-"""The sections of the trainer's configuration; `trainer.config` puts them together."""
+"""The sections of the trainer's configuration but those of tables; `trainer.config` puts them together."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveInt, StringConstraints, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from embeddings.planning import PlanRules, TableRule
 from trainer.settings import Settings
-
-# FBGEMM's kernels work on four floats at a time.
-Dim = Annotated[int, Field(ge=4, le=4096, multiple_of=4)]
-# Group names become names of modules, tensors and files.
-GroupName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
-
-ShardingName = Literal[
-    "data_parallel", "table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"
-]
-_BAGS_ONLY = {
-    "table_row_wise": "TorchRec has none for sequences; use row_wise",
-    "grid_shard": "TorchRec has none for sequences; use row_wise",
-    "data_parallel": "the dense kernel mixes up features of a sequence on CPU; use table_wise or row_wise",
-}
-_IGNORED_BY_KERNELS = {
-    "weight_decay": "the CPU kernels take it and do nothing, so machines would differ; leave it out",
-    "momentum": "the CPU kernels of sgd take it and do nothing; use rowwise_adagrad, or leave it out",
-}
 
 
 class SearchConfig(Settings):
@@ -107,74 +88,6 @@ class DataConfig(Settings):
     @property
     def block_limit(self) -> int:
         return self.behaviors_per_block or 2 * self.history_length
-
-
-class GroupConfig(Settings):
-    """One table group; left out, there are two, `attention` and `representation`.
-
-    Attributes:
-        dim: vector width, one for all features or one a feature.
-        features: features that have a table here; empty means all of the log.
-        fusion: a behavior's vector is its features' vectors side by side, `concat`, or their `sum`.
-        optimizer: the fused one of the rows; learning_rate: its step size before any schedule; eps: added to
-            the root of its accumulator.
-        init: first weights are `uniform` in [-init_scale, init_scale), or `normal`.
-        init_scale: half the width of `uniform` first weights, the standard deviation of `normal` ones.
-        max_gradient: bound on every element of the gradient of every bag; 0 = none.
-        sharding: sharding types the planner may use; empty means what suits the device.
-        kind: `bag`, or `sequence` for features with exactly one id (see docs/tables.md).
-        dtype: what the rows are kept in.
-    """
-
-    dim: Dim | dict[str, Dim] = 16
-    features: tuple[str, ...] = ()
-    fusion: Literal["concat", "sum"] = "concat"
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    learning_rate: float = Field(0.05, gt=0)
-    eps: float = Field(1e-8, gt=0)
-    init: Literal["uniform", "normal"] = "uniform"
-    init_scale: float = Field(0.05, gt=0)
-    max_gradient: float = Field(0.0, ge=0)
-    sharding: tuple[ShardingName, ...] = ()
-    kind: Literal["bag", "sequence"] = "bag"
-    dtype: Literal["fp32", "fp16"] = "fp32"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_option_that_kernels_ignore(cls, given: object) -> object:
-        if not isinstance(given, dict):
-            return given
-        for key, reason in _IGNORED_BY_KERNELS.items():
-            if key in given:
-                raise ValueError(f"{key} is no option of a table: {reason}")
-        if given.get("dtype") == "bf16":
-            raise ValueError('dtype = "bf16" has no lookup kernel on CPU; use "fp16" or "fp32"')
-        return given
-
-    @model_validator(mode="after")
-    def _combinations(self) -> GroupConfig:
-        if self.kind == "sequence":
-            for kind in self.sharding:
-                if kind in _BAGS_ONLY:
-                    raise ValueError(f'sharding "{kind}" is for kind = "bag": {_BAGS_ONLY[kind]}')
-            if isinstance(self.dim, dict) and len(set(self.dim.values())) > 1:
-                raise ValueError('kind = "sequence" needs one dim for all features; use kind = "bag"')
-        if self.max_gradient and "data_parallel" in self.sharding:
-            raise ValueError(
-                'max_gradient bounds the gradient of each bag, which "data_parallel" tables do not see; '
-                "use another sharding"
-            )
-        return self
-
-
-class TableConfig(Settings):
-    """One feature's tables.
-
-    Attributes:
-        rows: of each of them; not set: as many as the log's manifest has ids.
-    """
-
-    rows: PositiveInt | None = None
 
 
 Decay = Literal["none", "linear", "cosine"]
@@ -311,36 +224,3 @@ class CheckpointConfig(Settings):
     mode: Literal["async", "sync"] = "async"
     on_error: Literal["stop", "continue"] = "stop"
     timeout_minutes: float = Field(60.0, gt=0)
-
-
-class PlanTableConfig(Settings):
-    """One table's own rule, by the name the plan prints (`<group>__<feature>`); empty = as its group.
-
-    Attributes:
-        sharding: sharding types the planner may use; kernels: compute kernels.
-    """
-
-    sharding: tuple[ShardingName, ...] = ()
-    kernels: tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...] = ()
-
-
-class PlanConfig(Settings):
-    """Where tables may lie.
-
-    Attributes:
-        file: reuse this plan, written by `tandemrec plan --json`, to train; empty = plan at the start.
-        allow_unified_memory: let the planner put rows in host memory behind the device's where nothing else
-            fits; else that is an error.
-        reserve: share of each rank's memory that tables leave free, for activations and buffers.
-        tables: table name -> its own rule.
-    """
-
-    file: str = ""
-    allow_unified_memory: bool = False
-    reserve: float = Field(0.15, ge=0, lt=1)
-    tables: dict[str, PlanTableConfig] = Field(default_factory=dict)
-
-    def rules(self) -> PlanRules:
-        """The same for the planner."""
-        tables = {name: TableRule(table.sharding, table.kernels) for name, table in self.tables.items()}
-        return PlanRules(self.allow_unified_memory, self.reserve, tables)

@@ -23,7 +23,7 @@ from trainer.data.batch import RequestBatch
 from trainer.data.schema import LogManifest
 from trainer.distributed import Ranks
 from trainer.model.windows import Kept
-from trainer.sections import TableConfig
+from trainer.table_sections import TableConfig
 
 
 @dataclass

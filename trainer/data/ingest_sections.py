@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from trainer.machine import memory_bytes
 from trainer.settings import Settings
 
 
@@ -127,7 +128,8 @@ class EngineConfig(Settings):
 
     Attributes:
         threads: 0 = every core.
-        memory_limit: of the whole process with DuckDB; of the driver's heap with Spark.
+        memory_limit: of the whole process with DuckDB; of the driver's heap with Spark. No more than the
+            machine, or the container, has.
         buckets: groups of users that are put together one after the other; 0 = as memory_limit asks.
     """
 
@@ -137,9 +139,9 @@ class EngineConfig(Settings):
 
     @property
     def memory_bytes(self) -> int:
-        """`memory_limit` as a number."""
+        """`memory_limit` as a number, but no more than this process may take at all."""
         digits = self.memory_limit.rstrip("iBMGT")
         unit = self.memory_limit[len(digits) :]
         power = " MGT".index(unit[0]) + 1
         base = 1024 if "i" in unit else 1000
-        return int(digits) * int(base**power)
+        return min(int(digits) * int(base**power), memory_bytes())

@@ -15,8 +15,8 @@ from embeddings.stored import Dtype, row_bytes
 from trainer.config import Config
 from trainer.durable import file_digest
 from trainer.mistakes import words_of
-from trainer.sections import GroupName
 from trainer.settings import Settings
+from trainer.table_sections import GroupName
 
 VERSION_NAME = re.compile(r"v\d{8}")
 MANIFEST, DIGEST, LATEST = "manifest.json", "manifest.sha256", "LATEST"

@@ -1,0 +1,182 @@
+"""What each table may become, as TorchRec's planner is told, and whether a plan keeps to it."""
+
+from __future__ import annotations
+
+import difflib
+
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingPlan
+
+from embeddings.empty_shards import leaves_ranks_empty
+from embeddings.errors import ConfigError
+from embeddings.exchange import Lookup
+from embeddings.groups import TableGroup, TableSpec
+from embeddings.plan_task import UNIFIED, Cluster, TableRule, Task
+
+# Column shards keep one row-wise accumulator each, so such state cannot be resharded; and row-wise bags are
+# padded on gloo. On a CPU, where memory is not the limit, whole tables do.
+_DEFAULT_SHARDING = {"cpu": ("table_wise",), "cuda": ("table_wise", "row_wise", "table_row_wise")}
+_DEFAULT_KERNELS = ("fused",)
+# FBGEMM's kernels of a GPU refuse wider rows (1.8: `max_embedding_dim` in
+# fbgemm_gpu/codegen/genscript/jinja_environment.py, checked by forward and backward for each table by itself,
+# so for each column shard). Those of a CPU know no such bound.
+WIDEST_ON_CUDA = 2048
+_CUT_COLUMNS = ("column_wise", "grid_shard")
+_ALGORITHMS = {None: None, "lru": CacheAlgorithm.LRU, "lfu": CacheAlgorithm.LFU}
+
+
+def constraints_of(task: Task) -> dict[str, ParameterConstraints]:
+    """The planner's constraints: what each table may become, and how much a rank asks of it in a step.
+
+    Raises:
+        ConfigError: a rule names an unknown table, or a kernel that is not allowed; or a table is too wide
+            for a GPU in every way that it may lie.
+    """
+    names = [group.table_name(table.feature) for group in task.groups for table in group.tables]
+    for name in task.rules.tables:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"tables: {', '.join(names)}"
+            raise ConfigError(f"plan.tables.{name}: no such table; {hint}")
+    return {
+        group.table_name(table.feature): _constraint(task, group, table)
+        for group in task.groups
+        for table in group.tables
+    }
+
+
+def _constraint(task: Task, group: TableGroup, table: TableSpec) -> ParameterConstraints:
+    name, cluster = group.table_name(table.feature), task.cluster
+    rule = task.rules.tables.get(name, TableRule())
+    for kernel in rule.kernels:
+        if kernel in UNIFIED and not task.rules.allow_unified_memory:
+            raise ConfigError(
+                f"plan.tables.{name}.kernels: {kernel} puts rows in host memory; set "
+                "plan.allow_unified_memory = true as well"
+            )
+    sharding = rule.sharding or group.sharding or _default_sharding(cluster, table.rows)
+    if cluster.device == "cuda" and table.dim > WIDEST_ON_CUDA:
+        sharding = tuple(kind for kind in sharding if kind in _CUT_COLUMNS)
+        if not sharding:
+            raise ConfigError(_too_wide(group, table))
+    _check_data_parallel(group, name, sharding)
+    # Data-parallel tables know no other kernel than `dense`, and only they may have it.
+    kernels = rule.kernels or (*_DEFAULT_KERNELS, *(["dense"] if "data_parallel" in sharding else []))
+    if task.rules.allow_unified_memory and not rule.kernels:
+        kernels = (*kernels, *UNIFIED)
+    lookup = task.lookups.get(name, Lookup(1, 1))
+    return ParameterConstraints(
+        sharding_types=list(sharding),
+        # Always given: without a list the planner falls back to host memory unasked.
+        compute_kernels=list(kernels),
+        # A bag is one behavior or candidate; a rank has its part of a step's bags.
+        pooling_factors=[lookup.ids / max(lookup.bags, 1)],
+        num_poolings=[1.0],
+        batch_sizes=[max(1, -(-lookup.bags // cluster.world_size))],
+        min_partition=_columns_a_shard(table.dim, cluster),
+        cache_params=_cache_of(rule),
+        stochastic_rounding=rounding_of(group, cluster.device),
+    )
+
+
+def _check_data_parallel(group: TableGroup, name: str, sharding: tuple[str, ...]) -> None:
+    """The same as the config checks of a group's own types, for those of `plan.tables`."""
+    for key, given in (
+        ("max_gradient", group.optimizer.max_gradient),
+        ("stochastic_rounding", group.stochastic_rounding),
+    ):
+        if given and "data_parallel" in sharding:
+            raise ConfigError(
+                f"plan.tables.{name}.sharding: data_parallel tables have no fused kernel, which "
+                f"groups.{group.name}.{key} is for; use another sharding, or leave that out"
+            )
+
+
+def _default_sharding(cluster: Cluster, rows: int) -> tuple[str, ...]:
+    """What a table may become unasked: no row shards where some ranks would get no row."""
+    among = {"row_wise": cluster.world_size, "table_row_wise": cluster.local_world_size}
+    return tuple(
+        kind
+        for kind in _DEFAULT_SHARDING[cluster.device]
+        if kind not in among or not leaves_ranks_empty(rows, among[kind])
+    )
+
+
+def _columns_a_shard(dim: int, cluster: Cluster) -> int:
+    """Least width of column shards: one a rank, in fours as the kernels work; TorchRec's default is 128.
+
+    TorchRec takes the next wider one that divides the table. Where that is too wide for a GPU, there are more
+    shards than ranks.
+    """
+    least = max(-(-dim // cluster.world_size) + 3 & ~3, 4)
+    if cluster.device == "cpu":
+        return least
+    even = [width for width in range(4, min(dim, WIDEST_ON_CUDA) + 1, 4) if dim % width == 0]
+    return min((width for width in even if width >= least), default=even[-1])
+
+
+def _cache_of(rule: TableRule) -> CacheParams | None:
+    """The cache of a table in host memory; None = FBGEMM's defaults."""
+    algorithm = _ALGORITHMS[rule.cache_algorithm]
+    if algorithm is None and rule.cache_load_factor is None:
+        return None
+    return CacheParams(algorithm=algorithm, load_factor=rule.cache_load_factor)
+
+
+def rounding_of(group: TableGroup, device: str) -> bool | None:
+    """Whether updated rows are rounded at random; None where kernels do the same whatever they are told.
+
+    They do so on a CPU, which rounds to nearest, and for fp32 rows, which are not rounded at all.
+    """
+    if device != "cuda" or group.dtype != "fp16":
+        return None
+    return group.stochastic_rounding is not False
+
+
+def check_rules(plan: ShardingPlan, task: Task, where: str) -> None:
+    """Refuse a plan that was made elsewhere and breaks the rules of this task; `where` leads the message.
+
+    Raises:
+        ConfigError: it uses unified memory where that is not allowed, has rows that are too wide for a GPU,
+            or rounds them otherwise.
+    """
+    placed = {name: sharding for module in plan.plan.values() for name, sharding in module.items()}
+    for group in task.groups:
+        for table in group.tables:
+            name = group.table_name(table.feature)
+            sharding = placed[name]
+            if sharding.compute_kernel in UNIFIED and not task.rules.allow_unified_memory:
+                raise ConfigError(
+                    f"{where}: table {name} uses {sharding.compute_kernel}, host memory behind the "
+                    "device's; plan again, or set plan.allow_unified_memory = true"
+                )
+            if task.cluster.device == "cuda" and _widest(sharding, table.dim) > WIDEST_ON_CUDA:
+                raise ConfigError(f"{where}: {_too_wide(group, table)}; and plan again")
+            _check_rounding(sharding, group, task.cluster.device, f"{where}: table {name}")
+
+
+def _check_rounding(sharding: ParameterSharding, group: TableGroup, device: str, where: str) -> None:
+    wanted = rounding_of(group, device)
+    # A plan that does not say leaves it to the kernels, whose default is to round at random.
+    found = sharding.stochastic_rounding is not False
+    if wanted is not None and found != wanted:
+        words = {True: "stochastically", False: "to nearest"}
+        raise ConfigError(
+            f"{where} is rounded {words[found]} there, {words[wanted]} by groups.{group.name}."
+            "stochastic_rounding of this config; plan again with it"
+        )
+
+
+def _widest(sharding: ParameterSharding, dim: int) -> int:
+    spec = sharding.sharding_spec
+    return dim if spec is None else max(shard.shard_sizes[1] for shard in spec.shards)
+
+
+def _too_wide(group: TableGroup, table: TableSpec) -> str:
+    name = group.table_name(table.feature)
+    return (
+        f"groups.{group.name}: feature {table.feature} has dim = {table.dim}, but lookups on a GPU (FBGEMM's "
+        f"kernels) take rows of at most {WIDEST_ON_CUDA} numbers: make dim {WIDEST_ON_CUDA} or less, or cut "
+        f'the table by columns with plan.tables.{name}.sharding = ["column_wise"]'
+    )

@@ -1,0 +1,95 @@
+"""Memory and cores of a machine whose control groups allow less than there is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from trainer.machine import cores, memory_bytes
+
+GIB = 2**30
+PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def groups(root: Path, process: str, **files: str) -> tuple[Path, Path]:
+    """A machine's files: `a__b=text` is the file a/b; `process` is what /proc/self/cgroup says."""
+    (root / "cgroup").mkdir()
+    (root / "process").write_text(process)
+    for name, text in files.items():
+        file = root / "cgroup" / name.replace("__", "/").replace("_max", ".max")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    return root / "process", root / "cgroup"
+
+
+@pytest.mark.parametrize(
+    ("process", "files", "expected"),
+    [
+        ("0::/job/step\n", {}, PHYSICAL),
+        ("0::/job/step\n", {"job__step__memory_max": "max", "job__memory_max": "max"}, PHYSICAL),
+        ("0::/job/step\n", {"job__step__memory_max": str(GIB)}, GIB),
+        # A group above allows less.
+        ("0::/job/step\n", {"job__step__memory_max": str(2 * GIB), "job__memory_max": str(GIB)}, GIB),
+        # Another group's limit is nobody else's business.
+        ("0::/job/step\n", {"job__other__memory_max": str(GIB)}, PHYSICAL),
+        # In a container: the host's name of the group, and its files at the top.
+        ("0::/../../kubepods/pod1/c1\n", {"memory_max": str(GIB)}, GIB),
+        ("0::/\n", {"memory_max": str(10**18)}, PHYSICAL),
+        ("0::/\n", {"memory_max": "nonsense"}, PHYSICAL),
+        ("", {"memory_max": str(GIB)}, PHYSICAL),
+    ],
+)
+def test_memory_of_version_2(tmp_path: Path, process: str, files: dict[str, str], expected: int) -> None:
+    assert memory_bytes(*groups(tmp_path, process, **files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "limit", "expected"),
+    [
+        ("memory/docker/c1", GIB, GIB),
+        ("memory/docker", GIB, GIB),
+        ("memory", GIB, GIB),
+        ("memory", 9223372036854771712, PHYSICAL),
+        ("cpu/docker/c1", GIB, PHYSICAL),
+    ],
+)
+def test_memory_of_version_1(tmp_path: Path, place: str, limit: int, expected: int) -> None:
+    process, root = groups(tmp_path, "12:cpuset:/\n4:memory:/docker/c1\n2:cpu,cpuacct:/docker/c1\n0::/\n")
+    (root / place).mkdir(parents=True)
+    (root / place / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    assert memory_bytes(process, root) == expected
+
+
+def test_memory_of_both_versions_side_by_side(tmp_path: Path) -> None:
+    process, root = groups(tmp_path, "4:memory:/a\n0::/b\n", unified__b__memory_max=str(GIB))
+    assert memory_bytes(process, root) == GIB
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [("max 100000", None), ("100000 100000", 1), ("50000 100000", 1), ("90000000 100000", None), ("", None)],
+)
+def test_cores_of_version_2(tmp_path: Path, share: str, expected: int | None) -> None:
+    found = cores(*groups(tmp_path, "0::/job\n", job__cpu_max=share))
+    assert found == (expected or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(-1, None), (100_000, 1), (150_000, 1)])
+def test_cores_of_version_1(tmp_path: Path, quota: int, expected: int | None) -> None:
+    process, root = groups(tmp_path, "2:cpu,cpuacct:/docker/c1\n")
+    for name, number in (("quota", quota), ("period", 100_000)):
+        file = root / "cpu,cpuacct" / "docker" / f"cpu.cfs_{name}_us"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{number}\n")
+    assert cores(process, root) == (expected or len(os.sched_getaffinity(0)))
+
+
+def test_a_share_of_time_that_is_no_whole_number_of_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert (
+        cores(*groups(tmp_path, "0::/a/b\n", a__cpu_max="250000 100000", a__b__cpu_max="800000 100000")) == 2
+    )

@@ -1,0 +1,74 @@
+"""What this process may use of its machine: memory and cores, as far as its control group lets it.
+
+A container sees the whole machine's memory and cores, and is killed or held back when it takes more than its
+control group allows. Limits stand in files (kernel documentation, cgroup-v1/memory.rst and cgroup-v2.rst),
+one folder a group; those of all groups above hold as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_PROCESS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def memory_bytes(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
+    """Bytes that all processes of this control group may take: the machine's, or a limit below them.
+
+    Args:
+        process: the file that names this process's groups; groups: the folder where they are mounted.
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    found += [_number(folder / "memory.max") for folder in _folders("", process, groups)]
+    found += [_number(folder / "memory.limit_in_bytes") for folder in _folders("memory", process, groups)]
+    return min(size for size in found if size > 0)
+
+
+def cores(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
+    """Cores that this process may keep busy: those it may run on, or its share of time; at least one.
+
+    A share of 2.5 cores counts as 2: more threads would wait for each other while they are held back.
+    """
+    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for folder in _folders("", process, groups):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        if quota.isdecimal() and period.isdecimal():
+            found.append(int(quota) // int(period))
+    for folder in _folders("cpu", process, groups):
+        quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        if quota_us > 0 and period_us > 0:
+            found.append(quota_us // period_us)
+    return max(1, min(found))
+
+
+def _folders(controller: str, process: Path, groups: Path) -> Iterator[Path]:
+    """The folders of this process's group and of all above it; no controller: those of version 2.
+
+    In a container the file may name the group as the host sees it, which is not there; the container's own
+    group is then the top of what is mounted.
+    """
+    for line in _text(process).splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controller not in controllers.split(","):
+            continue
+        tops = (groups, groups / "unified") if not controller else (groups / controller, groups / controllers)
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for top in dict.fromkeys(tops):
+            for depth in range(len(parts) + 1):
+                yield top.joinpath(*parts[:depth])
+
+
+def _number(file: Path) -> int:
+    """The number in a file; 0 where it is missing, or says that there is no limit."""
+    text = _text(file)
+    return int(text) if text.isdecimal() else 0
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
