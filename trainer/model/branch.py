@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from embeddings.groups import TableGroup
 from trainer.data.batch import RequestBatch
-from trainer.model.bags import rows_at
 from trainer.model.collision import HashCollision
+from trainer.model.ops.bags import rows_at
 from trainer.model.sasrec import TargetDecoupledSasrec
 from trainer.model.score import (
     WEIGHTS,
