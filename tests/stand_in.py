@@ -121,6 +121,8 @@ class StandIn(TorchDispatchMode):
         self._patches.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
         # It copies where no mode sees it.
         self._patches.enter_context(patch.object(torch, "tensor", partial(_tensor, torch.tensor)))
+        self._patches.enter_context(patch.object(torch.cuda, "Event", _Event))
+        self._patches.enter_context(patch.object(torch.cuda, "current_stream", lambda _=None: None))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -156,7 +158,11 @@ class StandIn(TorchDispatchMode):
             self.waits[f"{_line()} {name} by an index on the CPU"] += 1
         if on_device and name not in _FREE:
             self.launches[name] += 1
+        pinned = kwargs.get("pin_memory")
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
         found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        if pinned:
+            found.pinned = True
         return self._outside(func, args, found, on_device)
 
     @staticmethod
@@ -174,6 +180,19 @@ class StandIn(TorchDispatchMode):
             self.waits[f"{_line()} to the CPU"] += 1
         elif target and not isinstance(source, OnDevice) and not (late and _pinned("is_pinned", source)):
             self.waits[f"{_line()} from the CPU"] += 1
+
+
+class _Event:
+    """A place in the device's queue that the host may wait for."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def record(self, _: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        StandIn.current.waits[f"{_line()} an event"] += 1
 
 
 def _tensor(make: Callable[..., Tensor], data: Any, *, device: Any = None, **given: Any) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -29,43 +30,39 @@ from trainer.model.union import most_kept
 from trainer.nonfinite import Guard
 from trainer.step import TrainStep, make_optimizer
 
-# Host waits of one training step that are left, the most of any preset in each file. Searches that rank
-# exactly and DIN's scorer ask how many rows are in doubt or how many candidates a window has.
-WAITS = {
+# Host waits of an evaluation: it ranks scores that are as good as equal exactly, and so asks how many those are.
+RANKED_EXACTLY = {
     "trainer/model/exact.py": 5,
-    "trainer/model/score.py": 2,
-    "trainer/model/search.py": 4,
-    "trainer/model/top.py": 2,
-    "trainer/model/windows.py": 2,
-    # The guard looks at its alarm.
-    "trainer/nonfinite.py": 1,
+    "trainer/model/ops/top.py": 2,
+    "trainer/model/ops/whole.py": 2,
+    "trainer/model/search.py": 1,
 }
 # Kernels that forward pass, loss and backward pass start, look-ups in plain tables among them.
 LAUNCHES = {
-    "best": 358,
-    "dare": 222,
-    "dare_paper": 309,
-    "dare_pointwise": 222,
-    "dare_search": 213,
-    "din": 193,
-    "dpe": 224,
-    "dsi_tin": 336,
-    "eta": 271,
-    "sdim": 147,
+    "best": 341,
+    "dare": 207,
+    "dare_paper": 296,
+    "dare_pointwise": 207,
+    "dare_search": 198,
+    "din": 165,
+    "dpe": 210,
+    "dsi_tin": 318,
+    "eta": 249,
+    "sdim": 167,
     "sim_hard": 234,
-    "sim_soft": 346,
-    "stacked_tin": 298,
+    "sim_soft": 329,
+    "stacked_tin": 285,
     "td_sasrec": 232,
-    "tdpe": 260,
+    "tdpe": 240,
     "tin": 188,
-    "twin": 763,
-    "twin_3e": 234,
-    "twin_4e": 246,
+    "twin": 464,
+    "twin_3e": 219,
+    "twin_4e": 231,
     "twin_hard": 187,
-    "twin_no_tr": 205,
-    "twin_paper_dare": 210,
-    "twin_proj": 280,
-    "twin_v2": 651,
+    "twin_no_tr": 190,
+    "twin_paper_dare": 195,
+    "twin_proj": 251,
+    "twin_v2": 504,
 }
 ADVICE = (
     "If that is meant, say in the commit why it is worth it, and set LAUNCHES in tests/test_on_device.py to"
@@ -133,9 +130,9 @@ def by_file(waits: Counter[str]) -> Counter[str]:
     return found
 
 
-def too_many(waits: Counter[str]) -> list[str]:
-    """Lines in files that have more waits than are left."""
-    files = {name for name, times in by_file(waits).items() if times > WAITS.get(name, 0)}
+def too_many(waits: Counter[str], allowed: Mapping[str, int] = MappingProxyType({})) -> list[str]:
+    """Lines in files that have more waits than they may have."""
+    files = {name for name, times in by_file(waits).items() if times > allowed.get(name, 0)}
     return sorted(line for line in waits if line.partition(":")[0] in files)
 
 
@@ -211,7 +208,7 @@ def test_scores_of_an_evaluation_leave_the_device_by_one_wait_each(preset: str, 
             found = [part.cpu() for part in _rows(batch, whole.eval()(batch).logits)]
     assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.equal(found[1], expected[1])
     device.waits.subtract({line: 2 for line in device.waits if line.startswith("elsewhere")})
-    assert not too_many(+device.waits), device.waits
+    assert not too_many(+device.waits, RANKED_EXACTLY), device.waits
 
 
 def test_the_stand_in_finds_what_it_is_for() -> None:
