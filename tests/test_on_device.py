@@ -30,7 +30,7 @@ from trainer.model.union import most_kept
 from trainer.nonfinite import Guard
 from trainer.step import TrainStep, make_optimizer
 
-# Host waits of an evaluation: it ranks scores that are as good as equal exactly, and so asks how many those are.
+# Host waits of an evaluation: it ranks close scores exactly, and so asks how many of them there are.
 RANKED_EXACTLY = {
     "trainer/model/exact.py": 5,
     "trainer/model/ops/top.py": 2,
