@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.options import Checkpoint, ConfigFile, Dtype, Overrides, RunFolder, Split
-from launch.reporting import OTHER_ERROR, USER_ERROR, report
+from launch.options import Checkpoint, ConfigFile, Device, Dtype, Overrides, RunFolder, Split
+from launch.reporting import OTHER_ERROR, USER_ERROR, quiet_fbgemm, report, show
 
 app = typer.Typer(
     name="tandemrec",
@@ -205,11 +205,13 @@ def train(
 
 
 @app.command()
-def evaluate(run_folder: RunFolder, split: Split = "test", checkpoint: Checkpoint = "") -> None:
+def evaluate(
+    run_folder: RunFolder, split: Split = "test", checkpoint: Checkpoint = "", device: Device = None
+) -> None:
     """Measure a trained run: AUC, log loss, calibration."""
     from pipelines.evaluate import evaluate as run
 
-    run(run_folder, split, checkpoint)
+    run(run_folder, split, checkpoint, device)
 
 
 @app.command()
@@ -238,11 +240,13 @@ def export(
         ),
     ] = None,
     checkpoint: Checkpoint = "",
+    device: Device = None,
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    run(run_folder, out, dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, checkpoint)
+    rest = (parity_requests, aoti, vocabularies, checkpoint, device)
+    run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
 
 
 @app.command()
@@ -384,12 +388,19 @@ def bench(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; `arguments` defaults to the process's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    quiet_fbgemm()
+    before = sys.excepthook
+    # For a thread that has to end the process, see trainer/heartbeat.py.
+    sys.excepthook = lambda kind, error, trace: show(error, debug)
     try:
         result = app([word for word in words if word != "--debug"], standalone_mode=False)
     except typer.Abort:
         return OTHER_ERROR
     except Exception as error:
-        return report(error, debug="--debug" in words)
+        return report(error, debug)
+    finally:
+        sys.excepthook = before
     # A verb that ends early hands its exit code back here; an interrupt comes as 130.
     if not isinstance(result, int) or result == 0:
         return 0

@@ -23,4 +23,10 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option(
+        "--device", help="Where to compute; the default: the run's train.device.", show_default=False
+    ),
+]
 Split = Annotated[str, typer.Option("--split", help="Which split of the log: train, validation or test.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import sys
@@ -91,3 +92,22 @@ def report(error: Exception, debug: bool) -> int:
     if leave_word(line, consequence=elsewhere):
         print(f"{_prefix()}: error: {line}", file=sys.stderr, flush=True)
     return OTHER_ERROR if elsewhere else USER_ERROR
+
+
+def show(error: BaseException, debug: bool) -> None:
+    """`report` for an error that no exit code follows from; an interrupt is none."""
+    if isinstance(error, Exception):
+        report(error, debug)
+
+
+def quiet_fbgemm() -> None:
+    """Drop what older fbgemm releases say whenever they are imported, in 80 lines.
+
+    fbgemm 1.6 misses itself in its own table of torch releases (`fbgemm_gpu/__init__.py`); `doctor` knows
+    which go together. That a release does not suit is said in other words, and stays.
+    """
+    logging.getLogger().addFilter(_tells_something)
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    return "_fbgemm_torch_compat_table has no entry for" not in record.getMessage()

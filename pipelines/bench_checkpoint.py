@@ -46,7 +46,11 @@ def bench_checkpoint(
     manifest = read_manifest(settings.data.log)
     settings = _sized(settings, manifest)
     place = report.parent if report is not None else Path.cwd()
-    with process_group() as ranks, tempfile.TemporaryDirectory(dir=place, prefix="bench-") as folder:
+    device = settings.train.device
+    with (
+        process_group(device=device) as ranks,
+        tempfile.TemporaryDirectory(dir=place, prefix="bench-") as folder,
+    ):
         sharded = build_sharded(settings, manifest, ranks)
         optimizer = make_optimizer(sharded.model, settings.train)
         tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}

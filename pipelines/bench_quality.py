@@ -64,7 +64,7 @@ def bench_quality(config: Path | None, overrides: Sequence[str], repeats: int, r
     settings = load_settings(QualityBench, None, own)
     base = load_config(required(config), [words for words in overrides if not words.startswith(_PREFIX)])
     rows = []
-    with process_group() as ranks:
+    with process_group(device=base.train.device) as ranks:
         for seed in range(settings.seed, settings.seed + repeats):
             rows += [_until(base, settings, blocks, seed, ranks) for blocks in settings.blocks]
     ratios = _ratios(rows, settings.blocks)

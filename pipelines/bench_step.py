@@ -41,7 +41,8 @@ def bench_step(config: Path | None, overrides: Sequence[str], repeats: int, repo
         return
     quiet_third_parties()
     settings = load_config(config, overrides)
-    with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
+    device = settings.train.device
+    with process_group(device=device) as ranks, tempfile.TemporaryDirectory() as folder:
         loops = _Loops(settings, ranks, Path(folder))
         kinds: dict[str, Callable[[], Seconds]] = {
             "bare TorchRec loop": loops.bare,

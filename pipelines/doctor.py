@@ -16,6 +16,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.device import Machine
 
 OUR_PACKAGES = ("launch", "pipelines", "trainer", "embeddings")
 OUR_DISTRIBUTION = "tandemrec"
@@ -52,6 +56,7 @@ class Environment:
         origins: our package name -> the file or folder it is imported from, None when not found.
         owners: our package name -> the distributions that install a package of this name.
         device: the devices found, in words.
+        machine: what a rank chooses its device by; None where torch does not load.
     """
 
     versions: Mapping[str, str | None]
@@ -60,6 +65,7 @@ class Environment:
     origins: Mapping[str, Path | None] = field(default_factory=dict)
     owners: Mapping[str, Sequence[str]] = field(default_factory=dict)
     device: str = ""
+    machine: Machine | None = None
 
 
 def check_triple(torch: str | None, torchrec: str | None, fbgemm: str | None) -> list[Problem]:
@@ -176,17 +182,39 @@ def _fbgemm_error() -> str | None:
     return None
 
 
-def _devices() -> tuple[str | None, str]:
-    """(CUDA release torch was built for, the devices in words)."""
-    cores = f"cpu ({os.cpu_count()} cores)"
+def device_notes(machine: Machine) -> list[str]:
+    """What training will use on this machine by itself, and why not each GPU; empty where that is plain.
+
+    By the very functions that ranks choose by, so that both say the same.
+    """
+    from trainer.device import choose, obstacle
+
+    visible = len(machine.gpus)
+    # Each rank of a node looks at a GPU of its own; one with none that can be used takes the CPU.
+    notes = [choose("auto", machine, index, visible).note for index in range(visible or 1)]
+    if machine.torch_cuda is not None and obstacle(machine) is None and len(machine.gpus) < machine.boards:
+        notes.append(
+            f"{machine.boards} NVIDIA devices are there, and {visible} are visible (CUDA_VISIBLE_DEVICES)"
+        )
+    return list(dict.fromkeys(note for note in notes if note))
+
+
+def _machine() -> Machine | None:
     try:
-        import torch
+        from trainer.device import observe as observe_machine
+
+        return observe_machine()
     except Exception:  # a torch that does not load is reported by its missing or wrong version
-        return None, cores
-    if not torch.cuda.is_available():
-        return torch.version.cuda, cores
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return torch.version.cuda, f"cuda ({', '.join(names)}), {cores}"
+        return None
+
+
+def device_words(machine: Machine | None, cores: int | None) -> str:
+    """The devices, with the architecture of each GPU, and which of them training takes by itself."""
+    cpu = f"cpu ({cores} cores)"
+    if machine is None or not machine.gpus:
+        return cpu
+    gpus = ", ".join(f"{gpu.name}, {gpu.arch}" for gpu in machine.gpus)
+    return f"cuda ({gpus}), {cpu}"
 
 
 def _origin(package: str) -> Path | None:
@@ -201,16 +229,24 @@ def _origin(package: str) -> Path | None:
 def observe() -> Environment:
     """Looks at the running interpreter. Imports torch and fbgemm, so it takes a few seconds."""
     shown = ("torch", "torchrec", CPU_FBGEMM, CUDA_FBGEMM, "torchx", "pyarrow", OUR_DISTRIBUTION)
-    torch_cuda, device = _devices()
+    machine = _machine()
     owners = importlib.metadata.packages_distributions()
     return Environment(
         versions={name: _version(name) for name in shown},
-        torch_cuda=torch_cuda,
+        torch_cuda=None if machine is None else machine.torch_cuda,
         fbgemm_error=_fbgemm_error(),
         origins={name: _origin(name) for name in OUR_PACKAGES},
         owners={name: owners.get(name, []) for name in OUR_PACKAGES},
-        device=device,
+        device=device_words(machine, os.cpu_count()),
+        machine=machine,
     )
+
+
+def _taken(machine: Machine) -> str:
+    from trainer.device import choose
+
+    kind = choose("auto", machine).device.type
+    return f"{len(machine.gpus)} GPU(s)" if kind == "cuda" else "the CPU"
 
 
 def report_lines(environment: Environment) -> list[str]:
@@ -235,5 +271,8 @@ def doctor() -> int:
     for problem in problems:
         print(f"tandemrec: error: {problem}", file=sys.stderr)
     if not problems:
-        print("ok: this environment can train")
+        machine = environment.machine
+        for note in device_notes(machine) if machine is not None else []:
+            print(f"note: {note}")
+        print("ok: this environment can train" + ("" if machine is None else f", on {_taken(machine)}"))
     return 2 if problems else 0

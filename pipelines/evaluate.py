@@ -11,6 +11,7 @@ from pipelines.quality_report import baselines_key, remarks, slices_table, task_
 from pipelines.score_names import write_named_scores
 from pipelines.start import open_split
 from trainer.baselines import Baselines, baselines, by_baseline, counted_feature
+from trainer.device import Wanted
 from trainer.distributed import process_group
 from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics, entry_of
@@ -19,17 +20,21 @@ from trainer.run import RunFolder
 from trainer.scored import Scored
 
 
-def evaluate(run: Path, split: str, which: str = "") -> Mapping[str, Any]:
+def evaluate(run: Path, split: str, which: str = "", device: Wanted | None = None) -> Mapping[str, Any]:
     """Measure a run on every request of `split`; prints tables, extends summary.json, keeps the scores.
 
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.
+
+    Args:
+        which: checkpoint, see `trainer.checkpoint.find_to_use`; device: None = where the run was to train.
 
     Returns:
         What summary.json holds of the split: metrics of the first task, and of every task under `tasks`.
     """
     folder = RunFolder(run)
     quiet_third_parties()
-    with process_group(folder.read_config().train.timeout_s) as ranks:
+    settings = folder.read_config().train
+    with process_group(settings.timeout_s, device or settings.device) as ranks:
         restored = restore(folder, ranks, which)
         restored.manifest.require(split)
         reader = open_split(restored.config, split, restored.rows, ranks)

@@ -23,6 +23,7 @@ from trainer.config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import LogManifest, read_manifest
+from trainer.device import Wanted
 from trainer.distributed import Ranks, process_group
 from trainer.durable import file_digest
 from trainer.run import RunFolder, versions
@@ -86,6 +87,7 @@ def export(
     aoti: bool = False,
     vocabularies: bool | None = None,
     which: str = "",
+    device: Wanted | None = None,
 ) -> Path:
     """Publish a checkpoint of `run` as the next version under `out`, once its scores are checked.
 
@@ -97,6 +99,7 @@ def export(
         aoti: add the dense part as machine code.
         vocabularies: add the values that the ids stand for; None: where they are small.
         which: checkpoint, see `trainer.checkpoint.find_to_use`.
+        device: on which the trainer's own scores are made; None = where the run was to train.
 
     Raises:
         SnapshotError: the snapshot would not score like the trainer, or cannot be written; then nothing of
@@ -105,7 +108,7 @@ def export(
     quiet_third_parties()
     if aoti:
         check_compiler(out)
-    with process_group() as ranks:
+    with process_group(device=device or RunFolder(run).read_config().train.device) as ranks:
         if ranks.world_size > 1:
             raise ConfigError("export runs in one process; start it without torchrun")
         opened = _open(run, which)

@@ -29,7 +29,7 @@ def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool
     `profiled`: also a trace of some steps and a table of where their time went, see `pipelines.profile`.
     """
     settings = _settings(config, overrides)
-    with process_group(settings.train.timeout_s) as ranks:
+    with process_group(settings.train.timeout_s, settings.train.device) as ranks:
         run(settings, out, ranks, profiled=profiled)
 
 
@@ -40,7 +40,7 @@ def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
         TandemError: what training would raise.
     """
     settings = _settings(config, overrides)
-    with process_group(settings.train.timeout_s) as ranks:
+    with process_group(settings.train.timeout_s, settings.train.device) as ranks:
         say = _say(ranks)
         try_out(open_start(settings, out, ranks, say, checking=True), say)
         say(f"{config} and {settings.data.log} fit together; {out} can be trained")

@@ -11,6 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -58,7 +59,9 @@ def wait_all(pids: list[int], seconds: int = 60) -> list[int]:
         signal.signal(signal.SIGALRM, before)
 
 
-def fork_ranks(world_size: int, work: Callable[[Ranks], None], timeout_s: float = 30) -> list[int]:
+def fork_ranks(
+    world_size: int, work: Callable[[Ranks], None], timeout_s: float = 30, **group: Any
+) -> list[int]:
     """Run `work` on so many ranks of one process group; -> their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,7 +71,7 @@ def fork_ranks(world_size: int, work: Callable[[Ranks], None], timeout_s: float 
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         os.environ.update({name: str(value) for name, value in places.items()})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-        with process_group(timeout_s) as ranks:
+        with process_group(timeout_s, **group) as ranks:
             work(ranks)
 
     return wait_all([fork(lambda rank=rank: member(rank)) for rank in range(world_size)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -82,14 +83,21 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
     ingest = "ingest --events e.parquet --out log --config i.toml --set users=9 --overwrite"
     plan = "plan --config c.toml --set model.k=5 --world-size 8 --hbm 141GB"
     score = "score --snapshot snap --requests log --split validation --limit 7 --out s.parquet"
-    for line in ("fetch --out d", ingest, plan, "evaluate --run r", "export --run r --out snap", score):
+    for line in (
+        "fetch --out d",
+        ingest,
+        plan,
+        "evaluate --run r --device cpu",
+        "export --run r --out snap",
+        score,
+    ):
         assert main(line.split()) == 0, line
     assert calls == {
         "fetch": (Path("d"),),
         "ingest": (Path("e.parquet"), Path("log"), (Path("i.toml"), ["users=9"]), True),
         "plan": (Path("c.toml"), ["model.k=5"], (8, "141GB")),
-        "evaluate": (Path("r"), "test", ""),
-        "export": (Path("r"), Path("snap"), "fp32", "fp16", "", 0, 1000, False, None, ""),
+        "evaluate": (Path("r"), "test", "", "cpu"),
+        "export": (Path("r"), Path("snap"), "fp32", "fp16", "", 0, 1000, False, None, "", None),
         "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None),
     }
     assert capsys.readouterr().out.splitlines() == ["events: d/events.parquet", "report of manifest"]
@@ -184,6 +192,16 @@ def test_a_foreign_pipelines_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "hides tandemrec's own" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_fbgemm_is_quiet_about_its_own_table_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    """The older pair says so 14 times at each import, as a warning of the root logger."""
+    assert main(["--version"]) == 0
+    logging.warning("\n_fbgemm_torch_compat_table has no entry for 1.6.0 of FBGEMM")
+    logging.warning("FBGEMM_GPU version is 1.9.0, which is not guaranteed to be compatible")
+    assert [record.message for record in caplog.records] == [
+        "FBGEMM_GPU version is 1.9.0, which is not guaranteed to be compatible"
+    ]
 
 
 def test_help_does_not_import_torch() -> None:

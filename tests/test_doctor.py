@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipelines import doctor
 from pipelines.doctor import Environment
+from trainer import device
+from trainer.device import Gpu, Machine, choose
 
 SOUND = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0", "fbgemm-gpu": None}
 
@@ -92,6 +95,44 @@ def test_this_environment_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
     names = [line.split()[0] for line in out.splitlines()]
     assert {"python", "torch", "torchrec", "torchx", "pyarrow", "device", "ok:"} <= set(names)
+
+
+def test_what_training_will_use_is_said_with_the_ranks_own_words() -> None:
+    gpu = Gpu("NVIDIA H100", (9, 0))
+    full = Machine("13.0", "cuda", "1.8.0", (gpu, gpu), ("sm_90",), boards=2)
+    assert doctor.device_notes(full) == doctor.device_notes(Machine()) == []
+    # PyPI's torch is a CUDA build, and README's fbgemm none.
+    (note,) = doctor.device_notes(replace(full, fbgemm="cpu"))
+    assert note == choose("auto", replace(full, fbgemm="cpu")).note
+    assert "make clean install DEVICE=cuda" in note
+    (note,) = doctor.device_notes(replace(full, gpus=(gpu, Gpu("Tesla T4", (7, 5)))))
+    assert "Tesla T4 is sm_75, and fbgemm 1.8.0 has code for sm_80, sm_90, sm_100 only" in note
+    (note,) = doctor.device_notes(replace(full, gpus=(), problem="The NVIDIA driver is too old"))
+    assert "CUDA sees no GPU (The NVIDIA driver is too old)" in note
+    (note,) = doctor.device_notes(replace(full, gpus=(gpu,)))
+    assert "2 NVIDIA devices are there, and 1 are visible (CUDA_VISIBLE_DEVICES)" in note
+    assert doctor.device_words(full, 8) == "cuda (NVIDIA H100, sm_90, NVIDIA H100, sm_90), cpu (8 cores)"
+
+
+@pytest.mark.parametrize(
+    ("fbgemm", "said"), [("cuda", "on 1 GPU(s)"), ("cpu", "on the CPU"), ("unknown", "on the CPU")]
+)
+def test_the_last_line_says_on_what(
+    fbgemm: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = Machine("13.0", fbgemm, "1.8.0", (Gpu("NVIDIA A100", (8, 0)),), ("sm_80",), boards=1)
+    sound = Environment(versions=SOUND, machine=machine)
+    monkeypatch.setattr(doctor, "observe", lambda: sound)
+    assert doctor.doctor() == 0
+    *notes, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("note", "ok"))]
+    assert last == f"ok: this environment can train, {said}"
+    assert [note.startswith("note: computing on the CPU") for note in notes] == [True] * (fbgemm != "cuda")
+
+
+def test_the_names_of_builds_are_those_of_the_trainer() -> None:
+    """Written twice, since `doctor` must run where another package hides the trainer's."""
+    assert (doctor.CPU_FBGEMM, doctor.CUDA_FBGEMM) == (device.CPU_FBGEMM, device.CUDA_FBGEMM)
+    assert {release for _, _, release in doctor.SUPPORTED_TRIPLES} == set(device.FBGEMM_ARCHES)
 
 
 def test_problems_go_to_stderr_one_a_line(

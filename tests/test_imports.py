@@ -16,6 +16,8 @@ LAUNCHER_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "TORCHELASTIC_ERROR_FILE",
 }
+# Switches of torch that have no call; they are set, and only where nobody else has.
+TORCH_VARIABLES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING"}
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 MAY_TORCH_LOAD = Path("trainer/checkpoint.py")
 
@@ -82,9 +84,13 @@ def _variable(node: ast.AST) -> str | None:
 
 
 def _environment(tree: ast.AST) -> Iterator[str]:
-    """Every use of the environment other than looking one launcher variable up by its literal name."""
+    """Every use of the environment other than looking one launcher variable up by its literal name.
+
+    Or setting one of torch's that has no other switch.
+    """
     fine: set[int] = set()
     for node in ast.walk(tree):
+        allowed = LAUNCHER_VARIABLES
         if isinstance(node, ast.Subscript) and _dotted(node.value) == "os.environ":
             place, name = node.value, _variable(node.slice)
         elif isinstance(node, ast.Call) and _dotted(node.func) == "os.environ.get" and node.args:
@@ -92,11 +98,14 @@ def _environment(tree: ast.AST) -> Iterator[str]:
             place, name = node.func.value, _variable(node.args[0])
         elif isinstance(node, ast.Call) and _dotted(node.func) == "os.getenv" and node.args:
             place, name = node.func, _variable(node.args[0])
+        elif isinstance(node, ast.Call) and _dotted(node.func) == "os.environ.setdefault":
+            assert isinstance(node.func, ast.Attribute)
+            place, name, allowed = node.func.value, _variable(node.args[0]), TORCH_VARIABLES
         elif isinstance(node, ast.Compare) and _dotted(node.comparators[0]) == "os.environ":
             place, name = node.comparators[0], _variable(node.left)
         else:
             continue
-        if name in LAUNCHER_VARIABLES:
+        if name in allowed:
             fine.add(id(place))
     for node in ast.walk(tree):
         if _dotted(node) in ("os.environ", "os.getenv", "os.environb") and id(node) not in fine:
@@ -177,6 +186,9 @@ def test_direction(package: str, code: str, wrong: bool) -> None:
         ("import os\nos.environ.get('WORLD_SIZE', '1')", False),
         ("import os\nos.getenv('LOCAL_RANK')", False),
         ("import os\n'RANK' in os.environ", False),
+        ("import os\nos.environ.setdefault('TORCH_NCCL_ASYNC_ERROR_HANDLING', '2')", False),
+        ("import os\nos.environ.setdefault('RANK', '2')", True),
+        ("import os\nos.environ['TORCH_NCCL_ASYNC_ERROR_HANDLING']", True),
         ("import os\nos.environ['HOME']", True),
         ("import os\nos.environ.get(name)", True),
         ("import os\nos.getenv('TANDEMREC_FAST')", True),

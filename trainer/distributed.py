@@ -7,8 +7,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,16 @@ from torch import Tensor
 
 from embeddings.errors import ConfigError, RankError
 from trainer.allocator import keep_freed_memory
+from trainer.device import Machine, Told, Wanted, agree, choose, gpu_place, observe
 from trainer.durable import voice
+from trainer.heartbeat import GRACE_S, Heartbeat, abort_collectives, collectives_begun, leave_in_time
 
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 _CUT = re.compile(r"connection (closed|reset|refused)|broken pipe|ncclRemoteError", re.IGNORECASE)
 _ANSWER_S = 5.0
+# How much longer NCCL itself waits than the heartbeat.
+_BACKSTOP_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Ranks:
         device: where this rank computes.
         store: shared by all ranks; under torchrun it outlives any of them. None before they have met.
         launcher: the process that supervises this one; None without torchrun.
+        heartbeat: hears from the other ranks where collectives cannot raise, that is with NCCL; else None.
     """
 
     rank: int
@@ -41,6 +47,7 @@ class Ranks:
     device: torch.device
     store: dist.Store | None = None
     launcher: int | None = None
+    heartbeat: Heartbeat | None = None
 
     @property
     def speaks(self) -> bool:
@@ -51,54 +58,121 @@ class Ranks:
         """Stop where torchrun was killed: nobody else ends its ranks, and they would keep the run folder.
 
         Raises:
-            RankError: the launcher is gone.
+            RankError: the launcher is gone, or the heartbeat has found that another rank is.
         """
+        if self.heartbeat is not None:
+            self.heartbeat.check()
         if self.launcher is not None and os.getppid() != self.launcher:
             raise RankError(f"rank {self.rank}: the launcher (process {self.launcher}) is gone; start again")
 
 
 @contextmanager
-def process_group(timeout_s: float = 600) -> Iterator[Ranks]:
+def process_group(
+    timeout_s: float = 600, device: Wanted = "auto", heartbeat: bool | None = None
+) -> Iterator[Ranks]:
     """Join the launcher's process group (or make a group of one) and leave it at the end.
 
     Args:
         timeout_s: seconds that ranks wait for each other, at the start and in every collective.
+        device: as `train.device`.
+        heartbeat: whether a thread watches over the ranks; None = with NCCL, whose collectives do not raise.
 
     Raises:
+        ConfigError: the device is not to be had, or the ranks cannot share what there is.
         RankError: another rank did not come, or was lost or silent for longer than that.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not 0 <= rank < world_size:
         raise ConfigError(
             f"the launcher says RANK={rank}, WORLD_SIZE={world_size}; start with torchx or torchrun"
         )
     voice.silent = rank > 0
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
+    taken, told = _take(device, rank, local_rank, local_world_size)
     timeout = datetime.timedelta(seconds=timeout_s)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     launcher = os.getppid() if dist.is_torchelastic_launched() else None
-    ranks = Ranks(rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device, None, launcher)
+    ranks = Ranks(rank, world_size, local_world_size, taken, None, launcher)
     with naming_the_lost(ranks, lambda: "while the ranks met"):
         store = dist.HashStore() if world_size == 1 else _store_of_this_start(rank, world_size, timeout)
-        own = dist.PrefixStore("process_group", store)
-        dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
-    ranks = replace(ranks, store=store)
+        agree(store, told, world_size)
+        if told.why:
+            voice.say(told.why)
+        _init(ranks, store, timeout)
+    beating = (taken.type == "cuda") if heartbeat is None else heartbeat
+    beats = _heartbeat(ranks, store, timeout_s) if beating and world_size > 1 else None
+    ranks = replace(ranks, store=store, heartbeat=beats)
     try:
         with naming_the_lost(ranks, lambda: "before or after training"):
             yield ranks
     except RankError:
         # To leave the group in order would mean to wait for the lost rank; it goes with the process.
+        if beats is not None:
+            beats.stop(well=False)
+            leave_in_time()
         raise
     except BaseException:
-        dist.destroy_process_group()
+        _leave_after_a_failure(ranks)
         raise
+    if beats is not None:
+        beats.stop()
     dist.destroy_process_group()
+
+
+def _take(wanted: Wanted, rank: int, local_rank: int, local_world_size: int) -> tuple[torch.device, Told]:
+    """This rank's device, and what the other ranks are told of it."""
+    # Asked for the CPU, nothing here looks for another device.
+    machine = Machine() if wanted == "cpu" else observe()
+    try:
+        choice = choose(wanted, machine, local_rank, local_world_size)
+    except ConfigError as problem:
+        # Raised once the others know it, which would else wait for this rank.
+        return torch.device("cpu"), Told(rank, "", problem=str(problem))
+    taken = choice.device
+    place = gpu_place(taken.index) if taken.type == "cuda" else ""
+    return taken, Told(rank, taken.type, place, choice.note)
+
+
+def _init(ranks: Ranks, store: dist.Store, timeout: datetime.timedelta) -> None:
+    own, device = dist.PrefixStore("process_group", store), ranks.device
+    given: dict[str, Any] = {"store": own, "rank": ranks.rank, "world_size": ranks.world_size}
+    if device.type == "cpu":
+        keep_freed_memory()
+        dist.init_process_group("gloo", timeout=timeout, **given)
+        return
+    torch.cuda.set_device(device)
+    # On an error or time-out NCCL's watchdog then aborts the collectives, and leaves the process alone. There
+    # is no other way to tell it.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device, **given)
+    # Later than the heartbeat, which knows the lost rank.
+    nccl = cast(Any, dist.group.WORLD)._get_backend(device)
+    nccl._set_default_timeout(timeout + datetime.timedelta(seconds=_BACKSTOP_S))
+
+
+def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float) -> Heartbeat:
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    beats = Heartbeat(
+        ranks.rank,
+        ranks.world_size,
+        store,
+        timeout_s,
+        lambda: collectives_begun(backend),
+        lambda: abort_collectives(backend),
+        min(GRACE_S, timeout_s),
+    )
+    beats.start()
+    return beats
+
+
+def _leave_after_a_failure(ranks: Ranks) -> None:
+    """This rank has failed, and the others may be in a collective that it will never join."""
+    if ranks.heartbeat is None:
+        dist.destroy_process_group()
+        return
+    # NCCL would wait for its collectives; it goes with the process.
+    ranks.heartbeat.stop(well=False)
+    leave_in_time()
 
 
 def _store_of_this_start(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
@@ -133,14 +207,21 @@ def naming_the_lost(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
     """Turn a failed collective into one line that says which rank waited where, and for whom.
 
     Raises:
-        RankError: instead of what the backend raised; any other error passes through.
+        RankError: instead of what the backend raised, or of whatever followed from collectives that the
+            heartbeat has aborted; any other error passes through.
     """
+    beats = ranks.heartbeat
     try:
-        yield
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
+        with nullcontext() if beats is None else beats.at(where):
+            yield
+    except RankError:
+        raise
+    except Exception as error:
+        if beats is not None and beats.blame:
+            raise beats.acknowledge(where) from error
         if ranks.world_size == 1 or not tells_of_a_lost_rank(error):
             raise
+        text = " ".join(str(error).split())
         raise RankError(f"rank {ranks.rank}, {where()}: {_blame(ranks, text)}") from error
 
 

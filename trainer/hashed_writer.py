@@ -29,7 +29,9 @@ class HashedWriter(FileSystemWriter):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, sync_files=False)  # the streams do it
+        # The streams sync. Nothing is copied ahead from a device: an asynchronous save has copied all of it,
+        # and torch would open a CUDA context for that wherever it can, even if no tensor lies on a device.
+        super().__init__(path, sync_files=False, per_thread_copy_ahead=0)
         self.fs = _HashingFileSystem()
 
     @property

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from embeddings.agreement import from_every_rank
 from embeddings.errors import CheckpointError
 from trainer import checkpoint
 from trainer.distributed import tells_of_a_lost_rank
 from trainer.sections import CheckpointConfig
+from trainer.staging import HostCopy, device_of
 
 # How long a save under way may still take when training has failed; and when that was because of a lost rank,
 # which the save most likely needs, too.
@@ -49,7 +49,7 @@ class Saver:
         # Of its own, so that its collectives cannot mix with those of the steps.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self.saved = -1
-        self._copy: dict[str, Any] | None = None
+        self._copy, self._roomy = HostCopy(), False
         self._running: _Save | None = None
 
     def __enter__(self) -> Saver:
@@ -60,6 +60,8 @@ class Saver:
     ) -> None:
         if self._running is not None and error is not None:
             self._running.join(_LOST_S if tells_of_a_lost_rank(error) else _GRACE_S)
+        if error is None:
+            self._copy.close()
 
     @property
     def failed(self) -> bool:
@@ -76,9 +78,10 @@ class Saver:
             CheckpointError: this save failed, or the one before, and `on_error` is `stop`.
         """
         self.settle()
+        device = device_of(tensors)
         if self.config.mode == "async":
             tensors = self._stage(tensors)
-        save = _Save(self.folder, step, tensors, state, (self.config.keep, best), self._group)
+        save = _Save(self.folder, step, tensors, state, (self.config.keep, best), self._group, device)
         self._running = save
         if self.config.mode == "async":
             save.start()
@@ -113,32 +116,22 @@ class Saver:
 
     def _stage(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of this rank's shards in host memory."""
-        if self._copy is None and not torch.cuda.is_available():
-            self._copy = _room_for(dict(tensors))
-        # Where it makes the room itself, it pins the memory, for which there must be a CUDA device.
-        stager = BlockingAsyncStager(cache_staged_state_dict=True)
-        stager.state_dict_cache = self._copy
-        staged: dict[str, Any] = stager.stage(dict(tensors))
-        self._copy = staged
+        tree = dict(tensors)
+        if not self._roomy:
+            # All ranks hear of one that has no memory, for which they would else wait in the save.
+            from_every_rank(lambda: self._make_room(tree), self._group)
+            self._roomy = True
+        elif not self._copy.fits(tree):
+            self._make_room(tree)
+        staged: dict[str, Any] = self._copy.take(tree)
         return staged
 
-
-def _room_for(tree: Any) -> Any:
-    """The same state dict with tensors of the same shapes, not yet filled.
-
-    The stager's own way copies each sharded tensor together with the whole storage that it is a part of,
-    which for the tables of one kernel is all of them.
-    """
-    if isinstance(tree, Mapping):
-        return {key: _room_for(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_room_for(value) for value in tree)
-    if isinstance(tree, ShardedTensor):
-        shards = [Shard(_room_for(shard.tensor), shard.metadata) for shard in tree.local_shards()]
-        return ShardedTensor._init_from_local_shards_and_global_metadata(
-            shards, tree.metadata(), process_group=tree._process_group
-        )
-    return torch.empty(tree.shape, dtype=tree.dtype) if isinstance(tree, torch.Tensor) else tree
+    def _make_room(self, tree: dict[str, Any]) -> None:
+        try:
+            self._copy.make_room(tree)
+        except (MemoryError, RuntimeError) as error:
+            why = f"no host memory for a copy of this rank's shards ({' '.join(str(error).split())})"
+            raise CheckpointError(self.folder, f'{why}; checkpoint.mode = "sync" needs none') from None
 
 
 class _Save(threading.Thread):
@@ -152,14 +145,19 @@ class _Save(threading.Thread):
         state: Mapping[str, Any],
         kept: tuple[int, int],
         group: dist.ProcessGroup,
+        device: torch.device | None,
     ) -> None:
         super().__init__(name=f"save of step {step}", daemon=True)
         self._arguments = (folder, step, tensors, state, *kept, group)
         self.folder, self.step, self.path = folder, step, Path()
+        self._device = device
         self.problem: CheckpointError | None = None
 
     def run(self) -> None:
         try:
+            if self._device is not None:
+                # A thread begins with device 0, on which each rank would open a context of its own.
+                torch.cuda.set_device(self._device)
             self.path = checkpoint.save(*self._arguments)
         except CheckpointError as error:
             self.problem = error

@@ -139,6 +139,9 @@ class TrainConfig(Settings):
             which then counts instead, but for no more than a fifth of the run.
         decay: `linear` or `cosine` lets all learning rates fall to a thousandth at the last step.
         tables: another warm-up or decay for the tables' rates, which are groups.<name>.learning_rate.
+        device: where ranks compute, and `evaluate` and `export` of this run, too. `auto`: on a GPU each where
+            there are some that the installed builds can use, else on the CPU, and says why; `cuda`, `cpu`:
+            there and nowhere else.
         precision: of everything dense in training: `bf16` multiplies in bfloat16; weights, looked-up vectors
             and the loss stay fp32. Evaluation is always fp32.
         pipeline: TorchRec's train pipeline: `none`, `sparse_dist` (copies later batches and exchanges their
@@ -165,6 +168,7 @@ class TrainConfig(Settings):
     warmup_steps: int | None = Field(None, ge=0)
     decay: Decay = "linear"
     tables: TableRatesConfig = TableRatesConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     pipeline: Literal["auto", "none", "sparse_dist", "prefetch"] = "auto"
     log_every: PositiveInt = 10
