@@ -11,7 +11,6 @@ from typing import Literal
 from benchmarks.gpu.check import Answer, Check
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,13 @@ STEPS: Mapping[str, Step] = {
     "resume": Step("saves.resume", 60, "right", after=("synth",)),
     "train_cpu": Step("jobs.train_cpu", 90, "right", NO_GPU, after=("train",)),
     "pytest": Step("jobs.pytest", 120, "right", fresh=True),
-    "bags": Step("two_ranks.bags", 90, "right", fresh=True),
+    "bags": Step("two_ranks.bags", 90, "right"),
     "step": Step("speed.step", 150, "speed"),
     "search": Step("search.search", 40, "speed"),
     "profile": Step("jobs.profile", 60, "speed", after=("synth",)),
     "prefetch": Step("ablations.prefetch", 90, "speed"),
     "precision": Step("ablations.precision", 60, "speed"),
-    "segments": Step("ablations.segments", 50, "speed", fresh=True),
-    "expandable": Step("ablations.segments", 50, "speed", EXPANDABLE, fresh=True),
+    "segments": Step("segments.segments", 90, "speed"),
     "demo": Step("jobs.demo", 200, "speed"),
     # Last on purpose: it maps host memory, the one thing here that may trouble the machine.
     "caches": Step("caches.caches", 120, "speed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,14 @@ class Check:
         dry: sizes are tiny, and a CPU will do: it shows that the code runs, and measures nothing.
         out: what comes back: results, logs, traces; work: logs, runs and snapshots that steps share.
         log: a sequence log that was brought along, for the step `demo`.
+        step: whose turn it is.
     """
 
     dry: bool
     out: Path
     work: Path
     log: Path | None = None
+    step: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -39,8 +42,19 @@ class Check:
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def answer_file(self) -> Path:
+        """Where a step's answer waits for the parent."""
+        return self.out / f".{self.step}.json"
+
     def size(self, full: int, tiny: int) -> int:
         return tiny if self.dry else full
+
+    def keep(self, found: Answer) -> None:
+        """Have an answer, or what there is of it, survive whatever ends this process."""
+        part = self.answer_file.with_suffix(".part")
+        part.write_text(json.dumps(found, default=str), encoding="utf-8")
+        part.replace(self.answer_file)
 
 
 def answer(rows: Sequence[Row] = (), different: Sequence[str] = (), **facts: Any) -> Answer:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from pipelines.bench_grid import Cell, config_of
 from pipelines.bench_synthetic import Draws, as_batch
 from trainer.data.reader import Cursor, Step
+from trainer.data.rows import UserRows
 from trainer.model.score import Attended
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
@@ -44,9 +46,19 @@ def moved(given: _Moved, device: torch.device) -> _Moved:
     return replace(given, **{f.name: move(getattr(given, f.name)) for f in fields(given)})  # type: ignore[type-var,arg-type]
 
 
-def steps_of(cell: Cell, count: int) -> Sequence[Step]:
+def steps_of(cell: Cell, count: int) -> list[Step]:
     """Steps of a cell of `tandemrec bench step`, as the reader would give them."""
+    return [collated() for collated in drawn_steps(cell, count)]
+
+
+def drawn_steps(cell: Cell, count: int) -> Iterator[Callable[[], Step]]:
+    """The same, drawn but not yet collated: each call does what the reader does with decoded rows."""
     shape = cell.shape
     draws, data = Draws(shape, _SEED), config_of(cell).data
-    batches = [as_batch(draws.step(), shape.manifest(), data, shape.requests) for _ in range(count)]
-    return [Step(batch, True, Cursor(0, number + 1)) for number, batch in enumerate(batches)]
+
+    def collated(rows: UserRows, number: int) -> Step:
+        batch = as_batch(rows, shape.manifest(), data, shape.requests)
+        return Step(batch, True, Cursor(0, number + 1))
+
+    for number in range(count):
+        yield partial(collated, draws.step(), number)

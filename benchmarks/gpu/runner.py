@@ -20,7 +20,10 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from benchmarks.gpu.catalogue import STEPS, Step
 from benchmarks.gpu.check import ROOT, Check, reason_of
@@ -66,7 +69,8 @@ def run(check: Check, names: Sequence[str], budget_s: float, command: Sequence[s
 
 def one(check: Check, name: str, limit_s: float, fork: bool) -> Line:
     """Run one step in a fork of this process, or in a new interpreter; -> its line of the results."""
-    answer, started = check.out / f".{name}.json", time.monotonic()
+    check, started = replace(check, step=name), time.monotonic()
+    answer = check.answer_file
     answer.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
@@ -78,7 +82,8 @@ def one(check: Check, name: str, limit_s: float, fork: bool) -> Line:
     elif os.WIFSIGNALED(status):
         line["error"] = f"ended by signal {os.WTERMSIG(status)}"
     if answer.exists():
-        line |= json.loads(answer.read_text())
+        # What a step had found when it was stopped counts too.
+        line |= json.loads(answer.read_text(encoding="utf-8"))
         answer.unlink()
     return line
 
@@ -126,11 +131,15 @@ def answer_of(check: Check, name: str) -> int:
     code = 0
     try:
         quiet()
+        if check.dry:
+            # Tiny work among several threads takes longer than on one.
+            torch.set_num_threads(1)
+        check = replace(check, step=name)
         found = STEPS[name].load()(check)
     except BaseException as error:
         traceback.print_exc()
         found, code = {"error": reason_of(error)}, 1
-    (check.out / f".{name}.json").write_text(json.dumps(found, default=str))
+    check.keep(found)
     return code
 
 
