@@ -1,4 +1,6 @@
-"""`python -m benchmarks.gpu [--dry] [--budget S] [--out DIR] [STEP...]`, and `... report OUT`. See docs/gpu.md."""
+"""`python -m benchmarks.gpu [--dry] [--budget S] [--out DIR] [STEP...]`, and `... report OUT`. See
+docs/gpu.md.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _check(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("steps", nargs="*", metavar="STEP", help="names, or right, or speed; none: all")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on a CPU too")
-    parser.add_argument("--budget", type=float, default=1200, metavar="S", help="seconds of all steps together")
+    parser.add_argument(
+        "--budget", type=float, default=1200, metavar="S", help="seconds of all steps together"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="where results go")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu-work"), help="where runs and logs go")
     parser.add_argument("--log", type=Path, help="a sequence log of Complete Journey for the step demo")

@@ -1,8 +1,9 @@
 """One change at a time: what each of the measures brings that Tencent's paper (arXiv:2510.21714) sums up.
 
-The paper tells of training that is 54.7 % faster by data prefetching, fused kernels and parameter prefetching,
-of inference that is 62.5 % faster by mixed precision and a cache of embeddings on the GPU, and of 5.8 % less
-memory by a pool that grows. These tables answer with this project's own measures, never with those numbers.
+The paper tells of training that is 54.7 % faster by data prefetching, fused kernels and parameter
+prefetching, of inference that is 62.5 % faster by mixed precision and a cache of embeddings on the GPU, and
+of 5.8 % less memory by a pool that grows. These tables answer with this project's own measures, never with
+those numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class _Trained:
 
 def _unfused(config: Config) -> Config:
     """Tables that get a gradient of their whole size, and are updated by an optimizer beside it."""
-    groups = {name: group.model_copy(update={"sharding": ("data_parallel",)}) for name, group in config.groups.items()}
+    groups = {
+        name: group.model_copy(update={"sharding": ("data_parallel",)})
+        for name, group in config.groups.items()
+    }
     return config.model_copy(update={"groups": groups})
 
 
@@ -55,8 +59,8 @@ PREFETCH: Mapping[str, _Trained] = {
 
 
 def prefetch(check: Check) -> Answer:
-    """What prefetching of data, of exchanged ids and of parameters brings to training, one after the other, and
-    what the update that is fused into the backward pass brings.
+    """What prefetching of data, of exchanged ids and of parameters brings to training, one after the other,
+    and what the update that is fused into the backward pass brings.
 
     Expected: every line of the first four is faster than the one before; the fused update is several times
     faster than one over whole tables.
@@ -136,5 +140,3 @@ def _scored(check: Check, place: Place, bf16: bool, ranks: Any) -> Row:
 def _table(rows: list[Row]) -> Answer:
     failed = [row["way"] for row in rows if "error" in row]
     return answer(shares(rows, rows[0]["way"]) if rows else [], failed)
-
-

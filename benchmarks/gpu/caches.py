@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
-from torchrec.distributed.types import CacheParams
+from torchrec.distributed.types import CacheParams, ShardingPlan
 
-import embeddings.planning
 import embeddings.sharding
+import trainer.assemble
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Change, Way, loops_of, shares, with_model
 from pipelines.bench_grid import Cell
@@ -55,11 +55,11 @@ PLACES: Mapping[str, Place] = {
 
 
 def caches(check: Check) -> Answer:
-    """What a step costs where items' rows lie in host memory, with a cache on the device, and with that cache
-    filled while the step before is computed; and whether each trains to the same losses.
+    """What a step costs where items' rows lie in host memory, with a cache on the device, and with that
+    cache filled while the step before is computed; and whether each trains to the same losses.
 
-    Expected: losses within 1e-4 of those in device memory (`different` names places that are not); a cache far
-    above host memory alone, and filling it ahead near device memory.
+    Expected: losses within 1e-4 of those in device memory (`different` names places that are not); a cache
+    far above host memory alone, and filling it ahead near device memory.
     """
     rows: list[Row] = []
     wanted: list[float] = []
@@ -81,7 +81,9 @@ def _measured(check: Check, place: Place, ranks: Any, wanted: list[float]) -> Ro
     cell = CELL if check.on_cuda else TINY
     with (
         placed(place),
-        loops_of(cell, ranks, count=check.size(4, 2), rounds=check.size(3, 1), change=change_of(place)) as loops,
+        loops_of(
+            cell, ranks, count=check.size(4, 2), rounds=check.size(3, 1), change=change_of(place)
+        ) as loops,
     ):
         way = Way(place.pipeline)
         # First, for what is trained before decides what comes after.
@@ -112,34 +114,30 @@ def change_of(place: Place) -> Change:
 
 @contextmanager
 def placed(place: Place) -> Iterator[None]:
-    """Within it models are planned with the place's own cache parameters, if any, and host memory is mapped.
+    """Within it models are sharded with the place's own cache parameters, if any, and host memory is mapped.
 
     Mapped, because managed memory is not to be had on every machine (in some containers it is not).
     """
-    constraint, made = embeddings.planning._constraint, embeddings.sharding.sharders
+    shard, sharders = trainer.assemble.shard, embeddings.sharding.sharders
 
-    def constrained(*given: Any, **more: Any) -> Any:
-        found = constraint(*given, **more)
-        found.cache_params = place.own or getattr(found, "cache_params", None)
-        return found
+    def sharded(model: Any, groups: Any, plan: ShardingPlan, *given: Any, **more: Any) -> Any:
+        for tables in plan.plan.values():
+            for table in tables.values():
+                if place.own is not None and table.compute_kernel == "fused_uvm_caching":
+                    table.cache_params = place.own
+        return shard(model, groups, plan, *given, **more)
 
     def mapped(*given: Any, **more: Any) -> Any:
-        sharders = made(*given, **more)
-        for sharder in sharders:
+        made = sharders(*given, **more)
+        for sharder in made:
             sharder._fused_params = {**(sharder.fused_params or {}), "uvm_host_mapped": True}
-        return sharders
+        return made
 
-    changes: list[tuple[Any, str, Callable[..., Any]]] = [(embeddings.planning, "_constraint", constrained)]
-    if place.kernel != "fused":
-        changes += [(module, "sharders", mapped) for module in (embeddings.planning, embeddings.sharding)]
-    patches = [mock.patch.object(*each) for each in changes]
-    for patch in patches:
-        patch.start()
-    try:
+    with (
+        mock.patch.object(trainer.assemble, "shard", sharded),
+        mock.patch.object(embeddings.sharding, "sharders", mapped),
+    ):
         yield
-    finally:
-        for patch in patches:
-            patch.stop()
 
 
 def _judged(rows: list[Row]) -> Answer:

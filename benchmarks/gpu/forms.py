@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -12,10 +14,12 @@ from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import difference
 from embeddings.init import FirstWeights, initial_rows_
 from tests.models import drawing, drawn_vectors, drawn_windows
-from trainer.model.score import Attended, DotScorer, MlpScorer, dots
-from trainer.model.search import DotSearch, Query, top_columns
-from trainer.model.sequence import weighted_bags
-from trainer.model.time import age_bucket, rows_at
+from trainer.model.score import Attended, DotScorer, MlpScorer
+from trainer.model.search import DotSearch, Query
+from trainer.model.time import age_bucket
+
+_HOME = "trainer.model.ops" if find_spec("trainer.model.ops") else "trainer.model"
+bags, top = import_module(f"{_HOME}.bags"), import_module(f"{_HOME}.top")
 
 _ROWS, _QUERIES, _WIDTH, _KEPT = 5_000, 700, 32, 20
 _LARGEST = 1e-5
@@ -44,10 +48,10 @@ def _differentiable(device: torch.device) -> list[Row]:
     index = (torch.rand(_QUERIES, _KEPT, generator=rng) ** 3 * _ROWS).long()
     weight, numbers = torch.randn(_QUERIES, _KEPT, generator=rng), torch.randn(_ROWS, generator=rng)
     cases: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
-        "weighted_bags": (lambda r, w: weighted_bags(r, index.to(r.device), w), (rows, weight)),
-        "dots": (lambda q, r: dots(q, r, index.to(r.device)), (query, rows)),
-        "rows_at": (lambda r: rows_at(r, index.to(r.device)), (rows,)),
-        "rows_at of numbers": (lambda r: rows_at(r, index.to(r.device)), (numbers,)),
+        "weighted_bags": (lambda r, w: bags.weighted_bags(r, index.to(r.device), w), (rows, weight)),
+        "dots": (lambda q, r: bags.dots(q, r, index.to(r.device)), (query, rows)),
+        "rows_at": (lambda r: bags.rows_at(r, index.to(r.device)), (rows,)),
+        "rows_at of numbers": (lambda r: bags.rows_at(r, index.to(r.device)), (numbers,)),
     }
     return [_alike(name, _learned(run, given, device)) for name, (run, given) in cases.items()]
 
@@ -73,7 +77,7 @@ def _tops(device: torch.device) -> list[Row]:
     found = []
     for k in (1, 20, 4000):
         for last in (False, True):
-            ours, theirs = (top_columns(score.to(place), k, last=last) for place in ("cpu", device))
+            ours, theirs = (top.top_columns(score.to(place), k, last=last) for place in ("cpu", device))
             found.append(_equal(f"top {k}, {'last' if last else 'first'} of equals", ours, theirs))
     return found
 

@@ -115,8 +115,8 @@ def train(check: Check) -> Answer:
 def train_cpu(check: Check) -> Answer:
     """The same log, order, seeds and settings as `train` as configured, on this machine's CPU.
 
-    Expected: losses of the first steps alike to 1e-3 (relative), and an AUC within 0.002; in between they drift
-    apart as rounding adds up.
+    Expected: losses of the first steps alike to 1e-3 (relative), and an AUC within 0.002; in between they
+    drift apart as rounding adds up.
     """
     cpu = run_of(check, "run-cpu", _short(check, 12))
     folder = RunFolder(check.work / "run")
@@ -141,8 +141,8 @@ def evaluate(check: Check) -> Answer:
 
 
 def export(check: Check) -> Answer:
-    """`tandemrec export` of a run that was trained on the GPU, whose snapshot a CPU serves: it scores recorded
-    requests with both and refuses a snapshot that differs.
+    """`tandemrec export` of a run that was trained on the GPU, whose snapshot a CPU serves: it scores
+    recorded requests with both and refuses a snapshot that differs.
 
     Expected: it ends, so the snapshot is within export's own bounds.
     """
@@ -156,8 +156,8 @@ def export(check: Check) -> Answer:
 def score(check: Check) -> Answer:
     """`tandemrec score` of the snapshot on the CPU against the scores that `evaluate` kept on the GPU.
 
-    Expected: probabilities at most 1e-4 apart; where the two devices keep another behavior of two whose scores
-    differ by rounding, a few candidates may be further apart.
+    Expected: probabilities at most 1e-4 apart; where the two devices keep another behavior of two whose
+    scores differ by rounding, a few candidates may be further apart.
     """
     started = time.perf_counter()
     out = check.work / "scores.parquet"

@@ -168,4 +168,7 @@ def with_model(config: Config, **changes: Any) -> Config:
 def shares(rows: Sequence[Row], baseline: str) -> list[Row]:
     """The rows with their speed as a multiple of one of them."""
     base = next((row.get("samples/s") for row in rows if row["way"] == baseline), None)
-    return [{**row, "times the first": row["samples/s"] / base} if base and "samples/s" in row else row for row in rows]
+    return [
+        {**row, "times the first": row["samples/s"] / base} if base and "samples/s" in row else row
+        for row in rows
+    ]

@@ -56,8 +56,8 @@ def environment(check: Check) -> Answer:
 
 
 def tbe(check: Check) -> Answer:
-    """Whether FBGEMM's kernels update rows as the optimizers are written on paper, tables in the device's memory
-    and behind a cache there (host memory mapped), in fp32 and fp16.
+    """Whether FBGEMM's kernels update rows as the optimizers are written on paper, tables in the device's
+    memory and behind a cache there (host memory mapped), in fp32 and fp16.
 
     Expected: weights after three steps within 1e-5 of a reference in double precision; fp16 within 1e-3.
     """
@@ -68,9 +68,15 @@ def tbe(check: Check) -> Answer:
             halves = (SparseType.FP16,) if kind is EmbOptimType.EXACT_ROWWISE_ADAGRAD else ()
             for dtype in (SparseType.FP32, *halves):
                 found = _after_some_steps(place, kind, dtype, check.device)
-                rows.append({"rows lie in": place, "optimizer": kind.name, "dtype": dtype.name, "difference": found})
+                rows.append(
+                    {"rows lie in": place, "optimizer": kind.name, "dtype": dtype.name, "difference": found}
+                )
     limits = {"FP32": _LARGEST, "FP16": 1e-3}
-    bad = [f"{r['rows lie in']} {r['optimizer']} {r['dtype']}" for r in rows if r["difference"] > limits[r["dtype"]]]
+    bad = [
+        f"{r['rows lie in']} {r['optimizer']} {r['dtype']}"
+        for r in rows
+        if r["difference"] > limits[r["dtype"]]
+    ]
     return answer(rows, bad)
 
 
@@ -89,7 +95,9 @@ def _after_some_steps(place: str, kind: EmbOptimType, dtype: SparseType, device:
         device=device,
         **({"uvm_host_mapped": True} if cached else {}),
     )
-    first = torch.randn(_ROWS, _DIM, generator=rng).to(torch.float16 if dtype is SparseType.FP16 else torch.float32)
+    first = torch.randn(_ROWS, _DIM, generator=rng).to(
+        torch.float16 if dtype is SparseType.FP16 else torch.float32
+    )
     made.split_embedding_weights()[0].copy_(first)
     wanted, state = first.double(), torch.zeros(_ROWS, _DIM, dtype=torch.float64)
     for _ in range(_STEPS):

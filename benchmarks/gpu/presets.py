@@ -35,8 +35,8 @@ def preset_names() -> list[str]:
 
 
 def presets(check: Check) -> Answer:
-    """Whether every preset's model computes on the device what it does on the CPU, and how often the host waits
-    for the device in a forward and backward pass (by line in the facts).
+    """Whether every preset's model computes on the device what it does on the CPU, and how often the host
+    waits for the device in a forward and backward pass (by line in the facts).
 
     Expected: logits within 1e-4, gradients within 1e-2 (by their norm), no wait at all.
     """
@@ -63,7 +63,12 @@ def compared(config: Config, device: torch.device) -> tuple[Row, Counter[str]]:
     with host_waits() as waited:
         found = _learned(model, batch, device)
     logits, gradients = (difference(found[0], wanted[0]), _worst(found[1], wanted[1]))
-    row = {"logits": logits, "gradients": gradients[0], "worst in": gradients[1], "waits": sum(waited.values())}
+    row = {
+        "logits": logits,
+        "gradients": gradients[0],
+        "worst in": gradients[1],
+        "waits": sum(waited.values()),
+    }
     return row, waited
 
 

@@ -31,7 +31,7 @@ def write_page(out: Path, to: Path) -> Path:
 
 def name_of(device: str) -> str:
     """`NVIDIA H100 80GB HBM3, 81559 MiB, 570.1` -> `nvidia-h100-80gb-hbm3`."""
-    return re.sub(r"[^a-z0-9]+", "-", device.split(",")[0].lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", device.split(",", maxsplit=1)[0].lower()).strip("-")
 
 
 def page(runs: Sequence[Line], steps: Mapping[str, Line]) -> list[str]:
@@ -42,7 +42,10 @@ def page(runs: Sequence[Line], steps: Mapping[str, Line]) -> list[str]:
         lines += ["**A dry run: sizes are tiny and no number here is a measurement.**", ""]
     lines += _about(runs)
     lines += ["", "| step | state | seconds | what it found |", "|---|---|---|---|"]
-    lines += [f"| {name} | {_state(line)} | {line['seconds']:.1f} | {_found(line)} |" for name, line in _in_order(steps)]
+    lines += [
+        f"| {name} | {_state(line)} | {line['seconds']:.1f} | {_found(line)} |"
+        for name, line in _in_order(steps)
+    ]
     for name, line in _in_order(steps):
         if line.get("rows") or line.get("facts"):
             lines += ["", *_section(name, line)]

@@ -1,7 +1,8 @@
 """Runs steps one after the other, each in a process of its own with a time limit.
 
 The parent imports what the steps need and never touches the GPU; a step is a fork of it. So a step that
-crashes, hangs or leaves the device in a bad state costs no other step anything, and none pays the imports again.
+crashes, hangs or leaves the device in a bad state costs no other step anything, and none pays the imports
+again.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def one(check: Check, name: str, limit_s: float, fork: bool) -> Line:
 
 
 def _wait(child: int, until: float) -> int | None:
-    """The status that a process ended with, or None where it had to be ended; what it started ends with it."""
+    """The status that a process ended with, or None where it had to be ended; what it started ends with
+    it.
+    """
     status: int | None = None
     while time.monotonic() < until:
         ended, found = os.waitpid(child, os.WNOHANG)
@@ -217,4 +220,3 @@ def shown(value: Any) -> str:
 def _write(results: Any, line: Line) -> None:
     results.write(json.dumps(line, default=str) + "\n")
     results.flush()
-

@@ -20,8 +20,9 @@ from trainer.sections import CheckpointConfig
 
 
 def saves(check: Check) -> Answer:
-    """Whether a save in the background holds what the model was when it began, though training goes on at once,
-    and the same as a save that training waits for; also the device that the saving thread leaves a context on.
+    """Whether a save in the background holds what the model was when it began, though training goes on at
+    once, and the same as a save that training waits for; also the device that the saving thread leaves a
+    context on.
 
     Expected: no tensor differs by a bit, by mode; at most one device has memory in use by this process.
     """
@@ -69,11 +70,11 @@ def _contexts() -> int:
 
 
 def resume(check: Check) -> Answer:
-    """How far a run that was stopped and continued is from one that was not, beside how far two equal runs are
-    from each other.
+    """How far a run that was stopped and continued is from one that was not, beside how far two equal runs
+    are from each other.
 
-    Expected: not bit-equal on a GPU, which adds gradients of rows in no fixed order; both differences of losses
-    alike, below 1e-3. On a CPU both are 0.
+    Expected: not bit-equal on a GPU, which adds gradients of rows in no fixed order; both differences of
+    losses alike, below 1e-3. On a CPU both are 0.
     """
     few = [f"data.batch_candidates={check.size(2048, 256)}"]
     common = ["train.log_every=1", "train.decay=none", "checkpoint.every_steps=10", *few]
@@ -83,7 +84,10 @@ def resume(check: Check) -> Answer:
     run_of(check, "resume-twice", [*common, half])
     twice = run_of(check, "resume-twice", [*common, whole], fresh=False).losses
     apart, resumed = _apart(once, again), _apart(once, twice)
-    different = [*(["two equal runs"] if apart > 1e-3 else []), *(["a resumed run"] if resumed > 1e-3 else [])]
+    different = [
+        *(["two equal runs"] if apart > 1e-3 else []),
+        *(["a resumed run"] if resumed > 1e-3 else []),
+    ]
     facts: dict[str, Any] = {"steps": len(once), "two equal runs": apart, "a resumed run": resumed}
     return answer([], different, **facts)
 
@@ -93,5 +97,3 @@ def _apart(some: list[float], other: list[float]) -> float:
     if len(some) != len(other):
         return float("inf")
     return max(abs(a - b) for a, b in zip(some, other, strict=True))
-
-

@@ -103,5 +103,3 @@ def _judged(check: Check, rows: list[Row], copied: float) -> Answer:
     ours = [row for row in rows if row["way"] == "the trainer's"]
     slow = [f"L {row['L']}, D {row['D']}" for row in ours if row["of copy"] < _AIM]
     return answer(rows, wrong if check.dry else [*wrong, *slow], **{"copy GB/s": copied / 1e9})
-
-

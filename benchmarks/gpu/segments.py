@@ -1,4 +1,6 @@
-"""Memory that the allocator reserves but tensors do not take, with segments of fixed size and expandable ones."""
+"""Memory that the allocator reserves but tensors do not take, with segments of fixed size and expandable
+ones.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ _USERS, _TINY = (575, 36, 300, 900, 12, 575, 150), (3, 1, 4)
 
 
 def segments(check: Check) -> Answer:
-    """How much memory is reserved beyond what tensors take when steps differ much in size, with the allocator as
-    it is and with expandable segments (PYTORCH_CUDA_ALLOC_CONF), each in a process of its own.
+    """How much memory is reserved beyond what tensors take when steps differ much in size, with the
+    allocator as it is and with expandable segments (PYTORCH_CUDA_ALLOC_CONF), each in a process of its own.
 
     Expected: with expandable segments less is reserved for the same peak of tensors, at the same speed.
     """
@@ -49,7 +51,9 @@ def segments(check: Check) -> Answer:
 def measured(dry: bool) -> Row:
     """Steps of unequal size in turn; peaks of memory, and milliseconds of a step."""
     users: Sequence[int] = _TINY if dry else _USERS
-    cells = [Cell(items=2_000 if dry else 4_068_790, length=30 if dry else 200, users=count) for count in users]
+    cells = [
+        Cell(items=2_000 if dry else 4_068_790, length=30 if dry else 200, users=count) for count in users
+    ]
     with process_group(60) as ranks, loops_of(cells[0], ranks, count=1) as loops:
         steps = [step for cell in cells for step in steps_of(cell, 1)]
         pipeline = loops.pipeline(Way("sparse_dist"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.caches import Place, placed
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of
 from benchmarks.gpu.measure import memory
 from benchmarks.gpu.training import small_job
@@ -29,6 +30,11 @@ def _all_groups(setting: str) -> list[str]:
     return [f"groups.{group}.{setting}" for group in _GROUPS]
 
 
+# Items' rows in host memory with a cache on the device, as the product sets it.
+CACHED = (
+    "plan.allow_unified_memory=true",
+    *(f'plan.tables.{group}__item_id.kernels=["fused_uvm_caching"]' for group in _GROUPS),
+)
 # name -> pipeline, settings, largest difference
 WAYS: Mapping[str, tuple[str, Sequence[str], float]] = {
     "none": ("none", [], _EXACT),
@@ -44,6 +50,12 @@ WAYS: Mapping[str, tuple[str, Sequence[str], float]] = {
     "comms fp16": ("none", ['comms.forward="fp16"', 'comms.backward="fp16"'], _ROUNDED),
     "comms bf16": ("none", ['comms.forward="bf16"', 'comms.backward="bf16"'], _ROUNDED),
     "bf16": ("sparse_dist", ['train.precision="bf16"'], _ROUNDED),
+}
+# On CUDA only.
+CACHED_WAYS: Mapping[str, tuple[str, Sequence[str], float]] = {
+    "cached tables": ("none", CACHED, _EXACT),
+    "cached tables, sparse_dist": ("sparse_dist", CACHED, _EXACT),
+    "cached tables, prefetch": ("prefetch", [*CACHED, 'train.pipeline="prefetch"'], _EXACT),
 }
 # A CPU has these forms; row_wise bags and data-parallel updates are a device's alone, or need more ranks.
 _DRY = ("sparse_dist", "sequence tables", "fp16 tables", "bf16")
@@ -65,17 +77,18 @@ def reference(check: Check) -> Answer:
 
 def sharded(check: Check) -> Answer:
     """Whether the sharded model trains on one device as on the CPU, by pipeline, kind of tables, sharding,
-    precision of rows, of what travels, and of the dense part.
+    precision of rows, of what travels, and of the dense part, and with cached tables.
 
     Expected: losses within 1e-3 of the CPU's (relative), within 5e-2 where something is rounded to 16 bits.
     """
     wanted = json.loads(_reference_file(check).read_text())
     rows: list[Row] = []
-    for name, (kind, settings, limit) in WAYS.items():
+    for name, (kind, settings, limit) in {**WAYS, **(CACHED_WAYS if check.on_cuda else {})}.items():
         if check.dry and name not in _DRY:
             continue
         try:
-            losses, scores = _trained(check, kind, settings)
+            with placed(Place("fused")):
+                losses, scores = _trained(check, kind, settings)
             loss, score = _relative(losses, wanted["losses"]), _largest(scores, wanted["scores"])
             rows.append({"way": name, "loss": loss, "score": score, "alike": loss <= limit})
         except Exception as error:
@@ -99,28 +112,38 @@ def _largest(found: Sequence[float], wanted: Sequence[float]) -> float:
 
 
 def midepoch(check: Check) -> Answer:
-    """Whether an evaluation in the midst of an epoch changes what comes after it, by pipeline: losses of steps
-    with one after the fourth step, against the same steps without.
+    """Whether an evaluation in the midst of an epoch changes what comes after it, by pipeline, and with
+    cached tables as the product places them: losses of steps with one after the fourth, against the same
+    without.
 
     Expected: differences of rounding alone (a device adds in no fixed order), 1e-5 at most.
     """
-    kinds = ["none", "sparse_dist"]
-    rows = [_interrupted(check, kind) for kind in kinds]
-    return answer(rows, [row["pipeline"] for row in rows if row["loss"] > 1e-5])
+    ways: dict[str, tuple[str, Sequence[str]]] = {"none": ("none", []), "sparse_dist": ("sparse_dist", [])}
+    if check.on_cuda:
+        ways["sparse_dist, cached tables"] = "sparse_dist", CACHED
+        ways["prefetch, cached tables"] = "prefetch", [*CACHED, 'train.pipeline="prefetch"']
+    rows: list[Row] = []
+    for name, (kind, settings) in ways.items():
+        try:
+            with placed(Place("fused_uvm_caching")):
+                rows.append({"way": name, **_interrupted(check, kind, settings)})
+        except Exception as error:
+            rows.append({"way": name, "error": reason_of(error)})
+    return answer(rows, [row["way"] for row in rows if "error" in row or row["loss"] > 1e-5])
 
 
-def _interrupted(check: Check, kind: str) -> Row:
+def _interrupted(check: Check, kind: str, settings: Sequence[str]) -> Row:
     found = []
     for interrupted in (False, True):
         with tempfile.TemporaryDirectory() as folder, process_group(_TIMEOUT_S) as ranks:
-            made = small_job(check, ranks, Path(folder), kind)
+            made = small_job(check, ranks, Path(folder), kind, settings)
             steps, losses = islice(made.reader("train", _SEED).steps(), _STEPS), []
             for number, (_, loss) in enumerate(made.pipeline.train(steps, lambda: 1)):
                 losses.append(float(loss))
                 if interrupted and number == 3:
                     made.scores()
             found.append(losses)
-    return {"pipeline": kind, "steps": len(found[0]), "loss": _relative(found[1], found[0])}
+    return {"steps": len(found[0]), "loss": _relative(found[1], found[0])}
 
 
 def guard(check: Check) -> Answer:
@@ -155,5 +178,3 @@ def _with_nan(step: Step) -> Step:
     labels = step.batch.labels.clone()
     labels[-1] = torch.nan
     return replace(step, batch=replace(step.batch, labels=labels))
-
-

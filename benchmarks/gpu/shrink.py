@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Layout as in CUDA 12 and 13: magic, version, header's size, payload's size; entries have a header of their own.
+# Layout as in CUDA 12 and 13: magic, version, header's size, payload's size; an entry has its own header.
 _MAGIC = struct.pack("<I", 0xBA55ED50)
 _HEADER = struct.Struct("<IHHQ")
 _ENTRY = struct.Struct("<HHIQ")
@@ -72,7 +72,9 @@ def entries(data: mmap.mmap | bytes, first: int, end: int) -> Iterator[tuple[int
 
 
 def keep_one(library: Path, arch: int | None) -> tuple[int, int]:
-    """Leave a library the machine code of one architecture (none: of no one); -> entries kept, bytes freed."""
+    """Leave a library the machine code of one architecture (none: of no one); -> entries kept, bytes
+    freed.
+    """
     kept = freed = 0
     with library.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
         for start, first, end in list(fat_binaries(data)):
@@ -91,10 +93,12 @@ def pack(tree: Path, files: Sequence[Path], archive: Path) -> None:
     # Kernels are much alike over a long distance; calls in x86 code are alike as absolute addresses.
     filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 96 << 20}]
     part = archive.with_suffix(".part")
-    with lzma.open(part, "wb", check=lzma.CHECK_SHA256, filters=filters) as stream:
-        with tarfile.open(fileobj=stream, mode="w|") as tar:
-            for path in files:
-                tar.add(path, str(path.relative_to(tree)), recursive=False)
+    with (
+        lzma.open(part, "wb", check=lzma.CHECK_SHA256, filters=filters) as stream,
+        tarfile.open(fileobj=stream, mode="w|") as tar,
+    ):
+        for path in files:
+            tar.add(path, str(path.relative_to(tree)), recursive=False)
     part.replace(archive)
 
 
@@ -107,7 +111,10 @@ def shrink(wheel: Path, folder: Path, arch: int, without: Sequence[str]) -> None
         for path in sorted(path for path in tree.rglob("*") if path.is_file()):
             if path.suffix == ".so":
                 kept, freed = keep_one(path, None if path.stem in without else arch)
-                print(f"{path.name}: {kept} entries for sm_{arch} kept, {freed / 2**20:.0f} MiB freed", flush=True)
+                print(
+                    f"{path.name}: {kept} entries for sm_{arch} kept, {freed / 2**20:.0f} MiB freed",
+                    flush=True,
+                )
             large = path.stat().st_size > _APART_BYTES
             apart.setdefault(path.stem if large else "rest", []).append(path)
         with ThreadPoolExecutor(2) as pool:
@@ -117,7 +124,9 @@ def shrink(wheel: Path, folder: Path, arch: int, without: Sequence[str]) -> None
 
 
 def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("wheel", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", type=int, default=90, help="90 for sm_90")

@@ -34,12 +34,12 @@ TINY: Mapping[str, Cell] = {
 
 
 def step(check: Check) -> Answer:
-    """Samples a second of a training step, from 2 k to 131 k candidates, by pipeline, with and without the guard,
-    in bf16, each as a share of a bare TorchRec loop over the same model and batches in pinned memory; memory;
-    and where the host waits (facts: waits a step, by line).
+    """Samples a second of a training step, from 2 k to 131 k candidates, by pipeline, with and without the
+    guard, in bf16, each as a share of a bare TorchRec loop over the same model and batches in pinned
+    memory; memory; and where the host waits (facts: waits a step, by line).
 
-    Expected: sparse_dist with the guard at 0.95 of the bare loop or more (`different` names cells below that);
-    no wait outside of the guard.
+    Expected: sparse_dist with the guard at 0.95 of the bare loop or more (`different` names cells below
+    that); no wait outside of the guard.
     """
     rows: list[Row] = []
     waits: dict[str, float] = {}

@@ -72,11 +72,18 @@ def job(
     """
     sharded = build_sharded(config, manifest, ranks)
     optimizer = make_optimizer(sharded.model, config.train)
-    return Job(config, sharded, optimizer, pipeline_of(config, sharded, optimizer, ranks, folder, kind), ranks)
+    return Job(
+        config, sharded, optimizer, pipeline_of(config, sharded, optimizer, ranks, folder, kind), ranks
+    )
 
 
 def pipeline_of(
-    config: Config, sharded: Sharded, optimizer: Any, ranks: Ranks, folder: Path | None, kind: str | None = None
+    config: Config,
+    sharded: Sharded,
+    optimizer: Any,
+    ranks: Ranks,
+    folder: Path | None,
+    kind: str | None = None,
 ) -> Pipeline:
     """A pipeline over a model that is there already."""
     guard = None if folder is None else Guard(ranks, folder)

@@ -1,4 +1,6 @@
-"""Two ranks on two GPUs: tables by rows, whose bags are reduced over ranks that have unequally many of them."""
+"""Two ranks on two GPUs: tables by rows, whose bags are reduced over ranks that have unequally many of
+them.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ _USERS, _TINY = (288, 200), (4, 2)
 
 
 def bags(check: Check) -> Answer:
-    """Whether row-wise bags need to be padded to equal numbers over NCCL, as they do over gloo, and what either
-    costs: two ranks with unequally many bags, padded and as they are.
+    """Whether row-wise bags need to be padded to equal numbers over NCCL, as they do over gloo, and what
+    either costs: two ranks with unequally many bags, padded and as they are.
 
     Expected: both ways end, with losses within 1e-4 of each other; on one GPU the step is skipped.
     """
@@ -40,7 +42,9 @@ def bags(check: Check) -> Answer:
             try:
                 codes = fork_ranks(RANKS, lambda ranks: _rank(check, ranks, padded, Path(folder)))  # noqa: B023
                 found = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("rank-*.json"))]
-                rows.append({"bags": name, "exit codes": str(codes), **(found[0] if len(found) == RANKS else {})})
+                rows.append(
+                    {"bags": name, "exit codes": str(codes), **(found[0] if len(found) == RANKS else {})}
+                )
             except TimeoutError as error:
                 rows.append({"bags": name, "error": reason_of(error)})
     return answer(rows, _different(rows))
@@ -68,7 +72,9 @@ def _rank(check: Check, ranks: Ranks, padded: bool, folder: Path) -> None:
 
 
 def _by_rows(config: Config) -> Config:
-    groups = {name: group.model_copy(update={"sharding": ("row_wise",)}) for name, group in config.groups.items()}
+    groups = {
+        name: group.model_copy(update={"sharding": ("row_wise",)}) for name, group in config.groups.items()
+    }
     return config.model_copy(update={"groups": groups})
 
 
