@@ -1,0 +1,52 @@
+"""`python -m benchmarks.gpu [--dry] [--budget S] [--out DIR] [STEP...]`, and `... report OUT`. See
+docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu.catalogue import chosen
+from benchmarks.gpu.check import ROOT, Check
+from benchmarks.gpu.report import write_page
+from benchmarks.gpu.runner import answer_of, run
+
+
+def _report(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu report", description=write_page.__doc__)
+    parser.add_argument("out", type=Path, help="the folder with results.jsonl")
+    parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "gpu", help="where the page goes")
+    given = parser.parse_args(words)
+    print(write_page(given.out, given.to))
+    return 0
+
+
+def _check(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="names, or right, or speed; none: all")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes, on a CPU too")
+    parser.add_argument(
+        "--budget", type=float, default=1200, metavar="S", help="seconds of all steps together"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="where results go")
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu-work"), help="where runs and logs go")
+    parser.add_argument("--log", type=Path, help="a sequence log of Complete Journey for the step demo")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(words)
+    try:
+        names = chosen(given.steps)
+    except ValueError as error:
+        parser.error(str(error))
+    check = Check(given.dry, given.out, given.work, given.log)
+    return answer_of(check, names[0]) if given.one else int(run(check, names, given.budget, words) > 0)
+
+
+def main(words: Sequence[str]) -> int:
+    return _report(words[1:]) if words[:1] == ["report"] else _check(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""Inputs that are made up: windows for a search, steps for a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipelines.bench_grid import Cell, config_of
+from pipelines.bench_synthetic import Draws, as_batch
+from trainer.data.reader import Cursor, Step
+from trainer.data.rows import UserRows
+from trainer.model.score import Attended
+from trainer.model.time import Marks
+from trainer.model.windows import Windows
+
+_SEED = 7
+_Moved = TypeVar("_Moved")
+
+
+def full_windows(windows: int, candidates: int, length: int, width: int) -> tuple[Windows, Attended]:
+    """Windows of `length` behaviors each, that lie one after the other, with so many candidates each."""
+    rng = torch.Generator().manual_seed(_SEED)
+    ends = torch.arange(1, windows + 1) * length
+    index = ends[:, None] - 1 - torch.arange(length)
+    request = torch.arange(windows).repeat_interleave(candidates)
+    mask, zero = torch.ones_like(index, dtype=torch.bool), torch.zeros_like(index)
+    # The host knows them, as it does of batches that were collated.
+    known = {"counts": (candidates,) * windows} if "counts" in Windows.__dataclass_fields__ else {}
+    lengths = torch.full((windows,), length)
+    found = Windows(index, mask, Marks(zero, zero, zero), None, request, lengths, **known)
+    query = torch.randn(windows * candidates, width, generator=rng)
+    key = torch.randn(windows * length, width, generator=rng)
+    return found, Attended(query, key, torch.zeros_like(request))
+
+
+def moved(given: _Moved, device: torch.device) -> _Moved:
+    """A dataclass of tensors, and of such dataclasses, on another device."""
+
+    def move(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.to(device)
+        return moved(part, device) if is_dataclass(part) else part
+
+    return replace(given, **{f.name: move(getattr(given, f.name)) for f in fields(given)})  # type: ignore[type-var,arg-type]
+
+
+def steps_of(cell: Cell, count: int) -> list[Step]:
+    """Steps of a cell of `tandemrec bench step`, as the reader would give them."""
+    return [collated() for collated in drawn_steps(cell, count)]
+
+
+def drawn_steps(cell: Cell, count: int) -> Iterator[Callable[[], Step]]:
+    """The same, drawn but not yet collated: each call does what the reader does with decoded rows."""
+    shape = cell.shape
+    draws, data = Draws(shape, _SEED), config_of(cell).data
+
+    def collated(rows: UserRows, number: int) -> Step:
+        batch = as_batch(rows, shape.manifest(), data, shape.requests)
+        return Step(batch, True, Cursor(0, number + 1))
+
+    for number in range(count):
+        yield partial(collated, draws.step(), number)

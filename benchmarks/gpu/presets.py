@@ -1,0 +1,98 @@
+"""Every preset over plain tables: the device's logits and gradients against the CPU's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.check import ROOT, Answer, Check, Row, answer, reason_of
+from benchmarks.gpu.logs import small_log
+from benchmarks.gpu.measure import difference, host_waits
+from tests.models import model_of
+from tests.preset_steps import small_config
+from trainer.assemble import feature_rows, resolve_groups
+from trainer.config import Config
+from trainer.data.batch import RequestBatch
+from trainer.data.reader import SequenceLogReader
+from trainer.data.schema import read_manifest
+from trainer.loss import loss_sum
+from trainer.model.two_stage import TwoStageModel
+
+_LOGITS, _GRADIENTS = 1e-4, 1e-2
+# It needs a log with clusters.
+_LEFT_OUT = ("twin_v2",)
+
+
+def preset_names() -> list[str]:
+    return sorted(
+        path.stem
+        for path in (ROOT / "configs").glob("*.toml")
+        if "extends" in path.read_text(encoding="utf-8") and path.stem not in _LEFT_OUT
+    )
+
+
+def presets(check: Check) -> Answer:
+    """Whether every preset's model computes on the device what it does on the CPU, and how often the host
+    waits for the device in a forward and backward pass (by line in the facts).
+
+    Expected: logits within 1e-4, gradients within 1e-2 (by their norm), no wait at all.
+    """
+    rows: list[Row] = []
+    lines: Counter[str] = Counter()
+    for name in preset_names()[: check.size(100, 2)]:
+        try:
+            row, waited = compared(small_config(name, small_log(check)), check.device)
+            rows.append({"preset": name, **row})
+            lines.update(waited)
+        except Exception as error:
+            rows.append({"preset": name, "error": reason_of(error)})
+    bad = [r["preset"] for r in rows if "error" in r or r["logits"] > _LOGITS or r["gradients"] > _GRADIENTS]
+    return answer(rows, bad, **{f"waits at {line}": times for line, times in lines.most_common(20)})
+
+
+def compared(config: Config, device: torch.device) -> tuple[Row, Counter[str]]:
+    """One training batch on both devices; -> differences, and the waits on the device by line."""
+    model, batch = model_of(config), batch_of(config)
+    wanted = _learned(model, batch, torch.device("cpu"))
+    model.to(device)
+    # The first pass on a device waits for what later ones find: handles of libraries, compiled kernels.
+    _learned(model, batch, device)
+    with host_waits() as waited:
+        found = _learned(model, batch, device)
+    logits, gradients = (difference(found[0], wanted[0]), _worst(found[1], wanted[1]))
+    row = {
+        "logits": logits,
+        "gradients": gradients[0],
+        "worst in": gradients[1],
+        "waits": sum(waited.values()),
+    }
+    return row, waited
+
+
+def batch_of(config: Config) -> RequestBatch:
+    rows = feature_rows(resolve_groups(config, read_manifest(Path(config.data.log))))
+    return next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
+
+
+def _learned(
+    model: TwoStageModel, batch: RequestBatch, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and all gradients, still on the device."""
+    model.train().zero_grad()
+    # Copies to the device are the loader's, not the model's.
+    moved = batch.to(device)
+    prediction = model(moved)
+    total = loss_sum(prediction.logits, moved.labels, moved.weight)
+    if prediction.auxiliary is not None:
+        total = total + loss_sum(prediction.auxiliary, moved.labels, moved.weight)
+    total.backward()
+    # By value, for the model itself moves to another device.
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return prediction.logits.detach(), grads
+
+
+def _worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    return max((difference(found[name], gradient), name) for name, gradient in wanted.items())

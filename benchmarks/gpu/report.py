@@ -1,0 +1,109 @@
+"""From results.jsonl to a page of tables, benchmarks/gpu/RESULTS-<device>.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.catalogue import STEPS
+from benchmarks.gpu.runner import shown
+
+Line = Mapping[str, Any]
+
+
+def write_page(out: Path, to: Path) -> Path:
+    """Write the page about `<out>/results.jsonl` into a folder; -> the page.
+
+    Of a step that was run several times the newest line counts. A dry run measures nothing: its page stays
+    in `out`.
+    """
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    runs = [line["run"] for line in lines if "run" in line]
+    steps = {line["step"]: line for line in lines if "step" in line}
+    dry = any(run["dry"] for run in runs)
+    path = (out if dry else to) / f"RESULTS-{'dry' if dry else name_of(runs[-1]['device'])}.md"
+    path.write_text("\n".join(page(runs, steps)) + "\n", encoding="utf-8")
+    return path
+
+
+def name_of(device: str) -> str:
+    """`NVIDIA H100 80GB HBM3, 81559 MiB, 570.1` -> `nvidia-h100-80gb-hbm3`."""
+    return re.sub(r"[^a-z0-9]+", "-", device.split(",", maxsplit=1)[0].lower()).strip("-")
+
+
+def page(runs: Sequence[Line], steps: Mapping[str, Line]) -> list[str]:
+    """The page's lines."""
+    newest = runs[-1]
+    lines = [f"# The check on {newest['device'].split(',')[0]}", ""]
+    if newest["dry"]:
+        lines += ["**A dry run: sizes are tiny and no number here is a measurement.**", ""]
+    lines += _about(runs)
+    lines += ["", "| step | state | seconds | what it found |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {_state(line)} | {line['seconds']:.1f} | {_found(line)} |"
+        for name, line in _in_order(steps)
+    ]
+    for name, line in _in_order(steps):
+        if line.get("rows") or line.get("facts"):
+            lines += ["", *_section(name, line)]
+    return lines
+
+
+def _about(runs: Sequence[Line]) -> list[str]:
+    newest = runs[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
+    changed = " (with changes that are not committed)" if newest["changed"] else ""
+    return [
+        f"* device: {newest['device']}",
+        f"* versions: {versions}",
+        f"* commit: {newest['commit']}{changed}",
+        *(f"* {run['date']}: `{run['command']}`" for run in runs),
+    ]
+
+
+def _in_order(steps: Mapping[str, Line]) -> list[tuple[str, Line]]:
+    return [(name, steps[name]) for name in STEPS if name in steps]
+
+
+def _state(line: Line) -> str:
+    if "skipped" in line:
+        return "skipped"
+    if not line["ok"]:
+        return "**failed**"
+    return "**different**" if line.get("different") else "ok"
+
+
+def _found(line: Line) -> str:
+    found = line.get("skipped") or line.get("error") or ", ".join(line.get("different", []))
+    return _cell(found) if found else ""
+
+
+def _section(name: str, line: Line) -> list[str]:
+    try:
+        question, expected = STEPS[name].told()
+    except ImportError:
+        question = expected = ""
+    lines = [f"## {name}", ""]
+    lines += [question, ""] if question else []
+    lines += [f"Expected: {expected}", ""] if expected else []
+    facts = line.get("facts", {})
+    lines += [f"* {key}: {_cell(shown(value))}" for key, value in facts.items()]
+    rows = line.get("rows", [])
+    if rows:
+        lines += [""] if facts else []
+        lines += table(rows)
+    return lines
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows as Markdown; a key that some rows lack is an empty cell."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return [*head, *(f"| {' | '.join(_cell(shown(row.get(key, ''))) for key in columns)} |" for row in rows)]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
