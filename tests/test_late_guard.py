@@ -33,12 +33,15 @@ from trainer.step import make_optimizer
 Found = dict[str, Any]
 
 
+def rich_log(path: Path) -> Path:
+    rows = enrich(random_rows(8, Shape(users=20)), seed=1)
+    return write_log(path, {"train": rows, "validation": rows[:5]}, rich=True)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
-    rows = enrich(random_rows(8, Shape(users=20)), seed=1)
     folder = tmp_path_factory.mktemp("late")
-    log = write_log(folder / "log", {"train": rows, "validation": rows[:5]}, rich=True)
-    results = {}
+    log, results = rich_log(folder / "log"), {}
     for ranks in (1, 2):
         out = folder / str(ranks) / "found.json"
         out.parent.mkdir()
@@ -101,6 +104,27 @@ def test_the_device_leaves_a_bad_step_out_by_itself(found: dict[int, Found], ran
     """Where nobody reads the answer, steps after a bad one are to the bit what they were without it."""
     bad, never = found[ranks]["left out"]
     assert bad == never and bad["losses"][0] != bad["losses"][1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_step_changes_nothing_on_a_gpu(bad_on_gpu: Found, name: str) -> None:
+    _, at, _ = BAD[name]
+    for way in ("True none", "True sparse_dist"):
+        each = bad_on_gpu["bad"][f"{name} {way}"]
+        assert each["done"] == at and each["before"] == each["after"], way
+        assert each["messages"][0].startswith(f"step {at} is not finite on rank 0: ")
+
+
+@pytest.fixture(scope="module")
+def bad_on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp("gpu")
+    log = rich_log(folder / "log")
+    done = launched("tests.late_cases", str(log), str(folder / "found.json"), "bad", timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    result: Found = json.loads((folder / "found.json").read_text())
+    return result
 
 
 CASES: dict[str, tuple[dict[str, Any], int]] = {
