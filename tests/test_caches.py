@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -30,6 +32,8 @@ from torchrec.distributed.utils import add_params_from_parameter_sharding
 from embeddings.caches import fills_caches, forget_prefetched, with_prefetch
 from embeddings.errors import ConfigError
 from embeddings.plan_file import SavedPlan, from_tree, to_tree
+from tests.launching import launched
+from tests.logs import Shape, random_rows, write_log
 from trainer.assemble import _fit_caches
 from trainer.pipeline import Pipeline, kind_for, remark_on
 
@@ -138,3 +142,32 @@ def test_no_model_is_measured_while_caches_wait_for_a_batch() -> None:
     with pipeline.paused():
         told.append("measured")
     assert told == ["detach", "measured", "attach"] and cached.lxu_cache_locations_list == []
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("caches")
+    log = write_log(
+        folder / "log",
+        {"train": random_rows(8, Shape(users=12)), "validation": random_rows(8, Shape(users=5))},
+    )
+    done = launched("tests.cache_cases", str(log), str(folder / "found.json"))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    result: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return result
+
+
+def test_steps_and_scores_are_the_same_ahead(found: dict[str, Any]) -> None:
+    """Also after a pipeline was stopped with batches under way; on CUDA with caches, else without."""
+    plain, ahead = found["plain"], found["ahead"]
+    assert len(plain["scores"]) > 2 and len(plain["losses"]) > 6
+    for what in ("losses", "scores"):
+        assert np.allclose(np.hstack(ahead[what]), np.hstack(plain[what]), rtol=1e-3), what
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_caches_are_filled_ahead_on_a_gpu(found: dict[str, Any]) -> None:
+    assert found["ahead"]["kind"] == "prefetch"
+    assert found["ahead"]["kernels"]["attention__item_id"] == "fused_uvm_caching"
+    assert np.allclose(found["cached"]["losses"], found["plain"]["losses"], rtol=1e-3)
