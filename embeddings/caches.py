@@ -1,9 +1,9 @@
 """Tables whose rows lie in host memory behind a cache on the device, and caches that are filled ahead.
 
 TorchRec's `PrefetchTrainPipelineSparseDist` has the cache of a later batch filled while the present one is
-computed. FBGEMM needs to know that from the start (`prefetch_pipeline`), or the rows of a batch may be taken
-out of the cache before its backward pass has updated them; and TorchRec fills the caches of no other tables
-(`_need_prefetch` in distributed/embedding_sharding.py, version 1.8).
+computed. FBGEMM must know that from the start (`prefetch_pipeline`): only then the rows of a batch stay in
+the cache until its backward pass has updated them. Where it does not know, TorchRec 1.8 fills the caches all
+the same, and logs that results may be wrong (`prefetch` in distributed/embedding_lookup.py).
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def forget_prefetched(model: nn.Module) -> None:
     rows of its batch in the cache, also one of an evaluation, and only a backward pass unlocks them. The
     cached rows themselves stay. Waits for the device.
     """
-    parts = [part for part in model.modules() if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen)]
-    kernels = [part for part in parts if part.prefetch_pipeline]
-    if kernels and torch.cuda.is_available():
+    if torch.cuda.is_available():
         # The stream that fills the caches may still be at it.
         torch.cuda.synchronize()
-    for kernel in kernels:
+    for kernel in model.modules():
+        if not isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen):
+            continue
         kernel.timesteps_prefetched.clear()
         kernel.lxu_cache_locations_list.clear()
         kernel.lxu_cache_locking_counter.zero_()

@@ -99,12 +99,15 @@ def local_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield name, tree
 
 
-def job(ranks: Ranks, log: Path, folder: Path, way: str = "none", *overrides: str) -> Job:
+def job(
+    ranks: Ranks, log: Path, folder: Path, way: str = "none", *overrides: str, late: bool | None = None
+) -> Job:
+    """`late`: how the guard reads its answer, with the fused optimizer for it; None: as usual."""
     config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, *overrides])
     kind, guarded = WAYS[way]
     sharded = build_sharded(config, read_manifest(log), ranks)
-    optimizer = make_optimizer(sharded.model, config.train)
-    guard = Guard(ranks, folder) if guarded else None
+    optimizer = make_optimizer(sharded.model, config.train, None if late is None else True)
+    guard = Guard(ranks, folder, late) if guarded else None
     step = TrainStep(config, sharded.model, optimizer, ranks.world_size, guard)
     pipeline = Pipeline(kind, sharded.model, step, ranks.device)
     reader = open_split(config, "train", feature_rows(sharded.groups), ranks, seed=3)

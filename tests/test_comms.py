@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from embeddings.comms import Comms, codecs_of
+from embeddings.comms import HALF_MAX, Comms, GradientScale, codecs_of
 from embeddings.errors import DataError
 from tests.launching import launched
 from tests.logs import small_log
@@ -28,6 +31,23 @@ def test_gradients_of_any_size_travel_unclipped(largest: float) -> None:
         found = codec.backward.decode(codec.backward.encode(gradient))
         assert (found - gradient).abs().max() <= 2.0**-11 * largest
     assert comms.scale.value == 4096 or largest > 15.99
+
+
+def plain_scale(largest: float) -> float:
+    """The largest power of two that clips nothing, by logarithms."""
+    room = HALF_MAX / largest if largest else math.inf
+    return 2.0 ** min(12, math.floor(math.log2(room))) if room < math.inf else 4096.0
+
+
+@given(st.floats(0, float(torch.finfo(torch.float32).max), width=32))
+@example(65504.0 / 16)
+@example(0.0)
+def test_the_scale_is_found_without_logarithms(largest: float) -> None:
+    """From the bits of a float, which a device does without being asked for a number."""
+    scale = GradientScale()
+    scale.fit(torch.tensor(largest))
+    assert isinstance(scale.value, torch.Tensor) and scale.value.dtype == torch.float32
+    assert float(scale.value) == plain_scale(largest)
 
 
 def test_large_gradients_and_vectors_on_two_ranks(tmp_path: Path) -> None:

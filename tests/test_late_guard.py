@@ -1,0 +1,222 @@
+"""A guard whose answer the host reads a step late, as on CUDA: the same contract as one that waits.
+
+One launch for each number of ranks does all cases (`tests.late_cases`); the tests look at what it found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pipelines.train
+import trainer.loop
+from embeddings.errors import DataError
+from tests.late_cases import BAD
+from tests.launching import SETTINGS, launched, overrides
+from tests.logs import Shape, enrich, random_rows, small_log, write_log
+from tests.step_cases import nan_label
+from tests.test_step import Fake
+from trainer.config import load_config
+from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.distributed import Ranks, process_group
+from trainer.nonfinite import Gradients, Guard
+from trainer.sections import TrainConfig
+from trainer.step import make_optimizer
+
+Found = dict[str, Any]
+
+
+def rich_log(path: Path) -> Path:
+    rows = enrich(random_rows(8, Shape(users=20)), seed=1)
+    return write_log(path, {"train": rows, "validation": rows[:5]}, rich=True)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
+    folder = tmp_path_factory.mktemp("late")
+    log, results = rich_log(folder / "log"), {}
+    for ranks in (1, 2):
+        out = folder / str(ranks) / "found.json"
+        out.parent.mkdir()
+        done = launched("tests.late_cases", str(log), str(out), ranks=ranks, timeout=300)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        results[ranks] = json.loads(out.read_text())
+    return results
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_good_run_gives_the_same_bits_late_or_not(found: dict[int, Found], ranks: int) -> None:
+    """With running statistics, clipping and half precision, in both pipelines: weights, states, scores."""
+    waited, *others = found[ranks]["good"].values()
+    assert len(waited["losses"]) > 6 and len(set(waited["losses"])) == len(waited["losses"])
+    assert others == [waited] * 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_batch_waits_while_a_model_is_measured(found: dict[int, Found], ranks: int) -> None:
+    for way in found[ranks]["good"].values():
+        assert len(way["ahead"]) >= 3 and set(way["ahead"]) == {0}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_evaluation_in_a_pipeline_gives_the_same_scores(found: dict[int, Found], ranks: int) -> None:
+    for way in found[ranks]["good"].values():
+        assert way["scores"][::2] == way["scores"][1::2]
+        assert way["scores"][0] and way["scores"][0] != way["scores"][2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_step_changes_nothing_and_is_named(found: dict[int, Found], ranks: int, name: str) -> None:
+    waited, plain, ahead = (
+        found[ranks]["bad"][f"{name} {way}"] for way in ("False none", "True none", "True sparse_dist")
+    )
+    kind, at, _ = BAD[name]
+    assert [waited["done"], plain["done"], ahead["done"]] == [at - 1, at, at]
+    guilty = range(ranks) if kind == "dense" else [ranks - 1]
+    kept = [f"nonfinite-step-{at}-rank-{rank}.safetensors" for rank in guilty]
+    for each in (waited, plain, ahead):
+        assert each["before"] == each["after"] and len(set(each["after"])) == ranks
+        assert each["messages"] == waited["messages"] == [waited["messages"][0]] * ranks
+        assert each["messages"][0].startswith(f"step {at} is not finite on ")
+        assert list(each["kept"]) == (kept if ranks > 1 else [f"nonfinite-step-{at}.safetensors"])
+        # Rank 0 has its own labels only; the last rank's last one was spoiled.
+        if ranks == 1:
+            labels = each["labels"]
+            assert list(each["kept"].values()) == [
+                labels if kind in ("vectors", "dense") else spoiled(labels)
+            ]
+
+
+def spoiled(labels: list[Any]) -> list[Any]:
+    return [*labels[:-1], [-1.0] * len(labels[-1])]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_device_leaves_a_bad_step_out_by_itself(found: dict[int, Found], ranks: int) -> None:
+    """Where nobody reads the answer, steps after a bad one are to the bit what they were without it."""
+    bad, never = found[ranks]["left out"]
+    assert bad == never and bad["losses"][0] != bad["losses"][1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_step_changes_nothing_on_a_gpu(bad_on_gpu: Found, name: str) -> None:
+    _, at, _ = BAD[name]
+    for way in ("True none", "True sparse_dist"):
+        each = bad_on_gpu["bad"][f"{name} {way}"]
+        assert each["done"] == at and each["before"] == each["after"], way
+        assert each["messages"][0].startswith(f"step {at} is not finite on rank 0: ")
+
+
+@pytest.fixture(scope="module")
+def bad_on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp("gpu")
+    log = rich_log(folder / "log")
+    done = launched("tests.late_cases", str(log), str(folder / "found.json"), "bad", timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    result: Found = json.loads((folder / "found.json").read_text())
+    return result
+
+
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "a report": ({"train.log_every": 1}, 2),
+    "a validation": ({"train.validate_every": 2}, 2),
+    "a save": ({"checkpoint.every_steps": 2}, 2),
+    "the next step": ({}, 2),
+    "the end of an epoch": ({}, 3),
+    "the last step": ({"train.max_steps": 2}, 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_made_of_a_bad_step(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_log: Path
+) -> None:
+    """Neither a line of metrics nor a checkpoint, whatever comes after the bad step."""
+    changes, at = CASES[case]
+    settings = {**SETTINGS, "data.log": str(quick_log), "train.log_every": 1000, "train.epochs": 2, **changes}
+    config = load_config(Path("configs/dare.toml"), overrides(settings)[1::2])
+    read = SequenceLogReader._steps
+
+    def bad(reader: SequenceLogReader, cursor: Cursor) -> Iterator[Step]:
+        for number, step in enumerate(read(reader, cursor), 1):
+            assert reader.split != "train" or step.last == (number == 3)
+            yield nan_label(step) if reader.split == "train" and number == at else step
+
+    monkeypatch.setattr(SequenceLogReader, "_steps", bad)
+    monkeypatch.setattr(trainer.loop, "Guard", partial(Guard, late=True))
+    monkeypatch.setattr(trainer.loop, "make_optimizer", partial(make_optimizer, fused=True))
+    run = tmp_path / "run"
+    with process_group() as ranks, pytest.raises(DataError, match=f"^step {at} is not finite"):
+        pipelines.train.run(config, run, ranks)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == ([1] if case == "a report" else [])
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def quick_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory.mktemp("quick") / "log", seed=1, users=8)
+
+
+def test_a_guard_is_late_on_cuda_and_needs_the_optimizer_that_can_skip(
+    found: dict[int, Found], tmp_path: Path
+) -> None:
+    cpu, cuda = (Guard(Ranks(0, 1, 1, torch.device(kind)), tmp_path) for kind in ("cpu", "cuda"))
+    assert [cpu.reads_late, cuda.reads_late] == [False, True]
+    assert "fused=True" in found[1]["unfused"]
+
+
+def test_a_rank_without_rows_is_finite(tmp_path: Path) -> None:
+    guard = Guard(Ranks(0, 1, 1, torch.device("cpu")), tmp_path)
+    none = {"a": torch.zeros(0, 4)}
+    step = Step(None, True, Cursor())  # type: ignore[arg-type] # not looked at
+    checked = guard.check(1, step, Gradients(torch.ones(()), none, {}, none), largest=True)
+    guard.judge(checked)
+    assert checked.largest is not None and float(checked.largest) == float(checked.alarm) == 0.0
+
+
+def trained(fused: bool, optimizer: str, steps: int, state: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """A small model after steps of seeded gradients, from a state where one is given; -> it and its state."""
+    model = Fake()
+    settings = {"optimizer": optimizer, "weight_decay": 0.1 if optimizer == "adamw" else 0.0}
+    made = make_optimizer(model, TrainConfig(learning_rate=0.01, **settings), fused)
+    if state is not None:
+        nn.Module.load_state_dict(model, state["model"])
+        made.load_state_dict(state["optim"])
+    rng = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        for parameter in (model.matrix, model.bias):
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
+        made.step()
+    return model, {"model": dict(model.state_dict()), "optim": made.state_dict()}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_checkpoint_of_either_adam_fits_the_other(optimizer: str, fused: bool) -> None:
+    """As one of a GPU does a CPU; the optimizers differ in rounding only."""
+    _, saved = trained(fused, optimizer, 3)
+    _, of_other = trained(not fused, optimizer, 3)
+    flat = {
+        name: [(key, value.dtype, value.shape) for key, value in state.items()]
+        for name, state in saved["optim"]["state"].items()
+    }
+    assert flat == {
+        name: [(key, value.dtype, value.shape) for key, value in state.items()]
+        for name, state in of_other["optim"]["state"].items()
+    }
+    same, _ = trained(fused, optimizer, 2, saved)
+    other, state = trained(not fused, optimizer, 2, saved)
+    for a, b in zip(same.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert {float(part["step"]) for part in state["optim"]["state"].values()} == {5.0}
