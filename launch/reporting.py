@@ -60,16 +60,24 @@ def _usage(error: typer.TyperException) -> str:
     return f"{message}; see `tandemrec{verb} --help`"
 
 
+def _system_message(error: OSError) -> str | None:
+    if error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if error.errno in _CANNOT_WRITE:
+        return f"a file cannot be written: {error.strerror} (--debug shows which)"
+    if "libnvidia-ml.so" in str(error):
+        return f"the CUDA builds load only where an NVIDIA driver is ({error}); see `tandemrec doctor`"
+    return None
+
+
 def _user_message(error: Exception) -> str | None:
     """What to tell the user about an error of theirs; None when it is not one."""
     if isinstance(error, typer.TyperException):
         return _usage(error)
     if isinstance(error, ModuleNotFoundError):
         return _hidden_package(error)
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-        return f"a file cannot be written: {error.strerror} (--debug shows which)"
+    if isinstance(error, OSError):
+        return _system_message(error)
     try:
         # Here and not at the top, so that `doctor` still starts where a foreign package hides ours.
         from embeddings.errors import TandemError
