@@ -339,7 +339,13 @@ def test_torchrun_takes_no_option_of_ours_for_its_own() -> None:
 
 def test_one_environment_holds_one_set_and_a_gpu_takes_one_rank(tmp_path: Path) -> None:
     """make, in a folder where the set for the CPU is installed."""
-    for name in ("Makefile", "pyproject.toml", "requirements/common.txt", "requirements/cuda.txt"):
+    for name in (
+        "Makefile",
+        "pyproject.toml",
+        "requirements/common.txt",
+        "requirements/cpu.txt",
+        "requirements/cuda.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     python = tmp_path / ".venv" / "bin" / "python"

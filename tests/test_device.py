@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipelines.train
 from embeddings.errors import ConfigError
 from pipelines.evaluate import evaluate
 from pipelines.export import export
@@ -179,6 +181,34 @@ def test_what_is_said_about_the_choice_is_said_once(
     with pytest.raises(ConfigError, match="fbgemm-gpu-cpu is the CPU build"), process_group(device="cuda"):
         pass
     assert not dist.is_initialized()
+
+
+def test_a_run_on_the_cpu_of_a_gpu_machine_opens_no_cuda_context(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that opens one goes through torch's lazy initialisation, or asks which device is current."""
+
+    def touch(*_: Any, **__: Any) -> None:
+        raise AssertionError("touched the GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in (
+        "_lazy_init",
+        "current_device",
+        "current_stream",
+        "set_device",
+        "synchronize",
+        "mem_get_info",
+    ):
+        monkeypatch.setattr(torch.cuda, name, touch)
+    log, run = small_log(tmp_path / "log", users=6), tmp_path / "run"
+    wanted = {"data.log": str(log), **SETTINGS, "train.max_steps": 2, "train.device": "cpu"}
+    words = overrides({**wanted, "checkpoint.every_steps": 1})[1::2]
+    pipelines.train.train(Path("configs/dare.toml"), run, words)
+    evaluate(run, "validation")
+    export(run, run / "snap", parity_requests=3)
+    assert (run / "checkpoints" / "step-00000002").is_dir() and (run / "snap" / "v00000001").is_dir()
 
 
 @pytest.mark.skipif(device.observe().gpus != (), reason="this machine has a GPU")
