@@ -8,7 +8,10 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import typer
@@ -102,19 +105,25 @@ def report(error: Exception, debug: bool) -> int:
     return OTHER_ERROR if elsewhere else USER_ERROR
 
 
-def show(error: BaseException, debug: bool) -> None:
-    """`report` for an error that no exit code follows from; an interrupt is none."""
-    if isinstance(error, Exception):
-        report(error, debug)
+@contextmanager
+def speaking_for_threads(debug: bool) -> Iterator[None]:
+    """Have `report` show the error of a thread that must end the process, see trainer/heartbeat.py.
 
-
-def quiet_fbgemm() -> None:
-    """Drop what older fbgemm releases say whenever they are imported, in 80 lines.
-
-    fbgemm 1.6 misses itself in its own table of torch releases (`fbgemm_gpu/__init__.py`); `doctor` knows
-    which go together. That a release does not suit is said in other words, and stays.
+    And drop what older fbgemm releases say whenever they are imported, in 80 lines: fbgemm 1.6 misses itself
+    in its own table of torch releases (`fbgemm_gpu/__init__.py`), where `doctor` knows which go together.
+    That a release does not suit is said in other words, and stays.
     """
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            report(error, debug)
+
+    before, sys.excepthook = sys.excepthook, show
     logging.getLogger().addFilter(_tells_something)
+    try:
+        yield
+    finally:
+        sys.excepthook = before
 
 
 def _tells_something(record: logging.LogRecord) -> bool:
