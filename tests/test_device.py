@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,25 @@ def test_ranks_take_one_kind_of_device() -> None:
         check_together([Told(0, "cuda", "a 1"), Told(1, "", problem="what rank 1 said")])
 
 
+def test_ranks_that_will_not_work_together_stay_until_all_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no launcher keeps the store, it goes with rank 0."""
+    monkeypatch.setattr(device, "_HEAR_S", 30.0)
+    store, ended = dist.HashStore(), []
+
+    def rank(number: int, delay: float) -> None:
+        time.sleep(delay)
+        with pytest.raises(ConfigError, match="would share one GPU"):
+            device.agree(store, Told(number, "cuda", "a/1 0"), 2)
+        ended.append(store.check(["heard/0", "heard/1"]))
+
+    threads = [threading.Thread(target=rank, args=each) for each in ((0, 0.0), (1, 0.5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended == [True, True]
+
+
 def test_asked_for_the_cpu_nothing_looks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking is harmless; that nobody looks is how it stays so."""
 
@@ -228,6 +249,16 @@ def test_cuda_where_it_is_impossible_is_one_line_for_all_ranks(tmp_path: Any) ->
     ):
         with pytest.raises(ConfigError, match="is not possible here"):
             verb()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_ranks_on_one_gpu_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    log, run = small_log(tmp_path / "log", users=6), tmp_path / "run"
+    words = overrides({"data.log": str(log), **SETTINGS, "train.max_steps": 1})
+    done = tandemrec("train", "--config", "configs/dare.toml", "--out", str(run), *words, ranks=2)
+    assert done.returncode != 0 and "ranks 0 and 1 would share one GPU" in done.stderr
 
 
 @pytest.mark.gpu
