@@ -1,12 +1,13 @@
 # The image that the TorchX components name by default: docker build -t tandemrec:latest .
 # For GPUs: docker build --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg DEVICE=cuda \
-#   --build-arg TORCH_INDEX= -t tandemrec:latest .
+#   -t tandemrec:latest .
 # The base needs a Python of 3.11 or newer; docs/cluster.md says what has been tried.
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 
 ARG DEVICE=cpu
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Of torch; empty: its CPU builds for cpu, what PyPI has, a CUDA build, for cuda.
+ARG TORCH_INDEX=
 
 # What slim and CUDA bases lack: bash runs the components' command lines, libgomp1 is torch's.
 RUN apt-get update \
@@ -19,7 +20,9 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 
 # The environment before the code, so that a change of code does not install it again.
 COPY requirements requirements
-RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0 \
+RUN index=$TORCH_INDEX \
+ && if [ "$DEVICE" = cpu ]; then index=${index:-https://download.pytorch.org/whl/cpu}; fi \
+ && pip install --no-cache-dir ${index:+--index-url "$index"} torch==2.13.0 \
  && pip install --no-cache-dir --no-deps -r "requirements/$DEVICE.txt"
 
 COPY pyproject.toml README.md LICENSE ./

@@ -6,7 +6,9 @@ VENV = .venv
 DEVICE ?= cpu
 TORCH_INDEX ?=
 SMOKE ?=
-NPROC ?= 2
+# Two ranks, or with CUDA one a GPU and at most two; known once the environment is there.
+GPUS = $(shell $(VENV)/bin/python -c 'import torch; print(min(2, max(1, torch.cuda.device_count())))' 2>/dev/null)
+NPROC ?= $(if $(filter cuda,$(DEVICE)),$(or $(GPUS),1),2)
 # More than cores: fault tests mostly wait for time-outs.
 TEST_WORKERS ?= 3
 OUT ?= $(if $(SMOKE),runs/smoke,runs/demo)
@@ -28,7 +30,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-spark train serve test lint format bench docs clean
+.PHONY: help install install-dev install-spark train serve test lint format bench docs pins clean
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -37,7 +39,8 @@ help: ## this list
 	@echo "  PYTHON=python3   the interpreter the environment is made with, 3.11 or newer"
 	@echo "  DEVICE=cpu       requirement set: cpu or cuda"
 	@echo "  TORCH_INDEX=URL  package index for torch, such as PyTorch's CPU-only one (a far smaller download)"
-	@echo "  OUT=runs/demo    where 'make train' writes      NPROC=2  ranks it trains on"
+	@echo "  OUT=runs/demo    where 'make train' writes"
+	@echo "  NPROC=2          ranks it trains on; with DEVICE=cuda one a GPU, at most 2"
 	@echo "  SMOKE=1          'make train' on a slice of the data, into runs/smoke"
 
 install: $(VENV)/.installed-$(DEVICE) ## the environment, in .venv/
@@ -52,7 +55,10 @@ $(VENV)/bin/python:
 
 # torch first and with its dependencies, because a CUDA build has libraries of its own among them; then the
 # pinned rest with --no-deps, because torchrec would pull the CUDA build of fbgemm (see common.txt).
+# A second set into the same environment would leave files of both builds, and the torch of the first.
 $(VENV)/.installed-$(DEVICE): requirements/common.txt requirements/$(DEVICE).txt pyproject.toml | $(VENV)/bin/python
+	@for other in $(filter-out $(DEVICE),cpu cuda); do if [ -e $(VENV)/.installed-$$other ]; then \
+	  echo "$(VENV) holds the set for DEVICE=$$other: make clean install DEVICE=$(DEVICE)" >&2; exit 2; fi; done
 	@echo "== installing the environment into $(VENV) ($(DEVICE)); this takes some minutes"
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) --no-deps -r requirements/$(DEVICE).txt
@@ -116,6 +122,9 @@ bench: $(VENV)/.installed-bench ## after `make train`: all benchmarks on this ma
 
 docs: install ## docs/config.md, every key of the configurations, from the code
 	python -m pipelines.config_doc docs/config.md
+
+pins: ## whether all pinned releases are there for Linux and Python 3.11 and 3.12 (needs uv)
+	bash requirements/check.sh
 
 clean: ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,7 +6,6 @@ Pipelines are imported when their verb runs: `tandemrec --help` must not wait fo
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
@@ -15,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.options import Checkpoint, ConfigFile, Device, Dtype, Overrides, RunFolder, Split
-from launch.reporting import OTHER_ERROR, USER_ERROR, quiet_fbgemm, report, show
+from launch.options import Checkpoint, ConfigFile, Device, Dtype, Overrides, RunFolder, Split, Version
+from launch.reporting import OTHER_ERROR, USER_ERROR, report, speaking_for_threads
 
 app = typer.Typer(
     name="tandemrec",
@@ -26,17 +25,9 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"tandemrec {importlib.metadata.version('tandemrec')}")
-        raise typer.Exit()
-
-
 @app.callback()
 def _global_options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Version = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     # `main` reads --debug itself, so that it may stand before or after the verb; here it is for --help.
@@ -388,19 +379,13 @@ def bench(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; `arguments` defaults to the process's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    quiet_fbgemm()
-    before = sys.excepthook
-    # For a thread that has to end the process, see trainer/heartbeat.py.
-    sys.excepthook = lambda kind, error, trace: show(error, debug)
     try:
-        result = app([word for word in words if word != "--debug"], standalone_mode=False)
+        with speaking_for_threads(debug="--debug" in words):
+            result = app([word for word in words if word != "--debug"], standalone_mode=False)
     except typer.Abort:
         return OTHER_ERROR
     except Exception as error:
-        return report(error, debug)
-    finally:
-        sys.excepthook = before
+        return report(error, debug="--debug" in words)
     # A verb that ends early hands its exit code back here; an interrupt comes as 130.
     if not isinstance(result, int) or result == 0:
         return 0

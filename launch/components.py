@@ -63,6 +63,11 @@ class _Node:
 
     def role(self, name: str, line: str, shape: JobShape, threads: int) -> specs.Role:
         """A role that runs one shell line on each node."""
+        if 0 < self.resource.gpu < shape.ranks:
+            raise JobError(
+                f"-j {shape.nnodes}x{shape.ranks}: a node has {self.resource.gpu} GPU(s), and NCCL refuses "
+                f"two ranks on one; ask for --gpu {shape.ranks}, or for -j {shape.nnodes}x{self.resource.gpu}"
+            )
         per_rank = threads or max(1, int(self.resource.cpu) // shape.ranks)
         try:
             mounts = specs.parse_mounts(list(self.mounts)) if self.mounts else []

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tandemrec {importlib.metadata.version('tandemrec')}")
+        raise typer.Exit()
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+]
 ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="TOML configuration.")]
 Overrides = Annotated[
     list[str] | None,

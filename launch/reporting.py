@@ -8,7 +8,10 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import typer
@@ -60,16 +63,24 @@ def _usage(error: typer.TyperException) -> str:
     return f"{message}; see `tandemrec{verb} --help`"
 
 
+def _system_message(error: OSError) -> str | None:
+    if error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if error.errno in _CANNOT_WRITE:
+        return f"a file cannot be written: {error.strerror} (--debug shows which)"
+    if "libnvidia-ml.so" in str(error):
+        return f"the CUDA builds load only where an NVIDIA driver is ({error}); see `tandemrec doctor`"
+    return None
+
+
 def _user_message(error: Exception) -> str | None:
     """What to tell the user about an error of theirs; None when it is not one."""
     if isinstance(error, typer.TyperException):
         return _usage(error)
     if isinstance(error, ModuleNotFoundError):
         return _hidden_package(error)
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-        return f"a file cannot be written: {error.strerror} (--debug shows which)"
+    if isinstance(error, OSError):
+        return _system_message(error)
     try:
         # Here and not at the top, so that `doctor` still starts where a foreign package hides ours.
         from embeddings.errors import TandemError
@@ -94,19 +105,25 @@ def report(error: Exception, debug: bool) -> int:
     return OTHER_ERROR if elsewhere else USER_ERROR
 
 
-def show(error: BaseException, debug: bool) -> None:
-    """`report` for an error that no exit code follows from; an interrupt is none."""
-    if isinstance(error, Exception):
-        report(error, debug)
+@contextmanager
+def speaking_for_threads(debug: bool) -> Iterator[None]:
+    """Have `report` show the error of a thread that must end the process, see trainer/heartbeat.py.
 
-
-def quiet_fbgemm() -> None:
-    """Drop what older fbgemm releases say whenever they are imported, in 80 lines.
-
-    fbgemm 1.6 misses itself in its own table of torch releases (`fbgemm_gpu/__init__.py`); `doctor` knows
-    which go together. That a release does not suit is said in other words, and stays.
+    And drop what older fbgemm releases say whenever they are imported, in 80 lines: fbgemm 1.6 misses itself
+    in its own table of torch releases (`fbgemm_gpu/__init__.py`), where `doctor` knows which go together.
+    That a release does not suit is said in other words, and stays.
     """
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            report(error, debug)
+
+    before, sys.excepthook = sys.excepthook, show
     logging.getLogger().addFilter(_tells_something)
+    try:
+        yield
+    finally:
+        sys.excepthook = before
 
 
 def _tells_something(record: logging.LogRecord) -> bool:

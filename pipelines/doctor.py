@@ -30,6 +30,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED_TRIPLES = (("2.13", "1.8", "1.8"), ("2.11", "1.6", "1.6"))
 CPU_FBGEMM = "fbgemm-gpu-cpu"
 CUDA_FBGEMM = "fbgemm-gpu"
+DRIVER = "install the driver (in a container: start it with its GPUs), or `make clean install DEVICE=cpu`"
 REINSTALL = "rebuild the environment: `make clean install DEVICE=cpu` (or DEVICE=cuda)"
 
 
@@ -114,6 +115,10 @@ def check_fbgemm_import(error: str | None) -> list[Problem]:
     """Did the extension load?"""
     if error is None:
         return []
+    if "libnvidia-ml" in error or "libcuda.so" in error:
+        return [
+            Problem(f"the CUDA build needs an NVIDIA driver ({error})", "site-packages/fbgemm_gpu", DRIVER)
+        ]
     return [Problem(f"import failed: {error}", "site-packages/fbgemm_gpu", REINSTALL)]
 
 

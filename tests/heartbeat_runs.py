@@ -1,6 +1,6 @@
 """Script: ranks whose main thread waits where nothing can be raised, under the heartbeat; one JSON report.
 
-python -m tests.heartbeat_runs FOLDER
+python -m tests.heartbeat_runs FOLDER [nccl]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from embeddings.agreement import from_rank_0
 from tests.forked import fork, fork_ranks, one_thread, wait_all
 from trainer import distributed
+from trainer.device import Wanted
 from trainer.distributed import Ranks, naming_the_lost
 
 # A main thread that is stuck is not interrupted by anything for so long, which is longer than any test waits.
@@ -84,6 +85,41 @@ def apart(ranks: Ranks) -> None:
     time.sleep(4 if ranks.rank == 0 else 0)
 
 
+def wait_for_the_device(ranks: Ranks) -> None:
+    """A collective over NCCL that the other rank never joins."""
+    with naming_the_lost(ranks, lambda: "after step 7"):
+        dist.all_reduce(torch.ones(2, device=ranks.device))
+        torch.cuda.synchronize()
+        dist.all_reduce(torch.ones(2, device=ranks.device))
+
+
+def dead_nccl(ranks: Ranks) -> None:
+    dist.all_reduce(torch.ones(2, device=ranks.device))
+    torch.cuda.synchronize()
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    wait_for_the_device(ranks)
+
+
+def hung_nccl(ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        time.sleep(STUCK_S)
+    wait_for_the_device(ranks)
+
+
+def unhurried_nccl(ranks: Ranks) -> None:
+    total = torch.ones(2, device=ranks.device)
+    dist.all_reduce(total)
+    unhurried(ranks)
+    dist.all_reduce(total)
+    assert total.tolist() == [4, 4]
+
+
+NCCL: dict[str, tuple[Callable[[Ranks], None], float]] = {
+    "dead": (dead_nccl, 5),
+    "hung": (hung_nccl, 5),
+    "unhurried": (unhurried_nccl, 3),
+}
 CASES: dict[str, tuple[Callable[[Ranks], None], float]] = {
     "dead": (dead, 1.5),
     "hung": (hung, 1.5),
@@ -94,8 +130,8 @@ CASES: dict[str, tuple[Callable[[Ranks], None], float]] = {
 }
 
 
-def run(root: Path, name: str) -> None:
-    work, timeout_s = CASES[name]
+def run(root: Path, name: str, case: tuple[Callable[[Ranks], None], float], device: Wanted) -> None:
+    work, timeout_s = case
 
     def rank(ranks: Ranks) -> None:
         file = os.open(root / f"{name}.{ranks.rank}", os.O_WRONLY | os.O_CREAT)
@@ -103,21 +139,24 @@ def run(root: Path, name: str) -> None:
         work(ranks)
 
     started = time.monotonic()
-    codes = fork_ranks(2, rank, timeout_s, heartbeat=True)
+    codes = fork_ranks(2, rank, timeout_s, device=device, heartbeat=device == "cpu" or None)
     seconds = time.monotonic() - started
     said = [(root / f"{name}.{number}").read_text() for number in range(2)]
     (root / f"{name}.json").write_text(json.dumps({"codes": codes, "said": said, "seconds": seconds}))
 
 
-def main(root: Path) -> None:
+def main(root: Path, cases: dict[str, tuple[Callable[[Ranks], None], float]], device: Wanted) -> None:
     # All at once: they mostly wait.
-    pids = [fork(lambda name=name: run(root, name)) for name in CASES]  # type: ignore[misc]
+    pids = [fork(lambda n=name, c=case: run(root, n, c, device)) for name, case in cases.items()]  # type: ignore[misc]
     codes = wait_all(pids, 120)
-    assert codes == [0] * len(CASES), codes
-    report = {name: json.loads((root / f"{name}.json").read_text()) for name in CASES}
+    assert codes == [0] * len(cases), codes
+    report = {name: json.loads((root / f"{name}.json").read_text()) for name in cases}
     (root / "report.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
     one_thread()
-    main(Path(sys.argv[1]))
+    if sys.argv[2:] == ["nccl"]:
+        main(Path(sys.argv[1]), NCCL, "cuda")
+    else:
+        main(Path(sys.argv[1]), CASES, "cpu")

@@ -238,6 +238,8 @@ def test_a_full_disk_is_no_internal_error(capfd: pytest.CaptureFixture[str]) -> 
     """The system names no file where a write fails."""
     assert report(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), debug=False) == 2
     assert "error: a file cannot be written: No space left on device" in capfd.readouterr().err
+    missing = "libnvidia-ml.so.1: cannot open shared object file: No such file or directory"
+    assert report(OSError(missing), debug=False) == 2
     assert report(OSError(errno.EBADF, os.strerror(errno.EBADF)), debug=False) == 1
     assert "internal error" in capfd.readouterr().err
 

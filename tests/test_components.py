@@ -21,7 +21,7 @@ from torchx.specs.file_linter import validate
 
 from launch import components
 from launch.cli import app
-from launch.components import JobShape, evaluate, export, parse_shape, plan, train
+from launch.components import JobError, JobShape, evaluate, export, parse_shape, plan, train
 from tests.launching import ROOT, SETTINGS, launched
 from tests.logs import small_log
 
@@ -50,6 +50,16 @@ def _command(app: specs.AppDef) -> str:
     assert role.entrypoint == "bash"
     assert role.args[0] == "-c"
     return str(role.args[1])
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    wanted = {"config": "c.toml", "out": "/shared/a"}
+    assert train(**wanted, j="2x4", gpu=8).roles[0].resource.gpu == 8
+    assert train(**wanted, j="1x4", gpu=0).roles[0].resource.gpu == 0
+    with pytest.raises(JobError, match=r"-j 2x4: a node has 2 GPU\(s\).*--gpu 4, or for -j 2x2"):
+        train(**wanted, j="2x4", gpu=2)
+    with pytest.raises(JobError, match="NCCL refuses two ranks on one"):
+        evaluate(run="/shared/a", j="1x2", gpu=1)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +335,37 @@ def test_torchrun_takes_no_option_of_ours_for_its_own() -> None:
             except SystemExit:
                 ambiguous.append(f"{verb} {option}")
     assert ambiguous == ["evaluate --run", "export --run", "unshard --run", "cluster --log"]
+
+
+def test_one_environment_holds_one_set_and_a_gpu_takes_one_rank(tmp_path: Path) -> None:
+    """make, in a folder where the set for the CPU is installed."""
+    for name in (
+        "Makefile",
+        "pyproject.toml",
+        "requirements/common.txt",
+        "requirements/cpu.txt",
+        "requirements/cuda.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 2\n")  # GPUs, but at most two
+    python.chmod(0o755)
+    (tmp_path / ".venv" / ".installed-cpu").touch()
+
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "-C", str(tmp_path), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    refused = make("install", "DEVICE=cuda")
+    assert refused.returncode == 2
+    assert ".venv holds the set for DEVICE=cpu: make clean install DEVICE=cuda" in refused.stderr
+    assert "train DARE on 2 ranks" in make("-n", "train", "DEVICE=cuda").stdout
+    python.unlink()
+    assert "train DARE on 1 ranks" in make("-n", "train", "DEVICE=cuda").stdout
+    assert "train DARE on 2 ranks" in make("-n", "train").stdout
+    assert "train DARE on 5 ranks" in make("-n", "train", "DEVICE=cuda", "NPROC=5").stdout
 
 
 def test_the_image_is_made_of_what_is_there() -> None:

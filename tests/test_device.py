@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipelines.train
 from embeddings.errors import ConfigError
 from pipelines.evaluate import evaluate
 from pipelines.export import export
@@ -155,6 +159,25 @@ def test_ranks_take_one_kind_of_device() -> None:
         check_together([Told(0, "cuda", "a 1"), Told(1, "", problem="what rank 1 said")])
 
 
+def test_ranks_that_will_not_work_together_stay_until_all_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no launcher keeps the store, it goes with rank 0."""
+    monkeypatch.setattr(device, "_HEAR_S", 30.0)
+    store, ended = dist.HashStore(), []
+
+    def rank(number: int, delay: float) -> None:
+        time.sleep(delay)
+        with pytest.raises(ConfigError, match="would share one GPU"):
+            device.agree(store, Told(number, "cuda", "a/1 0"), 2)
+        ended.append(store.check(["heard/0", "heard/1"]))
+
+    threads = [threading.Thread(target=rank, args=each) for each in ((0, 0.0), (1, 0.5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended == [True, True]
+
+
 def test_asked_for_the_cpu_nothing_looks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking is harmless; that nobody looks is how it stays so."""
 
@@ -181,6 +204,34 @@ def test_what_is_said_about_the_choice_is_said_once(
     assert not dist.is_initialized()
 
 
+def test_a_run_on_the_cpu_of_a_gpu_machine_opens_no_cuda_context(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that opens one goes through torch's lazy initialisation, or asks which device is current."""
+
+    def touch(*_: Any, **__: Any) -> None:
+        raise AssertionError("touched the GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in (
+        "_lazy_init",
+        "current_device",
+        "current_stream",
+        "set_device",
+        "synchronize",
+        "mem_get_info",
+    ):
+        monkeypatch.setattr(torch.cuda, name, touch)
+    log, run = small_log(tmp_path / "log", users=6), tmp_path / "run"
+    wanted = {"data.log": str(log), **SETTINGS, "train.max_steps": 2, "train.device": "cpu"}
+    words = overrides({**wanted, "checkpoint.every_steps": 1})[1::2]
+    pipelines.train.train(Path("configs/dare.toml"), run, words)
+    evaluate(run, "validation")
+    export(run, run / "snap", parity_requests=3)
+    assert (run / "checkpoints" / "step-00000002").is_dir() and (run / "snap" / "v00000001").is_dir()
+
+
 @pytest.mark.skipif(device.observe().gpus != (), reason="this machine has a GPU")
 def test_cuda_where_it_is_impossible_is_one_line_for_all_ranks(tmp_path: Any) -> None:
     log, run = small_log(tmp_path / "log", users=6), tmp_path / "run"
@@ -198,6 +249,16 @@ def test_cuda_where_it_is_impossible_is_one_line_for_all_ranks(tmp_path: Any) ->
     ):
         with pytest.raises(ConfigError, match="is not possible here"):
             verb()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_ranks_on_one_gpu_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    log, run = small_log(tmp_path / "log", users=6), tmp_path / "run"
+    words = overrides({"data.log": str(log), **SETTINGS, "train.max_steps": 1})
+    done = tandemrec("train", "--config", "configs/dare.toml", "--out", str(run), *words, ranks=2)
+    assert done.returncode != 0 and "ranks 0 and 1 would share one GPU" in done.stderr
 
 
 @pytest.mark.gpu

@@ -68,6 +68,13 @@ def test_failing_import_is_reported_unless_its_cause_is() -> None:
     assert "do not go together" in str(problem)
 
 
+def test_cuda_builds_without_a_driver_want_one_and_no_other_environment() -> None:
+    cuda = {**SOUND, "fbgemm-gpu-cpu": None, "fbgemm-gpu": "1.8.0"}
+    error = "OSError: libnvidia-ml.so.1: cannot open shared object file: No such file or directory"
+    (problem,) = doctor.check(Environment(versions=cuda, torch_cuda="13.0", fbgemm_error=error))
+    assert "needs an NVIDIA driver" in problem.what and problem.fix.startswith("install the driver")
+
+
 def test_foreign_package_hides_ours(tmp_path: Path) -> None:
     ours, foreign = tmp_path / "project", tmp_path / "site-packages" / "trainer" / "__init__.py"
     origins = {"trainer": foreign, "embeddings": ours / "embeddings" / "__init__.py", "pipelines": None}

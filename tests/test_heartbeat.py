@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import cli
 from launch.reporting import OTHER_ERROR
-from tests.launching import reported
+from tests.launching import launched, reported
 from trainer import heartbeat
 from trainer.heartbeat import Beat, Peers
 
@@ -56,6 +59,20 @@ def test_a_main_thread_that_wakes_raises_the_blame_and_not_what_followed(report:
 def test_work_that_takes_long_is_no_silence(report: Report) -> None:
     assert report["unhurried"]["codes"] == [0, 0] and report["apart"]["codes"] == [0, 0]
     assert report["unhurried"]["said"] == ["", ""]
+
+
+@pytest.mark.gpu2
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_same_over_nccl(tmp_path: Path) -> None:
+    """The device wait ends by aborting, or the process by its heartbeat; no watchdog ends it by a signal."""
+    done = launched("tests.heartbeat_runs", str(tmp_path), "nccl", timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    for name in ("dead", "hung"):
+        found = report[name]
+        assert found["codes"] == [OTHER_ERROR, -9 if name == "dead" else OTHER_ERROR], found
+        assert f"RankError: rank 0, after step 7: {BLAME}" in found["said"][0]
+    assert report["unhurried"]["codes"] == [0, 0]
 
 
 def test_the_exit_code_is_that_of_a_lost_rank() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import socket
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ Wanted = Literal["auto", "cpu", "cuda"]
 CPU_FBGEMM, CUDA_FBGEMM = "fbgemm-gpu-cpu", "fbgemm-gpu"
 INSTALL_CUDA = "for the GPU install the CUDA builds: `make clean install DEVICE=cuda`"
 USE_CPU = 'train.device = "cpu" takes the CPU without this line'
+# How long ranks that will not work together stay, and look, until each has heard why.
+_HEAR_S, _LOOK_S = 5.0, 0.02
 # Read from the fat binaries of the wheels on PyPI: machine code for these and no PTX that a driver could
 # translate for another one. Code runs on devices of the same major number and the same or a higher minor one.
 FBGEMM_ARCHES = {"1.6": ("sm_80", "sm_90", "sm_100"), "1.8": ("sm_80", "sm_90", "sm_100")}
@@ -231,7 +234,16 @@ def agree(store: dist.Store, mine: Told, world_size: int) -> None:
         ConfigError: see `check_together`.
     """
     store.set(f"device/{mine.rank}", json.dumps(asdict(mine)))
-    check_together([Told(**json.loads(store.get(f"device/{rank}"))) for rank in range(world_size)])
+    told = [Told(**json.loads(store.get(f"device/{rank}"))) for rank in range(world_size)]
+    try:
+        check_together(told)
+    except ConfigError:
+        # The store may go with rank 0, which then must not end before all others know.
+        store.set(f"heard/{mine.rank}", "")
+        end = time.monotonic() + _HEAR_S
+        while not store.check([f"heard/{rank}" for rank in range(world_size)]) and time.monotonic() < end:
+            time.sleep(_LOOK_S)
+        raise
 
 
 def gpu_place(index: int) -> str:

@@ -258,7 +258,14 @@ def abort_collectives(backend: str) -> None:
 
     All groups at once, since one that is aborted alone may wait for another.
     """
-    threads = [threading.Thread(target=each.abort, daemon=True) for each in _backends(backend).values()]
+
+    def abort(each: Any) -> None:
+        # A group may have failed before, or fail to end in its own time: what ends then is the process.
+        with suppress(RuntimeError):
+            each.abort()
+
+    found = _backends(backend).values()
+    threads = [threading.Thread(target=abort, args=(each,), daemon=True) for each in found]
     for thread in threads:
         thread.start()
     for thread in threads:
