@@ -203,10 +203,24 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
 
 
 class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
-    """Shards `SequenceCollection`; never data-parallel, whose kernel on CPU mixes up several features."""
+    """Shards `SequenceCollection`; never data-parallel, whose kernel on CPU mixes up several features.
 
-    def __init__(self, codecs: Any = None) -> None:
+    Args:
+        distinct: whether ranks ask each other for each row once, however often it stands in their bags
+            (TorchRec's `use_index_dedup`), and add its gradients up before they travel. None: on GPUs, where
+            FBGEMM has the kernel for it, and where there are others to ask.
+        each: whether every gradient must travel by itself, so that None never means distinct.
+    """
+
+    def __init__(self, codecs: Any = None, distinct: bool | None = None, each: bool = False) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
+        self._distinct, self._each = distinct, each
+
+    def distinct(self, group: TableGroup, device: torch.device, ranks: int) -> bool:
+        """Whether rows are asked for once; FBGEMM's `max_gradient` would bound sums instead of each."""
+        if self._distinct is not None:
+            return self._distinct
+        return device.type == "cuda" and ranks > 1 and not self._each and not group.optimizer.max_gradient
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         offered = super().sharding_types(compute_device_type)
@@ -220,8 +234,10 @@ class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedSequences:
+        where = device or torch.device("cpu")
         return ShardedSequences(
             module,
+            use_index_dedup=self.distinct(module.group, where, env.world_size),
             table_name_to_parameter_sharding=params,
             env=env,
             fused_params=self.fused_params,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from embeddings.plain import PlainBagCollection
 from embeddings.plan_task import Task
 from embeddings.planning import make_plan
 from embeddings.sharding import attach_optimizer, initialise_unsharded, shard
+from tests.unique_indices import unique_indices_on_cpu
 from trainer.assemble import cluster_of
 from trainer.distributed import Ranks, process_group
 
@@ -68,6 +69,7 @@ class Case:
 
     groups: dict[str, TableGroup]
     comms: Comms = AS_THEY_ARE
+    distinct: bool | None = None
 
     @property
     def group(self) -> TableGroup:
@@ -104,6 +106,14 @@ def cases() -> Iterator[tuple[str, Case]]:
                 yield f"{place} {way.forward} {way.backward}", case_of(kind, sharding, "adagrad", way)
             for optimizer in OPTIMIZERS if sharding != "data_parallel" else ():
                 yield f"{place} {optimizer} clipped", case_of(kind, sharding, optimizer, max_gradient=0.02)
+
+
+def distinct_cases() -> Iterator[tuple[str, Case]]:
+    """Each row asked for once, a case a sharding type and optimizer; needs FBGEMM's kernel for it."""
+    for sharding in TYPES["sequence"]:
+        for optimizer in OPTIMIZERS:
+            case = replace(case_of("sequence", sharding, optimizer), distinct=True)
+            yield f"sequence {sharding} {optimizer} distinct", case
 
 
 class TwoLookups(nn.Module):
@@ -160,7 +170,7 @@ def train_sharded(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]]
     plan = make_plan(Task(model, tuple(groups), cluster_of(ranks))).plan
     planned = {table.sharding_type for module in plan.plan.values() for table in module.values()}
     assert planned == set(case.group.sharding)
-    sharded = shard(model, case.groups, plan, ranks.device, SEED, case.comms)
+    sharded = shard(model, case.groups, plan, ranks.device, SEED, case.comms, case.distinct)
     found = []
     for step in range(STEPS):
         part = part_of(case.group.kind, step, ranks.rank, case.group.width)
@@ -239,6 +249,10 @@ def rows_difference(
 def main(out: Path) -> None:
     with process_group(timeout_s=60) as ranks:
         found = {name: differences(case, ranks) for name, case in cases()}
+        with unique_indices_on_cpu() as calls:
+            found |= {name: differences(case, ranks) for name, case in distinct_cases()}
+        # Two groups in each of the steps.
+        assert len(calls) == 2 * STEPS * sum(1 for _ in distinct_cases())
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 
 
