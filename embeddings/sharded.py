@@ -37,9 +37,28 @@ from embeddings.empty_shards import admit_empty_shards
 from embeddings.groups import TableGroup
 from embeddings.replicated import ReplicatedOptimizer
 
-# Types whose bags are reduced over ranks. On gloo that needs equal strides: its all-gather, which is the
-# backward of the reduction, takes tensors of one size only.
+# Types whose bags are reduced over ranks.
 _REDUCED = {t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)}
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How what ranks send each other is made up. None: whatever suits the device.
+
+    Attributes:
+        distinct: ask for each row of a sequence once, however often it stands in a rank's bags (TorchRec's
+            `use_index_dedup`), and add its gradients up before they travel. None: on GPUs, where FBGEMM has
+            the kernel for it, and where there are others to ask.
+        padded: give every rank as many bags as the one that has most, by empty ones, where bags are reduced
+            over ranks. None: on CPUs, where gloo's all-gather, the backward of that reduction, takes tensors
+            of one size only. NCCL takes others, as one reduction or broadcast a rank instead of one in all.
+    """
+
+    distinct: bool | None = None
+    padded: bool | None = None
+
+
+UNASKED = Ways()
 
 
 class Strides:
@@ -100,12 +119,14 @@ class _SideBySide(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  #
 class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
     """KJT of this rank's stride B -> KeyedTensor [B, width]; strides may differ from rank to rank."""
 
-    def __init__(self, module: BagCollection, strides: Strides, device: torch.device, **given: Any) -> None:
+    def __init__(
+        self, module: BagCollection, strides: Strides, padded: bool, device: torch.device, **given: Any
+    ) -> None:
         super().__init__(module=module, device=device, **given)
         admit_empty_shards(self._lookups)
         plan = self.module_sharding_plan.values()
         reduced = any(table.sharding_type in _REDUCED for table in plan)
-        self._pads = reduced and device.type == "cpu" and given["env"].world_size > 1
+        self._pads = reduced and padded and given["env"].world_size > 1
         self._strides = strides
         self._optim = _with_replicated(self, module.group)
 
@@ -166,9 +187,9 @@ def _with_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) 
 class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     """Shards `BagCollection`; offers row-wise types on CPU too, which TorchRec's own keeps for CUDA."""
 
-    def __init__(self, codecs: Any = None) -> None:
+    def __init__(self, codecs: Any = None, ways: Ways = UNASKED) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
-        self._strides = Strides()
+        self._strides, self._padded = Strides(), ways.padded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         offered: list[str] = super().sharding_types("cuda")
@@ -182,10 +203,12 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedBags:
+        where = device or torch.device("cpu")
         return ShardedBags(
             module,
             self._strides,
-            device or torch.device("cpu"),
+            where.type == "cpu" if self._padded is None else self._padded,
+            where,
             table_name_to_parameter_sharding=params,
             env=env,
             fused_params=self.fused_params,
@@ -206,15 +229,12 @@ class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
     """Shards `SequenceCollection`; never data-parallel, whose kernel on CPU mixes up several features.
 
     Args:
-        distinct: whether ranks ask each other for each row once, however often it stands in their bags
-            (TorchRec's `use_index_dedup`), and add its gradients up before they travel. None: on GPUs, where
-            FBGEMM has the kernel for it, and where there are others to ask.
-        each: whether every gradient must travel by itself, so that None never means distinct.
+        each: every gradient must travel by itself, so that rows are asked for once only where that is said.
     """
 
-    def __init__(self, codecs: Any = None, distinct: bool | None = None, each: bool = False) -> None:
+    def __init__(self, codecs: Any = None, ways: Ways = UNASKED, each: bool = False) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
-        self._distinct, self._each = distinct, each
+        self._distinct, self._each = ways.distinct, each
 
     def distinct(self, group: TableGroup, device: torch.device, ranks: int) -> bool:
         """Whether rows are asked for once; FBGEMM's `max_gradient` would bound sums instead of each."""
