@@ -248,4 +248,5 @@ def open_split(
         seed=seed,
         share=sum_counts,
         together=unhurried,
+        own_row_groups=ranks.device.type == "cuda",
     )
