@@ -25,6 +25,10 @@ def admit_empty_shards(lookups: Iterable[nn.Module]) -> None:
       * one goes on to the next table until it finds rows, so behind an empty last table it reads whatever
         lies in memory there: one row more is announced than there are;
       * without a single weight they take themselves for kernels of a GPU: one row is kept that no table has.
+
+    Kernels of a GPU are left alone. As their sources read (fbgemm 1.8, nothing was tried): whether they are
+    those of a CPU is told by weights that only a CPU has; they find a table's rows by its own offset, go
+    through no others, update nothing without ids, and make no cache for tables without rows.
     """
     for lookup in lookups:
         for kernel in lookup.modules():

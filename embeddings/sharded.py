@@ -37,9 +37,28 @@ from embeddings.empty_shards import admit_empty_shards
 from embeddings.groups import TableGroup
 from embeddings.replicated import ReplicatedOptimizer
 
-# Types whose bags are reduced over ranks. On gloo that needs equal strides: its all-gather, which is the
-# backward of the reduction, takes tensors of one size only.
+# Types whose bags are reduced over ranks.
 _REDUCED = {t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)}
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How what ranks send each other is made up. None: whatever suits the device.
+
+    Attributes:
+        distinct: ask for each row of a sequence once, however often it stands in a rank's bags (TorchRec's
+            `use_index_dedup`), and add its gradients up before they travel. None: on GPUs, where FBGEMM has
+            the kernel for it, and where there are others to ask.
+        padded: give every rank as many bags as the one that has most, by empty ones, where bags are reduced
+            over ranks. None: on CPUs, where gloo's all-gather, the backward of that reduction, takes tensors
+            of one size only. NCCL takes others, as one reduction or broadcast a rank instead of one in all.
+    """
+
+    distinct: bool | None = None
+    padded: bool | None = None
+
+
+UNASKED = Ways()
 
 
 class Strides:
@@ -106,12 +125,14 @@ class _SideBySide(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  #
 class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
     """KJT of this rank's stride B -> KeyedTensor [B, width]; strides may differ from rank to rank."""
 
-    def __init__(self, module: BagCollection, strides: Strides, device: torch.device, **given: Any) -> None:
+    def __init__(
+        self, module: BagCollection, strides: Strides, padded: bool, device: torch.device, **given: Any
+    ) -> None:
         super().__init__(module=module, device=device, **given)
         admit_empty_shards(self._lookups)
         plan = self.module_sharding_plan.values()
         reduced = any(table.sharding_type in _REDUCED for table in plan)
-        self._pads = reduced and device.type == "cpu" and given["env"].world_size > 1
+        self._pads = reduced and padded and given["env"].world_size > 1
         self._strides = strides
         self._optim = _with_replicated(self, module.group)
 
@@ -172,9 +193,9 @@ def _with_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) 
 class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     """Shards `BagCollection`; offers row-wise types on CPU too, which TorchRec's own keeps for CUDA."""
 
-    def __init__(self, codecs: Any = None) -> None:
+    def __init__(self, codecs: Any = None, ways: Ways = UNASKED) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
-        self._strides = Strides()
+        self._strides, self._padded = Strides(), ways.padded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         offered: list[str] = super().sharding_types("cuda")
@@ -188,10 +209,12 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedBags:
+        where = device or torch.device("cpu")
         return ShardedBags(
             module,
             self._strides,
-            device or torch.device("cpu"),
+            where.type == "cpu" if self._padded is None else self._padded,
+            where,
             table_name_to_parameter_sharding=params,
             env=env,
             fused_params=self.fused_params,
@@ -209,10 +232,21 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
 
 
 class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
-    """Shards `SequenceCollection`; never data-parallel, whose kernel on CPU mixes up several features."""
+    """Shards `SequenceCollection`; never data-parallel, whose kernel on CPU mixes up several features.
 
-    def __init__(self, codecs: Any = None) -> None:
+    Args:
+        each: every gradient must travel by itself, so that rows are asked for once only where that is said.
+    """
+
+    def __init__(self, codecs: Any = None, ways: Ways = UNASKED, each: bool = False) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
+        self._distinct, self._each = ways.distinct, each
+
+    def distinct(self, group: TableGroup, device: torch.device, ranks: int) -> bool:
+        """Whether rows are asked for once; FBGEMM's `max_gradient` would bound sums instead of each."""
+        if self._distinct is not None:
+            return self._distinct
+        return device.type == "cuda" and ranks > 1 and not self._each and not group.optimizer.max_gradient
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         offered = super().sharding_types(compute_device_type)
@@ -226,8 +260,10 @@ class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedSequences:
+        where = device or torch.device("cpu")
         return ShardedSequences(
             module,
+            use_index_dedup=self.distinct(module.group, where, env.world_size),
             table_name_to_parameter_sharding=params,
             env=env,
             fused_params=self.fused_params,

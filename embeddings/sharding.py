@@ -17,13 +17,14 @@ from torchrec.optim import RowWiseAdagrad
 from embeddings.comms import AS_THEY_ARE, Comms, codecs_of
 from embeddings.groups import FusedOptimizer, TableGroup
 from embeddings.init import FirstWeights, initial_rows_, table_seed
-from embeddings.sharded import BagSharder, SequenceSharder
+from embeddings.sharded import UNASKED, BagSharder, SequenceSharder, Ways
 
 
-def sharders(comms: Comms = AS_THEY_ARE) -> list[ModuleSharder[nn.Module]]:
+def sharders(comms: Comms = AS_THEY_ARE, ways: Ways = UNASKED) -> list[ModuleSharder[nn.Module]]:
     """The sharders of the collections that groups compile to."""
     codecs = codecs_of(comms)
-    return [BagSharder(codecs), SequenceSharder(codecs)]
+    # The scale of gradients in fp16 is fitted to each of them, not to their sums.
+    return [BagSharder(codecs, ways), SequenceSharder(codecs, ways, each=comms.backward == "fp16")]
 
 
 def attach_optimizer(collection: nn.Module, optimizer: FusedOptimizer) -> None:
@@ -50,6 +51,7 @@ def shard(
     device: torch.device,
     seed: int,
     comms: Comms = AS_THEY_ARE,
+    ways: Ways = UNASKED,
 ) -> DistributedModelParallel:
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
 
@@ -57,7 +59,7 @@ def shard(
     keeps `comms`, so that a step can fit the scale to its gradients.
     """
     sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=sharders(comms), init_parameters=True
+        model, device=device, plan=plan, sharders=sharders(comms, ways), init_parameters=True
     )
     if device.type == "cpu" and dist.get_world_size() > 2:
         for module in sharded.modules():

@@ -250,4 +250,5 @@ def open_split(
         share=sum_counts,
         together=unhurried,
         prepare=pinning(ranks.device),
+        own_row_groups=ranks.device.type == "cuda",
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,9 @@ from embeddings.jagged import one_id_bags, select_bags, vectors_in_order
 from embeddings.plain import PlainBagCollection
 from embeddings.plan_task import Task
 from embeddings.planning import make_plan
+from embeddings.sharded import UNASKED, Ways
 from embeddings.sharding import attach_optimizer, initialise_unsharded, shard
+from tests.unique_indices import unique_indices_on_cpu
 from trainer.assemble import cluster_of
 from trainer.distributed import Ranks, process_group
 
@@ -68,6 +70,7 @@ class Case:
 
     groups: dict[str, TableGroup]
     comms: Comms = AS_THEY_ARE
+    ways: Ways = UNASKED
 
     @property
     def group(self) -> TableGroup:
@@ -88,8 +91,13 @@ def case_of(
     fused = FusedOptimizer(optimizer, 0.1, 1e-3, max_gradient)
     first = FirstWeights(scale=1.0)
     groups = {
-        name: TableGroup(name, tables, fused, first, (sharding,), kind, dtype) for name in ("all", "chosen")
-    }
+        # Rounded as on a CPU, wherever this runs.
+        name: TableGroup(
+            name, tables, fused, first, (sharding,), kind, dtype,
+            stochastic_rounding=False if dtype == "fp16" else None,
+        )
+        for name in ("all", "chosen")
+    }  # fmt: skip
     return Case(groups, comms)
 
 
@@ -104,6 +112,22 @@ def cases() -> Iterator[tuple[str, Case]]:
                 yield f"{place} {way.forward} {way.backward}", case_of(kind, sharding, "adagrad", way)
             for optimizer in OPTIMIZERS if sharding != "data_parallel" else ():
                 yield f"{place} {optimizer} clipped", case_of(kind, sharding, optimizer, max_gradient=0.02)
+
+
+def distinct_cases() -> Iterator[tuple[str, Case]]:
+    """Each row asked for once, a case a sharding type and optimizer; needs FBGEMM's kernel for it."""
+    for sharding in TYPES["sequence"]:
+        for optimizer in OPTIMIZERS:
+            case = replace(case_of("sequence", sharding, optimizer), ways=Ways(distinct=True))
+            yield f"sequence {sharding} {optimizer} distinct", case
+
+
+def cases_of_nccl() -> Iterator[tuple[str, Case]]:
+    """Bags that are reduced over ranks of unequal strides, padded and not."""
+    for sharding in ("row_wise", "table_row_wise", "grid_shard"):
+        for padded in (True, False):
+            case = replace(case_of("bag", sharding, "adagrad"), ways=Ways(padded=padded))
+            yield f"bag {sharding} padded={padded}", case
 
 
 class TwoLookups(nn.Module):
@@ -125,6 +149,10 @@ class Part:
     bags: KeyedJaggedTensor
     chosen: KeyedJaggedTensor
     weights: tuple[Tensor, Tensor]
+
+    def to(self, device: torch.device) -> Part:
+        weights = (self.weights[0].to(device), self.weights[1].to(device))
+        return Part(self.bags.to(device), self.chosen.to(device), weights)
 
     def loss(self, found: tuple[Tensor, Tensor]) -> Tensor:
         return sum((vectors.square() * w).sum() for vectors, w in zip(found, self.weights, strict=True)) / 20
@@ -160,13 +188,13 @@ def train_sharded(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]]
     plan = make_plan(Task(model, tuple(groups), cluster_of(ranks))).plan
     planned = {table.sharding_type for module in plan.plan.values() for table in module.values()}
     assert planned == set(case.group.sharding)
-    sharded = shard(model, case.groups, plan, ranks.device, SEED, case.comms)
+    sharded = shard(model, case.groups, plan, ranks.device, SEED, case.comms, case.ways)
     found = []
     for step in range(STEPS):
-        part = part_of(case.group.kind, step, ranks.rank, case.group.width)
+        part = part_of(case.group.kind, step, ranks.rank, case.group.width).to(ranks.device)
         sharded.fused_optimizer.step()
         vectors = sharded(part)
-        found.append((vectors[0].detach().clone(), vectors[1].detach().clone()))
+        found.append((vectors[0].detach().cpu().clone(), vectors[1].detach().cpu().clone()))
         # Gradients are averaged over ranks.
         (part.loss(vectors) * ranks.world_size).backward()
         sharded.fused_optimizer.step()
@@ -232,15 +260,21 @@ def rows_difference(
             places = [(s.tensor, s.metadata.shard_offsets) for s in weight.local_shards()]
         for local, (row, column) in places:
             there = expected[row : row + local.shape[0], column : column + local.shape[1]]
-            worst = max(worst, largest(local.float() - there))
+            worst = max(worst, largest(local.cpu().float() - there))
     return worst
 
 
-def main(out: Path) -> None:
-    with process_group(timeout_s=60) as ranks:
-        found = {name: differences(case, ranks) for name, case in cases()}
+def main(out: Path, device: str = "") -> None:
+    """`device`: `cuda` for a GPU a rank; left out, whatever the process group takes."""
+    with process_group(timeout_s=60, **({"device": device} if device else {})) as ranks:
+        wanted = [*cases(), *(cases_of_nccl() if device == "cuda" else ())]
+        found = {name: differences(case, ranks) for name, case in wanted}
+        with unique_indices_on_cpu() as calls:
+            found |= {name: differences(case, ranks) for name, case in distinct_cases()}
+        # Two groups in each of the steps; GPUs have the kernel.
+        assert ranks.device.type == "cuda" or len(calls) == 2 * STEPS * sum(1 for _ in distinct_cases())
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

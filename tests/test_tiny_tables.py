@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import nn
 
 from embeddings.collections import make_collection
-from embeddings.empty_shards import leaves_ranks_empty
+from embeddings.empty_shards import admit_empty_shards, leaves_ranks_empty
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.plan_constraints import constraints_of
 from embeddings.plan_task import Cluster, Task
@@ -64,6 +71,45 @@ def test_they_are_exported_scored_unsharded_and_started_from(root: Path, report:
     for source in ("row_wise", "grid_shard-plain"):
         assert report[f"from {source}"]["codes"] == [0] * 4
     assert report["from row_wise"]["losses"][0] < report["whole"]["losses"][0] - 0.05
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heights", [(5, 0), (0, 5), (0, 5, 0), (0,), (0, 0)])
+def test_kernels_bear_tables_without_rows(heights: tuple[int, ...], device: str) -> None:
+    """As ranks have them, whose ids ask for no such table: vectors of all, and an update of the others."""
+    where = (EmbeddingLocation.HOST, ComputeDevice.CPU)
+    if device == "cuda":
+        where = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, 8, *where) for rows in heights], optimizer=OptimType.EXACT_SGD, learning_rate=1.0
+    )
+    admit_empty_shards([nn.ModuleList([kernel])])
+    for weights in kernel.split_embedding_weights():
+        weights.fill_(1.0)
+    bags = 3
+    lengths = torch.tensor([1 if rows else 0 for rows in heights for _ in range(bags)])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.tensor([4, 0, 4] * sum(rows > 0 for rows in heights), dtype=torch.int64)
+    found = kernel(ids.to(device), offsets.to(device))
+    expected = torch.tensor([[1.0] * 8 if rows else [0.0] * 8 for rows in heights]).reshape(1, -1)
+    assert torch.equal(found.cpu(), expected.expand(bags, -1))
+    found.sum().backward()
+    for rows, weights in zip(heights, kernel.split_embedding_weights(), strict=True):
+        left = torch.ones(rows, 8)
+        left[[0, 4] if rows else []] -= torch.tensor([[1.0], [2.0]] if rows else []).reshape(-1, 1)
+        assert torch.equal(weights.cpu(), left)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ class DataConfig(Settings):
         shuffle_row_groups: blocks are shuffled within this many row groups.
         sharding: how a step's blocks are dealt to ranks. `steps`: by cost, each step evenly; every rank
             decodes every row group. `row_groups`: each rank decodes its own row groups only, and a step is
-            even on average. Steps and positions are the same either way.
+            even on average. `auto`: `steps` on a CPU; on GPUs `row_groups` where shuffled blocks spread well
+            over the ranks, see docs/cluster.md. Steps and positions are the same either way.
         ingestion_delay: seconds before a request during which behaviors are not yet visible.
         verify: compare every file with the manifest's SHA-256 before the first step (ranks share the work).
         on_bad: what a damaged or malformed row group does: `fail`, or `skip` it, counted and reported.
@@ -73,7 +74,7 @@ class DataConfig(Settings):
     batch_candidates: PositiveInt = 2048
     batch_behaviors: int = Field(0, ge=0)
     order: Literal["shuffled", "stored"] = "shuffled"
-    sharding: Literal["steps", "row_groups"] = "steps"
+    sharding: Literal["auto", "steps", "row_groups"] = "auto"
     shuffle_row_groups: PositiveInt = 64
     ingestion_delay: int = Field(0, ge=0)
     verify: bool = True

@@ -48,11 +48,14 @@ class Decoded:
         return self.rows
 
 
+ANYONE = -1
+
+
 class Block(NamedTuple):
     """A planned block; its data is decoded only where and when it is needed.
 
     Attributes:
-        owner: the rank that decodes its row group, if ranks share those.
+        owner: the rank that decodes its row group, or ANYONE where every rank does.
         first, last: requests [first, last) of the row group.
         behaviors: planned length of its history (an ingestion delay may shorten it).
         candidates: of all its requests.

@@ -9,7 +9,6 @@ number (blocks consumed in this epoch) that means the same at another world size
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -22,8 +21,9 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import ConfigError, DataError
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import Block, BlockLimits, WindowedRows, cut_blocks, with_windows
+from trainer.data.blocks import ANYONE, Block, BlockLimits, WindowedRows, cut_blocks, with_windows
 from trainer.data.collate import collate
+from trainer.data.dealing import deal, spread
 from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
@@ -91,6 +91,8 @@ class SequenceLogReader:
         together: a block that ranks leave together, however long it takes some: each checks files of its own.
         prepare: what is done last to every batch, where it was read: in a thread where `config.prefetch` is
             set. Its errors reach the consumer as those of reading do.
+        own_row_groups: what `data.sharding = "auto"` means: each rank decodes row groups of its own where
+            that spreads well; else every rank all of them. The same on all ranks.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
@@ -109,11 +111,13 @@ class SequenceLogReader:
         share: Callable[[Sequence[int]], list[int]] = list,
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
         prepare: Callable[[RequestBatch], RequestBatch] | None = None,
+        own_row_groups: bool = False,
     ) -> None:
         self._prepare = prepare
         self.config, self.split = config, split
         self.seed = seed if config.order == "shuffled" else None
         self.rank, self.world_size = rank, world_size
+        self._own_row_groups = own_row_groups
         manifest = read_manifest(config.log)
         self.columns = _columns(manifest, rows, config)
         whole = config.verify and config.on_bad == "fail"
@@ -181,9 +185,7 @@ class SequenceLogReader:
         return candidates >= self.config.batch_candidates or bool(limit and behaviors > limit)
 
     def _owners(self, blocks: Sequence[Block]) -> list[int]:
-        if self.config.sharding == "row_groups":
-            return [block.owner for block in blocks]
-        return deal([block.cost for block in blocks], self.world_size)
+        return deal([block.cost for block in blocks], self.world_size, [block.owner for block in blocks])
 
     def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[Block]:
         """Blocks from the cursor on, in order; the next window is decoded while this one is consumed."""
@@ -208,17 +210,28 @@ class SequenceLogReader:
         footers = {file: read_footer(file) for file in {place.file for place in places}}
         plans = [read_plan(place.file, place.row_group, footers[place.file]) for place in places]
         owners = deal([int(plan.candidates.sum()) + _longest(plan) for plan in plans], self.world_size)
+        decoders = [_Decoder(place, partial(self._decode, place, footers[place.file])) for place in places]
+        if self._together():
+            owners = [ANYONE] * len(places)
         blocks: list[Block] = []
-        decoders = []
-        for place, plan, owner in zip(places, plans, owners, strict=True):
-            decoder = _Decoder(place, partial(self._decode, place, footers[place.file]))
+        for plan, owner, decoder in zip(plans, owners, decoders, strict=True):
             blocks += cut_blocks(plan, owner, decoder, self._limits)
-            if self.config.sharding == "steps" or owner == self.rank:
-                decoders.append(decoder)
+        undecided = self.config.sharding == "auto" and not self._together()
+        if undecided and not spread(blocks, self.config, self.world_size):
+            owners = [ANYONE] * len(places)
+            blocks = [block._replace(owner=ANYONE) for block in blocks]
+        mine = (self.rank, ANYONE)
+        decoders = [decoder for decoder, owner in zip(decoders, owners, strict=True) if owner in mine]
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch, number]).permutation(len(blocks))
             blocks = [blocks[i] for i in order.tolist()]
         return blocks, decoders
+
+    def _together(self) -> bool:
+        """Whether every rank decodes every row group, whatever blocks they hold."""
+        # In stored order all blocks of a step are of a row group or two.
+        apart = self._own_row_groups and self.seed is not None and self.world_size > 1
+        return self.config.sharding == "steps" or (self.config.sharding == "auto" and not apart)
 
     def _decode(self, place: RowGroup, footer: pq.FileMetaData) -> WindowedRows:
         rows = read_rows(place.file, place.row_group, self.columns, footer)
@@ -232,19 +245,6 @@ class SequenceLogReader:
         size = self.config.shuffle_row_groups
         for start in range(0, len(places), size):
             yield places[start : start + size]
-
-
-def deal(costs: Sequence[int], world_size: int) -> list[int]:
-    """Which rank takes what: the costliest goes to the least loaded rank. Deterministic."""
-    if world_size == 1:
-        return [0] * len(costs)
-    heap = [(0, rank) for rank in range(world_size)]
-    owner = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, rank = heapq.heappop(heap)
-        owner[index] = rank
-        heapq.heappush(heap, (load + costs[index], rank))
-    return owner
 
 
 def _longest(plan: PlanRows) -> int:
