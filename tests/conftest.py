@@ -6,17 +6,38 @@
 from __future__ import annotations
 
 import gc
+import warnings
+from functools import cache
 
 import pytest
 from hypothesis import settings
+
+# Mark -> GPUs that a test with it needs.
+NEEDS_GPUS = {"gpu": 1, "gpu2": 2}
 
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeatable")
 
 
+@cache
+def gpus() -> int:
+    """The GPUs that torch can use; 0 with a CPU build, or without a driver."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.device_count()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that workers that share files out end at about the same time."""
+    """Tests that need GPUs are skipped where there are none, or too few. Files with slow tests come first,
+    so that workers that share files out end at about the same time.
+    """
+    for name, count in NEEDS_GPUS.items():
+        for item in items:
+            if item.get_closest_marker(name) and gpus() < count:
+                item.add_marker(pytest.mark.skip(reason=f"it needs {count} GPU(s), torch sees {gpus()}"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
