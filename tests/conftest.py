@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import warnings
 from functools import cache
 
@@ -21,13 +22,23 @@ settings.load_profile("repeatable")
 
 
 @cache
-def gpus() -> int:
-    """The GPUs that torch can use; 0 with a CPU build, or without a driver."""
+def gpus() -> tuple[int, str]:
+    """The GPUs that tests can use, and what stands in the way of more."""
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.cuda.device_count()
+        seen = torch.cuda.device_count()
+    if seen and version_of("fbgemm-gpu") is None:
+        return 0, f"torch sees {seen}, but fbgemm is the CPU build"
+    return seen, f"torch sees {seen}"
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,8 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for name, count in NEEDS_GPUS.items():
         for item in items:
-            if item.get_closest_marker(name) and gpus() < count:
-                item.add_marker(pytest.mark.skip(reason=f"it needs {count} GPU(s), torch sees {gpus()}"))
+            if item.get_closest_marker(name) and gpus()[0] < count:
+                item.add_marker(pytest.mark.skip(reason=f"it needs {count} GPU(s), {gpus()[1]}"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
