@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu.caches import Place, placed
 from benchmarks.gpu.check import Check
 from benchmarks.gpu.logs import small_log
 from benchmarks.gpu.measure import host_waits
@@ -69,7 +70,7 @@ def test_pipelines_and_caches_train_as_the_plain_loop_does(
     """With an evaluation in the midst, and a second epoch after it."""
     found = []
     for way, more in (("none", []), (kind, settings)):
-        with process_group(60) as ranks:
+        with placed(Place("fused")), process_group(60) as ranks:
             made = small_job(check, ranks, tmp_path, way, more)
             losses = made.train(islice(made.reader("train", SEED).steps(), STEPS))
             scores = made.scores()
