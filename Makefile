@@ -6,6 +6,8 @@ VENV = .venv
 DEVICE ?= cpu
 TORCH_INDEX ?=
 SMOKE ?=
+DRY ?=
+STEPS ?=
 # Two ranks, or with CUDA one a GPU and at most two; known once the environment is there.
 GPUS = $(shell $(VENV)/bin/python -c 'import torch; print(min(2, max(1, torch.cuda.device_count())))' 2>/dev/null)
 NPROC ?= $(if $(filter cuda,$(DEVICE)),$(or $(GPUS),1),2)
@@ -14,6 +16,7 @@ TEST_WORKERS ?= 3
 OUT ?= $(if $(SMOKE),runs/smoke,runs/demo)
 DATA = runs/data/complete_journey
 LOG = $(OUT)/log
+GPU_OUT = $(if $(DRY),runs/gpu-dry,runs/gpu)
 
 # fbgemm's binaries load on this torch release only; the requirement files hold the matching rest.
 TORCH = torch==2.13.0
@@ -30,7 +33,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-spark train serve test lint format bench docs pins clean
+.PHONY: help install install-dev install-spark train serve test gpu-check lint format bench docs pins clean
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -42,6 +45,7 @@ help: ## this list
 	@echo "  OUT=runs/demo    where 'make train' writes"
 	@echo "  NPROC=2          ranks it trains on; with DEVICE=cuda one a GPU, at most 2"
 	@echo "  SMOKE=1          'make train' on a slice of the data, into runs/smoke"
+	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too      STEPS=right   some of its steps"
 
 install: $(VENV)/.installed-$(DEVICE) ## the environment, in .venv/
 
@@ -107,6 +111,10 @@ serve: install ## after `make train`: score over HTTP, with a page at http://127
 # Byte code is kept even where containers say not to, or each worker compiles all plugins and files again.
 test: install-dev ## the tests
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+gpu-check: install-dev ## on a machine with a GPU (DEVICE=cuda): is all right there, and how fast; see docs/gpu.md
+	code=0; python -m benchmarks.gpu --out $(GPU_OUT) $(if $(DRY),--dry) $(STEPS) || code=$$?; \
+	python -m benchmarks.gpu report $(GPU_OUT); exit $$code
 
 lint: install-dev ## ruff and mypy
 	ruff check $(FORMATTED)

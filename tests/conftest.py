@@ -6,17 +6,49 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
+import warnings
+from functools import cache
 
 import pytest
 from hypothesis import settings
+
+# Mark -> GPUs that a test with it needs.
+NEEDS_GPUS = {"gpu": 1, "gpu2": 2}
 
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeatable")
 
 
+@cache
+def gpus() -> tuple[int, str]:
+    """The GPUs that tests can use, and what stands in the way of more."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = torch.cuda.device_count()
+    if seen and version_of("fbgemm-gpu") is None:
+        return 0, f"torch sees {seen}, but fbgemm is the CPU build"
+    return seen, f"torch sees {seen}"
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that workers that share files out end at about the same time."""
+    """Tests that need GPUs are skipped where there are none, or too few. Files with slow tests come first,
+    so that workers that share files out end at about the same time.
+    """
+    for name, count in NEEDS_GPUS.items():
+        for item in items:
+            if item.get_closest_marker(name) and gpus()[0] < count:
+                item.add_marker(pytest.mark.skip(reason=f"it needs {count} GPU(s), {gpus()[1]}"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -56,12 +56,14 @@ def presets(check: Check) -> Answer:
 def compared(config: Config, device: torch.device) -> tuple[Row, Counter[str]]:
     """One training batch on both devices; -> differences, and the waits on the device by line."""
     model, batch = model_of(config), batch_of(config)
-    wanted = _learned(model, batch, torch.device("cpu"))
+    wanted = _learned(model, batch)
     model.to(device)
+    # Its copy to the device is the loader's, not the model's.
+    moved = batch.to(device)
     # The first pass on a device waits for what later ones find: handles of libraries, compiled kernels.
-    _learned(model, batch, device)
+    _learned(model, moved)
     with host_waits() as waited:
-        found = _learned(model, batch, device)
+        found = _learned(model, moved)
     logits, gradients = (difference(found[0], wanted[0]), _worst(found[1], wanted[1]))
     row = {
         "logits": logits,
@@ -77,19 +79,15 @@ def batch_of(config: Config) -> RequestBatch:
     return next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
 
 
-def _learned(
-    model: TwoStageModel, batch: RequestBatch, device: torch.device
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and all gradients, still on the device."""
+def _learned(model: TwoStageModel, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and all gradients, where the model is."""
     model.train().zero_grad()
-    # Copies to the device are the loader's, not the model's.
-    moved = batch.to(device)
-    prediction = model(moved)
-    total = loss_sum(prediction.logits, moved.labels, moved.weight)
+    prediction = model(batch)
+    total = loss_sum(prediction.logits, batch.labels, batch.weight)
     if prediction.auxiliary is not None:
-        total = total + loss_sum(prediction.auxiliary, moved.labels, moved.weight)
+        total = total + loss_sum(prediction.auxiliary, batch.labels, batch.weight)
     total.backward()
-    # By value, for the model itself moves to another device.
+    # Copies, for the model itself moves to another device.
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return prediction.logits.detach(), grads
 

@@ -115,6 +115,7 @@ def _be(check: Check, name: str, step: Step, fork: bool) -> None:
         log = os.open(check.out / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
         os.environ.update(step.environment)
         print(f"\n===== {name} {time.strftime('%H:%M:%S')} {dict(step.environment) or ''}", flush=True)
         if not fork:

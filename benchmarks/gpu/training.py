@@ -49,7 +49,11 @@ class Job:
 
     def tensors(self) -> dict[str, Any]:
         """This rank's part of weights and optimizer states, by name, on the CPU."""
-        return on_cpu({"model": self.sharded.model.state_dict(), "optim": self.optimizer.state_dict()})
+        return on_cpu(self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"model": self.sharded.model.state_dict(), "optim": self.optimizer.state_dict()}
 
 
 def on_cpu(tree: Any) -> dict[str, Any]:

@@ -1,1 +1,0 @@
-"""The check of a machine with a GPU: whether results are right there, and how fast. See docs/gpu.md."""
