@@ -9,7 +9,6 @@ In training on a device that is not the CPU, no search asks a tensor for a numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,18 +89,15 @@ class DotSearch(Search):
     """Exact top-K by the scorer of stage two (TWIN, DARE); several heads share the K places round-robin."""
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
-        return choose(query)(query, self.k, self.doubt(query))
+        return best_columns(query, self.k, self.doubt(query))
 
 
-# (query, K, doubt) -> columns of the K best behaviors, and which of them count.
-Form = Callable[[Query, int, Doubt | None], tuple[Tensor, Tensor]]
-
-
-def choose(query: Query) -> Form:
-    """The form of the search by inner product that serves these windows on their device."""
-    if pays(query.scorer, query.vectors, query.windows):
-        return by_slices
-    return by_product
+def best_columns(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tensor]:
+    """Columns of the K best by the query's scorer, in the form that serves these windows on their device."""
+    scorer, vectors, windows = query.scorer, query.vectors, query.windows
+    if isinstance(scorer, DotScorer) and doubt is not None and pays(scorer, vectors, windows):
+        return columns_of_slices(scorer, vectors, windows, k, doubt)
+    return by_product(query, k, doubt)
 
 
 def by_product(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tensor]:
@@ -110,12 +106,6 @@ def by_product(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tenso
     if score_CHX.shape[1] == 1:
         return top_columns(score_CHX[:, 0], k, doubt=doubt)
     return round_robin(score_CHX, k, doubt)
-
-
-def by_slices(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tensor]:
-    """The CPU's form for long windows, see `trainer.model.ops.slices`."""
-    assert isinstance(query.scorer, DotScorer)
-    return columns_of_slices(query.scorer, query.vectors, query.windows, k, doubt)
 
 
 class AllSearch(Search):
@@ -186,8 +176,7 @@ class SoftSearch(Search):
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         own = replace(query, scorer=self.index, vectors=self.index.encode(query.raw))
         # The index knows neither cross features nor sizes of clusters.
-        score_CHX = self.index.over_windows(own.vectors, own.windows)
-        return top_columns(score_CHX[:, 0], self.k, doubt=self.doubt(own))
+        return best_columns(own, self.k, self.doubt(own))
 
 
 def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def whole_sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
         whole_rows(some.double())[0] @ plane_BD.T > 0
         for some in vector_ND.split(max(1, _PRODUCTS // max(1, *planes.shape)))
     ]
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def close_sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:

@@ -70,11 +70,11 @@ def pays(scorer: Scorer, vectors: Attended, windows: Windows) -> bool:
 
 @torch.no_grad()
 def columns_of_slices(
-    scorer: DotScorer, vectors: Attended, windows: Windows, k: int, doubt: Doubt | None
+    scorer: DotScorer, vectors: Attended, windows: Windows, k: int, doubt: Doubt
 ) -> tuple[Tensor, Tensor]:
     """The K best columns of each candidate's window, ascending, and which count: both [C, K].
 
-    `doubt`: of all candidates and the columns of their windows, if any.
+    `doubt`: of all candidates and the columns of their windows.
     """
     bias_WX = scorer.window_bias(vectors, windows)
     # Windows are newest first, slices newest last.
@@ -86,7 +86,7 @@ def columns_of_slices(
     for tile in tiles:
         score_CX = _scores(vectors, tile, bias_WX, buffer)
         first, last = tile.windows[0].first, tile.windows[-1].last
-        here = None if doubt is None else doubt.cut(first, last).mirrored(tile.width)
+        here = doubt.cut(first, last).mirrored(tile.width)
         column, mask = top_columns(score_CX, k, last=True, doubt=here)
         missing = k - column.shape[1]
         found.append((F.pad(column, (0, missing)), F.pad(mask, (0, missing))))

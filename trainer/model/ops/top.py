@@ -128,7 +128,7 @@ def top_columns_by_keys(score_CX: Tensor, k: int, *, last: bool = False) -> tupl
     for rows_RX in score_CX.detach().split(max(1, _KEYS // width)):
         key_RX = _ordered_bits(rows_RX).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(place)
         found.append(key_RX.topk(min(k, width), dim=1, sorted=False).values)
-    key_CK = torch.cat(found)
+    key_CK = found[0] if len(found) == 1 else torch.cat(found)
     return ascending(width - 1 - (key_CK & 0xFFFFFFFF), key_CK >> 32 > _EMPTY, width)
 
 

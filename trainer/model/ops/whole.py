@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Bits of a double's significand.
 _BITS = 53
+# Less than any product of two float32 but 0.
+_SMALLEST = 2.0**-900
 # Twice the relative error of one rounding to float32: bounds that are made of it also cover the rounding to
 # whole numbers. They hold for products of float32 that are rounded to float32, not to TF32.
 ROUNDING = 2.0**-23
@@ -54,10 +56,10 @@ def whole_rows(rows_RD: Tensor) -> tuple[Tensor, Tensor]:
     if not rows_RD.shape[1]:
         return rows_RD, rows_RD.new_ones(rows_RD.shape[0], 1)
     bits = (_BITS - math.ceil(math.log2(rows_RD.shape[1]))) // 2
-    largest = rows_RD.abs().amax(1, keepdim=True)
+    # Rows of zeros are a multiple of any power.
+    largest = rows_RD.abs().amax(1, keepdim=True).clamp(min=_SMALLEST)
     # The quotient of a number and its significand is a power of two, without any rounding.
-    power = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
-    unit = power * 2.0**-bits
+    unit = largest / torch.frexp(largest).mantissa * 2.0**-bits
     return (rows_RD / unit).round(), unit
 
 
