@@ -50,8 +50,8 @@ class _Found(_Cut):
     """
 
     index: Ints
-    level: Ints
-    rank: Ints
+    level: npt.NDArray[np.int32]
+    rank: npt.NDArray[np.int32]
     counts: Floats
 
 
@@ -273,8 +273,8 @@ def _search(rows: UserRows, history: slice, candidates: slice, requests: Ints, c
         np.searchsorted(kept, start),
         np.searchsorted(kept, end),
         np.where(found.index >= 0, place, -1),
-        found.level.astype(np.int64),
-        np.where(found.index >= 0, np.repeat(end, counts)[:, None] - found.index, 0),
+        found.level.astype(np.int32),
+        np.where(found.index >= 0, np.repeat(end, counts)[:, None] - found.index, 0).astype(np.int32),
         matches if search.counts else matches[:, :0],
     )
 
