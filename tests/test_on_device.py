@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrec.optim.fused import EmptyFusedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embeddings.errors import DataError
 from tests.launching import ROOT
 from tests.logs import enrich, random_rows, write_log
 from tests.models import batch_of, model_of
@@ -27,6 +28,8 @@ from trainer.distributed import Ranks
 from trainer.evaluation import _rows
 from trainer.model.union import most_kept
 from trainer.nonfinite import Guard
+from trainer.pipeline import Pipeline
+from trainer.sections import DataConfig
 from trainer.step import TrainStep, make_optimizer
 
 # Host waits of one training step that are left, the most of any preset in each file. Searches that rank
@@ -133,9 +136,9 @@ def by_file(waits: Counter[str]) -> Counter[str]:
     return found
 
 
-def too_many(waits: Counter[str]) -> list[str]:
+def too_many(waits: Counter[str], steps: int = 1) -> list[str]:
     """Lines in files that have more waits than are left."""
-    files = {name for name, times in by_file(waits).items() if times > WAITS.get(name, 0)}
+    files = {name for name, times in by_file(waits).items() if times > steps * WAITS.get(name, 0)}
     return sorted(line for line in waits if line.partition(":")[0] in files)
 
 
@@ -238,3 +241,45 @@ def test_the_stand_in_finds_what_it_is_for() -> None:
         with pytest.raises(MixedDevices, match=r"add at elsewhere: \[\(4,\)\]"):
             part + torch.arange(4)
         assert (part + torch.tensor(1)).tolist() == [1, 2, 3, 4]
+
+
+def test_the_plain_loop_trains_on_the_device_as_on_the_cpu(log: Path) -> None:
+    """Batches are pinned, moved and trained in their order; what a copy waits for is not counted here."""
+    config = small_config("dare", log)
+    batches = [batch_of(config.model_copy(update={"data": part})) for part in _parts(config)]
+    found = []
+    for device in (torch.device("cpu"), CUDA):
+        with StandIn() as counted:
+            step, whole, _ = made(config, device)
+            loop = Pipeline("none", whole, step, device)  # type: ignore[arg-type]
+            read = (Step(batch, counted=True, after=Cursor()) for batch in batches)
+            losses = [plain(loss) for _, loss in loop.train(read, lambda: 1)]
+        found.append((losses, [plain(weight).detach() for weight in whole.parameters()]))
+        lines = {line: n for line, n in counted.waits.items() if not line.startswith("trainer/data/batch.py")}
+        assert not too_many(Counter(lines), steps=len(batches)), lines
+    for one, other in zip(*(losses + weights for losses, weights in found), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def _parts(config: Config) -> list[DataConfig]:
+    """Reading that starts with batches of other sizes."""
+    return [config.data.model_copy(update={"batch_candidates": count}) for count in (48, 24, 12)]
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_on_the_device(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.nonfinite.sum_over_ranks", lambda tensor: tensor)
+    config = small_config("dare", log)
+    with StandIn():
+        step, whole, batch = made(config, CUDA)
+        step._guard = Guard(Ranks(0, 1, 1, CUDA), tmp_path)
+        before = [plain(weight).clone() for weight in whole.parameters()]
+        bad = replace(batch, labels=batch.labels * torch.nan)
+        with pytest.raises(DataError, match=r"not finite on rank 0: the loss \(nan\)"):
+            # The guard may look a step late.
+            for each in (bad, bad):
+                trained(step, on_device(each))
+                step.step()
+        for weight, old in zip(whole.parameters(), before, strict=True):
+            assert torch.equal(plain(weight), old)
