@@ -131,6 +131,7 @@ def collate(
         clusters=past.clusters,
         sizes=Sizes(
             tuple((past.end - past.start).tolist()),
+            tuple(past.start.tolist()),
             tuple(counts.tolist()),
             bags,
             features.length_per_key() == [features.stride()] * len(bags) and max(bags, default=1) <= 1,
