@@ -85,9 +85,7 @@ def test_nothing_keeps_more_than_the_bound(
             seen = range(start + window - min(window, newest or window), start + window)
             for _ in range(1 if k is None else candidates):
                 kept |= set(rng.permutation(seen)[:k].tolist())
-    starts, windows, candidates = (
-        (tuple(part) for part in zip(*requests, strict=True)) if requests else ((),) * 3
-    )
+    starts, windows, candidates = (tuple(request[part] for request in requests) for part in range(3))
     sizes = Sizes(windows, starts, candidates, (), one_id=True)
     assert len(kept) <= most_kept(sizes, branches)
 
