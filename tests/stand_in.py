@@ -89,12 +89,12 @@ class OnDevice(Tensor):
         return f"OnDevice({self.inner!r})"
 
     def tolist(self) -> Any:
-        StandIn.current.waits[f"{_line()} tolist"] += 1
+        _current().waits[f"{_line()} tolist"] += 1
         return self.inner.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return StandIn.current.run(func, args, kwargs or {})
+        return _current().run(func, args, kwargs or {})
 
 
 class StandIn(TorchDispatchMode):
@@ -107,7 +107,7 @@ class StandIn(TorchDispatchMode):
         forward_and_backward: for whoever wants to note how many these were at some time.
     """
 
-    current: StandIn
+    current: StandIn | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,6 +126,7 @@ class StandIn(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._patches.close()
+        StandIn.current = None
 
     def reset(self) -> None:
         """Count from zero."""
@@ -174,6 +175,11 @@ class StandIn(TorchDispatchMode):
             self.waits[f"{_line()} to the CPU"] += 1
         elif target and not isinstance(source, OnDevice) and not (late and _pinned("is_pinned", source)):
             self.waits[f"{_line()} from the CPU"] += 1
+
+
+def _current() -> StandIn:
+    assert StandIn.current is not None, "a tensor of the stand-in outlived it"
+    return StandIn.current
 
 
 def _tensor(make: Callable[..., Tensor], data: Any, *, device: Any = None, **given: Any) -> Tensor:

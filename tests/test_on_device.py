@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -101,7 +102,8 @@ def made(config: Config, device: torch.device) -> tuple[TrainStep, Unsharded, Re
 
 
 def steps_of(config: Config, model: nn.Module, device: torch.device) -> tuple[TrainStep, Unsharded]:
-    whole = Unsharded(model if device.type == "cpu" else moved(model)).train()
+    stands_in = device.type == "cuda" and StandIn.current is not None
+    whole = Unsharded(moved(model) if stands_in else model.to(device)).train()
     optimizer = make_optimizer(whole, config.train)  # type: ignore[arg-type]
     guard = Guard(Ranks(0, 1, 1, device), Path())
     return TrainStep(config, whole, optimizer, 1, guard), whole  # type: ignore[arg-type]
@@ -283,3 +285,30 @@ def test_a_step_that_is_not_finite_changes_no_weight_on_the_device(
                 step.step()
         for weight, old in zip(whole.parameters(), before, strict=True):
             assert torch.equal(plain(weight), old)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("preset", [*PRESETS, "twin_v2"])
+def test_a_step_on_a_gpu_is_that_of_the_cpu_and_torch_sees_no_wait(preset: str, log: Path) -> None:
+    """What the stand-in says of waits, by torch's own word for them."""
+    config, device = small_config(preset, log), torch.device("cuda", 0)
+    step, cpu, batch = made(config, torch.device("cpu"))
+    expected = trained(step, batch)
+    step, whole, batch = made(config, device)
+    there = batch.pin_memory().to(device, non_blocking=True)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            loss = trained(step, there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(loss.cpu(), expected, atol=1e-4)
+    for (name, mine), theirs in zip(whole.named_parameters(), cpu.parameters(), strict=True):
+        # Tables have none before the second backward pass.
+        if theirs.grad is not None:
+            assert mine.grad is not None
+            assert torch.allclose(mine.grad.cpu(), theirs.grad, rtol=1e-3, atol=1e-4), name
+    waits = [f"{each.filename}:{each.lineno}" for each in told if "synchronizing" in str(each.message)]
+    assert not [line for line in waits if not any(file in line for file in WAITS)], waits
