@@ -89,12 +89,12 @@ class OnDevice(Tensor):
         return f"OnDevice({self.inner!r})"
 
     def tolist(self) -> Any:
-        StandIn.current.waits[f"{_line()} tolist"] += 1
+        _current().waits[f"{_line()} tolist"] += 1
         return self.inner.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return StandIn.current.run(func, args, kwargs or {})
+        return _current().run(func, args, kwargs or {})
 
 
 class StandIn(TorchDispatchMode):
@@ -107,7 +107,7 @@ class StandIn(TorchDispatchMode):
         forward_and_backward: for whoever wants to note how many these were at some time.
     """
 
-    current: StandIn
+    current: StandIn | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,6 +128,7 @@ class StandIn(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._patches.close()
+        StandIn.current = None
 
     def reset(self) -> None:
         """Count from zero."""
@@ -192,7 +193,12 @@ class _Event:
         pass
 
     def synchronize(self) -> None:
-        StandIn.current.waits[f"{_line()} an event"] += 1
+        _current().waits[f"{_line()} an event"] += 1
+
+
+def _current() -> StandIn:
+    assert StandIn.current is not None, "a tensor of the stand-in outlived it"
+    return StandIn.current
 
 
 def _tensor(make: Callable[..., Tensor], data: Any, *, device: Any = None, **given: Any) -> Tensor:

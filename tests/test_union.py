@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,12 +56,38 @@ def test_a_padded_union_holds_what_was_kept_and_then_others(
 
 
 def test_the_bound_counts_each_request_once_and_windows_without_candidates() -> None:
-    sizes = Sizes(windows=(10, 4, 7), candidates=(2, 3, 0), bags=(), one_id=True)
+    sizes = Sizes(windows=(10, 4, 7), starts=(0, 10, 14), candidates=(2, 3, 0), bags=(), one_id=True)
     assert most_kept(sizes, [(0, 3)]) == 6 + 4
     assert most_kept(sizes, [(0, None)]) == 10 + 4 + 7
     assert most_kept(sizes, [(5, None)]) == 5 + 4 + 5
     assert most_kept(sizes, [(0, 3), (0, 2)]) == 10 + 4
     assert most_kept(sizes, [(0, 1), (2, None)]) == 4 + 4 + 2
+    # Of a user's overlapping windows, no more than they cover.
+    assert most_kept(replace(sizes, starts=(0, 7, 11)), [(0, None)]) == 18
+    assert most_kept(replace(sizes, starts=(0, 7, 18)), [(0, None)]) == 11 + 7
+    assert most_kept(Sizes((), (), (), (), one_id=True), [(0, 3)]) == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(0, 3)), max_size=8),
+    branches=st.lists(st.tuples(st.integers(0, 5), st.none() | st.integers(1, 4)), min_size=1, max_size=3),
+    seed=st.integers(0, 10_000),
+)
+def test_nothing_keeps_more_than_the_bound(
+    requests: list[tuple[int, int, int]], branches: list[tuple[int, int | None]], seed: int
+) -> None:
+    """Whatever the candidates keep, in whatever order windows lie."""
+    rng = np.random.default_rng(seed)
+    kept: set[int] = set()
+    for start, window, candidates in requests:
+        for newest, k in branches:
+            seen = range(start + window - min(window, newest or window), start + window)
+            for _ in range(1 if k is None else candidates):
+                kept |= set(rng.permutation(seen)[:k].tolist())
+    starts, windows, candidates = (tuple(request[part] for request in requests) for part in range(3))
+    sizes = Sizes(windows, starts, candidates, (), one_id=True)
+    assert len(kept) <= most_kept(sizes, branches)
 
 
 # Of each kind one that looks up twice: one branch, several groups, several branches, searches while reading.

@@ -41,7 +41,7 @@ def pack(batch: RequestBatch) -> dict[str, Tensor]:
     for part in _NESTED:
         whole = getattr(batch, part)
         if whole is not None:
-            tensors |= {f"{part}.{name}": tensor for name, tensor in vars(whole).items()}
+            tensors |= {f"{part}.{name}": tensor.to(torch.int64) for name, tensor in vars(whole).items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

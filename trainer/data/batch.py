@@ -63,8 +63,8 @@ class Retrieval(_Tensors):
 
     Attributes:
         index: int64 [C, B], behaviors of the batch, deepest match first, then most recent; -1 where fewer.
-        level: int64 [C, B], deepest matching taxonomy level, 1 = coarsest; 0 where index is -1.
-        rank: int64 [C, B], place in the whole history counted back from the request, 1 = newest.
+        level: int32 [C, B], deepest matching taxonomy level, 1 = coarsest; 0 where index is -1.
+        rank: int32 [C, B], place in the whole history counted back from the request, 1 = newest.
     """
 
     index: Tensor

@@ -50,8 +50,8 @@ class _Found(_Cut):
     """
 
     index: Ints
-    level: Ints
-    rank: Ints
+    level: npt.NDArray[np.int32]
+    rank: npt.NDArray[np.int32]
     counts: Floats
 
 
@@ -131,6 +131,7 @@ def collate(
         clusters=past.clusters,
         sizes=Sizes(
             tuple((past.end - past.start).tolist()),
+            tuple(past.start.tolist()),
             tuple(counts.tolist()),
             bags,
             features.length_per_key() == [features.stride()] * len(bags) and max(bags, default=1) <= 1,
@@ -273,8 +274,8 @@ def _search(rows: UserRows, history: slice, candidates: slice, requests: Ints, c
         np.searchsorted(kept, start),
         np.searchsorted(kept, end),
         np.where(found.index >= 0, place, -1),
-        found.level.astype(np.int64),
-        np.where(found.index >= 0, np.repeat(end, counts)[:, None] - found.index, 0),
+        found.level.astype(np.int32),
+        np.where(found.index >= 0, np.repeat(end, counts)[:, None] - found.index, 0).astype(np.int32),
         matches if search.counts else matches[:, :0],
     )
 

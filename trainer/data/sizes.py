@@ -16,7 +16,7 @@ class Sizes:
     """What shapes of a forward pass depend on; made where the batch is, out of arrays in main memory.
 
     Attributes:
-        windows: [R], behaviors that each request may see.
+        windows: [R], behaviors that each request may see; starts: [R], the first of them in the batch.
         candidates: [R], candidates of each request.
         bags: most ids of a bag, of each feature in the order of the batch's keys.
         one_id: every bag of every feature holds exactly one id.
@@ -24,6 +24,7 @@ class Sizes:
     """
 
     windows: tuple[int, ...]
+    starts: tuple[int, ...]
     candidates: tuple[int, ...]
     bags: tuple[int, ...]
     one_id: bool
@@ -35,6 +36,7 @@ class Sizes:
         lengths = batch.features.lengths().view(len(batch.features.keys()), -1)
         return Sizes(
             tuple((batch.window_end - batch.window_start).tolist()),
+            tuple(batch.window_start.tolist()),
             tuple(torch.bincount(batch.candidate_request, minlength=batch.requests).tolist()),
             tuple(lengths.amax(1).tolist() if lengths.numel() else [0] * lengths.shape[0]),
             bool((lengths == 1).all()),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -34,7 +35,9 @@ Form = Literal["shared", "target", "joint"]
 
 @dataclass(frozen=True)
 class Marks:
-    """Target-relative places of behaviors, int64 tensors of equal shape; the target's own place is 0.
+    """Target-relative places of behaviors, int32 tensors of equal shape; the target's own place is 0.
+
+    They are as large as windows and stay until the backward pass, so they are as narrow as operators allow.
 
     Attributes:
         position: rank counted back from the request, 1 = newest.
@@ -49,20 +52,35 @@ class Marks:
     def each(self, change: Callable[[Tensor], Tensor]) -> Marks:
         return Marks(change(self.position), change(self.age), change(self.level))
 
+    def index(self, name: str) -> Tensor:
+        """One of them in int64, for operators that take nothing else; made once."""
+        if name not in self._wide:
+            self._wide[name] = getattr(self, name).to(torch.int64)
+        return self._wide[name]
+
+    @cached_property
+    def _wide(self) -> dict[str, Tensor]:
+        return {}
+
+
+def no_level(shape: torch.Size, device: torch.device) -> Tensor:
+    """Levels where no hard search was: one zero for all places."""
+    return torch.zeros(1, 1, dtype=torch.int32, device=device).expand(shape)
+
 
 def age_bucket(seconds: Tensor) -> Tensor:
-    """Ages in seconds (any shape, > 0) -> int64 buckets in [1, AGE_BUCKETS), two for every doubling.
+    """Ages in seconds (any shape, > 0) -> int32 buckets in [1, AGE_BUCKETS), two for every doubling.
 
     Bucket 63 begins at 2 ** 31 seconds.
     """
     # Not the rounded logarithm: of a power of two it may be just below the whole number on some device.
     significand, exponent = torch.frexp(seconds.clamp(min=1).to(torch.float64))
-    bucket = 2 * exponent - (significand < _HALF_AN_OCTAVE).to(torch.int64)
+    bucket: Tensor = 2 * exponent - (significand < _HALF_AN_OCTAVE).to(torch.int32)
     return bucket.clamp(max=AGE_BUCKETS - 1)
 
 
 def group_rows(mark: Tensor, group_C: Tensor, rows: int) -> Tensor:
-    """Row of (target group, mark) in a joint table of `rows` rows a group; `mark` is [C, K]."""
+    """Row of (target group, mark) in a joint table of `rows` rows a group, int64; `mark` is [C, K]."""
     return group_C[:, None] * rows + mark
 
 
@@ -181,7 +199,7 @@ class TimeEncoding(_MarkTables):
     def scores(self, query_CD: Tensor, marks: Marks, group_C: Tensor) -> Tensor:
         """<query, encoding> of every behavior, marks [C, K] -> [C, K], without a [C, K, D] intermediate."""
         score = torch.zeros(marks.position.shape, device=query_CD.device)
-        for name, mark in self.marks(marks):
+        for name in self.rows:
             table = self.tables[name]
             if self.form == "joint":
                 table = table.view(self.groups, self.rows[name], -1)
@@ -192,9 +210,11 @@ class TimeEncoding(_MarkTables):
                 )
             else:
                 score_CM = query_CD @ table.T
-            score = score + score_CM.gather(1, mark)
+            score = score + score_CM.gather(1, marks.index(name))
         return score
 
     def _indices(self, marks: Marks, group_C: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """int64 rows of each table."""
         for name, mark in self.marks(marks):
-            yield name, group_rows(mark, group_C, self.rows[name]) if self.form == "joint" else mark
+            joint = self.form == "joint"
+            yield name, group_rows(mark, group_C, self.rows[name]) if joint else marks.index(name)

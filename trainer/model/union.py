@@ -63,15 +63,23 @@ def touched_by(kept: Sequence[Kept | Windows], behaviors: int) -> Tensor:
 def most_kept(sizes: Sizes, branches: Iterable[tuple[int, int | None]]) -> int:
     """At least as many as the behaviors that all branches keep together, known without looking at any.
 
+    A branch keeps of each request at most its window, or K behaviors for each of its candidates; requests
+    whose windows overlap keep no more than what their windows cover.
+
     Args:
         branches: of each, the newest behaviors of a request that it looks at (0 = all), and how many of them
             a candidate keeps at most; None: whole windows are kept, with candidates or without.
     """
-    total, branches = 0, list(branches)
-    for window, candidates in zip(sizes.windows, sizes.candidates, strict=True):
+    branches = list(branches)
+    total = kept = begin = end = 0
+    for start, window, candidates in zip(sizes.starts, sizes.windows, sizes.candidates, strict=True):
+        if start >= end:
+            # Requests of another user, who shares no behavior with those before.
+            total, kept, begin = total + min(kept, end - begin), 0, start
+        begin, end = min(begin, start), max(end, start + window)
         mine = 0
         for newest, k in branches:
             seen = min(window, newest or window)
             mine += seen if k is None else min(seen, candidates * k)
-        total += min(window, mine)
-    return total
+        kept += min(window, mine)
+    return total + min(kept, end - begin)

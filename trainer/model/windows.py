@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from trainer.data.batch import RequestBatch
 from trainer.model.ops.bags import rows_at
 from trainer.model.ops.precision import full, in_single_precision
-from trainer.model.time import Marks, age_bucket
+from trainer.model.time import Marks, age_bucket, no_level
 
 
 class Slots:
@@ -117,6 +117,9 @@ class Windows:
         mask = follow(self.mask) if mask_CK is None else mask_CK
 
         def masked(part: Tensor) -> Tensor:
+            if not any(part.stride()):
+                # One zero for all places.
+                return part[:1, :1].expand(mask.shape)
             return torch.where(mask, follow(part), 0)
 
         size = None if self.log_size is None else masked(self.log_size)
@@ -190,10 +193,10 @@ def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
     column = (~mask).to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
     mask, index = mask.gather(1, column), index.gather(1, column)
     index = torch.where(mask, index, 0)
-    rank = torch.where(mask, mask.cumsum(1).clamp(max=history_length), 0)
+    rank = torch.where(mask, mask.cumsum(1, dtype=torch.int32).clamp(max=history_length), 0)
     age = torch.where(mask, age_bucket(batch.request_time[:, None] - clusters.time[index]), 0)
     size = torch.where(mask, clusters.size[index].to(torch.float32).log(), 0.0)
-    marks = Marks(rank, age, torch.zeros_like(rank))
+    marks = Marks(rank, age, no_level(rank.shape, rank.device))
     return replace(whole, index=index, mask=mask, marks=marks, log_size=size, lengths=None)
 
 
@@ -205,9 +208,9 @@ def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
     mask = F.pad(found.index >= 0, (0, index.shape[1] - found.index.shape[1]))
     index = torch.where(mask, index, 0)
     marks = Marks(
-        torch.where(mask, rank.clamp(max=history_length), 0),
+        torch.where(mask, rank.clamp(max=history_length).to(torch.int32), 0),
         _ages(batch, batch.candidate_request, index, mask),
-        torch.where(mask, level, 0),
+        torch.where(mask, level.to(torch.int32), 0),
     )
     each = torch.arange(batch.candidates, device=index.device)
     return Windows(index, mask, marks, None, each, counts=(1,) * batch.candidates)
@@ -220,13 +223,14 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
         length = length.clamp(max=newest)
     longest = max(batch.host_sizes.longest(newest), 1)
     step = torch.arange(longest, device=length.device)
+    rank = torch.arange(1, longest + 1, dtype=torch.int32, device=length.device)
     mask = step[None, :] < length[:, None]
     index = torch.where(mask, batch.window_end[:, None] - 1 - step[None, :], 0)
     request = torch.arange(batch.requests, device=length.device)
     marks = Marks(
-        torch.where(mask, 1 + step[None, :], 0),
+        torch.where(mask, rank, 0),
         _ages(batch, request, index, mask),
-        torch.zeros_like(index),
+        no_level(index.shape, index.device),
     )
     counts = batch.host_sizes.candidates
     return Windows(index, mask, marks, None, batch.candidate_request, length, counts)
@@ -234,7 +238,7 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
 
 def _ages(batch: RequestBatch, request_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
     if not batch.behaviors:
-        return torch.zeros_like(index)
+        return torch.zeros_like(index, dtype=torch.int32)
     age = batch.request_time[request_W][:, None] - batch.behavior_time[index]
     return torch.where(mask, age_bucket(age), 0)
 

@@ -137,8 +137,8 @@ def _ranked(snapshot: Snapshot) -> tuple[tuple[Tensor, ...], Tensor]:
         found.raw.key_ND[kept.index],
         rows[groups[0]][n:],
         rows[groups[1]][kept.index],
-        kept.marks.position,
-        kept.marks.age,
+        kept.marks.index("position"),
+        kept.marks.index("age"),
         kept.mask,
     )
     # A single candidate would be taken for a fixed size.
