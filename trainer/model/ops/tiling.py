@@ -15,10 +15,12 @@ import torch
 
 @dataclass(frozen=True)
 class Tiling:
-    """Attributes:
-    cells: numbers between two layers that a group of windows has at most, unless a single window has more.
-    spare: so many of them may be of no candidate, whatever their share.
-    always_again: a backward pass computes the layers again; else it does so where there are several groups.
+    """How many windows stand side by side.
+
+    Attributes:
+        cells: numbers between two layers that a group of windows has at most; a single window may have more.
+        spare: so many of them may be of no candidate, whatever their share.
+        always_again: a backward pass computes the layers again; else only where there are several groups.
     """
 
     cells: int
