@@ -55,6 +55,7 @@ class Windows:
         of_candidate: int64 [C], ascending: each candidate's window.
         lengths: int64 [W] where windows are stretches of the history: column x of a window is the
             behavior x before that of column 0; else None.
+        counts: candidates of each window, where the host knows them.
     """
 
     index: Tensor
@@ -63,6 +64,14 @@ class Windows:
     log_size: Tensor | None
     of_candidate: Tensor
     lengths: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+
+    @cached_property
+    def host_counts(self) -> tuple[int, ...]:
+        """Candidates of each window; where they are not given, the device is asked."""
+        if self.counts is not None:
+            return self.counts
+        return tuple(torch.bincount(self.of_candidate, minlength=self.index.shape[0]).tolist())
 
     @cached_property
     def slots(self) -> Slots:
