@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from trainer.model.exact import PairScores, exact_signs, sign_error
 from trainer.model.score import Attended, DotScorer, Scorer, twin_projections
+from trainer.model.ops import window_search
 from trainer.model.slices import columns_of_slices, pays
 from trainer.model.top import Doubt, ascending, top_columns
 from trainer.model.windows import Kept, Windows
@@ -64,6 +65,8 @@ class DotSearch(Search):
     """Exact top-K by the scorer of stage two (TWIN, DARE); several heads share the K places round-robin."""
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        if window_search.pays(query.scorer, query.vectors, query.windows, self.k):
+            return _columns_at_once(query, self.k)
         doubt = query.doubt()
         if pays(query.scorer, query.vectors, query.windows):
             assert isinstance(query.scorer, DotScorer)
@@ -141,9 +144,18 @@ class SoftSearch(Search):
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         own = replace(query, scorer=self.index, vectors=self.index.encode(query.raw))
+        if window_search.pays(own.scorer, own.vectors, own.windows, self.k):
+            return _columns_at_once(own, self.k)
         # The index knows neither cross features nor sizes of clusters.
         score_CHX = self.index.over_windows(own.vectors, own.windows)
         return top_columns(score_CHX[:, 0], self.k, doubt=own.doubt())
+
+
+def _columns_at_once(query: Query, k: int) -> tuple[Tensor, Tensor]:
+    """The K best columns without the windows' vectors side by side, and without asking the device."""
+    vectors, windows = query.vectors, query.windows
+    bias_WX = query.scorer.window_bias(vectors, windows)
+    return window_search.best_columns(vectors.query_CD, vectors.key_ND, windows, bias_WX, k)
 
 
 def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:

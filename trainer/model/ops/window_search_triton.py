@@ -24,8 +24,8 @@ from trainer.model.windows import Windows
 
 # Tiles of keys in flight.
 _STAGES = 3
-# Halvings between two scores; after these, between their bits, of which there are 32.
-_HALVINGS = tl.constexpr(16)
+# Steps between two scores by value; after these by bits, of which there are 32.
+_HALVINGS = tl.constexpr(10)
 _UNBOUND = tl.constexpr(0x7FFFFFFF)
 
 
@@ -42,15 +42,14 @@ def _value(order):
 
 
 @triton.jit
-def _count(part):
-    return tl.sum(part.to(tl.int32))
-
-
-@triton.jit
 def _bound(score, k):
-    """-> the highest bound that at least K scores reach, and how many do; all that are not -inf, if fewer."""
+    """-> the highest bound that at least K scores reach, and how many do; all that are not -inf, if fewer.
+
+    The bound is searched for between the lowest and the highest score, first by value, then by bits, until
+    exactly K reach it, or until nothing lies between: more than K reach it then, being equal.
+    """
     real = score > float("-inf")
-    reach = _count(real)
+    reach = tl.sum(real.to(tl.int32))
     low = _order(tl.min(tl.where(real, score, float("inf"))))
     high = _order(tl.max(score))
     step = 0
@@ -58,13 +57,17 @@ def _bound(score, k):
         middle = _order(0.5 * _value(low) + 0.5 * _value(high))
         if (step >= _HALVINGS) | (middle <= low) | (middle > high):
             middle = (low | high) - ((low ^ high) >> 1)
-        found = _count(score >= _value(middle))
+        found = tl.sum((score >= _value(middle)).to(tl.int32))
         if found >= k:
             low = middle
             reach = found
         else:
             high = middle - 1
         step += 1
+        if step >= _HALVINGS:
+            # Few scores are left between, so both ends move to the nearest of them.
+            low = _order(tl.min(tl.where(score >= _value(low), score, float("inf"))))
+            high = _order(tl.max(tl.where(score <= _value(high), score, float("-inf"))))
     return _value(low), reach
 
 
@@ -77,12 +80,12 @@ def _kept(score, x, k):
     last = _UNBOUND
     if reach > k:
         # More are level with the bound than there is room for: the first of them, up to this column.
-        need = k - _count(above)
+        need = k - tl.sum(above.to(tl.int32))
         first = tl.min(x)
         last = tl.max(x)
         while first < last:
             middle = (first + last) // 2
-            if _count(level & (x <= middle)) >= need:
+            if tl.sum((level & (x <= middle)).to(tl.int32)) >= need:
                 last = middle
             else:
                 first = middle + 1
@@ -186,8 +189,9 @@ def search_kernel(
         longer = ()
         for c in tl.static_range(TOGETHER):
             score = tl.sum(key_XD * queries[c][None, :], 1) + added
-            # NaN is the best.
+            # NaN is the best, but what is masked is never kept.
             score = tl.where(score != score, float("inf"), score)
+            score = tl.where(added == float("-inf"), float("-inf"), score)
             longer = longer + (tl.where(step == t, score[None, :], scores[c]),)
         scores = longer
     x = start + step * BX + tl.arange(0, BX)[None, :]
