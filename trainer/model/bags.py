@@ -1,8 +1,9 @@
 """Sums and products over a few rows of a matrix each, without a [C, K, D] intermediate in either direction.
 
 torch's own backward passes add row by row on CPU, or first build all C x K rows. The gradient of a sum over
-rows, sorted by row, is a sum again: every row gathers from the candidates that used it. Where torch runs on
-another device the plain forms are used, which are also what tests compare with.
+rows, sorted by row, is a sum again: every row gathers from the candidates that used it. On another device
+the kernels of `trainer.model.ops.kept_rows` do the same where they fit, else the plain forms are used, which
+are also what tests compare with.
 
 Shapes: index_CK int64, K rows of rows_ND for each of C candidates; the order of additions is fixed, so that
 the same input gives the same bits.
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.model.ops import kept_rows
+
 
 def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
     """sum_k weight[c, k] * rows[index[c, k]] -> [C, D]."""
     rows_ND, weight_CK = _full(rows_ND), _full(weight_CK)
+    if kept_rows.pays(rows_ND, index_CK):
+        return kept_rows.weighted_bags(rows_ND, index_CK, weight_CK)
     if not _fast(rows_ND, index_CK):
         return plain_weighted_bags(rows_ND, index_CK, weight_CK)
     found: Tensor = _WeightedBags.apply(rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
@@ -29,6 +34,8 @@ def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tenso
 def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     """<query[c], rows[index[c, k]]> -> [C, K]."""
     query_CD, rows_ND = _full(query_CD), _full(rows_ND)
+    if kept_rows.pays(rows_ND, index_CK):
+        return kept_rows.dots(query_CD, rows_ND, index_CK)
     if not _fast(rows_ND, index_CK):
         return plain_dots(query_CD, rows_ND, index_CK)
     found: Tensor = _Dots.apply(query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.exact import PairScores, exact_signs, sign_error
-from trainer.model.score import Attended, DotScorer, Scorer, twin_projections
 from trainer.model.ops import window_search
+from trainer.model.score import Attended, DotScorer, Scorer, twin_projections
 from trainer.model.slices import columns_of_slices, pays
 from trainer.model.top import Doubt, ascending, top_columns
 from trainer.model.windows import Kept, Windows

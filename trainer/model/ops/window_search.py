@@ -9,14 +9,13 @@ Shapes as in `trainer.model.windows`; K is at most X.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from trainer.model.bags import rows_at
+from trainer.model.ops.kernels import has_kernel, power_of_two
 from trainer.model.score import Attended, DotScorer, Scorer
 from trainer.model.top import top_columns
 from trainer.model.windows import Windows
@@ -33,8 +32,6 @@ _TILE = 512
 _MOST_LEFT = 8192
 # Programs of a launch.
 _MOST_PROGRAMS = 2**31 - 1
-# The oldest compute capability that the wheels of torch and fbgemm have code for.
-_OLDEST = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -67,20 +64,15 @@ class Cut:
         return Cut(wide, -(-candidates // tiles), tiles, columns, span // columns, -(-width // span), warps)
 
 
-def power_of_two(number: int) -> int:
-    """The least power of two that is not below."""
-    return 1 << (number - 1).bit_length()
-
-
 def pays(scorer: Scorer, vectors: Attended, windows: Windows, k: int) -> bool:
     """Whether the kernel is to be used: scores are inner products of one head plus what a window shares."""
     if not isinstance(scorer, DotScorer) or scorer.heads != 1 or not scorer.shares_bias:
         return False
-    return fits(vectors.query_CD, vectors.key_ND, windows, k) and _has_kernel(vectors.key_ND.device)
+    return fits(vectors.query_CD, vectors.key_ND, windows, k) and has_kernel(vectors.key_ND.device)
 
 
 def fits(query_CD: Tensor, key_ND: Tensor, windows: Windows, k: int) -> bool:
-    """Whether the kernel can work on these: float32, rows of whole 16 bytes, few enough columns and places."""
+    """Whether the kernel can work on these: float32, rows of whole 16 bytes, few enough columns."""
     (count, width), dim = windows.index.shape, key_ND.shape[1]
     most = max(windows.host_counts, default=0)
     return (
@@ -94,15 +86,6 @@ def fits(query_CD: Tensor, key_ND: Tensor, windows: Windows, k: int) -> bool:
 
 def _fits(cut: Cut, windows: int, k: int) -> bool:
     return cut.spans * k <= _MOST_LEFT and windows * cut.tiles * cut.spans <= _MOST_PROGRAMS
-
-
-@cache
-def _has_kernel(device: torch.device) -> bool:
-    return (
-        device.type == "cuda"
-        and importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability(device) >= _OLDEST
-    )
 
 
 def best_columns(

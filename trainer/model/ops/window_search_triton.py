@@ -14,12 +14,15 @@ Imported only where a kernel runs: Triton comes with the CUDA build of torch alo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.model.ops.window_search import Cut, power_of_two
+from trainer.model.ops.kernels import power_of_two
+from trainer.model.ops.window_search import Cut
 from trainer.model.windows import Windows
 
 # Tiles of keys in flight.
@@ -116,34 +119,58 @@ def _write_some(score, x, row, k, some_score, some_column, SLOTS: tl.constexpr):
     tl.store(some_score + row * k + slot, none, mask=(slot >= many) & (slot < k))
 
 
+# fmt: off
+@triton.jit
+def _scores(
+    query, key, index, mask, bias, begin, end, start, length,
+    D: tl.constexpr, WIDE: tl.constexpr, TOGETHER: tl.constexpr, T: tl.constexpr, BX: tl.constexpr,
+    STRETCH: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, STAGES: tl.constexpr,
+):
+    """-> a tuple of the scores [T, BX] of the candidates from `begin`; -inf where nothing counts.
+
+    index, mask, bias: of the window. A tile of keys is copied while those before it are multiplied.
+    """
+    d = tl.arange(0, WIDE)
+    queries = ()
+    scores = ()
+    for c in tl.static_range(TOGETHER):
+        inside = (d < D) & (begin + c < end)
+        queries = queries + (tl.load(query + (begin + c) * D + d, mask=inside, other=0.0),)  # type: ignore[assignment]
+        scores = scores + (tl.full([T, BX], float("-inf"), tl.float32),)  # type: ignore[assignment]
+    step = tl.arange(0, T)[:, None]
+    newest = tl.load(index)
+    for t in tl.range(0, tl.cdiv(tl.minimum(length - start, T * BX), BX), num_stages=STAGES):
+        x = start + t * BX + tl.arange(0, BX)
+        seen = x < length
+        row = newest - x
+        if not STRETCH:
+            row = tl.load(index + x, mask=seen, other=0)
+        whole = seen[:, None] if D == WIDE else seen[:, None] & (d < D)[None, :]
+        key_XD = tl.load(key + row[:, None] * D + d[None, :], mask=whole, other=0.0)
+        added = tl.where(seen, 0.0, float("-inf"))
+        if BIASED:
+            added = tl.load(bias + x, mask=seen, other=float("-inf"))
+        if MASKED:
+            real = tl.load(mask + x, mask=seen, other=0) != 0
+            added = tl.where(real, added, float("-inf"))
+        longer = ()
+        for c in tl.static_range(TOGETHER):
+            score = tl.sum(key_XD * queries[c][None, :], 1) + added
+            # NaN is the best, but what is masked is never kept.
+            score = tl.where(score != score, float("inf"), score)
+            score = tl.where(added == float("-inf"), float("-inf"), score)
+            longer = longer + (tl.where(step == t, score[None, :], scores[c]),)  # type: ignore[assignment]
+        scores = longer
+    return scores
+
+
 @triton.jit(do_not_specialize=["k", "width", "tiles", "spans"])
 def search_kernel(
-    query,
-    key,
-    index,
-    lengths,
-    mask,
-    bias,
-    first,
-    kept_column,
-    kept_mask,
-    some_score,
-    some_column,
-    k,
-    width,
-    tiles,
-    spans,
-    D: tl.constexpr,
-    WIDE: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    T: tl.constexpr,
-    BX: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STRETCH: tl.constexpr,
-    MASKED: tl.constexpr,
-    BIASED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    STAGES: tl.constexpr,
+    query, key, index, lengths, mask, bias, first,
+    kept_column, kept_mask, some_score, some_column, k, width, tiles, spans,
+    D: tl.constexpr, WIDE: tl.constexpr, TOGETHER: tl.constexpr, T: tl.constexpr, BX: tl.constexpr,
+    SLOTS: tl.constexpr, STRETCH: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):
     """One program a span of a window and a tile of its candidates, tiles next to each other.
 
@@ -160,41 +187,15 @@ def search_kernel(
     if begin >= end:
         return
     start = span * (T * BX)
-    newest = tl.load(index + window * width)
     length = width
     if STRETCH:
         length = tl.load(lengths + window).to(tl.int32)
-    d = tl.arange(0, WIDE)
-    queries = ()
-    scores = ()
-    for c in tl.static_range(TOGETHER):
-        inside = (d < D) & (begin + c < end)
-        queries = queries + (tl.load(query + (begin + c) * D + d, mask=inside, other=0.0),)
-        scores = scores + (tl.full([T, BX], float("-inf"), tl.float32),)
-    step = tl.arange(0, T)[:, None]
-    for t in tl.range(0, tl.cdiv(tl.minimum(length - start, T * BX), BX), num_stages=STAGES):
-        x = start + t * BX + tl.arange(0, BX)
-        seen = x < length
-        row = newest - x
-        if not STRETCH:
-            row = tl.load(index + window * width + x, mask=seen, other=0)
-        whole = seen[:, None] if D == WIDE else seen[:, None] & (d < D)[None, :]
-        key_XD = tl.load(key + row[:, None] * D + d[None, :], mask=whole, other=0.0)
-        added = tl.where(seen, 0.0, float("-inf"))
-        if BIASED:
-            added = tl.load(bias + window * width + x, mask=seen, other=float("-inf"))
-        if MASKED:
-            real = tl.load(mask + window * width + x, mask=seen, other=0) != 0
-            added = tl.where(real, added, float("-inf"))
-        longer = ()
-        for c in tl.static_range(TOGETHER):
-            score = tl.sum(key_XD * queries[c][None, :], 1) + added
-            # NaN is the best, but what is masked is never kept.
-            score = tl.where(score != score, float("inf"), score)
-            score = tl.where(added == float("-inf"), float("-inf"), score)
-            longer = longer + (tl.where(step == t, score[None, :], scores[c]),)
-        scores = longer
-    x = start + step * BX + tl.arange(0, BX)[None, :]
+    column = window * width
+    scores = _scores(
+        query, key, index + column, mask + column, bias + column, begin, end, start, length,
+        D, WIDE, TOGETHER, T, BX, STRETCH, MASKED, BIASED, STAGES,
+    )  # fmt: skip
+    x = start + tl.arange(0, T)[:, None] * BX + tl.arange(0, BX)[None, :]
     for c in tl.static_range(TOGETHER):
         if begin + c < end:
             if WHOLE:
@@ -203,6 +204,7 @@ def search_kernel(
                 _write_some(scores[c], x, (begin + c) * spans + span, k, some_score, some_column, SLOTS)
 
 
+# fmt: on
 @triton.jit(do_not_specialize=["left", "k", "width"])
 def merge_kernel(
     some_score,
@@ -221,6 +223,24 @@ def merge_kernel(
     score = tl.load(some_score + candidate * left + x, mask=x < left, other=float("-inf"))
     column = tl.load(some_column + candidate * left + x, mask=score > float("-inf"), other=0)
     _write(score, x, column, candidate, k, width, kept_column, kept_mask, SLOTS)
+
+
+def constants(cut: Cut, dim: int, k: int, *, stretch: bool, biased: bool) -> dict[str, Any]:
+    """What `search_kernel` is compiled for."""
+    return {
+        "D": dim,
+        "WIDE": cut.wide,
+        "TOGETHER": cut.together,
+        "T": cut.steps,
+        "BX": cut.columns,
+        "SLOTS": power_of_two(k),
+        "STRETCH": stretch,
+        # A bias is -inf where the mask is False.
+        "MASKED": not stretch and not biased,
+        "BIASED": biased,
+        "WHOLE": cut.spans == 1,
+        "STAGES": _STAGES,
+    }
 
 
 def best_columns(
@@ -243,9 +263,7 @@ def best_columns(
             windows.mask.contiguous().view(torch.uint8), first if bias_WX is None else bias_WX.contiguous(),
             first, column_CK, mask_CK.view(torch.uint8), some_score, some_column,
             k, width, cut.tiles, cut.spans,
-            D=query_CD.shape[1], WIDE=cut.wide, TOGETHER=cut.together, T=cut.steps, BX=cut.columns,
-            SLOTS=power_of_two(k), STRETCH=stretch, MASKED=not stretch and not biased, BIASED=biased,
-            WHOLE=cut.spans == 1, STAGES=_STAGES, num_warps=cut.warps,
+            **constants(cut, query_CD.shape[1], k, stretch=stretch, biased=biased), num_warps=cut.warps,
         )  # fmt: skip
         if cut.spans > 1:
             left = power_of_two(cut.spans * k)
