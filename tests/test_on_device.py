@@ -259,7 +259,7 @@ def test_the_plain_loop_trains_on_the_device_as_on_the_cpu(log: Path) -> None:
             losses = [plain(loss) for _, loss in loop.train(read, lambda: 1)]
         found.append((losses, [plain(weight).detach() for weight in whole.parameters()]))
         lines = {line: n for line, n in counted.waits.items() if not line.startswith("trainer/data/batch.py")}
-        # The guard reads the answer of a step in the next one, by when it is there, and of the last at the end.
+        # The guard reads the answer of a step in the next one, and of the last step at the end.
         late = {"trainer/host_copy.py": len(batches)}
         assert not too_many(Counter(lines), late), lines
     for one, other in zip(*(losses + weights for losses, weights in found), strict=True):

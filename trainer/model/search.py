@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.exact import PairScores
+from trainer.model.ops import window_search
 from trainer.model.ops.precision import in_single_precision, is_halved
 from trainer.model.ops.signs import sign_bits
 from trainer.model.ops.slices import columns_of_slices, pays
@@ -95,6 +96,8 @@ class DotSearch(Search):
 def best_columns(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tensor]:
     """Columns of the K best by the query's scorer, in the form that serves these windows on their device."""
     scorer, vectors, windows = query.scorer, query.vectors, query.windows
+    if doubt is None and window_search.pays(scorer, vectors, windows, k):
+        return _columns_at_once(query, k)
     if isinstance(scorer, DotScorer) and doubt is not None and pays(scorer, vectors, windows):
         return columns_of_slices(scorer, vectors, windows, k, doubt)
     return by_product(query, k, doubt)
@@ -177,6 +180,13 @@ class SoftSearch(Search):
         own = replace(query, scorer=self.index, vectors=self.index.encode(query.raw))
         # The index knows neither cross features nor sizes of clusters.
         return best_columns(own, self.k, self.doubt(own))
+
+
+def _columns_at_once(query: Query, k: int) -> tuple[Tensor, Tensor]:
+    """The K best columns without the windows' vectors side by side, and without asking the device."""
+    vectors, windows = query.vectors, query.windows
+    bias_WX = query.scorer.window_bias(vectors, windows)
+    return window_search.best_columns(vectors.query_CD, vectors.key_ND, windows, bias_WX, k)
 
 
 def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Sums and products over a few rows of a matrix each, and rows by their places.
 
-`weighted_bags`, `dots` and `rows_at` choose between two forms (property tests of values and gradients):
+`weighted_bags`, `dots` and `rows_at` choose among forms (property tests of values and gradients):
 
     plain, device   `plain_...`  torch's own operators. Their backward passes add in a fixed order on CUDA:
                     they sort by row first, where index_select, gather and scatter_add add as threads come
                     by.
+    kernels         on a device, where `trainer.model.ops.kept_rows` says that they fit.
     CPU             torch's own backward passes add row by row there, or first build all C x K rows. The
                     gradient of a sum over rows, sorted by row, is a sum again: every row gathers from the
                     candidates that used it. No [C, K, D] intermediate in either direction.
@@ -22,12 +23,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.model.ops import kept_rows
 from trainer.model.ops.precision import full, in_single_precision
 
 
 def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
     """sum_k weight[c, k] * rows[index[c, k]] -> [C, D]."""
     rows_ND, weight_CK = full(rows_ND), full(weight_CK)
+    if kept_rows.pays(rows_ND, index_CK):
+        return kept_rows.weighted_bags(rows_ND, index_CK, weight_CK)
     if not _by_cpu(rows_ND, index_CK):
         with in_single_precision(rows_ND.device):
             return plain_weighted_bags(rows_ND, index_CK, weight_CK)
@@ -38,6 +42,8 @@ def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tenso
 def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     """<query[c], rows[index[c, k]]> -> [C, K]."""
     query_CD, rows_ND = full(query_CD), full(rows_ND)
+    if kept_rows.pays(rows_ND, index_CK):
+        return kept_rows.dots(query_CD, rows_ND, index_CK)
     if not _by_cpu(rows_ND, index_CK):
         with in_single_precision(rows_ND.device):
             return plain_dots(query_CD, rows_ND, index_CK)

@@ -1,0 +1,97 @@
+"""Scores and sums of the rows that candidates keep, on a device, without a [C, K, D] in either direction.
+
+torch's lookup writes all C x K rows, reads them for the product, and does the same with their gradients. The
+kernels of `kept_rows_triton` read rows where they lie. The gradient of rows is a sum over the uses of each,
+sorted by row, in a fixed order: the same input gives the same bits, with torch's deterministic algorithms or
+without. The plain forms are those of `trainer.model.ops.bags`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.model.ops.kernels import has_kernel
+
+# Width of a row.
+_WIDEST = 512
+# Uses of a row on average. Where few rows serve all, a table of time encodings say, one program would add up
+# the uses of a row one after the other.
+_MOST_USES = 64
+
+
+def pays(rows_ND: Tensor, index_CK: Tensor) -> bool:
+    """Whether the kernels are to be used."""
+    return fits(rows_ND, index_CK) and has_kernel(rows_ND.device)
+
+
+def fits(rows_ND: Tensor, index_CK: Tensor) -> bool:
+    """Whether the kernels can work on these: float32, rows of whole 16 bytes, no table of few rows."""
+    (rows, dim), pairs = rows_ND.shape, index_CK.numel()
+    return (
+        rows_ND.dtype == torch.float32
+        and 0 < dim <= _WIDEST
+        and dim % 4 == 0
+        and index_CK.dim() == 2
+        and 0 < pairs <= _MOST_USES * rows
+        and pairs < 2**31
+    )
+
+
+def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
+    """<query[c], rows[index[c, k]]> -> [C, K]; `fits` must hold."""
+    found: Tensor = _Dots.apply(query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
+    return found
+
+
+def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
+    """sum_k weight[c, k] * rows[index[c, k]] -> [C, D]; `fits` must hold.
+
+    A row whose weight is zero gets no gradient from it, not even where that would be NaN.
+    """
+    found: Tensor = _WeightedBags.apply(rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Dots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
+        from trainer.model.ops import kept_rows_triton as kernels
+
+        ctx.save_for_backward(query_CD, rows_ND, index_CK)
+        return kernels.products(query_CD, rows_ND, index_CK)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_CK: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        from trainer.model.ops import kept_rows_triton as kernels
+
+        query_CD, rows_ND, index_CK = ctx.saved_tensors
+        of_query = of_rows = None
+        if ctx.needs_input_grad[0]:
+            of_query = kernels.bags(rows_ND, index_CK, gradient_CK)
+        if ctx.needs_input_grad[1]:
+            of_rows = kernels.gathered(query_CD, gradient_CK, index_CK, rows_ND.shape[0])
+        return of_query, of_rows, None
+
+
+class _WeightedBags(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
+        from trainer.model.ops import kept_rows_triton as kernels
+
+        ctx.save_for_backward(rows_ND, index_CK, weight_CK)
+        return kernels.bags(rows_ND, index_CK, weight_CK)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_CD: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        from trainer.model.ops import kept_rows_triton as kernels
+
+        rows_ND, index_CK, weight_CK = ctx.saved_tensors
+        of_rows = of_weights = None
+        if ctx.needs_input_grad[0]:
+            of_rows = kernels.gathered(gradient_CD, weight_CK, index_CK, rows_ND.shape[0])
+        if ctx.needs_input_grad[2]:
+            of_weights = kernels.products(gradient_CD, rows_ND, index_CK)
+        return of_rows, None, of_weights
