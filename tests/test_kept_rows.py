@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tests.compiling import compiled, needs_gpu
 from tests.kept_rows import check, used
-from trainer.model import bags
-from trainer.model.ops import kept_rows
+from trainer.model.ops import bags, kept_rows
 
 
 def test_the_kernels_do_what_slow_ones_do() -> None:
