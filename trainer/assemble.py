@@ -201,7 +201,8 @@ def plan_task(
 ) -> Task:
     """The planner's question for a model and its groups; without a step's size it looks at memory only."""
     model, groups = built
-    asked = {} if size is None else lookups(config, groups, manifest, size, config.model.lookup)
+    place = config.model.lookup, cluster.device
+    asked = {} if size is None else lookups(config, groups, manifest, size, *place)
     comms = Comms(config.comms.forward, config.comms.backward)
     return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked, comms, voice.say)
 
