@@ -67,7 +67,7 @@ def plan(config: Path, overrides: Sequence[str], question: Question) -> None:
         print("\n".join(tried), flush=True)
         raise
     asked = {
-        lookup: lookups(settings, {g.name: g for g in task.groups}, manifest, size, lookup)
+        lookup: lookups(settings, {g.name: g for g in task.groups}, manifest, size, lookup, cluster.device)
         for lookup in ("full", "selected")
     }
     report = Report(found, task, size, asked, settings.model.lookup)

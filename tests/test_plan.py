@@ -491,6 +491,12 @@ def test_lookups_are_the_bags_that_the_model_asks_for(log: Path, lookup: str) ->
         assert expected == size.candidates + round(kept)
         assert expected == pytest.approx(asked["representation"], rel=0.1)
     assert size.behaviors > size.candidates
+    # On a device more are looked up, so that the host need not ask it how many.
+    fewer, model.branches.pads = asked["representation"], True
+    model(step.batch)
+    said = lookups(config, groups, manifest, size, lookup, "cuda")
+    assert said["representation__item_id"].bags == pytest.approx(asked["representation"], rel=0.05)
+    assert asked["representation"] >= fewer
 
 
 def test_candidates_of_a_block_are_taken_to_keep_much_in_common() -> None:
@@ -501,5 +507,11 @@ def test_candidates_of_a_block_are_taken_to_keep_much_in_common() -> None:
         for b in (2000, 20, 2, 1)
     ]
     assert kept[0] == 2000 * 20
+    padded = [
+        kept_behaviors(config, StepSize(1000 * b, 2000, 2000, ((1000, 2000 // b),) * b, ""), "cuda")
+        for b in (2000, 80, 20, 1)
+    ]
+    # A host that does not ask how many: K for each candidate, or the whole block.
+    assert padded == [2000 * 20, 80 * 25 * 20, 20 * 1000, 1000]
     assert kept[1] == round(20_000 * (1 - 0.98**100)) < 2000 * 20
     assert [kept[2], kept[3]] == [2000, 1000]

@@ -87,7 +87,20 @@ def test_nothing_keeps_more_than_the_bound(
                 kept |= set(rng.permutation(seen)[:k].tolist())
     starts, windows, candidates = (tuple(request[part] for request in requests) for part in range(3))
     sizes = Sizes(windows, starts, candidates, (), one_id=True)
-    assert len(kept) <= most_kept(sizes, branches)
+    assert len(kept) <= most_kept(sizes, branches) == most_kept_reference(sizes, branches)
+
+
+def most_kept_reference(sizes: Sizes, branches: list[tuple[int, int | None]]) -> int:
+    """One request after the other."""
+    total = kept = begin = end = 0
+    for start, window, candidates in zip(sizes.starts, sizes.windows, sizes.candidates, strict=True):
+        if start >= end:
+            total, kept, begin = total + min(kept, end - begin), 0, start
+        begin, end = min(begin, start), max(end, start + window)
+        seen = [(min(window, newest or window), k) for newest, k in branches]
+        mine = sum(most if k is None else min(most, candidates * k) for most, k in seen)
+        kept += min(window, mine)
+    return total + min(kept, end - begin)
 
 
 # Of each kind one that looks up twice: one branch, several groups, several branches, searches while reading.

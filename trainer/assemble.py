@@ -226,7 +226,8 @@ def plan_task(
     if size is not None:
         _check_rounding(groups, cluster.device)
     cluster = replace(cluster, bandwidths=config.plan.bandwidths(cluster.bandwidths))
-    asked = {} if size is None else lookups(config, groups, manifest, size, config.model.lookup)
+    place = config.model.lookup, cluster.device
+    asked = {} if size is None else lookups(config, groups, manifest, size, *place)
     comms = Comms(config.comms.forward, config.comms.backward)
     return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked, comms, voice.say)
 

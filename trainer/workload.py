@@ -6,6 +6,7 @@ the true numbers differ from step to step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -73,27 +74,36 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
     return StepSize(n, c, max(1, round(found[2] / found[1] * c)), tuple(blocks), source)
 
 
-def kept_behaviors(config: ModelConfig, size: StepSize) -> int:
-    """S: behaviors that any branch keeps.
+def kept_behaviors(config: ModelConfig, size: StepSize, device: str = "cpu") -> int:
+    """S: behaviors that are looked up because some branch keeps them, or on another device than the CPU, may.
 
     Candidates of a block keep many in common. As if each chose by itself, anywhere in its block: of N_b
     behaviors each is missed by all C_b candidates with probability (1 - K / N_b) ** C_b. Candidates that are
-    alike, or all drawn to the newest behaviors, keep fewer.
+    alike, or all drawn to the newest behaviors, keep fewer. Where S must be known before that, it is K for
+    each candidate of each branch, or the whole block (`trainer.model.union`).
     """
     behaviors, candidates = (sum(part) for part in zip(*size.blocks, strict=True))
     # Blocks are taken to be as much longer as the step was said to be.
     longer = size.behaviors * candidates / max(size.candidates * behaviors, 1)
     kept = 0.0
+    branches = config.all_branches().values()
     for n, c in size.blocks:
-        missed = 1.0
-        for branch in config.all_branches().values():
-            missed *= _missed(branch, max(n * longer, 1.0), c, size)
-        kept += n * (1 - missed)
+        long = max(n * longer, 1.0)
+        if device == "cpu":
+            share = 1 - math.prod(_missed(branch, long, c, size) for branch in branches)
+        else:
+            share = min(1.0, sum(_most(branch, long, c, size) for branch in branches))
+        kept += n * share
     return int(size.behaviors * kept / max(behaviors, 1) + 0.5)
 
 
 def lookups(
-    config: Config, groups: Mapping[str, TableGroup], manifest: LogManifest, size: StepSize, lookup: str
+    config: Config,
+    groups: Mapping[str, TableGroup],
+    manifest: LogManifest,
+    size: StepSize,
+    lookup: str,
+    device: str = "cpu",
 ) -> dict[str, Lookup]:
     """Bags and ids of every table in one step, over all ranks.
 
@@ -102,10 +112,10 @@ def lookups(
     Multi-valued features count as one id a bag.
 
     Args:
-        lookup: `full` or `selected`, whatever `config.model.lookup` says.
+        lookup: `full` or `selected`, whatever `config.model.lookup` says; device: see `kept_behaviors`.
     """
     early, late = _groups_looked_up(config.model, lookup)
-    kept = kept_behaviors(config.model, size)
+    kept = kept_behaviors(config.model, size, device)
     asked = {}
     for name, group in groups.items():
         for feature in group.features:
@@ -138,6 +148,13 @@ def _missed(branch: BranchConfig, behaviors: float, candidates: int, size: StepS
     if branch.search == "recent":
         return float(max(0.0, 1 - branch.k * size.requests / max(size.behaviors, 1)))
     return float((1 - min(1.0, branch.k / behaviors)) ** candidates)
+
+
+def _most(branch: BranchConfig, behaviors: float, candidates: int, size: StepSize) -> float:
+    """The share of a block's behaviors that a branch keeps at most."""
+    if branch.search == "recent" or not _missed(branch, behaviors, candidates, size):
+        return 1 - _missed(branch, behaviors, candidates, size)
+    return min(1.0, candidates * branch.k / behaviors)
 
 
 def _row_groups(log: Path, manifest: LogManifest) -> list[RowGroup]:

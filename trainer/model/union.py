@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,16 +71,17 @@ def most_kept(sizes: Sizes, branches: Iterable[tuple[int, int | None]]) -> int:
         branches: of each, the newest behaviors of a request that it looks at (0 = all), and how many of them
             a candidate keeps at most; None: whole windows are kept, with candidates or without.
     """
-    branches = list(branches)
-    total = kept = begin = end = 0
-    for start, window, candidates in zip(sizes.starts, sizes.windows, sizes.candidates, strict=True):
-        if start >= end:
-            # Requests of another user, who shares no behavior with those before.
-            total, kept, begin = total + min(kept, end - begin), 0, start
-        begin, end = min(begin, start), max(end, start + window)
-        mine = 0
-        for newest, k in branches:
-            seen = min(window, newest or window)
-            mine += seen if k is None else min(seen, candidates * k)
-        kept += min(window, mine)
-    return total + min(kept, end - begin)
+    start_R, window_R, candidates_R = (
+        np.array(part, dtype=np.int64) for part in (sizes.starts, sizes.windows, sizes.candidates)
+    )
+    if not start_R.size:
+        return 0
+    kept_R = np.zeros_like(window_R)
+    for newest, k in branches:
+        seen_R = np.minimum(window_R, newest) if newest else window_R
+        kept_R += seen_R if k is None else np.minimum(seen_R, candidates_R * k)
+    end_R = start_R + window_R
+    # Where a request begins after all before it have ended, it shares no behavior with them.
+    first = np.flatnonzero(np.r_[True, start_R[1:] >= np.maximum.accumulate(end_R)[:-1]])
+    covered = np.maximum.reduceat(end_R, first) - np.minimum.reduceat(start_R, first)
+    return int(np.minimum(np.add.reduceat(np.minimum(kept_R, window_R), first), covered).sum())
