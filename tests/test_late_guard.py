@@ -13,6 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import nn
 
 import pipelines.train
@@ -220,3 +226,56 @@ def test_a_checkpoint_of_either_adam_fits_the_other(optimizer: str, fused: bool)
     for a, b in zip(same.parameters(), other.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert {float(part["step"]) for part in state["optim"]["state"].values()} == {5.0}
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", [SparseType.FP32, SparseType.FP16])
+@pytest.mark.parametrize(
+    "optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_SGD]
+)
+def test_rows_stay_under_gradients_of_zero(
+    optimizer: EmbOptimType, precision: SparseType, device: str
+) -> None:
+    """Weights and accumulators, to the bit: with zeros of both signs among them, and rounding by chance."""
+    place = ComputeDevice.CUDA if device == "cuda" else ComputeDevice.CPU
+    where = EmbeddingLocation.DEVICE if device == "cuda" else EmbeddingLocation.HOST
+    tables = SplitTableBatchedEmbeddingBagsCodegen(
+        [(50, 8, where, place)],
+        optimizer=optimizer,
+        weights_precision=precision,
+        learning_rate=0.1,
+        eps=1e-8,
+        stochastic_rounding=precision == SparseType.FP16 and device == "cuda",
+    )
+    weight = tables.split_embedding_weights()[0]
+    weight.copy_(torch.randn(50, 8, generator=torch.Generator().manual_seed(1)))
+    weight[:2] = torch.tensor([0.0, -0.0])[:, None]
+    ids, offsets = torch.tensor([0, 1, 2, 2, 7], device=device), torch.tensor([0, 2, 5], device=device)
+    # The accumulators of row 7 are first 0, those of the others are not.
+    tables(ids[:4], offsets.clamp(max=4)).square().sum().backward()
+
+    def state() -> list[torch.Tensor]:
+        kept = [
+            tables.split_embedding_weights()[0],
+            *(x for of in tables.split_optimizer_states() for x in of),
+        ]
+        return [tensor.detach().cpu().clone() for tensor in kept]
+
+    before = state()
+    out = tables(ids, offsets)
+    out.backward(torch.where(torch.tensor(True, device=device), 0.0, torch.full_like(out, torch.nan)))
+    for a, b in zip(before, state(), strict=True):
+        bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+        assert torch.equal(a.view(bits), b.view(bits))
