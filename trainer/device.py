@@ -24,7 +24,7 @@ Wanted = Literal["auto", "cpu", "cuda"]
 CPU_FBGEMM, CUDA_FBGEMM = "fbgemm-gpu-cpu", "fbgemm-gpu"
 INSTALL_CUDA = "for the GPU install the CUDA builds: `make clean install DEVICE=cuda`"
 USE_CPU = 'train.device = "cpu" takes the CPU without this line'
-# How long ranks that will not work together stay, and look, until each has heard why.
+# How long rank 0 stays, and how often it looks, until ranks that will not work together have heard why.
 _HEAR_S, _LOOK_S = 5.0, 0.02
 # Read from the fat binaries of the wheels on PyPI: machine code for these and no PTX that a driver could
 # translate for another one. Code runs on devices of the same major number and the same or a higher minor one.
@@ -240,8 +240,8 @@ def agree(store: dist.Store, mine: Told, world_size: int) -> None:
     except ConfigError:
         # The store may go with rank 0, which then must not end before all others know.
         store.set(f"heard/{mine.rank}", "")
-        end = time.monotonic() + _HEAR_S
-        while not store.check([f"heard/{rank}" for rank in range(world_size)]) and time.monotonic() < end:
+        others, end = [f"heard/{rank}" for rank in range(1, world_size)], time.monotonic() + _HEAR_S
+        while mine.rank == 0 and others and not store.check(others) and time.monotonic() < end:
             time.sleep(_LOOK_S)
         raise
 
