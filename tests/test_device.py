@@ -159,6 +159,24 @@ def test_ranks_take_one_kind_of_device() -> None:
         check_together([Told(0, "cuda", "a 1"), Told(1, "", problem="what rank 1 said")])
 
 
+def test_why_cuda_sees_no_gpu_is_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.13 says it (c10/cuda/CUDAFunctions.cpp)."""
+    old = (
+        "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by"
+    )
+
+    def init() -> None:
+        raise RuntimeError(f"{old}\ndownloading one.")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    machine = device.observe()
+    assert machine.problem == "The NVIDIA driver on your system is too old (found version 12040)"
+    assert (machine.torch_cuda, machine.gpus) == ("13.0", ())
+    assert machine.problem in choose("auto", replace(machine, fbgemm="cuda")).note
+
+
 def test_ranks_that_will_not_work_together_stay_until_all_know(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no launcher keeps the store, it goes with rank 0."""
     monkeypatch.setattr(device, "_HEAR_S", 30.0)

@@ -280,13 +280,21 @@ def observe() -> Machine:
 
 def _visible() -> tuple[tuple[Gpu, ...], str]:
     """The GPUs that this process sees, and what CUDA says where that is none."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    if torch.version.cuda is None:
+        return (), ""
+    with warnings.catch_warnings():
+        # Says why there is none, the first time that it is asked in a process only.
+        warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
-    # Without the place in torch's source that follows the fact.
-    problem = " ".join(str(said[0].message).split(" (Triggered")[0].split()) if said and not count else ""
-    return tuple(Gpu(found.name, (found.major, found.minor)) for found in gpus), problem
+    if count:
+        found = [torch.cuda.get_device_properties(index) for index in range(count)]
+        return tuple(Gpu(each.name, (each.major, each.minor)) for each in found), ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        # Without the advice that follows the fact.
+        return (), " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return (), ""
 
 
 def _variant() -> str:
