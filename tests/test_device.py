@@ -159,23 +159,41 @@ def test_ranks_take_one_kind_of_device() -> None:
         check_together([Told(0, "cuda", "a 1"), Told(1, "", problem="what rank 1 said")])
 
 
+def test_why_cuda_sees_no_gpu_is_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.13 says it (c10/cuda/CUDAFunctions.cpp)."""
+    old = (
+        "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by"
+    )
+
+    def init() -> None:
+        raise RuntimeError(f"{old}\ndownloading one.")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    machine = device.observe()
+    assert machine.problem == "The NVIDIA driver on your system is too old (found version 12040)"
+    assert (machine.torch_cuda, machine.gpus) == ("13.0", ())
+    assert machine.problem in choose("auto", replace(machine, fbgemm="cuda")).note
+
+
 def test_ranks_that_will_not_work_together_stay_until_all_know(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no launcher keeps the store, it goes with rank 0."""
     monkeypatch.setattr(device, "_HEAR_S", 30.0)
-    store, ended = dist.HashStore(), []
+    store, heard = dist.HashStore(), []
 
     def rank(number: int, delay: float) -> None:
         time.sleep(delay)
         with pytest.raises(ConfigError, match="would share one GPU"):
             device.agree(store, Told(number, "cuda", "a/1 0"), 2)
-        ended.append(store.check(["heard/0", "heard/1"]))
+        heard.append((number, store.check(["heard/1"])))
 
     threads = [threading.Thread(target=rank, args=each) for each in ((0, 0.0), (1, 0.5))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert ended == [True, True]
+    assert sorted(heard) == [(0, True), (1, True)]
 
 
 def test_asked_for_the_cpu_nothing_looks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embeddings.errors import RankError
 from launch import cli
 from launch.reporting import OTHER_ERROR
 from tests.launching import launched, reported
 from trainer import heartbeat
 from trainer.heartbeat import Beat, Peers
+from trainer.saver import Saver
 
 Report = dict[str, Any]
 BLAME = "waited in vain for rank 1, which hangs, is dead or cut off; see train.timeout_s"
@@ -33,7 +36,9 @@ def last(said: str) -> str:
 def test_a_dead_rank_ends_one_whose_main_thread_cannot_be_woken(report: Report) -> None:
     dead = report["dead"]
     assert dead["codes"] == [OTHER_ERROR, -9]
-    assert last(dead["said"][0]).endswith(f"RankError: rank 0, before or after training: {BLAME}")
+    # As `sys.excepthook` had it before torch put its own in front, which marks each line with the rank.
+    line = f"embeddings.errors.RankError: rank 0, before or after training: {BLAME}"
+    assert last(dead["said"][0]) == line
     assert "Traceback" not in dead["said"][0]
     assert dead["seconds"] < 30
 
@@ -54,6 +59,15 @@ def test_a_main_thread_that_wakes_raises_the_blame_and_not_what_followed(report:
     assert "ValueError: the loss is not finite" in said, "as the cause"
     assert last(said).endswith(f"RankError: rank 0, after step 7: {BLAME}")
     assert last(report["unnoticed"]["said"][0]).endswith(f"before or after training: {BLAME}")
+
+
+def test_a_save_that_needs_the_lost_rank_is_hardly_waited_for() -> None:
+    granted: list[float] = []
+    saver = Saver.__new__(Saver)
+    saver._running = SimpleNamespace(join=granted.append)  # type: ignore[assignment]
+    for text in (f"rank 0, after step 7: {BLAME}", "rank 0: the launcher (process 7) is gone; start again"):
+        saver.__exit__(RankError, RankError(text), None)
+    assert granted == [2, 60]
 
 
 def test_work_that_takes_long_is_no_silence(report: Report) -> None:

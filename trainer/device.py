@@ -24,7 +24,7 @@ Wanted = Literal["auto", "cpu", "cuda"]
 CPU_FBGEMM, CUDA_FBGEMM = "fbgemm-gpu-cpu", "fbgemm-gpu"
 INSTALL_CUDA = "for the GPU install the CUDA builds: `make clean install DEVICE=cuda`"
 USE_CPU = 'train.device = "cpu" takes the CPU without this line'
-# How long ranks that will not work together stay, and look, until each has heard why.
+# How long rank 0 stays, and how often it looks, until ranks that will not work together have heard why.
 _HEAR_S, _LOOK_S = 5.0, 0.02
 # Read from the fat binaries of the wheels on PyPI: machine code for these and no PTX that a driver could
 # translate for another one. Code runs on devices of the same major number and the same or a higher minor one.
@@ -240,8 +240,8 @@ def agree(store: dist.Store, mine: Told, world_size: int) -> None:
     except ConfigError:
         # The store may go with rank 0, which then must not end before all others know.
         store.set(f"heard/{mine.rank}", "")
-        end = time.monotonic() + _HEAR_S
-        while not store.check([f"heard/{rank}" for rank in range(world_size)]) and time.monotonic() < end:
+        others, end = [f"heard/{rank}" for rank in range(1, world_size)], time.monotonic() + _HEAR_S
+        while mine.rank == 0 and others and not store.check(others) and time.monotonic() < end:
             time.sleep(_LOOK_S)
         raise
 
@@ -280,13 +280,21 @@ def observe() -> Machine:
 
 def _visible() -> tuple[tuple[Gpu, ...], str]:
     """The GPUs that this process sees, and what CUDA says where that is none."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    if torch.version.cuda is None:
+        return (), ""
+    with warnings.catch_warnings():
+        # Says why there is none, the first time that it is asked in a process only.
+        warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
-    # Without the place in torch's source that follows the fact.
-    problem = " ".join(str(said[0].message).split(" (Triggered")[0].split()) if said and not count else ""
-    return tuple(Gpu(found.name, (found.major, found.minor)) for found in gpus), problem
+    if count:
+        found = [torch.cuda.get_device_properties(index) for index in range(count)]
+        return tuple(Gpu(each.name, (each.major, each.minor)) for each in found), ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        # Without the advice that follows the fact.
+        return (), " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return (), ""
 
 
 def _variant() -> str:

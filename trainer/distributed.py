@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,7 +20,7 @@ from embeddings.errors import ConfigError, RankError
 from trainer.allocator import keep_freed_memory
 from trainer.device import Machine, Told, Wanted, agree, choose, gpu_place, observe
 from trainer.durable import voice
-from trainer.heartbeat import GRACE_S, Heartbeat, abort_collectives, collectives_begun, leave_in_time
+from trainer.heartbeat import GRACE_S, Heartbeat, Hook, abort_collectives, collectives_begun, leave_in_time
 
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
@@ -93,6 +94,8 @@ def process_group(
     timeout = datetime.timedelta(seconds=timeout_s)
     launcher = os.getppid() if dist.is_torchelastic_launched() else None
     ranks = Ranks(rank, world_size, local_world_size, taken, None, launcher)
+    # torch puts one of its own in front of it when the group is made, which marks each line once more.
+    show = sys.excepthook
     with naming_the_lost(ranks, lambda: "while the ranks met"):
         store = dist.HashStore() if world_size == 1 else _store_of_this_start(rank, world_size, timeout)
         agree(store, told, world_size)
@@ -100,7 +103,7 @@ def process_group(
             voice.say(told.why)
         _init(ranks, store, timeout)
     beating = (taken.type == "cuda") if heartbeat is None else heartbeat
-    beats = _heartbeat(ranks, store, timeout_s) if beating and world_size > 1 else None
+    beats = _heartbeat(ranks, store, timeout_s, show) if beating and world_size > 1 else None
     ranks = replace(ranks, store=store, heartbeat=beats)
     try:
         with naming_the_lost(ranks, lambda: "before or after training"):
@@ -150,7 +153,7 @@ def _init(ranks: Ranks, store: dist.Store, timeout: datetime.timedelta) -> None:
     nccl._set_default_timeout(timeout + datetime.timedelta(seconds=_BACKSTOP_S))
 
 
-def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float) -> Heartbeat:
+def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float, show: Hook) -> Heartbeat:
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     beats = Heartbeat(
         ranks.rank,
@@ -160,6 +163,7 @@ def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float) -> Heartbeat:
         lambda: collectives_begun(backend),
         lambda: abort_collectives(backend),
         min(GRACE_S, timeout_s),
+        show,
     )
     beats.start()
     return beats
@@ -226,8 +230,10 @@ def naming_the_lost(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
 
 
 def tells_of_a_lost_rank(error: BaseException) -> bool:
-    """Whether an error is how the backend says that another rank is gone or does not answer."""
+    """Whether an error is how the backend, or a rank, says that another is gone or does not answer."""
     text = str(error)
+    if isinstance(error, RankError):
+        return "waited in vain" in text
     words = _TIMED_OUT.search(text) or _CUT.search(text)
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and words is not None)
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -33,6 +34,7 @@ from embeddings.errors import RankError
 
 # Collectives begun, by the name of their group.
 Begun = dict[str, int]
+Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 # Between two beats, and a part of the time-out where that is short.
 _BEAT_S, _PART = 5.0, 8
@@ -118,6 +120,7 @@ class Heartbeat:
         timeout_s: silence that means that a rank is lost.
         begun: asked in the thread; abort: has collectives under way end with an error, may block.
         grace_s: how long the main thread may take from there to `acknowledge`.
+        show: as `sys.excepthook`, has the error seen that the thread ends the process with.
 
     Attributes:
         blame: which ranks are lost, in words; empty as long as none is.
@@ -132,6 +135,7 @@ class Heartbeat:
         begun: Callable[[], Begun],
         abort: Callable[[], None],
         grace_s: float = GRACE_S,
+        show: Hook = sys.excepthook,
     ) -> None:
         self.rank, self.blame = rank, ""
         self._where: Callable[[], str] = str
@@ -140,7 +144,7 @@ class Heartbeat:
         self._store = dist.PrefixStore("heartbeat", cast(Any, store).clone())
         self._store.set_timeout(datetime.timedelta(seconds=min(_ANSWER_S, timeout_s)))
         self._timeout_s, self._grace_s = timeout_s, grace_s
-        self._begun, self._abort = begun, abort
+        self._begun, self._abort, self._show = begun, abort, show
         self._number, self._well, self._cut = 0, False, ""
         self._over, self._acknowledged = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -234,7 +238,7 @@ class Heartbeat:
             self._end()
 
     def _end(self) -> NoReturn:
-        sys.excepthook(RankError, self.acknowledge(self._where), None)
+        self._show(RankError, self.acknowledge(self._where), None)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(_EXIT_CODE)
