@@ -123,7 +123,9 @@ def distinct_cases() -> Iterator[tuple[str, Case]]:
 
 
 def cases_of_nccl() -> Iterator[tuple[str, Case]]:
-    """Bags that are reduced over ranks of unequal strides, padded and not."""
+    """Bags that are reduced over ranks of unequal strides, padded and not; rows that do not travel once."""
+    each = replace(case_of("sequence", "row_wise", "adagrad"), ways=Ways(distinct=False))
+    yield "sequence row_wise each", each
     for sharding in ("row_wise", "table_row_wise", "grid_shard"):
         for padded in (True, False):
             case = replace(case_of("bag", sharding, "adagrad"), ways=Ways(padded=padded))

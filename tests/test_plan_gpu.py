@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm, EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import nn
 from torchrec.distributed.planner.constants import HBM_MEM_BW, INTRA_NODE_BANDWIDTH
 from torchrec.distributed.types import CacheParams, ParameterSharding
@@ -40,6 +46,13 @@ from trainer.resume import check_resumable, check_same_rules, log_fingerprint
 from trainer.workload import step_size
 
 GB = 10**9
+_MISSING = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_a_gpu(test: Any) -> Any:
+    return pytest.mark.gpu(_MISSING(test))
+
+
 CONFIG = "configs/dare.toml"
 
 
@@ -159,6 +172,26 @@ def test_column_shards_on_one_rank_are_the_whole_table(ranks: Ranks, kind: str) 
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def kernel_of(dim: int, **given: Any) -> SplitTableBatchedEmbeddingBagsCodegen:
+    """A table of eight rows of ones on a GPU."""
+    place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        [(8, dim, *place)], optimizer=OptimType.EXACT_SGD, learning_rate=2.0**-14, **given
+    )
+    (weights,) = kernel.split_embedding_weights()
+    weights.fill_(1.0)
+    return kernel
+
+
+@on_a_gpu
+def test_kernels_of_a_gpu_bear_that_width_and_no_other() -> None:
+    for dim in (WIDEST_ON_CUDA, WIDEST_ON_CUDA + 4):
+        kernel = kernel_of(dim)
+        ids, offsets = torch.arange(8, device="cuda"), torch.arange(9, device="cuda")
+        with nullcontext() if dim == WIDEST_ON_CUDA else pytest.raises(RuntimeError, match="2048"):
+            kernel(ids, offsets).sum().backward()
+
+
 # Rounding.
 
 
@@ -254,6 +287,26 @@ def test_a_plan_file_that_rounds_otherwise_is_refused(tmp_path: Path) -> None:
     assert read_plan(file, random).plan.plan["g"]["g__item"].stochastic_rounding is None
 
 
+@on_a_gpu
+def test_random_rounding_keeps_small_updates_on_average_and_is_seeded() -> None:
+    """An update of an eighth of the distance between fp16 numbers below 1."""
+
+    def after(random: bool, seed: int) -> torch.Tensor:
+        kernel = kernel_of(512, weights_precision=SparseType.FP16, stochastic_rounding=random)
+        torch.manual_seed(seed)
+        ids, offsets = torch.arange(8, device="cuda"), torch.arange(9, device="cuda")
+        kernel(ids, offsets).float().sum().backward()
+        (weights,) = kernel.split_embedding_weights()
+        return weights.float().cpu()
+
+    assert torch.equal(after(False, 1), torch.ones(8, 512))
+    once, again, other = after(True, 1), after(True, 1), after(True, 2)
+    assert torch.equal(once, again) and not torch.equal(once, other)
+    # Of 4,096 numbers an eighth is a step lower, with a standard deviation of 21.
+    lower = (once < 1).sum()
+    assert set(once.unique().tolist()) == {1.0, 1.0 - 2.0**-11} and abs(int(lower) - 512) < 130
+
+
 def test_a_run_may_go_on_with_another_rounding_and_plans_anew(log: Path) -> None:
     words = [f"data.log={log}", "groups.attention.dtype=fp16"]
     before = load_config(Path(CONFIG), words)
@@ -346,6 +399,13 @@ def test_running_ranks_ask_their_gpu_and_the_config_goes_first(monkeypatch: pyte
     assert plan.bandwidths(cluster.bandwidths) == replace(KNOWN["H200"], inter=50)
     plan = load_config(Path(CONFIG), ["plan.hbm_gb_per_s=1"]).plan
     assert plan.bandwidths(cluster.bandwidths) == replace(KNOWN["H100"], hbm=1)
+
+
+@on_a_gpu
+def test_a_real_gpu_answers() -> None:
+    gpu = torch.cuda.get_device_properties(0)
+    found = of_device(gpu.name, gpu.memory_bus_width, gpu.memory_clock_rate)
+    assert found.hbm is not None and 100 < found.hbm < 20_000
 
 
 def test_the_planner_counts_with_them_on_gpus_alone() -> None:
