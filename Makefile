@@ -6,14 +6,14 @@ VENV = .venv
 DEVICE ?= cpu
 TORCH_INDEX ?=
 SMOKE ?=
-DRY ?=
-STEPS ?=
 NPROC ?= 2
 # More than cores: fault tests mostly wait for time-outs.
 TEST_WORKERS ?= 3
 OUT ?= $(if $(SMOKE),runs/smoke,runs/demo)
 DATA = runs/data/complete_journey
 LOG = $(OUT)/log
+DRY ?=
+STEPS ?=
 GPU_OUT = $(if $(DRY),runs/gpu-dry,runs/gpu)
 
 # fbgemm's binaries load on this torch release only; the requirement files hold the matching rest.
@@ -31,7 +31,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-spark train serve test gpu-check lint format bench docs clean
+.PHONY: help install install-dev install-spark train serve test lint format bench docs clean
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -39,10 +39,10 @@ help: ## this list
 	@echo "variables:"
 	@echo "  PYTHON=python3   the interpreter the environment is made with, 3.11 or newer"
 	@echo "  DEVICE=cpu       requirement set: cpu or cuda"
+	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too      STEPS=right   some of its steps"
 	@echo "  TORCH_INDEX=URL  package index for torch, such as PyTorch's CPU-only one (a far smaller download)"
 	@echo "  OUT=runs/demo    where 'make train' writes      NPROC=2  ranks it trains on"
 	@echo "  SMOKE=1          'make train' on a slice of the data, into runs/smoke"
-	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too      STEPS=right   some of its steps"
 
 install: $(VENV)/.installed-$(DEVICE) ## the environment, in .venv/
 
@@ -106,6 +106,7 @@ serve: install ## after `make train`: score over HTTP, with a page at http://127
 test: install-dev ## the tests
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
+.PHONY: gpu-check
 gpu-check: install-dev ## on a machine with a GPU (DEVICE=cuda): is all right there, and how fast; see docs/gpu.md
 	code=0; python -m benchmarks.gpu --out $(GPU_OUT) $(if $(DRY),--dry) $(STEPS) || code=$$?; \
 	python -m benchmarks.gpu report $(GPU_OUT); exit $$code

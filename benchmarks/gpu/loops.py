@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+import trainer.assemble
 from benchmarks.gpu.check import Row
 from benchmarks.gpu.made_up import steps_of
 from benchmarks.gpu.measure import forget_memory, host_waits, memory, wait_for_device
@@ -27,6 +29,7 @@ from trainer.distributed import Ranks
 from trainer.loss import loss_sum
 from trainer.pipeline import Pipeline
 from trainer.step import make_optimizer
+from trainer.workload import StepSize
 
 Change = Callable[[Config], Config]
 
@@ -66,7 +69,9 @@ class Loops:
         self.ranks, self._folder, self._rounds = ranks, folder, rounds
         config, manifest = change(config_of(cell)), cell.shape.manifest()
         started = time.perf_counter()
-        sharded = build_sharded(config, manifest, ranks)
+        with mock.patch.object(trainer.assemble, "step_size", lambda *_, **__: size_of(self.steps)):
+            # As in training, where the size of a step is read from a log.
+            sharded = build_sharded(config, manifest, ranks, training=True)
         optimizer = make_optimizer(sharded.model, config.train)
         pipeline = pipeline_of(config, sharded, optimizer, ranks, None, "none")
         self.job = Job(config, sharded, optimizer, pipeline, ranks)
@@ -147,6 +152,13 @@ class Loops:
         forget_memory()
         taken = statistics.median(run(each) for _ in range(self._rounds))
         return {"ms": 1000 * taken, "samples/s": self.candidates / taken, **memory()}
+
+
+def size_of(steps: Sequence[Step]) -> StepSize:
+    """What the planner is told of steps: of the first one, whose users are alike."""
+    batch, users = steps[0].batch, int(steps[0].batch.user_id.unique().numel())
+    block = max(1, batch.behaviors // users), max(1, batch.candidates // users)
+    return StepSize(batch.behaviors, batch.candidates, batch.requests, (block,) * users, "as drawn")
 
 
 @contextmanager
