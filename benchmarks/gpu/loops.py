@@ -177,10 +177,17 @@ def with_model(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
-def shares(rows: Sequence[Row], baseline: str) -> list[Row]:
-    """The rows with their speed as a multiple of one of them."""
-    base = next((row.get("samples/s") for row in rows if row["way"] == baseline), None)
-    return [
-        {**row, "times the first": row["samples/s"] / base} if base and "samples/s" in row else row
-        for row in rows
-    ]
+def shares(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their speed as a multiple of the first's and of the one's before, where they have one."""
+    found, before = [], rows[0].get("samples/s") if rows else None
+    first = before
+    for row in rows:
+        speed = row.get("samples/s")
+        more = (
+            {"times the first": speed / first, "times the one before": speed / before}
+            if speed and first
+            else {}
+        )
+        found.append({**row, **more})
+        before = speed or before
+    return found
