@@ -6,8 +6,6 @@ VENV = .venv
 DEVICE ?= cpu
 TORCH_INDEX ?=
 SMOKE ?=
-DRY ?=
-STEPS ?=
 # Two ranks, or with CUDA one a GPU and at most two; known once the environment is there.
 GPUS = $(shell $(VENV)/bin/python -c 'import torch; print(min(2, max(1, torch.cuda.device_count())))' 2>/dev/null)
 NPROC ?= $(if $(filter cuda,$(DEVICE)),$(or $(GPUS),1),2)
@@ -16,6 +14,8 @@ TEST_WORKERS ?= 3
 OUT ?= $(if $(SMOKE),runs/smoke,runs/demo)
 DATA = runs/data/complete_journey
 LOG = $(OUT)/log
+DRY ?=
+STEPS ?=
 GPU_OUT = $(if $(DRY),runs/gpu-dry,runs/gpu)
 
 # fbgemm's binaries load on this torch release only; the requirement files hold the matching rest.
@@ -33,7 +33,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-spark train serve test gpu-check lint format bench docs pins clean
+.PHONY: help install install-dev install-spark train serve test lint format bench docs pins clean
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -41,11 +41,11 @@ help: ## this list
 	@echo "variables:"
 	@echo "  PYTHON=python3   the interpreter the environment is made with, 3.11 or newer"
 	@echo "  DEVICE=cpu       requirement set: cpu or cuda"
+	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too      STEPS=right   some of its steps"
 	@echo "  TORCH_INDEX=URL  package index for torch, such as PyTorch's CPU-only one (a far smaller download)"
 	@echo "  OUT=runs/demo    where 'make train' writes"
 	@echo "  NPROC=2          ranks it trains on; with DEVICE=cuda one a GPU, at most 2"
 	@echo "  SMOKE=1          'make train' on a slice of the data, into runs/smoke"
-	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too      STEPS=right   some of its steps"
 
 install: $(VENV)/.installed-$(DEVICE) ## the environment, in .venv/
 
@@ -112,6 +112,7 @@ serve: install ## after `make train`: score over HTTP, with a page at http://127
 test: install-dev ## the tests
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
+.PHONY: gpu-check
 gpu-check: install-dev ## on a machine with a GPU (DEVICE=cuda): is all right there, and how fast; see docs/gpu.md
 	code=0; python -m benchmarks.gpu --out $(GPU_OUT) $(if $(DRY),--dry) $(STEPS) || code=$$?; \
 	python -m benchmarks.gpu report $(GPU_OUT); exit $$code

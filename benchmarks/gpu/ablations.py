@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of
 from benchmarks.gpu.loops import Loops, Way, loops_of, shares
 from benchmarks.gpu.made_up import drawn_steps
 from benchmarks.gpu.measure import wait_for_device
+from benchmarks.gpu.plain_forms import without_kernels
 from trainer.config import Config
 from trainer.data.prefetch import Prefetcher
 from trainer.data.reader import Step
@@ -30,12 +32,15 @@ _AHEAD = 4
 
 @dataclass(frozen=True)
 class _Trained:
-    """A way to train: where rows lie, the pipeline, and whether a thread collates batches ahead."""
+    """A way to train: where rows lie, the pipeline, whether a thread collates batches ahead, and whether
+    operators take kernels of the trainer's own.
+    """
 
     place: str
     kind: str
     ahead: bool
     change: Callable[[Config], Config] = lambda config: config
+    kernels: bool = True
 
 
 def _unfused(config: Config) -> Config:
@@ -53,14 +58,17 @@ PREFETCH: Mapping[str, _Trained] = {
     "+ batches collated ahead": _Trained(_CACHED, "none", True),
     "+ copied and exchanged ahead (sparse_dist)": _Trained(_CACHED, "sparse_dist", True),
     "+ rows fetched ahead (prefetch)": _Trained(_AHEAD_CACHED, "prefetch", True),
-    "tables in device memory, update not fused": _Trained("device memory", "sparse_dist", True, _unfused),
-    "tables in device memory, update fused": _Trained("device memory", "sparse_dist", True),
+    "tables in device memory, update not fused": _Trained(
+        "device memory", "sparse_dist", True, _unfused, False
+    ),
+    "+ update fused into the backward pass": _Trained("device memory", "sparse_dist", True, kernels=False),
+    "+ kernels of stage one and of what is kept": _Trained("device memory", "sparse_dist", True),
 }
 
 
 def prefetch(check: Check) -> Answer:
     """What prefetching of data, of exchanged ids and of parameters brings to training, one after the other,
-    and what the update that is fused into the backward pass brings.
+    and what fusion brings: of the update with the backward pass, and of operators in kernels.
 
     Expected: every line of the first four is faster than the one before; the fused update is several times
     faster than one over whole tables.
@@ -86,7 +94,8 @@ def _streamed(check: Check, way: _Trained, ranks: Any) -> Row:
     def change(config: Config) -> Config:
         return way.change(change_of(place)(config))
 
-    with placed(place), loops_of(cell, ranks, count=1, change=change) as loops:
+    forms = nullcontext() if way.kernels else without_kernels()
+    with forms, placed(place), loops_of(cell, ranks, count=1, change=change) as loops:
         pipeline = loops.pipeline(Way(way.kind))
         wait_for_device()
 
@@ -139,4 +148,4 @@ def _scored(check: Check, place: Place, bf16: bool, ranks: Any) -> Row:
 
 def _table(rows: list[Row]) -> Answer:
     failed = [row["way"] for row in rows if "error" in row]
-    return answer(shares(rows, rows[0]["way"]) if rows else [], failed)
+    return answer(shares(rows), failed)

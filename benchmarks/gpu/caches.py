@@ -142,4 +142,4 @@ def placed(place: Place) -> Iterator[None]:
 
 def _judged(rows: list[Row]) -> Answer:
     different = [row["way"] for row in rows if "error" in row or row["losses apart"] > _LARGEST]
-    return answer(shares(rows, rows[0]["way"]) if rows else [], different)
+    return answer(shares(rows), different)

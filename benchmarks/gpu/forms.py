@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.gpu.check import Answer, Check, Row, answer
 from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import difference
+from benchmarks.gpu.plain_forms import without_kernels
 from embeddings.init import FirstWeights, initial_rows_
 from tests.models import drawing, drawn_vectors, drawn_windows
 from trainer.model.score import Attended, DotScorer, MlpScorer
@@ -33,11 +34,18 @@ def forms(check: Check) -> Answer:
     cosines do), others are bit-equal.
     """
     device = check.device
-    rows = [*_differentiable(device), *_tops(device), *_scorers(device), *_searches(device)]
+    rows = _operators(device)
+    with without_kernels() as asked:
+        rows += [{**row, "operator": f"{row['operator']}, plain torch"} for row in _operators(device)]
     ages = torch.cat([torch.arange(1, 1 << 16), (torch.rand(1 << 16, generator=drawing(1)) * 2**40).long()])
     rows.append(_equal("buckets of ages", [age_bucket(ages)], [age_bucket(ages.to(device))]))
     rows += _first_weights(device)
-    return answer(rows, [row["operator"] for row in rows if not row["alike"]])
+    different = [row["operator"] for row in rows if not row["alike"]]
+    return answer(rows, different, **{"modules with kernels": len(asked)})
+
+
+def _operators(device: torch.device) -> list[Row]:
+    return [*_differentiable(device), *_tops(device), *_scorers(device), *_searches(device)]
 
 
 def _differentiable(device: torch.device) -> list[Row]:

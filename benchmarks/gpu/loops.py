@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+import trainer.assemble
 from benchmarks.gpu.check import Row
 from benchmarks.gpu.made_up import steps_of
 from benchmarks.gpu.measure import forget_memory, host_waits, memory, wait_for_device
@@ -27,6 +29,7 @@ from trainer.distributed import Ranks
 from trainer.loss import loss_sum
 from trainer.pipeline import Pipeline
 from trainer.step import make_optimizer
+from trainer.workload import StepSize
 
 Change = Callable[[Config], Config]
 
@@ -66,7 +69,9 @@ class Loops:
         self.ranks, self._folder, self._rounds = ranks, folder, rounds
         config, manifest = change(config_of(cell)), cell.shape.manifest()
         started = time.perf_counter()
-        sharded = build_sharded(config, manifest, ranks)
+        with mock.patch.object(trainer.assemble, "step_size", lambda *_, **__: size_of(self.steps)):
+            # As in training, where the size of a step is read from a log.
+            sharded = build_sharded(config, manifest, ranks, training=True)
         optimizer = make_optimizer(sharded.model, config.train)
         pipeline = pipeline_of(config, sharded, optimizer, ranks, None, "none")
         self.job = Job(config, sharded, optimizer, pipeline, ranks)
@@ -149,6 +154,13 @@ class Loops:
         return {"ms": 1000 * taken, "samples/s": self.candidates / taken, **memory()}
 
 
+def size_of(steps: Sequence[Step]) -> StepSize:
+    """What the planner is told of steps: of the first one, whose users are alike."""
+    batch, users = steps[0].batch, int(steps[0].batch.user_id.unique().numel())
+    block = max(1, batch.behaviors // users), max(1, batch.candidates // users)
+    return StepSize(batch.behaviors, batch.candidates, batch.requests, (block,) * users, "as drawn")
+
+
 @contextmanager
 def loops_of(cell: Cell, ranks: Ranks, **given: Any) -> Iterator[Loops]:
     """Loops whose memory is given back at the end."""
@@ -165,10 +177,17 @@ def with_model(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
-def shares(rows: Sequence[Row], baseline: str) -> list[Row]:
-    """The rows with their speed as a multiple of one of them."""
-    base = next((row.get("samples/s") for row in rows if row["way"] == baseline), None)
-    return [
-        {**row, "times the first": row["samples/s"] / base} if base and "samples/s" in row else row
-        for row in rows
-    ]
+def shares(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their speed as a multiple of the first's and of the one's before, where they have one."""
+    found, before = [], rows[0].get("samples/s") if rows else None
+    first = before
+    for row in rows:
+        speed = row.get("samples/s")
+        more = (
+            {"times the first": speed / first, "times the one before": speed / before}
+            if speed and first
+            else {}
+        )
+        found.append({**row, **more})
+        before = speed or before
+    return found

@@ -42,9 +42,9 @@ def pins() -> dict[str, str]:
 
 def imported() -> set[str]:
     """The distributions whose modules are loaded once all steps are."""
-    quiet()
-    for module in [*{step.module for step in STEPS.values()}, *_LATER]:
-        importlib.import_module(module)
+    with quiet():
+        for module in [*{step.module for step in STEPS.values()}, *_LATER]:
+            importlib.import_module(module)
     of_module = importlib.metadata.packages_distributions()
     tops = {name.split(".")[0] for name in sys.modules}
     return {normal(name) for top in tops for name in of_module.get(top, [])}

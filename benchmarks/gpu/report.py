@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.catalogue import STEPS
-from benchmarks.gpu.runner import shown
+from benchmarks.gpu.runner import quiet, shown
 
 Line = Mapping[str, Any]
 
@@ -83,7 +83,8 @@ def _found(line: Line) -> str:
 
 def _section(name: str, line: Line) -> list[str]:
     try:
-        question, expected = STEPS[name].told()
+        with quiet():
+            question, expected = STEPS[name].told()
     except ImportError:
         question = expected = ""
     lines = [f"## {name}", ""]

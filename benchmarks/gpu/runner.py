@@ -19,8 +19,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -132,14 +132,13 @@ def _be(check: Check, name: str, step: Step, fork: bool) -> None:
 
 def answer_of(check: Check, name: str) -> int:
     """Take the step in this very process and keep its answer for the parent; -> the exit code."""
-    code = 0
+    check, code = replace(check, step=name), 0
     try:
-        quiet()
         if check.dry:
             # Tiny work among several threads takes longer than on one.
             torch.set_num_threads(1)
-        check = replace(check, step=name)
-        found = STEPS[name].load()(check)
+        with quiet():
+            found = STEPS[name].load()(check)
     except BaseException as error:
         traceback.print_exc()
         found, code = {"error": reason_of(error)}, 1
@@ -153,20 +152,27 @@ def options(check: Check) -> list[str]:
     return [*words, *(["--log", str(check.log.absolute())] if check.log else []), *(["--dry"] * check.dry)]
 
 
-def quiet() -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Third parties' warnings would hide what steps say."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _preload(names: Sequence[str]) -> None:
     """Import what the steps are made of; one that cannot be imported fails alone, later."""
-    quiet()
-    for module in sorted({STEPS[name].module for name in names if not STEPS[name].fresh}):
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            print(f"{module} was not imported: {reason_of(error)}", flush=True)
+    with quiet():
+        for module in sorted({STEPS[name].module for name in names if not STEPS[name].fresh}):
+            try:
+                importlib.import_module(module)
+            except Exception as error:
+                print(f"{module} was not imported: {reason_of(error)}", flush=True)
 
 
 def about(check: Check, command: Sequence[str]) -> Line:

@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.gpu.check import Answer, Check, Row, answer
 from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import copy_rate, difference, forget_memory, memory, seconds
+from benchmarks.gpu.plain_forms import without_kernels
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import DotSearch, Query
 from trainer.model.windows import Windows
@@ -19,11 +20,12 @@ _FLOATS = 1 << 28
 
 
 def search(check: Check) -> Answer:
-    """How much of a copy's rate stage one reaches over full windows, by L and D: as the trainer runs it; the
-    gathered form in plain torch; and products of slices with topk, which gather nothing.
+    """How much of a copy's rate stage one reaches over full windows, by L and D: as the trainer runs it,
+    with a kernel of its own where it has one and without; the gathered form; and products of slices with
+    topk, which gather nothing.
 
-    Expected: the trainer's at 0.70 or more of the copy rate (`different` names cases below that); a gathered
-    copy alone cannot pass a third, for it reads, writes and reads again.
+    Expected: the trainer's at 0.70 or more of the copy rate (`different` names cases below that); a
+    gathered copy alone cannot pass a third, for it reads, writes and reads again.
     """
     copied = copy_rate(check.device, check.size(1 << 28, 1 << 18))
     rows: list[Row] = []
@@ -73,8 +75,13 @@ def _ways(windows: Windows, raw: Attended) -> Mapping[str, Callable[[], Tensor]]
         score: Tensor = scorer.of_kept(vectors, kept)[:, 0]
         return score
 
+    def plain() -> Tensor:
+        with without_kernels():
+            return ours()
+
     return {
         "the trainer's": ours,
+        "the trainer's, plain torch": plain,
         "gather, dot, topk": lambda: _gathered(windows, raw),
         "slices, topk": lambda: _by_slices(windows, raw),
     }

@@ -134,15 +134,10 @@ def midepoch(check: Check) -> Answer:
 
 def _interrupted(check: Check, kind: str, settings: Sequence[str]) -> Row:
     found = []
-    for interrupted in (False, True):
+    for after in (None, 4):
         with tempfile.TemporaryDirectory() as folder, process_group(_TIMEOUT_S) as ranks:
             made = small_job(check, ranks, Path(folder), kind, settings)
-            steps, losses = islice(made.reader("train", _SEED).steps(), _STEPS), []
-            for number, (_, loss) in enumerate(made.pipeline.train(steps, lambda: 1)):
-                losses.append(float(loss))
-                if interrupted and number == 3:
-                    made.scores()
-            found.append(losses)
+            found.append(made.train_and_pause(islice(made.reader("train", _SEED).steps(), _STEPS), after))
     return {"steps": len(found[0]), "loss": _relative(found[1], found[0])}
 
 

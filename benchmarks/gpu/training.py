@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,19 @@ class Job:
         """The sum of every step's loss."""
         numbers = iter(range(1, 10**9))
         return [float(loss) for _, loss in self.pipeline.train(steps, lambda: next(numbers))]
+
+    def train_and_pause(self, steps: Iterable[Step], after: int | None) -> list[float]:
+        """The same with an evaluation after so many steps, which the pipeline is told of before."""
+        pauses = iter([] if after is None else [after])
+        # Earlier pipelines have no such argument.
+        told = "until" in inspect.signature(self.pipeline.train).parameters
+        more: dict[str, Any] = {"until": lambda: next(pauses, None)} if told else {}
+        losses: list[float] = []
+        for _, loss in self.pipeline.train(steps, lambda: len(losses) + 1, **more):
+            losses.append(float(loss))
+            if len(losses) == after:
+                self.scores()
+        return losses
 
     def reader(self, split: str, seed: int | None = None) -> SequenceLogReader:
         return open_split(self.config, split, feature_rows(self.sharded.groups), self.ranks, seed)
@@ -74,7 +88,7 @@ def job(
     folder: where the guard keeps the batch of a bad step; None: no guard.
     kind: the train pipeline; None: as configured.
     """
-    sharded = build_sharded(config, manifest, ranks)
+    sharded = build_sharded(config, manifest, ranks, training=True)
     optimizer = make_optimizer(sharded.model, config.train)
     return Job(
         config, sharded, optimizer, pipeline_of(config, sharded, optimizer, ranks, folder, kind), ranks

@@ -72,7 +72,7 @@ def test_pipelines_and_caches_train_as_the_plain_loop_does(
     for way, more in (("none", []), (kind, settings)):
         with placed(Place("fused")), process_group(60) as ranks:
             made = small_job(check, ranks, tmp_path, way, more)
-            losses = made.train(islice(made.reader("train", SEED).steps(), STEPS))
+            losses = made.train_and_pause(islice(made.reader("train", SEED).steps(), STEPS), after=4)
             scores = made.scores()
             losses += made.train(islice(made.reader("train", SEED).steps(), STEPS))
             found.append((losses, scores))
