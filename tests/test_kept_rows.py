@@ -17,6 +17,7 @@ from tests.compiling import compiled, needs_gpu
 from tests.kept_rows import check, used
 from trainer.model import bags
 from trainer.model.ops import kept_rows
+from trainer.model.ops.kernels import has_kernel
 
 
 def test_the_kernels_do_what_slow_ones_do() -> None:
@@ -96,3 +97,10 @@ def test_a_device_is_not_waited_for() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_device_has_kernels_where_there_is_none() -> None:
+    """Nor is one asked for: a stand-in for a device goes by its type alone."""
+    assert not has_kernel(torch.device("cpu")) and not has_kernel(torch.device("meta"))
+    if torch.version.cuda is None:
+        assert not has_kernel(torch.device("cuda", 0))

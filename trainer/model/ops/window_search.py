@@ -66,9 +66,13 @@ class Cut:
 
 def pays(scorer: Scorer, vectors: Attended, windows: Windows, k: int) -> bool:
     """Whether the kernel is to be used: scores are inner products of one head plus what a window shares."""
-    if not isinstance(scorer, DotScorer) or scorer.heads != 1 or not scorer.shares_bias:
-        return False
-    return fits(vectors.query_CD, vectors.key_ND, windows, k) and has_kernel(vectors.key_ND.device)
+    return (
+        has_kernel(vectors.key_ND.device)
+        and isinstance(scorer, DotScorer)
+        and scorer.heads == 1
+        and scorer.shares_bias
+        and fits(vectors.query_CD, vectors.key_ND, windows, k)
+    )
 
 
 def fits(query_CD: Tensor, key_ND: Tensor, windows: Windows, k: int) -> bool:
