@@ -16,9 +16,11 @@ from torch import Tensor
 from tests.compiling import compiled, needs_gpu
 from tests.kept_rows import check, used
 from trainer.model.ops import bags, kept_rows
+from trainer.model.ops.kernels import has_kernel
 
 
 def test_the_kernels_do_what_slow_ones_do() -> None:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.interpreted"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -30,6 +32,7 @@ def test_the_kernels_do_what_slow_ones_do() -> None:
 
 
 def test_the_kernels_compile_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from trainer.model.ops.kept_rows_triton import bags_kernel, gathered_kernel, products_kernel
 
@@ -95,3 +98,10 @@ def test_a_device_is_not_waited_for() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_device_has_kernels_where_there_is_none() -> None:
+    """Nor is one asked for: a stand-in for a device goes by its type alone."""
+    assert not has_kernel(torch.device("cpu")) and not has_kernel(torch.device("meta"))
+    if torch.version.cuda is None:
+        assert not has_kernel(torch.device("cuda", 0))

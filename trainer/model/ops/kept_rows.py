@@ -24,7 +24,7 @@ _MOST_USES = 64
 
 def pays(rows_ND: Tensor, index_CK: Tensor) -> bool:
     """Whether the kernels are to be used."""
-    return fits(rows_ND, index_CK) and has_kernel(rows_ND.device)
+    return has_kernel(rows_ND.device) and fits(rows_ND, index_CK)
 
 
 def fits(rows_ND: Tensor, index_CK: Tensor) -> bool:

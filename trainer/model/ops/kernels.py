@@ -16,6 +16,7 @@ def has_kernel(device: torch.device) -> bool:
     """Whether Triton is there and has code for this device."""
     return (
         device.type == "cuda"
+        and torch.version.cuda is not None
         and torch.cuda.is_available()
         and importlib.util.find_spec("triton") is not None
         and torch.cuda.get_device_capability(device) >= _OLDEST

@@ -22,12 +22,13 @@ from trainer.model.windows import Windows
 
 # Widths of a key, and K, that fit the registers of a program.
 _WIDEST, _MOST_KEPT = 256, 256
-# Columns of a program, at least and at most; the scores of all are held in registers, eight a thread if many.
+# Columns of a program, at least and at most; the scores of all are held in registers. Few warps with many
+# scores a thread are better than many: what a step of the search for the bound costs besides is paid by each.
 _SHORTEST, _LONGEST = 256, 1024
 # Candidates that a key is multiplied with once it is read.
 _TOGETHER = 4
 # Floats of a tile of keys for each warp.
-_TILE = 512
+_TILE = 1024
 # What the spans of a window may leave over for a candidate, which one program ranks.
 _MOST_LEFT = 8192
 # Programs of a launch.
@@ -58,7 +59,7 @@ class Cut:
         """For windows of `width` columns that have at most so many candidates."""
         span = min(max(power_of_two(width), _SHORTEST), _LONGEST)
         wide = power_of_two(max(dim, 4))
-        warps = 4 if span == _LONGEST else 2
+        warps = 1 if span == _SHORTEST else 2
         columns = min(_TILE * warps // wide, span)
         tiles = -(-candidates // _TOGETHER)
         return Cut(wide, -(-candidates // tiles), tiles, columns, span // columns, -(-width // span), warps)
@@ -66,9 +67,13 @@ class Cut:
 
 def pays(scorer: Scorer, vectors: Attended, windows: Windows, k: int) -> bool:
     """Whether the kernel is to be used: scores are inner products of one head plus what a window shares."""
-    if not isinstance(scorer, DotScorer) or scorer.heads != 1 or not scorer.shares_bias:
-        return False
-    return fits(vectors.query_CD, vectors.key_ND, windows, k) and has_kernel(vectors.key_ND.device)
+    return (
+        has_kernel(vectors.key_ND.device)
+        and isinstance(scorer, DotScorer)
+        and scorer.heads == 1
+        and scorer.shares_bias
+        and fits(vectors.query_CD, vectors.key_ND, windows, k)
+    )
 
 
 def fits(query_CD: Tensor, key_ND: Tensor, windows: Windows, k: int) -> bool:

@@ -147,18 +147,18 @@ def _scores(
             row = tl.load(index + x, mask=seen, other=0)
         whole = seen[:, None] if D == WIDE else seen[:, None] & (d < D)[None, :]
         key_XD = tl.load(key + row[:, None] * D + d[None, :], mask=whole, other=0.0)
-        added = tl.where(seen, 0.0, float("-inf"))
         if BIASED:
             added = tl.load(bias + x, mask=seen, other=float("-inf"))
         if MASKED:
-            real = tl.load(mask + x, mask=seen, other=0) != 0
-            added = tl.where(real, added, float("-inf"))
+            counts = tl.load(mask + x, mask=seen, other=0) != 0
         longer = ()
         for c in tl.static_range(TOGETHER):
-            score = tl.sum(key_XD * queries[c][None, :], 1) + added
-            # NaN is the best, but what is masked is never kept.
-            score = tl.where(score != score, float("inf"), score)
-            score = tl.where(added == float("-inf"), float("-inf"), score)
+            score = tl.sum(key_XD * queries[c][None, :], 1)
+            # What is masked is never kept, not even where its score is NaN.
+            if BIASED:
+                score = tl.where(added == float("-inf"), float("-inf"), score + added)
+            if MASKED:
+                score = tl.where(counts, score, float("-inf"))
             longer = longer + (tl.where(step == t, score[None, :], scores[c]),)  # type: ignore[assignment]
         scores = longer
     return scores
@@ -198,10 +198,13 @@ def search_kernel(
     x = start + tl.arange(0, T)[:, None] * BX + tl.arange(0, BX)[None, :]
     for c in tl.static_range(TOGETHER):
         if begin + c < end:
+            # NaN is the best.
+            score = tl.where(scores[c] != scores[c], float("inf"), scores[c])
+            score = tl.where(x < length, score, float("-inf"))
             if WHOLE:
-                _write(scores[c], x, x, begin + c, k, width, kept_column, kept_mask, SLOTS)
+                _write(score, x, x, begin + c, k, width, kept_column, kept_mask, SLOTS)
             else:
-                _write_some(scores[c], x, (begin + c) * spans + span, k, some_score, some_column, SLOTS)
+                _write_some(score, x, (begin + c) * spans + span, k, some_score, some_column, SLOTS)
 
 
 # fmt: on
