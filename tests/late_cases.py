@@ -20,6 +20,7 @@ from embeddings.errors import DataError
 from pipelines.console import quiet_third_parties
 from pipelines.start import open_split
 from tests.step_cases import NAN, Job, job, nan_label, spoil_dense, spoil_vectors
+from tests.step_counts import Counted
 from trainer.assemble import feature_rows
 from trainer.data.reader import Step
 from trainer.distributed import process_group
@@ -109,6 +110,21 @@ def labels_of(path: Path) -> list[Any]:
     return labels
 
 
+def asked(made: Job) -> list[int]:
+    """How often tensors are asked for a number in each of three steps, as a device would be waited for."""
+    counts = []
+    for number, step in enumerate(list(made.reader.steps())[:3], 1):
+        made.step.begin(number, step)
+        made.step.zero_grad()
+        loss, _ = made.step.forward(step.batch)
+        loss.backward()
+        with Counted() as counted:
+            made.step.step()
+        counts.append(counted.operators["aten::_local_scalar_dense"])
+    made.step.settle()
+    return counts
+
+
 class Deaf(Guard):
     """A guard that never tells: what is left is what the device does by itself."""
 
@@ -143,6 +159,9 @@ def main() -> None:
                 folder = out.parent / f"{name}-{late}-{way}-{ranks.world_size}"
                 made = job(ranks, log, folder, way, *ALL, late=late)
                 found["bad"][f"{name} {late} {way}"] = bad_run(made, kind, at, then)
+        found["asked"] = {
+            late: asked(job(ranks, log, out.parent, "none", *ALL, late=late)) for late in (False, True)
+        }
         found["left out"] = [
             left_out(job(ranks, log, out.parent, "none", *ALL, late=True), bad) for bad in (True, False)
         ]

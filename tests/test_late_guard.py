@@ -106,6 +106,13 @@ def spoiled(labels: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_a_late_check_asks_no_tensor_for_a_number(found: dict[int, Found], ranks: int) -> None:
+    """Neither the check nor clipping, the scale of half precision or the update of any weight."""
+    assert found[ranks]["asked"]["true"] == [0, 0, 0]
+    assert min(found[ranks]["asked"]["false"]) > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_device_leaves_a_bad_step_out_by_itself(found: dict[int, Found], ranks: int) -> None:
     """Where nobody reads the answer, steps after a bad one are to the bit what they were without it."""
     bad, never = found[ranks]["left out"]

@@ -14,11 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+import pipelines.train
 from embeddings.errors import ConfigError
-from tests.launching import launched, losses, train
+from tests.launching import SETTINGS, launched, losses, overrides, train
 from tests.logs import Shape, enrich, random_rows, write_log
 from tests.step_cases import MODELS, WAYS
 from tests.test_ranks import parameters
+from trainer.config import load_config
+from trainer.data.reader import SequenceLogReader
+from trainer.distributed import process_group
+from trainer.loop import Trainer
+from trainer.metrics import Metrics
 from trainer.pipeline import kind_for
 
 Found = dict[str, Any]
@@ -161,6 +167,27 @@ def test_prefetching_needs_cuda() -> None:
         kind_for("prefetch", cpu)
     assert [kind_for("auto", device) for device in (cpu, cuda)] == ["none", "sparse_dist"]
     assert kind_for("prefetch", cuda) == "prefetch"
+
+
+def test_a_run_measures_with_no_batch_under_way(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline ends before a validation: rows in a cache would be taken for those of the validation."""
+    ahead, measure = [], Trainer._measure
+
+    def noted(self: Trainer, reader: SequenceLogReader) -> dict[str, Metrics]:
+        ahead.append((self.at.step, len(self.pipeline._ahead)))
+        return measure(self, reader)
+
+    monkeypatch.setattr(Trainer, "_measure", noted)
+    settings = {
+        **SETTINGS, "data.log": str(log), "data.batch_candidates": 6, "train.pipeline": "sparse_dist",
+        "train.validate_every": 3, "train.max_steps": 7,
+    }  # fmt: skip
+    config = load_config(Path("configs/dare.toml"), overrides(settings)[1::2])
+    with process_group() as ranks:
+        pipelines.train.run(config, tmp_path / "run", ranks)
+    assert ahead == [(3, 0), (6, 0), (7, 0)]
 
 
 def test_a_run_resumed_inside_an_epoch_and_a_schedule_equals_the_uninterrupted_one(

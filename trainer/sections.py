@@ -146,8 +146,9 @@ class TrainConfig(Settings):
         precision: of everything dense in training: `bf16` multiplies in bfloat16; weights, looked-up vectors
             and the loss stay fp32. Evaluation is always fp32.
         pipeline: TorchRec's train pipeline: `none`, `sparse_dist` (copies later batches and exchanges their
-            ids meanwhile), `prefetch` (fills the tables' caches meanwhile too; CUDA only). `auto`:
-            `sparse_dist` on CUDA, `none` on a CPU, which has nothing to overlap. Losses are the same.
+            ids meanwhile), `prefetch` (fills the tables' caches meanwhile too; CUDA only; without such
+            caches as `sparse_dist`). `auto`: `sparse_dist` on CUDA, `none` on a CPU, which has nothing to
+            overlap. Losses are the same.
         log_every: steps between two lines of metrics.jsonl.
         validate_every: steps between two validations; 0 = only at the end.
         early_stopping: see [train.early_stopping]; it needs validate_every.
