@@ -232,6 +232,8 @@ def test_a_run_on_the_cpu_of_a_gpu_machine_opens_no_cuda_context(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    # Asked by Adam of a CUDA build, without opening one.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in (
         "_lazy_init",
         "current_device",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +20,7 @@ from launch import cli
 from launch.reporting import OTHER_ERROR
 from tests.launching import launched, reported
 from trainer import heartbeat
-from trainer.heartbeat import Beat, Peers
+from trainer.heartbeat import Beat, Heartbeat, Peers
 from trainer.saver import Saver
 
 Report = dict[str, Any]
@@ -104,6 +107,32 @@ def test_what_a_thread_ends_the_process_with_is_said_as_any_error(
     assert cli.sys.excepthook is before
     hooks[0](ValueError, cli.typer.BadParameter("told"), None)
     assert capsys.readouterr().err == "tandemrec: error: told; see `tandemrec --help`\n"
+
+
+def test_a_rank_that_cannot_count_says_that_it_lives_all_the_same() -> None:
+    """While a group is made, say: the others must not take it for dead."""
+    store = dist.HashStore()
+
+    def fail() -> heartbeat.Begun:
+        raise RuntimeError("no such group")
+
+    beating = [Heartbeat(rank, 3, store, 2.0, fail, aborted) for rank in range(2)]
+    for each in beating:
+        each.start()
+    # The third never comes.
+    assert beating[0]._acknowledged.wait(0.2) is False and not beating[0].blame
+    end = time.monotonic() + 30
+    while not all(each.blame for each in beating) and time.monotonic() < end:
+        time.sleep(0.02)
+    for each in beating:
+        with pytest.raises(RankError, match="while the ranks met: waited in vain for rank 2, which hangs"):
+            each.check()
+        each.stop(well=False)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def aborted() -> None:
+    """Nothing is under way that had to end."""
 
 
 def beats(*begun: int, number: int = 1, left: bool = False) -> dict[int, Beat]:

@@ -20,7 +20,7 @@ from embeddings.errors import ConfigError, RankError
 from trainer.allocator import keep_freed_memory
 from trainer.device import Machine, Told, Wanted, agree, choose, gpu_place, observe
 from trainer.durable import voice
-from trainer.heartbeat import GRACE_S, Heartbeat, Hook, abort_collectives, collectives_begun, leave_in_time
+from trainer.heartbeat import GRACE_S, Heartbeat, abort_collectives, collectives_begun, leave_in_time
 
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
@@ -94,18 +94,17 @@ def process_group(
     timeout = datetime.timedelta(seconds=timeout_s)
     launcher = os.getppid() if dist.is_torchelastic_launched() else None
     ranks = Ranks(rank, world_size, local_world_size, taken, None, launcher)
-    # torch puts one of its own in front of it when the group is made, which marks each line once more.
-    show = sys.excepthook
     with naming_the_lost(ranks, lambda: "while the ranks met"):
         store = dist.HashStore() if world_size == 1 else _store_of_this_start(rank, world_size, timeout)
         agree(store, told, world_size)
-        if told.why:
-            voice.say(told.why)
-        _init(ranks, store, timeout)
+    if told.why:
+        voice.say(told.why)
     beating = (taken.type == "cuda") if heartbeat is None else heartbeat
-    beats = _heartbeat(ranks, store, timeout_s, show) if beating and world_size > 1 else None
+    beats = _heartbeat(ranks, store, timeout_s) if beating and world_size > 1 else None
     ranks = replace(ranks, store=store, heartbeat=beats)
     try:
+        with naming_the_lost(ranks, lambda: "while the ranks met"):
+            _init(ranks, store, timeout)
         with naming_the_lost(ranks, lambda: "before or after training"):
             yield ranks
     except RankError:
@@ -153,7 +152,8 @@ def _init(ranks: Ranks, store: dist.Store, timeout: datetime.timedelta) -> None:
     nccl._set_default_timeout(timeout + datetime.timedelta(seconds=_BACKSTOP_S))
 
 
-def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float, show: Hook) -> Heartbeat:
+def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float) -> Heartbeat:
+    """Started before the group is made, since NCCL waits for the other ranks in that, too."""
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     beats = Heartbeat(
         ranks.rank,
@@ -163,7 +163,8 @@ def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float, show: Hook) ->
         lambda: collectives_begun(backend),
         lambda: abort_collectives(backend),
         min(GRACE_S, timeout_s),
-        show,
+        # torch puts one of its own in front of it when the group is made, which marks each line once more.
+        sys.excepthook,
     )
     beats.start()
     return beats
@@ -172,7 +173,8 @@ def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float, show: Hook) ->
 def _leave_after_a_failure(ranks: Ranks) -> None:
     """This rank has failed, and the others may be in a collective that it will never join."""
     if ranks.heartbeat is None:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
     # NCCL would wait for its collectives; it goes with the process.
     ranks.heartbeat.stop(well=False)

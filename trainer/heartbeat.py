@@ -135,17 +135,17 @@ class Heartbeat:
         begun: Callable[[], Begun],
         abort: Callable[[], None],
         grace_s: float = GRACE_S,
-        show: Hook = sys.excepthook,
+        show: Hook = sys.__excepthook__,
     ) -> None:
         self.rank, self.blame = rank, ""
-        self._where: Callable[[], str] = str
+        self._where: Callable[[], str] = lambda: "while the ranks met"
         self._others = [other for other in range(world_size) if other != rank]
         # A connection of its own: the main thread may hold the other one for as long as it waits for a key.
         self._store = dist.PrefixStore("heartbeat", cast(Any, store).clone())
         self._store.set_timeout(datetime.timedelta(seconds=min(_ANSWER_S, timeout_s)))
         self._timeout_s, self._grace_s = timeout_s, grace_s
         self._begun, self._abort, self._show = begun, abort, show
-        self._number, self._well, self._cut = 0, False, ""
+        self._number, self._well, self._complete, self._cut = 0, False, False, ""
         self._over, self._acknowledged = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -192,7 +192,7 @@ class Heartbeat:
     def _run(self) -> None:
         peers = Peers(self._others, self._timeout_s, time.monotonic())
         while not self._over.wait(min(_BEAT_S, self._timeout_s / _PART)):
-            mine = self._begun()
+            mine = self._counted()
             peers.hear(time.monotonic(), mine, self._exchange(mine))
             lost = peers.lost(time.monotonic())
             if lost and not self._over.is_set():
@@ -201,7 +201,15 @@ class Heartbeat:
         if self._well and not self._cut:
             # Whoever keeps the store may have ended before.
             with suppress(RuntimeError):
-                self._say(self._begun(), left=True)
+                self._say(self._counted(), left=True)
+
+    def _counted(self) -> Begun:
+        try:
+            return self._begun()
+        except Exception:
+            # A group that is being made or has failed. That this rank lives it says all the same, or the
+            # others would take it for dead.
+            return {}
 
     def _say(self, mine: Begun, left: bool = False) -> None:
         self._number += 1
@@ -213,7 +221,7 @@ class Heartbeat:
             return {}
         try:
             self._say(mine)
-            there = [other for other in self._others if self._store.check([str(other)])]
+            there = self._there()
             texts = self._store.multi_get([str(other) for other in there]) if there else []
         except dist.DistNetworkError as error:
             # It went with the launcher or with rank 0, which may have come to its end: that this rank hears
@@ -224,6 +232,14 @@ class Heartbeat:
             # It is slow.
             return {}
         return {other: Beat.of(text) for other, text in zip(there, texts, strict=True)}
+
+    def _there(self) -> list[int]:
+        """The others that have said anything yet: in the end all, which is one question then."""
+        if not self._complete:
+            self._complete = self._store.check([str(other) for other in self._others])
+        if self._complete:
+            return self._others
+        return [other for other in self._others if self._store.check([str(other)])]
 
     def _act(self, lost: list[int]) -> None:
         who = ", ".join(map(str, lost))
