@@ -21,7 +21,7 @@ from trainer.model.time import age_bucket
 
 
 def _operators_of(name: str) -> ModuleType:
-    """A module of operators: in `trainer.model.ops`, or in `trainer.model` where it has not moved there yet."""
+    """A module of operators, in `trainer.model.ops` or where it was before that."""
     try:
         return import_module(f"trainer.model.ops.{name}")
     except ModuleNotFoundError:
