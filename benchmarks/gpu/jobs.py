@@ -175,7 +175,12 @@ def profile(check: Check) -> Answer:
     Expected: the device is busy for most of a step of 4,096 candidates, and no phase waits for the host.
     """
     candidates = _large(check.size(4_096, 128))
-    run_of(check, "profiled", [*candidates, "train.max_steps=32", "train.log_every=5"], profiled=True)
+    run_of(
+        check,
+        "profiled",
+        [*candidates, f"train.max_steps={check.size(32, 12)}", "train.log_every=5"],
+        profiled=True,
+    )
     kept = {}
     for path in sorted((check.work / "profiled" / "profile").iterdir()):
         shutil.copy(path, check.out / f"profile-{path.name}")
