@@ -110,6 +110,25 @@ def test_steps_beyond_the_budget_are_not_begun(check: Check) -> None:
     assert line == {"step": "answers", "ok": False, "seconds": 0.0, "error": "no time was left"}
 
 
+@FORKS
+def test_steps_are_run_anew_where_the_driver_was_started_before_the_fork(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps keep errors of single ways in their rows, so those are looked at too."""
+    said = "RuntimeError: Cannot re-initialize CUDA in forked subprocess."
+    monkeypatch.setitem(BEHAVIORS, "differs", lambda _: answer([{"way": "a", "error": said}], ["a"]))
+    forked: list[tuple[str, bool]] = []
+    one = runner.one
+
+    def noted(check: Check, name: str, limit_s: float, fork: bool) -> runner.Line:
+        forked.append((name, fork))
+        return one(check, name, limit_s, fork) if fork else {"step": name, "ok": True, "seconds": 0.0}
+
+    monkeypatch.setattr(runner, "one", noted)
+    assert runner.run(check, ["answers", "differs", "answers"], 60, []) == 0
+    assert forked == [("answers", True), ("differs", True), ("differs", False), ("answers", False)]
+
+
 RUN = {
     "date": "2026-01-02 03:04 UTC",
     "command": "python -m benchmarks.gpu right",

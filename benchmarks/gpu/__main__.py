@@ -31,8 +31,8 @@ def _check(words: Sequence[str]) -> int:
     parser.add_argument(
         "--budget", type=float, default=1200, metavar="S", help="seconds of all steps together"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="where results go")
-    parser.add_argument("--work", type=Path, default=Path("runs/gpu-work"), help="where runs and logs go")
+    parser.add_argument("--out", type=Path, help="where results go; runs/gpu, or runs/gpu-dry")
+    parser.add_argument("--work", type=Path, help="where runs and logs go; the same with -work at its end")
     parser.add_argument("--log", type=Path, help="a sequence log of Complete Journey for the step demo")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(words)
@@ -40,7 +40,9 @@ def _check(words: Sequence[str]) -> int:
         names = chosen(given.steps)
     except ValueError as error:
         parser.error(str(error))
-    check = Check(given.dry, given.out, given.work, given.log)
+    # Apart, since a dry run's logs and results must not be taken for others.
+    out = given.out or Path("runs/gpu-dry" if given.dry else "runs/gpu")
+    check = Check(given.dry, out, given.work or out.with_name(f"{out.name}-work"), given.log)
     return answer_of(check, names[0]) if given.one else int(run(check, names, given.budget, words) > 0)
 
 

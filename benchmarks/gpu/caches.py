@@ -18,7 +18,6 @@ from benchmarks.gpu.loops import Change, Way, loops_of, shares, with_model
 from pipelines.bench_grid import Cell
 from trainer.config import Config
 from trainer.distributed import process_group
-from trainer.sections import PlanConfig, PlanTableConfig
 
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 CELL = Cell(items=8_000_000, length=200, dim=64, users=288)
@@ -104,8 +103,8 @@ def change_of(place: Place) -> Change:
         if place.kernel == "fused":
             return config
         names = [f"{group}__item_id" for group in config.groups]
-        tables = {name: PlanTableConfig(kernels=(place.kernel,)) for name in names}
-        plan = PlanConfig(allow_unified_memory=True, tables=tables)
+        tables = {name: {"kernels": (place.kernel,)} for name in names}
+        plan = type(config.plan).model_validate({"allow_unified_memory": True, "tables": tables})
         train = config.train.model_copy(update={"pipeline": place.pipeline})
         return config.model_copy(update={"plan": plan, "train": train})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,8 +19,16 @@ from trainer.model.score import Attended, DotScorer, MlpScorer
 from trainer.model.search import DotSearch, Query
 from trainer.model.time import age_bucket
 
-_HOME = "trainer.model.ops" if find_spec("trainer.model.ops") else "trainer.model"
-bags, top = import_module(f"{_HOME}.bags"), import_module(f"{_HOME}.top")
+
+def _operators_of(name: str) -> ModuleType:
+    """A module of operators, in `trainer.model.ops` or where it was before that."""
+    try:
+        return import_module(f"trainer.model.ops.{name}")
+    except ModuleNotFoundError:
+        return import_module(f"trainer.model.{name}")
+
+
+bags, top = _operators_of("bags"), _operators_of("top")
 
 _ROWS, _QUERIES, _WIDTH, _KEPT = 5_000, 700, 32, 20
 _LARGEST = 1e-5

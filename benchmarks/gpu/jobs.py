@@ -175,7 +175,12 @@ def profile(check: Check) -> Answer:
     Expected: the device is busy for most of a step of 4,096 candidates, and no phase waits for the host.
     """
     candidates = _large(check.size(4_096, 128))
-    run_of(check, "profiled", [*candidates, "train.max_steps=32", "train.log_every=5"], profiled=True)
+    run_of(
+        check,
+        "profiled",
+        [*candidates, f"train.max_steps={check.size(32, 12)}", "train.log_every=5"],
+        profiled=True,
+    )
     kept = {}
     for path in sorted((check.work / "profiled" / "profile").iterdir()):
         shutil.copy(path, check.out / f"profile-{path.name}")
@@ -201,7 +206,8 @@ def pytest(check: Check) -> Answer:
 
     Expected: all pass; tests marked gpu2 are skipped on a machine with one GPU.
     """
-    files = ["test_bags", "test_top", "test_search", "test_two_stage", "test_pipeline"]
+    # None that starts several ranks, for which one GPU is too few.
+    files = ["test_bags", "test_top", "test_search", "test_two_stage"]
     model = [str(ROOT / "tests" / f"{name}.py") for name in files]
     # A file that needs a package which is not here counts as failed, but keeps no other from being run.
     ways = {"gpu": ["-m", "gpu or gpu2", "--continue-on-collection-errors", *marked_files()]}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import fbgemm_gpu
@@ -35,6 +38,9 @@ def environment(check: Check) -> Answer:
         "CUDA of torch": str(torch.version.cuda),
         "fbgemm": f"{fbgemm_gpu.__version__} {getattr(fbgemm_gpu, '__variant__', '')}".strip(),
         "device": str(device),
+        # Triton compiles its launchers when a kernel is first called.
+        "C compiler": next(filter(None, map(shutil.which, ("gcc", "clang"))), "none"),
+        "Python.h": (Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
     }
     if check.on_cuda:
         major, minor = torch.cuda.get_device_capability(device)

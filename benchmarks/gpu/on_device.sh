@@ -4,7 +4,8 @@
 #   bash .gpu/on_device.sh [--budget S] [--dry] [STEP...]
 #
 # The packages are unpacked once into SITE (default: ~/.tandemrec-gpu), beside those that are there already.
-# Results, logs and the page go to OUT (default: runs/gpu). PYTHON names the interpreter.
+# Results, logs and the page go to OUT (default: runs/gpu), what steps share to WORK (default: OUT-work).
+# PYTHON names the interpreter.
 set -uo pipefail
 gpu=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SITE=${SITE:-$HOME/.tandemrec-gpu} OUT=${OUT:-runs/gpu} PYTHON=${PYTHON:-python3}
@@ -43,7 +44,7 @@ if ! ldconfig -p 2> /dev/null | grep -q libnvidia-ml.so.1; then
   done
 fi
 echo "unpacked after $(($(date +%s) - began)) s"
-words=(--out "$OUT" --work "${WORK:-runs/gpu-work}")
+words=(--out "$OUT" ${WORK:+--work "$WORK"})
 [ -d "$gpu/log" ] && words+=(--log "$gpu/log")
 [ -d .gpu-log ] && words+=(--log .gpu-log)
 "$PYTHON" -m benchmarks.gpu "${words[@]}" "$@"
