@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 import warnings
@@ -234,6 +233,8 @@ def _origin(package: str) -> Path | None:
 def observe() -> Environment:
     """Looks at the running interpreter. Imports torch and fbgemm, so it takes a few seconds."""
     shown = ("torch", "torchrec", CPU_FBGEMM, CUDA_FBGEMM, "torchx", "pyarrow", OUR_DISTRIBUTION)
+    from trainer.machine import cores
+
     machine = _machine()
     owners = importlib.metadata.packages_distributions()
     return Environment(
@@ -242,7 +243,7 @@ def observe() -> Environment:
         fbgemm_error=_fbgemm_error(),
         origins={name: _origin(name) for name in OUR_PACKAGES},
         owners={name: owners.get(name, []) for name in OUR_PACKAGES},
-        device=device_words(machine, os.cpu_count()),
+        device=device_words(machine, cores()),
         machine=machine,
     )
 
