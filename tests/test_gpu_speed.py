@@ -68,7 +68,7 @@ BEHAVIORS: dict[str, Callable[[Check], Answer]] = {
     "hangs": hangs,
     "dies": dies,
     "fails": fails,
-    "differs": lambda _: answer([{"way": "a"}], ["a"]),
+    "differs": lambda _: answer([{"way": "a", "error": "KeyError: b"}], ["a"]),
     "answers": lambda check: answer([{"way": check.step}], [], number=2),
 }
 
@@ -100,6 +100,7 @@ def test_a_step_that_hangs_dies_or_fails_costs_no_other_step_anything(
     assert by_step["answers"]["rows"] == [{"way": "answers"}]
     printed = capfd.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[:5]] == ["FAIL", "FAIL", "FAIL", "DIFF", "ok"]
+    assert printed[3].endswith("different: a; KeyError: b; 1 rows")
     assert printed[5].startswith("2 of 5 steps ended, 1 of them found something different")
 
 

@@ -210,7 +210,9 @@ def short(line: Line) -> str:
     if what is None:
         different = ", ".join(line.get("different", []))
         facts = ", ".join(f"{name} {shown(value)}" for name, value in line.get("facts", {}).items())
-        parts = [f"different: {different}" if different else "", f"{len(line.get('rows', []))} rows", facts]
+        rows = line.get("rows", [])
+        errors = [row["error"] for row in rows if "error" in row][:1]
+        parts = [f"different: {different}" if different else "", *errors, f"{len(rows)} rows", facts]
         what = "; ".join(part for part in parts if part)
     return f"{state:<4} {line['step']:<12} {line['seconds']:>6.1f} s  {what[:_SHOWN]}"
 
