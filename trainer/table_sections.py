@@ -33,7 +33,7 @@ class GroupConfig(Settings):
     """One table group; left out, there are two, `attention` and `representation`.
 
     Attributes:
-        dim: vector width, one for all features or one a feature.
+        dim: vector width, one for all features or one a feature; on a GPU 2,048 at most (docs/tables.md).
         features: features that have a table here; empty means all of the log.
         fusion: a behavior's vector is its features' vectors side by side, `concat`, or their `sum`.
         optimizer: the fused one of the rows; learning_rate: its step size before any schedule; eps: added to
