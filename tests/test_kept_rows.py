@@ -65,6 +65,7 @@ def test_scores_and_sums_use_them_where_they_pay(monkeypatch: pytest.MonkeyPatch
         return parts[0]
 
     monkeypatch.setattr(kept_rows, "has_kernel", lambda device: True)
+    monkeypatch.setattr(kept_rows, "agrees", lambda *asked: True)
     monkeypatch.setattr(kept_rows, "dots", taken)
     monkeypatch.setattr(kept_rows, "weighted_bags", taken)
     bags.dots(torch.randn(4, 16), rows, index)

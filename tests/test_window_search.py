@@ -15,7 +15,7 @@ from tests.compiling import compiled, needs_gpu
 from tests.models import GROUPS, MARK_ROWS, draw, drawing
 from tests.searched_windows import Searched, all_scores, check, drawn_long, searched
 from trainer.model.ops import window_search
-from trainer.model.ops.kernels import power_of_two
+from trainer.model.ops.kernels import agrees, power_of_two
 from trainer.model.ops.window_search import Cut, fits, pays, plain_best_columns
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import DotSearch, Query, SoftSearch, search_reference
@@ -79,14 +79,16 @@ def test_only_what_the_kernel_can_do_is_given_to_it(monkeypatch: pytest.MonkeyPa
     vectors = Attended(made.query, made.key, torch.zeros(5, dtype=torch.int64))
     assert not pays(PLAIN, vectors, made.windows, 20)  # on a CPU
     monkeypatch.setattr(window_search, "has_kernel", lambda device: True)
+    monkeypatch.setattr(window_search, "agrees", lambda *asked: True)
     assert pays(PLAIN, vectors, made.windows, 20)
     assert not pays(DotScorer(None, None, 2, None, None), vectors, made.windows, 20)
     target = TimeBias(MARK_ROWS, "target", GROUPS)
     assert not pays(DotScorer(None, None, 1, target, None), vectors, made.windows, 20)
 
 
+@pytest.mark.parametrize("works", [True, False])
 @pytest.mark.parametrize("soft", [True, False])
-def test_searches_use_it_where_it_pays(soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_searches_use_it_where_it_pays(soft: bool, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And ask the device for no number then: neither which scores are in doubt nor how many candidates."""
     made, rng = drawn_long(True, 8, 300), drawing(2)
     search = SoftSearch(7, 8, 8) if soft else DotSearch(7)
@@ -104,12 +106,29 @@ def test_searches_use_it_where_it_pays(soft: bool, monkeypatch: pytest.MonkeyPat
         return plain_best_columns(*arguments)
 
     monkeypatch.setattr(window_search, "has_kernel", lambda device: True)
+    monkeypatch.setattr(window_search, "agrees", lambda *asked: works)
     monkeypatch.setattr(window_search, "best_columns", plain)
     # As in training on a device, where rounded scores decide.
     monkeypatch.setattr(search, "doubt", lambda query: None)
     kept = search(query)
-    assert len(given_to) == 1 and given_to[0][3] is None
+    assert len(given_to) == works and all(bias is None for *_, bias, _ in given_to)
     assert torch.equal(kept.index, wanted.index) and torch.equal(kept.mask, wanted.mask)
+
+
+def test_a_kernel_that_does_not_work_here_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def broken(device: torch.device) -> bool:
+        asked.append(device)
+        raise RuntimeError("out of resources: registers")
+
+    here = torch.device("cpu")
+    assert not agrees(broken, "search", here) and not agrees(broken, "search", here)
+    assert not agrees(lambda device: False, "search", here) and agrees(lambda device: True, "search", here)
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("tandemrec: search: the Triton")]
+    assert len(asked) == 1 and len(lines) == 2
+    assert "RuntimeError: out of resources: registers" in lines[0] and "differ" in lines[1]
 
 
 @pytest.mark.gpu

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from trainer.model.ops.kernels import has_kernel
+from trainer.model.ops.kernels import agrees, has_kernel
 
 # Width of a row.
 _WIDEST = 512
@@ -24,7 +25,34 @@ _MOST_USES = 64
 
 def pays(rows_ND: Tensor, index_CK: Tensor) -> bool:
     """Whether the kernels are to be used."""
-    return has_kernel(rows_ND.device) and fits(rows_ND, index_CK)
+    device = rows_ND.device
+    return has_kernel(device) and fits(rows_ND, index_CK) and agrees(same_as_plain, "kept rows", device)
+
+
+def same_as_plain(device: torch.device) -> bool:
+    """Whether values and gradients of whole numbers, which are exact in any order, are those of plain torch.
+
+    Waits for the device.
+    """
+    rng = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 40, (7, 5), generator=rng).to(device)
+    rows, query, weight, outer = (
+        torch.randint(-3, 4, shape, generator=rng).float().to(device)
+        for shape in ((40, 12), (7, 12), (7, 5), (7, 12))
+    )
+    sides = []
+    with torch.enable_grad():
+        for plain in (False, True):
+            given = [part.clone().requires_grad_() for part in (rows, query, weight)]
+            if plain:
+                looked_up = F.embedding(index, given[0])
+                product = (looked_up * given[1][:, None]).sum(2)
+                bag = (looked_up * given[2][:, :, None]).sum(1)
+            else:
+                product, bag = dots(given[1], given[0], index), weighted_bags(given[0], index, given[2])
+            total = (product * weight).sum() + (bag * outer).sum()
+            sides.append([product, bag, *torch.autograd.grad(total, given)])
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(*sides, strict=True))
 
 
 def fits(rows_ND: Tensor, index_CK: Tensor) -> bool:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from trainer.model.ops.bags import rows_at
-from trainer.model.ops.kernels import has_kernel, power_of_two
+from trainer.model.ops.kernels import agrees, has_kernel, power_of_two
 from trainer.model.ops.top import top_columns
 from trainer.model.score import Attended, DotScorer, Scorer
+from trainer.model.time import Marks
 from trainer.model.windows import Windows
 
 # Widths of a key, and K, that fit the registers of a program.
@@ -73,7 +74,38 @@ def pays(scorer: Scorer, vectors: Attended, windows: Windows, k: int) -> bool:
         and scorer.heads == 1
         and scorer.shares_bias
         and fits(vectors.query_CD, vectors.key_ND, windows, k)
+        and agrees(same_as_plain, "search", vectors.key_ND.device)
     )
+
+
+@torch.no_grad()
+def same_as_plain(device: torch.device) -> bool:
+    """Whether both forms keep the same of windows of whole numbers, whose scores are exact in any order.
+
+    Many are equal, and one window is cut into several spans. Waits for the device.
+    """
+    rng, lengths = torch.Generator().manual_seed(0), torch.tensor([1500, 0, 300])
+    dim, k, column = 8, 5, torch.arange(1500)
+    mask = column < lengths[:, None]
+    index = torch.where(mask, lengths.cumsum(0)[:, None] - 1 - column, 0)
+    of_candidate = torch.tensor([0, 0, 0, 1, 2])
+    key = torch.randint(-2, 3, (1800, dim), generator=rng).float()
+    query = torch.randint(-2, 3, (5, dim), generator=rng).float()
+    bias = torch.where(mask, torch.randint(0, 3, mask.shape, generator=rng).float(), -torch.inf)
+    none = torch.zeros_like(index)
+    index, mask, none, lengths, of_candidate, key, query, bias = (
+        part.to(device) for part in (index, mask, none, lengths, of_candidate, key, query, bias)
+    )
+    for of_stretches in (lengths, None):
+        windows = Windows(
+            index, mask, Marks(none, none, none), None, of_candidate, of_stretches, counts=(3, 1, 1)
+        )
+        for added in (bias, None):
+            found = best_columns(query, key, windows, added, k)
+            plain = plain_best_columns(query, key, windows, added, k)
+            if not all(torch.equal(mine, theirs) for mine, theirs in zip(found, plain, strict=True)):
+                return False
+    return True
 
 
 def fits(query_CD: Tensor, key_ND: Tensor, windows: Windows, k: int) -> bool:
