@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
-import warnings
 from functools import cache
 
 import pytest
@@ -24,21 +22,12 @@ settings.load_profile("repeatable")
 @cache
 def gpus() -> tuple[int, str]:
     """The GPUs that tests can use, and what stands in the way of more."""
-    import torch
+    from trainer.device import observe, obstacle
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seen = torch.cuda.device_count()
-    if seen and version_of("fbgemm-gpu") is None:
-        return 0, f"torch sees {seen}, but fbgemm is the CPU build"
-    return seen, f"torch sees {seen}"
-
-
-def version_of(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    machine = observe()
+    problem = obstacle(machine)
+    seen = len(machine.gpus)
+    return (seen, f"torch sees {seen}") if problem is None else (0, problem[0])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,20 +13,10 @@ from benchmarks.gpu.measure import difference
 from benchmarks.gpu.plain_forms import without_kernels
 from embeddings.init import FirstWeights, initial_rows_
 from tests.models import drawing, drawn_vectors, drawn_windows
+from trainer.model.ops import bags, top
 from trainer.model.score import Attended, DotScorer, MlpScorer
 from trainer.model.search import DotSearch, Query
 from trainer.model.time import age_bucket
-
-
-def _operators_of(name: str) -> ModuleType:
-    """A module of operators, in `trainer.model.ops` or where it was before that."""
-    try:
-        return import_module(f"trainer.model.ops.{name}")
-    except ModuleNotFoundError:
-        return import_module(f"trainer.model.{name}")
-
-
-bags, top = _operators_of("bags"), _operators_of("top")
 
 _ROWS, _QUERIES, _WIDTH, _KEPT = 5_000, 700, 32, 20
 _LARGEST = 1e-5

@@ -29,10 +29,10 @@ def full_windows(windows: int, candidates: int, length: int, width: int) -> tupl
     index = ends[:, None] - 1 - torch.arange(length)
     request = torch.arange(windows).repeat_interleave(candidates)
     mask, zero = torch.ones_like(index, dtype=torch.bool), torch.zeros_like(index)
-    # The host knows them, as it does of batches that were collated.
-    known = {"counts": (candidates,) * windows} if "counts" in Windows.__dataclass_fields__ else {}
     lengths = torch.full((windows,), length)
-    found = Windows(index, mask, Marks(zero, zero, zero), None, request, lengths, **known)
+    # The host knows the counts, as it does of batches that were collated.
+    counts = (candidates,) * windows
+    found = Windows(index, mask, Marks(zero, zero, zero), None, request, lengths, counts)
     query = torch.randn(windows * candidates, width, generator=rng)
     key = torch.randn(windows * length, width, generator=rng)
     return found, Attended(query, key, torch.zeros_like(request))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +40,9 @@ class Job:
     def train_and_pause(self, steps: Iterable[Step], after: int | None) -> list[float]:
         """The same with an evaluation after so many steps, which the pipeline is told of before."""
         pauses = iter([] if after is None else [after])
-        # Earlier pipelines have no such argument.
-        told = "until" in inspect.signature(self.pipeline.train).parameters
-        more: dict[str, Any] = {"until": lambda: next(pauses, None)} if told else {}
         losses: list[float] = []
-        for _, loss in self.pipeline.train(steps, lambda: len(losses) + 1, **more):
+        trained = self.pipeline.train(steps, lambda: len(losses) + 1, until=lambda: next(pauses, None))
+        for _, loss in trained:
             losses.append(float(loss))
             if len(losses) == after:
                 self.scores()
