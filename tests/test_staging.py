@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
-from torch.distributed._shard.sharding_spec import ShardMetadata
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embeddings.errors import CheckpointError
@@ -180,6 +181,23 @@ def test_shards_of_a_device_get_a_place_on_the_host() -> None:
         assert taken["lr"] == 0.2 and taken["table"] is room
         assert torch.equal(taken["table"].local_shards()[0].tensor, here.local_shards()[0].tensor)
         assert not copy.fits({"table": sharded(torch.randn(3, 4), "rank:0/cpu")})
+
+
+def test_shards_without_rows_begin_where_others_do() -> None:
+    """A rank may hold both, as with grid_shard and fewer rows than ranks."""
+    with process_group(device="cpu"):
+        values = torch.randn(3, 4)
+        pieces = [(values[:0], [0, 0]), (values, [0, 0])]
+        shards = [Shard(part, ShardMetadata(begin, list(part.shape), "rank:0/cpu")) for part, begin in pieces]
+        whole = ShardedTensor._init_from_local_shards([shards[1]], [3, 4])
+        metadata = replace(whole.metadata(), shards_metadata=[shard.metadata for shard in shards])
+        spec = EnumerableShardingSpec([shard.metadata for shard in shards])
+        both = ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, sharding_spec=spec)
+        tree = {"table": both}
+        copy = HostCopy()
+        copy.make_room(tree)
+        first, second = copy.take(tree)["table"].local_shards()
+        assert first.tensor.shape == (0, 4) and torch.equal(second.tensor, values)
 
 
 def test_memory_that_cannot_be_locked_is_one_clear_error(tmp_path: Path) -> None:

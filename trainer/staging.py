@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.cuda import _pin_memory_utils
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharding_spec import ShardMetadata
 from torch.distributed.remote_device import _remote_device
 
 # Smaller tensors are copied as fast from ordinary memory as a lock of their pages takes.
@@ -98,14 +99,9 @@ class HostCopy:
         if not isinstance(leaf, ShardedTensor):
             return self._memory(leaf)
         metadata = leaf.metadata()
-        here = [replace(shard, placement=_on_host(shard.placement)) for shard in metadata.shards_metadata]
-        places = {tuple(shard.shard_offsets): shard for shard in here}
         return ShardedTensor._init_from_local_shards_and_global_metadata(
-            [
-                Shard(self._memory(shard.tensor), places[tuple(shard.metadata.shard_offsets)])
-                for shard in leaf.local_shards()
-            ],
-            replace(metadata, shards_metadata=here),
+            [Shard(self._memory(shard.tensor), _on_host(shard.metadata)) for shard in leaf.local_shards()],
+            replace(metadata, shards_metadata=[_on_host(shard) for shard in metadata.shards_metadata]),
             process_group=leaf._process_group,
         )
 
@@ -117,8 +113,9 @@ class HostCopy:
         return torch.frombuffer(pages, dtype=like.dtype, count=like.numel()).view(like.shape)
 
 
-def _on_host(placement: Any) -> _remote_device:
-    return _remote_device(f"rank:{placement.rank()}/cpu")
+def _on_host(shard: ShardMetadata) -> ShardMetadata:
+    placement: Any = shard.placement
+    return replace(shard, placement=_remote_device(f"rank:{placement.rank()}/cpu"))
 
 
 def device_of(tree: Any) -> torch.device | None:
