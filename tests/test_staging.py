@@ -25,7 +25,7 @@ from trainer.distributed import process_group
 from trainer.hashed_writer import HashedWriter
 from trainer.saver import Saver
 from trainer.sections import CheckpointConfig
-from trainer.staging import HostCopy, device_of
+from trainer.staging import StagedCopy, device_of
 
 PAGE = 4096
 
@@ -51,8 +51,8 @@ class Device:
     def wait(self, device: torch.device) -> None:
         self.waits += 1
 
-    def copy(self) -> HostCopy:
-        return HostCopy(lambda tensor: tensor.dtype == torch.float32, self.pin, self.unpin, self.wait)
+    def copy(self) -> StagedCopy:
+        return StagedCopy(lambda tensor: tensor.dtype == torch.float32, self.pin, self.unpin, self.wait)
 
 
 class Copies(TorchDispatchMode):
@@ -109,7 +109,7 @@ def test_nothing_is_pinned_for_tensors_in_host_memory() -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("asked CUDA")
 
-    copy = HostCopy(pin=fail, unpin=fail, wait=fail)
+    copy = StagedCopy(pin=fail, unpin=fail, wait=fail)
     tree = {"a": torch.randn(600_000)}
     assert device_of(tree) is None
     copy.make_room(tree)
@@ -145,7 +145,7 @@ def test_a_copy_is_equal_and_nobody_elses(tree: dict[str, Any]) -> None:
     """Against `copy.deepcopy`: changed tensors change neither copy."""
     import copy as reference
 
-    deep, host = reference.deepcopy(tree), HostCopy()
+    deep, host = reference.deepcopy(tree), StagedCopy()
     host.make_room(tree)
     assert host.fits(tree)
     taken = host.take(tree)
@@ -194,7 +194,7 @@ def test_shards_without_rows_begin_where_others_do() -> None:
         spec = EnumerableShardingSpec([shard.metadata for shard in shards])
         both = ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, sharding_spec=spec)
         tree = {"table": both}
-        copy = HostCopy()
+        copy = StagedCopy()
         copy.make_room(tree)
         first, second = copy.take(tree)["table"].local_shards()
         assert first.tensor.shape == (0, 4) and torch.equal(second.tensor, values)
@@ -250,7 +250,7 @@ def test_writing_asks_for_no_stream_even_where_cuda_is_there(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_shards_are_copied_into_locked_memory_of_their_size() -> None:
     tree = {"a": torch.randn(3, 300_001, device="cuda")[1], "b": torch.arange(9, device="cuda"), "step": 3}
-    copy = HostCopy()
+    copy = StagedCopy()
     assert device_of(tree) == torch.device("cuda", 0)
     copy.make_room(tree)
     for _ in range(2):

@@ -22,7 +22,7 @@ from embeddings.errors import CheckpointError
 from trainer import checkpoint
 from trainer.distributed import tells_of_a_lost_rank
 from trainer.sections import CheckpointConfig
-from trainer.staging import HostCopy, device_of
+from trainer.staging import StagedCopy, device_of
 
 # How long a save under way may still take when training has failed; and when that was because of a lost rank,
 # which the save most likely needs, too.
@@ -49,7 +49,7 @@ class Saver:
         # Of its own, so that its collectives cannot mix with those of the steps.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self.saved = -1
-        self._copy, self._roomy = HostCopy(), False
+        self._copy, self._roomy = StagedCopy(), False
         self._running: _Save | None = None
 
     def __enter__(self) -> Saver:

@@ -32,7 +32,7 @@ def wait_for_copies(device: torch.device) -> None:
     torch.cuda.current_stream(device).synchronize()
 
 
-class HostCopy:
+class StagedCopy:
     """Tensors of a state dict in host memory.
 
     Args:
