@@ -75,8 +75,8 @@ def forget_prefetched(model: nn.Module) -> None:
     rows of its batch in the cache, also one of an evaluation, and only a backward pass unlocks them. The
     cached rows themselves stay. Waits for the device.
 
-    FBGEMM keeps the first stream that ever filled a cache, and has backward passes wait for that one alone. The
-    next pipeline over the same model may have another stream, so it is forgotten too.
+    FBGEMM keeps the first stream that ever filled a cache, and has backward passes wait for that one alone.
+    The next pipeline over the same model may have another stream, so it is forgotten too.
     """
     if torch.cuda.is_available():
         # The stream that fills the caches may still be at it.
