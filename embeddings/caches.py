@@ -74,6 +74,9 @@ def forget_prefetched(model: nn.Module) -> None:
     Without it the next lookup would take the places of another batch's rows. Besides, each lookup locks the
     rows of its batch in the cache, also one of an evaluation, and only a backward pass unlocks them. The
     cached rows themselves stay. Waits for the device.
+
+    FBGEMM keeps the first stream that ever filled a cache, and has backward passes wait for that one alone.
+    The next pipeline over the same model may have another stream, so it is forgotten too.
     """
     if torch.cuda.is_available():
         # The stream that fills the caches may still be at it.
@@ -84,3 +87,4 @@ def forget_prefetched(model: nn.Module) -> None:
         kernel.timesteps_prefetched.clear()
         kernel.lxu_cache_locations_list.clear()
         kernel.lxu_cache_locking_counter.zero_()
+        kernel.prefetch_stream = None

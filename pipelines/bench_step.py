@@ -17,6 +17,7 @@ from pipelines.bench_report import write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config import Config, load_config
+from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group
@@ -85,7 +86,8 @@ class _Loops:
         self._manifest = read_manifest(config.data.log)
         self._models: dict[str, Any] = {}
         rows = feature_rows(build_sharded(config, self._manifest, ranks).groups)
-        reader = SequenceLogReader(config.data, "train", rows, seed=config.train.seed)
+        seed, prepare = config.train.seed, pinning(ranks.device)
+        reader = SequenceLogReader(config.data, "train", rows, seed=seed, prepare=prepare)
         with closing(reader.steps()) as steps:
             self._replay = Replay(list(islice(steps, _STEPS)))
 

@@ -113,6 +113,7 @@ def kernel() -> SplitTableBatchedEmbeddingBagsCodegen:
     made.timesteps_prefetched.append(1)
     made.lxu_cache_locations_list.append(torch.ones(3, dtype=torch.int32))
     made.lxu_cache_locking_counter = torch.ones(2, 32, dtype=torch.int32)
+    made.prefetch_stream = object()
     return made
 
 
@@ -122,6 +123,8 @@ def test_rows_of_batches_that_are_not_trained_are_forgotten() -> None:
     forget_prefetched(nn.ModuleList([cached, nn.Linear(1, 1)]))
     assert cached.timesteps_prefetched == cached.lxu_cache_locations_list == []
     assert int(cached.lxu_cache_locking_counter.sum()) == 0
+    # Else backward passes would wait for a stream that no longer fills the cache.
+    assert cached.prefetch_stream is None
     out = cached(torch.tensor([1, 2, 3]), torch.tensor([0, 3]))
     out.sum().backward()
     assert cached.timesteps_prefetched == cached.lxu_cache_locations_list == []

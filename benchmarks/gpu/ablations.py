@@ -23,6 +23,7 @@ from benchmarks.gpu.made_up import drawn_steps
 from benchmarks.gpu.measure import wait_for_device
 from benchmarks.gpu.plain_forms import without_kernels
 from trainer.config import Config
+from trainer.data.pinned import pinning
 from trainer.data.prefetch import Prefetcher
 from trainer.data.reader import Step
 from trainer.distributed import process_group
@@ -89,7 +90,7 @@ def prefetch(check: Check) -> Answer:
 def _streamed(check: Check, way: _Trained, ranks: Any) -> Row:
     """Steps that are collated while training goes on, as a reader does."""
     place, cell = PLACES[way.place], CELL if check.on_cuda else TINY
-    rows = list(drawn_steps(cell, check.size(6, 2)))
+    rows = list(drawn_steps(cell, check.size(6, 2), pinning(ranks.device)))
 
     def change(config: Config) -> Config:
         return way.change(change_of(place)(config))

@@ -24,6 +24,7 @@ from benchmarks.gpu.training import Job, pipeline_of
 from pipelines.bench_grid import Cell, config_of
 from trainer.assemble import build_sharded
 from trainer.config import Config
+from trainer.data.pinned import pinning
 from trainer.data.reader import Step
 from trainer.distributed import Ranks
 from trainer.loss import loss_sum
@@ -65,7 +66,8 @@ class Loops:
         rounds: int = 3,
         change: Change = lambda config: config,
     ) -> None:
-        self.steps = steps_of(cell, count)
+        # In pinned memory on CUDA, or each step would wait for its copy, as none of training does.
+        self.steps = steps_of(cell, count, pinning(ranks.device))
         self.ranks, self._folder, self._rounds = ranks, folder, rounds
         config, manifest = change(config_of(cell)), cell.shape.manifest()
         started = time.perf_counter()
@@ -92,13 +94,13 @@ class Loops:
         return [float(loss) for _, loss in self.pipeline(way).train(self.steps, lambda: 1)]
 
     def bare(self) -> Row:
-        """What TorchRec's documentation does and no more, over batches that lie in pinned memory already."""
+        """What TorchRec's documentation does and no more."""
         model, optimizer, device = self.job.sharded.model, self.job.optimizer, self.ranks.device
-        batches = [step.batch.pin_memory() if device.type == "cuda" else step.batch for step in self.steps]
+        batches = [step.batch for step in self.steps]
 
         def work(steps: Iterator[Step]) -> None:
-            for _, pinned in zip(steps, chain.from_iterable(repeat(batches)), strict=False):
-                batch = pinned.to(device, non_blocking=True)
+            for _, given in zip(steps, chain.from_iterable(repeat(batches)), strict=False):
+                batch = given.to(device, non_blocking=True)
                 optimizer.zero_grad()
                 total = loss_sum(model(batch).logits, batch.labels, batch.weight)
                 (total / batch.step_candidates).backward()

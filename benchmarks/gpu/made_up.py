@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipelines.bench_grid import Cell, config_of
 from pipelines.bench_synthetic import Draws, as_batch
+from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
 from trainer.model.score import Attended
@@ -49,18 +50,23 @@ def moved(given: _Moved, device: torch.device) -> _Moved:
     return replace(given, **{f.name: move(getattr(given, f.name)) for f in fields(given)})  # type: ignore[type-var,arg-type]
 
 
-def steps_of(cell: Cell, count: int) -> list[Step]:
+# What is done last to a batch, as the reader does it: see `trainer.data.pinned`.
+Prepare = Callable[[RequestBatch], RequestBatch] | None
+
+
+def steps_of(cell: Cell, count: int, prepare: Prepare = None) -> list[Step]:
     """Steps of a cell of `tandemrec bench step`, as the reader would give them."""
-    return [collated() for collated in drawn_steps(cell, count)]
+    return [collated() for collated in drawn_steps(cell, count, prepare)]
 
 
-def drawn_steps(cell: Cell, count: int) -> Iterator[Callable[[], Step]]:
+def drawn_steps(cell: Cell, count: int, prepare: Prepare = None) -> Iterator[Callable[[], Step]]:
     """The same, drawn but not yet collated: each call does what the reader does with decoded rows."""
     shape = cell.shape
     draws, data = Draws(shape, _SEED), config_of(cell).data
 
     def collated(rows: UserRows, number: int) -> Step:
         batch = as_batch(rows, shape.manifest(), data, shape.requests)
+        batch = batch if prepare is None else prepare(batch)
         return Step(batch, True, Cursor(0, number + 1))
 
     for number in range(count):

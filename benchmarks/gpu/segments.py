@@ -18,6 +18,7 @@ from benchmarks.gpu.loops import Way, loops_of
 from benchmarks.gpu.made_up import steps_of
 from benchmarks.gpu.measure import forget_memory, memory, wait_for_device
 from pipelines.bench_grid import Cell
+from trainer.data.pinned import pinning
 from trainer.distributed import process_group
 
 SETTINGS = {"fixed segments": "", "expandable segments": "expandable_segments:True"}
@@ -55,7 +56,7 @@ def measured(dry: bool) -> Row:
         Cell(items=2_000 if dry else 4_068_790, length=30 if dry else 200, users=count) for count in users
     ]
     with process_group(60) as ranks, loops_of(cells[0], ranks, count=1) as loops:
-        steps = [step for cell in cells for step in steps_of(cell, 1)]
+        steps = [step for cell in cells for step in steps_of(cell, 1, pinning(ranks.device))]
         pipeline = loops.pipeline(Way("sparse_dist"))
         forget_memory()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if torch.cuda.is_available() else []
