@@ -135,7 +135,11 @@ def obstacle(machine: Machine, index: int = 0) -> tuple[str, str] | None:
         both = f"{CPU_FBGEMM} and {CUDA_FBGEMM} are both installed and overwrite each other"
         return both, "`make clean install DEVICE=cuda` (or DEVICE=cpu)"
     if machine.fbgemm != "cuda":
-        return f"{CPU_FBGEMM} is the CPU build of fbgemm", INSTALL_CUDA
+        unknown = "fbgemm is not installed, or does not say for which device it was built"
+        return (
+            unknown if machine.fbgemm == "unknown" else f"{CPU_FBGEMM} is the CPU build of fbgemm",
+            INSTALL_CUDA,
+        )
     if not machine.gpus:
         why = f" ({machine.problem})" if machine.problem else ""
         what = f"CUDA sees no GPU{why}"
