@@ -236,6 +236,18 @@ def test_a_launcher_that_makes_no_sense_is_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "said", [{}, {"MASTER_ADDR": "127.0.0.1"}, {"MASTER_ADDR": "::1", "MASTER_PORT": "x"}]
+)
+def test_ranks_that_are_not_told_where_to_meet_say_so(
+    said: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"RANK": "0", "WORLD_SIZE": "2", **said}.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=r"ranks cannot meet: .*torchrun"), process_group(device="cpu"):
+        pass
+
+
 def test_a_launcher_may_leave_the_ranks_of_a_node_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     with process_group(device="cpu") as ranks:

@@ -180,7 +180,10 @@ def choose(wanted: Wanted, machine: Machine, local_rank: int = 0, local_world_si
         return Choice(torch.device("cuda", index))
     what, remedy = problem
     if wanted == "cuda":
-        raise ConfigError(f'train.device = "cuda" is not possible here: {what}; {remedy}')
+        raise ConfigError(
+            f'train.device = "cuda" is not possible here: {what}; {remedy}; the CPU is taken by '
+            'train.device = "cpu", in evaluate and export by --device cpu'
+        )
     # Where nobody has a GPU, nobody misses one.
     expected = machine.gpus or machine.boards or machine.fbgemm in ("cuda", "both")
     return Choice(cpu, f"computing on the CPU: {what}; {remedy}; {USE_CPU}" if expected else "")

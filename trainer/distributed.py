@@ -206,8 +206,15 @@ def _store_of_this_start(rank: int, world_size: int, timeout: datetime.timedelta
     rank that reads them before its peer has written new ones dials a port where nobody listens, or waits for
     ever. So each rank says a random word, rank 0 repeats all words that it sees with its own first, each rank
     that finds its word there says so, and rank 0's word becomes the prefix once all have.
+
+    Raises:
+        ConfigError: the launcher does not say where that store is.
+        DistStoreError: a rank did not come.
     """
-    store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    try:
+        store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    except ValueError as error:
+        raise ConfigError(f"ranks cannot meet: {error}; start with torchx or torchrun") from error
     mine, end = os.urandom(8).hex(), time.monotonic() + timeout.total_seconds()
     store.set(f"word/{rank}", mine)
     heard: list[str] = []
