@@ -134,7 +134,7 @@ def plan(
     local_world_size: Annotated[
         int, typer.Option("--local-world-size", min=0, help="Ranks of a node; 0: all, at most 8.")
     ] = 0,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda (the default with --hbm).")] = "",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; cuda with --hbm.")] = "",
     hbm: Annotated[
         str, typer.Option("--hbm", metavar="SIZE", help="Device memory per rank, such as 141GB.")
     ] = "",

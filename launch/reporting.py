@@ -28,7 +28,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def _prefix() -> str:
     """Names the rank where there are several, so that every rank's failure can be told apart."""
     rank = os.environ.get("RANK")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     return f"[rank {rank}] tandemrec" if rank is not None and several else "tandemrec"
 
 

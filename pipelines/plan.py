@@ -20,6 +20,7 @@ from pipelines.plan_report import Report, need_lines, report_lines
 from trainer.assemble import build_trainable, plan_task
 from trainer.config import Config, load_config
 from trainer.data.schema import LogManifest, read_manifest
+from trainer.device import Wanted
 from trainer.durable import write_text
 from trainer.workload import StepSize, lookups, step_size
 
@@ -34,7 +35,7 @@ class Question:
 
     Attributes:
         world_size: ranks; local_world_size: ranks of a node, 0 = 8 or fewer.
-        device: `cpu` or `cuda`, empty = `cuda` where `hbm` is given.
+        device: `cpu` or `cuda`, empty = `cuda` where `hbm` is given or train.device says so.
         hbm: memory of a GPU; ddr: memory of a node, for all its ranks; empty = 128 GiB a rank.
         behaviors: of a step, 0 = estimate from the log; out: where the plan is written.
     """
@@ -55,7 +56,8 @@ def plan(config: Path, overrides: Sequence[str], question: Question) -> None:
         ConfigError: the tables do not fit (what would make them fit is printed), or the config is wrong.
     """
     quiet_third_parties()
-    settings, cluster = load_config(config, overrides), cluster_of(question)
+    settings = load_config(config, overrides)
+    cluster = cluster_of(question, settings.train.device)
     manifest = read_manifest(settings.data.log)
     size = step_size(settings.data, manifest, question.behaviors or None)
     task = _task(settings, manifest, cluster, size)
@@ -77,20 +79,24 @@ def plan(config: Path, overrides: Sequence[str], question: Question) -> None:
         print(f"plan written to {question.out}; train with `tandemrec train --plan {question.out}`")
 
 
-def cluster_of(question: Question) -> Cluster:
+def cluster_of(question: Question, trained_on: Wanted = "auto") -> Cluster:
     """The cluster as the user describes it.
+
+    Args:
+        trained_on: `train.device`, which counts where the user says nothing else.
 
     Raises:
         ConfigError: ranks do not fill the nodes, or no memory is given for a GPU.
     """
-    device = question.device or ("cuda" if question.hbm else "cpu")
+    device = question.device or ("cuda" if question.hbm or trained_on == "cuda" else "cpu")
     local = question.local_world_size or min(question.world_size, _RANKS_A_NODE)
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: give cpu or cuda")
     if question.world_size % local:
         raise ConfigError(f"--world-size {question.world_size} is no multiple of --local-world-size {local}")
     if device == "cuda" and not question.hbm:
-        raise ConfigError("--device cuda needs --hbm, the memory of a GPU, such as --hbm 141GB")
+        asked = "--device cuda" if question.device else 'train.device = "cuda" (without --device cpu)'
+        raise ConfigError(f"{asked} needs --hbm, the memory of a GPU, such as --hbm 141GB")
     hbm = parse_size(question.hbm, "--hbm") if device == "cuda" else 0
     ddr = parse_size(question.ddr, "--ddr") // local if question.ddr else _HOST
     return Cluster(device, question.world_size, local, hbm, ddr)

@@ -200,7 +200,9 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
 
 def _build(start: Start) -> None:
     """The model with its weights, and its answer to a first batch."""
-    own = start.config.plan.model_copy(update={"file": ""})
+    # Rules that suit the ranks of a plan from a file, such as caches of GPUs, may be none for these.
+    other = {"file": "", "tables": {}} if start.config.plan.file else {}
+    own = start.config.plan.model_copy(update=other)
     config = start.config.model_copy(update={"plan": own})
     sharded = build_sharded(config, start.manifest, start.ranks, training=True, resumed=start.found)
     trainer = start.trainer(sharded, keep_quiet)

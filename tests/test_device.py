@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import pipelines.train
 from embeddings.errors import ConfigError
+from launch.reporting import USER_ERROR, report
 from pipelines.evaluate import evaluate
 from pipelines.export import export
 from tests.launching import SETTINGS, overrides, tandemrec
@@ -50,6 +51,7 @@ OLD_DRIVER = replace(
         (README, "fbgemm-gpu-cpu is the CPU build of fbgemm; for the GPU install the CUDA builds"),
         (replace(FULL, torch_cuda=None, gpus=()), "torch is a CPU build; for the GPU"),
         (replace(FULL, fbgemm="both"), "both installed and overwrite each other"),
+        (replace(FULL, fbgemm="unknown"), "fbgemm is not installed, or does not say for which device it was"),
         (OLD_DRIVER, "CUDA sees no GPU (The NVIDIA driver on your system is too old (found version 12040))"),
         (replace(FULL, gpus=()), "CUDA sees no GPU; look at `nvidia-smi`, CUDA_VISIBLE_DEVICES"),
         (replace(FULL, gpus=(T4,)), "Tesla T4 is sm_75, and fbgemm 1.8.0 has code for sm_80, sm_90, sm_100"),
@@ -207,6 +209,49 @@ def test_asked_for_the_cpu_nothing_looks_for_a_gpu(monkeypatch: pytest.MonkeyPat
         assert ranks.device == torch.device("cpu") and ranks.heartbeat is None
     with pytest.raises(AssertionError, match="looked"), process_group(device="auto"):
         pass
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"LOCAL_RANK": "-1"},
+        {"LOCAL_RANK": "one"},
+        {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
+        {"LOCAL_WORLD_SIZE": "2"},
+        {"LOCAL_WORLD_SIZE": "0"},
+        {"WORLD_SIZE": ""},
+        {"RANK": "1", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "0"},
+    ],
+)
+def test_a_launcher_that_makes_no_sense_is_one_line(
+    said: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in said.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=r"the launcher says RANK=.*torchrun") as refused, process_group():
+        pass
+    assert all(f"{name}={text}" in str(refused.value) for name, text in said.items())
+    assert report(refused.value, debug=False) == USER_ERROR
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"MASTER_ADDR": "127.0.0.1"}, {"MASTER_ADDR": "::1", "MASTER_PORT": "x"}]
+)
+def test_ranks_that_are_not_told_where_to_meet_say_so(
+    said: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"RANK": "0", "WORLD_SIZE": "2", **said}.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=r"ranks cannot meet: .*torchrun"), process_group(device="cpu"):
+        pass
+
+
+def test_a_launcher_may_leave_the_ranks_of_a_node_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with process_group(device="cpu") as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.local_world_size) == (0, 1, 1)
 
 
 def test_what_is_said_about_the_choice_is_said_once(

@@ -89,6 +89,15 @@ def placed(task: Task) -> ParameterSharding:
 # Widths.
 
 
+def test_a_config_for_gpus_is_planned_for_gpus(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--config", CONFIG, *overrides({**SETTINGS, "data.log": str(log)}), "--world-size", "2"]
+    words += ["--set", "train.device=cuda"]
+    assert main(words) == 2
+    assert 'train.device = "cuda" (without --device cpu) needs --hbm' in capsys.readouterr().err
+    assert main([*words, "--device", "cpu"]) == 0
+    assert main([*words, "--hbm", "80GB"]) == 0
+
+
 @pytest.mark.parametrize("kind", ["bag", "sequence"])
 def test_rows_too_wide_for_a_gpu_are_refused_there_alone(kind: str) -> None:
     wide = group_of(2 * WIDEST_ON_CUDA, kind=kind)

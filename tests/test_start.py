@@ -12,6 +12,7 @@ import torch
 
 import pipelines.train
 from embeddings.errors import TandemError
+from launch.cli import main
 from tests.launching import ROOT, SETTINGS, overrides
 from tests.logs import Shape, enrich, random_rows, small_log, write_log
 from tests.models import batch_of, model_of, preset
@@ -160,6 +161,21 @@ def test_a_plan_for_more_ranks_is_checked_for_those(
     with pytest.raises(TandemError, match=r"plan\.json"):
         changes = {"plan__file": str(file), "groups__attention__dim": 8}
         pipelines.train.check(CONFIG, tmp_path / "run", words(log, **changes))
+
+
+def test_a_plan_for_gpus_is_checked_where_there_is_none(
+    log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, rule = tmp_path / "plan.json", {"kernels": ["fused_uvm_caching"], "cache_load_factor": 0.5}
+    given = {"data.log": str(log), **SETTINGS, "plan.allow_unified_memory": True}
+    given |= {f"plan.tables.attention__item_id.{key}": value for key, value in rule.items()}
+    question = ["--world-size", "4", "--hbm", "80GB", "--json", str(file)]
+    assert main(["plan", "--config", str(CONFIG), *overrides(given), *question]) == 0
+    trained = ["train", "--config", str(CONFIG), "--out", str(tmp_path / "run"), *overrides(given)]
+    assert main([*trained, "--set", "train.max_steps=2", "--plan", str(file), "--check"]) == 0
+    assert "is for 4 rank(s) on cuda" in capfd.readouterr().out
+    assert main([*trained, "--set", "train.max_steps=2", "--check"]) == 2
+    assert "with kernel fused_uvm_caching there" in capfd.readouterr().err
 
 
 def test_what_is_left_aside_is_said_by_check_and_training(

@@ -135,7 +135,11 @@ def obstacle(machine: Machine, index: int = 0) -> tuple[str, str] | None:
         both = f"{CPU_FBGEMM} and {CUDA_FBGEMM} are both installed and overwrite each other"
         return both, "`make clean install DEVICE=cuda` (or DEVICE=cpu)"
     if machine.fbgemm != "cuda":
-        return f"{CPU_FBGEMM} is the CPU build of fbgemm", INSTALL_CUDA
+        unknown = "fbgemm is not installed, or does not say for which device it was built"
+        return (
+            unknown if machine.fbgemm == "unknown" else f"{CPU_FBGEMM} is the CPU build of fbgemm",
+            INSTALL_CUDA,
+        )
     if not machine.gpus:
         why = f" ({machine.problem})" if machine.problem else ""
         what = f"CUDA sees no GPU{why}"
@@ -176,7 +180,10 @@ def choose(wanted: Wanted, machine: Machine, local_rank: int = 0, local_world_si
         return Choice(torch.device("cuda", index))
     what, remedy = problem
     if wanted == "cuda":
-        raise ConfigError(f'train.device = "cuda" is not possible here: {what}; {remedy}')
+        raise ConfigError(
+            f'train.device = "cuda" is not possible here: {what}; {remedy}; the CPU is taken by '
+            'train.device = "cpu", in evaluate and export by --device cpu'
+        )
     # Where nobody has a GPU, nobody misses one.
     expected = machine.gpus or machine.boards or machine.fbgemm in ("cuda", "both")
     return Choice(cpu, f"computing on the CPU: {what}; {remedy}; {USE_CPU}" if expected else "")

@@ -79,16 +79,11 @@ def process_group(
         heartbeat: whether a thread watches over the ranks; None = with NCCL, whose collectives do not raise.
 
     Raises:
-        ConfigError: the device is not to be had, or the ranks cannot share what there is.
+        ConfigError: the launcher's words make no sense, the device is not to be had, or the ranks cannot
+            share what there is.
         RankError: another rank did not come, or was lost or silent for longer than that.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not 0 <= rank < world_size:
-        raise ConfigError(
-            f"the launcher says RANK={rank}, WORLD_SIZE={world_size}; start with torchx or torchrun"
-        )
+    rank, world_size, local_rank, local_world_size = _places()
     voice.silent = rank > 0
     taken, told = _take(device, rank, local_rank, local_world_size)
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -119,6 +114,28 @@ def process_group(
     if beats is not None:
         beats.stop()
     dist.destroy_process_group()
+
+
+def _places() -> tuple[int, int, int, int]:
+    """Rank, world size, local rank and local world size, as the launcher says.
+
+    Raises:
+        ConfigError: they are no numbers, or do not fit together.
+    """
+    said = {
+        "RANK": os.environ.get("RANK", "0"),
+        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1"),
+    }
+    if all(text.isdecimal() for text in said.values()):
+        rank, world_size, local_rank, local_world_size = (int(text) for text in said.values())
+        # Launchers made by hand often leave the last one out.
+        local = local_rank < local_world_size or "LOCAL_WORLD_SIZE" not in os.environ
+        if rank < world_size and local_world_size <= world_size and local:
+            return rank, world_size, local_rank, local_world_size
+    words = ", ".join(f"{name}={text}" for name, text in said.items())
+    raise ConfigError(f"the launcher says {words}; start with torchx or torchrun")
 
 
 def _take(wanted: Wanted, rank: int, local_rank: int, local_world_size: int) -> tuple[torch.device, Told]:
@@ -189,8 +206,15 @@ def _store_of_this_start(rank: int, world_size: int, timeout: datetime.timedelta
     rank that reads them before its peer has written new ones dials a port where nobody listens, or waits for
     ever. So each rank says a random word, rank 0 repeats all words that it sees with its own first, each rank
     that finds its word there says so, and rank 0's word becomes the prefix once all have.
+
+    Raises:
+        ConfigError: the launcher does not say where that store is.
+        DistStoreError: a rank did not come.
     """
-    store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    try:
+        store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    except ValueError as error:
+        raise ConfigError(f"ranks cannot meet: {error}; start with torchx or torchrun") from error
     mine, end = os.urandom(8).hex(), time.monotonic() + timeout.total_seconds()
     store.set(f"word/{rank}", mine)
     heard: list[str] = []
