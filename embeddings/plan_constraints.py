@@ -178,5 +178,6 @@ def _too_wide(group: TableGroup, table: TableSpec) -> str:
     return (
         f"groups.{group.name}: feature {table.feature} has dim = {table.dim}, but lookups on a GPU (FBGEMM's "
         f"kernels) take rows of at most {WIDEST_ON_CUDA} numbers: make dim {WIDEST_ON_CUDA} or less, or cut "
-        f'the table by columns with plan.tables.{name}.sharding = ["column_wise"]'
+        f'the table by columns with plan.tables.{name}.sharding = ["column_wise"] (all of the group with '
+        f'groups.{group.name}.sharding = ["column_wise"])'
     )

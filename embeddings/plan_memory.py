@@ -11,6 +11,7 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstima
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import Shard, ShardingOption, Storage, Topology
 
+from embeddings.plan_task import Cluster
 from embeddings.tables import Table
 
 # TorchRec's rule for dense weights: themselves, Adam's two moments, and gradients in DDP's buckets.
@@ -80,12 +81,15 @@ class RankMemory:
         weights, optimizer: of its shards, in device memory (on a CPU: host memory).
         buffers: ids and vectors of a step, caches of unified memory; TorchRec's estimate.
         host: rows and state in host memory behind a device's.
+        host_weights, host_optimizer: of the shards there, which are part of `host`.
     """
 
     weights: int = 0
     optimizer: int = 0
     buffers: int = 0
     host: int = 0
+    host_weights: int = 0
+    host_optimizer: int = 0
 
     @property
     def total(self) -> int:
@@ -98,6 +102,8 @@ class RankMemory:
             self.optimizer + other.optimizer,
             self.buffers + other.buffers,
             self.host + other.host,
+            self.host_weights + other.host_weights,
+            self.host_optimizer + other.host_optimizer,
         )
 
 
@@ -115,7 +121,8 @@ def memory_of_ranks(
 def _shard_memory(table: Table, kernel: str, shard: Shard, device: str) -> RankMemory:
     weights, optimizer = table.weights(*shard.size), table.optimizer(*shard.size)
     if "uvm" in kernel and device == "cuda":
-        return RankMemory(buffers=shard.storage.hbm, host=shard.storage.ddr)
+        there = {"host_weights": weights, "host_optimizer": optimizer}
+        return RankMemory(buffers=shard.storage.hbm, host=shard.storage.ddr, **there)
     return RankMemory(weights, optimizer, memory_of(shard.storage, device) - weights - optimizer)
 
 
@@ -130,37 +137,47 @@ class Unplaced:
 
     Attributes:
         table: its name; total: bytes over all ranks.
-        shard: bytes of the largest shard, in the way that has the smallest such; sharding: that way.
+        shard: bytes of the largest shard, in the way that has the smallest such; sharding: that way. With
+            unified memory both count bytes of device and host memory.
+        missing: bytes that an empty rank lacks for its largest shard; 0 where that fits.
     """
 
     table: str
     total: int
     shard: int
     sharding: str
+    missing: int = 0
 
 
 def shortfall(
-    options: Iterable[ShardingOption], usable: int, world_size: int, device: str, certain: bool
+    options: Sequence[ShardingOption], usable: int, cluster: Cluster, certain: bool
 ) -> tuple[str, list[Unplaced]]:
     """Why no plan fits -> (one line with the bytes missing, each table's need, largest first).
 
     The line is empty where shards and sums fit and only `certain` reasons are asked for: whether they also
     pack, only the planner knows.
+
+    Args:
+        usable: bytes of a rank that tables may take, of the memory that bounds the plan.
     """
-    parts = _needs(options, device)
+    unified = cluster.device == "cuda" and any("uvm" in option.compute_kernel for option in options)
+    host = cluster.ddr if unified else 0
+    parts = _needs(options, cluster.device, usable, host)
     room = f"a rank has {gigabytes(usable)} for tables"
+    if unified:
+        room += f" and {gigabytes(host)} of host memory (--ddr) for those behind it"
     mending = "use more ranks, narrower tables or other sharding types; `tandemrec plan` tries them"
-    total, widest = sum(part.total for part in parts), max(parts, key=lambda part: part.shard)
-    if widest.shard > usable:
+    total, widest = sum(part.total for part in parts), max(parts, key=lambda part: (part.missing, part.shard))
+    if widest.missing:
         problem = (
             f"table {widest.table} does not fit: its largest {widest.sharding} shard takes "
-            f"{gigabytes(widest.shard)}, {room}, {gigabytes(widest.shard - usable)} missing"
+            f"{gigabytes(widest.shard)}, {room}, {gigabytes(widest.missing)} missing"
         )
-    elif total > world_size * usable:
+    elif total > cluster.world_size * (usable + host):
         problem = (
             f"the tables do not fit: together they take {gigabytes(total)}, {room}, "
-            f"{gigabytes(total / world_size - usable)} missing on each (largest: {parts[0].table}, "
-            f"{gigabytes(parts[0].total)})"
+            f"{gigabytes(total / cluster.world_size - usable - host)} missing on each (largest: "
+            f"{parts[0].table}, {gigabytes(parts[0].total)})"
         )
     elif certain:
         return "", parts
@@ -172,15 +189,20 @@ def shortfall(
     return f"{problem}; {mending}", parts
 
 
-def _needs(options: Iterable[ShardingOption], device: str) -> list[Unplaced]:
-    ways: dict[str, list[tuple[int, int, str]]] = {}
+def _needs(options: Iterable[ShardingOption], device: str, usable: int, host: int) -> list[Unplaced]:
+    ways: dict[str, list[tuple[int, int, int, str]]] = {}
     for option in options:
-        sizes = [memory_of(shard.storage, device) for shard in option.shards]
-        ways.setdefault(option.name, []).append((max(sizes), sum(sizes), option.sharding_type))
+        sizes, missing = [], 0
+        for shard in option.shards:
+            bound = memory_of(shard.storage, device)
+            behind = int(shard.storage.ddr) if host else 0
+            sizes.append(bound + behind)
+            missing = max(missing, bound - usable, behind - host)
+        ways.setdefault(option.name, []).append((missing, max(sizes), sum(sizes), option.sharding_type))
     parts = []
     for table, found in ways.items():
-        shard, _, sharding = min(found)
-        parts.append(Unplaced(table, min(total for _, total, _ in found), shard, sharding))
+        missing, shard, _, sharding = min(found)
+        parts.append(Unplaced(table, min(total for *_, total, _ in found), shard, sharding, missing))
     return sorted(parts, key=lambda part: -part.total)
 
 

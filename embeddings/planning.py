@@ -190,7 +190,7 @@ def _topology(cluster: Cluster) -> Topology:
 def _check_room(task: Task, options: list[ShardingOption], usable: int, certain: bool) -> None:
     """Raise what does not fit; only what no arrangement could make fit if `certain`."""
     cluster = task.cluster
-    message, parts = shortfall(options, usable, cluster.world_size, cluster.device, certain)
+    message, parts = shortfall(options, usable, cluster, certain)
     if message:
         raise DoesNotFit(f"{_where(cluster)}: {message}", parts)
 

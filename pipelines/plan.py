@@ -17,11 +17,12 @@ from embeddings.planning import DoesNotFit, offline_plan, saved_plan
 from pipelines.console import quiet_third_parties
 from pipelines.plan_remedies import remedies
 from pipelines.plan_report import Report, need_lines, report_lines
-from trainer.assemble import build_trainable, plan_task
+from trainer.assemble import build_trainable, fit_caches, plan_task
 from trainer.config import Config, load_config
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.device import Wanted
 from trainer.durable import write_text
+from trainer.model.two_stage import TwoStageModel
 from trainer.workload import StepSize, lookups, step_size
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -68,6 +69,10 @@ def plan(config: Path, overrides: Sequence[str], question: Question) -> None:
         tried = remedies(settings, cluster, problem.parts, lambda c, k: _task(c, manifest, k, size))
         print("\n".join(tried), flush=True)
         raise
+    # As training will have it, which refuses caches that cannot be filled ahead.
+    ahead = settings.train.pipeline == "prefetch"
+    assert isinstance(task.model, TwoStageModel)
+    saved, _ = fit_caches(saved_plan(task, found.plan), ahead, task.model)
     asked = {
         lookup: lookups(settings, {g.name: g for g in task.groups}, manifest, size, lookup, cluster.device)
         for lookup in ("full", "selected")
@@ -75,7 +80,7 @@ def plan(config: Path, overrides: Sequence[str], question: Question) -> None:
     report = Report(found, task, size, asked, settings.model.lookup)
     print("\n".join(report_lines(report)))
     if question.out is not None:
-        write_text(question.out, json.dumps(to_tree(saved_plan(task, found.plan)), indent=1))
+        write_text(question.out, json.dumps(to_tree(saved), indent=1))
         print(f"plan written to {question.out}; train with `tandemrec train --plan {question.out}`")
 
 

@@ -34,6 +34,7 @@ def remedies(config: Config, cluster: Cluster, parts: Sequence[Unplaced], build:
         _narrower(config, cluster, table),
         _ranks(config, cluster),
         _memory(config, cluster),
+        _host_memory(config, cluster),
         _unified(config, cluster),
     ):
         for _, (name, changed, larger) in zip(range(_TRIES), attempts, strict=False):
@@ -93,6 +94,15 @@ def _memory(config: Config, cluster: Cluster) -> Iterator[Attempt]:
         else:
             node = size * cluster.local_world_size // _GIGABYTE
             yield f"--ddr {node}GB", config, replace(cluster, ddr=size)
+
+
+def _host_memory(config: Config, cluster: Cluster) -> Iterator[Attempt]:
+    """More of it behind the devices, where that is allowed."""
+    if cluster.device == "cuda" and config.plan.allow_unified_memory:
+        for times in (1.1, 1.25, 1.5, 2, 3, 4):
+            node = -(-int(cluster.ddr * times) * cluster.local_world_size // _GIGABYTE)
+            larger = replace(cluster, ddr=node * _GIGABYTE // cluster.local_world_size)
+            yield f"--ddr {node}GB", config, larger
 
 
 def _unified(config: Config, cluster: Cluster) -> Iterator[Attempt]:

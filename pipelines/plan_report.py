@@ -11,6 +11,7 @@ from torchrec.distributed.planner.types import ShardingOption
 
 from embeddings.bandwidths import TORCHREC
 from embeddings.exchange import Lookup, ShardedTable, Traffic, traffic
+from embeddings.plan_constraints import rounding_of
 from embeddings.plan_memory import RankMemory, Unplaced, gigabytes, memory_of_ranks
 from embeddings.plan_task import Cluster, Task
 from embeddings.planning import Found
@@ -80,12 +81,13 @@ def waste_lines(report: Report) -> list[str]:
 
 def need_lines(parts: Sequence[Unplaced], cluster: Cluster) -> list[str]:
     """What each table needs where no plan was found."""
-    head = ("table", "all ranks", "best sharding", "its largest shard", "a rank has")
-    rows = [
-        (p.table, gigabytes(p.total), p.sharding, gigabytes(p.shard), gigabytes(cluster.memory))
-        for p in parts
-    ]
-    return ["no plan fits", *table_lines(head, rows)]
+    head = ("table", "all ranks", "best sharding", "its largest shard", "too much")
+    rows = [(p.table, gigabytes(p.total), p.sharding, gigabytes(p.shard), _or_dash(p.missing)) for p in parts]
+    return [f"no plan fits ranks of {gigabytes(cluster.memory)}", *table_lines(head, rows)]
+
+
+def _or_dash(size: int) -> str:
+    return gigabytes(size) if size else "-"
 
 
 def _head(report: Report) -> list[str]:
@@ -98,9 +100,17 @@ def _head(report: Report) -> list[str]:
         f"{cluster.local_world_size}",
         f"memory of a rank: {gigabytes(cluster.memory)} {kind}, {gigabytes(found.usable)} of it for tables "
         f"({reserve:.0%} and the dense weights stay free)",
+        *_behind(report),
         f"a step: {size.candidates:,} candidates of {size.requests:,} requests, {size.behaviors:,} behaviors "
         f"({size.source}); lookup = {report.lookup}",
     ]
+
+
+def _behind(report: Report) -> list[str]:
+    """What the planner may fill besides."""
+    if report.cluster.device == "cpu" or not report.task.rules.allow_unified_memory:
+        return []
+    return [f"host memory of a rank: {gigabytes(report.cluster.ddr)}, for tables behind the device's"]
 
 
 def _placed(report: Report) -> list[str]:
@@ -115,7 +125,14 @@ def _placed(report: Report) -> list[str]:
              option.sharding_type, option.compute_kernel, height, spans(ranks))
         )  # fmt: skip
     head = ("table", "rows", "dim", "weights", "sharding", "kernel", "rows a rank", "ranks")
-    return table_lines(head, rows)
+    return [*table_lines(head, rows), *_halves(report)]
+
+
+def _halves(report: Report) -> list[str]:
+    """Which groups have rows of half precision, and how updates of these are rounded."""
+    device, halves = report.cluster.device, [group for group in report.task.groups if group.dtype == "fp16"]
+    rounded = {True: "stochastically", False: "to nearest", None: "to nearest"}
+    return [f"rows of {g.name} are fp16, rounded {rounded[rounding_of(g, device)]}" for g in halves]
 
 
 def _memory(report: Report) -> list[str]:
@@ -130,9 +147,14 @@ def _memory(report: Report) -> list[str]:
     what = "device memory" if cluster.device == "cuda" else "memory"
     head = ("ranks", "weights", "optimizer", "buffers", f"in {what}", "in host memory", "share")
     total = sum(held, RankMemory())
+    behind = (
+        f"in host memory: weights {gigabytes(total.host_weights)}, optimizer state "
+        f"{gigabytes(total.host_optimizer)}; their caches are among the buffers"
+    )
     return [
         *table_lines(head, [(spans(ranks), *cells) for cells, ranks in alike.items()]),
         f"all ranks: weights {gigabytes(total.weights)}, optimizer state {gigabytes(total.optimizer)}",
+        *([behind] if total.host else []),
         f"largest rank over mean: memory {_imbalance([memory.total + memory.host for memory in held])}, "
         f"estimated work {_imbalance(_work(report))}",
     ]
@@ -176,7 +198,7 @@ def _time(report: Report) -> list[str]:
         f"TorchRec's estimate of the lookups' time in a step: {path.total():.2f} ms (communication "
         f"{path.comms_estimate:.2f}, computation {path.comp_estimate:.2f});",
         f"it assumes {_assumed(report.cluster)}",
-        "and was not checked against any machine",
+        "; ".join(["and was not checked against any machine", *_advice(report.cluster)]),
     ]
 
 
@@ -193,6 +215,16 @@ def _assumed(cluster: Cluster) -> str:
         f"{numbers['hbm']} GB/s of device memory, {numbers['host']} to host memory, {numbers['intra']} "
         f"in a node, {numbers['inter']} between nodes{marked}"
     )
+
+
+def _advice(cluster: Cluster) -> list[str]:
+    """How to say what nobody has said of the cluster."""
+    if cluster.device == "cpu":
+        return []
+    unsaid = [name for name, number in cluster.bandwidths.items().items() if number is None]
+    if unsaid == ["inter"]:
+        return [] if cluster.world_size == cluster.local_world_size else ["set plan.inter_gb_per_s for yours"]
+    return ["set plan.gpu and plan.inter_gb_per_s for yours"] if unsaid else []
 
 
 def _work(report: Report) -> list[float]:

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.gpu import runner
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.catalogue import STEPS, Step, chosen
 from benchmarks.gpu.check import Answer, Check, answer
 from benchmarks.gpu.needs import needed, pins
@@ -22,6 +24,7 @@ from benchmarks.gpu.report import name_of, table, write_page
 from benchmarks.gpu.shrink import entries, fat_binaries, keep_one
 from tests.gpu_steps import Lines, checked
 
+NO_KERNEL = "ValueError: no such kernel"
 # Python 3.12 warns of every fork beside threads; these children only wait or end.
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -90,11 +93,11 @@ def test_a_step_that_hangs_dies_or_fails_costs_no_other_step_anything(
     assert about["run"]["command"] == "python -m benchmarks.gpu right" and about["run"]["dry"]
     by_step = {line["step"]: line for line in lines}
     assert list(by_step) == list(BEHAVIORS) and bad == len(BEHAVIORS) - 1
-    assert by_step["hangs"]["error"] == "stopped after 1 s"
+    assert by_step["hangs"]["error"] == "stopped after 1 s, its limit"
     # What it had found until then is not lost.
     assert by_step["hangs"]["rows"] == [{"way": "first", "ms": 1.0}]
     assert by_step["dies"]["error"] == f"ended by signal {int(signal.SIGKILL)}"
-    assert by_step["fails"]["error"] == "ValueError: no such kernel"
+    assert by_step["fails"]["error"] == NO_KERNEL
     assert "no\nsuch kernel" in (check.out / "log.txt").read_text()
     assert by_step["differs"]["ok"] and by_step["differs"]["different"] == ["a"]
     assert by_step["answers"]["rows"] == [{"way": "answers"}]
@@ -108,7 +111,39 @@ def test_a_step_that_hangs_dies_or_fails_costs_no_other_step_anything(
 def test_steps_beyond_the_budget_are_not_begun(check: Check) -> None:
     assert runner.run(check, ["answers"], 4.0, []) == 1
     line = json.loads((check.out / "results.jsonl").read_text().splitlines()[-1])
-    assert line == {"step": "answers", "ok": False, "seconds": 0.0, "error": "no time was left"}
+    assert not line["ok"] and line["error"] == "not begun: the budget of 4 s is spent"
+
+
+@FORKS
+def test_a_step_that_the_budget_ends_and_one_without_its_files_say_so(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STEPS, "hangs", Made("hangs", 30.0, "right"))
+    monkeypatch.setitem(STEPS, "fails", Made("fails", 30.0, "right", after=("answers", "dies")))
+    runner.run(check, ["answers", "fails"], 60, [])
+    runner.run(check, ["fails", "hangs"], 6.0, [])
+    lines = [json.loads(line) for line in (check.out / "results.jsonl").read_text().splitlines()]
+    *failed, hung = [line for line in lines if line.get("step") in ("fails", "hangs")]
+    # What an earlier run into the same folders has left counts.
+    assert [line["error"] for line in failed] == [
+        "ValueError: no such kernel; it reads what dies would leave"
+    ] * 2
+    assert hung["error"].endswith(" s, where the budget ended")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_checked_but_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--out", str(tmp_path / "out"), "forms"])
+    assert ended.value.code == 2 and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    assert "there is no GPU to check: " in said and "--dry runs the same steps on a CPU, tiny" in said
+
+
+def test_a_folder_without_results_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path)])
+    assert f"{tmp_path} has no results.jsonl" in capsys.readouterr().err
 
 
 @FORKS
@@ -194,6 +229,25 @@ def test_a_dry_page_stays_where_it_is_and_says_so(tmp_path: Path) -> None:
     assert path == tmp_path / "out" / "RESULTS-dry.md"
     assert "no number here is a measurement" in path.read_text()
     assert "abc1234 (with changes that are not committed)" in path.read_text()
+
+
+def test_a_page_keeps_answers_of_other_runs_apart(tmp_path: Path) -> None:
+    line = {"ok": True, "seconds": 1.0, "different": [], "rows": [], "facts": {}}
+    write_results(
+        tmp_path / "out",
+        {"run": {**RUN, "commit": "0ld"}},
+        {"step": "guard", **line},
+        {"step": "forms", **line},
+        {"run": RUN},
+        {"step": "forms", **line},
+        {"run": {**RUN, "dry": True, "device": "cpu"}},
+        {"step": "saves", **line},
+    )
+    path = write_page(tmp_path / "out", tmp_path)
+    assert path.name == "RESULTS-nvidia-h100-80gb-hbm3.md"
+    text = path.read_text()
+    assert "| guard | ok | 1.0 | (of 0ld) |\n" in text and "| forms | ok | 1.0 |  |\n" in text
+    assert "saves" not in text
 
 
 def test_names_and_empty_tables() -> None:

@@ -173,7 +173,7 @@ def build_sharded(
     else:
         plan, origin = _plan(config, task, resumed)
     if training:
-        plan, line = _fit_caches(plan, config.train.pipeline == "prefetch", model)
+        plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
         origin = "\n".join(filter(None, (origin, line)))
     sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, task.comms)
     return Sharded(sharded, groups, placements(plan, groups.values()), plan, origin)
@@ -198,13 +198,16 @@ def _plan(config: Config, task: Task, resumed: Found | None) -> tuple[SavedPlan,
     return kept, f"tables lie as in {where}"
 
 
-def _fit_caches(saved: SavedPlan, ahead: bool, model: TwoStageModel) -> tuple[SavedPlan, str]:
+def fit_caches(saved: SavedPlan, ahead: bool, model: TwoStageModel) -> tuple[SavedPlan, str]:
     """The plan with caches that are filled ahead, or with none of these, and a line where that is a change.
 
     A plan file or checkpoint may have been made for a run with another `train.pipeline`.
 
     Args:
         ahead: `train.pipeline` fills the caches of whatever is looked up before the search.
+
+    Raises:
+        ConfigError: such a cache keeps other rows than the last used.
     """
     modules = [f"collections.{group}" for group in model.collections if group not in model.late]
     plan, changed = with_prefetch(saved.plan, modules if ahead else [])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -27,6 +28,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# What pydantic adds to the place of a value that may have one of several forms.
+_FORM = re.compile(r"constrained-\w+|(dict|list|tuple|set)\[.*\]")
 SettingsType = TypeVar("SettingsType", bound=Settings)
 # Verb -> sections that its config alone has, and what to ask for.
 _VERBS: dict[str, tuple[set[str], str]] = {
@@ -116,7 +119,13 @@ def _meets(key: Sequence[str], place: Sequence[str]) -> bool:
 
 
 def _problems(error: ValidationError) -> list[dict[str, Any]]:
-    return [dict(problem) for problem in error.errors()]
+    """One for each place: of the forms that a value may have, the one that it comes nearest to."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for raw in error.errors():
+        place = tuple(part for part in raw["loc"] if not _FORM.fullmatch(str(part)))
+        if place not in found or (found[place]["type"].endswith("_type") > raw["type"].endswith("_type")):
+            found[place] = {**raw, "loc": place}
+    return list(found.values())
 
 
 def _explained(model: type[BaseModel], problems: Sequence[dict[str, Any]], told: set[str]) -> str:

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu [--dry] [--budget S] [--out DIR] [STEP...]`, and `... report OUT`. See
-docs/gpu.md.
+"""The check of a GPU, step by step; `python -m benchmarks.gpu report OUT` makes a page of its results. All of
+it is told in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.catalogue import chosen
-from benchmarks.gpu.check import ROOT, Check
+from benchmarks.gpu.check import ROOT, Check, no_gpu
 from benchmarks.gpu.report import write_page
 from benchmarks.gpu.runner import answer_of, run
 
@@ -20,7 +20,10 @@ def _report(words: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, help="the folder with results.jsonl")
     parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "gpu", help="where the page goes")
     given = parser.parse_args(words)
-    print(write_page(given.out, given.to))
+    try:
+        print(write_page(given.out, given.to))
+    except FileNotFoundError:
+        parser.error(f"{given.out} has no results.jsonl: give the folder that the check wrote (--out)")
     return 0
 
 
@@ -29,17 +32,22 @@ def _check(words: Sequence[str]) -> int:
     parser.add_argument("steps", nargs="*", metavar="STEP", help="names, or right, or speed; none: all")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument(
-        "--budget", type=float, default=1200, metavar="S", help="seconds of all steps together"
+        "--budget", type=float, default=1200, metavar="S", help="seconds of all steps together (1200)"
     )
-    parser.add_argument("--out", type=Path, help="where results go; runs/gpu, or runs/gpu-dry")
-    parser.add_argument("--work", type=Path, help="where runs and logs go; the same with -work at its end")
-    parser.add_argument("--log", type=Path, help="a sequence log of Complete Journey for the step demo")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go; runs/gpu, or runs/gpu-dry")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where runs and logs go; OUT-work")
+    parser.add_argument(
+        "--log", type=Path, metavar="DIR", help="a log of Complete Journey, for the step demo"
+    )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(words)
     try:
         names = chosen(given.steps)
     except ValueError as error:
         parser.error(str(error))
+    if not (given.dry or given.one) and (why := no_gpu()):
+        # A CPU beside a CPU would be found equal, and be taken for an answer.
+        parser.error(f"there is no GPU to check: {why}; --dry runs the same steps on a CPU, tiny")
     # Apart, since a dry run's logs and results must not be taken for others.
     out = given.out or Path("runs/gpu-dry" if given.dry else "runs/gpu")
     check = Check(given.dry, out, given.work or out.with_name(f"{out.name}-work"), given.log)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from trainer.device import observe, obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 # JSON of a step: `rows` (a table), `different` (names of what is wrong), `facts`, or `skipped` with a reason.
@@ -55,6 +58,17 @@ class Check:
         part = self.answer_file.with_suffix(".part")
         part.write_text(json.dumps(found, default=str), encoding="utf-8")
         part.replace(self.answer_file)
+
+
+def no_gpu() -> str:
+    """Why there is no GPU to check, and what to do about it; empty where torch sees one.
+
+    Where there is one this starts no driver, which no fork of this process could use any more.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if torch.cuda.is_available():
+        return ""
+    return "; ".join(obstacle(observe()) or ("CUDA sees no GPU", "look at `nvidia-smi`"))
 
 
 def answer(rows: Sequence[Row] = (), different: Sequence[str] = (), **facts: Any) -> Answer:

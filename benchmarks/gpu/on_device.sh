@@ -4,11 +4,13 @@
 #   bash .gpu/on_device.sh [--budget S] [--dry] [STEP...]
 #
 # The packages are unpacked once into SITE (default: ~/.tandemrec-gpu), beside those that are there already.
-# Results, logs and the page go to OUT (default: runs/gpu), what steps share to WORK (default: OUT-work).
+# Results, logs and the page go to OUT (default: runs/gpu; runs/gpu-dry with --dry), what steps share to WORK
+# (default: OUT-work).
 # PYTHON names the interpreter.
 set -uo pipefail
 gpu=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-SITE=${SITE:-$HOME/.tandemrec-gpu} OUT=${OUT:-runs/gpu} PYTHON=${PYTHON:-python3}
+case " $* " in *" --dry "*) default=runs/gpu-dry ;; *) default=runs/gpu ;; esac
+SITE=${SITE:-$HOME/.tandemrec-gpu} OUT=${OUT:-$default} PYTHON=${PYTHON:-python3}
 began=$(date +%s)
 mkdir -p "$OUT"
 
@@ -49,5 +51,5 @@ words=(--out "$OUT" ${WORK:+--work "$WORK"})
 [ -d .gpu-log ] && words+=(--log .gpu-log)
 "$PYTHON" -m benchmarks.gpu "${words[@]}" "$@"
 code=$?
-"$PYTHON" -m benchmarks.gpu report "$OUT" --to "$OUT"
+[ $code -eq 2 ] || "$PYTHON" -m benchmarks.gpu report "$OUT" --to "$OUT"
 exit $code

@@ -18,15 +18,36 @@ def write_page(out: Path, to: Path) -> Path:
     """Write the page about `<out>/results.jsonl` into a folder; -> the page.
 
     Of a step that was run several times the newest line counts. A dry run measures nothing: its page stays
-    in `out`.
+    in `out`, and beside a real run in the same folder it is left out.
+
+    Raises:
+        FileNotFoundError: the folder has no results.
     """
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    runs = [line["run"] for line in lines if "run" in line]
-    steps = {line["step"]: line for line in lines if "step" in line}
-    dry = any(run["dry"] for run in runs)
+    told = _by_run((out / "results.jsonl").read_text(encoding="utf-8"))
+    dry = all(run["dry"] for run, _ in told)
+    told = [(run, lines) for run, lines in told if run["dry"] == dry]
+    runs = [run for run, _ in told]
+    steps = {line["step"]: {**line, **_elsewhere(run, runs[-1])} for run, lines in told for line in lines}
     path = (out if dry else to) / f"RESULTS-{'dry' if dry else name_of(runs[-1]['device'])}.md"
     path.write_text("\n".join(page(runs, steps)) + "\n", encoding="utf-8")
     return path
+
+
+def _by_run(text: str) -> list[tuple[Line, list[Line]]]:
+    """What each run says of itself, and the lines of its steps."""
+    told: list[tuple[Line, list[Line]]] = []
+    for line in map(json.loads, text.splitlines()):
+        if "run" in line:
+            told.append((line["run"], []))
+        else:
+            told[-1][1].append(line)
+    return told
+
+
+def _elsewhere(run: Line, newest: Line) -> Line:
+    """Of which commit or device an answer is, where the page's head names another."""
+    differ = [str(run[key]) for key in ("commit", "device") if run[key] != newest[key]]
+    return {"of": ", ".join(differ)} if differ else {}
 
 
 def name_of(device: str) -> str:
@@ -78,7 +99,8 @@ def _state(line: Line) -> str:
 
 def _found(line: Line) -> str:
     found = line.get("skipped") or line.get("error") or ", ".join(line.get("different", []))
-    return _cell(found) if found else ""
+    older = f"(of {line['of']}) " if "of" in line else ""
+    return _cell(f"{older}{found or ''}".strip())
 
 
 def _section(name: str, line: Line) -> list[str]:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,12 +49,14 @@ def run(check: Check, names: Sequence[str], budget_s: float, command: Sequence[s
         folder.mkdir(parents=True, exist_ok=True)
     _preload(names)
     forks, failed, differ = True, 0, 0
+    done = _ended(check.out / "results.jsonl")
     with (check.out / "results.jsonl").open("a") as results:
         _write(results, {"run": about(check, command)})
         for name in names:
             left = budget_s - (time.monotonic() - began)
             if left < _LEAST_S:
-                line: Line = {"step": name, "ok": False, "seconds": 0.0, "error": "no time was left"}
+                spent = f"not begun: the budget of {budget_s:.0f} s is spent"
+                line: Line = {"step": name, "ok": False, "seconds": 0.0, "error": spent}
             else:
                 limit = min(STEPS[name].limit_s, left)
                 line = one(check, name, limit, forks and not STEPS[name].fresh)
@@ -61,6 +64,10 @@ def run(check: Check, names: Sequence[str], budget_s: float, command: Sequence[s
                     # Something that was imported has started the driver after all.
                     forks = False
                     line = one(check, name, min(limit, left), False)
+            if line["ok"]:
+                done.add(name)
+            elif missing := [other for other in STEPS[name].after if other not in done]:
+                line["error"] = f"{line.get('error', '')}; it reads what {' and '.join(missing)} would leave"
             failed += not line["ok"]
             differ += bool(line["ok"] and line.get("different"))
             _write(results, line)
@@ -68,6 +75,15 @@ def run(check: Check, names: Sequence[str], budget_s: float, command: Sequence[s
     ended = f"{len(names) - failed} of {len(names)} steps ended, {differ} of them found something different"
     print(f"{ended}; {time.monotonic() - began:.0f} s", flush=True)
     return failed + differ
+
+
+def _ended(results: Path) -> set[str]:
+    """The steps that an earlier run into the same folder brought to their end."""
+    if not results.exists():
+        return set()
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    newest = {line["step"]: line["ok"] for line in lines if "step" in line}
+    return {name for name, ok in newest.items() if ok}
 
 
 def one(check: Check, name: str, limit_s: float, fork: bool) -> Line:
@@ -81,7 +97,8 @@ def one(check: Check, name: str, limit_s: float, fork: bool) -> Line:
     status = _wait(child, started + limit_s)
     line: Line = {"step": name, "ok": status == 0, "seconds": round(time.monotonic() - started, 2)}
     if status is None:
-        line["error"] = f"stopped after {limit_s:.0f} s"
+        of = "its limit" if limit_s >= STEPS[name].limit_s else "where the budget ended"
+        line["error"] = f"stopped after {limit_s:.0f} s, {of}"
     elif os.WIFSIGNALED(status):
         line["error"] = f"ended by signal {os.WTERMSIG(status)}"
     if answer.exists():
