@@ -23,6 +23,7 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ShardingPlan
 
 from embeddings.agreement import from_rank_0
+from embeddings.bandwidths import TORCHREC
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.plan_constraints import check_rules, constraints_of
@@ -171,6 +172,9 @@ def _plan_within(task: Task, constraints: dict[str, ParameterConstraints]) -> Fo
 def _topology(cluster: Cluster) -> Topology:
     # TorchRec says once a process that it made one.
     logging.getLogger("torchrec").setLevel(logging.ERROR)
+    gpus = cluster.device == "cuda"
+    # Of GPUs all are named, and of CPUs none: releases of TorchRec differ in what they make of the others.
+    bandwidths = cluster.bandwidths.over(TORCHREC).for_torchrec() if gpus else {}
     return TopologyFactory.create_topology(
         TrainerConfig(
             world_size=cluster.world_size,
@@ -178,11 +182,11 @@ def _topology(cluster: Cluster) -> Topology:
             hbm_cap_bytes=cluster.hbm,
             ddr_cap_bytes=cluster.ddr,
         ),
-        hardware_config=HardwareConfig(**cluster.bandwidths.for_torchrec()),
+        hardware_config=HardwareConfig(**bandwidths),
         kernel_config=KernelConfig(
             compute_device=cluster.device,
             # Otherwise the bandwidths are left aside.
-            use_hardware_based_bandwidth=cluster.device == "cuda",
+            use_hardware_based_bandwidth=gpus,
         ),
     )
 
