@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import trainer.pipeline
 from embeddings.errors import RankError
+from trainer.distributed import process_group
 from trainer.pipeline import Pipeline
 
 LOST = RankError("rank 0, after step 2: waited in vain for rank 1")
@@ -29,6 +30,11 @@ class Inner:
         if self._error is not None and self._steps == 3:
             raise self._error
         return next(batches)
+
+    def detach(self) -> None:
+        if self._error is not None:
+            # As TorchRec does where the first exchange of ids has failed.
+            raise AssertionError("Number of KJT dists (2) does not match number of kjt dist forwards (0)")
 
     def __getattr__(self, name: str) -> Any:
         return lambda: None
@@ -61,6 +67,24 @@ def test_the_last_step_is_looked_at_before_anything_is_made_of_it(monkeypatch: p
     assert asked(monkeypatch) == ["settle", "forget"]
     assert asked(monkeypatch, outside=ValueError("of a metric")) == ["settle", "forget"]
     assert asked(monkeypatch, inside=ValueError("of a batch")) == ["forget"]
+
+
+def test_what_went_wrong_is_said_and_not_what_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`asked` lets the errors through that it is given, and no other."""
+    assert asked(monkeypatch, inside=ValueError("of the exchange")) == ["forget"]
+
+
+def test_a_group_that_cannot_be_left_is_not_what_a_run_failed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = dist.destroy_process_group
+
+    def broken() -> None:
+        leave()
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(dist, "destroy_process_group", broken)
+    with pytest.raises(ValueError, match="the cause"), process_group(device="cpu"):
+        raise ValueError("the cause")
+    assert not dist.is_initialized()
 
 
 def test_nobody_waits_for_a_device_that_waits_for_a_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -168,12 +168,23 @@ class Pipeline:
         """
         self._ahead.clear()
         if self.kind != "none":
-            self._inner.detach()
+            detach(self._inner)
             self._inner.reset()
             if self.kind == "prefetch" and not lost:
                 forget_prefetched(self._model)
             # With nothing in flight this only has the next batch traced anew.
             self._inner.attach()
+
+
+def detach(pipeline: Any) -> None:
+    """Give the model that one of TorchRec's pipelines has taken its own forward pass back.
+
+    Where the first exchange of ids has failed, TorchRec 1.8 has taken the forward passes but not yet what
+    exchanges the ids, gives the former back, and then says that these are unequally many
+    (`_pipeline_detach_model` in train_pipeline/utils.py), in the place of what went wrong.
+    """
+    with suppress(AssertionError):
+        pipeline.detach()
 
 
 def _tells_of_the_lost(error: BaseException | None) -> bool:
