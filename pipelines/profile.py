@@ -22,7 +22,8 @@ from trainer.durable import write_text
 # Steps before the first that counts: buffers, kernels' first calls and the reader's start are in them.
 WARM, STEPS = 10, 20
 _OTHER = "other"
-# First match wins: ranges that trainer.step, trainer.pipeline, TorchRec and this module name.
+# First match wins: ranges that trainer.step, trainer.pipeline, TorchRec and this module name. TorchRec's
+# `sparse_dist` numbers its batches: `## forward 12 ##`.
 _PHASES = (
     (r"(c10d::|gloo:|nccl:|## (all2all|variable_batch_all2all|reduce_scatter|all_gather|All))", "exchange"),
     (r"\[(input_dist|output_dist)[a-z_]*\]_", "exchange"),
@@ -31,15 +32,19 @@ _PHASES = (
     (r"tandemrec branches", "search"),
     (r"tandemrec (pooling|auxiliary)", "sequence model"),
     (r"tandemrec head", "head"),
+    (r"## (start|wait)_sparse_data_dist\b", "exchange"),
+    (r"## sharded_module_prefetch\b", "caches filled ahead"),
     (r"## read ##", "read"),
     (
-        r"## (copy_batch_to_gpu|inplace_copy_batch_to_gpu|wait_for_batch|zero_grad|forward) ##",
+        r"## (copy_batch_to_gpu|inplace_copy_batch_to_gpu|wait_for_batch|zero_grad|forward)( \d+)? ##",
         "forward, rest",
     ),
-    (r"## (backward) ##", "backward, dense"),
+    (r"## backward( \d+)? ##", "backward, dense"),
     (r"## check ##", "check of gradients"),
     (r"## tables ##", "backward and update of tables"),
-    (r"## optimizer ##", "optimizer, dense"),
+    (r"## optimizer( \d+)? ##", "optimizer, dense"),
+    # On a device they run in autograd's thread, outside of all ranges; so does the rest of a backward pass.
+    (r"autograd::engine.*SplitLookup", "backward and update of tables"),
 )
 _RANGES = [(re.compile(pattern), phase) for pattern, phase in _PHASES]
 _MODULES = re.compile(r"branches|pooling|auxiliary|head|collections\.\w+")

@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,6 +197,17 @@ def test_ranks_that_will_not_work_together_stay_until_all_know(monkeypatch: pyte
     for thread in threads:
         thread.join()
     assert sorted(heard) == [(0, True), (1, True)]
+
+
+def test_a_gpu_is_told_from_others_by_its_bus_or_else_by_its_own_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    numbers = {"pci_domain_id": 0, "pci_bus_id": 0x1A, "pci_device_id": 2, "uuid": "GPU-7"}
+    for known, place in ((numbers, "0000:1a:02"), ({"uuid": "GPU-7", "pci_bus_id": 0x1A}, "GPU-7")):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, known=known: SimpleNamespace(**known)
+        )
+        assert device.gpu_place(0).endswith(f" {place}")
 
 
 def test_asked_for_the_cpu_nothing_looks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,11 @@ def gpu_place(index: int) -> str:
     found: Any = torch.cuda.get_device_properties(index)
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
-    return f"{host} {found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}"
+    # Torch's stubs do not promise these.
+    bus = [getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in bus:
+        return f"{host} {found.uuid}"
+    return f"{host} {bus[0]:04x}:{bus[1]:02x}:{bus[2]:02x}"
 
 
 def installed(distribution: str) -> str | None:

@@ -190,8 +190,10 @@ def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float) -> Heartbeat:
 def _leave_after_a_failure(ranks: Ranks) -> None:
     """This rank has failed, and the others may be in a collective that it will never join."""
     if ranks.heartbeat is None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        # What a broken device has to say to that is not what the run failed for.
+        with suppress(Exception):
+            if dist.is_initialized():
+                dist.destroy_process_group()
         return
     # NCCL would wait for its collectives; it goes with the process.
     ranks.heartbeat.stop(well=False)

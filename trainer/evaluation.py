@@ -20,6 +20,7 @@ from trainer.distributed import gather_rows
 from trainer.host_copy import Unloading
 from trainer.metrics import Metrics
 from trainer.model.windows import places_in_groups
+from trainer.pipeline import detach
 from trainer.scored import KEYS, Scored
 
 # Batches whose scores are on their way to the host at a time.
@@ -101,7 +102,7 @@ def _pipelined(model: nn.Module, steps: Iterable[Step], device: torch.device) ->
                 return
             yield ahead.popleft(), batch, score
     finally:
-        pipeline.detach()
+        detach(pipeline)
 
 
 def shared_metrics(scored: Scored) -> dict[str, Metrics]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -24,9 +24,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
 from embeddings.caches import fills_caches, forget_prefetched
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, RankError
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
+from trainer.distributed import tells_of_a_lost_rank
 from trainer.step import TrainStep
 
 Forward = Callable[[RequestBatch], tuple[Tensor, Tensor]]
@@ -96,9 +97,9 @@ class Pipeline:
 
         Raises:
             DataError: a step is not finite, see `TrainStep.step`. Where the guard reads late, also once the
-                steps are over or the consumer stops.
+                steps are over or the consumer stops, unless that is because a rank is lost.
         """
-        ordered = iter(steps)
+        ordered, lost = iter(steps), False
         try:
             trained = True
             while trained:
@@ -112,11 +113,15 @@ class Pipeline:
                     trained = True
                     yield self._ahead.popleft(), loss
             self._step.settle()
-        except GeneratorExit:
-            self._step.settle()
+        except BaseException as error:
+            stopped = isinstance(error, GeneratorExit)
+            # Python keeps there what the consumer stops for.
+            lost = _tells_of_the_lost(error.__context__ if stopped else error)
+            if stopped and not lost:
+                self._step.settle()
             raise
         finally:
-            self._finish()
+            self._finish(lost)
 
     def settle(self) -> None:
         """Raise DataError where the last step was not finite and that was not said yet; see `TrainStep`."""
@@ -155,16 +160,35 @@ class Pipeline:
         self._step.begin(self._number, self._ahead[0])
         return self._step.forward(batch)
 
-    def _finish(self) -> None:
-        """Forget what was read ahead, and leave the model with its own forward pass."""
+    def _finish(self, lost: bool) -> None:
+        """Forget what was read ahead, and leave the model with its own forward pass.
+
+        Args:
+            lost: a rank is lost; the device may still wait for it, so nobody may wait for the device.
+        """
         self._ahead.clear()
         if self.kind != "none":
-            self._inner.detach()
+            detach(self._inner)
             self._inner.reset()
-            if self.kind == "prefetch":
+            if self.kind == "prefetch" and not lost:
                 forget_prefetched(self._model)
             # With nothing in flight this only has the next batch traced anew.
             self._inner.attach()
+
+
+def detach(pipeline: Any) -> None:
+    """Give the model that one of TorchRec's pipelines has taken its own forward pass back.
+
+    Where the first exchange of ids has failed, TorchRec 1.8 has taken the forward passes but not yet what
+    exchanges the ids, gives the former back, and then says that these are unequally many
+    (`_pipeline_detach_model` in train_pipeline/utils.py), in the place of what went wrong.
+    """
+    with suppress(AssertionError):
+        pipeline.detach()
+
+
+def _tells_of_the_lost(error: BaseException | None) -> bool:
+    return isinstance(error, RankError) or (error is not None and tells_of_a_lost_rank(error))
 
 
 def kind_for(kind: str, device: torch.device, caches: bool = True) -> str:
