@@ -380,8 +380,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; `arguments` defaults to the process's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        # The command itself: called as an app, Typer puts an exception hook of its own in place of ours.
+        command = typer.main.get_command(app)
         with speaking_for_threads(debug="--debug" in words):
-            result = app([word for word in words if word != "--debug"], standalone_mode=False)
+            result = command([word for word in words if word != "--debug"], standalone_mode=False)
     except typer.Abort:
         return OTHER_ERROR
     except Exception as error:

@@ -19,7 +19,8 @@ from embeddings.errors import RankError
 from launch import cli
 from launch.reporting import OTHER_ERROR
 from tests.launching import launched, reported
-from trainer import heartbeat
+from trainer import distributed, heartbeat
+from trainer.distributed import Ranks
 from trainer.heartbeat import Beat, Heartbeat, Peers
 from trainer.saver import Saver
 
@@ -101,7 +102,12 @@ def test_what_a_thread_ends_the_process_with_is_said_as_any_error(
 ) -> None:
     """The command line shows it in one line, and leaves it for torchrun's summary."""
     hooks = []
-    monkeypatch.setattr(cli, "app", lambda *_, **__: hooks.append(cli.sys.excepthook))
+
+    def verb() -> int:
+        hooks.append(cli.sys.excepthook)
+        return 0
+
+    monkeypatch.setattr("pipelines.doctor.doctor", verb)
     before = cli.sys.excepthook
     assert cli.main(["doctor"]) == 0
     assert cli.sys.excepthook is before
@@ -129,6 +135,29 @@ def test_a_rank_that_cannot_count_says_that_it_lives_all_the_same() -> None:
             each.check()
         each.stop(well=False)
         faulthandler.cancel_dump_traceback_later()
+
+
+def test_while_a_woken_main_thread_asks_the_others_nothing_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective over gloo times out by itself, as late as the heartbeat finds the lost rank."""
+    store = dist.HashStore()
+    beating = Heartbeat(0, 2, store, 0.1, dict, aborted, grace_s=0.1)
+    monkeypatch.setattr(beating, "_end", lambda: ended.append(1))
+    ended: list[int] = []
+    ranks = Ranks(0, 2, 2, torch.device("cpu"), store, None, beating)
+
+    def ask(asked: Ranks) -> list[int]:
+        beating.start()
+        beating._thread.join()
+        return [1]
+
+    monkeypatch.setattr(distributed, "_silent", ask)
+    with (
+        pytest.raises(RankError, match="rank 0, after step 7: waited in vain for rank 1"),
+        distributed.naming_the_lost(ranks, lambda: "after step 7"),
+    ):
+        raise RuntimeError("Timed out waiting 3000ms for recv operation to complete")
+    faulthandler.cancel_dump_traceback_later()
+    assert beating.blame and not ended
 
 
 def aborted() -> None:

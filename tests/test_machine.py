@@ -69,7 +69,14 @@ def test_memory_of_both_versions_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("share", "expected"),
-    [("max 100000", None), ("100000 100000", 1), ("50000 100000", 1), ("90000000 100000", None), ("", None)],
+    [
+        ("max 100000", None),
+        ("100000 100000", 1),
+        ("50000 100000", 1),
+        ("90000000 100000", None),
+        ("", None),
+        ("1 0", None),
+    ],
 )
 def test_cores_of_version_2(tmp_path: Path, share: str, expected: int | None) -> None:
     found = cores(*groups(tmp_path, "0::/job\n", job__cpu_max=share))

@@ -253,6 +253,9 @@ def naming_the_lost(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
             raise beats.acknowledge(where) from error
         if ranks.world_size == 1 or not tells_of_a_lost_rank(error):
             raise
+        if beats is not None:
+            # The main thread is awake; to ask the others takes a while, and the heartbeat may act meanwhile.
+            beats.acknowledge(where)
         text = " ".join(str(error).split())
         raise RankError(f"rank {ranks.rank}, {where()}: {_blame(ranks, text)}") from error
 

@@ -35,7 +35,7 @@ def cores(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
     found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for folder in _folders("", process, groups):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
-        if quota.isdecimal() and period.isdecimal():
+        if quota.isdecimal() and period.isdecimal() and int(period):
             found.append(int(quota) // int(period))
     for folder in _folders("cpu", process, groups):
         quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
