@@ -16,6 +16,7 @@ DATA = runs/data/complete_journey
 LOG = $(OUT)/log
 DRY ?=
 STEPS ?=
+BUDGET ?=
 GPU_OUT = $(if $(DRY),runs/gpu-dry,runs/gpu)
 # What `make train` has left, for the step `demo`.
 GPU_LOG = $(if $(DRY),,$(addprefix --log ,$(wildcard $(LOG))))
@@ -43,7 +44,8 @@ help: ## this list
 	@echo "variables:"
 	@echo "  PYTHON=python3   the interpreter the environment is made with, 3.11 or newer"
 	@echo "  DEVICE=cpu       requirement set: cpu or cuda"
-	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too      STEPS=right   some of its steps"
+	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too"
+	@echo "  STEPS=right      some of its steps     BUDGET=600   seconds that it may take"
 	@echo "  TORCH_INDEX=URL  package index for torch, such as PyTorch's CPU-only one (a far smaller download)"
 	@echo "  OUT=runs/demo    where 'make train' writes"
 	@echo "  NPROC=2          ranks it trains on; with DEVICE=cuda one a GPU, at most 2"
@@ -116,7 +118,7 @@ test: install-dev ## the tests
 
 .PHONY: gpu-check
 gpu-check: install-dev ## on a machine with a GPU (DEVICE=cuda): is all right there, and how fast; see docs/gpu.md
-	@code=0; python -m benchmarks.gpu --out $(GPU_OUT) $(if $(DRY),--dry) $(GPU_LOG) $(STEPS) || code=$$?; \
+	@code=0; python -m benchmarks.gpu --out $(GPU_OUT) $(if $(DRY),--dry) $(if $(BUDGET),--budget $(BUDGET)) $(GPU_LOG) $(STEPS) || code=$$?; \
 	[ $$code -eq 2 ] || python -m benchmarks.gpu report $(GPU_OUT); exit $$code
 
 lint: install-dev ## ruff and mypy

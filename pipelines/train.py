@@ -43,7 +43,7 @@ def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     with process_group(settings.train.timeout_s, settings.train.device) as ranks:
         say = _say(ranks)
         try_out(open_start(settings, out, ranks, say, checking=True), say)
-        say(f"{config} and {settings.data.log} fit together; {out} can be trained")
+        say(f"{config} and {settings.data.log} fit together; {out} can be trained on {ranks.device}")
 
 
 def _settings(config: Path, overrides: Sequence[str]) -> Config:

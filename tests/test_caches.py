@@ -34,7 +34,7 @@ from embeddings.errors import ConfigError
 from embeddings.plan_file import SavedPlan, from_tree, to_tree
 from tests.launching import launched
 from tests.logs import Shape, random_rows, write_log
-from trainer.assemble import _fit_caches
+from trainer.assemble import fit_caches
 from trainer.pipeline import Pipeline, kind_for, remark_on
 
 CUDA = torch.device("cuda")
@@ -80,12 +80,12 @@ def test_a_plan_keeps_the_flag_in_its_file_and_loses_it_in_a_run_without() -> No
     read = from_tree(to_tree(saved), "here")
     assert read.plan.plan == made.plan and fills_caches(read.plan)
     model: Any = SimpleNamespace(collections=["attention", "representation"], late=["representation"])
-    assert _fit_caches(read, True, model) == (read, "")
-    without, line = _fit_caches(read, False, model)
+    assert fit_caches(read, True, model) == (read, "")
+    without, line = fit_caches(read, False, model)
     assert line == "train.pipeline: caches are no longer filled ahead of their batch: a__item_id"
     assert not fills_caches(without.plan)
     assert without.plan.plan[FIRST]["a__item_id"].cache_params.load_factor == 0.2
-    with_them, line = _fit_caches(without, True, model)
+    with_them, line = fit_caches(without, True, model)
     assert line == "train.pipeline: caches are filled ahead of their batch: a__item_id"
     assert with_them.plan.plan == made.plan
 

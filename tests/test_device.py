@@ -54,6 +54,11 @@ OLD_DRIVER = replace(
         (replace(FULL, fbgemm="both"), "both installed and overwrite each other"),
         (replace(FULL, fbgemm="unknown"), "fbgemm is not installed, or does not say for which device it was"),
         (OLD_DRIVER, "CUDA sees no GPU (The NVIDIA driver on your system is too old (found version 12040))"),
+        (OLD_DRIVER, "; update NVIDIA's driver (`nvidia-smi` tells which it is)"),
+        (
+            replace(OLD_DRIVER, problem="Found no NVIDIA driver on your system"),
+            "; install NVIDIA's driver; in a container, start it with its GPUs (docker run --gpus all)",
+        ),
         (replace(FULL, gpus=()), "CUDA sees no GPU; look at `nvidia-smi`, CUDA_VISIBLE_DEVICES"),
         (replace(FULL, gpus=(T4,)), "Tesla T4 is sm_75, and fbgemm 1.8.0 has code for sm_80, sm_90, sm_100"),
     ],

@@ -123,6 +123,15 @@ def missing_code(machine: Machine, gpu: Gpu) -> str:
     return ""
 
 
+def _remedy(problem: str) -> str:
+    """What to do where CUDA sees no GPU, by what it says itself."""
+    if "driver" in problem and "too old" in problem:
+        return "update NVIDIA's driver (`nvidia-smi` tells which it is)"
+    if "no NVIDIA driver" in problem:
+        return "install NVIDIA's driver; in a container, start it with its GPUs (docker run --gpus all)"
+    return "look at `nvidia-smi`, CUDA_VISIBLE_DEVICES, and how a container or job is given its GPUs"
+
+
 def obstacle(machine: Machine, index: int = 0) -> tuple[str, str] | None:
     """Why CUDA cannot be used, and what to do about it; None where it can.
 
@@ -142,11 +151,7 @@ def obstacle(machine: Machine, index: int = 0) -> tuple[str, str] | None:
         )
     if not machine.gpus:
         why = f" ({machine.problem})" if machine.problem else ""
-        what = f"CUDA sees no GPU{why}"
-        return (
-            what,
-            "look at `nvidia-smi`, CUDA_VISIBLE_DEVICES, and how a container or job is given its GPUs",
-        )
+        return f"CUDA sees no GPU{why}", _remedy(machine.problem)
     missing = missing_code(machine, machine.gpus[min(index, len(machine.gpus) - 1)])
     if missing:
         return missing, "use a GPU of these, or build fbgemm for this one"

@@ -31,7 +31,8 @@ unpack() {
   for one in "${waits[@]}"; do wait "$one" || return 1; done
   touch "$SITE/.unpacked"
 }
-if [ ! -f "$SITE/.unpacked" ]; then
+# What was packed anew since replaces what is there.
+if [ ! -f "$SITE/.unpacked" ] || [ -n "$(find "$gpu" -newer "$SITE/.unpacked" -print -quit)" ]; then
   unpack || { echo "unpacking into $SITE failed" >&2; exit 3; }
 fi
 export PYTHONPATH=$SITE:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1

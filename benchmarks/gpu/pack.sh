@@ -4,7 +4,8 @@
 #   benchmarks/gpu/pack.sh [CHECKOUT] [LOG]
 #
 # CHECKOUT is this checkout unless named, with its environment in .venv/. LOG is a sequence log of Complete
-# Journey for the step `demo`; where it has no room beside the rest, it goes to .gpu-log/ for a second journey.
+# Journey for the step `demo`, such as runs/demo/log; where it has no room beside the rest, it goes to
+# .gpu-log/, which is brought into the checkout's root by itself.
 # What the other machine has is said by variables (their defaults are those of a PyTorch image):
 #
 #   TORCH=2.11        its torch, which decides on FBGEMM and TORCHREC unless these are given too
@@ -15,9 +16,11 @@
 #
 # The slow part, some minutes of a core for fbgemm's wheel, is done once and kept in ~/.cache/tandemrec-gpu.
 set -euo pipefail
+case ${1:-} in -*) sed -n '2,/^set/{/^set/d;s/^#\( \|$\)//;p}' "$0"; exit 2 ;; esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 checkout=$(cd "${1:-$here/../..}" && pwd)
 log=${2:-}
+[ -z "$log" ] || [ -f "$log/manifest.json" ] || { echo "$log is no sequence log (no manifest.json)" >&2; exit 2; }
 TORCH=${TORCH:-2.11} TARGET=${TARGET:-3.12} ARCH=${ARCH:-90} LIMIT=${LIMIT:-64}
 HAS=${HAS:-numpy pyarrow pandas safetensors tensorboard protobuf absl-py pytest iniconfig pluggy pygments \
   hypothesis sortedcontainers typing-extensions fsspec sympy mpmath setuptools tqdm}
@@ -69,10 +72,10 @@ if [ -n "$log" ]; then
   cp -rL "$log" "$gpu/log"
   if [ "$(mib .gpu)" -gt "$LIMIT" ]; then
     mv "$gpu/log" "$checkout/.gpu-log"
-    echo "the log has no room beside the rest: .gpu-log/ is for a second journey"
+    echo "the log has no room beside the rest: .gpu-log/ is to be brought by itself"
   fi
 fi
 (cd "$checkout" && du -ah --apparent-size .gpu | sort -h | tail -n 20)
 total=$(mib .gpu)
 echo "the checkout with .gpu/ takes $total of $LIMIT MiB (torch $TORCH, Python $TARGET, fbgemm $FBGEMM, torchrec $TORCHREC, sm_$ARCH)"
-[ "$total" -le "$LIMIT" ]
+[ "$total" -le "$LIMIT" ] || { echo "too much: raise LIMIT, or name more of what is there already in HAS" >&2; exit 1; }

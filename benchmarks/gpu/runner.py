@@ -32,7 +32,8 @@ from benchmarks.gpu.check import ROOT, Check, reason_of
 
 Line = dict[str, Any]
 _LEAST_S = 5.0
-_SHOWN = 400
+# Characters of what a step found that a terminal gets, where something is wrong and where all is well.
+_SHOWN, _SHOWN_OK = 400, 120
 # What torch says, and what CUDA says where torch does not know that the driver was started before the fork.
 _NO_FORKS = ("forked subprocess", "initialization error")
 
@@ -67,7 +68,8 @@ def run(check: Check, names: Sequence[str], budget_s: float, command: Sequence[s
             if line["ok"]:
                 done.add(name)
             elif missing := [other for other in STEPS[name].after if other not in done]:
-                line["error"] = f"{line.get('error', '')}; it reads what {' and '.join(missing)} would leave"
+                lacks = f"run {' and '.join(missing)} first, whose files it reads"
+                line["error"] = f"{lacks} ({line.get('error', 'it told nothing')})"
             failed += not line["ok"]
             differ += bool(line["ok"] and line.get("different"))
             _write(results, line)
@@ -229,9 +231,11 @@ def short(line: Line) -> str:
         facts = ", ".join(f"{name} {shown(value)}" for name, value in line.get("facts", {}).items())
         rows = line.get("rows", [])
         errors = [row["error"] for row in rows if "error" in row][:1]
-        parts = [f"different: {different}" if different else "", *errors, f"{len(rows)} rows", facts]
+        counted = f"{len(rows)} rows" if rows else ""
+        parts = [f"different: {different}" if different else "", *errors, counted, facts]
         what = "; ".join(part for part in parts if part)
-    return f"{state:<4} {line['step']:<12} {line['seconds']:>6.1f} s  {what[:_SHOWN]}"
+    most = _SHOWN_OK if state == "ok" else _SHOWN
+    return f"{state:<4} {line['step']:<12} {line['seconds']:>6.1f} s  {what[:most]}"
 
 
 def shown(value: Any) -> str:
