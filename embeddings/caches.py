@@ -8,7 +8,7 @@ the same, and logs that results may be wrong (`prefetch` in distributed/embeddin
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -81,10 +81,20 @@ def forget_prefetched(model: nn.Module) -> None:
     if torch.cuda.is_available():
         # The stream that fills the caches may still be at it.
         torch.cuda.synchronize()
-    for kernel in model.modules():
-        if not isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen):
-            continue
+    for kernel in _kernels(model):
         kernel.timesteps_prefetched.clear()
         kernel.lxu_cache_locations_list.clear()
         kernel.lxu_cache_locking_counter.zero_()
         kernel.prefetch_stream = None
+
+
+def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's kernels of a model.
+
+    TorchRec's sharded collections keep them in a plain list, `_lookups`, so that they are no submodules.
+    """
+    for module in model.modules():
+        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+            yield module
+        for lookup in getattr(module, "_lookups", ()):
+            yield from _kernels(lookup)

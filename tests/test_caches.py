@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,12 +31,15 @@ from torchrec.distributed.types import (
 )
 from torchrec.distributed.utils import add_params_from_parameter_sharding
 
-from embeddings.caches import fills_caches, forget_prefetched, with_prefetch
+from benchmarks.gpu.check import Check
+from benchmarks.gpu.training import small_job
+from embeddings.caches import _kernels, fills_caches, forget_prefetched, with_prefetch
 from embeddings.errors import ConfigError
 from embeddings.plan_file import SavedPlan, from_tree, to_tree
 from tests.launching import launched
 from tests.logs import Shape, random_rows, write_log
 from trainer.assemble import fit_caches
+from trainer.distributed import process_group
 from trainer.pipeline import Pipeline, kind_for, remark_on
 
 CUDA = torch.device("cuda")
@@ -128,6 +133,27 @@ def test_rows_of_batches_that_are_not_trained_are_forgotten() -> None:
     out = cached(torch.tensor([1, 2, 3]), torch.tensor([0, 3]))
     out.sum().backward()
     assert cached.timesteps_prefetched == cached.lxu_cache_locations_list == []
+
+
+def test_they_are_forgotten_by_the_tables_of_a_sharded_model(tmp_path: Path) -> None:
+    """Whose kernels are no submodules of it."""
+    check = Check(True, tmp_path / "out", tmp_path)
+    with process_group(60, "cpu") as ranks:
+        made = small_job(check, ranks, tmp_path)
+        of_tables = list(_kernels(made.sharded.model))
+        lookups = [
+            lookup for part in made.sharded.model.modules() for lookup in getattr(part, "_lookups", ())
+        ]
+        assert len(lookups) == len(made.sharded.groups) and len(set(map(id, of_tables))) == len(of_tables)
+        assert len(of_tables) >= len(lookups)
+        for kernel in of_tables:
+            kernel.timesteps_prefetched.append(1)
+            kernel.lxu_cache_locations_list.append(torch.ones(3, dtype=torch.int32))
+        forget_prefetched(made.sharded.model)
+        for kernel in of_tables:
+            assert kernel.timesteps_prefetched == kernel.lxu_cache_locations_list == []
+        # What a batch had left would be taken for the next one's.
+        assert len(made.train(islice(made.reader("train", 3).steps(), 2))) == 2
 
 
 def test_no_model_is_measured_while_caches_wait_for_a_batch() -> None:
