@@ -2,8 +2,9 @@
 
 Within `StandIn()` a tensor that is moved to or made on "cuda" says that it lies there, and every operator
 runs on the CPU tensor inside it. Operators that a GPU would refuse, of operands on two devices, raise; those
-for which the host waits are noted with the line of our code that called them. It shows Python's part only: no
-kernels, streams, numbers or speed of a GPU.
+for which the host waits are noted with the line of our code that called them. What is copied to the host
+without a wait arrives when an event is waited for that was recorded after it, and is nonsense before. All of
+this is Python's part only: no kernels, streams, numbers or speed of a GPU.
 
 To torch's own code the device is "meta", which it knows without a CUDA runtime; to ours it is "cuda".
 """
@@ -114,6 +115,8 @@ class StandIn(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
         self.forward_and_backward = 0
+        # Tensors of the host that numbers are on their way to, and these numbers.
+        self.under_way: list[tuple[Tensor, Tensor]] = []
         self._patches = ExitStack()
 
     def __enter__(self) -> StandIn:
@@ -164,6 +167,9 @@ class StandIn(TorchDispatchMode):
         found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
         if pinned:
             found.pinned = True
+        if name in _COPIES and _leaves_late(name, args, kwargs, on_device):
+            self.under_way.append((found, found.clone()))
+            found.fill_(torch.nan if found.is_floating_point() else True)
         return self._outside(func, args, found, on_device)
 
     @staticmethod
@@ -176,8 +182,8 @@ class StandIn(TorchDispatchMode):
     def _note_copy(self, name: str, args: Any, kwargs: Any, on_device: bool) -> None:
         source = args[1] if name == "copy_" else args[0]
         target = isinstance(args[0], OnDevice) if name == "copy_" else on_device
-        late = bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-        if isinstance(source, OnDevice) and not target and not late:
+        late = _late(name, args, kwargs)
+        if isinstance(source, OnDevice) and not target and not _leaves_late(name, args, kwargs, on_device):
             self.waits[f"{_line()} to the CPU"] += 1
         elif target and not isinstance(source, OnDevice) and not (late and _pinned("is_pinned", source)):
             self.waits[f"{_line()} from the CPU"] += 1
@@ -187,13 +193,17 @@ class _Event:
     """A place in the device's queue that the host may wait for."""
 
     def __init__(self, **_: Any) -> None:
-        pass
+        self._before: list[tuple[Tensor, Tensor]] = []
 
     def record(self, _: Any = None) -> None:
-        pass
+        self._before = list(_current().under_way)
 
     def synchronize(self) -> None:
         _current().waits[f"{_line()} an event"] += 1
+        for host, numbers in self._before:
+            host.copy_(numbers)
+        arrived = {id(host) for host, _ in self._before}
+        _current().under_way = [copy for copy in _current().under_way if id(copy[0]) not in arrived]
 
 
 def _current() -> StandIn:
@@ -213,6 +223,19 @@ def _pinned(name: str, part: Tensor) -> Tensor | bool:
     found = part.clone()
     found.pinned = True  # type: ignore[attr-defined]
     return found
+
+
+def _late(name: str, args: Any, kwargs: Any) -> bool:
+    return bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+
+
+def _leaves_late(name: str, args: Any, kwargs: Any, on_device: bool) -> bool:
+    """Whether a copy goes to the host while that goes on: to pinned memory, which `to` makes by itself."""
+    if not _late(name, args, kwargs):
+        return False
+    if name == "copy_":
+        return isinstance(args[1], OnDevice) and hasattr(args[0], "pinned")
+    return isinstance(args[0], OnDevice) and not on_device
 
 
 def _waits(name: str, args: Any, kwargs: Any) -> bool:

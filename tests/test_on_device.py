@@ -241,6 +241,21 @@ def test_the_stand_in_finds_what_it_is_for() -> None:
         for number, wait in enumerate(waiting):
             wait()
             assert device.waits.total() == number + 1
+        number = device.waits.total()
+        # Nor does it go on where the host's memory is not pinned.
+        torch.empty(4).copy_(part, non_blocking=True)
+        assert device.waits.total() == number + 1
+        host = torch.empty(4, pin_memory=True)
+        host.copy_(part, non_blocking=True)
+        other = part.to("cpu", non_blocking=True)
+        early, event = torch.cuda.Event(), torch.cuda.Event()
+        assert device.waits.total() == number + 1 and host.isnan().all() and other.tolist() == [1, 1, 1, 1]
+        early.synchronize()
+        assert host.isnan().all()
+        event.record()
+        assert host.isnan().all()
+        event.synchronize()
+        assert host.tolist() == other.tolist() == [0, 1, 2, 3] and device.waits.total() == number + 3
         with pytest.raises(MixedDevices, match=r"add at elsewhere: \[\(4,\)\]"):
             part + torch.arange(4)
         assert (part + torch.tensor(1)).tolist() == [1, 2, 3, 4]
