@@ -194,13 +194,10 @@ def test_a_foreign_pipelines_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_third_parties_are_quiet_about_what_is_no_news_and_nothing_else(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The older pair says the first 14 times at each import, TorchRec the second in every step."""
+def test_fbgemm_is_quiet_about_its_own_table_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    """The older pair says so 14 times at each import, as a warning of the root logger."""
     assert main(["--version"]) == 0
     logging.warning("\n_fbgemm_torch_compat_table has no entry for 1.6.0 of FBGEMM")
-    logging.error("Invalid setting on <class 'B'> modules. prefetch_pipeline must be set to True.\n")
     logging.warning("FBGEMM_GPU version is 1.9.0, which is not guaranteed to be compatible")
     assert [record.message for record in caplog.records] == [
         "FBGEMM_GPU version is 1.9.0, which is not guaranteed to be compatible"
@@ -274,3 +271,13 @@ def test_our_own_sentences_have_no_prefix(pipeline: Callable[..., None], capsys:
     pipeline("ingest", ingest=None, report_lines=None, load_ingest_config=lambda *_: None)
     assert main(["ingest", "--config", "c.toml", "--events", "e.csv"]) == 2
     assert capsys.readouterr().err.startswith("tandemrec: error: name the log to write with --out")
+
+
+def test_torchrec_is_quiet_about_tables_without_a_cache(caplog: pytest.LogCaptureFixture) -> None:
+    """It says so in every step, as an error of the root logger."""
+    assert main(["--version"]) == 0
+    logging.error("Invalid setting on <class 'B'> modules. prefetch_pipeline must be set to True.\n")
+    logging.error("Invalid setting on <class 'B'> modules. another")
+    assert [record.message for record in caplog.records] == [
+        "Invalid setting on <class 'B'> modules. another"
+    ]
