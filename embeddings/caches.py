@@ -9,6 +9,7 @@ the same, and logs that results may be wrong (`prefetch` in distributed/embeddin
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -72,8 +73,8 @@ def forget_prefetched(model: nn.Module) -> None:
     """Drop what caches keep ready for batches that will not be trained.
 
     Without it the next lookup would take the places of another batch's rows. Besides, each lookup locks the
-    rows of its batch in the cache, also one of an evaluation, and only a backward pass unlocks them. The
-    cached rows themselves stay. Waits for the device.
+    rows of its batch in the cache, and only a backward pass unlocks them. The cached rows themselves stay.
+    Waits for the device.
 
     FBGEMM keeps the first stream that ever filled a cache, and has backward passes wait for that one alone.
     The next pipeline over the same model may have another stream, so it is forgotten too.
@@ -86,6 +87,22 @@ def forget_prefetched(model: nn.Module) -> None:
         kernel.lxu_cache_locations_list.clear()
         kernel.lxu_cache_locking_counter.zero_()
         kernel.prefetch_stream = None
+
+
+@contextmanager
+def unlocked(model: nn.Module) -> Iterator[None]:
+    """Within this context lookups lock no rows in caches: no backward pass comes that would unlock them.
+
+    Once an evaluation had locked a whole cache, all other rows would be read from host memory.
+    """
+    locking = [kernel for kernel in _kernels(model) if kernel.lock_cache_line]
+    for kernel in locking:
+        kernel.lock_cache_line = False
+    try:
+        yield
+    finally:
+        for kernel in locking:
+            kernel.lock_cache_line = True
 
 
 def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:

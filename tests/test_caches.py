@@ -168,8 +168,12 @@ def test_no_model_is_measured_while_caches_wait_for_a_batch() -> None:
     pipeline._inner = SimpleNamespace(
         detach=lambda: told.append("detach"), attach=lambda sparse_dist: told.append("attach")
     )
+    assert cached.lock_cache_line
     with pipeline.paused():
+        # No backward pass comes that would unlock what an evaluation locks.
+        assert not cached.lock_cache_line
         told.append("measured")
+    assert cached.lock_cache_line
     assert told == ["detach", "measured", "attach"] and cached.lxu_cache_locations_list == []
 
 

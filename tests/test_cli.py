@@ -275,3 +275,13 @@ def test_our_own_sentences_have_no_prefix(pipeline: Callable[..., None], capsys:
     pipeline("ingest", ingest=None, report_lines=None, load_ingest_config=lambda *_: None)
     assert main(["ingest", "--config", "c.toml", "--events", "e.csv"]) == 2
     assert capsys.readouterr().err.startswith("tandemrec: error: name the log to write with --out")
+
+
+def test_torchrec_is_quiet_about_tables_without_a_cache(caplog: pytest.LogCaptureFixture) -> None:
+    """It says so in every step, as an error of the root logger."""
+    assert main(["--version"]) == 0
+    logging.error("Invalid setting on <class 'B'> modules. prefetch_pipeline must be set to True.\n")
+    logging.error("Invalid setting on <class 'B'> modules. another")
+    assert [record.message for record in caplog.records] == [
+        "Invalid setting on <class 'B'> modules. another"
+    ]

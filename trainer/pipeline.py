@@ -23,7 +23,7 @@ from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
-from embeddings.caches import fills_caches, forget_prefetched
+from embeddings.caches import fills_caches, forget_prefetched, unlocked
 from embeddings.errors import ConfigError, RankError
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
@@ -138,7 +138,8 @@ class Pipeline:
             raise RuntimeError("caches hold rows of batches to come; tell Pipeline.train when to pause")
         self._inner.detach()
         try:
-            yield
+            with unlocked(self._model):
+                yield
         finally:
             if self.kind == "prefetch":
                 forget_prefetched(self._model)
