@@ -160,9 +160,9 @@ def test_ranks_take_one_kind_of_device() -> None:
     note = choose("auto", OLD_DRIVER).note
     with pytest.raises(ConfigError, match=r"rank 1 cpu \(CUDA sees no GPU .* is given its GPUs\); make the"):
         check_together([Told(0, "cuda", "a 1"), Told(1, "cpu", why=note)])
-    with pytest.raises(ConfigError, match="^rank 1: what rank 1 said"):
+    with pytest.raises(ConfigError, match=r"^rank 1: what rank 1 said"):
         check_together([Told(0, "cuda", "a 1"), Told(1, "", problem="what rank 1 said")])
-    with pytest.raises(ConfigError, match="^what both said"):
+    with pytest.raises(ConfigError, match=r"^what both said"):
         check_together([Told(rank, "", problem="what both said") for rank in range(2)])
 
 
