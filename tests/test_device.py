@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,16 @@ def test_ranks_that_will_not_work_together_stay_until_all_know(monkeypatch: pyte
     for thread in threads:
         thread.join()
     assert sorted(heard) == [(0, True), (1, True)]
+    # One that has said what it took, and has not heard yet.
+    store = dist.HashStore()
+    store.set("device/1", json.dumps(asdict(Told(1, "cuda", "a/1 0"))))
+    first = threading.Thread(target=rank, args=(0, 0.0))
+    first.start()
+    first.join(0.2)
+    assert first.is_alive()
+    store.set("heard/1", "")
+    first.join(60)
+    assert not first.is_alive()
 
 
 def test_asked_for_the_cpu_nothing_looks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
