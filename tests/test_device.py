@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,8 +164,13 @@ def test_ranks_take_one_kind_of_device() -> None:
         ConfigError, match=r"rank 0 takes cuda and rank 1 cpu \(because\); make the nodes alike"
     ):
         check_together([Told(0, "cuda", "a 1"), Told(1, "cpu", why="because")])
-    with pytest.raises(ConfigError, match="what rank 1 said"):
+    note = choose("auto", OLD_DRIVER).note
+    with pytest.raises(ConfigError, match=r"rank 1 cpu \(CUDA sees no GPU .* is given its GPUs\); make the"):
+        check_together([Told(0, "cuda", "a 1"), Told(1, "cpu", why=note)])
+    with pytest.raises(ConfigError, match=r"^rank 1: what rank 1 said"):
         check_together([Told(0, "cuda", "a 1"), Told(1, "", problem="what rank 1 said")])
+    with pytest.raises(ConfigError, match=r"^what both said"):
+        check_together([Told(rank, "", problem="what both said") for rank in range(2)])
 
 
 def test_why_cuda_sees_no_gpu_is_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +208,16 @@ def test_ranks_that_will_not_work_together_stay_until_all_know(monkeypatch: pyte
     for thread in threads:
         thread.join()
     assert sorted(heard) == [(0, True), (1, True)]
+    # One that has said what it took, and has not heard yet.
+    store = dist.HashStore()
+    store.set("device/1", json.dumps(asdict(Told(1, "cuda", "a/1 0"))))
+    first = threading.Thread(target=rank, args=(0, 0.0))
+    first.start()
+    first.join(0.2)
+    assert first.is_alive()
+    store.set("heard/1", "")
+    first.join(60)
+    assert not first.is_alive()
 
 
 def test_a_gpu_is_told_from_others_by_its_bus_or_else_by_its_own_number(

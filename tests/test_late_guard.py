@@ -20,6 +20,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pipelines.train
 import trainer.loop
@@ -27,6 +28,7 @@ from embeddings.errors import DataError
 from tests.late_cases import BAD
 from tests.launching import SETTINGS, launched, overrides
 from tests.logs import Shape, enrich, random_rows, small_log, write_log
+from tests.stand_in import _line
 from tests.step_cases import nan_label
 from tests.test_step import Fake
 from trainer.config import load_config
@@ -174,6 +176,40 @@ def test_nothing_is_made_of_a_bad_step(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == ([1] if case == "a report" else [])
     assert not list((run / "checkpoints").glob("step-*"))
+
+
+class Asked(TorchDispatchMode):
+    """Notes the line of our code that asks a tensor for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::_local_scalar_dense":
+            self.lines.append(_line())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loop_asks_for_no_number_between_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_log: Path
+) -> None:
+    """What the stand-in does not see: what is done around a step. Kernels of a CPU may ask."""
+    settings = {**SETTINGS, "data.log": str(quick_log), "train.log_every": 1000, "model.lookup": "full"}
+    config = load_config(Path("configs/dare.toml"), overrides(settings)[1::2])
+    monkeypatch.setattr(trainer.loop, "Guard", partial(Guard, late=True))
+    monkeypatch.setattr(trainer.loop, "make_optimizer", partial(make_optimizer, fused=True))
+    until: dict[int, list[str]] = {}
+    with process_group() as ranks, Asked() as asked:
+
+        def note(step: int) -> None:
+            until[step] = list(asked.lines)
+
+        pipelines.train.run(config, tmp_path / "run", ranks, note)
+    of_step_2 = until[2][len(until[1]) :]
+    around = tuple(f"trainer/{name}.py:" for name in ("loop", "step", "nonfinite", "saver", "schedule"))
+    assert not [line for line in of_step_2 if line.startswith(around)]
+    assert any(line.startswith(around) for line in asked.lines)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from embeddings.errors import ConfigError
 Wanted = Literal["auto", "cpu", "cuda"]
 CPU_FBGEMM, CUDA_FBGEMM = "fbgemm-gpu-cpu", "fbgemm-gpu"
 INSTALL_CUDA = "for the GPU install the CUDA builds: `make clean install DEVICE=cuda`"
+_ON_CPU = "computing on the CPU: "
 USE_CPU = 'train.device = "cpu" takes the CPU without this line'
 # How long rank 0 stays, and how often it looks, until ranks that will not work together have heard why.
 _HEAR_S, _LOOK_S = 5.0, 0.02
@@ -191,7 +192,7 @@ def choose(wanted: Wanted, machine: Machine, local_rank: int = 0, local_world_si
         )
     # Where nobody has a GPU, nobody misses one.
     expected = machine.gpus or machine.boards or machine.fbgemm in ("cuda", "both")
-    return Choice(cpu, f"computing on the CPU: {what}; {remedy}; {USE_CPU}" if expected else "")
+    return Choice(cpu, f"{_ON_CPU}{what}; {remedy}; {USE_CPU}" if expected else "")
 
 
 @dataclass(frozen=True)
@@ -218,13 +219,16 @@ def check_together(told: Sequence[Told]) -> None:
     """
     for one in told:
         if one.problem:
-            raise ConfigError(one.problem)
+            # Of another one, maybe on another node, it would tell nothing without its number.
+            alone = any(each.problem != one.problem for each in told)
+            raise ConfigError(f"rank {one.rank}: {one.problem}" if alone else one.problem)
     for one in told:
         if one.kind != told[0].kind:
             on_cpu = next(each for each in told if each.kind == "cpu")
+            why = on_cpu.why.removeprefix(_ON_CPU).removesuffix(f"; {USE_CPU}")
             raise ConfigError(
                 f"rank {told[0].rank} takes {told[0].kind} and rank {one.rank} {one.kind}"
-                f"{f' ({on_cpu.why})' if on_cpu.why else ''}; make the nodes alike, or set train.device"
+                f"{f' ({why})' if why else ''}; make the nodes alike, or set train.device"
             )
     seen: dict[str, int] = {}
     for one in told:
