@@ -2,7 +2,7 @@
 
 A product in single precision rounds equal vectors differently, depending on where in the matrix they lie;
 near a plane that decides on which side they are. `sign_bits` chooses between two forms that give the same
-bits for all finite vectors (property test):
+bits (property test), as long as no product leaves the range of float32:
 
     plain, device   `whole_sign_bits`   one product of whole numbers, exact in any order. It costs double
                     precision for all pairs, of which a GPU for servers has plenty, and nobody waits.
