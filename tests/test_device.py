@@ -165,7 +165,7 @@ def test_ranks_take_one_kind_of_device() -> None:
     ):
         check_together([Told(0, "cuda", "a 1"), Told(1, "cpu", why="because")])
     note = choose("auto", OLD_DRIVER).note
-    with pytest.raises(ConfigError, match=r"rank 1 cpu \(CUDA sees no GPU .* is given its GPUs\); make the"):
+    with pytest.raises(ConfigError, match=r"rank 1 cpu \(CUDA sees no GPU .*; update .*\); make the nodes"):
         check_together([Told(0, "cuda", "a 1"), Told(1, "cpu", why=note)])
     with pytest.raises(ConfigError, match=r"^rank 1: what rank 1 said"):
         check_together([Told(0, "cuda", "a 1"), Told(1, "", problem="what rank 1 said")])

@@ -25,7 +25,7 @@ from trainer.heartbeat import GRACE_S, Heartbeat, abort_collectives, collectives
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 _CUT = re.compile(r"connection (closed|reset|refused)|broken pipe|ncclRemoteError", re.IGNORECASE)
-_ANSWER_S = 5.0
+_ANSWER_S, _AFTER_THE_CAUSE_S = 5.0, 1.0
 # How much longer NCCL itself waits than the heartbeat.
 _BACKSTOP_S = 60.0
 
@@ -273,6 +273,9 @@ def _blame(ranks: Ranks, text: str) -> str:
     # Without the place in gloo's source and the advice that follows the fact.
     text = re.sub(r"\[/[^\]]*\]\s*", "", text).split(". ")[0][:160]
     if not _TIMED_OUT.search(text):
+        if ranks.launcher is not None:
+            # The launcher names the rank whose error is the oldest, and the other one is still at its own.
+            time.sleep(_AFTER_THE_CAUSE_S)
         return f"lost the connection to another rank, whose own error tells why ({text})"
     absent = _silent(ranks)
     if not absent:
