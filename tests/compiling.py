@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-import torch
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Types of the kernels' tensors by name; all other arguments are int32.
 _TYPES = {
     "*i64": ("index", "lengths", "first", "kept_column", "order"),

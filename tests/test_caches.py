@@ -199,7 +199,6 @@ def test_steps_and_scores_are_the_same_ahead(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_caches_are_filled_ahead_on_a_gpu(found: dict[str, Any]) -> None:
     assert found["ahead"]["kind"] == "prefetch"
     assert found["ahead"]["kernels"]["attention__item_id"] == "fused_uvm_caching"

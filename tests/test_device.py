@@ -350,7 +350,6 @@ def test_cuda_where_it_is_impossible_is_one_line_for_all_ranks(tmp_path: Any) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_two_ranks_on_one_gpu_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     log, run = small_log(tmp_path / "log", users=6), tmp_path / "run"
@@ -360,7 +359,6 @@ def test_two_ranks_on_one_gpu_are_refused_by_name(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_group_is_bound_to_the_device() -> None:
     with process_group(device="cuda") as ranks:
         assert ranks.device == torch.device("cuda", 0)

@@ -68,7 +68,6 @@ def test_each_id_of_a_table_is_there_once(ids: list[tuple[int, ...]]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @drawn
 def test_fbgemms_kernel_is_what_the_tests_take_it_for(ids: list[tuple[int, ...]]) -> None:
     given = (CUMSUM, GROUPS, *bags_of(ids))

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from tests.compiling import compiled, needs_gpu
+from tests.compiling import compiled
 from tests.kept_rows import check, used
 from trainer.model.ops import bags, kept_rows
 from trainer.model.ops.kernels import has_kernel
@@ -75,7 +75,6 @@ def test_scores_and_sums_use_them_where_they_pay(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu
-@needs_gpu
 @settings(max_examples=60, deadline=None)
 @given(used())
 def test_a_device_does_what_torch_does(given_to: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -83,7 +82,6 @@ def test_a_device_does_what_torch_does(given_to: tuple[Tensor, Tensor, Tensor, T
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_device_is_not_waited_for() -> None:
     part, rows, weight = (torch.randn(*shape, device="cuda") for shape in ((500, 64), (900, 64), (500, 20)))
     index = torch.randint(0, 900, (500, 20), device="cuda")

@@ -122,7 +122,6 @@ def test_the_device_leaves_a_bad_step_out_by_itself(found: dict[int, Found], ran
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_step_changes_nothing_on_a_gpu(bad_on_gpu: Found, name: str) -> None:
     _, at, _ = BAD[name]
@@ -273,13 +272,7 @@ def test_a_checkpoint_of_either_adam_fits_the_other(optimizer: str, fused: bool)
 
 DEVICES = [
     "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 
 

@@ -302,7 +302,6 @@ def test_a_step_that_is_not_finite_changes_no_weight_on_the_device(log: Path, tm
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("preset", [*PRESETS, "twin_v2"])
 def test_a_step_on_a_gpu_is_that_of_the_cpu_and_torch_sees_no_wait(preset: str, log: Path) -> None:
     """What the stand-in says of waits, by torch's own word for them."""

@@ -247,7 +247,6 @@ def test_writing_asks_for_no_stream_even_where_cuda_is_there(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_shards_are_copied_into_locked_memory_of_their_size() -> None:
     tree = {"a": torch.randn(3, 300_001, device="cuda")[1], "b": torch.arange(9, device="cuda"), "step": 3}
     copy = StagedCopy()

@@ -75,13 +75,7 @@ def test_they_are_exported_scored_unsharded_and_started_from(root: Path, report:
 
 DEVICES = [
     "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 
 

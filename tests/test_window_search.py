@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.compiling import compiled, needs_gpu
+from tests.compiling import compiled
 from tests.models import GROUPS, MARK_ROWS, draw, drawing
 from tests.searched_windows import Searched, all_scores, check, drawn_long, searched
 from trainer.model.ops import window_search
@@ -132,7 +132,6 @@ def test_a_kernel_that_does_not_work_here_is_left_out_and_said(capsys: pytest.Ca
 
 
 @pytest.mark.gpu
-@needs_gpu
 @settings(max_examples=60, deadline=None)
 @given(searched())
 def test_a_device_keeps_what_a_slow_search_keeps(given_to: Searched) -> None:
@@ -140,7 +139,6 @@ def test_a_device_keeps_what_a_slow_search_keeps(given_to: Searched) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("stretch", [True, False])
 @pytest.mark.parametrize(("dim", "width", "candidates"), [(16, 10_000, 4), (64, 1_000, 200), (128, 3_000, 4)])
 def test_a_device_ranks_real_scores(stretch: bool, dim: int, width: int, candidates: int) -> None:
@@ -156,7 +154,6 @@ def test_a_device_ranks_real_scores(stretch: bool, dim: int, width: int, candida
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_device_is_not_waited_for() -> None:
     there = drawn_long(True).on(torch.device("cuda"))
     windows = replace(there.windows, counts=(4, 1))
