@@ -119,9 +119,9 @@ def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
 
 def forecast(config: Any, manifest: Any) -> Found:
     """What `tandemrec plan --world-size 2` prints for the config's lookup and bags."""
-    from embeddings.exchange import Traffic
-    from embeddings.plan_task import Cluster
-    from embeddings.planning import offline_plan
+    from embeddings.plan.planner import offline_plan
+    from embeddings.plan.request import Cluster
+    from embeddings.plan.traffic import Traffic
     from pipelines.plan_report import Report
     from trainer.assemble import build_trainable, plan_task
     from trainer.workload import lookups, step_size

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
 
 from embeddings.groups import TableGroup, TableSpec
-from embeddings.stored import Dtype
+from embeddings.lookup.stored import Dtype
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.distributed import process_group

@@ -1,4 +1,4 @@
-"""Counts what a rank gives to collectives, to hold against the forecast of `embeddings.exchange`."""
+"""Counts what a rank gives to collectives, to hold against the forecast of `embeddings.plan.traffic`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from embeddings.errors import ConfigError
-from embeddings.init import FirstWeights
+from embeddings.first_rows import FirstWeights
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TableGroup:
         optimizer: the fused optimizer of all its rows.
         first: the distribution of the first weights.
         sharding: sharding types the planner may use; empty means the device's default set.
-        kind: `bag` or `sequence`, see `embeddings.collections`.
+        kind: `bag` or `sequence`, see `embeddings.lookup.compile`.
         dtype: `fp32` or `fp16`, what the rows are kept in; lookups give float32 and state is float32.
         stochastic_rounding: whether an updated row becomes fp16 at random, in proportion, instead of to
             nearest; None = on a GPU, as FBGEMM's kernels do by default. A CPU rounds to nearest.

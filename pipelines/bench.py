@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from embeddings.sharding import initialise_unsharded
+from embeddings.lookup.sharding import initialise_unsharded
 from pipelines.bench_checkpoint import bench_checkpoint
 from pipelines.bench_loops import one_thread, timed
 from pipelines.bench_quality import bench_quality

@@ -25,8 +25,8 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from embeddings.errors import TandemError
 from embeddings.groups import TableGroup, TableSpec
-from embeddings.plain import PlainBagCollection
-from embeddings.stored import Dtype, to_stored
+from embeddings.lookup.plain import PlainBagCollection
+from embeddings.lookup.stored import Dtype, to_stored
 from pipelines.bench_baselines import PlainProgram, attending_to_all, exported, per_sample
 from pipelines.bench_loops import one_thread
 from pipelines.bench_report import write_report

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from embeddings.errors import TandemError
 from embeddings.groups import TableGroup
-from embeddings.plain import PlainBagCollection
-from embeddings.stored import Dtype
+from embeddings.lookup.plain import PlainBagCollection
+from embeddings.lookup.stored import Dtype
 from trainer.assemble import build_model, feature_rows
 from trainer.config import Config
 from trainer.data.batch import RequestBatch

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from embeddings.errors import DataError, SnapshotError
-from embeddings.jagged import one_id_bags
+from embeddings.lookup.jagged import one_id_bags
 from pipelines.console import quiet_third_parties
 from trainer.data.clusters import Clustered, ClusterInfo, cluster_history
 from trainer.data.log_writer import staged, write_manifest, write_split

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from embeddings.errors import CheckpointError, ConfigError, SnapshotError
 from embeddings.groups import TableGroup
-from embeddings.stored import WIDTHS, Dtype
+from embeddings.lookup.stored import WIDTHS, Dtype
 from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
 from trainer import checkpoint

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from embeddings.errors import ConfigError
-from embeddings.plan_file import to_tree
-from embeddings.plan_task import Cluster, Task
-from embeddings.planning import DoesNotFit, offline_plan, saved_plan
+from embeddings.plan.file import to_tree
+from embeddings.plan.planner import DoesNotFit, offline_plan, saved_plan
+from embeddings.plan.request import Cluster, Task
 from pipelines.console import quiet_third_parties
 from pipelines.plan_remedies import remedies
 from pipelines.plan_report import Report, need_lines, report_lines

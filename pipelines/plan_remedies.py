@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from embeddings.errors import ConfigError
-from embeddings.plan_memory import Unplaced, gigabytes
-from embeddings.plan_task import Cluster, Task
-from embeddings.planning import offline_plan
+from embeddings.plan.memory import Unplaced, gigabytes
+from embeddings.plan.planner import offline_plan
+from embeddings.plan.request import Cluster, Task
 from trainer.config import Config
 from trainer.table_sections import GroupConfig, PlanTableConfig
 

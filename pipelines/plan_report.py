@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from torchrec.distributed.planner.stats import _calculate_critical_path
 from torchrec.distributed.planner.types import ShardingOption
 
-from embeddings.bandwidths import TORCHREC
-from embeddings.exchange import Lookup, ShardedTable, Traffic, traffic
-from embeddings.plan_constraints import rounding_of
-from embeddings.plan_memory import RankMemory, Unplaced, gigabytes, memory_of_ranks
-from embeddings.plan_task import Cluster, Task
-from embeddings.planning import Found
-from embeddings.tables import column_shards
+from embeddings.plan.bandwidths import TORCHREC
+from embeddings.plan.constraints import rounding_of
+from embeddings.plan.memory import RankMemory, Unplaced, gigabytes, memory_of_ranks
+from embeddings.plan.planner import Found
+from embeddings.plan.request import Cluster, Task
+from embeddings.plan.tables import column_shards
+from embeddings.plan.traffic import Lookup, ShardedTable, Traffic, traffic
 from pipelines.console import table_lines
 from trainer.workload import StepSize
 

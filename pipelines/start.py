@@ -14,9 +14,9 @@ import torch
 from embeddings.agreement import from_every_rank, from_rank_0, unhurried
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
-from embeddings.plan_file import read_plan_file, to_tree
-from embeddings.plan_task import keep_quiet
-from embeddings.planning import DoesNotFit, check_plan, offline_plan
+from embeddings.plan.file import read_plan_file, to_tree
+from embeddings.plan.planner import DoesNotFit, check_plan, offline_plan
+from embeddings.plan.request import keep_quiet
 from trainer import checkpoint
 from trainer.assemble import (
     Sharded,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.agreement import from_rank_0
-from embeddings.planning import Placement
+from embeddings.plan.planner import Placement
 from pipelines.console import quiet_third_parties
 from pipelines.profile import StepProfile
 from pipelines.start import open_start, try_out

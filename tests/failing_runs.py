@@ -22,8 +22,8 @@ import trainer.checkpoint
 import trainer.run
 import trainer.starts
 import trainer.warm_start
-from embeddings import planning
 from embeddings.agreement import from_every_rank, from_rank_0
+from embeddings.plan import planner as planning
 from tests.forked import fork_ranks, one_thread
 from tests.logs import Shape, random_rows, write_log
 from tests.saving_runs import Runs

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from embeddings.jagged import one_id_bags
-from embeddings.plain import PlainBagCollection
-from embeddings.sharding import initialise_unsharded
+from embeddings.lookup.jagged import one_id_bags
+from embeddings.lookup.plain import PlainBagCollection
+from embeddings.lookup.sharding import initialise_unsharded
 from tests.launching import ROOT
 from tests.logs import Shape, random_rows, write_log
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups

@@ -20,16 +20,16 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.collections import make_collection, weight_name
-from embeddings.comms import AS_THEY_ARE, Comms
+from embeddings.first_rows import FirstWeights
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
-from embeddings.init import FirstWeights
-from embeddings.jagged import one_id_bags, select_bags, vectors_in_order
-from embeddings.plain import PlainBagCollection
-from embeddings.plan_task import Task
-from embeddings.planning import make_plan
-from embeddings.sharded import UNASKED, Ways
-from embeddings.sharding import attach_optimizer, initialise_unsharded, shard
+from embeddings.lookup.compile import make_collection, weight_name
+from embeddings.lookup.jagged import one_id_bags, select_bags, vectors_in_order
+from embeddings.lookup.plain import PlainBagCollection
+from embeddings.lookup.rounding import AS_THEY_ARE, Comms
+from embeddings.lookup.sharded import UNASKED, Ways
+from embeddings.lookup.sharding import attach_optimizer, initialise_unsharded, shard
+from embeddings.plan.planner import make_plan
+from embeddings.plan.request import Task
 from tests.unique_indices import unique_indices_on_cpu
 from trainer.assemble import cluster_of
 from trainer.distributed import Ranks, process_group

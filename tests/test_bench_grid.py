@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from embeddings.plain import PlainBagCollection
+from embeddings.lookup.plain import PlainBagCollection
 from pipelines.bench_grid import Cell, config_of
 from pipelines.bench_plain import PlainDare, PlainMlpScorer, plain_loss
 from pipelines.bench_scaling import Point, peak_bytes

@@ -33,9 +33,9 @@ from torchrec.distributed.utils import add_params_from_parameter_sharding
 
 from benchmarks.gpu.check import Check
 from benchmarks.gpu.training import small_job
-from embeddings.caches import _kernels, fills_caches, forget_prefetched, with_prefetch
 from embeddings.errors import ConfigError
-from embeddings.plan_file import SavedPlan, from_tree, to_tree
+from embeddings.lookup.caches import _kernels, fills_caches, forget_prefetched, with_prefetch
+from embeddings.plan.file import SavedPlan, from_tree, to_tree
 from tests.launching import launched
 from tests.logs import Shape, random_rows, write_log
 from trainer.assemble import fit_caches

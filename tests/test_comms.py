@@ -12,8 +12,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from embeddings.comms import HALF_MAX, Comms, GradientScale, codecs_of
 from embeddings.errors import DataError
+from embeddings.lookup.rounding import HALF_MAX, Comms, GradientScale, codecs_of
 from tests.launching import launched
 from tests.logs import small_log
 from tests.step_cases import job, spoil_vectors

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embeddings.comms import Comms
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
-from embeddings.sharded import SequenceSharder, Ways
-from embeddings.sharding import sharders
+from embeddings.lookup.rounding import Comms
+from embeddings.lookup.sharded import SequenceSharder, Ways
+from embeddings.lookup.sharding import sharders
 from tests.unique_indices import unique_indices
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings.init import FirstWeights, initial_rows_, table_seed
+from embeddings.first_rows import FirstWeights, initial_rows_, table_seed
 
 
 @settings(max_examples=50, deadline=None)

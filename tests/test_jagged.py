@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.jagged import select_bags
+from embeddings.lookup.jagged import select_bags
 
 Bags = list[list[int]]
 

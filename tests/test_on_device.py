@@ -199,8 +199,8 @@ def test_bags_of_several_ids_cost_one_wait(tmp_path: Path) -> None:
     config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, "model.k=1"])
     strides, device, batch = both(config)
     assert not batch.host_sizes.one_id and strides[1] < strides[0]
-    assert by_file(device.waits)["embeddings/jagged.py"] == 1
-    del device.waits[next(line for line in device.waits if line.startswith("embeddings/jagged.py"))]
+    assert by_file(device.waits)["embeddings/lookup/jagged.py"] == 1
+    del device.waits[next(line for line in device.waits if line.startswith("embeddings/lookup/jagged.py"))]
     assert not too_many(device.waits), device.waits
 
 

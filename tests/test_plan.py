@@ -27,16 +27,16 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_configs import DataType
 
-from embeddings.collections import make_collection
-from embeddings.comms import Comms
 from embeddings.errors import ConfigError
-from embeddings.exchange import Lookup
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
-from embeddings.plan_file import SavedPlan, from_tree, to_tree
-from embeddings.plan_memory import memory_of_ranks
-from embeddings.plan_task import Cluster, PlanRules, TableRule, Task
-from embeddings.planning import DoesNotFit, offline_plan, read_plan, saved_plan
-from embeddings.sharding import attach_optimizer
+from embeddings.lookup.compile import make_collection
+from embeddings.lookup.rounding import Comms
+from embeddings.lookup.sharding import attach_optimizer
+from embeddings.plan.file import SavedPlan, from_tree, to_tree
+from embeddings.plan.memory import memory_of_ranks
+from embeddings.plan.planner import DoesNotFit, offline_plan, read_plan, saved_plan
+from embeddings.plan.request import Cluster, PlanRules, TableRule, Task
+from embeddings.plan.traffic import Lookup
 from launch.cli import main
 from pipelines.plan import parse_size
 from pipelines.plan_report import spans
@@ -323,7 +323,7 @@ def test_the_print_of_two_billion_rows_in_both_groups(
     assert (
         "warning: representation__item_id (2,000,000,000 rows) is row-wise through bags on 16 ranks" in shown
     )
-    # Bags: each of 16 ranks sends 15/16 of a [B, 64] block, both ways; see embeddings/exchange.py.
+    # Bags: each of 16 ranks sends 15/16 of a [B, 64] block, both ways; see embeddings/plan/traffic.py.
     bags = 50_000 + 24
     sent = 15 * bags * 64 * 4 * 2 / 1e6
     by_table = next(line for line in reversed(lines) if line.startswith("representation__item_id "))

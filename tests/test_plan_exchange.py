@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from embeddings.comms import Comms
-from embeddings.exchange import Lookup, ShardedTable, traffic
+from embeddings.lookup.rounding import Comms
+from embeddings.plan.traffic import Lookup, ShardedTable, traffic
 from tests.count_bytes import COMMS
 from tests.launching import launched
 

@@ -23,18 +23,18 @@ from torch import nn
 from torchrec.distributed.planner.constants import HBM_MEM_BW, INTRA_NODE_BANDWIDTH
 from torchrec.distributed.types import CacheParams, ParameterSharding
 
-from embeddings.bandwidths import KNOWN, TORCHREC, Bandwidths, of_device
-from embeddings.collections import make_collection
 from embeddings.errors import ConfigError
-from embeddings.exchange import Lookup
+from embeddings.first_rows import FirstWeights
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
-from embeddings.init import FirstWeights
-from embeddings.jagged import one_id_bags
-from embeddings.plan_constraints import WIDEST_ON_CUDA, constraints_of
-from embeddings.plan_file import to_tree
-from embeddings.plan_task import Cluster, PlanRules, TableRule, Task
-from embeddings.planning import make_plan, offline_plan, read_plan, saved_plan
-from embeddings.sharding import attach_optimizer, shard, whole_tensor
+from embeddings.lookup.compile import make_collection
+from embeddings.lookup.jagged import one_id_bags
+from embeddings.lookup.sharding import attach_optimizer, shard, whole_tensor
+from embeddings.plan.bandwidths import KNOWN, TORCHREC, Bandwidths, of_device
+from embeddings.plan.constraints import WIDEST_ON_CUDA, constraints_of
+from embeddings.plan.file import to_tree
+from embeddings.plan.planner import make_plan, offline_plan, read_plan, saved_plan
+from embeddings.plan.request import Cluster, PlanRules, TableRule, Task
+from embeddings.plan.traffic import Lookup
 from launch.cli import main
 from tests.launching import SETTINGS, overrides
 from tests.logs import small_log

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from embeddings import plan_search
-from embeddings.collections import make_collection
 from embeddings.errors import ConfigError
-from embeddings.exchange import Lookup
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
-from embeddings.plan_task import Cluster, Task
-from embeddings.planning import Found, offline_plan
-from embeddings.sharding import attach_optimizer
+from embeddings.lookup.compile import make_collection
+from embeddings.lookup.sharding import attach_optimizer
+from embeddings.plan import search as plan_search
+from embeddings.plan.planner import Found, offline_plan
+from embeddings.plan.request import Cluster, Task
+from embeddings.plan.traffic import Lookup
 
 GB = 10**9
 ROWS = (10, 1000, 100_000, 5_000_000)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from embeddings.plain import PlainBagCollection
-from embeddings.sharding import initialise_unsharded
+from embeddings.lookup.plain import PlainBagCollection
+from embeddings.lookup.sharding import initialise_unsharded
 from tests.launching import ROOT, launched
 from tests.logs import Shape, random_rows, write_log
 from tests.preset_steps import STEPS, small_config

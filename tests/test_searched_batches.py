@@ -128,7 +128,7 @@ def test_context_numbers_and_one_sided_features_train(tmp_path: Path) -> None:
             "model": {"k": 3, "hidden": [8], "roles": {"context": "context"}},
         }
     )
-    from embeddings.plain import PlainBagCollection
+    from embeddings.lookup.plain import PlainBagCollection
 
     manifest = read_manifest(log)
     groups = resolve_groups(config, manifest)

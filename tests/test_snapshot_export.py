@@ -12,7 +12,7 @@ from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shard
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.errors import SnapshotError
-from embeddings.stored import TORCH_DTYPES, sum_bags, to_stored
+from embeddings.lookup.stored import TORCH_DTYPES, sum_bags, to_stored
 from pipelines.export import export
 from tests.launching import launched, tandemrec
 from tests.models import preset as a_preset

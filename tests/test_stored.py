@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from embeddings.stored import row_bytes, stored_columns, sum_bags, to_float, to_stored
+from embeddings.lookup.stored import row_bytes, stored_columns, sum_bags, to_float, to_stored
 from tests.models import drawing
 
 

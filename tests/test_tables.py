@@ -17,16 +17,16 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.collections import make_collection, weight_name
-from embeddings.comms import Comms, codecs_of
 from embeddings.errors import ConfigError
+from embeddings.first_rows import FirstWeights
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec, state_reshards
-from embeddings.init import FirstWeights
-from embeddings.jagged import one_id_bags
-from embeddings.plan_task import Task
-from embeddings.planning import make_plan
-from embeddings.sharded import with_empty_bags
-from embeddings.sharding import attach_optimizer, shard, whole_tensor
+from embeddings.lookup.compile import make_collection, weight_name
+from embeddings.lookup.jagged import one_id_bags
+from embeddings.lookup.rounding import Comms, codecs_of
+from embeddings.lookup.sharded import with_empty_bags
+from embeddings.lookup.sharding import attach_optimizer, shard, whole_tensor
+from embeddings.plan.planner import make_plan
+from embeddings.plan.request import Task
 from tests.launching import tandemrec, train
 from tests.logs import FEATURES, Shape, enrich, random_rows, small_log, write_log
 from trainer.assemble import cluster_of, resolve_groups

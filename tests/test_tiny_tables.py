@@ -16,11 +16,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
-from embeddings.collections import make_collection
-from embeddings.empty_shards import admit_empty_shards, leaves_ranks_empty
 from embeddings.groups import TableGroup, TableSpec
-from embeddings.plan_constraints import constraints_of
-from embeddings.plan_task import Cluster, Task
+from embeddings.lookup.compile import make_collection
+from embeddings.lookup.empty_shards import admit_empty_shards, leaves_ranks_empty
+from embeddings.plan.constraints import constraints_of
+from embeddings.plan.request import Cluster, Task
 from tests.launching import reported
 from tests.tiny_tables import ROWS, WAYS
 from trainer.scored import read_scores

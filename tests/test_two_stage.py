@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embeddings.collections import make_collection
 from embeddings.groups import TableGroup
-from embeddings.jagged import one_id_bags
-from embeddings.plain import PlainBagCollection
-from embeddings.sharding import initialise_unsharded
+from embeddings.lookup.compile import make_collection
+from embeddings.lookup.jagged import one_id_bags
+from embeddings.lookup.plain import PlainBagCollection
+from embeddings.lookup.sharding import initialise_unsharded
 from tests.logs import FEATURES, Shape, random_rows, write_log
 from trainer.assemble import build_model
 from trainer.config import Config, build_groups

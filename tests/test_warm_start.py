@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from embeddings.errors import CheckpointError, DataError
-from embeddings.sharding import whole_tensor
+from embeddings.lookup.sharding import whole_tensor
 from pipelines.train import run as train_run
 from tests.launching import SETTINGS, overrides
 from tests.logs import FEATURES, small_log

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.bandwidths import of_device
-from embeddings.caches import with_prefetch
-from embeddings.collections import make_collection
-from embeddings.comms import Comms
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
-from embeddings.plan_file import SavedPlan, from_tree
-from embeddings.plan_task import Cluster, Task
-from embeddings.planning import Placement, check_plan, make_plan, placements, read_plan
-from embeddings.sharding import attach_optimizer, shard
+from embeddings.lookup.caches import with_prefetch
+from embeddings.lookup.compile import make_collection
+from embeddings.lookup.rounding import Comms
+from embeddings.lookup.sharding import attach_optimizer, shard
+from embeddings.plan.bandwidths import of_device
+from embeddings.plan.file import SavedPlan, from_tree
+from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
+from embeddings.plan.request import Cluster, Task
 from trainer.checkpoint import Found
 from trainer.config import Config, build_groups
 from trainer.data.schema import FeatureInfo, LogManifest

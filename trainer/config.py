@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from embeddings.errors import ConfigError
+from embeddings.first_rows import FirstWeights
 from embeddings.groups import FusedOptimizer, TableGroup, table_group
-from embeddings.init import FirstWeights
 from trainer.model.settings import BranchConfig, ModelConfig, section_of
 from trainer.sections import (
     CheckpointConfig,

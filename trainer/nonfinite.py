@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from embeddings.agreement import from_every_rank
-from embeddings.comms import HALF_MAX
 from embeddings.errors import DataError
+from embeddings.lookup.rounding import HALF_MAX
 from trainer.data.files import RowGroup
 from trainer.data.reader import Step
 from trainer.distributed import Ranks

@@ -23,8 +23,8 @@ from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
-from embeddings.caches import fills_caches, forget_prefetched, unlocked
 from embeddings.errors import ConfigError, RankError
+from embeddings.lookup.caches import fills_caches, forget_prefetched, unlocked
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.distributed import tells_of_a_lost_rank

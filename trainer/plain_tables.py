@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from embeddings.errors import CheckpointError
-from embeddings.sharding import table_of
+from embeddings.lookup.sharding import table_of
 from trainer import checkpoint_files
 from trainer.checkpoint import load_tensors
 from trainer.data.schema import FeatureInfo

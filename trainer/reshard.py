@@ -9,7 +9,7 @@ from typing import Any
 from embeddings.errors import CheckpointError
 from embeddings.groups import state_reshards
 
-# Written by `embeddings.plan_file`: its "modules" are module -> table -> {"sharding_type", "shards", ...}.
+# Written by `embeddings.plan.file`: its "modules" are module -> table -> {"sharding_type", "shards", ...}.
 PlanTree = Mapping[str, Any]
 
 

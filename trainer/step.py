@@ -11,8 +11,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from embeddings.comms import AS_THEY_ARE, Comms
 from embeddings.errors import DataError
+from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from trainer.config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
-from embeddings.bandwidths import KNOWN, Bandwidths
-from embeddings.plan_task import PlanRules, TableRule
+from embeddings.plan.bandwidths import KNOWN, Bandwidths
+from embeddings.plan.request import PlanRules, TableRule
 from trainer.settings import Settings
 
 # FBGEMM's kernels work on four floats at a time.

@@ -16,7 +16,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.groups import TableGroup
-from embeddings.sharding import table_of
+from embeddings.lookup.sharding import table_of
 from trainer.assemble import build_sharded
 from trainer.config import Config
 from trainer.data.batch import RequestBatch

@@ -24,7 +24,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError, DataError, TandemError
-from embeddings.sharding import table_of
+from embeddings.lookup.sharding import table_of
 from trainer import checkpoint_files
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.data.schema import FeatureInfo, LogManifest, read_manifest

@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 
 from embeddings.errors import DataError
-from embeddings.exchange import Lookup
 from embeddings.groups import TableGroup
+from embeddings.plan.traffic import Lookup
 from trainer.config import Config
 from trainer.data.blocks import BlockLimits, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup

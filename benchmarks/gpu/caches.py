@@ -11,7 +11,7 @@ from unittest import mock
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from torchrec.distributed.types import CacheParams, ShardingPlan
 
-import embeddings.sharding
+import embeddings.lookup.sharding
 import trainer.assemble
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Change, Way, loops_of, shares, with_model
@@ -117,7 +117,7 @@ def placed(place: Place) -> Iterator[None]:
 
     Mapped, because managed memory is not to be had on every machine (in some containers it is not).
     """
-    shard, sharders = trainer.assemble.shard, embeddings.sharding.sharders
+    shard, sharders = trainer.assemble.shard, embeddings.lookup.sharding.sharders
 
     def sharded(model: Any, groups: Any, plan: ShardingPlan, *given: Any, **more: Any) -> Any:
         for tables in plan.plan.values():
@@ -134,7 +134,7 @@ def placed(place: Place) -> Iterator[None]:
 
     with (
         mock.patch.object(trainer.assemble, "shard", sharded),
-        mock.patch.object(embeddings.sharding, "sharders", mapped),
+        mock.patch.object(embeddings.lookup.sharding, "sharders", mapped),
     ):
         yield
 

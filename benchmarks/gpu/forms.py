@@ -11,7 +11,7 @@ from benchmarks.gpu.check import Answer, Check, Row, answer
 from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import difference
 from benchmarks.gpu.plain_forms import without_kernels
-from embeddings.init import FirstWeights, initial_rows_
+from embeddings.first_rows import FirstWeights, initial_rows_
 from tests.models import drawing, drawn_vectors, drawn_windows
 from trainer.model.ops import bags, top
 from trainer.model.score import Attended, DotScorer, MlpScorer

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Loops, Way, loops_of
-from embeddings.sharded import ShardedBags
+from embeddings.lookup.sharded import ShardedBags
 from pipelines.bench_grid import Cell
 from tests.forked import fork_ranks
 from trainer.config import Config

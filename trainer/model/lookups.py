@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from embeddings.groups import TableGroup
-from embeddings.jagged import vectors_in_order
+from embeddings.lookup.jagged import vectors_in_order
 
 
 class Cut(NamedTuple):

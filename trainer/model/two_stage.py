@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.jagged import select_bags
+from embeddings.lookup.jagged import select_bags
 from trainer.data.batch import RequestBatch
 from trainer.model.auxiliary import WholeWindow
 from trainer.model.branch import Branch, Searched, Surroundings, at_least_one_row

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embeddings.errors import ConfigError, DataError, SnapshotError
 from embeddings.groups import TableGroup, TableSpec
-from embeddings.plain import PlainBagCollection
+from embeddings.lookup.plain import PlainBagCollection
 from trainer.assemble import build_model, count_numbers
 from trainer.data.batch import RequestBatch
 from trainer.data.schema import FeatureInfo

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import SnapshotError
-from embeddings.stored import Dtype, row_bytes
+from embeddings.lookup.stored import Dtype, row_bytes
 from trainer.config import Config
 from trainer.durable import file_digest
 from trainer.mistakes import words_of
@@ -48,7 +48,7 @@ class StoredRows(Settings):
     """A matrix of `rows` vectors of `dim` numbers, and how a version holds it.
 
     Attributes:
-        dtype: how numbers are stored, see `embeddings.stored`.
+        dtype: how numbers are stored, see `embeddings.lookup.stored`.
         base_rows: None where the version holds all rows; else it holds those that are new or different from
             the base's matrix, which has so many rows. Rows from `rows` to `base_rows` are gone.
         changed: how many rows a delta holds.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from embeddings.errors import SnapshotError
-from embeddings.stored import TORCH_DTYPES, Dtype, row_bytes, stored_columns, to_stored
+from embeddings.lookup.stored import TORCH_DTYPES, Dtype, row_bytes, stored_columns, to_stored
 from trainer.snapshot.manifest import StoredRows
 from trainer.snapshot.tensors import RowStream, read_one
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embeddings.groups import TableGroup
-from embeddings.stored import WIDTHS, Dtype
+from embeddings.lookup.stored import WIDTHS, Dtype
 from trainer.config import Config
 from trainer.data.batch import RequestBatch
 from trainer.recorded import pack

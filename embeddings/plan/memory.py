@@ -11,8 +11,8 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstima
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import Shard, ShardingOption, Storage, Topology
 
-from embeddings.plan_task import Cluster
-from embeddings.tables import Table
+from embeddings.plan.request import Cluster
+from embeddings.plan.tables import Table
 
 # TorchRec's rule for dense weights: themselves, Adam's two moments, and gradients in DDP's buckets.
 _DENSE_COPIES = 6

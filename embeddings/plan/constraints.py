@@ -8,11 +8,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingPlan
 
-from embeddings.empty_shards import leaves_ranks_empty
 from embeddings.errors import ConfigError
-from embeddings.exchange import Lookup
 from embeddings.groups import TableGroup, TableSpec
-from embeddings.plan_task import UNIFIED, Cluster, TableRule, Task
+from embeddings.lookup.empty_shards import leaves_ranks_empty
+from embeddings.plan.request import UNIFIED, Cluster, TableRule, Task
+from embeddings.plan.traffic import Lookup
 
 # Column shards keep one row-wise accumulator each, so such state cannot be resharded; and row-wise bags are
 # padded on gloo. On a CPU, where memory is not the limit, whole tables do.

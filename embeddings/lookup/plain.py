@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embeddings.groups import TableGroup
-from embeddings.stored import sum_bags
+from embeddings.lookup.stored import sum_bags
 
 
 class PlainBagCollection(nn.Module):
@@ -17,7 +17,7 @@ class PlainBagCollection(nn.Module):
 
     Args:
         group: names, order and widths.
-        weights: table name -> [rows, dim], or rows stored as fp16 or int8 (`embeddings.stored`);
+        weights: table name -> [rows, dim], or rows stored as fp16 or int8 (`embeddings.lookup.stored`);
             memory-mapped tensors are fine, and only rows that are asked for are read.
         trainable: register the tables as parameters (with dense gradients) instead of buffers.
     """

@@ -11,7 +11,7 @@ from torchrec.distributed.embedding_types import ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.optim import RowWiseAdagrad
 
-from embeddings.sharding import sharders
+from embeddings.lookup.sharding import sharders
 
 _FLOAT = 4
 

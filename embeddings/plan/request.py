@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from embeddings.bandwidths import UNKNOWN, Bandwidths
-from embeddings.comms import AS_THEY_ARE, Comms
-from embeddings.exchange import Lookup
 from embeddings.groups import TableGroup
+from embeddings.lookup.rounding import AS_THEY_ARE, Comms
+from embeddings.plan.bandwidths import UNKNOWN, Bandwidths
+from embeddings.plan.traffic import Lookup
 
 UNIFIED = ("fused_uvm", "fused_uvm_caching")
 

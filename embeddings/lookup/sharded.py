@@ -32,10 +32,10 @@ from torchrec.optim.fused import EmptyFusedOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embeddings.collections import BagCollection, SequenceCollection, side_by_side, weight_name
-from embeddings.empty_shards import admit_empty_shards
 from embeddings.groups import TableGroup
-from embeddings.replicated import ReplicatedOptimizer
+from embeddings.lookup.compile import BagCollection, SequenceCollection, side_by_side, weight_name
+from embeddings.lookup.empty_shards import admit_empty_shards
+from embeddings.lookup.replicated import ReplicatedOptimizer
 
 # Types whose bags are reduced over ranks.
 _REDUCED = {t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)}

@@ -14,10 +14,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.optim import RowWiseAdagrad
 
-from embeddings.comms import AS_THEY_ARE, Comms, codecs_of
+from embeddings.first_rows import FirstWeights, initial_rows_, table_seed
 from embeddings.groups import FusedOptimizer, TableGroup
-from embeddings.init import FirstWeights, initial_rows_, table_seed
-from embeddings.sharded import UNASKED, BagSharder, SequenceSharder, Ways
+from embeddings.lookup.rounding import AS_THEY_ARE, Comms, codecs_of
+from embeddings.lookup.sharded import UNASKED, BagSharder, SequenceSharder, Ways
 
 
 def sharders(comms: Comms = AS_THEY_ARE, ways: Ways = UNASKED) -> list[ModuleSharder[nn.Module]]:

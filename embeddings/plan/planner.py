@@ -23,16 +23,16 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ShardingPlan
 
 from embeddings.agreement import from_rank_0
-from embeddings.bandwidths import TORCHREC
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
-from embeddings.plan_constraints import check_rules, constraints_of
-from embeddings.plan_file import SavedPlan, check_fits, from_tree, read_plan_file, to_tree
-from embeddings.plan_memory import Reservation, Unplaced, shortfall
-from embeddings.plan_search import Enumerator, Keep, Partitioner, fewer_ways
-from embeddings.plan_task import Cluster, Task
-from embeddings.sharding import sharders
-from embeddings.tables import Table, dense_bytes, tables_of
+from embeddings.lookup.sharding import sharders
+from embeddings.plan.bandwidths import TORCHREC
+from embeddings.plan.constraints import check_rules, constraints_of
+from embeddings.plan.file import SavedPlan, check_fits, from_tree, read_plan_file, to_tree
+from embeddings.plan.memory import Reservation, Unplaced, shortfall
+from embeddings.plan.request import Cluster, Task
+from embeddings.plan.search import Enumerator, Keep, Partitioner, fewer_ways
+from embeddings.plan.tables import Table, dense_bytes, tables_of
 
 _GRID = 300
 

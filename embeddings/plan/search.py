@@ -12,8 +12,8 @@ from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption, Stats, Topology
 
-from embeddings.plan_memory import StorageEstimator
-from embeddings.tables import Table
+from embeddings.plan.memory import StorageEstimator
+from embeddings.plan.tables import Table
 
 # The largest tables, so many of them, are tried in all their ways; all others in one.
 _DETAILED = 32
