@@ -369,7 +369,7 @@ def bench(
     ] = None,
 ) -> None:
     """Measure a part of the trainer beside its baseline."""
-    from pipelines.bench import BENCHES
+    from benchmarks.bench import BENCHES
 
     if name not in BENCHES:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(BENCHES)}")

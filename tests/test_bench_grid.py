@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.grid import Cell, config_of
+from benchmarks.plain import PlainDare, PlainMlpScorer, plain_loss
+from benchmarks.scaling_cost import Point, peak_bytes
+from benchmarks.scaling_cost import config_of as scaled
+from benchmarks.synthetic import Draws, Shape, as_batch, padded, row_per_sample
 from embeddings.lookup.plain import PlainBagCollection
-from pipelines.bench_grid import Cell, config_of
-from pipelines.bench_plain import PlainDare, PlainMlpScorer, plain_loss
-from pipelines.bench_scaling import Point, peak_bytes
-from pipelines.bench_scaling import config_of as scaled
-from pipelines.bench_synthetic import Draws, Shape, as_batch, padded, row_per_sample
 from tests.launching import ROOT, tandemrec
 from tests.models import draw, drawing
 from trainer.assemble import build_model, resolve_groups

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from benchmarks.search import SearchBench, _Case
 from launch.cli import main
-from pipelines.bench_search import SearchBench, _Case
 
 SMALL = ["--set", "lengths=[30,3000]", "--set", "dims=[16]", "--set", "candidates=[1,3]", "--set", "k=5"]
 SMALL += ["--set", "floats=200000"]

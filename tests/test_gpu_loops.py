@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu import loops
 from benchmarks.gpu.caches import TINY
-from pipelines.bench_loops import timed
+from benchmarks.loops import timed
 from trainer.data.batch import RequestBatch
 
 

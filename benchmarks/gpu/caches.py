@@ -15,7 +15,7 @@ import embeddings.lookup.sharding
 import trainer.assemble
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Change, Way, loops_of, shares, with_model
-from pipelines.bench_grid import Cell
+from benchmarks.grid import Cell
 from trainer.config import Config
 from trainer.distributed import process_group
 

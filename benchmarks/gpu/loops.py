@@ -21,7 +21,7 @@ from benchmarks.gpu.check import Row
 from benchmarks.gpu.made_up import steps_of
 from benchmarks.gpu.measure import forget_memory, host_waits, memory, wait_for_device
 from benchmarks.gpu.training import Job, pipeline_of
-from pipelines.bench_grid import Cell, config_of
+from benchmarks.grid import Cell, config_of
 from trainer.assemble import build_sharded
 from trainer.config import Config
 from trainer.data.pinned import pinning

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pipelines.bench_grid import Cell, config_of
-from pipelines.bench_synthetic import Draws, as_batch
+from benchmarks.grid import Cell, config_of
+from benchmarks.synthetic import Draws, as_batch
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows

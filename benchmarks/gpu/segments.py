@@ -17,7 +17,7 @@ from benchmarks.gpu.check import ROOT, Answer, Check, Row, answer
 from benchmarks.gpu.loops import Way, loops_of
 from benchmarks.gpu.made_up import steps_of
 from benchmarks.gpu.measure import forget_memory, memory, wait_for_device
-from pipelines.bench_grid import Cell
+from benchmarks.grid import Cell
 from trainer.data.pinned import pinning
 from trainer.distributed import process_group
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Loops, Way, loops_of
+from benchmarks.grid import Cell
 from embeddings.lookup.sharded import ShardedBags
-from pipelines.bench_grid import Cell
 from tests.forked import fork_ranks
 from trainer.config import Config
 from trainer.distributed import Ranks, sum_over_ranks

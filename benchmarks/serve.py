@@ -23,14 +23,14 @@ import torch
 import uvicorn
 from pydantic import NonNegativeInt, PositiveInt
 
+from benchmarks.baselines import PlainProgram, attending_to_all, exported, per_sample
+from benchmarks.loops import one_thread
+from benchmarks.report import write_report
+from benchmarks.starts import measure_start
 from embeddings.errors import TandemError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype, to_stored
-from pipelines.bench_baselines import PlainProgram, attending_to_all, exported, per_sample
-from pipelines.bench_loops import one_thread
-from pipelines.bench_report import write_report
-from pipelines.bench_starts import measure_start
 from pipelines.console import quiet_third_parties, table_lines
 from pipelines.serve_app import Service, build_app
 from pipelines.serve_metrics import Metrics

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from pipelines.bench_loops import Seconds, one_thread, timed
-from pipelines.bench_report import provenance, write_report
+from benchmarks.loops import Seconds, one_thread, timed
+from benchmarks.report import provenance, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.model.score import Attended, DotScorer
 from trainer.model.search import DotSearch, Query

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from pipelines.bench_loops import Seconds, bare_loop, one_thread, timed, trainer_loop
-from pipelines.bench_plain import PlainDare, PlainMlpScorer, plain_loss
-from pipelines.bench_report import provenance, write_report
-from pipelines.bench_synthetic import Draws, Shape, as_batch, padded, row_per_sample, zipf_share
+from benchmarks.loops import Seconds, bare_loop, one_thread, timed, trainer_loop
+from benchmarks.plain import PlainDare, PlainMlpScorer, plain_loss
+from benchmarks.report import provenance, write_report
+from benchmarks.synthetic import Draws, Shape, as_batch, padded, row_per_sample, zipf_share
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded
 from trainer.config import Config

@@ -12,15 +12,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.checkpoint import bench_checkpoint
+from benchmarks.loops import one_thread, timed
+from benchmarks.quality import bench_quality
+from benchmarks.report import required, write_report
+from benchmarks.scaling_cost import bench_scaling
+from benchmarks.search import bench_search
+from benchmarks.serve import bench_serve
+from benchmarks.step import bench_step
 from embeddings.lookup.sharding import initialise_unsharded
-from pipelines.bench_checkpoint import bench_checkpoint
-from pipelines.bench_loops import one_thread, timed
-from pipelines.bench_quality import bench_quality
-from pipelines.bench_report import required, write_report
-from pipelines.bench_scaling import bench_scaling
-from pipelines.bench_search import bench_search
-from pipelines.bench_serve import bench_serve
-from pipelines.bench_step import bench_step
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_trainable, feature_rows
 from trainer.config import Config, load_config

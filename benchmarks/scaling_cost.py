@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pipelines.bench_loops import one_thread, timed
-from pipelines.bench_report import provenance, write_report
-from pipelines.bench_synthetic import Draws, Shape, as_batch
+from benchmarks.loops import one_thread, timed
+from benchmarks.report import provenance, write_report
+from benchmarks.synthetic import Draws, Shape, as_batch
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded
 from trainer.config import Config

@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from pipelines.bench_loops import Unsaved, one_thread
-from pipelines.bench_report import provenance, required, write_report
+from benchmarks.loops import Unsaved, one_thread
+from benchmarks.report import provenance, required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
 from trainer.checkpoint import Found

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from pipelines.bench_grid import bench_grid
-from pipelines.bench_loops import Replay, Seconds, bare_loop, one_thread, timed, trainer_loop
-from pipelines.bench_report import write_report
+from benchmarks.grid import bench_grid
+from benchmarks.loops import Replay, Seconds, bare_loop, one_thread, timed, trainer_loop
+from benchmarks.report import write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config import Config, load_config

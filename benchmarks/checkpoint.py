@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch.distributed.checkpoint as dcp
 
-from pipelines.bench_report import required, write_report
+from benchmarks.report import required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer import checkpoint
 from trainer.assemble import build_sharded, resolve_groups
