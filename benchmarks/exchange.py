@@ -77,7 +77,7 @@ def user_row(rng: np.random.Generator, user: int, length: int) -> dict[str, Any]
 
 def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
     """Bytes of a step over all ranks, mean of some steps; and the plan's forecast."""
-    from embeddings.exchanged import Exchanged
+    from benchmarks.exchanged import Exchanged
     from pipelines.start import open_split
     from trainer.assemble import build_sharded, feature_rows
     from trainer.config import load_config

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from embeddings.exchanged import Exchanged
+from benchmarks.exchanged import Exchanged
 from pipelines.console import quiet_third_parties
 from tests.step_cases import job
 from trainer.data.reader import Step
