@@ -33,9 +33,9 @@ import pyarrow.parquet as pq
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from pipelines.ingest import ingest, load_ingest_config
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.ingest import ingest, load_ingest_config
 from trainer.data.batch import RequestBatch
-from trainer.data.ingest_config import IngestConfig
 from trainer.data.log_writer import write_manifest, write_split
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import FeatureInfo, LogManifest, read_manifest, schema_of

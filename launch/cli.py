@@ -104,8 +104,8 @@ def ingest(
     ] = False,
 ) -> None:
     """Turn raw events into a sequence log."""
-    from pipelines.ingest import ingest as run
-    from pipelines.ingest import load_ingest_config, report_lines
+    from pipelines.ingest.ingest import ingest as run
+    from pipelines.ingest.ingest import load_ingest_config, report_lines
 
     files = events[0] if events and len(events) == 1 else events
     # What is not given stays with the pipeline's own default.
@@ -116,7 +116,7 @@ def ingest(
     chosen += ["vocabulary.extend=true"] if extend else []
     settings = load_ingest_config(config, chosen)
     if preview:
-        from pipelines.ingest import preview as show
+        from pipelines.ingest.ingest import preview as show
 
         show(files, settings, typer.echo, **options)
         return

@@ -15,8 +15,8 @@ from typing import Any, get_origin
 
 from pydantic.fields import FieldInfo
 
+from pipelines.ingest.config import IngestConfig
 from trainer.config import Config
-from trainer.data.ingest_config import IngestConfig
 from trainer.settings import Settings, models_in
 
 _HEAD = """# Configuration: every key

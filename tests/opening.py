@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.event_table import open_events, open_impressions
-from pipelines.ingest_engine import Engine, connect
-from pipelines.ingest_files import Files, find_files
-from pipelines.ingest_sources import Seen
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.engine import Engine, connect
+from pipelines.ingest.events import open_events, open_impressions
+from pipelines.ingest.files import Files, find_files
+from pipelines.ingest.sections import EngineConfig
+from pipelines.ingest.sources import Seen
 from tests.rawlogs import START, Row
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.ingest_sections import EngineConfig
 
 GOOD: dict[str, Any] = {
     "user_id": [1, 2, 3],

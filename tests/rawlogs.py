@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.ingest import ingest
-from trainer.data.ingest_config import IngestConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.ingest import ingest
 from trainer.data.schema import LogManifest, read_manifest
 
 DAY = 86_400

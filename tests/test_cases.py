@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.ingest import ingest, report_lines
+from pipelines.ingest.config import load_ingest_config
+from pipelines.ingest.ingest import ingest, report_lines
 from tests.rawlogs import rows, words
-from trainer.data.ingest_config import load_ingest_config
 from trainer.data.schema import LogManifest
 
 CASES = Path(__file__).parent / "cases"

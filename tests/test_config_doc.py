@@ -9,9 +9,9 @@ import pytest
 from pydantic import Field
 
 from pipelines.config_doc import document, lines_of
+from pipelines.ingest.config import IngestConfig
 from tests.launching import ROOT
 from trainer.config import Config
-from trainer.data.ingest_config import IngestConfig
 from trainer.settings import Settings, models_in
 
 

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipelines.ingest as module
+import pipelines.ingest.ingest as module
 from embeddings.errors import DataError
-from pipelines.ingest import IngestConfig, ingest, report_lines
+from pipelines.ingest.ingest import IngestConfig, ingest, report_lines
 from trainer.data.schema import LogManifest, arrow_schema, read_manifest
 
 DAY = 86_400

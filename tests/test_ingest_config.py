@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from embeddings.errors import ConfigError
-from trainer.data.ingest_config import load_ingest_config
+from pipelines.ingest.config import load_ingest_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.ingest import IngestConfig, ingest
+from pipelines.ingest.config import load_ingest_config
+from pipelines.ingest.ingest import IngestConfig, ingest
 from tests.rawlogs import DAY, START, Row, domains, rows, words
-from trainer.data.ingest_config import load_ingest_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 LEVELS = {

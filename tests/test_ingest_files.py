@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.ingest_files import find_files
+from pipelines.ingest.files import find_files
+from pipelines.ingest.sections import CsvConfig
 from tests.opening import GOOD, Door, csv_events, parquet, text
 from tests.rawlogs import START
-from trainer.data.ingest_sections import CsvConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 ITEMS = [7, 8, 9]

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import ConfigError, DataError
-from pipelines import ingest_blocks
-from pipelines.ingest import ingest
-from pipelines.ingest_engine import connect
-from pipelines.ingest_errors import explained
+from pipelines.ingest.engine import connect
+from pipelines.ingest.errors import explained
+from pipelines.ingest.ingest import ingest
+from pipelines.ingest.ingest import rows as ingest_blocks
+from pipelines.ingest.sections import EngineConfig
+from pipelines.ingest.trajectories import merge
 from tests.rawlogs import config, rows, words
-from trainer.data.ingest_sections import EngineConfig
-from trainer.data.trajectories import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 

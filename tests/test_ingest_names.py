@@ -14,7 +14,8 @@ import pytest
 
 from embeddings.errors import DataError
 from launch.cli import main
-from pipelines.ingest import ingest, preview, report_lines
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.ingest import ingest, preview, report_lines
 from tests.rawlogs import (
     DAY,
     EVENT,
@@ -29,7 +30,6 @@ from tests.rawlogs import (
     words,
     write,
 )
-from trainer.data.ingest_config import IngestConfig
 from trainer.data.schema import LogManifest, read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")

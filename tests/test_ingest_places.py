@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.ingest_preview import preview_lines
-from pipelines.ingest_sources import Seen
+from pipelines.ingest.preview import preview_lines
+from pipelines.ingest.sources import Seen
 from tests.opening import GOOD, Door, csv_events, parquet, text
 from tests.rawlogs import START
 from trainer.data.schema import ColumnInfo

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.ingest import ingest, report_lines
+from pipelines.ingest.ingest import ingest, report_lines
 from tests.rawlogs import (
     BEHAVIOR,
     DAY,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.ingest import ingest, report_lines
+from pipelines.ingest.ingest import ingest, report_lines
 from tests.rawlogs import DAY, EVENT, SHOWN, START, Row, config, events, impressions, write
 from trainer.data.schema import LogManifest
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.ingest import ingest, report_lines
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.ingest import ingest, report_lines
 from tests.rawlogs import EVENT, SHOWN, config, events, impressions, rows, words, write
-from trainer.data.ingest_config import IngestConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 CATEGORY = {1000 + item: None if item % 5 == 0 else f"c{item % 4}" for item in range(1, 31)}

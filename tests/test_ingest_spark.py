@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from pipelines import ingest_encoding
-from pipelines.ingest import ingest
+from pipelines.ingest.ingest import encoding as ingest_encoding
+from pipelines.ingest.ingest import ingest
 from tests.opening import GOOD, Door, csv_events, parquet, text
 from tests.rawlogs import SHOWN, config, events, impressions, renew, rows, words, write
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from embeddings.errors import ConfigError, DataError
 from launch.cli import main
-from pipelines.ingest import ingest, report_lines
+from pipelines.ingest.config import load_ingest_config
+from pipelines.ingest.ingest import ingest, report_lines
 from tests.rawlogs import DAY, EVENT, SHOWN, START, Log, Row, config, events, impressions, rows, words, write
-from trainer.data.ingest_config import load_ingest_config
 from trainer.data.schema import FeatureInfo, LogManifest, read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")

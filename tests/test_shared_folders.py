@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.ingest import ingest
+from pipelines.ingest.ingest import ingest
 from tests.rawlogs import config, events, rows, write
 from trainer import checkpoint_files, durable
 from trainer.data.schema import read_manifest

@@ -13,12 +13,12 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.event_table import EVENTS, SHOWN
-from pipelines.ingest_engine import Engine
-from pipelines.ingest_sources import Seen
-from pipelines.ingest_tables import counted
-from pipelines.ingest_vocabulary import Older, continued, write_words
-from trainer.data.ingest_config import IngestConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.encode import counted
+from pipelines.ingest.engine import Engine
+from pipelines.ingest.events import EVENTS, SHOWN
+from pipelines.ingest.sources import Seen
+from pipelines.ingest.vocabulary import Older, continued, write_words
 from trainer.data.schema import FeatureInfo
 
 NAMES = ("user_id", "request_id")

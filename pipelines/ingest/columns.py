@@ -14,9 +14,9 @@ from typing import Literal
 import pyarrow as pa
 
 from embeddings.errors import DataError
-from pipelines.ingest_files import RawFile
+from pipelines.ingest.config import Unit
+from pipelines.ingest.files import RawFile
 from trainer.data.arrow_types import is_list, is_text
-from trainer.data.ingest_config import Unit
 
 Kind = Literal["key", "time", "id", "ids", "text", "number"]
 Target = Literal["int64", "string", "float64", "array<int64>", "array<string>"]

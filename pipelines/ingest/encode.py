@@ -11,9 +11,9 @@ from functools import reduce
 import ibis
 from ibis.expr import types as ir
 
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.portable_hash import digest
-from trainer.data.protocol import REQUEST, Tables
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.portable_hash import digest
+from pipelines.ingest.protocols.protocol import REQUEST, Tables
 
 _HEX = "0123456789abcdef"
 _PREFIX = 4  # hexadecimal digits of the row key that choose a bucket

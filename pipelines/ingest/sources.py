@@ -15,13 +15,13 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest_columns import CSV, NULL, Column, Kind, Target, Wanted, decide, refuse
-from pipelines.ingest_engine import Engine
-from pipelines.ingest_faults import bad_cell, check_rows
-from pipelines.ingest_files import FoundFiles, RawFile, look
-from pipelines.ingest_values import convert, look_at, may_be_broken, of_text
-from trainer.data.balanced import all_rows, balanced
-from trainer.data.ingest_config import IngestConfig
+from pipelines.ingest.balanced import all_rows, balanced
+from pipelines.ingest.columns import CSV, NULL, Column, Kind, Target, Wanted, decide, refuse
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.engine import Engine
+from pipelines.ingest.faults import bad_cell, check_rows
+from pipelines.ingest.files import FoundFiles, RawFile, look
+from pipelines.ingest.values import convert, look_at, may_be_broken, of_text
 from trainer.data.schema import ColumnInfo
 
 _TOLD = 10  # names of columns that one line lists

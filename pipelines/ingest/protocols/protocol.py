@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import ibis
 from ibis.expr import types as ir
 
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.portable_hash import digest
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.portable_hash import digest
 
 REQUEST = ("user_id", "request_id")
 

@@ -9,13 +9,13 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.event_table import loose_columns, raw_values, wanted_column
-from pipelines.ingest_columns import Kind, Wanted
-from pipelines.ingest_encoding import encode
-from pipelines.ingest_engine import Engine
-from pipelines.ingest_files import FoundFiles, find_files
-from pipelines.ingest_sources import Seen, columns_of, open_files
-from trainer.data.ingest_config import ColumnConfig, FeatureConfig, IngestConfig
+from pipelines.ingest.columns import Kind, Wanted
+from pipelines.ingest.config import ColumnConfig, FeatureConfig, IngestConfig
+from pipelines.ingest.encoding import encode
+from pipelines.ingest.engine import Engine
+from pipelines.ingest.events import loose_columns, raw_values, wanted_column
+from pipelines.ingest.files import FoundFiles, find_files
+from pipelines.ingest.sources import Seen, columns_of, open_files
 
 ITEMS, USERS = "raw_items", "raw_users"
 # The events with what the table of items says of theirs.

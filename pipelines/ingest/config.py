@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from trainer.data.ingest_sections import (
+from pipelines.ingest.sections import (
     CsvConfig,
     EngineConfig,
     FilesConfig,

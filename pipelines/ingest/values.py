@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import ibis
 from ibis.expr import types as ir
 
-from pipelines.ingest_columns import CSV, NULL, Kind, Target
-from trainer.data.ingest_config import Unit
+from pipelines.ingest.columns import CSV, NULL, Kind, Target
+from pipelines.ingest.config import Unit
 
 UNITS: dict[Unit, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _INT64 = 2**63 - 1

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
-from pipelines.ingest_engine import Engine
-from pipelines.ingest_tables import no_ids
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.portable_hash import digest
-from trainer.data.protocol import behavior_features, tie
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.encode import no_ids
+from pipelines.ingest.engine import Engine
+from pipelines.ingest.portable_hash import digest
+from pipelines.ingest.protocols.protocol import behavior_features, tie
 
 # Spark and DuckDB hold a behavior being sorted as a struct of its features, its time and a text.
 _BYTES_PER_BEHAVIOR, _BYTES_PER_ID = 160, 48
@@ -138,7 +138,7 @@ def auto_buckets(events: int, config: IngestConfig) -> int:
 def draw_groups(asked: int, events: int, buckets: int, config: IngestConfig) -> int:
     """How many groups of buckets keep the candidates of one within the memory limit.
 
-    Few are better: every group goes through all numbered events of the past once (`trainer.data.negatives`).
+    Few are better: every group goes through all numbered events of the past once (`pipelines.ingest.negatives`).
     """
     positives = config.requests.positives if config.protocol == "next-basket" else 1
     wanted = positives * config.requests.negatives

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import ibis.expr.operations as ops
 from ibis.expr import types as ir
 
-from pipelines.ingest_engine import Engine
+from pipelines.ingest.engine import Engine
 
 # Vocabularies that one statement joins, each a hash table in memory while it runs; the time that an engine
 # needs to plan a statement grows with their cube.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ibis
 from ibis.expr import types as ir
 
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.negatives import draw, labelled, positives
-from trainer.data.portable_hash import digest
-from trainer.data.protocol import REQUEST, Tables
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.negatives import draw, labelled, positives
+from pipelines.ingest.portable_hash import digest
+from pipelines.ingest.protocols.protocol import REQUEST, Tables
 
 
 def requests(tables: Tables, config: IngestConfig) -> ir.Table:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import ibis
 from ibis.expr import types as ir
 
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.portable_hash import number
-from trainer.data.protocol import REQUEST, Past, Tables
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.portable_hash import number
+from pipelines.ingest.protocols.protocol import REQUEST, Past, Tables
 
 _HOUR = 3600
 

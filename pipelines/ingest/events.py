@@ -8,20 +8,20 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest_columns import Kind, Wanted
-from pipelines.ingest_engine import Engine
-from pipelines.ingest_faults import fault_of, number_of
-from pipelines.ingest_files import FoundFiles
-from pipelines.ingest_labels import checked_labels
-from pipelines.ingest_sources import RawTable, Seen, columns_of, open_files
-from pipelines.ingest_values import UNITS
-from trainer.data.ingest_config import (
+from pipelines.ingest.columns import Kind, Wanted
+from pipelines.ingest.config import (
     ColumnConfig,
     EventsConfig,
     FeatureConfig,
     ImpressionsConfig,
     IngestConfig,
 )
+from pipelines.ingest.engine import Engine
+from pipelines.ingest.faults import fault_of, number_of
+from pipelines.ingest.files import FoundFiles
+from pipelines.ingest.labels import checked_labels
+from pipelines.ingest.sources import RawTable, Seen, columns_of, open_files
+from pipelines.ingest.values import UNITS
 
 # Kept while they are needed: text is slow to parse, and a query plan wants to know how large a table is.
 RAW_TABLES = EVENTS, SHOWN = ("raw_events", "raw_impressions")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from pipelines.ingest_columns import Column
-from pipelines.ingest_files import RawFile, open_text
+from pipelines.ingest.columns import Column
+from pipelines.ingest.files import RawFile, open_text
 
 _HINTS = {
     "number": "a number, true or false; mend the cell",

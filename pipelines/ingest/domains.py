@@ -6,13 +6,13 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.event_table import check_values, raw_values, wanted_column
-from pipelines.ingest_columns import Kind, Wanted
-from pipelines.ingest_engine import Engine, count_rows
-from pipelines.ingest_files import find_files
-from pipelines.ingest_sources import RawTable, Seen, columns_of, open_files
-from trainer.data.ingest_config import ContextConfig, DomainConfig, FeatureConfig, IngestConfig
-from trainer.data.trajectories import merge, scoped
+from pipelines.ingest.columns import Kind, Wanted
+from pipelines.ingest.config import ContextConfig, DomainConfig, FeatureConfig, IngestConfig
+from pipelines.ingest.engine import Engine, count_rows
+from pipelines.ingest.events import check_values, raw_values, wanted_column
+from pipelines.ingest.files import find_files
+from pipelines.ingest.sources import RawTable, Seen, columns_of, open_files
+from pipelines.ingest.trajectories import merge, scoped
 
 
 def open_domains(engine: Engine, config: IngestConfig, seen: Seen) -> tuple[ir.Table, int]:

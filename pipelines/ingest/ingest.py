@@ -20,40 +20,40 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.event_table import EVENTS, RAW_TABLES, SHOWN, open_events, open_impressions
-from pipelines.ingest_alone import lone_predictors
-from pipelines.ingest_attributes import item_attributes, with_attributes
-from pipelines.ingest_blocks import BlockWriter, auto_buckets, draw_groups
-from pipelines.ingest_domains import open_domains
-from pipelines.ingest_encoding import encode, narrow
-from pipelines.ingest_engine import Engine, connect, count_rows
-from pipelines.ingest_files import Files, find_files
-from pipelines.ingest_names import NUMBERED, agree, with_numbers
-from pipelines.ingest_preview import preview_lines
-from pipelines.ingest_remarks import Span, remarks, unused_settings
-from pipelines.ingest_report import (
-    Asked,
-    Counts,
-    full_report,
-    new_positives,
-    report_lines,
-)
-from pipelines.ingest_side_tables import DESCRIBED, SideTables, open_side_tables
-from pipelines.ingest_sources import Seen, unread_settings
-from pipelines.ingest_tables import (
+from pipelines.ingest.alone import lone_predictors
+from pipelines.ingest.attributes import item_attributes, with_attributes
+from pipelines.ingest.config import IngestConfig, load_ingest_config
+from pipelines.ingest.domains import open_domains
+from pipelines.ingest.encode import (
     bucketed,
     kept_requests,
     offers,
     timed_requests,
     trial_users,
 )
-from pipelines.ingest_vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies
-from pipelines.ingest_vocabulary import write as write_vocabularies
-from trainer.data import impressions, leave_last, next_basket, time_split
-from trainer.data.ingest_config import IngestConfig, load_ingest_config
+from pipelines.ingest.encoding import encode, narrow
+from pipelines.ingest.engine import Engine, connect, count_rows
+from pipelines.ingest.events import EVENTS, RAW_TABLES, SHOWN, open_events, open_impressions
+from pipelines.ingest.files import Files, find_files
+from pipelines.ingest.ingest.protocols import impressions, leave_last, next_basket, time_split
+from pipelines.ingest.names import NUMBERED, agree, with_numbers
+from pipelines.ingest.negatives import past_events
+from pipelines.ingest.preview import preview_lines
+from pipelines.ingest.protocols.protocol import Past, RequestProtocol, Tables
+from pipelines.ingest.remarks import Span, remarks, unused_settings
+from pipelines.ingest.report import (
+    Asked,
+    Counts,
+    full_report,
+    new_positives,
+    report_lines,
+)
+from pipelines.ingest.rows import BlockWriter, auto_buckets, draw_groups
+from pipelines.ingest.side_tables import DESCRIBED, SideTables, open_side_tables
+from pipelines.ingest.sources import Seen, unread_settings
+from pipelines.ingest.vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies
+from pipelines.ingest.vocabulary import write as write_vocabularies
 from trainer.data.log_writer import check_target, staged, write_manifest, write_split
-from trainer.data.negatives import past_events
-from trainer.data.protocol import Past, RequestProtocol, Tables
 from trainer.data.schema import FeatureInfo, LogManifest, SplitInfo, arrow_schema
 from trainer.durable import remove_folder
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.ingest_errors import explained
-from pipelines.ingest_files import RawFile
-from trainer.data.ingest_sections import EngineConfig
+from pipelines.ingest.errors import explained
+from pipelines.ingest.files import RawFile
+from pipelines.ingest.sections import EngineConfig
 from trainer.durable import remove_folder
 
 Rows = list[dict[str, Any]]

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ibis.expr import types as ir
 
-from pipelines.ingest_engine import Engine
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.portable_hash import digest
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.engine import Engine
+from pipelines.ingest.portable_hash import digest
 from trainer.ranking import auc
 
 _ROWS = 40_000  # candidates that are looked at

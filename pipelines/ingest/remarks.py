@@ -11,9 +11,9 @@ from typing import Any
 
 from ibis.expr import types as ir
 
-from pipelines.ingest_engine import Engine, count_rows
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.protocol import REQUEST, Tables
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.engine import Engine, count_rows
+from pipelines.ingest.protocols.protocol import REQUEST, Tables
 from trainer.data.schema import LogManifest
 
 _DAY = 86_400

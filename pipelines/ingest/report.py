@@ -8,13 +8,13 @@ from typing import Any
 
 from ibis.expr import types as ir
 
-from pipelines.ingest_alone import lone_lines
-from pipelines.ingest_attributes import Attributes
-from pipelines.ingest_engine import Engine, count_rows
-from pipelines.ingest_preview import column_lines
-from pipelines.ingest_remarks import Span, remark_lines
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.protocol import REQUEST, Past, Tables
+from pipelines.ingest.alone import lone_lines
+from pipelines.ingest.attributes import Attributes
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.engine import Engine, count_rows
+from pipelines.ingest.preview import column_lines
+from pipelines.ingest.protocols.protocol import REQUEST, Past, Tables
+from pipelines.ingest.remarks import Span, remark_lines
 from trainer.data.schema import LogManifest, SplitInfo
 
 _QUANTILES = (50, 90, 99)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ibis.expr import types as ir
 
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.protocol import REQUEST, Tables
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.protocols.protocol import REQUEST, Tables
 
 
 def requests(tables: Tables, config: IngestConfig) -> ir.Table:

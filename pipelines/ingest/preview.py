@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from pipelines.ingest_sources import Seen
+from pipelines.ingest.sources import Seen
 from trainer.data.schema import ColumnInfo
 
 _HEAD = ("column", "named by", "type", "read as", "nulls", "from", "to")

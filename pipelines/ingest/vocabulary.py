@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest_engine import Engine
-from pipelines.ingest_files import look
-from pipelines.ingest_tables import counted, numbered
-from trainer.data.ingest_config import IngestConfig
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.encode import counted, numbered
+from pipelines.ingest.engine import Engine
+from pipelines.ingest.files import look
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.data.schema import MANIFEST, FeatureInfo, LogManifest, read_manifest
 from trainer.data.vocabulary_digest import spelled

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import ibis
 from ibis.expr import types as ir
 
-from pipelines.ingest_engine import Engine
-from pipelines.ingest_faults import fault_of, number_of
-from pipelines.ingest_sources import RawTable
-from trainer.data.ingest_config import ImpressionsConfig
-from trainer.data.ingest_sections import LabelConfig
+from pipelines.ingest.config import ImpressionsConfig
+from pipelines.ingest.engine import Engine
+from pipelines.ingest.faults import fault_of, number_of
+from pipelines.ingest.sections import LabelConfig
+from pipelines.ingest.sources import RawTable
 
 
 def checked_labels(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import ibis
 from ibis.expr import types as ir
 
-from trainer.data.balanced import all_rows
+from pipelines.ingest.balanced import all_rows
 
 _SAME = ("user_id", "item_id", "action_id", "timestamp")
 

@@ -9,10 +9,10 @@ from functools import reduce
 import ibis
 from ibis.expr import types as ir
 
-from pipelines.ingest_engine import Engine
-from pipelines.ingest_tables import no_ids
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.protocol import REQUEST, Tables
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.encode import no_ids
+from pipelines.ingest.engine import Engine
+from pipelines.ingest.protocols.protocol import REQUEST, Tables
 
 # What the engine keeps only until the states of items are made: as many rows as their events have seconds.
 _PASSING = ("item_known", "item_filled")

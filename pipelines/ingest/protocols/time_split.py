@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ibis.expr import types as ir
 
-from trainer.data.ingest_config import IngestConfig
-from trainer.data.negatives import one_positive
-from trainer.data.protocol import Tables, positions
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.negatives import one_positive
+from pipelines.ingest.protocols.protocol import Tables, positions
 
 __all__ = ["one_positive", "requests"]
 
