@@ -122,7 +122,7 @@ def forecast(config: Any, manifest: Any) -> Found:
     from embeddings.plan.planner import offline_plan
     from embeddings.plan.request import Cluster
     from embeddings.plan.traffic import Traffic
-    from pipelines.plan_report import Report
+    from pipelines.plan.report import Report
     from trainer.assemble import build_trainable, plan_task
     from trainer.workload import lookups, step_size
 

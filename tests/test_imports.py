@@ -167,11 +167,11 @@ def test_innocent_code_passes(code: str) -> None:
     [
         ("embeddings", "import trainer.model", True),
         ("embeddings", "from trainer import config", True),
-        ("trainer", "def f():\n    from pipelines.plan import plan", True),
+        ("trainer", "def f():\n    from pipelines.plan.plan import plan", True),
         ("pipelines", "import launch", True),
         ("trainer", "from ..pipelines import plan", True),
         ("trainer", "from embeddings.errors import TandemError", False),
-        ("launch", "import pipelines.plan", False),
+        ("launch", "import pipelines.plan.plan", False),
         ("trainer", "from .config import Config", False),
     ],
 )

@@ -38,8 +38,8 @@ from embeddings.plan.planner import DoesNotFit, offline_plan, read_plan, saved_p
 from embeddings.plan.request import Cluster, PlanRules, TableRule, Task
 from embeddings.plan.traffic import Lookup
 from launch.cli import main
-from pipelines.plan import parse_size
-from pipelines.plan_report import spans
+from pipelines.plan.plan import parse_size
+from pipelines.plan.report import spans
 from tests.launching import SETTINGS, losses, overrides, tandemrec
 from tests.logs import small_log
 from trainer.assemble import build_trainable

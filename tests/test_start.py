@@ -152,7 +152,7 @@ def test_the_weights_to_start_large_tables_with_are_looked_at(
 def test_a_plan_for_more_ranks_is_checked_for_those(
     log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from pipelines.plan import Question, plan
+    from pipelines.plan.plan import Question, plan
 
     file = tmp_path / "plan.json"
     plan(CONFIG, words(log), Question(4, out=file))

@@ -15,8 +15,8 @@ from embeddings.plan.file import to_tree
 from embeddings.plan.planner import DoesNotFit, offline_plan, saved_plan
 from embeddings.plan.request import Cluster, Task
 from pipelines.console import quiet_third_parties
-from pipelines.plan_remedies import remedies
-from pipelines.plan_report import Report, need_lines, report_lines
+from pipelines.plan.remedies import remedies
+from pipelines.plan.report import Report, need_lines, report_lines
 from trainer.assemble import build_trainable, fit_caches, plan_task
 from trainer.config import Config, load_config
 from trainer.data.schema import LogManifest, read_manifest
