@@ -32,8 +32,8 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype, to_stored
 from pipelines.console import quiet_third_parties, table_lines
-from pipelines.serve_app import Service, build_app
-from pipelines.serve_metrics import Metrics
+from pipelines.serve.app import Service, build_app
+from pipelines.serve.metrics import Metrics
 from trainer.assemble import build_model
 from trainer.config import Config
 from trainer.data.row_group import Bags

@@ -341,8 +341,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a snapshot over HTTP, with a page to look at."""
-    from pipelines.serve import serve as run
-    from pipelines.serve_load import LoadLimits
+    from pipelines.serve.load import LoadLimits
+    from pipelines.serve.serve import serve as run
     from trainer.serving.asked import Limits
     from trainer.serving.batcher import BatchSettings
 

@@ -16,9 +16,9 @@ import torch
 
 import trainer.serving.current as current_module
 from pipelines.export import _copied, inputs_of
-from pipelines.serve_app import Service, build_app
-from pipelines.serve_load import LoadLimits
-from pipelines.serve_metrics import Metrics
+from pipelines.serve.app import Service, build_app
+from pipelines.serve.load import LoadLimits
+from pipelines.serve.metrics import Metrics
 from tests.logs import Row
 from tests.models import drawing, model_of
 from trainer.assemble import feature_rows, resolve_groups

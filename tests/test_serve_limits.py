@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-import pipelines.serve_updates as updates_module
+import pipelines.serve.updates as updates_module
 from embeddings.errors import DataError
-from pipelines.serve_load import LoadLimits
+from pipelines.serve.load import LoadLimits
 from tests.logs import INFOS, Shape, enrich, random_rows, write_log
 from tests.models import preset
 from tests.serving import ARROW, Client, bodies, service_of, serving, snapshot_of, stream

@@ -15,7 +15,7 @@ import pytest
 
 from embeddings.errors import DataError
 from pipelines.score_names import write_named_scores
-from pipelines.serve_app import Service
+from pipelines.serve.app import Service
 from tests.logs import FEATURES, Shape, random_rows, write_log
 from tests.models import preset
 from tests.serving import Client, bodies, service_of, serving, snapshot_of

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from embeddings.errors import ConfigError, TandemError
-from pipelines.serve_metrics import Metrics
+from pipelines.serve.metrics import Metrics
 from trainer.serving.current import Current
 
 _LONGEST_WAIT = 60.0

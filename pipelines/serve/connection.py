@@ -14,7 +14,7 @@ from typing import Any, cast
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pipelines.serve_load import LoadLimits
+from pipelines.serve.load import LoadLimits
 
 _LONGEST_HEAD = 64 << 10
 _FEW_PARTS, _SHORT_PART = 1_000, 256

@@ -13,11 +13,11 @@ import uvicorn
 
 from embeddings.errors import ConfigError
 from pipelines.console import quiet_third_parties
-from pipelines.serve_app import Service, build_app
-from pipelines.serve_connection import protocol
-from pipelines.serve_load import LoadLimits
-from pipelines.serve_metrics import Metrics
-from pipelines.serve_updates import read_token
+from pipelines.serve.app import Service, build_app
+from pipelines.serve.connection import protocol
+from pipelines.serve.load import LoadLimits
+from pipelines.serve.metrics import Metrics
+from pipelines.serve.updates import read_token
 from trainer.serving.asked import Limits
 from trainer.serving.batcher import BatchSettings
 from trainer.serving.current import Current

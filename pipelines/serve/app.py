@@ -20,12 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from embeddings.errors import TandemError
-from pipelines.serve_bodies import AnswerBody, ErrorBody, HealthBody, ReadyBody, ReloadBody, UpdatesBody
-from pipelines.serve_decode import decode, encode
-from pipelines.serve_load import HeldAnswer, Hold, InFlight, LoadLimits, read_body
-from pipelines.serve_metrics import Metrics
-from pipelines.serve_updates import Updates
-from pipelines.serve_users import UserBody, UsersBody, user_body, users_body
+from pipelines.serve.bodies import AnswerBody, ErrorBody, HealthBody, ReadyBody, ReloadBody, UpdatesBody
+from pipelines.serve.decode import decode, encode
+from pipelines.serve.load import HeldAnswer, Hold, InFlight, LoadLimits, read_body
+from pipelines.serve.metrics import Metrics
+from pipelines.serve.updates import Updates
+from pipelines.serve.users import UserBody, UsersBody, user_body, users_body
 from trainer.mistakes import words_of
 from trainer.serving import arrow_body
 from trainer.serving.asked import Limits, RequestError
