@@ -66,7 +66,7 @@ def synth(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
 ) -> None:
     """Write a log with a planted signal and a known oracle."""
-    from pipelines.synth import synth as run
+    from pipelines.synth.synth import synth as run
 
     run(out, kind, seed, users, overwrite)
 

@@ -12,10 +12,9 @@ import torch
 from benchmarks.planted.recall import kept_places, measure, worth
 from embeddings.errors import DataError
 from launch.cli import main
-from pipelines.synth import TRUTH, synth
-from trainer.data.planted import fields, orders, relevance, temporal
-from trainer.data.planted.kinds import KINDS
-from trainer.data.planted.log import Ints, PlantedLog
+from pipelines.synth.kinds import KINDS
+from pipelines.synth.log import Ints, PlantedLog
+from pipelines.synth.synth import TRUTH, fields, orders, relevance, synth, temporal
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.metrics import auc, logloss

@@ -17,7 +17,7 @@ from benchmarks.gpu.measure import forget_memory, memory
 from pipelines.evaluate import evaluate as evaluate_run
 from pipelines.export import export as export_run
 from pipelines.score import score as score_requests
-from pipelines.synth import synth as write_planted
+from pipelines.synth.synth import synth as write_planted
 from pipelines.train import train as train_run
 from trainer.run import RunFolder
 from trainer.scored import compare_scores, read_scores

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from benchmarks.planted.kept import kept_behaviors
+from pipelines.synth.kinds import Kind
+from pipelines.synth.log import Seen
 from trainer.data.batch import RequestBatch
-from trainer.data.planted.kinds import Kind
-from trainer.data.planted.log import Seen
 from trainer.data.reader import SequenceLogReader
 
 Floats = npt.NDArray[np.float64]

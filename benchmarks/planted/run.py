@@ -36,7 +36,7 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
     """Leave the recall of a trained run's search on the test split in `kept.json`."""
     from benchmarks.planted.recall import planted_recall
     from pipelines.start import open_split
-    from trainer.data.planted.kinds import KINDS
+    from pipelines.synth.kinds import KINDS
     from trainer.data.reader import SequenceLogReader
     from trainer.distributed import process_group
     from trainer.restore import restore
@@ -56,7 +56,7 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
 
 def planted_log(out: Path, kind: str, seed: int, users: int) -> Path:
     """The log of these arguments, written if it is not there."""
-    from pipelines.synth import synth
+    from pipelines.synth.synth import synth
     from trainer.data.schema import is_sequence_log
 
     name = f"{kind}-{seed}" + (f"-{users}" if users else "")

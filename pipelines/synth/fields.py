@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from trainer.data.planted.log import (
+from pipelines.synth.log import (
     DAY,
     Floats,
     Ints,

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import ConfigError
 from pipelines.console import table_lines
+from pipelines.synth.kinds import KINDS, Kind
+from pipelines.synth.log import Ints, PlantedLog
 from trainer.data.log_writer import check_target, staged, write_manifest, write_split
-from trainer.data.planted.kinds import KINDS, Kind
-from trainer.data.planted.log import Ints, PlantedLog
 from trainer.data.schema import FeatureInfo, LogManifest, schema_of
 
 TRUTH = "truth.parquet"
@@ -31,7 +31,7 @@ def synth(
     arguments under `ingest` and the oracle's metrics under `report`.
 
     Args:
-        kind: one of `trainer.data.planted.kinds.KINDS`.
+        kind: one of `pipelines.synth.kinds.KINDS`.
         users: to train on; 0 = the kind's own number.
         overwrite: replace a sequence log that is there.
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from trainer.data.planted import fields, orders, relevance, temporal
-from trainer.data.planted.log import PlantedLog, Worth
+from pipelines.synth.log import PlantedLog, Worth
+from pipelines.synth.synth import fields, orders, relevance, temporal
 
 
 @dataclass(frozen=True)
