@@ -23,12 +23,12 @@ from benchmarks.step import bench_step
 from embeddings.lookup.sharding import initialise_unsharded
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_trainable, feature_rows
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
+from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.loss import loss_sum
 from trainer.run import versions
-from trainer.sections import DataConfig
 
 Row = dict[str, Any]
 

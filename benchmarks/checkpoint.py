@@ -18,7 +18,8 @@ from benchmarks.report import required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer import checkpoint
 from trainer.assemble import build_sharded, resolve_groups
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
+from trainer.config.tables import TableConfig
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import process_group
 from trainer.durable import sync
@@ -26,7 +27,6 @@ from trainer.hashed_writer import HashedWriter
 from trainer.run import versions
 from trainer.saver import Saver
 from trainer.step import make_optimizer
-from trainer.table_sections import TableConfig
 
 _BYTES = 2e9
 _PIECE = 1 << 24  # bytes

@@ -80,7 +80,7 @@ def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
     from benchmarks.exchanged import Exchanged
     from pipelines.start import open_split
     from trainer.assemble import build_sharded, feature_rows
-    from trainer.config import load_config
+    from trainer.config.run_config import load_config
     from trainer.data.schema import read_manifest
     from trainer.nonfinite import Guard
     from trainer.step import TrainStep, make_optimizer

@@ -22,7 +22,7 @@ from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shard
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.stored import Dtype
 from trainer import checkpoint
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.distributed import process_group
 from trainer.snapshot.manifest import StoredRows
 from trainer.snapshot.publishing import describe_files

@@ -35,11 +35,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.ingest import ingest, load_ingest_config
+from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.log_writer import write_manifest, write_split
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import FeatureInfo, LogManifest, read_manifest, schema_of
-from trainer.sections import DataConfig, SearchConfig
 
 Row = dict[str, Any]
 Key = tuple[int, int]  # user, request

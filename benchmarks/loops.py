@@ -14,7 +14,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trainer.checkpoint import Found
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.distributed import Ranks
 from trainer.loop import Trainer

@@ -21,13 +21,13 @@ from benchmarks.report import provenance, required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
 from trainer.checkpoint import Found
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
+from trainer.config.toml import Settings, load_settings
 from trainer.data.prefetch import Closable
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group
 from trainer.run import RunFolder
-from trainer.settings import Settings, load_settings
 
 _PREFIX = "quality."
 

@@ -25,14 +25,14 @@ from scipy.stats import rankdata
 
 from benchmarks.information import Floats, Ints, Shown, Truth, count_truths, read_shown, window_ids
 from benchmarks.models import spread
-from trainer.config import Config
+from trainer.config.run_config import Config
+from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.model.two_stage import TwoStageModel
 from trainer.model.windows import first_ids
 from trainer.run import RunFolder
-from trainer.sections import DataConfig
 
 ENOUGH = 700  # candidates of a target category in the training split, as in DARE's code
 MOST_ROWS = 1_000  # categories: a table has rows x rows x L cells

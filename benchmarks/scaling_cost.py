@@ -21,12 +21,12 @@ from benchmarks.report import provenance, write_report
 from benchmarks.synthetic import Draws, Shape, as_batch
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded
-from trainer.config import Config
+from trainer.config.run_config import Config
+from trainer.config.toml import Settings, load_settings
 from trainer.data.reader import Cursor, Step
 from trainer.distributed import Ranks, process_group
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
-from trainer.settings import Settings, load_settings
 from trainer.step import TrainStep, make_optimizer
 
 

@@ -20,7 +20,7 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype
 from trainer.assemble import build_model, feature_rows
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.run import versions
 from trainer.snapshot.manifest import InputFeature, SnapshotManifest

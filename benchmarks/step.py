@@ -16,7 +16,7 @@ from benchmarks.loops import Replay, Seconds, bare_loop, one_thread, timed, trai
 from benchmarks.report import write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.blocks import BlockLimits, Decoded, cut_blocks, with_windows
 from trainer.data.collate import collate
@@ -15,7 +16,6 @@ from trainer.data.files import RowGroup
 from trainer.data.row_group import FeatureIds, Ids, Ints
 from trainer.data.rows import Columns, PlanRows, UserRows
 from trainer.data.schema import FeatureInfo, LogManifest
-from trainer.sections import DataConfig
 
 ITEM, CATEGORY = "item_id", "category_id"
 _ZIPF = 1.05

@@ -26,12 +26,12 @@ import sklearn
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from trainer.baselines import item_counts
+from trainer.config.sections import DataConfig
 from trainer.data.hard_search import hard_search
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.data.schema import read_manifest
 from trainer.metrics import Metrics, group_keys, measure
-from trainer.sections import DataConfig
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

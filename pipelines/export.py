@@ -19,7 +19,7 @@ from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
 from trainer import checkpoint
 from trainer.assemble import feature_rows, resolve_groups
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import LogManifest, read_manifest

@@ -27,7 +27,7 @@ from trainer.assemble import (
     plan_task,
     resolve_groups,
 )
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.data.schema import LogManifest, read_manifest

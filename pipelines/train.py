@@ -15,7 +15,7 @@ from pipelines.start import open_start, try_out
 from pipelines.train_report import next_commands, quality
 from trainer import checkpoint
 from trainer.assemble import build_sharded
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.data.schema import LogManifest
 from trainer.distributed import Ranks, process_group
 from trainer.loop import Position, Trainer

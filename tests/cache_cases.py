@@ -19,7 +19,7 @@ from pipelines.start import open_split
 from tests.launching import ROOT
 from tests.step_cases import SMALL
 from trainer.assemble import build_sharded, feature_rows
-from trainer.config import load_config
+from trainer.config.run_config import load_config
 from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group
 from trainer.evaluation import score_split

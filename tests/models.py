@@ -15,7 +15,7 @@ from embeddings.lookup.sharding import initialise_unsharded
 from tests.launching import ROOT
 from tests.logs import Shape, random_rows, write_log
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest

@@ -24,7 +24,7 @@ from tests.forked import fork_ranks, one_thread
 from tests.launching import SETTINGS, losses, overrides
 from tests.logs import small_log
 from trainer import checkpoint_files, hashed_writer
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.distributed import Ranks
 from trainer.loop import Trainer
 from trainer.saver import Saver

@@ -22,7 +22,7 @@ from pipelines.serve.metrics import Metrics
 from tests.logs import Row
 from tests.models import drawing, model_of
 from trainer.assemble import feature_rows, resolve_groups
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.run import versions

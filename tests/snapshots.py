@@ -14,7 +14,7 @@ from pipelines.export import export
 from tests.models import drawing, preset
 from trainer import checkpoint
 from trainer.assemble import build_sharded
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.schema import read_manifest
 from trainer.distributed import process_group
 from trainer.run import RunFolder

@@ -25,7 +25,7 @@ from pipelines.console import quiet_third_parties
 from pipelines.start import open_split
 from tests.launching import ROOT
 from trainer.assemble import Sharded, build_sharded, feature_rows
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, gather_rows, process_group, sum_over_ranks

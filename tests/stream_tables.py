@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from embeddings.groups import TableGroup, TableSpec
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.snapshot.writing import Draft, Source
 from trainer.table_reader import TableReader
 

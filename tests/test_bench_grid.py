@@ -20,7 +20,7 @@ from embeddings.lookup.plain import PlainBagCollection
 from tests.launching import ROOT, tandemrec
 from tests.models import draw, drawing
 from trainer.assemble import build_model, resolve_groups
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.data.batch import RequestBatch
 from trainer.data.rows import UserRows
 from trainer.loss import loss_sum

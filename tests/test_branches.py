@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.launching import ROOT
 from tests.logs import FEATURES
 from tests.models import batch_of, model_of, preset, small_log, stage_one, table_gradient, watch, with_ids
-from trainer.config import load_config
+from trainer.config.run_config import load_config
 from trainer.data.batch import RequestBatch
 from trainer.model.search import HammingSearch
 from trainer.model.two_stage import TwoStageModel

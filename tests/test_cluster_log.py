@@ -13,14 +13,14 @@ from embeddings.errors import ConfigError, DataError
 from pipelines.cluster import behavior_vectors, cluster
 from tests.launching import tandemrec, train
 from tests.logs import Shape, random_rows, write_log
-from trainer.config import Config
+from trainer.config.run_config import Config
+from trainer.config.sections import DataConfig
 from trainer.data.clusters import ClusterInfo, cluster_history
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, read_rows
 from trainer.data.schema import read_manifest
 from trainer.data.sizes import Sizes
 from trainer.model.windows import Source, windows_of
-from trainer.sections import DataConfig
 from trainer.snapshot import load_snapshot
 
 INFO = ClusterInfo(chunk=12, cap=4, group_by="category_id", seed=3)

@@ -14,13 +14,13 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.logs import CONTEXT, RICH, Row, enrich, random_rows, write_log
+from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.blocks import Block, BlockLimits, WindowedRows, cut_blocks, with_windows
 from trainer.data.collate import collate
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.schema import read_manifest
 from trainer.data.sizes import Sizes
-from trainer.sections import DataConfig
 
 Cut = tuple[int, int, int, int]  # first request, last, behaviors, candidates
 

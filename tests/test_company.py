@@ -22,7 +22,7 @@ from tests.preset_steps import small_config
 from tests.test_presets import PRESETS, model_of
 from tests.test_search import walk
 from tests.test_serve_scorer import clustered
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.clusters import cluster_history
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import ClusterInfo

@@ -8,7 +8,7 @@ import pytest
 
 from embeddings.errors import ConfigError
 from pipelines.ingest.config import load_ingest_config
-from trainer.config import Config, build_groups, load_config
+from trainer.config.run_config import Config, build_groups, load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ROWS = {"item_id": 100, "category_id": 10}

@@ -16,7 +16,7 @@ from torch import Tensor
 import pipelines.train
 from tests.launching import SETTINGS, launched, overrides
 from tests.logs import small_log
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.distributed import Ranks, process_group
 from trainer.step import TrainStep
 

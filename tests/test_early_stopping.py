@@ -19,12 +19,12 @@ from pipelines.export import export
 from tests.launching import SETTINGS, overrides, tandemrec
 from tests.logs import random_rows, small_log, write_log
 from trainer import checkpoint_files
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
+from trainer.config.sections import EarlyStoppingConfig, TrainConfig
 from trainer.distributed import process_group
 from trainer.early_stopping import Best
 from trainer.metrics import Metrics
 from trainer.schedule import schedule_remarks
-from trainer.sections import EarlyStoppingConfig, TrainConfig
 
 CONFIG = Path("configs/dare.toml")
 # Nothing gains as much, so that the first validation stays the best: after step 2, with an end after step 6.

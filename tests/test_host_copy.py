@@ -13,11 +13,11 @@ import torch
 
 from embeddings.errors import DataError
 from tests.logs import small_log
+from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader
 from trainer.host_copy import HostCopy, Unloading
-from trainer.sections import DataConfig
 
 
 def test_a_copy_is_what_the_tensor_was_when_it_was_made() -> None:

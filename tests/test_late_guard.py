@@ -31,11 +31,11 @@ from tests.logs import Shape, enrich, random_rows, small_log, write_log
 from tests.stand_in import _line
 from tests.step_cases import nan_label
 from tests.test_step import Fake
-from trainer.config import load_config
+from trainer.config.run_config import load_config
+from trainer.config.sections import TrainConfig
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.distributed import Ranks, process_group
 from trainer.nonfinite import Gradients, Guard
-from trainer.sections import TrainConfig
 from trainer.step import make_optimizer
 
 Found = dict[str, Any]

@@ -15,7 +15,7 @@ from benchmarks.leaks import Tail, compare_ingest, compare_log
 from pipelines.ingest.config import IngestConfig
 from tests import rawlogs
 from tests.logs import Shape, enrich, random_rows, write_log
-from trainer.sections import DataConfig, SearchConfig
+from trainer.config.sections import DataConfig, SearchConfig
 
 SEARCH = SearchConfig(levels=("category_id", "item_id"), budget=6, half_life_days=0.0005)
 

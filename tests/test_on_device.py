@@ -24,7 +24,8 @@ from tests.models import batch_of, model_of
 from tests.preset_steps import SMALL, small_config
 from tests.stand_in import CUDA, MixedDevices, OnDevice, StandIn, moved
 from tests.test_presets import PRESETS, preset_log
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
+from trainer.config.sections import DataConfig
 from trainer.data.batch import Clusters, RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.distributed import Ranks
@@ -32,7 +33,6 @@ from trainer.evaluation import _rows
 from trainer.model.union import most_kept
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
-from trainer.sections import DataConfig
 from trainer.step import TrainStep, make_optimizer
 
 # Host waits of an evaluation: it ranks close scores exactly, and so asks how many of them there are.

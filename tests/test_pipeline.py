@@ -20,7 +20,7 @@ from tests.launching import SETTINGS, launched, losses, overrides, train
 from tests.logs import Shape, enrich, random_rows, write_log
 from tests.step_cases import MODELS, WAYS
 from tests.test_ranks import parameters
-from trainer.config import load_config
+from trainer.config.run_config import load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.distributed import process_group
 from trainer.loop import Trainer

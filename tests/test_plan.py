@@ -43,7 +43,7 @@ from pipelines.plan.report import spans
 from tests.launching import SETTINGS, losses, overrides, tandemrec
 from tests.logs import small_log
 from trainer.assemble import build_trainable
-from trainer.config import load_config
+from trainer.config.run_config import load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.workload import StepSize, kept_behaviors, lookups, step_size

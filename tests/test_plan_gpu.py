@@ -39,7 +39,7 @@ from launch.cli import main
 from tests.launching import SETTINGS, overrides
 from tests.logs import small_log
 from trainer.assemble import cluster_of, plan_task
-from trainer.config import load_config
+from trainer.config.run_config import load_config
 from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group
 from trainer.resume import check_resumable, check_same_rules, log_fingerprint

@@ -15,7 +15,7 @@ from tests.launching import ROOT, launched
 from tests.logs import Shape, random_rows, write_log
 from tests.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.evaluation import score_split

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import trainer.data.reader as module
 from embeddings.errors import DataError
 from tests.logs import CONTEXT, FEATURES, RICH, Row, Shape, enrich, random_rows, write_log
+from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.data.rows import UserRows, read_rows
-from trainer.sections import DataConfig
 
 Sample = tuple[Any, ...]
 

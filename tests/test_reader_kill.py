@@ -30,8 +30,8 @@ from pipelines.train import train
 from tests.launching import ROOT, SERVER, SETTINGS, losses, start_server
 from tests.logs import Shape, random_rows, small_log, write_log
 from tests.test_ranks import parameters
+from trainer.config.sections import DataConfig
 from trainer.data.reader import Cursor, SequenceLogReader
-from trainer.sections import DataConfig
 
 SEED, EPOCHS, LIMIT_S = 9, 2, 120.0
 

@@ -14,8 +14,8 @@ from benchmarks.planted.kept import kept_behaviors
 from benchmarks.retrieval import Ranked, quality, ranked, references
 from tests.logs import FEATURES
 from tests.models import batch_of, model_of, preset, small_log
+from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
-from trainer.sections import DataConfig
 
 FEATURE, LENGTH = "category_id", 12
 ROWS = FEATURES[FEATURE]

@@ -11,10 +11,10 @@ import pytest
 
 from embeddings.errors import DataError
 from tests.logs import FEATURES, INFOS, Row, random_rows, write_log
+from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.data.schema import arrow_schema
-from trainer.sections import DataConfig
 
 COLUMNS = Columns(INFOS, ["click"])
 

@@ -15,12 +15,12 @@ from tests.launching import train
 from tests.logs import CONTEXT, FEATURES, RICH, enrich, random_rows, small_log, write_log
 from tests.test_two_stage import model_of
 from trainer.assemble import build_model, resolve_groups
-from trainer.config import Config
+from trainer.config.run_config import Config
+from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.hard_search import hierarchical_search_reference
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.loss import loss_sum
-from trainer.sections import DataConfig, SearchConfig
 
 LEVELS = ("category_id", "item_id")
 

@@ -18,7 +18,7 @@ from tests.launching import ROOT
 from tests.logs import Row, Shape, enrich, random_rows, write_log
 from tests.models import GROUPS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows, preset
 from tests.serving import bodies, model_body, reference, rows_of, snapshot_of, stream
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.clusters import ClusterInfo, cluster_history
 from trainer.data.log_writer import write_manifest
 from trainer.data.reader import SequenceLogReader

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from embeddings.errors import CheckpointError
 from trainer import saver as saving
+from trainer.config.sections import CheckpointConfig
 from trainer.distributed import process_group
 from trainer.hashed_writer import HashedWriter
 from trainer.saver import Saver
-from trainer.sections import CheckpointConfig
 from trainer.staging import StagedCopy, device_of
 
 PAGE = 4096

@@ -17,14 +17,14 @@ from tests.launching import ROOT, SETTINGS, overrides
 from tests.logs import Shape, enrich, random_rows, small_log, write_log
 from tests.models import batch_of, model_of, preset
 from trainer.assemble import resolve_groups
-from trainer.config import load_config
+from trainer.config.run_config import load_config
+from trainer.config.sections import TrainConfig
 from trainer.data.clusters import ClusterInfo
 from trainer.data.schema import read_manifest
 from trainer.distributed import process_group
 from trainer.remarks import remarks
 from trainer.run import RunFolder
 from trainer.schedule import dense_schedule, run_steps, schedule_remarks, table_schedule
-from trainer.sections import TrainConfig
 from trainer.warm_start import unshard_run
 
 CONFIG = ROOT / "configs" / "dare.toml"

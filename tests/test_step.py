@@ -14,13 +14,13 @@ from torchrec.optim.keyed import KeyedOptimizer
 from embeddings.errors import ConfigError
 from tests.launching import SETTINGS, overrides, tandemrec
 from tests.logs import small_log
-from trainer.config import load_config
+from trainer.config.run_config import load_config
+from trainer.config.sections import TrainConfig
 from trainer.data.files import RowGroup
 from trainer.data.reader import Cursor, Step
 from trainer.distributed import Ranks, process_group
 from trainer.nonfinite import Gradients, Guard, _listed, dense_norm
 from trainer.schedule import Schedule, dense_schedule, table_schedule
-from trainer.sections import TrainConfig
 from trainer.step import RateSetter, make_optimizer
 
 DARE = Path(__file__).parent.parent / "configs" / "dare.toml"

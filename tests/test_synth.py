@@ -15,11 +15,11 @@ from launch.cli import main
 from pipelines.synth.kinds import KINDS
 from pipelines.synth.log import Ints, PlantedLog
 from pipelines.synth.synth import TRUTH, fields, orders, relevance, synth, temporal
+from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest
 from trainer.metrics import auc, logloss
 from trainer.model.time import age_bucket
-from trainer.sections import DataConfig, SearchConfig
 
 USERS = {
     "relevance": 60,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.logs import FEATURES, Shape, random_rows, write_log
+from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.ops.top import top_columns
@@ -18,7 +19,6 @@ from trainer.model.score import Attended, DotScorer
 from trainer.model.search import DotSearch, Query, search_reference
 from trainer.model.time import AGE_BUCKETS, Marks, TimeBias, age_bucket
 from trainer.model.windows import Kept, Windows, windows_of
-from trainer.sections import DataConfig
 
 
 def test_age_buckets_grow_with_age_and_stay_in_range() -> None:

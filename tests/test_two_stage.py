@@ -16,7 +16,7 @@ from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.sharding import initialise_unsharded
 from tests.logs import FEATURES, Shape, random_rows, write_log
 from trainer.assemble import build_model
-from trainer.config import Config, build_groups
+from trainer.config.run_config import Config, build_groups
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.loss import loss_sum, rank_loss

@@ -20,7 +20,7 @@ from tests.launching import SETTINGS, overrides
 from tests.logs import FEATURES, small_log
 from tests.test_ranks import parameters
 from trainer.assemble import build_sharded
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.data.log_writer import write_manifest
 from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group

@@ -21,13 +21,13 @@ from embeddings.plan.file import SavedPlan, from_tree
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.plan.request import Cluster, Task
 from trainer.checkpoint import Found
-from trainer.config import Config, build_groups
+from trainer.config.model import BranchConfig, section_of
+from trainer.config.run_config import Config, build_groups
 from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
 from trainer.durable import voice
 from trainer.machine import memory_bytes
 from trainer.model.branch import Surroundings
-from trainer.model.settings import BranchConfig, section_of
 from trainer.model.two_stage import TwoStageModel
 from trainer.model_memory import check_collision, check_dense
 from trainer.resume import check_same_rules
@@ -46,7 +46,7 @@ class Sharded:
 
 
 def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGroup]:
-    """The config's groups with the table rows that the log's ids need; see `trainer.config.build_groups`."""
+    """The config's groups with the table rows that the log's ids need; see `trainer.config.run_config.build_groups`."""
     items = {name: info.rows for name, info in manifest.features.items()}
     groups = build_groups(config, items, {name: info.rows for name, info in manifest.context.items()})
     _check_sequences(groups, {**manifest.features, **manifest.context})

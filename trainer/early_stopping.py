@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from trainer.config.sections import EarlyStoppingConfig
 from trainer.metrics import Metrics
-from trainer.sections import EarlyStoppingConfig
 
 _LOWER_IS_BETTER = {"logloss"}
 

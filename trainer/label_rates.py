@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.errors import DataError
+from trainer.config.sections import DataConfig
 from trainer.data.files import RowGroup, check_files
 from trainer.data.row_group import GroupColumns, read_group
 from trainer.data.schema import LogManifest
-from trainer.sections import DataConfig
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -15,7 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
 from trainer import checkpoint
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.distributed import Ranks, naming_the_lost, sum_over_ranks
 from trainer.early_stopping import Best

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from embeddings.errors import ConfigError
-from trainer.config import Config
+from trainer.config.model import section_of
+from trainer.config.run_config import Config
 from trainer.machine import memory_bytes
-from trainer.model.settings import section_of
 from trainer.workload import StepSize
 
 _FLOAT = 4

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from embeddings.groups import TableGroup
-from trainer.config import Config
+from trainer.config.model import BranchConfig, ModelConfig
+from trainer.config.run_config import Config
+from trainer.config.toml import Settings
 from trainer.data.schema import LogManifest
-from trainer.model.settings import BranchConfig, ModelConfig
-from trainer.settings import Settings
 
 _SPLITS = ("train", "validation", "test")
 # Who lacks a feature of a side.

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer import checkpoint
 from trainer.assemble import Sharded, build_sharded, feature_rows
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks
 from trainer.run import RunFolder

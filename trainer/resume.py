@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.errors import ConfigError
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.schema import LogManifest
 
 # Another value of these would make a position inside an epoch mean other blocks.

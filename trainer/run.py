@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError, DataError
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.durable import locked, naming, remove_folder, write_text
 from trainer.machine import cores
 

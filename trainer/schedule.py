@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainer.sections import Decay, TrainConfig
+from trainer.config.sections import Decay, TrainConfig
 
 _FLOOR = 1e-3
 # A warm-up given in steps takes no larger share of the run, so that a short run reaches its rates at all.

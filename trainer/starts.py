@@ -17,7 +17,7 @@ from pathlib import Path
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.durable import naming
 from trainer.run import RunFolder
 

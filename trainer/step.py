@@ -13,14 +13,14 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embeddings.errors import DataError
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
-from trainer.config import Config
+from trainer.config.run_config import Config
+from trainer.config.sections import TrainConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.loss import loss_sum, rank_loss
 from trainer.model.lookups import Cut
 from trainer.model.two_stage import Prediction, TwoStageModel
 from trainer.nonfinite import Checked, Gradients, Guard, dense_norm
-from trainer.sections import TrainConfig
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]

@@ -18,12 +18,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.groups import TableGroup
 from embeddings.lookup.sharding import table_of
 from trainer.assemble import build_sharded
-from trainer.config import Config
+from trainer.config.run_config import Config
+from trainer.config.tables import TableConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.schema import LogManifest
 from trainer.distributed import Ranks
 from trainer.model.windows import Kept
-from trainer.table_sections import TableConfig
 
 
 @dataclass

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from trainer.sections import CheckpointConfig
+from trainer.config.sections import CheckpointConfig
 
 
 @dataclass(frozen=True)

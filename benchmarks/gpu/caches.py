@@ -16,7 +16,7 @@ import trainer.assemble
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Change, Way, loops_of, shares, with_model
 from benchmarks.grid import Cell
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.distributed import process_group
 
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]

@@ -23,7 +23,7 @@ from benchmarks.gpu.measure import forget_memory, host_waits, memory, wait_for_d
 from benchmarks.gpu.training import Job, pipeline_of
 from benchmarks.grid import Cell, config_of
 from trainer.assemble import build_sharded
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import Step
 from trainer.distributed import Ranks

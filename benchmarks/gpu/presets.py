@@ -14,7 +14,7 @@ from benchmarks.gpu.measure import difference, host_waits
 from tests.models import model_of
 from tests.preset_steps import small_config
 from trainer.assemble import feature_rows, resolve_groups
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.data.schema import read_manifest

@@ -14,9 +14,9 @@ from benchmarks.gpu.check import Answer, Check, Row, answer
 from benchmarks.gpu.jobs import run_of
 from benchmarks.gpu.training import Job, on_cpu, small_job
 from trainer.checkpoint import load_tensors
+from trainer.config.sections import CheckpointConfig
 from trainer.distributed import process_group
 from trainer.saver import Saver
-from trainer.sections import CheckpointConfig
 
 
 def saves(check: Check) -> Answer:

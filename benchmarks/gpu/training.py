@@ -12,7 +12,7 @@ from benchmarks.gpu.logs import small_log
 from pipelines.start import open_split
 from tests.step_cases import SMALL, local_tensors
 from trainer.assemble import Sharded, build_sharded, feature_rows
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.distributed import Ranks

@@ -18,7 +18,7 @@ from benchmarks.gpu.loops import Loops, Way, loops_of
 from benchmarks.grid import Cell
 from embeddings.lookup.sharded import ShardedBags
 from tests.forked import fork_ranks
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.distributed import Ranks, sum_over_ranks
 
 RANKS = 2

@@ -37,11 +37,11 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
     from benchmarks.planted.recall import planted_recall
     from pipelines.start import open_split
     from pipelines.synth.kinds import KINDS
+    from trainer.config.sections import SearchConfig
     from trainer.data.reader import SequenceLogReader
     from trainer.distributed import process_group
     from trainer.restore import restore
     from trainer.run import RunFolder
-    from trainer.sections import SearchConfig
 
     with process_group() as ranks:
         restored = restore(RunFolder(run), ranks)

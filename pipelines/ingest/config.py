@@ -20,7 +20,7 @@ from pipelines.ingest.sections import (
     UserTableConfig,
     VocabularyConfig,
 )
-from trainer.settings import Settings, load_settings
+from trainer.config.toml import Settings, load_settings
 
 Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
 Unit = Literal["s", "ms", "us", "ns"]
@@ -354,7 +354,7 @@ class IngestConfig(Settings):
 
 
 def load_ingest_config(path: Path, overrides: Sequence[str] = ()) -> IngestConfig:
-    """Reads a TOML file and applies overrides; see `trainer.settings.load_settings` for the errors."""
+    """Reads a TOML file and applies overrides; see `trainer.config.toml.load_settings` for the errors."""
     return load_settings(IngestConfig, path, overrides)
 
 

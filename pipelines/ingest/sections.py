@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from trainer.config.toml import Settings
 from trainer.machine import memory_bytes
-from trainer.settings import Settings
 
 
 class LabelConfig(Settings):

@@ -18,7 +18,7 @@ from pipelines.console import quiet_third_parties
 from pipelines.plan.remedies import remedies
 from pipelines.plan.report import Report, need_lines, report_lines
 from trainer.assemble import build_trainable, fit_caches, plan_task
-from trainer.config import Config, load_config
+from trainer.config.run_config import Config, load_config
 from trainer.data.schema import LogManifest, read_manifest
 from trainer.device import Wanted
 from trainer.durable import write_text

@@ -26,7 +26,7 @@ from pipelines.serve.load import HeldAnswer, Hold, InFlight, LoadLimits, read_bo
 from pipelines.serve.metrics import Metrics
 from pipelines.serve.updates import Updates
 from pipelines.serve.users import UserBody, UsersBody, user_body, users_body
-from trainer.mistakes import words_of
+from trainer.config.mistakes import words_of
 from trainer.serving import arrow_body
 from trainer.serving.asked import Limits, RequestError
 from trainer.serving.batcher import Batcher, BatchSettings

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trainer.settings import Settings
+from trainer.config.toml import Settings
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

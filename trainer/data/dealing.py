@@ -6,8 +6,8 @@ import heapq
 import math
 from collections.abc import Sequence
 
+from trainer.config.sections import DataConfig
 from trainer.data.blocks import ANYONE, Block
-from trainer.sections import DataConfig
 
 # `data.sharding = "auto"` decodes a window of row groups apart where no rank has so many times its share of
 # it, and where chance leaves no rank with so much of a step: of W ranks that draw n blocks each on average,

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from embeddings.errors import ConfigError, DataError
+from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.blocks import ANYONE, Block, BlockLimits, WindowedRows, cut_blocks, with_windows
 from trainer.data.collate import collate
@@ -29,7 +30,6 @@ from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.schema import LogManifest, read_manifest
-from trainer.sections import DataConfig
 
 
 @dataclass(frozen=True)

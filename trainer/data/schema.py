@@ -21,11 +21,11 @@ import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import ConfigError, DataError
+from trainer.config.mistakes import words_of
+from trainer.config.toml import Settings
 from trainer.data.clusters import ClusterInfo
 from trainer.durable import file_digest
-from trainer.mistakes import words_of
 from trainer.names import FileName, path_problem
-from trainer.settings import Settings
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embeddings.groups import TableGroup
+from trainer.config.model import BranchConfig
 from trainer.data.batch import RequestBatch
 from trainer.model.collision import HashCollision
 from trainer.model.ops.bags import rows_at
@@ -33,7 +34,6 @@ from trainer.model.search import (
     SoftSearch,
 )
 from trainer.model.sequence import Behaviors, SequenceModel, StackedTin, TargetAttention
-from trainer.model.settings import BranchConfig
 from trainer.model.time import AGE_BUCKETS, TimeBias, TimeEncoding
 from trainer.model.windows import Kept, Source, Windows, all_ids, first_ids
 
@@ -73,7 +73,7 @@ class Searched:
 
 
 class Branch(nn.Module):
-    """Built from its settings alone; see `trainer.model.settings.BranchConfig`."""
+    """Built from its settings alone; see `trainer.config.model.BranchConfig`."""
 
     def __init__(self, settings: BranchConfig, around: Surroundings) -> None:
         super().__init__()

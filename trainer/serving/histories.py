@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import PARQUET_ERRORS, Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import UserRows, read_rows
 from trainer.data.schema import VOCABULARIES, read_manifest
-from trainer.sections import DataConfig
 from trainer.serving.asked import History
 from trainer.serving.vocabulary import read_vocabulary
 

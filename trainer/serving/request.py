@@ -16,8 +16,8 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import from_json as parsed
 
+from trainer.config.mistakes import path_in, words_of
 from trainer.data.row_group import Bags, Ints
-from trainer.mistakes import path_in, words_of
 from trainer.serving.asked import History, Limits, Needs, Request, RequestError
 from trainer.serving.checks import check_names, checked, size_of
 from trainer.serving.users import as_user, names_of, number_sent, stored_history

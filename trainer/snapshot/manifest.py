@@ -12,11 +12,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import Dtype, row_bytes
-from trainer.config import Config
+from trainer.config.mistakes import words_of
+from trainer.config.run_config import Config
+from trainer.config.tables import GroupName
+from trainer.config.toml import Settings
 from trainer.durable import file_digest
-from trainer.mistakes import words_of
-from trainer.settings import Settings
-from trainer.table_sections import GroupName
 
 VERSION_NAME = re.compile(r"v\d{8}")
 MANIFEST, DIGEST, LATEST = "manifest.json", "manifest.sha256", "LATEST"

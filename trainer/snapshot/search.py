@@ -15,8 +15,8 @@ from typing import Literal
 from torch import Tensor
 
 from embeddings.groups import TableGroup
-from trainer.config import Config
-from trainer.model.settings import BranchConfig
+from trainer.config.model import BranchConfig
+from trainer.config.run_config import Config
 from trainer.snapshot.manifest import SearchPart
 
 

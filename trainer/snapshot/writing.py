@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.stored import WIDTHS, Dtype
-from trainer.config import Config
+from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.recorded import pack
 from trainer.snapshot.loading import Chain, Recorded, Snapshot, load_snapshot

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embeddings.errors import ConfigError
-from trainer.mistakes import words_of
+from trainer.config.mistakes import words_of
 
 
 class Settings(BaseModel):

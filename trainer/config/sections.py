@@ -1,4 +1,4 @@
-"""The sections of the trainer's configuration but those of tables; `trainer.config` puts them together."""
+"""The sections of the trainer's configuration but those of tables; `trainer.config.run_config` puts them together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from trainer.settings import Settings
+from trainer.config.toml import Settings
 
 
 class SearchConfig(Settings):

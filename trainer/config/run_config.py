@@ -14,15 +14,15 @@ from pydantic import Field, model_validator
 from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
 from embeddings.groups import FusedOptimizer, TableGroup, table_group
-from trainer.model.settings import BranchConfig, ModelConfig, section_of
-from trainer.sections import (
+from trainer.config.model import BranchConfig, ModelConfig, section_of
+from trainer.config.sections import (
     CheckpointConfig,
     CommsConfig,
     DataConfig,
     TrainConfig,
 )
-from trainer.settings import Settings, load_settings
-from trainer.table_sections import GroupConfig, GroupName, PlanConfig, TableConfig
+from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig
+from trainer.config.toml import Settings, load_settings
 
 
 class Config(Settings):
@@ -85,7 +85,7 @@ class Config(Settings):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file; see `trainer.settings.load_settings` for the errors."""
+    """Read a config file; see `trainer.config.toml.load_settings` for the errors."""
     return load_settings(Config, path, overrides)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.settings import Settings
+from trainer.config.toml import Settings
 
 # Most buckets of one window: a number for each bucket and each of 500 behaviors takes 131 MB.
 _BUCKETS = 65_536

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from embeddings.plan.bandwidths import KNOWN, Bandwidths
 from embeddings.plan.request import PlanRules, TableRule
-from trainer.settings import Settings
+from trainer.config.toml import Settings
 
 # FBGEMM's kernels work on four floats at a time.
 Dim = Annotated[int, Field(ge=4, le=4096, multiple_of=4)]
