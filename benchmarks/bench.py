@@ -26,7 +26,7 @@ from trainer.assemble import build_trainable, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.loss import loss_sum
 from trainer.run import versions
 

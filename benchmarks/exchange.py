@@ -33,8 +33,8 @@ Found = dict[str, float]
 
 def write_log(path: Path, length: int) -> None:
     """Histories of L / 2 to 2 L behaviors; the requests of a user lie in the last tenth of his history."""
-    from trainer.data.log_writer import write_manifest, write_split
-    from trainer.data.schema import FeatureInfo, LogManifest, schema_of
+    from trainer.log.schema import FeatureInfo, LogManifest, schema_of
+    from trainer.log.writer import write_manifest, write_split
 
     rng = np.random.default_rng(SEED + length)
     infos = {"item_id": FeatureInfo(rows=ITEMS), "category_id": FeatureInfo(rows=CATEGORIES)}
@@ -81,7 +81,7 @@ def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
     from pipelines.start import open_split
     from trainer.assemble import build_sharded, feature_rows
     from trainer.config.run_config import load_config
-    from trainer.data.schema import read_manifest
+    from trainer.log.schema import read_manifest
     from trainer.nonfinite import Guard
     from trainer.step import TrainStep, make_optimizer
 

@@ -37,9 +37,9 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.ingest import ingest, load_ingest_config
 from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.batch import RequestBatch
-from trainer.data.log_writer import write_manifest, write_split
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import FeatureInfo, LogManifest, read_manifest, schema_of
+from trainer.log.schema import FeatureInfo, LogManifest, read_manifest, schema_of
+from trainer.log.writer import write_manifest, write_split
 
 Row = dict[str, Any]
 Key = tuple[int, int]  # user, request

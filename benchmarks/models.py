@@ -49,7 +49,7 @@ class Job:
 def make_job(preset: Path, log: Path, overrides: Sequence[str], seed: int) -> Job:
     """Resolves the config and the log: whatever decides the numbers is part of the name."""
     from trainer.config.run_config import load_config
-    from trainer.data.schema import read_manifest
+    from trainer.log.schema import read_manifest
     from trainer.resume import log_fingerprint
 
     every = (*overrides, f"data.log={log}", f"train.seed={seed}")

@@ -29,7 +29,7 @@ from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.model.two_stage import TwoStageModel
 from trainer.model.windows import first_ids
 from trainer.run import RunFolder

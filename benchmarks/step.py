@@ -19,8 +19,8 @@ from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group
+from trainer.log.schema import read_manifest
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.run import versions

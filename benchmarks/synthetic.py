@@ -15,7 +15,7 @@ from trainer.data.collate import collate
 from trainer.data.files import RowGroup
 from trainer.data.row_group import FeatureIds, Ids, Ints
 from trainer.data.rows import Columns, PlanRows, UserRows
-from trainer.data.schema import FeatureInfo, LogManifest
+from trainer.log.schema import FeatureInfo, LogManifest
 
 ITEM, CATEGORY = "item_id", "category_id"
 _ZIPF = 1.05

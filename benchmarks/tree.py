@@ -30,7 +30,7 @@ from trainer.config.sections import DataConfig
 from trainer.data.hard_search import hard_search
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.metrics import Metrics, group_keys, measure
 
 Ints = npt.NDArray[np.int64]

@@ -268,7 +268,7 @@ def cluster(
 ) -> None:
     """Add clusters of every history to a log, for configs/twin_v2.toml."""
     from pipelines.cluster import cluster as run
-    from trainer.data.clusters import ClusterInfo
+    from trainer.log.clusters import ClusterInfo
 
     run(log, snapshot, out, ClusterInfo(chunk=chunk, cap=cap, group_by=group_by, seed=seed), overwrite)
 

@@ -14,11 +14,11 @@ from torch import nn
 from embeddings.errors import DataError, SnapshotError
 from embeddings.lookup.jagged import one_id_bags
 from pipelines.console import quiet_third_parties
-from trainer.data.clusters import Clustered, ClusterInfo, cluster_history
-from trainer.data.log_writer import staged, write_manifest, write_split
 from trainer.data.row_group import read_footer, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.data.schema import CLUSTER_COLUMNS, LogManifest, SplitInfo, read_manifest, schema_of
+from trainer.log.clusters import Clustered, ClusterInfo, cluster_history
+from trainer.log.schema import CLUSTER_COLUMNS, LogManifest, SplitInfo, read_manifest, schema_of
+from trainer.log.writer import staged, write_manifest, write_split
 from trainer.snapshot import Snapshot, load_snapshot
 
 _VOCABULARIES = "vocab"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from embeddings.errors import DataError
-from trainer.data.schema import VOCABULARIES, LogManifest
+from trainer.log.schema import VOCABULARIES, LogManifest
 from trainer.scored import Scored, write_scores
 from trainer.serving.vocabulary import checked_values
 

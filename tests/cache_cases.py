@@ -20,9 +20,9 @@ from tests.launching import ROOT
 from tests.step_cases import SMALL
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import load_config
-from trainer.data.schema import read_manifest
 from trainer.distributed import Ranks, process_group
 from trainer.evaluation import score_split
+from trainer.log.schema import read_manifest
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.step import TrainStep, make_optimizer

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.log_writer import write_manifest, write_split
-from trainer.data.schema import FeatureInfo, LogManifest, schema_of
+from trainer.log.schema import FeatureInfo, LogManifest, schema_of
+from trainer.log.writer import write_manifest, write_split
 
 FEATURES = {"item_id": 60, "category_id": 9}
 INFOS = {name: FeatureInfo(rows=rows) for name, rows in FEATURES.items()}

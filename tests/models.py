@@ -18,7 +18,7 @@ from trainer.assemble import build_model, count_numbers, feature_rows, resolve_g
 from trainer.config.run_config import Config, load_config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.model.branch import Searched
 from trainer.model.score import Attended
 from trainer.model.sequence import Behaviors

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.ingest import ingest
-from trainer.data.schema import LogManifest, read_manifest
+from trainer.log.schema import LogManifest, read_manifest
 
 DAY = 86_400
 START = 1_483_228_800  # 2017-01-01

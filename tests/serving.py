@@ -24,7 +24,7 @@ from tests.models import drawing, model_of
 from trainer.assemble import feature_rows, resolve_groups
 from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import LogManifest, read_manifest
+from trainer.log.schema import LogManifest, read_manifest
 from trainer.run import versions
 from trainer.serving.asked import Limits
 from trainer.serving.batcher import BatchSettings

@@ -15,7 +15,7 @@ from embeddings.errors import DataError
 from pipelines.ingest.config import load_ingest_config
 from pipelines.ingest.ingest import ingest, report_lines
 from tests.rawlogs import rows, words
-from trainer.data.schema import LogManifest
+from trainer.log.schema import LogManifest
 
 CASES = Path(__file__).parent / "cases"
 

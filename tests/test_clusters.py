@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.clusters import ClusterInfo, cluster_history, split_to_cap
+from trainer.log.clusters import ClusterInfo, cluster_history, split_to_cap
 from trainer.model.score import Attended, DotScorer, softmax_weights
 from trainer.model.time import Marks
 from trainer.model.windows import Windows

@@ -19,8 +19,8 @@ from trainer.data.batch import RequestBatch
 from trainer.data.blocks import Block, BlockLimits, WindowedRows, cut_blocks, with_windows
 from trainer.data.collate import collate
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
-from trainer.data.schema import read_manifest
 from trainer.data.sizes import Sizes
+from trainer.log.schema import read_manifest
 
 Cut = tuple[int, int, int, int]  # first request, last, behaviors, candidates
 

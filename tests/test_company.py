@@ -23,9 +23,9 @@ from tests.test_presets import PRESETS, model_of
 from tests.test_search import walk
 from tests.test_serve_scorer import clustered
 from trainer.config.run_config import Config
-from trainer.data.clusters import cluster_history
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import ClusterInfo
+from trainer.log.clusters import cluster_history
+from trainer.log.schema import ClusterInfo
 from trainer.model.ops.signs import sign_bits
 from trainer.model.ops.top import top_columns_by_topk
 from trainer.model.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import pipelines.ingest.ingest as module
 from embeddings.errors import DataError
 from pipelines.ingest.ingest import IngestConfig, ingest, report_lines
-from trainer.data.schema import LogManifest, arrow_schema, read_manifest
+from trainer.log.schema import LogManifest, arrow_schema, read_manifest
 
 DAY = 86_400
 START = 1_483_228_800  # 2017-01-01

@@ -30,7 +30,7 @@ from tests.rawlogs import (
     words,
     write,
 )
-from trainer.data.schema import LogManifest, read_manifest
+from trainer.log.schema import LogManifest, read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 SEPARATED: dict[str, Any] = {

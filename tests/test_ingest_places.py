@@ -15,7 +15,7 @@ from pipelines.ingest.preview import preview_lines
 from pipelines.ingest.sources import Seen
 from tests.opening import GOOD, Door, csv_events, parquet, text
 from tests.rawlogs import START
-from trainer.data.schema import ColumnInfo
+from trainer.log.schema import ColumnInfo
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from tests.rawlogs import (
     words,
     write,
 )
-from trainer.data.schema import LogManifest, schema_of
+from trainer.log.schema import LogManifest, schema_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 SEEDS = st.integers(0, 10_000)

@@ -14,7 +14,7 @@ import pytest
 from embeddings.errors import DataError
 from pipelines.ingest.ingest import ingest, report_lines
 from tests.rawlogs import DAY, EVENT, SHOWN, START, Row, config, events, impressions, write
-from trainer.data.schema import LogManifest
+from trainer.log.schema import LogManifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 

@@ -21,7 +21,7 @@ from launch.cli import main
 from pipelines.ingest.config import load_ingest_config
 from pipelines.ingest.ingest import ingest, report_lines
 from tests.rawlogs import DAY, EVENT, SHOWN, START, Log, Row, config, events, impressions, rows, words, write
-from trainer.data.schema import FeatureInfo, LogManifest, read_manifest
+from trainer.log.schema import FeatureInfo, LogManifest, read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 RAW = {"category_id": "category", "context_city": "city", "context_page": "page"}

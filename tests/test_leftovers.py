@@ -14,9 +14,9 @@ import pytest
 from embeddings.errors import DataError
 from tests.logs import small_log
 from trainer import durable
-from trainer.data import log_writer
-from trainer.data.log_writer import staged
-from trainer.data.schema import moved_away, read_manifest
+from trainer.log import writer as log_writer
+from trainer.log.schema import moved_away, read_manifest
+from trainer.log.writer import staged
 from trainer.run import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from trainer.data import log_writer
+from trainer.log import writer as log_writer
 log, other, at = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 log_writer.exchange = lambda one, two: False
 renamed, rename = [], Path.rename

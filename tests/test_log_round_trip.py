@@ -24,9 +24,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
-from trainer.data.log_writer import write_manifest, write_split
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import FeatureInfo, LogManifest, schema_of
+from trainer.log.schema import FeatureInfo, LogManifest, schema_of
+from trainer.log.writer import write_manifest, write_split
 
 Row = dict[str, Any]
 Key = tuple[int, int]  # user, request

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from embeddings.errors import CheckpointError, DataError
 from tests.logs import small_log
 from trainer import checkpoint_files
-from trainer.data.schema import read_manifest
-from trainer.names import name_problem, path_problem
+from trainer.log.names import name_problem, path_problem
+from trainer.log.schema import read_manifest
 from trainer.plain_tables import PlainManifest
 
 BAD = ["../../x", "/x", "", ".", "..", "a\\b", "a\0b", "a\nb", "a/b", "x" * 300]

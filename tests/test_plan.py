@@ -45,7 +45,7 @@ from tests.logs import small_log
 from trainer.assemble import build_trainable
 from trainer.config.run_config import load_config
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.workload import StepSize, kept_behaviors, lookups, step_size
 
 GB = 10**9

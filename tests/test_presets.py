@@ -17,8 +17,8 @@ from tests.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
 from trainer.evaluation import score_split
+from trainer.log.schema import read_manifest
 from trainer.model.two_stage import TwoStageModel
 from trainer.scored import Scored
 

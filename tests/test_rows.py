@@ -14,7 +14,7 @@ from tests.logs import FEATURES, INFOS, Row, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.data.schema import arrow_schema
+from trainer.log.schema import arrow_schema
 
 COLUMNS = Columns(INFOS, ["click"])
 

@@ -19,7 +19,7 @@ from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.hard_search import hierarchical_search_reference
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.loss import loss_sum
 
 LEVELS = ("category_id", "item_id")

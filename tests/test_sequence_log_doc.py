@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.logs import CONTEXT, RICH
 from trainer.data.rows import Columns
-from trainer.data.schema import arrow_schema
+from trainer.log.schema import arrow_schema
 
 DOC = (Path(__file__).parent.parent / "docs" / "sequence_log.md").read_text(encoding="utf-8")
 SCHEMA = arrow_schema(RICH, ["click"], context=CONTEXT, numeric=["price"], weighted=True, clustered=True)

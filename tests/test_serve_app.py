@@ -20,7 +20,7 @@ from embeddings.errors import SnapshotError
 from tests.logs import Shape, enrich, random_rows, write_log
 from tests.models import preset
 from tests.serving import ARROW, Client, bodies, reference, service_of, serving, snapshot_of, stream
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.snapshot import Snapshot
 
 ROWS = enrich(random_rows(4, Shape(users=10)), 5)

@@ -20,7 +20,7 @@ from tests.logs import Shape, random_rows, write_log
 from tests.models import preset
 from tests.serving import ARROW, bodies, published, stream
 from tests.test_serve_process import call, server, until
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 
 ROWS = random_rows(4, Shape(users=8))
 # A body may have 1 MB, all clients 4 MB, and each a second.

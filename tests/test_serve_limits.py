@@ -19,7 +19,7 @@ from pipelines.serve.load import LoadLimits
 from tests.logs import INFOS, Shape, enrich, random_rows, write_log
 from tests.models import preset
 from tests.serving import ARROW, Client, bodies, service_of, serving, snapshot_of, stream
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.serving.arrow_body import read_arrow
 from trainer.serving.asked import Limits, Needs, RequestError
 from trainer.snapshot import Snapshot

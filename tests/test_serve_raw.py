@@ -22,8 +22,8 @@ from embeddings.errors import DataError, SnapshotError
 from tests.logs import random_rows, write_log
 from tests.models import preset
 from tests.serving import ARROW, bodies, published, service_of, serving, snapshot_of, stream
-from trainer.data.log_writer import write_manifest
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
+from trainer.log.writer import write_manifest
 from trainer.serving.vocabulary import Vocabulary, read_vocabulary, vocabularies_of
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.vocabularies import copy_vocabularies

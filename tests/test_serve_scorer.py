@@ -19,10 +19,10 @@ from tests.logs import Row, Shape, enrich, random_rows, write_log
 from tests.models import GROUPS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows, preset
 from tests.serving import bodies, model_body, reference, rows_of, snapshot_of, stream
 from trainer.config.run_config import Config
-from trainer.data.clusters import ClusterInfo, cluster_history
-from trainer.data.log_writer import write_manifest
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import FeatureInfo, read_manifest
+from trainer.log.clusters import ClusterInfo, cluster_history
+from trainer.log.schema import FeatureInfo, read_manifest
+from trainer.log.writer import write_manifest
 from trainer.model.score import DotScorer, MlpScorer, Scorer
 from trainer.model.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
@@ -110,8 +110,8 @@ def test_clusters_of_a_clustered_log(tmp_path: Path) -> None:
 def clustered(path: Path, rows: list[Row]) -> Path:
     import pyarrow as pa
 
-    from trainer.data.log_writer import write_split
-    from trainer.data.schema import schema_of
+    from trainer.log.schema import schema_of
+    from trainer.log.writer import write_split
 
     write_log(path, {"train": rows})
     manifest = read_manifest(path).model_copy(update={"clusters": ClusterInfo(chunk=9, cap=3)})

@@ -19,8 +19,8 @@ from pipelines.serve.app import Service
 from tests.logs import FEATURES, Shape, random_rows, write_log
 from tests.models import preset
 from tests.serving import Client, bodies, service_of, serving, snapshot_of
-from trainer.data.log_writer import write_manifest
-from trainer.data.schema import FeatureInfo, read_manifest
+from trainer.log.schema import FeatureInfo, read_manifest
+from trainer.log.writer import write_manifest
 from trainer.scored import Scored, read_scores
 from trainer.serving.histories import HistoryStore
 from trainer.serving.vocabulary import Vocabulary

@@ -16,7 +16,7 @@ from embeddings.errors import ConfigError, DataError
 from pipelines.ingest.ingest import ingest
 from tests.rawlogs import config, events, rows, write
 from trainer import checkpoint_files, durable
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.run import RunFolder
 from trainer.snapshot.publishing import drafting
 

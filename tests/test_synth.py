@@ -17,7 +17,7 @@ from pipelines.synth.log import Ints, PlantedLog
 from pipelines.synth.synth import TRUTH, fields, orders, relevance, synth, temporal
 from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.metrics import auc, logloss
 from trainer.model.time import age_bucket
 

@@ -23,9 +23,9 @@ from embeddings.plan.request import Cluster, Task
 from trainer.checkpoint import Found
 from trainer.config.model import BranchConfig, section_of
 from trainer.config.run_config import Config, build_groups
-from trainer.data.schema import FeatureInfo, LogManifest
 from trainer.distributed import Ranks
 from trainer.durable import voice
+from trainer.log.schema import FeatureInfo, LogManifest
 from trainer.machine import memory_bytes
 from trainer.model.branch import Surroundings
 from trainer.model.two_stage import TwoStageModel

@@ -16,8 +16,8 @@ from embeddings.errors import DataError
 from trainer.data.blocks import with_windows
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.data.schema import LogManifest, read_manifest
 from trainer.label_rates import label_rates
+from trainer.log.schema import LogManifest, read_manifest
 from trainer.metrics import calibration_metrics, first_and_all, group_keys
 from trainer.ranking import auc_influence, half_width, ranking_metrics
 from trainer.scored import Scored

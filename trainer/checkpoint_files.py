@@ -21,7 +21,7 @@ from typing import Any
 
 from embeddings.errors import CheckpointError
 from trainer.durable import file_digest, remove_folder, sync
-from trainer.names import path_problem
+from trainer.log.names import path_problem
 
 _NAME = re.compile(r"step-(\d{8})$")
 MANIFEST, DIGEST, STATE = "manifest.json", "manifest.sha256", "state.json"

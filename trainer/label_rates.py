@@ -12,7 +12,7 @@ from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
 from trainer.data.files import RowGroup, check_files
 from trainer.data.row_group import GroupColumns, read_group
-from trainer.data.schema import LogManifest
+from trainer.log.schema import LogManifest
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

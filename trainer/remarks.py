@@ -12,7 +12,7 @@ from embeddings.groups import TableGroup
 from trainer.config.model import BranchConfig, ModelConfig
 from trainer.config.run_config import Config
 from trainer.config.toml import Settings
-from trainer.data.schema import LogManifest
+from trainer.log.schema import LogManifest
 
 _SPLITS = ("train", "validation", "test")
 # Who lacks a feature of a side.

@@ -10,7 +10,7 @@ from typing import Any
 
 from embeddings.errors import ConfigError
 from trainer.config.run_config import Config
-from trainer.data.schema import LogManifest
+from trainer.log.schema import LogManifest
 
 # Another value of these would make a position inside an epoch mean other blocks.
 _ORDER = (

@@ -22,7 +22,7 @@ from trainer.data.blocks import BlockLimits, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
-from trainer.data.schema import LogManifest
+from trainer.log.schema import LogManifest
 
 # Lengths of so many row groups are read: seconds at most, whatever the log's size.
 _SAMPLED = 16

@@ -17,7 +17,7 @@ from trainer.assemble import feature_rows, resolve_groups
 from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.data.schema import read_manifest
+from trainer.log.schema import read_manifest
 from trainer.loss import loss_sum
 from trainer.model.two_stage import TwoStageModel
 

@@ -57,7 +57,7 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
 def planted_log(out: Path, kind: str, seed: int, users: int) -> Path:
     """The log of these arguments, written if it is not there."""
     from pipelines.synth.synth import synth
-    from trainer.data.schema import is_sequence_log
+    from trainer.log.schema import is_sequence_log
 
     name = f"{kind}-{seed}" + (f"-{users}" if users else "")
     log = (out / name).absolute()
@@ -127,13 +127,13 @@ def main() -> None:
     given = options.parse_args()
     if given.one:
         run_one(given.one, given.out, given.overrides, given.threads)
-        from trainer.data.schema import read_manifest
+        from trainer.log.schema import read_manifest
         from trainer.run import RunFolder
 
         log = RunFolder(given.out).read_config().data.log
         measure_kept(given.out, read_manifest(log).ingest["synth"])
         return
-    from trainer.data.schema import read_manifest
+    from trainer.log.schema import read_manifest
 
     log = planted_log(given.out, given.kind, given.log_seed, given.users)
     manifest = read_manifest(log)

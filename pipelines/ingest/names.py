@@ -19,7 +19,7 @@ from pipelines.ingest.engine import Engine
 from pipelines.ingest.events import EVENTS, SHOWN
 from pipelines.ingest.sources import Seen
 from pipelines.ingest.vocabulary import Older, continued, write_words
-from trainer.data.schema import FeatureInfo
+from trainer.log.schema import FeatureInfo
 
 NAMES = ("user_id", "request_id")
 NUMBERED = _EVENTS, _SHOWN = ("numbered_events", "numbered_impressions")

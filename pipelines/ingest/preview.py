@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from pipelines.ingest.sources import Seen
-from trainer.data.schema import ColumnInfo
+from trainer.log.schema import ColumnInfo
 
 _HEAD = ("column", "named by", "type", "read as", "nulls", "from", "to")
 _LONGEST = 28

@@ -14,7 +14,7 @@ from ibis.expr import types as ir
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
 from pipelines.ingest.protocols.protocol import REQUEST, Tables
-from trainer.data.schema import LogManifest
+from trainer.log.schema import LogManifest
 
 _DAY = 86_400
 

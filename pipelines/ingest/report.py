@@ -15,7 +15,7 @@ from pipelines.ingest.engine import Engine, count_rows
 from pipelines.ingest.preview import column_lines
 from pipelines.ingest.protocols.protocol import REQUEST, Past, Tables
 from pipelines.ingest.remarks import Span, remark_lines
-from trainer.data.schema import LogManifest, SplitInfo
+from trainer.log.schema import LogManifest, SplitInfo
 
 _QUANTILES = (50, 90, 99)
 

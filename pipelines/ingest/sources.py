@@ -22,7 +22,7 @@ from pipelines.ingest.engine import Engine
 from pipelines.ingest.faults import bad_cell, check_rows
 from pipelines.ingest.files import FoundFiles, RawFile, look
 from pipelines.ingest.values import convert, look_at, may_be_broken, of_text
-from trainer.data.schema import ColumnInfo
+from trainer.log.schema import ColumnInfo
 
 _TOLD = 10  # names of columns that one line lists
 

@@ -17,8 +17,8 @@ from pipelines.ingest.encode import counted, numbered
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
 from trainer.data.row_group import PARQUET_ERRORS
-from trainer.data.schema import MANIFEST, FeatureInfo, LogManifest, read_manifest
-from trainer.data.vocabulary_digest import spelled
+from trainer.log.schema import MANIFEST, FeatureInfo, LogManifest, read_manifest
+from trainer.log.vocabulary_digest import spelled
 
 _BATCH = 1 << 16
 

@@ -14,8 +14,8 @@ from embeddings.errors import ConfigError
 from pipelines.console import table_lines
 from pipelines.synth.kinds import KINDS, Kind
 from pipelines.synth.log import Ints, PlantedLog
-from trainer.data.log_writer import check_target, staged, write_manifest, write_split
-from trainer.data.schema import FeatureInfo, LogManifest, schema_of
+from trainer.log.schema import FeatureInfo, LogManifest, schema_of
+from trainer.log.writer import check_target, staged, write_manifest, write_split
 
 TRUTH = "truth.parquet"
 _LAYOUT = (256, 4096)  # rows a row group (some MB) and a file

@@ -42,7 +42,7 @@ class _Tensors(Pipelineable):  # type: ignore[misc]
 
 @dataclass
 class Clusters(_Tensors):
-    """Clusters of a history, at the behaviors that stand for them (TWIN-V2; see `trainer.data.clusters`).
+    """Clusters of a history, at the behaviors that stand for them (TWIN-V2; see `trainer.log.clusters`).
 
     Attributes:
         size: int64 [N], members of the cluster, 0 for behaviors that stand for none.

@@ -29,7 +29,7 @@ from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
-from trainer.data.schema import LogManifest, read_manifest
+from trainer.log.schema import LogManifest, read_manifest
 
 
 @dataclass(frozen=True)

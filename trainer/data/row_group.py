@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.schema import FeatureInfo
+from trainer.log.schema import FeatureInfo
 
 # What pyarrow raises on a damaged file; a name that is no UTF-8 any more surfaces as a ValueError.
 PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)

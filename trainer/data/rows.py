@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
 from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, Ints, read_group
-from trainer.data.schema import CLUSTER_COLUMNS, FeatureInfo, LogManifest
+from trainer.log.schema import CLUSTER_COLUMNS, FeatureInfo, LogManifest
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.arrow_types import is_list, is_text
 from trainer.data.row_group import PARQUET_ERRORS, Bags, Ints
+from trainer.log.arrow_types import is_list, is_text
 from trainer.serving.arrow_meta import check_messages
 from trainer.serving.asked import Doubles, History, Limits, Needs, Request, RequestError
 from trainer.serving.checks import check_names, checked, size_of

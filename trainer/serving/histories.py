@@ -18,7 +18,7 @@ from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import PARQUET_ERRORS, Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import UserRows, read_rows
-from trainer.data.schema import VOCABULARIES, read_manifest
+from trainer.log.schema import VOCABULARIES, read_manifest
 from trainer.serving.asked import History
 from trainer.serving.vocabulary import read_vocabulary
 

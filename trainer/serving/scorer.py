@@ -19,7 +19,7 @@ from trainer.data.collate import collate
 from trainer.data.files import RowGroup
 from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import Columns, UserRows
-from trainer.data.schema import FeatureInfo
+from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch
 from trainer.model.sequence import Behaviors
 from trainer.serving.asked import Needs, Request

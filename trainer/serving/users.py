@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.arrow_types import is_text
+from trainer.log.arrow_types import is_text
 from trainer.serving.asked import History, RequestError
 from trainer.serving.vocabulary import Translation, Vocabulary, found_in
 

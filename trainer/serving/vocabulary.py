@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.arrow_types import is_text
 from trainer.data.row_group import PARQUET_ERRORS, Ints
+from trainer.log.arrow_types import is_text
 from trainer.serving.asked import RequestError
 from trainer.snapshot import Snapshot
 from trainer.snapshot.vocabularies import vocabulary_paths
@@ -95,7 +95,7 @@ def checked_values(file: Path, digest: str, of_log: bool = False) -> pa.Array:
         values = batch.column("value")
         integers = pa.types.is_integer(values.type)
         values = values.cast(pa.int64() if integers else pa.large_string())
-        # As `trainer.data.vocabulary_digest` spells them, without a Python object for each.
+        # As `trainer.log.vocabulary_digest` spells them, without a Python object for each.
         empty, end = pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string())
         lines = pc.binary_join_element_wise(values.cast(pa.large_string()), empty, end)
         content.update(_text(lines)[1])

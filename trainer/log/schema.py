@@ -23,9 +23,9 @@ from pydantic import Field, ValidationError, model_validator
 from embeddings.errors import ConfigError, DataError
 from trainer.config.mistakes import words_of
 from trainer.config.toml import Settings
-from trainer.data.clusters import ClusterInfo
 from trainer.durable import file_digest
-from trainer.names import FileName, path_problem
+from trainer.log.clusters import ClusterInfo
+from trainer.log.names import FileName, path_problem
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1
@@ -173,7 +173,7 @@ def _load_json(path: Path) -> Any:
 
 
 def moved_away(staging: Path) -> Path:
-    """Where a log waits while the one in `staging` takes its place (`trainer.data.log_writer`)."""
+    """Where a log waits while the one in `staging` takes its place (`trainer.log.writer`)."""
     return staging.with_name(f"{staging.name}-old")
 
 

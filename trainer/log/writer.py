@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.schema import (
+from trainer.durable import exchange, file_digest, remove_folder, scratch, sync, voice
+from trainer.log.schema import (
     DIGEST,
     MANIFEST,
     FileInfo,
@@ -21,7 +22,6 @@ from trainer.data.schema import (
     is_sequence_log,
     moved_away,
 )
-from trainer.durable import exchange, file_digest, remove_folder, scratch, sync, voice
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -65,7 +65,7 @@ def write_split(
 
     Args:
         tables: the rows in their final order, in pieces of any size.
-        schema: of `trainer.data.schema.arrow_schema`.
+        schema: of `trainer.log.schema.arrow_schema`.
         layout: rows in a row group, rows in a file (a multiple of the former).
     """
     rows_per_group, rows_per_file = layout
