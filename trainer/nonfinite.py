@@ -20,12 +20,12 @@ from torch.nn.utils import get_total_norm
 from embeddings.agreement import from_every_rank
 from embeddings.errors import DataError
 from embeddings.lookup.rounding import HALF_MAX
+from trainer.data.batch_file import pack
 from trainer.data.files import RowGroup
 from trainer.data.reader import Step
 from trainer.distributed import Ranks
 from trainer.durable import replacing
 from trainer.host_copy import HostCopy
-from trainer.recorded import pack
 
 Answer = TypeVar("Answer")
 # Names in a message; the batch that is kept says more.

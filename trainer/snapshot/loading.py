@@ -16,10 +16,10 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from trainer.assemble import build_model, count_numbers
 from trainer.data.batch import RequestBatch
+from trainer.data.batch_file import unpack
 from trainer.durable import file_digest
 from trainer.log.schema import FeatureInfo
 from trainer.model.two_stage import Prediction, TwoStageModel
-from trainer.recorded import unpack
 from trainer.snapshot.manifest import (
     DENSE,
     DIGEST,

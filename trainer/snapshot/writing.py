@@ -17,7 +17,7 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.stored import WIDTHS, Dtype
 from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
-from trainer.recorded import pack
+from trainer.data.batch_file import pack
 from trainer.snapshot.loading import Chain, Recorded, Snapshot, load_snapshot
 from trainer.snapshot.manifest import (
     DENSE,
