@@ -20,10 +20,10 @@ from trainer import checkpoint
 from trainer.assemble import build_sharded, resolve_groups
 from trainer.config.run_config import Config, load_config
 from trainer.config.tables import TableConfig
-from trainer.distributed import process_group
 from trainer.durable import sync
 from trainer.hashed_writer import HashedWriter
 from trainer.log.schema import LogManifest, read_manifest
+from trainer.ranks.process_group import process_group
 from trainer.run import versions
 from trainer.saver import Saver
 from trainer.step import make_optimizer

@@ -142,7 +142,7 @@ def forecast(config: Any, manifest: Any) -> Found:
 def on_a_rank(folder: Path) -> None:
     """One of the ranks; rank 0 leaves folder/counts.json."""
     from pipelines.console import quiet_third_parties
-    from trainer.distributed import process_group
+    from trainer.ranks.process_group import process_group
 
     quiet_third_parties()
     with process_group(300) as ranks:

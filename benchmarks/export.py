@@ -23,7 +23,7 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.stored import Dtype
 from trainer import checkpoint
 from trainer.config.run_config import Config
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 from trainer.snapshot.manifest import StoredRows
 from trainer.snapshot.publishing import describe_files
 from trainer.snapshot.rows import read_rows, write_changes

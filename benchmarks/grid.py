@@ -22,8 +22,8 @@ from trainer.config.run_config import Config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
-from trainer.distributed import Ranks, process_group
 from trainer.model.score import MlpScorer
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.step import make_optimizer
 
 Kind = Literal[

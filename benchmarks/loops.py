@@ -16,9 +16,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from trainer.checkpoint import Found
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
-from trainer.distributed import Ranks
 from trainer.loop import Trainer
 from trainer.loss import loss_sum
+from trainer.ranks.process_group import Ranks
 from trainer.run import RunFolder
 
 

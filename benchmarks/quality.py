@@ -25,8 +25,8 @@ from trainer.config.run_config import Config, load_config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.prefetch import Closable
 from trainer.data.reader import Cursor, SequenceLogReader, Step
-from trainer.distributed import Ranks, process_group
 from trainer.log.schema import read_manifest
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.run import RunFolder
 
 _PREFIX = "quality."

@@ -13,7 +13,7 @@ from typing import Any
 
 from embeddings.errors import ConfigError
 from trainer.durable import write_text
-from trainer.machine import cores
+from trainer.ranks.machine import cores
 from trainer.run import versions
 
 

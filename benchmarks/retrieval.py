@@ -148,7 +148,7 @@ def measure_run(
     Its own search is named "", and with `beside` come the references.
     """
     from pipelines.start import open_split
-    from trainer.distributed import process_group
+    from trainer.ranks.process_group import process_group
     from trainer.restore import restore
 
     rng = np.random.default_rng(0)

@@ -24,9 +24,9 @@ from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.reader import Cursor, Step
-from trainer.distributed import Ranks, process_group
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.step import TrainStep, make_optimizer
 
 

@@ -19,10 +19,10 @@ from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader
-from trainer.distributed import Ranks, process_group
 from trainer.log.schema import read_manifest
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.run import versions
 from trainer.step import TrainStep, make_optimizer
 

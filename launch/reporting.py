@@ -107,7 +107,7 @@ def report(error: Exception, debug: bool) -> int:
 
 @contextmanager
 def speaking_for_threads(debug: bool) -> Iterator[None]:
-    """Have `report` show the error of a thread that must end the process, see trainer/heartbeat.py.
+    """Have `report` show the error of a thread that must end the process, see trainer/ranks/heartbeat.py.
 
     And drop what older fbgemm releases say whenever they are imported, in 80 lines: fbgemm 1.6 misses itself
     in its own table of torch releases (`fbgemm_gpu/__init__.py`), where `doctor` knows which go together.

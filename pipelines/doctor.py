@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.device import Machine
+    from trainer.ranks.device import Machine
 
 OUR_PACKAGES = ("launch", "pipelines", "trainer", "embeddings")
 OUR_DISTRIBUTION = "tandemrec"
@@ -191,7 +191,7 @@ def device_notes(machine: Machine) -> list[str]:
 
     By the very functions that ranks choose by, so that both say the same.
     """
-    from trainer.device import choose, obstacle
+    from trainer.ranks.device import choose, obstacle
 
     visible = len(machine.gpus)
     # Each rank of a node looks at a GPU of its own; one with none that can be used takes the CPU.
@@ -205,7 +205,7 @@ def device_notes(machine: Machine) -> list[str]:
 
 def _machine() -> Machine | None:
     try:
-        from trainer.device import observe as observe_machine
+        from trainer.ranks.device import observe as observe_machine
 
         return observe_machine()
     except Exception:  # a torch that does not load is reported by its missing or wrong version
@@ -233,7 +233,7 @@ def _origin(package: str) -> Path | None:
 def observe() -> Environment:
     """Looks at the running interpreter. Imports torch and fbgemm, so it takes a few seconds."""
     shown = ("torch", "torchrec", CPU_FBGEMM, CUDA_FBGEMM, "torchx", "pyarrow", OUR_DISTRIBUTION)
-    from trainer.machine import cores
+    from trainer.ranks.machine import cores
 
     machine = _machine()
     owners = importlib.metadata.packages_distributions()
@@ -249,7 +249,7 @@ def observe() -> Environment:
 
 
 def _taken(machine: Machine) -> str:
-    from trainer.device import choose
+    from trainer.ranks.device import choose
 
     kind = choose("auto", machine).device.type
     return f"{len(machine.gpus)} GPU(s)" if kind == "cuda" else "the CPU"

@@ -11,10 +11,10 @@ from pipelines.quality_report import baselines_key, remarks, slices_table, task_
 from pipelines.score_names import write_named_scores
 from pipelines.start import open_split
 from trainer.baselines import Baselines, baselines, by_baseline, counted_feature
-from trainer.device import Wanted
-from trainer.distributed import process_group
 from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics, entry_of
+from trainer.ranks.device import Wanted
+from trainer.ranks.process_group import process_group
 from trainer.restore import Restored, restore
 from trainer.run import RunFolder
 from trainer.scored import Scored

@@ -30,12 +30,12 @@ from trainer.assemble import (
 from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader, Step
-from trainer.distributed import Ranks, sum_counts
 from trainer.durable import remove_folder
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop import Trainer
 from trainer.model.two_stage import TwoStageModel
 from trainer.pipeline import kind_for
+from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.remarks import remarks
 from trainer.resume import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.run import RunFolder

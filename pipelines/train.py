@@ -16,9 +16,9 @@ from pipelines.train_report import next_commands, quality
 from trainer import checkpoint
 from trainer.assemble import build_sharded
 from trainer.config.run_config import Config, load_config
-from trainer.distributed import Ranks, process_group
 from trainer.log.schema import LogManifest
 from trainer.loop import Position, Trainer
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.run import RunFolder, versions
 from trainer.starts import ending_well
 

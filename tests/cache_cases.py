@@ -20,11 +20,11 @@ from tests.launching import ROOT
 from tests.step_cases import SMALL
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import load_config
-from trainer.distributed import Ranks, process_group
 from trainer.evaluation import score_split
 from trainer.log.schema import read_manifest
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.step import TrainStep, make_optimizer
 
 CACHED = [

@@ -22,7 +22,7 @@ settings.load_profile("repeatable")
 @cache
 def gpus() -> tuple[int, str]:
     """The GPUs that tests can use, and what stands in the way of more."""
-    from trainer.device import observe, obstacle
+    from trainer.ranks.device import observe, obstacle
 
     machine = observe()
     problem = obstacle(machine)

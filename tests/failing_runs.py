@@ -28,7 +28,7 @@ from tests.forked import fork_ranks, one_thread
 from tests.logs import Shape, random_rows, write_log
 from tests.saving_runs import Runs
 from trainer import checkpoint_files
-from trainer.distributed import Ranks
+from trainer.ranks.process_group import Ranks
 from trainer.run import MetricsLog, RunFolder
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/full")

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from trainer.distributed import Ranks, process_group
+from trainer.ranks.process_group import Ranks, process_group
 
 
 def fork(work: Callable[[], None]) -> int:

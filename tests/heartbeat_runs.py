@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from embeddings.agreement import from_rank_0
 from tests.forked import fork, fork_ranks, one_thread, wait_all
-from trainer import distributed
-from trainer.device import Wanted
-from trainer.distributed import Ranks, naming_the_lost
+from trainer.ranks import process_group as distributed
+from trainer.ranks.device import Wanted
+from trainer.ranks.process_group import Ranks, naming_the_lost
 
 # A main thread that is stuck is not interrupted by anything for so long, which is longer than any test waits.
 STUCK_S = 50

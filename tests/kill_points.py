@@ -22,7 +22,7 @@ import torch
 from tests.forked import fork_ranks
 from trainer import checkpoint, hashed_writer
 from trainer.config.sections import CheckpointConfig
-from trainer.distributed import Ranks
+from trainer.ranks.process_group import Ranks
 from trainer.saver import Saver
 
 AUDITED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}

@@ -25,8 +25,8 @@ from tests.launching import SETTINGS, losses, overrides
 from tests.logs import small_log
 from trainer import checkpoint_files, hashed_writer
 from trainer.config.run_config import Config, load_config
-from trainer.distributed import Ranks
 from trainer.loop import Trainer
+from trainer.ranks.process_group import Ranks
 from trainer.saver import Saver
 
 

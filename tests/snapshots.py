@@ -15,8 +15,8 @@ from tests.models import drawing, preset
 from trainer import checkpoint
 from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
-from trainer.distributed import process_group
 from trainer.log.schema import read_manifest
+from trainer.ranks.process_group import process_group
 from trainer.run import RunFolder
 from trainer.snapshot.manifest import DIGEST, MANIFEST
 from trainer.snapshot.manifest import read_manifest as read_version

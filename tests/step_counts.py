@@ -21,7 +21,7 @@ from benchmarks.exchanged import Exchanged
 from pipelines.console import quiet_third_parties
 from tests.step_cases import job
 from trainer.data.reader import Step
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 
 # Lazy buffers are made and first communication is done before this step.
 COUNTED = 3

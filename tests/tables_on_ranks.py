@@ -32,7 +32,7 @@ from embeddings.plan.planner import make_plan
 from embeddings.plan.request import Task
 from tests.unique_indices import unique_indices_on_cpu
 from trainer.assemble import cluster_of
-from trainer.distributed import Ranks, process_group
+from trainer.ranks.process_group import Ranks, process_group
 
 ROWS = {"item": 23, "tag": 7}
 STEPS, SEED = 4, 5

@@ -13,7 +13,7 @@ COUNT = """
 import resource
 from pathlib import Path
 from benchmarks.scaling_cost import Point, training_step
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 with process_group() as ranks:
     step = training_step(Point(length=2_000), 7, ranks, Path("."))
     for _ in range(3):

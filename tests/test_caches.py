@@ -39,8 +39,8 @@ from embeddings.plan.file import SavedPlan, from_tree, to_tree
 from tests.launching import launched
 from tests.logs import Shape, random_rows, write_log
 from trainer.assemble import fit_caches
-from trainer.distributed import process_group
 from trainer.pipeline import Pipeline, kind_for, remark_on
+from trainer.ranks.process_group import process_group
 
 CUDA = torch.device("cuda")
 FIRST, LATE = "collections.attention", "collections.representation"

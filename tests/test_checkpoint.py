@@ -16,8 +16,8 @@ import torch
 
 from embeddings.errors import CheckpointError
 from trainer import checkpoint
-from trainer.distributed import process_group
 from trainer.durable import file_digest
+from trainer.ranks.process_group import process_group
 
 
 @pytest.fixture(autouse=True)

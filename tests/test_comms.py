@@ -17,7 +17,7 @@ from embeddings.lookup.rounding import HALF_MAX, Comms, GradientScale, codecs_of
 from tests.launching import launched
 from tests.logs import small_log
 from tests.step_cases import job, spoil_vectors
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-6, 0.3, 15.9, 16.0, 70_000.0, 3e30])

@@ -22,7 +22,7 @@ from trainer.data.blocks import ANYONE, Block
 from trainer.data.dealing import deal, spread
 from trainer.data.files import RowGroup
 from trainer.data.reader import SequenceLogReader, Step
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 
 WORLD = 3
 

@@ -23,8 +23,9 @@ from pipelines.evaluate import evaluate
 from pipelines.export import export
 from tests.launching import SETTINGS, overrides, tandemrec
 from tests.logs import small_log
-from trainer import device, distributed
-from trainer.device import (
+from trainer.ranks import device
+from trainer.ranks import process_group as distributed
+from trainer.ranks.device import (
     Choice,
     Gpu,
     Machine,
@@ -35,7 +36,7 @@ from trainer.device import (
     has_code,
     missing_code,
 )
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 
 H100, T4 = Gpu("NVIDIA H100", (9, 0)), Gpu("Tesla T4", (7, 5))
 ARCHES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")

@@ -9,8 +9,8 @@ import pytest
 
 from pipelines import doctor
 from pipelines.doctor import Environment
-from trainer import device
-from trainer.device import Gpu, Machine, choose
+from trainer.ranks import device
+from trainer.ranks.device import Gpu, Machine, choose
 
 SOUND = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0", "fbgemm-gpu": None}
 

@@ -21,9 +21,9 @@ from tests.logs import random_rows, small_log, write_log
 from trainer import checkpoint_files
 from trainer.config.run_config import Config, load_config
 from trainer.config.sections import EarlyStoppingConfig, TrainConfig
-from trainer.distributed import process_group
 from trainer.early_stopping import Best
 from trainer.metrics import Metrics
+from trainer.ranks.process_group import process_group
 from trainer.schedule import schedule_remarks
 
 CONFIG = Path("configs/dare.toml")

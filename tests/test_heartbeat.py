@@ -19,9 +19,10 @@ from embeddings.errors import RankError
 from launch import cli
 from launch.reporting import OTHER_ERROR
 from tests.launching import launched, reported
-from trainer import distributed, heartbeat
-from trainer.distributed import Ranks
-from trainer.heartbeat import Beat, Heartbeat, Peers
+from trainer.ranks import heartbeat
+from trainer.ranks import process_group as distributed
+from trainer.ranks.heartbeat import Beat, Heartbeat, Peers
+from trainer.ranks.process_group import Ranks
 from trainer.saver import Saver
 
 Report = dict[str, Any]

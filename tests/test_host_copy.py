@@ -17,7 +17,7 @@ from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader
-from trainer.host_copy import HostCopy, Unloading
+from trainer.ranks.host_copy import HostCopy, Unloading
 
 
 def test_a_copy_is_what_the_tensor_was_when_it_was_made() -> None:

@@ -34,8 +34,8 @@ from tests.test_step import Fake
 from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
 from trainer.data.reader import Cursor, SequenceLogReader, Step
-from trainer.distributed import Ranks, process_group
 from trainer.nonfinite import Gradients, Guard
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.step import make_optimizer
 
 Found = dict[str, Any]

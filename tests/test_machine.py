@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.machine import cores, memory_bytes
+from trainer.ranks.machine import cores, memory_bytes
 
 GIB = 2**30
 PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,9 +14,9 @@ from embeddings.errors import ConfigError
 from tests.logs import small_log
 from trainer.assemble import build_sharded, build_trainable, cluster_of
 from trainer.config.run_config import load_config
-from trainer.distributed import Ranks, process_group
 from trainer.log.schema import read_manifest
 from trainer.model_memory import check_collision
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.workload import StepSize
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -28,11 +28,11 @@ from trainer.config.run_config import Config, load_config
 from trainer.config.sections import DataConfig
 from trainer.data.batch import Clusters, RequestBatch
 from trainer.data.reader import Cursor, Step
-from trainer.distributed import Ranks
 from trainer.evaluation import _rows
 from trainer.model.union import most_kept
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
+from trainer.ranks.process_group import Ranks
 from trainer.step import TrainStep, make_optimizer
 
 # Host waits of an evaluation: it ranks close scores exactly, and so asks how many of them there are.
@@ -274,7 +274,7 @@ def test_the_plain_loop_trains_on_the_device_as_on_the_cpu(log: Path) -> None:
             losses = [plain(loss) for _, loss in loop.train(read, lambda: 1)]
         found.append((losses, [plain(weight).detach() for weight in whole.parameters()]))
         # The guard reads the answer of a step in the next one, and of the last step at the end.
-        late = {"trainer/host_copy.py": len(batches)}
+        late = {"trainer/ranks/host_copy.py": len(batches)}
         assert not too_many(counted.waits, late), counted.waits
     for one, other in zip(*(losses + weights for losses, weights in found), strict=True):
         assert torch.allclose(one, other, atol=1e-4)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 import trainer.pipeline
 from embeddings.errors import RankError
-from trainer.distributed import process_group
 from trainer.pipeline import Pipeline
+from trainer.ranks.process_group import process_group
 
 LOST = RankError("rank 0, after step 2: waited in vain for rank 1")
 

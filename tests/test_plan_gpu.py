@@ -40,8 +40,8 @@ from tests.launching import SETTINGS, overrides
 from tests.logs import small_log
 from trainer.assemble import cluster_of, plan_task
 from trainer.config.run_config import load_config
-from trainer.distributed import Ranks, process_group
 from trainer.log.schema import read_manifest
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.resume import check_resumable, check_same_rules, log_fingerprint
 from trainer.workload import step_size
 

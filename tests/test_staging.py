@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from embeddings.errors import CheckpointError
 from trainer import saver as saving
 from trainer.config.sections import CheckpointConfig
-from trainer.distributed import process_group
 from trainer.hashed_writer import HashedWriter
+from trainer.ranks.process_group import process_group
 from trainer.saver import Saver
 from trainer.staging import StagedCopy, device_of
 

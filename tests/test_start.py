@@ -19,9 +19,9 @@ from tests.models import batch_of, model_of, preset
 from trainer.assemble import resolve_groups
 from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
-from trainer.distributed import process_group
 from trainer.log.clusters import ClusterInfo
 from trainer.log.schema import read_manifest
+from trainer.ranks.process_group import process_group
 from trainer.remarks import remarks
 from trainer.run import RunFolder
 from trainer.schedule import dense_schedule, run_steps, schedule_remarks, table_schedule

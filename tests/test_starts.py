@@ -9,7 +9,7 @@ import pytest
 
 from embeddings.errors import ConfigError
 from trainer.config.run_config import Config, load_config
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 from trainer.run import RunFolder
 from trainer.starts import ending_well, note_start
 

@@ -31,8 +31,8 @@ from tests.launching import tandemrec, train
 from tests.logs import FEATURES, Shape, enrich, random_rows, small_log, write_log
 from trainer.assemble import cluster_of, resolve_groups
 from trainer.config.run_config import Config, load_config
-from trainer.distributed import Ranks, process_group
 from trainer.log.schema import read_manifest
+from trainer.ranks.process_group import Ranks, process_group
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ROWS = {"item": 9, "shop": 4}

@@ -21,10 +21,10 @@ from tests.logs import FEATURES, small_log
 from tests.test_ranks import parameters
 from trainer.assemble import build_sharded
 from trainer.config.run_config import Config, load_config
-from trainer.distributed import Ranks, process_group
 from trainer.log.schema import read_manifest
 from trainer.log.writer import write_manifest
 from trainer.plain_tables import open_plain_tables
+from trainer.ranks.process_group import Ranks, process_group
 from trainer.step import make_optimizer
 from trainer.warm_start import fill, opened, unshard_run
 

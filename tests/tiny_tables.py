@@ -21,7 +21,7 @@ from pipelines.unshard import unshard
 from tests.forked import fork, fork_ranks, one_thread, wait_all
 from tests.saving_runs import Runs
 from tests.test_ranks import parameters
-from trainer.distributed import Ranks
+from trainer.ranks.process_group import Ranks
 
 # The last of three ranks gets no row of the last table, and of none.
 ROWS = ({"item": 7, "tag": 4}, {"item": 1, "tag": 2})

@@ -23,13 +23,13 @@ from embeddings.plan.request import Cluster, Task
 from trainer.checkpoint import Found
 from trainer.config.model import BranchConfig, section_of
 from trainer.config.run_config import Config, build_groups
-from trainer.distributed import Ranks
 from trainer.durable import voice
 from trainer.log.schema import FeatureInfo, LogManifest
-from trainer.machine import memory_bytes
 from trainer.model.branch import Surroundings
 from trainer.model.two_stage import TwoStageModel
 from trainer.model_memory import check_collision, check_dense
+from trainer.ranks.machine import memory_bytes
+from trainer.ranks.process_group import Ranks
 from trainer.resume import check_same_rules
 from trainer.workload import StepSize, lookups, step_size
 

@@ -17,13 +17,13 @@ from embeddings.agreement import from_rank_0
 from trainer import checkpoint
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
-from trainer.distributed import Ranks, naming_the_lost, sum_over_ranks
 from trainer.early_stopping import Best
 from trainer.evaluation import score_split, shared_metrics
 from trainer.metrics import Metrics, entry_of, one_line
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline, remark_on
 from trainer.progress import Progress
+from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
 from trainer.reshard import check_reshardable
 from trainer.resume import check_same_order
 from trainer.run import MetricsLog, RunFolder

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from embeddings.errors import ConfigError
 from trainer.config.model import section_of
 from trainer.config.run_config import Config
-from trainer.machine import memory_bytes
+from trainer.ranks.machine import memory_bytes
 from trainer.workload import StepSize
 
 _FLOAT = 4

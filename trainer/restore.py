@@ -8,8 +8,8 @@ from typing import Any
 from trainer import checkpoint
 from trainer.assemble import Sharded, build_sharded, feature_rows
 from trainer.config.run_config import Config
-from trainer.distributed import Ranks
 from trainer.log.schema import LogManifest, read_manifest
+from trainer.ranks.process_group import Ranks
 from trainer.run import RunFolder
 
 

@@ -21,7 +21,7 @@ from embeddings.agreement import from_every_rank
 from embeddings.errors import CheckpointError
 from trainer import checkpoint
 from trainer.config.sections import CheckpointConfig
-from trainer.distributed import tells_of_a_lost_rank
+from trainer.ranks.process_group import tells_of_a_lost_rank
 from trainer.staging import StagedCopy, device_of
 
 # How long a save under way may still take when training has failed; and when that was because of a lost rank,

@@ -21,9 +21,9 @@ from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
 from trainer.config.tables import TableConfig
 from trainer.data.batch import RequestBatch
-from trainer.distributed import Ranks
 from trainer.log.schema import LogManifest
 from trainer.model.windows import Kept
+from trainer.ranks.process_group import Ranks
 
 
 @dataclass

@@ -26,7 +26,7 @@ from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.prefetch import Prefetcher
 from trainer.data.reader import Step
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 
 _AHEAD = 4
 

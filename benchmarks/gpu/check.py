@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer.device import observe, obstacle
+from trainer.ranks.device import observe, obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 # JSON of a step: `rows` (a table), `different` (names of what is wrong), `facts`, or `skipped` with a reason.

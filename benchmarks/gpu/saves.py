@@ -15,7 +15,7 @@ from benchmarks.gpu.jobs import run_of
 from benchmarks.gpu.training import Job, on_cpu, small_job
 from trainer.checkpoint import load_tensors
 from trainer.config.sections import CheckpointConfig
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 from trainer.saver import Saver
 
 

@@ -19,7 +19,7 @@ from benchmarks.gpu.made_up import steps_of
 from benchmarks.gpu.measure import forget_memory, memory, wait_for_device
 from benchmarks.grid import Cell
 from trainer.data.pinned import pinning
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 
 SETTINGS = {"fixed segments": "", "expandable segments": "expandable_segments:True"}
 # Steps of very unequal size, as logs with long and short histories make them.

@@ -18,7 +18,7 @@ from benchmarks.gpu.measure import memory
 from benchmarks.gpu.training import small_job
 from embeddings.errors import DataError
 from trainer.data.reader import Step
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 
 _STEPS, _SEED, _TIMEOUT_S = 12, 3, 60.0
 _GROUPS = ("attention", "representation")

@@ -19,7 +19,7 @@ from benchmarks.grid import Cell
 from embeddings.lookup.sharded import ShardedBags
 from tests.forked import fork_ranks
 from trainer.config.run_config import Config
-from trainer.distributed import Ranks, sum_over_ranks
+from trainer.ranks.process_group import Ranks, sum_over_ranks
 
 RANKS = 2
 # The second rank has fewer users.

@@ -39,7 +39,7 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
     from pipelines.synth.kinds import KINDS
     from trainer.config.sections import SearchConfig
     from trainer.data.reader import SequenceLogReader
-    from trainer.distributed import process_group
+    from trainer.ranks.process_group import process_group
     from trainer.restore import restore
     from trainer.run import RunFolder
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from trainer.config.toml import Settings
-from trainer.machine import memory_bytes
+from trainer.ranks.machine import memory_bytes
 
 
 class LabelConfig(Settings):

@@ -21,7 +21,7 @@ from launch.reporting import report
 from pipelines.console import quiet_third_parties
 from pipelines.train import run
 from trainer.config.run_config import load_config
-from trainer.distributed import process_group
+from trainer.ranks.process_group import process_group
 
 ROOT = Path(__file__).parent.parent.parent
 
