@@ -28,7 +28,7 @@ from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.loss import loss_sum
-from trainer.run import versions
+from trainer.run_folder import versions
 
 Row = dict[str, Any]
 

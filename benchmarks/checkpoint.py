@@ -20,12 +20,12 @@ from trainer import checkpoint
 from trainer.assemble import build_sharded, resolve_groups
 from trainer.config.run_config import Config, load_config
 from trainer.config.tables import TableConfig
-from trainer.durable import sync
 from trainer.hashed_writer import HashedWriter
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import process_group
-from trainer.run import versions
+from trainer.run_folder import versions
 from trainer.saver import Saver
+from trainer.sealed_folder import sync
 from trainer.step import make_optimizer
 
 _BYTES = 2e9

@@ -124,7 +124,7 @@ def forecast(config: Any, manifest: Any) -> Found:
     from embeddings.plan.traffic import Traffic
     from pipelines.plan.report import Report
     from trainer.assemble import build_trainable, plan_task
-    from trainer.workload import lookups, step_size
+    from trainer.step_size import lookups, step_size
 
     size = step_size(config.data, manifest)
     built = build_trainable(config, manifest, torch.device("meta"))

@@ -19,7 +19,7 @@ from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.loop import Trainer
 from trainer.loss import loss_sum
 from trainer.ranks.process_group import Ranks
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 
 
 class Seconds(NamedTuple):
@@ -99,5 +99,5 @@ def trainer_loop(
     with tempfile.TemporaryDirectory(dir=folder) as run, redirect_stdout(io.StringIO()):
         reader = cast(SequenceLogReader, Replay(steps))
         trainer = Unsaved(config, model, reader, None, ranks, RunFolder(Path(run)), lambda _: None, "", {})
-        end = trainer.run(Found(None, {}, []))
+        end = trainer.run_folder(Found(None, {}, []))
     return Seconds(end.wall_s, end.cpu_s)

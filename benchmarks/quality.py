@@ -27,7 +27,7 @@ from trainer.data.prefetch import Closable
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 
 _PREFIX = "quality."
 
@@ -92,7 +92,7 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
         run = RunFolder(Path(folder))
         trainer = _Stopping(config, sharded.model, reader, validation, ranks, run, lambda _: None, "", {})
         trainer.after_step = lambda _: trainer.stop_at(settings.target)
-        trainer.run(Found(None, {}, []))
+        trainer.run_folder(Found(None, {}, []))
     found, at = trainer.metrics_of_validation, trainer.at
     assert found is not None
     auc = next(iter(found.values())).auc

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.errors import ConfigError
-from trainer.durable import write_text
 from trainer.ranks.machine import cores
-from trainer.run import versions
+from trainer.run_folder import versions
+from trainer.sealed_folder import write_text
 
 
 def required(config: Path | None) -> Path:

@@ -32,7 +32,7 @@ from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.two_stage import TwoStageModel
 from trainer.model.windows import first_ids
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 
 ENOUGH = 700  # candidates of a target category in the training split, as in DARE's code
 MOST_ROWS = 1_000  # categories: a table has rows x rows x L cells

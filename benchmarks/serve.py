@@ -38,7 +38,7 @@ from trainer.assemble import build_model
 from trainer.config.run_config import Config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.row_group import Bags
-from trainer.run import versions
+from trainer.run_folder import versions
 from trainer.serving.arrow_body import MEDIA_TYPE
 from trainer.serving.asked import History, Limits, Request
 from trainer.serving.batcher import BatchSettings

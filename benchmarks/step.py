@@ -23,7 +23,7 @@ from trainer.log.schema import read_manifest
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.run import versions
+from trainer.run_folder import versions
 from trainer.step import TrainStep, make_optimizer
 
 _STEPS = 40

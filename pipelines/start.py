@@ -30,7 +30,6 @@ from trainer.assemble import (
 from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader, Step
-from trainer.durable import remove_folder
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop import Trainer
 from trainer.model.two_stage import TwoStageModel
@@ -38,11 +37,12 @@ from trainer.pipeline import kind_for
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.remarks import remarks
 from trainer.resume import changed_settings, check_resumable, check_same_order, log_fingerprint
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 from trainer.schedule import schedule_remarks
+from trainer.sealed_folder import remove_folder
 from trainer.starts import check_start, note_start
+from trainer.step_size import step_size
 from trainer.warm_start import check_source, fill, opened
-from trainer.workload import step_size
 
 Say = Callable[[str], None]
 # Tables up to this size are built where a configuration is only checked.

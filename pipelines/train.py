@@ -19,7 +19,7 @@ from trainer.config.run_config import Config, load_config
 from trainer.log.schema import LogManifest
 from trainer.loop import Position, Trainer
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.run import RunFolder, versions
+from trainer.run_folder import RunFolder, versions
 from trainer.starts import ending_well
 
 
@@ -90,7 +90,7 @@ def run(
         ending_well(folder, ranks.speaks),
         _locked(folder),
     ):
-        end = trainer.run(found)
+        end = trainer.run_folder(found)
     _conclude(trainer, end, found, start.manifest, say)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import trainer.checkpoint
-import trainer.run
+import trainer.run_folder
 import trainer.starts
 import trainer.warm_start
 from embeddings.agreement import from_every_rank, from_rank_0
@@ -29,7 +29,7 @@ from tests.logs import Shape, random_rows, write_log
 from tests.saving_runs import Runs
 from trainer import checkpoint_files
 from trainer.ranks.process_group import Ranks
-from trainer.run import MetricsLog, RunFolder
+from trainer.run_folder import MetricsLog, RunFolder
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/full")
 OTHER = KeyError("surprise")
@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[Any, str, BaseException]] = {
     "write the config": (RunFolder, "write_config", FULL),
     "plan": (planning, "offline_plan", MemoryError()),
     "lock": (RunFolder, "lock", FULL),
-    "open the metrics": (trainer.run, "SummaryWriter", FULL),
+    "open the metrics": (trainer.run_folder, "SummaryWriter", FULL),
     "name a checkpoint": (trainer.checkpoint, "os", FULL),
     "sum up": (RunFolder, "update_summary", FULL),
 }

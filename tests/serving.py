@@ -25,7 +25,7 @@ from trainer.assemble import feature_rows, resolve_groups
 from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.run import versions
+from trainer.run_folder import versions
 from trainer.serving.asked import Limits
 from trainer.serving.batcher import BatchSettings
 from trainer.serving.current import Current

@@ -18,7 +18,7 @@ from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.label_rates import STRENGTH
 from trainer.metrics import auc
-from trainer.run import jsonable
+from trainer.run_folder import jsonable
 
 TASKS = ("click", "buy")
 

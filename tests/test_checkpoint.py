@@ -16,8 +16,8 @@ import torch
 
 from embeddings.errors import CheckpointError
 from trainer import checkpoint
-from trainer.durable import file_digest
 from trainer.ranks.process_group import process_group
+from trainer.sealed_folder import file_digest
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,11 @@ import pytest
 
 from embeddings.errors import DataError
 from tests.logs import small_log
-from trainer import durable
+from trainer import sealed_folder as durable
 from trainer.log import writer as log_writer
 from trainer.log.schema import moved_away, read_manifest
 from trainer.log.writer import staged
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 # Ends by a signal inside of a scratch folder, or while an overwrite has moved the older log away.

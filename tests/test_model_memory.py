@@ -17,7 +17,7 @@ from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
 from trainer.model_memory import check_collision
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.workload import StepSize
+from trainer.step_size import StepSize
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -46,7 +46,7 @@ from trainer.assemble import build_trainable
 from trainer.config.run_config import load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.workload import StepSize, kept_behaviors, lookups, step_size
+from trainer.step_size import StepSize, kept_behaviors, lookups, step_size
 
 GB = 10**9
 ITEMS, SMALL = 2_000_000_000, 1000

@@ -43,7 +43,7 @@ from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.resume import check_resumable, check_same_rules, log_fingerprint
-from trainer.workload import step_size
+from trainer.step_size import step_size
 
 GB = 10**9
 _MISSING = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -15,9 +15,10 @@ import pytest
 from embeddings.errors import ConfigError, DataError
 from pipelines.ingest.ingest import ingest
 from tests.rawlogs import config, events, rows, write
-from trainer import checkpoint_files, durable
+from trainer import checkpoint_files
+from trainer import sealed_folder as durable
 from trainer.log.schema import read_manifest
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 from trainer.snapshot.publishing import drafting
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")

@@ -23,7 +23,7 @@ from trainer.log.clusters import ClusterInfo
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group
 from trainer.remarks import remarks
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 from trainer.schedule import dense_schedule, run_steps, schedule_remarks, table_schedule
 from trainer.warm_start import unshard_run
 

@@ -23,7 +23,6 @@ from embeddings.plan.request import Cluster, Task
 from trainer.checkpoint import Found
 from trainer.config.model import BranchConfig, section_of
 from trainer.config.run_config import Config, build_groups
-from trainer.durable import voice
 from trainer.log.schema import FeatureInfo, LogManifest
 from trainer.model.branch import Surroundings
 from trainer.model.two_stage import TwoStageModel
@@ -31,7 +30,8 @@ from trainer.model_memory import check_collision, check_dense
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks
 from trainer.resume import check_same_rules
-from trainer.workload import StepSize, lookups, step_size
+from trainer.sealed_folder import voice
+from trainer.step_size import StepSize, lookups, step_size
 
 
 @dataclass(frozen=True)

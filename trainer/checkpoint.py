@@ -29,8 +29,8 @@ from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
 from trainer import checkpoint_files as files
 from trainer.checkpoint_files import Entries, newest, read_state, to_use, verify
-from trainer.durable import remove_folder
 from trainer.hashed_writer import HashedWriter
+from trainer.sealed_folder import remove_folder
 
 __all__ = ["Found", "find", "load_tensors", "newest", "read_state", "save", "to_use", "verify"]
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.errors import CheckpointError
-from trainer.durable import file_digest, remove_folder, sync
 from trainer.log.names import path_problem
+from trainer.sealed_folder import file_digest, remove_folder, sync
 
 _NAME = re.compile(r"step-(\d{8})$")
 MANIFEST, DIGEST, STATE = "manifest.json", "manifest.sha256", "state.json"

@@ -26,7 +26,7 @@ from trainer.progress import Progress
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
 from trainer.reshard import check_reshardable
 from trainer.resume import check_same_order
-from trainer.run import MetricsLog, RunFolder
+from trainer.run_folder import MetricsLog, RunFolder
 from trainer.saver import Saver
 from trainer.schedule import dense_schedule, progress_of, run_steps, table_schedule
 from trainer.step import RateSetter, TrainStep, make_optimizer

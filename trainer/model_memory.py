@@ -11,7 +11,7 @@ from embeddings.errors import ConfigError
 from trainer.config.model import section_of
 from trainer.config.run_config import Config
 from trainer.ranks.machine import memory_bytes
-from trainer.workload import StepSize
+from trainer.step_size import StepSize
 
 _FLOAT = 4
 # A weight in training: itself, its gradient and Adam's two means.

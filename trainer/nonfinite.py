@@ -23,9 +23,9 @@ from embeddings.lookup.rounding import HALF_MAX
 from trainer.data.batch_file import pack
 from trainer.data.files import RowGroup
 from trainer.data.reader import Step
-from trainer.durable import replacing
 from trainer.ranks.host_copy import HostCopy
 from trainer.ranks.process_group import Ranks
+from trainer.sealed_folder import replacing
 
 Answer = TypeVar("Answer")
 # Names in a message; the batch that is kept says more.

@@ -36,9 +36,9 @@ from embeddings.lookup.sharding import table_of
 from trainer import checkpoint_files
 from trainer.checkpoint import load_tensors
 from trainer.config.toml import Settings
-from trainer.durable import file_digest, naming, scratch, sync
 from trainer.log.names import FileName, InnerPath, name_problem
 from trainer.log.schema import FeatureInfo
+from trainer.sealed_folder import file_digest, naming, scratch, sync
 
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 _DTYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -10,7 +10,7 @@ from trainer.assemble import Sharded, build_sharded, feature_rows
 from trainer.config.run_config import Config
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import Ranks
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

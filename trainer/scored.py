@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.durable import replacing
 from trainer.metrics import Metrics, group_keys, measure
+from trainer.sealed_folder import replacing
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

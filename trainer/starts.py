@@ -18,8 +18,8 @@ from pathlib import Path
 from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError
 from trainer.config.run_config import Config
-from trainer.durable import naming
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
+from trainer.sealed_folder import naming
 
 
 def note_start(folder: RunFolder, config: Config, step: int) -> None:

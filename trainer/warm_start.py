@@ -27,12 +27,12 @@ from embeddings.errors import CheckpointError, DataError, TandemError
 from embeddings.lookup.sharding import table_of
 from trainer import checkpoint_files
 from trainer.data.row_group import PARQUET_ERRORS
-from trainer.durable import remove_folder
 from trainer.log.schema import FeatureInfo, LogManifest, read_manifest
 from trainer.log.vocabulary_digest import spelled
 from trainer.plain_tables import PlainManifest, PlainTables, open_plain_tables, unshard
 from trainer.resume import log_fingerprint
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
+from trainer.sealed_folder import remove_folder
 
 _ROWS_AT_ONCE = 1 << 16
 

@@ -19,7 +19,7 @@ from pipelines.export import export as export_run
 from pipelines.score import score as score_requests
 from pipelines.synth.synth import synth as write_planted
 from pipelines.train import train as train_run
-from trainer.run import RunFolder
+from trainer.run_folder import RunFolder
 from trainer.scored import compare_scores, read_scores
 
 CONFIG = ROOT / "configs" / "dare.toml"

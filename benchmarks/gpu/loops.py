@@ -30,7 +30,7 @@ from trainer.loss import loss_sum
 from trainer.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks
 from trainer.step import make_optimizer
-from trainer.workload import StepSize
+from trainer.step_size import StepSize
 
 Change = Callable[[Config], Config]
 

@@ -198,7 +198,7 @@ def _preload(names: Sequence[str]) -> None:
 
 def about(check: Check, command: Sequence[str]) -> Line:
     """Where, when and of what this run is; asks no driver that forks would need."""
-    from trainer.run import versions
+    from trainer.run_folder import versions
 
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -41,7 +41,7 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
     from trainer.data.reader import SequenceLogReader
     from trainer.ranks.process_group import process_group
     from trainer.restore import restore
-    from trainer.run import RunFolder
+    from trainer.run_folder import RunFolder
 
     with process_group() as ranks:
         restored = restore(RunFolder(run), ranks)
@@ -128,7 +128,7 @@ def main() -> None:
     if given.one:
         run_one(given.one, given.out, given.overrides, given.threads)
         from trainer.log.schema import read_manifest
-        from trainer.run import RunFolder
+        from trainer.run_folder import RunFolder
 
         log = RunFolder(given.out).read_config().data.log
         measure_kept(given.out, read_manifest(log).ingest["synth"])

@@ -16,7 +16,7 @@ from embeddings.errors import ConfigError, DataError
 from pipelines.ingest.errors import explained
 from pipelines.ingest.files import RawFile
 from pipelines.ingest.sections import EngineConfig
-from trainer.durable import remove_folder
+from trainer.sealed_folder import remove_folder
 
 Rows = list[dict[str, Any]]
 Result = TypeVar("Result")

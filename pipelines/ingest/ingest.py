@@ -53,9 +53,9 @@ from pipelines.ingest.side_tables import DESCRIBED, SideTables, open_side_tables
 from pipelines.ingest.sources import Seen, unread_settings
 from pipelines.ingest.vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies
 from pipelines.ingest.vocabulary import write as write_vocabularies
-from trainer.durable import remove_folder
 from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo, arrow_schema
 from trainer.log.writer import check_target, staged, write_manifest, write_split
+from trainer.sealed_folder import remove_folder
 
 __all__ = ["IngestConfig", "ingest", "load_ingest_config", "preview", "report_lines"]
 

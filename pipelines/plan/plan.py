@@ -19,11 +19,11 @@ from pipelines.plan.remedies import remedies
 from pipelines.plan.report import Report, need_lines, report_lines
 from trainer.assemble import build_trainable, fit_caches, plan_task
 from trainer.config.run_config import Config, load_config
-from trainer.durable import write_text
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.model.two_stage import TwoStageModel
 from trainer.ranks.device import Wanted
-from trainer.workload import StepSize, lookups, step_size
+from trainer.sealed_folder import write_text
+from trainer.step_size import StepSize, lookups, step_size
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _RANKS_A_NODE = 8

@@ -17,7 +17,7 @@ from embeddings.plan.request import Cluster, Task
 from embeddings.plan.tables import column_shards
 from embeddings.plan.traffic import Lookup, ShardedTable, Traffic, traffic
 from pipelines.console import table_lines
-from trainer.workload import StepSize
+from trainer.step_size import StepSize
 
 # Row-wise bags that send so many times what a sequence collection would are worth a warning.
 _WASTE = 4.0

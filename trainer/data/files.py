@@ -9,8 +9,8 @@ from pathlib import Path
 from embeddings.errors import DataError
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, read_plan, read_rows
-from trainer.durable import file_digest
 from trainer.log.schema import FileInfo, LogManifest
+from trainer.sealed_folder import file_digest
 
 
 @dataclass(frozen=True)

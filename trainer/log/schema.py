@@ -23,9 +23,9 @@ from pydantic import Field, ValidationError, model_validator
 from embeddings.errors import ConfigError, DataError
 from trainer.config.mistakes import words_of
 from trainer.config.toml import Settings
-from trainer.durable import file_digest
 from trainer.log.clusters import ClusterInfo
 from trainer.log.names import FileName, path_problem
+from trainer.sealed_folder import file_digest
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.durable import exchange, file_digest, remove_folder, scratch, sync, voice
 from trainer.log.schema import (
     DIGEST,
     MANIFEST,
@@ -22,6 +21,7 @@ from trainer.log.schema import (
     is_sequence_log,
     moved_away,
 )
+from trainer.sealed_folder import exchange, file_digest, remove_folder, scratch, sync, voice
 
 
 def check_target(out: Path, overwrite: bool) -> None:

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.errors import ConfigError, RankError
-from trainer.durable import voice
 from trainer.ranks.allocator import keep_freed_memory
 from trainer.ranks.device import Machine, Told, Wanted, agree, choose, gpu_place, observe
 from trainer.ranks.heartbeat import GRACE_S, Heartbeat, abort_collectives, collectives_begun, leave_in_time
+from trainer.sealed_folder import voice
 
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)

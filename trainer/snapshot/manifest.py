@@ -16,7 +16,7 @@ from trainer.config.mistakes import words_of
 from trainer.config.run_config import Config
 from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
-from trainer.durable import file_digest
+from trainer.sealed_folder import file_digest
 
 VERSION_NAME = re.compile(r"v\d{8}")
 MANIFEST, DIGEST, LATEST = "manifest.json", "manifest.sha256", "LATEST"

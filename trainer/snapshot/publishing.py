@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from embeddings.errors import SnapshotError
-from trainer.durable import file_digest, locked, remove_folder, scratch, sync, write_text
+from trainer.sealed_folder import file_digest, locked, remove_folder, scratch, sync, write_text
 from trainer.snapshot.loading import Chain, read_chain
 from trainer.snapshot.manifest import (
     DIGEST,

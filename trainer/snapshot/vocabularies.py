@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
 from trainer.data.row_group import PARQUET_ERRORS
-from trainer.durable import file_digest
+from trainer.sealed_folder import file_digest
 from trainer.snapshot.manifest import InputFeature, VocabularyFile
 
 # Bytes of all vocabularies of a log, as files; larger ones go along only where they are asked for.

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from trainer.durable import voice
+from trainer.sealed_folder import voice
 
 # The oldest compute capability that the wheels of torch and fbgemm have code for.
 _OLDEST = (8, 0)
