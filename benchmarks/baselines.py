@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from trainer.model.head import Head
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
+from trainer.model.heads.mlp import Head
 
 Program = Callable[[Tensor, Tensor], Tensor]
 

@@ -22,7 +22,7 @@ from trainer.config.run_config import Config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
-from trainer.model.score import MlpScorer
+from trainer.model.retrieve.score import MlpScorer
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.step import make_optimizer
 

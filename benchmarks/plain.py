@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.head import Head
+from trainer.model.heads.mlp import Head
 from trainer.model.ops.bags import rows_at
-from trainer.model.score import Attended, MlpScorer
+from trainer.model.retrieve.score import Attended, MlpScorer
 from trainer.model.windows import Windows
 
 _HIDDEN, _AUXILIARY_HIDDEN = (200, 80), (200,)

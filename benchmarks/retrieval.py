@@ -30,7 +30,7 @@ from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
 from trainer.model.windows import first_ids
 from trainer.run_folder import RunFolder
 

@@ -18,8 +18,8 @@ from benchmarks.loops import Seconds, one_thread, timed
 from benchmarks.report import provenance, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.config.toml import Settings, load_settings
-from trainer.model.score import Attended, DotScorer
-from trainer.model.search import DotSearch, Query
+from trainer.model.retrieve.score import Attended, DotScorer
+from trainer.model.retrieve.search import DotSearch, Query
 from trainer.model.time import Marks
 from trainer.model.windows import Kept, Windows
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.model.ops import slices, top
+from trainer.model.ops import top
 from trainer.model.ops.top import top_columns, top_columns_by_topk
-from trainer.model.score import Attended, DotScorer
-from trainer.model.search import DotSearch, Query
+from trainer.model.retrieve import slices
+from trainer.model.retrieve.score import Attended, DotScorer
+from trainer.model.retrieve.search import DotSearch, Query
 from trainer.model.time import Marks
 from trainer.model.windows import Slots, Windows
 

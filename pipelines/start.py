@@ -32,7 +32,7 @@ from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop import Trainer
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
 from trainer.pipeline import kind_for
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.remarks import remarks

@@ -11,7 +11,7 @@ import torch
 
 from tests import kept_rows, searched_windows
 from trainer.model.ops import kept_rows as rows_kernel
-from trainer.model.ops import window_search
+from trainer.model.retrieve import window_search
 
 if __name__ == "__main__":
     searched_windows.check_drawn()

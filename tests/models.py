@@ -20,10 +20,10 @@ from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.branch import Searched
-from trainer.model.score import Attended
-from trainer.model.sequence import Behaviors
+from trainer.model.frame import TwoStageModel
+from trainer.model.read.sequence import Behaviors
+from trainer.model.retrieve.score import Attended
 from trainer.model.time import Marks
-from trainer.model.two_stage import TwoStageModel
 from trainer.model.windows import Windows
 
 BEHAVIORS = 24

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models import drawing
-from trainer.model.ops.window_search import best_columns, fits, plain_best_columns
+from trainer.model.retrieve.window_search import best_columns, fits, plain_best_columns
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
 

@@ -24,8 +24,8 @@ from trainer.config.run_config import Config, load_config
 from trainer.data.batch import RequestBatch
 from trainer.data.rows import UserRows
 from trainer.loss import loss_sum
-from trainer.model.score import MlpScorer
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
+from trainer.model.retrieve.score import MlpScorer
 
 SHAPE = Shape(items=90, categories=7, length=24, users=3, requests=4)
 

@@ -14,8 +14,8 @@ from tests.logs import FEATURES
 from tests.models import batch_of, model_of, preset, small_log, stage_one, table_gradient, watch, with_ids
 from trainer.config.run_config import load_config
 from trainer.data.batch import RequestBatch
-from trainer.model.search import HammingSearch
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
+from trainer.model.retrieve.search import HammingSearch
 
 
 @pytest.fixture(scope="module")

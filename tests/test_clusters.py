@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.log.clusters import ClusterInfo, cluster_history, split_to_cap
-from trainer.model.score import Attended, DotScorer, softmax_weights
+from trainer.model.retrieve.score import Attended, DotScorer, softmax_weights
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
 

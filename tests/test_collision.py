@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.models import BEHAVIORS, drawing, drawn_behaviors, drawn_windows
-from trainer.model.collision import HashCollision, collision_reference
-from trainer.model.score import Attended
-from trainer.model.sequence import Behaviors
+from trainer.model.read.collision import HashCollision, collision_reference
+from trainer.model.read.sequence import Behaviors
+from trainer.model.retrieve.score import Attended
 from trainer.model.windows import Kept, Windows
 
 WIDTH, HASHED = 6, 5

@@ -26,10 +26,11 @@ from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import cluster_history
 from trainer.log.schema import ClusterInfo
+from trainer.model.frame import TwoStageModel
 from trainer.model.ops.signs import sign_bits
 from trainer.model.ops.top import top_columns_by_topk
-from trainer.model.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
-from trainer.model.search import (
+from trainer.model.retrieve.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
+from trainer.model.retrieve.search import (
     DotSearch,
     HammingSearch,
     Query,
@@ -38,7 +39,6 @@ from trainer.model.search import (
     search_reference,
 )
 from trainer.model.time import TimeBias, TimeEncoding
-from trainer.model.two_stage import TwoStageModel
 from trainer.model.windows import Kept, Windows
 from trainer.serving.window_search import WindowSearch
 
@@ -210,7 +210,7 @@ def test_whatever_rounding_does_the_exact_scores_decide(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(asked.scorer), "over_windows", shaken)
         if device:
-            patch.setattr("trainer.model.search.top_columns", top_columns_by_topk)
+            patch.setattr("trainer.model.retrieve.search.top_columns", top_columns_by_topk)
         found = search(query)
     served = WindowSearch.around(search)(query)
     for kept in (found, served):
@@ -245,9 +245,9 @@ def test_many_pairs_of_few_kinds_have_the_scores_of_each_alone(monkeypatch: pyte
     )
     alone = torch.cat([doubt.exact(row[i : i + 1], column[i : i + 1]) for i in range(row.numel())])
     assert torch.equal(doubt.exact(row, column), alone)
-    monkeypatch.setattr("trainer.model.exact._MANY", 1)
-    monkeypatch.setattr("trainer.model.exact._PAIRS", 100)
-    monkeypatch.setattr("trainer.model.exact.CELLS", 12)
+    monkeypatch.setattr("trainer.model.retrieve.exact._MANY", 1)
+    monkeypatch.setattr("trainer.model.retrieve.exact._PAIRS", 100)
+    monkeypatch.setattr("trainer.model.retrieve.exact.CELLS", 12)
     monkeypatch.setattr("trainer.model.ops.whole.CELLS", 12)
     assert torch.equal(doubt.exact(row, column), alone)
 

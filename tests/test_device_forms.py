@@ -35,12 +35,13 @@ from tests.models import (
     small_log,
 )
 from tests.test_top import drawn_slices
-from trainer.model.ops import bags, slices, tiling
+from trainer.model.ops import bags, tiling
 from trainer.model.ops.bags import dots, rows_at, weighted_bags
 from trainer.model.ops.signs import close_sign_bits, sign_bits, whole_sign_bits
 from trainer.model.ops.tiling import tiling_of
-from trainer.model.score import Attended, DotScorer, MlpScorer, Scorer, twin_projections
-from trainer.model.search import (
+from trainer.model.retrieve import slices
+from trainer.model.retrieve.score import Attended, DotScorer, MlpScorer, Scorer, twin_projections
+from trainer.model.retrieve.search import (
     AllSearch,
     DotSearch,
     HammingSearch,

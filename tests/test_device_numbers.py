@@ -18,8 +18,8 @@ from tests.test_top import drawn_scores
 from trainer.model.ops import bags, tiling
 from trainer.model.ops.signs import sign_bits, whole_sign_bits
 from trainer.model.ops.top import top_columns, top_columns_by_keys
-from trainer.model.score import Attended, MlpScorer
-from trainer.model.search import Query, Search, random_planes
+from trainer.model.retrieve.score import Attended, MlpScorer
+from trainer.model.retrieve.search import Query, Search, random_planes
 from trainer.model.time import TimeBias, age_bucket
 from trainer.model.windows import Kept, Windows
 
@@ -154,8 +154,10 @@ def test_a_search_in_training_keeps_what_the_cpu_keeps(
     wanted = found_by(search, Query(scorer, scorer.encode(raw), raw, windows, ids_C, ids_N))
     if device.type == "cpu":
         monkeypatch.setattr(Search, "doubt", lambda search, query: None)
-        monkeypatch.setattr("trainer.model.search.top_columns", lambda score, k, doubt: keys_of(score, k))
-        monkeypatch.setattr("trainer.model.search.sign_bits", whole_sign_bits)
+        monkeypatch.setattr(
+            "trainer.model.retrieve.search.top_columns", lambda score, k, doubt: keys_of(score, k)
+        )
+        monkeypatch.setattr("trainer.model.retrieve.search.sign_bits", whole_sign_bits)
     raw, scorer = on(raw, device), scorer.to(device)
     ids_C, ids_N = ids_C.to(device), ids_N.to(device)
     query = Query(scorer, scorer.encode(raw), raw, on_windows(windows, device), ids_C, ids_N)

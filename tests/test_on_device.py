@@ -37,10 +37,10 @@ from trainer.step import TrainStep, make_optimizer
 
 # Host waits of an evaluation: it ranks close scores exactly, and so asks how many of them there are.
 RANKED_EXACTLY = {
-    "trainer/model/exact.py": 5,
+    "trainer/model/retrieve/exact.py": 5,
     "trainer/model/ops/top.py": 2,
     "trainer/model/ops/whole.py": 2,
-    "trainer/model/search.py": 1,
+    "trainer/model/retrieve/search.py": 1,
 }
 # Kernels that forward pass, loss and backward pass start, look-ups in plain tables among them.
 LAUNCHES = {

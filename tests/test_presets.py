@@ -19,7 +19,7 @@ from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.evaluation import score_split
 from trainer.log.schema import read_manifest
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
 from trainer.scored import Scored
 
 # twin_v2 needs a clustered log and has tests of its own.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.models import GROUPS, batch_of, draw, drawing, model_of, preset, small_log, with_ids
-from trainer.model.sasrec import TargetDecoupledSasrec
-from trainer.model.score import Attended
-from trainer.model.sequence import Behaviors
+from trainer.model.read.sasrec import TargetDecoupledSasrec
+from trainer.model.read.sequence import Behaviors
+from trainer.model.retrieve.score import Attended
 from trainer.model.time import Marks
 from trainer.model.windows import Kept, Windows
 

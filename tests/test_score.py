@@ -22,7 +22,8 @@ from tests.models import (
     drawn_windows,
 )
 from trainer.model.ops import tiling
-from trainer.model.score import (
+from trainer.model.read.sequence import TargetAttention
+from trainer.model.retrieve.score import (
     WEIGHTS,
     Attended,
     DotScorer,
@@ -31,7 +32,6 @@ from trainer.model.score import (
     Scorer,
     softmax_weights,
 )
-from trainer.model.sequence import TargetAttention
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Kept
 

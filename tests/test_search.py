@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tests.models import BEHAVIORS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows
 from trainer.model.ops.signs import sign_bits
-from trainer.model.score import Attended, DotScorer
-from trainer.model.search import (
+from trainer.model.retrieve.score import Attended, DotScorer
+from trainer.model.retrieve.search import (
     DotSearch,
     HammingSearch,
     HardSearch,

@@ -23,8 +23,8 @@ from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import FeatureInfo, read_manifest
 from trainer.log.writer import write_manifest
-from trainer.model.score import DotScorer, MlpScorer, Scorer
-from trainer.model.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch
+from trainer.model.retrieve.score import DotScorer, MlpScorer, Scorer
+from trainer.model.retrieve.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.serving.arrow_body import read_arrow, write_arrow
 from trainer.serving.asked import Limits, Request

@@ -15,8 +15,8 @@ from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.ops.top import top_columns
-from trainer.model.score import Attended, DotScorer
-from trainer.model.search import DotSearch, Query, search_reference
+from trainer.model.retrieve.score import Attended, DotScorer
+from trainer.model.retrieve.search import DotSearch, Query, search_reference
 from trainer.model.time import AGE_BUCKETS, Marks, TimeBias, age_bucket
 from trainer.model.windows import Kept, Windows, windows_of
 

@@ -28,9 +28,9 @@ from tests.models import (
     with_ids,
 )
 from trainer.data.batch import RequestBatch
-from trainer.model.sequence import StackedTin, TargetAttention
+from trainer.model.frame import TwoStageModel
+from trainer.model.read.sequence import StackedTin, TargetAttention
 from trainer.model.time import TimeEncoding
-from trainer.model.two_stage import TwoStageModel
 from trainer.model.windows import Windows
 
 WIDTH = 6
@@ -225,7 +225,9 @@ def test_stacked_order_law(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = drawing(3)
     windows = drawn_windows(rng, 4, 7, 6, full=True)
     weight = torch.rand(6, 1, 7, generator=rng)
-    monkeypatch.setattr("trainer.model.sequence.softmax_weights", lambda score, mask: weight[:, 0] * mask)
+    monkeypatch.setattr(
+        "trainer.model.read.sequence.softmax_weights", lambda score, mask: weight[:, 0] * mask
+    )
     stacked = StackedTin(WIDTH, TimeEncoding(MARK_ROWS, WIDTH), 4)
     draw(stacked, rng)
     behaviors = drawn_behaviors(rng, windows, WIDTH)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models import GROUPS, MARK_ROWS, draw, drawing
-from trainer.model.ops import slices, top
+from trainer.model.ops import top
 from trainer.model.ops.top import (
     best_of_groups,
     top_columns,
@@ -19,8 +19,9 @@ from trainer.model.ops.top import (
     top_columns_by_topk,
     top_of_groups,
 )
-from trainer.model.score import Attended, DotScorer
-from trainer.model.search import DotSearch, Query, search_reference
+from trainer.model.retrieve import slices
+from trainer.model.retrieve.score import Attended, DotScorer
+from trainer.model.retrieve.search import DotSearch, Query, search_reference
 from trainer.model.time import Marks, TimeBias
 from trainer.model.windows import Windows
 

@@ -23,7 +23,7 @@ from tests.models import (
 )
 from tests.test_search import walk
 from trainer.model.branch import CrossBias
-from trainer.model.sequence import TargetAttention
+from trainer.model.read.sequence import TargetAttention
 from trainer.model.time import TimeEncoding
 from trainer.model.windows import first_ids
 

@@ -20,7 +20,7 @@ from trainer.config.run_config import Config, build_groups
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.loss import loss_sum, rank_loss
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
 
 DARE = {"attention": {"dim": 4, "init_scale": 1.0}, "representation": {"dim": 8, "init_scale": 1.0}}
 TWIN = {"shared": {"dim": 4, "init_scale": 1.0}}

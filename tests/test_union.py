@@ -18,7 +18,7 @@ from tests.test_presets import preset_log
 from trainer.data.batch import RequestBatch
 from trainer.data.sizes import Sizes
 from trainer.loss import loss_sum
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
 from trainer.model.union import most_kept, padded_union, touched_by, union_of
 
 BEHAVIORS = 30

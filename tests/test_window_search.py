@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from tests.compiling import compiled
 from tests.models import GROUPS, MARK_ROWS, draw, drawing
 from tests.searched_windows import Searched, all_scores, check, drawn_long, searched
-from trainer.model.ops import window_search
 from trainer.model.ops.kernels import agrees, power_of_two
-from trainer.model.ops.window_search import Cut, fits, pays, plain_best_columns
-from trainer.model.score import Attended, DotScorer
-from trainer.model.search import DotSearch, Query, SoftSearch, search_reference
+from trainer.model.retrieve import window_search
+from trainer.model.retrieve.score import Attended, DotScorer
+from trainer.model.retrieve.search import DotSearch, Query, SoftSearch, search_reference
+from trainer.model.retrieve.window_search import Cut, fits, pays, plain_best_columns
 from trainer.model.time import TimeBias
 
 PLAIN = DotScorer(None, None, 1, None, None)
@@ -43,7 +43,7 @@ def test_the_kernels_compile_without_a_gpu(
     """To machine code that copies keys 16 bytes at a time ahead of the products, in little shared memory."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from trainer.model.ops.window_search_triton import constants, merge_kernel, search_kernel
+    from trainer.model.retrieve.window_search_triton import constants, merge_kernel, search_kernel
 
     cut, k = Cut.of(dim, width, 3), 20
     given_to = constants(cut, dim, k, stretch=stretch, biased=not stretch)

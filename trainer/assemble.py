@@ -25,7 +25,7 @@ from trainer.config.model import BranchConfig, section_of
 from trainer.config.run_config import Config, build_groups
 from trainer.log.schema import FeatureInfo, LogManifest
 from trainer.model.branch import Surroundings
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
 from trainer.model_memory import check_collision, check_dense
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks

@@ -18,8 +18,8 @@ from trainer.config.sections import TrainConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.loss import loss_sum, rank_loss
-from trainer.model.lookups import Cut
-from trainer.model.two_stage import Prediction, TwoStageModel
+from trainer.model.border import Cut
+from trainer.model.frame import Prediction, TwoStageModel
 from trainer.nonfinite import Checked, Gradients, Guard, dense_norm
 
 
@@ -111,7 +111,7 @@ class TrainStep:
     """A training step in the pieces that TorchRec's pipelines call.
 
     A pipeline calls `zero_grad`, `forward`, the loss' `backward()`, then `step`: it takes this object for its
-    optimizer. The graph is cut between tables and everything dense (`trainer.model.lookups`), so that the
+    optimizer. The graph is cut between tables and everything dense (`trainer.model.border`), so that the
     pipeline's backward pass reaches dense weights and looked-up vectors only. `step` checks all gradients and
     only then has the second backward pass update the tables.
 

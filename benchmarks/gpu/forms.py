@@ -14,8 +14,8 @@ from benchmarks.gpu.plain_forms import without_kernels
 from embeddings.first_rows import FirstWeights, initial_rows_
 from tests.models import drawing, drawn_vectors, drawn_windows
 from trainer.model.ops import bags, top
-from trainer.model.score import Attended, DotScorer, MlpScorer
-from trainer.model.search import DotSearch, Query
+from trainer.model.retrieve.score import Attended, DotScorer, MlpScorer
+from trainer.model.retrieve.search import DotSearch, Query
 from trainer.model.time import age_bucket
 
 _ROWS, _QUERIES, _WIDTH, _KEPT = 5_000, 700, 32, 20

@@ -15,7 +15,7 @@ from benchmarks.synthetic import Draws, as_batch
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
-from trainer.model.score import Attended
+from trainer.model.retrieve.score import Attended
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from trainer.model.ops import kept_rows, window_search
+from trainer.model.ops import kept_rows
+from trainer.model.retrieve import window_search
 
 _WITH_KERNELS = (kept_rows, window_search)
 

@@ -19,7 +19,7 @@ from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.loss import loss_sum
-from trainer.model.two_stage import TwoStageModel
+from trainer.model.frame import TwoStageModel
 
 _LOGITS, _GRADIENTS = 1e-4, 1e-2
 # It needs a log with clusters.

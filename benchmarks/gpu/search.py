@@ -11,8 +11,8 @@ from benchmarks.gpu.check import Answer, Check, Row, answer
 from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import copy_rate, difference, forget_memory, memory, seconds
 from benchmarks.gpu.plain_forms import without_kernels
-from trainer.model.score import Attended, DotScorer
-from trainer.model.search import DotSearch, Query
+from trainer.model.retrieve.score import Attended, DotScorer
+from trainer.model.retrieve.search import DotSearch, Query
 from trainer.model.windows import Windows
 
 _K, _CANDIDATES, _AIM = 20, 3, 0.70

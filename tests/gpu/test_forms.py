@@ -12,8 +12,8 @@ from benchmarks.gpu.forms import bags, top
 from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import difference
 from tests.models import drawing, drawn_vectors, drawn_windows
-from trainer.model.score import DotScorer
-from trainer.model.search import DotSearch, Query
+from trainer.model.retrieve.score import DotScorer
+from trainer.model.retrieve.search import DotSearch, Query
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from embeddings.groups import TableGroup
 from trainer.config.model import BranchConfig
 from trainer.data.batch import RequestBatch
-from trainer.model.collision import HashCollision
 from trainer.model.ops.bags import rows_at
-from trainer.model.sasrec import TargetDecoupledSasrec
-from trainer.model.score import (
+from trainer.model.read.collision import HashCollision
+from trainer.model.read.sasrec import TargetDecoupledSasrec
+from trainer.model.read.sequence import Behaviors, SequenceModel, StackedTin, TargetAttention
+from trainer.model.retrieve.score import (
     WEIGHTS,
     Attended,
     DotScorer,
@@ -24,7 +25,7 @@ from trainer.model.score import (
     Scorer,
     twin_projections,
 )
-from trainer.model.search import (
+from trainer.model.retrieve.search import (
     AllSearch,
     DotSearch,
     HammingSearch,
@@ -33,7 +34,6 @@ from trainer.model.search import (
     Search,
     SoftSearch,
 )
-from trainer.model.sequence import Behaviors, SequenceModel, StackedTin, TargetAttention
 from trainer.model.time import AGE_BUCKETS, TimeBias, TimeEncoding
 from trainer.model.windows import Kept, Source, Windows, all_ids, first_ids
 

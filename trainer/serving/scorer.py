@@ -21,7 +21,7 @@ from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import Columns, UserRows
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch
-from trainer.model.sequence import Behaviors
+from trainer.model.read.sequence import Behaviors
 from trainer.serving.asked import Needs, Request
 from trainer.serving.checks import seen as seen_of
 from trainer.serving.vocabulary import Vocabulary

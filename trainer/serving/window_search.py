@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.model.ops.top import best_of_groups, groups_of, top_of_groups
-from trainer.model.score import Attended, DotScorer
-from trainer.model.search import AllSearch, DotSearch, Query, Search
+from trainer.model.retrieve.score import Attended, DotScorer
+from trainer.model.retrieve.search import AllSearch, DotSearch, Query, Search
 from trainer.model.windows import Kept, Windows
 
 # Columns of a tile: wide enough for the matrix product, and still in the cache when its best are noted.

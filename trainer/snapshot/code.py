@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from embeddings.errors import SnapshotError
 from trainer.model.branch import Branch, Searched
-from trainer.model.head import Head
-from trainer.model.score import Attended
+from trainer.model.frame import TwoStageModel
+from trainer.model.heads.mlp import Head
+from trainer.model.retrieve.score import Attended
 from trainer.model.time import Marks
-from trainer.model.two_stage import TwoStageModel
 from trainer.model.windows import Kept, Windows
 from trainer.sealed_folder import file_digest
 from trainer.snapshot.loading import Snapshot

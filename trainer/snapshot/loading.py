@@ -18,7 +18,7 @@ from trainer.assemble import build_model, count_numbers
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
 from trainer.log.schema import FeatureInfo
-from trainer.model.two_stage import Prediction, TwoStageModel
+from trainer.model.frame import Prediction, TwoStageModel
 from trainer.sealed_folder import file_digest
 from trainer.snapshot.manifest import (
     DENSE,

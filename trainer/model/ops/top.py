@@ -42,7 +42,7 @@ _EMPTY = -0x7F800001
 
 @dataclass(frozen=True)
 class Doubt:
-    """What a ranking by rounded scores must ask for, see `trainer.model.exact`.
+    """What a ranking by rounded scores must ask for, see `trainer.model.retrieve.exact`.
 
     Attributes:
         slack: float32 [rows], scores that lie no farther apart may be in the wrong order.

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.exact import PairScores
-from trainer.model.ops import window_search
 from trainer.model.ops.precision import in_single_precision, is_halved
 from trainer.model.ops.signs import sign_bits
-from trainer.model.ops.slices import columns_of_slices, pays
 from trainer.model.ops.top import Doubt, ascending, top_columns
-from trainer.model.score import Attended, DotScorer, Scorer, twin_projections
+from trainer.model.retrieve import window_search
+from trainer.model.retrieve.exact import PairScores
+from trainer.model.retrieve.score import Attended, DotScorer, Scorer, twin_projections
+from trainer.model.retrieve.slices import columns_of_slices, pays
 from trainer.model.windows import Kept, Windows
 
 

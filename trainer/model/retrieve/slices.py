@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.model.ops.top import Doubt, top_columns
-from trainer.model.score import Attended, DotScorer, Scorer
+from trainer.model.retrieve.score import Attended, DotScorer, Scorer
 from trainer.model.windows import Windows
 
 # Floats of a window's keys: below that, one product for all windows is cheaper than a call for each.

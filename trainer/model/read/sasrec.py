@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.sequence import Behaviors, SequenceModel
+from trainer.model.read.sequence import Behaviors, SequenceModel
 from trainer.model.windows import Kept
 
 

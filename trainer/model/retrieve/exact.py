@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trainer.model.ops.top import Doubt
 from trainer.model.ops.whole import CELLS, ROUNDING, Rows, needed_places, whole_rows
-from trainer.model.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
+from trainer.model.retrieve.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
 from trainer.model.time import TimeBias
 from trainer.model.windows import Kept, Windows
 

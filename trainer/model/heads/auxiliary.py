@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from embeddings.groups import TableGroup
 from trainer.config.model import ModelConfig
 from trainer.model.branch import Branch, Searched
-from trainer.model.head import Head
-from trainer.model.search import SoftSearch
-from trainer.model.sequence import Behaviors
+from trainer.model.heads.mlp import Head
+from trainer.model.read.sequence import Behaviors
+from trainer.model.retrieve.search import SoftSearch
 from trainer.model.windows import pooled_windows
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainer.model.ops.kernels import power_of_two
-from trainer.model.ops.window_search import Cut
+from trainer.model.retrieve.window_search import Cut
 from trainer.model.windows import Windows
 
 # Tiles of keys in flight.
@@ -249,7 +249,7 @@ def constants(cut: Cut, dim: int, k: int, *, stretch: bool, biased: bool) -> dic
 def best_columns(
     query_CD: Tensor, key_ND: Tensor, windows: Windows, bias_WX: Tensor | None, k: int, cut: Cut
 ) -> tuple[Tensor, Tensor]:
-    """See `trainer.model.ops.window_search.best_columns`; K is at most X, and there are candidates."""
+    """See `trainer.model.retrieve.window_search.best_columns`; K is at most X, and there are candidates."""
     candidates, (count, width), device = query_CD.shape[0], windows.index.shape, query_CD.device
     column_CK = torch.empty(candidates, k, dtype=torch.int64, device=device)
     mask_CK = torch.empty(candidates, k, dtype=torch.bool, device=device)

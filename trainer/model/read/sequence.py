@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.ops.bags import weighted_bags
-from trainer.model.score import Attended, softmax_weights
+from trainer.model.retrieve.score import Attended, softmax_weights
 from trainer.model.time import TimeEncoding
 from trainer.model.windows import Kept, Windows, pooled_windows
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.model.ops.bags import rows_at
 from trainer.model.ops.kernels import agrees, has_kernel, power_of_two
 from trainer.model.ops.top import top_columns
-from trainer.model.score import Attended, DotScorer, Scorer
+from trainer.model.retrieve.score import Attended, DotScorer, Scorer
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
 
@@ -145,7 +145,7 @@ def best_columns(
     if not candidates:
         none = torch.zeros(0, k, dtype=torch.int64, device=query_CD.device)
         return none, none.bool()
-    from trainer.model.ops import window_search_triton
+    from trainer.model.retrieve import window_search_triton
 
     cut = Cut.of(dim, width, max(windows.host_counts))
     return window_search_triton.best_columns(query_CD, key_ND, windows, bias_WX, k, cut)

@@ -22,10 +22,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.lookup.jagged import select_bags
 from trainer.config.model import ModelConfig
 from trainer.data.batch import RequestBatch
-from trainer.model.auxiliary import WholeWindow
+from trainer.model.border import Lookups
 from trainer.model.branch import Branch, Searched, Surroundings, at_least_one_row
-from trainer.model.head import DotHead, Head
-from trainer.model.lookups import Lookups
+from trainer.model.heads.auxiliary import WholeWindow
+from trainer.model.heads.mlp import DotHead, Head
 from trainer.model.union import most_kept, padded_union, union_of
 from trainer.model.windows import Kept, Source, Windows, windows_of
 

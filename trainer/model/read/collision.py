@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.model.ops.signs import sign_bits
-from trainer.model.search import random_planes
-from trainer.model.sequence import Behaviors, TargetPooling
+from trainer.model.read.sequence import Behaviors, TargetPooling
+from trainer.model.retrieve.search import random_planes
 from trainer.model.windows import Windows
 
 
