@@ -27,7 +27,7 @@ from trainer.config.run_config import Config, load_config
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.loss import loss_sum
+from trainer.objectives.bce import loss_sum
 from trainer.run_folder import versions
 
 Row = dict[str, Any]

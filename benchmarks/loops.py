@@ -17,7 +17,7 @@ from trainer.checkpoint import Found
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.loop import Trainer
-from trainer.loss import loss_sum
+from trainer.objectives.bce import loss_sum
 from trainer.ranks.process_group import Ranks
 from trainer.run_folder import RunFolder
 

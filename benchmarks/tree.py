@@ -25,13 +25,13 @@ import numpy.typing as npt
 import sklearn
 from sklearn.ensemble import HistGradientBoostingClassifier
 
-from trainer.baselines import item_counts
 from trainer.config.sections import DataConfig
 from trainer.data.hard_search import hard_search
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.schema import read_manifest
-from trainer.metrics import Metrics, group_keys, measure
+from trainer.quality.baselines import item_counts
+from trainer.quality.metrics import Metrics, group_keys, measure
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

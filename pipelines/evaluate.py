@@ -10,14 +10,14 @@ from pipelines.console import quiet_third_parties
 from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
 from pipelines.score_names import write_named_scores
 from pipelines.start import open_split
-from trainer.baselines import Baselines, baselines, by_baseline, counted_feature
-from trainer.evaluation import score_split, shared_metrics
-from trainer.metrics import Metrics, entry_of
+from trainer.quality.baselines import Baselines, baselines, by_baseline, counted_feature
+from trainer.quality.evaluate import score_split, shared_metrics
+from trainer.quality.metrics import Metrics, entry_of
+from trainer.quality.scored import Scored
 from trainer.ranks.device import Wanted
 from trainer.ranks.process_group import process_group
 from trainer.restore import Restored, restore
 from trainer.run_folder import RunFolder
-from trainer.scored import Scored
 
 
 def evaluate(run: Path, split: str, which: str = "", device: Wanted | None = None) -> Mapping[str, Any]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.evaluation import score_requests
-from trainer.metrics import auc, number
 from trainer.model.windows import Kept
+from trainer.quality.evaluate import score_requests
+from trainer.quality.metrics import auc, number
 from trainer.snapshot import Snapshot
 from trainer.touched import TouchedModel
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines.console import table_lines
-from trainer.metrics import Metrics, number
-from trainer.ranking import RANKS
+from trainer.quality.metrics import Metrics, number
+from trainer.quality.ranking import RANKS
 
 # Baseline -> its numbers; of one task.
 Table = Mapping[str, Mapping[str, Any]]

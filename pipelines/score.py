@@ -8,9 +8,9 @@ from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
 from pipelines.score_names import write_named_scores
 from trainer.data.reader import SequenceLogReader
-from trainer.evaluation import score_requests
 from trainer.log.schema import read_manifest
-from trainer.scored import Scored, compare_scores, read_scores
+from trainer.quality.evaluate import score_requests
+from trainer.quality.scored import Scored, compare_scores, read_scores
 from trainer.snapshot import Snapshot, load_snapshot
 
 

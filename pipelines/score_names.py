@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from embeddings.errors import DataError
 from trainer.log.schema import VOCABULARIES, LogManifest
-from trainer.scored import Scored, write_scores
+from trainer.quality.scored import Scored, write_scores
 from trainer.serving.vocabulary import checked_values
 
 _COLUMNS = {"user": "user_id", "request": "request_id"}

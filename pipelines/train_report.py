@@ -9,10 +9,10 @@ from typing import Any
 
 from embeddings.errors import TandemError
 from pipelines.quality_report import baselines_key, remarks, without
-from trainer.baselines import baselines, by_baseline, counted_feature
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest
-from trainer.metrics import Metrics, entry_of
+from trainer.quality.baselines import baselines, by_baseline, counted_feature
+from trainer.quality.metrics import Metrics, entry_of
 
 _SPLITS = ("test", "validation")
 

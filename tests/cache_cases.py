@@ -20,10 +20,10 @@ from tests.launching import ROOT
 from tests.step_cases import SMALL
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import load_config
-from trainer.evaluation import score_split
 from trainer.log.schema import read_manifest
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
+from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.step import TrainStep, make_optimizer
 

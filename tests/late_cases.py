@@ -23,8 +23,8 @@ from tests.step_cases import NAN, Job, job, nan_label, spoil_dense, spoil_vector
 from tests.step_counts import Counted
 from trainer.assemble import feature_rows
 from trainer.data.reader import Step
-from trainer.evaluation import score_split
 from trainer.nonfinite import Checked, Guard
+from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import process_group
 from trainer.step import TrainStep
 

@@ -16,10 +16,10 @@ from pipelines.start import open_split
 from tests.launching import ROOT
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
-from trainer.evaluation import score_split
 from trainer.log.schema import read_manifest
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
+from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import process_group, sum_over_ranks
 from trainer.step import TrainStep, make_optimizer
 

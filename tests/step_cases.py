@@ -28,10 +28,10 @@ from trainer.assemble import Sharded, build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.data.batch_file import unpack
 from trainer.data.reader import SequenceLogReader, Step
-from trainer.evaluation import score_split
 from trainer.log.schema import read_manifest
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
+from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import Ranks, gather_rows, process_group, sum_over_ranks
 from trainer.step import TrainStep, make_optimizer
 

@@ -13,11 +13,11 @@ import pytest
 from scipy.special import expit, logit
 
 from tests.logs import INFOS, Row, Shape, enrich, random_rows, write_log
-from trainer.baselines import Baselines, baselines, by_baseline
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
-from trainer.label_rates import STRENGTH
-from trainer.metrics import auc
+from trainer.quality.baselines import Baselines, baselines, by_baseline
+from trainer.quality.label_rates import STRENGTH
+from trainer.quality.metrics import auc
 from trainer.run_folder import jsonable
 
 TASKS = ("click", "buy")

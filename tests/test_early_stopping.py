@@ -22,7 +22,7 @@ from trainer import checkpoint_files
 from trainer.config.run_config import Config, load_config
 from trainer.config.sections import EarlyStoppingConfig, TrainConfig
 from trainer.early_stopping import Best
-from trainer.metrics import Metrics
+from trainer.quality.metrics import Metrics
 from trainer.ranks.process_group import process_group
 from trainer.schedule import schedule_remarks
 

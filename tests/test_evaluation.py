@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.scored import HISTORY_EDGES, Scored
+from trainer.quality.scored import HISTORY_EDGES, Scored
 
 
 def drawn(count: int) -> Scored:

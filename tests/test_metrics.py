@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
-from trainer.metrics import auc, calibration_error, group_keys, grouped_auc, logloss, measure
+from trainer.quality.metrics import auc, calibration_error, group_keys, grouped_auc, logloss, measure
 
 cases = st.integers(1, 60).flatmap(
     lambda n: st.tuples(

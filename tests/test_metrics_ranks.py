@@ -19,9 +19,9 @@ from pipelines.train import train
 from tests.launching import ROOT, SETTINGS, losses
 from tests.logs import Shape, random_rows, small_log, write_log
 from tests.test_reader_kill import LIMIT_S, free_port, running
-from trainer.evaluation import shared_metrics
+from trainer.quality.evaluate import shared_metrics
+from trainer.quality.scored import Scored
 from trainer.ranks.process_group import gather_rows, process_group
-from trainer.scored import Scored
 
 WORLDS = (1, 2, 4)
 

@@ -17,10 +17,10 @@ from tests.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
-from trainer.evaluation import score_split
 from trainer.log.schema import read_manifest
 from trainer.model.frame import TwoStageModel
-from trainer.scored import Scored
+from trainer.quality.evaluate import score_split
+from trainer.quality.scored import Scored
 
 # twin_v2 needs a clustered log and has tests of its own.
 PRESETS = sorted(
@@ -89,7 +89,7 @@ def scored_in(config: Config, log: Path, model: TwoStageModel, rows: dict[str, i
 
 @pytest.fixture
 def one_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.evaluation.gather_rows", lambda rows: rows)
+    monkeypatch.setattr("trainer.quality.evaluate.gather_rows", lambda rows: rows)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -18,8 +18,8 @@ from embeddings.errors import DataError
 from pipelines.quality_report import remarks, shown_rank, slices_table, task_table
 from tests.launching import ROOT, SETTINGS, overrides, tandemrec
 from tests.logs import Row, Shape, enrich, random_rows, write_log
-from trainer.metrics import Metrics, measure
-from trainer.scored import Scored, compare_scores, read_scores, write_scores
+from trainer.quality.metrics import Metrics, measure
+from trainer.quality.scored import Scored, compare_scores, read_scores, write_scores
 
 TASKS = ("click", "buy")
 

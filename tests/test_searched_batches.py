@@ -20,7 +20,7 @@ from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.hard_search import hierarchical_search_reference
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.loss import loss_sum
+from trainer.objectives.bce import loss_sum
 
 LEVELS = ("category_id", "item_id")
 

@@ -21,7 +21,7 @@ from tests.models import preset
 from tests.serving import Client, bodies, service_of, serving, snapshot_of
 from trainer.log.schema import FeatureInfo, read_manifest
 from trainer.log.writer import write_manifest
-from trainer.scored import Scored, read_scores
+from trainer.quality.scored import Scored, read_scores
 from trainer.serving.histories import HistoryStore
 from trainer.serving.vocabulary import Vocabulary
 

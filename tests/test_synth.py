@@ -18,8 +18,8 @@ from pipelines.synth.synth import TRUTH, fields, orders, relevance, synth, tempo
 from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.metrics import auc, logloss
 from trainer.model.time import age_bucket
+from trainer.quality.metrics import auc, logloss
 
 USERS = {
     "relevance": 60,

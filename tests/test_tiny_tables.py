@@ -23,7 +23,7 @@ from embeddings.plan.constraints import constraints_of
 from embeddings.plan.request import Cluster, Task
 from tests.launching import reported
 from tests.tiny_tables import ROWS, WAYS
-from trainer.scored import read_scores
+from trainer.quality.scored import read_scores
 
 Report = dict[str, Any]
 

@@ -17,9 +17,9 @@ from tests.models import batch_of, drawing, drawn_windows, model_of, preset
 from tests.test_presets import preset_log
 from trainer.data.batch import RequestBatch
 from trainer.data.sizes import Sizes
-from trainer.loss import loss_sum
 from trainer.model.frame import TwoStageModel
 from trainer.model.union import most_kept, padded_union, touched_by, union_of
+from trainer.objectives.bce import loss_sum
 
 BEHAVIORS = 30
 

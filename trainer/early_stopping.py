@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from trainer.config.sections import EarlyStoppingConfig
-from trainer.metrics import Metrics
+from trainer.quality.metrics import Metrics
 
 _LOWER_IS_BETTER = {"logloss"}
 

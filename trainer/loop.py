@@ -18,11 +18,11 @@ from trainer import checkpoint
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.early_stopping import Best
-from trainer.evaluation import score_split, shared_metrics
-from trainer.metrics import Metrics, entry_of, one_line
 from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline, remark_on
 from trainer.progress import Progress
+from trainer.quality.evaluate import score_split, shared_metrics
+from trainer.quality.metrics import Metrics, entry_of, one_line
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
 from trainer.reshard import check_reshardable
 from trainer.resume import check_same_order

@@ -17,10 +17,10 @@ from trainer.config.run_config import Config
 from trainer.config.sections import TrainConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
-from trainer.loss import loss_sum, rank_loss
 from trainer.model.border import Cut
 from trainer.model.frame import Prediction, TwoStageModel
 from trainer.nonfinite import Checked, Gradients, Guard, dense_norm
+from trainer.objectives.bce import loss_sum, rank_loss
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]

@@ -18,8 +18,8 @@ from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.loss import loss_sum
 from trainer.model.frame import TwoStageModel
+from trainer.objectives.bce import loss_sum
 
 _LOGITS, _GRADIENTS = 1e-4, 1e-2
 # It needs a log with clusters.

@@ -14,7 +14,7 @@ from ibis.expr import types as ir
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.portable_hash import digest
-from trainer.ranking import auc
+from trainer.quality.ranking import auc
 
 _ROWS = 40_000  # candidates that are looked at
 _EACH = 10  # positives and negatives of the half that measures, at least

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from trainer.metrics import Metrics, group_keys, measure
+from trainer.quality.metrics import Metrics, group_keys, measure
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -67,7 +67,7 @@ class PlantedSplit:
     def truth(self, split: str) -> pa.Table:
         """One row a candidate: split, user_id, request_id, candidate (its place in the request), probability.
 
-        The keys are those of the scores that `trainer.scored.write_scores` keeps.
+        The keys are those of the scores that `trainer.quality.scored.write_scores` keeps.
         """
         user, request, place = self._keys()
         return pa.table(

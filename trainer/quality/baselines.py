@@ -16,11 +16,11 @@ from embeddings.errors import DataError
 from trainer.data.blocks import with_windows
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.label_rates import label_rates
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.metrics import calibration_metrics, first_and_all, group_keys
-from trainer.ranking import auc_influence, half_width, ranking_metrics
-from trainer.scored import Scored
+from trainer.quality.label_rates import label_rates
+from trainer.quality.metrics import calibration_metrics, first_and_all, group_keys
+from trainer.quality.ranking import auc_influence, half_width, ranking_metrics
+from trainer.quality.scored import Scored
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -44,7 +44,7 @@ class Baselines:
     missing: Sequence[str]
 
     def metrics(self, scored: Scored | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-        """Task -> baseline -> metrics by the names of `trainer.metrics.Metrics`.
+        """Task -> baseline -> metrics by the names of `trainer.quality.metrics.Metrics`.
 
         Args:
             scored: a model's scores of the same candidates: then also `auc_lead`, by how much the model's
@@ -73,7 +73,7 @@ def baselines(reader: SequenceLogReader) -> Baselines:
     """Baselines on the reader's split, whole histories whatever the window.
 
     `mean_label`, `item_rate`, `user_item_rate`: of the training split, for each task, see
-    `trainer.label_rates`. `popularity`: how often the candidate's item occurred before the validation period.
+    `trainer.quality.label_rates`. `popularity`: how often the candidate's item occurred before the validation period.
     `item_count`: how often the user's own visible history holds the very item; `category_count`: the same
     of the finest taxonomy level. These three are no probabilities, and the same for every task.
     """

@@ -16,12 +16,12 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from embeddings.agreement import from_rank_0
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader, Step
-from trainer.metrics import Metrics
 from trainer.model.windows import places_in_groups
 from trainer.pipeline import detach
+from trainer.quality.metrics import Metrics
+from trainer.quality.scored import KEYS, Scored
 from trainer.ranks.host_copy import Unloading
 from trainer.ranks.process_group import gather_rows
-from trainer.scored import KEYS, Scored
 
 # Batches whose scores are on their way to the host at a time.
 _UNDER_WAY = 8

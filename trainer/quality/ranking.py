@@ -214,7 +214,7 @@ def _none_drawn(size: Ints, hits: Ints, places: Ints) -> Floats:
 def ranking_metrics(
     scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: Ints
 ) -> Mapping[str, float | int]:
-    """Everything that only the order of scores decides, by the names of `trainer.metrics.Metrics`."""
+    """Everything that only the order of scores decides, by the names of `trainer.quality.metrics.Metrics`."""
     checked(scores, labels, groups, users)
     users = np.unique(users, return_inverse=True)[1]
     value, influence = auc_influence(scores, labels)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.errors import DataError
-from trainer.ranking import auc, checked, grouped_auc, ranking_metrics
+from trainer.quality.ranking import auc, checked, grouped_auc, ranking_metrics
 
 __all__ = [
     "Metrics",

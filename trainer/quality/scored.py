@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.metrics import Metrics, group_keys, measure
+from trainer.quality.metrics import Metrics, group_keys, measure
 from trainer.sealed_folder import replacing
 
 Floats = npt.NDArray[np.float32]
