@@ -26,7 +26,7 @@ from trainer.ranks.process_group import process_group
 from trainer.run_folder import versions
 from trainer.saver import Saver
 from trainer.sealed_folder import sync
-from trainer.step import make_optimizer
+from trainer.update.step import make_optimizer
 
 _BYTES = 2e9
 _PIECE = 1 << 24  # bytes

@@ -82,8 +82,8 @@ def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
     from trainer.assemble import build_sharded, feature_rows
     from trainer.config.run_config import load_config
     from trainer.log.schema import read_manifest
-    from trainer.nonfinite import Guard
-    from trainer.step import TrainStep, make_optimizer
+    from trainer.update.guard import Guard
+    from trainer.update.step import TrainStep, make_optimizer
 
     words = [f"data.log={log}", f"data.history_length={length}", f"model.lookup={lookup}", "data.prefetch=0"]
     config = load_config(ROOT / "configs/dare.toml", [*words, f"train.seed={SEED}"])

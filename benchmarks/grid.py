@@ -24,7 +24,7 @@ from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
 from trainer.model.retrieve.score import MlpScorer
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.step import make_optimizer
+from trainer.update.step import make_optimizer
 
 Kind = Literal[
     "plain", "published", "plain attention", "rows", "bare, 1", "ours, 1", "bare, blocks", "ours, blocks"

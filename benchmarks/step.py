@@ -20,11 +20,11 @@ from trainer.config.run_config import Config, load_config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_folder import versions
-from trainer.step import TrainStep, make_optimizer
+from trainer.update.guard import Guard
+from trainer.update.step import TrainStep, make_optimizer
 
 _STEPS = 40
 # On CUDA, where the answer to the check is read a step late by default.

@@ -38,10 +38,10 @@ from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.remarks import remarks
 from trainer.resume import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.run_folder import RunFolder
-from trainer.schedule import schedule_remarks
 from trainer.sealed_folder import remove_folder
 from trainer.starts import check_start, note_start
 from trainer.step_size import step_size
+from trainer.update.schedule import schedule_remarks
 from trainer.warm_start import check_source, fill, opened
 
 Say = Callable[[str], None]

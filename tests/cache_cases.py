@@ -21,11 +21,11 @@ from tests.step_cases import SMALL
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
-from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.step import TrainStep, make_optimizer
+from trainer.update.guard import Guard
+from trainer.update.step import TrainStep, make_optimizer
 
 CACHED = [
     "plan.allow_unified_memory=true",

@@ -23,10 +23,10 @@ from tests.step_cases import NAN, Job, job, nan_label, spoil_dense, spoil_vector
 from tests.step_counts import Counted
 from trainer.assemble import feature_rows
 from trainer.data.reader import Step
-from trainer.nonfinite import Checked, Guard
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import process_group
-from trainer.step import TrainStep
+from trainer.update.guard import Checked, Guard
+from trainer.update.step import TrainStep
 
 # Everything that a check touches: running statistics, clipping, and half precision on the way.
 ALL = [

@@ -17,11 +17,11 @@ from tests.launching import ROOT
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import read_manifest
-from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import process_group, sum_over_ranks
-from trainer.step import TrainStep, make_optimizer
+from trainer.update.guard import Guard
+from trainer.update.step import TrainStep, make_optimizer
 
 STEPS = 4
 SMALL = ["data.history_length=12", "data.batch_candidates=48", "data.prefetch=0", "model.k=6", "train.seed=5"]

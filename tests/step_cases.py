@@ -29,11 +29,11 @@ from trainer.config.run_config import Config, load_config
 from trainer.data.batch_file import unpack
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import read_manifest
-from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import Ranks, gather_rows, process_group, sum_over_ranks
-from trainer.step import TrainStep, make_optimizer
+from trainer.update.guard import Guard
+from trainer.update.step import TrainStep, make_optimizer
 
 SMALL = [
     "data.history_length=12", "data.batch_candidates=6", "data.requests_per_block=2", "data.prefetch=0",

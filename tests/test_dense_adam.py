@@ -18,7 +18,7 @@ from tests.launching import SETTINGS, launched, overrides
 from tests.logs import small_log
 from trainer.config.run_config import Config, load_config
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.step import TrainStep
+from trainer.update.step import TrainStep
 
 KINDS = {"adam": {}, "adamw": {"train.optimizer": "adamw", "train.weight_decay": 0.3}}
 

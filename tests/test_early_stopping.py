@@ -24,7 +24,7 @@ from trainer.config.sections import EarlyStoppingConfig, TrainConfig
 from trainer.early_stopping import Best
 from trainer.quality.metrics import Metrics
 from trainer.ranks.process_group import process_group
-from trainer.schedule import schedule_remarks
+from trainer.update.schedule import schedule_remarks
 
 CONFIG = Path("configs/dare.toml")
 # Nothing gains as much, so that the first validation stays the best: after step 2, with an end after step 6.

@@ -34,9 +34,9 @@ from tests.test_step import Fake
 from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
 from trainer.data.reader import Cursor, SequenceLogReader, Step
-from trainer.nonfinite import Gradients, Guard
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.step import make_optimizer
+from trainer.update.guard import Gradients, Guard
+from trainer.update.step import make_optimizer
 
 Found = dict[str, Any]
 

@@ -29,11 +29,11 @@ from trainer.config.sections import DataConfig
 from trainer.data.batch import Clusters, RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.model.union import most_kept
-from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline
 from trainer.quality.evaluate import _rows
 from trainer.ranks.process_group import Ranks
-from trainer.step import TrainStep, make_optimizer
+from trainer.update.guard import Guard
+from trainer.update.step import TrainStep, make_optimizer
 
 # Host waits of an evaluation: it ranks close scores exactly, and so asks how many of them there are.
 RANKED_EXACTLY = {

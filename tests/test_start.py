@@ -24,7 +24,7 @@ from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group
 from trainer.remarks import remarks
 from trainer.run_folder import RunFolder
-from trainer.schedule import dense_schedule, run_steps, schedule_remarks, table_schedule
+from trainer.update.schedule import dense_schedule, run_steps, schedule_remarks, table_schedule
 from trainer.warm_start import unshard_run
 
 CONFIG = ROOT / "configs" / "dare.toml"

@@ -18,10 +18,10 @@ from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
 from trainer.data.files import RowGroup
 from trainer.data.reader import Cursor, Step
-from trainer.nonfinite import Gradients, Guard, _listed, dense_norm
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.schedule import Schedule, dense_schedule, table_schedule
-from trainer.step import RateSetter, make_optimizer
+from trainer.update.guard import Gradients, Guard, _listed, dense_norm
+from trainer.update.schedule import Schedule, dense_schedule, table_schedule
+from trainer.update.step import RateSetter, make_optimizer
 
 DARE = Path(__file__).parent.parent / "configs" / "dare.toml"
 

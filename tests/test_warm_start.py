@@ -25,7 +25,7 @@ from trainer.log.schema import read_manifest
 from trainer.log.writer import write_manifest
 from trainer.plain_tables import open_plain_tables
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.step import make_optimizer
+from trainer.update.step import make_optimizer
 from trainer.warm_start import fill, opened, unshard_run
 
 TABLE = "representation__item_id"

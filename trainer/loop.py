@@ -18,7 +18,6 @@ from trainer import checkpoint
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.early_stopping import Best
-from trainer.nonfinite import Guard
 from trainer.pipeline import Pipeline, remark_on
 from trainer.progress import Progress
 from trainer.quality.evaluate import score_split, shared_metrics
@@ -28,8 +27,9 @@ from trainer.reshard import check_reshardable
 from trainer.resume import check_same_order
 from trainer.run_folder import MetricsLog, RunFolder
 from trainer.saver import Saver
-from trainer.schedule import dense_schedule, progress_of, run_steps, table_schedule
-from trainer.step import RateSetter, TrainStep, make_optimizer
+from trainer.update.guard import Guard
+from trainer.update.schedule import dense_schedule, progress_of, run_steps, table_schedule
+from trainer.update.step import RateSetter, TrainStep, make_optimizer
 from trainer.watch import Watch
 
 
@@ -176,7 +176,7 @@ class Trainer:
         return every - self.at.step % every if every and self.validation_reader is not None else None
 
     def _rate_factors(self) -> tuple[float, float]:
-        """Of dense weights and of tables, see `trainer.schedule`."""
+        """Of dense weights and of tables, see `trainer.update.schedule`."""
         dense, tables = (schedule.factor(self.at.step, self._progress()) for schedule in self.schedules)
         return dense, tables
 

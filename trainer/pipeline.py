@@ -28,7 +28,7 @@ from embeddings.lookup.caches import fills_caches, forget_prefetched, unlocked
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.ranks.process_group import tells_of_a_lost_rank
-from trainer.step import TrainStep
+from trainer.update.step import TrainStep
 
 Forward = Callable[[RequestBatch], tuple[Tensor, Tensor]]
 

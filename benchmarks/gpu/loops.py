@@ -29,8 +29,8 @@ from trainer.data.reader import Step
 from trainer.objectives.bce import loss_sum
 from trainer.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks
-from trainer.step import make_optimizer
 from trainer.step_size import StepSize
+from trainer.update.step import make_optimizer
 
 Change = Callable[[Config], Config]
 

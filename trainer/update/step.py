@@ -19,8 +19,8 @@ from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.model.border import Cut
 from trainer.model.frame import Prediction, TwoStageModel
-from trainer.nonfinite import Checked, Gradients, Guard, dense_norm
 from trainer.objectives.bce import loss_sum, rank_loss
+from trainer.update.guard import Checked, Gradients, Guard, dense_norm
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]
