@@ -16,15 +16,15 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.report import required, write_report
 from pipelines.console import quiet_third_parties, table_lines
-from trainer import checkpoint
 from trainer.assemble import build_sharded, resolve_groups
+from trainer.checkpoint.background import Saver
+from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint.writer import HashedWriter
 from trainer.config.run_config import Config, load_config
 from trainer.config.tables import TableConfig
-from trainer.hashed_writer import HashedWriter
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import versions
-from trainer.saver import Saver
 from trainer.sealed_folder import sync
 from trainer.update.step import make_optimizer
 

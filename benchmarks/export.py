@@ -21,14 +21,14 @@ from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shard
 
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.stored import Dtype
-from trainer import checkpoint
+from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint.tensors import TableReader
 from trainer.config.run_config import Config
 from trainer.ranks.process_group import process_group
 from trainer.snapshot.manifest import StoredRows
 from trainer.snapshot.publishing import describe_files
 from trainer.snapshot.rows import read_rows, write_changes
 from trainer.snapshot.writing import Draft, Source
-from trainer.table_reader import TableReader
 
 _GROUP, _FEATURE = "attention", "item_id"
 _STEM, _NAME = "tables/attention.0", "attention__item_id"

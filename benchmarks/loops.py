@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from trainer.checkpoint import Found
+from trainer.checkpoint.save_load import Found
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.loop import Trainer

@@ -48,9 +48,9 @@ class Job:
 
 def make_job(preset: Path, log: Path, overrides: Sequence[str], seed: int) -> Job:
     """Resolves the config and the log: whatever decides the numbers is part of the name."""
+    from trainer.checkpoint.compatible import log_fingerprint
     from trainer.config.run_config import load_config
     from trainer.log.schema import read_manifest
-    from trainer.resume import log_fingerprint
 
     every = (*overrides, f"data.log={log}", f"train.seed={seed}")
     config = load_config(preset, every)

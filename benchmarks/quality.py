@@ -20,7 +20,7 @@ from benchmarks.loops import Unsaved, one_thread
 from benchmarks.report import provenance, required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
-from trainer.checkpoint import Found
+from trainer.checkpoint.save_load import Found
 from trainer.config.run_config import Config, load_config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.prefetch import Closable

@@ -148,8 +148,8 @@ def measure_run(
     Its own search is named "", and with `beside` come the references.
     """
     from pipelines.start import open_split
+    from trainer.checkpoint.restore import restore
     from trainer.ranks.process_group import process_group
-    from trainer.restore import restore
 
     rng = np.random.default_rng(0)
     measured: dict[str, dict[str, list[Quality]]] = {}

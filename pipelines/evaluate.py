@@ -10,13 +10,13 @@ from pipelines.console import quiet_third_parties
 from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
 from pipelines.score_names import write_named_scores
 from pipelines.start import open_split
+from trainer.checkpoint.restore import Restored, restore
 from trainer.quality.baselines import Baselines, baselines, by_baseline, counted_feature
 from trainer.quality.evaluate import score_split, shared_metrics
 from trainer.quality.metrics import Metrics, entry_of
 from trainer.quality.scored import Scored
 from trainer.ranks.device import Wanted
 from trainer.ranks.process_group import process_group
-from trainer.restore import Restored, restore
 from trainer.run_folder import RunFolder
 
 
@@ -26,7 +26,7 @@ def evaluate(run: Path, split: str, which: str = "", device: Wanted | None = Non
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.
 
     Args:
-        which: checkpoint, see `trainer.checkpoint.find_to_use`; device: None = where the run was to train.
+        which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`; device: None = where the run was to train.
 
     Returns:
         What summary.json holds of the split: metrics of the first task, and of every task under `tasks`.

@@ -17,8 +17,9 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.stored import WIDTHS, Dtype
 from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
-from trainer import checkpoint
 from trainer.assemble import feature_rows, resolve_groups
+from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint.tensors import TableReader
 from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
@@ -41,7 +42,6 @@ from trainer.snapshot.manifest import (
 from trainer.snapshot.publishing import drafting, open_base, publish
 from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
 from trainer.snapshot.writing import Draft, Source, finished, group_dtypes
-from trainer.table_reader import TableReader
 from trainer.touched import TouchedModel, touched
 
 _RECORDED_CANDIDATES = 512
@@ -98,7 +98,7 @@ def export(
         parity_requests: of the validation split, to compare ranking on besides the recorded ones; 0 = none.
         aoti: add the dense part as machine code.
         vocabularies: add the values that the ids stand for; None: where they are small.
-        which: checkpoint, see `trainer.checkpoint.find_to_use`.
+        which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`.
         device: on which the trainer's own scores are made; None = where the run was to train.
 
     Raises:

@@ -17,7 +17,6 @@ from embeddings.groups import TableGroup
 from embeddings.plan.file import read_plan_file, to_tree
 from embeddings.plan.planner import DoesNotFit, check_plan, offline_plan
 from embeddings.plan.request import keep_quiet
-from trainer import checkpoint
 from trainer.assemble import (
     Sharded,
     build_sharded,
@@ -27,6 +26,9 @@ from trainer.assemble import (
     plan_task,
     resolve_groups,
 )
+from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
+from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint.warm_start import check_source, fill, opened
 from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader, Step
@@ -36,13 +38,11 @@ from trainer.model.frame import TwoStageModel
 from trainer.pipeline import kind_for
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.remarks import remarks
-from trainer.resume import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 from trainer.starts import check_start, note_start
 from trainer.step_size import step_size
 from trainer.update.schedule import schedule_remarks
-from trainer.warm_start import check_source, fill, opened
 
 Say = Callable[[str], None]
 # Tables up to this size are built where a configuration is only checked.
@@ -206,7 +206,7 @@ def _build(start: Start) -> None:
     config = start.config.model_copy(update={"plan": own})
     sharded = build_sharded(config, start.manifest, start.ranks, training=True, resumed=start.found)
     trainer = start.trainer(sharded, keep_quiet)
-    trainer.resume(start.found)
+    trainer.checkpoint.compatible(start.found)
     scratch = Path(from_rank_0(tempfile.mkdtemp))
     try:
         start.fill(trainer, scratch / "init.tmp", keep_quiet)

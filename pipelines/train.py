@@ -13,8 +13,8 @@ from pipelines.console import quiet_third_parties
 from pipelines.profile import StepProfile
 from pipelines.start import open_start, try_out
 from pipelines.train_report import next_commands, quality
-from trainer import checkpoint
 from trainer.assemble import build_sharded
+from trainer.checkpoint.save_load import save_load as checkpoint
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import LogManifest
 from trainer.loop import Position, Trainer

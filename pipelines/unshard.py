@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.console import quiet_third_parties
-from trainer.warm_start import unshard_run
+from trainer.checkpoint.warm_start import unshard_run
 
 
 def unshard(run: Path, out: Path) -> None:
-    """Write the tables, accumulators and dense weights of `run` to `out`; see `trainer.plain_tables`.
+    """Write the tables, accumulators and dense weights of `run` to `out`; see `trainer.checkpoint.unsharded`.
 
     Raises:
         CheckpointError: the run has no usable checkpoint, or `out` is there already.

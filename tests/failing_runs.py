@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-import trainer.checkpoint
+import trainer.checkpoint.save_load
+import trainer.checkpoint.warm_start
 import trainer.run_folder
 import trainer.starts
-import trainer.warm_start
 from embeddings.agreement import from_every_rank, from_rank_0
 from embeddings.plan import planner as planning
 from tests.forked import fork_ranks, one_thread
 from tests.logs import Shape, random_rows, write_log
 from tests.saving_runs import Runs
-from trainer import checkpoint_files
+from trainer.checkpoint.save_load import files as checkpoint_files
 from trainer.ranks.process_group import Ranks
 from trainer.run_folder import MetricsLog, RunFolder
 
@@ -43,7 +43,7 @@ PLACES: dict[str, tuple[Any, str, BaseException]] = {
     "plan": (planning, "offline_plan", MemoryError()),
     "lock": (RunFolder, "lock", FULL),
     "open the metrics": (trainer.run_folder, "SummaryWriter", FULL),
-    "name a checkpoint": (trainer.checkpoint, "os", FULL),
+    "name a checkpoint": (trainer.checkpoint.save_load, "os", FULL),
     "sum up": (RunFolder, "update_summary", FULL),
 }
 
@@ -91,13 +91,13 @@ def ask(root: Path, name: str, work: Callable[[], Any], timeout_s: float) -> dic
 
 def slow_unshard(ranks: Ranks) -> None:
     """It takes longer than the ranks' collectives wait."""
-    unshard = trainer.warm_start.unshard_run
+    unshard = trainer.checkpoint.warm_start.unshard_run
 
     def slowly(run: Path, out: Path) -> Any:
         time.sleep(WAIT_S + 2)
         return unshard(run, out)
 
-    trainer.warm_start.unshard_run = slowly
+    trainer.checkpoint.warm_start.unshard_run = slowly
 
 
 def die(rank: int) -> None:
@@ -128,7 +128,9 @@ def main(root: Path) -> None:
     report["one broken"] = ask(root, "one", lambda: from_every_rank(lambda: breaking(1)), 60)
     # A run that starts from another: rank 0 unshards, every rank fills its shards.
     whole = {"train__max_steps": 2, "train__init_from": str(root / "sum up")}
-    report["unshard"] = runs.train("warm", 2, failing((trainer.warm_start, "unshard_run", OTHER)), **whole)
+    report["unshard"] = runs.train(
+        "warm", 2, failing((trainer.checkpoint.warm_start, "unshard_run", OTHER)), **whole
+    )
     report["slow"] = runs.train("slow", 2, slow_unshard, train__timeout_s=WAIT_S, **whole)
     runs.log = with_a_bad_row_group(root / "bad")
     skip = {"data__on_bad": "skip", "data__max_bad": 0.5, "checkpoint__every_steps": 2}

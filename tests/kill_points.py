@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from tests.forked import fork_ranks
-from trainer import checkpoint, hashed_writer
+from trainer.checkpoint.background import Saver
+from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint.save_load import writer as hashed_writer
 from trainer.config.sections import CheckpointConfig
 from trainer.ranks.process_group import Ranks
-from trainer.saver import Saver
 
 AUDITED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 

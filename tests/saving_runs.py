@@ -23,11 +23,12 @@ import pipelines.train
 from tests.forked import fork_ranks, one_thread
 from tests.launching import SETTINGS, losses, overrides
 from tests.logs import small_log
-from trainer import checkpoint_files, hashed_writer
+from trainer.checkpoint.background import Saver
+from trainer.checkpoint.save_load import files as checkpoint_files
+from trainer.checkpoint.save_load import writer as hashed_writer
 from trainer.config.run_config import Config, load_config
 from trainer.loop import Trainer
 from trainer.ranks.process_group import Ranks
-from trainer.saver import Saver
 
 
 class Runs:

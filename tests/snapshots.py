@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pipelines.export import export
 from tests.models import drawing, preset
-from trainer import checkpoint
 from trainer.assemble import build_sharded
+from trainer.checkpoint.save_load import save_load as checkpoint
 from trainer.config.run_config import Config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group

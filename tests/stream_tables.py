@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from embeddings.groups import TableGroup, TableSpec
+from trainer.checkpoint.tensors import TableReader
 from trainer.config.run_config import Config
 from trainer.snapshot.writing import Draft, Source
-from trainer.table_reader import TableReader
 
 
 def own_kilobytes() -> int:

@@ -17,7 +17,7 @@ from tests.faults.drive import Fault, Plan
 from tests.launching import SETTINGS, launched, losses, overrides, torchrun
 from tests.logs import small_log
 from tests.test_ranks import parameters
-from trainer.saver import Saver
+from trainer.checkpoint.background import Saver
 
 STEPS, LIMIT_S = 40, 540
 # Seconds on a machine of its own; a busy one may take ten times as long.

@@ -19,11 +19,11 @@ from embeddings.errors import RankError
 from launch import cli
 from launch.reporting import OTHER_ERROR
 from tests.launching import launched, reported
+from trainer.checkpoint.background import Saver
 from trainer.ranks import heartbeat
 from trainer.ranks import process_group as distributed
 from trainer.ranks.heartbeat import Beat, Heartbeat, Peers
 from trainer.ranks.process_group import Ranks
-from trainer.saver import Saver
 
 Report = dict[str, Any]
 BLAME = "waited in vain for rank 1, which hangs, is dead or cut off; see train.timeout_s"

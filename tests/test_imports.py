@@ -19,7 +19,7 @@ LAUNCHER_VARIABLES = {
 # Switches of torch that have no call; they are set, and only where nobody else has.
 TORCH_VARIABLES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING"}
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-MAY_TORCH_LOAD = Path("trainer/checkpoint.py")
+MAY_TORCH_LOAD = Path("trainer/checkpoint/save_load.py")
 
 
 def _imported(node: ast.AST) -> list[str]:

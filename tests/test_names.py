@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from embeddings.errors import CheckpointError, DataError
 from tests.logs import small_log
-from trainer import checkpoint_files
+from trainer.checkpoint.save_load import files as checkpoint_files
+from trainer.checkpoint.unsharded import PlainManifest
 from trainer.log.names import name_problem, path_problem
 from trainer.log.schema import read_manifest
-from trainer.plain_tables import PlainManifest
 
 BAD = ["../../x", "/x", "", ".", "..", "a\\b", "a\0b", "a\nb", "a/b", "x" * 300]
 Tree = dict[str, Any]

@@ -39,10 +39,10 @@ from launch.cli import main
 from tests.launching import SETTINGS, overrides
 from tests.logs import small_log
 from trainer.assemble import cluster_of, plan_task
+from trainer.checkpoint.compatible import check_resumable, check_same_rules, log_fingerprint
 from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.resume import check_resumable, check_same_rules, log_fingerprint
 from trainer.step_size import step_size
 
 GB = 10**9

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.launching import SETTINGS, losses, overrides, tandemrec, train
 from tests.logs import Shape, enrich, random_rows, small_log, write_log
-from trainer.checkpoint_files import read_state
+from trainer.checkpoint.files import read_state
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,9 @@ import pytest
 from embeddings.errors import ConfigError
 from tests.launching import ROOT, SETTINGS, losses, overrides, tandemrec, train
 from tests.logs import small_log
-from trainer.checkpoint_files import newest, read_state
+from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_rules
+from trainer.checkpoint.files import newest, read_state
 from trainer.config.run_config import Config, load_config
-from trainer.resume import changed_settings, check_resumable, check_same_rules
 
 DARE = Path(__file__).parent.parent / "configs" / "dare.toml"
 

@@ -12,7 +12,7 @@ import pytest
 from embeddings.errors import CheckpointError
 from tests.launching import reported
 from tests.test_ranks import parameters_of
-from trainer.reshard import check_reshardable
+from trainer.checkpoint.reshard import check_reshardable
 
 Report = dict[str, Any]
 

@@ -19,11 +19,11 @@ from tests.models import preset as a_preset
 from tests.models import small_log, stage_one
 from tests.serving import snapshot_of
 from tests.snapshots import exported, save_run
-from trainer import checkpoint
+from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint.tensors import TableReader
 from trainer.ranks.process_group import process_group
 from trainer.snapshot import load_search, load_snapshot
 from trainer.snapshot.code import _is_one_branch, _ranked, _Ranking
-from trainer.table_reader import TableReader
 
 
 @pytest.fixture(scope="module")

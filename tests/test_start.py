@@ -17,6 +17,7 @@ from tests.launching import ROOT, SETTINGS, overrides
 from tests.logs import Shape, enrich, random_rows, small_log, write_log
 from tests.models import batch_of, model_of, preset
 from trainer.assemble import resolve_groups
+from trainer.checkpoint.warm_start import unshard_run
 from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
 from trainer.log.clusters import ClusterInfo
@@ -25,7 +26,6 @@ from trainer.ranks.process_group import process_group
 from trainer.remarks import remarks
 from trainer.run_folder import RunFolder
 from trainer.update.schedule import dense_schedule, run_steps, schedule_remarks, table_schedule
-from trainer.warm_start import unshard_run
 
 CONFIG = ROOT / "configs" / "dare.toml"
 

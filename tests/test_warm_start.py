@@ -20,13 +20,13 @@ from tests.launching import SETTINGS, overrides
 from tests.logs import FEATURES, small_log
 from tests.test_ranks import parameters
 from trainer.assemble import build_sharded
+from trainer.checkpoint.unsharded import open_plain_tables
+from trainer.checkpoint.warm_start import fill, opened, unshard_run
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import read_manifest
 from trainer.log.writer import write_manifest
-from trainer.plain_tables import open_plain_tables
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.update.step import make_optimizer
-from trainer.warm_start import fill, opened, unshard_run
 
 TABLE = "representation__item_id"
 WEIGHT = f"model.collections.representation.embedding_bags.{TABLE}.weight"

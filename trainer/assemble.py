@@ -20,7 +20,8 @@ from embeddings.plan.bandwidths import of_device
 from embeddings.plan.file import SavedPlan, from_tree
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.plan.request import Cluster, Task
-from trainer.checkpoint import Found
+from trainer.checkpoint.compatible import check_same_rules
+from trainer.checkpoint.save_load import Found
 from trainer.config.model import BranchConfig, section_of
 from trainer.config.run_config import Config, build_groups
 from trainer.log.schema import FeatureInfo, LogManifest
@@ -29,7 +30,6 @@ from trainer.model.frame import TwoStageModel
 from trainer.model_memory import check_collision, check_dense
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks
-from trainer.resume import check_same_rules
 from trainer.sealed_folder import voice
 from trainer.step_size import StepSize, lookups, step_size
 

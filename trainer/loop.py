@@ -14,7 +14,10 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
-from trainer import checkpoint
+from trainer.checkpoint.background import Saver
+from trainer.checkpoint.compatible import check_same_order
+from trainer.checkpoint.reshard import check_reshardable
+from trainer.checkpoint.save_load import save_load as checkpoint
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.early_stopping import Best
@@ -23,10 +26,7 @@ from trainer.progress import Progress
 from trainer.quality.evaluate import score_split, shared_metrics
 from trainer.quality.metrics import Metrics, entry_of, one_line
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
-from trainer.reshard import check_reshardable
-from trainer.resume import check_same_order
 from trainer.run_folder import MetricsLog, RunFolder
-from trainer.saver import Saver
 from trainer.update.guard import Guard
 from trainer.update.schedule import dense_schedule, progress_of, run_steps, table_schedule
 from trainer.update.step import RateSetter, TrainStep, make_optimizer
@@ -60,7 +60,7 @@ class Trainer:
         model: the sharded model; its forward runs through DistributedModelParallel.
         train, validation: readers of the two splits, for this rank.
         ranks: this rank's place; folder: the run folder; say: prints a line on rank 0.
-        log_fingerprint: kept with every checkpoint, see `trainer.resume`; plan: the sharding plan in force.
+        log_fingerprint: kept with every checkpoint, see `trainer.checkpoint.compatible`; plan: the sharding plan in force.
 
     Attributes:
         stopped: training ended because it was asked to, before its end.

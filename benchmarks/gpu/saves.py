@@ -13,10 +13,10 @@ import torch
 from benchmarks.gpu.check import Answer, Check, Row, answer
 from benchmarks.gpu.jobs import run_of
 from benchmarks.gpu.training import Job, on_cpu, small_job
-from trainer.checkpoint import load_tensors
+from trainer.checkpoint.background import Saver
+from trainer.checkpoint.save_load import load_tensors
 from trainer.config.sections import CheckpointConfig
 from trainer.ranks.process_group import process_group
-from trainer.saver import Saver
 
 
 def saves(check: Check) -> Answer:

@@ -37,10 +37,10 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
     from benchmarks.planted.recall import planted_recall
     from pipelines.start import open_split
     from pipelines.synth.kinds import KINDS
+    from trainer.checkpoint.restore import restore
     from trainer.config.sections import SearchConfig
     from trainer.data.reader import SequenceLogReader
     from trainer.ranks.process_group import process_group
-    from trainer.restore import restore
     from trainer.run_folder import RunFolder
 
     with process_group() as ranks:

@@ -153,7 +153,7 @@ class TrainConfig(Settings):
         validate_every: steps between two validations; 0 = only at the end.
         early_stopping: see [train.early_stopping]; it needs validate_every.
         init_from: a run, or tables written by `unshard`, whose weights a new run starts with; see
-            `trainer.warm_start`.
+            `trainer.checkpoint.warm_start`.
         init_optimizer: `carry` the accumulators of the tables' rows with them, or start those `fresh`.
         timeout_s: seconds that ranks wait for each other in one collective before they give up.
         max_starts_without_progress: a run is refused after so many starts from the same step; 0 = no limit.

@@ -1,6 +1,6 @@
 """Writing a version: table by table from a checkpoint, in a folder that readers do not look at.
 
-The memory it takes is that of the largest shard of the checkpoint (see `trainer.table_reader`), whatever the
+The memory it takes is that of the largest shard of the checkpoint (see `trainer.checkpoint.tensors`), whatever the
 size of the model. `trainer.snapshot.publishing` then gives the folder its number.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.stored import WIDTHS, Dtype
+from trainer.checkpoint.tensors import TableReader
 from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
@@ -34,7 +35,6 @@ from trainer.snapshot.manifest import (
 from trainer.snapshot.publishing import describe_again, describe_files, write_manifest
 from trainer.snapshot.rows import RowSource, write_changes, write_rows
 from trainer.snapshot.search import Part, search_parts
-from trainer.table_reader import TableReader
 
 # Told of all rows of a table as they pass by: (table name, first row, rows).
 Watch = Callable[[str, int, Tensor], None]

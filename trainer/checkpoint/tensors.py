@@ -27,7 +27,7 @@ class TableReader:
     """The model's tensors in a checkpoint, under the names of its state dict.
 
     Args:
-        path: a checkpoint that `trainer.checkpoint` has verified; its metadata is unpickled.
+        path: a checkpoint that `trainer.checkpoint.save_load` has verified; its metadata is unpickled.
     """
 
     def __init__(self, path: Path) -> None:

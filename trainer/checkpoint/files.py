@@ -5,7 +5,7 @@
     step-00001200/manifest.json      size and SHA-256 of every file above
     step-00001200/manifest.sha256    of manifest.json itself, as `sha256sum -c` reads it
 
-Nothing here talks to other ranks; `trainer.checkpoint` does.
+Nothing here talks to other ranks; `trainer.checkpoint.save_load` does.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def usable(folder: Path) -> tuple[Path, list[str]]:
 
 
 def wanted(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> Path:
-    """The checkpoint that `which` names (see `trainer.checkpoint.find_to_use`), not yet verified.
+    """The checkpoint that `which` names (see `trainer.checkpoint.save_load.find_to_use`), not yet verified.
 
     Args:
         newest, state: the newest good one, and what it knows.
@@ -193,7 +193,7 @@ def wanted(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> 
 
 
 def to_use(folder: Path, which: str = "") -> tuple[Path, list[str]]:
-    """`trainer.checkpoint.find_to_use` for one process: -> (path, why others were refused)."""
+    """`trainer.checkpoint.save_load.find_to_use` for one process: -> (path, why others were refused)."""
     path, refused = usable(folder)
     chosen = wanted(folder, path, read_state(path), which)
     try:

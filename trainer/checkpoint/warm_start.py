@@ -25,12 +25,12 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError, DataError, TandemError
 from embeddings.lookup.sharding import table_of
-from trainer import checkpoint_files
+from trainer.checkpoint.compatible import log_fingerprint
+from trainer.checkpoint.save_load import files as checkpoint_files
+from trainer.checkpoint.unsharded import PlainManifest, PlainTables, open_plain_tables, unshard
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.log.schema import FeatureInfo, LogManifest, read_manifest
 from trainer.log.vocabulary_digest import spelled
-from trainer.plain_tables import PlainManifest, PlainTables, open_plain_tables, unshard
-from trainer.resume import log_fingerprint
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 

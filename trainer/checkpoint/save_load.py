@@ -1,6 +1,6 @@
 """Checkpoints for resuming: written whole or not at all, and never loaded unverified.
 
-A checkpoint (see `trainer.checkpoint_files`) is written to `step-########.tmp-<id>` by all ranks, each
+A checkpoint (see `trainer.checkpoint.files`) is written to `step-########.tmp-<id>` by all ranks, each
 hashing its own files while it writes them; rank 0 adds the manifest, and everything is synced before it is
 renamed. Loading verifies every digest first: DCP itself reads flipped bits without complaint, and unpickles
 its metadata. A manifest stops corruption, not somebody who can rewrite it: checkpoints are trusted input,
@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
-from trainer import checkpoint_files as files
-from trainer.checkpoint_files import Entries, newest, read_state, to_use, verify
-from trainer.hashed_writer import HashedWriter
+from trainer.checkpoint.files import Entries, newest, read_state, to_use, verify
+from trainer.checkpoint.save_load import files
+from trainer.checkpoint.writer import HashedWriter
 from trainer.sealed_folder import remove_folder
 
 __all__ = ["Found", "find", "load_tensors", "newest", "read_state", "save", "to_use", "verify"]

@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from embeddings.agreement import from_every_rank
 from embeddings.errors import CheckpointError
-from trainer import checkpoint
+from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint.staging import StagedCopy, device_of
 from trainer.config.sections import CheckpointConfig
 from trainer.ranks.process_group import tells_of_a_lost_rank
-from trainer.staging import StagedCopy, device_of
 
 # How long a save under way may still take when training has failed; and when that was because of a lost rank,
 # which the save most likely needs, too.

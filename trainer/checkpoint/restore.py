@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer import checkpoint
 from trainer.assemble import Sharded, build_sharded, feature_rows
+from trainer.checkpoint.save_load import save_load as checkpoint
 from trainer.config.run_config import Config
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import Ranks
@@ -35,7 +35,7 @@ def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> Restored:
     """Load a checkpoint that verifies; collective over all ranks.
 
     Args:
-        which: see `trainer.checkpoint.find_to_use`.
+        which: see `trainer.checkpoint.save_load.find_to_use`.
 
     Raises:
         ConfigError: no run there. CheckpointError: it has no usable checkpoint.

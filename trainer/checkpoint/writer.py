@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
-from trainer.checkpoint_files import Entries
+from trainer.checkpoint.files import Entries
 from trainer.sealed_folder import sync_open
 
 # Below this handing a buffer to another thread costs more than hashing it.
