@@ -24,7 +24,7 @@ from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.reader import Cursor, Step
-from trainer.pipeline import Pipeline
+from trainer.loop.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.update.guard import Guard
 from trainer.update.step import TrainStep, make_optimizer

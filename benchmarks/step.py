@@ -20,7 +20,7 @@ from trainer.config.run_config import Config, load_config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.pipeline import Pipeline
+from trainer.loop.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_folder import versions
 from trainer.update.guard import Guard

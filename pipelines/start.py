@@ -33,14 +33,14 @@ from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.loop import Trainer
+from trainer.loop.attempts import check_start, note_start
+from trainer.loop.loop import Trainer
+from trainer.loop.pipeline import kind_for
+from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
-from trainer.pipeline import kind_for
 from trainer.ranks.process_group import Ranks, sum_counts
-from trainer.remarks import remarks
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
-from trainer.starts import check_start, note_start
 from trainer.step_size import step_size
 from trainer.update.schedule import schedule_remarks
 

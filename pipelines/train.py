@@ -17,10 +17,10 @@ from trainer.assemble import build_sharded
 from trainer.checkpoint.save_load import save_load as checkpoint
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import LogManifest
-from trainer.loop import Position, Trainer
+from trainer.loop.attempts import ending_well
+from trainer.loop.loop import Position, Trainer
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_folder import RunFolder, versions
-from trainer.starts import ending_well
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:

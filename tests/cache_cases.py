@@ -21,7 +21,7 @@ from tests.step_cases import SMALL
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
-from trainer.pipeline import Pipeline
+from trainer.loop.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.update.guard import Guard

@@ -20,8 +20,8 @@ import torch
 
 import trainer.checkpoint.save_load
 import trainer.checkpoint.warm_start
+import trainer.loop.attempts
 import trainer.run_folder
-import trainer.starts
 from embeddings.agreement import from_every_rank, from_rank_0
 from embeddings.plan import planner as planning
 from tests.forked import fork_ranks, one_thread
@@ -38,7 +38,7 @@ WAIT_S = 6.0
 # What fails on rank 0, and how: an error of the system or of a program, none of the trainer's own.
 PLACES: dict[str, tuple[Any, str, BaseException]] = {
     "look for checkpoints": (checkpoint_files, "checkpoints", FULL),
-    "note the start": (trainer.starts, "_note", OTHER),
+    "note the start": (trainer.loop.attempts, "_note", OTHER),
     "write the config": (RunFolder, "write_config", FULL),
     "plan": (planning, "offline_plan", MemoryError()),
     "lock": (RunFolder, "lock", FULL),

@@ -17,7 +17,7 @@ from tests.launching import ROOT
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import read_manifest
-from trainer.pipeline import Pipeline
+from trainer.loop.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import process_group, sum_over_ranks
 from trainer.update.guard import Guard

@@ -27,7 +27,7 @@ from trainer.checkpoint.background import Saver
 from trainer.checkpoint.save_load import files as checkpoint_files
 from trainer.checkpoint.save_load import writer as hashed_writer
 from trainer.config.run_config import Config, load_config
-from trainer.loop import Trainer
+from trainer.loop.loop import Trainer
 from trainer.ranks.process_group import Ranks
 
 

@@ -29,7 +29,7 @@ from trainer.config.run_config import Config, load_config
 from trainer.data.batch_file import unpack
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import read_manifest
-from trainer.pipeline import Pipeline
+from trainer.loop.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import Ranks, gather_rows, process_group, sum_over_ranks
 from trainer.update.guard import Guard

@@ -39,7 +39,7 @@ from embeddings.plan.file import SavedPlan, from_tree, to_tree
 from tests.launching import launched
 from tests.logs import Shape, random_rows, write_log
 from trainer.assemble import fit_caches
-from trainer.pipeline import Pipeline, kind_for, remark_on
+from trainer.loop.pipeline import Pipeline, kind_for, remark_on
 from trainer.ranks.process_group import process_group
 
 CUDA = torch.device("cuda")

@@ -21,7 +21,7 @@ from tests.logs import random_rows, small_log, write_log
 from trainer.checkpoint.save_load import files as checkpoint_files
 from trainer.config.run_config import Config, load_config
 from trainer.config.sections import EarlyStoppingConfig, TrainConfig
-from trainer.early_stopping import Best
+from trainer.loop.early_stopping import Best
 from trainer.quality.metrics import Metrics
 from trainer.ranks.process_group import process_group
 from trainer.update.schedule import schedule_remarks

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pipelines.train
-import trainer.loop
+import trainer.loop.loop
 from embeddings.errors import DataError
 from tests.late_cases import BAD
 from tests.launching import SETTINGS, launched, overrides
@@ -167,8 +167,8 @@ def test_nothing_is_made_of_a_bad_step(
             yield nan_label(step) if reader.split == "train" and number == at else step
 
     monkeypatch.setattr(SequenceLogReader, "_steps", bad)
-    monkeypatch.setattr(trainer.loop, "Guard", partial(Guard, late=True))
-    monkeypatch.setattr(trainer.loop, "make_optimizer", partial(make_optimizer, fused=True))
+    monkeypatch.setattr(trainer.loop.loop, "Guard", partial(Guard, late=True))
+    monkeypatch.setattr(trainer.loop.loop, "make_optimizer", partial(make_optimizer, fused=True))
     run = tmp_path / "run"
     with process_group() as ranks, pytest.raises(DataError, match=f"^step {at} is not finite"):
         pipelines.train.run(config, run, ranks)
@@ -196,8 +196,8 @@ def test_the_loop_asks_for_no_number_between_reports(
     """What the stand-in does not see: what is done around a step. Kernels of a CPU may ask."""
     settings = {**SETTINGS, "data.log": str(quick_log), "train.log_every": 1000, "model.lookup": "full"}
     config = load_config(Path("configs/dare.toml"), overrides(settings)[1::2])
-    monkeypatch.setattr(trainer.loop, "Guard", partial(Guard, late=True))
-    monkeypatch.setattr(trainer.loop, "make_optimizer", partial(make_optimizer, fused=True))
+    monkeypatch.setattr(trainer.loop.loop, "Guard", partial(Guard, late=True))
+    monkeypatch.setattr(trainer.loop.loop, "make_optimizer", partial(make_optimizer, fused=True))
     until: dict[int, list[str]] = {}
     with process_group() as ranks, Asked() as asked:
 

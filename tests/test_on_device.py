@@ -28,8 +28,8 @@ from trainer.config.run_config import Config, load_config
 from trainer.config.sections import DataConfig
 from trainer.data.batch import Clusters, RequestBatch
 from trainer.data.reader import Cursor, Step
+from trainer.loop.pipeline import Pipeline
 from trainer.model.union import most_kept
-from trainer.pipeline import Pipeline
 from trainer.quality.evaluate import _rows
 from trainer.ranks.process_group import Ranks
 from trainer.update.guard import Guard

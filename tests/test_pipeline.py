@@ -22,8 +22,8 @@ from tests.step_cases import MODELS, WAYS
 from tests.test_ranks import parameters
 from trainer.config.run_config import load_config
 from trainer.data.reader import SequenceLogReader
-from trainer.loop import Trainer
-from trainer.pipeline import kind_for
+from trainer.loop.loop import Trainer
+from trainer.loop.pipeline import kind_for
 from trainer.quality.metrics import Metrics
 from trainer.ranks.process_group import process_group
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-import trainer.pipeline
+import trainer.loop.pipeline
 from embeddings.errors import RankError
-from trainer.pipeline import Pipeline
+from trainer.loop.pipeline import Pipeline
 from trainer.ranks.process_group import process_group
 
 LOST = RankError("rank 0, after step 2: waited in vain for rank 1")
@@ -45,7 +45,7 @@ def asked(
 ) -> list[str]:
     """What is asked where a step, or the loop around the steps, raises an error; else the loop stops."""
     told: list[str] = []
-    monkeypatch.setattr(trainer.pipeline, "forget_prefetched", lambda _: told.append("forget"))
+    monkeypatch.setattr(trainer.loop.pipeline, "forget_prefetched", lambda _: told.append("forget"))
     made = Pipeline.__new__(Pipeline)
     made.kind, made._ahead, made._number = "prefetch", deque(), 0
     made._model, made._inner = None, Inner(inside)  # type: ignore[assignment]

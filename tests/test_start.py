@@ -22,8 +22,8 @@ from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
 from trainer.log.clusters import ClusterInfo
 from trainer.log.schema import read_manifest
+from trainer.loop.remarks import remarks
 from trainer.ranks.process_group import process_group
-from trainer.remarks import remarks
 from trainer.run_folder import RunFolder
 from trainer.update.schedule import dense_schedule, run_steps, schedule_remarks, table_schedule
 

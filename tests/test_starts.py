@@ -9,9 +9,9 @@ import pytest
 
 from embeddings.errors import ConfigError
 from trainer.config.run_config import Config, load_config
+from trainer.loop.attempts import ending_well, note_start
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import RunFolder
-from trainer.starts import ending_well, note_start
 
 DARE = Path(__file__).parent.parent / "configs" / "dare.toml"
 

@@ -26,8 +26,8 @@ from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import Step
+from trainer.loop.pipeline import Pipeline
 from trainer.objectives.bce import loss_sum
-from trainer.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks
 from trainer.step_size import StepSize
 from trainer.update.step import make_optimizer

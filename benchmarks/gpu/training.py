@@ -15,7 +15,7 @@ from trainer.assemble import Sharded, build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.pipeline import Pipeline
+from trainer.loop.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import Ranks
 from trainer.update.guard import Guard

@@ -17,7 +17,7 @@ from benchmarks.gpu.sharded import CACHED
 from benchmarks.gpu.training import small_job
 from embeddings.errors import ConfigError
 from tests.launching import launched
-from trainer.pipeline import kind_for
+from trainer.loop.pipeline import kind_for
 from trainer.ranks.process_group import process_group
 
 pytestmark = pytest.mark.gpu

@@ -16,8 +16,8 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from embeddings.agreement import from_rank_0
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader, Step
+from trainer.loop.pipeline import detach
 from trainer.model.windows import places_in_groups
-from trainer.pipeline import detach
 from trainer.quality.metrics import Metrics
 from trainer.quality.scored import KEYS, Scored
 from trainer.ranks.host_copy import Unloading

@@ -20,9 +20,10 @@ from trainer.checkpoint.reshard import check_reshardable
 from trainer.checkpoint.save_load import save_load as checkpoint
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
-from trainer.early_stopping import Best
-from trainer.pipeline import Pipeline, remark_on
-from trainer.progress import Progress
+from trainer.loop.early_stopping import Best
+from trainer.loop.interrupts import Watch
+from trainer.loop.pipeline import Pipeline, remark_on
+from trainer.loop.progress import Progress
 from trainer.quality.evaluate import score_split, shared_metrics
 from trainer.quality.metrics import Metrics, entry_of, one_line
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
@@ -30,7 +31,6 @@ from trainer.run_folder import MetricsLog, RunFolder
 from trainer.update.guard import Guard
 from trainer.update.schedule import dense_schedule, progress_of, run_steps, table_schedule
 from trainer.update.step import RateSetter, TrainStep, make_optimizer
-from trainer.watch import Watch
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Position:
     Attributes:
         step: steps done; cursor: next block to read; candidates: trained so far, over all ranks.
         wall_s, cpu_s: spent in training steps so far, by this rank (checkpoints keep cpu_s of all ranks).
-        validated: step of the newest validation, -1 before the first; best: see `trainer.early_stopping`.
+        validated: step of the newest validation, -1 before the first; best: see `trainer.loop.early_stopping`.
     """
 
     step: int = 0
