@@ -39,10 +39,10 @@ from trainer.snapshot.manifest import (
     SnapshotManifest,
     VocabularyFile,
 )
+from trainer.snapshot.partial_model import TouchedModel, touched
 from trainer.snapshot.publishing import drafting, open_base, publish
 from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
 from trainer.snapshot.writing import Draft, Source, finished, group_dtypes
-from trainer.touched import TouchedModel, touched
 
 _RECORDED_CANDIDATES = 512
 # Allowed differences between probabilities of the snapshot and of the trainer, largest and mean, by the

@@ -16,7 +16,7 @@ from trainer.model.windows import Kept
 from trainer.quality.evaluate import score_requests
 from trainer.quality.metrics import auc, number
 from trainer.snapshot import Snapshot
-from trainer.touched import TouchedModel
+from trainer.snapshot.partial_model import TouchedModel
 
 # Searches that scores decide; the others keep the same behaviors whatever the tables hold.
 _BY_SCORE = ("dot", "soft", "simhash")

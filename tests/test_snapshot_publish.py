@@ -13,8 +13,8 @@ from pipelines import export as export_module
 from tests.models import small_log
 from tests.snapshots import exported, publish_copy, save_run
 from trainer.snapshot import load_snapshot, resolve
+from trainer.snapshot.partial_model import TouchedModel
 from trainer.snapshot.publishing import drafting
-from trainer.touched import TouchedModel
 
 
 @pytest.fixture(scope="module")
