@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 from launch.cli import app
-from tests.launching import ROOT, losses, tandemrec
+from tests.helpers.launching import ROOT, losses, tandemrec
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

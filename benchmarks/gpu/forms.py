@@ -12,7 +12,7 @@ from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import difference
 from benchmarks.gpu.plain_forms import without_kernels
 from embeddings.first_rows import FirstWeights, initial_rows_
-from tests.models import drawing, drawn_vectors, drawn_windows
+from tests.helpers.models import drawing, drawn_vectors, drawn_windows
 from trainer.model.ops import bags, top
 from trainer.model.retrieve.score import Attended, DotScorer, MlpScorer
 from trainer.model.retrieve.search import DotSearch, Query

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.gpu.check import Check
-from tests.test_presets import preset_log
+from tests.trainer.test_presets import preset_log
 
 
 def small_log(check: Check) -> Path:

@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.gpu.check import ROOT, Answer, Check, Row, answer, reason_of
 from benchmarks.gpu.logs import small_log
 from benchmarks.gpu.measure import difference, host_waits
-from tests.models import model_of
-from tests.preset_steps import small_config
+from tests.helpers.models import model_of
+from tests.programs.preset_steps import small_config
 from trainer.assemble import feature_rows, resolve_groups
 from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.gpu.check import ROOT, Check
 from benchmarks.gpu.logs import small_log
 from pipelines.start import open_split
-from tests.step_cases import SMALL, local_tensors
+from tests.programs.step_cases import SMALL, local_tensors
 from trainer.assemble import Sharded, build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.data.reader import SequenceLogReader, Step

@@ -17,7 +17,7 @@ from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Loops, Way, loops_of
 from benchmarks.grid import Cell
 from embeddings.lookup.sharded import ShardedBags
-from tests.forked import fork_ranks
+from tests.helpers.forked import fork_ranks
 from trainer.config.run_config import Config
 from trainer.ranks.process_group import Ranks, sum_over_ranks
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.gpu.catalogue import chosen
-from tests.gpu_steps import Lines, checked
+from tests.helpers.gpu_steps import Lines, checked
 
 # `pytest` would run these tests again.
 STEPS = [name for name in chosen(["right"]) if name not in ("pytest", "bags")]

@@ -1,0 +1,89 @@
+"""docs/config.md says every key, its default and what it is, as the settings models do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from pipelines.config_doc import document, lines_of
+from pipelines.ingest.config import IngestConfig
+from tests.helpers.launching import ROOT
+from trainer.config.run_config import Config
+from trainer.config.toml import Settings, models_in
+
+
+def _models(model: type[Settings], seen: set[type[Settings]]) -> Iterator[type[Settings]]:
+    if model in seen:
+        return
+    seen.add(model)
+    yield model
+    for field in model.model_fields.values():
+        for inner in models_in(field.annotation):
+            assert issubclass(inner, Settings)
+            yield from _models(inner, seen)
+
+
+MODELS = [*_models(Config, set()), *_models(IngestConfig, set())]
+
+
+def test_the_page_is_what_the_models_say() -> None:
+    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == document(), "run `make docs`"
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_every_key_has_a_line(model: type[Settings]) -> None:
+    """A key that is a section of its own is told of by its class."""
+    lines = lines_of(model)
+    told = {key for key, field in model.model_fields.items() if any(models_in(field.annotation))}
+    missing = [key for key in model.model_fields if key not in told and not lines.get(key)]
+    assert not missing, f"say what they are in the Attributes of {model.__name__}"
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_a_key_shares_its_line_with_none_of_another_kind(model: type[Settings]) -> None:
+    """What is said of two keys at once says of neither which of the two it is."""
+    lines = lines_of(model)
+    shared = {key for key in lines if list(lines.values()).count(lines[key]) > 1}
+    assert shared <= {"warmup", "warmup_steps", "decay"}, "give each its own line in the Attributes"
+
+
+class _Small(Settings):
+    """A section.
+
+    It has two paragraphs.
+
+    Attributes:
+        a: the first: `x` or `y`; not more; b, c: two
+            lines. And so on.
+        choice: of two.
+
+    Not an attribute: this.
+    """
+
+    a: str = "x|y"
+    b: float = Field(1e-8, gt=0)
+    c: int | None = Field(None, ge=2, le=9)
+    choice: Literal["one", "two"] = "one"
+
+
+def test_lines_are_taken_from_attributes() -> None:
+    both = "two lines. And so on"
+    found = lines_of(_Small)
+    assert found == {"a": "the first: `x` or `y`; not more", "b": both, "c": both, "choice": "of two"}
+
+
+def test_the_page_has_defaults_and_bounds() -> None:
+    page = document()
+    for row in (
+        "| `history_length` | `500` | integer from 1 to 1,000,000 |",
+        '| `optimizer` | `"rowwise_adagrad"` | `"rowwise_adagrad"`, `"adagrad"`, `"sgd"` |',
+        "| `validation` | required | text |",
+        "| `hidden` | `[200, 80]` | list of integer from 1 to 65,536 |",
+    ):
+        assert row in page
+    for heading in ("[data.search]", "[groups.<name>]", "[plan.tables.<name>]", "[[features]]", "[engine]"):
+        assert f"### `{heading}`\n" in page
+    assert "[model.branches" not in page, "its keys are those of [model]"

@@ -1,0 +1,66 @@
+"""Run on every rank: some training steps of several presets in one process group; losses go to a file.
+
+torchrun --nproc-per-node N -m tests.programs.preset_steps LOG OUT.json PRESET...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.start import open_split
+from tests.helpers.launching import ROOT
+from trainer.assemble import build_sharded, feature_rows
+from trainer.config.run_config import Config, load_config
+from trainer.log.schema import read_manifest
+from trainer.loop.pipeline import Pipeline
+from trainer.quality.evaluate import score_split
+from trainer.ranks.process_group import process_group, sum_over_ranks
+from trainer.update.guard import Guard
+from trainer.update.step import TrainStep, make_optimizer
+
+STEPS = 4
+SMALL = ["data.history_length=12", "data.batch_candidates=48", "data.prefetch=0", "model.k=6", "train.seed=5"]
+SMALL += ["train.learning_rate=0.001"]
+
+
+def small_config(preset: str, log: Path) -> Config:
+    """A preset cut down to a log of a few users; wide first weights, so that mistakes show.
+
+    A large eps keeps Adagrad from turning rounding, which differs from one number of ranks to another, into
+    whole steps where a gradient is all but zero.
+    """
+    path = ROOT / f"configs/{preset}.toml"
+    groups = load_config(path).groups
+    dims = [f"groups.{name}.{key}" for name in groups for key in ("dim=8", "init_scale=0.7", "eps=0.01")]
+    return load_config(path, [f"data.log={log}", *SMALL, *dims])
+
+
+def main() -> None:
+    log, out, presets = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    manifest, found = read_manifest(log), {}
+    with process_group(60) as ranks:
+        for preset in presets:
+            config = small_config(preset, log)
+            sharded = build_sharded(config, manifest, ranks)
+            optimizer = make_optimizer(sharded.model, config.train)
+            step = TrainStep(config, sharded.model, optimizer, ranks.world_size, Guard(ranks, out.parent))
+            pipeline = Pipeline("none", sharded.model, step, ranks.device)
+            rows = feature_rows(sharded.groups)
+            reader = open_split(config, "train", rows, ranks, seed=3)
+            losses = []
+            for done, loss in pipeline.train(islice(reader.steps(), STEPS), lambda: 0):
+                losses.append(float(sum_over_ranks(loss)) / done.batch.step_candidates)
+            scored = score_split(sharded.model, open_split(config, "validation", rows, ranks), ranks.device)
+            order = np.lexsort([scored.candidate, scored.request_id])
+            found[preset] = {"losses": losses, "scores": scored.score[order, 0].tolist()}
+        if ranks.rank == 0:
+            out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

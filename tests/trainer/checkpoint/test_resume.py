@@ -1,0 +1,137 @@
+"""What a run may change between two starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embeddings.errors import ConfigError
+from tests.helpers.launching import ROOT, SETTINGS, losses, overrides, tandemrec, train
+from tests.helpers.logs import small_log
+from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_rules
+from trainer.checkpoint.files import newest, read_state
+from trainer.config.run_config import Config, load_config
+
+DARE = Path(__file__).parents[3] / "configs" / "dare.toml"
+
+
+def state(blocks: int = 0) -> dict[str, Any]:
+    return {
+        "log": "a",
+        "config": load_config(DARE).model_dump(mode="json"),
+        "cursor": {"epoch": 0, "blocks": blocks},
+    }
+
+
+def changed(*words: str) -> Config:
+    return load_config(DARE, words)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["train.epochs=9", "train.learning_rate=0.1", "data.batch_candidates=9", "data.workers=3", "data.log=x"],
+)
+def test_these_may_change_at_any_time(word: str) -> None:
+    check_resumable(state(blocks=5), changed(word), "a")
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["model.k=9", "groups.attention.dim=8", "groups.attention.optimizer=sgd", "tables.item_id.rows=9999999"],
+)
+def test_what_shapes_the_model_may_not(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"{word.split('=', maxsplit=1)[0]} = .*set it back"):
+        check_resumable(state(), changed(word), "a")
+
+
+def test_what_orders_the_data_may_change_between_epochs_only() -> None:
+    given = ["train.seed=3", "data.requests_per_block=9"]
+    check_resumable(state(), changed(*given), "a")
+    assert changed_settings(state(), changed(*given)) == [
+        "data.requests_per_block = 9 (was 8)",
+        "train.seed = 3 (was 17)",
+    ]
+    with pytest.raises(ConfigError, match=r"data.requests_per_block = 8, now it is 9"):
+        check_resumable(state(blocks=5), changed("data.requests_per_block=9"), "a")
+    # A model that knows places in the history has a number for each.
+    with pytest.raises(ConfigError, match=r"data.history_length = 500, now it is 9"):
+        check_resumable(state(), changed("data.history_length=9"), "a")
+
+
+@pytest.mark.parametrize("word", ["plan.file=x", "train.epochs=9", "groups.attention.learning_rate=1"])
+def test_these_leave_a_plan_as_it_is(word: str) -> None:
+    check_same_rules(state(), changed(word), "here")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "plan.reserve=0.3",
+        "plan.allow_unified_memory=true",
+        'groups.attention.sharding=["row_wise"]',
+        'plan.tables.attention__item_id.sharding=["row_wise"]',
+    ],
+)
+def test_rules_of_placing_call_for_another_plan(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"here: made with {word.split('=', maxsplit=1)[0]} = "):
+        check_same_rules(state(), changed(word), "here")
+
+
+def test_another_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another log"):
+        check_resumable(state(), changed(), "b")
+    train(small_log(tmp_path / "a", seed=1), tmp_path / "run", train__max_steps=2)
+    before = (tmp_path / "run" / "config.toml").read_text()
+    other = small_log(tmp_path / "b", seed=2)
+    words = ["train", "--config", "configs/dare.toml", "--out", str(tmp_path / "run")]
+    done = tandemrec(*words, *overrides({"data.log": str(other)}))
+    assert done.returncode == 2 and "another log" in done.stderr
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+@pytest.mark.slow
+def test_sigterm_under_torchrun_saves_and_ends_all_ranks(tmp_path: Path) -> None:
+    """torchrun passes SIGTERM on and waits; what a scheduler sends to the ranks besides changes nothing."""
+    log, run = small_log(tmp_path / "log", seed=1, users=20), tmp_path / "run"
+    settings = {"data.log": str(log), **SETTINGS, "train.epochs": 5000, "checkpoint.check_every": 2}
+    words = ["train", "--config", "configs/dare.toml", "--out", str(run), *overrides(settings)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = subprocess.Popen(
+        [*command, "-m", "launch.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len(losses_so_far(run)) < 5:
+            assert time.monotonic() < deadline and job.poll() is None, "no step was trained"
+            time.sleep(0.1)
+        ranks = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+        assert len(ranks) == 2
+        job.send_signal(signal.SIGTERM)
+        for pid in ranks:
+            os.kill(pid, signal.SIGTERM)
+        said, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    path, refused = newest(run / "checkpoints")
+    assert path is not None and not refused, said
+    step = read_state(path)["step"]
+    assert f"stopped after step {step} as asked" in said and "SIGKILL" not in said
+    assert len(losses(run)) == step
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [path.name]
+
+
+def losses_so_far(run: Path) -> list[str]:
+    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)]

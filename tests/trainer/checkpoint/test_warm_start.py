@@ -1,0 +1,204 @@
+"""Plain tables, and new runs that start from them or from another run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+
+from embeddings.errors import CheckpointError, DataError
+from embeddings.lookup.sharding import whole_tensor
+from pipelines.train import run as train_run
+from tests.helpers.launching import SETTINGS, overrides
+from tests.helpers.logs import FEATURES, small_log
+from tests.trainer.test_ranks import parameters
+from trainer.assemble import build_sharded
+from trainer.checkpoint.unsharded import open_plain_tables
+from trainer.checkpoint.warm_start import fill, opened, unshard_run
+from trainer.config.run_config import Config, load_config
+from trainer.log.schema import read_manifest
+from trainer.log.writer import write_manifest
+from trainer.ranks.process_group import Ranks, process_group
+from trainer.update.step import make_optimizer
+
+TABLE = "representation__item_id"
+WEIGHT = f"model.collections.representation.embedding_bags.{TABLE}.weight"
+STATE = f"optim.state.fused.{WEIGHT.removeprefix('model.')}.{TABLE}.momentum1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks() -> Iterator[Ranks]:
+    with process_group() as ranks:
+        yield ranks
+
+
+def config(log: Path, **changes: Any) -> Config:
+    words = {**SETTINGS, "data.log": str(log), "train.max_steps": 4}
+    words |= {k.replace("__", "."): v for k, v in changes.items()}
+    return load_config(Path("configs/dare.toml"), overrides(words)[1::2])
+
+
+def name_items(log: Path, values: list[str]) -> Path:
+    """Give a log's items names: the first is that of id 1."""
+    manifest = read_manifest(log)
+    content = hashlib.sha256("".join(f"{value}\n" for value in values).encode()).hexdigest()
+    table = pa.table({"value": values, "id": range(1, len(values) + 1)})
+    pq.write_table(table, log / "vocab" / "item_id.parquet")
+    info = manifest.features["item_id"].model_copy(update={"vocabulary": content, "rows": len(values) + 1})
+    write_manifest(log, manifest.model_copy(update={"features": {**manifest.features, "item_id": info}}))
+    return log
+
+
+NAMES = [f"item {n}" for n in range(1, FEATURES["item_id"])]
+# Three have gone, the rest moved, seven are new among and behind them.
+NEWER = ["new a", *reversed(NAMES[3:]), *[f"new {c}" for c in "bcdefg"]]
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
+    """A trained run."""
+    root = tmp_path_factory.mktemp("old")
+    train_run(config(name_items(small_log(root / "log", seed=1), NAMES)), root / "run", ranks)
+    return root
+
+
+@pytest.fixture(scope="module")
+def plain(old: Path) -> Path:
+    unshard_run(old / "run", old / "plain")
+    return old / "plain"
+
+
+def filled(
+    config: Config, source: Path, ranks: Ranks, carry: bool = True
+) -> tuple[dict[str, Any], list[str]]:
+    """Weights and accumulators of a new run, whole, and what it was told."""
+    manifest = read_manifest(config.data.log)
+    sharded = build_sharded(config, manifest, ranks)
+    optimizer = make_optimizer(sharded.model, config.train)
+    tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
+    with opened(source, source.parent / "scratch.tmp") as tables:
+        lines = fill(tensors, tables, config.data.log, manifest, carry)
+    assert not (source.parent / "scratch.tmp").exists()
+    state = tensors["optim"]["state"][STATE.split(".state.", 1)[1].rsplit(f".{TABLE}.m", 1)[0]]
+    accumulator = state[f"{TABLE}.momentum1"].local_shards()[0].tensor
+    whole = {f"model.{name}": whole_tensor(t).clone() for name, t in sharded.model.state_dict().items()}
+    return {**whole, STATE: accumulator.clone()}, lines
+
+
+def test_plain_tables_hold_what_was_trained(old: Path, plain: Path) -> None:
+    trained = parameters(old / "run")
+    with safe_open(plain / "tables" / f"{TABLE}.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("weight"), trained[WEIGHT])
+        assert torch.equal(file.get_tensor("accumulator"), trained[STATE])
+    found = open_plain_tables(plain)
+    assert set(found.manifest.tables) == {
+        f"{g}__{f}" for g in ("attention", "representation") for f in FEATURES
+    }
+    assert found.manifest.tables[TABLE].accumulator == "row" and found.manifest.step == 4
+    for name, weight in found.dense().items():
+        assert torch.equal(weight, trained[f"model.{name}"]), name
+    assert not list(old.glob("*.tmp*"))
+
+
+def test_the_same_vocabulary_gives_the_same_bits(
+    old: Path, plain: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    other = name_items(small_log(tmp_path / "log", seed=2), NAMES)
+    trained = parameters(old / "run")
+    for source in (plain, old / "run"):
+        tensors, lines = filled(config(other), source, ranks)
+        assert "item_id: the same vocabulary" in lines
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, trained[name]), name
+    assert float(trained[STATE].sum()) > 0
+    assert not filled(config(other), plain, ranks, carry=False)[0][STATE].any()
+
+
+def test_rows_follow_their_values_into_another_vocabulary(
+    old: Path, plain: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    newer = config(name_items(small_log(tmp_path / "log", seed=3), NEWER))
+    tensors, lines = filled(newer, plain, ranks)
+    assert "item_id: 56 of 59 values carried over, 7 new" in lines
+    trained, fresh = parameters(old / "run"), build_sharded(newer, read_manifest(newer.data.log), ranks)
+    first = {f"model.{name}": whole_tensor(t) for name, t in fresh.model.state_dict().items()}
+    assert torch.equal(tensors[WEIGHT][0], trained[WEIGHT][0])
+    for row, value in enumerate(NEWER, start=1):
+        if value in NAMES:
+            source = NAMES.index(value) + 1
+            assert torch.equal(tensors[WEIGHT][row], trained[WEIGHT][source]), value
+            assert tensors[STATE][row] == trained[STATE][source]
+        else:
+            assert torch.equal(tensors[WEIGHT][row], first[WEIGHT][row]), value
+            assert tensors[STATE][row] == 0
+
+
+def test_a_run_starts_from_another_and_then_keeps_to_itself(
+    old: Path, ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newer = name_items(small_log(tmp_path / "log", seed=3), NEWER)
+    start = {"train__init_from": str(old / "run"), "checkpoint__every_steps": 2}
+    train_run(config(newer, **start), tmp_path / "run", ranks)
+    said = capsys.readouterr().out
+    assert f"weights from {old / 'run'}, step 4" in said and "56 of 59 values carried over" in said
+    assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
+    gone = {**start, "train__init_from": str(tmp_path / "gone"), "train__max_steps": 6}
+    train_run(config(newer, **gone), tmp_path / "run", ranks)
+    assert "resumed from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"groups__representation__dim": 16},
+            r"dense weight .* this model's is|is 8 wide, the config says 16",
+        ),
+        ({"model__hidden": [16]}, r"dense weight .* is \(8.*this model's is"),
+    ],
+)
+def test_another_shape_is_refused(
+    old: Path, plain: Path, ranks: Ranks, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        filled(config(old / "log", **changes), plain, ranks)
+
+
+def test_a_feature_that_was_not_trained_is_named(old: Path, ranks: Ranks, tmp_path: Path) -> None:
+    features = {"groups__attention__features": ["item_id"], "groups__representation__features": ["item_id"]}
+    train_run(config(old / "log", **features), tmp_path / "run", ranks)
+    unshard_run(tmp_path / "run", tmp_path / "plain")
+    with pytest.raises(
+        CheckpointError, match=r"has no table attention__category_id; it has attention__item_id"
+    ):
+        filled(config(old / "log"), tmp_path / "plain", ranks)
+
+
+def test_ids_without_names_must_not_be_guessed(old: Path, plain: Path, ranks: Ranks, tmp_path: Path) -> None:
+    nameless = small_log(tmp_path / "log", seed=2)
+    with pytest.raises(DataError, match="only one of the two logs says what its ids stand for"):
+        filled(config(nameless), plain, ranks)
+
+
+def test_damage_is_refused_and_named(plain: Path) -> None:
+    for file in sorted(p for p in plain.rglob("*") if p.is_file()):
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 4
+        file.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match=str(file)):
+            open_plain_tables(plain)
+        file.write_bytes(content)
+    open_plain_tables(plain)
+
+
+def test_nothing_is_overwritten(old: Path, plain: Path) -> None:
+    with pytest.raises(CheckpointError, match="is there already"):
+        unshard_run(old / "run", plain)

@@ -1,0 +1,151 @@
+"""The config: presets load, and every mistake is named with its cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embeddings.errors import ConfigError
+from pipelines.ingest.config import load_ingest_config
+from trainer.config.run_config import Config, build_groups, load_config
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+ROWS = {"item_id": 100, "category_id": 10}
+ROLES = ("attention_target", "attention_behavior", "representation_target", "representation_behavior")
+
+
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml") if "extends" in path.read_text())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_load_and_resolve(preset: str) -> None:
+    config = load_config(CONFIGS / f"{preset}.toml")
+    groups = build_groups(config, ROWS)
+    named = set().union(*(branch.roles.used() for branch in config.model.all_branches().values()))
+    assert named == set(groups)
+    assert all(group.features == list(ROWS) for group in groups.values())
+    again = Config.model_validate(config.model_dump(mode="json"))
+    assert again == config
+
+
+def test_dare_and_twin_differ_in_their_groups_only() -> None:
+    dare, twin = (load_config(CONFIGS / f"{name}.toml") for name in ("dare", "twin_paper_dare"))
+    same = {"groups", "model"}
+    assert dare.model_dump(exclude=same) == twin.model_dump(exclude=same)
+    assert dare.model.model_dump(exclude={"roles"}) == twin.model.model_dump(exclude={"roles"})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.histroy_length=5", "unknown key 'data.histroy_length'; did you mean 'data.history_length'?"),
+        (
+            "groups.attention.dims=5",
+            "unknown key 'groups.attention.dims'; did you mean 'groups.attention.dim'?",
+        ),
+        ("model.roles.attention=x", "unknown key 'model.roles.attention'"),
+        ("trian.epochs=1", "unknown key 'trian'; did you mean 'train'?"),
+        ("model.k=0", "model.k: .*greater than or equal to 1.*given: 0"),
+        ("groups.attention.dim=15", "groups.attention.dim.*multiple of 4"),
+        ("model.weights=cosine", "model.weights: .*'softmax' or 'sigmoid'"),
+        (
+            "model.roles.attention_target=other",
+            "names group 'other'; defined groups: attention, representation",
+        ),
+        ("groups.spare.dim=4", "group 'spare' serves no role"),
+        ("data.history_length", "write it as section.key=value"),
+        ("data.log.x=1", "'log' is a value, not a section"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(CONFIGS / "dare.toml", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["batch_candidates=371"],
+            "--set batch_candidates=371: unknown key 'batch_candidates'; "
+            "did you mean 'data.batch_candidates'?",
+        ),
+        (["train.k=5"], "--set train.k=5: unknown key 'train.k'; did you mean 'model.k'?"),
+        (["data=3"], "--set data=3: data: must be a section, a table of keys (given: 3)"),
+        (
+            ["groups.spare.dim=4"],
+            "--set groups.spare.dim=4: group 'spare' serves no role; remove it or name it in model.roles",
+        ),
+    ],
+)
+def test_a_mistake_of_an_override_names_the_override(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIGS / "dare.toml", overrides)
+    assert str(caught.value) == message
+
+
+def test_a_mistake_of_the_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text('[data]\nfoo = 1\nbar_ = 2\n[train]\nepochs = "many"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["model.k=0"])
+    message = str(caught.value)
+    assert message.startswith(f"{path}: unknown key 'data.") and message.count("known here: ") == 1
+    assert "train.epochs: must be a whole number (given: 'many')" in message
+    assert message.endswith("; --set model.k=0: model.k: must be greater than or equal to 1 (given: 0)")
+
+
+def test_the_config_of_another_verb_is_one_sentence() -> None:
+    for path, load, found, wanted in (
+        ("dare", load_ingest_config, "train", "ingest"),
+        ("ingest_time_split", load_config, "ingest", "train"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(CONFIGS / f"{path}.toml")
+        assert f"{path}.toml: this is a config of `{found}`; `{wanted}` wants one with" in str(caught.value)
+        assert len(str(caught.value)) < 250
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: no such file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("data = [")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not readable as TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tables": {"itm": {"rows": 5}}}, "tables.itm: the log has no such feature; it has item_id"),
+        ({"tables": {"item_id": {"rows": 99}}}, "tables.item_id.rows = 99, but the log holds ids up to 99"),
+        ({"groups": {"attention": {"features": ["x"]}, "representation": {}}}, "the log has no feature 'x'"),
+        (
+            {"groups": {"attention": {"dim": {"item_id": 4}}, "representation": {}}},
+            "no width for .* 'category_id'",
+        ),
+    ],
+)
+def test_mistakes_against_the_log_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_groups(Config.model_validate(change), ROWS)
+
+
+def test_target_and_behavior_of_one_role_need_equal_widths() -> None:
+    tree = {
+        "groups": {"a": {"dim": 4}, "b": {"dim": 8}},
+        "model": {"roles": {**dict.fromkeys(ROLES, "b"), "attention_target": "a"}},
+    }
+    with pytest.raises(ConfigError, match=r"attention_target \(a\) and attention_behavior \(b\)"):
+        build_groups(Config.model_validate(tree), ROWS)
+
+
+def test_rows_and_widths_follow_log_and_config() -> None:
+    tree = {
+        "groups": {"attention": {"dim": {"item_id": 8, "category_id": 4}}, "representation": {"dim": 16}},
+        "tables": {"item_id": {"rows": 1000}},
+    }
+    groups = build_groups(Config.model_validate(tree), ROWS)
+    assert groups["attention"].widths() == (8, 4) and groups["attention"].width == 12
+    assert [table.rows for table in groups["representation"].tables] == [1000, 10]

@@ -1,0 +1,128 @@
+"""AUC, GAUC, NE and PCOC are those of all candidates, on however many ranks they were scored."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embeddings.agreement import from_rank_0
+from embeddings.errors import TandemError
+from pipelines.evaluate import evaluate
+from pipelines.train import train
+from tests.helpers.launching import ROOT, SETTINGS, losses
+from tests.helpers.logs import Shape, random_rows, small_log, write_log
+from tests.trainer.data.test_reader_kill import LIMIT_S, free_port, running
+from trainer.quality.evaluate import shared_metrics
+from trainer.quality.scored import Scored
+from trainer.ranks.process_group import gather_rows, process_group
+
+WORLDS = (1, 2, 4)
+
+
+def _rank(rank: int, world_size: int, port: int, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """One rank as a launcher starts it; what the job returns goes to `<last argument>.<rank>`."""
+    launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in launcher.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    Path(f"{arguments[-1]}.{rank}").write_text(json.dumps(job(*arguments)), encoding="utf-8")
+
+
+def on_ranks(world_size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `job` returns on each of several ranks; its last argument is a path nobody else uses."""
+    port = free_port()
+    with running(
+        _rank, [(rank, world_size, port, job, arguments) for rank in range(world_size)]
+    ) as processes:
+        for process in processes:
+            process.join(LIMIT_S)
+        assert [process.exitcode for process in processes] == [0] * world_size
+    return [json.loads(Path(f"{arguments[-1]}.{rank}").read_text()) for rank in range(world_size)]
+
+
+def _evaluate(run: Path, _: Path) -> Any:
+    return evaluate(run, "test")["tasks"]["click"]
+
+
+def _train(log: Path, run: Path, sharding: str, _: Path) -> None:
+    settings = {**SETTINGS, "data.log": str(log), "data.sharding": sharding, "train.epochs": 2}
+    train(ROOT / "configs/dare.toml", run, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+
+
+def _measure(_: Path) -> Any:
+    """Metrics of 997 synthetic candidates of which every rank holds some, the last rank none."""
+    rng = np.random.default_rng(5)
+    score = rng.uniform(size=(997, 1)).astype(np.float32).round(3)
+    label = (rng.uniform(size=(997, 1)) < score).astype(np.float32)
+    user, request = rng.integers(0, 40, 997), rng.integers(0, 3, 997)
+    with process_group(60) as ranks:
+        holders = max(1, ranks.world_size - 1)
+        mine = np.arange(997) % holders == ranks.rank
+        floats = gather_rows(torch.from_numpy(np.concatenate([score, label], axis=1)[mine])).numpy()
+        names = np.stack([user, request, np.arange(997), user, user], axis=1)
+        keys = gather_rows(torch.from_numpy(names[mine])).numpy()
+        assert len(floats) == len(keys) == (997 if ranks.speaks else 0 if ranks.world_size > 1 else 997)
+        scored = Scored(floats[:, :1], floats[:, 1:], *keys.T, ("click",)).in_order()
+        return shared_metrics(scored)["click"].as_dict()
+
+
+def _refuse(_: Path) -> Any:
+    def refuse() -> None:
+        raise TandemError("no")
+
+    with process_group(60):
+        try:
+            from_rank_0(refuse)
+        except TandemError as error:
+            return str(error)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("metrics")
+    log = small_log(folder / "log", seed=1, users=40)
+    on_ranks(1, _train, log, folder / "run", "steps", folder / "trained")
+    return folder / "run"
+
+
+def test_evaluate_finds_the_same_on_1_2_and_4_ranks(run: Path, tmp_path: Path) -> None:
+    found = {world: on_ranks(world, _evaluate, run, tmp_path / f"e{world}") for world in WORLDS}
+    one = found[1][0]
+    assert one["samples"] > 100 and 0 < one["positives"] < one["samples"] and one["groups"] > 10
+    for world in WORLDS:
+        for metrics in found[world]:
+            assert metrics == found[world][0], "ranks disagree"
+            for name, value in metrics.items():
+                # The scores themselves may differ in their last bit, since batches are cut otherwise.
+                assert value == pytest.approx(one[name], abs=1e-6, nan_ok=True), (world, name)
+    print({world: [metrics[0][name] - one[name] for name in one] for world, metrics in found.items()})
+
+
+def test_metrics_of_given_scores_are_bit_equal_on_1_2_and_4_ranks(tmp_path: Path) -> None:
+    found = [metrics for world in WORLDS for metrics in on_ranks(world, _measure, tmp_path / f"m{world}")]
+    assert found == [found[0]] * sum(WORLDS)
+    assert found[0]["samples"] == 997 and 0.7 < found[0]["auc"] < 0.95
+
+
+def test_an_error_of_rank_0_is_one_on_every_rank(tmp_path: Path) -> None:
+    assert on_ranks(2, _refuse, tmp_path / "r") == ["no", "no"]
+
+
+@pytest.mark.parametrize("sharding", ["steps", "row_groups"])
+def test_training_ends_where_ranks_have_nothing_to_do(tmp_path: Path, sharding: str) -> None:
+    """Two users in one row group, fewer than the ranks: most ranks have no block in any step."""
+    rows = random_rows(2, Shape(users=2))
+    log = write_log(tmp_path / "log", {"train": rows, "validation": rows[:1]})
+    whole = tmp_path / "one"
+    on_ranks(1, _train, log, whole, sharding, tmp_path / "a")
+    on_ranks(4, _train, log, tmp_path / "four", sharding, tmp_path / "b")
+    one, four = losses(whole), losses(tmp_path / "four")
+    assert len(one) == len(four) > 1
+    assert max(abs(a - b) for a, b in zip(one, four, strict=True)) < 1e-5

@@ -1,0 +1,235 @@
+"""Exports of every kind: what is stored, what the search part computes, and how much memory it takes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embeddings.errors import SnapshotError
+from embeddings.lookup.stored import TORCH_DTYPES, sum_bags, to_stored
+from pipelines.export import export
+from tests.helpers.launching import launched, tandemrec
+from tests.helpers.models import preset as a_preset
+from tests.helpers.models import small_log, stage_one
+from tests.helpers.serving import snapshot_of
+from tests.helpers.snapshots import exported, save_run
+from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint.tensors import TableReader
+from trainer.ranks.process_group import process_group
+from trainer.snapshot import load_search, load_snapshot
+from trainer.snapshot.code import _is_one_branch, _ranked, _Ranking
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory.mktemp("log") / "log")
+
+
+@pytest.mark.parametrize("kinds", [("fp32", "fp16"), ("int8", "int8"), ("fp16", "int8")])
+def test_tables_are_the_trainers_rows_in_the_chosen_type(
+    log: Path, tmp_path: Path, kinds: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run", log)
+    version = export(run, tmp_path / "out", *kinds, parity_requests=20)  # type: ignore[arg-type]
+    shown = capsys.readouterr().out
+    assert "of 20 train requests" in shown and "AUC 0." in shown and "of the search's top K kept" in shown
+    snapshot = load_snapshot(version)
+    reader = TableReader(checkpoint.newest(run / "checkpoints")[0])  # type: ignore[arg-type]
+    for group, dtype in zip(("representation", "attention"), kinds, strict=True):
+        for feature in ("item_id", "category_id"):
+            name = f"{group}__{feature}"
+            found = getattr(snapshot.model.collections[group], name)
+            assert found.dtype == TORCH_DTYPES[dtype]  # type: ignore[index]
+            whole = reader.whole(reader.table(group, name))
+            assert torch.equal(found, to_stored(whole, dtype))  # type: ignore[arg-type]
+    assert 0 < snapshot.self_check() < 0.2
+
+
+def test_a_group_of_both_roles_gets_the_wider_type(log: Path, tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", log, "twin_paper_dare")
+    for kinds, wider in ((("int8", "fp16"), "fp16"), (("fp16", "fp32"), "fp32")):
+        manifest = load_snapshot(exported(run, tmp_path / "out", *kinds)).manifest
+        assert {table.dtype for table in manifest.groups["shared"]} == {wider}
+
+
+def test_numbers_that_a_type_cannot_hold_end_the_export(log: Path, tmp_path: Path) -> None:
+    def large(weights: dict[str, Tensor]) -> None:
+        weights["representation__item_id"][5, 3] = 1e5
+
+    run = save_run(tmp_path / "run", log, change=large)
+    with pytest.raises(SnapshotError, match=r"representation__item_id, rows 0 to 59: .* too large for fp16"):
+        exported(run, tmp_path / "out", "fp16", "fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def vectors(
+    rows: dict[tuple[str, str], Tensor], side: str, combine: str, features: KeyedJaggedTensor
+) -> Tensor:
+    """The vectors of all bags by docs/snapshots.md, query parts falling back to key parts."""
+    side = side if any(s == side for s, _ in rows) else "key"
+    parts = [
+        sum_bags(table, features[f].values(), features[f].offsets().long())
+        for (s, f), table in rows.items()
+        if s == side
+    ]
+    return torch.cat(parts, dim=1) if combine == "concat" else torch.stack(parts).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "attention"),
+    [("dare", "fp32"), ("dare", "fp16"), ("twin_paper_dare", "fp32"), ("twin", "fp32"), ("twin_proj", "fp32"),
+     ("twin_4e", "fp32"), ("sim_soft", "fp32")],
+)  # fmt: skip
+def test_stage_one_scores_follow_from_the_search_part(
+    log: Path, tmp_path: Path, preset: str, attention: str
+) -> None:
+    def part_ways(weights: dict[str, Tensor]) -> None:
+        # Projections of query and key begin as one.
+        for name, weight in weights.items():
+            if ".key." in name:
+                weight.copy_(weight.flip(0) * 0.7)
+
+    run = save_run(tmp_path / "run", log, preset, change=part_ways)
+    version = exported(run, tmp_path / "out", "fp32", attention)
+    snapshot, (part, rows) = load_snapshot(version), load_search(version)
+    batch = snapshot.recorded.batch
+    branch = snapshot.model.branches["main"]
+    found = stage_one(snapshot.model, batch)["main"]
+    n, windows = batch.behaviors, found.windows
+    key = vectors(rows, "key", part.combine, batch.features)[:n].unflatten(1, (part.heads, -1))
+    query = vectors(rows, "query", part.combine, batch.features)[n:].unflatten(1, (part.heads, -1))
+    everything = windows.of_candidates()
+    dots = torch.einsum("chd,cxhd->chx", query, key[everything.index]) * part.scale
+    if snapshot.manifest.config.model.search == "soft":
+        scorer, raw = branch.search.index, found.raw
+        wanted = scorer.over_windows(scorer.encode(raw), windows)
+    else:
+        scorer = branch.scorer
+        dots = dots + scorer._kept_bias(found.vectors, everything)[:, None]
+        wanted = scorer.over_windows(found.vectors, windows)
+    mask = everything.mask[:, None].expand_as(wanted)
+    assert mask.sum() > 500
+    # The part is stored in halves unless attention is in fp32; a model in fp32 agrees to rounding.
+    assert torch.allclose(dots[mask], wanted[mask], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "why"),
+    [("eta", "simhash"), ("din", "keeps everything"), ("sdim", "collision"), ("tin", "keeps everything")],
+)
+def test_models_without_such_a_search_say_why(log: Path, tmp_path: Path, preset: str, why: str) -> None:
+    version = exported(save_run(tmp_path / "run", log, preset), tmp_path / "out")
+    part = load_snapshot(version).manifest.search["main"]
+    assert why in part.reason and not part.tables and not (version / "search").exists()
+    with pytest.raises(SnapshotError, match="has no search part"):
+        load_search(version)
+
+
+def test_nothing_in_a_snapshot_is_code_or_pickle(log: Path, tmp_path: Path) -> None:
+    version = exported(save_run(tmp_path / "run", log), tmp_path / "out", "int8", "fp16")
+    for file in (path for path in version.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        # Zip archives (what torch.save writes), pickles of protocol 2 and up, ELF objects.
+        assert not content.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x7fELF"))
+        assert b"PK\x03\x04" not in content and b"torch._utils" not in content
+        assert file.suffix in (".json", ".sha256", ".safetensors")
+
+
+def write_shards(path: Path, rows: int, dim: int, shards: int) -> Tensor:
+    """A checkpoint of one table in row-wise shards; -> its last rows."""
+    each = rows // shards
+    parts = [
+        Shard.from_tensor_and_offsets(torch.full((each, dim), float(i)), [i * each, 0], 0)
+        for i in range(shards)
+    ]
+    with process_group():
+        table = init_from_local_shards(parts, rows, dim)
+        name = "collections.attention.embedding_bags.attention__item_id.weight"
+        checkpoint.save(path, 1, {"model": {name: table}}, {"step": 1}, 1)
+    return parts[-1].tensor
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_memory_follows_the_largest_shard_not_the_table(tmp_path: Path, dtype: str) -> None:
+    rows, dim, shards = 2_560_000, 32, 32
+    last = write_shards(tmp_path / "checkpoints", rows, dim, shards)
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "checkpoints" / "step-00000001"
+    words = [str(path), str(tmp_path / "out"), dtype, str(rows), str(dim)]
+    done = launched("tests.programs.stream_tables", *words)
+    assert done.returncode == 0, done.stderr
+    grown, whole, shard = int(done.stdout) * 1024, rows * dim * 4, rows * dim * 4 // shards
+    assert grown < 8 * shard < whole / 3, f"{grown:,} bytes for shards of {shard:,}"
+    from trainer.snapshot.manifest import StoredRows
+    from trainer.snapshot.rows import read_rows
+
+    stored = StoredRows(rows=rows, dim=dim, dtype=dtype)  # type: ignore[arg-type]
+    found = read_rows([(tmp_path / "out", stored)], "tables/attention.0", "attention__item_id")
+    assert torch.equal(found[-len(last) :], to_stored(last, dtype))  # type: ignore[arg-type]
+
+
+def test_column_wise_shards_are_put_together(tmp_path: Path) -> None:
+    whole = torch.arange(40.0).view(10, 4)
+    parts = [Shard.from_tensor_and_offsets(whole[:, c : c + 2].contiguous(), [0, c], 0) for c in (0, 2)]
+    name = "collections.attention.embedding_bags.attention__item_id.weight"
+    with process_group():
+        state = {"model": {name: init_from_local_shards(parts, 10, 4), "other": torch.ones(3)}}
+        path = checkpoint.save(tmp_path, 1, state, {"step": 1}, 1)
+    reader = TableReader(path)
+    assert reader.table("attention", "attention__item_id") == name and reader.shape(name) == (10, 4)
+    ((first, band),) = reader.bands(name)
+    assert first == 0 and torch.equal(band, whole) and torch.equal(reader.whole("other"), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("preset", "alone"),
+    [("dare", True), ("twin", False), ("twin_paper_dare", True), ("twin_proj", True), ("eta", True),
+     ("sim_soft", True), ("din", False), ("sdim", False), ("tdpe", False)],
+)  # fmt: skip
+def test_stage_two_is_a_function_of_what_was_kept(log: Path, preset: str, alone: bool) -> None:
+    """What is compiled for C++ computes the model's probabilities, for any number of candidates."""
+    snapshot = snapshot_of(a_preset(preset, log))
+    assert _is_one_branch(snapshot.model) == alone
+    if alone:
+        with torch.no_grad():
+            given, expected = _ranked(snapshot)
+            found = _Ranking(snapshot.model)(*given)
+            few = _Ranking(snapshot.model)(*(part[:3] for part in given))
+        # Projections of fewer rows may round otherwise.
+        assert torch.allclose(found, expected, rtol=0, atol=1e-6) and expected.std() > 1e-3
+        assert torch.allclose(few, expected[:3], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling the head needs g++")
+@pytest.mark.parametrize(
+    ("preset", "path", "describes"),
+    [
+        ("dare", "code/ranking.pt2", "float32 [candidates, 4, 16], position int64 [candidates, 4]"),
+        ("din", "code/head.pt2", "float32 [candidates, 32]"),
+    ],
+)
+def test_machine_code_computes_what_the_model_does(
+    log: Path, tmp_path: Path, preset: str, path: str, describes: str
+) -> None:
+    """Compiled in a process of its own: the compiler's warnings are not ours to judge."""
+    run = save_run(tmp_path / "run", log, preset, "model.hidden=[8]")
+    words = ["export", "--run", str(run), "--out", str(tmp_path / "out"), "--aoti", "--parity-requests", "0"]
+    done = tandemrec(*words, timeout=800)
+    assert done.returncode == 0, done.stderr
+    snapshot = load_snapshot(tmp_path / "out")
+    (code,) = snapshot.manifest.code
+    assert code.path == path and describes in code.describes
+    file = snapshot.path / code.path
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(SnapshotError, match=r"pt2: does not match"):
+        load_snapshot(tmp_path / "out")

@@ -1,0 +1,137 @@
+"""Publishing: whole or not at all, in order, whoever reads or writes beside it."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from embeddings.errors import SnapshotError
+from pipelines import export as export_module
+from tests.helpers.models import small_log
+from tests.helpers.snapshots import exported, publish_copy, save_run
+from trainer.snapshot import load_snapshot, resolve
+from trainer.snapshot.partial_model import TouchedModel
+from trainer.snapshot.publishing import drafting
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("publish")
+    return save_run(folder / "run", small_log(folder / "log"))
+
+
+@pytest.fixture(scope="module")
+def version(run: Path) -> Path:
+    return exported(run, run.parent / "first")
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_a_reader_polling_through_a_hundred_publishes_sees_whole_versions_only(
+    version: Path, tmp_path: Path, keep: int
+) -> None:
+    publish_copy(tmp_path, version)
+    seen: list[int] = []
+    problems: list[BaseException] = []
+    done = threading.Event()
+
+    def poll() -> None:
+        try:
+            while not done.is_set():
+                snapshot = load_snapshot(tmp_path)
+                assert snapshot.self_check() == 0
+                assert snapshot.path.name == f"v{snapshot.manifest.number:08d}"
+                seen.append(snapshot.manifest.number)
+        except BaseException as error:
+            problems.append(error)
+
+    reader = threading.Thread(target=poll)
+    reader.start()
+    for number in range(2, 102):
+        assert publish_copy(tmp_path, version, keep).name == f"v{number:08d}"
+    done.set()
+    reader.join(timeout=60)
+    assert not problems, problems
+    assert len(set(seen)) > 3 and seen == sorted(seen)
+    assert len(names(tmp_path)) == keep + 1 and resolve(tmp_path).name == "v00000101"
+
+
+def test_exports_at_once_into_one_folder_get_numbers_of_their_own(version: Path, tmp_path: Path) -> None:
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.extend(publish_copy(tmp_path, version).name for _ in range(5)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(found) == [f"v{i:08d}" for i in range(1, 21)]
+    assert names(tmp_path) == ["LATEST", *sorted(found)] and resolve(tmp_path).name == "v00000020"
+    for name in found:
+        assert load_snapshot(tmp_path / name).manifest.number == int(name[1:])
+
+
+def test_numbers_are_never_given_out_twice(version: Path, tmp_path: Path) -> None:
+    for _ in range(3):
+        publish_copy(tmp_path, version)
+    shutil.rmtree(tmp_path / "v00000003")
+    assert publish_copy(tmp_path, version).name == "v00000004"
+
+
+def test_keep_spares_what_kept_deltas_build_on(run: Path, tmp_path: Path) -> None:
+    exported(run, tmp_path)
+    exported(run, tmp_path)
+    exported(run, tmp_path, since="1")
+    exported(run, tmp_path, since="3", keep=2)
+    assert names(tmp_path) == ["LATEST", "v00000001", "v00000003", "v00000004"]
+    assert load_snapshot(tmp_path).self_check() == 0
+
+
+def test_leftovers_of_killed_exports_are_swept_and_running_ones_left_alone(
+    version: Path, tmp_path: Path
+) -> None:
+    publish_copy(tmp_path, version)
+    (tmp_path / ".tmp-killed" / "tables").mkdir(parents=True)
+    with drafting(tmp_path) as running:
+        (running / "x").write_text("")
+        publish_copy(tmp_path, version)
+        assert (running / "x").exists()
+        assert not (tmp_path / ".tmp-killed").exists()
+    assert names(tmp_path) == ["LATEST", "v00000001", "v00000002"]
+
+
+def test_a_failed_export_leaves_nothing(run: Path, version: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Scores that differ are found before anything is published."""
+    true = TouchedModel.score
+    monkeypatch.setattr(TouchedModel, "score", lambda self, batch: true(self, batch) + 1e-7)
+    for root in (tmp_path / "new", tmp_path / "old"):
+        before = [publish_copy(root, version).name] if root.name == "old" else []
+        with pytest.raises(SnapshotError, match="on this very machine"):
+            exported(run, root)
+        assert (names(root) if root.exists() else []) == (["LATEST", *before] if before else [])
+    monkeypatch.setattr(TouchedModel, "score", lambda self, batch: true(self, batch) + 6e-4)
+    with pytest.raises(SnapshotError, match=r"by up to 0\.000\d+, 0\.000\d+ on average"):
+        exported(run, tmp_path / "new", "fp16", "fp16")
+
+
+def test_a_base_that_goes_away_meanwhile_is_an_error(run: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    exported(run, tmp_path)
+    exported(run, tmp_path)
+    check = export_module._check
+
+    def then_delete(*given):  # type: ignore[no-untyped-def]
+        parity = check(*given)
+        shutil.rmtree(tmp_path / "v00000001")
+        return parity
+
+    monkeypatch.setattr(export_module, "_check", then_delete)
+    with pytest.raises(SnapshotError, match="went away meanwhile"):
+        exported(run, tmp_path, since="1")
+    assert names(tmp_path) == ["LATEST", "v00000002"] and resolve(tmp_path).name == "v00000002"

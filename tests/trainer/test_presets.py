@@ -1,0 +1,153 @@
+"""Every preset: trains on one rank and on two alike, and scores a request alike in any company."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embeddings.lookup.plain import PlainBagCollection
+from embeddings.lookup.sharding import initialise_unsharded
+from tests.helpers.launching import ROOT, launched
+from tests.helpers.logs import Shape, random_rows, write_log
+from tests.programs.preset_steps import STEPS, small_config
+from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
+from trainer.config.run_config import Config
+from trainer.data.reader import SequenceLogReader
+from trainer.log.schema import read_manifest
+from trainer.model.frame import TwoStageModel
+from trainer.quality.evaluate import score_split
+from trainer.quality.scored import Scored
+
+# twin_v2 needs a clustered log and has tests of its own.
+PRESETS = sorted(
+    path.stem
+    for path in (ROOT / "configs").glob("*.toml")
+    if "extends" in path.read_text() and path.stem != "twin_v2"
+)
+
+
+def preset_log(path: Path) -> Path:
+    """Short and empty histories beside long ones, with the taxonomy of the demo log."""
+    rows = random_rows(4, Shape(users=30))
+    for row in rows:
+        for feature, divisor in (("department_id", 3), ("type_id", 1)):
+            row[f"history_{feature}"] = [i // divisor for i in row["history_category_id"]]
+            row[f"candidate_{feature}"] = [
+                [i // divisor for i in ids] for ids in row["candidate_category_id"]
+            ]
+    return write_log(path, {"train": rows, "validation": rows[:5]}, more={"department_id": 3, "type_id": 9})
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return preset_log(tmp_path_factory.mktemp("presets") / "log")
+
+
+def model_of(config: Config, log: Path) -> tuple[TwoStageModel, dict[str, int]]:
+    """A model over plain tables with its first weights; time tables drawn, for zeros would hide mistakes."""
+    manifest = read_manifest(log)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dense_init": "default"})})
+    groups = resolve_groups(config, manifest)
+    weights = {g.table_name(t.feature): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
+    collections = {name: PlainBagCollection(group, weights, True) for name, group in groups.items()}
+    model = build_model(config, groups, collections, 1, count_numbers(config, manifest.numeric))
+    initialise_unsharded(model, groups, config.train.seed)
+    rng = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("collections.") and (parameter == 0).all():
+            torch.nn.init.normal_(parameter, std=0.5, generator=rng)
+    return model.eval(), feature_rows(groups)
+
+
+def test_two_ranks_equal_one_for_every_preset(log: Path, tmp_path: Path) -> None:
+    """Losses of some steps, and scores of a whole split after them."""
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        done = launched("tests.programs.preset_steps", str(log), str(out), *PRESETS, ranks=ranks, timeout=200)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        found.append(json.loads(out.read_text()))
+    one, two = found
+    assert set(one) == set(two) == set(PRESETS)
+    for preset in PRESETS:
+        assert len(one[preset]["losses"]) == STEPS, preset
+        if small_config(preset, log).model.norm == "batch":  # takes its statistics rank by rank
+            continue
+        assert np.allclose(one[preset]["losses"], two[preset]["losses"], atol=1e-4), preset
+        assert np.allclose(one[preset]["scores"], two[preset]["scores"], atol=2e-3), preset
+        assert np.std(one[preset]["scores"]) > 1e-3, preset
+
+
+def scored_in(config: Config, log: Path, model: TwoStageModel, rows: dict[str, int]) -> Scored:
+    with torch.no_grad():
+        return score_split(model, SequenceLogReader(config.data, "validation", rows), torch.device("cpu"))
+
+
+@pytest.fixture
+def one_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.quality.evaluate.gather_rows", lambda rows: rows)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.usefixtures("one_process_group")
+def test_a_request_scores_alike_alone_and_among_others(preset: str, log: Path) -> None:
+    """Blocks, padding to other windows and other requests' behaviors change nothing."""
+    config = small_config(preset, log)
+    model, rows = model_of(config, log)
+    alone = config.data.model_copy(update={"requests_per_block": 1, "batch_candidates": 1})
+    together = scored_in(config, log, model, rows)
+    apart = scored_in(config.model_copy(update={"data": alone}), log, model, rows)
+    key = [together.candidate, together.request_id], [apart.candidate, apart.request_id]
+    a, b = (scored.score[np.lexsort(keys), 0] for scored, keys in zip((together, apart), key, strict=True))
+    assert np.allclose(a, b, atol=1e-5)
+    assert np.unique(np.round(a, 6)).size > a.size / 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_padding_has_no_weight_and_nothing_is_kept_twice(preset: str, log: Path) -> None:
+    config = small_config(preset, log)
+    model, rows = model_of(config, log)
+    batch = next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
+    seen = {}
+    for name, branch in model.branches.items():
+        branch.sequence.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args}))
+    logits = model(batch).logits
+    assert torch.isfinite(logits).all() and logits.shape == (batch.candidates, 1)
+    short = batch.window_end - batch.window_start < config.model.k
+    assert short.any()
+    for behaviors, weights in seen.values():
+        kept = behaviors.kept
+        if weights is not None:
+            outside = ~kept.mask[:, None].expand_as(weights)
+            assert outside.any() and (weights[outside] == 0).all() and (weights >= 0).all()
+        for index, mask in zip(kept.index, kept.mask, strict=True):
+            assert index[mask].unique().numel() == int(mask.sum())
+    model.train()
+    prediction = model(batch)
+    total = prediction.logits.square().sum()
+    if prediction.auxiliary is not None:
+        total = total + prediction.auxiliary.square().sum()
+    total.backward()
+    unused = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith("collections.")]
+    assert not unused
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_model_built_without_memory_takes_over_all_weights(preset: str, log: Path) -> None:
+    """What loading a snapshot does: nothing of the score may live outside of the state dict."""
+    config = small_config(preset, log)
+    model, rows = model_of(config, log)
+    groups = resolve_groups(config, read_manifest(log))
+    numbers = count_numbers(config, read_manifest(log).numeric)
+    other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 999})})
+    with torch.device("meta"):
+        loaded = build_model(other, groups, dict(model.collections.items()), 1, numbers)
+    dense = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("collections.")}
+    loaded.load_state_dict({**model.state_dict(), **dense}, assign=True)
+    batch = next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(batch).logits, model(batch).logits)
