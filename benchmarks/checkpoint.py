@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from benchmarks.report import required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, resolve_groups
+from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
-from trainer.checkpoint.save_load import save_load as checkpoint
 from trainer.checkpoint.writer import HashedWriter
 from trainer.config.run_config import Config, load_config
 from trainer.config.tables import TableConfig

@@ -21,7 +21,7 @@ from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shard
 
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.stored import Dtype
-from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.tensors import TableReader
 from trainer.config.run_config import Config
 from trainer.ranks.process_group import process_group

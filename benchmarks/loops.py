@@ -99,5 +99,5 @@ def trainer_loop(
     with tempfile.TemporaryDirectory(dir=folder) as run, redirect_stdout(io.StringIO()):
         reader = cast(SequenceLogReader, Replay(steps))
         trainer = Unsaved(config, model, reader, None, ranks, RunFolder(Path(run)), lambda _: None, "", {})
-        end = trainer.run_folder(Found(None, {}, []))
+        end = trainer.run(Found(None, {}, []))
     return Seconds(end.wall_s, end.cpu_s)

@@ -92,7 +92,7 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
         run = RunFolder(Path(folder))
         trainer = _Stopping(config, sharded.model, reader, validation, ranks, run, lambda _: None, "", {})
         trainer.after_step = lambda _: trainer.stop_at(settings.target)
-        trainer.run_folder(Found(None, {}, []))
+        trainer.run(Found(None, {}, []))
     found, at = trainer.metrics_of_validation, trainer.at
     assert found is not None
     auc = next(iter(found.values())).auc

@@ -127,7 +127,7 @@ def speaking_for_threads(debug: bool) -> Iterator[None]:
 
 
 # TorchRec 1.8 says the second in each step of tables without a cache that lie beside tables with one, of kind
-# `sequence` (`prefetch` in distributed/embedding_lookup.py). Tables with one are told: embeddings/lookup/caches.py.
+# `sequence` (`prefetch` in distributed/embedding_lookup.py). Those with one are told in lookup/caches.py.
 _EMPTY_WORDS = ("_fbgemm_torch_compat_table has no entry for", "prefetch_pipeline must be set to True")
 
 

@@ -26,7 +26,7 @@ def evaluate(run: Path, split: str, which: str = "", device: Wanted | None = Non
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.
 
     Args:
-        which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`; device: None = where the run was to train.
+        which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`; device: None = as the run trained.
 
     Returns:
         What summary.json holds of the split: metrics of the first task, and of every task under `tasks`.

@@ -18,7 +18,7 @@ from embeddings.lookup.stored import WIDTHS, Dtype
 from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
 from trainer.assemble import feature_rows, resolve_groups
-from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.tensors import TableReader
 from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch

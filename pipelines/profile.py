@@ -22,7 +22,7 @@ from trainer.sealed_folder import write_text
 # Steps before the first that counts: buffers, kernels' first calls and the reader's start are in them.
 WARM, STEPS = 10, 20
 _OTHER = "other"
-# First match wins: ranges that trainer.update.step, trainer.loop.pipeline, TorchRec and this module name. TorchRec's
+# First match wins: ranges that update.step, loop.pipeline, TorchRec and this file name. TorchRec's
 # `sparse_dist` numbers its batches: `## forward 12 ##`.
 _PHASES = (
     (r"(c10d::|gloo:|nccl:|## (all2all|variable_batch_all2all|reduce_scatter|all_gather|All))", "exchange"),

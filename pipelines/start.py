@@ -26,8 +26,8 @@ from trainer.assemble import (
     plan_task,
     resolve_groups,
 )
+from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
-from trainer.checkpoint.save_load import save_load as checkpoint
 from trainer.checkpoint.warm_start import check_source, fill, opened
 from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
@@ -206,7 +206,7 @@ def _build(start: Start) -> None:
     config = start.config.model_copy(update={"plan": own})
     sharded = build_sharded(config, start.manifest, start.ranks, training=True, resumed=start.found)
     trainer = start.trainer(sharded, keep_quiet)
-    trainer.checkpoint.compatible(start.found)
+    trainer.resume(start.found)
     scratch = Path(from_rank_0(tempfile.mkdtemp))
     try:
         start.fill(trainer, scratch / "init.tmp", keep_quiet)

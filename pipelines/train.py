@@ -14,7 +14,7 @@ from pipelines.profile import StepProfile
 from pipelines.start import open_start, try_out
 from pipelines.train_report import next_commands, quality
 from trainer.assemble import build_sharded
-from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint import save_load as checkpoint
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
@@ -90,7 +90,7 @@ def run(
         ending_well(folder, ranks.speaks),
         _locked(folder),
     ):
-        end = trainer.run_folder(found)
+        end = trainer.run(found)
     _conclude(trainer, end, found, start.manifest, say)
 
 

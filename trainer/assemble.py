@@ -46,7 +46,7 @@ class Sharded:
 
 
 def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGroup]:
-    """The config's groups with the table rows that the log's ids need; see `trainer.config.run_config.build_groups`."""
+    """The config's groups with the table rows that the log's ids need; see `build_groups`."""
     items = {name: info.rows for name, info in manifest.features.items()}
     groups = build_groups(config, items, {name: info.rows for name, info in manifest.context.items()})
     _check_sequences(groups, {**manifest.features, **manifest.context})

@@ -34,7 +34,7 @@ _DAY = 86_400
 
 
 class Voice:
-    """Says each thing once a process, on stderr; `trainer.ranks.process_group` silences all ranks but the first."""
+    """Says each thing once a process, on stderr; `process_group` silences all ranks but the first."""
 
     def __init__(self) -> None:
         self.silent = False

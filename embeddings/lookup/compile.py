@@ -69,7 +69,7 @@ Collection = BagCollection | SequenceCollection
 
 
 def make_collection(group: TableGroup, device: torch.device) -> Collection:
-    """Compile a group. On the meta device no memory is taken; `embeddings.lookup.sharding.shard` places the rows."""
+    """Compile a group. On the meta device no memory is taken; `shard` of `sharding` places the rows."""
     kinds: dict[str, type[Collection]] = {"bag": BagCollection, "sequence": SequenceCollection}
     return kinds[group.kind](group, device)
 

@@ -35,10 +35,10 @@ from pipelines.ingest.encoding import encode, narrow
 from pipelines.ingest.engine import Engine, connect, count_rows
 from pipelines.ingest.events import EVENTS, RAW_TABLES, SHOWN, open_events, open_impressions
 from pipelines.ingest.files import Files, find_files
-from pipelines.ingest.ingest.protocols import impressions, leave_last, next_basket, time_split
 from pipelines.ingest.names import NUMBERED, agree, with_numbers
 from pipelines.ingest.negatives import past_events
 from pipelines.ingest.preview import preview_lines
+from pipelines.ingest.protocols import impressions, leave_last, next_basket, time_split
 from pipelines.ingest.protocols.protocol import Past, RequestProtocol, Tables
 from pipelines.ingest.remarks import Span, remarks, unused_settings
 from pipelines.ingest.report import (

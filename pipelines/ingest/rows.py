@@ -138,7 +138,7 @@ def auto_buckets(events: int, config: IngestConfig) -> int:
 def draw_groups(asked: int, events: int, buckets: int, config: IngestConfig) -> int:
     """How many groups of buckets keep the candidates of one within the memory limit.
 
-    Few are better: every group goes through all numbered events of the past once (`pipelines.ingest.negatives`).
+    Few are better: every group goes through all numbered events of the past once (see `negatives`).
     """
     positives = config.requests.positives if config.protocol == "next-basket" else 1
     wanted = positives * config.requests.negatives

@@ -36,7 +36,7 @@ from trainer.serving.request import ScoreBody
 from trainer.serving.scorer import Scorer
 
 Result = TypeVar("Result")
-_PAGE = Path(__file__).with_name("serve_page.html")
+_PAGE = Path(__file__).with_name("page.html")
 _CSP = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from pipelines.synth import fields, orders, relevance, temporal
 from pipelines.synth.log import PlantedLog, Worth
-from pipelines.synth.synth import fields, orders, relevance, temporal
 
 
 @dataclass(frozen=True)

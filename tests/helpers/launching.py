@@ -30,8 +30,9 @@ SERVER.set_forkserver_preload(
     [
         *(
             f"pipelines.{verb}"
-            for verb in ("train", "evaluate", "export", "score", "ingest", "plan", "bench")
+            for verb in ("train", "evaluate", "export", "score", "ingest.ingest", "plan.plan")
         ),
+        "benchmarks.bench",
         "launch.reporting",
         "tests.helpers.logs",
         "tests.programs.drive",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipelines.export import export
 from tests.helpers.models import drawing, preset
 from trainer.assemble import build_sharded
-from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint import save_load as checkpoint
 from trainer.config.run_config import Config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group

@@ -77,7 +77,7 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
         load_ingest_config=lambda path, overrides: (path, overrides),
         report_lines=lambda manifest: [f"report of {manifest}"],
     )
-    pipeline("plan", plan=note("plan"), Question=lambda world, local, device, hbm, *rest: (world, hbm))
+    pipeline("plan.plan", plan=note("plan"), Question=lambda world, local, device, hbm, *rest: (world, hbm))
     for verb in ("evaluate", "export", "score"):
         pipeline(verb, **{verb: note(verb)})
     ingest = "ingest --events e.parquet --out log --config i.toml --set users=9 --overwrite"
@@ -272,7 +272,7 @@ def test_wrong_usage_says_what_to_do(capsys: Capture, words: str, message: str) 
 
 
 def test_our_own_sentences_have_no_prefix(pipeline: Callable[..., None], capsys: Capture) -> None:
-    pipeline("ingest", ingest=None, report_lines=None, load_ingest_config=lambda *_: None)
+    pipeline("ingest.ingest", ingest=None, report_lines=None, load_ingest_config=lambda *_: None)
     assert main(["ingest", "--config", "c.toml", "--events", "e.csv"]) == 2
     assert capsys.readouterr().err.startswith("tandemrec: error: name the log to write with --out")
 

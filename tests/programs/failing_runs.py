@@ -27,7 +27,7 @@ from embeddings.plan import planner as planning
 from tests.helpers.forked import fork_ranks, one_thread
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.programs.saving_runs import Runs
-from trainer.checkpoint.save_load import files as checkpoint_files
+from trainer.checkpoint import files as checkpoint_files
 from trainer.ranks.process_group import Ranks
 from trainer.run_folder import MetricsLog, RunFolder
 

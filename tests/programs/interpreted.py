@@ -1,4 +1,4 @@
-"""What must hold of the kernels, in Triton's interpreter: `TRITON_INTERPRET=1 python -m tests.programs.interpreted`.
+"""What holds of kernels in Triton's interpreter: `TRITON_INTERPRET=1 python -m tests.programs.interpreted`.
 
 A program, because Triton decides when it is imported whether it interprets.
 """

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from tests.helpers.forked import fork_ranks
+from trainer.checkpoint import save_load as checkpoint
+from trainer.checkpoint import writer as hashed_writer
 from trainer.checkpoint.background import Saver
-from trainer.checkpoint.save_load import save_load as checkpoint
-from trainer.checkpoint.save_load import writer as hashed_writer
 from trainer.config.sections import CheckpointConfig
 from trainer.ranks.process_group import Ranks
 

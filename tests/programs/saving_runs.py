@@ -23,9 +23,9 @@ import pipelines.train
 from tests.helpers.forked import fork_ranks, one_thread
 from tests.helpers.launching import SETTINGS, losses, overrides
 from tests.helpers.logs import small_log
+from trainer.checkpoint import files as checkpoint_files
+from trainer.checkpoint import writer as hashed_writer
 from trainer.checkpoint.background import Saver
-from trainer.checkpoint.save_load import files as checkpoint_files
-from trainer.checkpoint.save_load import writer as hashed_writer
 from trainer.config.run_config import Config, load_config
 from trainer.loop.loop import Trainer
 from trainer.ranks.process_group import Ranks

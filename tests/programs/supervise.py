@@ -1,8 +1,8 @@
-"""torchrun's agent over ranks that start in a moment: `python -m tests.programs.supervise PLAN RESTARTS GRACE`.
+"""torchrun's agent over ranks that start at once: `python -m tests.programs.supervise PLAN RESTARTS GRACE`.
 
 What restarts the ranks is the very agent of torchrun; but they are forked from the server of
-`tests.helpers.launching`, which has done the slow imports, so that twenty kills take no minutes. tests/trainer/test_faults.py
-also kills under torchrun itself.
+`tests.helpers.launching`, which has done the slow imports, so that twenty kills take no minutes.
+test_faults.py also kills under torchrun itself.
 """
 
 from __future__ import annotations

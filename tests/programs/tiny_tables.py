@@ -29,7 +29,7 @@ WAYS = [("bag", "row_wise"), ("bag", "table_row_wise"), ("bag", "grid_shard"), (
 
 
 def compare(root: Path) -> dict[str, Any]:
-    """Three ranks beside plain tables, as `tests.programs.tables_on_ranks`; -> way -> largest difference of each."""
+    """Three ranks beside plain tables, as in `tables_on_ranks`; -> way -> largest difference of each."""
 
     def work(ranks: Ranks) -> None:
         found = {}

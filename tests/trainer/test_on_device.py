@@ -69,7 +69,7 @@ LAUNCHES = {
     "twin_proj": 249,
     "twin_v2": 497,
 }
-ADVICE = "If that is meant, say in the commit why it is worth it, and set LAUNCHES in tests/trainer/test_on_device.py to"
+ADVICE = "If that is meant, say in the commit why it is worth it, and set LAUNCHES in test_on_device.py to"
 
 
 class Unsharded(nn.Module):

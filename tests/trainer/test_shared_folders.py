@@ -16,7 +16,7 @@ from embeddings.errors import ConfigError, DataError
 from pipelines.ingest.ingest import ingest
 from tests.helpers.rawlogs import config, events, rows, write
 from trainer import sealed_folder as durable
-from trainer.checkpoint.save_load import files as checkpoint_files
+from trainer.checkpoint import files as checkpoint_files
 from trainer.log.schema import read_manifest
 from trainer.run_folder import RunFolder
 from trainer.snapshot.publishing import drafting

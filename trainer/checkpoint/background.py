@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from embeddings.agreement import from_every_rank
 from embeddings.errors import CheckpointError
-from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.staging import StagedCopy, device_of
 from trainer.config.sections import CheckpointConfig
 from trainer.ranks.process_group import tells_of_a_lost_rank

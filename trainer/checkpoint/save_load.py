@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
+from trainer.checkpoint import files
 from trainer.checkpoint.files import Entries, newest, read_state, to_use, verify
-from trainer.checkpoint.save_load import files
 from trainer.checkpoint.writer import HashedWriter
 from trainer.sealed_folder import remove_folder
 

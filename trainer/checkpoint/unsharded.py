@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from embeddings.errors import CheckpointError
 from embeddings.lookup.sharding import table_of
-from trainer.checkpoint.save_load import files as checkpoint_files
+from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.save_load import load_tensors
 from trainer.config.toml import Settings
 from trainer.log.names import FileName, InnerPath, name_problem

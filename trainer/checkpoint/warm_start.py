@@ -25,8 +25,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError, DataError, TandemError
 from embeddings.lookup.sharding import table_of
+from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.compatible import log_fingerprint
-from trainer.checkpoint.save_load import files as checkpoint_files
 from trainer.checkpoint.unsharded import PlainManifest, PlainTables, open_plain_tables, unshard
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.log.schema import FeatureInfo, LogManifest, read_manifest

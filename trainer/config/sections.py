@@ -1,4 +1,4 @@
-"""The sections of the trainer's configuration but those of tables; `trainer.config.run_config` puts them together."""
+"""The sections of the trainer's configuration but those of tables; `run_config` puts them together."""
 
 from __future__ import annotations
 

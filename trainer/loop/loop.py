@@ -14,10 +14,10 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
+from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_same_order
 from trainer.checkpoint.reshard import check_reshardable
-from trainer.checkpoint.save_load import save_load as checkpoint
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.loop.early_stopping import Best
@@ -40,7 +40,7 @@ class Position:
     Attributes:
         step: steps done; cursor: next block to read; candidates: trained so far, over all ranks.
         wall_s, cpu_s: spent in training steps so far, by this rank (checkpoints keep cpu_s of all ranks).
-        validated: step of the newest validation, -1 before the first; best: see `trainer.loop.early_stopping`.
+        validated: step of the newest validation, -1 before the first; best: see `early_stopping`.
     """
 
     step: int = 0
@@ -60,7 +60,7 @@ class Trainer:
         model: the sharded model; its forward runs through DistributedModelParallel.
         train, validation: readers of the two splits, for this rank.
         ranks: this rank's place; folder: the run folder; say: prints a line on rank 0.
-        log_fingerprint: kept with every checkpoint, see `trainer.checkpoint.compatible`; plan: the sharding plan in force.
+        log_fingerprint: kept with every checkpoint, see `compatible`; plan: the sharding plan in force.
 
     Attributes:
         stopped: training ended because it was asked to, before its end.

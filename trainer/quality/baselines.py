@@ -73,7 +73,7 @@ def baselines(reader: SequenceLogReader) -> Baselines:
     """Baselines on the reader's split, whole histories whatever the window.
 
     `mean_label`, `item_rate`, `user_item_rate`: of the training split, for each task, see
-    `trainer.quality.label_rates`. `popularity`: how often the candidate's item occurred before the validation period.
+    `trainer.quality.label_rates`. `popularity`: how often the candidate's item occurred before validation.
     `item_count`: how often the user's own visible history holds the very item; `category_count`: the same
     of the finest taxonomy level. These three are no probabilities, and the same for every task.
     """

@@ -5,7 +5,7 @@ thread waits for the device, where nothing can be raised, until torch's watchdog
 So each rank says every few seconds through the store that it lives and how many collectives it has begun. A
 rank that no longer says so is dead, frozen or cut off. One that lives, and has for the whole time-out not
 begun a collective that this rank has begun, hangs. Either way the collectives are aborted, so that the main
-thread wakes with an error, which `trainer.ranks.process_group.naming_the_lost` turns into a RankError; a main thread
+thread wakes with an error, which `naming_the_lost` of `process_group` turns into a RankError; a main thread
 that does not wake is not waited for.
 
 Work that may take any length of time is no silence: while rank 0 plans or counts, the other ranks wait in

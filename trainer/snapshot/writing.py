@@ -1,6 +1,6 @@
 """Writing a version: table by table from a checkpoint, in a folder that readers do not look at.
 
-The memory it takes is that of the largest shard of the checkpoint (see `trainer.checkpoint.tensors`), whatever the
+The memory it takes is that of the largest shard of the checkpoint (see checkpoint.tensors), whatever the
 size of the model. `trainer.snapshot.publishing` then gives the folder its number.
 """
 

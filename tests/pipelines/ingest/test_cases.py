@@ -1,4 +1,4 @@
-"""Raw tables that strangers brought, kept in tests/cases/: each once made a wrong log without a word."""
+"""Raw tables that strangers brought, kept in cases/ beside it: each once made a wrong log without a word."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import ConfigError, DataError
+from pipelines.ingest import rows as ingest_blocks
 from pipelines.ingest.engine import connect
 from pipelines.ingest.errors import explained
 from pipelines.ingest.ingest import ingest
-from pipelines.ingest.ingest import rows as ingest_blocks
 from pipelines.ingest.sections import EngineConfig
 from pipelines.ingest.trajectories import merge
 from tests.helpers.rawlogs import config, rows, words

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.ingest.ingest import encoding as ingest_encoding
+from pipelines.ingest import encoding as ingest_encoding
 from pipelines.ingest.ingest import ingest
 from tests.helpers.opening import GOOD, Door, csv_events, parquet, text
 from tests.helpers.rawlogs import SHOWN, config, events, impressions, renew, rows, words, write

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from embeddings.errors import CheckpointError
-from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint import save_load as checkpoint
 from trainer.ranks.process_group import process_group
 from trainer.sealed_folder import file_digest
 

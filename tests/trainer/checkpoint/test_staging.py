@@ -20,8 +20,8 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embeddings.errors import CheckpointError
+from trainer.checkpoint import background as saving
 from trainer.checkpoint.background import Saver
-from trainer.checkpoint.save_load import background as saving
 from trainer.checkpoint.staging import StagedCopy, device_of
 from trainer.checkpoint.writer import HashedWriter
 from trainer.config.sections import CheckpointConfig

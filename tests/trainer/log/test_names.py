@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from embeddings.errors import CheckpointError, DataError
 from tests.helpers.logs import small_log
-from trainer.checkpoint.save_load import files as checkpoint_files
+from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.unsharded import PlainManifest
 from trainer.log.names import name_problem, path_problem
 from trainer.log.schema import read_manifest

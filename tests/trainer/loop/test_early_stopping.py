@@ -18,7 +18,7 @@ from pipelines.evaluate import evaluate
 from pipelines.export import export
 from tests.helpers.launching import SETTINGS, overrides, tandemrec
 from tests.helpers.logs import random_rows, small_log, write_log
-from trainer.checkpoint.save_load import files as checkpoint_files
+from trainer.checkpoint import files as checkpoint_files
 from trainer.config.run_config import Config, load_config
 from trainer.config.sections import EarlyStoppingConfig, TrainConfig
 from trainer.loop.early_stopping import Best

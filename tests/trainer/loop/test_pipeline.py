@@ -1,6 +1,6 @@
 """Train pipelines, the check before any weight changes, clipping and precision: all on one rank and on two.
 
-One launch for each number of ranks does all cases (`tests.programs.step_cases`); the tests look at what it found.
+One launch for each number of ranks does all cases (`tests.programs.step_cases`); tests look at what it found.
 """
 
 from __future__ import annotations

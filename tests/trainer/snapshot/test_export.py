@@ -19,7 +19,7 @@ from tests.helpers.models import preset as a_preset
 from tests.helpers.models import small_log, stage_one
 from tests.helpers.serving import snapshot_of
 from tests.helpers.snapshots import exported, save_run
-from trainer.checkpoint.save_load import save_load as checkpoint
+from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.tensors import TableReader
 from trainer.ranks.process_group import process_group
 from trainer.snapshot import load_search, load_snapshot

@@ -1,6 +1,6 @@
 """A guard whose answer the host reads a step late, as on CUDA: the same contract as one that waits.
 
-One launch for each number of ranks does all cases (`tests.programs.late_cases`); the tests look at what it found.
+One launch for each number of ranks does all cases (`tests.programs.late_cases`); tests look at what it found.
 """
 
 from __future__ import annotations
