@@ -27,8 +27,8 @@ _HEAD = """# Configuration: every key
 `make docs` writes this page from the settings models. Each key can be set in a TOML file, or by
 `--set section.key=value`. A file may start from another file: `extends = "other.toml"` names it by its path
 from the first one. The values of the first file win. An unknown key is an error. configs/ holds ready files.
-Other pages explain what the keys do: [training.md](training.md), [models.md](models.md), [tables.md](tables.md),
-[checkpoints.md](checkpoints.md), [plan.md](plan.md), [ingest.md](ingest.md).
+Other pages explain what the keys do: [training.md](training.md), [models.md](models.md),
+[tables.md](tables.md), [checkpoints.md](checkpoints.md), [plan.md](plan.md), [ingest.md](ingest.md).
 
 After `tandemrec --install-completion` the shell completes verbs and options.
 """
@@ -80,7 +80,7 @@ def _docstrings(kind: type[Settings]) -> dict[str, str]:
 
 
 def _old_texts(kind: type[Settings], fields: Mapping[str, FieldInfo]) -> dict[str, str]:
-    """The same from an `Attributes:` block of the class's own docstring, as sections not yet rewritten have."""
+    """The same from an `Attributes:` block in the docstring of a class that is not yet rewritten."""
     texts: dict[str, str] = {}
     _, _, block = inspect.cleandoc(kind.__doc__ or "").partition("\nAttributes:\n")
     for entry in _entries(block):

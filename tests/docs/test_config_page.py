@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from pydantic import Field
@@ -43,11 +43,50 @@ def test_every_key_has_a_text(model: type[Settings]) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_the_docstrings_of_fields_are_sentences(model: type[Settings]) -> None:
+    old = "Attributes:" in (model.__doc__ or "")
+    texts = {} if old else texts_of(model)
+    assert not [
+        text for text in texts.values() if not (text[0] in "`" or text[0].isupper()) or text[-1] != "."
+    ]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_a_key_shares_its_line_with_none_of_another_kind(model: type[Settings]) -> None:
     """What is said of two keys at once says of neither which of the two it is."""
     lines = texts_of(model)
     shared = {key for key in lines if list(lines.values()).count(lines[key]) > 1}
     assert shared <= {"warmup", "warmup_steps", "decay"}, "give each its own line in the Attributes"
+
+
+class _Described(Settings):
+    """A section."""
+
+    first: str = "x|y"
+    """The first key has a text of
+    two lines."""
+    second: float = Field(
+        1e-8,
+        gt=0,
+    )
+    """`second` has one line."""
+    bare: int = 0
+    limit: ClassVar[int] = 3
+
+    def method(self) -> str:
+        """It is no key."""
+        return self.first
+
+
+class _More(_Described):
+    bare: int = 1
+    """A class below gives the text."""
+
+
+def test_the_docstring_under_a_field_is_its_text() -> None:
+    first = {"first": "The first key has a text of two lines.", "second": "`second` has one line."}
+    assert texts_of(_Described) == first
+    assert texts_of(_More) == first | {"bare": "A class below gives the text."}
 
 
 class _Small(Settings):
