@@ -185,7 +185,7 @@ class TrainConfig(Settings):
     """A run is refused after this number of starts from the same step. 0 means no limit."""
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> TrainConfig:
+    def _check_together(self) -> TrainConfig:
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(
                 f'train.weight_decay = {self.weight_decay} is for adamw: set train.optimizer = "adamw"'

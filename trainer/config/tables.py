@@ -64,7 +64,7 @@ class GroupConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_option_that_kernels_ignore(cls, given: object) -> object:
+    def _check_kernels(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
         for key, reason in _IGNORED_BY_KERNELS.items():
@@ -75,7 +75,7 @@ class GroupConfig(Settings):
         return given
 
     @model_validator(mode="after")
-    def _combinations(self) -> GroupConfig:
+    def _check_together(self) -> GroupConfig:
         if self.kind == "sequence":
             for kind in self.sharding:
                 if kind in _BAGS_ONLY:
@@ -122,7 +122,7 @@ class PlanTableConfig(Settings):
     """Which rows these are: the last used (`lru`) or the most used (`lfu`). Not set means `lru`."""
 
     @model_validator(mode="after")
-    def _cache_without_a_cache(self) -> PlanTableConfig:
+    def _check_cache(self) -> PlanTableConfig:
         for key in ("cache_load_factor", "cache_algorithm"):
             if getattr(self, key) is not None and self.kernels and "fused_uvm_caching" not in self.kernels:
                 raise ValueError(f'{key} is for kernel "fused_uvm_caching", which kernels does not name')
@@ -166,7 +166,7 @@ class PlanConfig(Settings):
         return given.over(device if self.gpu is None else KNOWN[self.gpu])
 
     @model_validator(mode="after")
-    def _caches_need_unified_memory(self) -> PlanConfig:
+    def _check_unified_memory(self) -> PlanConfig:
         for name, table in self.tables.items():
             for key in ("cache_load_factor", "cache_algorithm"):
                 if getattr(table, key) is not None and not self.allow_unified_memory:
