@@ -50,13 +50,10 @@ def words_of(problem: Mapping[str, Any], *, json: bool = False) -> str:
     return message
 
 
-def path_in(tree: Any, location: Sequence[int | str], *, leaf: bool = True) -> str:
+def path_in(tree: Any, location: Sequence[int | str]) -> str:
     """A place in a tree, such as `requests[0].candidates`, without the names of types that pydantic puts in.
 
-    Args:
-        tree: the parsed JSON.
-        location: the `loc` of the problem.
-        leaf: whether the last part may be a key that the tree does not have, such as a missing one.
+    The last part may be a key that the tree does not have, because it is missing.
     """
     path = ""
     for place, part in enumerate(location):
@@ -64,6 +61,6 @@ def path_in(tree: Any, location: Sequence[int | str], *, leaf: bool = True) -> s
             path, tree = f"{path}[{part}]", tree[part]
         elif isinstance(tree, dict) and part in tree:
             path, tree = f"{path}.{part}", tree[part]
-        elif leaf and isinstance(tree, dict) and place == len(location) - 1:
+        elif isinstance(tree, dict) and place == len(location) - 1:
             path = f"{path}.{part}"
     return path.removeprefix(".")

@@ -66,26 +66,16 @@ def load_settings(
     whole = copy.deepcopy(tree)
     for override in overrides:
         _apply(whole, override)
-    try:
+    problems = _problems(model, whole)
+    if not problems:
         return model.model_validate(whole)
-    except ValidationError as error:
-        problems = _problems(error)
     sources = [_override_of(problem["loc"], overrides) or str(path or "--set") for problem in problems]
     if path is not None and overrides:
-        of_file = [(problem["loc"], problem["msg"]) for problem in _problems_of(model, tree)]
+        of_file = [(problem["loc"], problem["msg"]) for problem in _problems(model, tree)]
         for i, problem in enumerate(problems):
             if (problem["loc"], problem["msg"]) in of_file:
                 sources[i] = str(path)
     raise ConfigError(_message(model, problems, sources))
-
-
-def validate_settings(model: type[SettingsType], tree: dict[str, Any], where: str) -> SettingsType:
-    """Validate a tree of plain values. Every message starts with `where`."""
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        problems = _problems(error)
-    raise ConfigError(_message(model, problems, [where] * len(problems)))
 
 
 def _check_verb(model: type[Settings], tree: dict[str, Any], path: Path) -> None:
@@ -109,22 +99,17 @@ def _overlap(key: Sequence[str], place: Sequence[str]) -> bool:
     return bool(place) and list(key[:shorter]) == list(place[:shorter])
 
 
-def _problems_of(model: type[Settings], tree: dict[str, Any]) -> list[dict[str, Any]]:
+def _problems(model: type[Settings], tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """One problem for each place. If a value may have several forms, it is that of the nearest form."""
+    problems: dict[tuple[Any, ...], dict[str, Any]] = {}
     try:
         model.model_validate(tree)
     except ValidationError as error:
-        return _problems(error)
-    return []
-
-
-def _problems(error: ValidationError) -> list[dict[str, Any]]:
-    """One problem for each place: that of the form which the value comes nearest to, if several are allowed."""
-    problems: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for raw in error.errors():
-        place = tuple(part for part in raw["loc"] if not _FORM.fullmatch(str(part)))
-        other = problems.get(place)
-        if other is None or other["type"].endswith("_type") > raw["type"].endswith("_type"):
-            problems[place] = {**raw, "loc": place}
+        for raw in error.errors():
+            place = tuple(part for part in raw["loc"] if not _FORM.fullmatch(str(part)))
+            other = problems.get(place)
+            if other is None or other["type"].endswith("_type") > raw["type"].endswith("_type"):
+                problems[place] = {**raw, "loc": place}
     return list(problems.values())
 
 
@@ -168,8 +153,7 @@ def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in tree.items():
         other = merged.get(key)
-        both = isinstance(value, dict) and isinstance(other, dict)
-        merged[key] = _over(value, other) if both else value
+        merged[key] = _over(value, other) if isinstance(value, dict) and isinstance(other, dict) else value
     return merged
 
 
@@ -233,14 +217,14 @@ def _only_place(model: type[BaseModel], key: str) -> str:
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    current: type[BaseModel] | None = model
+    """The keys of the section at a place. What is no key on the way is a name that the user chose."""
     for part in location:
-        if current is None:
-            return []
-        field = current.model_fields.get(part)
-        candidates = [] if field is None else list(models_in(field.annotation))
-        current = candidates[0] if candidates else (current if field is None else None)
-    return [] if current is None else list(current.model_fields)
+        if field := model.model_fields.get(part):
+            inner = next(models_in(field.annotation), None)
+            if inner is None:
+                return []
+            model = inner
+    return list(model.model_fields)
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
