@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from docs.tools.links import anchors, replace_targets, resolve, targets
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMED = ("launch", "pipelines", "trainer", "embeddings", "benchmarks", "tests")
 PAGES = sorted(
     str(page.relative_to(ROOT)) for folder in ("docs", "benchmarks") for page in (ROOT / folder).rglob("*.md")
 )
@@ -53,3 +55,29 @@ def test_targets_are_replaced_in_text_alone() -> None:
     text = "[a](x.md) `[b](x.md)` [c](https://example.org)\n```\n[d](x.md)\n```\n![e](y.png)"
     replaced = text.replace("[a](x.md)", "[a](X.MD)").replace("y.png", "Y.PNG")
     assert replace_targets(text, str.upper) == replaced
+
+
+def test_files_and_tests_that_pages_name_are_there() -> None:
+    """Names are no links: `test_reader.py::test_x`, `trainer/loop/loop.py`, `trainer.loop.loop.Trainer`."""
+    files = [path for folder in NAMED for path in (ROOT / folder).rglob("*.py")]
+    paths = {str(path.relative_to(ROOT)) for path in files}
+    tests = {
+        name
+        for path in files
+        if path.name.startswith("test_")
+        for name in re.findall(r"def (test_\w+)", path.read_text("utf-8"))
+    }
+    missing = []
+    for page in ["README.md", *PAGES]:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for path in re.findall(rf"\b((?:{'|'.join(NAMED)})/[\w/]+\.py|test_\w+\.py)", text):
+            missing += [] if any(f"/{each}".endswith(f"/{path}") for each in paths) else [(page, path)]
+        for dotted in re.findall(r"\b(?:launch|pipelines|trainer|embeddings)(?:\.\w+)+", text):
+            parts = dotted.split(".")
+            names = ["/".join(parts[:length]) for length in range(2, len(parts) + 1)]
+            there = any(f"{name}.py" in paths for name in names) or (ROOT / names[-1]).exists()
+            missing += [] if there else [(page, dotted)]
+        for name, cut in re.findall(r"::(test_\w+)(\.\.\.)?", text):
+            there = any(each.startswith(name) for each in tests) if cut else name in tests
+            missing += [] if there else [(page, name)]
+    assert not missing
