@@ -9,7 +9,8 @@ from posixpath import normpath
 
 # Code shows brackets that are no links: fenced blocks and spans are passed over.
 _CODE = r"^(?P<fence>```+|~~~+).*?^(?P=fence)[^\n]*$|(?P<ticks>`+)[^`].*?(?P=ticks)"
-_LINK = re.compile(rf"{_CODE}|\]\((?P<target>[^)\s]+)\)", re.MULTILINE | re.DOTALL)
+_START = r"""(?P<start>\]\(|\b(?:src|srcset|href)=")"""
+_LINK = re.compile(rf"{_CODE}|{_START}(?P<target>[^)\s\"]+)", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[^\n]*$|^#+ (?P<text>[^\n]*)$", re.MULTILINE | re.DOTALL
 )
@@ -27,7 +28,7 @@ def replace_targets(text: str, replace: Callable[[str], str]) -> str:
 
     def replaced(match: re.Match[str]) -> str:
         target = match["target"]
-        return match[0] if not target or "://" in target else f"]({replace(target)})"
+        return match[0] if not target or "://" in target else match["start"] + replace(target)
 
     return _LINK.sub(replaced, text)
 
