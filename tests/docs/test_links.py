@@ -52,7 +52,7 @@ def test_anchors_are_those_of_the_repository_view() -> None:
 
 
 def test_targets_are_replaced_in_text_alone() -> None:
-    text = '[a](x.md) `[b](x.md)` [c](https://example.org)\n```\n[d](x.md)\n```\n'
+    text = "[a](x.md) `[b](x.md)` [c](https://example.org)\n```\n[d](x.md)\n```\n"
     text += '![e](y.png "It")<img src="z.svg">'
     replaced = text.replace("[a](x.md)", "[a](X.MD)").replace("y.png", "Y.PNG").replace("z.svg", "Z.SVG")
     assert replace_targets(text, str.upper) == replaced
