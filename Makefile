@@ -25,7 +25,7 @@ GPU_LOG = $(if $(DRY),,$(addprefix --log ,$(wildcard $(LOG))))
 TORCH = torch==2.13.0
 PIP = $(VENV)/bin/pip install --no-cache-dir --disable-pip-version-check --quiet
 CHECKED = launch pipelines trainer embeddings
-FORMATTED = $(CHECKED) tests benchmarks
+FORMATTED = $(CHECKED) tests benchmarks docs/tools
 
 # The smoke run goes through every step on a slice of the data.
 INGEST_SMOKE = $(if $(SMOKE),--set users=200)
@@ -73,12 +73,16 @@ $(VENV)/.installed-$(DEVICE): requirements/common.txt requirements/$(DEVICE).txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.installed-dev: requirements/dev.txt requirements/kubernetes.txt $(VENV)/.installed-$(DEVICE)
+$(VENV)/.installed-dev: requirements/dev.txt requirements/docs.txt requirements/kubernetes.txt $(VENV)/.installed-$(DEVICE)
 	$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
 $(VENV)/.installed-bench: requirements/bench.txt $(VENV)/.installed-$(DEVICE)
 	$(PIP) --no-deps -r requirements/bench.txt
+	@touch $@
+
+$(VENV)/.installed-docs: requirements/docs.txt $(VENV)/.installed-$(DEVICE)
+	$(PIP) --no-deps -r requirements/docs.txt
 	@touch $@
 
 $(VENV)/.installed-spark: requirements/spark.txt $(VENV)/.installed-$(DEVICE)
@@ -133,8 +137,10 @@ format: install-dev ## rewrite the code the way lint wants it
 bench: $(VENV)/.installed-bench ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
 	python -m benchmarks.refresh --log "$(LOG)"
 
-docs: install ## docs/config.md, every key of the configurations, from the code
-	python -m pipelines.config_doc docs/config.md
+docs: $(VENV)/.installed-docs ## docs/config.md from the code, then the site of docs/ and the API, in runs/site
+	python -m docs.tools.config_page
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
+	@echo "open runs/site/index.html, or with a search field: python -m http.server -d runs/site"
 
 pins: ## whether all pinned releases are there for Linux and Python 3.11 and 3.12 (needs uv)
 	bash requirements/check.sh

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a value, in the words of this project."""
+"""Messages for values that pydantic refuses, in the words of this project."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WORDS = {
     "list": 'must be a list, such as ["a", "b"]',
 }
 _KIND = re.compile(r"^(bool|int|float|string|dict|model|date|tuple|list)(_|$)")
-# Of these types pydantic's own words hold the bound, which ours would not.
+# For these types the words of pydantic hold the bound, which ours do not.
 _BOUND = ("too_short", "too_long", "pattern_mismatch")
 _PLAIN = (
     (r"^Value error, ", ""),
@@ -34,11 +34,12 @@ def words_of(problem: Mapping[str, Any], *, json: bool = False) -> str:
     """The message of one of a ValidationError's `errors()`.
 
     Args:
-        json: the value comes from JSON, not from TOML, whose tables look otherwise.
+        problem: the entry of `errors()`.
+        json: whether the value comes from JSON. Its objects and lists are written in another way than TOML's.
     """
     kind = str(problem["type"])
-    found = _KIND.match(kind)
-    name = kind if kind in _WORDS else found[1] if found and not kind.endswith(_BOUND) else ""
+    match = _KIND.match(kind)
+    name = kind if kind in _WORDS else match[1] if match and not kind.endswith(_BOUND) else ""
     if json and name in ("dict", "model", "tuple", "list"):
         return "must be an object" if name in ("dict", "model") else "must be a list"
     if name:
@@ -49,11 +50,10 @@ def words_of(problem: Mapping[str, Any], *, json: bool = False) -> str:
     return message
 
 
-def path_in(tree: Any, location: Sequence[int | str], *, leaf: bool = True) -> str:
-    """`requests[0].candidates` of a place in a tree: without the names of types that pydantic puts in.
+def path_in(tree: Any, location: Sequence[int | str]) -> str:
+    """A place in a tree, such as `requests[0].candidates`, without the names of types that pydantic puts in.
 
-    Args:
-        leaf: the last part may be a key that is not there, as one that is missing.
+    The last part may be a key that the tree does not have, because it is missing.
     """
     path = ""
     for place, part in enumerate(location):
@@ -61,6 +61,6 @@ def path_in(tree: Any, location: Sequence[int | str], *, leaf: bool = True) -> s
             path, tree = f"{path}[{part}]", tree[part]
         elif isinstance(tree, dict) and part in tree:
             path, tree = f"{path}.{part}", tree[part]
-        elif leaf and isinstance(tree, dict) and place == len(location) - 1:
+        elif isinstance(tree, dict) and place == len(location) - 1:
             path = f"{path}.{part}"
     return path.removeprefix(".")

@@ -1,7 +1,6 @@
-"""The trainer's configuration: one TOML file, frozen once read, checked once at the start.
+"""The trainer's configuration: one TOML file, which is checked and frozen when it is read.
 
-Sections: data, model, groups.<name>, tables.<feature>, train, comms, checkpoint, plan. The resolved config
-travels with every run, checkpoint and snapshot as data.
+Every run, checkpoint and snapshot holds the resolved config as data.
 """
 
 from __future__ import annotations
@@ -13,14 +12,9 @@ from pydantic import Field, model_validator
 
 from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import FusedOptimizer, TableGroup, table_group
+from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from trainer.config.model import BranchConfig, ModelConfig, section_of
-from trainer.config.sections import (
-    CheckpointConfig,
-    CommsConfig,
-    DataConfig,
-    TrainConfig,
-)
+from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
 from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig
 from trainer.config.toml import Settings, load_settings
 
@@ -40,7 +34,7 @@ class Config(Settings):
     plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
-    def _roles_name_groups(self) -> Config:
+    def _check_roles(self) -> Config:
         used = set()
         for branch, settings in self.model.all_branches().items():
             for role, group in settings.roles.model_dump().items():
@@ -59,7 +53,7 @@ class Config(Settings):
         return self
 
     def _check_data(self, branch: str, settings: BranchConfig) -> None:
-        """A branch must be given by the reader what it works on."""
+        """Raise an error if the reader does not deliver what a branch works on."""
         data = self.data
         if settings.level and not data.search.levels:
             raise ValueError("model.level needs a hard search while reading: set data.search.levels")
@@ -92,16 +86,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def build_groups(
     config: Config, item_rows: Mapping[str, int], context_rows: Mapping[str, int] | None = None
 ) -> dict[str, TableGroup]:
-    """Resolve the groups against the log's features.
+    """The table groups of a run, with one table for each feature of a group.
 
     Args:
         config: the run's config.
-        item_rows: feature of behaviors and candidates -> table rows as in the log's manifest;
-            `tables.<feature>.rows` overrides it.
-        context_rows: the same for features of a request, which only the group of role `context` may have.
+        item_rows: feature of behaviors and candidates -> its rows in the log's manifest. A larger
+            `tables.<feature>.rows` of the config counts instead.
+        context_rows: the same for the features of a request. Only the group of role `context` may have them.
 
     Raises:
-        ConfigError: a group or table names an unknown feature, a table is smaller than the log's ids, or
+        ConfigError: a group or table names an unknown feature, a table is too small for the log's ids, or
             target and behavior of one role have different widths.
     """
     rows = {**item_rows, **(context_rows or {})}
@@ -126,7 +120,7 @@ def build_groups(
 
 
 def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> TableGroup:
-    """One group over the features of `rows`, or those of them that it names."""
+    """One group: over the features that it names, or over all features of `rows`."""
     features = group.features or tuple(rows)
     if not features:
         raise ConfigError(f"groups.{name}: the log has no context features; leave model.roles.context empty")
@@ -139,14 +133,13 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> Tabl
     if missing:
         raise ConfigError(f"groups.{name}.dim gives no width for feature {sorted(missing)[0]!r}")
     if stray:
-        problem = (
-            f"groups.{name}.dim gives a width for {sorted(stray)[0]!r}, which is no feature of the group"
-        )
-        raise ConfigError(problem)
+        problem = f"{sorted(stray)[0]!r}, which is no feature of the group"
+        raise ConfigError(f"groups.{name}.dim gives a width for {problem}")
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
+    tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
     kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
-    return table_group(name, features, dims, rows, optimizer, first, *kinds)
+    return TableGroup(name, tables, optimizer, first, *kinds)
 
 
 def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> None:

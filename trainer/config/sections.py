@@ -1,4 +1,4 @@
-"""The sections of the trainer's configuration but those of tables; `run_config` puts them together."""
+"""The sections data, train, comms and checkpoint of the trainer's configuration."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from trainer.config.toml import Settings
 
 
 class SearchConfig(Settings):
-    """Hard search in the data path (SIM's hard search, and its hierarchical generalisation).
-
-    Attributes:
-        levels: taxonomy features, coarse to fine, that a candidate is matched on; empty = no hard search.
-            One level is SIM's hard search. The item itself may be the finest level.
-        budget: behaviors kept for each candidate, deepest match first, then most recent.
-        half_life_days: of the decayed match counts.
-        counts: give the model the number of matches at each level, total and decayed.
-        domain: a feature of behaviors; domain_minimum: its value -> how many of its behaviors are guaranteed
-            a place.
-    """
+    """Hard search in the data path (SIM's hard search, and its hierarchical generalisation)."""
 
     levels: tuple[str, ...] = ()
+    """The taxonomy features that a candidate is matched on, coarse to fine. Empty means no hard search. One
+    level is SIM's hard search. The item itself may be the finest level."""
     budget: PositiveInt = 200
+    """The number of behaviors kept for each candidate: those of the deepest match first, then the most
+    recent."""
     half_life_days: float = Field(30.0, gt=0)
+    """The half-life, in days, of the decayed match counts."""
     counts: bool = True
+    """Whether the model gets the number of matches at each level, both in total and decayed."""
     domain: str = ""
+    """A feature of behaviors, such as their domain, some values of which `domain_minimum` guarantees a place.
+    Empty means none."""
     domain_minimum: dict[int, PositiveInt] = Field(default_factory=dict)
+    """For a value of `domain`, the number of its behaviors that are guaranteed a place."""
 
     @property
     def count_names(self) -> list[str]:
@@ -40,51 +39,54 @@ class SearchConfig(Settings):
 
 
 class DataConfig(Settings):
-    """What is read and how it is cut into steps.
-
-    Attributes:
-        log: folder of the sequence log.
-        history_length: L, the behaviors a request may see (with `search`: that the search looks through).
-        requests_per_block: consecutive requests of one user that share one block (one lookup).
-        behaviors_per_block: a block is closed early when its history would grow beyond this; 0 = 2 L.
-        batch_candidates: candidates of one step over all ranks, met to within one block.
-        batch_behaviors: a step is closed before its behaviors exceed this; 0 = no limit. Histories differ
-            a thousandfold, so this is what bounds a step's memory.
-        order: `shuffled` by train.seed, or `stored` (streaming, in the order the log was written).
-        shuffle_row_groups: blocks are shuffled within this many row groups.
-        sharding: how a step's blocks are dealt to ranks. `steps`: by cost, each step evenly; every rank
-            decodes every row group. `row_groups`: each rank decodes its own row groups only, and a step is
-            even on average. `auto`: `steps` on a CPU; on GPUs `row_groups` where shuffled blocks spread well
-            over the ranks, see docs/cluster.md. Steps and positions are the same either way.
-        ingestion_delay: seconds before a request during which behaviors are not yet visible.
-        verify: compare every file with the manifest's SHA-256 before the first step (ranks share the work).
-        on_bad: what a damaged or malformed row group does: `fail`, or `skip` it, counted and reported.
-        max_bad: largest share of row groups that may be skipped.
-        workers: threads that decode row groups ahead; prefetch: batches collated ahead by another thread.
-        search: hard search while reading, see [data.search].
-        clusters: deliver the log's clusters of behaviors, and single behaviors only as far as `recent`.
-        recent: the newest behaviors of each request that are delivered besides what a hard search or clusters
-            leave of its history.
-    """
+    """What is read and how it is cut into steps."""
 
     log: Path = Path("log")
+    """The folder of the sequence log."""
     history_length: int = Field(500, ge=1, le=1_000_000)
+    """L, the number of behaviors that a request may see. With `search` it is the number that the search looks
+    through."""
     requests_per_block: PositiveInt = 8
+    """The number of consecutive requests of one user that share one block, and so one lookup."""
     behaviors_per_block: int = Field(0, ge=0)
+    """A block is closed early when its history would grow beyond this number of behaviors. 0 means 2 L."""
     batch_candidates: PositiveInt = 2048
+    """The number of candidates in one step over all ranks. A step meets it to within one block."""
     batch_behaviors: int = Field(0, ge=0)
+    """A step is closed before its behaviors exceed this number. 0 means no limit. Histories differ a
+    thousandfold in length, so this is what bounds a step's memory."""
     order: Literal["shuffled", "stored"] = "shuffled"
+    """The order of the blocks. `shuffled` draws it from train.seed. `stored` keeps the order in which the log
+    was written, for streaming."""
     sharding: Literal["auto", "steps", "row_groups"] = "auto"
+    """How the blocks of a step are dealt to ranks. `steps` deals each step evenly by cost, and every rank
+    decodes every row group. `row_groups` has each rank decode its own row groups only, and a step is even on
+    average. `auto` means `steps` on a CPU; on GPUs it means `row_groups` where shuffled blocks spread well
+    over the ranks, see docs/cluster.md. The steps and the positions in the log are the same either way."""
     shuffle_row_groups: PositiveInt = 64
+    """Blocks are shuffled within this number of row groups."""
     ingestion_delay: int = Field(0, ge=0)
+    """The number of seconds before a request in which behaviors are not yet visible to it."""
     verify: bool = True
+    """Whether every file is compared with the manifest's SHA-256 before the first step. The ranks share the
+    work."""
     on_bad: Literal["fail", "skip"] = "fail"
+    """What happens at a damaged or malformed row group. `fail` ends the run; `skip` leaves the row group out,
+    counts it and reports it."""
     max_bad: float = Field(0.001, ge=0, le=1)
+    """The largest share of row groups that may be skipped."""
     workers: int = Field(1, ge=0, le=1024)
+    """The number of threads that decode row groups ahead."""
     prefetch: int = Field(4, ge=0, le=1024)
+    """The number of batches that another thread collates ahead."""
     search: SearchConfig = SearchConfig()
+    """Hard search while reading, see [data.search]."""
     clusters: bool = False
+    """Whether the log's clusters of behaviors are delivered. Single behaviors are then delivered only as far
+    as `recent` asks."""
     recent: int = Field(0, ge=0)
+    """The number of newest behaviors of each request that are delivered besides what a hard search or
+    clusters leave of its history."""
 
     @property
     def block_limit(self) -> int:
@@ -95,30 +97,29 @@ Decay = Literal["none", "linear", "cosine"]
 
 
 class TableRatesConfig(Settings):
-    """How the tables' learning rates differ in time from the dense ones; a key that is not set is no
-    difference. See [train].
+    """How the schedule of the tables' learning rates differs from that of the dense weights.
 
-    Attributes:
-        warmup, warmup_steps, decay: as in [train], of the tables alone.
+    A key that is not set makes no difference.
     """
 
     warmup: float | None = Field(None, ge=0, lt=1)
+    """As train.warmup, for the tables alone."""
     warmup_steps: int | None = Field(None, ge=0)
+    """As train.warmup_steps, for the tables alone."""
     decay: Decay | None = None
+    """As train.decay, for the tables alone."""
 
 
 class EarlyStoppingConfig(Settings):
-    """End training where validation no longer gets better, and keep the best checkpoint.
-
-    Attributes:
-        metric: of the validation split and the log's first task, see `evaluate`.
-        patience: validations in a row that may bring nothing; 0 = never stop early.
-        min_delta: a gain must be larger than this to count.
-    """
+    """When training ends because validation no longer gets better; the best checkpoint is kept."""
 
     metric: Literal["auc", "gauc", "logloss"] = "auc"
+    """The metric that is watched. It is that of the log's first task on the validation split, see
+    docs/evaluation.md."""
     patience: int = Field(0, ge=0)
+    """The number of validations in a row that may bring no gain. 0 means that training never stops early."""
     min_delta: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """A gain counts only if it is larger than this."""
 
     @property
     def on(self) -> bool:
@@ -126,63 +127,65 @@ class EarlyStoppingConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """The training run; docs/training.md explains it.
-
-    Attributes:
-        seed: of every random draw: initial weights and the order of the data.
-        epochs: passes over the train split.
-        max_steps: stop after this many steps; 0 = no limit. Schedules run to whichever end comes first.
-        optimizer: of the dense weights; learning_rate: theirs, before any schedule.
-        weight_decay: of adamw, on dense weights of two dimensions or more.
-        max_gradient_norm: dense gradients are scaled down to this global norm; 0 = never. Tables are not
-            clipped and their gradients are not in the norm.
-        warmup: share of the run in which all learning rates rise linearly; warmup_steps: the same in steps,
-            which then counts instead, but for no more than a fifth of the run.
-        decay: `linear` or `cosine` lets all learning rates fall to a thousandth at the last step.
-        tables: another warm-up or decay for the tables' rates, which are groups.<name>.learning_rate.
-        device: where ranks compute, and `evaluate` and `export` of this run, too. `auto`: on a GPU each where
-            there are some that the installed builds can use, else on the CPU, and says why; `cuda`, `cpu`:
-            there and nowhere else.
-        precision: of everything dense in training: `bf16` multiplies in bfloat16; weights, looked-up vectors
-            and the loss stay fp32. Evaluation is always fp32.
-        pipeline: TorchRec's train pipeline: `none`, `sparse_dist` (copies later batches and exchanges their
-            ids meanwhile), `prefetch` (fills the tables' caches meanwhile too; CUDA only; without such
-            caches as `sparse_dist`). `auto`: `sparse_dist` on CUDA, `none` on a CPU, which has nothing to
-            overlap. Losses are the same.
-        log_every: steps between two lines of metrics.jsonl.
-        validate_every: steps between two validations; 0 = only at the end.
-        early_stopping: see [train.early_stopping]; it needs validate_every.
-        init_from: a run, or tables written by `unshard`, whose weights a new run starts with; see
-            `trainer.checkpoint.warm_start`.
-        init_optimizer: `carry` the accumulators of the tables' rows with them, or start those `fresh`.
-        timeout_s: seconds that ranks wait for each other in one collective before they give up.
-        max_starts_without_progress: a run is refused after so many starts from the same step; 0 = no limit.
-    """
+    """The training run; docs/training.md explains it."""
 
     seed: int = Field(17, ge=0, lt=2**31)
+    """The seed of every random draw: of the initial weights and of the order of the data."""
     epochs: PositiveInt = 1
+    """The number of passes over the train split."""
     max_steps: int = Field(0, ge=0)
+    """Training stops after this number of steps. 0 means no limit. Schedules run to whichever end comes
+    first, this one or that of the last epoch."""
     optimizer: Literal["adam", "adamw"] = "adam"
+    """The optimizer of the dense weights."""
     learning_rate: float = Field(1e-3, gt=0)
+    """The learning rate of the dense weights, before any schedule."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """The weight decay of `adamw`. It applies to dense weights of two dimensions or more."""
     max_gradient_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Dense gradients are scaled down to this global norm. 0 means never. Tables are not clipped, and their
+    gradients are not in the norm."""
     warmup: float = Field(0.0, ge=0, lt=1)
+    """The share of the run in which all learning rates rise linearly."""
     warmup_steps: int | None = Field(None, ge=0)
+    """The same as a number of steps. If it is set, it counts instead of `warmup`, but for no more than a
+    fifth of the run."""
     decay: Decay = "linear"
+    """`linear` and `cosine` let all learning rates fall to a thousandth at the last step."""
     tables: TableRatesConfig = TableRatesConfig()
+    """Another warm-up or decay for the learning rates of the tables, which are
+    groups.<name>.learning_rate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the ranks compute; `evaluate` and `export` of this run compute there, too. `auto` gives each rank
+    a GPU where there are some that the installed builds can use; otherwise it takes the CPU and says why.
+    `cuda` and `cpu` mean there and nowhere else."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """The precision of everything dense in training. `bf16` multiplies in bfloat16; the weights, the
+    looked-up vectors and the loss stay fp32. Evaluation is always fp32."""
     pipeline: Literal["auto", "none", "sparse_dist", "prefetch"] = "auto"
+    """TorchRec's train pipeline. `sparse_dist` copies later batches and exchanges their ids meanwhile.
+    `prefetch` also fills the tables' caches meanwhile; it is for CUDA only, and without such caches it is the
+    same as `sparse_dist`. `auto` means `sparse_dist` on CUDA and `none` on a CPU, which has nothing to
+    overlap. The losses are the same in all of them."""
     log_every: PositiveInt = 10
+    """The number of steps between two lines of metrics.jsonl."""
     validate_every: int = Field(0, ge=0)
+    """The number of steps between two validations. 0 means only one at the end."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    """When training ends before its last step, see [train.early_stopping]. It needs `validate_every`."""
     init_from: str = ""
+    """A run, or tables written by `unshard`, whose weights a new run starts with. See docs/checkpoints.md.
+    Empty means a start from random weights."""
     init_optimizer: Literal["carry", "fresh"] = "carry"
+    """`carry` takes the accumulators of the tables' rows from `init_from` as well. `fresh` starts them
+    anew."""
     timeout_s: float = Field(600, gt=0)
+    """The number of seconds that ranks wait for each other in one collective before they give up."""
     max_starts_without_progress: int = Field(5, ge=0)
+    """A run is refused after this number of starts from the same step. 0 means no limit."""
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> TrainConfig:
+    def _check_together(self) -> TrainConfig:
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(
                 f'train.weight_decay = {self.weight_decay} is for adamw: set train.optimizer = "adamw"'
@@ -198,35 +201,32 @@ class TrainConfig(Settings):
 
 
 class CommsConfig(Settings):
-    """What table vectors and their gradients are rounded to between ranks.
-
-    Attributes:
-        forward: the vectors; backward: the gradients.
-    """
+    """What the vectors of tables and their gradients are rounded to where ranks exchange them."""
 
     forward: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """What the vectors of the tables are rounded to."""
     backward: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """What the gradients of these vectors are rounded to."""
 
 
 class CheckpointConfig(Settings):
-    """When to save besides the end of training and a stop signal, and how. See docs/checkpoints.md.
-
-    Attributes:
-        every_steps: steps between two saves; 0 = not by steps.
-        every_minutes: minutes between two saves, by rank 0's clock; 0 = not by time.
-        check_every: steps between two moments at which the ranks agree whether a stop was asked for, the
-            minutes are over, or a save in the background failed. One rank alone looks after every step.
-        keep: newest checkpoints to keep.
-        mode: `async` copies the tensors and writes while training goes on, `sync` writes first.
-        on_error: what a save that fails during training does: `stop`, or `continue` and try again when the
-            next one is due. The save at the end always stops.
-        timeout_minutes: longest time that ranks wait for each other while saving.
-    """
+    """When to save besides the end of training and a stop signal, and how. See docs/checkpoints.md."""
 
     every_steps: int = Field(1000, ge=0)
+    """The number of steps between two saves. 0 means that no save is due by steps."""
     every_minutes: float = Field(0.0, ge=0)
+    """The number of minutes between two saves, by the clock of rank 0. 0 means that no save is due by
+    time."""
     check_every: PositiveInt = 10
+    """The number of steps between two moments at which the ranks agree whether a stop was asked for, whether
+    the minutes are over, and whether a save in the background failed. A run of one rank looks after every
+    step."""
     keep: PositiveInt = 2
+    """The number of newest checkpoints that are kept."""
     mode: Literal["async", "sync"] = "async"
+    """`async` copies the tensors and writes them while training goes on. `sync` writes them first."""
     on_error: Literal["stop", "continue"] = "stop"
+    """What happens when a save fails during training. `stop` ends the run; `continue` tries again when the
+    next save is due. The save at the end always stops."""
     timeout_minutes: float = Field(60.0, gt=0)
+    """The longest time, in minutes, that ranks wait for each other while saving."""

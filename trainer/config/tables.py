@@ -1,4 +1,4 @@
-"""The sections of the trainer's configuration that say what tables there are and where they may lie."""
+"""The sections groups, tables and plan of the trainer's configuration."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ _IGNORED_BY_KERNELS = {
 
 
 class GroupConfig(Settings):
-    """One table group; left out, there are two, `attention` and `representation`.
-
-    Attributes:
-        dim: vector width, one for all features or one a feature; on a GPU 2,048 at most (docs/tables.md).
-        features: features that have a table here; empty means all of the log.
-        fusion: a behavior's vector is its features' vectors side by side, `concat`, or their `sum`.
-        optimizer: the fused one of the rows; learning_rate: its step size before any schedule; eps: added to
-            the root of its accumulator.
-        init: first weights are `uniform` in [-init_scale, init_scale), or `normal`.
-        init_scale: half the width of `uniform` first weights, the standard deviation of `normal` ones.
-        max_gradient: bound on every element of the gradient of every bag; 0 = none.
-        sharding: sharding types the planner may use; empty means what suits the device.
-        kind: `bag`, or `sequence` for features with exactly one id (see docs/tables.md).
-        dtype: what the rows are kept in.
-        stochastic_rounding: of updated fp16 rows, on a GPU: at random to one of the two nearest numbers, so
-            that small updates are not lost, or (false) to the nearest, as on a CPU. Not set: at random.
-    """
+    """One table group. If the section is left out, there are two groups, `attention` and `representation`."""
 
     dim: Dim | dict[str, Dim] = 16
+    """The width of the vectors: one number for all features, or a table with one number for each feature. On
+    a GPU it is 2,048 at most (docs/tables.md)."""
     features: tuple[str, ...] = ()
+    """The features that have a table in this group. Empty means all features of the log."""
     fusion: Literal["concat", "sum"] = "concat"
+    """How a behavior's vector is made of the vectors of its features: `concat` puts them side by side, `sum`
+    adds them up."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    """The fused optimizer of the rows."""
     learning_rate: float = Field(0.05, gt=0)
+    """The learning rate of the rows, before any schedule."""
     eps: float = Field(1e-8, gt=0)
+    """The number that is added to the root of the optimizer's accumulator."""
     init: Literal["uniform", "normal"] = "uniform"
+    """The distribution of the first weights: `uniform` in [-init_scale, init_scale), or `normal`."""
     init_scale: float = Field(0.05, gt=0)
+    """Half the width of `uniform` first weights, and the standard deviation of `normal` ones."""
     max_gradient: float = Field(0.0, ge=0)
+    """The bound on every element of the gradient of every bag. 0 means no bound."""
     sharding: tuple[ShardingName, ...] = ()
+    """The sharding types that the planner may use. Empty means those that suit the device."""
     kind: Literal["bag", "sequence"] = "bag"
+    """`bag` takes any number of ids. `sequence` is for features with exactly one id (see docs/tables.md)."""
     dtype: Literal["fp32", "fp16"] = "fp32"
+    """The type that the rows are kept in."""
     stochastic_rounding: bool | None = None
+    """How updated fp16 rows are rounded on a GPU. `true` rounds at random to one of the two nearest numbers,
+    so that small updates are not lost; `false` rounds to the nearest, as on a CPU. Not set means `true`."""
 
     @model_validator(mode="before")
     @classmethod
-    def _no_option_that_kernels_ignore(cls, given: object) -> object:
+    def _check_kernels(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
         for key, reason in _IGNORED_BY_KERNELS.items():
@@ -75,7 +75,7 @@ class GroupConfig(Settings):
         return given
 
     @model_validator(mode="after")
-    def _combinations(self) -> GroupConfig:
+    def _check_together(self) -> GroupConfig:
         if self.kind == "sequence":
             for kind in self.sharding:
                 if kind in _BAGS_ONLY:
@@ -98,32 +98,31 @@ class GroupConfig(Settings):
 
 
 class TableConfig(Settings):
-    """One feature's tables.
-
-    Attributes:
-        rows: of each of them; not set: as many as the log's manifest has ids.
-    """
+    """One feature's tables."""
 
     rows: PositiveInt | None = None
+    """The number of rows of each table of this feature. Not set means as many as the log's manifest has
+    ids."""
 
 
 class PlanTableConfig(Settings):
-    """One table's own rule, by the name the plan prints (`<group>__<feature>`); empty = as its group.
+    """One table's own rule. The table is named as the plan prints it, `<group>__<feature>`.
 
-    Attributes:
-        sharding: sharding types the planner may use; kernels: compute kernels.
-        cache_load_factor: of kernel `fused_uvm_caching`: share of the rows that the GPU keeps a copy of; not
-            set: 0.2. Tables of one group share a cache, of the average size.
-        cache_algorithm: which rows these are: the last used (`lru`) or the most used (`lfu`); not set: `lru`.
+    What is not set is as for the table's group.
     """
 
     sharding: tuple[ShardingName, ...] = ()
+    """The sharding types that the planner may use."""
     kernels: tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...] = ()
+    """The compute kernels that the planner may use."""
     cache_load_factor: float | None = Field(None, gt=0, le=1)
+    """The share of the rows that the GPU keeps a copy of, for the kernel `fused_uvm_caching`. Not set means
+    0.2. The tables of one group share a cache of the average size."""
     cache_algorithm: Literal["lru", "lfu"] | None = None
+    """Which rows these are: the last used (`lru`) or the most used (`lfu`). Not set means `lru`."""
 
     @model_validator(mode="after")
-    def _cache_without_a_cache(self) -> PlanTableConfig:
+    def _check_cache(self) -> PlanTableConfig:
         for key in ("cache_load_factor", "cache_algorithm"):
             if getattr(self, key) is not None and self.kernels and "fused_uvm_caching" not in self.kernels:
                 raise ValueError(f'{key} is for kernel "fused_uvm_caching", which kernels does not name')
@@ -131,47 +130,43 @@ class PlanTableConfig(Settings):
 
 
 class PlanConfig(Settings):
-    """Where tables may lie.
-
-    Attributes:
-        file: reuse this plan, written by `tandemrec plan --json`, to train; empty = plan at the start.
-        allow_unified_memory: let the planner put rows in host memory behind the device's where nothing else
-            fits; else that is an error.
-        reserve: share of each rank's memory that tables leave free, for activations and buffers.
-        gpu: whose bandwidths the planner counts with; not set: the GPU that trains; for `tandemrec plan`,
-            TorchRec's defaults, which are those of older GPUs.
-        hbm_gb_per_s: another bandwidth of a GPU's memory, in 10**9 bytes a second.
-        host_gb_per_s: the same between a GPU's memory and the host's, one way.
-        intra_gb_per_s: the same from a GPU to the others of its node; inter_gb_per_s: to other nodes.
-        tables: table name -> its own rule.
-    """
+    """Where the planner may put tables, and what it counts with."""
 
     file: str = ""
+    """Training reuses this plan, which `tandemrec plan --json` wrote. Empty means that a plan is made at the
+    start."""
     allow_unified_memory: bool = False
+    """Whether the planner may put rows in host memory behind the device's memory where nothing else fits.
+    Otherwise that is an error."""
     reserve: float = Field(0.15, ge=0, lt=1)
-    # New settings here must be None where they are not set, or the plans of older checkpoints are not kept.
+    """The share of each rank's memory that tables leave free for activations and buffers."""
+    # A new key here must default to None. Otherwise the plans of older checkpoints are not kept.
     gpu: Literal["A100", "H100", "H200", "B200"] | None = None
+    """The GPU whose bandwidths the planner counts with. Not set means the GPU that trains; for `tandemrec
+    plan` it means TorchRec's defaults, which are those of older GPUs."""
     hbm_gb_per_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Another bandwidth of a GPU's memory, in 10**9 bytes a second."""
     host_gb_per_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Another bandwidth between a GPU's memory and the host's, one way, in 10**9 bytes a second."""
     intra_gb_per_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Another bandwidth from a GPU to the other GPUs of its node, in 10**9 bytes a second."""
     inter_gb_per_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Another bandwidth from a GPU to those of other nodes, in 10**9 bytes a second."""
     tables: dict[str, PlanTableConfig] = Field(default_factory=dict)
+    """For the name of a table, its own rule, see [plan.tables.<name>]."""
 
     def rules(self) -> PlanRules:
-        """The same for the planner."""
-        tables = {
-            name: TableRule(table.sharding, table.kernels, table.cache_load_factor, table.cache_algorithm)
-            for name, table in self.tables.items()
-        }
+        """These rules as the planner takes them."""
+        tables = {name: TableRule(**table.model_dump()) for name, table in self.tables.items()}
         return PlanRules(self.allow_unified_memory, self.reserve, tables)
 
     def bandwidths(self, device: Bandwidths) -> Bandwidths:
-        """What the planner counts with; `device`: what the GPU says of itself."""
+        """The bandwidths that the planner counts with; `device` holds what the GPU says of itself."""
         given = Bandwidths(self.hbm_gb_per_s, self.host_gb_per_s, self.intra_gb_per_s, self.inter_gb_per_s)
         return given.over(device if self.gpu is None else KNOWN[self.gpu])
 
     @model_validator(mode="after")
-    def _caches_need_unified_memory(self) -> PlanConfig:
+    def _check_unified_memory(self) -> PlanConfig:
         for name, table in self.tables.items():
             for key in ("cache_load_factor", "cache_algorithm"):
                 if getattr(table, key) is not None and not self.allow_unified_memory:

@@ -1,7 +1,8 @@
-"""Reading a TOML file and `section.key=value` overrides into a frozen pydantic model.
+"""Reads a TOML file and `section.key=value` overrides into a frozen pydantic model.
 
-A file may start from another: `extends = "other.toml"`, a path beside it. Its own keys win, table by table.
-An unknown key is an error that names the nearest valid one; every message names the file and the key.
+A file may start from another one: `extends = "other.toml"` names it by its path from the first one. The keys
+of the first file win, table by table. An unknown key is an error that names the nearest valid key. Every
+message names the file, or the override, and the key.
 """
 
 from __future__ import annotations
@@ -23,15 +24,20 @@ from trainer.config.mistakes import words_of
 
 
 class Settings(BaseModel):
-    """Base of every config section: immutable, and no key that the code does not know."""
+    """Base of every config section: it is immutable, and an unknown key is an error.
+
+    A docstring under each field says what the key means. `docs/tools/config_page.py` reads these docstrings
+    from the source. pydantic could keep them (`use_attribute_docstrings`), but then importing the sections
+    takes twice as long in every process.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-# What pydantic adds to the place of a value that may have one of several forms.
+# Names of forms: pydantic puts them into the place of a value that may have several forms.
 _FORM = re.compile(r"constrained-\w+|(dict|list|tuple|set)\[.*\]")
 SettingsType = TypeVar("SettingsType", bound=Settings)
-# Verb -> sections that its config alone has, and what to ask for.
+# Verb -> the keys that only its config has, and what the user should give instead.
 _VERBS: dict[str, tuple[set[str], str]] = {
     "train": (
         {"data", "model", "groups", "tables", "train", "comms", "checkpoint", "plan"},
@@ -49,10 +55,10 @@ _VERBS: dict[str, tuple[set[str], str]] = {
 def load_settings(
     model: type[SettingsType], path: Path | None, overrides: Sequence[str] = ()
 ) -> SettingsType:
-    """Read `path` (None = start from the defaults), apply the overrides in order, validate.
+    """Read the file, or start from the defaults without one; apply the overrides in order, and validate.
 
     Raises:
-        ConfigError: the file is missing or no TOML, a key is unknown, a value is wrong.
+        ConfigError: the file is missing or no TOML, a key is unknown, or a value is wrong.
     """
     tree = {} if path is None else _read(path, ())
     if path is not None:
@@ -60,92 +66,75 @@ def load_settings(
     whole = copy.deepcopy(tree)
     for override in overrides:
         _apply(whole, override)
-    try:
+    problems = _problems(model, whole)
+    if not problems:
         return model.model_validate(whole)
-    except ValidationError as error:
-        raise ConfigError(_blamed(model, error, tree, str(path or ""), overrides)) from None
-
-
-def validate_settings(model: type[SettingsType], tree: dict[str, Any], where: str) -> SettingsType:
-    """Validate a tree of plain values; `where` leads every message."""
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_explained(model, _problems(error), set())}") from None
+    sources = [_override_of(problem["loc"], overrides) or str(path or "--set") for problem in problems]
+    if path is not None and overrides:
+        of_file = [(problem["loc"], problem["msg"]) for problem in _problems(model, tree)]
+        for i, problem in enumerate(problems):
+            if (problem["loc"], problem["msg"]) in of_file:
+                sources[i] = str(path)
+    raise ConfigError(_message(model, problems, sources))
 
 
 def _check_verb(model: type[Settings], tree: dict[str, Any], path: Path) -> None:
-    """Raises where a file holds nothing but sections of another verb's config."""
+    """Raise an error if a file holds nothing but keys of another verb's config."""
+    wanted = next((verb for verb, (keys, _) in _VERBS.items() if keys.issubset(model.model_fields)), "")
     for verb, (keys, _) in _VERBS.items():
-        if tree and keys.issuperset(tree) and not set(tree).intersection(model.model_fields):
-            mine = next((name for name, (own, _) in _VERBS.items() if own.issubset(model.model_fields)), "")
-            if mine:
-                problem = f"this is a config of `{verb}`; `{mine}` wants {_VERBS[mine][1]}"
-                raise ConfigError(f"{path}: {problem}")
+        if wanted and tree and keys.issuperset(tree) and not set(tree).intersection(model.model_fields):
+            problem = f"this is a config of `{verb}`; `{wanted}` wants {_VERBS[wanted][1]}"
+            raise ConfigError(f"{path}: {problem}")
 
 
-def _blamed(
-    model: type[Settings],
-    error: ValidationError,
-    tree: dict[str, Any],
-    path: str,
-    overrides: Sequence[str],
-) -> str:
-    """The problems, each behind the file that has it, or behind the overrides without which it is none."""
-    try:
-        model.model_validate(tree)
-        old: list[dict[str, Any]] = []
-    except ValidationError as alone:
-        old = _problems(alone) if path else []
-    known = [(problem["loc"], problem["msg"]) for problem in old]
-    told: dict[str, list[dict[str, Any]]] = {}
-    for problem in _problems(error):
-        mine = path if (problem["loc"], problem["msg"]) in known else _culprit(problem["loc"], overrides)
-        told.setdefault(mine or path or "--set", []).append(problem)
-    lists = set[str]()
-    return "; ".join(f"{where}: {_explained(model, problems, lists)}" for where, problems in told.items())
-
-
-def _culprit(location: Sequence[Any], overrides: Sequence[str]) -> str:
-    """The override of a place, or all of them where none is of it alone."""
+def _override_of(location: Sequence[Any], overrides: Sequence[str]) -> str:
+    """The last override that set something at this place, or all overrides if none of them did."""
     place = [str(part) for part in location]
-    of = [one for one in overrides if _meets(one.partition("=")[0].strip().split("."), place)]
-    return " ".join(f"--set {one}" for one in (of[-1:] or overrides))
+    at_place = [each for each in overrides if _overlap(each.partition("=")[0].strip().split("."), place)]
+    return " ".join(f"--set {each}" for each in (at_place[-1:] or overrides))
 
 
-def _meets(key: Sequence[str], place: Sequence[str]) -> bool:
+def _overlap(key: Sequence[str], place: Sequence[str]) -> bool:
     shorter = min(len(key), len(place))
     return bool(place) and list(key[:shorter]) == list(place[:shorter])
 
 
-def _problems(error: ValidationError) -> list[dict[str, Any]]:
-    """One for each place: of the forms that a value may have, the one that it comes nearest to."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for raw in error.errors():
-        place = tuple(part for part in raw["loc"] if not _FORM.fullmatch(str(part)))
-        if place not in found or (found[place]["type"].endswith("_type") > raw["type"].endswith("_type")):
-            found[place] = {**raw, "loc": place}
-    return list(found.values())
+def _problems(model: type[Settings], tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """One problem for each place. If a value may have several forms, it is that of the nearest form."""
+    problems: dict[tuple[Any, ...], dict[str, Any]] = {}
+    try:
+        model.model_validate(tree)
+    except ValidationError as error:
+        for raw in error.errors():
+            place = tuple(part for part in raw["loc"] if not _FORM.fullmatch(str(part)))
+            other = problems.get(place)
+            if other is None or other["type"].endswith("_type") > raw["type"].endswith("_type"):
+                problems[place] = {**raw, "loc": place}
+    return list(problems.values())
 
 
-def _explained(model: type[BaseModel], problems: Sequence[dict[str, Any]], told: set[str]) -> str:
-    """All problems in one line; a list of the keys that are known is told once, and kept in `told`."""
-    lines = []
-    for problem in problems:
+def _message(model: type[BaseModel], problems: Sequence[dict[str, Any]], sources: Sequence[str]) -> str:
+    """All problems in one line, behind the file or the overrides that have them.
+
+    The keys that a section has are listed once, even where several unknown keys are in it.
+    """
+    lines: dict[str, list[str]] = {}
+    listed = set[str]()
+    for problem, source in zip(problems, sources, strict=True):
         line = _explain(model, problem)
-        first, sign, known = line.partition("; known here: ")
-        lines.append(first if known in told else line)
-        told |= {known} if sign else set()
-    return "; ".join(lines)
+        short, _, keys = line.partition("; known here: ")
+        lines.setdefault(source, []).append(short if keys in listed else line)
+        listed |= {keys} - {""}
+    return "; ".join(f"{source}: {'; '.join(texts)}" for source, texts in lines.items())
 
 
-def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's tree over that of the file it extends; `below` are those that extend this one."""
+def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's tree over that of the file it extends; `extending` are the files that extend this one."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        from_ = f", which {below[-1]} extends" if below else "; configs/ holds ready ones"
-        raise ConfigError(f"{path}: no such file{from_}") from None
+        advice = f", which {extending[-1]} extends" if extending else "; configs/ holds ready ones"
+        raise ConfigError(f"{path}: no such file{advice}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     base = tree.pop("extends", None)
@@ -153,21 +142,18 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f'{path}: extends must be the path of one file, such as "base/common.toml"')
-    chain = (*below, path.resolve())
+    chain = (*extending, path.resolve())
     if (path.parent / base).resolve() in chain:
         raise ConfigError(f"{path}: extends {base}, which leads back to itself")
     return _over(tree, _read(path.parent / base, chain))
 
 
 def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `tree` in their places."""
+    """`base`, with the values of `tree` in their places."""
     merged = dict(base)
     for key, value in tree.items():
-        below = merged.get(key)
-        if isinstance(value, dict) and isinstance(below, dict):
-            merged[key] = _over(value, below)
-        else:
-            merged[key] = value
+        other = merged.get(key)
+        merged[key] = _over(value, other) if isinstance(value, dict) and isinstance(other, dict) else value
     return merged
 
 
@@ -185,7 +171,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """TOML where it parses, else the bare text: `--set data.log=runs/demo/log` needs no quotes."""
+    """A TOML value if the text is one, otherwise the text: `data.log=runs/demo/log` needs no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -212,15 +198,15 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
 
 
 def _only_place(model: type[BaseModel], key: str) -> str:
-    """The full name of a key of another section; empty where several sections of one depth have it, or none.
+    """The full name of a key of another section, or "" if no section or several of one depth have it.
 
-    Sections with free names, such as groups, are not looked into.
+    Sections with names of the user's choice, such as groups, do not count.
     """
     level: list[tuple[str, type[BaseModel]]] = [("", model)]
     while level:
-        found = [f"{path}{key}" for path, section in level if key in section.model_fields]
-        if found:
-            return found[0] if len(found) == 1 else ""
+        names = [f"{path}{key}" for path, section in level if key in section.model_fields]
+        if names:
+            return names[0] if len(names) == 1 else ""
         level = [
             (f"{path}{name}.", field.annotation)
             for path, section in level
@@ -231,14 +217,14 @@ def _only_place(model: type[BaseModel], key: str) -> str:
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    current: type[BaseModel] | None = model
+    """The keys of the section at a place. What is no key on the way is a name that the user chose."""
     for part in location:
-        if current is None:
-            return []
-        field = current.model_fields.get(part)
-        candidates = [] if field is None else list(models_in(field.annotation))
-        current = candidates[0] if candidates else (current if field is None else None)
-    return [] if current is None else list(current.model_fields)
+        if field := model.model_fields.get(part):
+            inner = next(models_in(field.annotation), None)
+            if inner is None:
+                return []
+            model = inner
+    return list(model.model_fields)
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:

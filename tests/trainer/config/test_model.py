@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,6 @@ import pytest
 
 from embeddings.errors import ConfigError
 from trainer.config.run_config import Config, build_groups, load_config
-from trainer.config.toml import validate_settings
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -22,7 +24,20 @@ HEADS = {"heads": 2, "projection": "heads"}
 
 
 def made(model: dict[str, Any], **tree: Any) -> Config:
-    return validate_settings(Config, {"model": model, **tree}, "run.toml")
+    """The config that is read from `run.toml`, a file with this section [model] and these others."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "run.toml")
+        path.write_text("\n".join(toml_lines("", {"model": model, **tree})), encoding="utf-8")
+        return load_config(path)
+
+
+def toml_lines(place: str, value: Any) -> Iterator[str]:
+    """`a.b.c = 1` for each leaf. JSON writes text, numbers and lists as TOML does."""
+    if not isinstance(value, dict) or not value:
+        yield f"{place} = {json.dumps(value)}"
+        return
+    for key, inner in value.items():
+        yield from toml_lines(f"{place}.{key}" if place else key, inner)
 
 
 BRANCH_REFUSALS = [
