@@ -104,6 +104,11 @@ def test_make_alone_lists_what_there_is() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
+def test_the_readme_counts_the_presets() -> None:
+    presets = [path for path in (ROOT / "configs").glob("*.toml") if "extends" in path.read_text()]
+    assert re.search(rf"\b{len(presets)}\s+\[presets\]", text_of("README.md"))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_line_parses(page: str) -> None:
     verbs = get_command(app).commands  # type: ignore[attr-defined]
