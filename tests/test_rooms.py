@@ -140,6 +140,15 @@ def test_the_page_lists_the_same_rooms(folder: str) -> None:
     )
 
 
+@pytest.mark.parametrize("package", ["launch", *(folder for folder in ROOMS if folder != ".")])
+def test_the_tests_have_the_shape_of_the_packages(package: str) -> None:
+    folders = {path.name for path in (ROOT / "tests" / package).iterdir() if any(path.glob("test_*.py"))}
+    strange = sorted(folders - rooms_in(ROOT / package))
+    assert not strange, (
+        f"tests/{package}/ has folders {strange}, which {package}/ has not: move the tests after it"
+    )
+
+
 def test_the_page_names_files_that_exist() -> None:
     page = (ROOT / PAGE).read_text(encoding="utf-8")
     named = set(
