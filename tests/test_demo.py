@@ -133,6 +133,7 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), target
-    for path in re.findall(r"`((?:configs|launch|docs|benchmarks)/[\w./-]+)`", text):
+    before_examples = text.partition("\n## Adding")[0]
+    for path in re.findall(r"`((?:configs|launch|docs|benchmarks)/[\w./-]+)`", before_examples):
         assert (ROOT / path).exists(), path
     assert shutil.which("make")
