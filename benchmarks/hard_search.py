@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.hard_search import Retrieved, hierarchical_search, hierarchical_search_reference
+from tests.helpers.brute_force_search import hierarchical_search_reference
+from trainer.data.hard_search import Retrieved, hierarchical_search
 
 CANDIDATES, REQUESTS, BUDGET, REPEATS = 1_000, 20, 200, 5
 REFERENCE_CANDIDATES = 50  # brute force costs the same for each candidate: timing some of them is enough

@@ -125,39 +125,6 @@ def hierarchical_search(
     return Retrieved(index[group], level[group], (queries.high - queries.low).T[group], decayed.T[group])
 
 
-def hard_search(
-    category_history: Ints,
-    time_history: Ints,
-    category_candidate: Ints,
-    request_of_candidate: Ints,
-    visible_start: Ints,
-    visible_end: Ints,
-    request_time: Ints,
-    budget: int,
-    half_life: float,
-    domain_history: Ints | None = None,
-    domain_minimum: Mapping[int, int] | None = None,
-) -> Retrieved:
-    """Keep the newest behaviors of each candidate's category (SIM, section 3.2): one level, m = 1.
-
-    category_history is int64 [N], category_candidate int64 [C], 0 = unknown. The other arguments, the result
-    and the errors are those of `hierarchical_search`.
-    """
-    return hierarchical_search(
-        category_history[None],
-        time_history,
-        category_candidate[None],
-        request_of_candidate,
-        visible_start,
-        visible_end,
-        request_time,
-        budget,
-        half_life,
-        domain_history,
-        domain_minimum,
-    )
-
-
 def _check_shapes(levels_history: Ints, time_history: Ints, levels_candidate: Ints, of: Ints) -> None:
     depth, many = levels_history.shape[0], time_history.size
     if levels_history.shape != (depth, many) or not 1 <= depth < 128:
@@ -361,39 +328,3 @@ def _running_sums(decay: Floats) -> Floats:
         carry[column] = sums[-1, column - 1] + factor[-1, column - 1] * carry[column - 1]
     running: Floats = (sums + factor * carry).T.ravel()
     return running[: decay.size]
-
-
-def hierarchical_search_reference(
-    levels_history: Ints,
-    time_history: Ints,
-    levels_candidate: Ints,
-    request_of_candidate: Ints,
-    visible_start: Ints,
-    visible_end: Ints,
-    request_time: Ints,
-    budget: int,
-    half_life: float,
-    domain_history: Ints | None = None,
-    domain_minimum: Mapping[int, int] | None = None,
-) -> Retrieved:
-    """What `hierarchical_search` must equal: each candidate scores and sorts all of its history."""
-    depth, many = levels_candidate.shape
-    index, level = np.full((many, budget), -1), np.zeros((many, budget), dtype=np.int8)
-    matches, decayed = np.zeros((many, depth), dtype=np.int64), np.zeros((many, depth), dtype=np.float32)
-    for candidate, request in enumerate(request_of_candidate):
-        path = levels_candidate[:, candidate, None]
-        equal = np.logical_and.accumulate((levels_history == path) & (path > 0), axis=0)
-        position = np.arange(time_history.size)
-        equal &= (position >= visible_start[request]) & (position < visible_end[request])
-        score = equal.sum(axis=0)
-        weight = np.exp2(-np.where(score > 0, request_time[request] - time_history, 0) / half_life)
-        matches[candidate] = equal.sum(axis=1)
-        decayed[candidate] = (equal * weight).sum(axis=1)
-        order = np.lexsort((-position, -score))[: np.count_nonzero(score)]
-        kept = np.zeros(position.size, dtype=np.bool_)
-        for name, least in (domain_minimum or {}).items():
-            kept[order[np.asarray(domain_history)[order] == name][:least]] = True
-        kept[order[~kept[order]][: budget - np.count_nonzero(kept)]] = True
-        result = order[kept[order]]
-        index[candidate, : len(result)], level[candidate, : len(result)] = result, score[result]
-    return Retrieved(index, level, matches, decayed)
