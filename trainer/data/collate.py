@@ -16,12 +16,11 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.config.sections import DataConfig
-from trainer.data.batch import Clusters, RequestBatch, Retrieval
+from trainer.data.batch import Clusters, RequestBatch, Retrieval, Sizes
 from trainer.data.blocks import Block
 from trainer.data.hard_search import hierarchical_search
 from trainer.data.row_group import Chosen, FeatureIds, Floats, Ids, Ints
 from trainer.data.rows import Columns, UserRows
-from trainer.data.sizes import Sizes
 
 _DAY = 86_400.0
 

@@ -22,9 +22,17 @@ import pyarrow.parquet as pq
 from embeddings.errors import ConfigError, DataError
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import ANYONE, Block, BlockLimits, WindowedRows, cut_blocks, with_windows
+from trainer.data.blocks import (
+    ANYONE,
+    Block,
+    BlockLimits,
+    WindowedRows,
+    cut_blocks,
+    deal,
+    spread,
+    with_windows,
+)
 from trainer.data.collate import collate
-from trainer.data.dealing import deal, spread
 from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
