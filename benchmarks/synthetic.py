@@ -82,21 +82,17 @@ class Draws:
         requests = users * shape.requests
         end = np.tile(shape.length + shape.apart * np.arange(shape.requests), users)
         labels = (self._rng.random((shape.samples, 1)) < 1 / shape.candidates).astype(np.float32)
-        return UserRows(
+        return UserRows.of_counts(
+            behaviors=np.full(users, behaviors),
+            requests=np.full(users, shape.requests),
+            candidate_counts=np.full(requests, shape.candidates),
             user_id=np.arange(users),
-            history_offsets=behaviors * np.arange(users + 1),
-            request_offsets=shape.requests * np.arange(users + 1),
             history=self._ids(users * behaviors),
             history_time=np.tile(_SECONDS_APART * np.arange(behaviors), users),
-            request_id=np.arange(requests),
             request_time=_SECONDS_APART * end,
             history_end=end,
-            candidate_offsets=shape.candidates * np.arange(requests + 1),
             candidates=self._ids(shape.samples),
-            context=FeatureIds([], np.zeros((0, requests), dtype=np.int32), {}),
             labels=labels,
-            numeric=np.zeros((shape.samples, 0), dtype=np.float32),
-            weight=np.ones(shape.samples, dtype=np.float32),
         )
 
     def _ids(self, count: int) -> FeatureIds:

@@ -335,8 +335,8 @@ def serve(
     """Serve a snapshot over HTTP, with a page to look at."""
     from pipelines.serve.load import LoadLimits
     from pipelines.serve.serve import serve as run
-    from trainer.serving.asked import Limits
     from trainer.serving.batcher import BatchSettings
+    from trainer.serving.request import Limits
 
     limits = Limits(max_body, max_requests, max_history, max_candidates, max_bag, max_ids, max_json)
     load = LoadLimits(max_connections, max_in_flight, client_seconds)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from trainer.serving.asked import Limits, RequestError
+from trainer.serving.request import Limits, RequestError
 
 # An answer is sent in pieces, so that a client that reads slowly is noticed before all of it is handed over.
 _PIECE = 256 << 10

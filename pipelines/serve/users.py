@@ -10,9 +10,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from trainer.data.row_group import Bags
-from trainer.serving.asked import Limits
-from trainer.serving.histories import HistoryStore, StoredRequest
-from trainer.serving.users import as_user, known_user
+from trainer.serving.histories import HistoryStore, StoredRequest, as_user, known_user
+from trainer.serving.request import Limits
 
 _MOST_USERS, _MOST_REQUESTS = 500, 12
 # Surely of 64 bits.

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, Ints, read_group
+from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, Ints, offsets_of, read_group
 from trainer.log.schema import CLUSTER_COLUMNS, FeatureInfo, LogManifest
 
 
@@ -103,6 +104,34 @@ class UserRows:
     weight: Floats
     cluster_size: Ints | None = None
     cluster_time: Ints | None = None
+
+    @staticmethod
+    def of_counts(
+        behaviors: Ints,
+        requests: Ints,
+        candidate_counts: Ints,
+        *,
+        context: FeatureIds | None = None,
+        numeric: Floats | None = None,
+        **columns: Any,
+    ) -> UserRows:
+        """Rows that no file holds: requests are numbered, and every candidate weighs 1.
+
+        Args:
+            behaviors, requests: [U], of each user; candidate_counts: [requests], candidates of each.
+            context, numeric: none, where they are left out; columns: the other attributes.
+        """
+        total, count = int(candidate_counts.sum()), int(requests.sum())
+        return UserRows(
+            history_offsets=offsets_of(behaviors),
+            request_offsets=offsets_of(requests),
+            candidate_offsets=offsets_of(candidate_counts),
+            request_id=np.arange(count),
+            context=FeatureIds([], np.zeros((0, count), dtype=np.int64), {}) if context is None else context,
+            numeric=np.zeros((total, 0), dtype=np.float32) if numeric is None else numeric,
+            weight=np.broadcast_to(np.float32(1), total),
+            **columns,
+        )
 
 
 @dataclass(frozen=True)
@@ -202,8 +231,7 @@ def _candidate_offsets(group: GroupColumns, request_offsets: Ints) -> Ints:
     counts = _request_values(group, "request_num_candidates", request_offsets)
     if counts.size and (counts.min() < 0 or counts.sum() > LONGEST):
         raise group.fail("has impossible counts", "request_num_candidates")
-    offsets: Ints = np.r_[0, np.cumsum(counts)]
-    return offsets
+    return offsets_of(counts)
 
 
 def _one_level(group: GroupColumns, column: str, offsets: Ints, other: str) -> pa.Array:

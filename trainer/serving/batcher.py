@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from trainer.serving.asked import Request, RequestError
-from trainer.serving.scorer import Scored, Scorer, Seconds
+from trainer.serving.request import Request, RequestError
+from trainer.serving.scorer import Answer, Scorer, Seconds
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Job:
     scorer: Scorer
     requests: Sequence[Request]
     explain: bool
-    answer: asyncio.Future[list[Scored]]
+    answer: asyncio.Future[list[Answer]]
     queued: float
 
     @property
@@ -78,9 +78,9 @@ class Batcher:
         """What its client is told."""
         return RequestError(429, f"{self.settings.waiting} requests are waiting; try again")
 
-    async def score(self, scorer: Scorer, requests: Sequence[Request], explain: bool) -> list[Scored]:
+    async def score(self, scorer: Scorer, requests: Sequence[Request], explain: bool) -> list[Answer]:
         """Raises RequestError (429) if too many are waiting."""
-        answer: asyncio.Future[list[Scored]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
         job = Job(scorer, requests, explain, answer, time.perf_counter())
         try:
             self._queue.put_nowait(job)
@@ -98,7 +98,7 @@ class Batcher:
 
     async def _score_next(self, jobs: Sequence[Job]) -> None:
         waited = [time.perf_counter() - job.queued for job in jobs]
-        outcomes: Sequence[list[Scored] | Exception]
+        outcomes: Sequence[list[Answer] | Exception]
         try:
             scoring = asyncio.get_running_loop().run_in_executor(self._pool, _score, jobs, self.settings)
             outcomes, seconds = await scoring
@@ -128,24 +128,28 @@ class Batcher:
         return jobs
 
 
-def _score(jobs: Sequence[Job], settings: BatchSettings) -> tuple[list[list[Scored] | Exception], Seconds]:
+def _score(jobs: Sequence[Job], settings: BatchSettings) -> tuple[list[list[Answer] | Exception], Seconds]:
     """One call for all jobs. If it fails, each gets a call of its own, so that no job fails for another."""
     requests = [request for job in jobs for request in job.requests]
     try:
-        scored, seconds = _score_in_parts(jobs[0], requests, settings)
+        answers, seconds = _score_in_parts(jobs[0], requests, settings)
     except Exception as error:
         if len(jobs) == 1:
             return [error], Seconds(0.0, 0.0)
         alone = [_score([job], settings) for job in jobs]
-        search, ranking = (sum(part) for part in zip(*(seconds for _, seconds in alone), strict=True))
-        return [outcomes[0] for outcomes, _ in alone], Seconds(search, ranking)
-    answers = iter(scored)
-    return [[next(answers) for _ in job.requests] for job in jobs], seconds
+        return [outcomes[0] for outcomes, _ in alone], _total(seconds for _, seconds in alone)
+    following = iter(answers)
+    return [[next(following) for _ in job.requests] for job in jobs], seconds
+
+
+def _total(calls: Iterable[Seconds]) -> Seconds:
+    search, ranking = map(sum, zip(*calls, strict=True))
+    return Seconds(search, ranking)
 
 
 def _score_in_parts(
     job: Job, requests: Sequence[Request], settings: BatchSettings
-) -> tuple[list[Scored], Seconds]:
+) -> tuple[list[Answer], Seconds]:
     """As few model calls as the limits allow, in order: the memory of a call grows with its candidates."""
     parts: list[list[Request]] = []
     sizes = (0, 0, 0)
@@ -155,12 +159,11 @@ def _score_in_parts(
             parts.append([])
             sizes = (1, request.history.time.size, request.count)
         parts[-1].append(request)
-    found = [job.scorer.score(part, job.explain) for part in parts]
-    search, ranking = (sum(part) for part in zip(*(seconds for _, seconds in found), strict=True))
-    return [scored for part, _ in found for scored in part], Seconds(search, ranking)
+    calls = [job.scorer.score(part, job.explain) for part in parts]
+    return [answer for answers, _ in calls for answer in answers], _total(seconds for _, seconds in calls)
 
 
-def _settle(answer: asyncio.Future[list[Scored]], outcome: list[Scored] | Exception) -> None:
+def _settle(answer: asyncio.Future[list[Answer]], outcome: list[Answer] | Exception) -> None:
     if answer.done():  # cancelled: its client left
         return
     if isinstance(outcome, Exception):

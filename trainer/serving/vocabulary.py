@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from embeddings.errors import DataError
 from trainer.data.row_group import PARQUET_ERRORS, Ints
 from trainer.log.arrow_types import is_text
-from trainer.serving.asked import RequestError
+from trainer.serving.request import RequestError
 from trainer.snapshot import Snapshot
 from trainer.snapshot.vocabularies import vocabulary_paths
 
@@ -169,7 +169,7 @@ class Translation:
         text = is_text(raw.type)
         if text != known.text or not (text or pa.types.is_integer(raw.type)):
             raise RequestError(422, f"{place}: {_other_type(raw, known)}")
-        ids = found_in(known, raw, place)
+        ids = ids_of(known, raw, place)
         self._count(part, ids)
         return ids
 
@@ -199,7 +199,7 @@ def _other_type(raw: pa.Array, known: Vocabulary) -> str:
     return f"holds {raw.type}, and its values are {known.kind}"
 
 
-def found_in(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
+def ids_of(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
     """Ids of raw values of the vocabulary's kind; 0 for those that it does not hold.
 
     Raises:

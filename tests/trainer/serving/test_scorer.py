@@ -27,9 +27,9 @@ from trainer.model.retrieve.score import DotScorer, MlpScorer, Scorer
 from trainer.model.retrieve.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.serving.arrow_body import read_arrow, write_arrow
-from trainer.serving.asked import Limits, Request
-from trainer.serving.checks import newest
-from trainer.serving.request import from_json
+from trainer.serving.checks import cut_history
+from trainer.serving.json_body import from_json
+from trainer.serving.request import Limits, Request
 from trainer.serving.scorer import Scorer as Serving
 from trainer.serving.window_search import WindowSearch, _score
 
@@ -74,7 +74,7 @@ def compare(config: Config, rows: list[Row], chunk: int = 0) -> None:
     assert len(named) == len(expected) > 20
     for (name, request), in_company in zip(named, together, strict=True):
         alone = serving.score([request])[0][0].probabilities
-        cut = newest(request, serving.needs)
+        cut = cut_history(request, serving.needs)
         for found in (in_company.probabilities, alone, serving.score([cut])[0][0].probabilities):
             assert found.shape == expected[name].shape
             assert np.abs(found - expected[name]).max() <= 1e-6, name
@@ -178,7 +178,7 @@ def test_explained_behaviors_are_those_kept_with_their_weights(name: str, log: P
     found = plain.model.search(batch)["main"]
     c, seen = 0, 0
     for (_, request), part in zip(named, scored, strict=True):
-        for kept in part.kept["main"]:
+        for kept in part.explanations["main"]:
             history = request.history.features["item_id"].values[kept.places]
             expected = items[found.index[c][found.mask[c]]]
             assert sorted(history.tolist()) == sorted(expected.tolist())

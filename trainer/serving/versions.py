@@ -13,7 +13,7 @@ from trainer.serving.vocabulary import vocabularies_of
 from trainer.snapshot import load_snapshot, resolve
 
 
-class Current:
+class Versions:
     """Loads, checks and hands out the scorer. `reload` may be called from any thread.
 
     Args:
