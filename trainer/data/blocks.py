@@ -8,9 +8,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,24 +35,22 @@ class WindowedRows:
     requests: Ints
 
 
-class Decoder(Protocol):
-    """Decodes the row group at `place` when called (once; see `trainer.data.reader`)."""
+class LazyRows:
+    """A row group that is decoded once: ahead in a pool if started, else when first called."""
 
-    @property
-    def place(self) -> RowGroup: ...
+    def __init__(self, place: RowGroup, decode: Callable[[], WindowedRows]) -> None:
+        self.place, self._decode = place, decode
+        self._ahead: Future[WindowedRows] | None = None
+        self._rows: WindowedRows | None = None
 
-    def __call__(self) -> WindowedRows: ...
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Rows that are in memory already, wherever they came from."""
-
-    place: RowGroup
-    rows: WindowedRows
+    def start(self, pool: Executor) -> None:
+        self._ahead = pool.submit(self._decode)
 
     def __call__(self) -> WindowedRows:
-        return self.rows
+        """The rows; raises what decoding raised."""
+        if self._rows is None:
+            self._rows = self._ahead.result() if self._ahead is not None else self._decode()
+        return self._rows
 
 
 # `data.sharding = "auto"` decodes a window of row groups apart where no rank has so many times its share of
@@ -70,7 +69,7 @@ class Block(NamedTuple):
         first, last: requests [first, last) of the row group.
         behaviors: planned length of its history (an ingestion delay may shorten it).
         candidates: of all its requests.
-        rows: decodes the row group.
+        rows: its row group.
     """
 
     owner: int
@@ -78,7 +77,7 @@ class Block(NamedTuple):
     last: int
     behaviors: int
     candidates: int
-    rows: Decoder
+    rows: LazyRows
 
     @property
     def cost(self) -> int:
@@ -102,7 +101,7 @@ class BlockLimits:
     behaviors: int
 
 
-def cut_blocks(plan: PlanRows, owner: int, rows: Decoder, limits: BlockLimits) -> list[Block]:
+def cut_blocks(plan: PlanRows, owner: int, rows: LazyRows, limits: BlockLimits) -> list[Block]:
     """All requests of a row group as blocks, in stored order; requests without candidates are left out."""
     if not plan.history_end.size:
         return []

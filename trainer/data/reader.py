@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from trainer.data.blocks import (
     ANYONE,
     Block,
     BlockLimits,
+    LazyRows,
     WindowedRows,
     cut_blocks,
     deal,
@@ -66,24 +67,6 @@ class Step:
     after: Cursor
     last: bool = False
     sources: tuple[RowGroup, ...] = ()
-
-
-class _Decoder:
-    """Decodes a row group once: ahead in a pool if started, else when first called."""
-
-    def __init__(self, place: RowGroup, decode: Callable[[], WindowedRows]) -> None:
-        self.place, self._decode = place, decode
-        self._ahead: Future[WindowedRows] | None = None
-        self._rows: WindowedRows | None = None
-
-    def start(self, pool: Executor) -> None:
-        self._ahead = pool.submit(self._decode)
-
-    def __call__(self) -> WindowedRows:
-        """The rows; raises what decoding raised."""
-        if self._rows is None:
-            self._rows = self._ahead.result() if self._ahead is not None else self._decode()
-        return self._rows
 
 
 class SequenceLogReader:
@@ -213,12 +196,12 @@ class SequenceLogReader:
             del blocks, decoders
         yield from ready
 
-    def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[_Decoder]]:
+    def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[LazyRows]]:
         """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
         footers = {file: read_footer(file) for file in {place.file for place in places}}
         plans = [read_plan(place.file, place.row_group, footers[place.file]) for place in places]
         owners = deal([int(plan.candidates.sum()) + _longest(plan) for plan in plans], self.world_size)
-        decoders = [_Decoder(place, partial(self._decode, place, footers[place.file])) for place in places]
+        decoders = [LazyRows(place, partial(self._decode, place, footers[place.file])) for place in places]
         if self._together():
             owners = [ANYONE] * len(places)
         blocks: list[Block] = []

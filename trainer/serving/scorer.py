@@ -13,7 +13,7 @@ import torch
 
 from embeddings.errors import ConfigError
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import Block, Decoded, WindowedRows, with_windows
+from trainer.data.blocks import Block, LazyRows, WindowedRows, with_windows
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup
 from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
@@ -178,7 +178,7 @@ def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:
 
 
 def _block(windowed: WindowedRows, request: Request, r: int) -> Block:
-    rows = Decoded(RowGroup(Path("request"), r), windowed)
+    rows = LazyRows(RowGroup(Path("request"), r), lambda: windowed)
     return Block(0, r, r + 1, int(request.history.time.size), request.count, rows)
 
 
