@@ -35,6 +35,33 @@ class WindowedRows:
     requests: Ints
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The behaviors of one block's history that a batch holds.
+
+    Attributes:
+        kept: [n], ascending, counted from the row group's first behavior.
+        start, end: [r], each request's window among those n.
+    """
+
+    kept: Ints
+    start: Ints
+    end: Ints
+
+    @staticmethod
+    def of(history: slice, kept: Ints, start: Ints, end: Ints) -> Selection:
+        """`kept` and the windows [start, end) count from the first behavior of the block's `history`."""
+        return Selection(history.start + kept, np.searchsorted(kept, start), np.searchsorted(kept, end))
+
+
+def newest_behaviors(start: Ints, end: Ints, count: int) -> Ints:
+    """The newest `count` behaviors of each window [start, end), ascending, each once."""
+    newest = np.zeros(int(end.max()), dtype=bool)
+    for first, last in zip(np.maximum(start, end - count).tolist(), end.tolist(), strict=True):
+        newest[first:last] = True
+    return np.nonzero(newest)[0]
+
+
 class LazyRows:
     """A row group that is decoded once: ahead in a pool if started, else when first called."""
 
