@@ -1,7 +1,8 @@
 """The command line: one verb per file of `pipelines/`, and nothing but argument parsing here.
 
 Exit codes: 0 success; 2 an error the user can mend (one line on stderr); 1 anything else, a lost rank too.
-Pipelines are imported when their verb runs: `tandemrec --help` must not wait for torch.
+Pipelines are imported when their verb runs: `tandemrec --help` must not wait for torch. An option is called
+as its parameter is; switches are named, so that they get no `--no-` form.
 """
 
 from __future__ import annotations
@@ -64,13 +65,12 @@ def fetch(out: Annotated[Path, Option("--out", metavar="DIR", help="Where to put
 
 @app.command()
 def synth(
-    out: Annotated[Path, Option("--out", metavar="LOG", help="The sequence log to write.")],
+    out: Annotated[Path, Option(metavar="LOG", help="The sequence log to write.")],
     kind: Annotated[
-        str,
-        Option("--kind", help="relevance, xor, profiles, interference, decoupled, far, pair or opposite."),
+        str, Option(help="relevance, xor, profiles, interference, decoupled, far, pair or opposite.")
     ] = "relevance",
-    seed: Annotated[int, Option("--seed", min=0, help="Of every random draw.")] = 7,
-    users: Annotated[int, Option("--users", min=0, help="To train on; 0: the kind's own number.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Of every random draw.")] = 7,
+    users: Annotated[int, Option(min=0, help="To train on; 0: the kind's own number.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a log with a planted signal and a known oracle."""
@@ -82,24 +82,22 @@ def synth(
 @app.command()
 def ingest(
     config: ConfigFile,
-    out: Annotated[Path | None, Option("--out", metavar="LOG", help="The sequence log to write.")] = None,
+    out: Annotated[Path | None, Option(metavar="LOG", help="The sequence log to write.")] = None,
     events: Annotated[
         list[Path] | None,
-        Option("--events", metavar="FILE", help="Raw events: a file, folder or quoted pattern; repeatable."),
+        Option(metavar="FILE", help="Raw events: a file, folder or quoted pattern; repeatable."),
     ] = None,
     impressions: Annotated[
-        list[Path] | None,
-        Option("--impressions", metavar="FILE", help="Shown candidates with labels; repeatable."),
+        list[Path] | None, Option(metavar="FILE", help="Shown candidates with labels; repeatable.")
     ] = None,
     vocabulary: Annotated[
-        Path | None,
-        Option("--vocabulary", metavar="LOG", help="Keep the ids of this older log; new values are unknown."),
+        Path | None, Option(metavar="LOG", help="Keep the ids of this older log; new values are unknown.")
     ] = None,
     extend: Annotated[
         bool, Option("--extend-vocabulary", help="New values get new ids after the older log's.")
     ] = False,
     overrides: Overrides = None,
-    engine: Annotated[str | None, Option("--engine", help="duckdb (the default) or spark.")] = None,
+    engine: Annotated[str | None, Option(help="duckdb (the default) or spark.")] = None,
     overwrite: Overwrite = False,
     preview: Annotated[
         bool, Option("--preview", help="Only show how each column is read; writes nothing.")
@@ -132,15 +130,11 @@ def ingest(
 @app.command()
 def plan(
     config: ConfigFile,
-    world_size: Annotated[int, Option("--world-size", min=1, help="Number of ranks.")],
-    local_world_size: Annotated[
-        int, Option("--local-world-size", min=0, help="Ranks of a node; 0: all, at most 8.")
-    ] = 0,
-    device: Annotated[str, Option("--device", help="cpu or cuda; cuda with --hbm.")] = "",
-    hbm: Annotated[str, Option("--hbm", metavar="SIZE", help="Device memory per rank, such as 141GB.")] = "",
-    ddr: Annotated[
-        str, Option("--ddr", metavar="SIZE", help="Host memory of a node, shared by its ranks.")
-    ] = "",
+    world_size: Annotated[int, Option(min=1, help="Number of ranks.")],
+    local_world_size: Annotated[int, Option(min=0, help="Ranks of a node; 0: all, at most 8.")] = 0,
+    device: Annotated[str, Option(help="cpu or cuda; cuda with --hbm.")] = "",
+    hbm: Annotated[str, Option(metavar="SIZE", help="Device memory per rank, such as 141GB.")] = "",
+    ddr: Annotated[str, Option(metavar="SIZE", help="Host memory of a node, shared by its ranks.")] = "",
     behaviors: Annotated[
         int, Option("--behaviors-per-step", min=0, help="Of all ranks; 0: estimate from the log.")
     ] = 0,
@@ -158,14 +152,13 @@ def plan(
 @app.command()
 def train(
     config: ConfigFile,
-    out: Annotated[Path, Option("--out", metavar="RUN", help="The run folder; resumed if it exists.")],
+    out: Annotated[Path, Option(metavar="RUN", help="The run folder; resumed if it exists.")],
     plan_file: Annotated[
         Path | None, Option("--plan", metavar="FILE", help="Place the tables as `plan --json` did.")
     ] = None,
     overrides: Overrides = None,
     init_from: Annotated[
-        Path | None,
-        Option("--init-from", metavar="DIR|RUN", help="Start a new run with the weights of another one."),
+        Path | None, Option(metavar="DIR|RUN", help="Start a new run with the weights of another one.")
     ] = None,
     more: Annotated[
         list[str] | None,
@@ -204,17 +197,13 @@ def evaluate(
 @app.command()
 def export(
     run_folder: RunFolder,
-    out: Annotated[Path, Option("--out", metavar="SNAP", help="The snapshot folder to write.")],
-    dtype: Annotated[Dtype, Option("--dtype", help="How tables of representation are stored.")] = "fp32",
-    attention_dtype: Annotated[
-        Dtype, Option("--attention-dtype", help="How tables of attention are stored.")
-    ] = "fp16",
-    since: Annotated[
-        str, Option("--since", metavar="BASE", help="Write only rows that differ from this version.")
-    ] = "",
-    keep: Annotated[int, Option("--keep", min=0, help="Newest versions that stay; 0: all.")] = 0,
+    out: Annotated[Path, Option(metavar="SNAP", help="The snapshot folder to write.")],
+    dtype: Annotated[Dtype, Option(help="How tables of representation are stored.")] = "fp32",
+    attention_dtype: Annotated[Dtype, Option(help="How tables of attention are stored.")] = "fp16",
+    since: Annotated[str, Option(metavar="BASE", help="Write only rows that differ from this version.")] = "",
+    keep: Annotated[int, Option(min=0, help="Newest versions that stay; 0: all.")] = 0,
     parity_requests: Annotated[
-        int, Option("--parity-requests", min=0, help="Validation requests to compare AUC on; 0: none.")
+        int, Option(min=0, help="Validation requests to compare AUC on; 0: none.")
     ] = 1000,
     aoti: Annotated[bool, Option("--aoti", help="Add the dense part as machine code (g++).")] = False,
     vocabularies: Annotated[
@@ -246,17 +235,13 @@ def unshard(
 
 @app.command()
 def cluster(
-    log: Annotated[Path, Option("--log", metavar="LOG", help="A sequence log.")],
-    snapshot: Annotated[
-        Path, Option("--snapshot", metavar="SNAP", help="Whose attention vectors are clustered.")
-    ],
-    out: Annotated[Path, Option("--out", metavar="LOG", help="The log to write, with clusters.")],
-    chunk: Annotated[int, Option("--chunk", min=1, help="Behaviors clustered together.")] = 500,
-    cap: Annotated[int, Option("--cap", min=1, help="Most behaviors of a cluster.")] = 20,
-    group_by: Annotated[
-        str, Option("--group-by", metavar="FEATURE", help="No cluster mixes values of this feature.")
-    ] = "",
-    seed: Annotated[int, Option("--seed", min=0, help="Of k-means.")] = 0,
+    log: Annotated[Path, Option(metavar="LOG", help="A sequence log.")],
+    snapshot: Annotated[Path, Option(metavar="SNAP", help="Whose attention vectors are clustered.")],
+    out: Annotated[Path, Option(metavar="LOG", help="The log to write, with clusters.")],
+    chunk: Annotated[int, Option(min=1, help="Behaviors clustered together.")] = 500,
+    cap: Annotated[int, Option(min=1, help="Most behaviors of a cluster.")] = 20,
+    group_by: Annotated[str, Option(metavar="FEATURE", help="No cluster mixes values of this feature.")] = "",
+    seed: Annotated[int, Option(min=0, help="Of k-means.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Add clusters of every history to a log, for configs/twin_v2.toml."""
@@ -269,12 +254,12 @@ def cluster(
 @app.command()
 def score(
     snapshot: Snapshot,
-    requests: Annotated[Path, Option("--requests", metavar="LOG", help="A sequence log.")],
-    out: Annotated[Path, Option("--out", metavar="FILE", help="Scores to write, Parquet.")],
+    requests: Annotated[Path, Option(metavar="LOG", help="A sequence log.")],
+    out: Annotated[Path, Option(metavar="FILE", help="Scores to write, Parquet.")],
     split: Split = "test",
-    limit: Annotated[int, Option("--limit", min=0, help="At most so many requests; 0: all.")] = 0,
+    limit: Annotated[int, Option(min=0, help="At most so many requests; 0: all.")] = 0,
     against: Annotated[
-        Path | None, Option("--against", metavar="FILE", help="Scores kept by `evaluate` to compare with.")
+        Path | None, Option(metavar="FILE", help="Scores kept by `evaluate` to compare with.")
     ] = None,
 ) -> None:
     """Score requests with a snapshot, without the trainer."""
@@ -286,50 +271,34 @@ def score(
 @app.command()
 def serve(
     snapshot: Snapshot,
-    host: Annotated[str, Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any free one.")] = 8000,
     histories: Annotated[
-        Path | None,
-        Option("--histories", metavar="LOG", help="A sequence log whose users requests may name."),
+        Path | None, Option(metavar="LOG", help="A sequence log whose users requests may name.")
     ] = None,
-    max_body: Annotated[int, Option("--max-body", min=1, help="Bytes of a body.")] = 64 << 20,
-    max_json: Annotated[int, Option("--max-json", min=1, help="Bytes of a JSON body.")] = 8 << 20,
-    max_requests: Annotated[int, Option("--max-requests", min=1, help="Of a body.")] = 64,
-    max_history: Annotated[
-        int, Option("--max-history", min=1, help="Behaviors of a request that the model reads.")
-    ] = 100_000,
-    max_candidates: Annotated[int, Option("--max-candidates", min=1, help="Of a request.")] = 5_000,
-    max_bag: Annotated[int, Option("--max-bag", min=1, help="Ids of a behavior.")] = 1_000,
-    max_ids: Annotated[int, Option("--max-ids", min=1, help="Values of a body.")] = 8 << 20,
-    max_waiting: Annotated[int, Option("--max-waiting", min=1, help="Bodies; more: 429.")] = 256,
-    max_connections: Annotated[
-        int, Option("--max-connections", min=1, help="Open at once; more: 503.")
-    ] = 512,
-    max_in_flight: Annotated[
-        int, Option("--max-in-flight", min=1, help="Bytes of all bodies and answers; more: 503.")
-    ] = 256 << 20,
+    max_body: Annotated[int, Option(min=1, help="Bytes of a body.")] = 64 << 20,
+    max_json: Annotated[int, Option(min=1, help="Bytes of a JSON body.")] = 8 << 20,
+    max_requests: Annotated[int, Option(min=1, help="Of a body.")] = 64,
+    max_history: Annotated[int, Option(min=1, help="Behaviors of a request that the model reads.")] = 100_000,
+    max_candidates: Annotated[int, Option(min=1, help="Of a request.")] = 5_000,
+    max_bag: Annotated[int, Option(min=1, help="Ids of a behavior.")] = 1_000,
+    max_ids: Annotated[int, Option(min=1, help="Values of a body.")] = 8 << 20,
+    max_waiting: Annotated[int, Option(min=1, help="Bodies; more: 429.")] = 256,
+    max_connections: Annotated[int, Option(min=1, help="Open at once; more: 503.")] = 512,
+    max_in_flight: Annotated[int, Option(min=1, help="Bytes of all bodies and answers; more: 503.")] = 256
+    << 20,
     client_seconds: Annotated[
-        float, Option("--client-seconds", min=0.1, help="For a head, a body, or to read an answer.")
+        float, Option(min=0.1, help="For a head, a body, or to read an answer.")
     ] = 30.0,
-    batch_requests: Annotated[int, Option("--batch-requests", min=1, help="Of a model call.")] = 32,
-    batch_window_ms: Annotated[
-        float, Option("--batch-window-ms", min=0, help="Wait so long for company.")
-    ] = 0.0,
-    poll_seconds: Annotated[
-        float, Option("--poll-seconds", min=0, help="Look for a newer version; 0: never.")
-    ] = 5.0,
-    threads: Annotated[int, Option("--threads", min=1, help="Of the model.")] = 1,
+    batch_requests: Annotated[int, Option(min=1, help="Of a model call.")] = 32,
+    batch_window_ms: Annotated[float, Option(min=0, help="Wait so long for company.")] = 0.0,
+    poll_seconds: Annotated[float, Option(min=0, help="Look for a newer version; 0: never.")] = 5.0,
+    threads: Annotated[int, Option(min=1, help="Of the model.")] = 1,
     reload_token_file: Annotated[
-        Path | None,
-        Option(
-            "--reload-token-file", metavar="FILE", help="Holds the token of POST /reload; else it is off."
-        ),
+        Path | None, Option(metavar="FILE", help="Holds the token of POST /reload; else it is off.")
     ] = None,
     vocabulary: Annotated[
-        Path | None,
-        Option(
-            "--vocabulary", metavar="LOG", help="Whose values requests may name where the snapshot has none."
-        ),
+        Path | None, Option(metavar="LOG", help="Whose values requests may name where the snapshot has none.")
     ] = None,
 ) -> None:
     """Serve a snapshot over HTTP, with a page to look at."""
