@@ -38,10 +38,10 @@ def _hidden_package(error: ModuleNotFoundError) -> str | None:
     package = (error.name or "").split(".")[0]
     if package not in ("pipelines", "trainer", "embeddings") or package not in sys.modules:
         return None
-    found = [Path(place).resolve() for place in sys.modules[package].__path__]
-    if Path(__file__).resolve().parent.parent / package in found:
+    places = [Path(place).resolve() for place in sys.modules[package].__path__]
+    if Path(__file__).resolve().parent.parent / package in places:
         return None
-    where = ", ".join(map(str, found))
+    where = ", ".join(map(str, places))
     return f"package '{package}' in {where} hides tandemrec's own; uninstall or rename it, or change folder"
 
 

@@ -70,11 +70,11 @@ class Environment:
 
 def check_triple(torch: str | None, torchrec: str | None, fbgemm: str | None) -> list[Problem]:
     """Are the three releases ones that were built for each other? None stands for 'not installed'."""
-    found = {"torch": torch, "torchrec": torchrec, "fbgemm": fbgemm}
-    missing = [name for name, version in found.items() if version is None]
+    installed = {"torch": torch, "torchrec": torchrec, "fbgemm": fbgemm}
+    missing = [name for name, version in installed.items() if version is None]
     if missing:
         return [Problem(f"{', '.join(missing)} not installed", "site-packages", REINSTALL)]
-    releases = tuple(".".join(str(version).split(".")[:2]) for version in found.values())
+    releases = tuple(".".join(str(version).split(".")[:2]) for version in installed.values())
     if releases in SUPPORTED_TRIPLES:
         return []
     known = " or ".join(" / ".join(f"{part}.x" for part in triple) for triple in SUPPORTED_TRIPLES)
@@ -226,8 +226,8 @@ def _origin(package: str) -> Path | None:
     if spec is None:
         return None
     folders = list(spec.submodule_search_locations or [])
-    found = spec.origin or (folders[0] if folders else None)
-    return None if found is None else Path(found).resolve()
+    origin = spec.origin or (folders[0] if folders else None)
+    return None if origin is None else Path(origin).resolve()
 
 
 def observe() -> Environment:

@@ -42,9 +42,9 @@ def score(
     reader = SequenceLogReader(config, split, loaded.manifest.features)
     _check_fits(requests, reader, loaded)
     scored = score_requests(loaded.score, reader, limit)
-    said = write_named_scores(scored, out, requests, manifest)
+    remarks = write_named_scores(scored, out, requests, manifest)
     size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests"
-    print(f"{size} scored by {loaded.path} -> {out}", *said, sep="\n")
+    print(f"{size} scored by {loaded.path} -> {out}", *remarks, sep="\n")
     if against is not None:
         _compare(scored, against, loaded)
     return out

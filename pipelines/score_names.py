@@ -19,7 +19,7 @@ def write_named_scores(scored: Scored, path: Path, log: Path, manifest: LogManif
 
     Names that cannot be read are left out and remarked on: they must not cost the scores.
     """
-    names, said = {}, []
+    names, remarks = {}, []
     for column, key in _COLUMNS.items():
         if key not in manifest.named:
             continue
@@ -27,9 +27,9 @@ def write_named_scores(scored: Scored, path: Path, log: Path, manifest: LogManif
             file = log / VOCABULARIES / f"{key}.parquet"
             values = checked_values(file, manifest.named[key].vocabulary, of_log=True)
         except DataError as error:
-            said.append(f"the scores have no column {column}: {error}")
+            remarks.append(f"the scores have no column {column}: {error}")
             continue
         ids = getattr(scored, key)
         names[column] = values.take(pa.array(ids - 1, mask=(ids < 1) | (ids > len(values))))
     write_scores(scored, path, names)
-    return said
+    return remarks

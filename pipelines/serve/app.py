@@ -195,9 +195,9 @@ def _describe_body(app: FastAPI, schemas: Mapping[str, Any]) -> None:
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
-        found = plain()
-        found["components"]["schemas"].update(schemas)
-        return found
+        document = plain()
+        document["components"]["schemas"].update(schemas)
+        return document
 
     app.openapi = openapi  # type: ignore[method-assign]
 

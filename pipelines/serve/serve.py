@@ -85,10 +85,10 @@ def serve(
 def _check_address(host: str, port: int) -> None:
     """Raises ConfigError where nothing can listen, before the snapshot is loaded."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ConfigError(f"--host {host}: {error.strerror}") from None
-    for family, kind, protocol_, _, address in found:
+    for family, kind, protocol_, _, address in addresses:
         with socket.socket(family, kind, protocol_) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:

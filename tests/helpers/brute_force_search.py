@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from trainer.data.hard_search import Ints, Retrieved
+from trainer.data.hard_search import Ints, SearchResult
 
 
 def hierarchical_search_reference(
@@ -21,7 +21,7 @@ def hierarchical_search_reference(
     half_life: float,
     domain_history: Ints | None = None,
     domain_minimum: Mapping[int, int] | None = None,
-) -> Retrieved:
+) -> SearchResult:
     """What `hierarchical_search` must equal: each candidate scores and sorts all of its history."""
     depth, many = levels_candidate.shape
     index, level = np.full((many, budget), -1), np.zeros((many, budget), dtype=np.int8)
@@ -42,4 +42,4 @@ def hierarchical_search_reference(
         kept[order[~kept[order]][: budget - np.count_nonzero(kept)]] = True
         result = order[kept[order]]
         index[candidate, : len(result)], level[candidate, : len(result)] = result, score[result]
-    return Retrieved(index, level, matches, decayed)
+    return SearchResult(index, level, matches, decayed)

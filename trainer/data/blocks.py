@@ -170,11 +170,11 @@ def _first_requests(plan: PlanRows, starts: Ints, limits: BlockLimits) -> Ints:
 
 
 def _chain(following: Callable[[int], int], stop: int) -> Ints:
-    found, at = [], 0
+    firsts, at = [], 0
     while at < stop:
-        found.append(at)
+        firsts.append(at)
         at = following(at)
-    return np.array(found, dtype=np.int64)
+    return np.array(firsts, dtype=np.int64)
 
 
 def with_windows(rows: UserRows, history_length: int, delay: int) -> WindowedRows:

@@ -189,7 +189,7 @@ def _search(
     search = config.search
     _, _, time, start, end, first_candidate, last_candidate = requests
     start, end, counts = start - history.start, end - history.start, last_candidate - first_candidate
-    found = hierarchical_search(
+    retrieved = hierarchical_search(
         np.stack([rows.history[level].values[history] for level in search.levels], dtype=np.int64),
         rows.history_time[history],
         np.stack([rows.candidates[level].values[candidates] for level in search.levels], dtype=np.int64),
@@ -202,14 +202,14 @@ def _search(
         rows.history[search.domain].values[history].astype(np.int64) if search.domain else None,
         search.domain_minimum or None,
     )
-    kept = np.union1d(found.index[found.index >= 0], newest_behaviors(start, end, config.recent))
-    place = np.searchsorted(kept, found.index.clip(min=0))
-    matches = np.concatenate([found.matches, found.decayed], axis=1).astype(np.float32)
+    kept = np.union1d(retrieved.index[retrieved.index >= 0], newest_behaviors(start, end, config.recent))
+    place = np.searchsorted(kept, retrieved.index.clip(min=0))
+    matches = np.concatenate([retrieved.matches, retrieved.decayed], axis=1).astype(np.float32)
     return _BlockRetrieval(
         Selection.of(history, kept, start, end),
-        np.where(found.index >= 0, place, -1),
-        found.level.astype(np.int32),
-        np.where(found.index >= 0, np.repeat(end, counts)[:, None] - found.index, 0).astype(np.int32),
+        np.where(retrieved.index >= 0, place, -1),
+        retrieved.level.astype(np.int32),
+        np.where(retrieved.index >= 0, np.repeat(end, counts)[:, None] - retrieved.index, 0).astype(np.int32),
         matches if search.counts else matches[:, :0],
     )
 

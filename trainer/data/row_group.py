@@ -151,11 +151,11 @@ class GroupColumns:
             raise self.fail("has impossible list lengths", name)
         return offsets - begin, column.values.slice(begin, count)
 
-    def same_lengths(self, expected: Ints, found: Ints, name: str, other: str) -> None:
-        if not np.array_equal(expected, found):
+    def same_lengths(self, expected: Ints, actual: Ints, name: str, other: str) -> None:
+        if not np.array_equal(expected, actual):
             row = None
-            if expected.size == found.size:
-                row = int(np.nonzero(np.diff(expected) != np.diff(found))[0][0])
+            if expected.size == actual.size:
+                row = int(np.nonzero(np.diff(expected) != np.diff(actual))[0][0])
             raise self.fail(f"its lists differ in length from those of {other}", name, row)
 
     def features(
@@ -176,8 +176,8 @@ class GroupColumns:
             values = items(column)
             if info.multi:
                 offsets, values = self.unnest(values, column)
-                found = self.ids(values, column, info.rows, offsets[owners])
-                multi[name] = Bags(found.astype(kind), offsets)
+                checked = self.ids(values, column, info.rows, offsets[owners])
+                multi[name] = Bags(checked.astype(kind), offsets)
             else:
                 ids[single.index(name)] = self.ids(values, column, info.rows, owners)
         return FeatureIds(single, ids, multi)

@@ -217,18 +217,18 @@ class _Decoder:
         return rows
 
     def _per_behavior(self, column: str) -> pa.Array:
-        found, values = self.group.lists(column)
-        self.group.same_lengths(self.history_offsets, found, column, "history_timestamp")
+        offsets, values = self.group.lists(column)
+        self.group.same_lengths(self.history_offsets, offsets, column, "history_timestamp")
         return values
 
     def _per_request(self, column: str) -> pa.Array:
-        found, values = self.group.lists(column)
-        self.group.same_lengths(self.request_offsets, found, column, "request_timestamp")
+        offsets, values = self.group.lists(column)
+        self.group.same_lengths(self.request_offsets, offsets, column, "request_timestamp")
         return values
 
     def _per_candidate(self, column: str) -> pa.Array:
-        found, values = self.group.unnest(self._per_request(column), column)
-        self.group.same_lengths(self.candidate_offsets, found, column, "request_num_candidates")
+        offsets, values = self.group.unnest(self._per_request(column), column)
+        self.group.same_lengths(self.candidate_offsets, offsets, column, "request_num_candidates")
         return values
 
     def _request_values(self, name: str) -> Ints:
@@ -285,11 +285,11 @@ def _check_time(group: GroupColumns, rows: UserRows) -> None:
             "request_history_end",
             int(owner[at]),
         )
-    seen = np.nonzero(rows.history_end > 0)[0]
-    newest = rows.history_time[rows.history_offsets[owner[seen]] + rows.history_end[seen] - 1]
-    late = np.nonzero(newest >= rows.request_time[seen])[0]
+    nonempty = np.nonzero(rows.history_end > 0)[0]
+    newest = rows.history_time[rows.history_offsets[owner[nonempty]] + rows.history_end[nonempty] - 1]
+    late = np.nonzero(newest >= rows.request_time[nonempty])[0]
     if late.size:
-        at = int(seen[late[0]])
+        at = int(nonempty[late[0]])
         raise group.fail(
             f"request {rows.request_id[at]} would see a behavior at or after its own time",
             "request_history_end",

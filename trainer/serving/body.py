@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from trainer.serving import arrow_body
 from trainer.serving.checks import cut_history
 from trainer.serving.histories import HistoryStore
-from trainer.serving.json_body import ScoreBody, from_json, read_json
+from trainer.serving.json_body import JsonForm, ScoreBody, read_json
 from trainer.serving.request import History, Limits, Request, RequestError
 from trainer.serving.scorer import Answer, Scorer
 from trainer.serving.vocabulary import Translation
@@ -62,8 +62,8 @@ def _of_json(read: ScoreBody, scorer: Scorer, histories: HistoryStore | None, li
     stored: Mapping[int, History] = histories or {}
     for r, each in enumerate(read.requests):
         translation = Translation(scorer.vocabularies, users) if raw else None
-        request = from_json(each, stored, scorer.needs, limits, f"requests[{r}]", translation)
-        requests.append(cut_history(request, scorer.needs))
+        form = JsonForm(each, scorer.needs, translation, f"requests[{r}]")
+        requests.append(cut_history(form.request(stored, limits), scorer.needs))
     candidates = sum(request.count for request in requests)
     if read.explain and candidates > limits.explained:
         problem = f"{candidates:,} candidates to explain, the server takes {limits.explained:,} of a body"

@@ -21,7 +21,7 @@ from trainer.data.row_group import Bags, Ints
 from trainer.serving.checks import check_names
 from trainer.serving.form import RequestForm
 from trainer.serving.histories import as_user
-from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request, RequestError
+from trainer.serving.request import Doubles, Limits, Needs, Part, RequestError
 from trainer.serving.vocabulary import Translation
 
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
@@ -173,27 +173,15 @@ def _check_keys(body: bytes, keys: int, tree: Any) -> None:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> None:
-    seen: set[str] = set()
+    keys: set[str] = set()
     for key, _ in pairs:
-        if key in seen:
+        if key in keys:
             raise ValueError(f"the key {key[:80]!r} occurs twice in an object")
-        seen.add(key)
+        keys.add(key)
 
 
-def from_json(
-    body: RequestBody,
-    stored: Mapping[int, History],
-    needs: Needs,
-    limits: Limits,
-    place: str,
-    translation: Translation | None = None,
-) -> Request:
-    """Arrays of one request of a body that `read_json` has read, checked; see `RequestForm`."""
-    return _JsonForm(body, needs, translation, place).request(stored, limits)
-
-
-class _JsonForm(RequestForm):
-    """A request whose fields are lists."""
+class JsonForm(RequestForm):
+    """A request of a body that `read_json` has read."""
 
     def __init__(self, body: RequestBody, needs: Needs, translation: Translation | None, place: str) -> None:
         super().__init__(needs, translation, place)

@@ -24,7 +24,7 @@ from trainer.model.read.sequence import Behaviors
 from trainer.serving.checks import visible_behaviors
 from trainer.serving.request import Needs, Request
 from trainer.serving.vocabulary import Vocabulary
-from trainer.serving.window_search import WindowSearch
+from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
 
 # Delivered beside the ids when an answer is to name behaviors: their places in the request's history.
@@ -106,7 +106,7 @@ class Scorer:
             assert isinstance(branch, Branch)
             self.branches[name] = branch
             if branch.search is not None:
-                branch.search = WindowSearch.around(branch.search)
+                branch.search = per_window(branch.search)
                 branch.search.register_forward_hook(self._note_searched)
 
     @property

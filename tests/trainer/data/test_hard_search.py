@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.brute_force_search import hierarchical_search_reference
-from trainer.data.hard_search import Retrieved, hierarchical_search
+from trainer.data.hard_search import SearchResult, hierarchical_search
 
 Inputs = dict[str, Any]
 Ints = npt.NDArray[np.int64]
@@ -46,7 +46,7 @@ def with_domains(block: Inputs, seed: int) -> Inputs:
     return block | {"domain_history": domain, "domain_minimum": {2: first, 1: second, 9: 0}}
 
 
-def assert_equal(block: Inputs) -> Retrieved:
+def assert_equal(block: Inputs) -> SearchResult:
     found, wanted = hierarchical_search(**block), hierarchical_search_reference(**block)
     for name in ("index", "level", "matches"):
         assert getattr(found, name).dtype == getattr(wanted, name).dtype

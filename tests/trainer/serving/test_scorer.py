@@ -28,10 +28,10 @@ from trainer.model.retrieve.search import DotSearch, HammingSearch, HardSearch, 
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.serving.arrow_body import read_arrow, write_arrow
 from trainer.serving.checks import cut_history
-from trainer.serving.json_body import from_json
+from trainer.serving.json_body import JsonForm
 from trainer.serving.request import Limits, Request
 from trainer.serving.scorer import Scorer as Serving
-from trainer.serving.window_search import WindowSearch, _score
+from trainer.serving.window_search import _score, per_window
 
 PRESETS = sorted(
     path.stem
@@ -61,7 +61,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(serving: Serving, config: Config, rows: list[Row]) -> Iterator[tuple[tuple[int, int], Request]]:
     for name, body in bodies(read_manifest(config.data.log), rows):
-        yield name, from_json(model_body(body), {}, serving.needs, Limits(), "requests[0]")
+        yield name, JsonForm(model_body(body), serving.needs, None, "requests[0]").request({}, Limits())
 
 
 def compare(config: Config, rows: list[Row], chunk: int = 0) -> None:
@@ -265,7 +265,7 @@ def test_window_by_window_is_the_same_search(
         patch.setattr("trainer.serving.window_search._FEWEST", 2)
         patch.setattr("trainer.serving.window_search._CACHED", cells)
         patch.setattr("trainer.serving.window_search._TILE", 8)
-        found = WindowSearch.around(made)(query)
+        found = per_window(made)(query)
     expected = made(query)
     assert torch.equal(found.mask, expected.mask)
     assert torch.equal(found.index, expected.index)
