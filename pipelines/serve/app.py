@@ -72,8 +72,8 @@ class Service:
         self.updates = Updates(self.versions, self.metrics, self.poll_seconds)
         self.metrics.serving(self.versions.scorer)
 
-    async def aside(self, work: Callable[..., Result], *given: Any) -> Result:
-        """What may take long, in the thread that decodes."""
+    async def in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
+        """The result of work that may take long, done in the thread that decodes bodies."""
         return await asyncio.get_running_loop().run_in_executor(self.decoder, work, *given)
 
 
@@ -105,7 +105,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
-    """Every error is one line of JSON; what was not foreseen says no more than that."""
+    """Every error is one line of JSON; one that was not foreseen tells a client nothing more."""
 
     def answer(status: int, problem: str, headers: Mapping[str, str] | None = None) -> Response:
         service.metrics.errors.labels(str(status)).inc()
@@ -128,12 +128,12 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     def of_reload(_: Request, error: Exception) -> Response:
         return answer(409, " ".join(str(error).split()))
 
-    def of_leaving(_: Request, error: Exception) -> Response:
+    def of_disconnect(_: Request, error: Exception) -> Response:
         del error
         return Response(status_code=_LEFT)
 
     app.add_exception_handler(RequestError, of_request)
-    app.add_exception_handler(ClientDisconnect, of_leaving)
+    app.add_exception_handler(ClientDisconnect, of_disconnect)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(RequestValidationError, of_path)
     app.add_exception_handler(TandemError, of_reload)
@@ -160,7 +160,7 @@ def _add_score(app: FastAPI, service: Service) -> None:
         """Score the candidates of one or several requests."""
         hold = Hold(service.in_flight)
         try:
-            return await _scored(request, service, hold)
+            return await _answer(request, service, hold)
         except BaseException:
             hold.release()
             raise
@@ -168,8 +168,8 @@ def _add_score(app: FastAPI, service: Service) -> None:
     _describe_body(app, schemas)
 
 
-async def _scored(request: Request, service: Service, hold: Hold) -> Response:
-    """The answer, which goes on holding its bytes."""
+async def _answer(request: Request, service: Service, hold: Hold) -> Response:
+    """The answer. Its bytes count as held until the client has taken them."""
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     given = await read_body(request, service.limits, hold, service.load.seconds)
     if service.batcher.full:
@@ -177,7 +177,7 @@ async def _scored(request: Request, service: Service, hold: Hold) -> Response:
     arrived = time.perf_counter()
     scorer = service.versions.scorer
     histories = service.versions.histories
-    decoded = await service.aside(decode, given, content_type, scorer, histories, service.limits)
+    decoded = await service.in_thread(decode, given, content_type, scorer, histories, service.limits)
     del given
     hold.resize(decoded.bytes)
     service.metrics.stage.labels("decode").observe(time.perf_counter() - arrived)
@@ -191,7 +191,7 @@ async def _scored(request: Request, service: Service, hold: Hold) -> Response:
 
 
 def _describe_body(app: FastAPI, schemas: Mapping[str, Any]) -> None:
-    """The body of /score is read by hand, so its schemas are added by hand."""
+    """FastAPI does not read the body of /score itself, so its schemas are added to the description here."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -276,7 +276,7 @@ def _add_page(app: FastAPI, service: Service) -> None:
     @app.get("/users", response_model=UsersBody, responses=_errors(404, 422))
     async def users(name: str | None = None) -> UsersBody:
         """The first users whose histories the server has, or the one of a name."""
-        return await service.aside(users_body, service.versions.histories, name)
+        return await service.in_thread(users_body, service.versions.histories, name)
 
     @app.get("/users/{user_id}", response_model=UserBody, responses=_errors(404, 422))
     async def user(user_id: int) -> UserBody:
@@ -284,4 +284,4 @@ def _add_page(app: FastAPI, service: Service) -> None:
         histories = service.versions.histories
         if histories is None or user_id not in histories:
             raise RequestError(404, f"no stored history of user {str(user_id)[:20]}")
-        return await service.aside(user_body, histories, user_id, service.limits)
+        return await service.in_thread(user_body, histories, user_id, service.limits)

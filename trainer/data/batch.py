@@ -246,7 +246,7 @@ def _bag_problem(kjt: KeyedJaggedTensor, rows: Mapping[str, int], stride: int) -
 
 
 def _most_clusters(batch: RequestBatch) -> int:
-    """The slow way: request by request."""
+    """Most clusters that a request sees, counted request by request."""
     most, clusters = 0, batch.clusters
     if clusters is None:
         return most
@@ -258,15 +258,16 @@ def _most_clusters(batch: RequestBatch) -> int:
 
 
 def pinning(device: torch.device) -> Callable[[RequestBatch], RequestBatch] | None:
-    """What puts a batch into pinned memory; None for a device that has no use for it.
+    """A function that puts a batch into pinned memory, from where it is copied while the host goes on.
 
-    The function may be called in any thread: in the reader's own, pinning costs training no time.
+    It may be called in any thread: in the reader's, pinning costs training no time. None where the device is
+    no GPU.
     """
     if device.type != "cuda":
         return None
 
     def pin(batch: RequestBatch) -> RequestBatch:
-        # A new thread stands on the first device, where it would open a context of its own.
+        # A new thread uses the first device until told otherwise, and would open a CUDA context on it.
         torch.cuda.set_device(device)
         return batch.pin_memory()
 

@@ -239,7 +239,7 @@ def deal(costs: Sequence[int], world_size: int, owners: Sequence[int] = ()) -> l
     return owner
 
 
-def spread(blocks: Sequence[Block], config: DataConfig, world_size: int) -> bool:
+def spreads_evenly(blocks: Sequence[Block], config: DataConfig, world_size: int) -> bool:
     """Whether the blocks of a window, each with its owner, keep all ranks about equally busy in each step."""
     if not blocks:
         return True

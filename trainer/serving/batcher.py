@@ -92,7 +92,7 @@ class Batcher:
         """Score what comes, until cancelled; whatever goes wrong, its jobs are answered and others go on."""
         try:
             while True:
-                await self._score_next(await self._company())
+                await self._score_next(await self._next_jobs())
         finally:
             self._pool.shutdown(wait=True)
 
@@ -108,7 +108,7 @@ class Batcher:
         for job, outcome in zip(jobs, outcomes, strict=True):
             _settle(job.answer, outcome)
 
-    async def _company(self) -> list[Job]:
+    async def _next_jobs(self) -> list[Job]:
         """The next job, and those behind it that fit into its call, in order."""
         jobs = [self._next or await self._queue.get()]
         self._next = None

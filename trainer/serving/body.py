@@ -24,7 +24,8 @@ class Body:
     """The requests of a body, and what its answer must have.
 
     Attributes:
-        requests: checked, with the behaviors that the model reads; explain: whether kept ones are told.
+        requests: checked, with only the behaviors that the model reads.
+        explain: whether the answer says which behaviors were kept for each candidate.
         items: of each request, what to call its candidates in the answer; empty with dense ids.
         raw: whether it held raw values.
     """

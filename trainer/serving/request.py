@@ -158,7 +158,7 @@ class Needs:
         names, inputs, data = manifest.recorded_features, manifest.inputs, manifest.config.data
         context, numeric = manifest.recorded_context, manifest.numeric
         times = snapshot.recorded.batch.request_time
-        # A model of a log in another unit, which was never promised to work, goes on as it did.
+        # A model that was trained on times of another unit takes times as late as twice its own.
         trained = int(times.max()) if times.numel() else 0
         of_candidates = tuple(name for name in names if inputs[name].of_candidates)
         of_behaviors = tuple(name for name in names if inputs[name].of_behaviors)

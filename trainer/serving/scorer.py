@@ -27,7 +27,7 @@ from trainer.serving.vocabulary import Vocabulary
 from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
 
-# Delivered beside the ids when an answer is to name behaviors: their places in the request's history.
+# A feature beside the others where an answer explains: each behavior's place in the request's history.
 _PLACE = "history place"
 MOST_EXPLAINED = 100
 
