@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -63,19 +63,25 @@ class Sizes:
 
 
 class _Tensors(Pipelineable):  # type: ignore[misc]
-    """Moves every field of a dataclass of tensors."""
+    """Moves the tensors of a dataclass; fields that are None, a number or `Sizes` stay on the host."""
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Any:
-        return type(self)(*(change(getattr(self, field.name)) for field in fields(self)))
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not isinstance(value, int | Sizes):
+                yield field.name, value
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        return replace(self, **{name: change(part) for name, part in self._parts()})
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for field in fields(self):
-            getattr(self, field.name).record_stream(stream)
+        for _, part in self._parts():
+            part.record_stream(stream)
 
-    def pin_memory(self) -> Any:
+    def pin_memory(self) -> Self:
         return self._each(lambda part: part.pin_memory())
 
 
@@ -112,7 +118,7 @@ class Retrieval(_Tensors):
 
 
 @dataclass
-class RequestBatch(Pipelineable):  # type: ignore[misc]
+class RequestBatch(_Tensors):
     """One rank's part of one step.
 
     Attributes:
@@ -172,24 +178,6 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
     def requests(self) -> int:
         """R."""
         return self.request_time.numel()
-
-    def _parts(self) -> Iterator[tuple[str, Any]]:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not isinstance(value, int | Sizes):
-                yield field.name, value
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
-        return replace(
-            self, **{name: part.to(device, non_blocking=non_blocking) for name, part in self._parts()}
-        )
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        for _, part in self._parts():
-            part.record_stream(stream)
-
-    def pin_memory(self) -> RequestBatch:
-        return replace(self, **{name: part.pin_memory() for name, part in self._parts()})
 
     def problem(self, rows: Mapping[str, int], longest: int) -> str:
         """What is wrong with a batch that did not come from the reader; empty if it can be scored.

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.score_names import write_named_scores
+from pipelines.score import write_named_scores
 from pipelines.serve.app import Service
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from tests.helpers.models import preset
