@@ -189,7 +189,7 @@ def _fbgemm_error() -> str | None:
 def device_notes(machine: Machine) -> list[str]:
     """What training will use on this machine by itself, and why not each GPU; empty where that is plain.
 
-    By the very functions that ranks choose by, so that both say the same.
+    The functions are those by which ranks choose their device, so both say the same.
     """
     from trainer.ranks.device import choose, obstacle
 
@@ -248,7 +248,8 @@ def observe() -> Environment:
     )
 
 
-def _taken(machine: Machine) -> str:
+def _device_choice(machine: Machine) -> str:
+    """The device that training takes by itself, in words."""
     from trainer.ranks.device import choose
 
     kind = choose("auto", machine).device.type
@@ -280,5 +281,7 @@ def doctor() -> int:
         machine = environment.machine
         for note in device_notes(machine) if machine is not None else []:
             print(f"note: {note}")
-        print("ok: this environment can train" + ("" if machine is None else f", on {_taken(machine)}"))
+        print(
+            "ok: this environment can train" + ("" if machine is None else f", on {_device_choice(machine)}")
+        )
     return 2 if problems else 0
