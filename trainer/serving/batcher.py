@@ -32,9 +32,13 @@ class BatchSettings:
     waiting: int = 256
     threads: int = 1
 
-    def fits(self, requests: int, behaviors: int, candidates: int) -> bool:
-        """Whether a model call may be so large."""
-        return requests <= self.requests and behaviors <= self.behaviors and candidates <= self.candidates
+    def fits(self, requests: Sequence[Request]) -> bool:
+        """Whether one model call may score them together."""
+        behaviors = sum(request.history.time.size for request in requests)
+        candidates = sum(request.count for request in requests)
+        return (
+            len(requests) <= self.requests and behaviors <= self.behaviors and candidates <= self.candidates
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,14 +50,6 @@ class Job:
     explain: bool
     answer: asyncio.Future[list[Answer]]
     queued: float
-
-    @property
-    def behaviors(self) -> int:
-        return sum(request.history.time.size for request in self.requests)
-
-    @property
-    def candidates(self) -> int:
-        return sum(request.count for request in self.requests)
 
 
 # Called after every model call: its jobs, how long each had waited, where the time went.
@@ -114,14 +110,12 @@ class Batcher:
         self._next = None
         if self.settings.window:
             await asyncio.sleep(self.settings.window)
-        requests, behaviors = len(jobs[0].requests), jobs[0].behaviors
-        candidates = jobs[0].candidates
+        requests = list(jobs[0].requests)
         while not self._queue.empty():
             job = self._queue.get_nowait()
-            requests, behaviors = requests + len(job.requests), behaviors + job.behaviors
-            candidates += job.candidates
+            requests += job.requests
             same = job.scorer is jobs[0].scorer and job.explain == jobs[0].explain
-            if not same or not self.settings.fits(requests, behaviors, candidates):
+            if not same or not self.settings.fits(requests):
                 self._next = job
                 break
             jobs.append(job)
@@ -151,13 +145,10 @@ def _score_in_parts(
     job: Job, requests: Sequence[Request], settings: BatchSettings
 ) -> tuple[list[Answer], Seconds]:
     """As few model calls as the limits allow, in order: the memory of a call grows with its candidates."""
-    parts: list[list[Request]] = []
-    sizes = (0, 0, 0)
+    parts: list[list[Request]] = [[]]
     for request in requests:
-        sizes = (sizes[0] + 1, sizes[1] + request.history.time.size, sizes[2] + request.count)
-        if not parts or not settings.fits(*sizes):
+        if parts[-1] and not settings.fits([*parts[-1], request]):
             parts.append([])
-            sizes = (1, request.history.time.size, request.count)
         parts[-1].append(request)
     calls = [job.scorer.score(part, job.explain) for part in parts]
     return [answer for answers, _ in calls for answer in answers], _total(seconds for _, seconds in calls)
