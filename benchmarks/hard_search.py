@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.hard_search import Retrieved, hierarchical_search, hierarchical_search_reference
+from tests.helpers.brute_force_search import hierarchical_search_reference
+from trainer.data.hard_search import SearchResult, hierarchical_search
 
 CANDIDATES, REQUESTS, BUDGET, REPEATS = 1_000, 20, 200, 5
 REFERENCE_CANDIDATES = 50  # brute force costs the same for each candidate: timing some of them is enough
@@ -68,7 +69,7 @@ def median_seconds(run: Callable[[], object]) -> float:
     return statistics.median(taken)
 
 
-def check(fast: Retrieved, slow: Retrieved) -> None:
+def check(fast: SearchResult, slow: SearchResult) -> None:
     for name in ("index", "level", "matches"):
         np.testing.assert_array_equal(getattr(fast, name), getattr(slow, name))
     np.testing.assert_allclose(fast.decayed, slow.decayed, rtol=1e-5, atol=1e-37)

@@ -40,8 +40,8 @@ from trainer.config.toml import Settings, load_settings
 from trainer.data.row_group import Bags
 from trainer.run_folder import versions
 from trainer.serving.arrow_body import MEDIA_TYPE
-from trainer.serving.asked import History, Limits, Request
 from trainer.serving.batcher import BatchSettings
+from trainer.serving.request import History, Limits, Request
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature
@@ -98,7 +98,7 @@ _RECORDED = SimpleNamespace(batch=SimpleNamespace(request_time=torch.zeros(0)))
 
 
 class _Served:
-    """One version for good, in the place of `trainer.serving.current.Current`."""
+    """One version for good, in the place of `trainer.serving.versions.Current`."""
 
     histories = None
     refused = None

@@ -17,7 +17,7 @@ from benchmarks.report import write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
-from trainer.data.pinned import pinning
+from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.loop.pipeline import Pipeline

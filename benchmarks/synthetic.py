@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import BlockLimits, Decoded, cut_blocks, with_windows
+from trainer.data.blocks import BlockLimits, LazyRows, cut_blocks, with_windows
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup
 from trainer.data.row_group import FeatureIds, Ids, Ints
@@ -82,21 +82,17 @@ class Draws:
         requests = users * shape.requests
         end = np.tile(shape.length + shape.apart * np.arange(shape.requests), users)
         labels = (self._rng.random((shape.samples, 1)) < 1 / shape.candidates).astype(np.float32)
-        return UserRows(
+        return UserRows.of_counts(
+            behaviors=np.full(users, behaviors),
+            requests=np.full(users, shape.requests),
+            candidate_counts=np.full(requests, shape.candidates),
             user_id=np.arange(users),
-            history_offsets=behaviors * np.arange(users + 1),
-            request_offsets=shape.requests * np.arange(users + 1),
             history=self._ids(users * behaviors),
             history_time=np.tile(_SECONDS_APART * np.arange(behaviors), users),
-            request_id=np.arange(requests),
             request_time=_SECONDS_APART * end,
             history_end=end,
-            candidate_offsets=shape.candidates * np.arange(requests + 1),
             candidates=self._ids(shape.samples),
-            context=FeatureIds([], np.zeros((0, requests), dtype=np.int32), {}),
             labels=labels,
-            numeric=np.zeros((shape.samples, 0), dtype=np.float32),
-            weight=np.ones(shape.samples, dtype=np.float32),
         )
 
     def _ids(self, count: int) -> FeatureIds:
@@ -129,7 +125,7 @@ def as_batch(
     windowed = with_windows(rows, data.history_length, 0)
     plan = PlanRows(rows.request_offsets, rows.history_end, np.diff(rows.candidate_offsets))
     limits = BlockLimits(data.history_length, requests_per_block, 1 << 40)
-    blocks = cut_blocks(plan, 0, Decoded(RowGroup(Path("made up"), 0), windowed), limits)
+    blocks = cut_blocks(plan, 0, LazyRows(RowGroup(Path("made up"), 0), lambda: windowed), limits)
     return collate(blocks, data, Columns.of(manifest), int(rows.candidate_offsets[-1]))
 
 

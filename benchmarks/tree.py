@@ -26,7 +26,7 @@ import sklearn
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from trainer.config.sections import DataConfig
-from trainer.data.hard_search import hard_search
+from trainer.data.hard_search import hierarchical_search
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.schema import read_manifest
@@ -108,7 +108,7 @@ def _row_features(rows: UserRows, row: int, levels: Sequence[str], length: int, 
     for level in levels:
         held = rows.history[level].values[history].astype(np.int64)
         wanted = rows.candidates[level].values[part].astype(np.int64)
-        hits = hard_search(held, when, wanted, of, start, end, asked, 1, HALF_LIFE)
+        hits = hierarchical_search(held[None], when, wanted[None], of, start, end, asked, 1, HALF_LIFE)
         found += [hits.matches[:, 0], hits.decayed[:, 0], _since(asked[of], when, hits.index[:, 0])]
     newest = np.where(end > start, end - 1, -1)
     found += [popularity[rows.candidates["item_id"].values[part]], (end - start)[of]]

@@ -1,7 +1,8 @@
 """The command line: one verb per file of `pipelines/`, and nothing but argument parsing here.
 
 Exit codes: 0 success; 2 an error the user can mend (one line on stderr); 1 anything else, a lost rank too.
-Pipelines are imported when their verb runs: `tandemrec --help` must not wait for torch.
+Pipelines are imported when their verb runs: `tandemrec --help` must not wait for torch. An option is called
+as its parameter is; switches are named, so that they get no `--no-` form.
 """
 
 from __future__ import annotations
@@ -13,9 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from launch.options import Checkpoint, ConfigFile, Device, Dtype, Overrides, RunFolder, Split, Version
-from launch.reporting import OTHER_ERROR, USER_ERROR, report, speaking_for_threads
+from launch.options import (
+    Checkpoint,
+    ConfigFile,
+    Device,
+    Dtype,
+    Overrides,
+    Overwrite,
+    RunFolder,
+    Snapshot,
+    Split,
+    Version,
+)
+from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
 
 app = typer.Typer(
     name="tandemrec",
@@ -28,7 +41,7 @@ app = typer.Typer(
 @app.callback()
 def _global_options(
     version: Version = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     # `main` reads --debug itself, so that it may stand before or after the verb; here it is for --help.
     del version, debug
@@ -43,9 +56,7 @@ def doctor() -> None:
 
 
 @app.command()
-def fetch(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the data.")],
-) -> None:
+def fetch(out: Annotated[Path, Option("--out", metavar="DIR", help="Where to put the data.")]) -> None:
     """Download the Complete Journey demo data as an event log."""
     from pipelines.fetch import fetch as run
 
@@ -54,16 +65,13 @@ def fetch(
 
 @app.command()
 def synth(
-    out: Annotated[Path, typer.Option("--out", metavar="LOG", help="The sequence log to write.")],
+    out: Annotated[Path, Option(metavar="LOG", help="The sequence log to write.")],
     kind: Annotated[
-        str,
-        typer.Option(
-            "--kind", help="relevance, xor, profiles, interference, decoupled, far, pair or opposite."
-        ),
+        str, Option(help="relevance, xor, profiles, interference, decoupled, far, pair or opposite.")
     ] = "relevance",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random draw.")] = 7,
-    users: Annotated[int, typer.Option("--users", min=0, help="To train on; 0: the kind's own number.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
+    seed: Annotated[int, Option(min=0, help="Of every random draw.")] = 7,
+    users: Annotated[int, Option(min=0, help="To train on; 0: the kind's own number.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a log with a planted signal and a known oracle."""
     from pipelines.synth.synth import synth as run
@@ -74,33 +82,25 @@ def synth(
 @app.command()
 def ingest(
     config: ConfigFile,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="LOG", help="The sequence log to write.")
-    ] = None,
+    out: Annotated[Path | None, Option(metavar="LOG", help="The sequence log to write.")] = None,
     events: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--events", metavar="FILE", help="Raw events: a file, folder or quoted pattern; repeatable."
-        ),
+        Option(metavar="FILE", help="Raw events: a file, folder or quoted pattern; repeatable."),
     ] = None,
     impressions: Annotated[
-        list[Path] | None,
-        typer.Option("--impressions", metavar="FILE", help="Shown candidates with labels; repeatable."),
+        list[Path] | None, Option(metavar="FILE", help="Shown candidates with labels; repeatable.")
     ] = None,
     vocabulary: Annotated[
-        Path | None,
-        typer.Option(
-            "--vocabulary", metavar="LOG", help="Keep the ids of this older log; new values are unknown."
-        ),
+        Path | None, Option(metavar="LOG", help="Keep the ids of this older log; new values are unknown.")
     ] = None,
     extend: Annotated[
-        bool, typer.Option("--extend-vocabulary", help="New values get new ids after the older log's.")
+        bool, Option("--extend-vocabulary", help="New values get new ids after the older log's.")
     ] = False,
     overrides: Overrides = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="duckdb (the default) or spark.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
+    engine: Annotated[str | None, Option(help="duckdb (the default) or spark.")] = None,
+    overwrite: Overwrite = False,
     preview: Annotated[
-        bool, typer.Option("--preview", help="Only show how each column is read; writes nothing.")
+        bool, Option("--preview", help="Only show how each column is read; writes nothing.")
     ] = False,
 ) -> None:
     """Turn raw events into a sequence log."""
@@ -130,21 +130,15 @@ def ingest(
 @app.command()
 def plan(
     config: ConfigFile,
-    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks.")],
-    local_world_size: Annotated[
-        int, typer.Option("--local-world-size", min=0, help="Ranks of a node; 0: all, at most 8.")
-    ] = 0,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda; cuda with --hbm.")] = "",
-    hbm: Annotated[
-        str, typer.Option("--hbm", metavar="SIZE", help="Device memory per rank, such as 141GB.")
-    ] = "",
-    ddr: Annotated[
-        str, typer.Option("--ddr", metavar="SIZE", help="Host memory of a node, shared by its ranks.")
-    ] = "",
+    world_size: Annotated[int, Option(min=1, help="Number of ranks.")],
+    local_world_size: Annotated[int, Option(min=0, help="Ranks of a node; 0: all, at most 8.")] = 0,
+    device: Annotated[str, Option(help="cpu or cuda; cuda with --hbm.")] = "",
+    hbm: Annotated[str, Option(metavar="SIZE", help="Device memory per rank, such as 141GB.")] = "",
+    ddr: Annotated[str, Option(metavar="SIZE", help="Host memory of a node, shared by its ranks.")] = "",
     behaviors: Annotated[
-        int, typer.Option("--behaviors-per-step", min=0, help="Of all ranks; 0: estimate from the log.")
+        int, Option("--behaviors-per-step", min=0, help="Of all ranks; 0: estimate from the log.")
     ] = 0,
-    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Keep the plan here.")] = None,
+    out: Annotated[Path | None, Option("--json", metavar="FILE", help="Keep the plan here.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Print the sharding plan, each rank's memory and the bytes of a step."""
@@ -158,27 +152,22 @@ def plan(
 @app.command()
 def train(
     config: ConfigFile,
-    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder; resumed if it exists.")],
+    out: Annotated[Path, Option(metavar="RUN", help="The run folder; resumed if it exists.")],
     plan_file: Annotated[
-        Path | None, typer.Option("--plan", metavar="FILE", help="Place the tables as `plan --json` did.")
+        Path | None, Option("--plan", metavar="FILE", help="Place the tables as `plan --json` did.")
     ] = None,
     overrides: Overrides = None,
     init_from: Annotated[
-        Path | None,
-        typer.Option(
-            "--init-from", metavar="DIR|RUN", help="Start a new run with the weights of another one."
-        ),
+        Path | None, Option(metavar="DIR|RUN", help="Start a new run with the weights of another one.")
     ] = None,
     more: Annotated[
         list[str] | None,
         # TorchX refuses an option that occurs twice, also among the arguments it only passes on.
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="More overrides, the same as --set.", show_default=False
-        ),
+        Argument(metavar="[KEY=VALUE]...", help="More overrides, the same as --set.", show_default=False),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only check the configuration and the log.")] = False,
+    check: Annotated[bool, Option("--check", help="Only check the configuration and the log.")] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Trace 20 steps and print where their time went.")
+        bool, Option("--profile", help="Trace 20 steps and print where their time went.")
     ] = False,
 ) -> None:
     """Train a model; torchx or torchrun start several ranks."""
@@ -208,24 +197,18 @@ def evaluate(
 @app.command()
 def export(
     run_folder: RunFolder,
-    out: Annotated[Path, typer.Option("--out", metavar="SNAP", help="The snapshot folder to write.")],
-    dtype: Annotated[
-        Dtype, typer.Option("--dtype", help="How tables of representation are stored.")
-    ] = "fp32",
-    attention_dtype: Annotated[
-        Dtype, typer.Option("--attention-dtype", help="How tables of attention are stored.")
-    ] = "fp16",
-    since: Annotated[
-        str, typer.Option("--since", metavar="BASE", help="Write only rows that differ from this version.")
-    ] = "",
-    keep: Annotated[int, typer.Option("--keep", min=0, help="Newest versions that stay; 0: all.")] = 0,
+    out: Annotated[Path, Option(metavar="SNAP", help="The snapshot folder to write.")],
+    dtype: Annotated[Dtype, Option(help="How tables of representation are stored.")] = "fp32",
+    attention_dtype: Annotated[Dtype, Option(help="How tables of attention are stored.")] = "fp16",
+    since: Annotated[str, Option(metavar="BASE", help="Write only rows that differ from this version.")] = "",
+    keep: Annotated[int, Option(min=0, help="Newest versions that stay; 0: all.")] = 0,
     parity_requests: Annotated[
-        int, typer.Option("--parity-requests", min=0, help="Validation requests to compare AUC on; 0: none.")
+        int, Option(min=0, help="Validation requests to compare AUC on; 0: none.")
     ] = 1000,
-    aoti: Annotated[bool, typer.Option("--aoti", help="Add the dense part as machine code (g++).")] = False,
+    aoti: Annotated[bool, Option("--aoti", help="Add the dense part as machine code (g++).")] = False,
     vocabularies: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--vocabularies/--no-vocabularies",
             help="Add the values that the ids stand for; the default: if they are small.",
         ),
@@ -242,8 +225,7 @@ def export(
 
 @app.command()
 def unshard(
-    run_folder: RunFolder,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    run_folder: RunFolder, out: Annotated[Path, Option("--out", metavar="DIR", help="The folder to write.")]
 ) -> None:
     """Write a run's newest checkpoint as plain tables, for `train --init-from` or other programs."""
     from pipelines.unshard import unshard as run
@@ -253,18 +235,14 @@ def unshard(
 
 @app.command()
 def cluster(
-    log: Annotated[Path, typer.Option("--log", metavar="LOG", help="A sequence log.")],
-    snapshot: Annotated[
-        Path, typer.Option("--snapshot", metavar="SNAP", help="Whose attention vectors are clustered.")
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="LOG", help="The log to write, with clusters.")],
-    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Behaviors clustered together.")] = 500,
-    cap: Annotated[int, typer.Option("--cap", min=1, help="Most behaviors of a cluster.")] = 20,
-    group_by: Annotated[
-        str, typer.Option("--group-by", metavar="FEATURE", help="No cluster mixes values of this feature.")
-    ] = "",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of k-means.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing log.")] = False,
+    log: Annotated[Path, Option(metavar="LOG", help="A sequence log.")],
+    snapshot: Annotated[Path, Option(metavar="SNAP", help="Whose attention vectors are clustered.")],
+    out: Annotated[Path, Option(metavar="LOG", help="The log to write, with clusters.")],
+    chunk: Annotated[int, Option(min=1, help="Behaviors clustered together.")] = 500,
+    cap: Annotated[int, Option(min=1, help="Most behaviors of a cluster.")] = 20,
+    group_by: Annotated[str, Option(metavar="FEATURE", help="No cluster mixes values of this feature.")] = "",
+    seed: Annotated[int, Option(min=0, help="Of k-means.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Add clusters of every history to a log, for configs/twin_v2.toml."""
     from pipelines.cluster import cluster as run
@@ -275,14 +253,13 @@ def cluster(
 
 @app.command()
 def score(
-    snapshot: Annotated[Path, typer.Option("--snapshot", metavar="SNAP", help="A snapshot by `export`.")],
-    requests: Annotated[Path, typer.Option("--requests", metavar="LOG", help="A sequence log.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Scores to write, Parquet.")],
+    snapshot: Snapshot,
+    requests: Annotated[Path, Option(metavar="LOG", help="A sequence log.")],
+    out: Annotated[Path, Option(metavar="FILE", help="Scores to write, Parquet.")],
     split: Split = "test",
-    limit: Annotated[int, typer.Option("--limit", min=0, help="At most so many requests; 0: all.")] = 0,
+    limit: Annotated[int, Option(min=0, help="At most so many requests; 0: all.")] = 0,
     against: Annotated[
-        Path | None,
-        typer.Option("--against", metavar="FILE", help="Scores kept by `evaluate` to compare with."),
+        Path | None, Option(metavar="FILE", help="Scores kept by `evaluate` to compare with.")
     ] = None,
 ) -> None:
     """Score requests with a snapshot, without the trainer."""
@@ -293,58 +270,42 @@ def score(
 
 @app.command()
 def serve(
-    snapshot: Annotated[Path, typer.Option("--snapshot", metavar="SNAP", help="A snapshot by `export`.")],
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    snapshot: Snapshot,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any free one.")] = 8000,
     histories: Annotated[
-        Path | None,
-        typer.Option("--histories", metavar="LOG", help="A sequence log whose users requests may name."),
+        Path | None, Option(metavar="LOG", help="A sequence log whose users requests may name.")
     ] = None,
-    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a body.")] = 64 << 20,
-    max_json: Annotated[int, typer.Option("--max-json", min=1, help="Bytes of a JSON body.")] = 8 << 20,
-    max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Of a body.")] = 64,
-    max_history: Annotated[
-        int, typer.Option("--max-history", min=1, help="Behaviors of a request that the model reads.")
-    ] = 100_000,
-    max_candidates: Annotated[int, typer.Option("--max-candidates", min=1, help="Of a request.")] = 5_000,
-    max_bag: Annotated[int, typer.Option("--max-bag", min=1, help="Ids of a behavior.")] = 1_000,
-    max_ids: Annotated[int, typer.Option("--max-ids", min=1, help="Values of a body.")] = 8 << 20,
-    max_waiting: Annotated[int, typer.Option("--max-waiting", min=1, help="Bodies; more: 429.")] = 256,
-    max_connections: Annotated[
-        int, typer.Option("--max-connections", min=1, help="Open at once; more: 503.")
-    ] = 512,
-    max_in_flight: Annotated[
-        int, typer.Option("--max-in-flight", min=1, help="Bytes of all bodies and answers; more: 503.")
-    ] = 256 << 20,
+    max_body: Annotated[int, Option(min=1, help="Bytes of a body.")] = 64 << 20,
+    max_json: Annotated[int, Option(min=1, help="Bytes of a JSON body.")] = 8 << 20,
+    max_requests: Annotated[int, Option(min=1, help="Of a body.")] = 64,
+    max_history: Annotated[int, Option(min=1, help="Behaviors of a request that the model reads.")] = 100_000,
+    max_candidates: Annotated[int, Option(min=1, help="Of a request.")] = 5_000,
+    max_bag: Annotated[int, Option(min=1, help="Ids of a behavior.")] = 1_000,
+    max_ids: Annotated[int, Option(min=1, help="Values of a body.")] = 8 << 20,
+    max_waiting: Annotated[int, Option(min=1, help="Bodies; more: 429.")] = 256,
+    max_connections: Annotated[int, Option(min=1, help="Open at once; more: 503.")] = 512,
+    max_in_flight: Annotated[int, Option(min=1, help="Bytes of all bodies and answers; more: 503.")] = 256
+    << 20,
     client_seconds: Annotated[
-        float, typer.Option("--client-seconds", min=0.1, help="For a head, a body, or to read an answer.")
+        float, Option(min=0.1, help="For a head, a body, or to read an answer.")
     ] = 30.0,
-    batch_requests: Annotated[int, typer.Option("--batch-requests", min=1, help="Of a model call.")] = 32,
-    batch_window_ms: Annotated[
-        float, typer.Option("--batch-window-ms", min=0, help="Wait so long for company.")
-    ] = 0.0,
-    poll_seconds: Annotated[
-        float, typer.Option("--poll-seconds", min=0, help="Look for a newer version; 0: never.")
-    ] = 5.0,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Of the model.")] = 1,
+    batch_requests: Annotated[int, Option(min=1, help="Of a model call.")] = 32,
+    batch_window_ms: Annotated[float, Option(min=0, help="Wait so long for company.")] = 0.0,
+    poll_seconds: Annotated[float, Option(min=0, help="Look for a newer version; 0: never.")] = 5.0,
+    threads: Annotated[int, Option(min=1, help="Of the model.")] = 1,
     reload_token_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--reload-token-file", metavar="FILE", help="Holds the token of POST /reload; else it is off."
-        ),
+        Path | None, Option(metavar="FILE", help="Holds the token of POST /reload; else it is off.")
     ] = None,
     vocabulary: Annotated[
-        Path | None,
-        typer.Option(
-            "--vocabulary", metavar="LOG", help="Whose values requests may name where the snapshot has none."
-        ),
+        Path | None, Option(metavar="LOG", help="Whose values requests may name where the snapshot has none.")
     ] = None,
 ) -> None:
     """Serve a snapshot over HTTP, with a page to look at."""
     from pipelines.serve.load import LoadLimits
     from pipelines.serve.serve import serve as run
-    from trainer.serving.asked import Limits
     from trainer.serving.batcher import BatchSettings
+    from trainer.serving.request import Limits
 
     limits = Limits(max_body, max_requests, max_history, max_candidates, max_bag, max_ids, max_json)
     load = LoadLimits(max_connections, max_in_flight, client_seconds)
@@ -382,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # The command itself: called as an app, Typer puts an exception hook of its own in place of ours.
         command = typer.main.get_command(app)
-        with speaking_for_threads(debug="--debug" in words):
+        with reporting_thread_errors(debug="--debug" in words):
             result = command([word for word in words if word != "--debug"], standalone_mode=False)
     except typer.Abort:
         return OTHER_ERROR

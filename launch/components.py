@@ -9,18 +9,23 @@ It reads the annotations as objects and knows only typing's Dict, List and Optio
 this file neither postpones annotations nor uses their modern spelling. See docs/cluster.md.
 """
 
+import inspect
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Dict, List, Optional  # noqa: UP035
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields
+from functools import wraps
+from typing import Any, Dict, List, Optional  # noqa: UP035
 
 from torchx import specs
 from torchx.specs.finder import ComponentValidationException
 
 _SHAPE = re.compile(r"(?:(?:(?P<least>\d+):)?(?P<nodes>\d+)x)?(?P<ranks>\d+)")
 _CLI = ("python", "-m", "launch.cli")
+OptionalText = Optional[str]  # noqa: UP045
+OptionalTexts = Optional[List[str]]  # noqa: UP006, UP045
+OptionalPairs = Optional[Dict[str, str]]  # noqa: UP006, UP045
 
 
 class JobError(ComponentValidationException, ValueError):  # type: ignore[misc]
@@ -41,52 +46,129 @@ class JobShape:
         return str(self.nodes) if self.least_nodes == self.nodes else f"{self.least_nodes}:{self.nodes}"
 
 
+def _option(default: Any, help_: str) -> Any:
+    return field(default=default, metadata={"help": help_})
+
+
 @dataclass(frozen=True)
-class _Node:
-    """What every node of a job is given; see the components' `Args:` for the fields."""
+class Job:
+    """Where and how a component runs: each field is an option of the components that name it."""
 
-    image: str
-    cpu: int
-    gpu: int
-    memMB: int
-    h: str | None
-    env: Mapping[str, str] | None
-    mounts: Sequence[str] | None
-    resource: specs.Resource = field(init=False)
+    j: str = _option("1x1", "[[least nodes:]nodes x]ranks per node")
+    name: str = _option("tandemrec", "the job's name")
+    image: str = _option("tandemrec:latest", "the container image, for schedulers that use one")
+    cpu: int = _option(0, "cores per node; 0 takes the cores of the machine that submits")
+    gpu: int = _option(0, "GPUs per node")
+    memMB: int = _option(16384, "memory per node in MB, for schedulers that enforce it")
+    h: OptionalText = _option(None, "a registered named resource, instead of cpu, gpu and memMB")  # noqa: RUF009
+    threads: int = _option(0, "CPU threads per rank (OMP_NUM_THREADS); 0 divides a node's cores by its ranks")
+    max_restarts: int = _option(
+        0,
+        "how often torchrun restarts all ranks after one failed; use 3 or more for unattended jobs, where a "
+        "restart may itself fail to reconnect",
+    )
+    max_retries: int = _option(0, "how often the scheduler starts the whole job again (Slurm requeues it)")
+    rdzv_port: int = _option(29500, "the port on the first node where several nodes meet")
+    env: OptionalPairs = _option(None, "further environment variables, FOO=1,BAR=2")  # noqa: RUF009
+    mounts: OptionalTexts = _option(  # noqa: RUF009
+        None, "mounts, type=bind,src=/host,dst=/job[,readonly] or type=volume,src=claim,dst=/job"
+    )
 
-    def __post_init__(self) -> None:
-        try:
-            found = specs.resource(cpu=self.cpu or _cores(), gpu=self.gpu, memMB=self.memMB, h=self.h)
-        except KeyError as error:
-            raise JobError(f"-h {self.h}: {_text(error)}") from None
-        object.__setattr__(self, "resource", found)
+    def torchrun(self, words: Sequence[str]) -> str:
+        """One shell line. `exec`, so that a stop signal reaches torchrun and not a shell that waits for it.
 
-    def role(self, name: str, line: str, shape: JobShape, threads: int) -> specs.Role:
-        """A role that runs one shell line on each node."""
-        if 0 < self.resource.gpu < shape.ranks:
+        torchrun looks for options of its own behind the name of the script, too, and takes beginnings of
+        them: `--run` might be its `--run-path`. Nothing behind `--` is one.
+        """
+        shape = parse_shape(self.j)
+        options = [
+            *_rendezvous(shape, self.rdzv_port),
+            f"--nnodes={shape.nnodes}",
+            f"--nproc-per-node={shape.ranks}",
+            f"--max-restarts={self.max_restarts}",
+        ]
+        line = " ".join(["exec python -m torch.distributed.run", *options, "-m -- launch.cli", _quote(words)])
+        if self.max_restarts and words[0] == "train":
+            # torchrun restarts whatever failed: what no restart can mend is found before it takes over.
+            line = f"{_quote([*_CLI, *words, '--check'])} && {line}"
+        return line
+
+    def app(self, role: str, line: str) -> specs.AppDef:
+        """A job that runs one shell line on each node.
+
+        Raises:
+            JobError: an option is wrong, or there are more ranks than GPUs on a node that has some.
+        """
+        shape, resource = parse_shape(self.j), self._resource()
+        if 0 < resource.gpu < shape.ranks:
             raise JobError(
-                f"-j {shape.nnodes}x{shape.ranks}: a node has {self.resource.gpu} GPU(s), and NCCL refuses "
-                f"two ranks on one; ask for --gpu {shape.ranks}, or for -j {shape.nnodes}x{self.resource.gpu}"
+                f"-j {shape.nnodes}x{shape.ranks}: a node has {resource.gpu} GPU(s), and NCCL refuses "
+                f"two ranks on one; ask for --gpu {shape.ranks}, or for -j {shape.nnodes}x{resource.gpu}"
             )
-        per_rank = threads or max(1, int(self.resource.cpu) // shape.ranks)
-        try:
-            mounts = specs.parse_mounts(list(self.mounts)) if self.mounts else []
-        except (KeyError, ValueError) as error:
-            example = "type=bind,src=/host,dst=/job or type=volume,src=claim,dst=/job"
-            raise JobError(
-                f"--mounts {','.join(self.mounts or ())}: {_text(error)}; write {example}"
-            ) from None
-        return specs.Role(
-            name=name,
+        per_rank = self.threads or max(1, int(resource.cpu) // shape.ranks)
+        node = specs.Role(
+            name=role,
             image=self.image,
             entrypoint="bash",
             args=["-c", line],
             num_replicas=shape.nodes,
             min_replicas=shape.least_nodes,
-            resource=self.resource,
+            max_retries=self.max_retries,
+            port_map={"c10d": self.rdzv_port} if shape.nodes > 1 else {},
+            resource=resource,
             env={"OMP_NUM_THREADS": str(per_rank), **(self.env or {})},
-            mounts=mounts,
+            mounts=self._mounts(),
         )
+        return specs.AppDef(name=self.name, roles=[node])
+
+    def _resource(self) -> specs.Resource:
+        try:
+            return specs.resource(cpu=self.cpu or _cores(), gpu=self.gpu, memMB=self.memMB, h=self.h)
+        except KeyError as error:
+            raise JobError(f"-h {self.h}: {_text(error)}") from None
+
+    def _mounts(self) -> List[Any]:  # noqa: UP006
+        given = self.mounts or []
+        try:
+            return list(specs.parse_mounts(list(given))) if given else []
+        except (KeyError, ValueError) as error:
+            example = "type=bind,src=/host,dst=/job or type=volume,src=claim,dst=/job"
+            raise JobError(f"--mounts {','.join(given)}: {_text(error)}; write {example}") from None
+
+
+_NODE = ("name", "image", "cpu", "gpu", "memMB", "h", "env", "mounts")
+_RANKS = (*_NODE, "j", "threads", "max_restarts", "rdzv_port")
+
+
+def _component(*options: str, **defaults: Any) -> Callable[[Callable[..., specs.AppDef]], Any]:
+    """Gives a component these options of `Job`; it is called with a `job` made of them.
+
+    TorchX reads a component's signature and docstring, so the options are added to both.
+
+    Args:
+        defaults: of options whose default is not the one in `Job`.
+    """
+    chosen = [option for option in fields(Job) if option.name in options]
+
+    def parameter(option: Field[Any]) -> inspect.Parameter:
+        default = defaults.get(option.name, option.default)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(option.name, kind, default=default, annotation=option.type)
+
+    def extend(function: Callable[..., specs.AppDef]) -> Any:
+        @wraps(function)
+        def component(*args: Any, **given: Any) -> specs.AppDef:
+            job = {option.name: given.pop(option.name) for option in chosen if option.name in given}
+            return function(*args, **given, job=Job(**{**defaults, **job}))
+
+        signature = inspect.signature(function)
+        own = [each for each in signature.parameters.values() if each.name != "job"]
+        lines = [f"        {option.name}: {option.metadata['help']}" for option in chosen]
+        component.__doc__ = "\n".join([str(function.__doc__).rstrip(), *lines, "    "])
+        component.__dict__["__signature__"] = signature.replace(parameters=[*own, *map(parameter, chosen)])
+        return component
+
+    return extend
 
 
 def parse_shape(text: str) -> JobShape:
@@ -138,163 +220,55 @@ def _rendezvous(shape: JobShape, port: int) -> list[str]:
     ]
 
 
-def _torchrun(shape: JobShape, max_restarts: int, port: int, words: Sequence[str]) -> str:
-    """One shell line. `exec`, so that a stop signal reaches torchrun and not a shell that waits for it.
-
-    torchrun looks for options of its own behind the name of the script, too, and takes beginnings of them:
-    `--run` might be its `--run-path`. Nothing behind `--` is one.
-    """
-    options = [
-        *_rendezvous(shape, port),
-        f"--nnodes={shape.nnodes}",
-        f"--nproc-per-node={shape.ranks}",
-        f"--max-restarts={max_restarts}",
-    ]
-    line = " ".join(["exec python -m torch.distributed.run", *options, "-m -- launch.cli", _quote(words)])
-    if max_restarts and words[0] == "train":
-        # torchrun restarts whatever failed: what no restart can mend is found before it takes over.
-        line = f"{_quote([*_CLI, *words, '--check'])} && {line}"
-    return line
-
-
-def _app(name: str, role: specs.Role, port: int = 0, max_retries: int = 0) -> specs.AppDef:
-    role.max_retries = max_retries
-    role.port_map = {"c10d": port} if role.num_replicas > 1 else {}
-    return specs.AppDef(name=name, roles=[role])
-
-
-def train(
-    *args: str,
-    config: str,
-    out: str,
-    j: str = "1x1",
-    name: str = "tandemrec",
-    image: str = "tandemrec:latest",
-    cpu: int = 0,
-    gpu: int = 0,
-    memMB: int = 16384,
-    h: Optional[str] = None,  # noqa: UP045
-    threads: int = 0,
-    max_restarts: int = 0,
-    max_retries: int = 0,
-    rdzv_port: int = 29500,
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-) -> specs.AppDef:
+@_component(*_RANKS, "max_retries")
+def train(*args: str, config: str, out: str, job: Job) -> specs.AppDef:
     """
     Trains one model with `tandemrec train`, on one rank or many. A run that exists is resumed.
+
+    With max_restarts above 0, the configuration is checked before ranks are started.
 
     Args:
         args: overrides of the configuration, after a `--`, for example `-- data.log=log train.max_steps=100`
         config: the TOML configuration
         out: the run folder; with several nodes it must be on storage that all of them share
-        j: [[least nodes:]nodes x]ranks per node
-        name: the job's name
-        image: the container image, for schedulers that use one
-        cpu: cores per node; 0 takes the cores of the machine that submits
-        gpu: GPUs per node
-        memMB: memory per node in MB, for schedulers that enforce it
-        h: a registered named resource, instead of cpu, gpu and memMB
-        threads: CPU threads per rank (OMP_NUM_THREADS); 0 divides a node's cores by its ranks
-        max_restarts: how often torchrun restarts all ranks after one failed; use 3 or more for unattended
-            jobs, where a restart may itself fail to reconnect. Above 0, the configuration is checked first
-        max_retries: how often the scheduler starts the whole job again (Slurm requeues it)
-        rdzv_port: the port on the first node where several nodes meet
-        env: further environment variables, FOO=1,BAR=2
-        mounts: mounts, type=bind,src=/host,dst=/job[,readonly] or type=volume,src=claim,dst=/job
     """
-    shape = parse_shape(j)
-    words = ["train", "--config", config, "--out", out, *args]
-    line = _torchrun(shape, max_restarts, rdzv_port, words)
-    role = _Node(image, cpu, gpu, memMB, h, env, mounts).role("train", line, shape, threads)
-    return _app(name, role, rdzv_port, max_retries)
+    return job.app("train", job.torchrun(["train", "--config", config, "--out", out, *args]))
 
 
-def evaluate(
-    run: str,
-    split: str = "test",
-    j: str = "1x1",
-    name: str = "tandemrec-evaluate",
-    image: str = "tandemrec:latest",
-    cpu: int = 0,
-    gpu: int = 0,
-    memMB: int = 16384,
-    h: Optional[str] = None,  # noqa: UP045
-    threads: int = 0,
-    max_restarts: int = 0,
-    rdzv_port: int = 29500,
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-) -> specs.AppDef:
+@_component(*_RANKS, name="tandemrec-evaluate")
+def evaluate(run: str, split: str = "test", device: OptionalText = None, *, job: Job) -> specs.AppDef:
     """
     Measures a trained run with `tandemrec evaluate`, on any number of ranks, not only as many as trained it.
+
+    The first node also holds the scores of all ranks in its memory.
 
     Args:
         run: the run folder; with several nodes it must be on storage that all of them share
         split: train, validation or test
-        j: [[least nodes:]nodes x]ranks per node
-        name: the job's name
-        image: the container image, for schedulers that use one
-        cpu: cores per node; 0 takes the cores of the machine that submits
-        gpu: GPUs per node
-        memMB: memory per node in MB, for schedulers that enforce it; rank 0's node also holds all the scores
-        h: a registered named resource, instead of cpu, gpu and memMB
-        threads: CPU threads per rank (OMP_NUM_THREADS); 0 divides a node's cores by its ranks
-        max_restarts: how often torchrun restarts all ranks after one failed
-        rdzv_port: the port on the first node where several nodes meet
-        env: further environment variables, FOO=1,BAR=2
-        mounts: mounts, type=bind,src=/host,dst=/job[,readonly] or type=volume,src=claim,dst=/job
+        device: auto, cpu or cuda; the default is the run's train.device
     """
-    shape = parse_shape(j)
-    line = _torchrun(shape, max_restarts, rdzv_port, ["evaluate", "--run", run, "--split", split])
-    role = _Node(image, cpu, gpu, memMB, h, env, mounts).role("evaluate", line, shape, threads)
-    return _app(name, role, rdzv_port)
+    words = ["evaluate", "--run", run, "--split", split, *(["--device", device] if device else [])]
+    return job.app("evaluate", job.torchrun(words))
 
 
-def export(
-    run: str,
-    out: str,
-    name: str = "tandemrec-export",
-    image: str = "tandemrec:latest",
-    cpu: int = 0,
-    gpu: int = 0,
-    memMB: int = 16384,
-    h: Optional[str] = None,  # noqa: UP045
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-) -> specs.AppDef:
+@_component(*_NODE, name="tandemrec-export")
+def export(run: str, out: str, device: OptionalText = None, *, job: Job) -> specs.AppDef:
     """
     Writes a serving snapshot of a run with `tandemrec export`, in one process.
+
+    The node's memory holds all tables in one piece, twice.
 
     Args:
         run: the run folder
         out: the folder of snapshots
-        name: the job's name
-        image: the container image, for schedulers that use one
-        cpu: cores of the node; 0 takes the cores of the machine that submits
-        gpu: GPUs of the node
-        memMB: memory of the node in MB, for schedulers that enforce it: all tables in one piece, twice
-        h: a registered named resource, instead of cpu, gpu and memMB
-        env: further environment variables, FOO=1,BAR=2
-        mounts: mounts, type=bind,src=/host,dst=/job[,readonly] or type=volume,src=claim,dst=/job
+        device: auto, cpu or cuda; the default is the run's train.device
     """
-    line = f"exec {_quote([*_CLI, 'export', '--run', run, '--out', out])}"
-    role = _Node(image, cpu, gpu, memMB, h, env, mounts).role("export", line, JobShape(), 0)
-    return _app(name, role)
+    words = ["export", "--run", run, "--out", out, *(["--device", device] if device else [])]
+    return job.app("export", f"exec {_quote([*_CLI, *words])}")
 
 
-def plan(
-    *args: str,
-    config: str,
-    world_size: int,
-    hbm: Optional[str] = None,  # noqa: UP045
-    name: str = "tandemrec-plan",
-    image: str = "tandemrec:latest",
-    cpu: int = 0,
-    memMB: int = 4096,
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-) -> specs.AppDef:
+@_component("name", "image", "cpu", "memMB", "env", "mounts", name="tandemrec-plan", memMB=4096)
+def plan(*args: str, config: str, world_size: int, hbm: OptionalText = None, job: Job) -> specs.AppDef:
     """
     Prints the sharding plan with `tandemrec plan`; needs no GPU, whatever it plans for.
 
@@ -303,22 +277,7 @@ def plan(
         config: the TOML configuration
         world_size: the number of ranks to plan for
         hbm: device memory per rank, such as 141GB
-        name: the job's name
-        image: the container image, for schedulers that use one
-        cpu: cores of the node; 0 takes the cores of the machine that submits
-        memMB: memory of the node in MB, for schedulers that enforce it
-        env: further environment variables, FOO=1,BAR=2
-        mounts: mounts, type=bind,src=/host,dst=/job[,readonly] or type=volume,src=claim,dst=/job
     """
-    words = [
-        "plan",
-        "--config",
-        config,
-        "--world-size",
-        str(world_size),
-        *(["--hbm", hbm] if hbm else []),
-        *args,
-    ]
-    line = f"exec {_quote([*_CLI, *words])}"
-    role = _Node(image, cpu, 0, memMB, None, env, mounts).role("plan", line, JobShape(), 0)
-    return _app(name, role)
+    words = ["plan", "--config", config, "--world-size", str(world_size)]
+    words += [*(["--hbm", hbm] if hbm else []), *args]
+    return job.app("plan", f"exec {_quote([*_CLI, *words])}")

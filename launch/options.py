@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
 
 def _show_version(wanted: bool) -> None:
@@ -16,18 +17,18 @@ def _show_version(wanted: bool) -> None:
 
 
 Version = Annotated[
-    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
 ]
-ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="TOML configuration.")]
+ConfigFile = Annotated[Path, Option("--config", metavar="FILE", help="TOML configuration.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
+    Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
 ]
-RunFolder = Annotated[Path, typer.Option("--run", metavar="RUN", help="A run folder written by `train`.")]
+RunFolder = Annotated[Path, Option("--run", metavar="RUN", help="A run folder written by `train`.")]
 Dtype = Literal["fp32", "fp16", "int8"]
 Checkpoint = Annotated[
     str,
-    typer.Option(
+    Option(
         "--checkpoint",
         metavar="newest|best|STEP",
         help="Default: the best if train.early_stopping looked for one, else the newest.",
@@ -36,8 +37,8 @@ Checkpoint = Annotated[
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
-    typer.Option(
-        "--device", help="Where to compute; the default: the run's train.device.", show_default=False
-    ),
+    Option("--device", help="Where to compute; the default: the run's train.device.", show_default=False),
 ]
-Split = Annotated[str, typer.Option("--split", help="Which split of the log: train, validation or test.")]
+Split = Annotated[str, Option("--split", help="Which split of the log: train, validation or test.")]
+Snapshot = Annotated[Path, Option("--snapshot", metavar="SNAP", help="A snapshot by `export`.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing log.")]

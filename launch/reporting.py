@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import typer
 
-from launch.elastic import leave_word
-
 _EXTRA = re.compile(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", re.DOTALL)
 USER_ERROR = 2
 OTHER_ERROR = 1
-# The system tells of these without the file where a write failed that was opened before.
+# Errors of a write to a file that is open already: the system does not say which file.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -37,10 +38,10 @@ def _hidden_package(error: ModuleNotFoundError) -> str | None:
     package = (error.name or "").split(".")[0]
     if package not in ("pipelines", "trainer", "embeddings") or package not in sys.modules:
         return None
-    found = [Path(place).resolve() for place in sys.modules[package].__path__]
-    if Path(__file__).resolve().parent.parent / package in found:
+    places = [Path(place).resolve() for place in sys.modules[package].__path__]
+    if Path(__file__).resolve().parent.parent / package in places:
         return None
-    where = ", ".join(map(str, found))
+    where = ", ".join(map(str, places))
     return f"package '{package}' in {where} hides tandemrec's own; uninstall or rename it, or change folder"
 
 
@@ -89,6 +90,34 @@ def _user_message(error: Exception) -> str | None:
     return str(error) if isinstance(error, TandemError) else None
 
 
+def _tell_torchrun(message: str, consequence: bool) -> bool:
+    """Put a rank's error into the file that torchrun's summary shows; does nothing without torchrun.
+
+    Args:
+        message: one line.
+        consequence: the error only follows from another rank's.
+
+    Returns:
+        False where another rank of this node has said the very same already.
+    """
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not place:
+        return True
+    file = Path(place)
+    # torchrun takes the earliest entry, in whole seconds, for the root cause.
+    when = int(time.time()) + (1 if consequence else 0)
+    entry = {"message": {"message": message, "extraInfo": {"timestamp": str(when)}}}
+    # torchrun makes a folder for each attempt, with one in it for each rank.
+    said = file.parent.parent / f"said-{hashlib.sha256(message.encode()).hexdigest()[:12]}"
+    with suppress(OSError):
+        file.write_text(json.dumps(entry), encoding="utf-8")
+        try:
+            said.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    return True
+
+
 def report(error: Exception, debug: bool) -> int:
     """Prints an error as the contract of `launch.cli` says, and returns the exit code."""
     message = _user_message(error)
@@ -96,22 +125,22 @@ def report(error: Exception, debug: bool) -> int:
         traceback.print_exception(error)
     if message is None:
         # Not foreseen, hence a bug: the traceback is what a report needs, with or without --debug.
-        leave_word(f"internal error: {type(error).__name__}: {error}, see its traceback above", False)
+        _tell_torchrun(f"internal error: {type(error).__name__}: {error}, see its traceback above", False)
         print(f"{_prefix()}: internal error, see the traceback above", file=sys.stderr, flush=True)
         return OTHER_ERROR
     line, elsewhere = " ".join(message.split()), type(error).__name__ == "RankError"
-    if leave_word(line, consequence=elsewhere):
+    if _tell_torchrun(line, consequence=elsewhere):
         print(f"{_prefix()}: error: {line}", file=sys.stderr, flush=True)
     return OTHER_ERROR if elsewhere else USER_ERROR
 
 
 @contextmanager
-def speaking_for_threads(debug: bool) -> Iterator[None]:
-    """Have `report` show the error of a thread that must end the process, see trainer/ranks/heartbeat.py.
+def reporting_thread_errors(debug: bool) -> Iterator[None]:
+    """Within it, `report` shows the error of a thread that must end the process (trainer/ranks/heartbeat.py).
 
-    And drop what older fbgemm releases say whenever they are imported, in 80 lines: fbgemm 1.6 misses itself
-    in its own table of torch releases (`fbgemm_gpu/__init__.py`), where `doctor` knows which go together.
-    That a release does not suit is said in other words, and stays.
+    It also drops the 80 lines that older releases of fbgemm log whenever they are imported: fbgemm 1.6 does
+    not find itself in its own table of torch releases (`fbgemm_gpu/__init__.py`). `doctor` knows which
+    releases go together. What fbgemm logs where a release does not suit has other words, and is shown.
     """
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -119,18 +148,19 @@ def speaking_for_threads(debug: bool) -> Iterator[None]:
             report(error, debug)
 
     before, sys.excepthook = sys.excepthook, show
-    logging.getLogger().addFilter(_tells_something)
+    logging.getLogger().addFilter(_is_no_noise)
     try:
         yield
     finally:
         sys.excepthook = before
 
 
-# TorchRec 1.8 says the second in each step of tables without a cache that lie beside tables with one, of kind
-# `sequence` (`prefetch` in distributed/embedding_lookup.py). Those with one are told in lookup/caches.py.
-_EMPTY_WORDS = ("_fbgemm_torch_compat_table has no entry for", "prefetch_pipeline must be set to True")
+# Log messages that tell a user nothing. TorchRec 1.8 logs the second one in each step where tables without a
+# cache lie beside tables with one of kind `sequence` (`prefetch` in distributed/embedding_lookup.py). Tables
+# that have a cache are prefetched by embeddings/lookup.
+_NOISE = ("_fbgemm_torch_compat_table has no entry for", "prefetch_pipeline must be set to True")
 
 
-def _tells_something(record: logging.LogRecord) -> bool:
+def _is_no_noise(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return not any(words in message for words in _EMPTY_WORDS)
+    return not any(words in message for words in _NOISE)

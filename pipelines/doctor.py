@@ -70,11 +70,11 @@ class Environment:
 
 def check_triple(torch: str | None, torchrec: str | None, fbgemm: str | None) -> list[Problem]:
     """Are the three releases ones that were built for each other? None stands for 'not installed'."""
-    found = {"torch": torch, "torchrec": torchrec, "fbgemm": fbgemm}
-    missing = [name for name, version in found.items() if version is None]
+    installed = {"torch": torch, "torchrec": torchrec, "fbgemm": fbgemm}
+    missing = [name for name, version in installed.items() if version is None]
     if missing:
         return [Problem(f"{', '.join(missing)} not installed", "site-packages", REINSTALL)]
-    releases = tuple(".".join(str(version).split(".")[:2]) for version in found.values())
+    releases = tuple(".".join(str(version).split(".")[:2]) for version in installed.values())
     if releases in SUPPORTED_TRIPLES:
         return []
     known = " or ".join(" / ".join(f"{part}.x" for part in triple) for triple in SUPPORTED_TRIPLES)
@@ -189,7 +189,7 @@ def _fbgemm_error() -> str | None:
 def device_notes(machine: Machine) -> list[str]:
     """What training will use on this machine by itself, and why not each GPU; empty where that is plain.
 
-    By the very functions that ranks choose by, so that both say the same.
+    The functions are those by which ranks choose their device, so both say the same.
     """
     from trainer.ranks.device import choose, obstacle
 
@@ -226,8 +226,8 @@ def _origin(package: str) -> Path | None:
     if spec is None:
         return None
     folders = list(spec.submodule_search_locations or [])
-    found = spec.origin or (folders[0] if folders else None)
-    return None if found is None else Path(found).resolve()
+    origin = spec.origin or (folders[0] if folders else None)
+    return None if origin is None else Path(origin).resolve()
 
 
 def observe() -> Environment:
@@ -248,7 +248,8 @@ def observe() -> Environment:
     )
 
 
-def _taken(machine: Machine) -> str:
+def _device_choice(machine: Machine) -> str:
+    """The device that training takes by itself, in words."""
     from trainer.ranks.device import choose
 
     kind = choose("auto", machine).device.type
@@ -280,5 +281,7 @@ def doctor() -> int:
         machine = environment.machine
         for note in device_notes(machine) if machine is not None else []:
             print(f"note: {note}")
-        print("ok: this environment can train" + ("" if machine is None else f", on {_taken(machine)}"))
+        print(
+            "ok: this environment can train" + ("" if machine is None else f", on {_device_choice(machine)}")
+        )
     return 2 if problems else 0

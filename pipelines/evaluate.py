@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.console import quiet_third_parties
 from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
-from pipelines.score_names import write_named_scores
+from pipelines.score import write_named_scores
 from pipelines.start import open_split
 from trainer.checkpoint.restore import Restored, restore
 from trainer.quality.baselines import Baselines, baselines, by_baseline, counted_feature

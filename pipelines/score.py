@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+
 from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
-from pipelines.score_names import write_named_scores
 from trainer.data.reader import SequenceLogReader
-from trainer.log.schema import read_manifest
+from trainer.log.schema import VOCABULARIES, LogManifest, read_manifest
 from trainer.quality.evaluate import score_requests
-from trainer.quality.scored import Scored, compare_scores, read_scores
+from trainer.quality.scored import Scored, compare_scores, read_scores, write_scores
+from trainer.serving.vocabulary import checked_values
 from trainer.snapshot import Snapshot, load_snapshot
+
+# Column of a file of scores -> whose names it has.
+_NAME_COLUMNS = {"user": "user_id", "request": "request_id"}
 
 
 def score(
@@ -42,12 +47,33 @@ def score(
     reader = SequenceLogReader(config, split, loaded.manifest.features)
     _check_fits(requests, reader, loaded)
     scored = score_requests(loaded.score, reader, limit)
-    said = write_named_scores(scored, out, requests, manifest)
+    remarks = write_named_scores(scored, out, requests, manifest)
     size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests"
-    print(f"{size} scored by {loaded.path} -> {out}", *said, sep="\n")
+    print(f"{size} scored by {loaded.path} -> {out}", *remarks, sep="\n")
     if against is not None:
         _compare(scored, against, loaded)
     return out
+
+
+def write_named_scores(scored: Scored, path: Path, log: Path, manifest: LogManifest) -> list[str]:
+    """Write the scores, with the names `user` and `request` where the log has names; returns remarks.
+
+    Names that cannot be read are left out and remarked on: they must not cost the scores.
+    """
+    names, remarks = {}, []
+    for column, key in _NAME_COLUMNS.items():
+        if key not in manifest.named:
+            continue
+        try:
+            file = log / VOCABULARIES / f"{key}.parquet"
+            values = checked_values(file, manifest.named[key].vocabulary, of_log=True)
+        except DataError as error:
+            remarks.append(f"the scores have no column {column}: {error}")
+            continue
+        ids = getattr(scored, key)
+        names[column] = values.take(pa.array(ids - 1, mask=(ids < 1) | (ids > len(values))))
+    write_scores(scored, path, names)
+    return remarks
 
 
 def _compare(scored: Scored, against: Path, loaded: Snapshot) -> None:

@@ -30,7 +30,7 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.checkpoint.warm_start import check_source, fill, opened
 from trainer.config.run_config import Config
-from trainer.data.pinned import pinning
+from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import check_start, note_start

@@ -18,7 +18,7 @@ from embeddings.plan.traffic import Lookup
 from trainer.config.model import BranchConfig, ModelConfig
 from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
-from trainer.data.blocks import BlockLimits, WindowedRows, cut_blocks
+from trainer.data.blocks import BlockLimits, LazyRows, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
@@ -57,7 +57,7 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
     found, blocks = [0, 0, 0], []
     for place in islice(_row_groups(config.log, manifest), _SAMPLED):
         plan = read_plan(place.file, place.row_group)
-        for block in cut_blocks(plan, 0, _LengthsOnly(place), limits):
+        for block in cut_blocks(plan, 0, LazyRows(place, _undecoded), limits):
             found[0] += block.behaviors
             found[1] += block.candidates
             found[2] += block.last - block.first
@@ -168,11 +168,5 @@ def _row_groups(log: Path, manifest: LogManifest) -> list[RowGroup]:
     return found
 
 
-@dataclass(frozen=True)
-class _LengthsOnly:
-    """A row group that is only cut into blocks."""
-
-    place: RowGroup
-
-    def __call__(self) -> WindowedRows:
-        raise AssertionError("cutting needs lengths only")
+def _undecoded() -> WindowedRows:
+    raise AssertionError("cutting needs lengths only")

@@ -24,7 +24,7 @@ from benchmarks.gpu.training import Job, pipeline_of
 from benchmarks.grid import Cell, config_of
 from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
-from trainer.data.pinned import pinning
+from trainer.data.batch import pinning
 from trainer.data.reader import Step
 from trainer.loop.pipeline import Pipeline
 from trainer.objectives.bce import loss_sum

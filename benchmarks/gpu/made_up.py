@@ -50,7 +50,7 @@ def moved(given: _Moved, device: torch.device) -> _Moved:
     return replace(given, **{f.name: move(getattr(given, f.name)) for f in fields(given)})  # type: ignore[type-var,arg-type]
 
 
-# What is done last to a batch, as the reader does it: see `trainer.data.pinned`.
+# What is done last to a batch, as the reader does it: see `trainer.data.batch`.
 Prepare = Callable[[RequestBatch], RequestBatch] | None
 
 

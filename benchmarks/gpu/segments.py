@@ -18,7 +18,7 @@ from benchmarks.gpu.loops import Way, loops_of
 from benchmarks.gpu.made_up import steps_of
 from benchmarks.gpu.measure import forget_memory, memory, wait_for_device
 from benchmarks.grid import Cell
-from trainer.data.pinned import pinning
+from trainer.data.batch import pinning
 from trainer.ranks.process_group import process_group
 
 SETTINGS = {"fixed segments": "", "expandable segments": "expandable_segments:True"}

@@ -21,19 +21,19 @@ from starlette.requests import ClientDisconnect
 
 from embeddings.errors import TandemError
 from pipelines.serve.bodies import AnswerBody, ErrorBody, HealthBody, ReadyBody, ReloadBody, UpdatesBody
-from pipelines.serve.decode import decode, encode
 from pipelines.serve.load import HeldAnswer, Hold, InFlight, LoadLimits, read_body
 from pipelines.serve.metrics import Metrics
 from pipelines.serve.updates import Updates
 from pipelines.serve.users import UserBody, UsersBody, user_body, users_body
 from trainer.config.mistakes import words_of
 from trainer.serving import arrow_body
-from trainer.serving.asked import Limits, RequestError
 from trainer.serving.batcher import Batcher, BatchSettings
-from trainer.serving.current import Current
+from trainer.serving.body import decode, encode
 from trainer.serving.histories import HistoryStore
-from trainer.serving.request import ScoreBody
+from trainer.serving.json_body import ScoreBody
+from trainer.serving.request import Limits, RequestError
 from trainer.serving.scorer import Scorer
+from trainer.serving.versions import Versions
 
 Result = TypeVar("Result")
 _PAGE = Path(__file__).with_name("page.html")
@@ -53,7 +53,7 @@ class Service:
         token: what POST /reload must bring; empty: nobody may ask for it.
     """
 
-    current: Current
+    versions: Versions
     metrics: Metrics
     limits: Limits
     batching: BatchSettings
@@ -69,11 +69,11 @@ class Service:
         self.metrics.in_flight.set_function(lambda: self.in_flight.held)
         # One body at a time becomes larger, and the event loop goes on meanwhile.
         self.decoder = ThreadPoolExecutor(1, "decode")
-        self.updates = Updates(self.current, self.metrics, self.poll_seconds)
-        self.metrics.serving(self.current.scorer)
+        self.updates = Updates(self.versions, self.metrics, self.poll_seconds)
+        self.metrics.serving(self.versions.scorer)
 
-    async def aside(self, work: Callable[..., Result], *given: Any) -> Result:
-        """What may take long, in the thread that decodes."""
+    async def in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
+        """The result of work that may take long, done in the thread that decodes bodies."""
         return await asyncio.get_running_loop().run_in_executor(self.decoder, work, *given)
 
 
@@ -105,7 +105,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
-    """Every error is one line of JSON; what was not foreseen says no more than that."""
+    """Every error is one line of JSON; one that was not foreseen tells a client nothing more."""
 
     def answer(status: int, problem: str, headers: Mapping[str, str] | None = None) -> Response:
         service.metrics.errors.labels(str(status)).inc()
@@ -128,12 +128,12 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     def of_reload(_: Request, error: Exception) -> Response:
         return answer(409, " ".join(str(error).split()))
 
-    def of_leaving(_: Request, error: Exception) -> Response:
+    def of_disconnect(_: Request, error: Exception) -> Response:
         del error
         return Response(status_code=_LEFT)
 
     app.add_exception_handler(RequestError, of_request)
-    app.add_exception_handler(ClientDisconnect, of_leaving)
+    app.add_exception_handler(ClientDisconnect, of_disconnect)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(RequestValidationError, of_path)
     app.add_exception_handler(TandemError, of_reload)
@@ -160,7 +160,7 @@ def _add_score(app: FastAPI, service: Service) -> None:
         """Score the candidates of one or several requests."""
         hold = Hold(service.in_flight)
         try:
-            return await _scored(request, service, hold)
+            return await _answer(request, service, hold)
         except BaseException:
             hold.release()
             raise
@@ -168,16 +168,16 @@ def _add_score(app: FastAPI, service: Service) -> None:
     _describe_body(app, schemas)
 
 
-async def _scored(request: Request, service: Service, hold: Hold) -> Response:
-    """The answer, which goes on holding its bytes."""
+async def _answer(request: Request, service: Service, hold: Hold) -> Response:
+    """The answer. Its bytes count as held until the client has taken them."""
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     given = await read_body(request, service.limits, hold, service.load.seconds)
     if service.batcher.full:
         raise service.batcher.turned_away()
     arrived = time.perf_counter()
-    scorer = service.current.scorer
-    histories = service.current.histories
-    decoded = await service.aside(decode, given, content_type, scorer, histories, service.limits)
+    scorer = service.versions.scorer
+    histories = service.versions.histories
+    decoded = await service.in_thread(decode, given, content_type, scorer, histories, service.limits)
     del given
     hold.resize(decoded.bytes)
     service.metrics.stage.labels("decode").observe(time.perf_counter() - arrived)
@@ -191,13 +191,13 @@ async def _scored(request: Request, service: Service, hold: Hold) -> Response:
 
 
 def _describe_body(app: FastAPI, schemas: Mapping[str, Any]) -> None:
-    """The body of /score is read by hand, so its schemas are added by hand."""
+    """FastAPI does not read the body of /score itself, so its schemas are added to the description here."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
-        found = plain()
-        found["components"]["schemas"].update(schemas)
-        return found
+        document = plain()
+        document["components"]["schemas"].update(schemas)
+        return document
 
     app.openapi = openapi  # type: ignore[method-assign]
 
@@ -207,20 +207,20 @@ def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = N
 
 
 def _health(service: Service, scorer: Scorer) -> HealthBody:
-    refused, updates = service.current.refused, service.updates
+    refused, updates = service.versions.refused, service.updates
     failing = UpdatesBody(failures=updates.failures, problem=updates.problem) if updates.problem else None
     return HealthBody(
         status="ready",
         version=scorer.version,
         step=scorer.snapshot.manifest.step,
         tasks=list(scorer.tasks),
-        features={name: scorer.needs.rows.get(name, 0) for name in scorer.needs.features},
-        context=list(scorer.needs.context),
-        numeric=list(scorer.needs.numeric),
+        features={name: scorer.needs.rows.get(name, 0) for name in scorer.needs.candidates.known},
+        context=list(scorer.needs.context.known),
+        numeric=list(scorer.needs.numeric.known),
         history_length=scorer.data.history_length,
-        histories=len(service.current.histories or ()),
+        histories=len(service.versions.histories or ()),
         raw=sorted(scorer.vocabularies),
-        users=_kind_of_users(service.current.histories),
+        users=_kind_of_users(service.versions.histories),
         uptime_seconds=time.monotonic() - service.started,
         refused={"version": refused[0], "problem": refused[1]} if refused else None,
         updates=failing,
@@ -237,7 +237,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/healthz", response_model=HealthBody)
     async def healthz() -> HealthBody:
         """State; a server without a checked snapshot does not listen."""
-        return _health(service, service.current.scorer)
+        return _health(service, service.versions.scorer)
 
     @app.get("/readyz", response_model=ReadyBody, responses=_errors(503))
     async def readyz() -> ReadyBody:
@@ -262,7 +262,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         if not hmac.compare_digest(brought, f"Bearer {service.token}".encode()):
             raise RequestError(403, "/reload wants the header `Authorization: Bearer TOKEN`")
         switched = await service.updates.reload()
-        return ReloadBody(version=service.current.scorer.version, switched=switched)
+        return ReloadBody(version=service.versions.scorer.version, switched=switched)
 
 
 def _add_page(app: FastAPI, service: Service) -> None:
@@ -276,12 +276,12 @@ def _add_page(app: FastAPI, service: Service) -> None:
     @app.get("/users", response_model=UsersBody, responses=_errors(404, 422))
     async def users(name: str | None = None) -> UsersBody:
         """The first users whose histories the server has, or the one of a name."""
-        return await service.aside(users_body, service.current.histories, name)
+        return await service.in_thread(users_body, service.versions.histories, name)
 
     @app.get("/users/{user_id}", response_model=UserBody, responses=_errors(404, 422))
     async def user(user_id: int) -> UserBody:
         """One user's history and logged requests, with names."""
-        histories = service.current.histories
+        histories = service.versions.histories
         if histories is None or user_id not in histories:
             raise RequestError(404, f"no stored history of user {str(user_id)[:20]}")
-        return await service.aside(user_body, histories, user_id, service.limits)
+        return await service.in_thread(user_body, histories, user_id, service.limits)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from trainer.serving.asked import Limits, RequestError
+from trainer.serving.request import Limits, RequestError
 
 # An answer is sent in pieces, so that a client that reads slowly is noticed before all of it is handed over.
 _PIECE = 256 << 10
@@ -40,7 +40,7 @@ class InFlight:
         self.most, self.held, self._peak = most, 0, 0
 
     def change(self, size: int) -> None:
-        """Add to what is held. Where much has become nothing, the C library is told to free its memory."""
+        """Add to what is held. After a large amount is let go, the C library gives memory back."""
         self.held += size
         self._peak = max(self._peak, self.held)
         if not self.held and self._peak > _MUCH:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -20,47 +21,25 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
-        self.requests = Counter("tandemrec_requests", "Requests scored", registry=registry)
-        self.candidates = Counter("tandemrec_candidates", "Candidates scored", registry=registry)
-        self.errors = Counter(
-            "tandemrec_errors", "Answers that are errors, by HTTP status", ["status"], registry=registry
-        )
-        self.latency = Histogram(
-            "tandemrec_latency_seconds",
-            "From the end of a body's arrival to its answer",
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self.stage = Histogram(
-            "tandemrec_stage_seconds",
-            "Decoding and waiting of each body; search and ranking of each model call",
-            ["stage"],
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self.batch = Histogram(
-            "tandemrec_batch_requests", "Requests of a model call", registry=registry, buckets=_SIZES
-        )
-        self.version = Gauge(
-            "tandemrec_snapshot_version", "1 for the version served", ["version"], registry=registry
-        )
-        self.step = Gauge("tandemrec_snapshot_step", "Training step of the version served", registry=registry)
-        self.reloads = Counter(
-            "tandemrec_reloads", "Attempts to reload, by outcome", ["outcome"], registry=registry
-        )
-        self.poll_failures = Counter(
-            "tandemrec_poll_failures", "Looks for a newer version that failed", registry=registry
-        )
-        self.poll_failing = Gauge(
-            "tandemrec_poll_failing", "1 while looking for a newer version fails", registry=registry
-        )
-        self.in_flight = Gauge(
-            "tandemrec_in_flight_bytes", "Bytes held for bodies and answers", registry=registry
-        )
-        self.unknown = Counter(
-            "tandemrec_unknown_values", "Raw values that stand for no id", registry=registry
-        )
+        self._registry = CollectorRegistry()
+        counter = partial(Counter, registry=self._registry)
+        gauge = partial(Gauge, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
+        self.requests = counter("tandemrec_requests", "Requests scored")
+        self.candidates = counter("tandemrec_candidates", "Candidates scored")
+        self.errors = counter("tandemrec_errors", "Answers that are errors, by HTTP status", ["status"])
+        latency = "From the end of a body's arrival to its answer"
+        self.latency = histogram("tandemrec_latency_seconds", latency, buckets=_SECONDS)
+        stage = "Decoding and waiting of each body; search and ranking of each model call"
+        self.stage = histogram("tandemrec_stage_seconds", stage, ["stage"], buckets=_SECONDS)
+        self.batch = histogram("tandemrec_batch_requests", "Requests of a model call", buckets=_SIZES)
+        self.version = gauge("tandemrec_snapshot_version", "1 for the version served", ["version"])
+        self.step = gauge("tandemrec_snapshot_step", "Training step of the version served")
+        self.reloads = counter("tandemrec_reloads", "Attempts to reload, by outcome", ["outcome"])
+        self.poll_failures = counter("tandemrec_poll_failures", "Looks for a newer version that failed")
+        self.poll_failing = gauge("tandemrec_poll_failing", "1 while looking for a newer version fails")
+        self.in_flight = gauge("tandemrec_in_flight_bytes", "Bytes held for bodies and answers")
+        self.unknown = counter("tandemrec_unknown_values", "Raw values that stand for no id")
 
     def serving(self, scorer: Scorer) -> None:
         """Another version is served from now on."""

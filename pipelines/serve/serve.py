@@ -18,10 +18,10 @@ from pipelines.serve.connection import protocol
 from pipelines.serve.load import LoadLimits
 from pipelines.serve.metrics import Metrics
 from pipelines.serve.updates import read_token
-from trainer.serving.asked import Limits
 from trainer.serving.batcher import BatchSettings
-from trainer.serving.current import Current
 from trainer.serving.histories import HistoryStore
+from trainer.serving.request import Limits
+from trainer.serving.versions import Versions
 
 
 def serve(
@@ -48,7 +48,7 @@ def serve(
         grace_seconds: after SIGTERM, for requests under way.
 
     Raises:
-        SnapshotError, DataError, ConfigError: it cannot be served; see `trainer.serving.current`.
+        SnapshotError, DataError, ConfigError: it cannot be served; see `trainer.serving.versions`.
     """
     quiet_third_parties()
     if load.in_flight < limits.body:
@@ -59,8 +59,8 @@ def serve(
     metrics = Metrics()
     store = None if histories is None else HistoryStore(histories)
     token = "" if token_file is None else read_token(token_file)
-    current = Current(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary)
-    service = Service(current, metrics, limits, batching, poll_seconds, load, token)
+    versions = Versions(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary)
+    service = Service(versions, metrics, limits, batching, poll_seconds, load, token)
     config = uvicorn.Config(
         build_app(service),
         host=host,
@@ -79,16 +79,16 @@ def serve(
     # uvicorn raises the signal that stopped it once more when it is done: here that is no error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)
-    _Server(config, f"serving {current.scorer.snapshot.path} on http://{host}").run()
+    _Server(config, f"serving {versions.scorer.snapshot.path} on http://{host}").run()
 
 
 def _check_address(host: str, port: int) -> None:
     """Raises ConfigError where nothing can listen, before the snapshot is loaded."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ConfigError(f"--host {host}: {error.strerror}") from None
-    for family, kind, protocol_, _, address in found:
+    for family, kind, protocol_, _, address in addresses:
         with socket.socket(family, kind, protocol_) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from embeddings.errors import ConfigError, TandemError
 from pipelines.serve.metrics import Metrics
-from trainer.serving.current import Current
+from trainer.serving.versions import Versions
 
 _LONGEST_WAIT = 60.0
 
@@ -29,16 +29,16 @@ class Updates:
         problem: why the newest look failed, or None; failures: looks that failed since one did not.
     """
 
-    def __init__(self, current: Current, metrics: Metrics, seconds: float) -> None:
-        self._current, self._metrics, self.seconds = current, metrics, seconds
+    def __init__(self, versions: Versions, metrics: Metrics, seconds: float) -> None:
+        self._versions, self._metrics, self.seconds = versions, metrics, seconds
         self.problem: str | None = None
         self.failures = 0
 
     async def reload(self, retry: bool = True) -> bool:
         """Load in another thread; requests go on."""
-        switched = await asyncio.to_thread(self._current.reload, retry)
+        switched = await asyncio.to_thread(self._versions.reload, retry)
         if switched:
-            self._metrics.serving(self._current.scorer)
+            self._metrics.serving(self._versions.scorer)
         return switched
 
     async def poll(self) -> None:
@@ -57,18 +57,18 @@ class Updates:
                 self._worked()
 
     async def _look(self) -> None:
-        if await asyncio.to_thread(self._current.newer) is None:
+        if await asyncio.to_thread(self._versions.newer) is None:
             return
-        before = self._current.refused
+        before = self._versions.refused
         try:
             switched = await self.reload(retry=False)
         except TandemError as error:
-            if self._current.refused == before:
+            if self._versions.refused == before:
                 raise
-            say(f"still serving {self._current.scorer.version}: {error}")
+            say(f"still serving {self._versions.scorer.version}: {error}")
             return
         if switched:
-            say(f"now serving {self._current.scorer.snapshot.path}")
+            say(f"now serving {self._versions.scorer.snapshot.path}")
 
     def _failed(self, error: Exception) -> None:
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:500]
@@ -77,7 +77,7 @@ class Updates:
         self._metrics.poll_failing.set(1)
         # Once a kind: the disk that a log lies on may be what is full.
         if problem != self.problem:
-            say(f"still serving {self._current.scorer.version}; cannot look for newer versions: {problem}")
+            say(f"still serving {self._versions.scorer.version}; cannot look for newer versions: {problem}")
         self.problem = problem
 
     def _worked(self) -> None:

@@ -10,9 +10,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from trainer.data.row_group import Bags
-from trainer.serving.asked import Limits
-from trainer.serving.histories import HistoryStore, StoredRequest
-from trainer.serving.users import as_user, known_user
+from trainer.serving.histories import HistoryStore, StoredRequest, as_user, known_user
+from trainer.serving.request import Limits
 
 _MOST_USERS, _MOST_REQUESTS = 500, 12
 # Surely of 64 bits.
@@ -120,13 +119,13 @@ def _line(request: StoredRequest, tasks: list[str], numeric: list[str]) -> Reque
 
 
 def _lists(bags: Mapping[str, Bags]) -> dict[str, list[int] | list[list[int]]]:
-    found: dict[str, list[int] | list[list[int]]] = {}
+    lists: dict[str, list[int] | list[list[int]]] = {}
     for name, part in bags.items():
         if part.offsets is None:
-            found[name] = part.values.tolist()
+            lists[name] = part.values.tolist()
         else:
-            found[name] = [ids.tolist() for ids in np.split(part.values, part.offsets[1:-1])]
-    return found
+            lists[name] = [ids.tolist() for ids in np.split(part.values, part.offsets[1:-1])]
+    return lists
 
 
 def _first_ids(bags: Bags) -> np.typing.NDArray[np.int64]:
@@ -134,5 +133,5 @@ def _first_ids(bags: Bags) -> np.typing.NDArray[np.int64]:
     if bags.offsets is None:
         return bags.values.astype(np.int64)
     values = np.append(bags.values, 0).astype(np.int64)
-    found: np.typing.NDArray[np.int64] = np.where(np.diff(bags.offsets) > 0, values[bags.offsets[:-1]], 0)
-    return found
+    ids: np.typing.NDArray[np.int64] = np.where(np.diff(bags.offsets) > 0, values[bags.offsets[:-1]], 0)
+    return ids

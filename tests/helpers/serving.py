@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-import trainer.serving.current as current_module
+import trainer.serving.versions as versions_module
 from pipelines.export import _copied, inputs_of
 from pipelines.serve.app import Service, build_app
 from pipelines.serve.load import LoadLimits
@@ -26,11 +26,11 @@ from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.run_folder import versions
-from trainer.serving.asked import Limits
 from trainer.serving.batcher import BatchSettings
-from trainer.serving.current import Current
 from trainer.serving.histories import HistoryStore
-from trainer.serving.request import RequestBody
+from trainer.serving.json_body import RequestBody
+from trainer.serving.request import Limits
+from trainer.serving.versions import Versions
 from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import Recorded
 from trainer.snapshot.manifest import InputFeature, SnapshotManifest, VocabularyFile
@@ -215,14 +215,14 @@ def service_of(
 
     Limits and batching both have `requests`: it is that of a body.
     """
-    monkeypatch.setattr(current_module, "load_snapshot", lambda path: snapshot)
-    monkeypatch.setattr(current_module, "resolve", lambda path: snapshot.path)
+    monkeypatch.setattr(versions_module, "load_snapshot", lambda path: snapshot)
+    monkeypatch.setattr(versions_module, "resolve", lambda path: snapshot.path)
     metrics = Metrics()
     store = None if log is None else HistoryStore(log)
-    current = Current(snapshot.path, store, lambda outcome: metrics.reloads.labels(outcome).inc())
+    versions = Versions(snapshot.path, store, lambda outcome: metrics.reloads.labels(outcome).inc())
     limits = {name: settings.pop(name) for name in list(settings) if name in Limits.__annotations__}
     load = settings.pop("load", LoadLimits())
-    return Service(current, metrics, Limits(**limits), BatchSettings(**settings), poll, load, TOKEN)
+    return Service(versions, metrics, Limits(**limits), BatchSettings(**settings), poll, load, TOKEN)
 
 
 @asynccontextmanager

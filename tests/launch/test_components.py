@@ -21,7 +21,7 @@ from torchx.specs.file_linter import validate
 
 from launch import components
 from launch.cli import app
-from launch.components import JobError, JobShape, evaluate, export, parse_shape, plan, train
+from launch.components import Job, JobError, JobShape, evaluate, export, parse_shape, plan, train
 from tests.helpers.launching import ROOT, SETTINGS, launched
 from tests.helpers.logs import small_log
 
@@ -153,6 +153,10 @@ def test_the_other_verbs() -> None:
     words = shlex.split(_command(app))
     assert words[-8:] == ["-m", "--", "launch.cli", "evaluate", "--run", "/s/run", "--split", "validation"]
     assert {"--nnodes=2", "--nproc-per-node=4", "--max-restarts=3"} <= set(words)
+    words = shlex.split(_command(evaluate(run="/s/run", device="cpu")))
+    assert words[-4:] == ["--split", "test", "--device", "cpu"]
+    line = _command(export(run="/s/run", out="/s/snap", device="cuda"))
+    assert line == "exec python -m launch.cli export --run /s/run --out /s/snap --device cuda"
     line = _command(export(run="/s/run", out="/s/snap", mounts=["type=bind", "src=/s", "dst=/s"]))
     assert line == "exec python -m launch.cli export --run /s/run --out /s/snap"
     line = _command(plan("--set", "data.log=a b", config="c.toml", world_size=16, hbm="141GB"))
@@ -326,7 +330,7 @@ def test_torchrun_takes_no_option_of_ours_for_its_own() -> None:
     for verb, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         for option in (word for each in command.params for word in each.opts if word.startswith("-")):
             words = [verb, option, "value"]
-            line = shlex.split(components._torchrun(JobShape(), 0, 1, words))
+            line = shlex.split(Job().torchrun(words))
             found = parser.parse_args(line[line.index("torch.distributed.run") + 1 :])
             assert (found.module, found.training_script) == (True, "launch.cli")
             assert found.training_script_args == words

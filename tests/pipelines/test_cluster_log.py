@@ -15,9 +15,9 @@ from tests.helpers.launching import tandemrec, train
 from tests.helpers.logs import Shape, random_rows, write_log
 from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
+from trainer.data.batch import Sizes
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, read_rows
-from trainer.data.sizes import Sizes
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import read_manifest
 from trainer.model.windows import Source, windows_of

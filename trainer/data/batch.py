@@ -13,30 +13,75 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from trainer.data.sizes import Sizes
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counts that decide the shapes of a forward pass, as integers on the host.
+
+    A forward pass that read such a number from a tensor would wait for the device each time. So `collate`
+    counts them once, from arrays in main memory, and they travel with the batch.
+
+    Attributes:
+        windows: [R], behaviors that each request may see; starts: [R], the first of them in the batch.
+        candidates: [R], candidates of each request.
+        bags: most ids of a bag, of each feature in the order of the batch's keys.
+        one_id: every bag of every feature holds exactly one id.
+        clusters: most clusters that a request may see; 0 where the batch has none.
+    """
+
+    windows: tuple[int, ...]
+    starts: tuple[int, ...]
+    candidates: tuple[int, ...]
+    bags: tuple[int, ...]
+    one_id: bool
+    clusters: int = 0
+
+    @staticmethod
+    def of(batch: RequestBatch) -> Sizes:
+        """The sizes of a batch that `collate` did not make, read from its tensors: waits for the device."""
+        lengths = batch.features.lengths().view(len(batch.features.keys()), -1)
+        return Sizes(
+            tuple((batch.window_end - batch.window_start).tolist()),
+            tuple(batch.window_start.tolist()),
+            tuple(torch.bincount(batch.candidate_request, minlength=batch.requests).tolist()),
+            tuple(lengths.amax(1).tolist() if lengths.numel() else [0] * lengths.shape[0]),
+            bool((lengths == 1).all()),
+            _most_clusters(batch),
+        )
+
+    def longest(self, newest: int = 0) -> int:
+        """Behaviors of the longest window, of which only the newest so many count; 0 = all do."""
+        longest = max(self.windows, default=0)
+        return min(longest, newest) if newest else longest
 
 
 class _Tensors(Pipelineable):  # type: ignore[misc]
-    """Moves every field of a dataclass of tensors."""
+    """Moves the tensors of a dataclass; fields that are None, a number or `Sizes` stay on the host."""
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Any:
-        return type(self)(*(change(getattr(self, field.name)) for field in fields(self)))
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not isinstance(value, int | Sizes):
+                yield field.name, value
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        return replace(self, **{name: change(part) for name, part in self._parts()})
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for field in fields(self):
-            getattr(self, field.name).record_stream(stream)
+        for _, part in self._parts():
+            part.record_stream(stream)
 
-    def pin_memory(self) -> Any:
+    def pin_memory(self) -> Self:
         return self._each(lambda part: part.pin_memory())
 
 
@@ -48,7 +93,7 @@ class Clusters(_Tensors):
         size: int64 [N], members of the cluster, 0 for behaviors that stand for none.
         time: int64 [N], mean time of the members, seconds.
         until: int64 [N], place in the user's history where the cluster's chunk ends.
-        end: int64 [R], how much of his history a request may see: clusters with `until` <= `end`.
+        end: int64 [R], how much of the user's history a request may see: clusters with `until` <= `end`.
     """
 
     size: Tensor
@@ -73,7 +118,7 @@ class Retrieval(_Tensors):
 
 
 @dataclass
-class RequestBatch(Pipelineable):  # type: ignore[misc]
+class RequestBatch(_Tensors):
     """One rank's part of one step.
 
     Attributes:
@@ -84,14 +129,14 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
         seen: int64 [R], how many it may see, at most L, before a hard search or clusters cut the history.
         user_id, request_id: int64 [R], names of the request (grouping key of GAUC).
         candidate_request: int64 [C], ascending: which request a candidate belongs to.
-        labels: float32 [C, T]; weight: float32 [C], of a candidate in the loss.
+        labels: float32 [C, T]; weight: float32 [C], a candidate's weight in the loss.
         numeric: float32 [C, X], the log's numbers and the hard search's match counts.
         context: KJT of stride R, or None where the log has no context features.
         retrieval: of a hard search, or None where a request sees its whole window.
         step_candidates: candidates of all ranks in this step, so that a mean over ranks is exact.
         clusters: of the histories, or None where the log has none or the model asks for none.
-        sizes: of the parts above, on the host; None where nobody has counted yet (see `host_sizes`). A copy
-            with other windows, candidates or bags is given None.
+        sizes: counts of the parts above, on the host; None where they are not counted yet (see `host_sizes`).
+            Whoever copies a batch with other windows, candidates or bags sets None.
     """
 
     features: KeyedJaggedTensor
@@ -114,7 +159,7 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
 
     @property
     def host_sizes(self) -> Sizes:
-        """`sizes`, or where there are none those of the tensors, for which the host waits once."""
+        """`sizes`; where there are none, they are counted from the tensors once: the host waits."""
         if self.sizes is None:
             self.sizes = Sizes.of(self)
         return self.sizes
@@ -133,24 +178,6 @@ class RequestBatch(Pipelineable):  # type: ignore[misc]
     def requests(self) -> int:
         """R."""
         return self.request_time.numel()
-
-    def _parts(self) -> Iterator[tuple[str, Any]]:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not isinstance(value, int | Sizes):
-                yield field.name, value
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
-        return replace(
-            self, **{name: part.to(device, non_blocking=non_blocking) for name, part in self._parts()}
-        )
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        for _, part in self._parts():
-            part.record_stream(stream)
-
-    def pin_memory(self) -> RequestBatch:
-        return replace(self, **{name: part.pin_memory() for name, part in self._parts()})
 
     def problem(self, rows: Mapping[str, int], longest: int) -> str:
         """What is wrong with a batch that did not come from the reader; empty if it can be scored.
@@ -204,3 +231,32 @@ def _bag_problem(kjt: KeyedJaggedTensor, rows: Mapping[str, int], stride: int) -
         if key in rows and ids.numel() and (ids.min() < 0 or ids.max() >= rows[key]):
             return f"ids of {key} lie outside the table of {rows[key]} rows"
     return ""
+
+
+def _most_clusters(batch: RequestBatch) -> int:
+    """Most clusters that a request sees, counted request by request."""
+    most, clusters = 0, batch.clusters
+    if clusters is None:
+        return most
+    each = zip(batch.window_start.tolist(), batch.window_end.tolist(), clusters.end.tolist(), strict=True)
+    for start, end, seen in each:
+        seen_S = (clusters.size[start:end] > 0) & (clusters.until[start:end] <= seen)
+        most = max(most, int(seen_S.sum()))
+    return most
+
+
+def pinning(device: torch.device) -> Callable[[RequestBatch], RequestBatch] | None:
+    """A function that puts a batch into pinned memory, from where it is copied while the host goes on.
+
+    It may be called in any thread: in the reader's, pinning costs training no time. None where the device is
+    no GPU.
+    """
+    if device.type != "cuda":
+        return None
+
+    def pin(batch: RequestBatch) -> RequestBatch:
+        # A new thread uses the first device until told otherwise, and would open a CUDA context on it.
+        torch.cuda.set_device(device)
+        return batch.pin_memory()
+
+    return pin

@@ -1,14 +1,21 @@
-"""Cutting user rows into blocks: consecutive requests of one user that share one stretch of history."""
+"""Blocks: consecutive requests of one user that share one stretch of history.
+
+They are cut from user rows and dealt to the ranks of a step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from trainer.config.sections import DataConfig
 from trainer.data.files import RowGroup
 from trainer.data.row_group import Ints
 from trainer.data.rows import PlanRows, UserRows
@@ -28,26 +35,56 @@ class WindowedRows:
     requests: Ints
 
 
-class Decoder(Protocol):
-    """Decodes the row group at `place` when called (once; see `trainer.data.reader`)."""
-
-    @property
-    def place(self) -> RowGroup: ...
-
-    def __call__(self) -> WindowedRows: ...
-
-
 @dataclass(frozen=True)
-class Decoded:
-    """Rows that are in memory already, wherever they came from."""
+class Selection:
+    """The behaviors of one block's history that a batch holds.
 
-    place: RowGroup
-    rows: WindowedRows
+    Attributes:
+        kept: [n], ascending, counted from the row group's first behavior.
+        start, end: [r], each request's window among those n.
+    """
+
+    kept: Ints
+    start: Ints
+    end: Ints
+
+    @staticmethod
+    def of(history: slice, kept: Ints, start: Ints, end: Ints) -> Selection:
+        """`kept` and the windows [start, end) count from the first behavior of the block's `history`."""
+        return Selection(history.start + kept, np.searchsorted(kept, start), np.searchsorted(kept, end))
+
+
+def newest_behaviors(start: Ints, end: Ints, count: int) -> Ints:
+    """The newest `count` behaviors of each window [start, end), ascending, each once."""
+    newest = np.zeros(int(end.max()), dtype=bool)
+    for first, last in zip(np.maximum(start, end - count).tolist(), end.tolist(), strict=True):
+        newest[first:last] = True
+    return np.nonzero(newest)[0]
+
+
+class LazyRows:
+    """A row group that is decoded once: ahead in a pool if started, else when first called."""
+
+    def __init__(self, place: RowGroup, decode: Callable[[], WindowedRows]) -> None:
+        self.place, self._decode = place, decode
+        self._ahead: Future[WindowedRows] | None = None
+        self._rows: WindowedRows | None = None
+
+    def start(self, pool: Executor) -> None:
+        self._ahead = pool.submit(self._decode)
 
     def __call__(self) -> WindowedRows:
-        return self.rows
+        """The rows; raises what decoding raised."""
+        if self._rows is None:
+            self._rows = self._ahead.result() if self._ahead is not None else self._decode()
+        return self._rows
 
 
+# `data.sharding = "auto"` decodes a window of row groups apart where no rank has so many times its share of
+# it, and where chance leaves no rank with so much of a step: of W ranks that draw n blocks each on average,
+# the fullest has about sqrt(2 ln W / n) more, at most.
+_UNEVEN = 1.25
+# The owner of a row group that every rank decodes.
 ANYONE = -1
 
 
@@ -59,7 +96,7 @@ class Block(NamedTuple):
         first, last: requests [first, last) of the row group.
         behaviors: planned length of its history (an ingestion delay may shorten it).
         candidates: of all its requests.
-        rows: decodes the row group.
+        rows: its row group.
     """
 
     owner: int
@@ -67,7 +104,7 @@ class Block(NamedTuple):
     last: int
     behaviors: int
     candidates: int
-    rows: Decoder
+    rows: LazyRows
 
     @property
     def cost(self) -> int:
@@ -91,7 +128,7 @@ class BlockLimits:
     behaviors: int
 
 
-def cut_blocks(plan: PlanRows, owner: int, rows: Decoder, limits: BlockLimits) -> list[Block]:
+def cut_blocks(plan: PlanRows, owner: int, rows: LazyRows, limits: BlockLimits) -> list[Block]:
     """All requests of a row group as blocks, in stored order; requests without candidates are left out."""
     if not plan.history_end.size:
         return []
@@ -133,11 +170,11 @@ def _first_requests(plan: PlanRows, starts: Ints, limits: BlockLimits) -> Ints:
 
 
 def _chain(following: Callable[[int], int], stop: int) -> Ints:
-    found, at = [], 0
+    firsts, at = [], 0
     while at < stop:
-        found.append(at)
+        firsts.append(at)
         at = following(at)
-    return np.array(found, dtype=np.int64)
+    return np.array(firsts, dtype=np.int64)
 
 
 def with_windows(rows: UserRows, history_length: int, delay: int) -> WindowedRows:
@@ -177,3 +214,42 @@ def visible_ends(rows: UserRows, row: int, first: int, last: int, delay: int) ->
     start, stop = int(rows.history_offsets[row]), int(rows.history_offsets[row + 1])
     limit = rows.request_time[first:last] - delay
     return np.minimum(ends, np.searchsorted(rows.history_time[start:stop], limit, side="left"))
+
+
+def deal(costs: Sequence[int], world_size: int, owners: Sequence[int] = ()) -> list[int]:
+    """Which rank takes what: the costliest goes to the least loaded rank. Deterministic.
+
+    Args:
+        owners: the rank that must take each, or ANYONE; none given: anyone may take all.
+    """
+    if world_size == 1:
+        return [0] * len(costs)
+    owner = list(owners) or [ANYONE] * len(costs)
+    loads = [0] * world_size
+    for cost, rank in zip(costs, owner, strict=True):
+        if rank != ANYONE:
+            loads[rank] += cost
+    heap = [(load, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(heap)
+    free = [index for index, rank in enumerate(owner) if rank == ANYONE]
+    for index in sorted(free, key=lambda i: (-costs[i], i)):
+        load, rank = heapq.heappop(heap)
+        owner[index] = rank
+        heapq.heappush(heap, (load + costs[index], rank))
+    return owner
+
+
+def spreads_evenly(blocks: Sequence[Block], config: DataConfig, world_size: int) -> bool:
+    """Whether the blocks of a window, each with its owner, keep all ranks about equally busy in each step."""
+    if not blocks:
+        return True
+    loads = [0] * world_size
+    for block in blocks:
+        loads[block.owner] += block.cost
+    steps = sum(block.candidates for block in blocks) / config.batch_candidates
+    if config.batch_behaviors:
+        steps = max(steps, sum(block.behaviors for block in blocks) / config.batch_behaviors)
+    # Fewer blocks than one step takes are all of it.
+    each = len(blocks) / max(steps, 1) / world_size
+    chance = math.sqrt(2 * math.log(world_size) / each)
+    return max(loads) * world_size <= _UNEVEN * sum(loads) and 1 + chance <= _UNEVEN

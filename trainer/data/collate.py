@@ -6,7 +6,7 @@ field, all ids by a single one, so that every value is copied once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,39 +16,27 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.config.sections import DataConfig
-from trainer.data.batch import Clusters, RequestBatch, Retrieval
-from trainer.data.blocks import Block
+from trainer.data.batch import Clusters, RequestBatch, Retrieval, Sizes
+from trainer.data.blocks import Block, Selection, newest_behaviors
+from trainer.data.clusters import ClusteredBlock, join_clusters
 from trainer.data.hard_search import hierarchical_search
-from trainer.data.row_group import Chosen, FeatureIds, Floats, Ids, Ints
+from trainer.data.row_group import Chosen, FeatureIds, Floats, Ids, Ints, offsets_of
 from trainer.data.rows import Columns, UserRows
-from trainer.data.sizes import Sizes
 
 _DAY = 86_400.0
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """What is delivered of one block's history.
+class _BlockRetrieval:
+    """What a hard search keeps of one block.
 
     Attributes:
-        kept: [n], behaviors, counted from the row group's first.
-        start, end: [r], windows among those n.
-    """
-
-    kept: Ints
-    start: Ints
-    end: Ints
-
-
-@dataclass(frozen=True)
-class _Found(_Cut):
-    """What a hard search leaves of one block.
-
-    Attributes:
-        index, level, rank: [c, B] as in `Retrieval`, index among the kept behaviors.
+        selection: the behaviors that it keeps for some candidate, and recent ones.
+        index, level, rank: [c, B] as in `Retrieval`, index among the selection's behaviors.
         counts: [c, x], match counts.
     """
 
+    selection: Selection
     index: Ints
     level: npt.NDArray[np.int32]
     rank: npt.NDArray[np.int32]
@@ -56,8 +44,8 @@ class _Found(_Cut):
 
 
 @dataclass(frozen=True)
-class _Laid:
-    """Blocks side by side, nothing cut yet.
+class _Stretches:
+    """Where the data of each block lies in its row group.
 
     Attributes:
         rows: each block's row group; first: its first request there; sizes: [blocks], requests of each.
@@ -76,23 +64,21 @@ class _Laid:
         return [slice(a, a + n) for a, n in zip(self.first, self.sizes.tolist(), strict=True)]
 
 
-@dataclass(frozen=True)
-class _Histories:
-    """What is delivered of the blocks' histories.
+class _Histories(NamedTuple):
+    """The behaviors that a batch holds, N in all.
 
     Attributes:
-        chosen: behaviors of each block; base: [blocks], where they begin in the batch; total: N.
+        chosen: behaviors of each block, in its row group; offsets: [blocks + 1], where they are in the batch.
         start, end: [R], windows in the batch.
-        found, clusters: of a hard search, or where clusters are read.
+        retrievals: of a hard search, one a block; clusters: where clusters are read.
         most_clusters: that a request may see.
     """
 
     chosen: Sequence[Chosen]
-    base: Ints
-    total: int
+    offsets: Ints
     start: Ints
     end: Ints
-    found: Sequence[_Found] = ()
+    retrievals: Sequence[_BlockRetrieval] = ()
     clusters: Clusters | None = None
     most_clusters: int = 0
 
@@ -101,14 +87,14 @@ def collate(
     blocks: Sequence[Block], config: DataConfig, columns: Columns, step_candidates: int
 ) -> RequestBatch:
     """At least one block as a batch; `step_candidates` counts the candidates of all ranks."""
-    laid = _lay(blocks)
-    rows, candidates = laid.rows, laid.candidates
-    user, name, time, start, end, first_candidate, last_candidate = laid.requests
+    stretches = _stretches(blocks)
+    rows, candidates = stretches.rows, stretches.candidates
+    user, name, time, start, end, first_candidate, last_candidate = stretches.requests
     counts = last_candidate - first_candidate
     total = int(counts.sum())
-    past = _histories(laid, config, columns)
+    past = _histories(stretches, config, columns)
     sides = [
-        _Side([r.history for r in rows], past.chosen, past.total),
+        _Side([r.history for r in rows], past.chosen, int(past.offsets[-1])),
         _Side([r.candidates for r in rows], candidates, total),
     ]
     features, bags = _jagged(list(columns.features), sides)
@@ -123,10 +109,10 @@ def collate(
         request_id=torch.from_numpy(name),
         candidate_request=torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
         labels=_tensor([r.labels[at] for r, at in zip(rows, candidates, strict=True)]),
-        weight=_weights(laid, columns, total),
-        numeric=_numeric(rows, candidates, past.found, columns, total),
-        context=_context(rows, laid.of_requests, columns, counts.size),
-        retrieval=_retrieval(past.found, past.base) if past.found else None,
+        weight=_weights(stretches, columns, total),
+        numeric=_numeric(rows, candidates, past.retrievals, columns, total),
+        context=_context(rows, stretches.of_requests, columns, counts.size),
+        retrieval=_retrieval(past.retrievals, past.offsets) if past.retrievals else None,
         step_candidates=step_candidates,
         clusters=past.clusters,
         sizes=Sizes(
@@ -140,13 +126,13 @@ def collate(
     )
 
 
-def _weights(laid: _Laid, columns: Columns, total: int) -> torch.Tensor:
+def _weights(stretches: _Stretches, columns: Columns, total: int) -> torch.Tensor:
     if not columns.weighted:
         return torch.from_numpy(np.ones(total, dtype=np.float32))
-    return _tensor([r.weight[at] for r, at in zip(laid.rows, laid.candidates, strict=True)])
+    return _tensor([r.weight[at] for r, at in zip(stretches.rows, stretches.candidates, strict=True)])
 
 
-def _lay(blocks: Sequence[Block]) -> _Laid:
+def _stretches(blocks: Sequence[Block]) -> _Stretches:
     parts = [block.rows() for block in blocks]
     of_requests = [slice(block.first, block.last) for block in blocks]
     requests = np.concatenate(
@@ -157,7 +143,7 @@ def _lay(blocks: Sequence[Block]) -> _Laid:
     after = np.cumsum(sizes)
     before = after - sizes
     low, high = np.minimum.reduceat(start, before), np.maximum.reduceat(end, before)
-    return _Laid(
+    return _Stretches(
         [part.rows for part in parts],
         [block.first for block in blocks],
         sizes,
@@ -167,93 +153,43 @@ def _lay(blocks: Sequence[Block]) -> _Laid:
     )
 
 
-def _histories(laid: _Laid, config: DataConfig, columns: Columns) -> _Histories:
-    """Whole stretches, or what a hard search or clusters leave of them."""
+def _histories(stretches: _Stretches, config: DataConfig, columns: Columns) -> _Histories:
+    """Whole stretches, or what a hard search or clusters keep of them."""
     if not config.search.levels and not columns.chunk:
-        lengths = np.array([span.stop - span.start for span in laid.spans])
-        base = np.cumsum(lengths) - lengths
-        shift = np.repeat(base - np.array([span.start for span in laid.spans]), laid.sizes)
-        start, end = laid.requests[3] + shift, laid.requests[4] + shift
-        return _Histories(laid.spans, base, int(lengths.sum()), start, end)
-    of_block = np.split(laid.requests, np.cumsum(laid.sizes)[:-1], axis=1)
-    found: list[_Found] = []
+        spans = stretches.spans
+        offsets = offsets_of([span.stop - span.start for span in spans])
+        shift = np.repeat(offsets[:-1] - np.array([span.start for span in spans]), stretches.sizes)
+        return _Histories(spans, offsets, stretches.requests[3] + shift, stretches.requests[4] + shift)
+    rows, spans = stretches.rows, stretches.spans
+    requests = np.split(stretches.requests, np.cumsum(stretches.sizes)[:-1], axis=1)
+    retrievals: list[_BlockRetrieval] = []
     clusters, most = None, 0
     if columns.chunk:
-        until = [_until(r, first, columns.chunk) for r, first in zip(laid.rows, laid.first, strict=True)]
-        each = zip(laid.rows, laid.spans, of_block, until, strict=True)
-        cuts = [_summarise(*block, config.recent) for block in each]
-        clusters = _clusters(laid.rows, cuts, until, laid.requests[4])
-        most = max(map(_most_clusters, laid.rows, cuts, of_block, until))
+        each = zip(rows, spans, stretches.first, requests, strict=True)
+        blocks = [ClusteredBlock(*block, columns.chunk, config.recent) for block in each]
+        selections = [block.selection for block in blocks]
+        clusters = join_clusters(blocks, stretches.requests[4])
+        most = max(block.most_visible() for block in blocks)
     else:
-        each_searched = zip(laid.rows, laid.spans, laid.candidates, of_block, strict=True)
-        found = [_search(*block, config) for block in each_searched]
-        cuts = list(found)
-    lengths = np.array([cut.kept.size for cut in cuts])
-    base = np.cumsum(lengths) - lengths
-    shift = np.repeat(base, laid.sizes)
-    start = np.concatenate([cut.start for cut in cuts]) + shift
-    end = np.concatenate([cut.end for cut in cuts]) + shift
-    kept = [cut.kept for cut in cuts]
-    return _Histories(kept, base, int(lengths.sum()), start, end, found, clusters, most)
+        each_searched = zip(rows, spans, stretches.candidates, requests, strict=True)
+        retrievals = [_search(*block, config) for block in each_searched]
+        selections = [retrieval.selection for retrieval in retrievals]
+    kept = [selection.kept for selection in selections]
+    offsets = offsets_of([part.size for part in kept])
+    shift = np.repeat(offsets[:-1], stretches.sizes)
+    start = np.concatenate([selection.start for selection in selections]) + shift
+    end = np.concatenate([selection.end for selection in selections]) + shift
+    return _Histories(kept, offsets, start, end, retrievals, clusters, most)
 
 
-def _until(rows: UserRows, request: int, chunk: int) -> Callable[[Ints], Ints]:
-    """Of a request's user: behaviors, counted from the row group's first -> where their chunks end."""
-    user = int(np.searchsorted(rows.request_offsets, request, side="right")) - 1
-    base = int(rows.history_offsets[user])
-    return lambda behaviors: base + ((behaviors - base) // chunk + 1) * chunk
-
-
-def _summarise(
-    rows: UserRows, history: slice, requests: Ints, until: Callable[[Ints], Ints], recent: int
-) -> _Cut:
-    """Keep the behaviors that stand for clusters which some request of the block sees, and recent ones."""
-    assert rows.cluster_size is not None
-    start, end = requests[3] - history.start, requests[4] - history.start
-    stands = np.nonzero(rows.cluster_size[history])[0]
-    stands = stands[until(history.start + stands) <= history.stop]
-    kept = np.union1d(stands, _newest(start, end, recent))
-    return _Cut(history.start + kept, np.searchsorted(kept, start), np.searchsorted(kept, end))
-
-
-def _newest(start: Ints, end: Ints, recent: int) -> Ints:
-    """The newest `recent` behaviors of each window, ascending."""
-    seen = np.zeros(int(end.max()), dtype=bool)
-    for first, last in zip(np.maximum(start, end - recent).tolist(), end.tolist(), strict=True):
-        seen[first:last] = True
-    return np.nonzero(seen)[0]
-
-
-def _clusters(
-    rows: Sequence[UserRows], cuts: Sequence[_Cut], until: Sequence[Callable[[Ints], Ints]], end: Ints
-) -> Clusters:
-    kept = [cut.kept for cut in cuts]
-    return Clusters(
-        size=_tensor(
-            [r.cluster_size[at] for r, at in zip(rows, kept, strict=True) if r.cluster_size is not None]
-        ),
-        time=_tensor(
-            [r.cluster_time[at] for r, at in zip(rows, kept, strict=True) if r.cluster_time is not None]
-        ),
-        until=_tensor([ends(at) for ends, at in zip(until, kept, strict=True)]),
-        end=torch.from_numpy(end.copy()),
-    )
-
-
-def _most_clusters(rows: UserRows, cut: _Cut, requests: Ints, until: Callable[[Ints], Ints]) -> int:
-    """Most clusters that a request of the block sees: those that stand in its window, of complete chunks."""
-    assert rows.cluster_size is not None
-    stands = cut.kept[rows.cluster_size[cut.kept] > 0]
-    before = np.searchsorted(stands, requests[3])
-    return int((np.searchsorted(until(stands), requests[4], side="right") - before).max())
-
-
-def _search(rows: UserRows, history: slice, candidates: slice, requests: Ints, config: DataConfig) -> _Found:
+def _search(
+    rows: UserRows, history: slice, candidates: slice, requests: Ints, config: DataConfig
+) -> _BlockRetrieval:
     """Keep only the behaviors that the hard search retrieves for some candidate of a block."""
     search = config.search
     _, _, time, start, end, first_candidate, last_candidate = requests
     start, end, counts = start - history.start, end - history.start, last_candidate - first_candidate
-    found = hierarchical_search(
+    retrieved = hierarchical_search(
         np.stack([rows.history[level].values[history] for level in search.levels], dtype=np.int64),
         rows.history_time[history],
         np.stack([rows.candidates[level].values[candidates] for level in search.levels], dtype=np.int64),
@@ -266,16 +202,14 @@ def _search(rows: UserRows, history: slice, candidates: slice, requests: Ints, c
         rows.history[search.domain].values[history].astype(np.int64) if search.domain else None,
         search.domain_minimum or None,
     )
-    kept = np.union1d(found.index[found.index >= 0], _newest(start, end, config.recent))
-    place = np.searchsorted(kept, found.index.clip(min=0))
-    matches = np.concatenate([found.matches, found.decayed], axis=1).astype(np.float32)
-    return _Found(
-        history.start + kept,
-        np.searchsorted(kept, start),
-        np.searchsorted(kept, end),
-        np.where(found.index >= 0, place, -1),
-        found.level.astype(np.int32),
-        np.where(found.index >= 0, np.repeat(end, counts)[:, None] - found.index, 0).astype(np.int32),
+    kept = np.union1d(retrieved.index[retrieved.index >= 0], newest_behaviors(start, end, config.recent))
+    place = np.searchsorted(kept, retrieved.index.clip(min=0))
+    matches = np.concatenate([retrieved.matches, retrieved.decayed], axis=1).astype(np.float32)
+    return _BlockRetrieval(
+        Selection.of(history, kept, start, end),
+        np.where(retrieved.index >= 0, place, -1),
+        retrieved.level.astype(np.int32),
+        np.where(retrieved.index >= 0, np.repeat(end, counts)[:, None] - retrieved.index, 0).astype(np.int32),
         matches if search.counts else matches[:, :0],
     )
 
@@ -341,7 +275,7 @@ def _jagged(keys: list[str], sides: Sequence[_Side]) -> tuple[KeyedJaggedTensor,
 def _numeric(
     rows: Sequence[UserRows],
     candidates: Sequence[slice],
-    found: Sequence[_Found],
+    retrievals: Sequence[_BlockRetrieval],
     columns: Columns,
     count: int,
 ) -> torch.Tensor:
@@ -349,17 +283,17 @@ def _numeric(
     parts = [np.zeros((count, 0), dtype=np.float32)]
     if columns.numeric:
         parts.append(np.concatenate([r.numeric[chosen] for r, chosen in zip(rows, candidates, strict=True)]))
-    if found:
-        parts.append(np.concatenate([part.counts for part in found]))
+    if retrievals:
+        parts.append(np.concatenate([part.counts for part in retrievals]))
     return torch.from_numpy(np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
 
 
-def _retrieval(found: Sequence[_Found], base: Ints) -> Retrieval:
-    index = [np.where(part.index >= 0, part.index + at, -1) for part, at in zip(found, base, strict=True)]
+def _retrieval(retrievals: Sequence[_BlockRetrieval], offsets: Ints) -> Retrieval:
+    each = zip(retrievals, offsets[:-1], strict=True)
     return Retrieval(
-        index=_tensor(index),
-        level=_tensor([part.level for part in found]),
-        rank=_tensor([part.rank for part in found]),
+        index=_tensor([np.where(part.index >= 0, part.index + at, -1) for part, at in each]),
+        level=_tensor([part.level for part in retrievals]),
+        rank=_tensor([part.rank for part in retrievals]),
     )
 
 

@@ -88,12 +88,12 @@ def without_bad(
 
 def _compare(file: Path, entry: FileInfo) -> None:
     try:
-        found = file_digest(file)
+        digest = file_digest(file)
     except FileNotFoundError:
         raise DataError("named in the manifest but missing; ingest again", file=file) from None
     except OSError as error:
         raise DataError(f"unreadable: {error}", file=file) from None
-    if found != entry.sha256:
+    if digest != entry.sha256:
         raise DataError(
             "does not match its SHA-256 in the manifest, so it was damaged or replaced; take another copy, "
             "or ingest again (data.verify = false reads it all the same)",

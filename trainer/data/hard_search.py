@@ -33,12 +33,12 @@ _NO_NODE_CANDIDATE = -2
 
 
 @dataclass(frozen=True)
-class Retrieved:
-    """What a search found, one row a candidate.
+class SearchResult:
+    """The behaviors that a search keeps, one row a candidate.
 
     Attributes:
         index: int64 [C, K], positions in the given history, deepest match first, newest first among equals;
-            -1 where fewer than K were found.
+            -1 where fewer than K match.
         level: int8 [C, K], deepest taxonomy level at which that behavior matches, 1 (coarsest) to m; 0 where
             `index` is -1.
         matches: int64 [C, m], visible behaviors that match down to at least level 1, 2, ..., m. Counts cover
@@ -97,7 +97,7 @@ def hierarchical_search(
     half_life: float,
     domain_history: Ints | None = None,
     domain_minimum: Mapping[int, int] | None = None,
-) -> Retrieved:
+) -> SearchResult:
     """Keep, for each candidate, the `budget` visible behaviors that match its path deepest, newest first.
 
     Args:
@@ -115,47 +115,14 @@ def hierarchical_search(
     _check_settings(budget, half_life, domain_minimum or {}, domain_history, time_history.size)
     start, end = _visible(time_history, visible_start, visible_end, request_time)
     node_history, node, lists = _index(levels_history, levels_candidate)
-    queries, group = _distinct(lists, node, request_of_candidate, start, end, request_time)
-    found = _newest(lists, node_history, queries, budget)
+    queries, query = _distinct(lists, node, request_of_candidate, start, end, request_time)
+    ranking = _newest(lists, node_history, queries, budget)
     if domain_minimum and domain_history is not None:
-        found = _with_minimum(found, lists, node_history, queries, domain_history, domain_minimum)
-    index = np.where(found < 0, -1, lists.position(found))
-    level = np.maximum(found >> lists.bits, 0).astype(np.int8)
+        ranking = _with_minimum(ranking, lists, node_history, queries, domain_history, domain_minimum)
+    index = np.where(ranking < 0, -1, lists.position(ranking))
+    level = np.maximum(ranking >> lists.bits, 0).astype(np.int8)
     decayed = _decayed_counts(lists, time_history, queries, half_life).astype(np.float32)
-    return Retrieved(index[group], level[group], (queries.high - queries.low).T[group], decayed.T[group])
-
-
-def hard_search(
-    category_history: Ints,
-    time_history: Ints,
-    category_candidate: Ints,
-    request_of_candidate: Ints,
-    visible_start: Ints,
-    visible_end: Ints,
-    request_time: Ints,
-    budget: int,
-    half_life: float,
-    domain_history: Ints | None = None,
-    domain_minimum: Mapping[int, int] | None = None,
-) -> Retrieved:
-    """Keep the newest behaviors of each candidate's category (SIM, section 3.2): one level, m = 1.
-
-    category_history is int64 [N], category_candidate int64 [C], 0 = unknown. The other arguments, the result
-    and the errors are those of `hierarchical_search`.
-    """
-    return hierarchical_search(
-        category_history[None],
-        time_history,
-        category_candidate[None],
-        request_of_candidate,
-        visible_start,
-        visible_end,
-        request_time,
-        budget,
-        half_life,
-        domain_history,
-        domain_minimum,
-    )
+    return SearchResult(index[query], level[query], (queries.high - queries.low).T[query], decayed.T[query])
 
 
 def _check_shapes(levels_history: Ints, time_history: Ints, levels_candidate: Ints, of: Ints) -> None:
@@ -187,8 +154,8 @@ def _visible(time: Ints, start: Ints, end: Ints, request_time: Ints) -> tuple[In
         place = int(np.argmax(time[1:] < time[:-1])) + 1
         raise ValueError(f"time_history descends at position {place}; sort the history by time first")
     start, end = np.maximum(start, 0), np.minimum(end, time.size)
-    seen = np.flatnonzero(end > start)
-    late = seen[time[end[seen] - 1] > request_time[seen]]
+    nonempty = np.flatnonzero(end > start)
+    late = nonempty[time[end[nonempty] - 1] > request_time[nonempty]]
     if late.size:
         raise ValueError(f"request {int(late[0])} would see a behavior newer than itself; lower visible_end")
     return start, np.maximum(end, 0)
@@ -216,19 +183,21 @@ def _index(levels_history: Ints, levels_candidate: Ints) -> tuple[Ints, Ints, _L
     node_history = np.full(levels_history.shape, _NO_NODE_BEHAVIOR)
     node_candidate = np.full(levels_candidate.shape, _NO_NODE_CANDIDATE)
     bits = levels_history.shape[1].bit_length()
-    at, asked = np.arange(levels_history.shape[1]), np.arange(levels_candidate.shape[1])
-    parent, parent_asked = np.zeros_like(at), np.zeros_like(asked)
+    at, candidate = np.arange(levels_history.shape[1]), np.arange(levels_candidate.shape[1])
+    parent, candidate_parent = np.zeros_like(at), np.zeros_like(candidate)
     numbered, keys = 0, []
-    for level, (ids, ids_asked) in enumerate(zip(levels_history, levels_candidate, strict=True)):
-        asked, parent_asked = asked[ids_asked[asked] > 0], parent_asked[ids_asked[asked] > 0]
-        known, digit_asked = np.unique(ids_asked[asked], return_inverse=True)
-        path, parent_asked = np.unique(parent_asked * known.size + digit_asked, return_inverse=True)
+    for level, (ids, candidate_ids) in enumerate(zip(levels_history, levels_candidate, strict=True)):
+        known_here = candidate_ids[candidate] > 0
+        candidate, candidate_parent = candidate[known_here], candidate_parent[known_here]
+        known, candidate_digit = np.unique(candidate_ids[candidate], return_inverse=True)
+        child = candidate_parent * known.size + candidate_digit
+        path, candidate_parent = np.unique(child, return_inverse=True)
         digit = _rank(known, ids[at])
         at, parent, digit = at[digit >= 0], parent[digit >= 0], digit[digit >= 0]
         place = _rank(path, parent * known.size + digit)
         at, parent = at[place >= 0], place[place >= 0]
         node_history[level, at] = numbered + parent
-        node_candidate[level, asked] = numbered + parent_asked
+        node_candidate[level, candidate] = numbered + candidate_parent
         # numpy sorts 16-bit integers stably by radix, several times faster than wide ones
         order = np.argsort(parent.astype(np.uint16) if path.size <= 1 << 16 else parent, kind="stable")
         keys.append((((numbered + parent) << bits) + at)[order])
@@ -248,20 +217,20 @@ def _distinct(
     depth = np.count_nonzero(high > low, axis=0)  # an ancestor of a node with matches has matches
     deepest = np.where(depth > 0, node[depth - 1, np.arange(request.size)], -1)
     many = int(node.max(initial=0)) + 2
-    _, first, group = np.unique(request * many + deepest + 1, return_index=True, return_inverse=True)
+    _, first, query = np.unique(request * many + deepest + 1, return_index=True, return_inverse=True)
     of = request[first]
     path, low, high = node[:, first], low[:, first], high[:, first]
-    return _Queries(path, low, high, start[of], end[of], request_time[of]), group
+    return _Queries(path, low, high, start[of], end[of], request_time[of]), query
 
 
 def _newest(lists: _Lists, node_history: Ints, queries: _Queries, budget: int) -> Ints:
     """The best `budget` behaviors of each query.
 
     Returns int64 [Q, K] of (level << bits) + position, in which descending order is the order wanted
-    (deepest, then newest); -1 where fewer were found.
+    (deepest, then newest); -1 where there are fewer.
     """
     low, high = queries.low, queries.high
-    found = np.full((queries.start.size, budget), -1)
+    ranking = np.full((queries.start.size, budget), -1)
     taken = np.zeros(queries.start.size, dtype=np.int64)
     for level in reversed(range(low.shape[0])):
         length = np.where(taken < budget, np.minimum(high[level] - low[level], budget), 0)
@@ -276,41 +245,42 @@ def _newest(lists: _Lists, node_history: Ints, queries: _Queries, budget: int) -
         before = np.concatenate([[0], np.cumsum(fresh)])[stop - length]
         slot = np.arange(owner.size) + (taken - before)[owner]
         fits = slot < budget
-        found[owner[fits], slot[fits]] = ((level + 1) << lists.bits) + position[fits]
+        ranking[owner[fits], slot[fits]] = ((level + 1) << lists.bits) + position[fits]
         taken += np.bincount(owner[fits], minlength=taken.size)
-    return found
+    return ranking
 
 
 def _with_minimum(
-    found: Ints,
+    ranking: Ints,
     lists: _Lists,
     node_history: Ints,
     queries: _Queries,
     domain: Ints,
     least_of: Mapping[int, int],
 ) -> Ints:
-    """Give the best few of each named domain their place; the general order `found` [Q, K] fills the rest.
+    """Give the best few of each named domain their place; the general order `ranking` [Q, K] fills the rest.
 
-    The general order never runs out: of its K entries no more are promised ones than are promised in all.
+    The general order never runs out: of its K entries, at most as many are guaranteed a place as there are
+    guaranteed places.
     """
-    domain_found = np.append(domain, 0)[np.where(found < 0, -1, lists.position(found))]
-    promised = np.zeros(found.shape, dtype=np.bool_)
-    room = np.full(found.shape[0], found.shape[1])
+    domain_of = np.append(domain, 0)[np.where(ranking < 0, -1, lists.position(ranking))]
+    guaranteed = np.zeros(ranking.shape, dtype=np.bool_)
+    room = np.full(ranking.shape[0], ranking.shape[1])
     extra = []
     for name, least in least_of.items():
         own = _Lists(lists.key[domain[lists.position(lists.key)] == name], lists.bits)
         low, high = own.ranges(queries.node, queries.start, queries.end)
         best = _newest(own, node_history, replace(queries, low=low, high=high), least)
-        here = (domain_found == name) & (found >= 0)
+        here = (domain_of == name) & (ranking >= 0)
         rank = np.cumsum(here, axis=1)
-        promised |= here & (rank <= least)
+        guaranteed |= here & (rank <= least)
         room -= np.count_nonzero(best >= 0, axis=1)
         # the general order begins with the same ones: add those that it was too short for
         extra.append(np.where(np.arange(least) < rank[:, -1:], -1, best))
-    others = (found >= 0) & ~promised
-    kept = promised | (others & (np.cumsum(others, axis=1) <= room[:, None]))
-    merged = np.concatenate([np.where(kept, found, -1), *extra], axis=1)
-    return -np.sort(-merged, axis=1)[:, : found.shape[1]]
+    others = (ranking >= 0) & ~guaranteed
+    kept = guaranteed | (others & (np.cumsum(others, axis=1) <= room[:, None]))
+    merged = np.concatenate([np.where(kept, ranking, -1), *extra], axis=1)
+    return -np.sort(-merged, axis=1)[:, : ranking.shape[1]]
 
 
 def _decayed_counts(lists: _Lists, time: Ints, queries: _Queries, half_life: float) -> Floats:
@@ -332,13 +302,14 @@ def _decayed_counts(lists: _Lists, time: Ints, queries: _Queries, half_life: flo
     decay[1:] = np.where(same, np.exp2(-np.where(same, np.diff(when), 0) / half_life), 0.0)
     sums = _running_sums(decay)
 
-    def seen(entry: Ints) -> Floats:  # an empty range may look at newer entries: no negative age, no overflow
+    def sum_until(entry: Ints) -> Floats:
+        # An empty range may look at newer entries: a negative age would overflow.
         weighted: Floats = sums[entry] * np.exp2(-np.maximum(queries.time - when[entry], 0) / half_life)
         return weighted
 
     last, before = np.maximum(high - 1, 0), np.maximum(low - 1, 0)
     head = (low == 0) | (node[before] != node[last])
-    total = seen(last) - np.where(head, 0.0, seen(before))
+    total = sum_until(last) - np.where(head, 0.0, sum_until(before))
     return np.where(high > low, total, 0.0)
 
 
@@ -361,39 +332,3 @@ def _running_sums(decay: Floats) -> Floats:
         carry[column] = sums[-1, column - 1] + factor[-1, column - 1] * carry[column - 1]
     running: Floats = (sums + factor * carry).T.ravel()
     return running[: decay.size]
-
-
-def hierarchical_search_reference(
-    levels_history: Ints,
-    time_history: Ints,
-    levels_candidate: Ints,
-    request_of_candidate: Ints,
-    visible_start: Ints,
-    visible_end: Ints,
-    request_time: Ints,
-    budget: int,
-    half_life: float,
-    domain_history: Ints | None = None,
-    domain_minimum: Mapping[int, int] | None = None,
-) -> Retrieved:
-    """What `hierarchical_search` must equal: each candidate scores and sorts all of its history."""
-    depth, many = levels_candidate.shape
-    index, level = np.full((many, budget), -1), np.zeros((many, budget), dtype=np.int8)
-    matches, decayed = np.zeros((many, depth), dtype=np.int64), np.zeros((many, depth), dtype=np.float32)
-    for candidate, request in enumerate(request_of_candidate):
-        path = levels_candidate[:, candidate, None]
-        equal = np.logical_and.accumulate((levels_history == path) & (path > 0), axis=0)
-        position = np.arange(time_history.size)
-        equal &= (position >= visible_start[request]) & (position < visible_end[request])
-        score = equal.sum(axis=0)
-        weight = np.exp2(-np.where(score > 0, request_time[request] - time_history, 0) / half_life)
-        matches[candidate] = equal.sum(axis=1)
-        decayed[candidate] = (equal * weight).sum(axis=1)
-        order = np.lexsort((-position, -score))[: np.count_nonzero(score)]
-        kept = np.zeros(position.size, dtype=np.bool_)
-        for name, least in (domain_minimum or {}).items():
-            kept[order[np.asarray(domain_history)[order] == name][:least]] = True
-        kept[order[~kept[order]][: budget - np.count_nonzero(kept)]] = True
-        result = order[kept[order]]
-        index[candidate, : len(result)], level[candidate, : len(result)] = result, score[result]
-    return Retrieved(index, level, matches, decayed)

@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
 Item = TypeVar("Item")
-Made_co = TypeVar("Made_co", covariant=True)
+Item_co = TypeVar("Item_co", covariant=True)
 
 
-class Closable(Protocol[Made_co]):
+class Closable(Protocol[Item_co]):
     """An iterator that can be ended early: a generator or a Prefetcher."""
 
-    def __iter__(self) -> Iterator[Made_co]: ...
+    def __iter__(self) -> Iterator[Item_co]: ...
 
-    def __next__(self) -> Made_co: ...
+    def __next__(self) -> Item_co: ...
 
     def close(self) -> None: ...
 
 
 class _End:
-    """The iterator is exhausted."""
+    """Marks the end of the items."""
 
 
 class Prefetcher(Iterator[Item], Generic[Item]):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +22,18 @@ import pyarrow.parquet as pq
 from embeddings.errors import ConfigError, DataError
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import ANYONE, Block, BlockLimits, WindowedRows, cut_blocks, with_windows
+from trainer.data.blocks import (
+    ANYONE,
+    Block,
+    BlockLimits,
+    LazyRows,
+    WindowedRows,
+    cut_blocks,
+    deal,
+    spreads_evenly,
+    with_windows,
+)
 from trainer.data.collate import collate
-from trainer.data.dealing import deal, spread
 from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
@@ -60,24 +69,6 @@ class Step:
     sources: tuple[RowGroup, ...] = ()
 
 
-class _Decoder:
-    """Decodes a row group once: ahead in a pool if started, else when first called."""
-
-    def __init__(self, place: RowGroup, decode: Callable[[], WindowedRows]) -> None:
-        self.place, self._decode = place, decode
-        self._ahead: Future[WindowedRows] | None = None
-        self._rows: WindowedRows | None = None
-
-    def start(self, pool: Executor) -> None:
-        self._ahead = pool.submit(self._decode)
-
-    def __call__(self) -> WindowedRows:
-        """The rows; raises what decoding raised."""
-        if self._rows is None:
-            self._rows = self._ahead.result() if self._ahead is not None else self._decode()
-        return self._rows
-
-
 class SequenceLogReader:
     """Reads one split of a sequence log.
 
@@ -88,9 +79,10 @@ class SequenceLogReader:
         rank, world_size: this reader's share.
         seed: of the shuffle; None reads in stored order.
         share: sums an array over all ranks; needed with several ranks where bad row groups are skipped.
-        together: a block that ranks leave together, however long it takes some: each checks files of its own.
-        prepare: what is done last to every batch, where it was read: in a thread where `config.prefetch` is
-            set. Its errors reach the consumer as those of reading do.
+        together: a context that all ranks leave together: each rank checks files of its own in it, and some
+            take longer than others.
+        prepare: changes every batch last, in the thread that read it where `config.prefetch` is set. Its
+            errors reach the consumer as those of reading do.
         own_row_groups: what `data.sharding = "auto"` means: each rank decodes row groups of its own where
             that spreads well; else every rank all of them. The same on all ranks.
 
@@ -154,8 +146,10 @@ class SequenceLogReader:
             if self.config.workers:
                 pool = ThreadPoolExecutor(self.config.workers, "decode")
                 stack.callback(pool.shutdown, cancel_futures=True)
-            for blocks, owners, after, last in self._plan(cursor, pool):
-                mine = [block for block, owner in zip(blocks, owners, strict=True) if owner == self.rank]
+            for blocks, after, last in self._global_steps(cursor, pool):
+                costs, owners = [block.cost for block in blocks], [block.owner for block in blocks]
+                ranks = deal(costs, self.world_size, owners)
+                mine = [block for block, rank in zip(blocks, ranks, strict=True) if rank == self.rank]
                 total = sum([block.candidates for block in blocks])
                 used = mine or blocks[:1]
                 batch = collate(used, self.config, self.columns, total)
@@ -164,28 +158,23 @@ class SequenceLogReader:
                 sources = tuple({block.rows.place: None for block in used})
                 yield Step(batch, bool(mine), after, last, sources)
 
-    def _plan(
+    def _global_steps(
         self, cursor: Cursor, pool: Executor | None
-    ) -> Iterator[tuple[list[Block], list[int], Cursor, bool]]:
-        """Cut the stream of blocks into global steps: (blocks, owning ranks, cursor after, the last one)."""
+    ) -> Iterator[tuple[list[Block], Cursor, bool]]:
+        """Cut the stream of blocks into steps of all ranks: blocks, cursor after them, the last ones."""
         pending: list[Block] = []
         candidates, behaviors, consumed = 0, 0, cursor.blocks
+        most = self.config.batch_behaviors
         for block in self._blocks(cursor, pool):
-            if pending and self._full(candidates, behaviors + block.behaviors):
-                yield pending, self._owners(pending), Cursor(cursor.epoch, consumed), False
+            full = candidates >= self.config.batch_candidates or (most and behaviors + block.behaviors > most)
+            if pending and full:
+                yield pending, Cursor(cursor.epoch, consumed), False
                 pending, candidates, behaviors = [], 0, 0
             pending.append(block)
             consumed += 1
             candidates, behaviors = candidates + block.candidates, behaviors + block.behaviors
         if pending:
-            yield pending, self._owners(pending), Cursor(cursor.epoch, consumed), True
-
-    def _full(self, candidates: int, behaviors: int) -> bool:
-        limit = self.config.batch_behaviors
-        return candidates >= self.config.batch_candidates or bool(limit and behaviors > limit)
-
-    def _owners(self, blocks: Sequence[Block]) -> list[int]:
-        return deal([block.cost for block in blocks], self.world_size, [block.owner for block in blocks])
+            yield pending, Cursor(cursor.epoch, consumed), True
 
     def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[Block]:
         """Blocks from the cursor on, in order; the next window is decoded while this one is consumed."""
@@ -201,23 +190,25 @@ class SequenceLogReader:
                     decoder.start(pool)
             yield from ready
             ready = blocks[max(0, skipped) :]
-            # Whatever is named here stays in memory until the next window but one is planned.
+            # Drop these references now, or the window stays in memory one window longer.
             del blocks, decoders
         yield from ready
 
-    def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[_Decoder]]:
+    def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[LazyRows]]:
         """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
         footers = {file: read_footer(file) for file in {place.file for place in places}}
         plans = [read_plan(place.file, place.row_group, footers[place.file]) for place in places]
-        owners = deal([int(plan.candidates.sum()) + _longest(plan) for plan in plans], self.world_size)
-        decoders = [_Decoder(place, partial(self._decode, place, footers[place.file])) for place in places]
-        if self._together():
+        owners = deal(
+            [int(plan.candidates.sum()) + _visible_behaviors(plan) for plan in plans], self.world_size
+        )
+        decoders = [LazyRows(place, partial(self._decode, place, footers[place.file])) for place in places]
+        if self._shared_decoding():
             owners = [ANYONE] * len(places)
         blocks: list[Block] = []
         for plan, owner, decoder in zip(plans, owners, decoders, strict=True):
             blocks += cut_blocks(plan, owner, decoder, self._limits)
-        undecided = self.config.sharding == "auto" and not self._together()
-        if undecided and not spread(blocks, self.config, self.world_size):
+        undecided = self.config.sharding == "auto" and not self._shared_decoding()
+        if undecided and not spreads_evenly(blocks, self.config, self.world_size):
             owners = [ANYONE] * len(places)
             blocks = [block._replace(owner=ANYONE) for block in blocks]
         mine = (self.rank, ANYONE)
@@ -227,9 +218,9 @@ class SequenceLogReader:
             blocks = [blocks[i] for i in order.tolist()]
         return blocks, decoders
 
-    def _together(self) -> bool:
+    def _shared_decoding(self) -> bool:
         """Whether every rank decodes every row group, whatever blocks they hold."""
-        # In stored order all blocks of a step are of a row group or two.
+        # In stored order a step's blocks lie in one or two row groups: their owners would do all the work.
         apart = self._own_row_groups and self.seed is not None and self.world_size > 1
         return self.config.sharding == "steps" or (self.config.sharding == "auto" and not apart)
 
@@ -247,7 +238,7 @@ class SequenceLogReader:
             yield places[start : start + size]
 
 
-def _longest(plan: PlanRows) -> int:
+def _visible_behaviors(plan: PlanRows) -> int:
     """Behaviors of a row group that some request sees."""
     if not plan.history_end.size:
         return 0

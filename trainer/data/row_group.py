@@ -30,6 +30,13 @@ Floats = npt.NDArray[np.float32]
 Chosen = slice | Ints
 
 
+def offsets_of(lengths: Sequence[int] | Ints) -> Ints:
+    """Where each of consecutive pieces begins, and where the last one ends: int64 [n + 1]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(np.asarray(lengths, dtype=np.int64), out=offsets[1:])
+    return offsets
+
+
 @dataclass(frozen=True)
 class Bags:
     """Ids of consecutive behaviors, candidates or requests: one each, or several.
@@ -40,6 +47,26 @@ class Bags:
 
     values: Ids
     offsets: Ints | None = None
+
+    @staticmethod
+    def of_lengths(values: Ids, lengths: Sequence[int] | Ints | None) -> Bags:
+        """Bags of so many ids each; None: of one each."""
+        return Bags(values, None if lengths is None else offsets_of(lengths))
+
+    @property
+    def size(self) -> int:
+        """The number of bags: of behaviors, candidates or requests."""
+        return self.values.size if self.offsets is None else self.offsets.size - 1
+
+    @property
+    def lengths(self) -> Ints:
+        """Ids of each bag: [n]."""
+        return np.ones(self.values.size, dtype=np.int64) if self.offsets is None else np.diff(self.offsets)
+
+    def part(self, chosen: slice) -> Bags:
+        """Consecutive bags as int64 in memory of their own: a view would keep all of the ids in memory."""
+        values, lengths = self.select(chosen)
+        return Bags.of_lengths(values.astype(np.int64), None if self.offsets is None else lengths)
 
     def select(self, chosen: Chosen) -> tuple[Ids, Ints]:
         """Ids of the chosen bags, in that order, and the bags' lengths."""
@@ -124,11 +151,11 @@ class GroupColumns:
             raise self.fail("has impossible list lengths", name)
         return offsets - begin, column.values.slice(begin, count)
 
-    def same_lengths(self, expected: Ints, found: Ints, name: str, other: str) -> None:
-        if not np.array_equal(expected, found):
+    def same_lengths(self, expected: Ints, actual: Ints, name: str, other: str) -> None:
+        if not np.array_equal(expected, actual):
             row = None
-            if expected.size == found.size:
-                row = int(np.nonzero(np.diff(expected) != np.diff(found))[0][0])
+            if expected.size == actual.size:
+                row = int(np.nonzero(np.diff(expected) != np.diff(actual))[0][0])
             raise self.fail(f"its lists differ in length from those of {other}", name, row)
 
     def features(
@@ -149,8 +176,8 @@ class GroupColumns:
             values = items(column)
             if info.multi:
                 offsets, values = self.unnest(values, column)
-                found = self.ids(values, column, info.rows, offsets[owners])
-                multi[name] = Bags(found.astype(kind), offsets)
+                checked = self.ids(values, column, info.rows, offsets[owners])
+                multi[name] = Bags(checked.astype(kind), offsets)
             else:
                 ids[single.index(name)] = self.ids(values, column, info.rows, owners)
         return FeatureIds(single, ids, multi)

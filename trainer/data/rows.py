@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, Ints, read_group
+from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, Ints, offsets_of, read_group
 from trainer.log.schema import CLUSTER_COLUMNS, FeatureInfo, LogManifest
 
 
@@ -104,6 +105,34 @@ class UserRows:
     cluster_size: Ints | None = None
     cluster_time: Ints | None = None
 
+    @staticmethod
+    def of_counts(
+        behaviors: Ints,
+        requests: Ints,
+        candidate_counts: Ints,
+        *,
+        context: FeatureIds | None = None,
+        numeric: Floats | None = None,
+        **columns: Any,
+    ) -> UserRows:
+        """Rows that no file holds: requests are numbered, and every candidate weighs 1.
+
+        Args:
+            behaviors, requests: [U], of each user; candidate_counts: [requests], candidates of each.
+            context, numeric: none, where they are left out; columns: the other attributes.
+        """
+        total, count = int(candidate_counts.sum()), int(requests.sum())
+        return UserRows(
+            history_offsets=offsets_of(behaviors),
+            request_offsets=offsets_of(requests),
+            candidate_offsets=offsets_of(candidate_counts),
+            request_id=np.arange(count),
+            context=FeatureIds([], np.zeros((0, count), dtype=np.int64), {}) if context is None else context,
+            numeric=np.zeros((total, 0), dtype=np.float32) if numeric is None else numeric,
+            weight=np.broadcast_to(np.float32(1), total),
+            **columns,
+        )
+
 
 @dataclass(frozen=True)
 class PlanRows:
@@ -127,7 +156,7 @@ def read_rows(
         DataError: missing or unreadable file, missing column, null, unequal list lengths, id outside its
             table, history out of order, or a request that could see its own time.
     """
-    return _decode(read_group(file, row_group, columns.names(), footer), columns)
+    return _Decoder(read_group(file, row_group, columns.names(), footer)).rows(columns)
 
 
 def read_plan(file: Path, row_group: int, footer: pq.FileMetaData | None = None) -> PlanRows:
@@ -138,133 +167,105 @@ def read_plan(file: Path, row_group: int, footer: pq.FileMetaData | None = None)
     """
     group = read_group(file, row_group, PLAN_COLUMNS, footer)
     offsets, ends = group.lists("request_history_end")
-    found, counts = group.lists("request_num_candidates")
-    group.same_lengths(offsets, found, "request_num_candidates", "request_history_end")
-    plan = PlanRows(
-        offsets,
-        group.flat(ends, "request_history_end", np.int64),
-        group.flat(counts, "request_num_candidates", np.int64),
-    )
-    for name, values in (
-        ("request_history_end", plan.history_end),
-        ("request_num_candidates", plan.candidates),
-    ):
+    count_offsets, counts = group.lists("request_num_candidates")
+    group.same_lengths(offsets, count_offsets, "request_num_candidates", "request_history_end")
+    flat = [group.flat(part, name, np.int64) for part, name in zip((ends, counts), PLAN_COLUMNS, strict=True)]
+    for name, values in zip(PLAN_COLUMNS, flat, strict=True):
         if values.size and (values.min() < 0 or values.max() > LONGEST):
             raise group.fail("has impossible counts; ingest the events again", name)
-    return plan
+    return PlanRows(offsets, *flat)
 
 
-def _decode(group: GroupColumns, columns: Columns) -> UserRows:
-    history_offsets, times = group.lists("history_timestamp")
-    request_offsets, request_times = group.lists("request_timestamp")
-    candidate_offsets = _candidate_offsets(group, request_offsets)
-    features = columns.features.items()
-    rows = UserRows(
-        user_id=group.ints("user_id"),
-        history_offsets=history_offsets,
-        request_offsets=request_offsets,
-        history=group.features(
-            "history",
-            {name: info for name, info in features if info.of_behaviors},
-            history_offsets,
-            lambda column: _one_level(group, column, history_offsets, "history_timestamp"),
-        ),
-        history_time=group.flat(times, "history_timestamp", np.int64),
-        request_id=_request_values(group, "request_id", request_offsets),
-        request_time=group.flat(request_times, "request_timestamp", np.int64),
-        history_end=_request_values(group, "request_history_end", request_offsets),
-        candidate_offsets=candidate_offsets,
-        candidates=group.features(
-            "candidate",
-            {name: info for name, info in features if info.of_candidates},
-            candidate_offsets,
-            lambda column: _two_levels(group, column, request_offsets, candidate_offsets),
-        ),
-        context=group.features(
-            "context",
-            columns.context,
-            request_offsets,
-            lambda column: _one_level(group, column, request_offsets, "request_timestamp"),
-        ),
-        labels=_labels(group, columns.tasks, request_offsets, candidate_offsets),
-        numeric=_numbers(
-            group, [f"numeric_{n}" for n in columns.numeric], request_offsets, candidate_offsets
-        ),
-        weight=_weight(group, columns, request_offsets, candidate_offsets),
-        **(_clusters(group, history_offsets) if columns.chunk else {}),
-    )
-    _check_time(group, rows)
-    return rows
+class _Decoder:
+    """Takes the columns of a row group apart: values per behavior, per request and per candidate."""
 
+    def __init__(self, group: GroupColumns) -> None:
+        self.group = group
+        self.history_offsets, self._history_times = group.lists("history_timestamp")
+        self.request_offsets, self._request_times = group.lists("request_timestamp")
+        # The planned counts; every candidate column must agree with them.
+        counts = self._request_values("request_num_candidates")
+        if counts.size and (counts.min() < 0 or counts.sum() > LONGEST):
+            raise group.fail("has impossible counts", "request_num_candidates")
+        self.candidate_offsets = offsets_of(counts)
 
-def _candidate_offsets(group: GroupColumns, request_offsets: Ints) -> Ints:
-    """From the planned counts; every candidate column must agree with them."""
-    counts = _request_values(group, "request_num_candidates", request_offsets)
-    if counts.size and (counts.min() < 0 or counts.sum() > LONGEST):
-        raise group.fail("has impossible counts", "request_num_candidates")
-    offsets: Ints = np.r_[0, np.cumsum(counts)]
-    return offsets
+    def rows(self, columns: Columns) -> UserRows:
+        """All columns, checked one by one and against each other."""
+        group, features = self.group, columns.features.items()
+        of_behaviors = {name: info for name, info in features if info.of_behaviors}
+        of_candidates = {name: info for name, info in features if info.of_candidates}
+        rows = UserRows(
+            user_id=group.ints("user_id"),
+            history_offsets=self.history_offsets,
+            request_offsets=self.request_offsets,
+            history=group.features("history", of_behaviors, self.history_offsets, self._per_behavior),
+            history_time=group.flat(self._history_times, "history_timestamp", np.int64),
+            request_id=self._request_values("request_id"),
+            request_time=group.flat(self._request_times, "request_timestamp", np.int64),
+            history_end=self._request_values("request_history_end"),
+            candidate_offsets=self.candidate_offsets,
+            candidates=group.features(
+                "candidate", of_candidates, self.candidate_offsets, self._per_candidate
+            ),
+            context=group.features("context", columns.context, self.request_offsets, self._per_request),
+            labels=self._labels(columns.tasks),
+            numeric=self._numbers([f"numeric_{name}" for name in columns.numeric]),
+            weight=self._weight(columns.weighted),
+            **(self._clusters() if columns.chunk else {}),
+        )
+        _check_time(group, rows)
+        return rows
 
+    def _per_behavior(self, column: str) -> pa.Array:
+        offsets, values = self.group.lists(column)
+        self.group.same_lengths(self.history_offsets, offsets, column, "history_timestamp")
+        return values
 
-def _one_level(group: GroupColumns, column: str, offsets: Ints, other: str) -> pa.Array:
-    found, values = group.lists(column)
-    group.same_lengths(offsets, found, column, other)
-    return values
+    def _per_request(self, column: str) -> pa.Array:
+        offsets, values = self.group.lists(column)
+        self.group.same_lengths(self.request_offsets, offsets, column, "request_timestamp")
+        return values
 
+    def _per_candidate(self, column: str) -> pa.Array:
+        offsets, values = self.group.unnest(self._per_request(column), column)
+        self.group.same_lengths(self.candidate_offsets, offsets, column, "request_num_candidates")
+        return values
 
-def _two_levels(group: GroupColumns, column: str, request_offsets: Ints, candidate_offsets: Ints) -> pa.Array:
-    outer, requests = group.lists(column)
-    group.same_lengths(request_offsets, outer, column, "request_timestamp")
-    found, values = group.unnest(requests, column)
-    group.same_lengths(candidate_offsets, found, column, "request_num_candidates")
-    return values
+    def _request_values(self, name: str) -> Ints:
+        return self.group.flat(self._per_request(name), name, np.int64)
 
+    def _numbers(self, names: Sequence[str]) -> Floats:
+        numbers = np.zeros((int(self.candidate_offsets[-1]), len(names)), dtype=np.float32)
+        for place, name in enumerate(names):
+            numbers[:, place] = self.group.flat(self._per_candidate(name), name, np.float32)
+            if not np.isfinite(numbers[:, place]).all():
+                raise self.group.fail("holds NaN or infinity", name)
+        return numbers
 
-def _numbers(
-    group: GroupColumns, names: Sequence[str], request_offsets: Ints, candidate_offsets: Ints
-) -> Floats:
-    found = np.zeros((int(candidate_offsets[-1]), len(names)), dtype=np.float32)
-    for place, name in enumerate(names):
-        values = _two_levels(group, name, request_offsets, candidate_offsets)
-        found[:, place] = group.flat(values, name, np.float32)
-        if not np.isfinite(found[:, place]).all():
-            raise group.fail("holds NaN or infinity", name)
-    return found
+    def _labels(self, tasks: Sequence[str]) -> Floats:
+        labels = self._numbers([f"label_{task}" for task in tasks])
+        for task, values in zip(tasks, labels.T, strict=True):
+            if values.size and (values.min() < 0 or values.max() > 1):
+                problem = f"holds {values.min():g} to {values.max():g}, and a label is 0 to 1"
+                raise self.group.fail(f"{problem}; ingest the events again", f"label_{task}")
+        return labels
 
+    def _weight(self, weighted: bool) -> Floats:
+        if not weighted:
+            return np.broadcast_to(np.float32(1), int(self.candidate_offsets[-1]))
+        weight = self._numbers(["weight"])[:, 0]
+        if weight.size and weight.min() < 0:
+            raise self.group.fail(f"{weight.min()} is negative", "weight")
+        return weight
 
-def _labels(
-    group: GroupColumns, tasks: Sequence[str], request_offsets: Ints, candidate_offsets: Ints
-) -> Floats:
-    labels = _numbers(group, [f"label_{task}" for task in tasks], request_offsets, candidate_offsets)
-    for place, task in enumerate(tasks):
-        values = labels[:, place]
-        if values.size and (values.min() < 0 or values.max() > 1):
-            problem = f"holds {values.min():g} to {values.max():g}, and a label is 0 to 1"
-            raise group.fail(f"{problem}; ingest the events again", f"label_{task}")
-    return labels
-
-
-def _weight(group: GroupColumns, columns: Columns, request_offsets: Ints, candidate_offsets: Ints) -> Floats:
-    if not columns.weighted:
-        return np.broadcast_to(np.float32(1), int(candidate_offsets[-1]))
-    weight = _numbers(group, ["weight"], request_offsets, candidate_offsets)[:, 0]
-    if weight.size and weight.min() < 0:
-        raise group.fail(f"{weight.min()} is negative", "weight")
-    return weight
-
-
-def _clusters(group: GroupColumns, history_offsets: Ints) -> dict[str, Ints]:
-    found = {}
-    for name in CLUSTER_COLUMNS:
-        values = _one_level(group, name, history_offsets, "history_timestamp")
-        found[name] = group.flat(values, name, np.int64)
-        if found[name].size and found[name].min() < 0:
-            raise group.fail("holds negative numbers; cluster the log again", name)
-    return found
-
-
-def _request_values(group: GroupColumns, name: str, request_offsets: Ints) -> Ints:
-    return group.flat(_one_level(group, name, request_offsets, "request_timestamp"), name, np.int64)
+    def _clusters(self) -> dict[str, Ints]:
+        clusters = {}
+        for name in CLUSTER_COLUMNS:
+            values = self.group.flat(self._per_behavior(name), name, np.int64)
+            if values.size and values.min() < 0:
+                raise self.group.fail("holds negative numbers; cluster the log again", name)
+            clusters[name] = values
+        return clusters
 
 
 def _check_time(group: GroupColumns, rows: UserRows) -> None:
@@ -284,11 +285,11 @@ def _check_time(group: GroupColumns, rows: UserRows) -> None:
             "request_history_end",
             int(owner[at]),
         )
-    seen = np.nonzero(rows.history_end > 0)[0]
-    newest = rows.history_time[rows.history_offsets[owner[seen]] + rows.history_end[seen] - 1]
-    late = np.nonzero(newest >= rows.request_time[seen])[0]
+    nonempty = np.nonzero(rows.history_end > 0)[0]
+    newest = rows.history_time[rows.history_offsets[owner[nonempty]] + rows.history_end[nonempty] - 1]
+    late = np.nonzero(newest >= rows.request_time[nonempty])[0]
     if late.size:
-        at = int(seen[late[0]])
+        at = int(nonempty[late[0]])
         raise group.fail(
             f"request {rows.request_id[at]} would see a behavior at or after its own time",
             "request_history_end",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.sizes import Sizes
+from trainer.data.batch import Sizes
 from trainer.model.windows import Kept, Windows
 
 

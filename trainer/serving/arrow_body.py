@@ -10,7 +10,7 @@ metadata of the schema.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +18,21 @@ import pyarrow.compute as pc
 
 from trainer.data.row_group import PARQUET_ERRORS, Bags, Ints
 from trainer.log.arrow_types import is_list, is_text
-from trainer.serving.arrow_meta import check_messages
-from trainer.serving.asked import Doubles, History, Limits, Needs, Request, RequestError
-from trainer.serving.checks import check_names, checked, size_of
-from trainer.serving.request import time_of
-from trainer.serving.scorer import Scored
-from trainer.serving.users import as_user, names_of, number_sent, stored_history
+from trainer.serving.arrow_messages import check_messages
+from trainer.serving.checks import check_names
+from trainer.serving.form import RequestForm
+from trainer.serving.histories import as_user
+from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request, RequestError
+from trainer.serving.scorer import Answer
 from trainer.serving.vocabulary import Translation, Vocabulary, check_text
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
+# What there is one of for each behavior, and its column.
+_PER_BEHAVIOR = {
+    "timestamp": "history_timestamp",
+    "cluster_size": "cluster_size",
+    "cluster_time": "cluster_time",
+}
 
 
 def read_arrow(
@@ -47,7 +53,7 @@ def read_arrow(
         RequestError: 413 above a limit, 404 for an unknown user, 422 for anything else.
     """
     requests: list[Request] = []
-    left = _Left(limits.ids)
+    values_left = _ValuesLeft(limits.ids)
     try:
         check_messages(body)
         with pa.ipc.open_stream(body) as reader:
@@ -58,8 +64,8 @@ def read_arrow(
                 columns = _needed(batch, needs)
                 for row in range(columns.num_rows):
                     translation = Translation(vocabularies or {}, users) if raw else None
-                    cells = _Row(columns, row, len(requests), left, translation)
-                    requests.append(_request(cells, stored, needs, limits))
+                    form = _ArrowForm(columns, row, len(requests), values_left, needs, translation)
+                    requests.append(form.request(stored, limits))
     except (*PARQUET_ERRORS, struct.error, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise RequestError(422, f"no Arrow IPC stream: {reason}") from None
@@ -71,37 +77,36 @@ def read_arrow(
 def _is_raw(schema: pa.Schema) -> bool:
     if len(set(schema.names)) != len(schema.names):
         raise RequestError(422, "a column occurs twice")
-    said = (schema.metadata or {}).get(b"ids", b"dense")
-    if said not in (b"dense", b"raw"):
-        raise RequestError(422, f"the schema's metadata says ids: {said[:40]!r}; dense and raw are known")
-    return bool(said == b"raw")
+    ids = (schema.metadata or {}).get(b"ids", b"dense")
+    if ids not in (b"dense", b"raw"):
+        raise RequestError(422, f"the schema's metadata says ids: {ids[:40]!r}; dense and raw are known")
+    return bool(ids == b"raw")
 
 
-def write_arrow(scored: Sequence[Scored], tasks: Sequence[str], version: str) -> bytes:
+def write_arrow(answers: Sequence[Answer], tasks: Sequence[str], version: str) -> bytes:
     """One row a request; the version is in the schema's metadata.
 
     `score_<task>` is a list of float32, `history_used` how many behaviors the model could see, and
     `unknown` how many raw values stand for no id.
     """
     columns = {
-        f"score_{task}": pa.array([part.probabilities[:, t] for part in scored], pa.list_(pa.float32()))
+        f"score_{task}": pa.array([answer.probabilities[:, t] for answer in answers], pa.list_(pa.float32()))
         for t, task in enumerate(tasks)
     }
-    columns["history_used"] = pa.array([part.history_used for part in scored], pa.int64())
-    columns["unknown"] = pa.array([sum(part.unknown.values()) for part in scored], pa.int64())
+    columns["history_used"] = pa.array([answer.history_used for answer in answers], pa.int64())
+    columns["unknown"] = pa.array([sum(answer.unknown.values()) for answer in answers], pa.int64())
     table = pa.table(columns).replace_schema_metadata({"version": version})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    found: bytes = sink.getvalue().to_pybytes()
-    return found
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
     """The columns that are read, each checked to be what it says."""
-    known = ["user_id", "request_timestamp", "history_timestamp", "cluster_size", "cluster_time"]
-    known += [f"{side}_{name}" for side in ("history", "candidate") for name in needs.features]
-    known += [f"context_{name}" for name in needs.context] + [f"numeric_{name}" for name in needs.numeric]
+    known = ["user_id", "request_timestamp", *_PER_BEHAVIOR.values()]
+    known += [f"{part.prefix}{name}" for part in needs.parts for name in part.known]
     _check_names(batch.schema.names, needs)
     there = set(batch.schema.names)
     batch = batch.select([name for name in known if name in there])
@@ -122,16 +127,14 @@ def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
 
 
 def _check_names(columns: Sequence[str], needs: Needs) -> None:
-    sides = [("candidate_", needs.features, needs.candidate), ("context_", needs.context, needs.context)]
-    sides += [("numeric_", needs.numeric, needs.numeric)]
-    if "history_timestamp" in columns:
-        sides.append(("history_", needs.features, needs.behavior))
-    for prefix, known, needed in sides:
-        given = [name.removeprefix(prefix) for name in columns if name.startswith(prefix)]
-        check_names([name for name in given if name != "timestamp"], known, needed, f"columns {prefix}*")
+    for part in needs.parts:
+        if part is needs.history and "history_timestamp" not in columns:
+            continue
+        given = [name.removeprefix(part.prefix) for name in columns if name.startswith(part.prefix)]
+        check_names([name for name in given if name != "timestamp"], part, f"columns {part.prefix}*")
 
 
-class _Left:
+class _ValuesLeft:
     """How many values a body may still hold; rows may share the same ones, and then each counts."""
 
     def __init__(self, most: int) -> None:
@@ -143,119 +146,131 @@ class _Left:
             raise RequestError(413, f"more values than the server takes, {self.most:,} (--max-ids)")
 
 
-class _Row:
+class _ArrowForm(RequestForm):
     """One row of a batch; every value is checked for its type and for nulls when it is taken."""
 
     def __init__(
-        self, batch: pa.RecordBatch, row: int, number: int, left: _Left, translation: Translation | None
+        self,
+        batch: pa.RecordBatch,
+        row: int,
+        number: int,
+        values_left: _ValuesLeft,
+        needs: Needs,
+        translation: Translation | None,
     ) -> None:
-        self.batch, self.row, self.left, self.translation = batch, row, left, translation
-        self.place, self.names = f"requests[{number}]", set(batch.schema.names)
+        super().__init__(needs, translation, f"requests[{number}]")
+        self._batch, self._row, self._left = batch, row, values_left
+        self._names = set(batch.schema.names)
 
-    def fail(self, name: str, problem: str) -> RequestError:
-        return RequestError(422, f"{self.place}, column {name}: {problem}")
+    def time(self) -> int | None:
+        return self._integer("request_timestamp")
 
-    def items(self, name: str) -> pa.Array:
+    def per_behavior(self, name: str) -> Ints | None:
+        column = _PER_BEHAVIOR[name]
+        return self._ints(column, self._items(column)) if column in self._names else None
+
+    def has(self, part: Part, name: str) -> bool:
+        return f"{part.prefix}{name}" in self._names
+
+    def bags(self, part: Part, name: str) -> Bags:
+        column = f"{part.prefix}{name}"
+        if part is self.needs.context:
+            one = self._cell(column)
+            ids = self._ids(part, name, self._items(column) if is_list(one.type) else one)
+            return Bags.of_lengths(ids, [ids.size])
+        values = self._items(column)
+        if not is_list(values.type):
+            return Bags(self._ids(part, name, values))
+        lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
+        inner = self._without_nulls(column, self._flat(values))
+        return Bags.of_lengths(self._ids(part, name, inner), lengths)
+
+    def numbers(self, name: str) -> Doubles:
+        column = f"{self.needs.numeric.prefix}{name}"
+        values = self._items(column)
+        if not pa.types.is_floating(values.type):
+            raise self._error(column, f"holds {values.type}, expected float32")
+        numbers: Doubles = values.to_numpy(zero_copy_only=False).astype(np.float64)
+        return numbers
+
+    def user(self) -> pa.Array | None:
+        name = "user_id"
+        if name not in self._names or not _is_text(self._batch.column(name).type):
+            number = self._integer(name)
+            return None if number is None else as_user(number)
+        if self.translation is None:
+            raise self._text(name, self._batch.column(name).type)
+        one = self._batch.column(name).slice(self._row, 1)
+        if pa.types.is_dictionary(one.type):
+            index = one.indices[0].as_py()
+            one = pa.nulls(1, pa.large_string()) if index is None else one.dictionary.slice(index, 1)
+        return None if one.null_count else one.cast(pa.large_string())
+
+    def _integer(self, name: str) -> int | None:
+        """A single number, or None where the column or the value is missing."""
+        if name not in self._names:
+            return None
+        column = self._batch.column(name)
+        if not _is_integer(column.type):
+            raise self._error(name, f"is {column.type}, expected int64")
+        value: int | None = column[self._row].as_py()
+        return value
+
+    def _cell(self, name: str) -> pa.Array:
+        """This row's value of a column, as an array of one."""
+        one = self._batch.column(name).slice(self._row, 1)
+        if one.null_count:
+            raise self._error(name, "is null")
+        return one
+
+    def _items(self, name: str) -> pa.Array:
         """Items of a list, without nulls."""
-        column = self._column(name)
-        if not is_list(column.type):
-            raise self.fail(name, f"is {column.type}, expected a list")
-        return self._whole(name, self._flat(column))
+        one = self._cell(name)
+        if not is_list(one.type):
+            raise self._error(name, f"is {one.type}, expected a list")
+        return self._without_nulls(name, self._flat(one))
 
-    def ints(self, name: str, values: pa.Array | None = None) -> Ints:
-        values = self.items(name) if values is None else values
+    def _flat(self, lists: pa.Array) -> pa.Array:
+        """The items of lists one after the other, counted before any of them is copied."""
+        count = pc.sum(pc.list_value_length(lists)).as_py() or 0
+        self._left.take(count + len(lists))
+        return lists.flatten()
+
+    def _ids(self, part: Part, feature: str, values: pa.Array) -> Ints:
+        column = f"{part.prefix}{feature}"
+        if self.translation is not None:
+            place = f"{self.place}, column {column}"
+            return self.translation.ids(feature, values, f"{part.name}.{feature}", place)
+        if _is_text(values.type):
+            raise self._text(column, values.type)
+        return self._ints(column, values)
+
+    def _ints(self, name: str, values: pa.Array) -> Ints:
         # An empty list that nobody gave a type.
         if pa.types.is_null(values.type) and not len(values):
             return np.zeros(0, dtype=np.int64)
         if pa.types.is_dictionary(values.type) and not _is_text(values.type):
             values = values.dictionary.take(values.indices)
         if not _is_integer(values.type):
-            raise self.fail(name, f"holds {values.type}, expected int64")
+            raise self._error(name, f"holds {values.type}, expected int64")
         # A copy, which does not keep the body.
         ids: Ints = values.to_numpy(zero_copy_only=False).astype(np.int64)
         return ids
 
-    def bags(self, name: str, feature: str, part: str) -> Bags:
-        values = self.items(name)
-        if not is_list(values.type):
-            return Bags(self._ids(name, feature, part, values))
-        lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
-        offsets = np.zeros(lengths.size + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        inner = self._whole(name, self._flat(values))
-        return Bags(self._ids(name, feature, part, inner), offsets)
-
-    def one_bag(self, name: str, feature: str) -> Bags:
-        column = self._column(name)
-        values = self.items(name) if is_list(column.type) else column
-        ids = self._ids(name, feature, f"context.{feature}", values)
-        return Bags(ids, np.array([0, ids.size]))
-
-    def floats(self, name: str) -> Doubles:
-        values = self.items(name)
-        if not pa.types.is_floating(values.type):
-            raise self.fail(name, f"holds {values.type}, expected float32")
-        numbers: Doubles = values.to_numpy(zero_copy_only=False).astype(np.float64)
-        return numbers
-
-    def whole(self, name: str) -> int | None:
-        """A single number, or None where the column or the value is missing."""
-        if name not in self.names:
-            return None
-        column = self.batch.column(name)
-        if not _is_integer(column.type):
-            raise self.fail(name, f"is {column.type}, expected int64")
-        found: int | None = column[self.row].as_py()
-        return found
-
-    def user(self) -> pa.Array | None:
-        """One integer or one text, or None where the column or the value is missing."""
-        name = "user_id"
-        if name not in self.names or not _is_text(self.batch.column(name).type):
-            number = self.whole(name)
-            return None if number is None else as_user(number)
-        if self.translation is None:
-            raise self._text(name, self.batch.column(name).type)
-        one = self.batch.column(name).slice(self.row, 1)
-        if pa.types.is_dictionary(one.type):
-            index = one.indices[0].as_py()
-            one = pa.nulls(1, pa.large_string()) if index is None else one.dictionary.slice(index, 1)
-        return None if one.null_count else one.cast(pa.large_string())
-
-    def after(self, prefix: str, known: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """(feature, its column) of the known features that there are columns of."""
-        return ((name, f"{prefix}{name}") for name in known if f"{prefix}{name}" in self.names)
-
-    def _column(self, name: str) -> pa.Array:
-        column = self.batch.column(name).slice(self.row, 1)
-        if column.null_count:
-            raise self.fail(name, "is null")
-        return column
-
-    def _flat(self, lists: pa.Array) -> pa.Array:
-        """The items of lists one after the other, counted before any of them is copied."""
-        count = pc.sum(pc.list_value_length(lists)).as_py() or 0
-        self.left.take(count + len(lists))
-        return lists.flatten()
-
-    def _ids(self, name: str, feature: str, part: str, values: pa.Array) -> Ints:
-        if self.translation is not None:
-            return self.translation.ids(feature, values, part, f"{self.place}, column {name}")
-        if _is_text(values.type):
-            raise self._text(name, values.type)
-        return self.ints(name, values)
-
-    def _text(self, name: str, kind: pa.DataType) -> RequestError:
-        hint = "for raw values say `ids: raw` in the schema's metadata"
-        return self.fail(name, f"holds {kind}, expected int64; {hint}")
-
-    def _whole(self, name: str, values: pa.Array) -> pa.Array:
+    def _without_nulls(self, name: str, values: pa.Array) -> pa.Array:
         nulls = values.null_count
         if pa.types.is_dictionary(values.type):
             nulls += values.dictionary.null_count
         if nulls or (pa.types.is_null(values.type) and len(values)):
-            raise self.fail(name, "holds a null")
+            raise self._error(name, "holds a null")
         return values
+
+    def _text(self, name: str, kind: pa.DataType) -> RequestError:
+        hint = "for raw values say `ids: raw` in the schema's metadata"
+        return self._error(name, f"holds {kind}, expected int64; {hint}")
+
+    def _error(self, name: str, problem: str) -> RequestError:
+        return RequestError(422, f"{self.place}, column {name}: {problem}")
 
 
 def _is_read(kind: pa.DataType) -> bool:
@@ -269,32 +284,3 @@ def _is_integer(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     return is_text(kind.value_type if pa.types.is_dictionary(kind) else kind)
-
-
-def _request(row: _Row, stored: Mapping[int, History], needs: Needs, limits: Limits) -> Request:
-    user, when = row.user(), row.whole("request_timestamp")
-    number = number_sent(user)
-    if "history_timestamp" in row.names:
-        features = row.after("history_", needs.features)
-        history = History(
-            row.ints("history_timestamp"),
-            {name: row.bags(column, name, f"history.{name}") for name, column in features},
-            *(row.ints(n) if n in row.names else None for n in ("cluster_size", "cluster_time")),
-        )
-    else:
-        number, history = stored_history(stored, user, names_of(row.translation), row.place)
-    candidates = {
-        name: row.bags(column, name, f"candidates.{name}")
-        for name, column in row.after("candidate_", needs.features)
-    }
-    request = Request(
-        user_id=number,
-        history=history,
-        time=time_of(when, history),
-        candidates=candidates,
-        count=max(map(size_of, candidates.values()), default=0),
-        context={name: row.one_bag(column, name) for name, column in row.after("context_", needs.context)},
-        numeric={name: row.floats(column) for name, column in row.after("numeric_", needs.numeric)},
-        unknown={} if row.translation is None else row.translation.unknown,
-    )
-    return checked(request, needs, limits, row.place)

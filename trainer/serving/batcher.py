@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from trainer.serving.asked import Request, RequestError
-from trainer.serving.scorer import Scored, Scorer, Seconds
+from trainer.serving.request import Request, RequestError
+from trainer.serving.scorer import Answer, Scorer, Seconds
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,13 @@ class BatchSettings:
     waiting: int = 256
     threads: int = 1
 
-    def fits(self, requests: int, behaviors: int, candidates: int) -> bool:
-        """Whether a model call may be so large."""
-        return requests <= self.requests and behaviors <= self.behaviors and candidates <= self.candidates
+    def fits(self, requests: Sequence[Request]) -> bool:
+        """Whether one model call may score them together."""
+        behaviors = sum(request.history.time.size for request in requests)
+        candidates = sum(request.count for request in requests)
+        return (
+            len(requests) <= self.requests and behaviors <= self.behaviors and candidates <= self.candidates
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,16 +48,8 @@ class Job:
     scorer: Scorer
     requests: Sequence[Request]
     explain: bool
-    answer: asyncio.Future[list[Scored]]
+    answer: asyncio.Future[list[Answer]]
     queued: float
-
-    @property
-    def behaviors(self) -> int:
-        return sum(request.history.time.size for request in self.requests)
-
-    @property
-    def candidates(self) -> int:
-        return sum(request.count for request in self.requests)
 
 
 # Called after every model call: its jobs, how long each had waited, where the time went.
@@ -78,9 +74,9 @@ class Batcher:
         """What its client is told."""
         return RequestError(429, f"{self.settings.waiting} requests are waiting; try again")
 
-    async def score(self, scorer: Scorer, requests: Sequence[Request], explain: bool) -> list[Scored]:
+    async def score(self, scorer: Scorer, requests: Sequence[Request], explain: bool) -> list[Answer]:
         """Raises RequestError (429) if too many are waiting."""
-        answer: asyncio.Future[list[Scored]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
         job = Job(scorer, requests, explain, answer, time.perf_counter())
         try:
             self._queue.put_nowait(job)
@@ -92,13 +88,13 @@ class Batcher:
         """Score what comes, until cancelled; whatever goes wrong, its jobs are answered and others go on."""
         try:
             while True:
-                await self._score_next(await self._company())
+                await self._score_next(await self._next_jobs())
         finally:
             self._pool.shutdown(wait=True)
 
     async def _score_next(self, jobs: Sequence[Job]) -> None:
         waited = [time.perf_counter() - job.queued for job in jobs]
-        outcomes: Sequence[list[Scored] | Exception]
+        outcomes: Sequence[list[Answer] | Exception]
         try:
             scoring = asyncio.get_running_loop().run_in_executor(self._pool, _score, jobs, self.settings)
             outcomes, seconds = await scoring
@@ -108,59 +104,57 @@ class Batcher:
         for job, outcome in zip(jobs, outcomes, strict=True):
             _settle(job.answer, outcome)
 
-    async def _company(self) -> list[Job]:
+    async def _next_jobs(self) -> list[Job]:
         """The next job, and those behind it that fit into its call, in order."""
         jobs = [self._next or await self._queue.get()]
         self._next = None
         if self.settings.window:
             await asyncio.sleep(self.settings.window)
-        requests, behaviors = len(jobs[0].requests), jobs[0].behaviors
-        candidates = jobs[0].candidates
+        requests = list(jobs[0].requests)
         while not self._queue.empty():
             job = self._queue.get_nowait()
-            requests, behaviors = requests + len(job.requests), behaviors + job.behaviors
-            candidates += job.candidates
+            requests += job.requests
             same = job.scorer is jobs[0].scorer and job.explain == jobs[0].explain
-            if not same or not self.settings.fits(requests, behaviors, candidates):
+            if not same or not self.settings.fits(requests):
                 self._next = job
                 break
             jobs.append(job)
         return jobs
 
 
-def _score(jobs: Sequence[Job], settings: BatchSettings) -> tuple[list[list[Scored] | Exception], Seconds]:
+def _score(jobs: Sequence[Job], settings: BatchSettings) -> tuple[list[list[Answer] | Exception], Seconds]:
     """One call for all jobs. If it fails, each gets a call of its own, so that no job fails for another."""
     requests = [request for job in jobs for request in job.requests]
     try:
-        scored, seconds = _score_in_parts(jobs[0], requests, settings)
+        answers, seconds = _score_in_parts(jobs[0], requests, settings)
     except Exception as error:
         if len(jobs) == 1:
             return [error], Seconds(0.0, 0.0)
         alone = [_score([job], settings) for job in jobs]
-        search, ranking = (sum(part) for part in zip(*(seconds for _, seconds in alone), strict=True))
-        return [outcomes[0] for outcomes, _ in alone], Seconds(search, ranking)
-    answers = iter(scored)
-    return [[next(answers) for _ in job.requests] for job in jobs], seconds
+        return [outcomes[0] for outcomes, _ in alone], _total(seconds for _, seconds in alone)
+    following = iter(answers)
+    return [[next(following) for _ in job.requests] for job in jobs], seconds
+
+
+def _total(calls: Iterable[Seconds]) -> Seconds:
+    search, ranking = map(sum, zip(*calls, strict=True))
+    return Seconds(search, ranking)
 
 
 def _score_in_parts(
     job: Job, requests: Sequence[Request], settings: BatchSettings
-) -> tuple[list[Scored], Seconds]:
+) -> tuple[list[Answer], Seconds]:
     """As few model calls as the limits allow, in order: the memory of a call grows with its candidates."""
-    parts: list[list[Request]] = []
-    sizes = (0, 0, 0)
+    parts: list[list[Request]] = [[]]
     for request in requests:
-        sizes = (sizes[0] + 1, sizes[1] + request.history.time.size, sizes[2] + request.count)
-        if not parts or not settings.fits(*sizes):
+        if parts[-1] and not settings.fits([*parts[-1], request]):
             parts.append([])
-            sizes = (1, request.history.time.size, request.count)
         parts[-1].append(request)
-    found = [job.scorer.score(part, job.explain) for part in parts]
-    search, ranking = (sum(part) for part in zip(*(seconds for _, seconds in found), strict=True))
-    return [scored for part, _ in found for scored in part], Seconds(search, ranking)
+    calls = [job.scorer.score(part, job.explain) for part in parts]
+    return [answer for answers, _ in calls for answer in answers], _total(seconds for _, seconds in calls)
 
 
-def _settle(answer: asyncio.Future[list[Scored]], outcome: list[Scored] | Exception) -> None:
+def _settle(answer: asyncio.Future[list[Answer]], outcome: list[Answer] | Exception) -> None:
     if answer.done():  # cancelled: its client left
         return
     if isinstance(outcome, Exception):

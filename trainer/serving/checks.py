@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from trainer.data.row_group import Bags, Floats, Ints
-from trainer.serving.asked import History, Limits, Needs, Request, RequestError
+from trainer.serving.request import History, Limits, Needs, Part, Request, RequestError
 
 
-def checked(request: Request, needs: Needs, limits: Limits, place: str) -> Request:
-    """The request, of what the model needs alone.
+def check_request(request: Request, needs: Needs, limits: Limits, place: str) -> Request:
+    """The request with what the model needs alone.
 
     Raises:
         RequestError: 413 above a limit; 422 with the feature, its place and range for anything else.
@@ -26,54 +26,45 @@ def checked(request: Request, needs: Needs, limits: Limits, place: str) -> Reque
     check_times(np.array([request.time]), needs.latest, f"{place}.time")
     start, end = _window(history, request.time, needs)
     _check_limit(end - start, limits.history, f"{place}.history", "behaviors", "--max-history")
-    side = _Side(needs, limits)
-    where = f"{place}.history.features"
-    behaviors = side.checked(history.features, needs.features, needs.behavior, n, where)
-    where = f"{place}.candidates"
-    candidates = side.checked(request.candidates, needs.features, needs.candidate, request.count, where)
-    context = side.checked(request.context, needs.context, needs.context, 1, f"{place}.context")
-    cut = _checked_clusters(history, needs, place)
+    ids = _IdChecks(needs, limits, place)
+    behaviors = ids.checked(needs.history, history.features, n)
+    candidates = ids.checked(needs.candidates, request.candidates, request.count)
+    context = ids.checked(needs.context, request.context, 1)
+    clusters = _checked_clusters(history, needs, place)
     return replace(
         request,
-        history=History(history.time, behaviors, *cut),
+        history=History(history.time, behaviors, *clusters),
         candidates=candidates,
         context=context,
-        numeric={name: _numbers(request, name, place) for name in needs.numeric},
+        numeric={name: _numbers(request, name, place) for name in needs.numeric.known},
     )
 
 
-def check_names(given: Iterable[str], known: Sequence[str], needed: Iterable[str], place: str) -> None:
-    """Refuses names that the snapshot does not know where one that it needs is missing: it is meant by them.
+def check_names(given: Iterable[str], part: Part, place: str) -> None:
+    """Refuses a name that the snapshot does not know where one that it needs is missing: a misspelled one.
 
-    Further ones are left out: clients may send what only another version of the model reads.
+    Where none is missing, further names pass: clients may send what another version of the model reads.
 
     Raises:
         RequestError: 422 with the first such name, and those that are known.
     """
     given = list(given)
-    unknown = [name for name in given if name not in known]
-    if unknown and not set(needed).issubset(given):
-        has = ", ".join(known) or "none"
+    unknown = [name for name in given if name not in part.known]
+    if unknown and not set(part.needed).issubset(given):
+        has = ", ".join(part.known) or "none"
         raise RequestError(422, f"{place}: {unknown[0][:80]} is not known; this snapshot has {has}")
 
 
-def newest(request: Request, needs: Needs) -> Request:
-    """A checked request with the behaviors that the model reads alone, which give the same scores."""
+def cut_history(request: Request, needs: Needs) -> Request:
+    """A checked request with only those behaviors that the model reads: its scores are the same."""
     start, end = _window(request.history, request.time, needs)
     if not start and end == request.history.time.size:
         return request
-    part, history = slice(start, end), request.history
-    clusters = (None if each is None else each[part] for each in (history.cluster_size, history.cluster_time))
-    features = {name: _cut(bags, part) for name, bags in history.features.items()}
-    return replace(
-        request,
-        # Copies: slices would keep all that was sent in memory.
-        history=History(history.time[part].copy(), features, *clusters),
-        skipped=request.skipped + start,
-    )
+    # Copies: slices would keep all that was sent in memory.
+    return replace(request, history=request.history.part(slice(start, end)), skipped=request.skipped + start)
 
 
-def seen(request: Request, needs: Needs) -> int:
+def visible_behaviors(request: Request, needs: Needs) -> int:
     """How many behaviors the model reads."""
     visible = np.searchsorted(request.history.time, request.time - needs.delay)
     return min(int(visible), needs.length)
@@ -87,16 +78,9 @@ def _window(history: History, when: int, needs: Needs) -> tuple[int, int]:
     return max(visible - needs.length, 0), end
 
 
-def _cut(bags: Bags, part: slice) -> Bags:
-    values, lengths = bags.select(part)
-    if bags.offsets is None:
-        return Bags(values.copy())
-    return Bags(values.copy(), np.concatenate([[0], np.cumsum(lengths)]))
-
-
-def _check_limit(found: int, most: int, place: str, what: str, option: str) -> None:
-    if found > most:
-        raise RequestError(413, f"{place}: {found:,} {what}, the server takes {most:,} ({option})")
+def _check_limit(count: int, most: int, place: str, what: str, option: str) -> None:
+    if count > most:
+        raise RequestError(413, f"{place}: {count:,} {what}, the server takes {most:,} ({option})")
 
 
 def check_times(times: Ints, latest: int, place: str) -> None:
@@ -131,25 +115,24 @@ def _unit_hint(time: int) -> str:
     return "; it is before 1970" if time < 0 else "; it lies too far in the future"
 
 
-class _Side:
+class _IdChecks:
     """Checks the ids of behaviors, candidates and context alike."""
 
-    def __init__(self, needs: Needs, limits: Limits) -> None:
-        self.needs, self.limits = needs, limits
+    def __init__(self, needs: Needs, limits: Limits, place: str) -> None:
+        self.needs, self.limits, self.place = needs, limits, place
 
-    def checked(
-        self, given: Mapping[str, Bags], known: Sequence[str], needed: Sequence[str], count: int, place: str
-    ) -> dict[str, Bags]:
-        missing = [name for name in needed if name not in given]
+    def checked(self, part: Part, given: Mapping[str, Bags], count: int) -> dict[str, Bags]:
+        """The known features of a part of `count` behaviors, candidates or requests."""
+        place = f"{self.place}.{part.path}"
+        missing = [name for name in part.needed if name not in given]
         if missing and count:
-            raise RequestError(422, f"{place}.{missing[0]}: missing; the snapshot needs {', '.join(needed)}")
-        return {
-            name: self._bags(name, given[name], count, f"{place}.{name}") for name in known if name in given
-        }
+            needed = ", ".join(part.needed)
+            raise RequestError(422, f"{place}.{missing[0]}: missing; the snapshot needs {needed}")
+        return {n: self._bags(n, given[n], count, f"{place}.{n}") for n in part.known if n in given}
 
     def _bags(self, name: str, bags: Bags, count: int, place: str) -> Bags:
-        if size_of(bags) != count:
-            raise RequestError(422, f"{place}: {size_of(bags):,} entries, expected {count:,}")
+        if bags.size != count:
+            raise RequestError(422, f"{place}: {bags.size:,} entries, expected {count:,}")
         if bags.offsets is not None:
             bags = self._of_lengths(name, bags, np.diff(bags.offsets), place)
         _check_ids(bags.values, self.needs.rows.get(name, 2**63 - 1), place)
@@ -160,19 +143,14 @@ class _Side:
             other = np.flatnonzero(lengths != 1)
             if other.size:
                 at = int(other[0])
-                found = f"{lengths[at]:,} ids" if lengths[at] else "no id"
-                raise RequestError(422, f"{place}[{at}]: {found}; the feature has exactly one")
+                ids = f"{lengths[at]:,} ids" if lengths[at] else "no id"
+                raise RequestError(422, f"{place}[{at}]: {ids}; the feature has exactly one")
             return Bags(bags.values)
         if lengths.size and lengths.max() > self.limits.bag:
             at = int(lengths.argmax())
             problem = f"{lengths[at]:,} ids, the server takes {self.limits.bag:,} of one (--max-bag)"
             raise RequestError(413, f"{place}[{at}]: {problem}")
         return bags
-
-
-def size_of(bags: Bags) -> int:
-    """How many behaviors or candidates have them."""
-    return bags.values.size if bags.offsets is None else bags.offsets.size - 1
 
 
 def _check_ids(ids: Any, rows: int, place: str) -> None:

@@ -1,4 +1,4 @@
-"""Histories of a sequence log, by user: what stands for a user-history store in the demo.
+"""Histories of a sequence log, by user, and whose a request means: a user-history store for the demo.
 
 A service keeps its users' histories itself and sends them along; nothing here is updated after the start.
 """
@@ -12,17 +12,21 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import PARQUET_ERRORS, Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import UserRows, read_rows
+from trainer.log.arrow_types import is_text
 from trainer.log.schema import VOCABULARIES, read_manifest
-from trainer.serving.asked import History
-from trainer.serving.vocabulary import read_vocabulary
+from trainer.serving.request import History, RequestError
+from trainer.serving.vocabulary import Vocabulary, ids_of, read_vocabulary
 
 _SPLITS = ("train", "validation", "test")
+# Characters of a name that a message shows.
+_SHOWN = 80
 
 
 class _Place(NamedTuple):
@@ -83,7 +87,7 @@ class HistoryStore(Mapping[int, History]):
         rows, row = self._places[user]
         part = _span(rows.history_offsets, row)
         clusters = (None if each is None else each[part] for each in (rows.cluster_size, rows.cluster_time))
-        return History(rows.history_time[part], _cut(rows.history, part), *clusters)
+        return History(rows.history_time[part], _features(rows.history, part), *clusters)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._places)
@@ -103,19 +107,7 @@ class HistoryStore(Mapping[int, History]):
         """The requests that the log holds beside this history, oldest first."""
         rows, row = self._places[user]
         of_user = _span(rows.request_offsets, row)
-        found = []
-        for r in range(of_user.start, of_user.stop):
-            part = _span(rows.candidate_offsets, r)
-            found.append(
-                StoredRequest(
-                    int(rows.request_time[r]),
-                    _cut(rows.candidates, part),
-                    _cut(rows.context, slice(r, r + 1)),
-                    rows.numeric[part],
-                    rows.labels[part],
-                )
-            )
-        return found
+        return [_stored_request(rows, r) for r in range(of_user.start, of_user.stop)]
 
     def names(self, feature: str, ids: Sequence[int]) -> dict[int, str]:
         """What ids stand for, as far as the log says."""
@@ -126,8 +118,8 @@ class HistoryStore(Mapping[int, History]):
             return {}
         wanted = np.array(list(ids), dtype=np.int64)
         at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        found = wanted == known[at]
-        return dict(zip(wanted[found].tolist(), map(str, values.take(at[found]).to_pylist()), strict=True))
+        hit = wanted == known[at]
+        return dict(zip(wanted[hit].tolist(), map(str, values.take(at[hit]).to_pylist()), strict=True))
 
     def _vocabulary(self, feature: str) -> tuple[Ints, pa.Array]:
         """Ids in order and their values, as arrays: objects of a large vocabulary would take gigabytes."""
@@ -140,6 +132,17 @@ class HistoryStore(Mapping[int, History]):
         return ids, table.column("value")
 
 
+def _stored_request(rows: UserRows, r: int) -> StoredRequest:
+    part = _span(rows.candidate_offsets, r)
+    return StoredRequest(
+        int(rows.request_time[r]),
+        _features(rows.candidates, part),
+        _features(rows.context, slice(r, r + 1)),
+        rows.numeric[part],
+        rows.labels[part],
+    )
+
+
 def _span(offsets: np.typing.NDArray[np.int64], row: int) -> slice:
     return slice(int(offsets[row]), int(offsets[row + 1]))
 
@@ -150,12 +153,63 @@ def _length(place: _Place) -> int:
     return length
 
 
-def _cut(features: FeatureIds, part: slice) -> dict[str, Bags]:
-    found = {
-        name: Bags(ids[part].astype(np.int64))
-        for name, ids in zip(features.single, features.ids, strict=True)
-    }
-    for name, bags in features.multi.items():
-        values, lengths = bags.select(part)
-        found[name] = Bags(values.astype(np.int64), np.concatenate([[0], np.cumsum(lengths)]))
-    return found
+def _features(features: FeatureIds, part: slice) -> dict[str, Bags]:
+    return {name: features[name].part(part) for name in features}
+
+
+def as_user(given: int | str) -> pa.Array:
+    """A user as an array of one value."""
+    return pa.array([given], pa.large_string() if isinstance(given, str) else pa.int64())
+
+
+def number_sent(user: pa.Array | None) -> int:
+    """What stands for a user whose history is sent along, and who need not be known: 0 for a name."""
+    return 0 if user is None or is_text(user.type) else int(user[0].as_py())
+
+
+def stored_history(
+    stored: Mapping[int, History], user: pa.Array | None, names: Vocabulary | None, place: str
+) -> tuple[int, History]:
+    """The number and the history of a user.
+
+    Args:
+        user: one value; None: the request names nobody.
+        names: of the users of the log; None: the request, or the log, has numbers.
+        place: of the request, for messages.
+
+    Raises:
+        RequestError: 422 without a user or of another type than the log's, 404 for an unknown one.
+    """
+    if user is None:
+        raise RequestError(422, f"{place}: give a history, or a user_id where the server has histories")
+    if not stored:
+        raise RequestError(422, f"{place}.history: missing, and this server was started without --histories")
+    number = known_user(stored, user, names, f"{place}.user_id")
+    return number, stored[number]
+
+
+def known_user(stored: Mapping[int, History], user: pa.Array, names: Vocabulary | None, place: str) -> int:
+    """The log's number of a user that has a history.
+
+    Raises:
+        RequestError: 422 where it is of another type than the log's users, 404 where there is no such user.
+    """
+    number = _number_of(user, names, place)
+    if number not in stored or (names is not None and not number):
+        raise RequestError(404, f"{place}: no stored history of user {_spelled(user)}")
+    return number
+
+
+def _number_of(user: pa.Array, names: Vocabulary | None, place: str) -> int:
+    text = is_text(user.type)
+    if text != (names is not None and names.text):
+        mine, theirs = ("text", "integers") if text else ("an integer", "text")
+        raise RequestError(422, f"{place}: is {mine}, and the users of the histories' log are {theirs}")
+    return int(user[0].as_py() if names is None else ids_of(names, user, place)[0])
+
+
+def _spelled(user: pa.Array) -> str:
+    if not is_text(user.type):
+        return str(user[0])
+    name: str = pc.utf8_slice_codeunits(user, 0, _SHOWN)[0].as_py()
+    return repr(name)

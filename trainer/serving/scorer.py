@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from embeddings.errors import ConfigError
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import Block, Decoded, WindowedRows, with_windows
+from trainer.data.blocks import Block, LazyRows, WindowedRows, with_windows
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup
 from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
@@ -22,38 +21,42 @@ from trainer.data.rows import Columns, UserRows
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch
 from trainer.model.read.sequence import Behaviors
-from trainer.serving.asked import Needs, Request
-from trainer.serving.checks import seen as seen_of
+from trainer.serving.checks import visible_behaviors
+from trainer.serving.request import Needs, Request
 from trainer.serving.vocabulary import Vocabulary
-from trainer.serving.window_search import WindowSearch
+from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
 
-# Delivered beside the ids when an answer is to name behaviors: their places in the request's history.
+# A feature beside the others where an answer explains: each behavior's place in the request's history.
 _PLACE = "history place"
 MOST_EXPLAINED = 100
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a branch kept for one candidate, heaviest first: places in the request's history, and weights."""
+class Explanation:
+    """Why a candidate has its score: the behaviors that a branch kept for it, heaviest first.
+
+    Attributes:
+        places: of the behaviors, in the request's history; weights: of each, in the branch's attention.
+    """
 
     places: list[int]
     weights: list[float]
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Answer to one request.
+class Answer:
+    """What a request with c candidates gets.
 
     Attributes:
         probabilities: float32 [c, T].
-        kept: branch -> what it kept for each of the c candidates; empty unless asked for.
+        explanations: branch -> one for each of the c candidates; empty unless asked for.
         history_used: behaviors that the model could see.
         unknown: place -> raw values there that stand for no id.
     """
 
     probabilities: Floats
-    kept: Mapping[str, list[Kept]]
+    explanations: Mapping[str, list[Explanation]]
     history_used: int = 0
     unknown: Mapping[str, int] = field(default_factory=dict)
 
@@ -89,13 +92,13 @@ class Scorer:
                 "log by `tandemrec cluster`"
             )
         self.columns = Columns(
-            features=_infos(self.needs.features, self.needs),
+            features=_infos(self.needs.candidates.known, self.needs),
             tasks=manifest.tasks,
-            context=_infos(self.needs.context, self.needs),
+            context=_infos(self.needs.context.known, self.needs),
             numeric=manifest.numeric,
             chunk=chunk if self.data.clusters else 0,
         )
-        # `trainer.serving.current` sets them; requests may then hold raw values of these features.
+        # `trainer.serving.versions` sets them: requests may hold raw values of these features.
         self.vocabularies: Mapping[str, Vocabulary] = {}
         self._searched = 0.0
         self.branches: dict[str, Branch] = {}
@@ -103,7 +106,7 @@ class Scorer:
             assert isinstance(branch, Branch)
             self.branches[name] = branch
             if branch.search is not None:
-                branch.search = WindowSearch.around(branch.search)
+                branch.search = per_window(branch.search)
                 branch.search.register_forward_hook(self._note_searched)
 
     @property
@@ -125,15 +128,15 @@ class Scorer:
         blocks = [_block(windowed, request, r) for r, request in enumerate(requests)]
         return collate(blocks, self.data, columns, int(rows.candidate_offsets[-1]))
 
-    def score(self, requests: Sequence[Request], explain: bool = False) -> tuple[list[Scored], Seconds]:
+    def score(self, requests: Sequence[Request], explain: bool = False) -> tuple[list[Answer], Seconds]:
         """One model call for all requests; each gets what it would get alone, to 1e-6.
 
         The product of a matrix with more rows may round the last bit otherwise; nothing else differs.
         """
         started = self._searched = self.clock()
         batch = self.batch(requests, places=explain)
-        seen: dict[str, tuple[Behaviors, Any]] = {}
-        hooks = [self._watch(name, branch, seen) for name, branch in self.branches.items() if explain]
+        inputs: dict[str, tuple[Behaviors, Any]] = {}
+        hooks = [self._note_inputs(name, branch, inputs) for name, branch in self.branches.items() if explain]
         try:
             probabilities = self.snapshot.score(batch).numpy()
         finally:
@@ -141,31 +144,31 @@ class Scorer:
                 hook.remove()
         ended = self.clock()
         skipped = np.repeat([r.skipped for r in requests], [r.count for r in requests]).tolist()
-        kept = {name: _kept(batch, skipped, *found) for name, found in seen.items()}
-        bounds = np.cumsum([request.count for request in requests])
-        scored = [
-            Scored(
-                part,
-                {name: found[end - request.count : end] for name, found in kept.items()},
-                seen_of(request, self.needs),
-                request.unknown,
+        explained = {name: _explanations(batch, skipped, *given) for name, given in inputs.items()}
+        answers, begin = [], 0
+        for request in requests:
+            own = slice(begin, begin + request.count)
+            answers.append(
+                Answer(
+                    probabilities[own],
+                    {name: explanations[own] for name, explanations in explained.items()},
+                    visible_behaviors(request, self.needs),
+                    request.unknown,
+                )
             )
-            for request, part, end in zip(
-                requests, np.split(probabilities, bounds[:-1]), bounds.tolist(), strict=True
-            )
-        ]
-        return scored, Seconds(self._searched - started, ended - self._searched)
+            begin = own.stop
+        return answers, Seconds(self._searched - started, ended - self._searched)
 
     def _note_searched(self, *_: object) -> None:
         self._searched = self.clock()
 
     @staticmethod
-    def _watch(name: str, branch: Branch, seen: dict[str, tuple[Behaviors, Any]]) -> Any:
-        """Note what the branch's sequence model is given."""
+    def _note_inputs(name: str, branch: Branch, inputs: dict[str, tuple[Behaviors, Any]]) -> Any:
+        """Has the branch's sequence model note what it is given; returns the hook."""
 
         def note(_: object, given: tuple[Behaviors, Any]) -> None:
             if given[1] is not None:
-                seen[name] = given
+                inputs[name] = given
 
         return branch.sequence.register_forward_pre_hook(note)
 
@@ -175,7 +178,7 @@ def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:
 
 
 def _block(windowed: WindowedRows, request: Request, r: int) -> Block:
-    rows = Decoded(RowGroup(Path("request"), r), windowed)
+    rows = LazyRows(RowGroup(Path("request"), r), lambda: windowed)
     return Block(0, r, r + 1, int(request.history.time.size), request.count, rows)
 
 
@@ -184,87 +187,68 @@ def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
     histories = [request.history for request in requests]
     behaviors = np.array([history.time.size for history in histories])
     counts = np.array([request.count for request in requests])
-    places = {_PLACE: [Bags(np.arange(n)) for n in behaviors.tolist()]} if _PLACE in columns.features else {}
-    ends = [np.searchsorted(request.history.time, request.time) for request in requests]
-    numeric = [
-        np.stack([request.numeric[name] for name in columns.numeric], axis=1)
-        if columns.numeric
-        else np.zeros((request.count, 0), dtype=np.float32)
-        for request in requests
-    ]
+    behavior_features = [history.features for history in histories]
+    if _PLACE in columns.features:
+        behavior_features = [{**h.features, _PLACE: Bags(np.arange(h.time.size))} for h in histories]
     clusters: dict[str, Ints] = {}
     if columns.chunk:
         for name in ("cluster_size", "cluster_time"):
             clusters[name] = np.concatenate([getattr(history, name) for history in histories])
-    total = int(counts.sum())
-    return UserRows(
+    numeric = [[request.numeric[name] for request in requests] for name in columns.numeric]
+    return UserRows.of_counts(
+        behaviors=behaviors,
+        requests=np.ones_like(counts),
+        candidate_counts=counts,
         user_id=np.array([request.user_id for request in requests]),
-        history_offsets=_offsets(behaviors),
-        request_offsets=np.arange(len(requests) + 1),
-        history=_side([h.features for h in histories], behaviors, columns.features, places),
+        history=_joined_features(behavior_features, behaviors, columns.features),
         history_time=np.concatenate([history.time for history in histories]),
-        request_id=np.arange(len(requests)),
         request_time=np.array([request.time for request in requests]),
-        history_end=np.array(ends, dtype=np.int64),
-        candidate_offsets=_offsets(counts),
-        candidates=_side([request.candidates for request in requests], counts, columns.features),
-        context=_side([request.context for request in requests], np.ones_like(counts), columns.context),
-        labels=np.zeros((total, len(columns.tasks)), dtype=np.float32),
-        numeric=np.concatenate(numeric),
-        weight=np.broadcast_to(np.float32(1), total),
+        history_end=np.array([np.searchsorted(request.history.time, request.time) for request in requests]),
+        candidates=_joined_features([request.candidates for request in requests], counts, columns.features),
+        context=_joined_features([r.context for r in requests], np.ones_like(counts), columns.context),
+        labels=np.zeros((int(counts.sum()), len(columns.tasks)), dtype=np.float32),
+        numeric=np.stack([np.concatenate(each) for each in numeric], axis=1) if numeric else None,
         **clusters,
     )
 
 
-def _offsets(sizes: Ints) -> Ints:
-    offsets: Ints = np.concatenate([[0], np.cumsum(sizes)])
-    return offsets
-
-
-def _side(
-    parts: Sequence[Mapping[str, Bags]],
-    sizes: Ints,
-    names: Mapping[str, FeatureInfo],
-    more: Mapping[str, list[Bags]] | None = None,
+def _joined_features(
+    parts: Sequence[Mapping[str, Bags]], sizes: Ints, names: Mapping[str, FeatureInfo]
 ) -> FeatureIds:
     """Ids of all requests; a feature that some request lacks has empty bags there."""
-    bags: dict[str, list[Bags | None]] = {
-        name: [part.get(name) for part in parts] for name in names if any(name in p for p in parts)
-    }
-    bags |= {name: list(found) for name, found in (more or {}).items()}
-    single = [name for name, found in bags.items() if all(b is not None and b.offsets is None for b in found)]
+    bags = {name: [part.get(name) for part in parts] for name in names if any(name in p for p in parts)}
+    single = [name for name, each in bags.items() if all(b is not None and b.offsets is None for b in each)]
     ids = np.empty((len(single), int(sizes.sum())), dtype=np.int64)
     for row, name in zip(ids, single, strict=True):
         np.concatenate([b.values for b in bags[name] if b is not None], out=row)
-    multi = {name: _joined(found, sizes) for name, found in bags.items() if name not in single}
-    return FeatureIds(single, ids, multi)
+    return FeatureIds(single, ids, {n: _joined(each, sizes) for n, each in bags.items() if n not in single})
 
 
 def _joined(parts: Sequence[Bags | None], sizes: Ints) -> Bags:
-    lengths, values = [], []
-    for part, size in zip(parts, sizes.tolist(), strict=True):
-        if part is None:
-            lengths.append(np.zeros(size, dtype=np.int64))
-            continue
-        values.append(part.values)
-        lengths.append(np.ones(size, dtype=np.int64) if part.offsets is None else np.diff(part.offsets))
-    found: list[npt.NDArray[Any]] = values or [np.empty(0, dtype=np.int64)]
-    return Bags(np.concatenate(found), _offsets(np.concatenate(lengths)))
+    """Bags of all requests, `sizes` of each; a request without the feature has empty ones."""
+    none = np.zeros(0, dtype=np.int64)
+    bags = [
+        Bags.of_lengths(none, np.zeros(size, dtype=np.int64)) if part is None else part
+        for part, size in zip(parts, sizes.tolist(), strict=True)
+    ]
+    lengths = np.concatenate([each.lengths for each in bags])
+    return Bags.of_lengths(np.concatenate([each.values for each in bags]), lengths)
 
 
-def _kept(
+def _explanations(
     batch: RequestBatch, skipped: Sequence[int], behaviors: Behaviors, weight_CHK: torch.Tensor
-) -> list[Kept]:
-    """For each candidate, the heaviest kept behaviors; with several heads, by their mean weight.
+) -> list[Explanation]:
+    """For each candidate, the heaviest of the behaviors it kept; with several heads, by their mean weight.
 
-    `skipped`: of each candidate's request, behaviors that were sent before those it holds.
+    Args:
+        skipped: [C], behaviors that were sent before those that the candidate's request holds.
     """
     kept = behaviors.kept
     place = batch.features[_PLACE].values()
     weight = weight_CHK.mean(1).masked_fill(~kept.mask, -torch.inf)
     best = weight.topk(min(MOST_EXPLAINED, weight.shape[1]), dim=1)
-    found = []
+    explanations = []
     for before, index, values in zip(skipped, kept.index.gather(1, best.indices), best.values, strict=True):
         real = values > -torch.inf
-        found.append(Kept((place[index[real]] + before).tolist(), values[real].tolist()))
-    return found
+        explanations.append(Explanation((place[index[real]] + before).tolist(), values[real].tolist()))
+    return explanations

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from embeddings.errors import DataError
 from trainer.data.row_group import PARQUET_ERRORS, Ints
 from trainer.log.arrow_types import is_text
-from trainer.serving.asked import RequestError
+from trainer.serving.request import RequestError
 from trainer.snapshot import Snapshot
 from trainer.snapshot.vocabularies import vocabulary_paths
 
@@ -65,14 +65,14 @@ class Vocabulary:
         at = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
         same = self._keys[at] == keys
         places = self._order[at]
-        found: Ints = np.zeros(len(raw), dtype=np.int64)
-        found[same] = places[same] + 1
+        ids: Ints = np.zeros(len(raw), dtype=np.int64)
+        ids[same] = places[same] + 1
         if self.text:
             hits = np.flatnonzero(same)
             equal = pc.equal(raw.take(pa.array(hits)), self.values.take(pa.array(places[hits])))
             for hit in hits[~equal.to_numpy(zero_copy_only=False)].tolist():
-                found[hit] = self._twins.get(raw[hit].as_py(), 0)
-        return found
+                ids[hit] = self._twins.get(raw[hit].as_py(), 0)
+        return ids
 
 
 def read_vocabulary(file: Path, digest: str, of_log: bool = False) -> Vocabulary:
@@ -169,7 +169,7 @@ class Translation:
         text = is_text(raw.type)
         if text != known.text or not (text or pa.types.is_integer(raw.type)):
             raise RequestError(422, f"{place}: {_other_type(raw, known)}")
-        ids = found_in(known, raw, place)
+        ids = ids_of(known, raw, place)
         self._count(part, ids)
         return ids
 
@@ -199,7 +199,7 @@ def _other_type(raw: pa.Array, known: Vocabulary) -> str:
     return f"holds {raw.type}, and its values are {known.kind}"
 
 
-def found_in(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
+def ids_of(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
     """Ids of raw values of the vocabulary's kind; 0 for those that it does not hold.
 
     Raises:
@@ -214,9 +214,9 @@ def found_in(known: Vocabulary, raw: pa.Array, place: str) -> Ints:
     text = raw.cast(pa.large_string())
     # A text that is longer than every value is unknown without a look-up.
     fits = pc.binary_length(text).to_numpy(zero_copy_only=False) <= known.longest
-    found: Ints = np.zeros(len(text), dtype=np.int64)
-    found[fits] = known.ids(text.filter(pa.array(fits)))
-    return found
+    ids: Ints = np.zeros(len(text), dtype=np.int64)
+    ids[fits] = known.ids(text.filter(pa.array(fits)))
+    return ids
 
 
 def check_text(values: pa.Array, place: str) -> None:
@@ -244,16 +244,16 @@ def _hashes(values: pa.Array) -> Hashes:
         return np.zeros(0, dtype=np.uint64)
     offsets, data = _text(values)
     content = np.frombuffer(data, dtype=np.uint8)
-    found = np.empty(len(values), dtype=np.uint64)
+    hashes = np.empty(len(values), dtype=np.uint64)
     start = 0
     while start < len(values):
         # Some megabytes at a time: every byte takes 24 of them while it is summed up.
         most = int(np.searchsorted(offsets, offsets[start] + _CHUNK_BYTES, side="right")) - 1
         stop = min(max(most, start + 1), start + _CHUNK_ROWS, len(values))
         bounds = offsets[start : stop + 1]
-        found[start:stop] = _hash(content[bounds[0] : bounds[-1]], bounds - bounds[0])
+        hashes[start:stop] = _hash(content[bounds[0] : bounds[-1]], bounds - bounds[0])
         start = stop
-    return found
+    return hashes
 
 
 def _hash(content: npt.NDArray[np.uint8], offsets: Ints) -> Hashes:
@@ -264,5 +264,5 @@ def _hash(content: npt.NDArray[np.uint8], offsets: Ints) -> Hashes:
     place = np.arange(content.size) - np.repeat(offsets[:-1], lengths)
     sums = np.zeros(content.size + 1, dtype=np.uint64)
     np.cumsum((content.astype(np.uint64) + np.uint64(1)) * powers[place], out=sums[1:])
-    found: Hashes = (sums[offsets[1:]] - sums[offsets[:-1]] + lengths.astype(np.uint64)) * _SPREAD
-    return found
+    hashes: Hashes = (sums[offsets[1:]] - sums[offsets[:-1]] + lengths.astype(np.uint64)) * _SPREAD
+    return hashes

@@ -47,27 +47,22 @@ class WindowSearch(Search):
         self.inner = inner
         self._space = Space()
 
-    @staticmethod
-    def around(search: Search) -> Search:
-        """A search that keeps whole windows has nothing to find, and stays as it is."""
-        return search if isinstance(search, AllSearch | WindowSearch) else WindowSearch(search)
-
     def kept(self, query: Query) -> Kept:
         windows = query.windows
         bounds = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).cumsum(0).tolist()
         lengths = windows.mask.sum(1).tolist()
         # After a hard search every candidate has a short window of its own: together they are cheaper.
         if len(lengths) == query.vectors.query_CD.shape[0] > 1 and windows.index.numel() <= _CELLS:
-            found: Kept = self.inner(query)
-            return found
+            kept: Kept = self.inner(query)
+            return kept
         parts = []
         for window, (begin, end) in enumerate(zip([0, *bounds], bounds, strict=False)):
             if end > begin:
-                alone = _alone(query, window, lengths[window], begin, end)
-                parts += [self._padded(part) for part in self._of_window(alone, lengths[window])]
+                single = _single_window(query, window, lengths[window], begin, end)
+                parts += [self._padded(part) for part in self._of_window(single, lengths[window])]
         if not parts:
-            found = self.inner(query)
-            return found
+            kept = self.inner(query)
+            return kept
         column, mask = (torch.cat(each) for each in zip(*parts, strict=True))
         return windows.columns(column, mask)
 
@@ -85,7 +80,12 @@ class WindowSearch(Search):
         return F.pad(part[0], (0, missing)), F.pad(part[1], (0, missing))
 
 
-def _alone(query: Query, window: int, length: int, begin: int, end: int) -> Query:
+def per_window(search: Search) -> Search:
+    """The search that serves in place of one of training; one that keeps whole windows stays as it is."""
+    return search if isinstance(search, AllSearch | WindowSearch) else WindowSearch(search)
+
+
+def _single_window(query: Query, window: int, length: int, begin: int, end: int) -> Query:
     """One window, cut to its own length, and its candidates."""
     part, whole = slice(window, window + 1), query.windows
 
@@ -95,8 +95,8 @@ def _alone(query: Query, window: int, length: int, begin: int, end: int) -> Quer
     size = None if whole.log_size is None else cut(whole.log_size)
     of_candidate = torch.zeros(whole.of_candidate.numel(), dtype=torch.int64, device=whole.index.device)
     windows = Windows(cut(whole.index), cut(whole.mask), whole.marks.each(cut), size, of_candidate)
-    alone = Query(query.scorer, query.vectors, query.raw, windows, query.ids_C, query.ids_N)
-    return _candidates(alone, begin, end)
+    single = Query(query.scorer, query.vectors, query.raw, windows, query.ids_C, query.ids_N)
+    return _candidates(single, begin, end)
 
 
 def _candidates(query: Query, begin: int, end: int) -> Query:
@@ -121,15 +121,15 @@ def _dot_columns(scorer: DotScorer, query: Query, k: int, space: Space) -> list[
     keys_XD = torch.cat([keys_XD, bias_X1], dim=1) if biased else keys_XD
     groups, doubt = min(groups_of(k), width), query.doubt()
     size = max(_FEWEST, _CACHED // width)
-    found = []
+    columns = []
     for begin in range(0, query.vectors.query_CD.shape[0], size):
         chunk = _candidates(query, begin, begin + size)
         query_CD = chunk.vectors.query_CD
         query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
         score_CX = space.matrix(query_CD.shape[0], width)
         best_CG = _score(score_CX, query_CD, keys_XD, scorer._beside(chunk.vectors, chunk.windows), groups)
-        found.append(top_of_groups(score_CX, best_CG, k, doubt=doubt.cut(begin, begin + size)))
-    return found
+        columns.append(top_of_groups(score_CX, best_CG, k, doubt=doubt.cut(begin, begin + size)))
+    return columns
 
 
 def _score(

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-import trainer.serving.current as current_module
+import trainer.serving.versions as versions_module
 from embeddings.errors import SnapshotError
 from tests.helpers.logs import Shape, enrich, random_rows, write_log
 from tests.helpers.models import preset
@@ -366,8 +366,8 @@ def test_switching_under_load_drops_and_mixes_nothing(
 
     async def run() -> None:
         service = service_of(known["v00000001"], monkeypatch, poll=0.02)
-        monkeypatch.setattr(current_module, "load_snapshot", load)
-        monkeypatch.setattr(current_module, "resolve", lambda path: Path("snapshot") / latest[0])
+        monkeypatch.setattr(versions_module, "load_snapshot", load)
+        monkeypatch.setattr(versions_module, "resolve", lambda path: Path("snapshot") / latest[0])
         seen, done = set(), False
 
         async def one_client(client: Client, first: int) -> None:

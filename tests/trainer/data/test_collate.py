@@ -15,11 +15,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.helpers.logs import CONTEXT, RICH, Row, enrich, random_rows, write_log
 from trainer.config.sections import DataConfig
-from trainer.data.batch import RequestBatch
+from trainer.data.batch import RequestBatch, Sizes
 from trainer.data.blocks import Block, BlockLimits, WindowedRows, cut_blocks, with_windows
 from trainer.data.collate import collate
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
-from trainer.data.sizes import Sizes
 from trainer.log.schema import read_manifest
 
 Cut = tuple[int, int, int, int]  # first request, last, behaviors, candidates

@@ -18,8 +18,7 @@ from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from tests.trainer.data.test_reader import Sample, config, global_steps, samples, watch_decoding
 from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
-from trainer.data.blocks import ANYONE, Block
-from trainer.data.dealing import deal, spread
+from trainer.data.blocks import ANYONE, Block, deal, spreads_evenly
 from trainer.data.files import RowGroup
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.ranks.process_group import process_group
@@ -89,7 +88,7 @@ def test_windows_are_decoded_apart_where_ranks_stay_even(
     loads: list[int], batch_candidates: int, batch_behaviors: int, expected: bool
 ) -> None:
     config = DataConfig(batch_candidates=batch_candidates, batch_behaviors=batch_behaviors)
-    assert spread(blocks_of(loads), config, max(len(loads), 2)) is expected
+    assert spreads_evenly(blocks_of(loads), config, max(len(loads), 2)) is expected
 
 
 def steps_of(log: Path, rank: int, gpu: bool, seed: int | None = 5, **changes: Any) -> list[Step]:

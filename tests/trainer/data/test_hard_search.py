@@ -10,12 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.data.hard_search import (
-    Retrieved,
-    hard_search,
-    hierarchical_search,
-    hierarchical_search_reference,
-)
+from tests.helpers.brute_force_search import hierarchical_search_reference
+from trainer.data.hard_search import SearchResult, hierarchical_search
 
 Inputs = dict[str, Any]
 Ints = npt.NDArray[np.int64]
@@ -50,7 +46,7 @@ def with_domains(block: Inputs, seed: int) -> Inputs:
     return block | {"domain_history": domain, "domain_minimum": {2: first, 1: second, 9: 0}}
 
 
-def assert_equal(block: Inputs) -> Retrieved:
+def assert_equal(block: Inputs) -> SearchResult:
     found, wanted = hierarchical_search(**block), hierarchical_search_reference(**block)
     for name in ("index", "level", "matches"):
         assert getattr(found, name).dtype == getattr(wanted, name).dtype
@@ -150,8 +146,8 @@ def test_only_the_visible_part_is_seen() -> None:
 
 def test_hard_search_is_the_newest_of_the_category() -> None:
     block = random_block(3, behaviors=90, candidates=30, requests=3, depth=1)
-    category, asked = block.pop("levels_history")[0], block.pop("levels_candidate")[0]
-    found = hard_search(category_history=category, category_candidate=asked, **block)
+    category, asked = block["levels_history"][0], block["levels_candidate"][0]
+    found = hierarchical_search(**block)
     for candidate, request in enumerate(block["request_of_candidate"]):
         window = range(block["visible_start"][request], block["visible_end"][request])
         same = [i for i in window if category[i] == asked[candidate] > 0]

@@ -14,8 +14,7 @@ import torch
 from embeddings.errors import DataError
 from tests.helpers.logs import small_log
 from trainer.config.sections import DataConfig
-from trainer.data.batch import RequestBatch
-from trainer.data.pinned import pinning
+from trainer.data.batch import RequestBatch, pinning
 from trainer.data.reader import SequenceLogReader
 from trainer.ranks.host_copy import HostCopy, Unloading
 

@@ -13,6 +13,7 @@ from embeddings.errors import DataError
 from tests.helpers.logs import FEATURES, INFOS, Row, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
+from trainer.data.row_group import Bags, FeatureIds
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.schema import arrow_schema
 
@@ -208,3 +209,34 @@ def test_bad_row_groups_are_skipped_up_to_a_cap_and_reported(tmp_path: Path) -> 
     )
     assert shared.row_groups == reader.row_groups and not shared.skipped
     assert shared.order == reader.order, "a position means other rows on each rank"
+
+
+def test_rows_made_of_counts_are_those_of_a_file(tmp_path: Path) -> None:
+    read = read_rows(write(tmp_path / "a", good_rows()), 1, COLUMNS)
+    total = int(read.candidate_offsets[-1])
+    rows = UserRows.of_counts(
+        np.diff(read.history_offsets),
+        np.diff(read.request_offsets),
+        np.diff(read.candidate_offsets),
+        **{
+            name: getattr(read, name)
+            for name in ("user_id", "history", "history_time", "request_time", "history_end", "candidates")
+        },
+        labels=read.labels,
+    )
+    for name in ("history_offsets", "request_offsets", "candidate_offsets", "weight", "numeric"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(read, name), err_msg=name)
+    assert rows.weight.shape == (total,) and rows.numeric.shape == (total, 0) and not rows.context
+    assert rows.request_id.tolist() == list(range(read.request_id.size))
+
+
+def test_a_part_of_bags_is_a_copy_with_the_same_ids() -> None:
+    ids = np.arange(10, dtype=np.int32)
+    bags = Bags.of_lengths(ids, [2, 0, 3, 5])
+    assert (bags.size, bags.lengths.tolist(), Bags(ids).size) == (4, [2, 0, 3, 5], 10)
+    part = bags.part(slice(1, 3))
+    assert (part.values.tolist(), part.lengths.tolist()) == ([2, 3, 4], [0, 3])
+    for features in (FeatureIds(["a"], ids[None], {}), FeatureIds([], ids[:0][None], {"a": bags})):
+        part = features["a"].part(slice(0, 2))
+        assert part.values.dtype == np.int64 and not np.shares_memory(part.values, ids)
+    assert Bags.of_lengths(ids[:0], []).size == 0

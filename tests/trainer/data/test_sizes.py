@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.models import batch_of, preset, small_log
 from tests.helpers.stand_in import CUDA, StandIn
-from trainer.data.sizes import Sizes
+from trainer.data.batch import Sizes
 from trainer.model.windows import Slots, places_in_groups, windows_of
 
 

@@ -40,7 +40,7 @@ from trainer.model.retrieve.search import (
 )
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Kept, Windows
-from trainer.serving.window_search import WindowSearch
+from trainer.serving.window_search import per_window
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_copies_are_kept_alike_alone_in_company_and_by_a_server(
     apart = kept_by(model, config.model_copy(update={"data": alone}), rows)
     for branch in model.branches.named().values():
         if branch.search is not None:
-            branch.search = WindowSearch.around(branch.search)
+            branch.search = per_window(branch.search)
     served = kept_by(model, config, rows)
     for name, kept in together[0].items():
         assert torch.equal(kept, apart[0][name]) and torch.equal(kept, served[0][name]), name
@@ -212,7 +212,7 @@ def test_whatever_rounding_does_the_exact_scores_decide(
         if device:
             patch.setattr("trainer.model.retrieve.search.top_columns", top_columns_by_topk)
         found = search(query)
-    served = WindowSearch.around(search)(query)
+    served = per_window(search)(query)
     for kept in (found, served):
         assert torch.equal(kept.mask, expected.mask) and torch.equal(kept.index, expected.index)
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.helpers.models import batch_of, drawing, drawn_windows, model_of, preset
 from tests.trainer.test_presets import preset_log
-from trainer.data.batch import RequestBatch
-from trainer.data.sizes import Sizes
+from trainer.data.batch import RequestBatch, Sizes
 from trainer.model.frame import TwoStageModel
 from trainer.model.union import most_kept, padded_union, touched_by, union_of
 from trainer.objectives.bce import loss_sum

@@ -21,7 +21,7 @@ from tests.helpers.models import preset
 from tests.helpers.serving import ARROW, Client, bodies, service_of, serving, snapshot_of, stream
 from trainer.log.schema import read_manifest
 from trainer.serving.arrow_body import read_arrow
-from trainer.serving.asked import Limits, Needs, RequestError
+from trainer.serving.request import Limits, Needs, RequestError
 from trainer.snapshot import Snapshot
 
 ROWS = enrich(random_rows(4, Shape(users=10)), 5)
@@ -326,20 +326,20 @@ def test_newer_versions_are_looked_for_whatever_is_raised(
     async def run() -> None:
         async with serving(service_of(snapshot, monkeypatch, poll=0.01)) as client, asyncio.timeout(30):
             assert (await client.http.get("/readyz")).json() == {"status": "ready", "updates": "working"}
-            plain = client.service.current.newer
-            monkeypatch.setattr(client.service.current, "newer", full)
+            plain = client.service.versions.newer
+            monkeypatch.setattr(client.service.versions, "newer", full)
             health = await until(client, True)
             assert "No space left" in health["updates"]["problem"] and health["status"] == "ready"
             assert "failing: OSError" in (await client.http.get("/readyz")).json()["updates"]
             assert await client.metric("tandemrec_poll_failing") == 1
             assert await client.metric("tandemrec_poll_failures_total") > 3
-            monkeypatch.setattr(client.service.current, "newer", plain)
+            monkeypatch.setattr(client.service.versions, "newer", plain)
             assert (await until(client, False))["updates"] is None
             assert await client.metric("tandemrec_poll_failing") == 0
             assert capsys.readouterr().out.count("No space left") == 1
             # A line that cannot be written ends nothing either.
             monkeypatch.setattr("builtins.print", full)
-            monkeypatch.setattr(client.service.current, "newer", full)
+            monkeypatch.setattr(client.service.versions, "newer", full)
             await until(client, True)
             client.service.tasks[0].cancel()
             await asyncio.wait(client.service.tasks[:1])
@@ -393,13 +393,13 @@ def test_a_large_body_is_scored_in_several_calls(snapshot: Snapshot, monkeypatch
                 batcher = client.service.batcher
                 batcher.settings = replace(batcher.settings, candidates=candidates)
                 client.service.limits = Limits(explained=6 * count)
-                plain = client.service.current.scorer.score
+                plain = client.service.versions.scorer.score
 
                 def noting(requests: Any, explain: bool, to: Any = (plain, calls)) -> Any:
                     to[1].append(len(requests))
                     return to[0](requests, explain)
 
-                monkeypatch.setattr(client.service.current.scorer, "score", noting)
+                monkeypatch.setattr(client.service.versions.scorer, "score", noting)
                 found.append((await client.score(*[fine] * 5))["results"])
                 assert calls == ([5] if candidates == 10_000 else [2, 2, 1])
                 status, text = await post(client, of(*[fine] * 7, explain=True))

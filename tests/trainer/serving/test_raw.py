@@ -85,7 +85,7 @@ def test_raw_values_score_as_their_ids(
 
     async def run() -> None:
         service = service_of(snapshot, monkeypatch)
-        service.current.scorer.vocabularies = vocabularies_of(snapshot, log)
+        service.versions.scorer.vocabularies = vocabularies_of(snapshot, log)
         async with serving(service) as client:
             assert (await client.http.get("/healthz")).json()["raw"] == ["category_id", "item_id"]
             (expected,) = (await client.score(body))["results"]
@@ -118,7 +118,7 @@ def test_raw_values_score_as_their_ids(
             ):
                 answer = await client.http.post("/score", json={"requests": [wrong], "ids": ids})
                 assert answer.status_code == 422 and message in answer.json()["error"]
-            service.current.scorer.vocabularies = {}
+            service.versions.scorer.vocabularies = {}
             answer = await client.http.post("/score", json={"requests": [raw], "ids": "raw"})
             assert answer.status_code == 422 and "no vocabulary" in answer.json()["error"]
 

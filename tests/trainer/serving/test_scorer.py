@@ -27,11 +27,11 @@ from trainer.model.retrieve.score import DotScorer, MlpScorer, Scorer
 from trainer.model.retrieve.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.serving.arrow_body import read_arrow, write_arrow
-from trainer.serving.asked import Limits, Request
-from trainer.serving.checks import newest
-from trainer.serving.request import from_json
+from trainer.serving.checks import cut_history
+from trainer.serving.json_body import JsonForm
+from trainer.serving.request import Limits, Request
 from trainer.serving.scorer import Scorer as Serving
-from trainer.serving.window_search import WindowSearch, _score
+from trainer.serving.window_search import _score, per_window
 
 PRESETS = sorted(
     path.stem
@@ -61,7 +61,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(serving: Serving, config: Config, rows: list[Row]) -> Iterator[tuple[tuple[int, int], Request]]:
     for name, body in bodies(read_manifest(config.data.log), rows):
-        yield name, from_json(model_body(body), {}, serving.needs, Limits(), "requests[0]")
+        yield name, JsonForm(model_body(body), serving.needs, None, "requests[0]").request({}, Limits())
 
 
 def compare(config: Config, rows: list[Row], chunk: int = 0) -> None:
@@ -74,7 +74,7 @@ def compare(config: Config, rows: list[Row], chunk: int = 0) -> None:
     assert len(named) == len(expected) > 20
     for (name, request), in_company in zip(named, together, strict=True):
         alone = serving.score([request])[0][0].probabilities
-        cut = newest(request, serving.needs)
+        cut = cut_history(request, serving.needs)
         for found in (in_company.probabilities, alone, serving.score([cut])[0][0].probabilities):
             assert found.shape == expected[name].shape
             assert np.abs(found - expected[name]).max() <= 1e-6, name
@@ -178,7 +178,7 @@ def test_explained_behaviors_are_those_kept_with_their_weights(name: str, log: P
     found = plain.model.search(batch)["main"]
     c, seen = 0, 0
     for (_, request), part in zip(named, scored, strict=True):
-        for kept in part.kept["main"]:
+        for kept in part.explanations["main"]:
             history = request.history.features["item_id"].values[kept.places]
             expected = items[found.index[c][found.mask[c]]]
             assert sorted(history.tolist()) == sorted(expected.tolist())
@@ -265,7 +265,7 @@ def test_window_by_window_is_the_same_search(
         patch.setattr("trainer.serving.window_search._FEWEST", 2)
         patch.setattr("trainer.serving.window_search._CACHED", cells)
         patch.setattr("trainer.serving.window_search._TILE", 8)
-        found = WindowSearch.around(made)(query)
+        found = per_window(made)(query)
     expected = made(query)
     assert torch.equal(found.mask, expected.mask)
     assert torch.equal(found.index, expected.index)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.score_names import write_named_scores
+from pipelines.score import write_named_scores
 from pipelines.serve.app import Service
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from tests.helpers.models import preset
@@ -52,7 +52,7 @@ def served(log: Path, monkeypatch: pytest.MonkeyPatch, stored: bool = True) -> S
     """Every raw value of a feature is its id, so that users alone are told apart."""
     service = service_of(snapshot_of(preset("dare", log)), monkeypatch, log if stored else None)
     raw = {name: Vocabulary(pa.array(range(1, rows))) for name, rows in FEATURES.items()}
-    service.current.scorer.vocabularies = raw
+    service.versions.scorer.vocabularies = raw
     return service
 
 

@@ -1,4 +1,4 @@
-"""The version that is served, and how another takes its place without a request noticing."""
+"""The version of a snapshot that is served, and how a newer one takes its place while requests go on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from trainer.serving.vocabulary import vocabularies_of
 from trainer.snapshot import load_snapshot, resolve
 
 
-class Current:
-    """Loads, checks and hands out the scorer. `reload` may be called from any thread.
+class Versions:
+    """The version that is served: loads, checks and hands out its scorer.
+
+    `reload` may be called from any thread.
 
     Args:
         root: a version's folder, which is then served for good, or the folder of versions.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from trainer.serving.asked import RequestError
+from trainer.serving.request import RequestError
 
 _SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3
 _TIMESTAMP = 10
@@ -85,8 +85,8 @@ class _Table:
 
 
 def _u32(data: memoryview, at: int) -> int:
-    found: int = struct.unpack_from("<I", data, at)[0]
-    return found
+    value: int = struct.unpack_from("<I", data, at)[0]
+    return value
 
 
 def _check_message(message: _Table, first: bool, text: int) -> int:

@@ -1,0 +1,90 @@
+"""One request of a body as arrays: which fields a request has is said here, for all forms of bodies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from trainer.data.row_group import Bags, Ints
+from trainer.serving.checks import check_request
+from trainer.serving.histories import number_sent, stored_history
+from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request
+from trainer.serving.vocabulary import Translation
+
+
+class RequestForm(ABC):
+    """One request of a body. A subclass says how a form of bodies spells each field.
+
+    Args:
+        translation: of raw values to ids; None: the body holds dense ids.
+        place: of the request in the body, for messages.
+    """
+
+    def __init__(self, needs: Needs, translation: Translation | None, place: str) -> None:
+        self.needs, self.translation, self.place = needs, translation, place
+
+    @abstractmethod
+    def user(self) -> pa.Array | None:
+        """One integer or one text; None: the request names no user."""
+
+    @abstractmethod
+    def time(self) -> int | None:
+        """Unix seconds; None: the request names no time."""
+
+    @abstractmethod
+    def per_behavior(self, name: str) -> Ints | None:
+        """`timestamp`, `cluster_size` or `cluster_time` of the history sent along: int64 [n], or None."""
+
+    @abstractmethod
+    def has(self, part: Part, name: str) -> bool:
+        """Whether the part has this feature, or these numbers."""
+
+    @abstractmethod
+    def bags(self, part: Part, name: str) -> Bags:
+        """Ids of a feature: of every behavior or candidate, or one bag of the context."""
+
+    @abstractmethod
+    def numbers(self, name: str) -> Doubles:
+        """Numbers of every candidate."""
+
+    def request(self, stored: Mapping[int, History], limits: Limits) -> Request:
+        """The request, checked.
+
+        Args:
+            stored: histories by user id, in dense ids.
+
+        Raises:
+            RequestError: 413 above a limit, 404 for an unknown user, 422 for anything else.
+        """
+        user, time, needs = self.user(), self.time(), self.needs
+        timestamp = self.per_behavior("timestamp")
+        if timestamp is None:
+            names = None if self.translation is None else self.translation.users
+            number, history = stored_history(stored, user, names, self.place)
+        else:
+            number, features = number_sent(user), self._features(needs.history)
+            clusters = (self.per_behavior("cluster_size"), self.per_behavior("cluster_time"))
+            history = History(timestamp, features, *clusters)
+        candidates = self._features(needs.candidates)
+        request = Request(
+            user_id=number,
+            history=history,
+            time=_after(history) if time is None else time,
+            candidates=candidates,
+            count=max((bags.size for bags in candidates.values()), default=0),
+            context=self._features(needs.context),
+            numeric={n: self.numbers(n) for n in needs.numeric.known if self.has(needs.numeric, n)},
+            unknown={} if self.translation is None else self.translation.unknown,
+        )
+        return check_request(request, needs, limits, self.place)
+
+    def _features(self, part: Part) -> dict[str, Bags]:
+        """Features that the snapshot knows, in its order."""
+        return {name: self.bags(part, name) for name in part.known if self.has(part, name)}
+
+
+def _after(history: History) -> int:
+    """A time at which all behaviors are in the past."""
+    return min(int(history.time[-1]) if history.time.size else 0, 2**63 - 2) + 1

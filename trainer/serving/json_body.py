@@ -1,0 +1,239 @@
+"""Requests to score in JSON: their form, and how their fields become arrays.
+
+A request is one user's history, oldest first, and the candidates to score. Ids are the dense ids of the log
+that the snapshot was trained on, or raw values where the body says so and the server has the vocabularies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic_core import from_json as parsed
+
+from trainer.config.mistakes import path_in, words_of
+from trainer.data.row_group import Bags, Ints
+from trainer.serving.checks import check_names
+from trainer.serving.form import RequestForm
+from trainer.serving.histories import as_user
+from trainer.serving.request import Doubles, Limits, Needs, Part, RequestError
+from trainer.serving.vocabulary import Translation
+
+Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(strict=True)]
+# The first mistake ends a list: a report of each would take a thousand times the room of what is wrong.
+Ints64 = Annotated[list[Int64], Field(fail_fast=True)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+# One id each, or several each; which of the two, the first item says. Raw values may be text.
+ManyInts64 = Annotated[list[Ints64], Field(fail_fast=True)]
+ManyTexts = Annotated[list[Texts], Field(fail_fast=True)]
+Ids = Annotated[Ints64 | Texts | ManyInts64 | ManyTexts, Field(union_mode="left_to_right")]
+
+
+def _kind_of_user(given: Any) -> str | None:
+    if isinstance(given, str):
+        return "text"
+    return "integer" if isinstance(given, int) and not isinstance(given, bool) else None
+
+
+_KINDS = "Input should be a valid integer, or text in a body of raw values"
+User = Annotated[
+    Annotated[Int64, Tag("integer")] | Annotated[Text, Tag("text")],
+    Discriminator(_kind_of_user, custom_error_type="user", custom_error_message=_KINDS),
+]
+Spelling = Literal["dense", "raw"]
+# A list or an object takes as much time and memory as so many numbers.
+_LIST_WEIGHT = 16
+_MOST_KEYS, _MOST_KEYS_OF_ALL = 10_000, 100_000
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HistoryBody(_Body):
+    """A history, oldest behavior first; all lists are equally long.
+
+    Attributes:
+        timestamp: unix seconds, ascending.
+        features: ids of every behavior.
+        cluster_size, cluster_time: of the clusters, for a model that searches clusters.
+    """
+
+    timestamp: Ints64
+    features: dict[str, Ids]
+    cluster_size: Ints64 | None = None
+    cluster_time: Ints64 | None = None
+
+
+class RequestBody(_Body):
+    """One user and their candidates.
+
+    Attributes:
+        user_id: whose stored history is meant, where the server has histories: the log's number of the user;
+            with raw values the user's own name, where the log has names. Beside a history, any name.
+        history: sent along; without it, the stored one of `user_id`.
+        time: of the request, unix seconds; only older behaviors are seen. Left out, all of them are.
+        candidates: ids of every candidate.
+        context: ids of the request.
+        numeric: numbers of every candidate.
+    """
+
+    user_id: User | None = None
+    history: HistoryBody | None = None
+    time: Int64 | None = None
+    candidates: dict[str, Ids]
+    context: dict[str, Int64 | Text | Ints64 | Texts] = Field(default_factory=dict)
+    numeric: dict[str, Annotated[list[Number], Field(fail_fast=True)]] = Field(default_factory=dict)
+
+
+class ScoreBody(_Body):
+    """What POST /score takes.
+
+    Attributes:
+        explain: tell which behaviors were kept for every candidate, and their weights.
+        ids: `dense` ids of the log, or `raw` values as they were ingested.
+    """
+
+    requests: Annotated[list[RequestBody], Field(fail_fast=True)] = Field(min_length=1)
+    explain: bool = False
+    ids: Spelling = "dense"
+
+
+def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
+    """The body, parsed once it is known that this takes little memory.
+
+    Raises:
+        RequestError: 413 above a limit; 422 naming the place of the first mistake.
+    """
+    if len(given) > limits.json:
+        problem = (
+            f"JSON longer than {limits.json:,} bytes (--max-json); send Arrow, or fewer requests at once"
+        )
+        raise RequestError(413, problem)
+    body = bytes(given)
+    # Commas and brackets inside of texts are counted too; there are few.
+    if body.count(b",") + _LIST_WEIGHT * (body.count(b"[") + body.count(b"{")) > limits.ids:
+        raise RequestError(413, f"more values than the server takes, {limits.ids:,} (--max-ids)")
+    # Without spaces, a quote and a colon stand behind every key, and now and then within a text.
+    keys = body.translate(None, b" \t\r\n").count(b'":')
+    if keys > _MOST_KEYS_OF_ALL:
+        raise RequestError(413, f"more keys than the server takes, {_MOST_KEYS_OF_ALL:,}")
+    try:
+        tree = parsed(body)
+    except ValueError as error:
+        raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
+    _check_sizes(tree, limits)
+    _check_keys(body, keys, tree)
+    try:
+        return ScoreBody.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place, problem = path_in(tree, first["loc"])[:200], words_of(dict(first), json=True)
+        raise RequestError(422, f"{place}: {problem}"[:500] if place else problem[:300]) from None
+
+
+def _check_sizes(tree: Any, limits: Limits) -> None:
+    """Bounds what is reported one by one: requests, and keys of objects."""
+    requests = tree.get("requests") if isinstance(tree, dict) else None
+    if isinstance(requests, list) and len(requests) > limits.requests:
+        problem = f"{len(requests):,} requests, the server takes {limits.requests:,} (--max-requests)"
+        raise RequestError(413, problem)
+    for part in _objects(tree):
+        if len(part) > _MOST_KEYS:
+            raise RequestError(413, f"an object of {len(part):,} keys, the server takes {_MOST_KEYS:,}")
+
+
+def _objects(tree: Any) -> Iterator[dict[str, Any]]:
+    """All objects that a body may hold: lists other than that of the requests have none."""
+    if isinstance(tree, dict):
+        yield tree
+        requests = tree.get("requests")
+        for value in (*tree.values(), *(requests if isinstance(requests, list) else ())):
+            yield from _objects(value)
+
+
+def _check_keys(body: bytes, keys: int, tree: Any) -> None:
+    """Refuses a key that an object has twice, of which the parser keeps the last.
+
+    Only where `keys` were seen and not as many are left, the body is parsed again.
+    """
+    if keys == sum(map(len, _objects(tree))):
+        return
+    try:
+        json.loads(body, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    keys: set[str] = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise ValueError(f"the key {key[:80]!r} occurs twice in an object")
+        keys.add(key)
+
+
+class JsonForm(RequestForm):
+    """A request of a body that `read_json` has read."""
+
+    def __init__(self, body: RequestBody, needs: Needs, translation: Translation | None, place: str) -> None:
+        super().__init__(needs, translation, place)
+        self._body = body
+        history = {} if body.history is None else body.history.features
+        self._parts: dict[str, Mapping[str, Any]] = {
+            "candidates": body.candidates,
+            "history": history,
+            "context": body.context,
+            "numeric": body.numeric,
+        }
+        for part in needs.parts:
+            check_names(self._parts[part.name], part, f"{place}.{part.path}")
+
+    def user(self) -> pa.Array | None:
+        user = self._body.user_id
+        if isinstance(user, str) and self.translation is None:
+            raise self._text("user_id")
+        return None if user is None else as_user(user)
+
+    def time(self) -> int | None:
+        return self._body.time
+
+    def per_behavior(self, name: str) -> Ints | None:
+        values = None if self._body.history is None else getattr(self._body.history, name)
+        return None if values is None else np.array(values, dtype=np.int64)
+
+    def has(self, part: Part, name: str) -> bool:
+        return name in self._parts[part.name]
+
+    def bags(self, part: Part, name: str) -> Bags:
+        ids: Any = self._parts[part.name][name]
+        if part is self.needs.context:
+            ids = [ids if isinstance(ids, list) else [ids]]
+        where = f"{part.path}.{name}"
+        if not ids or not isinstance(ids[0], list):
+            return Bags(self._ids(part, name, ids, where))
+        values = self._ids(part, name, list(chain.from_iterable(ids)), where)
+        return Bags.of_lengths(values, [len(bag) for bag in ids])
+
+    def numbers(self, name: str) -> Doubles:
+        return np.array(self._body.numeric[name], dtype=np.float64)
+
+    def _ids(self, part: Part, name: str, values: list[Any], where: str) -> Ints:
+        text = bool(values) and isinstance(values[0], str)
+        if self.translation is not None and values:
+            raw = pa.array(values, pa.large_string() if text else pa.int64())
+            return self.translation.ids(name, raw, f"{part.name}.{name}", f"{self.place}.{where}")
+        if text:
+            raise self._text(where)
+        return np.array(values, dtype=np.int64)
+
+    def _text(self, where: str) -> RequestError:
+        problem = 'holds text, and dense ids are integers; say "ids": "raw" for raw values'
+        return RequestError(422, f"{self.place}.{where}: {problem}")
