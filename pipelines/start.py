@@ -204,7 +204,8 @@ def _build(start: Start) -> None:
     other = {"file": "", "tables": {}} if start.config.plan.file else {}
     own = start.config.plan.model_copy(update=other)
     config = start.config.model_copy(update={"plan": own})
-    sharded = build_sharded(config, start.manifest, start.ranks, training=True, resumed=start.found)
+    former = start.found.former_plan
+    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former)
     trainer = start.trainer(sharded, keep_quiet)
     trainer.resume(start.found)
     scratch = Path(from_rank_0(tempfile.mkdtemp))

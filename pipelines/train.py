@@ -75,7 +75,7 @@ def run(
     say = _say(ranks)
     start = open_start(config, out, ranks, say)
     folder, found = start.folder, start.found
-    sharded = build_sharded(config, start.manifest, ranks, training=True, resumed=found)
+    sharded = build_sharded(config, start.manifest, ranks, training=True, former=found.former_plan)
     if sharded.origin:
         say(sharded.origin)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))

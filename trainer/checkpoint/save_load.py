@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
+from trainer.assemble import FormerPlan
 from trainer.checkpoint import files
 from trainer.checkpoint.files import Entries, newest, read_state, to_use, verify
 from trainer.checkpoint.writer import HashedWriter
@@ -90,6 +91,13 @@ class Found:
     path: Path | None
     state: dict[str, Any]
     refused: list[str]
+
+    @property
+    def former_plan(self) -> FormerPlan | None:
+        """How the tables of the checkpoint lay; None where there is no checkpoint."""
+        if self.path is None:
+            return None
+        return FormerPlan(self.path.name, self.state["config"], self.state.get("plan"))
 
 
 def find(folder: Path) -> Found:

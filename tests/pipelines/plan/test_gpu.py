@@ -38,8 +38,8 @@ from embeddings.plan.traffic import Lookup
 from launch.cli import main
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import small_log
-from trainer.assemble import cluster_of, plan_task
-from trainer.checkpoint.compatible import check_resumable, check_same_rules, log_fingerprint
+from trainer.assemble import check_same_rules, cluster_of, plan_task
+from trainer.checkpoint.compatible import check_resumable, log_fingerprint
 from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
@@ -325,10 +325,10 @@ def test_a_run_may_go_on_with_another_rounding_and_plans_anew(log: Path) -> None
     # As a checkpoint of an earlier version: no such key, and nothing to plan anew.
     del state["config"]["groups"]["attention"]["stochastic_rounding"]
     check_resumable(state, before, state["log"])
-    check_same_rules(state, before, "here")
+    check_same_rules(state["config"], before, "here")
     check_resumable(state, after, state["log"])
     with pytest.raises(ConfigError, match=r"here: made with groups.attention.stochastic_rounding = None"):
-        check_same_rules(state, after, "here")
+        check_same_rules(state["config"], after, "here")
 
 
 # Caches.
