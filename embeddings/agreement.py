@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from embeddings.errors import RankError, TandemError
+from embeddings.private import default_store
 
 Value = TypeVar("Value")
 # The ranks that agree: all of them, where it is None.
@@ -77,7 +78,7 @@ def unhurried() -> Iterator[None]:
     if dist.get_world_size() == 1:
         yield
         return
-    rank, whole = dist.get_rank(), cast(Any, dist.distributed_c10d)._get_default_store()
+    rank, whole = dist.get_rank(), default_store()
     # Each rank counts its blocks in the store, which belongs to this start alone, so that names are new.
     store = dist.PrefixStore(f"unhurried/{whole.add(f'unhurried/{rank}', 1)}", whole)
     over = threading.Event()

@@ -23,7 +23,7 @@ from trainer.assemble import (
     build_trainable,
     cluster_of,
     feature_rows,
-    plan_task,
+    plan_request,
     resolve_groups,
 )
 from trainer.checkpoint import save_load as checkpoint
@@ -63,7 +63,7 @@ class Start:
     manifest: LogManifest
     folder: RunFolder
     ranks: Ranks
-    found: checkpoint.Found
+    found: checkpoint.ResumePoint
     fingerprint: str
     groups: dict[str, TableGroup]
     train: SequenceLogReader
@@ -182,12 +182,12 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
             places = saved.world_size, saved.local_world_size
             cluster = replace(cluster, device=saved.device, world_size=places[0], local_world_size=places[1])
             say(f"{file} is for {places[0]} rank(s) on {saved.device}")
-        check_plan(saved, plan_task(config, start.manifest, built, cluster, size), str(file))
+        check_plan(saved, plan_request(config, start.manifest, built, cluster, size), str(file))
         return
 
     def problem() -> str:
         try:
-            offline_plan(plan_task(config, start.manifest, built, cluster, size))
+            offline_plan(plan_request(config, start.manifest, built, cluster, size))
         except DoesNotFit as found:
             if ranks.world_size > 1:
                 raise

@@ -105,7 +105,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
 def _conclude(
     trainer: Trainer,
     end: Position,
-    found: checkpoint.Found,
+    found: checkpoint.ResumePoint,
     manifest: LogManifest,
     say: Callable[[str], None],
 ) -> None:

@@ -20,7 +20,7 @@ from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.plan.bandwidths import of_device
 from embeddings.plan.file import SavedPlan, from_tree
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
-from embeddings.plan.request import Cluster, Task
+from embeddings.plan.request import Cluster, PlanRequest
 from trainer.config.model import BranchConfig, section_of
 from trainer.config.run_config import Config, build_groups
 from trainer.log.schema import FeatureInfo, LogManifest
@@ -179,34 +179,34 @@ def build_sharded(
     cluster = cluster_of(ranks)
     if size is not None:
         check_collision(config, size, cluster.world_size, cluster.memory)
-    task = plan_task(config, manifest, (model, groups), cluster, size)
+    request = plan_request(config, manifest, (model, groups), cluster, size)
     if training and config.plan.file:
-        plan, origin = read_plan(Path(config.plan.file), task), ""
+        plan, origin = read_plan(Path(config.plan.file), request), ""
     else:
-        plan, origin = _plan(config, task, former)
+        plan, origin = _plan(config, request, former)
     if training:
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
         origin = "\n".join(filter(None, (origin, line)))
-    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, task.comms)
+    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, request.comms)
     return Sharded(sharded, groups, placements(plan, groups.values()), plan, origin)
 
 
-def _plan(config: Config, task: Task, former: FormerPlan | None) -> tuple[SavedPlan, str]:
+def _plan(config: Config, request: PlanRequest, former: FormerPlan | None) -> tuple[SavedPlan, str]:
     """The checkpoint's plan or a new one, and a line that says which; empty without a checkpoint.
 
     On other memory, or after an upgrade of TorchRec, the planner may answer otherwise than it did; a run goes
     on bit for bit only where its tables lie as before.
     """
     if former is None:
-        return make_plan(task), ""
+        return make_plan(request), ""
     where = f"the plan of {former.checkpoint}"
     try:
         check_same_rules(former.settings, config, where)
-        plan = check_plan(from_tree(former.plan, where), task, where)
+        plan = check_plan(from_tree(former.plan, where), request, where)
     except ConfigError as problem:
         # Without its advice, which is followed here.
         reason, _, _ = str(problem).rpartition("; ")
-        return make_plan(task), f"{reason}; tables are placed anew"
+        return make_plan(request), f"{reason}; tables are placed anew"
     return plan, f"tables lie as in {where}"
 
 
@@ -257,22 +257,24 @@ def fit_caches(saved: SavedPlan, ahead: bool, model: TwoStageModel) -> tuple[Sav
     return replace(saved, plan=plan), f"train.pipeline: caches are {how}: {', '.join(changed)}"
 
 
-def plan_task(
+def plan_request(
     config: Config,
     manifest: LogManifest,
     built: tuple[nn.Module, Mapping[str, TableGroup]],
     cluster: Cluster,
     size: StepSize | None = None,
-) -> Task:
+) -> PlanRequest:
     """The planner's question for a model and its groups; without a step's size it looks at memory only."""
     model, groups = built
     if size is not None:
         _check_rounding(groups, cluster.device)
     cluster = replace(cluster, bandwidths=config.plan.bandwidths(cluster.bandwidths))
     place = config.model.lookup, cluster.device
-    asked = {} if size is None else lookups(config, groups, manifest, size, *place)
+    step_lookups = {} if size is None else lookups(config, groups, manifest, size, *place)
     comms = Comms(config.comms.forward, config.comms.backward)
-    return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked, comms, voice.say)
+    return PlanRequest(
+        model, tuple(groups.values()), cluster, config.plan.rules(), step_lookups, comms, voice.say
+    )
 
 
 def _check_rounding(groups: Mapping[str, TableGroup], device: str) -> None:

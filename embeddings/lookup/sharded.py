@@ -36,6 +36,7 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.compile import BagCollection, SequenceCollection, side_by_side, weight_name
 from embeddings.lookup.empty_shards import admit_empty_shards
 from embeddings.lookup.replicated import ReplicatedOptimizer
+from embeddings.private import fused_optimizer, lookups, mark_as_updated, set_fused_optimizer
 
 # Types whose bags are reduced over ranks.
 _REDUCED = {t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)}
@@ -129,12 +130,12 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
         self, module: BagCollection, strides: Strides, padded: bool, device: torch.device, **given: Any
     ) -> None:
         super().__init__(module=module, device=device, **given)
-        admit_empty_shards(self._lookups)
+        admit_empty_shards(lookups(self))
         plan = self.module_sharding_plan.values()
         reduced = any(table.sharding_type in _REDUCED for table in plan)
         self._pads = reduced and padded and given["env"].world_size > 1
         self._strides = strides
-        self._optim = _with_replicated(self, module.group)
+        _add_replicated(self, module.group)
 
     def create_context(self) -> _Context:
         return _Context()
@@ -163,9 +164,9 @@ class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
 
     def __init__(self, module: SequenceCollection, **given: Any) -> None:
         super().__init__(module=module, **given)
-        admit_empty_shards(self._lookups)
+        admit_empty_shards(lookups(self))
         self._group = module.group
-        self._optim = _with_replicated(self, module.group)
+        _add_replicated(self, module.group)
 
     def output_dist(self, ctx: Any, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
         return _SideBySide(super().output_dist(ctx, output), self._group)
@@ -174,8 +175,8 @@ class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
         return _SideBySide(super().compute_and_output_dist(ctx, input), self._group)
 
 
-def _with_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -> CombinedOptimizer:
-    """The module's fused optimizers and one for its data-parallel tables, if it has any."""
+def _add_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -> None:
+    """Give a module an optimizer for its data-parallel tables, if it has any, beside its fused ones."""
     replicated = {}
     for feature in group.features:
         table = module.module_sharding_plan[group.table_name(feature)]
@@ -183,11 +184,11 @@ def _with_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) 
             name = weight_name(group, feature)
             replicated[name] = module.get_parameter(name)
             # Marks it as taken care of, or it would be handed to the optimizer of the dense weights too.
-            replicated[name]._in_backward_optimizers = [EmptyFusedOptimizer()]
-    if not replicated:
-        return module._optim
-    optimizer = ReplicatedOptimizer(replicated, group.optimizer)
-    return CombinedOptimizer([*module._optim.optimizers, ("", optimizer)])
+            mark_as_updated(replicated[name], EmptyFusedOptimizer())
+    if replicated:
+        optimizers = fused_optimizer(module).optimizers
+        own = ReplicatedOptimizer(replicated, group.optimizer)
+        set_fused_optimizer(module, CombinedOptimizer([*optimizers, ("", own)]))
 
 
 class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]

@@ -18,8 +18,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
     CacheAlgorithm,
     MultiPassPrefetchConfig,
 )
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.types import (
     CacheParams,
     EmbeddingModuleShardingPlan,
@@ -29,6 +27,7 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import DataType
 
 from embeddings.errors import ConfigError
+from embeddings.private import EnumerableShardingSpec, ShardMetadata
 
 FORMAT: Final = "tandemrec.sharding-plan"
 VERSION: Final = 1

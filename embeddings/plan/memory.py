@@ -13,6 +13,7 @@ from torchrec.distributed.planner.types import Shard, ShardingOption, Storage, T
 
 from embeddings.plan.request import Cluster
 from embeddings.plan.tables import Table
+from embeddings.private import set_reserved_topology, topology_of
 
 # TorchRec's rule for dense weights: themselves, Adam's two moments, and gradients in DDP's buckets.
 _DENSE_COPIES = 6
@@ -41,7 +42,7 @@ class Reservation(FixedPercentageStorageReservation):  # type: ignore[misc]
                 device.storage.ddr = self.left(device.storage.ddr)
             else:
                 device.storage.hbm = self.left(device.storage.hbm)
-        self._last_reserved_topology = reserved
+        set_reserved_topology(self, reserved)
         return reserved
 
 
@@ -63,7 +64,7 @@ class StorageEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]
             table = self._tables[option.name]
             for shard in option.shards:
                 missing = table.optimizer(*shard.size) - counted_optimizer(table, shard.size)
-                in_hbm = self._topology.compute_device == "cuda" and "uvm" not in option.compute_kernel
+                in_hbm = topology_of(self).compute_device == "cuda" and "uvm" not in option.compute_kernel
                 shard.storage += Storage(hbm=missing, ddr=0) if in_hbm else Storage(hbm=0, ddr=missing)
 
 

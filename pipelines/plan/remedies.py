@@ -8,7 +8,7 @@ from dataclasses import replace
 from embeddings.errors import ConfigError
 from embeddings.plan.memory import Unplaced, gigabytes
 from embeddings.plan.planner import offline_plan
-from embeddings.plan.request import Cluster, Task
+from embeddings.plan.request import Cluster, PlanRequest
 from trainer.config.run_config import Config
 from trainer.config.tables import GroupConfig, PlanTableConfig
 
@@ -16,7 +16,7 @@ from trainer.config.tables import GroupConfig, PlanTableConfig
 _TRIES = 6
 _GIGABYTE = 10**9
 
-Build = Callable[[Config, Cluster], Task]
+Build = Callable[[Config, Cluster], PlanRequest]
 Attempt = tuple[str, Config, Cluster]
 
 

@@ -27,9 +27,10 @@ from embeddings.lookup.jagged import one_id_bags, select_bags, vectors_in_order
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from embeddings.lookup.sharded import UNASKED, Ways
-from embeddings.lookup.sharding import attach_optimizer, initialise_unsharded, shard
+from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.plan.planner import make_plan
-from embeddings.plan.request import Task
+from embeddings.plan.request import PlanRequest
+from tests.helpers.tables import initialise_unsharded
 from tests.programs.unique_indices import unique_indices_on_cpu
 from trainer.assemble import cluster_of
 from trainer.ranks.process_group import Ranks, process_group
@@ -187,7 +188,7 @@ def train_sharded(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]]
         collections[name] = make_collection(group, torch.device("meta"))
         attach_optimizer(collections[name], group.optimizer)
     model, groups = TwoLookups(collections), case.groups.values()
-    plan = make_plan(Task(model, tuple(groups), cluster_of(ranks))).plan
+    plan = make_plan(PlanRequest(model, tuple(groups), cluster_of(ranks))).plan
     planned = {table.sharding_type for module in plan.plan.values() for table in module.values()}
     assert planned == set(case.group.sharding)
     sharded = shard(model, case.groups, plan, ranks.device, SEED, case.comms, case.ways)

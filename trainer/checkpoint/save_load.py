@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,20 +20,19 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
+from embeddings.lookup.shards import local_shards, tensors_of
 from trainer.assemble import FormerPlan
 from trainer.checkpoint import files
 from trainer.checkpoint.files import Entries, newest, read_state, to_use, verify
 from trainer.checkpoint.writer import HashedWriter
 from trainer.sealed_folder import remove_folder
 
-__all__ = ["Found", "find", "load_tensors", "newest", "read_state", "save", "to_use", "verify"]
+__all__ = ["ResumePoint", "find", "load_tensors", "newest", "read_state", "save", "to_use", "verify"]
 
 Result = TypeVar("Result")
 
@@ -80,7 +79,7 @@ def save(
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """What is there to resume from.
 
     Attributes:
@@ -100,7 +99,7 @@ class Found:
         return FormerPlan(self.path.name, self.state["config"], self.state.get("plan"))
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path) -> ResumePoint:
     """Look for the newest good checkpoint; collective, each rank verifies its share of the files.
 
     Raises:
@@ -110,15 +109,15 @@ def find(folder: Path) -> Found:
     for path in from_rank_0(lambda: files.checkpoints(folder)):
         problem = _verify_together(path)
         if not problem:
-            return Found(path, from_rank_0(partial(read_state, path)), refused)
+            return ResumePoint(path, from_rank_0(partial(read_state, path)), refused)
         refused.append(problem)
     if refused:
         why = f"no checkpoint verifies; use another --out, or restore one ({'; '.join(refused)})"
         raise CheckpointError(folder, why)
-    return Found(None, {}, [])
+    return ResumePoint(None, {}, [])
 
 
-def find_to_use(folder: Path, which: str = "") -> Found:
+def find_to_use(folder: Path, which: str = "") -> ResumePoint:
     """Look for the checkpoint that a finished run is used by; collective.
 
     Args:
@@ -137,8 +136,8 @@ def find_to_use(folder: Path, which: str = "") -> Found:
     if problem and which:
         raise CheckpointError(wanted, f"cannot be used: {problem}")
     if problem:
-        return Found(found.path, found.state, [*found.refused, f"the best one: {problem}"])
-    return Found(wanted, from_rank_0(partial(read_state, wanted)), found.refused)
+        return ResumePoint(found.path, found.state, [*found.refused, f"the best one: {problem}"])
+    return ResumePoint(wanted, from_rank_0(partial(read_state, wanted)), found.refused)
 
 
 def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = True) -> None:
@@ -182,20 +181,9 @@ def _is_empty(item: WriteItem) -> bool:
 
 def _sizes(part: Path, tensors: Mapping[str, Any]) -> str:
     """What this rank wanted to write, and what room there was."""
-    wanted = sum(tensor.nbytes for tensor in _local(tensors)) / 1e6
+    wanted = sum(part.tensor.nbytes for whole in tensors_of(tensors) for part in local_shards(whole)) / 1e6
     free = shutil.disk_usage(part.parent).free / 1e6
     return f"writing {wanted:,.1f} MB with {free:,.1f} MB free"
-
-
-def _local(tree: Any) -> Iterator[Tensor]:
-    """The tensors of a state dict that lie on this rank."""
-    if isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _local(value)
-    elif isinstance(tree, ShardedTensor):
-        yield from (shard.tensor for shard in tree.local_shards())
-    elif isinstance(tree, Tensor):
-        yield tree
 
 
 def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str, Any]) -> None:

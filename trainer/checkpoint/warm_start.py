@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError, DataError, TandemError
 from embeddings.lookup.sharding import table_of
+from embeddings.lookup.shards import local_shards
+from embeddings.private import ShardedTensor
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.compatible import log_fingerprint
 from trainer.checkpoint.unsharded import PlainManifest, PlainTables, open_plain_tables, unshard
@@ -192,13 +193,9 @@ def _fill_dense(model: Mapping[str, Any], source: PlainTables, tables: set[str])
 
 
 def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor | None, rows: int) -> None:
-    if not isinstance(target, ShardedTensor):
-        _fill_part(target, source, row_map, (0, 0))
-        return
-    for local in target.local_shards():
-        row, *column = local.metadata.shard_offsets
+    for tensor, row, column in local_shards(target):
         # Accumulators of column shards lie one below the other, each as long as the table.
-        _fill_part(local.tensor, source, row_map, (row % rows, column[0] if column else 0))
+        _fill_part(tensor, source, row_map, (row % rows, column))
 
 
 def _fill_part(part: Tensor, source: Tensor, row_map: Tensor | None, place: tuple[int, int]) -> None:

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.errors import ConfigError, RankError
+from embeddings.private import set_timeout
 from trainer.ranks.allocator import keep_freed_memory
 from trainer.ranks.device import Machine, Told, Wanted, agree, choose, gpu_place, observe
 from trainer.ranks.heartbeat import GRACE_S, Heartbeat, abort_collectives, collectives_begun, leave_in_time
@@ -165,8 +166,7 @@ def _init(ranks: Ranks, store: dist.Store, timeout: datetime.timedelta) -> None:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device, **given)
     # Later than the heartbeat, which knows the lost rank.
-    nccl = cast(Any, dist.group.WORLD)._get_backend(device)
-    nccl._set_default_timeout(timeout + datetime.timedelta(seconds=_BACKSTOP_S))
+    set_timeout(device, timeout + datetime.timedelta(seconds=_BACKSTOP_S))
 
 
 def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float) -> Heartbeat:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embeddings.errors import SnapshotError
+from embeddings.private import compile_package
 from trainer.model.branch import Branch, Searched
 from trainer.model.frame import TwoStageModel
 from trainer.model.heads.mlp import Head
@@ -157,8 +158,7 @@ def _compiled(
     traced = torch.export.export(module, given, dynamic_shapes=tuple({0: candidates} for _ in given))
     file = folder / path
     file.parent.mkdir()
-    torch._inductor.aoti_compile_and_package(traced, package_path=str(file))
-    compiled = torch._inductor.aoti_load_package(str(file))
+    compiled = compile_package(traced, str(file))
     worst = max(
         float((compiled(*(part[:count] for part in given)) - expected[:count]).abs().max())
         for count in (1, len(expected))

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.sharding import table_of
+from embeddings.lookup.shards import local_shards
 from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
 from trainer.config.tables import TableConfig
@@ -94,7 +95,9 @@ class TouchedModel:
         state = sharded.state_dict()
         for name, weight in state.items():
             if name.startswith("collections."):
-                _fill(weight, found.rows[table_of(name)])
+                rows = found.rows[table_of(name)]
+                for part, row, column in local_shards(weight):
+                    part.copy_(rows[row : row + part.shape[0], column : column + part.shape[1]])
             else:
                 weight.copy_(dense[name])
         sharded.load_state_dict(state)
@@ -129,13 +132,3 @@ class TouchedModel:
             stride=kjt.stride(),
             length_per_key=kjt.length_per_key(),
         )
-
-
-def _fill(weight: Tensor, rows: Tensor) -> None:
-    """Put rows into a table sharded over one rank."""
-    if not hasattr(weight, "local_shards"):
-        weight.copy_(rows)
-        return
-    for local in weight.local_shards():
-        (row, column), (height, width) = local.metadata.shard_offsets, local.metadata.shard_sizes
-        local.tensor.copy_(rows[row : row + height, column : column + width])

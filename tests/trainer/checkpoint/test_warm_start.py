@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 
 from embeddings.errors import CheckpointError, DataError
-from embeddings.lookup.sharding import whole_tensor
 from pipelines.train import run as train_run
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import FEATURES, small_log
+from tests.helpers.tables import whole_tensor
 from tests.trainer.test_ranks import parameters
 from trainer.assemble import build_sharded
 from trainer.checkpoint.unsharded import open_plain_tables
