@@ -27,13 +27,12 @@ from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.device import Wanted
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_folder import RunFolder, versions
-from trainer.sealed_folder import file_digest
+from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.serving.vocabulary import checked_values
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_compiler, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
 from trainer.snapshot.manifest import (
-    MANIFEST,
     BaseVersion,
     InputFeature,
     SnapshotManifest,
@@ -130,20 +129,22 @@ def _open(run: Path, which: str = "") -> _Run:
     folder = RunFolder(run)
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
-    path, refused = checkpoint.to_use(folder.checkpoints, which)
-    for reason in refused:
+    found = checkpoint.find_to_use(folder.checkpoints, which)
+    path = found.path
+    assert path is not None
+    for reason in found.refused:
         print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
     groups, reader = resolve_groups(config, manifest), TableReader(path)
     for name, group in groups.items():
         for table in group.tables:
-            found = reader.shape(reader.table(name, group.table_name(table.feature)))
-            if found != (table.rows, table.dim):
-                problem = f"{table.feature} of group {name} is {list(found)}, its log and config say "
+            shape = reader.shape(reader.table(name, group.table_name(table.feature)))
+            if shape != (table.rows, table.dim):
+                problem = f"{table.feature} of group {name} is {list(shape)}, its log and config say "
                 raise CheckpointError(path, f"{problem}{[table.rows, table.dim]}")
     split = "validation" if manifest.holds("validation") else "train"
     if split == "train":
         print("this log has no validation requests: scores are compared on training ones", flush=True)
-    return _Run(config, manifest, groups, reader, int(checkpoint.read_state(path)["step"]), split)
+    return _Run(config, manifest, groups, reader, int(found.state["step"]), split)
 
 
 def _write(

@@ -25,7 +25,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,9 +38,9 @@ from trainer.checkpoint.save_load import load_tensors
 from trainer.config.toml import Settings
 from trainer.log.names import FileName, InnerPath, name_problem
 from trainer.log.schema import FeatureInfo
-from trainer.sealed_folder import file_digest, naming, scratch, sync
+from trainer.sealed_folder import MANIFEST, Seal, entry_of, naming, publish, scratch
 
-MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+SEAL = Seal(CheckpointError, "unshard again", names_file=True)
 _DTYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ALIGNMENT = 8
 
@@ -118,10 +118,7 @@ def unshard(path: Path, out: Path, features: Features) -> PlainManifest:
         with scratch(out.absolute().parent, out.name) as part:
             (part / "tables").mkdir()
             manifest = _write(path, part, features)
-            for folder in (part / "tables", part / "vocab", part):
-                sync(folder)
-            part.rename(out)
-            sync(out.absolute().parent)
+            publish(part, out.absolute())
     except OSError as error:
         raise CheckpointError(out, f"cannot be written: {error.strerror} ({error.filename})") from None
     return manifest
@@ -144,8 +141,6 @@ def _write(path: Path, part: Path, features: Features) -> PlainManifest:
     used = {name: features[name] for name in sorted({table.feature for table in tables.values()})}
     _copy_vocabularies(part / "vocab", used)
     files = sorted(p for p in part.rglob("*") if p.is_file())
-    for file in files:
-        sync(file)
     manifest = PlainManifest(
         step=state["step"],
         tables=tables,
@@ -153,14 +148,9 @@ def _write(path: Path, part: Path, features: Features) -> PlainManifest:
         vocabularies={name: info.vocabulary for name, (info, _) in used.items()},
         rows={name: info.rows for name, (info, _) in used.items()},
         config=state["config"],
-        files={
-            str(f.relative_to(part)): PlainFile(bytes=f.stat().st_size, sha256=file_digest(f)) for f in files
-        },
+        files={str(file.relative_to(part)): PlainFile(**entry_of(file)) for file in files},
     )
-    (part / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    (part / DIGEST).write_text(f"{file_digest(part / MANIFEST)}  {MANIFEST}\n", encoding="utf-8")
-    sync(part / MANIFEST)
-    sync(part / DIGEST)
+    SEAL.write(part, manifest.model_dump_json(indent=1))
     return manifest
 
 
@@ -245,12 +235,10 @@ def open_plain_tables(path: Path, check: bool = True) -> PlainTables:
     if not (path / MANIFEST).is_file():
         raise CheckpointError(path, f"holds no {MANIFEST}, so it is no folder that `unshard` wrote")
     try:
-        if (path / DIGEST).read_text(encoding="utf-8").split()[:1] != [file_digest(path / MANIFEST)]:
-            raise CheckpointError(path / MANIFEST, f"does not match {path / DIGEST}; unshard again")
-        manifest = PlainManifest.model_validate_json((path / MANIFEST).read_bytes())
-    except (OSError, ValueError, ValidationError) as error:
+        manifest = PlainManifest.model_validate_json(SEAL.read(path))
+    except ValueError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(path / MANIFEST, f"unreadable: {reason}; unshard again") from None
     for name, entry in manifest.files.items() if check else ():
-        checkpoint_files.check_file(path / name, entry.model_dump())
+        SEAL.check(path / name, entry.bytes, entry.sha256)
     return PlainTables(path, manifest)

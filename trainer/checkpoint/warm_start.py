@@ -26,8 +26,8 @@ from embeddings.errors import CheckpointError, DataError, TandemError
 from embeddings.lookup.sharding import table_of
 from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
-from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.compatible import log_fingerprint
+from trainer.checkpoint.save_load import find_to_use
 from trainer.checkpoint.unsharded import PlainManifest, PlainTables, open_plain_tables, unshard
 from trainer.data.row_group import PARQUET_ERRORS
 from trainer.log.schema import FeatureInfo, LogManifest, read_manifest
@@ -64,14 +64,16 @@ def unshard_run(run: Path, out: Path) -> PlainManifest:
     """
     folder = RunFolder(run)
     config = folder.read_config()
-    path, _ = checkpoint_files.usable(folder.checkpoints)
+    found = find_to_use(folder.checkpoints, "newest", alone=True)
+    assert found.path is not None
     manifest = read_manifest(config.data.log)
-    if log_fingerprint(manifest) != checkpoint_files.read_state(path)["log"]:
+    if log_fingerprint(manifest) != found.state["log"]:
         raise CheckpointError(
-            path, f"was trained on another log than {config.data.log} is by now, so its rows have no names"
+            found.path,
+            f"was trained on another log than {config.data.log} is by now, so its rows have no names",
         )
     known = vocabularies(manifest, config.data.log / "vocab")
-    return unshard(path, out, {name: (entry.info, entry.file) for name, entry in known.items()})
+    return unshard(found.path, out, {name: (entry.info, entry.file) for name, entry in known.items()})
 
 
 @contextmanager
@@ -154,7 +156,7 @@ def check_source(model: nn.Module, path: Path) -> None:
         CheckpointError: what is there is damaged, or does not fit; of a run, it has nothing to start with.
     """
     if (path / "checkpoints").is_dir():
-        checkpoint_files.usable(path / "checkpoints")
+        find_to_use(path / "checkpoints", "newest", alone=True)
         return
     source, weights = open_plain_tables(path), model.state_dict()
     _check_tables(weights, source)

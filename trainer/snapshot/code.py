@@ -16,7 +16,7 @@ from trainer.model.heads.mlp import Head
 from trainer.model.retrieve.score import Attended
 from trainer.model.time import Marks
 from trainer.model.windows import Kept, Windows
-from trainer.sealed_folder import file_digest
+from trainer.sealed_folder import entry_of
 from trainer.snapshot.loading import Snapshot
 from trainer.snapshot.manifest import CodeFile
 
@@ -165,4 +165,4 @@ def _compiled(
     )
     if not worst <= _ALLOWED_DIFFERENCE:
         raise SnapshotError(file, f"the compiled model differs by {worst:.3g}")
-    return CodeFile(path=path, bytes=file.stat().st_size, sha256=file_digest(file), describes=describes)
+    return CodeFile(path=path, **entry_of(file), describes=describes)

@@ -19,12 +19,10 @@ from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
 from trainer.log.schema import FeatureInfo
 from trainer.model.frame import Prediction, TwoStageModel
-from trainer.sealed_folder import file_digest
+from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot.manifest import (
     DENSE,
-    DIGEST,
     LATEST,
-    MANIFEST,
     OWN,
     RECORDED,
     VERSION_NAME,
@@ -217,18 +215,10 @@ def read_chain(path: Path) -> Chain:
         if below.is_symlink() or not (below / MANIFEST).is_file():
             raise SnapshotError(path, f"is a delta, and its base {below.name} is not beside it")
         manifest = read_manifest(below)
-        # The digest beside a manifest has just been found to be its own.
-        if _digest_beside(below) != base.sha256 or manifest.number != base.number:
+        if file_digest(below / MANIFEST) != base.sha256 or manifest.number != base.number:
             raise SnapshotError(path, f"is a delta against another {below.name} than the one beside it")
         versions.append((below, manifest))
     return Chain(tuple(versions))
-
-
-def _digest_beside(path: Path) -> str:
-    try:
-        return (path / DIGEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SnapshotError(path / DIGEST, f"unreadable: {error}") from None
 
 
 def load_snapshot(path: Path) -> Snapshot:

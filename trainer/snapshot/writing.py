@@ -24,6 +24,7 @@ from trainer.snapshot.manifest import (
     DENSE,
     OWN,
     RECORDED,
+    SEAL,
     SearchPart,
     SearchTable,
     SnapshotManifest,
@@ -32,7 +33,7 @@ from trainer.snapshot.manifest import (
     search_stem,
     table_stem,
 )
-from trainer.snapshot.publishing import describe_again, describe_files, write_manifest
+from trainer.snapshot.publishing import describe
 from trainer.snapshot.rows import RowSource, write_changes, write_rows
 from trainer.snapshot.search import Part, search_parts
 
@@ -152,14 +153,17 @@ def finished(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, trai
     """
     part = draft.folder
     draft.write_recorded(batch, trained, own=trained.clone())
-    manifest = manifest.model_copy(update={"files": describe_files(part)})
-    write_manifest(part, manifest)
+    listed = (describe(part, file) for file in sorted(part.rglob("*.safetensors")))
+    files = {entry.path: entry for entry in listed}
+    manifest = manifest.model_copy(update={"files": tuple(files.values())})
+    SEAL.write(part, manifest.model_dump_json(indent=1))
     snapshot = load_snapshot(part)
     # Written from memory again: the loaded batch is mapped from the file that this replaces.
     recorded = Recorded(batch, trained, own=snapshot.score(snapshot.recorded.batch))
     draft.write_recorded(*recorded)
-    manifest = manifest.model_copy(update={"files": describe_again(part, manifest.files, RECORDED)})
-    write_manifest(part, manifest)
+    files[RECORDED] = describe(part, part / RECORDED)
+    manifest = manifest.model_copy(update={"files": tuple(files.values())})
+    SEAL.write(part, manifest.model_dump_json(indent=1))
     return replace(snapshot, manifest=manifest, recorded=recorded)
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from embeddings.errors import ConfigError
+from tests.helpers.checkpoints import newest
 from tests.helpers.launching import ROOT, SETTINGS, losses, overrides, tandemrec, train
 from tests.helpers.logs import small_log
 from trainer.assemble import check_same_rules
 from trainer.checkpoint.compatible import changed_settings, check_resumable
-from trainer.checkpoint.files import newest, read_state
+from trainer.checkpoint.files import read_state
 from trainer.config.run_config import Config, load_config
 
 DARE = Path(__file__).parents[3] / "configs" / "dare.toml"
