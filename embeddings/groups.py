@@ -7,7 +7,6 @@ role (attention or representation, target or behavior) is the model's business, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -110,22 +109,3 @@ class TableGroup:
             return vector_BD
         fused: Tensor = vector_BD.unflatten(1, (len(self.tables), -1)).sum(1)
         return fused
-
-
-def table_group(
-    name: str,
-    features: Sequence[str],
-    dims: Mapping[str, int],
-    rows: Mapping[str, int],
-    optimizer: FusedOptimizer,
-    first: FirstWeights,
-    sharding: Sequence[str],
-    kind: str = "bag",
-    dtype: str = "fp32",
-    fusion: Literal["concat", "sum"] = "concat",
-    stochastic_rounding: bool | None = None,
-) -> TableGroup:
-    """Build a group from per-feature widths and row counts."""
-    tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
-    kinds = (tuple(sharding), kind, dtype, fusion, stochastic_rounding)
-    return TableGroup(name, tables, optimizer, first, *kinds)

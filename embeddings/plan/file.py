@@ -18,7 +18,16 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
     CacheAlgorithm,
     MultiPassPrefetchConfig,
 )
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import (
+    AliasChoices,
+    AliasPath,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 from torchrec.distributed.types import (
     CacheParams,
     EmbeddingModuleShardingPlan,
@@ -43,6 +52,11 @@ def _by_name(kind: Any) -> Any:
     return Annotated[kind | None, BeforeValidator(member), form]
 
 
+def _called(name: str, *path: str) -> Any:
+    """A field that JSON and TorchRec call otherwise; `path`: of attributes in TorchRec's object."""
+    return Field(validation_alias=AliasChoices(name, AliasPath(*path)))
+
+
 class _Form(BaseModel):
     """A part of the JSON tree. A key that is unknown here would be dropped, so it is refused."""
 
@@ -50,41 +64,39 @@ class _Form(BaseModel):
 
 
 class _Passes(_Form):
-    """The fields of FBGEMM's `MultiPassPrefetchConfig`."""
-
     num_passes: int
     min_splitable_pass_size: int
 
 
 class _Cache(_Form):
-    """The fields of `CacheParams`; `multipass` is missing in files of earlier versions."""
+    """`CacheParams`; `multipass` is missing in files of earlier versions."""
 
     load_factor: float | None
     reserved_memory: float | None
     prefetch_pipeline: bool | None
     algorithm: _by_name(CacheAlgorithm)  # type: ignore[valid-type]
     precision: _by_name(DataType)  # type: ignore[valid-type]
-    multipass: _Passes | None = None
+    multipass: Annotated[_Passes | None, _called("multipass", "multipass_prefetch_config")] = None
 
 
 class _Shard(_Form):
-    offsets: list[int]
-    sizes: list[int]
-    placement: str
+    offsets: Annotated[list[int], _called("offsets", "shard_offsets")]
+    sizes: Annotated[list[int], _called("sizes", "shard_sizes")]
+    placement: Annotated[str, BeforeValidator(str)]
 
 
 class _Table(_Form):
-    """The fields of `ParameterSharding`."""
+    """`ParameterSharding`."""
 
     sharding_type: str
     compute_kernel: str
     ranks: list[int] | None
     enforce_hbm: bool | None
     stochastic_rounding: bool | None
-    bounds_check: _by_name(BoundsCheckMode)  # type: ignore[valid-type]
-    output: _by_name(DataType)  # type: ignore[valid-type]
-    cache: _Cache | None
-    shards: list[_Shard] | None
+    bounds_check: Annotated[_by_name(BoundsCheckMode), _called("bounds_check", "bounds_check_mode")]  # type: ignore[valid-type]
+    output: Annotated[_by_name(DataType), _called("output", "output_dtype")]  # type: ignore[valid-type]
+    cache: Annotated[_Cache | None, _called("cache", "cache_params")]
+    shards: Annotated[list[_Shard] | None, _called("shards", "sharding_spec", "shards")] = None
 
 
 class _Plan(_Form):
@@ -120,18 +132,15 @@ def to_tree(saved: SavedPlan) -> dict[str, Any]:
     Raises:
         ConfigError: it has parts that have no JSON form here (key-value tables, cache statistics).
     """
-    modules = {
-        module: {table: _table(table, sharding) for table, sharding in tables.items()}
-        for module, tables in saved.plan.plan.items()
-    }
-    places = saved.device, saved.world_size, saved.local_world_size
-    device, world_size, local = places
     plan = _Plan(
-        device=device,
-        world_size=world_size,
-        local_world_size=local,
+        device=saved.device,
+        world_size=saved.world_size,
+        local_world_size=saved.local_world_size,
         tables=dict(saved.tables),
-        modules=modules,
+        modules={
+            module: {table: _table(table, sharding) for table, sharding in tables.items()}
+            for module, tables in saved.plan.plan.items()
+        },
     )
     return plan.model_dump(mode="json")
 
@@ -237,27 +246,26 @@ def _table(table: str, sharding: ParameterSharding) -> _Table:
         raise ConfigError(f"table {table}: cache statistics have no JSON form")
     if spec is not None and not isinstance(spec, EnumerableShardingSpec):
         raise ConfigError(f"table {table}: a {type(spec).__name__} has no JSON form")
-    shards = spec and [
-        {"offsets": s.shard_offsets, "sizes": s.shard_sizes, "placement": str(s.placement)}
-        for s in spec.shards
-    ]
-    tree = {**vars(sharding), "bounds_check": sharding.bounds_check_mode, "output": sharding.output_dtype}
-    kept = {**vars(cache), "multipass": cache.multipass_prefetch_config} if cache else None
-    tree |= {"shards": shards, "cache": kept and {name: kept[name] for name in _Cache.model_fields}}
-    return _Table.model_validate({name: tree[name] for name in _Table.model_fields})
+    return _Table.model_validate(sharding)
 
 
 def _sharding(table: _Table) -> ParameterSharding:
-    given = {name: getattr(table, name) for name in _Table.model_fields}
-    shards, cache = given.pop("shards"), given.pop("cache")
-    if cache is not None:
-        own = {name: getattr(cache, name) for name in _Cache.model_fields}
-        passes = own.pop("multipass")
-        multipass = passes and MultiPassPrefetchConfig(**passes.model_dump())
-        cache = CacheParams(**own, multipass_prefetch_config=multipass)
-    if shards is not None:
-        shards = EnumerableShardingSpec([ShardMetadata(s.offsets, s.sizes, s.placement) for s in shards])
-    bounds_check, output = given.pop("bounds_check"), given.pop("output")
+    spec = cache = None
+    if table.shards is not None:
+        spec = EnumerableShardingSpec([ShardMetadata(s.offsets, s.sizes, s.placement) for s in table.shards])
+    if table.cache is not None:
+        values = {name: getattr(table.cache, name) for name in _Cache.model_fields}
+        passes = values.pop("multipass")
+        several = passes and MultiPassPrefetchConfig(**passes.model_dump())
+        cache = CacheParams(**values, multipass_prefetch_config=several)
     return ParameterSharding(
-        **given, bounds_check_mode=bounds_check, output_dtype=output, cache_params=cache, sharding_spec=shards
+        table.sharding_type,
+        table.compute_kernel,
+        table.ranks,
+        spec,
+        cache,
+        table.enforce_hbm,
+        table.stochastic_rounding,
+        table.bounds_check,
+        table.output,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
@@ -98,14 +98,7 @@ class RankMemory:
         return self.weights + self.optimizer + self.buffers
 
     def __add__(self, other: RankMemory) -> RankMemory:
-        return RankMemory(
-            self.weights + other.weights,
-            self.optimizer + other.optimizer,
-            self.buffers + other.buffers,
-            self.host + other.host,
-            self.host_weights + other.host_weights,
-            self.host_optimizer + other.host_optimizer,
-        )
+        return RankMemory(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def memory_of_ranks(

@@ -13,7 +13,7 @@ from embeddings.plan.memory import RankMemory, Unplaced, gigabytes, memory_of_ra
 from embeddings.plan.planner import PlanEstimate
 from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.tables import column_shards
-from embeddings.plan.traffic import Lookup, ShardedTable, Traffic, traffic
+from embeddings.plan.traffic import Lookup, Traffic, traffic
 from embeddings.private import critical_path
 from pipelines.console import table_lines
 from trainer.step_size import StepSize
@@ -51,9 +51,18 @@ class Report:
         """Bytes that a table's lookups send in one step."""
         table, cluster = self.estimate.tables[option.name], self.cluster
         shards = column_shards(option.sharding_type, len(option.shards), cluster.local_world_size)
-        sharded = ShardedTable(option.sharding_type, shards, table.rows, table.dim)
+        shape = table.rows, table.dim
         lookups, wire = self.lookups[lookup][option.name], self.request.comms.wire
-        return traffic(sharded, lookups, cluster.world_size, cluster.local_world_size, pooled, wire)
+        return traffic(
+            shape,
+            option.sharding_type,
+            shards,
+            lookups,
+            cluster.world_size,
+            cluster.local_world_size,
+            pooled,
+            wire,
+        )
 
 
 def report_lines(report: Report) -> list[str]:

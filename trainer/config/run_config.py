@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import FusedOptimizer, TableGroup, table_group
+from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from trainer.config.model import BranchConfig, ModelConfig, section_of
 from trainer.config.sections import (
     CheckpointConfig,
@@ -145,8 +145,9 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> Tabl
         raise ConfigError(problem)
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
+    tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
     kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
-    return table_group(name, features, dims, rows, optimizer, first, *kinds)
+    return TableGroup(name, tables, optimizer, first, *kinds)
 
 
 def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> None:
