@@ -7,42 +7,35 @@
     DIR/dense.safetensors         every other weight, by its name in the model
     DIR/vocab/<feature>.parquet   what the rows stand for, where the log says
 
-A table goes from the checkpoint's shards straight into its memory-mapped file, so that what must fit in
-memory is the largest shard, not the table.
+A table goes from the checkpoint's shards into its file shard by shard, so that what must fit in memory is
+the largest shard, not the table; of a table that is cut into columns, those shards that hold the same rows.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from embeddings.errors import CheckpointError
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint import files as checkpoint_files
-from trainer.checkpoint.save_load import load_tensors
+from trainer.checkpoint.tensor_stream import TensorStream
+from trainer.checkpoint.tensors import TableReader
 from trainer.config.toml import Settings
 from trainer.log.names import FileName, InnerPath, name_problem
 from trainer.log.schema import FeatureInfo
-from trainer.sealed_folder import MANIFEST, Seal, entry_of, naming, publish, scratch
+from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, scratch
 
 SEAL = Seal(CheckpointError, "unshard again", names_file=True)
-_DTYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_ALIGNMENT = 8
 
 
 class PlainTable(Settings):
@@ -90,14 +83,6 @@ class PlainTables:
         return load_file(self.path / "dense.safetensors")
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """Tensors of a checkpoint that make one table: names and shapes."""
-
-    weight: str
-    accumulator: str
-
-
 # Feature of a log -> what it says of it, and the file of its values.
 Features = Mapping[str, tuple[FeatureInfo, Path]]
 
@@ -125,18 +110,11 @@ def unshard(path: Path, out: Path, features: Features) -> PlainManifest:
 
 
 def _write(path: Path, part: Path, features: Features) -> PlainManifest:
-    state = checkpoint_files.read_state(path)
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    sizes = {name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
-    tables: dict[str, PlainTable] = {}
-    for name, tensors in _tables(path, sizes).items():
-        tables[name] = _write_table(path, part / "tables" / f"{name}.safetensors", name, tensors, sizes)
-    dense = {
-        name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in sizes.items()
-        if name.startswith("model.") and table_of(name) not in tables
-    }
-    load_tensors(path, {f"model.{name}": tensor for name, tensor in dense.items()}, distributed=False)
+    state, reader = checkpoint_files.read_state(path), TableReader(path)
+    tables = {}
+    for name, weight in _tables(path, reader).items():
+        tables[name] = _write_table(reader, part / "tables" / f"{name}.safetensors", name, weight)
+    dense = {name: reader.whole(name) for name in reader.names() if table_of(name) not in tables}
     save_file(dense, part / "dense.safetensors")
     used = {name: features[name] for name in sorted({table.feature for table in tables.values()})}
     _copy_vocabularies(part / "vocab", used)
@@ -154,69 +132,36 @@ def _write(path: Path, part: Path, features: Features) -> PlainManifest:
     return manifest
 
 
-def _tables(path: Path, sizes: Mapping[str, TensorStorageMetadata]) -> dict[str, _Saved]:
-    """Tables of a checkpoint: those weights that a collection holds."""
-    found = {}
-    for name in sizes:
-        table = table_of(name)
-        if not name.startswith("model.") or "__" not in table:
-            continue
+def _tables(path: Path, reader: TableReader) -> dict[str, str]:
+    """Table -> the name of its weights: those that a collection holds."""
+    weights = {table_of(name): name for name in reader.names() if "__" in table_of(name)}
+    for table in weights:
         if problem := name_problem(table):
             raise CheckpointError(path, f"the name of the table {table!r} {problem}")
-        # Only the first accumulator is the optimizers' own; FBGEMM's others are counters.
-        state = f"optim.state.fused.{name.removeprefix('model.')}.{table}.momentum1"
-        found[table] = _Saved(name, state if state in sizes else "")
-    return found
+    return weights
 
 
-def _write_table(
-    path: Path, file: Path, name: str, tensors: _Saved, sizes: Mapping[str, TensorStorageMetadata]
-) -> PlainTable:
+def _write_table(reader: TableReader, file: Path, name: str, weight: str) -> PlainTable:
     group, feature = name.split("__", 1)
-    rows, dim = sizes[tensors.weight].size
-    layout = {"weight": (tuple(sizes[tensors.weight].size), sizes[tensors.weight].properties.dtype)}
-    accumulator: Tensor | None = None
+    rows, dim = reader.shape(weight)
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (reader.dtype(weight), (dim,))}
+    # Only the first accumulator is the optimizers' own; FBGEMM's others are counters.
+    accumulator = f"optim.state.fused.{weight}.{name}.momentum1"
     kind: Literal["", "row", "weight"] = ""
-    if tensors.accumulator:
-        entry = sizes[tensors.accumulator]
-        kind = "weight" if len(entry.size) == 2 else "row"
-        layout["accumulator"] = ((rows, dim) if kind == "weight" else (rows,), entry.properties.dtype)
-        if kind == "row" and entry.size[0] != rows:
-            accumulator = torch.empty(entry.size, dtype=entry.properties.dtype)
-    mapped = _mapped_file(file, layout)
-    wanted = {tensors.weight: mapped["weight"]}
-    if tensors.accumulator:
-        wanted[tensors.accumulator] = mapped["accumulator"] if accumulator is None else accumulator
-    load_tensors(path, wanted, distributed=False)
-    if accumulator is not None:
-        # One accumulator a row and column shard, each the mean over its columns: together their mean.
-        mapped["accumulator"].copy_(accumulator.view(-1, rows).mean(0))
+    if accumulator in reader:
+        size = reader.shape(accumulator)
+        kind = "weight" if len(size) == 2 else "row"
+        layout["accumulator"] = reader.dtype(accumulator), size[1:]
+    with TensorStream(file, layout, rows, alignment=8) as stream:
+        for _, band in reader.bands(weight):
+            stream.append("weight", band)
+        if kind == "row" and size[0] != rows:
+            # One accumulator a row and column shard, each the mean over its columns: together their mean.
+            stream.append("accumulator", reader.whole(accumulator).view(-1, rows).mean(0))
+        elif kind:
+            for _, band in reader.bands(accumulator):
+                stream.append("accumulator", band)
     return PlainTable(feature=feature, group=group, rows=rows, dim=dim, accumulator=kind)
-
-
-def _mapped_file(file: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
-    """A safetensors file of empty tensors that is filled by writing to them."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, (shape, dtype) in layout.items():
-        size = int(np.prod(shape)) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    start = 8 + len(text)
-    with naming(file), file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.flush()
-        # Room is taken now: to write to a mapped file on a full disk would kill the process.
-        os.posix_fallocate(stream.fileno(), 0, start + end)
-    content = torch.from_file(str(file), shared=True, size=start + end, dtype=torch.uint8)
-    return {
-        name: content[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
-        .view(layout[name][1])
-        .view(layout[name][0])
-        for name, entry in header.items()
-    }
 
 
 def _copy_vocabularies(out: Path, used: Features) -> None:
