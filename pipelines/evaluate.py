@@ -15,12 +15,12 @@ from trainer.quality.baselines import Baselines, baselines, by_baseline, counted
 from trainer.quality.evaluate import score_split, shared_metrics
 from trainer.quality.metrics import Metrics, entry_of
 from trainer.quality.scored import Scored
-from trainer.ranks.device import Wanted
+from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import RunFolder
 
 
-def evaluate(run: Path, split: str, which: str = "", device: Wanted | None = None) -> Mapping[str, Any]:
+def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None = None) -> Mapping[str, Any]:
     """Measure a run on every request of `split`; prints tables, extends summary.json, keeps the scores.
 
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.

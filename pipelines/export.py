@@ -24,7 +24,7 @@ from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.ranks.device import Wanted
+from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_folder import RunFolder, versions
 from trainer.sealed_folder import MANIFEST, file_digest
@@ -38,7 +38,7 @@ from trainer.snapshot.manifest import (
     SnapshotManifest,
     VocabularyFile,
 )
-from trainer.snapshot.partial_model import TouchedModel, touched
+from trainer.snapshot.partial_model import PartialModel, rows_of_requests
 from trainer.snapshot.publishing import drafting, open_base, publish
 from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
 from trainer.snapshot.writing import Draft, Source, finished, group_dtypes
@@ -86,7 +86,7 @@ def export(
     aoti: bool = False,
     vocabularies: bool | None = None,
     which: str = "",
-    device: Wanted | None = None,
+    device: DeviceName | None = None,
 ) -> Path:
     """Publish a checkpoint of `run` as the next version under `out`, once its scores are checked.
 
@@ -162,13 +162,13 @@ def _write(
     parity_requests, vocabularies = wanted
     with closing(run.requests(_RECORDED_CANDIDATES).steps()) as steps:
         recorded = next(steps).batch
-    found = touched(_touching(recorded, run, parity_requests), run.groups, run.config)
+    found = rows_of_requests(_batches(recorded, run, parity_requests), run.groups, run.config)
     tables = {g.table_name(t.feature): t.feature for g in run.groups.values() for t in g.tables}
     draft = Draft(part, run.source, dtypes, base, partial(found.watch, tables))
     dense = run.source.dense()
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
-    trainer = TouchedModel(run.config, run.manifest, ranks, dense, found)
+    trainer = PartialModel(run.config, run.manifest, ranks, dense, found)
     bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
     inputs = inputs_of(run.manifest, recorded)
     digests = _vocabularies(run, inputs)
@@ -200,7 +200,7 @@ def _named(base: Chain) -> BaseVersion:
 
 
 def _check(
-    snapshot: Snapshot, trainer: TouchedModel, run: _Run, ranks: Ranks, parity_requests: int
+    snapshot: Snapshot, trainer: PartialModel, run: _Run, ranks: Ranks, parity_requests: int
 ) -> Parity:
     """Compare what was written with the trainer.
 
@@ -219,7 +219,7 @@ def _check(
     return parity
 
 
-def _touching(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[RequestBatch]:
+def _batches(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[RequestBatch]:
     """The recorded batch and those of the first `limit` requests, as `compare` will read them."""
     yield recorded
     seen = 0

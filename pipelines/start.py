@@ -28,7 +28,7 @@ from trainer.assemble import (
 )
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
-from trainer.checkpoint.warm_start import check_source, fill, opened
+from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader, Step
@@ -90,7 +90,7 @@ class Start:
             return
         path, carry = Path(self.config.train.init_from), self.config.train.init_optimizer == "carry"
         log = self.config.data.log
-        with opened(path, scratch) as source:
+        with open_source(path, scratch) as source:
             lines: list[str] = []
 
             def filled(tensors: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ _REDUCED = {t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE
 
 
 @dataclass(frozen=True)
-class Ways:
+class Exchange:
     """How what ranks send each other is made up. None: whatever suits the device.
 
     Attributes:
@@ -59,7 +59,7 @@ class Ways:
     padded: bool | None = None
 
 
-UNASKED = Ways()
+DEFAULT_EXCHANGE = Exchange()
 
 
 class Strides:
@@ -194,9 +194,9 @@ def _add_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -
 class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     """Shards `BagCollection`; offers row-wise types on CPU too, which TorchRec's own keeps for CUDA."""
 
-    def __init__(self, codecs: Any = None, ways: Ways = UNASKED) -> None:
+    def __init__(self, codecs: Any = None, exchange: Exchange = DEFAULT_EXCHANGE) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
-        self._strides, self._padded = Strides(), ways.padded
+        self._strides, self._padded = Strides(), exchange.padded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         offered: list[str] = super().sharding_types("cuda")
@@ -239,9 +239,9 @@ class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
         each: every gradient must travel by itself, so that rows are asked for once only where that is said.
     """
 
-    def __init__(self, codecs: Any = None, ways: Ways = UNASKED, each: bool = False) -> None:
+    def __init__(self, codecs: Any = None, exchange: Exchange = DEFAULT_EXCHANGE, each: bool = False) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
-        self._distinct, self._each = ways.distinct, each
+        self._distinct, self._each = exchange.distinct, each
 
     def distinct(self, group: TableGroup, device: torch.device, ranks: int) -> bool:
         """Whether rows are asked for once; FBGEMM's `max_gradient` would bound sums instead of each."""

@@ -15,16 +15,18 @@ from torchrec.optim import RowWiseAdagrad
 from embeddings.first_rows import initial_rows_, table_seed
 from embeddings.groups import FusedOptimizer, TableGroup
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms, codecs_of
-from embeddings.lookup.sharded import UNASKED, BagSharder, SequenceSharder, Ways
+from embeddings.lookup.sharded import DEFAULT_EXCHANGE, BagSharder, Exchange, SequenceSharder
 from embeddings.lookup.shards import local_shards
 from embeddings.private import update_in_backward
 
 
-def sharders(comms: Comms = AS_THEY_ARE, ways: Ways = UNASKED) -> list[ModuleSharder[nn.Module]]:
+def sharders(
+    comms: Comms = AS_THEY_ARE, exchange: Exchange = DEFAULT_EXCHANGE
+) -> list[ModuleSharder[nn.Module]]:
     """The sharders of the collections that groups compile to."""
     codecs = codecs_of(comms)
     # The scale of gradients in fp16 is fitted to each of them, not to their sums.
-    return [BagSharder(codecs, ways), SequenceSharder(codecs, ways, each=comms.backward == "fp16")]
+    return [BagSharder(codecs, exchange), SequenceSharder(codecs, exchange, each=comms.backward == "fp16")]
 
 
 def attach_optimizer(collection: nn.Module, optimizer: FusedOptimizer) -> None:
@@ -48,7 +50,7 @@ def shard(
     device: torch.device,
     seed: int,
     comms: Comms = AS_THEY_ARE,
-    ways: Ways = UNASKED,
+    exchange: Exchange = DEFAULT_EXCHANGE,
 ) -> DistributedModelParallel:
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
 
@@ -56,7 +58,7 @@ def shard(
     keeps `comms`, so that a step can fit the scale to its gradients.
     """
     sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=sharders(comms, ways), init_parameters=True
+        model, device=device, plan=plan, sharders=sharders(comms, exchange), init_parameters=True
     )
     if device.type == "cpu" and dist.get_world_size() > 2:
         for module in sharded.modules():

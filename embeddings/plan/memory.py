@@ -126,7 +126,7 @@ def memory_of(storage: Storage, device: str) -> int:
 
 
 @dataclass(frozen=True)
-class Unplaced:
+class TableNeed:
     """What a table needs at least, over all its allowed ways.
 
     Attributes:
@@ -145,7 +145,7 @@ class Unplaced:
 
 def shortfall(
     options: Sequence[ShardingOption], usable: int, cluster: Cluster, certain: bool
-) -> tuple[str, list[Unplaced]]:
+) -> tuple[str, list[TableNeed]]:
     """Why no plan fits -> (one line with the bytes missing, each table's need, largest first).
 
     The line is empty where shards and sums fit and only `certain` reasons are asked for: whether they also
@@ -183,7 +183,7 @@ def shortfall(
     return f"{problem}; {mending}", parts
 
 
-def _needs(options: Iterable[ShardingOption], device: str, usable: int, host: int) -> list[Unplaced]:
+def _needs(options: Iterable[ShardingOption], device: str, usable: int, host: int) -> list[TableNeed]:
     ways: dict[str, list[tuple[int, int, int, str]]] = {}
     for option in options:
         sizes, missing = [], 0
@@ -196,7 +196,7 @@ def _needs(options: Iterable[ShardingOption], device: str, usable: int, host: in
     parts = []
     for table, found in ways.items():
         missing, shard, _, sharding = min(found)
-        parts.append(Unplaced(table, min(total for *_, total, _ in found), shard, sharding, missing))
+        parts.append(TableNeed(table, min(total for *_, total, _ in found), shard, sharding, missing))
     return sorted(parts, key=lambda part: -part.total)
 
 

@@ -29,7 +29,7 @@ from embeddings.lookup.sharding import sharders
 from embeddings.plan.bandwidths import TORCHREC
 from embeddings.plan.constraints import check_rules, constraints_of
 from embeddings.plan.file import SavedPlan, check_fits, from_tree, read_plan_file, to_tree
-from embeddings.plan.memory import Reservation, Unplaced, shortfall
+from embeddings.plan.memory import Reservation, TableNeed, shortfall
 from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.search import ChosenOptions, Enumerator, Partitioner, fewer_ways
 from embeddings.plan.tables import Table, dense_bytes, tables_of
@@ -55,7 +55,7 @@ class PlanEstimate:
 class DoesNotFit(ConfigError):
     """No plan fits; `parts` say of each table what it needs."""
 
-    def __init__(self, message: str, parts: list[Unplaced]) -> None:
+    def __init__(self, message: str, parts: list[TableNeed]) -> None:
         super().__init__(message)
         self.parts = parts
 

@@ -26,7 +26,7 @@ the sharding: (W-1)/W I D f (`SequenceEmbeddingsAllToAll`). It offers neither `t
 many bytes as the vectors. `data_parallel` sends neither ids nor vectors, but all-reduces the gradient of
 the whole table: 2 (W-1) R D 4 around a ring for R rows.
 
-Between GPUs a rank asks for each row of its sequences once (`Ways` in embeddings.lookup.sharded), so that
+Between GPUs a rank asks for each row of its sequences once (`Exchange` in embeddings.lookup.sharded), so that
 I is smaller there by as many ids as stand in a rank's bags already; these formulae count them all.
 
 Not counted: 16 bytes a pair of ranks that announce the sizes. Exact where ranks have equal parts; where they

@@ -21,7 +21,7 @@ from trainer.assemble import build_trainable, fit_caches, plan_request
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.model.frame import TwoStageModel
-from trainer.ranks.device import Wanted
+from trainer.ranks.device import DeviceName
 from trainer.sealed_folder import write_text
 from trainer.step_size import StepSize, lookups, step_size
 
@@ -84,7 +84,7 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
         print(f"plan written to {options.out}; train with `tandemrec train --plan {options.out}`")
 
 
-def cluster_of(options: PlanOptions, trained_on: Wanted = "auto") -> Cluster:
+def cluster_of(options: PlanOptions, trained_on: DeviceName = "auto") -> Cluster:
     """The cluster as the user describes it.
 
     Args:

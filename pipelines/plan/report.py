@@ -9,7 +9,7 @@ from torchrec.distributed.planner.types import ShardingOption
 
 from embeddings.plan.bandwidths import TORCHREC
 from embeddings.plan.constraints import rounding_of
-from embeddings.plan.memory import RankMemory, Unplaced, gigabytes, memory_of_ranks
+from embeddings.plan.memory import RankMemory, TableNeed, gigabytes, memory_of_ranks
 from embeddings.plan.planner import PlanEstimate
 from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.tables import column_shards
@@ -87,7 +87,7 @@ def waste_lines(report: Report) -> list[str]:
     return lines
 
 
-def need_lines(parts: Sequence[Unplaced], cluster: Cluster) -> list[str]:
+def need_lines(parts: Sequence[TableNeed], cluster: Cluster) -> list[str]:
     """What each table needs where no plan was found."""
     head = ("table", "all ranks", "best sharding", "its largest shard", "too much")
     rows = [(p.table, gigabytes(p.total), p.sharding, gigabytes(p.shard), _or_dash(p.missing)) for p in parts]

@@ -77,7 +77,7 @@ def unshard_run(run: Path, out: Path) -> PlainManifest:
 
 
 @contextmanager
-def opened(path: Path, scratch: Path) -> Iterator[PlainTables]:
+def open_source(path: Path, scratch: Path) -> Iterator[PlainTables]:
     """The plain tables of a run or of a folder that `unshard` wrote; collective.
 
     Args:

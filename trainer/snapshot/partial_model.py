@@ -28,7 +28,7 @@ from trainer.ranks.process_group import Ranks
 
 
 @dataclass
-class TouchedRows:
+class RequestRows:
     """The ids that requests hold, and the rows of them in each table once they have passed by.
 
     Attributes:
@@ -47,7 +47,9 @@ class TouchedRows:
         self.rows[table][begin:end] = band[ids[begin:end] - first].float()
 
 
-def touched(batches: Iterable[RequestBatch], groups: Mapping[str, TableGroup], config: Config) -> TouchedRows:
+def rows_of_requests(
+    batches: Iterable[RequestBatch], groups: Mapping[str, TableGroup], config: Config
+) -> RequestRows:
     """Find the ids of some requests."""
     rows = {table.feature: table.rows for group in groups.values() for table in group.tables}
     # Id 0 has a meaning of its own, and groups of candidates are told by their ids: those stay as they are.
@@ -59,11 +61,11 @@ def touched(batches: Iterable[RequestBatch], groups: Mapping[str, TableGroup], c
                 continue
             for feature in ids.keys() & set(kjt.keys()):
                 ids[feature] = torch.cat([ids[feature], kjt[feature].values()]).unique()
-    return TouchedRows(ids, {})
+    return RequestRows(ids, {})
 
 
-class TouchedModel:
-    """Scores requests as the trainer does; for requests that `touched` was shown.
+class PartialModel:
+    """Scores requests as the trainer does; for requests that `rows_of_requests` was shown.
 
     Args:
         dense: the dense part of the model's state dict; found: with all rows in place.
@@ -75,7 +77,7 @@ class TouchedModel:
         manifest: LogManifest,
         ranks: Ranks,
         dense: Mapping[str, Tensor],
-        found: TouchedRows,
+        found: RequestRows,
     ) -> None:
         self._ids, self._device = found.ids, ranks.device
         small = manifest.model_copy(
