@@ -10,7 +10,7 @@ from pipelines.console import quiet_third_parties
 from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
 from pipelines.score_names import write_named_scores
 from pipelines.start import open_split
-from trainer.checkpoint.restore import Restored, restore
+from trainer.checkpoint.restore import RestoredModel, restore
 from trainer.quality.baselines import Baselines, baselines, by_baseline, counted_feature
 from trainer.quality.evaluate import score_split, shared_metrics
 from trainer.quality.metrics import Metrics, entry_of
@@ -56,7 +56,7 @@ def _conclude(
     scored: Scored,
     metrics: Mapping[str, Metrics],
     beside: Baselines,
-    restored: Restored,
+    restored: RestoredModel,
 ) -> list[str]:
     """Keep everything in the summary; returns the lines for a person."""
     table, feature = beside.metrics(scored), counted_feature(restored.manifest)

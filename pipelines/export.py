@@ -41,7 +41,7 @@ from trainer.snapshot.manifest import (
 from trainer.snapshot.partial_model import PartialModel, rows_of_requests
 from trainer.snapshot.publishing import drafting, open_base, publish
 from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
-from trainer.snapshot.writing import Draft, Source, finished, group_dtypes
+from trainer.snapshot.writing import Draft, Source, finish, group_dtypes
 
 _RECORDED_CANDIDATES = 512
 # Allowed differences between probabilities of the snapshot and of the trainer, largest and mean, by the
@@ -171,10 +171,12 @@ def _write(
     trainer = PartialModel(run.config, run.manifest, ranks, dense, found)
     bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
     inputs = inputs_of(run.manifest, recorded)
-    digests = _vocabularies(run, inputs)
+    known = {**run.manifest.features, **run.manifest.context}
+    # Of what the ids of the model's features stand for.
+    digests = {name: known[name].vocabulary for name in {**feature_rows(run.groups), **inputs}}
     manifest = SnapshotManifest(
         number=1 if base is None else base.manifest.number + 1,
-        base=None if base is None else _named(base),
+        base=base and BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
         step=run.step,
         score_bound=bounds[0],
         mean_bound=bounds[1],
@@ -185,18 +187,14 @@ def _write(
         recorded_features=tuple(recorded.features.keys()),
         recorded_context=() if recorded.context is None else tuple(recorded.context.keys()),
         vocabularies=digests,
-        vocabulary_files=_copied(part, run.config.data.log, inputs, digests, vocabularies),
+        vocabulary_files=copy_wanted_vocabularies(part, run.config.data.log, inputs, digests, vocabularies),
         config=run.config,
         files=(),
         versions=versions(),
         **facts,
     )
-    snapshot = finished(draft, manifest, recorded, trainer.score(recorded))
+    snapshot = finish(draft, manifest, recorded, trainer.score(recorded))
     return snapshot.manifest, _check(snapshot, trainer, run, ranks, parity_requests)
-
-
-def _named(base: Chain) -> BaseVersion:
-    return BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST))
 
 
 def _check(
@@ -240,13 +238,7 @@ def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeat
     return found
 
 
-def _vocabularies(run: _Run, inputs: Mapping[str, InputFeature]) -> dict[str, str]:
-    """Feature -> digest of what its ids stand for, of the features that the model uses."""
-    known = {**run.manifest.features, **run.manifest.context}
-    return {name: known[name].vocabulary for name in {**feature_rows(run.groups), **inputs}}
-
-
-def _copied(
+def copy_wanted_vocabularies(
     part: Path,
     log: Path,
     inputs: Mapping[str, InputFeature],

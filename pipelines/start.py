@@ -18,7 +18,7 @@ from embeddings.plan.file import read_plan_file, to_tree
 from embeddings.plan.planner import DoesNotFit, check_plan, offline_plan
 from embeddings.plan.request import keep_quiet
 from trainer.assemble import (
-    Sharded,
+    ShardedModel,
     build_sharded,
     build_trainable,
     cluster_of,
@@ -69,7 +69,7 @@ class Start:
     train: SequenceLogReader
     validation: SequenceLogReader | None
 
-    def trainer(self, sharded: Sharded, say: Say) -> Trainer:
+    def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
         """The model with everything that trains it, still with its first weights; collective."""
         plan = to_tree(sharded.plan)
         return Trainer(

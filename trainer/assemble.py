@@ -34,7 +34,7 @@ from trainer.step_size import StepSize, lookups, step_size
 
 
 @dataclass(frozen=True)
-class Sharded:
+class ShardedModel:
     """A model ready to train, and how its tables lie; `origin` says so where a checkpoint had a say in it."""
 
     model: DistributedModelParallel
@@ -167,7 +167,7 @@ def build_sharded(
     ranks: Ranks,
     training: bool = False,
     former: FormerPlan | None = None,
-) -> Sharded:
+) -> ShardedModel:
     """Plan, shard and initialise; collective over all ranks.
 
     Args:
@@ -188,7 +188,7 @@ def build_sharded(
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
         origin = "\n".join(filter(None, (origin, line)))
     sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, request.comms)
-    return Sharded(sharded, groups, placements(plan, groups.values()), plan, origin)
+    return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin)
 
 
 def _plan(config: Config, request: PlanRequest, former: FormerPlan | None) -> tuple[SavedPlan, str]:

@@ -6,7 +6,9 @@ Names of parameters and state are TorchRec's own, so a checkpoint does not depen
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.optim.fused import EmptyFusedOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.compile import BagCollection, SequenceCollection, side_by_side, weight_name
@@ -100,27 +102,20 @@ class _Context(EmbeddingBagCollectionContext):  # type: ignore[misc]
     bags: int = -1
 
 
-class _FirstBags(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
-    """Drops the vectors of added bags once they have come."""
+class _Changed(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
+    """What a function makes of vectors once they have come."""
 
-    def __init__(self, padded: LazyAwaitable[KeyedTensor], bags: int) -> None:
+    def __init__(self, vectors: LazyAwaitable[Any], change: Callable[[Any], KeyedTensor]) -> None:
         super().__init__()
-        self._padded, self._bags = padded, bags
+        self._vectors, self._change = vectors, change
 
     def _wait_impl(self) -> KeyedTensor:
-        found = self._padded.wait()
-        return KeyedTensor(found.keys(), found.length_per_key(), found.values()[: self._bags])
+        return self._change(self._vectors.wait())
 
 
-class _SideBySide(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
-    """One keyed tensor of the vectors of all features once they have come."""
-
-    def __init__(self, found: LazyAwaitable[dict[str, JaggedTensor]], group: TableGroup) -> None:
-        super().__init__()
-        self._found, self._group = found, group
-
-    def _wait_impl(self) -> KeyedTensor:
-        return side_by_side(self._found.wait(), self._group)
+def first_bags(vectors: KeyedTensor, bags: int) -> KeyedTensor:
+    """The vectors without those of the bags that `with_empty_bags` added."""
+    return KeyedTensor(vectors.keys(), vectors.length_per_key(), vectors.values()[:bags])
 
 
 class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
@@ -153,7 +148,7 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
         return self._own(ctx, super().compute_and_output_dist(ctx, input))
 
     def _own(self, ctx: _Context, found: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
-        return _FirstBags(found, ctx.bags) if self._pads else found
+        return _Changed(found, partial(first_bags, bags=ctx.bags)) if self._pads else found
 
 
 class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
@@ -169,10 +164,11 @@ class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
         _add_replicated(self, module.group)
 
     def output_dist(self, ctx: Any, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
-        return _SideBySide(super().output_dist(ctx, output), self._group)
+        return _Changed(super().output_dist(ctx, output), partial(side_by_side, group=self._group))
 
     def compute_and_output_dist(self, ctx: Any, input: KJTList) -> LazyAwaitable[KeyedTensor]:
-        return _SideBySide(super().compute_and_output_dist(ctx, input), self._group)
+        vectors = super().compute_and_output_dist(ctx, input)
+        return _Changed(vectors, partial(side_by_side, group=self._group))
 
 
 def _add_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -> None:

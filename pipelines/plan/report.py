@@ -67,7 +67,7 @@ class Report:
 
 def report_lines(report: Report) -> list[str]:
     """The whole print."""
-    parts = [_head(report), _placed(report), _memory(report), _exchange(report), _by_table(report)]
+    parts = [_head(report), _tables(report), _memory(report), _exchange(report), _by_table(report)]
     lines = [line for part in parts for line in (*part, "")]
     return [*lines, *_time(report), *waste_lines(report)]
 
@@ -108,20 +108,20 @@ def _head(report: Report) -> list[str]:
         f"{cluster.local_world_size}",
         f"memory of a rank: {gigabytes(cluster.memory)} {kind}, {gigabytes(report.estimate.usable)} of it "
         f"for tables ({reserve:.0%} and the dense weights stay free)",
-        *_behind(report),
+        *_host_memory(report),
         f"a step: {size.candidates:,} candidates of {size.requests:,} requests, {size.behaviors:,} behaviors "
         f"({size.source}); lookup = {report.lookup}",
     ]
 
 
-def _behind(report: Report) -> list[str]:
+def _host_memory(report: Report) -> list[str]:
     """What the planner may fill besides."""
     if report.cluster.device == "cpu" or not report.request.rules.allow_unified_memory:
         return []
     return [f"host memory of a rank: {gigabytes(report.cluster.ddr)}, for tables behind the device's"]
 
 
-def _placed(report: Report) -> list[str]:
+def _tables(report: Report) -> list[str]:
     rows = []
     for option in report.options:
         table = report.estimate.tables[option.name]

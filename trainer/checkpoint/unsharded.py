@@ -83,11 +83,19 @@ class PlainTables:
         return load_file(self.path / "dense.safetensors")
 
 
-# Feature of a log -> what it says of it, and the file of its values.
-Features = Mapping[str, tuple[FeatureInfo, Path]]
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the rows of a feature's tables stand for: `info` as in a log, `file` of values and ids."""
+
+    info: FeatureInfo
+    file: Path
 
 
-def unshard(path: Path, out: Path, features: Features) -> PlainManifest:
+# By the feature's name.
+Vocabularies = Mapping[str, Vocabulary]
+
+
+def unshard(path: Path, out: Path, features: Vocabularies) -> PlainManifest:
     """Write a verified checkpoint as plain tables; one process, no process group.
 
     Args:
@@ -109,7 +117,7 @@ def unshard(path: Path, out: Path, features: Features) -> PlainManifest:
     return manifest
 
 
-def _write(path: Path, part: Path, features: Features) -> PlainManifest:
+def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
     state, reader = checkpoint_files.read_state(path), TableReader(path)
     tables = {}
     for name, weight in _tables(path, reader).items():
@@ -123,8 +131,8 @@ def _write(path: Path, part: Path, features: Features) -> PlainManifest:
         step=state["step"],
         tables=tables,
         dense={name: tuple(tensor.shape) for name, tensor in dense.items()},
-        vocabularies={name: info.vocabulary for name, (info, _) in used.items()},
-        rows={name: info.rows for name, (info, _) in used.items()},
+        vocabularies={name: entry.info.vocabulary for name, entry in used.items()},
+        rows={name: entry.info.rows for name, entry in used.items()},
         config=state["config"],
         files={str(file.relative_to(part)): PlainFile(**entry_of(file)) for file in files},
     )
@@ -164,11 +172,11 @@ def _write_table(reader: TableReader, file: Path, name: str, weight: str) -> Pla
     return PlainTable(feature=feature, group=group, rows=rows, dim=dim, accumulator=kind)
 
 
-def _copy_vocabularies(out: Path, used: Features) -> None:
+def _copy_vocabularies(out: Path, used: Vocabularies) -> None:
     out.mkdir()
-    for info, file in used.values():
-        if info.vocabulary:
-            shutil.copyfile(file, out / file.name)
+    for entry in used.values():
+        if entry.info.vocabulary:
+            shutil.copyfile(entry.file, out / entry.file.name)
 
 
 def open_plain_tables(path: Path, check: bool = True) -> PlainTables:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,20 @@ from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
 from trainer.checkpoint.compatible import log_fingerprint
 from trainer.checkpoint.save_load import find_to_use
-from trainer.checkpoint.unsharded import PlainManifest, PlainTables, open_plain_tables, unshard
+from trainer.checkpoint.unsharded import (
+    PlainManifest,
+    PlainTables,
+    Vocabulary,
+    open_plain_tables,
+    unshard,
+)
 from trainer.data.row_group import PARQUET_ERRORS
-from trainer.log.schema import FeatureInfo, LogManifest, read_manifest
+from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary_digest import spelled
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 
 _ROWS_AT_ONCE = 1 << 16
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the rows of a feature's tables stand for: `info` as in a log, `file` of values and ids."""
-
-    info: FeatureInfo
-    file: Path
 
 
 def vocabularies(manifest: LogManifest, folder: Path) -> dict[str, Vocabulary]:
@@ -72,8 +69,7 @@ def unshard_run(run: Path, out: Path) -> PlainManifest:
             found.path,
             f"was trained on another log than {config.data.log} is by now, so its rows have no names",
         )
-    known = vocabularies(manifest, config.data.log / "vocab")
-    return unshard(found.path, out, {name: (entry.info, entry.file) for name, entry in known.items()})
+    return unshard(found.path, out, vocabularies(manifest, config.data.log / "vocab"))
 
 
 @contextmanager
@@ -136,7 +132,7 @@ def fill(
         entry = source.manifest.tables[table]
         if entry.feature not in maps:
             maps[entry.feature] = _row_map(entry.feature, known[entry.feature], source)
-            lines.append(_told(entry.feature, maps[entry.feature], source))
+            lines.append(_carried_line(entry.feature, maps[entry.feature], source))
         rows = model[name].size()[0]
         saved = source.table(table)
         _fill_rows(model[name], saved["weight"], maps[entry.feature], rows)
@@ -263,7 +259,7 @@ def _read(file: Path, digest: str) -> tuple[pa.Array, pa.Array]:
     return values.cast(pa.large_string()), ids.cast(pa.int64())
 
 
-def _told(feature: str, row_map: Tensor | None, source: PlainTables) -> str:
+def _carried_line(feature: str, row_map: Tensor | None, source: PlainTables) -> str:
     if row_map is None:
         return f"{feature}: the same vocabulary"
     carried = int((row_map[1:] >= 0).sum())

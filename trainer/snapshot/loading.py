@@ -268,11 +268,11 @@ def _load(path: Path) -> Snapshot:
         name: chain.rows(stem, name) for stem, name, _ in manifest.matrices() if stem.startswith("tables/")
     }
     collections = {name: PlainBagCollection(group, tables) for name, group in groups.items()}
-    model = _checked(path, lambda: _model(manifest, groups, collections))
+    model = _fitted_to_config(path, lambda: _model(manifest, groups, collections))
     # Copies, because a matrix product over a mapped file's unaligned memory rounds differently.
     dense = {name: tensor.clone() for name, tensor in read_tensors(path, DENSE).items()}
     expect_like(path, DENSE, dense, model.state_dict())
-    _checked(path, lambda: model.load_state_dict(dense, assign=True))
+    _fitted_to_config(path, lambda: model.load_state_dict(dense, assign=True))
     return Snapshot(path, manifest, model.eval(), _recorded(path, manifest))
 
 
@@ -326,7 +326,7 @@ def _model(
         return build_model(manifest.config, groups, collections, len(manifest.tasks), numbers)
 
 
-def _checked(path: Path, make: Callable[[], _T]) -> _T:
+def _fitted_to_config(path: Path, make: Callable[[], _T]) -> _T:
     try:
         return make()
     except (RuntimeError, KeyError, ValueError, AssertionError, TypeError, IndexError) as error:
