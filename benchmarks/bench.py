@@ -20,8 +20,8 @@ from benchmarks.scaling_cost import bench_scaling
 from benchmarks.search import bench_search
 from benchmarks.serve import bench_serve
 from benchmarks.step import bench_step
-from embeddings.lookup.sharding import initialise_unsharded
 from pipelines.console import quiet_third_parties, table_lines
+from tests.helpers.tables import initialise_unsharded
 from trainer.assemble import build_trainable, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.config.sections import DataConfig

@@ -123,12 +123,12 @@ def forecast(config: Any, manifest: Any) -> Found:
     from embeddings.plan.request import Cluster
     from embeddings.plan.traffic import Traffic
     from pipelines.plan.report import Report
-    from trainer.assemble import build_trainable, plan_task
+    from trainer.assemble import build_trainable, plan_request
     from trainer.step_size import lookups, step_size
 
     size = step_size(config.data, manifest)
     built = build_trainable(config, manifest, torch.device("meta"))
-    task = plan_task(config, manifest, built, Cluster("cpu", RANKS, RANKS, 0, 8 << 30), size)
+    task = plan_request(config, manifest, built, Cluster("cpu", RANKS, RANKS, 0, 8 << 30), size)
     found, lookup = offline_plan(task), config.model.lookup
     asked = {lookup: lookups(config, built[1], manifest, size, lookup)}
     report = Report(found, task, size, asked, lookup)

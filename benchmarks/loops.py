@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from trainer.checkpoint.save_load import Found
+from trainer.checkpoint.save_load import ResumePoint
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.loop.loop import Trainer
@@ -99,5 +99,5 @@ def trainer_loop(
     with tempfile.TemporaryDirectory(dir=folder) as run, redirect_stdout(io.StringIO()):
         reader = cast(SequenceLogReader, Replay(steps))
         trainer = Unsaved(config, model, reader, None, ranks, RunFolder(Path(run)), lambda _: None, "", {})
-        end = trainer.run(Found(None, {}, []))
+        end = trainer.run(ResumePoint(None, {}, []))
     return Seconds(end.wall_s, end.cpu_s)

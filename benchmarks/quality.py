@@ -20,7 +20,7 @@ from benchmarks.loops import Unsaved, one_thread
 from benchmarks.report import provenance, required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
-from trainer.checkpoint.save_load import Found
+from trainer.checkpoint.save_load import ResumePoint
 from trainer.config.run_config import Config, load_config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.prefetch import Closable
@@ -92,7 +92,7 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
         run = RunFolder(Path(folder))
         trainer = _Stopping(config, sharded.model, reader, validation, ranks, run, lambda _: None, "", {})
         trainer.after_step = lambda _: trainer.stop_at(settings.target)
-        trainer.run(Found(None, {}, []))
+        trainer.run(ResumePoint(None, {}, []))
     found, at = trainer.metrics_of_validation, trainer.at
     assert found is not None
     auc = next(iter(found.values())).auc

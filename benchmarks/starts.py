@@ -25,7 +25,7 @@ from trainer.data.batch import RequestBatch
 from trainer.run_folder import versions
 from trainer.snapshot.manifest import InputFeature, SnapshotManifest
 from trainer.snapshot.publishing import drafting, publish
-from trainer.snapshot.writing import Draft, finished
+from trainer.snapshot.writing import Draft, finish
 
 _ROOT = Path(__file__).parents[1]
 # Rows that are written at once: the same random ones again and again.
@@ -91,8 +91,8 @@ def _write(
             versions=versions(),
         )
         # There is no trainer to compare with: the snapshot's own scores, once known, stand for its.
-        own = finished(draft, manifest, batch, torch.zeros(batch.candidates, 1)).recorded.own
-        manifest = finished(draft, manifest, batch, own).manifest
+        own = finish(draft, manifest, batch, torch.zeros(batch.candidates, 1)).recorded.own
+        manifest = finish(draft, manifest, batch, own).manifest
         return publish(root, part, manifest, keep=0)
 
 

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from embeddings.errors import RankError, TandemError
+from embeddings.private import default_store
 
 Value = TypeVar("Value")
 # The ranks that agree: all of them, where it is None.
@@ -33,14 +34,14 @@ def from_rank_0(compute: Callable[[], Value], group: Group = None, slow: bool = 
         TandemError: rank 0's, on every rank. Anything else that rank 0 raised is raised there, and is a
             RankError that repeats it on the others.
     """
-    said, failure = [_Said()], None
+    answers, failure = [_Answer()], None
     with unhurried() if slow else nullcontext():
         if dist.get_rank(group) == 0:
-            said[0], failure = _said(compute, 0)
-    dist.broadcast_object_list(said, src=0, group=group)
+            answers[0], failure = _answer_of(compute, 0)
+    dist.broadcast_object_list(answers, src=0, group=group)
     if failure is not None:
         raise failure
-    value: Value = said[0].heard()
+    value: Value = answers[0].value_or_raise()
     return value
 
 
@@ -55,12 +56,12 @@ def from_every_rank(compute: Callable[[], Value], group: Group = None, slow: boo
             `from_rank_0` does.
     """
     with unhurried() if slow else nullcontext():
-        mine, failure = _said(compute, dist.get_rank(group))
-    said = [_Said()] * dist.get_world_size(group)
-    dist.all_gather_object(said, mine, group=group)
+        mine, failure = _answer_of(compute, dist.get_rank(group))
+    answers = [_Answer()] * dist.get_world_size(group)
+    dist.all_gather_object(answers, mine, group=group)
     if failure is not None:
         raise failure
-    return [answer.heard() for answer in said]
+    return [answer.value_or_raise() for answer in answers]
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def unhurried() -> Iterator[None]:
     if dist.get_world_size() == 1:
         yield
         return
-    rank, whole = dist.get_rank(), cast(Any, dist.distributed_c10d)._get_default_store()
+    rank, whole = dist.get_rank(), default_store()
     # Each rank counts its blocks in the store, which belongs to this start alone, so that names are new.
     store = dist.PrefixStore(f"unhurried/{whole.add(f'unhurried/{rank}', 1)}", whole)
     over = threading.Event()
@@ -119,25 +120,25 @@ def _wait_for_all(store: dist.Store, patience_s: float) -> None:
 
 
 @dataclass(frozen=True)
-class _Said:
+class _Answer:
     """What a rank tells the others: a value, or why there is none."""
 
     value: Any = None
     problem: TandemError | None = None
 
-    def heard(self) -> Any:
+    def value_or_raise(self) -> Any:
         if self.problem is not None:
             raise self.problem
         return self.value
 
 
-def _said(compute: Callable[[], Any], rank: int) -> tuple[_Said, BaseException | None]:
+def _answer_of(compute: Callable[[], Any], rank: int) -> tuple[_Answer, BaseException | None]:
     """-> what the other ranks are told, and the error that this rank raises itself."""
     try:
-        return _Said(compute()), None
+        return _Answer(compute()), None
     except BaseException as error:
         # Of any kind, an interrupt too: the others wait for this rank's answer.
-        return _Said(problem=_for_others(error, rank)), error
+        return _Answer(problem=_for_others(error, rank)), error
 
 
 def _for_others(error: BaseException, rank: int) -> TandemError:

@@ -142,11 +142,11 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Print the sharding plan, each rank's memory and the bytes of a step."""
-    from pipelines.plan.plan import Question
+    from pipelines.plan.plan import PlanOptions
     from pipelines.plan.plan import plan as run
 
-    question = Question(world_size, local_world_size, device, hbm, ddr, behaviors, out)
-    run(config, overrides or [], question)
+    options = PlanOptions(world_size, local_world_size, device, hbm, ddr, behaviors, out)
+    run(config, overrides or [], options)
 
 
 @app.command()

@@ -10,17 +10,17 @@ from pipelines.console import quiet_third_parties
 from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
 from pipelines.score import write_named_scores
 from pipelines.start import open_split
-from trainer.checkpoint.restore import Restored, restore
+from trainer.checkpoint.restore import RestoredModel, restore
 from trainer.quality.baselines import Baselines, baselines, by_baseline, counted_feature
 from trainer.quality.evaluate import score_split, shared_metrics
 from trainer.quality.metrics import Metrics, entry_of
 from trainer.quality.scored import Scored
-from trainer.ranks.device import Wanted
+from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import RunFolder
 
 
-def evaluate(run: Path, split: str, which: str = "", device: Wanted | None = None) -> Mapping[str, Any]:
+def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None = None) -> Mapping[str, Any]:
     """Measure a run on every request of `split`; prints tables, extends summary.json, keeps the scores.
 
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.
@@ -56,7 +56,7 @@ def _conclude(
     scored: Scored,
     metrics: Mapping[str, Metrics],
     beside: Baselines,
-    restored: Restored,
+    restored: RestoredModel,
 ) -> list[str]:
     """Keep everything in the summary; returns the lines for a person."""
     table, feature = beside.metrics(scored), counted_feature(restored.manifest)

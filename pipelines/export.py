@@ -24,25 +24,24 @@ from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.ranks.device import Wanted
+from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_folder import RunFolder, versions
-from trainer.sealed_folder import file_digest
+from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.serving.vocabulary import checked_values
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_compiler, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
 from trainer.snapshot.manifest import (
-    MANIFEST,
     BaseVersion,
     InputFeature,
     SnapshotManifest,
     VocabularyFile,
 )
-from trainer.snapshot.partial_model import TouchedModel, touched
+from trainer.snapshot.partial_model import PartialModel, rows_of_requests
 from trainer.snapshot.publishing import drafting, open_base, publish
 from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
-from trainer.snapshot.writing import Draft, Source, finished, group_dtypes
+from trainer.snapshot.writing import Draft, Source, finish, group_dtypes
 
 _RECORDED_CANDIDATES = 512
 # Allowed differences between probabilities of the snapshot and of the trainer, largest and mean, by the
@@ -87,7 +86,7 @@ def export(
     aoti: bool = False,
     vocabularies: bool | None = None,
     which: str = "",
-    device: Wanted | None = None,
+    device: DeviceName | None = None,
 ) -> Path:
     """Publish a checkpoint of `run` as the next version under `out`, once its scores are checked.
 
@@ -130,20 +129,22 @@ def _open(run: Path, which: str = "") -> _Run:
     folder = RunFolder(run)
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
-    path, refused = checkpoint.to_use(folder.checkpoints, which)
-    for reason in refused:
+    found = checkpoint.find_to_use(folder.checkpoints, which)
+    path = found.path
+    assert path is not None
+    for reason in found.refused:
         print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
     groups, reader = resolve_groups(config, manifest), TableReader(path)
     for name, group in groups.items():
         for table in group.tables:
-            found = reader.shape(reader.table(name, group.table_name(table.feature)))
-            if found != (table.rows, table.dim):
-                problem = f"{table.feature} of group {name} is {list(found)}, its log and config say "
+            shape = reader.shape(reader.table(name, group.table_name(table.feature)))
+            if shape != (table.rows, table.dim):
+                problem = f"{table.feature} of group {name} is {list(shape)}, its log and config say "
                 raise CheckpointError(path, f"{problem}{[table.rows, table.dim]}")
     split = "validation" if manifest.holds("validation") else "train"
     if split == "train":
         print("this log has no validation requests: scores are compared on training ones", flush=True)
-    return _Run(config, manifest, groups, reader, int(checkpoint.read_state(path)["step"]), split)
+    return _Run(config, manifest, groups, reader, int(found.state["step"]), split)
 
 
 def _write(
@@ -161,19 +162,21 @@ def _write(
     parity_requests, vocabularies = wanted
     with closing(run.requests(_RECORDED_CANDIDATES).steps()) as steps:
         recorded = next(steps).batch
-    found = touched(_touching(recorded, run, parity_requests), run.groups, run.config)
+    found = rows_of_requests(_batches(recorded, run, parity_requests), run.groups, run.config)
     tables = {g.table_name(t.feature): t.feature for g in run.groups.values() for t in g.tables}
     draft = Draft(part, run.source, dtypes, base, partial(found.watch, tables))
     dense = run.source.dense()
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
-    trainer = TouchedModel(run.config, run.manifest, ranks, dense, found)
+    trainer = PartialModel(run.config, run.manifest, ranks, dense, found)
     bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
     inputs = inputs_of(run.manifest, recorded)
-    digests = _vocabularies(run, inputs)
+    known = {**run.manifest.features, **run.manifest.context}
+    # Of what the ids of the model's features stand for.
+    digests = {name: known[name].vocabulary for name in {**feature_rows(run.groups), **inputs}}
     manifest = SnapshotManifest(
         number=1 if base is None else base.manifest.number + 1,
-        base=None if base is None else _named(base),
+        base=base and BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
         step=run.step,
         score_bound=bounds[0],
         mean_bound=bounds[1],
@@ -184,22 +187,18 @@ def _write(
         recorded_features=tuple(recorded.features.keys()),
         recorded_context=() if recorded.context is None else tuple(recorded.context.keys()),
         vocabularies=digests,
-        vocabulary_files=_copied(part, run.config.data.log, inputs, digests, vocabularies),
+        vocabulary_files=copy_wanted_vocabularies(part, run.config.data.log, inputs, digests, vocabularies),
         config=run.config,
         files=(),
         versions=versions(),
         **facts,
     )
-    snapshot = finished(draft, manifest, recorded, trainer.score(recorded))
+    snapshot = finish(draft, manifest, recorded, trainer.score(recorded))
     return snapshot.manifest, _check(snapshot, trainer, run, ranks, parity_requests)
 
 
-def _named(base: Chain) -> BaseVersion:
-    return BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST))
-
-
 def _check(
-    snapshot: Snapshot, trainer: TouchedModel, run: _Run, ranks: Ranks, parity_requests: int
+    snapshot: Snapshot, trainer: PartialModel, run: _Run, ranks: Ranks, parity_requests: int
 ) -> Parity:
     """Compare what was written with the trainer.
 
@@ -218,7 +217,7 @@ def _check(
     return parity
 
 
-def _touching(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[RequestBatch]:
+def _batches(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[RequestBatch]:
     """The recorded batch and those of the first `limit` requests, as `compare` will read them."""
     yield recorded
     seen = 0
@@ -239,13 +238,7 @@ def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeat
     return found
 
 
-def _vocabularies(run: _Run, inputs: Mapping[str, InputFeature]) -> dict[str, str]:
-    """Feature -> digest of what its ids stand for, of the features that the model uses."""
-    known = {**run.manifest.features, **run.manifest.context}
-    return {name: known[name].vocabulary for name in {**feature_rows(run.groups), **inputs}}
-
-
-def _copied(
+def copy_wanted_vocabularies(
     part: Path,
     log: Path,
     inputs: Mapping[str, InputFeature],

@@ -16,7 +16,7 @@ from trainer.model.windows import Kept
 from trainer.quality.evaluate import score_requests
 from trainer.quality.metrics import auc, number
 from trainer.snapshot import Snapshot
-from trainer.snapshot.partial_model import TouchedModel
+from trainer.snapshot.partial_model import PartialModel
 
 # Searches that scores decide; the others keep the same behaviors whatever the tables hold.
 _BY_SCORE = ("dot", "soft", "simhash")
@@ -59,7 +59,7 @@ class Parity:
             yield f"AUC{name} {values}{missing}{kept if not place else ''}"
 
 
-def compare(trainer: TouchedModel, snapshot: Snapshot, reader: SequenceLogReader, limit: int) -> Parity:
+def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader, limit: int) -> Parity:
     """Score the first `limit` requests of a split with both."""
     searches = snapshot.manifest.config.model.all_branches()
     counts = {name: [0, 0] for name, branch in searches.items() if branch.search in _BY_SCORE}
@@ -86,7 +86,7 @@ def compare(trainer: TouchedModel, snapshot: Snapshot, reader: SequenceLogReader
 
 
 def _count(
-    counts: Mapping[str, list[int]], trainer: TouchedModel, snapshot: Snapshot, batch: RequestBatch
+    counts: Mapping[str, list[int]], trainer: PartialModel, snapshot: Snapshot, batch: RequestBatch
 ) -> None:
     """Add what the searches keep of a batch: behaviors that both keep, and that the trainer's keeps."""
     if not counts:

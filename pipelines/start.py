@@ -18,17 +18,17 @@ from embeddings.plan.file import read_plan_file, to_tree
 from embeddings.plan.planner import DoesNotFit, check_plan, offline_plan
 from embeddings.plan.request import keep_quiet
 from trainer.assemble import (
-    Sharded,
+    ShardedModel,
     build_sharded,
     build_trainable,
     cluster_of,
     feature_rows,
-    plan_task,
+    plan_request,
     resolve_groups,
 )
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
-from trainer.checkpoint.warm_start import check_source, fill, opened
+from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.run_config import Config
 from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader, Step
@@ -63,13 +63,13 @@ class Start:
     manifest: LogManifest
     folder: RunFolder
     ranks: Ranks
-    found: checkpoint.Found
+    found: checkpoint.ResumePoint
     fingerprint: str
     groups: dict[str, TableGroup]
     train: SequenceLogReader
     validation: SequenceLogReader | None
 
-    def trainer(self, sharded: Sharded, say: Say) -> Trainer:
+    def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
         """The model with everything that trains it, still with its first weights; collective."""
         plan = to_tree(sharded.plan)
         return Trainer(
@@ -90,7 +90,7 @@ class Start:
             return
         path, carry = Path(self.config.train.init_from), self.config.train.init_optimizer == "carry"
         log = self.config.data.log
-        with opened(path, scratch) as source:
+        with open_source(path, scratch) as source:
             lines: list[str] = []
 
             def filled(tensors: dict[str, Any]) -> None:
@@ -182,12 +182,12 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
             places = saved.world_size, saved.local_world_size
             cluster = replace(cluster, device=saved.device, world_size=places[0], local_world_size=places[1])
             say(f"{file} is for {places[0]} rank(s) on {saved.device}")
-        check_plan(saved, plan_task(config, start.manifest, built, cluster, size), str(file))
+        check_plan(saved, plan_request(config, start.manifest, built, cluster, size), str(file))
         return
 
     def problem() -> str:
         try:
-            offline_plan(plan_task(config, start.manifest, built, cluster, size))
+            offline_plan(plan_request(config, start.manifest, built, cluster, size))
         except DoesNotFit as found:
             if ranks.world_size > 1:
                 raise
@@ -204,7 +204,8 @@ def _build(start: Start) -> None:
     other = {"file": "", "tables": {}} if start.config.plan.file else {}
     own = start.config.plan.model_copy(update=other)
     config = start.config.model_copy(update={"plan": own})
-    sharded = build_sharded(config, start.manifest, start.ranks, training=True, resumed=start.found)
+    former = start.found.former_plan
+    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former)
     trainer = start.trainer(sharded, keep_quiet)
     trainer.resume(start.found)
     scratch = Path(from_rank_0(tempfile.mkdtemp))

@@ -75,7 +75,7 @@ def run(
     say = _say(ranks)
     start = open_start(config, out, ranks, say)
     folder, found = start.folder, start.found
-    sharded = build_sharded(config, start.manifest, ranks, training=True, resumed=found)
+    sharded = build_sharded(config, start.manifest, ranks, training=True, former=found.former_plan)
     if sharded.origin:
         say(sharded.origin)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
@@ -105,7 +105,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
 def _conclude(
     trainer: Trainer,
     end: Position,
-    found: checkpoint.Found,
+    found: checkpoint.ResumePoint,
     manifest: LogManifest,
     say: Callable[[str], None],
 ) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +20,7 @@ from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.plan.bandwidths import of_device
 from embeddings.plan.file import SavedPlan, from_tree
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
-from embeddings.plan.request import Cluster, Task
-from trainer.checkpoint.compatible import check_same_rules
-from trainer.checkpoint.save_load import Found
+from embeddings.plan.request import Cluster, PlanRequest
 from trainer.config.model import BranchConfig, section_of
 from trainer.config.run_config import Config, build_groups
 from trainer.log.schema import FeatureInfo, LogManifest
@@ -35,7 +34,7 @@ from trainer.step_size import StepSize, lookups, step_size
 
 
 @dataclass(frozen=True)
-class Sharded:
+class ShardedModel:
     """A model ready to train, and how its tables lie; `origin` says so where a checkpoint had a say in it."""
 
     model: DistributedModelParallel
@@ -43,6 +42,19 @@ class Sharded:
     placements: list[Placement]
     plan: SavedPlan
     origin: str = ""
+
+
+@dataclass(frozen=True)
+class FormerPlan:
+    """What a checkpoint knows of how its tables lay.
+
+    Attributes:
+        checkpoint: its name; settings: its config, as JSON holds it; plan: as JSON, None where it has none.
+    """
+
+    checkpoint: str
+    settings: Mapping[str, Any]
+    plan: Any
 
 
 def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGroup]:
@@ -154,48 +166,76 @@ def build_sharded(
     manifest: LogManifest,
     ranks: Ranks,
     training: bool = False,
-    resumed: Found | None = None,
-) -> Sharded:
+    former: FormerPlan | None = None,
+) -> ShardedModel:
     """Plan, shard and initialise; collective over all ranks.
 
     Args:
         training: the plan weighs what a step of training asks of the tables, and may come from `plan.file`.
-        resumed: the checkpoint that training goes on from; its plan is taken again where it still suits.
+        former: the plan of the checkpoint that training goes on from; it is taken again where it still suits.
     """
     model, groups = build_trainable(config, manifest, torch.device("meta"))
     size = step_size(config.data, manifest) if training else None
     cluster = cluster_of(ranks)
     if size is not None:
         check_collision(config, size, cluster.world_size, cluster.memory)
-    task = plan_task(config, manifest, (model, groups), cluster, size)
+    request = plan_request(config, manifest, (model, groups), cluster, size)
     if training and config.plan.file:
-        plan, origin = read_plan(Path(config.plan.file), task), ""
+        plan, origin = read_plan(Path(config.plan.file), request), ""
     else:
-        plan, origin = _plan(config, task, resumed)
+        plan, origin = _plan(config, request, former)
     if training:
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
         origin = "\n".join(filter(None, (origin, line)))
-    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, task.comms)
-    return Sharded(sharded, groups, placements(plan, groups.values()), plan, origin)
+    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, request.comms)
+    return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin)
 
 
-def _plan(config: Config, task: Task, resumed: Found | None) -> tuple[SavedPlan, str]:
+def _plan(config: Config, request: PlanRequest, former: FormerPlan | None) -> tuple[SavedPlan, str]:
     """The checkpoint's plan or a new one, and a line that says which; empty without a checkpoint.
 
     On other memory, or after an upgrade of TorchRec, the planner may answer otherwise than it did; a run goes
     on bit for bit only where its tables lie as before.
     """
-    if resumed is None or resumed.path is None:
-        return make_plan(task), ""
-    where = f"the plan of {resumed.path.name}"
+    if former is None:
+        return make_plan(request), ""
+    where = f"the plan of {former.checkpoint}"
     try:
-        check_same_rules(resumed.state, config, where)
-        kept = check_plan(from_tree(resumed.state.get("plan"), where), task, where)
+        check_same_rules(former.settings, config, where)
+        plan = check_plan(from_tree(former.plan, where), request, where)
     except ConfigError as problem:
         # Without its advice, which is followed here.
         reason, _, _ = str(problem).rpartition("; ")
-        return make_plan(task), f"{reason}; tables are placed anew"
-    return kept, f"tables lie as in {where}"
+        return make_plan(request), f"{reason}; tables are placed anew"
+    return plan, f"tables lie as in {where}"
+
+
+def check_same_rules(settings: Mapping[str, Any], config: Config, where: str) -> None:
+    """Whether a checkpoint's plan was made under the rules of this start; `plan.file` is none.
+
+    Args:
+        settings: the config of the checkpoint, as JSON holds it; where: leads the message.
+
+    Raises:
+        ConfigError: a rule differs.
+    """
+    before, now = dict(flat_settings(settings)), dict(flat_settings(config.model_dump(mode="json")))
+    for key in {**before, **now}:
+        of_group = key.startswith("groups.") and key.endswith((".sharding", ".stochastic_rounding"))
+        of_plan = key.startswith("plan.") and key != "plan.file"
+        if (of_group or of_plan) and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{where}: made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; plan again"
+            )
+
+
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a config as (`section.key`, value)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat_settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def fit_caches(saved: SavedPlan, ahead: bool, model: TwoStageModel) -> tuple[SavedPlan, str]:
@@ -217,22 +257,24 @@ def fit_caches(saved: SavedPlan, ahead: bool, model: TwoStageModel) -> tuple[Sav
     return replace(saved, plan=plan), f"train.pipeline: caches are {how}: {', '.join(changed)}"
 
 
-def plan_task(
+def plan_request(
     config: Config,
     manifest: LogManifest,
     built: tuple[nn.Module, Mapping[str, TableGroup]],
     cluster: Cluster,
     size: StepSize | None = None,
-) -> Task:
+) -> PlanRequest:
     """The planner's question for a model and its groups; without a step's size it looks at memory only."""
     model, groups = built
     if size is not None:
         _check_rounding(groups, cluster.device)
     cluster = replace(cluster, bandwidths=config.plan.bandwidths(cluster.bandwidths))
     place = config.model.lookup, cluster.device
-    asked = {} if size is None else lookups(config, groups, manifest, size, *place)
+    step_lookups = {} if size is None else lookups(config, groups, manifest, size, *place)
     comms = Comms(config.comms.forward, config.comms.backward)
-    return Task(model, tuple(groups.values()), cluster, config.plan.rules(), asked, comms, voice.say)
+    return PlanRequest(
+        model, tuple(groups.values()), cluster, config.plan.rules(), step_lookups, comms, voice.say
+    )
 
 
 def _check_rounding(groups: Mapping[str, TableGroup], device: str) -> None:

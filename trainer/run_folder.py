@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -18,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError, DataError
 from trainer.config.run_config import Config, load_config
+from trainer.ranks.device import installed
 from trainer.ranks.machine import cores
 from trainer.sealed_folder import locked, naming, remove_folder, write_text
 
@@ -196,10 +196,5 @@ def jsonable(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, and the machine they were made on."""
-    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {cores()} cores"}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    machine = {"python": platform.python_version(), "machine": f"{platform.machine()}, {cores()} cores"}
+    return machine | {package: version for package in _PACKAGES if (version := installed(package))}

@@ -20,7 +20,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 _NO_SYNC_OF_FOLDERS = _LACKING | {errno.EISDIR, errno.EACCES, errno.EPERM, errno.EBADF}
@@ -31,6 +33,8 @@ _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 _ROUNDS = 100
 _STAYS = "what a killed process leaves behind stays until somebody deletes it"
 _DAY = 86_400
+# Of a sealed folder.
+MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 
 
 class Voice:
@@ -54,6 +58,82 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry_of(file: Path) -> dict[str, Any]:
+    """Size and digest of a file, as a manifest lists them."""
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+
+
+@dataclass(frozen=True)
+class Seal:
+    """How one kind of folder is sealed.
+
+    `manifest.json` lists every other file of the folder with its size and SHA-256, and `manifest.sha256`
+    holds the digest of `manifest.json` itself.
+
+    Attributes:
+        error: makes an error of a place and of what is wrong there.
+        remedy: what to do where the folder is damaged.
+        names_file: `manifest.sha256` is a line that `sha256sum -c` reads; else it is the digest alone.
+    """
+
+    error: Callable[[Path, str], Exception]
+    remedy: str
+    names_file: bool = False
+
+    def write(self, folder: Path, manifest: str) -> None:
+        """Seal a folder whose files have reached the disk."""
+        content = manifest.encode()
+        (folder / MANIFEST).write_bytes(content)
+        (folder / DIGEST).write_bytes(self._digest_line(content))
+        for path in (folder / MANIFEST, folder / DIGEST, folder):
+            sync(path)
+
+    def read(self, folder: Path) -> bytes:
+        """The manifest, once it is known to be what was written; JSON reads many flipped bits all the same.
+
+        Raises:
+            Exception: of this kind: it cannot be read, or has another digest.
+        """
+        manifest, digest = folder / MANIFEST, folder / DIGEST
+        content, line = self._content(manifest), self._content(digest)
+        expected = self._digest_line(content)
+        if line != expected and (self.names_file or line.strip() != expected.strip()):
+            problem = f"does not match {DIGEST}, so it or {digest} is corrupt; {self.remedy}"
+            raise self.error(manifest, problem)
+        return content
+
+    def _content(self, file: Path) -> bytes:
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
+
+    def check(self, file: Path, size: int, digest: str) -> None:
+        """Compare a file with its entry in the manifest.
+
+        Raises:
+            Exception: of this kind: it cannot be read, or differs.
+        """
+        try:
+            same = file.stat().st_size == size and file_digest(file) == digest
+        except OSError as error:
+            raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
+        if not same:
+            raise self.error(file, f"does not match the manifest, so it is corrupt; {self.remedy}")
+
+    def _digest_line(self, manifest: bytes) -> bytes:
+        named = f"  {MANIFEST}" if self.names_file else ""
+        return f"{hashlib.sha256(manifest).hexdigest()}{named}\n".encode()
+
+
+def publish(part: Path, final: Path) -> None:
+    """Give a folder its name, once all that is in it has reached the disk."""
+    for path in (*part.rglob("*"), part):
+        sync(path)
+    part.rename(final)
+    sync(final.parent)
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ from benchmarks.gpu.check import ROOT, Check
 from benchmarks.gpu.logs import small_log
 from pipelines.start import open_split
 from tests.programs.step_cases import SMALL, local_tensors
-from trainer.assemble import Sharded, build_sharded, feature_rows
+from trainer.assemble import ShardedModel, build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
@@ -27,7 +27,7 @@ class Job:
     """One rank's model, optimizer and pipeline."""
 
     config: Config
-    sharded: Sharded
+    sharded: ShardedModel
     optimizer: Any
     pipeline: Pipeline
     ranks: Ranks
@@ -94,7 +94,7 @@ def job(
 
 def pipeline_of(
     config: Config,
-    sharded: Sharded,
+    sharded: ShardedModel,
     optimizer: Any,
     ranks: Ranks,
     folder: Path | None,

@@ -24,6 +24,7 @@ from torchrec.distributed.types import (
 )
 
 from embeddings.errors import ConfigError
+from embeddings.private import lookups
 
 _CACHED = "fused_uvm_caching"
 
@@ -108,10 +109,10 @@ def unlocked(model: nn.Module) -> Iterator[None]:
 def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
     """FBGEMM's kernels of a model.
 
-    TorchRec's sharded collections keep them in a plain list, `_lookups`, so that they are no submodules.
+    TorchRec's sharded collections keep them in a plain list, so that they are no submodules.
     """
     for module in model.modules():
         if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
             yield module
-        for lookup in getattr(module, "_lookups", ()):
+        for lookup in lookups(module):
             yield from _kernels(lookup)

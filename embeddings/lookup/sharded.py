@@ -6,7 +6,9 @@ Names of parameters and state are TorchRec's own, so a checkpoint does not depen
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,19 +32,20 @@ from torchrec.distributed.types import (
 )
 from torchrec.optim.fused import EmptyFusedOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.compile import BagCollection, SequenceCollection, side_by_side, weight_name
 from embeddings.lookup.empty_shards import admit_empty_shards
 from embeddings.lookup.replicated import ReplicatedOptimizer
+from embeddings.private import fused_optimizer, lookups, mark_as_updated, set_fused_optimizer
 
 # Types whose bags are reduced over ranks.
 _REDUCED = {t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)}
 
 
 @dataclass(frozen=True)
-class Ways:
+class Exchange:
     """How what ranks send each other is made up. None: whatever suits the device.
 
     Attributes:
@@ -58,7 +61,7 @@ class Ways:
     padded: bool | None = None
 
 
-UNASKED = Ways()
+DEFAULT_EXCHANGE = Exchange()
 
 
 class Strides:
@@ -99,27 +102,20 @@ class _Context(EmbeddingBagCollectionContext):  # type: ignore[misc]
     bags: int = -1
 
 
-class _FirstBags(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
-    """Drops the vectors of added bags once they have come."""
+class _Changed(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
+    """What a function makes of vectors once they have come."""
 
-    def __init__(self, padded: LazyAwaitable[KeyedTensor], bags: int) -> None:
+    def __init__(self, vectors: LazyAwaitable[Any], change: Callable[[Any], KeyedTensor]) -> None:
         super().__init__()
-        self._padded, self._bags = padded, bags
+        self._vectors, self._change = vectors, change
 
     def _wait_impl(self) -> KeyedTensor:
-        found = self._padded.wait()
-        return KeyedTensor(found.keys(), found.length_per_key(), found.values()[: self._bags])
+        return self._change(self._vectors.wait())
 
 
-class _SideBySide(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
-    """One keyed tensor of the vectors of all features once they have come."""
-
-    def __init__(self, found: LazyAwaitable[dict[str, JaggedTensor]], group: TableGroup) -> None:
-        super().__init__()
-        self._found, self._group = found, group
-
-    def _wait_impl(self) -> KeyedTensor:
-        return side_by_side(self._found.wait(), self._group)
+def first_bags(vectors: KeyedTensor, bags: int) -> KeyedTensor:
+    """The vectors without those of the bags that `with_empty_bags` added."""
+    return KeyedTensor(vectors.keys(), vectors.length_per_key(), vectors.values()[:bags])
 
 
 class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
@@ -129,12 +125,12 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
         self, module: BagCollection, strides: Strides, padded: bool, device: torch.device, **given: Any
     ) -> None:
         super().__init__(module=module, device=device, **given)
-        admit_empty_shards(self._lookups)
+        admit_empty_shards(lookups(self))
         plan = self.module_sharding_plan.values()
         reduced = any(table.sharding_type in _REDUCED for table in plan)
         self._pads = reduced and padded and given["env"].world_size > 1
         self._strides = strides
-        self._optim = _with_replicated(self, module.group)
+        _add_replicated(self, module.group)
 
     def create_context(self) -> _Context:
         return _Context()
@@ -152,7 +148,7 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
         return self._own(ctx, super().compute_and_output_dist(ctx, input))
 
     def _own(self, ctx: _Context, found: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
-        return _FirstBags(found, ctx.bags) if self._pads else found
+        return _Changed(found, partial(first_bags, bags=ctx.bags)) if self._pads else found
 
 
 class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
@@ -163,19 +159,20 @@ class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
 
     def __init__(self, module: SequenceCollection, **given: Any) -> None:
         super().__init__(module=module, **given)
-        admit_empty_shards(self._lookups)
+        admit_empty_shards(lookups(self))
         self._group = module.group
-        self._optim = _with_replicated(self, module.group)
+        _add_replicated(self, module.group)
 
     def output_dist(self, ctx: Any, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
-        return _SideBySide(super().output_dist(ctx, output), self._group)
+        return _Changed(super().output_dist(ctx, output), partial(side_by_side, group=self._group))
 
     def compute_and_output_dist(self, ctx: Any, input: KJTList) -> LazyAwaitable[KeyedTensor]:
-        return _SideBySide(super().compute_and_output_dist(ctx, input), self._group)
+        vectors = super().compute_and_output_dist(ctx, input)
+        return _Changed(vectors, partial(side_by_side, group=self._group))
 
 
-def _with_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -> CombinedOptimizer:
-    """The module's fused optimizers and one for its data-parallel tables, if it has any."""
+def _add_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -> None:
+    """Give a module an optimizer for its data-parallel tables, if it has any, beside its fused ones."""
     replicated = {}
     for feature in group.features:
         table = module.module_sharding_plan[group.table_name(feature)]
@@ -183,19 +180,19 @@ def _with_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) 
             name = weight_name(group, feature)
             replicated[name] = module.get_parameter(name)
             # Marks it as taken care of, or it would be handed to the optimizer of the dense weights too.
-            replicated[name]._in_backward_optimizers = [EmptyFusedOptimizer()]
-    if not replicated:
-        return module._optim
-    optimizer = ReplicatedOptimizer(replicated, group.optimizer)
-    return CombinedOptimizer([*module._optim.optimizers, ("", optimizer)])
+            mark_as_updated(replicated[name], EmptyFusedOptimizer())
+    if replicated:
+        optimizers = fused_optimizer(module).optimizers
+        own = ReplicatedOptimizer(replicated, group.optimizer)
+        set_fused_optimizer(module, CombinedOptimizer([*optimizers, ("", own)]))
 
 
 class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     """Shards `BagCollection`; offers row-wise types on CPU too, which TorchRec's own keeps for CUDA."""
 
-    def __init__(self, codecs: Any = None, ways: Ways = UNASKED) -> None:
+    def __init__(self, codecs: Any = None, exchange: Exchange = DEFAULT_EXCHANGE) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
-        self._strides, self._padded = Strides(), ways.padded
+        self._strides, self._padded = Strides(), exchange.padded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         offered: list[str] = super().sharding_types("cuda")
@@ -238,9 +235,9 @@ class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
         each: every gradient must travel by itself, so that rows are asked for once only where that is said.
     """
 
-    def __init__(self, codecs: Any = None, ways: Ways = UNASKED, each: bool = False) -> None:
+    def __init__(self, codecs: Any = None, exchange: Exchange = DEFAULT_EXCHANGE, each: bool = False) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
-        self._distinct, self._each = ways.distinct, each
+        self._distinct, self._each = exchange.distinct, each
 
     def distinct(self, group: TableGroup, device: torch.device, ranks: int) -> bool:
         """Whether rows are asked for once; FBGEMM's `max_gradient` would bound sums instead of each."""

@@ -6,42 +6,41 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.optim import RowWiseAdagrad
 
-from embeddings.first_rows import FirstWeights, initial_rows_, table_seed
+from embeddings.first_rows import initial_rows_, table_seed
 from embeddings.groups import FusedOptimizer, TableGroup
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms, codecs_of
-from embeddings.lookup.sharded import UNASKED, BagSharder, SequenceSharder, Ways
+from embeddings.lookup.sharded import DEFAULT_EXCHANGE, BagSharder, Exchange, SequenceSharder
+from embeddings.lookup.shards import local_shards
+from embeddings.private import update_in_backward
 
 
-def sharders(comms: Comms = AS_THEY_ARE, ways: Ways = UNASKED) -> list[ModuleSharder[nn.Module]]:
+def sharders(
+    comms: Comms = AS_THEY_ARE, exchange: Exchange = DEFAULT_EXCHANGE
+) -> list[ModuleSharder[nn.Module]]:
     """The sharders of the collections that groups compile to."""
     codecs = codecs_of(comms)
     # The scale of gradients in fp16 is fitted to each of them, not to their sums.
-    return [BagSharder(codecs, ways), SequenceSharder(codecs, ways, each=comms.backward == "fp16")]
+    return [BagSharder(codecs, exchange), SequenceSharder(codecs, exchange, each=comms.backward == "fp16")]
 
 
 def attach_optimizer(collection: nn.Module, optimizer: FusedOptimizer) -> None:
     """Have every table of a collection updated inside the backward pass."""
-    # The TorchRec call keeps and changes the dict it is given: a fresh one each time.
     classes: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
         "rowwise_adagrad": (RowWiseAdagrad, {"lr": optimizer.learning_rate, "eps": optimizer.eps}),
         "adagrad": (torch.optim.Adagrad, {"lr": optimizer.learning_rate, "eps": optimizer.eps}),
         "sgd": (torch.optim.SGD, {"lr": optimizer.learning_rate}),
     }
     kind, arguments = classes[optimizer.name]
+    bound = optimizer.max_gradient
+    clipping = {"gradient_clipping": True, "max_gradient": bound} if bound else {}
     for parameter in collection.parameters():
-        apply_optimizer_in_backward(kind, [parameter], dict(arguments))
-        if optimizer.max_gradient:
-            # Not an argument of the optimizer's class, but of the kernels that stand in for it.
-            clipping = {"gradient_clipping": True, "max_gradient": optimizer.max_gradient}
-            parameter._optimizer_kwargs[0].update(clipping)  # type: ignore[attr-defined]
+        update_in_backward(kind, parameter, arguments, clipping)
 
 
 def shard(
@@ -51,7 +50,7 @@ def shard(
     device: torch.device,
     seed: int,
     comms: Comms = AS_THEY_ARE,
-    ways: Ways = UNASKED,
+    exchange: Exchange = DEFAULT_EXCHANGE,
 ) -> DistributedModelParallel:
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
 
@@ -59,7 +58,7 @@ def shard(
     keeps `comms`, so that a step can fit the scale to its gradients.
     """
     sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=sharders(comms, ways), init_parameters=True
+        model, device=device, plan=plan, sharders=sharders(comms, exchange), init_parameters=True
     )
     if device.type == "cpu" and dist.get_world_size() > 2:
         for module in sharded.modules():
@@ -70,7 +69,8 @@ def shard(
     for name, weight in sharded.state_dict().items():
         table = table_of(name)
         if table in first:
-            _initialise(weight, table_seed(seed, table), first[table])
+            for part in local_shards(weight):
+                initial_rows_(part.tensor, table_seed(seed, table), first[table], part.row, part.column)
     sharded.comms = comms
     return sharded
 
@@ -102,34 +102,3 @@ def table_of(parameter: str) -> str:
     """`collections.attention.embedding_bags.attention__item_id.weight` -> `attention__item_id`."""
     parts = parameter.split(".")
     return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
-
-
-def _initialise(weight: Tensor | ShardedTensor, seed: int, first: FirstWeights) -> None:
-    if isinstance(weight, ShardedTensor):
-        for local in weight.local_shards():
-            row, column = local.metadata.shard_offsets
-            initial_rows_(local.tensor, seed, first, row, column)
-    else:
-        initial_rows_(weight, seed, first)
-
-
-def initialise_unsharded(model: nn.Module, groups: Mapping[str, TableGroup], seed: int) -> None:
-    """Give plain, unsharded tables the weights they would start with under any plan."""
-    for group in groups.values():
-        for table in group.tables:
-            name = group.table_name(table.feature)
-            for parameter, weight in model.named_parameters():
-                if table_of(parameter) == name or parameter.endswith(f".{name}"):
-                    initial_rows_(weight.data, table_seed(seed, name), group.first)
-
-
-def whole_tensor(weight: Tensor | ShardedTensor) -> Tensor:
-    """A table in one piece, from a model sharded over a single rank; half precision becomes float32."""
-    if not isinstance(weight, ShardedTensor):
-        return weight.float() if weight.dtype == torch.float16 else weight
-    size = weight.metadata().size
-    whole = torch.empty(size, dtype=torch.float32)
-    for local in weight.local_shards():
-        (row, column), (rows, columns) = local.metadata.shard_offsets, local.metadata.shard_sizes
-        whole[row : row + rows, column : column + columns] = local.tensor
-    return whole

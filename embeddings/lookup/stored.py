@@ -56,14 +56,6 @@ def to_stored(rows: Tensor, dtype: Dtype) -> Tensor:
     return stored.contiguous()
 
 
-def to_float(stored: Tensor) -> Tensor:
-    """Stored rows [n, stored_columns] -> float32 [n, dim]."""
-    if stored.dtype == torch.uint8:
-        rows: Tensor = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored.contiguous())
-        return rows
-    return stored.float()
-
-
 def sum_bags(stored: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
     """Sums of the rows of each bag, float32 [B, dim], reading only the rows that are asked for.
 

@@ -11,7 +11,7 @@ from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingP
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.empty_shards import leaves_ranks_empty
-from embeddings.plan.request import UNIFIED, Cluster, TableRule, Task
+from embeddings.plan.request import UNIFIED, Cluster, PlanRequest, TableRule
 from embeddings.plan.traffic import Lookup
 
 # Column shards keep one row-wise accumulator each, so such state cannot be resharded; and row-wise bags are
@@ -26,31 +26,31 @@ _CUT_COLUMNS = ("column_wise", "grid_shard")
 _ALGORITHMS = {None: None, "lru": CacheAlgorithm.LRU, "lfu": CacheAlgorithm.LFU}
 
 
-def constraints_of(task: Task) -> dict[str, ParameterConstraints]:
+def constraints_of(request: PlanRequest) -> dict[str, ParameterConstraints]:
     """The planner's constraints: what each table may become, and how much a rank asks of it in a step.
 
     Raises:
         ConfigError: a rule names an unknown table, or a kernel that is not allowed; or a table is too wide
             for a GPU in every way that it may lie.
     """
-    names = [group.table_name(table.feature) for group in task.groups for table in group.tables]
-    for name in task.rules.tables:
+    names = [group.table_name(table.feature) for group in request.groups for table in group.tables]
+    for name in request.rules.tables:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"tables: {', '.join(names)}"
             raise ConfigError(f"plan.tables.{name}: no such table; {hint}")
     return {
-        group.table_name(table.feature): _constraint(task, group, table)
-        for group in task.groups
+        group.table_name(table.feature): _constraint(request, group, table)
+        for group in request.groups
         for table in group.tables
     }
 
 
-def _constraint(task: Task, group: TableGroup, table: TableSpec) -> ParameterConstraints:
-    name, cluster = group.table_name(table.feature), task.cluster
-    rule = task.rules.tables.get(name, TableRule())
+def _constraint(request: PlanRequest, group: TableGroup, table: TableSpec) -> ParameterConstraints:
+    name, cluster = group.table_name(table.feature), request.cluster
+    rule = request.rules.tables.get(name, TableRule())
     for kernel in rule.kernels:
-        if kernel in UNIFIED and not task.rules.allow_unified_memory:
+        if kernel in UNIFIED and not request.rules.allow_unified_memory:
             raise ConfigError(
                 f"plan.tables.{name}.kernels: {kernel} puts rows in host memory; set "
                 "plan.allow_unified_memory = true as well"
@@ -63,9 +63,9 @@ def _constraint(task: Task, group: TableGroup, table: TableSpec) -> ParameterCon
     _check_data_parallel(group, name, sharding)
     # Data-parallel tables know no other kernel than `dense`, and only they may have it.
     kernels = rule.kernels or (*_DEFAULT_KERNELS, *(["dense"] if "data_parallel" in sharding else []))
-    if task.rules.allow_unified_memory and not rule.kernels:
+    if request.rules.allow_unified_memory and not rule.kernels:
         kernels = (*kernels, *UNIFIED)
-    lookup = task.lookups.get(name, Lookup(1, 1))
+    lookup = request.lookups.get(name, Lookup(1, 1))
     return ParameterConstraints(
         sharding_types=list(sharding),
         # Always given: without a list the planner falls back to host memory unasked.
@@ -134,26 +134,26 @@ def rounding_of(group: TableGroup, device: str) -> bool | None:
     return group.stochastic_rounding is not False
 
 
-def check_rules(plan: ShardingPlan, task: Task, where: str) -> None:
-    """Refuse a plan that was made elsewhere and breaks the rules of this task; `where` leads the message.
+def check_rules(plan: ShardingPlan, request: PlanRequest, where: str) -> None:
+    """Refuse a plan that was made elsewhere and breaks the rules of this request; `where` leads the message.
 
     Raises:
         ConfigError: it uses unified memory where that is not allowed, has rows that are too wide for a GPU,
             or rounds them otherwise.
     """
     placed = {name: sharding for module in plan.plan.values() for name, sharding in module.items()}
-    for group in task.groups:
+    for group in request.groups:
         for table in group.tables:
             name = group.table_name(table.feature)
             sharding = placed[name]
-            if sharding.compute_kernel in UNIFIED and not task.rules.allow_unified_memory:
+            if sharding.compute_kernel in UNIFIED and not request.rules.allow_unified_memory:
                 raise ConfigError(
                     f"{where}: table {name} uses {sharding.compute_kernel}, host memory behind the "
                     "device's; plan again, or set plan.allow_unified_memory = true"
                 )
-            if task.cluster.device == "cuda" and _widest(sharding, table.dim) > WIDEST_ON_CUDA:
+            if request.cluster.device == "cuda" and _widest(sharding, table.dim) > WIDEST_ON_CUDA:
                 raise ConfigError(f"{where}: {_too_wide(group, table)}; and plan again")
-            _check_rounding(sharding, group, task.cluster.device, f"{where}: table {name}")
+            _check_rounding(sharding, group, request.cluster.device, f"{where}: table {name}")
 
 
 def _check_rounding(sharding: ParameterSharding, group: TableGroup, device: str, where: str) -> None:

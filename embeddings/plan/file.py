@@ -11,15 +11,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Literal
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
     BoundsCheckMode,
     CacheAlgorithm,
     MultiPassPrefetchConfig,
 )
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
+from pydantic import (
+    AliasChoices,
+    AliasPath,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 from torchrec.distributed.types import (
     CacheParams,
     EmbeddingModuleShardingPlan,
@@ -29,14 +37,76 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import DataType
 
 from embeddings.errors import ConfigError
+from embeddings.private import EnumerableShardingSpec, ShardMetadata
 
-FORMAT: Final = "tandemrec.sharding-plan"
-VERSION: Final = 1
-_PLAIN = ("sharding_type", "compute_kernel", "ranks", "enforce_hbm", "stochastic_rounding")
-_CACHE_PLAIN = ("load_factor", "reserved_memory", "prefetch_pipeline")
-# What a file may hold of a table, and of its cache. `multipass` is missing in files of earlier versions.
-_TABLE_KEYS = {*_PLAIN, "bounds_check", "output", "cache", "shards"}
-_CACHE_KEYS = {*_CACHE_PLAIN, "algorithm", "precision", "multipass"}
+
+def _by_name(kind: Any) -> Any:
+    """The JSON form of a member of an enumeration, or of none: its name."""
+
+    def member(value: Any) -> Any:
+        if isinstance(value, str) and value not in kind.__members__:
+            raise ValueError(f"no {kind.__name__} is called {value!r}")
+        return kind[value] if isinstance(value, str) else value
+
+    form = PlainSerializer(lambda value: value and value.name)
+    return Annotated[kind | None, BeforeValidator(member), form]
+
+
+def _called(name: str, *path: str) -> Any:
+    """A field that JSON and TorchRec call otherwise; `path`: of attributes in TorchRec's object."""
+    return Field(validation_alias=AliasChoices(name, AliasPath(*path)))
+
+
+class _Form(BaseModel):
+    """A part of the JSON tree. A key that is unknown here would be dropped, so it is refused."""
+
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
+
+
+class _Passes(_Form):
+    num_passes: int
+    min_splitable_pass_size: int
+
+
+class _Cache(_Form):
+    """`CacheParams`; `multipass` is missing in files of earlier versions."""
+
+    load_factor: float | None
+    reserved_memory: float | None
+    prefetch_pipeline: bool | None
+    algorithm: _by_name(CacheAlgorithm)  # type: ignore[valid-type]
+    precision: _by_name(DataType)  # type: ignore[valid-type]
+    multipass: Annotated[_Passes | None, _called("multipass", "multipass_prefetch_config")] = None
+
+
+class _Shard(_Form):
+    offsets: Annotated[list[int], _called("offsets", "shard_offsets")]
+    sizes: Annotated[list[int], _called("sizes", "shard_sizes")]
+    placement: Annotated[str, BeforeValidator(str)]
+
+
+class _Table(_Form):
+    """`ParameterSharding`."""
+
+    sharding_type: str
+    compute_kernel: str
+    ranks: list[int] | None
+    enforce_hbm: bool | None
+    stochastic_rounding: bool | None
+    bounds_check: Annotated[_by_name(BoundsCheckMode), _called("bounds_check", "bounds_check_mode")]  # type: ignore[valid-type]
+    output: Annotated[_by_name(DataType), _called("output", "output_dtype")]  # type: ignore[valid-type]
+    cache: Annotated[_Cache | None, _called("cache", "cache_params")]
+    shards: Annotated[list[_Shard] | None, _called("shards", "sharding_spec", "shards")] = None
+
+
+class _Plan(_Form):
+    format: Literal["tandemrec.sharding-plan"] = "tandemrec.sharding-plan"
+    version: Literal[1] = 1
+    device: str
+    world_size: int
+    local_world_size: int
+    tables: dict[str, tuple[int, int, int]]
+    modules: dict[str, dict[str, _Table]]
 
 
 @dataclass(frozen=True)
@@ -62,19 +132,17 @@ def to_tree(saved: SavedPlan) -> dict[str, Any]:
     Raises:
         ConfigError: it has parts that have no JSON form here (key-value tables, cache statistics).
     """
-    modules = {
-        module: {table: _sharding_tree(table, sharding) for table, sharding in tables.items()}
-        for module, tables in saved.plan.plan.items()
-    }
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "device": saved.device,
-        "world_size": saved.world_size,
-        "local_world_size": saved.local_world_size,
-        "tables": {name: list(shape) for name, shape in saved.tables.items()},
-        "modules": modules,
-    }
+    plan = _Plan(
+        device=saved.device,
+        world_size=saved.world_size,
+        local_world_size=saved.local_world_size,
+        tables=dict(saved.tables),
+        modules={
+            module: {table: _table(table, sharding) for table, sharding in tables.items()}
+            for module, tables in saved.plan.plan.items()
+        },
+    )
+    return plan.model_dump(mode="json")
 
 
 def from_tree(tree: Any, where: str) -> SavedPlan:
@@ -83,29 +151,26 @@ def from_tree(tree: Any, where: str) -> SavedPlan:
     Raises:
         ConfigError: this is no such tree, or of another version.
     """
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    form, version = (_Plan.model_fields[name].default for name in ("format", "version"))
+    if not isinstance(tree, dict) or tree.get("format") != form:
         raise ConfigError(f"{where}: not a sharding plan; write one with `tandemrec plan --json FILE`")
-    if tree.get("version") != VERSION:
+    if tree.get("version") != version:
         raise ConfigError(
-            f"{where}: plan version {tree.get('version')!r}, only {VERSION} is read; plan again"
+            f"{where}: plan version {tree.get('version')!r}, only {version} is read; plan again"
         )
     try:
-        modules = {
-            module: EmbeddingModuleShardingPlan({table: _sharding(part) for table, part in tables.items()})
-            for module, tables in tree["modules"].items()
-        }
-        tables = {
-            name: (int(shape[0]), int(shape[1]), int(shape[2])) for name, shape in tree["tables"].items()
-        }
-        return SavedPlan(
-            ShardingPlan(modules),
-            tree["device"],
-            int(tree["world_size"]),
-            int(tree["local_world_size"]),
-            tables,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ConfigError(f"{where}: damaged plan ({type(error).__name__}: {error}); plan again") from None
+        plan = _Plan.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        odd = first["type"] == "extra_forbidden"
+        problem = f"unknown key {first['loc'][-1]!r}" if odd else first["msg"]
+        raise ConfigError(f"{where}: damaged plan ({place}: {problem}); plan again") from None
+    modules = {
+        module: EmbeddingModuleShardingPlan({table: _sharding(part) for table, part in tables.items()})
+        for module, tables in plan.modules.items()
+    }
+    return SavedPlan(ShardingPlan(modules), plan.device, plan.world_size, plan.local_world_size, plan.tables)
 
 
 def read_plan_file(path: Path) -> SavedPlan:
@@ -170,77 +235,37 @@ def _shape(shape: tuple[int, int, int]) -> str:
     return f"{shape[0]:,} rows x {shape[1]} ({shape[2]} bytes a weight)"
 
 
-def _sharding_tree(table: str, sharding: ParameterSharding) -> dict[str, Any]:
+def _table(table: str, sharding: ParameterSharding) -> _Table:
+    """Raises:
+    ConfigError: it has parts that have no JSON form here.
+    """
+    spec, cache = sharding.sharding_spec, sharding.cache_params
     if sharding.key_value_params is not None:
         raise ConfigError(f"table {table}: kernel {sharding.compute_kernel} has no JSON form; use another")
-    tree = {name: getattr(sharding, name) for name in _PLAIN}
-    tree["bounds_check"] = sharding.bounds_check_mode and sharding.bounds_check_mode.name
-    tree["output"] = sharding.output_dtype and sharding.output_dtype.name
-    tree["cache"] = _cache_tree(table, sharding.cache_params)
-    spec = sharding.sharding_spec
-    if spec is None:
-        tree["shards"] = None
-    elif isinstance(spec, EnumerableShardingSpec):
-        tree["shards"] = [
-            {"offsets": list(s.shard_offsets), "sizes": list(s.shard_sizes), "placement": str(s.placement)}
-            for s in spec.shards
-        ]
-    else:
-        raise ConfigError(f"table {table}: a {type(spec).__name__} has no JSON form")
-    return tree
-
-
-def _sharding(tree: Mapping[str, Any]) -> ParameterSharding:
-    _check_keys(tree, _TABLE_KEYS)
-    shards = tree["shards"]
-    return ParameterSharding(
-        **{name: tree[name] for name in _PLAIN},
-        bounds_check_mode=_named(BoundsCheckMode, tree["bounds_check"]),
-        output_dtype=_named(DataType, tree["output"]),
-        cache_params=_cache(tree["cache"]),
-        sharding_spec=None
-        if shards is None
-        else EnumerableShardingSpec(
-            [
-                ShardMetadata(shard_offsets=s["offsets"], shard_sizes=s["sizes"], placement=s["placement"])
-                for s in shards
-            ]
-        ),
-    )
-
-
-def _cache_tree(table: str, cache: CacheParams | None) -> dict[str, Any] | None:
-    if cache is None:
-        return None
-    if cache.stats is not None:
+    if cache is not None and cache.stats is not None:
         raise ConfigError(f"table {table}: cache statistics have no JSON form")
-    passes = cache.multipass_prefetch_config
-    return {
-        **{name: getattr(cache, name) for name in _CACHE_PLAIN},
-        "algorithm": cache.algorithm and cache.algorithm.name,
-        "precision": cache.precision and cache.precision.name,
-        "multipass": passes and passes._asdict(),
-    }
+    if spec is not None and not isinstance(spec, EnumerableShardingSpec):
+        raise ConfigError(f"table {table}: a {type(spec).__name__} has no JSON form")
+    return _Table.model_validate(sharding)
 
 
-def _cache(tree: Mapping[str, Any] | None) -> CacheParams | None:
-    if tree is None:
-        return None
-    _check_keys(tree, _CACHE_KEYS)
-    passes = tree.get("multipass")
-    return CacheParams(
-        **{name: tree[name] for name in _CACHE_PLAIN},
-        algorithm=_named(CacheAlgorithm, tree["algorithm"]),
-        precision=_named(DataType, tree["precision"]),
-        multipass_prefetch_config=None if passes is None else MultiPassPrefetchConfig(**passes),
+def _sharding(table: _Table) -> ParameterSharding:
+    spec = cache = None
+    if table.shards is not None:
+        spec = EnumerableShardingSpec([ShardMetadata(s.offsets, s.sizes, s.placement) for s in table.shards])
+    if table.cache is not None:
+        values = {name: getattr(table.cache, name) for name in _Cache.model_fields}
+        passes = values.pop("multipass")
+        several = passes and MultiPassPrefetchConfig(**passes.model_dump())
+        cache = CacheParams(**values, multipass_prefetch_config=several)
+    return ParameterSharding(
+        table.sharding_type,
+        table.compute_kernel,
+        table.ranks,
+        spec,
+        cache,
+        table.enforce_hbm,
+        table.stochastic_rounding,
+        table.bounds_check,
+        table.output,
     )
-
-
-def _check_keys(tree: Mapping[str, Any], known: set[str]) -> None:
-    """Raises ValueError: a key that is not known here would be dropped, and the tables trained otherwise."""
-    if unknown := sorted(set(tree) - known):
-        raise ValueError(f"unknown key {unknown[0]!r}")
-
-
-def _named(kind: Any, name: str | None) -> Any:
-    return None if name is None else kind[name]

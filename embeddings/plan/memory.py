@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
@@ -13,6 +13,7 @@ from torchrec.distributed.planner.types import Shard, ShardingOption, Storage, T
 
 from embeddings.plan.request import Cluster
 from embeddings.plan.tables import Table
+from embeddings.private import set_reserved_topology, topology_of
 
 # TorchRec's rule for dense weights: themselves, Adam's two moments, and gradients in DDP's buckets.
 _DENSE_COPIES = 6
@@ -41,7 +42,7 @@ class Reservation(FixedPercentageStorageReservation):  # type: ignore[misc]
                 device.storage.ddr = self.left(device.storage.ddr)
             else:
                 device.storage.hbm = self.left(device.storage.hbm)
-        self._last_reserved_topology = reserved
+        set_reserved_topology(self, reserved)
         return reserved
 
 
@@ -63,7 +64,7 @@ class StorageEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]
             table = self._tables[option.name]
             for shard in option.shards:
                 missing = table.optimizer(*shard.size) - counted_optimizer(table, shard.size)
-                in_hbm = self._topology.compute_device == "cuda" and "uvm" not in option.compute_kernel
+                in_hbm = topology_of(self).compute_device == "cuda" and "uvm" not in option.compute_kernel
                 shard.storage += Storage(hbm=missing, ddr=0) if in_hbm else Storage(hbm=0, ddr=missing)
 
 
@@ -97,14 +98,7 @@ class RankMemory:
         return self.weights + self.optimizer + self.buffers
 
     def __add__(self, other: RankMemory) -> RankMemory:
-        return RankMemory(
-            self.weights + other.weights,
-            self.optimizer + other.optimizer,
-            self.buffers + other.buffers,
-            self.host + other.host,
-            self.host_weights + other.host_weights,
-            self.host_optimizer + other.host_optimizer,
-        )
+        return RankMemory(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def memory_of_ranks(
@@ -132,7 +126,7 @@ def memory_of(storage: Storage, device: str) -> int:
 
 
 @dataclass(frozen=True)
-class Unplaced:
+class TableNeed:
     """What a table needs at least, over all its allowed ways.
 
     Attributes:
@@ -151,7 +145,7 @@ class Unplaced:
 
 def shortfall(
     options: Sequence[ShardingOption], usable: int, cluster: Cluster, certain: bool
-) -> tuple[str, list[Unplaced]]:
+) -> tuple[str, list[TableNeed]]:
     """Why no plan fits -> (one line with the bytes missing, each table's need, largest first).
 
     The line is empty where shards and sums fit and only `certain` reasons are asked for: whether they also
@@ -189,7 +183,7 @@ def shortfall(
     return f"{problem}; {mending}", parts
 
 
-def _needs(options: Iterable[ShardingOption], device: str, usable: int, host: int) -> list[Unplaced]:
+def _needs(options: Iterable[ShardingOption], device: str, usable: int, host: int) -> list[TableNeed]:
     ways: dict[str, list[tuple[int, int, int, str]]] = {}
     for option in options:
         sizes, missing = [], 0
@@ -202,7 +196,7 @@ def _needs(options: Iterable[ShardingOption], device: str, usable: int, host: in
     parts = []
     for table, found in ways.items():
         missing, shard, _, sharding = min(found)
-        parts.append(Unplaced(table, min(total for *_, total, _ in found), shard, sharding, missing))
+        parts.append(TableNeed(table, min(total for *_, total, _ in found), shard, sharding, missing))
     return sorted(parts, key=lambda part: -part.total)
 
 

@@ -29,16 +29,16 @@ from embeddings.lookup.sharding import sharders
 from embeddings.plan.bandwidths import TORCHREC
 from embeddings.plan.constraints import check_rules, constraints_of
 from embeddings.plan.file import SavedPlan, check_fits, from_tree, read_plan_file, to_tree
-from embeddings.plan.memory import Reservation, Unplaced, shortfall
-from embeddings.plan.request import Cluster, Task
-from embeddings.plan.search import Enumerator, Keep, Partitioner, fewer_ways
+from embeddings.plan.memory import Reservation, TableNeed, shortfall
+from embeddings.plan.request import Cluster, PlanRequest
+from embeddings.plan.search import ChosenOptions, Enumerator, Partitioner, fewer_ways
 from embeddings.plan.tables import Table, dense_bytes, tables_of
 
 _GRID = 300
 
 
 @dataclass(frozen=True)
-class Found:
+class PlanEstimate:
     """A plan with the planner's own figures.
 
     Attributes:
@@ -55,7 +55,7 @@ class Found:
 class DoesNotFit(ConfigError):
     """No plan fits; `parts` say of each table what it needs."""
 
-    def __init__(self, message: str, parts: list[Unplaced]) -> None:
+    def __init__(self, message: str, parts: list[TableNeed]) -> None:
         super().__init__(message)
         self.parts = parts
 
@@ -78,7 +78,7 @@ class Placement:
         return self.rows * self.dim * self.weight_bytes / 1e6
 
 
-def make_plan(task: Task) -> SavedPlan:
+def make_plan(request: PlanRequest) -> SavedPlan:
     """Ask TorchRec's planner on rank 0; collective, so that all ranks hold the same plan.
 
     Raises:
@@ -86,71 +86,71 @@ def make_plan(task: Task) -> SavedPlan:
     """
     # TorchRec's collective_plan leaves the other ranks waiting where rank 0 fails; and hundreds of tables may
     # take the planner longer than a collective waits.
-    tree = from_rank_0(lambda: to_tree(saved_plan(task, offline_plan(task).plan)), slow=True)
+    tree = from_rank_0(lambda: to_tree(saved_plan(request, offline_plan(request).plan)), slow=True)
     return from_tree(tree, "plan of rank 0")
 
 
-def read_plan(path: Path, task: Task) -> SavedPlan:
-    """A plan that was written before, for this very task.
+def read_plan(path: Path, request: PlanRequest) -> SavedPlan:
+    """A plan that was written before, for this very request.
 
     Raises:
         ConfigError: it is unreadable, was made for something else, or breaks the rules.
     """
-    return check_plan(read_plan_file(path), task, str(path))
+    return check_plan(read_plan_file(path), request, str(path))
 
 
-def check_plan(saved: SavedPlan, task: Task, where: str) -> SavedPlan:
-    """The plan itself, once it is known to suit the task; `where` leads every message.
+def check_plan(saved: SavedPlan, request: PlanRequest, where: str) -> SavedPlan:
+    """The plan itself, once it is known to suit the request; `where` leads every message.
 
     Raises:
         ConfigError: it was made for something else, or breaks the rules.
     """
-    modules = {name: table.module for name, table in tables_of(task.model).items()}
-    check_fits(saved, saved_plan(task, ShardingPlan({})), modules, where)
-    check_rules(saved.plan, task, where)
+    modules = {name: table.module for name, table in tables_of(request.model).items()}
+    check_fits(saved, saved_plan(request, ShardingPlan({})), modules, where)
+    check_rules(saved.plan, request, where)
     return saved
 
 
-def saved_plan(task: Task, plan: ShardingPlan) -> SavedPlan:
+def saved_plan(request: PlanRequest, plan: ShardingPlan) -> SavedPlan:
     """A plan with what it was made for."""
-    cluster = task.cluster
-    shapes = {name: table.shape for name, table in tables_of(task.model).items()}
+    cluster = request.cluster
+    shapes = {name: table.shape for name, table in tables_of(request.model).items()}
     return SavedPlan(plan, cluster.device, cluster.world_size, cluster.local_world_size, shapes)
 
 
-def offline_plan(task: Task) -> Found:
+def offline_plan(request: PlanRequest) -> PlanEstimate:
     """The plan that `make_plan` would find on such a cluster, without a process group or a GPU.
 
     Raises:
         ConfigError: a rule is wrong, or no plan fits (DoesNotFit).
     """
-    constraints = constraints_of(task)
-    fewer = fewer_ways(constraints, tables_of(task.model))
+    constraints = constraints_of(request)
+    fewer = fewer_ways(constraints, tables_of(request.model))
     if fewer != constraints:
         # The largest tables decide: what fits so is as good, and takes a fraction of the time.
         with suppress(ConfigError, PlannerError):
-            return _plan_within(task, fewer)
-    return _plan_within(task, constraints)
+            return _plan_within(request, fewer)
+    return _plan_within(request, constraints)
 
 
-def _plan_within(task: Task, constraints: dict[str, ParameterConstraints]) -> Found:
-    tables, kinds, kept = tables_of(task.model), sharders(task.comms), Keep()
-    topology = _topology(task.cluster)
+def _plan_within(request: PlanRequest, constraints: dict[str, ParameterConstraints]) -> PlanEstimate:
+    tables, kinds, chosen = tables_of(request.model), sharders(request.comms), ChosenOptions()
+    topology = _topology(request.cluster)
     enumerator = Enumerator(topology, constraints, tables)
     try:
-        options = enumerator.enumerate(task.model, kinds)
+        options = enumerator.enumerate(request.model, kinds)
     except RuntimeError as error:
-        raise _no_way(task, constraints, error) from None
-    reservation = Reservation(task.rules.reserve, dense_bytes(task.model, tables))
-    usable = reservation.left(task.cluster.memory)
+        raise _no_way(request, constraints, error) from None
+    reservation = Reservation(request.rules.reserve, dense_bytes(request.model, tables))
+    usable = reservation.left(request.cluster.memory)
     # The planner tries hundreds of arrangements before it says what one sum tells.
-    _check_room(task, options, usable, certain=True)
+    _check_room(request, options, usable, certain=True)
     planner = EmbeddingShardingPlanner(
         topology=topology,
         constraints=constraints,
         enumerator=enumerator,
         storage_reservation=reservation,
-        partitioner=Partitioner(task.say, len(tables), task.cluster.world_size),
+        partitioner=Partitioner(request.say, len(tables), request.cluster.world_size),
         # TorchRec's four, but no grid of thousands: eight tables of three types each took it a minute.
         proposer=[
             GridSearchProposer(max_proposals=_GRID),
@@ -158,15 +158,15 @@ def _plan_within(task: Task, constraints: dict[str, ParameterConstraints]) -> Fo
             GreedyProposer(use_depth=False),
             UniformProposer(),
         ],
-        stats=kept,
+        stats=chosen,
         debug=False,
     )
     try:
-        plan = planner.plan(task.model, kinds)
+        plan = planner.plan(request.model, kinds)
     except PlannerError:
-        _check_room(task, options, usable, certain=False)
+        _check_room(request, options, usable, certain=False)
         raise
-    return Found(plan, kept.options, tables, usable)
+    return PlanEstimate(plan, chosen.options, tables, usable)
 
 
 def _topology(cluster: Cluster) -> Topology:
@@ -191,22 +191,24 @@ def _topology(cluster: Cluster) -> Topology:
     )
 
 
-def _check_room(task: Task, options: list[ShardingOption], usable: int, certain: bool) -> None:
+def _check_room(request: PlanRequest, options: list[ShardingOption], usable: int, certain: bool) -> None:
     """Raise what does not fit; only what no arrangement could make fit if `certain`."""
-    cluster = task.cluster
+    cluster = request.cluster
     message, parts = shortfall(options, usable, cluster, certain)
     if message:
         raise DoesNotFit(f"{_where(cluster)}: {message}", parts)
 
 
-def _no_way(task: Task, constraints: Mapping[str, ParameterConstraints], error: RuntimeError) -> Exception:
+def _no_way(
+    request: PlanRequest, constraints: Mapping[str, ParameterConstraints], error: RuntimeError
+) -> Exception:
     """A table that can be nothing of what is allowed."""
     name = next((name for name in constraints if f" for {name}." in str(error)), None)
     if name is None:
         return error
     types, kernels = constraints[name].sharding_types, constraints[name].compute_kernels
     return ConfigError(
-        f"{_where(task.cluster)}: table {name} can be none of {', '.join(types)} with kernel "
+        f"{_where(request.cluster)}: table {name} can be none of {', '.join(types)} with kernel "
         f"{' or '.join(kernels)} there; allow other types in its group's sharding, or in "
         f"plan.tables.{name}"
     )

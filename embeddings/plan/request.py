@@ -75,7 +75,7 @@ def keep_quiet(line: str) -> None:
 
 
 @dataclass(frozen=True)
-class Task:
+class PlanRequest:
     """A planner's question.
 
     Attributes:

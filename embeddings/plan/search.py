@@ -20,7 +20,7 @@ _DETAILED = 32
 _PATIENCE_S = 5.0
 
 
-class Keep(Stats):  # type: ignore[misc]
+class ChosenOptions(Stats):  # type: ignore[misc]
     """Keeps what the planner tells its statistics."""
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.optim import RowWiseAdagrad
 
 from embeddings.lookup.sharding import sharders
+from embeddings.private import optimizer_class
 
 _FLOAT = 4
 
@@ -82,7 +83,7 @@ def column_shards(sharding: str, shards: int, local_world_size: int) -> int:
 
 
 def _state(weight: torch.Tensor) -> str:
-    kind = getattr(weight, "_optimizer_classes", [torch.optim.SGD])[0]
+    kind = optimizer_class(weight)
     if kind is RowWiseAdagrad:
         return "row"
-    return "none" if kind is torch.optim.SGD else "weight"
+    return "none" if kind in (None, torch.optim.SGD) else "weight"

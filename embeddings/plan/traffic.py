@@ -26,7 +26,7 @@ the sharding: (W-1)/W I D f (`SequenceEmbeddingsAllToAll`). It offers neither `t
 many bytes as the vectors. `data_parallel` sends neither ids nor vectors, but all-reduces the gradient of
 the whole table: 2 (W-1) R D 4 around a ring for R rows.
 
-Between GPUs a rank asks for each row of its sequences once (`Ways` in embeddings.lookup.sharded), so that
+Between GPUs a rank asks for each row of its sequences once (`Exchange` in embeddings.lookup.sharded), so that
 I is smaller there by as many ids as stand in a rank's bags already; these formulae count them all.
 
 Not counted: 16 bytes a pair of ranks that announce the sizes. Exact where ranks have equal parts; where they
@@ -50,21 +50,6 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class ShardedTable:
-    """What the formulae need to know of a table's sharding.
-
-    Attributes:
-        sharding: TorchRec's name of the sharding type; shards: column shards (1 unless column-wise or grid).
-        rows, dim: of the whole table.
-    """
-
-    sharding: str
-    shards: int
-    rows: int
-    dim: int
-
-
-@dataclass(frozen=True)
 class Traffic:
     """Bytes of one step, over all ranks: ids to the tables, vectors back, gradients to the tables."""
 
@@ -81,7 +66,9 @@ class Traffic:
 
 
 def traffic(
-    table: ShardedTable,
+    shape: tuple[int, int],
+    sharding: str,
+    shards: int,
     lookup: Lookup,
     world_size: int,
     local_world_size: int,
@@ -91,20 +78,23 @@ def traffic(
     """Bytes that leave ranks in one step for one table; see the top of this file for the derivation.
 
     Args:
+        shape: rows and width of the whole table.
+        sharding: TorchRec's name of the sharding type.
+        shards: column shards; 1 unless the table is cut into columns.
         pooled: through an EmbeddingBagCollection, else through an EmbeddingCollection.
         wire: bytes of a float sent forward and backward (2 with quantized communication in half precision).
     """
-    if table.sharding == "data_parallel":
-        return Traffic(backward=2.0 * (world_size - 1) * table.rows * table.dim * 4)
-    sharding = table.sharding
+    rows, dim = shape
+    if sharding == "data_parallel":
+        return Traffic(backward=2.0 * (world_size - 1) * rows * dim * 4)
     if not pooled and sharding in ("table_row_wise", "grid_shard"):
         sharding = "row_wise"
     floats = (
-        _bag_floats(sharding, lookup.bags, table.dim, world_size, local_world_size)
+        _bag_floats(sharding, lookup.bags, dim, world_size, local_world_size)
         if pooled
-        else (1 - 1 / world_size) * lookup.ids * table.dim
+        else (1 - 1 / world_size) * lookup.ids * dim
     )
-    ids = _id_bytes(sharding, table.shards, lookup, world_size, local_world_size)
+    ids = _id_bytes(sharding, shards, lookup, world_size, local_world_size)
     return Traffic(ids, floats * wire[0], floats * wire[1])
 
 

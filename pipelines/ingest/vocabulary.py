@@ -17,8 +17,9 @@ from pipelines.ingest.encode import counted, numbered
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
 from trainer.data.row_group import PARQUET_ERRORS
-from trainer.log.schema import MANIFEST, FeatureInfo, LogManifest, read_manifest
+from trainer.log.schema import FeatureInfo, LogManifest, read_manifest
 from trainer.log.vocabulary_digest import spelled
+from trainer.sealed_folder import MANIFEST
 
 _BATCH = 1 << 16
 

@@ -13,15 +13,15 @@ import torch
 from embeddings.errors import ConfigError
 from embeddings.plan.file import to_tree
 from embeddings.plan.planner import DoesNotFit, offline_plan, saved_plan
-from embeddings.plan.request import Cluster, Task
+from embeddings.plan.request import Cluster, PlanRequest
 from pipelines.console import quiet_third_parties
 from pipelines.plan.remedies import remedies
 from pipelines.plan.report import Report, need_lines, report_lines
-from trainer.assemble import build_trainable, fit_caches, plan_task
+from trainer.assemble import build_trainable, fit_caches, plan_request
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.model.frame import TwoStageModel
-from trainer.ranks.device import Wanted
+from trainer.ranks.device import DeviceName
 from trainer.sealed_folder import write_text
 from trainer.step_size import StepSize, lookups, step_size
 
@@ -31,7 +31,7 @@ _HOST = 128 * 2**30
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanOptions:
     """What the user says of the cluster.
 
     Attributes:
@@ -50,7 +50,7 @@ class Question:
     out: Path | None = None
 
 
-def plan(config: Path, overrides: Sequence[str], question: Question) -> None:
+def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
     """Print where the tables of `config` would lie, what each rank holds and what a step sends.
 
     Raises:
@@ -58,33 +58,33 @@ def plan(config: Path, overrides: Sequence[str], question: Question) -> None:
     """
     quiet_third_parties()
     settings = load_config(config, overrides)
-    cluster = cluster_of(question, settings.train.device)
+    cluster = cluster_of(options, settings.train.device)
     manifest = read_manifest(settings.data.log)
-    size = step_size(settings.data, manifest, question.behaviors or None)
-    task = _task(settings, manifest, cluster, size)
+    size = step_size(settings.data, manifest, options.behaviors or None)
+    request = _request(settings, manifest, cluster, size)
     try:
-        found = offline_plan(task)
+        found = offline_plan(request)
     except DoesNotFit as problem:
         print("\n".join(need_lines(problem.parts, cluster)), flush=True)
-        tried = remedies(settings, cluster, problem.parts, lambda c, k: _task(c, manifest, k, size))
+        tried = remedies(settings, cluster, problem.parts, lambda c, k: _request(c, manifest, k, size))
         print("\n".join(tried), flush=True)
         raise
     # As training will have it, which refuses caches that cannot be filled ahead.
     ahead = settings.train.pipeline == "prefetch"
-    assert isinstance(task.model, TwoStageModel)
-    saved, _ = fit_caches(saved_plan(task, found.plan), ahead, task.model)
+    assert isinstance(request.model, TwoStageModel)
+    saved, _ = fit_caches(saved_plan(request, found.plan), ahead, request.model)
     asked = {
-        lookup: lookups(settings, {g.name: g for g in task.groups}, manifest, size, lookup, cluster.device)
+        lookup: lookups(settings, {g.name: g for g in request.groups}, manifest, size, lookup, cluster.device)
         for lookup in ("full", "selected")
     }
-    report = Report(found, task, size, asked, settings.model.lookup)
+    report = Report(found, request, size, asked, settings.model.lookup)
     print("\n".join(report_lines(report)))
-    if question.out is not None:
-        write_text(question.out, json.dumps(to_tree(saved), indent=1))
-        print(f"plan written to {question.out}; train with `tandemrec train --plan {question.out}`")
+    if options.out is not None:
+        write_text(options.out, json.dumps(to_tree(saved), indent=1))
+        print(f"plan written to {options.out}; train with `tandemrec train --plan {options.out}`")
 
 
-def cluster_of(question: Question, trained_on: Wanted = "auto") -> Cluster:
+def cluster_of(options: PlanOptions, trained_on: DeviceName = "auto") -> Cluster:
     """The cluster as the user describes it.
 
     Args:
@@ -93,18 +93,18 @@ def cluster_of(question: Question, trained_on: Wanted = "auto") -> Cluster:
     Raises:
         ConfigError: ranks do not fill the nodes, or no memory is given for a GPU.
     """
-    device = question.device or ("cuda" if question.hbm or trained_on == "cuda" else "cpu")
-    local = question.local_world_size or min(question.world_size, _RANKS_A_NODE)
+    device = options.device or ("cuda" if options.hbm or trained_on == "cuda" else "cpu")
+    local = options.local_world_size or min(options.world_size, _RANKS_A_NODE)
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: give cpu or cuda")
-    if question.world_size % local:
-        raise ConfigError(f"--world-size {question.world_size} is no multiple of --local-world-size {local}")
-    if device == "cuda" and not question.hbm:
-        asked = "--device cuda" if question.device else 'train.device = "cuda" (without --device cpu)'
+    if options.world_size % local:
+        raise ConfigError(f"--world-size {options.world_size} is no multiple of --local-world-size {local}")
+    if device == "cuda" and not options.hbm:
+        asked = "--device cuda" if options.device else 'train.device = "cuda" (without --device cpu)'
         raise ConfigError(f"{asked} needs --hbm, the memory of a GPU, such as --hbm 141GB")
-    hbm = parse_size(question.hbm, "--hbm") if device == "cuda" else 0
-    ddr = parse_size(question.ddr, "--ddr") // local if question.ddr else _HOST
-    return Cluster(device, question.world_size, local, hbm, ddr)
+    hbm = parse_size(options.hbm, "--hbm") if device == "cuda" else 0
+    ddr = parse_size(options.ddr, "--ddr") // local if options.ddr else _HOST
+    return Cluster(device, options.world_size, local, hbm, ddr)
 
 
 def parse_size(text: str, option: str) -> int:
@@ -115,6 +115,6 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _task(config: Config, manifest: LogManifest, cluster: Cluster, size: StepSize) -> Task:
+def _request(config: Config, manifest: LogManifest, cluster: Cluster, size: StepSize) -> PlanRequest:
     built = build_trainable(config, manifest, torch.device("meta"))
-    return plan_task(config, manifest, built, cluster, size)
+    return plan_request(config, manifest, built, cluster, size)

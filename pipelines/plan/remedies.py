@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from embeddings.errors import ConfigError
-from embeddings.plan.memory import Unplaced, gigabytes
+from embeddings.plan.memory import TableNeed, gigabytes
 from embeddings.plan.planner import offline_plan
-from embeddings.plan.request import Cluster, Task
+from embeddings.plan.request import Cluster, PlanRequest
 from trainer.config.run_config import Config
 from trainer.config.tables import GroupConfig, PlanTableConfig
 
@@ -16,11 +16,11 @@ from trainer.config.tables import GroupConfig, PlanTableConfig
 _TRIES = 6
 _GIGABYTE = 10**9
 
-Build = Callable[[Config, Cluster], Task]
+Build = Callable[[Config, Cluster], PlanRequest]
 Attempt = tuple[str, Config, Cluster]
 
 
-def remedies(config: Config, cluster: Cluster, parts: Sequence[Unplaced], build: Build) -> list[str]:
+def remedies(config: Config, cluster: Cluster, parts: Sequence[TableNeed], build: Build) -> list[str]:
     """Lines that name the changes under which a plan was found; one that says so where there is none.
 
     Args:

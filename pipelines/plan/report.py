@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# The pinned TorchRec hands its model of a step out in no other way.
-from torchrec.distributed.planner.stats import _calculate_critical_path
 from torchrec.distributed.planner.types import ShardingOption
 
 from embeddings.plan.bandwidths import TORCHREC
 from embeddings.plan.constraints import rounding_of
-from embeddings.plan.memory import RankMemory, Unplaced, gigabytes, memory_of_ranks
-from embeddings.plan.planner import Found
-from embeddings.plan.request import Cluster, Task
+from embeddings.plan.memory import RankMemory, TableNeed, gigabytes, memory_of_ranks
+from embeddings.plan.planner import PlanEstimate
+from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.tables import column_shards
-from embeddings.plan.traffic import Lookup, ShardedTable, Traffic, traffic
+from embeddings.plan.traffic import Lookup, Traffic, traffic
+from embeddings.private import critical_path
 from pipelines.console import table_lines
 from trainer.step_size import StepSize
 
@@ -28,38 +27,47 @@ class Report:
     """What is printed.
 
     Attributes:
-        found: the plan; task: what was asked; size: of a step.
-        asked: lookup mode -> table -> lookup; lookup: the config's mode.
+        estimate: the plan; request: what it answers; size: of a step.
+        lookups: lookup mode -> table -> what a step asks of it; lookup: the config's mode.
     """
 
-    found: Found
-    task: Task
+    estimate: PlanEstimate
+    request: PlanRequest
     size: StepSize
-    asked: Mapping[str, Mapping[str, Lookup]]
+    lookups: Mapping[str, Mapping[str, Lookup]]
     lookup: str
 
     @property
     def cluster(self) -> Cluster:
-        return self.task.cluster
+        return self.request.cluster
 
     @property
     def options(self) -> list[ShardingOption]:
         """In the order of the groups and their tables."""
-        names = [group.table_name(feature) for group in self.task.groups for feature in group.features]
-        return sorted(self.found.options, key=lambda option: names.index(option.name))
+        names = [group.table_name(feature) for group in self.request.groups for feature in group.features]
+        return sorted(self.estimate.options, key=lambda option: names.index(option.name))
 
     def sent(self, option: ShardingOption, lookup: str, pooled: bool) -> Traffic:
         """Bytes that a table's lookups send in one step."""
-        table, cluster = self.found.tables[option.name], self.cluster
+        table, cluster = self.estimate.tables[option.name], self.cluster
         shards = column_shards(option.sharding_type, len(option.shards), cluster.local_world_size)
-        sharded = ShardedTable(option.sharding_type, shards, table.rows, table.dim)
-        asked, wire = self.asked[lookup][option.name], self.task.comms.wire
-        return traffic(sharded, asked, cluster.world_size, cluster.local_world_size, pooled, wire)
+        shape = table.rows, table.dim
+        lookups, wire = self.lookups[lookup][option.name], self.request.comms.wire
+        return traffic(
+            shape,
+            option.sharding_type,
+            shards,
+            lookups,
+            cluster.world_size,
+            cluster.local_world_size,
+            pooled,
+            wire,
+        )
 
 
 def report_lines(report: Report) -> list[str]:
     """The whole print."""
-    parts = [_head(report), _placed(report), _memory(report), _exchange(report), _by_table(report)]
+    parts = [_head(report), _tables(report), _memory(report), _exchange(report), _by_table(report)]
     lines = [line for part in parts for line in (*part, "")]
     return [*lines, *_time(report), *waste_lines(report)]
 
@@ -68,7 +76,7 @@ def waste_lines(report: Report) -> list[str]:
     """A warning for each table that is row-wise through bags on many ranks, with the numbers."""
     lines = []
     for option in report.options:
-        table = report.found.tables[option.name]
+        table = report.estimate.tables[option.name]
         bag, sequence = (report.sent(option, report.lookup, pooled).total for pooled in (True, False))
         if table.pooled and option.sharding_type == "row_wise" and bag > _WASTE * sequence:
             lines += [
@@ -79,7 +87,7 @@ def waste_lines(report: Report) -> list[str]:
     return lines
 
 
-def need_lines(parts: Sequence[Unplaced], cluster: Cluster) -> list[str]:
+def need_lines(parts: Sequence[TableNeed], cluster: Cluster) -> list[str]:
     """What each table needs where no plan was found."""
     head = ("table", "all ranks", "best sharding", "its largest shard", "too much")
     rows = [(p.table, gigabytes(p.total), p.sharding, gigabytes(p.shard), _or_dash(p.missing)) for p in parts]
@@ -91,32 +99,32 @@ def _or_dash(size: int) -> str:
 
 
 def _head(report: Report) -> list[str]:
-    cluster, size, found = report.cluster, report.size, report.found
-    reserve = report.task.rules.reserve
+    cluster, size = report.cluster, report.size
+    reserve = report.request.rules.reserve
     kind = "device" if cluster.device == "cuda" else "host"
     nodes = cluster.world_size // cluster.local_world_size
     return [
         f"plan for {cluster.world_size} rank(s) on {cluster.device}, {nodes} node(s) of "
         f"{cluster.local_world_size}",
-        f"memory of a rank: {gigabytes(cluster.memory)} {kind}, {gigabytes(found.usable)} of it for tables "
-        f"({reserve:.0%} and the dense weights stay free)",
-        *_behind(report),
+        f"memory of a rank: {gigabytes(cluster.memory)} {kind}, {gigabytes(report.estimate.usable)} of it "
+        f"for tables ({reserve:.0%} and the dense weights stay free)",
+        *_host_memory(report),
         f"a step: {size.candidates:,} candidates of {size.requests:,} requests, {size.behaviors:,} behaviors "
         f"({size.source}); lookup = {report.lookup}",
     ]
 
 
-def _behind(report: Report) -> list[str]:
+def _host_memory(report: Report) -> list[str]:
     """What the planner may fill besides."""
-    if report.cluster.device == "cpu" or not report.task.rules.allow_unified_memory:
+    if report.cluster.device == "cpu" or not report.request.rules.allow_unified_memory:
         return []
     return [f"host memory of a rank: {gigabytes(report.cluster.ddr)}, for tables behind the device's"]
 
 
-def _placed(report: Report) -> list[str]:
+def _tables(report: Report) -> list[str]:
     rows = []
     for option in report.options:
-        table = report.found.tables[option.name]
+        table = report.estimate.tables[option.name]
         heights = sorted({shard.size[0] for shard in option.shards})
         height = f"{heights[-1]:,}" if len(heights) == 1 else f"{heights[0]:,}-{heights[-1]:,}"
         ranks = sorted({shard.rank for shard in option.shards})
@@ -130,14 +138,17 @@ def _placed(report: Report) -> list[str]:
 
 def _halves(report: Report) -> list[str]:
     """Which groups have rows of half precision, and how updates of these are rounded."""
-    device, halves = report.cluster.device, [group for group in report.task.groups if group.dtype == "fp16"]
+    device, halves = (
+        report.cluster.device,
+        [group for group in report.request.groups if group.dtype == "fp16"],
+    )
     rounded = {True: "stochastically", False: "to nearest", None: "to nearest"}
     return [f"rows of {g.name} are fp16, rounded {rounded[rounding_of(g, device)]}" for g in halves]
 
 
 def _memory(report: Report) -> list[str]:
     cluster = report.cluster
-    held = memory_of_ranks(report.options, report.found.tables, cluster.world_size, cluster.device)
+    held = memory_of_ranks(report.options, report.estimate.tables, cluster.world_size, cluster.device)
     # Ranks that read alike share a line.
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, memory in enumerate(held):
@@ -167,7 +178,7 @@ def _exchange(report: Report) -> list[str]:
             sent = sum((report.sent(option, lookup, pooled) for option in report.options), Traffic())
             rows.append((f"{lookup}, {name}", *_traffic(sent, report.cluster.world_size)))
     head = ("lookup, collection", "ids", "vectors", "gradients", "all ranks", "a rank")
-    comms = report.task.comms
+    comms = report.request.comms
     return [
         "sent between ranks in a step (estimated), by lookup and kind of collection",
         f"vectors travel in {comms.forward}, gradients in {comms.backward}",
@@ -184,16 +195,16 @@ def _by_table(report: Report) -> list[str]:
     rows = []
     for option in report.options:
         bag, sequence = (report.sent(option, report.lookup, pooled).total for pooled in (True, False))
-        now = "bag" if report.found.tables[option.name].pooled else "sequence"
+        now = "bag" if report.estimate.tables[option.name].pooled else "sequence"
         ratio = f"{bag / sequence:.2f}" if sequence else "-"
-        bags = f"{report.asked[report.lookup][option.name].bags:,}"
+        bags = f"{report.lookups[report.lookup][option.name].bags:,}"
         rows.append((option.name, now, bags, gigabytes(bag), gigabytes(sequence), ratio))
     head = ("table", "collection", "bags", "sent as bag", "as sequence", "bag / sequence")
     return [f"the same by table, lookup = {report.lookup}", *table_lines(head, rows)]
 
 
 def _time(report: Report) -> list[str]:
-    path = _calculate_critical_path(report.options)
+    path = critical_path(report.options)
     return [
         f"TorchRec's estimate of the lookups' time in a step: {path.total():.2f} ms (communication "
         f"{path.comms_estimate:.2f}, computation {path.comp_estimate:.2f});",

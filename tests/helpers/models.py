@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.plain import PlainBagCollection
-from embeddings.lookup.sharding import initialise_unsharded
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import Shape, random_rows, write_log
+from tests.helpers.tables import initialise_unsharded
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.config.run_config import Config, load_config
 from trainer.data.batch import RequestBatch

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import trainer.serving.versions as versions_module
-from pipelines.export import _copied, inputs_of
+from pipelines.export import copy_wanted_vocabularies, inputs_of
 from pipelines.serve.app import Service, build_app
 from pipelines.serve.load import LoadLimits
 from pipelines.serve.metrics import Metrics
@@ -35,7 +35,7 @@ from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import Recorded
 from trainer.snapshot.manifest import InputFeature, SnapshotManifest, VocabularyFile
 from trainer.snapshot.publishing import drafting, publish
-from trainer.snapshot.writing import Draft, Source, finished
+from trainer.snapshot.writing import Draft, Source, finish
 
 ARROW = "application/vnd.apache.arrow.stream"
 TOKEN = "a token for the tests"
@@ -106,7 +106,9 @@ def published(config: Config, root: Path, vocabularies: bool | None = False) -> 
             recorded_features=manifest.recorded_features,
             recorded_context=manifest.recorded_context,
             vocabularies=digests,
-            vocabulary_files=_copied(part, config.data.log, manifest.inputs, digests, vocabularies),
+            vocabulary_files=copy_wanted_vocabularies(
+                part, config.data.log, manifest.inputs, digests, vocabularies
+            ),
             groups=draft.write_tables(),
             search=draft.write_search(dense),
             config=config,
@@ -115,8 +117,8 @@ def published(config: Config, root: Path, vocabularies: bool | None = False) -> 
         )
         # Its own scores stand for the trainer's.
         nothing = torch.zeros(batch.candidates, len(manifest.tasks))
-        own = finished(draft, described, batch, nothing).recorded.own
-        return publish(root, part, finished(draft, described, batch, own).manifest, keep=0)
+        own = finish(draft, described, batch, nothing).recorded.own
+        return publish(root, part, finish(draft, described, batch, own).manifest, keep=0)
 
 
 class _Untrained(Source):

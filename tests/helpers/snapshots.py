@@ -18,7 +18,7 @@ from trainer.config.run_config import Config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import RunFolder
-from trainer.snapshot.manifest import DIGEST, MANIFEST
+from trainer.sealed_folder import DIGEST, MANIFEST
 from trainer.snapshot.manifest import read_manifest as read_version
 from trainer.snapshot.publishing import drafting, publish
 

@@ -77,7 +77,9 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
         load_ingest_config=lambda path, overrides: (path, overrides),
         report_lines=lambda manifest: [f"report of {manifest}"],
     )
-    pipeline("plan.plan", plan=note("plan"), Question=lambda world, local, device, hbm, *rest: (world, hbm))
+    pipeline(
+        "plan.plan", plan=note("plan"), PlanOptions=lambda world, local, device, hbm, *rest: (world, hbm)
+    )
     for verb in ("evaluate", "export", "score"):
         pipeline(verb, **{verb: note(verb)})
     ingest = "ingest --events e.parquet --out log --config i.toml --set users=9 --overwrite"

@@ -152,10 +152,10 @@ def test_the_weights_to_start_large_tables_with_are_looked_at(
 def test_a_plan_for_more_ranks_is_checked_for_those(
     log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from pipelines.plan.plan import Question, plan
+    from pipelines.plan.plan import PlanOptions, plan
 
     file = tmp_path / "plan.json"
-    plan(CONFIG, words(log), Question(4, out=file))
+    plan(CONFIG, words(log), PlanOptions(4, out=file))
     pipelines.train.check(CONFIG, tmp_path / "run", words(log, plan__file=str(file)))
     assert "is for 4 rank(s) on cpu" in capfd.readouterr().out
     with pytest.raises(TandemError, match=r"plan\.json"):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from embeddings.agreement import from_rank_0
 from tests.helpers.forked import fork, fork_ranks, one_thread, wait_all
 from trainer.ranks import process_group as distributed
-from trainer.ranks.device import Wanted
+from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import Ranks, naming_the_lost
 
 # A main thread that is stuck is not interrupted by anything for so long, which is longer than any test waits.
@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Callable[[Ranks], None], float]] = {
 }
 
 
-def run(root: Path, name: str, case: tuple[Callable[[Ranks], None], float], device: Wanted) -> None:
+def run(root: Path, name: str, case: tuple[Callable[[Ranks], None], float], device: DeviceName) -> None:
     work, timeout_s = case
 
     def rank(ranks: Ranks) -> None:
@@ -145,7 +145,7 @@ def run(root: Path, name: str, case: tuple[Callable[[Ranks], None], float], devi
     (root / f"{name}.json").write_text(json.dumps({"codes": codes, "said": said, "seconds": seconds}))
 
 
-def main(root: Path, cases: dict[str, tuple[Callable[[Ranks], None], float]], device: Wanted) -> None:
+def main(root: Path, cases: dict[str, tuple[Callable[[Ranks], None], float]], device: DeviceName) -> None:
     # All at once: they mostly wait.
     pids = [fork(lambda n=name, c=case: run(root, n, c, device)) for name, case in cases.items()]  # type: ignore[misc]
     codes = wait_all(pids, 120)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tests.helpers.checkpoints import newest
 from tests.helpers.forked import fork_ranks
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint import writer as hashed_writer
@@ -87,7 +88,7 @@ def attempt(template: Path, folder: Path, at: int, world_size: int, victim: int)
         save(folder, 3)
 
     codes = fork_ranks(world_size, work)
-    path, refused = checkpoint.newest(folder)
+    path, refused = newest(folder)
     loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors(0).items()}
     if path is not None:
         checkpoint.load_tensors(path, loaded, distributed=False)

@@ -24,7 +24,7 @@ from embeddings.errors import DataError
 from pipelines.console import quiet_third_parties
 from pipelines.start import open_split
 from tests.helpers.launching import ROOT
-from trainer.assemble import Sharded, build_sharded, feature_rows
+from trainer.assemble import ShardedModel, build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.data.batch_file import unpack
 from trainer.data.reader import SequenceLogReader, Step
@@ -63,7 +63,7 @@ class Job:
     """A model and what trains it."""
 
     config: Config
-    sharded: Sharded
+    sharded: ShardedModel
     optimizer: Any
     step: TrainStep
     pipeline: Pipeline

@@ -26,10 +26,11 @@ from embeddings.lookup.compile import make_collection, weight_name
 from embeddings.lookup.jagged import one_id_bags, select_bags, vectors_in_order
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
-from embeddings.lookup.sharded import UNASKED, Ways
-from embeddings.lookup.sharding import attach_optimizer, initialise_unsharded, shard
+from embeddings.lookup.sharded import DEFAULT_EXCHANGE, Exchange
+from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.plan.planner import make_plan
-from embeddings.plan.request import Task
+from embeddings.plan.request import PlanRequest
+from tests.helpers.tables import initialise_unsharded
 from tests.programs.unique_indices import unique_indices_on_cpu
 from trainer.assemble import cluster_of
 from trainer.ranks.process_group import Ranks, process_group
@@ -70,7 +71,7 @@ class Case:
 
     groups: dict[str, TableGroup]
     comms: Comms = AS_THEY_ARE
-    ways: Ways = UNASKED
+    exchange: Exchange = DEFAULT_EXCHANGE
 
     @property
     def group(self) -> TableGroup:
@@ -118,17 +119,17 @@ def distinct_cases() -> Iterator[tuple[str, Case]]:
     """Each row asked for once, a case a sharding type and optimizer; needs FBGEMM's kernel for it."""
     for sharding in TYPES["sequence"]:
         for optimizer in OPTIMIZERS:
-            case = replace(case_of("sequence", sharding, optimizer), ways=Ways(distinct=True))
+            case = replace(case_of("sequence", sharding, optimizer), exchange=Exchange(distinct=True))
             yield f"sequence {sharding} {optimizer} distinct", case
 
 
 def cases_of_nccl() -> Iterator[tuple[str, Case]]:
     """Bags that are reduced over ranks of unequal strides, padded and not; rows that do not travel once."""
-    each = replace(case_of("sequence", "row_wise", "adagrad"), ways=Ways(distinct=False))
+    each = replace(case_of("sequence", "row_wise", "adagrad"), exchange=Exchange(distinct=False))
     yield "sequence row_wise each", each
     for sharding in ("row_wise", "table_row_wise", "grid_shard"):
         for padded in (True, False):
-            case = replace(case_of("bag", sharding, "adagrad"), ways=Ways(padded=padded))
+            case = replace(case_of("bag", sharding, "adagrad"), exchange=Exchange(padded=padded))
             yield f"bag {sharding} padded={padded}", case
 
 
@@ -187,10 +188,10 @@ def train_sharded(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]]
         collections[name] = make_collection(group, torch.device("meta"))
         attach_optimizer(collections[name], group.optimizer)
     model, groups = TwoLookups(collections), case.groups.values()
-    plan = make_plan(Task(model, tuple(groups), cluster_of(ranks))).plan
+    plan = make_plan(PlanRequest(model, tuple(groups), cluster_of(ranks))).plan
     planned = {table.sharding_type for module in plan.plan.values() for table in module.values()}
     assert planned == set(case.group.sharding)
-    sharded = shard(model, case.groups, plan, ranks.device, SEED, case.comms, case.ways)
+    sharded = shard(model, case.groups, plan, ranks.device, SEED, case.comms, case.exchange)
     found = []
     for step in range(STEPS):
         part = part_of(case.group.kind, step, ranks.rank, case.group.width).to(ranks.device)

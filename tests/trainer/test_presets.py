@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from embeddings.lookup.plain import PlainBagCollection
-from embeddings.lookup.sharding import initialise_unsharded
 from tests.helpers.launching import ROOT, launched
 from tests.helpers.logs import Shape, random_rows, write_log
+from tests.helpers.tables import initialise_unsharded
 from tests.programs.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.config.run_config import Config

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from embeddings.errors import ConfigError
+from trainer.assemble import flat_settings
 from trainer.config.run_config import Config
 from trainer.log.schema import LogManifest
 
@@ -49,7 +50,7 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
             f"this run was trained on another log than data.log = {config.data.log} (features or counts "
             "differ, so ids may mean other things); name another --out"
         )
-    before, now = dict(_flat(state["config"])), dict(_flat(config.model_dump(mode="json")))
+    before, now = dict(flat_settings(state["config"])), dict(flat_settings(config.model_dump(mode="json")))
     fixed = [
         key for key in {**before, **now} if key.split(".")[0] in ("model", "tables") or _shapes_table(key)
     ]
@@ -71,7 +72,7 @@ def changed_settings(state: Mapping[str, Any], config: Config) -> list[str]:
 
     Where a log or a plan lies is no difference.
     """
-    before, now = dict(_flat(state["config"])), dict(_flat(config.model_dump(mode="json")))
+    before, now = dict(flat_settings(state["config"])), dict(flat_settings(config.model_dump(mode="json")))
     return [
         f"{key} = {value!r} (was {before[key]!r})"
         for key, value in now.items()
@@ -93,34 +94,7 @@ def check_same_order(path: Path, state: Mapping[str, Any], order: str, log: Path
         )
 
 
-def check_same_rules(state: Mapping[str, Any], config: Config, where: str) -> None:
-    """Whether a checkpoint's plan was made under the rules of this start; `plan.file` is none.
-
-    Raises:
-        ConfigError: a rule differs; `where` leads the message.
-    """
-    before, now = dict(_flat(state["config"])), dict(_flat(config.model_dump(mode="json")))
-    for key in {**before, **now}:
-        if _places_table(key) and before.get(key) != now.get(key):
-            raise ConfigError(
-                f"{where}: made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; plan again"
-            )
-
-
-def _places_table(key: str) -> bool:
-    of_group = key.startswith("groups.") and key.endswith((".sharding", ".stochastic_rounding"))
-    return of_group or (key.startswith("plan.") and key != "plan.file")
-
-
 def _shapes_table(key: str) -> bool:
     return key.startswith("groups.") and not key.endswith(
         (".learning_rate", ".sharding", ".stochastic_rounding")
     )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -10,7 +10,6 @@ Nothing here talks to other ranks; `trainer.checkpoint.save_load` does.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,10 +20,11 @@ from typing import Any
 
 from embeddings.errors import CheckpointError
 from trainer.log.names import path_problem
-from trainer.sealed_folder import file_digest, remove_folder, sync
+from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, remove_folder, sync
 
 _NAME = re.compile(r"step-(\d{8})$")
-MANIFEST, DIGEST, STATE = "manifest.json", "manifest.sha256", "state.json"
+STATE = "state.json"
+SEAL = Seal(CheckpointError, "the checkpoint is of no use", names_file=True)
 # File name -> {"bytes": size, "sha256": digest}.
 Entries = dict[str, dict[str, Any]]
 
@@ -38,28 +38,23 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if _NAME.search(p.name)), reverse=True)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """-> (newest checkpoint that verifies or None, why newer ones were refused)."""
-    refused = []
-    for path in checkpoints(folder):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            refused.append(str(error))
-        else:
-            return path, refused
-    return None, refused
-
-
 def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
         CheckpointError: naming the file that is missing, extra, short or changed.
     """
-    entries = read_manifest(path)
+    check_files(path, read_manifest(path))
+
+
+def check_files(path: Path, entries: Entries) -> None:
+    """Compare the content of some files with their entries.
+
+    Raises:
+        CheckpointError: one differs or cannot be read.
+    """
     for name, entry in sorted(entries.items()):
-        check_file(path / name, entry)
+        SEAL.check(path / name, entry["bytes"], entry["sha256"])
 
 
 def read_manifest(path: Path) -> Entries:
@@ -69,10 +64,7 @@ def read_manifest(path: Path) -> Entries:
         CheckpointError: the manifest is damaged, or a file is missing, extra or of another size.
     """
     manifest = path / MANIFEST
-    # Compared as bytes: JSON reads many flipped bits without complaint.
-    if _bytes_of(path / DIGEST) != _digest_line(_bytes_of(manifest)):
-        raise CheckpointError(manifest, f"does not match {path / DIGEST}; one of the two is corrupt")
-    entries = _object(path, MANIFEST).get("files")
+    entries = _object(manifest, SEAL.read(path)).get("files")
     if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
         raise CheckpointError(manifest, "holds no file list; delete this checkpoint")
     for name in entries:
@@ -95,23 +87,13 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
-def check_file(file: Path, entry: Mapping[str, Any]) -> None:
-    """Compare one file's content with its manifest entry.
-
-    Raises:
-        CheckpointError: it differs or cannot be read.
-    """
-    try:
-        same = file.stat().st_size == entry["bytes"] and file_digest(file) == entry["sha256"]
-    except OSError as error:
-        raise CheckpointError(file, f"unreadable: {error.strerror}") from None
-    if not same:
-        raise CheckpointError(file, "does not match the manifest; the checkpoint is corrupt")
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """The rank-independent state of a verified checkpoint."""
-    return _object(path, STATE)
+    file = path / STATE
+    try:
+        return _object(file, file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(file, f"unreadable: {error.strerror}") from None
 
 
 def prepare(folder: Path, part: Path) -> None:
@@ -126,9 +108,10 @@ def prepare(folder: Path, part: Path) -> None:
 
 def write_state(part: Path, state: Mapping[str, Any]) -> Entries:
     """Write `state.json`; -> its manifest entry."""
-    content = json.dumps(state, indent=1).encode()
-    _write(part / STATE, content)
-    return {STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    file = part / STATE
+    file.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    sync(file)
+    return {STATE: entry_of(file)}
 
 
 def seal(part: Path, entries: Entries) -> None:
@@ -141,10 +124,7 @@ def seal(part: Path, entries: Entries) -> None:
         if not (part / name).is_file():
             problem = "was written by another rank and is not visible here; all ranks must share this folder"
             raise CheckpointError(part / name, problem)
-    manifest = json.dumps({"files": dict(sorted(entries.items()))}, indent=1).encode()
-    _write(part / MANIFEST, manifest)
-    _write(part / DIGEST, _digest_line(manifest))
-    sync(part)
+    SEAL.write(part, json.dumps({"files": dict(sorted(entries.items()))}, indent=1))
 
 
 def publish(part: Path, final: Path) -> None:
@@ -154,19 +134,6 @@ def publish(part: Path, final: Path) -> None:
         final.rename(final.with_name(f"{final.name}.refused-{os.urandom(4).hex()}"))
     part.rename(final)
     sync(final.parent)
-
-
-def usable(folder: Path) -> tuple[Path, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were refused.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path, refused = newest(folder)
-    if path is None:
-        detail = f"; refused: {refused[0]}" if refused else ""
-        raise CheckpointError(folder, f"no usable checkpoint; train the run to the end first{detail}")
-    return path, refused
 
 
 def wanted(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> Path:
@@ -192,19 +159,6 @@ def wanted(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> 
     return folder / final_name(int(which))
 
 
-def to_use(folder: Path, which: str = "") -> tuple[Path, list[str]]:
-    """`trainer.checkpoint.save_load.find_to_use` for one process: -> (path, why others were refused)."""
-    path, refused = usable(folder)
-    chosen = wanted(folder, path, read_state(path), which)
-    try:
-        verify(chosen)
-    except CheckpointError as error:
-        if which:
-            raise
-        return path, [*refused, f"the best one: {error}"]
-    return chosen, refused
-
-
 def retire(folder: Path, final: Path, keep: int, best: int = -1) -> None:
     """Delete all but the newest `keep` checkpoints up to `final`; damaged ones don't count as kept.
 
@@ -226,27 +180,11 @@ def retire(folder: Path, final: Path, keep: int, best: int = -1) -> None:
         remove_folder(gone, strict=True)
 
 
-def _write(file: Path, content: bytes) -> None:
-    file.write_bytes(content)
-    sync(file)
-
-
-def _digest_line(manifest: bytes) -> bytes:
-    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
-
-
-def _bytes_of(file: Path) -> bytes:
+def _object(file: Path, text: bytes) -> dict[str, Any]:
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(file, f"unreadable: {error.strerror}") from None
-
-
-def _object(path: Path, name: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(_bytes_of(path / name))
+        tree = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(path / name, f"unreadable: {error}") from None
+        raise CheckpointError(file, f"unreadable: {error}") from None
     if not isinstance(tree, dict):
-        raise CheckpointError(path / name, "is not a JSON object")
+        raise CheckpointError(file, "is not a JSON object")
     return tree

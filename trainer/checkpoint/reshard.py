@@ -32,7 +32,7 @@ def check_reshardable(path: Path, state: Mapping[str, Any], now: PlanTree) -> No
         types = [str(entry.get("sharding_type")) for entry in (before[table], after[table])]
         if _columns(before[table]) == _columns(after[table]) or state_reshards(optimizer, *types):
             continue
-        was, now_ = _told(before[table]), _told(after[table])
+        was, now_ = _layout(before[table]), _layout(after[table])
         raise CheckpointError(
             path,
             f"table {table} lay {was}, now {now_}: row-wise Adagrad has one accumulator a row and column "
@@ -52,6 +52,6 @@ def _columns(entry: Mapping[str, Any]) -> list[tuple[int, ...]]:
     return sorted(found) if len({place[1:2] for place in found}) > 1 else [()]
 
 
-def _told(entry: Mapping[str, Any]) -> str:
+def _layout(entry: Mapping[str, Any]) -> str:
     count = len(_columns(entry))
     return f"{entry.get('sharding_type')} in {f'{count} pieces' if count > 1 else 'whole rows'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.assemble import Sharded, build_sharded, feature_rows
+from trainer.assemble import ShardedModel, build_sharded, feature_rows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.config.run_config import Config
 from trainer.log.schema import LogManifest, read_manifest
@@ -14,7 +14,7 @@ from trainer.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredModel:
     """A run's verified checkpoint as a model in eval mode.
 
     Attributes:
@@ -23,7 +23,7 @@ class Restored:
 
     config: Config
     manifest: LogManifest
-    sharded: Sharded
+    sharded: ShardedModel
     step: int
 
     @property
@@ -31,7 +31,7 @@ class Restored:
         return feature_rows(self.sharded.groups)
 
 
-def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> Restored:
+def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> RestoredModel:
     """Load a checkpoint that verifies; collective over all ranks.
 
     Args:
@@ -53,4 +53,4 @@ def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> Restored:
     checkpoint.load_tensors(found.path, tensors)
     sharded.model.load_state_dict(tensors["model"])
     sharded.model.eval()
-    return Restored(config, manifest, sharded, int(found.state["step"]))
+    return RestoredModel(config, manifest, sharded, int(found.state["step"]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,19 +20,19 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
+from embeddings.lookup.shards import local_shards, tensors_of
+from trainer.assemble import FormerPlan
 from trainer.checkpoint import files
-from trainer.checkpoint.files import Entries, newest, read_state, to_use, verify
+from trainer.checkpoint.files import Entries, read_state, verify
 from trainer.checkpoint.writer import HashedWriter
 from trainer.sealed_folder import remove_folder
 
-__all__ = ["Found", "find", "load_tensors", "newest", "read_state", "save", "to_use", "verify"]
+__all__ = ["ResumePoint", "find", "find_to_use", "load_tensors", "read_state", "save", "verify"]
 
 Result = TypeVar("Result")
 
@@ -62,24 +62,46 @@ def save(
             what was written is removed.
     """
     final = folder / files.final_name(step)
-    run_id = _shared_id(final, group)
-    if not run_id:
+
+    def new_folder() -> Path | None:
+        if final.exists():
+            with suppress(CheckpointError):
+                verify(final)
+                # This step's checkpoint is there and good.
+                return None
+        return folder / f"{final.name}.tmp-{os.urandom(4).hex()}"
+
+    def told(action: Callable[[], Result]) -> Callable[[], Result]:
+        """The action, whose failure is told as that of this save."""
+
+        def attempt() -> Result:
+            try:
+                return action()
+            except Exception as error:
+                reason = error.problem if isinstance(error, CheckpointError) else _reason(error)
+                rank = dist.get_rank(group)
+                problem = f"rank {rank} could not save: {reason}; older checkpoints are untouched"
+                raise CheckpointError(final, problem) from None
+
+        return attempt
+
+    part = from_rank_0(new_folder, group)
+    if part is None:
         return final
-    part = folder / f"{final.name}.tmp-{run_id}"
     try:
-        _on_first(final, lambda: files.prepare(folder, part), group)
-        written = _everywhere(final, lambda: _write(part, tensors, group), group)
-        _on_first(final, lambda: _finish(part, final, written, state), group)
+        from_rank_0(told(lambda: files.prepare(folder, part)), group)
+        written = from_every_rank(told(lambda: _write(part, tensors, group)), group)
+        from_rank_0(told(lambda: _finish(part, final, written, state)), group)
     except CheckpointError:
         if dist.get_rank(group) == 0:
             remove_folder(part)
         raise
-    _on_first(final, lambda: files.retire(folder, final, keep, best), group)
+    from_rank_0(told(lambda: files.retire(folder, final, keep, best)), group)
     return final
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """What is there to resume from.
 
     Attributes:
@@ -91,46 +113,65 @@ class Found:
     state: dict[str, Any]
     refused: list[str]
 
+    @property
+    def former_plan(self) -> FormerPlan | None:
+        """How the tables of the checkpoint lay; None where there is no checkpoint."""
+        if self.path is None:
+            return None
+        return FormerPlan(self.path.name, self.state["config"], self.state.get("plan"))
 
-def find(folder: Path) -> Found:
+
+def find(folder: Path, alone: bool = False) -> ResumePoint:
     """Look for the newest good checkpoint; collective, each rank verifies its share of the files.
+
+    Args:
+        alone: this rank looks by itself, and the others do not.
 
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
     """
     refused: list[str] = []
-    for path in from_rank_0(lambda: files.checkpoints(folder)):
-        problem = _verify_together(path)
-        if not problem:
-            return Found(path, from_rank_0(partial(read_state, path)), refused)
-        refused.append(problem)
+    for path in _asked(alone, partial(files.checkpoints, folder)):
+        try:
+            _verify(path, alone)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            return ResumePoint(path, _asked(alone, partial(read_state, path)), refused)
     if refused:
         why = f"no checkpoint verifies; use another --out, or restore one ({'; '.join(refused)})"
         raise CheckpointError(folder, why)
-    return Found(None, {}, [])
+    return ResumePoint(None, {}, [])
 
 
-def find_to_use(folder: Path, which: str = "") -> Found:
+def find_to_use(folder: Path, which: str = "", alone: bool = False) -> ResumePoint:
     """Look for the checkpoint that a finished run is used by; collective.
 
     Args:
         which: `newest`, `best`, or the number of a step; empty = the best where training looked for it.
+        alone: as in `find`.
 
     Raises:
         CheckpointError: there is none.
     """
-    found = find(folder)
-    if found.path is None:
+    newest = find(folder, alone)
+    if newest.path is None:
         raise CheckpointError(folder, "no usable checkpoint; train the run to the end first")
-    wanted = files.wanted(folder, found.path, found.state, which)
-    if wanted == found.path:
-        return found
-    problem = _verify_together(wanted)
-    if problem and which:
-        raise CheckpointError(wanted, f"cannot be used: {problem}")
-    if problem:
-        return Found(found.path, found.state, [*found.refused, f"the best one: {problem}"])
-    return Found(wanted, from_rank_0(partial(read_state, wanted)), found.refused)
+    wanted = files.wanted(folder, newest.path, newest.state, which)
+    if wanted == newest.path:
+        return newest
+    try:
+        _verify(wanted, alone)
+    except CheckpointError as error:
+        if which:
+            raise CheckpointError(wanted, f"cannot be used: {error}") from None
+        return replace(newest, refused=[*newest.refused, f"the best one: {error}"])
+    return ResumePoint(wanted, _asked(alone, partial(read_state, wanted)), newest.refused)
+
+
+def _asked(alone: bool, compute: Callable[[], Result]) -> Result:
+    """What this rank computes by itself, or what rank 0 computes for all."""
+    return compute() if alone else from_rank_0(compute)
 
 
 def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = True) -> None:
@@ -174,20 +215,9 @@ def _is_empty(item: WriteItem) -> bool:
 
 def _sizes(part: Path, tensors: Mapping[str, Any]) -> str:
     """What this rank wanted to write, and what room there was."""
-    wanted = sum(tensor.nbytes for tensor in _local(tensors)) / 1e6
+    wanted = sum(part.tensor.nbytes for whole in tensors_of(tensors) for part in local_shards(whole)) / 1e6
     free = shutil.disk_usage(part.parent).free / 1e6
     return f"writing {wanted:,.1f} MB with {free:,.1f} MB free"
-
-
-def _local(tree: Any) -> Iterator[Tensor]:
-    """The tensors of a state dict that lie on this rank."""
-    if isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _local(value)
-    elif isinstance(tree, ShardedTensor):
-        yield from (shard.tensor for shard in tree.local_shards())
-    elif isinstance(tree, Tensor):
-        yield tree
 
 
 def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str, Any]) -> None:
@@ -198,28 +228,18 @@ def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str,
     files.publish(part, final)
 
 
-def _verify_together(path: Path) -> str:
-    """Why a checkpoint is refused, on all ranks; empty where it is good."""
+def _verify(path: Path, alone: bool) -> None:
+    """Check a checkpoint, all ranks together where this one is not alone.
 
-    def manifest() -> tuple[Entries, str]:
-        try:
-            return files.read_manifest(path), ""
-        except CheckpointError as error:
-            return {}, str(error)
-
-    entries, problem = from_rank_0(manifest)
-    if problem:
-        return problem
-
-    def check() -> str:
-        try:
-            for name in _share(entries, dist.get_rank(), dist.get_world_size()):
-                files.check_file(path / name, entries[name])
-        except CheckpointError as error:
-            return str(error)
-        return ""
-
-    return next((text for text in from_every_rank(check, slow=True) if text), "")
+    Raises:
+        CheckpointError: it is damaged; on all ranks.
+    """
+    if alone:
+        verify(path)
+        return
+    entries = from_rank_0(partial(files.read_manifest, path))
+    mine = _share(entries, dist.get_rank(), dist.get_world_size())
+    from_every_rank(lambda: files.check_files(path, {name: entries[name] for name in mine}), slow=True)
 
 
 def _share(entries: Entries, rank: int, world_size: int) -> list[str]:
@@ -238,40 +258,3 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     cause = next(iter(failures.values()))[0] if failures else error
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
-
-
-def _shared_id(final: Path, group: Group) -> str:
-    """One random name for all ranks; empty where this step's checkpoint is there and verifies."""
-
-    def name() -> str:
-        if final.exists():
-            with suppress(CheckpointError):
-                verify(final)
-                return ""
-        return os.urandom(4).hex()
-
-    return from_rank_0(name, group)
-
-
-def _on_first(path: Path, action: Callable[[], None], group: Group) -> None:
-    """Run on rank 0; its failure is a CheckpointError everywhere."""
-    _everywhere(path, action if dist.get_rank(group) == 0 else lambda: None, group)
-
-
-def _everywhere(path: Path, action: Callable[[], Result], group: Group) -> list[Result]:
-    """Run on every rank; -> the results of all, or a CheckpointError on all where any failed."""
-
-    def told() -> tuple[Result | None, str]:
-        try:
-            return action(), ""
-        except CheckpointError as error:
-            reason = error.problem
-        except Exception as error:
-            reason = _reason(error)
-        return None, f"rank {dist.get_rank(group)} could not save: {reason}"
-
-    answers = from_every_rank(told, group)
-    failed = [text for _, text in answers if text]
-    if failed:
-        raise CheckpointError(path, f"{failed[0]}; older checkpoints are untouched")
-    return [value for value, _ in answers]  # type: ignore[misc]

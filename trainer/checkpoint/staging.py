@@ -15,10 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.cuda import _pin_memory_utils
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
-from torch.distributed._shard.sharding_spec import ShardMetadata
-from torch.distributed.remote_device import _remote_device
+
+from embeddings.lookup.shards import local_shards, tensors_of
+from embeddings.private import (
+    Shard,
+    ShardedTensor,
+    ShardMetadata,
+    pin_memory,
+    remote_device,
+    sharded_tensor_like,
+    unpin_memory,
+)
 
 # Smaller tensors are copied as fast from ordinary memory as a lock of their pages takes.
 _WORTH_PINNING = 1 << 20
@@ -44,8 +51,8 @@ class StagedCopy:
     def __init__(
         self,
         pinned: Callable[[Tensor], bool] = on_cuda,
-        pin: Callable[[int, int], None] = _pin_memory_utils.pin_memory,
-        unpin: Callable[[int], None] = _pin_memory_utils.unpin_memory,
+        pin: Callable[[int, int], None] = pin_memory,
+        unpin: Callable[[int], None] = unpin_memory,
         wait: Callable[[torch.device], None] = wait_for_copies,
     ) -> None:
         self._pinned, self._pin, self._unpin, self._wait = pinned, pin, unpin, wait
@@ -54,7 +61,7 @@ class StagedCopy:
 
     def fits(self, tree: Any) -> bool:
         """Whether there is room for such a tree already."""
-        return _shapes(_leaves(tree)) == _shapes(self._leaves)
+        return _shapes(tensors_of(tree)) == _shapes(self._leaves)
 
     def make_room(self, tree: Any) -> None:
         """Allocate what the tensors of `tree` need.
@@ -63,7 +70,7 @@ class StagedCopy:
             MemoryError: there is not enough, or its pages cannot be locked.
         """
         self.close()
-        self._leaves = [self._room_for(leaf) for leaf in _leaves(tree)]
+        self._leaves = [self._room_for(leaf) for leaf in tensors_of(tree)]
         for source, room in self._pairs(tree):
             if self._pinned(source) and room.nbytes >= _WORTH_PINNING:
                 try:
@@ -91,7 +98,7 @@ class StagedCopy:
         self._leaves = []
 
     def _pairs(self, tree: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        for leaf, room in zip(_leaves(tree), self._leaves, strict=True):
+        for leaf, room in zip(tensors_of(tree), self._leaves, strict=True):
             yield from zip(_parts(leaf), _parts(room), strict=True)
 
     def _room_for(self, leaf: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
@@ -99,10 +106,10 @@ class StagedCopy:
         if not isinstance(leaf, ShardedTensor):
             return self._memory(leaf)
         metadata = leaf.metadata()
-        return ShardedTensor._init_from_local_shards_and_global_metadata(
+        return sharded_tensor_like(
+            leaf,
             [Shard(self._memory(shard.tensor), _on_host(shard.metadata)) for shard in leaf.local_shards()],
             replace(metadata, shards_metadata=[_on_host(shard) for shard in metadata.shards_metadata]),
-            process_group=leaf._process_group,
         )
 
     def _memory(self, like: Tensor) -> Tensor:
@@ -115,24 +122,13 @@ class StagedCopy:
 
 def _on_host(shard: ShardMetadata) -> ShardMetadata:
     placement: Any = shard.placement
-    return replace(shard, placement=_remote_device(f"rank:{placement.rank()}/cpu"))
+    return replace(shard, placement=remote_device(f"rank:{placement.rank()}/cpu"))
 
 
 def device_of(tree: Any) -> torch.device | None:
     """The CUDA device that a state dict's tensors lie on; None where there is none."""
-    parts = (part for leaf in _leaves(tree) for part in _parts(leaf))
+    parts = (part for leaf in tensors_of(tree) for part in _parts(leaf))
     return next((part.device for part in parts if on_cuda(part)), None)
-
-
-def _leaves(tree: Any) -> Iterator[Tensor | ShardedTensor]:
-    """The tensors of a tree of mappings, lists and tuples, in its order."""
-    if isinstance(tree, Mapping):
-        tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _leaves(value)
-    elif isinstance(tree, Tensor | ShardedTensor):
-        yield tree
 
 
 def _with_leaves(tree: Any, leaves: Iterator[Tensor | ShardedTensor]) -> Any:
@@ -144,9 +140,8 @@ def _with_leaves(tree: Any, leaves: Iterator[Tensor | ShardedTensor]) -> Any:
     return next(leaves) if isinstance(tree, Tensor | ShardedTensor) else tree
 
 
-def _parts(leaf: Tensor | ShardedTensor) -> list[Tensor]:
-    """What of a tensor lies on this rank."""
-    return [shard.tensor for shard in leaf.local_shards()] if isinstance(leaf, ShardedTensor) else [leaf]
+def _parts(whole: Tensor | ShardedTensor) -> list[Tensor]:
+    return [part.tensor for part in local_shards(whole)]
 
 
 def _shapes(leaves: Any) -> list[list[tuple[torch.Size, torch.dtype]]]:

@@ -24,7 +24,7 @@ _MODEL = "model."
 
 
 class TableReader:
-    """The model's tensors in a checkpoint, under the names of its state dict.
+    """The tensors of a checkpoint: the model's under the names of its state dict, others as they are saved.
 
     Args:
         path: a checkpoint that `trainer.checkpoint.save_load` has verified; its metadata is unpickled.
@@ -39,13 +39,17 @@ class TableReader:
             raise CheckpointError(path, f"unreadable: {error}") from None
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
-            name.removeprefix(_MODEL): entry
+            name: entry
             for name, entry in metadata.state_dict_metadata.items()
-            if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+            if isinstance(entry, TensorStorageMetadata)
         }
 
     def names(self) -> list[str]:
-        return list(self._tensors)
+        """The names of the model's tensors."""
+        return [name.removeprefix(_MODEL) for name in self._tensors if name.startswith(_MODEL)]
+
+    def __contains__(self, name: str) -> bool:
+        return self._saved_name(name) in self._tensors
 
     def table(self, group: str, table: str) -> str:
         """The name of a table's tensor, whatever kind of collection holds it.
@@ -54,37 +58,48 @@ class TableReader:
             CheckpointError: there is none.
         """
         start, end = f"collections.{group}.", f".{table}.weight"
-        for name in self._tensors:
+        for name in self.names():
             if name.startswith(start) and name.endswith(end):
                 return name
         raise CheckpointError(self._path, f"holds no table {table} of group {group}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].size)
+        return tuple(self._entry(name).size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = self._entry(name).properties.dtype
+        return dtype
 
     def whole(self, name: str) -> Tensor:
         """One tensor in one piece."""
-        entry = self._tensors[name]
+        entry = self._entry(name)
         everything = ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size)
         return self._read(name, everything)
 
     def bands(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """A table from its first row to its last, as (first row, rows [n, dim]).
+        """A table, or what belongs to its rows, from first row to last, as (first row, rows [n, ...]).
 
         A band is one shard; where shards hold some columns of the same rows, those shards together.
         """
-        entry = self._tensors[name]
-        rows, dim = entry.size
+        entry = self._entry(name)
+        rows, *row = entry.size
         # Ranks that were left without rows have shards, too, at the table's end.
         starts = sorted({chunk.offsets[0] for chunk in entry.chunks if chunk.sizes[0]})
         for start, stop in zip(starts, [*starts[1:], rows], strict=True):
-            band = ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([stop - start, dim]))
+            begin, size = torch.Size([start, *(0 for _ in row)]), torch.Size([stop - start, *row])
+            band = ChunkStorageMetadata(begin, size)
             yield start, self._read(name, band)
 
+    def _saved_name(self, name: str) -> str:
+        return name if name in self._tensors else f"{_MODEL}{name}"
+
+    def _entry(self, name: str) -> TensorStorageMetadata:
+        return self._tensors[self._saved_name(name)]
+
     def _read(self, name: str, part: ChunkStorageMetadata) -> Tensor:
-        entry = self._tensors[name]
+        entry = self._entry(name)
         target = torch.empty(part.sizes, dtype=entry.properties.dtype)
-        items = create_read_items_for_chunk_list(f"{_MODEL}{name}", entry, [part])
+        items = create_read_items_for_chunk_list(self._saved_name(name), entry, [part])
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:

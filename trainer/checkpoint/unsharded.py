@@ -7,42 +7,35 @@
     DIR/dense.safetensors         every other weight, by its name in the model
     DIR/vocab/<feature>.parquet   what the rows stand for, where the log says
 
-A table goes from the checkpoint's shards straight into its memory-mapped file, so that what must fit in
-memory is the largest shard, not the table.
+A table goes from the checkpoint's shards into its file shard by shard, so that what must fit in memory is
+the largest shard, not the table; of a table that is cut into columns, those shards that hold the same rows.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from embeddings.errors import CheckpointError
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint import files as checkpoint_files
-from trainer.checkpoint.save_load import load_tensors
+from trainer.checkpoint.tensor_stream import TensorStream
+from trainer.checkpoint.tensors import TableReader
 from trainer.config.toml import Settings
 from trainer.log.names import FileName, InnerPath, name_problem
 from trainer.log.schema import FeatureInfo
-from trainer.sealed_folder import file_digest, naming, scratch, sync
+from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, scratch
 
-MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
-_DTYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_ALIGNMENT = 8
+SEAL = Seal(CheckpointError, "unshard again", names_file=True)
 
 
 class PlainTable(Settings):
@@ -91,18 +84,18 @@ class PlainTables:
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """Tensors of a checkpoint that make one table: names and shapes."""
+class Vocabulary:
+    """What the rows of a feature's tables stand for: `info` as in a log, `file` of values and ids."""
 
-    weight: str
-    accumulator: str
-
-
-# Feature of a log -> what it says of it, and the file of its values.
-Features = Mapping[str, tuple[FeatureInfo, Path]]
+    info: FeatureInfo
+    file: Path
 
 
-def unshard(path: Path, out: Path, features: Features) -> PlainManifest:
+# By the feature's name.
+Vocabularies = Mapping[str, Vocabulary]
+
+
+def unshard(path: Path, out: Path, features: Vocabularies) -> PlainManifest:
     """Write a verified checkpoint as plain tables; one process, no process group.
 
     Args:
@@ -118,122 +111,72 @@ def unshard(path: Path, out: Path, features: Features) -> PlainManifest:
         with scratch(out.absolute().parent, out.name) as part:
             (part / "tables").mkdir()
             manifest = _write(path, part, features)
-            for folder in (part / "tables", part / "vocab", part):
-                sync(folder)
-            part.rename(out)
-            sync(out.absolute().parent)
+            publish(part, out.absolute())
     except OSError as error:
         raise CheckpointError(out, f"cannot be written: {error.strerror} ({error.filename})") from None
     return manifest
 
 
-def _write(path: Path, part: Path, features: Features) -> PlainManifest:
-    state = checkpoint_files.read_state(path)
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    sizes = {name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
-    tables: dict[str, PlainTable] = {}
-    for name, tensors in _tables(path, sizes).items():
-        tables[name] = _write_table(path, part / "tables" / f"{name}.safetensors", name, tensors, sizes)
-    dense = {
-        name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in sizes.items()
-        if name.startswith("model.") and table_of(name) not in tables
-    }
-    load_tensors(path, {f"model.{name}": tensor for name, tensor in dense.items()}, distributed=False)
+def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
+    state, reader = checkpoint_files.read_state(path), TableReader(path)
+    tables = {}
+    for name, weight in _tables(path, reader).items():
+        tables[name] = _write_table(reader, part / "tables" / f"{name}.safetensors", name, weight)
+    dense = {name: reader.whole(name) for name in reader.names() if table_of(name) not in tables}
     save_file(dense, part / "dense.safetensors")
     used = {name: features[name] for name in sorted({table.feature for table in tables.values()})}
     _copy_vocabularies(part / "vocab", used)
     files = sorted(p for p in part.rglob("*") if p.is_file())
-    for file in files:
-        sync(file)
     manifest = PlainManifest(
         step=state["step"],
         tables=tables,
         dense={name: tuple(tensor.shape) for name, tensor in dense.items()},
-        vocabularies={name: info.vocabulary for name, (info, _) in used.items()},
-        rows={name: info.rows for name, (info, _) in used.items()},
+        vocabularies={name: entry.info.vocabulary for name, entry in used.items()},
+        rows={name: entry.info.rows for name, entry in used.items()},
         config=state["config"],
-        files={
-            str(f.relative_to(part)): PlainFile(bytes=f.stat().st_size, sha256=file_digest(f)) for f in files
-        },
+        files={str(file.relative_to(part)): PlainFile(**entry_of(file)) for file in files},
     )
-    (part / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    (part / DIGEST).write_text(f"{file_digest(part / MANIFEST)}  {MANIFEST}\n", encoding="utf-8")
-    sync(part / MANIFEST)
-    sync(part / DIGEST)
+    SEAL.write(part, manifest.model_dump_json(indent=1))
     return manifest
 
 
-def _tables(path: Path, sizes: Mapping[str, TensorStorageMetadata]) -> dict[str, _Saved]:
-    """Tables of a checkpoint: those weights that a collection holds."""
-    found = {}
-    for name in sizes:
-        table = table_of(name)
-        if not name.startswith("model.") or "__" not in table:
-            continue
+def _tables(path: Path, reader: TableReader) -> dict[str, str]:
+    """Table -> the name of its weights: those that a collection holds."""
+    weights = {table_of(name): name for name in reader.names() if "__" in table_of(name)}
+    for table in weights:
         if problem := name_problem(table):
             raise CheckpointError(path, f"the name of the table {table!r} {problem}")
-        # Only the first accumulator is the optimizers' own; FBGEMM's others are counters.
-        state = f"optim.state.fused.{name.removeprefix('model.')}.{table}.momentum1"
-        found[table] = _Saved(name, state if state in sizes else "")
-    return found
+    return weights
 
 
-def _write_table(
-    path: Path, file: Path, name: str, tensors: _Saved, sizes: Mapping[str, TensorStorageMetadata]
-) -> PlainTable:
+def _write_table(reader: TableReader, file: Path, name: str, weight: str) -> PlainTable:
     group, feature = name.split("__", 1)
-    rows, dim = sizes[tensors.weight].size
-    layout = {"weight": (tuple(sizes[tensors.weight].size), sizes[tensors.weight].properties.dtype)}
-    accumulator: Tensor | None = None
+    rows, dim = reader.shape(weight)
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (reader.dtype(weight), (dim,))}
+    # Only the first accumulator is the optimizers' own; FBGEMM's others are counters.
+    accumulator = f"optim.state.fused.{weight}.{name}.momentum1"
     kind: Literal["", "row", "weight"] = ""
-    if tensors.accumulator:
-        entry = sizes[tensors.accumulator]
-        kind = "weight" if len(entry.size) == 2 else "row"
-        layout["accumulator"] = ((rows, dim) if kind == "weight" else (rows,), entry.properties.dtype)
-        if kind == "row" and entry.size[0] != rows:
-            accumulator = torch.empty(entry.size, dtype=entry.properties.dtype)
-    mapped = _mapped_file(file, layout)
-    wanted = {tensors.weight: mapped["weight"]}
-    if tensors.accumulator:
-        wanted[tensors.accumulator] = mapped["accumulator"] if accumulator is None else accumulator
-    load_tensors(path, wanted, distributed=False)
-    if accumulator is not None:
-        # One accumulator a row and column shard, each the mean over its columns: together their mean.
-        mapped["accumulator"].copy_(accumulator.view(-1, rows).mean(0))
+    if accumulator in reader:
+        size = reader.shape(accumulator)
+        kind = "weight" if len(size) == 2 else "row"
+        layout["accumulator"] = reader.dtype(accumulator), size[1:]
+    with TensorStream(file, layout, rows, alignment=8) as stream:
+        for _, band in reader.bands(weight):
+            stream.append("weight", band)
+        if kind == "row" and size[0] != rows:
+            # One accumulator a row and column shard, each the mean over its columns: together their mean.
+            stream.append("accumulator", reader.whole(accumulator).view(-1, rows).mean(0))
+        elif kind:
+            for _, band in reader.bands(accumulator):
+                stream.append("accumulator", band)
     return PlainTable(feature=feature, group=group, rows=rows, dim=dim, accumulator=kind)
 
 
-def _mapped_file(file: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
-    """A safetensors file of empty tensors that is filled by writing to them."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, (shape, dtype) in layout.items():
-        size = int(np.prod(shape)) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    start = 8 + len(text)
-    with naming(file), file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.flush()
-        # Room is taken now: to write to a mapped file on a full disk would kill the process.
-        os.posix_fallocate(stream.fileno(), 0, start + end)
-    content = torch.from_file(str(file), shared=True, size=start + end, dtype=torch.uint8)
-    return {
-        name: content[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
-        .view(layout[name][1])
-        .view(layout[name][0])
-        for name, entry in header.items()
-    }
-
-
-def _copy_vocabularies(out: Path, used: Features) -> None:
+def _copy_vocabularies(out: Path, used: Vocabularies) -> None:
     out.mkdir()
-    for info, file in used.values():
-        if info.vocabulary:
-            shutil.copyfile(file, out / file.name)
+    for entry in used.values():
+        if entry.info.vocabulary:
+            shutil.copyfile(entry.file, out / entry.file.name)
 
 
 def open_plain_tables(path: Path, check: bool = True) -> PlainTables:
@@ -245,12 +188,10 @@ def open_plain_tables(path: Path, check: bool = True) -> PlainTables:
     if not (path / MANIFEST).is_file():
         raise CheckpointError(path, f"holds no {MANIFEST}, so it is no folder that `unshard` wrote")
     try:
-        if (path / DIGEST).read_text(encoding="utf-8").split()[:1] != [file_digest(path / MANIFEST)]:
-            raise CheckpointError(path / MANIFEST, f"does not match {path / DIGEST}; unshard again")
-        manifest = PlainManifest.model_validate_json((path / MANIFEST).read_bytes())
-    except (OSError, ValueError, ValidationError) as error:
+        manifest = PlainManifest.model_validate_json(SEAL.read(path))
+    except ValueError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(path / MANIFEST, f"unreadable: {reason}; unshard again") from None
     for name, entry in manifest.files.items() if check else ():
-        checkpoint_files.check_file(path / name, entry.model_dump())
+        SEAL.check(path / name, entry.bytes, entry.sha256)
     return PlainTables(path, manifest)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,28 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError, DataError, TandemError
 from embeddings.lookup.sharding import table_of
-from trainer.checkpoint import files as checkpoint_files
+from embeddings.lookup.shards import local_shards
+from embeddings.private import ShardedTensor
 from trainer.checkpoint.compatible import log_fingerprint
-from trainer.checkpoint.unsharded import PlainManifest, PlainTables, open_plain_tables, unshard
+from trainer.checkpoint.save_load import find_to_use
+from trainer.checkpoint.unsharded import (
+    PlainManifest,
+    PlainTables,
+    Vocabulary,
+    open_plain_tables,
+    unshard,
+)
 from trainer.data.row_group import PARQUET_ERRORS
-from trainer.log.schema import FeatureInfo, LogManifest, read_manifest
+from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary_digest import spelled
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 
 _ROWS_AT_ONCE = 1 << 16
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the rows of a feature's tables stand for: `info` as in a log, `file` of values and ids."""
-
-    info: FeatureInfo
-    file: Path
 
 
 def vocabularies(manifest: LogManifest, folder: Path) -> dict[str, Vocabulary]:
@@ -63,18 +61,19 @@ def unshard_run(run: Path, out: Path) -> PlainManifest:
     """
     folder = RunFolder(run)
     config = folder.read_config()
-    path, _ = checkpoint_files.usable(folder.checkpoints)
+    found = find_to_use(folder.checkpoints, "newest", alone=True)
+    assert found.path is not None
     manifest = read_manifest(config.data.log)
-    if log_fingerprint(manifest) != checkpoint_files.read_state(path)["log"]:
+    if log_fingerprint(manifest) != found.state["log"]:
         raise CheckpointError(
-            path, f"was trained on another log than {config.data.log} is by now, so its rows have no names"
+            found.path,
+            f"was trained on another log than {config.data.log} is by now, so its rows have no names",
         )
-    known = vocabularies(manifest, config.data.log / "vocab")
-    return unshard(path, out, {name: (entry.info, entry.file) for name, entry in known.items()})
+    return unshard(found.path, out, vocabularies(manifest, config.data.log / "vocab"))
 
 
 @contextmanager
-def opened(path: Path, scratch: Path) -> Iterator[PlainTables]:
+def open_source(path: Path, scratch: Path) -> Iterator[PlainTables]:
     """The plain tables of a run or of a folder that `unshard` wrote; collective.
 
     Args:
@@ -133,7 +132,7 @@ def fill(
         entry = source.manifest.tables[table]
         if entry.feature not in maps:
             maps[entry.feature] = _row_map(entry.feature, known[entry.feature], source)
-            lines.append(_told(entry.feature, maps[entry.feature], source))
+            lines.append(_carried_line(entry.feature, maps[entry.feature], source))
         rows = model[name].size()[0]
         saved = source.table(table)
         _fill_rows(model[name], saved["weight"], maps[entry.feature], rows)
@@ -153,7 +152,7 @@ def check_source(model: nn.Module, path: Path) -> None:
         CheckpointError: what is there is damaged, or does not fit; of a run, it has nothing to start with.
     """
     if (path / "checkpoints").is_dir():
-        checkpoint_files.usable(path / "checkpoints")
+        find_to_use(path / "checkpoints", "newest", alone=True)
         return
     source, weights = open_plain_tables(path), model.state_dict()
     _check_tables(weights, source)
@@ -192,13 +191,9 @@ def _fill_dense(model: Mapping[str, Any], source: PlainTables, tables: set[str])
 
 
 def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor | None, rows: int) -> None:
-    if not isinstance(target, ShardedTensor):
-        _fill_part(target, source, row_map, (0, 0))
-        return
-    for local in target.local_shards():
-        row, *column = local.metadata.shard_offsets
+    for tensor, row, column in local_shards(target):
         # Accumulators of column shards lie one below the other, each as long as the table.
-        _fill_part(local.tensor, source, row_map, (row % rows, column[0] if column else 0))
+        _fill_part(tensor, source, row_map, (row % rows, column))
 
 
 def _fill_part(part: Tensor, source: Tensor, row_map: Tensor | None, place: tuple[int, int]) -> None:
@@ -264,7 +259,7 @@ def _read(file: Path, digest: str) -> tuple[pa.Array, pa.Array]:
     return values.cast(pa.large_string()), ids.cast(pa.int64())
 
 
-def _told(feature: str, row_map: Tensor | None, source: PlainTables) -> str:
+def _carried_line(feature: str, row_map: Tensor | None, source: PlainTables) -> str:
     if row_map is None:
         return f"{feature}: the same vocabulary"
     carried = int((row_map[1:] >= 0).sum())

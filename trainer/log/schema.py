@@ -25,11 +25,12 @@ from trainer.config.mistakes import words_of
 from trainer.config.toml import Settings
 from trainer.log.clusters import ClusterInfo
 from trainer.log.names import FileName, path_problem
-from trainer.sealed_folder import file_digest
+from trainer.sealed_folder import DIGEST, MANIFEST, Seal
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1
-MANIFEST, DIGEST, VOCABULARIES = "manifest.json", "manifest.sha256", "vocab"
+VOCABULARIES = "vocab"
+SEAL = Seal(lambda path, problem: DataError(problem, file=path), "ingest the events again")
 CLUSTER_COLUMNS = ("cluster_size", "cluster_time")
 REQUEST_COLUMNS = ("id", "timestamp", "history_end", "num_candidates")
 
@@ -197,7 +198,7 @@ def read_manifest(log: Path) -> LogManifest:
     """
     path = Path(log) / MANIFEST
     raw = _load_json(path)
-    _check_digest(path)
+    SEAL.read(path.parent)
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
         problem = f"format is {found!r}, expected {FORMAT!r}; name the folder that `tandemrec ingest` wrote"
@@ -214,17 +215,6 @@ def read_manifest(log: Path) -> LogManifest:
         place = ".".join(str(part) for part in first["loc"])
         problem = f"{place or 'manifest'}: {words_of(dict(first))}; ingest the events again"
         raise DataError(problem, file=path) from error
-
-
-def _check_digest(path: Path) -> None:
-    try:
-        expected = path.with_name(DIGEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"unreadable: {error}; ingest the events again", file=path.with_name(DIGEST)
-        ) from None
-    if file_digest(path) != expected:
-        raise DataError(f"does not match {DIGEST}, so one of them is corrupt; ingest again", file=path)
 
 
 def is_sequence_log(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +12,14 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
 from trainer.log.schema import (
-    DIGEST,
-    MANIFEST,
+    SEAL,
     FileInfo,
     LogManifest,
     SplitInfo,
     is_sequence_log,
     moved_away,
 )
-from trainer.sealed_folder import exchange, file_digest, remove_folder, scratch, sync, voice
+from trainer.sealed_folder import entry_of, exchange, remove_folder, scratch, sync, voice
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -90,9 +88,7 @@ def write_split(
 
 def write_manifest(root: Path, manifest: LogManifest) -> None:
     """Writes the manifest and its digest, the last files of a log."""
-    text = manifest.model_dump_json(indent=2) + "\n"
-    (root / MANIFEST).write_text(text, encoding="utf-8")
-    (root / DIGEST).write_text(hashlib.sha256(text.encode()).hexdigest() + "\n", encoding="utf-8")
+    SEAL.write(root, manifest.model_dump_json(indent=2) + "\n")
 
 
 def _row_groups(batches: Iterable[pa.RecordBatch], size: int, schema: pa.Schema) -> Iterator[pa.Table]:
@@ -121,7 +117,7 @@ def _count(group: pa.Table, totals: dict[str, int]) -> None:
 
 def _describe(path: Path, root: Path, rows: int) -> FileInfo:
     name = path.relative_to(root).as_posix()
-    return FileInfo(path=name, rows=rows, bytes=path.stat().st_size, sha256=file_digest(path))
+    return FileInfo(path=name, rows=rows, **entry_of(path))
 
 
 def _publish(staging: Path, out: Path) -> None:

@@ -99,7 +99,7 @@ class Trainer:
         self.watch = Watch(config.checkpoint)
         self.stopped = self._best_due = False
 
-    def run(self, start: checkpoint.Found) -> Position:
+    def run(self, start: checkpoint.ResumePoint) -> Position:
         """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.
 
         Raises:
@@ -111,7 +111,7 @@ class Trainer:
         with naming_the_lost(self.ranks, lambda: f"after step {self.at.step}"):
             return self._run(start)
 
-    def _run(self, start: checkpoint.Found) -> Position:
+    def _run(self, start: checkpoint.ResumePoint) -> Position:
         self.resume(start)
         if start.path is None or not self._finished():
             # Not before: a start that is refused, or has nothing to do, leaves the run as it is.
@@ -317,7 +317,7 @@ class Trainer:
         self.watch.restart_clock()
         self.meter.clock.restart()
 
-    def resume(self, start: checkpoint.Found) -> None:
+    def resume(self, start: checkpoint.ResumePoint) -> None:
         """Take up what a checkpoint holds, if there is one."""
         if start.path is not None:
             self._resume(start.path, start.state)

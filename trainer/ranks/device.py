@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from embeddings.errors import ConfigError
 
-Wanted = Literal["auto", "cpu", "cuda"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 CPU_FBGEMM, CUDA_FBGEMM = "fbgemm-gpu-cpu", "fbgemm-gpu"
 INSTALL_CUDA = "for the GPU install the CUDA builds: `make clean install DEVICE=cuda`"
 _ON_CPU = "computing on the CPU: "
@@ -159,7 +159,7 @@ def obstacle(machine: Machine, index: int = 0) -> tuple[str, str] | None:
     return None
 
 
-def choose(wanted: Wanted, machine: Machine, local_rank: int = 0, local_world_size: int = 1) -> Choice:
+def choose(wanted: DeviceName, machine: Machine, local_rank: int = 0, local_world_size: int = 1) -> Choice:
     """Where a rank computes.
 
     One GPU that all ranks of a node see is each one's device 0: either each sees another one, as under Slurm
@@ -196,7 +196,7 @@ def choose(wanted: Wanted, machine: Machine, local_rank: int = 0, local_world_si
 
 
 @dataclass(frozen=True)
-class Told:
+class DeviceReport:
     """What a rank tells the others before they meet.
 
     Attributes:
@@ -211,27 +211,27 @@ class Told:
     problem: str = ""
 
 
-def check_together(told: Sequence[Told]) -> None:
+def check_together(reports: Sequence[DeviceReport]) -> None:
     """Whether these ranks can work together; the same answer on all of them.
 
     Raises:
         ConfigError: a rank cannot go on, some took GPUs and others did not, or two share one.
     """
-    for one in told:
+    for one in reports:
         if one.problem:
             # Of another one, maybe on another node, it would tell nothing without its number.
-            alone = any(each.problem != one.problem for each in told)
+            alone = any(each.problem != one.problem for each in reports)
             raise ConfigError(f"rank {one.rank}: {one.problem}" if alone else one.problem)
-    for one in told:
-        if one.kind != told[0].kind:
-            on_cpu = next(each for each in told if each.kind == "cpu")
+    for one in reports:
+        if one.kind != reports[0].kind:
+            on_cpu = next(each for each in reports if each.kind == "cpu")
             why = on_cpu.why.removeprefix(_ON_CPU).removesuffix(f"; {USE_CPU}")
             raise ConfigError(
-                f"rank {told[0].rank} takes {told[0].kind} and rank {one.rank} {one.kind}"
+                f"rank {reports[0].rank} takes {reports[0].kind} and rank {one.rank} {one.kind}"
                 f"{f' ({why})' if why else ''}; make the nodes alike, or set train.device"
             )
     seen: dict[str, int] = {}
-    for one in told:
+    for one in reports:
         if one.gpu in seen:
             host, _, bus = one.gpu.partition(" ")
             raise ConfigError(
@@ -243,16 +243,16 @@ def check_together(told: Sequence[Told]) -> None:
             seen[one.gpu] = one.rank
 
 
-def agree(store: dist.Store, mine: Told, world_size: int) -> None:
+def agree(store: dist.Store, mine: DeviceReport, world_size: int) -> None:
     """Tell the other ranks what this one took, and compare; collective.
 
     Raises:
         ConfigError: see `check_together`.
     """
     store.set(f"device/{mine.rank}", json.dumps(asdict(mine)))
-    told = [Told(**json.loads(store.get(f"device/{rank}"))) for rank in range(world_size)]
+    reports = [DeviceReport(**json.loads(store.get(f"device/{rank}"))) for rank in range(world_size)]
     try:
-        check_together(told)
+        check_together(reports)
     except ConfigError:
         # The store may go with rank 0, which then must not end before all others know.
         store.set(f"heard/{mine.rank}", "")

@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
-import torch
 import torch.distributed as dist
 
+from embeddings import private
 from embeddings.errors import RankError
 
 # Collectives begun, by the name of their group.
@@ -270,7 +270,7 @@ def collectives_begun(backend: str) -> Begun:
 
     Groups over another one are left out: those of gloo have time-outs of their own, some of them longer.
     """
-    return {name: each._get_sequence_number_for_group() for name, each in _backends(backend).items()}
+    return {name: private.collectives_begun(each) for name, each in private.backends(backend).items()}
 
 
 def abort_collectives(backend: str) -> None:
@@ -284,23 +284,11 @@ def abort_collectives(backend: str) -> None:
         with suppress(RuntimeError):
             each.abort()
 
-    found = _backends(backend).values()
-    threads = [threading.Thread(target=abort, args=(each,), daemon=True) for each in found]
+    threads = [
+        threading.Thread(target=abort, args=(each,), daemon=True)
+        for each in private.backends(backend).values()
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def _backends(kind: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    device = torch.device("cuda" if kind == "nccl" else "cpu")
-    for group, name in list(cast(Any, dist.distributed_c10d)._world.pg_names.items()):
-        try:
-            backend = group._get_backend(device)
-        except RuntimeError:
-            # It has none for this device.
-            continue
-        if backend.name() == kind:
-            found[name] = backend
-    return found

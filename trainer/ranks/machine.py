@@ -1,4 +1,4 @@
-"""What this process may use of its machine: memory and cores, as far as its control group lets it.
+"""What this process may use of its machine, memory and cores, and how it keeps memory that a step gives back.
 
 A container sees the whole machine's memory and cores, and is killed or held back when it takes more than its
 control group allows. Limits stand in files (kernel documentation, cgroup-v1/memory.rst and cgroup-v2.rst),
@@ -7,12 +7,16 @@ one folder a group; those of all groups above hold as well.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 _PROCESS = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_LARGEST = 1 << 30
 
 
 def memory_bytes(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
@@ -42,6 +46,20 @@ def cores(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
         if quota_us > 0 and period_us > 0:
             found.append(quota_us // period_us)
     return max(1, min(found))
+
+
+def keep_freed_memory() -> bool:
+    """Leave what is freed in the process, for the next step; whether the C library could be told so.
+
+    By default glibc returns tensors of some megabytes to the system at once, so that every step has all its
+    memory mapped and cleared anew: half of its processor time at L = 4,000. The process stays at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    # A negative threshold is the largest one: never.
+    settings = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
+    return all([mallopt(name, value) == 1 for name, value in settings])
 
 
 def _folders(controller: str, process: Path, groups: Path) -> Iterator[Path]:

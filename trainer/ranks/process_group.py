@@ -10,16 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.errors import ConfigError, RankError
-from trainer.ranks.allocator import keep_freed_memory
-from trainer.ranks.device import Machine, Told, Wanted, agree, choose, gpu_place, observe
+from embeddings.private import set_timeout
+from trainer.ranks.device import DeviceName, DeviceReport, Machine, agree, choose, gpu_place, observe
 from trainer.ranks.heartbeat import GRACE_S, Heartbeat, abort_collectives, collectives_begun, leave_in_time
+from trainer.ranks.machine import keep_freed_memory
 from trainer.sealed_folder import voice
 
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
@@ -69,7 +70,7 @@ class Ranks:
 
 @contextmanager
 def process_group(
-    timeout_s: float = 600, device: Wanted = "auto", heartbeat: bool | None = None
+    timeout_s: float = 600, device: DeviceName = "auto", heartbeat: bool | None = None
 ) -> Iterator[Ranks]:
     """Join the launcher's process group (or make a group of one) and leave it at the end.
 
@@ -85,15 +86,15 @@ def process_group(
     """
     rank, world_size, local_rank, local_world_size = _places()
     voice.silent = rank > 0
-    taken, told = _take(device, rank, local_rank, local_world_size)
+    taken, report = _take(device, rank, local_rank, local_world_size)
     timeout = datetime.timedelta(seconds=timeout_s)
     launcher = os.getppid() if dist.is_torchelastic_launched() else None
     ranks = Ranks(rank, world_size, local_world_size, taken, None, launcher)
     with naming_the_lost(ranks, lambda: "while the ranks met"):
         store = dist.HashStore() if world_size == 1 else _store_of_this_start(rank, world_size, timeout)
-        agree(store, told, world_size)
-    if told.why:
-        voice.say(told.why)
+        agree(store, report, world_size)
+    if report.why:
+        voice.say(report.why)
     beating = (taken.type == "cuda") if heartbeat is None else heartbeat
     beats = _heartbeat(ranks, store, timeout_s) if beating and world_size > 1 else None
     ranks = replace(ranks, store=store, heartbeat=beats)
@@ -138,7 +139,9 @@ def _places() -> tuple[int, int, int, int]:
     raise ConfigError(f"the launcher says {words}; start with torchx or torchrun")
 
 
-def _take(wanted: Wanted, rank: int, local_rank: int, local_world_size: int) -> tuple[torch.device, Told]:
+def _take(
+    wanted: DeviceName, rank: int, local_rank: int, local_world_size: int
+) -> tuple[torch.device, DeviceReport]:
     """This rank's device, and what the other ranks are told of it."""
     # Asked for the CPU, nothing here looks for another device.
     machine = Machine() if wanted == "cpu" else observe()
@@ -146,10 +149,10 @@ def _take(wanted: Wanted, rank: int, local_rank: int, local_world_size: int) -> 
         choice = choose(wanted, machine, local_rank, local_world_size)
     except ConfigError as problem:
         # Raised once the others know it, which would else wait for this rank.
-        return torch.device("cpu"), Told(rank, "", problem=str(problem))
+        return torch.device("cpu"), DeviceReport(rank, "", problem=str(problem))
     taken = choice.device
     place = gpu_place(taken.index) if taken.type == "cuda" else ""
-    return taken, Told(rank, taken.type, place, choice.note)
+    return taken, DeviceReport(rank, taken.type, place, choice.note)
 
 
 def _init(ranks: Ranks, store: dist.Store, timeout: datetime.timedelta) -> None:
@@ -165,8 +168,7 @@ def _init(ranks: Ranks, store: dist.Store, timeout: datetime.timedelta) -> None:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device, **given)
     # Later than the heartbeat, which knows the lost rank.
-    nccl = cast(Any, dist.group.WORLD)._get_backend(device)
-    nccl._set_default_timeout(timeout + datetime.timedelta(seconds=_BACKSTOP_S))
+    set_timeout(device, timeout + datetime.timedelta(seconds=_BACKSTOP_S))
 
 
 def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float) -> Heartbeat:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from embeddings.errors import SnapshotError
+from embeddings.private import compile_package
 from trainer.model.branch import Branch, Searched
 from trainer.model.frame import TwoStageModel
 from trainer.model.heads.mlp import Head
 from trainer.model.retrieve.score import Attended
 from trainer.model.time import Marks
 from trainer.model.windows import Kept, Windows
-from trainer.sealed_folder import file_digest
+from trainer.sealed_folder import entry_of
 from trainer.snapshot.loading import Snapshot
 from trainer.snapshot.manifest import CodeFile
 
@@ -157,12 +158,11 @@ def _compiled(
     traced = torch.export.export(module, given, dynamic_shapes=tuple({0: candidates} for _ in given))
     file = folder / path
     file.parent.mkdir()
-    torch._inductor.aoti_compile_and_package(traced, package_path=str(file))
-    compiled = torch._inductor.aoti_load_package(str(file))
+    compiled = compile_package(traced, str(file))
     worst = max(
         float((compiled(*(part[:count] for part in given)) - expected[:count]).abs().max())
         for count in (1, len(expected))
     )
     if not worst <= _ALLOWED_DIFFERENCE:
         raise SnapshotError(file, f"the compiled model differs by {worst:.3g}")
-    return CodeFile(path=path, bytes=file.stat().st_size, sha256=file_digest(file), describes=describes)
+    return CodeFile(path=path, **entry_of(file), describes=describes)

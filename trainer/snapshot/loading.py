@@ -19,12 +19,10 @@ from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
 from trainer.log.schema import FeatureInfo
 from trainer.model.frame import Prediction, TwoStageModel
-from trainer.sealed_folder import file_digest
+from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot.manifest import (
     DENSE,
-    DIGEST,
     LATEST,
-    MANIFEST,
     OWN,
     RECORDED,
     VERSION_NAME,
@@ -217,18 +215,10 @@ def read_chain(path: Path) -> Chain:
         if below.is_symlink() or not (below / MANIFEST).is_file():
             raise SnapshotError(path, f"is a delta, and its base {below.name} is not beside it")
         manifest = read_manifest(below)
-        # The digest beside a manifest has just been found to be its own.
-        if _digest_beside(below) != base.sha256 or manifest.number != base.number:
+        if file_digest(below / MANIFEST) != base.sha256 or manifest.number != base.number:
             raise SnapshotError(path, f"is a delta against another {below.name} than the one beside it")
         versions.append((below, manifest))
     return Chain(tuple(versions))
-
-
-def _digest_beside(path: Path) -> str:
-    try:
-        return (path / DIGEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SnapshotError(path / DIGEST, f"unreadable: {error}") from None
 
 
 def load_snapshot(path: Path) -> Snapshot:
@@ -278,11 +268,11 @@ def _load(path: Path) -> Snapshot:
         name: chain.rows(stem, name) for stem, name, _ in manifest.matrices() if stem.startswith("tables/")
     }
     collections = {name: PlainBagCollection(group, tables) for name, group in groups.items()}
-    model = _checked(path, lambda: _model(manifest, groups, collections))
+    model = _fitted_to_config(path, lambda: _model(manifest, groups, collections))
     # Copies, because a matrix product over a mapped file's unaligned memory rounds differently.
     dense = {name: tensor.clone() for name, tensor in read_tensors(path, DENSE).items()}
     expect_like(path, DENSE, dense, model.state_dict())
-    _checked(path, lambda: model.load_state_dict(dense, assign=True))
+    _fitted_to_config(path, lambda: model.load_state_dict(dense, assign=True))
     return Snapshot(path, manifest, model.eval(), _recorded(path, manifest))
 
 
@@ -336,7 +326,7 @@ def _model(
         return build_model(manifest.config, groups, collections, len(manifest.tasks), numbers)
 
 
-def _checked(path: Path, make: Callable[[], _T]) -> _T:
+def _fitted_to_config(path: Path, make: Callable[[], _T]) -> _T:
     try:
         return make()
     except (RuntimeError, KeyError, ValueError, AssertionError, TypeError, IndexError) as error:

@@ -16,10 +16,11 @@ from trainer.config.mistakes import words_of
 from trainer.config.run_config import Config
 from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
-from trainer.sealed_folder import file_digest
+from trainer.sealed_folder import DIGEST, MANIFEST, Seal
 
 VERSION_NAME = re.compile(r"v\d{8}")
-MANIFEST, DIGEST, LATEST = "manifest.json", "manifest.sha256", "LATEST"
+LATEST = "LATEST"
+SEAL = Seal(SnapshotError, "take another copy")
 DENSE, RECORDED = "dense.safetensors", "recorded.safetensors"
 # Tensor of the recorded requests: probabilities by the snapshot itself, when it was exported.
 OWN = "own_scores"
@@ -207,9 +208,7 @@ def read_manifest(path: Path) -> SnapshotManifest:
         for name, limit in ((MANIFEST, _LARGEST_MANIFEST), (DIGEST, 128)):
             if (path / name).is_symlink() or (path / name).stat().st_size > limit:
                 raise SnapshotError(path / name, f"larger than {limit:,} bytes, or no plain file")
-        if file_digest(file) != (path / DIGEST).read_text(encoding="utf-8").strip():
-            raise SnapshotError(file, f"does not match {DIGEST}; it is corrupt, take another copy")
-        text = file.read_text(encoding="utf-8")
+        text = SEAL.read(path).decode()
         tree = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
         manifest = SnapshotManifest.model_validate(tree)
     except ValidationError as error:
@@ -230,13 +229,8 @@ def check_file(path: Path, entry: SnapshotFile | CodeFile | VocabularyFile) -> N
     file = path / entry.path
     if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
         raise SnapshotError(file, "missing, or not a plain file")
-    try:
-        same = file.stat().st_size == entry.bytes and file_digest(file) == entry.sha256
-    except OSError as error:
-        # Retired versions go away at any moment.
-        raise SnapshotError(file, f"unreadable: {error}") from None
-    if not same:
-        raise SnapshotError(file, "does not match the manifest; it is corrupt, take another copy")
+    # Retired versions go away at any moment, so that it may be unreadable by now.
+    SEAL.check(file, entry.bytes, entry.sha256)
 
 
 def _problem(manifest: SnapshotManifest) -> str:

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.sharding import table_of
+from embeddings.lookup.shards import local_shards
 from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
 from trainer.config.tables import TableConfig
@@ -27,7 +28,7 @@ from trainer.ranks.process_group import Ranks
 
 
 @dataclass
-class TouchedRows:
+class RequestRows:
     """The ids that requests hold, and the rows of them in each table once they have passed by.
 
     Attributes:
@@ -46,7 +47,9 @@ class TouchedRows:
         self.rows[table][begin:end] = band[ids[begin:end] - first].float()
 
 
-def touched(batches: Iterable[RequestBatch], groups: Mapping[str, TableGroup], config: Config) -> TouchedRows:
+def rows_of_requests(
+    batches: Iterable[RequestBatch], groups: Mapping[str, TableGroup], config: Config
+) -> RequestRows:
     """Find the ids of some requests."""
     rows = {table.feature: table.rows for group in groups.values() for table in group.tables}
     # Id 0 has a meaning of its own, and groups of candidates are told by their ids: those stay as they are.
@@ -58,11 +61,11 @@ def touched(batches: Iterable[RequestBatch], groups: Mapping[str, TableGroup], c
                 continue
             for feature in ids.keys() & set(kjt.keys()):
                 ids[feature] = torch.cat([ids[feature], kjt[feature].values()]).unique()
-    return TouchedRows(ids, {})
+    return RequestRows(ids, {})
 
 
-class TouchedModel:
-    """Scores requests as the trainer does; for requests that `touched` was shown.
+class PartialModel:
+    """Scores requests as the trainer does; for requests that `rows_of_requests` was shown.
 
     Args:
         dense: the dense part of the model's state dict; found: with all rows in place.
@@ -74,7 +77,7 @@ class TouchedModel:
         manifest: LogManifest,
         ranks: Ranks,
         dense: Mapping[str, Tensor],
-        found: TouchedRows,
+        found: RequestRows,
     ) -> None:
         self._ids, self._device = found.ids, ranks.device
         small = manifest.model_copy(
@@ -94,7 +97,9 @@ class TouchedModel:
         state = sharded.state_dict()
         for name, weight in state.items():
             if name.startswith("collections."):
-                _fill(weight, found.rows[table_of(name)])
+                rows = found.rows[table_of(name)]
+                for part, row, column in local_shards(weight):
+                    part.copy_(rows[row : row + part.shape[0], column : column + part.shape[1]])
             else:
                 weight.copy_(dense[name])
         sharded.load_state_dict(state)
@@ -129,13 +134,3 @@ class TouchedModel:
             stride=kjt.stride(),
             length_per_key=kjt.length_per_key(),
         )
-
-
-def _fill(weight: Tensor, rows: Tensor) -> None:
-    """Put rows into a table sharded over one rank."""
-    if not hasattr(weight, "local_shards"):
-        weight.copy_(rows)
-        return
-    for local in weight.local_shards():
-        (row, column), (height, width) = local.metadata.shard_offsets, local.metadata.shard_sizes
-        local.tensor.copy_(rows[row : row + height, column : column + width])

@@ -16,12 +16,21 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from embeddings.errors import SnapshotError
-from trainer.sealed_folder import file_digest, locked, remove_folder, scratch, sync, write_text
+from trainer.sealed_folder import (
+    MANIFEST,
+    entry_of,
+    file_digest,
+    locked,
+    remove_folder,
+    scratch,
+    sync,
+    write_text,
+)
+from trainer.sealed_folder import publish as publish_folder
 from trainer.snapshot.loading import Chain, read_chain
 from trainer.snapshot.manifest import (
-    DIGEST,
     LATEST,
-    MANIFEST,
+    SEAL,
     VERSION_NAME,
     BaseVersion,
     SnapshotFile,
@@ -64,13 +73,9 @@ def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Pa
         if manifest.base is not None and not _is_there(root, manifest.base):
             raise SnapshotError(root, f"the base, version {manifest.base.number}, went away meanwhile")
         number = _next_number(root)
-        write_manifest(part, manifest.model_copy(update={"number": number}))
+        SEAL.write(part, manifest.model_copy(update={"number": number}).model_dump_json(indent=1))
         final = root / f"v{number:08d}"
-        for found in part.rglob("*"):
-            sync(found)
-        sync(part)
-        part.rename(final)
-        sync(root)
+        publish_folder(part, final)
         write_text(root / LATEST, final.name + "\n")
         sync(root)
         if keep:
@@ -78,24 +83,9 @@ def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Pa
     return final
 
 
-def write_manifest(part: Path, manifest: SnapshotManifest) -> None:
-    """The manifest and its digest, into a folder that nobody reads yet."""
-    (part / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    (part / DIGEST).write_text(file_digest(part / MANIFEST) + "\n", encoding="utf-8")
-
-
-def describe_files(part: Path) -> tuple[SnapshotFile, ...]:
-    """Size and digest of every safetensors file."""
-    return tuple(_described(part, file) for file in sorted(part.rglob("*.safetensors")))
-
-
-def describe_again(part: Path, files: tuple[SnapshotFile, ...], name: str) -> tuple[SnapshotFile, ...]:
-    """The same descriptions, of one file anew."""
-    return tuple(_described(part, part / name) if entry.path == name else entry for entry in files)
-
-
-def _described(part: Path, file: Path) -> SnapshotFile:
-    return SnapshotFile(path=str(file.relative_to(part)), bytes=file.stat().st_size, sha256=file_digest(file))
+def describe(part: Path, file: Path) -> SnapshotFile:
+    """A safetensors file of a version, as its manifest lists it."""
+    return SnapshotFile(path=str(file.relative_to(part)), **entry_of(file))
 
 
 def open_base(root: Path, since: str) -> Chain:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import TORCH_DTYPES, Dtype, row_bytes, stored_columns, to_stored
+from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.snapshot.manifest import StoredRows
-from trainer.snapshot.tensors import RowStream, read_one
+from trainer.snapshot.tensors import read_one
 
 # Called once or twice: (first row, float rows [n, dim]), ascending without gaps.
 RowSource = Callable[[], Iterator[tuple[int, Tensor]]]
@@ -34,9 +35,10 @@ def write_rows(
         SnapshotError: it holds numbers that `dtype` cannot hold.
     """
     rows, dim = shape
-    with RowStream(_file(folder, stem), name, TORCH_DTYPES[dtype], stored_columns(dim, dtype)) as stream:
+    row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
+    with TensorStream(_file(folder, stem), {name: row}) as stream:
         for _, block in _blocks(folder / stem, name, dtype, source):
-            stream.append(block)
+            stream.append(name, block)
     return StoredRows(rows=rows, dim=dim, dtype=dtype)
 
 
@@ -49,16 +51,17 @@ def write_changes(
     """
     rows, dim = shape
     changed = []
-    with RowStream(_file(folder, stem), name, TORCH_DTYPES[dtype], stored_columns(dim, dtype)) as stream:
+    row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
+    with TensorStream(_file(folder, stem), {name: row}) as stream:
         for first, block in _blocks(folder / stem, name, dtype, source):
             ids = _different(block, base[first : first + block.shape[0]])
-            stream.append(block[ids])
+            stream.append(name, block[ids])
             changed.append(ids + first)
     ids = torch.cat(changed)
     if ids.numel() * (_ID_BYTES + row_bytes(dim, dtype)) >= rows * row_bytes(dim, dtype):
         return write_rows(folder, stem, name, shape, dtype, source)
-    with RowStream(_file(folder, f"{stem}.ids"), _IDS, torch.int64) as stream:
-        stream.append(ids)
+    with TensorStream(_file(folder, f"{stem}.ids"), {_IDS: (torch.int64, ())}) as stream:
+        stream.append(_IDS, ids)
     return StoredRows(rows=rows, dim=dim, dtype=dtype, base_rows=base.shape[0], changed=ids.numel())
 
 

@@ -1,11 +1,9 @@
-"""Safetensors files of a snapshot: written row by row, read memory-mapped and checked."""
+"""Safetensors files of a snapshot: read memory-mapped, and checked."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors import SafetensorError
@@ -14,53 +12,8 @@ from torch import Tensor
 
 from embeddings.errors import SnapshotError
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
-_ALIGNMENT = 64
 # Far more than any file here needs; a header of 100 MB would take seconds and gigabytes to parse.
 _LARGEST_HEADER = 1 << 20
-
-
-class RowStream:
-    """One tensor [rows, columns] (or [rows]) appended to piece by piece; its header is filled in at the end.
-
-    Args:
-        path: the file to write; name: of the tensor; dtype, columns: of a row, no columns for a vector.
-    """
-
-    def __init__(self, path: Path, name: str, dtype: torch.dtype, columns: int | None = None) -> None:
-        self.rows = 0
-        self._name, self._dtype, self._columns = name, dtype, columns
-        # Room for as many rows as there can be.
-        room = 8 + len(self._header(2**62))
-        self._begin = -(-room // _ALIGNMENT) * _ALIGNMENT
-        self._file = path.open("wb")
-        self._file.seek(self._begin)
-
-    def append(self, rows: Tensor) -> None:
-        if rows.dtype != self._dtype or rows.shape[1:] != self._shape(0)[1:]:
-            raise ValueError(f"{rows.dtype} {list(rows.shape)} is no piece of {self._name}")
-        self._file.write(rows.contiguous().numpy().data)
-        self.rows += rows.shape[0]
-
-    def __enter__(self) -> RowStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._file as file:
-            header = self._header(self.rows).ljust(self._begin - 8)
-            file.seek(0)
-            file.write(len(header).to_bytes(8, "little") + header)
-
-    def _shape(self, rows: int) -> tuple[int, ...]:
-        return (rows,) if self._columns is None else (rows, self._columns)
-
-    def _header(self, rows: int) -> bytes:
-        shape = self._shape(rows)
-        size = torch.Size(shape).numel() * self._dtype.itemsize
-        entry = {"dtype": _NAMES[self._dtype], "shape": shape, "data_offsets": [0, size]}
-        return json.dumps({self._name: entry}).encode()
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:

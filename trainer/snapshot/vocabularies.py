@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
 from trainer.data.row_group import PARQUET_ERRORS
-from trainer.sealed_folder import file_digest
+from trainer.sealed_folder import entry_of
 from trainer.snapshot.manifest import InputFeature, VocabularyFile
 
 # Bytes of all vocabularies of a log, as files; larger ones go along only where they are asked for.
@@ -38,8 +38,7 @@ def copy_vocabularies(part: Path, files: Mapping[str, Path]) -> tuple[Vocabulary
     for number, (feature, file) in enumerate(files.items()):
         name = f"vocab/{number}.parquet"
         _copy(file, part / name)
-        size = (part / name).stat().st_size
-        found.append(VocabularyFile(feature=feature, path=name, bytes=size, sha256=file_digest(part / name)))
+        found.append(VocabularyFile(feature=feature, path=name, **entry_of(part / name)))
     return tuple(found)
 
 

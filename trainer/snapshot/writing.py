@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ from trainer.snapshot.manifest import (
     DENSE,
     OWN,
     RECORDED,
+    SEAL,
     SearchPart,
     SearchTable,
     SnapshotManifest,
@@ -32,7 +34,7 @@ from trainer.snapshot.manifest import (
     search_stem,
     table_stem,
 )
-from trainer.snapshot.publishing import describe_again, describe_files, write_manifest
+from trainer.snapshot.publishing import describe
 from trainer.snapshot.rows import RowSource, write_changes, write_rows
 from trainer.snapshot.search import Part, search_parts
 
@@ -85,7 +87,7 @@ class Draft:
             for place, table in enumerate(group.tables):
                 key = group.table_name(table.feature)
                 shape = table.rows, table.dim
-                rows = self._table_rows(name, table.feature, key)
+                rows = partial(self._table_rows, name, table.feature, key)
                 stored = self._write(table_stem(name, place), key, shape, self.dtypes[name], rows)
                 entries.append(SnapshotTable(feature=table.feature, **stored.model_dump()))
             found[name] = tuple(entries)
@@ -100,7 +102,7 @@ class Draft:
                 (self.folder / "search").mkdir(exist_ok=True)
                 dtype: Dtype = "fp32" if self.dtypes[part.group] == "fp32" else "fp16"
                 stem, name = search_stem(branch, place), f"{part.side}__{part.feature}"
-                stored = self._write(stem, name, (part.rows, part.dim), dtype, self._part_rows(part))
+                stored = self._write(stem, name, (part.rows, part.dim), dtype, partial(self._part_rows, part))
                 tables.append(SearchTable(feature=part.feature, side=part.side, **stored.model_dump()))
             found[branch] = described.model_copy(update={"tables": tuple(tables)})
         return found
@@ -126,24 +128,18 @@ class Draft:
         found = {key: (tensor, entry) for key, tensor, entry in self.base.manifest.matrices()}.get(stem)
         return found is not None and found[0] == name and (found[1].dim, found[1].dtype) == (dim, dtype)
 
-    def _table_rows(self, group: str, feature: str, table: str) -> RowSource:
-        def rows() -> Iterator[tuple[int, Tensor]]:
-            for first, band in self.source.rows(group, feature):
-                if self.watch is not None:
-                    self.watch(table, first, band)
-                yield first, band
+    def _table_rows(self, group: str, feature: str, table: str) -> Iterator[tuple[int, Tensor]]:
+        for first, band in self.source.rows(group, feature):
+            if self.watch is not None:
+                self.watch(table, first, band)
+            yield first, band
 
-        return rows
-
-    def _part_rows(self, part: Part) -> RowSource:
-        def rows() -> Iterator[tuple[int, Tensor]]:
-            for first, band in self.source.rows(part.group, part.feature):
-                yield first, part.of(band)
-
-        return rows
+    def _part_rows(self, part: Part) -> Iterator[tuple[int, Tensor]]:
+        for first, band in self.source.rows(part.group, part.feature):
+            yield first, part.of(band)
 
 
-def finished(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, trained: Tensor) -> Snapshot:
+def finish(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, trained: Tensor) -> Snapshot:
     """Describe what was written, load it as anybody would, and record its own scores beside the trainer's.
 
     Args:
@@ -152,14 +148,17 @@ def finished(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, trai
     """
     part = draft.folder
     draft.write_recorded(batch, trained, own=trained.clone())
-    manifest = manifest.model_copy(update={"files": describe_files(part)})
-    write_manifest(part, manifest)
+    listed = (describe(part, file) for file in sorted(part.rglob("*.safetensors")))
+    files = {entry.path: entry for entry in listed}
+    manifest = manifest.model_copy(update={"files": tuple(files.values())})
+    SEAL.write(part, manifest.model_dump_json(indent=1))
     snapshot = load_snapshot(part)
     # Written from memory again: the loaded batch is mapped from the file that this replaces.
     recorded = Recorded(batch, trained, own=snapshot.score(snapshot.recorded.batch))
     draft.write_recorded(*recorded)
-    manifest = manifest.model_copy(update={"files": describe_again(part, manifest.files, RECORDED)})
-    write_manifest(part, manifest)
+    files[RECORDED] = describe(part, part / RECORDED)
+    manifest = manifest.model_copy(update={"files": tuple(files.values())})
+    SEAL.write(part, manifest.model_dump_json(indent=1))
     return replace(snapshot, manifest=manifest, recorded=recorded)
 
 

@@ -20,6 +20,7 @@ from torch.nn.utils import get_total_norm
 from embeddings.agreement import from_every_rank
 from embeddings.errors import DataError
 from embeddings.lookup.rounding import HALF_MAX
+from embeddings.private import foreach_norm
 from trainer.data.batch_file import pack
 from trainer.data.files import RowGroup
 from trainer.data.reader import Step
@@ -57,7 +58,7 @@ class Gradients:
         parts = [*self.vectors.values(), *self.halves.values(), *self.dense.values()]
         full = [part for part in parts if part.numel()]
         # As torch's own clipping of gradients does it: a few kernels for all parts together.
-        sizes = iter(torch._foreach_norm(full, math.inf) if full else ())
+        sizes = iter(foreach_norm(full, math.inf) if full else ())
         zero = torch.zeros_like(self.loss)
         return torch.stack([self.loss, *(next(sizes) if part.numel() else zero for part in parts)])
 
@@ -230,7 +231,7 @@ def dense_norm(gradients: list[Tensor], wait: bool) -> Tensor:
     if wait and bool(torch.isfinite(norm)):
         return norm
     # Only the squares were too large.
-    exact = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)))
+    exact = torch.linalg.vector_norm(torch.stack(foreach_norm(gradients, 2, dtype=torch.float64)))
     return exact if wait else torch.where(torch.isfinite(norm), norm, exact.to(norm.dtype))
 
 

@@ -13,6 +13,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embeddings.errors import DataError
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
+from embeddings.private import BatchNorm
 from trainer.config.run_config import Config
 from trainer.config.sections import TrainConfig
 from trainer.data.batch import RequestBatch
@@ -136,7 +137,7 @@ class TrainStep:
         self._lookups, self._dense = shell.lookups, dense_weights(model)
         self._comms: Comms = getattr(model, "comms", AS_THEY_ARE)
         # The one thing that a forward pass changes: running statistics of batch normalisation.
-        norms = [module for module in shell.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        norms = [module for module in shell.modules() if isinstance(module, BatchNorm)]
         self._statistics = [buffer for module in norms for buffer in module.buffers()]
         self._statistics_before: list[Tensor] = []
         self._current: tuple[int, Step] | None = None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.lookup.rounding import Comms
-from embeddings.lookup.sharded import SequenceSharder, Ways
+from embeddings.lookup.sharded import Exchange, SequenceSharder
 from embeddings.lookup.sharding import sharders
 from tests.programs.unique_indices import unique_indices
 
@@ -40,7 +40,7 @@ def test_rows_travel_once_between_gpus(
     optimizer = FusedOptimizer(max_gradient=max_gradient)
     group = TableGroup("g", (TableSpec("item", 9, 8),), optimizer, kind="sequence")
     for told, found in ((None, expected), (True, True), (False, False)):
-        (sharder,) = (s for s in sharders(comms, Ways(told)) if isinstance(s, SequenceSharder))
+        (sharder,) = (s for s in sharders(comms, Exchange(told)) if isinstance(s, SequenceSharder))
         assert sharder.distinct(group, device, ranks) is found
 
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from embeddings.lookup.stored import row_bytes, stored_columns, sum_bags, to_float, to_stored
+from embeddings.lookup.stored import row_bytes, stored_columns, sum_bags, to_stored
 from tests.helpers.models import drawing
+from tests.helpers.tables import to_float
 
 
 def table(seed: int, rows: int, dim: int, scale: float) -> Tensor:

@@ -24,11 +24,12 @@ from embeddings.lookup.compile import make_collection, weight_name
 from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.rounding import Comms, codecs_of
 from embeddings.lookup.sharded import with_empty_bags
-from embeddings.lookup.sharding import attach_optimizer, shard, whole_tensor
+from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.plan.planner import make_plan
-from embeddings.plan.request import Task
+from embeddings.plan.request import PlanRequest
 from tests.helpers.launching import tandemrec, train
 from tests.helpers.logs import FEATURES, Shape, enrich, random_rows, small_log, write_log
+from tests.helpers.tables import whole_tensor
 from trainer.assemble import cluster_of, resolve_groups
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import read_manifest
@@ -60,7 +61,7 @@ class Lookup(nn.Module):
 
 def sharded(group: TableGroup, ranks: Ranks) -> DistributedModelParallel:
     model = Lookup(group)
-    plan = make_plan(Task(model, (group,), cluster_of(ranks))).plan
+    plan = make_plan(PlanRequest(model, (group,), cluster_of(ranks))).plan
     return shard(model, {group.name: group}, plan, ranks.device, seed=3)
 
 

@@ -20,7 +20,7 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.empty_shards import admit_empty_shards, leaves_ranks_empty
 from embeddings.plan.constraints import constraints_of
-from embeddings.plan.request import Cluster, Task
+from embeddings.plan.request import Cluster, PlanRequest
 from tests.helpers.launching import reported
 from tests.programs.tiny_tables import ROWS, WAYS
 from trainer.quality.scored import read_scores
@@ -117,7 +117,7 @@ def test_small_tables_are_cut_into_rows_only_where_that_is_asked_for(
     told, cluster = ("row_wise",), Cluster("cuda", ranks, ranks, 1 << 36, 1 << 36)
     for sharding in ((), told):
         group = TableGroup("g", (TableSpec("f", rows, 8),), sharding=sharding)
-        task = Task(make_collection(group, torch.device("meta")), (group,), cluster)
+        task = PlanRequest(make_collection(group, torch.device("meta")), (group,), cluster)
         allowed = constraints_of(task)["g__f"].sharding_types
         assert allowed is not None
         assert ("row_wise" in allowed) is (sharding == told or not empty)

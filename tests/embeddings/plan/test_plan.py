@@ -35,7 +35,7 @@ from embeddings.lookup.sharding import attach_optimizer
 from embeddings.plan.file import SavedPlan, from_tree, to_tree
 from embeddings.plan.memory import memory_of_ranks
 from embeddings.plan.planner import DoesNotFit, offline_plan, read_plan, saved_plan
-from embeddings.plan.request import Cluster, PlanRules, TableRule, Task
+from embeddings.plan.request import Cluster, PlanRequest, PlanRules, TableRule
 from embeddings.plan.traffic import Lookup
 from launch.cli import main
 from pipelines.plan.plan import parse_size
@@ -62,7 +62,7 @@ def task(
     device: str = "cuda",
     dim: int = 64,
     rows: int = ITEMS,
-) -> Task:
+) -> PlanRequest:
     """One group of an item table of two billion rows and a small one, on nodes of eight."""
     kinds = FusedOptimizer(optimizer)
     group = TableGroup(
@@ -72,7 +72,7 @@ def task(
     model.g = make_collection(group, torch.device("meta"))
     attach_optimizer(model.g, kinds)
     lookups = {name: Lookup(100_000, 100_000) for name in ("g__item", "g__small")}
-    return Task(model, (group,), Cluster(device, world, min(world, 8), hbm, 500 * GB), rules, lookups)
+    return PlanRequest(model, (group,), Cluster(device, world, min(world, 8), hbm, 500 * GB), rules, lookups)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_tables_that_fit_one_by_one_but_not_together() -> None:
     model.g = make_collection(twins, torch.device("meta"))
     attach_optimizer(model.g, twins.optimizer)
     # Two shards of 8.5 GB on each of eight ranks of 21 GB, of which 15 % stay free.
-    asked = Task(model, (twins,), Cluster("cuda", 8, 8, 21 * GB, 500 * GB))
+    asked = PlanRequest(model, (twins,), Cluster("cuda", 8, 8, 21 * GB, 500 * GB))
     offline_plan(asked)
     with pytest.raises(
         DoesNotFit, match=r"together they take 136\.0 GB, a rank has 16\.[12] GB.* 850\.0 MB missing"

@@ -11,8 +11,8 @@ from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.sharding import attach_optimizer
 from embeddings.plan import search as plan_search
-from embeddings.plan.planner import Found, offline_plan
-from embeddings.plan.request import Cluster, Task
+from embeddings.plan.planner import PlanEstimate, offline_plan
+from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.traffic import Lookup
 
 GB = 10**9
@@ -22,17 +22,19 @@ LINES: list[str] = []
 
 def task(
     tables: int, hbm: int = 80 * GB, sharding: tuple[str, ...] = (), rows: tuple[int, ...] = ROWS
-) -> Task:
+) -> PlanRequest:
     specs = tuple(TableSpec(f"f{i}", rows[i % len(rows)], 16) for i in range(tables))
     group = TableGroup("g", specs, sharding=sharding)
     model = nn.Module()
     model.g = make_collection(group, torch.device("meta"))
     attach_optimizer(model.g, FusedOptimizer())
     lookups = {group.table_name(spec.feature): Lookup(1000, 1000) for spec in specs}
-    return Task(model, (group,), Cluster("cuda", 8, 8, hbm, 500 * GB), lookups=lookups, say=LINES.append)
+    return PlanRequest(
+        model, (group,), Cluster("cuda", 8, 8, hbm, 500 * GB), lookups=lookups, say=LINES.append
+    )
 
 
-def work(found: Found) -> float:
+def work(found: PlanEstimate) -> float:
     """The estimated time of the rank that has most to do, by which plans are compared."""
     ranks = [0.0] * 8
     for option in found.options:

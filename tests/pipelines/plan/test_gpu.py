@@ -28,18 +28,19 @@ from embeddings.first_rows import FirstWeights
 from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.jagged import one_id_bags
-from embeddings.lookup.sharding import attach_optimizer, shard, whole_tensor
+from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.plan.bandwidths import KNOWN, TORCHREC, Bandwidths, of_device
 from embeddings.plan.constraints import WIDEST_ON_CUDA, constraints_of
 from embeddings.plan.file import to_tree
 from embeddings.plan.planner import make_plan, offline_plan, read_plan, saved_plan
-from embeddings.plan.request import Cluster, PlanRules, TableRule, Task
+from embeddings.plan.request import Cluster, PlanRequest, PlanRules, TableRule
 from embeddings.plan.traffic import Lookup
 from launch.cli import main
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import small_log
-from trainer.assemble import cluster_of, plan_task
-from trainer.checkpoint.compatible import check_resumable, check_same_rules, log_fingerprint
+from tests.helpers.tables import whole_tensor
+from trainer.assemble import check_same_rules, cluster_of, plan_request
+from trainer.checkpoint.compatible import check_resumable, log_fingerprint
 from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
@@ -69,20 +70,20 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def task_of(
     group: TableGroup, device: str = "cuda", world: int = 4, hbm: int = 80 * GB, **given: Any
-) -> Task:
+) -> PlanRequest:
     model = nn.Module()
     model.g = make_collection(group, torch.device("meta"))
     attach_optimizer(model.g, group.optimizer)
     asked = {group.table_name(feature): Lookup(100_000, 100_000) for feature in group.features}
     cluster = Cluster(device, world, min(world, 8), hbm, 500 * GB)
-    return Task(model, (group,), cluster, lookups=asked, **given)
+    return PlanRequest(model, (group,), cluster, lookups=asked, **given)
 
 
 def group_of(dim: int = 64, rows: int = 1000, **given: Any) -> TableGroup:
     return TableGroup("g", (TableSpec("item", rows, dim),), FusedOptimizer("adagrad"), **given)
 
 
-def placed(task: Task) -> ParameterSharding:
+def placed(task: PlanRequest) -> ParameterSharding:
     return offline_plan(task).plan.plan["g"]["g__item"]
 
 
@@ -262,11 +263,11 @@ def test_rounding_that_a_cpu_does_not_have_is_refused_where_it_trains(log: Path)
     built, size = (nn.Module(), {"attention": group}), step_size(config.data, manifest)
     cpu, cuda = (Cluster(device, 1, 1, GB, GB) for device in ("cpu", "cuda"))
     # Scoring rounds nothing.
-    plan_task(config, manifest, built, cpu)
+    plan_request(config, manifest, built, cpu)
     with pytest.raises(ConfigError, match=r"groups.attention.stochastic_rounding = true needs a GPU"):
-        plan_task(config, manifest, built, cpu, size)
+        plan_request(config, manifest, built, cpu, size)
     empty = (built[0], {})
-    assert plan_task(config, manifest, empty, cuda, size).cluster.device == "cuda"
+    assert plan_request(config, manifest, empty, cuda, size).cluster.device == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -325,10 +326,10 @@ def test_a_run_may_go_on_with_another_rounding_and_plans_anew(log: Path) -> None
     # As a checkpoint of an earlier version: no such key, and nothing to plan anew.
     del state["config"]["groups"]["attention"]["stochastic_rounding"]
     check_resumable(state, before, state["log"])
-    check_same_rules(state, before, "here")
+    check_same_rules(state["config"], before, "here")
     check_resumable(state, after, state["log"])
     with pytest.raises(ConfigError, match=r"here: made with groups.attention.stochastic_rounding = None"):
-        check_same_rules(state, after, "here")
+        check_same_rules(state["config"], after, "here")
 
 
 # Caches.

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from embeddings.errors import ConfigError
+from tests.helpers.checkpoints import newest
 from tests.helpers.launching import ROOT, SETTINGS, losses, overrides, tandemrec, train
 from tests.helpers.logs import small_log
-from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_rules
-from trainer.checkpoint.files import newest, read_state
+from trainer.assemble import check_same_rules
+from trainer.checkpoint.compatible import changed_settings, check_resumable
+from trainer.checkpoint.files import read_state
 from trainer.config.run_config import Config, load_config
 
 DARE = Path(__file__).parents[3] / "configs" / "dare.toml"
@@ -68,7 +70,7 @@ def test_what_orders_the_data_may_change_between_epochs_only() -> None:
 
 @pytest.mark.parametrize("word", ["plan.file=x", "train.epochs=9", "groups.attention.learning_rate=1"])
 def test_these_leave_a_plan_as_it_is(word: str) -> None:
-    check_same_rules(state(), changed(word), "here")
+    check_same_rules(state()["config"], changed(word), "here")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_these_leave_a_plan_as_it_is(word: str) -> None:
 )
 def test_rules_of_placing_call_for_another_plan(word: str) -> None:
     with pytest.raises(ConfigError, match=f"here: made with {word.split('=', maxsplit=1)[0]} = "):
-        check_same_rules(state(), changed(word), "here")
+        check_same_rules(state()["config"], changed(word), "here")
 
 
 def test_another_log_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from embeddings.errors import CheckpointError
+from tests.helpers.checkpoints import newest
 from trainer.checkpoint import save_load as checkpoint
 from trainer.ranks.process_group import process_group
 from trainer.sealed_folder import file_digest
@@ -38,10 +39,10 @@ def save(folder: Path, step: int, keep: int = 9) -> Path:
 
 
 def test_round_trip_and_newest(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "none") == (None, [])
+    assert newest(tmp_path / "none") == (None, [])
     save(tmp_path, 1)
     last = save(tmp_path, 12)
-    assert checkpoint.newest(tmp_path) == (last, [])
+    assert newest(tmp_path) == (last, [])
     found = tensors(0.0)
     checkpoint.load_tensors(last, found)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors(12.0).items())
@@ -75,7 +76,7 @@ def test_a_thousand_bit_flips_are_all_refused_and_named(tmp_path: Path) -> None:
             found = checkpoint.find(tmp_path)
             assert found.path == older and len(found.refused) == 1 and str(file) in found.refused[0]
         file.write_bytes(contents[file])
-    assert checkpoint.newest(tmp_path) == (newer, [])
+    assert newest(tmp_path) == (newer, [])
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -95,7 +96,7 @@ def test_other_damage_is_refused(tmp_path: Path, harm: str) -> None:
         "manifest is text": lambda: (newer / "manifest.json").write_text("[]"),
     }
     actions[harm]()
-    path, refused = checkpoint.newest(tmp_path)
+    path, refused = newest(tmp_path)
     assert path == older and len(refused) == 1
     found = checkpoint.find(tmp_path)
     assert (found.path, found.state, len(found.refused)) == (older, {"step": 1}, 1)
@@ -108,7 +109,7 @@ def test_nothing_is_unpickled_before_its_digest_is_checked(
     newer = save(tmp_path, 2)
     (newer / ".metadata").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     monkeypatch.chdir(tmp_path)
-    path, _ = checkpoint.newest(tmp_path)
+    path, _ = newest(tmp_path)
     assert path != newer and not (tmp_path / "pwned").exists()
 
 
@@ -137,7 +138,7 @@ def test_a_full_disk_leaves_the_older_ones_and_nothing_else(tmp_path: Path) -> N
     message = str(error.value)
     assert str(tmp_path / "step-00000002") in message and "File too large" in message
     assert "4.2 MB" in message and "free" in message
-    assert checkpoint.newest(tmp_path) == (older, [])
+    assert newest(tmp_path) == (older, [])
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
     assert save(tmp_path, 2).exists()
 
@@ -153,7 +154,7 @@ def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(Path, "mkdir", refuse)
         with pytest.raises(CheckpointError, match=rf"{tmp_path}/step-00000002: .*Read-only file system"):
             save(tmp_path, 2)
-    assert checkpoint.newest(tmp_path) == (older, [])
+    assert newest(tmp_path) == (older, [])
 
 
 def test_a_power_cut_finds_nothing_unsynced_behind_the_name(

@@ -14,14 +14,14 @@ import torch
 from safetensors import safe_open
 
 from embeddings.errors import CheckpointError, DataError
-from embeddings.lookup.sharding import whole_tensor
 from pipelines.train import run as train_run
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import FEATURES, small_log
+from tests.helpers.tables import whole_tensor
 from tests.trainer.test_ranks import parameters
 from trainer.assemble import build_sharded
 from trainer.checkpoint.unsharded import open_plain_tables
-from trainer.checkpoint.warm_start import fill, opened, unshard_run
+from trainer.checkpoint.warm_start import fill, open_source, unshard_run
 from trainer.config.run_config import Config, load_config
 from trainer.log.schema import read_manifest
 from trainer.log.writer import write_manifest
@@ -83,7 +83,7 @@ def filled(
     sharded = build_sharded(config, manifest, ranks)
     optimizer = make_optimizer(sharded.model, config.train)
     tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
-    with opened(source, source.parent / "scratch.tmp") as tables:
+    with open_source(source, source.parent / "scratch.tmp") as tables:
         lines = fill(tensors, tables, config.data.log, manifest, carry)
     assert not (source.parent / "scratch.tmp").exists()
     state = tensors["optim"]["state"][STATE.split(".state.", 1)[1].rsplit(f".{TABLE}.m", 1)[0]]

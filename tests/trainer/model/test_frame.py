@@ -13,8 +13,8 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.plain import PlainBagCollection
-from embeddings.lookup.sharding import initialise_unsharded
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
+from tests.helpers.tables import initialise_unsharded
 from trainer.assemble import build_model
 from trainer.config.run_config import Config, build_groups
 from trainer.data.batch import RequestBatch

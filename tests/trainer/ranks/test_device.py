@@ -27,9 +27,9 @@ from trainer.ranks import device
 from trainer.ranks import process_group as distributed
 from trainer.ranks.device import (
     Choice,
+    DeviceReport,
     Gpu,
     Machine,
-    Told,
     check_together,
     choose,
     fbgemm_build,
@@ -146,8 +146,8 @@ def test_the_build_of_fbgemm_is_known_by_its_distribution() -> None:
         assert fbgemm_build({}, variant) == build
 
 
-def told(*gpus: str, kind: str = "cuda") -> list[Told]:
-    return [Told(rank, kind, gpu) for rank, gpu in enumerate(gpus)]
+def told(*gpus: str, kind: str = "cuda") -> list[DeviceReport]:
+    return [DeviceReport(rank, kind, gpu) for rank, gpu in enumerate(gpus)]
 
 
 def test_ranks_must_not_share_a_gpu() -> None:
@@ -164,14 +164,14 @@ def test_ranks_take_one_kind_of_device() -> None:
     with pytest.raises(
         ConfigError, match=r"rank 0 takes cuda and rank 1 cpu \(because\); make the nodes alike"
     ):
-        check_together([Told(0, "cuda", "a 1"), Told(1, "cpu", why="because")])
+        check_together([DeviceReport(0, "cuda", "a 1"), DeviceReport(1, "cpu", why="because")])
     note = choose("auto", OLD_DRIVER).note
     with pytest.raises(ConfigError, match=r"rank 1 cpu \(CUDA sees no GPU .*; update .*\); make the nodes"):
-        check_together([Told(0, "cuda", "a 1"), Told(1, "cpu", why=note)])
+        check_together([DeviceReport(0, "cuda", "a 1"), DeviceReport(1, "cpu", why=note)])
     with pytest.raises(ConfigError, match=r"^rank 1: what rank 1 said"):
-        check_together([Told(0, "cuda", "a 1"), Told(1, "", problem="what rank 1 said")])
+        check_together([DeviceReport(0, "cuda", "a 1"), DeviceReport(1, "", problem="what rank 1 said")])
     with pytest.raises(ConfigError, match=r"^what both said"):
-        check_together([Told(rank, "", problem="what both said") for rank in range(2)])
+        check_together([DeviceReport(rank, "", problem="what both said") for rank in range(2)])
 
 
 def test_why_cuda_sees_no_gpu_is_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_ranks_that_will_not_work_together_stay_until_all_know(monkeypatch: pyte
     def rank(number: int, delay: float) -> None:
         time.sleep(delay)
         with pytest.raises(ConfigError, match="would share one GPU"):
-            device.agree(store, Told(number, "cuda", "a/1 0"), 2)
+            device.agree(store, DeviceReport(number, "cuda", "a/1 0"), 2)
         heard.append((number, store.check(["heard/1"])))
 
     threads = [threading.Thread(target=rank, args=each) for each in ((0, 0.0), (1, 0.5))]
@@ -211,7 +211,7 @@ def test_ranks_that_will_not_work_together_stay_until_all_know(monkeypatch: pyte
     assert sorted(heard) == [(0, True), (1, True)]
     # One that has said what it took, and has not heard yet.
     store = dist.HashStore()
-    store.set("device/1", json.dumps(asdict(Told(1, "cuda", "a/1 0"))))
+    store.set("device/1", json.dumps(asdict(DeviceReport(1, "cuda", "a/1 0"))))
     first = threading.Thread(target=rank, args=(0, 0.0))
     first.start()
     first.join(0.2)

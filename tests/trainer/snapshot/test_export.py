@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import TORCH_DTYPES, sum_bags, to_stored
 from pipelines.export import export
+from tests.helpers.checkpoints import newest
 from tests.helpers.launching import launched, tandemrec
 from tests.helpers.models import preset as a_preset
 from tests.helpers.models import small_log, stage_one
@@ -40,7 +41,7 @@ def test_tables_are_the_trainers_rows_in_the_chosen_type(
     shown = capsys.readouterr().out
     assert "of 20 train requests" in shown and "AUC 0." in shown and "of the search's top K kept" in shown
     snapshot = load_snapshot(version)
-    reader = TableReader(checkpoint.newest(run / "checkpoints")[0])  # type: ignore[arg-type]
+    reader = TableReader(newest(run / "checkpoints")[0])  # type: ignore[arg-type]
     for group, dtype in zip(("representation", "attention"), kinds, strict=True):
         for feature in ("item_id", "category_id"):
             name = f"{group}__{feature}"

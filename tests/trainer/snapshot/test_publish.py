@@ -13,7 +13,7 @@ from pipelines import export as export_module
 from tests.helpers.models import small_log
 from tests.helpers.snapshots import exported, publish_copy, save_run
 from trainer.snapshot import load_snapshot, resolve
-from trainer.snapshot.partial_model import TouchedModel
+from trainer.snapshot.partial_model import PartialModel
 from trainer.snapshot.publishing import drafting
 
 
@@ -109,14 +109,14 @@ def test_leftovers_of_killed_exports_are_swept_and_running_ones_left_alone(
 
 def test_a_failed_export_leaves_nothing(run: Path, version: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Scores that differ are found before anything is published."""
-    true = TouchedModel.score
-    monkeypatch.setattr(TouchedModel, "score", lambda self, batch: true(self, batch) + 1e-7)
+    true = PartialModel.score
+    monkeypatch.setattr(PartialModel, "score", lambda self, batch: true(self, batch) + 1e-7)
     for root in (tmp_path / "new", tmp_path / "old"):
         before = [publish_copy(root, version).name] if root.name == "old" else []
         with pytest.raises(SnapshotError, match="on this very machine"):
             exported(run, root)
         assert (names(root) if root.exists() else []) == (["LATEST", *before] if before else [])
-    monkeypatch.setattr(TouchedModel, "score", lambda self, batch: true(self, batch) + 6e-4)
+    monkeypatch.setattr(PartialModel, "score", lambda self, batch: true(self, batch) + 6e-4)
     with pytest.raises(SnapshotError, match=r"by up to 0\.000\d+, 0\.000\d+ on average"):
         exported(run, tmp_path / "new", "fp16", "fp16")
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from embeddings.private import bag_weights_gradient
 from trainer.model.ops import kept_rows
 from trainer.model.ops.precision import full, in_single_precision
 
@@ -101,7 +102,7 @@ def _products(part_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     """<part[c], rows[index[c, k]]>, [C, K]: the operator that gives embedding_bag the gradient of weights."""
     candidates, k = index_CK.shape
     each = torch.arange(candidates, device=index_CK.device)
-    found: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    found: Tensor = bag_weights_gradient(
         part_CD.contiguous(), rows_ND, index_CK.reshape(-1), each * k, each.repeat_interleave(k), 0
     )
     return found.view(candidates, k)
