@@ -12,12 +12,12 @@ from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimi
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
-from torchrec.optim import RowWiseAdagrad
 
 from embeddings.first_rows import FirstWeights, initial_rows_, table_seed
-from embeddings.groups import FusedOptimizer, TableGroup
+from embeddings.groups import TableGroup
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms, codecs_of
 from embeddings.lookup.sharded import UNASKED, BagSharder, SequenceSharder, Ways
+from embeddings.optimizers import FusedOptimizer
 
 
 def sharders(comms: Comms = AS_THEY_ARE, ways: Ways = UNASKED) -> list[ModuleSharder[nn.Module]]:
@@ -29,15 +29,9 @@ def sharders(comms: Comms = AS_THEY_ARE, ways: Ways = UNASKED) -> list[ModuleSha
 
 def attach_optimizer(collection: nn.Module, optimizer: FusedOptimizer) -> None:
     """Have every table of a collection updated inside the backward pass."""
-    # The TorchRec call keeps and changes the dict it is given: a fresh one each time.
-    classes: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
-        "rowwise_adagrad": (RowWiseAdagrad, {"lr": optimizer.learning_rate, "eps": optimizer.eps}),
-        "adagrad": (torch.optim.Adagrad, {"lr": optimizer.learning_rate, "eps": optimizer.eps}),
-        "sgd": (torch.optim.SGD, {"lr": optimizer.learning_rate}),
-    }
-    kind, arguments = classes[optimizer.name]
     for parameter in collection.parameters():
-        apply_optimizer_in_backward(kind, [parameter], dict(arguments))
+        # TorchRec keeps and changes the arguments that it is given: new ones for each table.
+        apply_optimizer_in_backward(optimizer.rule.kernel, [parameter], optimizer.arguments())
         if optimizer.max_gradient:
             # Not an argument of the optimizer's class, but of the kernels that stand in for it.
             clipping = {"gradient_clipping": True, "max_gradient": optimizer.max_gradient}

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 
 from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import FusedOptimizer, TableGroup, table_group
+from embeddings.groups import TableGroup, table_group
+from embeddings.optimizers import FusedOptimizer
 from trainer.config.model import BranchConfig, ModelConfig, section_of
 from trainer.config.sections import (
     CheckpointConfig,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, StringConstraints, model_validator
 
+from embeddings.optimizers import ROW_OPTIMIZERS, known_optimizer
 from embeddings.plan.bandwidths import KNOWN, Bandwidths
 from embeddings.plan.request import PlanRules, TableRule
 from trainer.config.toml import Settings
@@ -15,6 +16,9 @@ Dim = Annotated[int, Field(ge=4, le=4096, multiple_of=4)]
 # Group names become names of modules, tensors and files.
 GroupName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
 
+RowOptimizerName = Annotated[
+    str, AfterValidator(known_optimizer), Field(json_schema_extra={"enum": [*ROW_OPTIMIZERS]})
+]
 ShardingName = Literal[
     "data_parallel", "table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"
 ]
@@ -51,7 +55,7 @@ class GroupConfig(Settings):
     dim: Dim | dict[str, Dim] = 16
     features: tuple[str, ...] = ()
     fusion: Literal["concat", "sum"] = "concat"
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    optimizer: RowOptimizerName = "rowwise_adagrad"
     learning_rate: float = Field(0.05, gt=0)
     eps: float = Field(1e-8, gt=0)
     init: Literal["uniform", "normal"] = "uniform"
