@@ -38,6 +38,7 @@ from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
+from trainer.objectives.table import objective_of
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
@@ -129,6 +130,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     if config.train.early_stopping.on and not manifest.holds("validation"):
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     groups = resolve_groups(config, manifest)
+    objective_of(config.train.objective)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)

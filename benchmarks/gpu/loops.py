@@ -27,7 +27,7 @@ from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import Step
 from trainer.loop.pipeline import Pipeline
-from trainer.objectives.bce import loss_sum
+from trainer.objectives.bce import bce
 from trainer.ranks.process_group import Ranks
 from trainer.step_size import StepSize
 from trainer.update.step import make_optimizer
@@ -87,11 +87,11 @@ class Loops:
     def trained(self, way: Way) -> Row:
         """Milliseconds of a step, samples a second, and peaks of memory."""
         pipeline = self.pipeline(way)
-        return self._timed(lambda steps: deque(pipeline.train(steps, lambda: 1), maxlen=0))
+        return self._timed(lambda steps: deque(pipeline.train(steps), maxlen=0))
 
     def losses(self, way: Way) -> list[float]:
         """Of one further round over the steps."""
-        return [float(loss) for _, loss in self.pipeline(way).train(self.steps, lambda: 1)]
+        return [float(loss) for _, loss in self.pipeline(way).train(self.steps)]
 
     def bare(self) -> Row:
         """What TorchRec's documentation does and no more."""
@@ -102,7 +102,7 @@ class Loops:
             for _, given in zip(steps, chain.from_iterable(repeat(batches)), strict=False):
                 batch = given.to(device, non_blocking=True)
                 optimizer.zero_grad()
-                total = loss_sum(model(batch).logits, batch.labels, batch.weight)
+                total = bce(model(batch).logits, batch.labels, batch.weight).total()
                 (total / batch.step_candidates).backward()
                 optimizer.step()
 
@@ -126,9 +126,9 @@ class Loops:
     def waits(self, way: Way) -> Counter[str]:
         """Where the host waits for the device, by line, in one round over the steps."""
         pipeline = self.pipeline(way)
-        deque(pipeline.train(self.steps, lambda: 1), maxlen=0)
+        deque(pipeline.train(self.steps), maxlen=0)
         with host_waits() as found:
-            deque(pipeline.train(self.steps, lambda: 1), maxlen=0)
+            deque(pipeline.train(self.steps), maxlen=0)
         return found
 
     def pipeline(self, way: Way) -> Pipeline:

@@ -121,9 +121,8 @@ def on_device(batch: RequestBatch) -> RequestBatch:
 
 def trained(step: TrainStep, batch: RequestBatch) -> Tensor:
     """One training step -> its loss."""
-    step.begin(1, Step(batch, counted=True, after=Cursor()))
     step.zero_grad()
-    loss, _ = step.forward(batch)
+    loss, _ = step.forward(Step(batch, counted=True, after=Cursor()))
     loss.backward()
     return loss.detach()
 
@@ -269,7 +268,7 @@ def test_the_plain_loop_trains_on_the_device_as_on_the_cpu(log: Path) -> None:
             step, whole, _ = made(config, device)
             loop = Pipeline("none", whole, step, device)  # type: ignore[arg-type]
             read = (Step(batch.pin_memory(), counted=True, after=Cursor()) for batch in batches)
-            losses = [plain(loss) for _, loss in loop.train(read, lambda: 1)]
+            losses = [plain(loss) for _, loss in loop.train(read)]
         found.append((losses, [plain(weight).detach() for weight in whole.parameters()]))
         # The guard reads the answer of a step in the next one, and of the last step at the end.
         late = {"trainer/ranks/host_copy.py": len(batches)}
@@ -289,7 +288,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_on_the_device(log: Path, tm
         step, whole, batch = made(config, CUDA)
         step._guard = Guard(Ranks(0, 1, 1, CUDA), tmp_path)
         before = [plain(weight).clone() for weight in whole.parameters()]
-        bad = replace(batch, labels=batch.labels * torch.nan)
+        bad = replace(batch, weight=batch.weight * torch.nan)
         with pytest.raises(DataError, match=r"not finite on rank 0: the loss \(nan\)"):
             # The guard may look a step late.
             for each in (bad, bad):

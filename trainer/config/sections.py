@@ -132,6 +132,7 @@ class TrainConfig(Settings):
         seed: of every random draw: initial weights and the order of the data.
         epochs: passes over the train split.
         max_steps: stop after this many steps; 0 = no limit. Schedules run to whichever end comes first.
+        objective: what is trained, by its name in `trainer.objectives.table`: `bce`, binary cross entropy.
         optimizer: of the dense weights; learning_rate: theirs, before any schedule.
         weight_decay: of adamw, on dense weights of two dimensions or more.
         max_gradient_norm: dense gradients are scaled down to this global norm; 0 = never. Tables are not
@@ -162,6 +163,7 @@ class TrainConfig(Settings):
     seed: int = Field(17, ge=0, lt=2**31)
     epochs: PositiveInt = 1
     max_steps: int = Field(0, ge=0)
+    objective: str = "bce"
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,9 @@ class Trainer:
         self.rates = RateSetter(model, self.optimizer)
         steps = run_steps(config.train, train.candidates, config.data.batch_candidates)
         self.schedules = dense_schedule(config.train, steps), table_schedule(config.train, steps)
-        step = TrainStep(config, model, self.optimizer, ranks.world_size, Guard(ranks, folder.path))
-        self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
+        guard = Guard(ranks, folder.path)
+        self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
+        self.pipeline = Pipeline(config.train.pipeline, model, self.step, ranks.device)
         if remark := remark_on(config.train.pipeline, self.pipeline):
             say(remark)
         self.at = Position()
@@ -143,10 +144,9 @@ class Trainer:
         with (
             closing(self.train_reader.steps(self.at.cursor)) as steps,
             # A pipeline reads ahead, but not beyond the last step.
-            closing(
-                self.pipeline.train(islice(steps, left), self._begin_step, self._to_validation)
-            ) as trained,
+            closing(self.pipeline.train(islice(steps, left), self._stretches())) as trained,
         ):
+            self.rates.set(*self._rate_factors())
             for step, loss in trained:
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
                 self.at.candidates += step.batch.step_candidates
@@ -161,19 +161,17 @@ class Trainer:
                     self.after_step(self.at.step)
                 if self._over():
                     break
+                self.rates.set(*self._rate_factors())
         self._report()
         if not self._over():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
 
-    def _begin_step(self) -> int:
-        """Set the next step's learning rates; returns its number."""
-        self.rates.set(*self._rate_factors())
-        return self.at.step + 1
-
-    def _to_validation(self) -> int | None:
-        """Steps until tables are looked up for something else than training; None = the whole epoch."""
+    def _stretches(self) -> Iterable[int | None]:
+        """Steps from one validation to the next, before which no step may be read ahead."""
         every = self.config.train.validate_every
-        return every - self.at.step % every if every and self.validation_reader is not None else None
+        if not every or self.validation_reader is None:
+            return [None]
+        return chain([every - self.at.step % every], repeat(every))
 
     def _rate_factors(self) -> tuple[float, float]:
         """Of dense weights and of tables, see `trainer.update.schedule`."""
@@ -341,7 +339,7 @@ class Trainer:
             validated=state["validated"],
             best=self._known_best(state),
         )
-        self.saver.saved = self.at.step
+        self.saver.saved = self.step.number = self.at.step
         self.say(f"resumed from {path}")
 
     def _known_best(self, state: dict[str, Any]) -> Best:

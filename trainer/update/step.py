@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,13 @@ from embeddings.errors import DataError
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from trainer.config.run_config import Config
 from trainer.config.sections import TrainConfig
-from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.model.border import Cut
-from trainer.model.frame import Prediction, TwoStageModel
-from trainer.objectives.bce import loss_sum, rank_loss
+from trainer.model.frame import TwoStageModel
+from trainer.objectives.losses import rank_loss
+from trainer.objectives.table import objective_of
 from trainer.update.guard import Checked, Gradients, Guard, dense_norm
+from trainer.update.rules.summed import Summed
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]
@@ -113,12 +115,16 @@ class TrainStep:
     A pipeline calls `zero_grad`, `forward`, the loss' `backward()`, then `step`: it takes this object for its
     optimizer. The graph is cut between tables and everything dense (`trainer.model.border`), so that the
     pipeline's backward pass reaches dense weights and looked-up vectors only. `step` checks all gradients and
-    only then has the second backward pass update the tables.
+    only then has the second backward pass update the tables. Which losses go backward together is the update
+    rule's business.
 
     Args:
         model: sharded; optimizer: of `make_optimizer`; world_size: ranks.
         guard: stops the run where something is not finite; None: no check, no cut and no clipping, for
             measuring what these cost. One that reads late needs the fused dense optimizer.
+
+    Attributes:
+        number: of the newest step, for messages; a run that goes on sets it.
     """
 
     def __init__(
@@ -139,7 +145,9 @@ class TrainStep:
         norms = [module for module in shell.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self._statistics = [buffer for module in norms for buffer in module.buffers()]
         self._statistics_before: list[Tensor] = []
-        self._current: tuple[int, Step] | None = None
+        self._objective, self._rule = objective_of(config.train.objective), Summed()
+        self.number = 0
+        self._step: Step | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
         self._unread: Checked | None = None
@@ -148,29 +156,26 @@ class TrainStep:
         if guard is not None and guard.reads_late and not self._dense_optimizer.fused:
             raise ValueError("a guard that reads late needs make_optimizer(..., fused=True)")
 
-    def begin(self, number: int, step: Step) -> None:
-        """The next forward pass is of this step, whose number is for messages."""
-        self._current = number, step
-
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
-    def forward(self, batch: RequestBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, step: Step) -> tuple[Tensor, Tensor]:
         """-> what to call backward on, and this rank's part of the main loss' sum (0 where the batch does not
-        count), both scalar."""
-        assert self._current is not None
-        step = self._current[1]
-        if self._guard is None:
-            prediction = self._predict(batch)
-        else:
-            self._statistics_before = [buffer.clone() for buffer in self._statistics]
-            with self._lookups.cut() as self._cuts:
-                prediction = self._predict(batch)
-        total = loss_sum(prediction.logits.float(), batch.labels, batch.weight)
-        trained = total
+        count), both scalar. The step is on the device."""
+        self._step, self.number, batch = step, self.number + 1, step.batch
+        bf16 = self._config.precision == "bf16"
+        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=bf16), ExitStack() as opened:
+            if self._guard is not None:
+                self._statistics_before = [buffer.clone() for buffer in self._statistics]
+                self._cuts = opened.enter_context(self._lookups.cut())
+            prediction = self._model(batch)
+
+        def loss(logits: Tensor) -> Tensor:
+            return self._rule.loss(self._objective(logits.float(), batch.labels, batch.weight))
+
+        trained = total = loss(prediction.logits)
         if prediction.auxiliary is not None:
-            auxiliary = loss_sum(prediction.auxiliary.float(), batch.labels, batch.weight)
-            trained = total + self._auxiliary_weight * auxiliary
+            trained = total + self._auxiliary_weight * loss(prediction.auxiliary)
         self._loss = trained.detach()
         counted = total.detach() if step.counted else torch.zeros_like(total)
         return rank_loss(trained, batch.step_candidates, self._world_size, step.counted), counted
@@ -182,8 +187,13 @@ class TrainStep:
             DataError: the loss or a gradient is not finite on some rank; raised on all ranks. A guard that
                 reads late raises it in the next step, before that changes anything, or in `settle`.
         """
+        cuts, self._cuts = self._cuts, []
         if self._guard is not None:
-            self._check_and_update_tables(self._guard)
+            with record_function("## check ##"):
+                gradients = self._checked(self._guard, cuts)
+            if cuts:
+                with record_function("## tables ##"):
+                    torch.autograd.backward([cut.inside for cut in cuts], gradients)
         with record_function("## optimizer ##"):
             self._optimizer.step()
 
@@ -199,29 +209,15 @@ class TrainStep:
         if checked is not None:
             self._judge(checked)
 
-    def _predict(self, batch: RequestBatch) -> Prediction:
-        bf16 = self._config.precision == "bf16"
-        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=bf16):
-            prediction: Prediction = self._model(batch)
-        return prediction
-
-    def _check_and_update_tables(self, guard: Guard) -> None:
-        cuts, self._cuts = self._cuts, []
-        with record_function("## check ##"):
-            vectors = self._checked(guard, cuts)
-        if cuts:
-            with record_function("## tables ##"):
-                torch.autograd.backward([cut.inside for cut in cuts], vectors)
-
     def _checked(self, guard: Guard, cuts: list[Cut]) -> list[Tensor]:
         """Clip the dense gradients where asked to; -> gradients of what was cut, all finite."""
-        assert self._current is not None
+        assert self._step is not None
         self.settle()
         dense = {name: weight.grad for name, weight in self._dense.items() if weight.grad is not None}
         sent = {cut.group: cut.outside.detach() for cut in cuts} if self._comms.forward == "fp16" else {}
-        found = Gradients(self._loss, {cut.group: cut.gradient() for cut in cuts}, dense, sent)
-        checked = guard.check(*self._current, found, largest=self._comms.backward == "fp16")
-        vectors = list(found.vectors.values())
+        gradients = Gradients(self._loss, self._rule.gradients(cuts), dense, sent)
+        checked = guard.check(self.number, self._step, gradients, self._comms.backward == "fp16")
+        vectors = list(gradients.vectors.values())
         if guard.reads_late:
             self._unread, vectors = checked, self._without_effect_where(checked.alarm, vectors)
         else:
