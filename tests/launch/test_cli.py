@@ -72,7 +72,7 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
 
     pipeline("fetch", fetch=note("fetch", Path("d/events.parquet")))
     pipeline(
-        "ingest",
+        "ingest.ingest",
         ingest=note("ingest", "manifest"),
         load_ingest_config=lambda path, overrides: (path, overrides),
         report_lines=lambda manifest: [f"report of {manifest}"],
