@@ -27,7 +27,7 @@ from trainer.config.run_config import Config, load_config
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.objectives.bce import bce
+from trainer.objectives.bce import loss_sum
 from trainer.run_folder import versions
 
 Row = dict[str, Any]
@@ -136,11 +136,11 @@ def _step_seconds(config: Config, steps: int = 30) -> tuple[float, float]:
             break
     warm, measured = batches[:5], batches[5:] or batches
     for batch in warm:
-        bce(model(batch).logits, batch.labels, batch.weight).total().backward()
+        loss_sum(model(batch).logits, batch.labels, batch.weight).backward()
 
     def train() -> None:
         for batch in measured:
-            bce(model(batch).logits, batch.labels, batch.weight).total().backward()
+            loss_sum(model(batch).logits, batch.labels, batch.weight).backward()
 
     seconds, candidates = timed(train), sum(batch.candidates for batch in measured)
     return seconds.wall / candidates, seconds.cpu / candidates

@@ -17,7 +17,7 @@ from trainer.checkpoint.save_load import Found
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.loop.loop import Trainer
-from trainer.objectives.bce import bce
+from trainer.objectives.bce import loss_sum
 from trainer.ranks.process_group import Ranks
 from trainer.run_folder import RunFolder
 
@@ -75,7 +75,7 @@ def bare_loop(
         for step in steps:
             batch = step.batch.to(ranks.device, non_blocking=True)
             optimizer.zero_grad()
-            total = bce(model(batch).logits, batch.labels, batch.weight).total()
+            total = loss_sum(model(batch).logits, batch.labels, batch.weight)
             (total / batch.step_candidates).backward()
             optimizer.step()
 

@@ -27,7 +27,7 @@ from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import Step
 from trainer.loop.pipeline import Pipeline
-from trainer.objectives.bce import bce
+from trainer.objectives.bce import loss_sum
 from trainer.ranks.process_group import Ranks
 from trainer.step_size import StepSize
 from trainer.update.step import make_optimizer
@@ -102,7 +102,7 @@ class Loops:
             for _, given in zip(steps, chain.from_iterable(repeat(batches)), strict=False):
                 batch = given.to(device, non_blocking=True)
                 optimizer.zero_grad()
-                total = bce(model(batch).logits, batch.labels, batch.weight).total()
+                total = loss_sum(model(batch).logits, batch.labels, batch.weight)
                 (total / batch.step_candidates).backward()
                 optimizer.step()
 

@@ -19,7 +19,7 @@ from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.frame import TwoStageModel
-from trainer.objectives.bce import bce
+from trainer.objectives.bce import loss_sum
 
 _LOGITS, _GRADIENTS = 1e-4, 1e-2
 # It needs a log with clusters.
@@ -83,9 +83,9 @@ def _learned(model: TwoStageModel, batch: RequestBatch) -> tuple[Tensor, dict[st
     """Logits and all gradients, where the model is."""
     model.train().zero_grad()
     prediction = model(batch)
-    total = bce(prediction.logits, batch.labels, batch.weight).total()
+    total = loss_sum(prediction.logits, batch.labels, batch.weight)
     if prediction.auxiliary is not None:
-        total = total + bce(prediction.auxiliary, batch.labels, batch.weight).total()
+        total = total + loss_sum(prediction.auxiliary, batch.labels, batch.weight)
     total.backward()
     # Copies, for the model itself moves to another device.
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -20,7 +20,7 @@ from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.hard_search import hierarchical_search_reference
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.objectives.bce import bce
+from trainer.objectives.bce import loss_sum
 
 LEVELS = ("category_id", "item_id")
 
@@ -139,13 +139,13 @@ def test_context_numbers_and_one_sided_features_train(tmp_path: Path) -> None:
     batch = next(iter(SequenceLogReader(config.data, "train", None).steps())).batch
     logits = model(batch).logits
     assert logits.shape == (batch.candidates, 2)
-    bce(logits, batch.labels, batch.weight).total().backward()
+    loss_sum(logits, batch.labels, batch.weight).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in collections["context"].parameters())
     other = batch.numeric + 1
     batch.numeric = other
     assert not torch.equal(model(batch).logits, logits)
-    halved = bce(logits, batch.labels, batch.weight / 2).total()
-    assert torch.allclose(halved * 2, bce(logits, batch.labels, batch.weight).total())
+    halved = loss_sum(logits, batch.labels, batch.weight / 2)
+    assert torch.allclose(halved * 2, loss_sum(logits, batch.labels, batch.weight))
 
 
 def test_training_with_a_hard_search_on_two_ranks(tmp_path: Path) -> None:

@@ -1,17 +1,21 @@
-"""What an objective is, and what it returns.
+"""What an objective is, and the losses of a batch by one.
 
-An objective turns the logits of a rank's candidates into the losses of every task. A label that is NaN was
-not observed: its candidate has no loss, no gradient and no part in the count of that task.
+A label that is NaN was not observed: its candidate has no loss, no gradient and no part in the count of that
+task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import Tensor
+
+# Logits [C, T], labels [C, T] and weights [C, T] or [C, 1] -> what is added up for each task, weighted,
+# [X, T]: one row a candidate where an objective looks at candidates one by one. Where a label was not observed,
+# an objective is given the label 0 with the weight 0.
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -19,13 +23,11 @@ class Losses:
     """The losses of one rank's part of a step.
 
     Attributes:
-        terms_XT: what is added up for each of T tasks, weighted; one a candidate where an objective looks at
-            candidates one by one.
-        observed_CT: bool, which labels there are.
+        terms_XT: of an objective; labels_CT: NaN where not observed.
     """
 
     terms_XT: Tensor
-    observed_CT: Tensor
+    labels_CT: Tensor
 
     def total(self) -> Tensor:
         """The mean over tasks of their sums, scalar."""
@@ -37,28 +39,22 @@ class Losses:
 
     def counts(self, tasks: Sequence[str]) -> dict[str, Tensor]:
         """Task -> how many candidates have a label, scalar."""
-        return dict(zip(tasks, self.observed_CT.sum(0).unbind(), strict=True))
+        return dict(zip(tasks, (~self.labels_CT.isnan()).sum(0).unbind(), strict=True))
 
 
-# Logits [C, T], labels [C, T] and weights [C] -> losses.
-Objective = Callable[[Tensor, Tensor, Tensor], Losses]
-
-
-def pointwise(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Objective:
-    """An objective that looks at candidates one by one.
+def losses_of(
+    objective: Objective, logits_CT: Tensor, labels_CT: Tensor, weight_C: Tensor, labelled: bool = False
+) -> Losses:
+    """The losses of a batch, in the order of its tasks.
 
     Args:
-        loss: logits, labels and weights, each [C, T], -> weighted losses [C, T]. Where a label was not
-            observed, it is given as 0 with weight 0.
+        labelled: no label is NaN, as the host knows of most batches; then the device need not look.
     """
-
-    @wraps(loss)
-    def objective(logits_CT: Tensor, labels_CT: Tensor, weight_C: Tensor) -> Losses:
-        observed = ~torch.isnan(labels_CT)
-        labels = labels_CT.nan_to_num(0.0, torch.inf, -torch.inf)
-        return Losses(loss(logits_CT, labels, weight_C[:, None] * observed), observed)
-
-    return objective
+    labels, weight = labels_CT, weight_C[:, None]
+    if not labelled:
+        weight = weight * ~labels.isnan()
+        labels = labels.nan_to_num(0.0, torch.inf, -torch.inf)
+    return Losses(objective(logits_CT, labels, weight), labels_CT)
 
 
 def rank_loss(total: Tensor, step_candidates: int, world_size: int, counted: bool) -> Tensor:

@@ -19,7 +19,7 @@ from trainer.config.sections import TrainConfig
 from trainer.data.reader import Step
 from trainer.model.border import Cut
 from trainer.model.frame import TwoStageModel
-from trainer.objectives.losses import rank_loss
+from trainer.objectives.losses import losses_of, rank_loss
 from trainer.objectives.table import objective_of
 from trainer.update.guard import Checked, Gradients, Guard, dense_norm
 from trainer.update.rules.summed import Summed
@@ -171,7 +171,10 @@ class TrainStep:
             prediction = self._model(batch)
 
         def loss(logits: Tensor) -> Tensor:
-            return self._rule.loss(self._objective(logits.float(), batch.labels, batch.weight))
+            labelled = batch.host_sizes.labelled
+            return self._rule.loss(
+                losses_of(self._objective, logits.float(), batch.labels, batch.weight, labelled)
+            )
 
         trained = total = loss(prediction.logits)
         if prediction.auxiliary is not None:

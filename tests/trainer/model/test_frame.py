@@ -20,7 +20,7 @@ from trainer.config.run_config import Config, build_groups
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.frame import TwoStageModel
-from trainer.objectives.bce import bce
+from trainer.objectives.bce import loss_sum
 from trainer.objectives.losses import rank_loss
 
 DARE = {"attention": {"dim": 4, "init_scale": 1.0}, "representation": {"dim": 8, "init_scale": 1.0}}
@@ -141,7 +141,7 @@ def test_blocks_equal_one_sample_at_a_time(tmp_path: Path, case: tuple, lookup: 
     assert torch.allclose(logits, reference, atol=1e-5)
     for model, output in ((fast, logits), (slow, reference)):
         rank_loss(
-            bce(output, batch.labels, batch.weight).total(), batch.step_candidates, 1, counted=True
+            loss_sum(output, batch.labels, batch.weight), batch.step_candidates, 1, counted=True
         ).backward()
         torch.optim.SGD(model.parameters(), lr=0.5).step()
     pairs = list(zip(fast.named_parameters(), slow.named_parameters(), strict=True))
@@ -171,7 +171,7 @@ def test_full_lookup_equals_selected_lookup(tmp_path: Path, groups: dict, roles:
         model, _ = model_of(settings)
         batch = batch_of(settings)
         logits = model(batch).logits
-        bce(logits, batch.labels, batch.weight).total().backward()
+        loss_sum(logits, batch.labels, batch.weight).backward()
         results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
     (full, full_grads), (selected, selected_grads) = results
     assert torch.equal(full, selected)
@@ -213,7 +213,7 @@ def test_g1_scores_train_attention_tables_only_and_values_representation_tables_
     def run(detach: Callable[[TwoStageModel], None]) -> TwoStageModel:
         model, _ = model_of(settings)
         detach(model)
-        bce(model(batch).logits, batch.labels, batch.weight).total().backward()
+        loss_sum(model(batch).logits, batch.labels, batch.weight).backward()
         return model
 
     def detach_scores(model: TwoStageModel) -> None:
@@ -292,7 +292,7 @@ def test_empty_histories_score_without_padding_weight(tmp_path: Path) -> None:
         batch = batch_of(settings)
         assert batch.behaviors == 0
         logits = model(batch).logits
-        bce(logits, batch.labels, batch.weight).total().backward()
+        loss_sum(logits, batch.labels, batch.weight).backward()
         assert torch.isfinite(logits).all()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 

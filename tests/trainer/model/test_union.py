@@ -19,7 +19,7 @@ from trainer.data.batch import RequestBatch
 from trainer.data.sizes import Sizes
 from trainer.model.frame import TwoStageModel
 from trainer.model.union import most_kept, padded_union, touched_by, union_of
-from trainer.objectives.bce import bce
+from trainer.objectives.bce import loss_sum
 
 BEHAVIORS = 30
 
@@ -183,7 +183,7 @@ def passed(model: TwoStageModel, batch: RequestBatch) -> tuple[Tensor, dict[str,
     ]
     model.zero_grad()
     logits = model(batch).logits
-    bce(logits, batch.labels, batch.weight).total().backward()
+    loss_sum(logits, batch.labels, batch.weight).backward()
     for hook in hooks:
         hook.remove()
     return logits, {name: weight.grad for name, weight in model.named_parameters()}, strides
