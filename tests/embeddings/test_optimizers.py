@@ -45,6 +45,11 @@ def kernels(optimizer: FusedOptimizer) -> SplitTableBatchedEmbeddingBagsCodegen:
     seed=st.integers(0, 99),
 )
 def test_kernels_do_what_the_record_says(name: str, batches: list[list[int]], seed: int) -> None:
+    check_record(name, batches, seed)
+
+
+def check_record(name: str, batches: list[list[int]], seed: int) -> None:
+    """Compare weights and state of the kernel and of the plain update after batches of ids."""
     optimizer = FusedOptimizer(name, 0.1, eps=0.1)
     rule, tables = optimizer.rule, kernels(optimizer)
     random = torch.Generator().manual_seed(seed)
