@@ -11,22 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.errors import DataError
-from trainer.quality.ranking import auc, checked, grouped_auc, ranking_metrics
-
-__all__ = [
-    "Metrics",
-    "auc",
-    "calibration_error",
-    "calibration_metrics",
-    "entry_of",
-    "first_and_all",
-    "group_keys",
-    "grouped_auc",
-    "logloss",
-    "measure",
-    "number",
-    "one_line",
-]
+from trainer.quality.ranking import checked, ranking_metrics
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -89,12 +89,6 @@ def half_width(influence: Floats, clusters: Ints) -> float:
     return _NORMAL_95 * math.sqrt(sums.size / (sums.size - 1) * float((sums**2).sum()))
 
 
-def grouped_auc(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints) -> tuple[float, int]:
-    """-> (mean AUC of groups with both classes, weighted by size; how many such groups)."""
-    found = Ranked.of(scores, labels, groups)
-    return found.gauc(), int(found.both.sum())
-
-
 @dataclass(frozen=True)
 class _Ties:
     """Where groups and ties begin and end, for values in ascending order within groups."""
@@ -226,8 +220,8 @@ def ranking_metrics(
         "gauc": by_request.gauc(),
         "gauc_ci": by_request.gauc_half_width(users),
         "gauc_user": by_user.gauc(),
-        **{f"hr_{k}": found[0] for k, found in at.items()},
-        **{f"ndcg_{k}": found[1] for k, found in at.items() if k > 1},
+        **{f"hr_{k}": hit_rate for k, (hit_rate, _) in at.items()},
+        **{f"ndcg_{k}": ndcg for k, (_, ndcg) in at.items() if k > 1},
         "groups": int(by_request.both.sum()),
         "users": int(by_user.both.sum()),
     }
