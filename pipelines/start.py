@@ -33,7 +33,7 @@ from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.loop.attempts import check_start, note_start
+from trainer.loop.attempts import note_start
 from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
@@ -123,10 +123,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         if changed := changed_settings(found.state, config):
             say(f"settings that differ from those of {found.path.name}: {', '.join(changed)}")
     step = found.state.get("step", 0)
-    if checking:
-        check_start(folder, config, step)
-    else:
-        note_start(folder, config, step)
+    note_start(folder, config, step, checking=checking)
     if config.train.early_stopping.on and not manifest.holds("validation"):
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     groups = resolve_groups(config, manifest)

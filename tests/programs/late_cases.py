@@ -26,7 +26,7 @@ from trainer.assemble import feature_rows
 from trainer.data.reader import Step
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import process_group
-from trainer.update.guard import Checked, Guard
+from trainer.update.guard import Check, Guard
 from trainer.update.step import TrainStep
 
 # Everything that a check touches: running statistics, clipping, and half precision on the way.
@@ -126,8 +126,8 @@ def asked(made: Job) -> list[int]:
 class Deaf(Guard):
     """A guard that never tells: what is left is what the device does by itself."""
 
-    def judge(self, checked: Checked) -> None:
-        del checked
+    def judge(self, check: Check) -> None:
+        del check
 
 
 def left_out(made: Job, bad: bool) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from trainer.ranks.process_group import tells_of_a_lost_rank
 from trainer.update.step import TrainStep
 
 # A step that has been trained, and this rank's part of its loss' sum.
-Trained = tuple[Step, Tensor]
-Forward = Callable[[Step], tuple[Tensor, Trained]]
+TrainedStep = tuple[Step, Tensor]
+Forward = Callable[[Step], tuple[Tensor, TrainedStep]]
 
 
 class PlainLoop:
@@ -43,7 +43,7 @@ class PlainLoop:
     def __init__(self, step: TrainStep, device: torch.device, forward: Forward) -> None:
         self._step, self._device, self._forward = step, device, forward
 
-    def progress(self, steps: Iterator[Step]) -> Trained:
+    def progress(self, steps: Iterator[Step]) -> TrainedStep:
         """Raises StopIteration after the last step."""
         # On CUDA the reader has pinned the batch, and only then the host does not wait for its copy.
         step = next(steps).to(self._device, non_blocking=True)
@@ -89,7 +89,7 @@ class Pipeline:
 
     def train(
         self, steps: Iterable[Step], stretches: Iterable[int | None] = (None,)
-    ) -> Generator[Trained, None, None]:
+    ) -> Generator[TrainedStep, None, None]:
         """Train the steps in order; gives each once it is trained, on the device.
 
         A learning rate that is set before a step is asked for is the one that it is trained with. All ranks
@@ -150,7 +150,7 @@ class Pipeline:
             # The next batch's ids have been exchanged already: only forward passes are replaced again.
             self._inner.attach(sparse_dist=False)
 
-    def _forward(self, step: Step) -> tuple[Tensor, Trained]:
+    def _forward(self, step: Step) -> tuple[Tensor, TrainedStep]:
         loss, counted = self._step.forward(step)
         return loss, (step, counted)
 

@@ -23,7 +23,7 @@ RANKS = (1, 5, 10)  # the k of HR@k and NDCG@k
 _NORMAL_95 = 1.959964
 
 
-def checked(scores: npt.ArrayLike, labels: npt.ArrayLike, *keys: Ints) -> tuple[Floats, Floats]:
+def as_arrays(scores: npt.ArrayLike, labels: npt.ArrayLike, *keys: Ints) -> tuple[Floats, Floats]:
     """Scores and labels as float64, one of each and of every key a candidate.
 
     Raises:
@@ -60,7 +60,7 @@ def auc_influence(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[float, 
     The second sums to zero; its sums over independent groups of candidates have the AUC's variance (DeLong's
     structural components; Obuchowski 1997 for clusters). Differences of two AUCs have differences of it.
     """
-    s, y = checked(scores, labels)
+    s, y = as_arrays(scores, labels)
     positive, negative = float(y.sum()), float((1 - y).sum())
     if not (positive > 0 and negative > 0):
         return math.nan, np.zeros(y.size)
@@ -140,7 +140,7 @@ class Ranked:
 
     @staticmethod
     def of(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints) -> Ranked:
-        s, y = checked(scores, labels, groups)
+        s, y = as_arrays(scores, labels, groups)
         order = np.lexsort((s, groups))
         y = y[order]
         ties = _Ties.of(s[order], np.asarray(groups)[order])
@@ -209,7 +209,7 @@ def ranking_metrics(
     scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: Ints
 ) -> Mapping[str, float | int]:
     """Everything that only the order of scores decides, by the names of `trainer.quality.metrics.Metrics`."""
-    checked(scores, labels, groups, users)
+    as_arrays(scores, labels, groups, users)
     users = np.unique(users, return_inverse=True)[1]
     value, influence = auc_influence(scores, labels)
     by_request, by_user = Ranked.of(scores, labels, groups), Ranked.of(scores, labels, users)

@@ -21,7 +21,7 @@ from trainer.model.border import Cut
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.losses import losses_of, rank_loss
 from trainer.objectives.table import objective_of
-from trainer.update.guard import Checked, Gradients, Guard, dense_norm
+from trainer.update.guard import Check, Gradients, Guard, dense_norm
 from trainer.update.rules.summed import Summed
 
 
@@ -150,7 +150,7 @@ class TrainStep:
         self._step: Step | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
-        self._unread: Checked | None = None
+        self._unread: Check | None = None
         parts = [part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer)]
         (self._dense_optimizer,) = parts
         if guard is not None and guard.reads_late and not self._dense_optimizer.fused:
@@ -193,7 +193,7 @@ class TrainStep:
         cuts, self._cuts = self._cuts, []
         if self._guard is not None:
             with record_function("## check ##"):
-                gradients = self._checked(self._guard, cuts)
+                gradients = self._check(self._guard, cuts)
             if cuts:
                 with record_function("## tables ##"):
                     torch.autograd.backward([cut.inside for cut in cuts], gradients)
@@ -208,25 +208,25 @@ class TrainStep:
         Raises:
             DataError: that step is not finite.
         """
-        checked, self._unread = self._unread, None
-        if checked is not None:
-            self._judge(checked)
+        check, self._unread = self._unread, None
+        if check is not None:
+            self._judge(check)
 
-    def _checked(self, guard: Guard, cuts: list[Cut]) -> list[Tensor]:
+    def _check(self, guard: Guard, cuts: list[Cut]) -> list[Tensor]:
         """Clip the dense gradients where asked to; -> gradients of what was cut, all finite."""
         assert self._step is not None
         self.settle()
         dense = {name: weight.grad for name, weight in self._dense.items() if weight.grad is not None}
         sent = {cut.group: cut.outside.detach() for cut in cuts} if self._comms.forward == "fp16" else {}
         gradients = Gradients(self._loss, self._rule.gradients(cuts), dense, sent)
-        checked = guard.check(self.number, self._step, gradients, self._comms.backward == "fp16")
+        check = guard.check(self.number, self._step, gradients, self._comms.backward == "fp16")
         vectors = list(gradients.vectors.values())
         if guard.reads_late:
-            self._unread, vectors = checked, self._without_effect_where(checked.alarm, vectors)
+            self._unread, vectors = check, self._without_effect_where(check.alarm, vectors)
         else:
-            self._judge(checked)
-        if checked.largest is not None:
-            self._comms.scale.fit(checked.largest)
+            self._judge(check)
+        if check.largest is not None:
+            self._comms.scale.fit(check.largest)
         if self._config.max_gradient_norm and dense:
             norm = dense_norm(list(dense.values()), wait=not guard.reads_late)
             limit = self._config.max_gradient_norm
@@ -245,11 +245,11 @@ class TrainStep:
         self._dense_optimizer.skip_where(alarm)
         return [torch.where(bad, 0.0, gradient) for gradient in vectors]
 
-    def _judge(self, checked: Checked) -> None:
+    def _judge(self, check: Check) -> None:
         """Raise where a checked step is not finite, with the running statistics as they were before it."""
         assert self._guard is not None
         try:
-            self._guard.judge(checked)
+            self._guard.judge(check)
         except DataError:
             # A guard that reads late may have seen the forward pass of one more step, which changes them.
             for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
