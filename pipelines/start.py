@@ -55,9 +55,9 @@ class Start:
     """A run before its tables are placed.
 
     Attributes:
-        config, manifest, folder, ranks: what, on what, where to and who.
+        config: the run's config; manifest: of its log; folder: of the run; ranks: this rank's place.
         found: the checkpoint to go on from; fingerprint: of the log.
-        groups: resolved; train, validation: this rank's readers.
+        groups: with the rows that the log's ids need; train, validation: this rank's readers.
     """
 
     config: Config

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from trainer.loop.loop import Position, Trainer
 from trainer.quality.baselines import baselines, by_baseline, counted_feature
 from trainer.quality.metrics import Metrics, entry_of
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.run_folder import RunFolder, versions
+from trainer.run_folder import versions
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
@@ -87,24 +87,15 @@ def run(
     trainer = start.trainer(sharded, say)
     start.fill(trainer, folder.first_weights, say)
     trainer.after_step = after_step
-    watching = StepProfile(sharded.model, out, ranks, say) if profiled else None
-    if watching is not None:
-        trainer.after_step = watching.after_step
-    with (
-        closing(watching) if watching is not None else nullcontext(),
-        ending_well(folder, ranks.speaks),
-        _locked(folder),
-    ):
+    with ExitStack() as opened:
+        if profiled:
+            profile = opened.enter_context(closing(StepProfile(sharded.model, out, ranks, say)))
+            trainer.after_step = profile.after_step
+        opened.enter_context(ending_well(folder, ranks.speaks))
+        # Rank 0 holds the folder's lock; all hear where it cannot.
+        from_rank_0(lambda: opened.enter_context(folder.lock()))
         end = trainer.run(found)
     _conclude(trainer, end, found, start.manifest, say)
-
-
-@contextmanager
-def _locked(folder: RunFolder) -> Iterator[None]:
-    """Rank 0 holds the folder's lock; collective, so that all hear where it cannot."""
-    with ExitStack() as held:
-        from_rank_0(lambda: held.enter_context(folder.lock()))
-        yield
 
 
 def _conclude(

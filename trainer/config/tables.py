@@ -40,8 +40,8 @@ class GroupConfig(Settings):
         dim: vector width, one for all features or one a feature; on a GPU 2,048 at most (docs/tables.md).
         features: features that have a table here; empty means all of the log.
         fusion: a behavior's vector is its features' vectors side by side, `concat`, or their `sum`.
-        optimizer: the fused one of the rows; learning_rate: its step size before any schedule; eps: added to
-            the root of its accumulator.
+        optimizer: of the rows, which the backward pass updates (see docs/tables.md); learning_rate: its step
+            size before any schedule; eps: added to the root of its accumulator.
         init: first weights are `uniform` in [-init_scale, init_scale), or `normal`.
         init_scale: half the width of `uniform` first weights, the standard deviation of `normal` ones.
         max_gradient: bound on every element of the gradient of every bag; 0 = none.

@@ -1,8 +1,8 @@
-"""Starts without progress: what ends a run that fails, is restarted, and fails again.
+"""Attempts to train: a run that fails, is restarted and fails again at the same step comes to an end.
 
 Supervisors (torchrun, Slurm's requeue, a Kubernetes job) restart whatever failed, some of them for ever. Each
-start leaves a line in `starts.jsonl` of the run folder, a start that ends well removes the file, and a start
-that would be one too many from the same step is refused.
+attempt leaves a line in `starts.jsonl` of the run folder. An attempt that ends well removes the file. An
+attempt that would be one too many from the same step is refused.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def _forget(folder: RunFolder) -> None:
 def _note(file: Path, config: Config, step: int, checking: bool) -> None:
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    vain = len(list(takewhile(lambda line: _began(line) == (step, digest), reversed(lines))))
+    attempts = len(list(takewhile(lambda line: _step_and_config(line) == (step, digest), reversed(lines))))
     limit = config.train.max_starts_without_progress
-    if limit and vain >= limit:
+    if limit and attempts >= limit:
         raise ConfigError(
-            f"{file}: the last {vain} starts began at step {step:,} and failed before a newer checkpoint; "
-            "look at the first error of each and mend its cause (or save more often, see checkpoint.*), then "
-            "delete this file to go on; a start with a changed configuration goes on by itself"
+            f"{file}: the last {attempts} starts began at step {step:,} and failed before a newer "
+            "checkpoint; look at the first error of each and mend its cause (or save more often, see "
+            "checkpoint.*), then delete this file to go on; a start with a changed configuration goes on by itself"
         )
     if checking:
         return
@@ -76,7 +76,7 @@ def _note(file: Path, config: Config, step: int, checking: bool) -> None:
         starts.write(json.dumps({"step": step, "config": digest, "time": now}) + "\n")
 
 
-def _began(line: str) -> tuple[int, str] | None:
+def _step_and_config(line: str) -> tuple[int, str] | None:
     """-> (step, config) of a line; None for one that a crash cut short."""
     try:
         entry = json.loads(line)

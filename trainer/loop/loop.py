@@ -238,22 +238,19 @@ class Trainer:
 
         Where that is the best one, and an earlier start has measured it, its weights are loaded and stay.
         """
-        best = self.at.best
-        if self.validation_reader is None or best.step in (-1, self.at.step):
-            return self.newest_validation(), self.at.step
+        reader, best = self.validation_reader, self.at.best
+        if reader is None:
+            return None, self.at.step
+        if best.step in (-1, self.at.step):
+            # An earlier start may have measured it.
+            return self.metrics_of_validation or self._measure(reader), self.at.step
         if self._best_metrics is None:
             found = checkpoint.find_to_use(self.folder.checkpoints)
             path, step = found.path, int(found.state["step"])
             assert path is not None
             self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
-            return self._measure(self.validation_reader), step
+            return self._measure(reader), step
         return self._best_metrics, best.step
-
-    def newest_validation(self) -> dict[str, Metrics] | None:
-        """Metrics of every task, counted anew where an earlier start has; collective."""
-        if self.metrics_of_validation is None and self.validation_reader is not None:
-            self._measure(self.validation_reader)
-        return self.metrics_of_validation
 
     def _measure(self, reader: SequenceLogReader) -> dict[str, Metrics]:
         with self.pipeline.paused():

@@ -34,7 +34,7 @@ class Baselines:
     """Scores that need no training, of every candidate of a split.
 
     Attributes:
-        candidates: their names and labels, in the order of `Scored.in_order`; its scores mean nothing.
+        candidates: their names and labels, in the order of `Scored.in_order`; their scores have no meaning.
         scores: task -> baseline -> [n].
         missing: what could not be computed, and why.
     """
@@ -157,7 +157,9 @@ def _read(
     """Names, labels and counts of all candidates; without what the log lacks."""
     single = {name: info for name, info in manifest.features.items() if not info.multi}
     wanted = {
-        name: single[name].rows for name in {"item_id", *counted.values()} if _of_candidates(single, name)
+        name: single[name].rows
+        for name in {"item_id", *counted.values()}
+        if name in single and single[name].of_candidates
     }
     columns = replace(Columns.of(manifest, wanted), numeric=(), weighted=False)
     parts: list[dict[str, npt.NDArray[Any]]] = []
@@ -178,10 +180,6 @@ def _read(
                 part[name] = past_counts(rows, feature, reader.config.ingestion_delay)
         parts.append(part)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _of_candidates(single: Mapping[str, Any], name: str) -> bool:
-    return name in single and single[name].of_candidates
 
 
 def item_counts(log: Path) -> Floats:

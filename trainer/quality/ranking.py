@@ -32,8 +32,8 @@ def as_arrays(scores: npt.ArrayLike, labels: npt.ArrayLike, *keys: Ints) -> tupl
     s, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     shapes = [part.shape for part in (s, y, *map(np.asarray, keys))]
     if len(set(shapes)) > 1 or s.ndim != 1:
-        found = " and ".join(" x ".join(map(str, shape)) or "single" for shape in shapes)
-        raise DataError(f"scores, labels and grouping keys must be one each a candidate, not {found}")
+        lengths = " and ".join(" x ".join(map(str, shape)) or "single" for shape in shapes)
+        raise DataError(f"scores, labels and grouping keys must be one each a candidate, not {lengths}")
     if not np.isfinite(s).all():
         raise DataError(
             f"{int((~np.isfinite(s)).sum())} of {s.size} scores are NaN or infinite; the model "
