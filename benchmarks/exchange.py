@@ -99,11 +99,10 @@ def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
     )
     reader = open_split(config, "train", feature_rows(sharded.groups), ranks, seed=SEED)
     with closing(reader.steps()) as steps:
-        for number, each in enumerate(islice(steps, STEPS)):
-            step.begin(number, each)
+        for each in islice(steps, STEPS):
             with Exchanged() as exchanged:
                 step.zero_grad()
-                loss, _ = step.forward(each.batch)
+                loss, _ = step.forward(each)
                 forward = len(exchanged.sent)
                 loss.backward()
                 step.step()

@@ -167,7 +167,7 @@ def training_step(point: Point, seed: int, ranks: Ranks, folder: Path) -> Callab
         config, model, make_optimizer(model, config.train), ranks.world_size, Guard(ranks, folder)
     )
     pipeline = Pipeline("none", model, step, ranks.device)
-    return lambda: deque(pipeline.train([Step(batch, True, Cursor())], lambda: 0), maxlen=0)
+    return lambda: deque(pipeline.train([Step(batch, True, Cursor())]), maxlen=0)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

@@ -109,7 +109,7 @@ class _Loops:
         guard = Guard(self._ranks, self._folder, late) if checked else None
         step = TrainStep(self._config, model, optimizer, 1, guard)
         pipeline = Pipeline("none", model, step, self._ranks.device)
-        return timed(lambda: deque(pipeline.train(self._replay.all, lambda: 0), maxlen=0))
+        return timed(lambda: deque(pipeline.train(self._replay.all), maxlen=0))
 
     def trainer(self, pipeline: str) -> Seconds:
         """All of it but checkpoints: schedules, metrics, progress and TensorBoard as configured."""

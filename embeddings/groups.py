@@ -14,34 +14,7 @@ from torch import Tensor
 
 from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
-
-
-@dataclass(frozen=True)
-class FusedOptimizer:
-    """How the rows of a group are updated inside the backward pass.
-
-    Attributes:
-        name: `rowwise_adagrad` (one accumulator a row), `adagrad` (one a weight) or `sgd`.
-        learning_rate: step size before any schedule.
-        eps: added to the root of the accumulator; unused by `sgd`.
-        max_gradient: bound on every element of the gradient of every bag, before bags of one row are
-            added up; 0 = none.
-    """
-
-    name: str = "rowwise_adagrad"
-    learning_rate: float = 0.05
-    eps: float = 1e-8
-    max_gradient: float = 0.0
-
-
-def state_reshards(optimizer: str, before: str, after: str) -> bool:
-    """Whether the optimizer's state of a table fits, row by row, when its sharding type changes.
-
-    Column shards of row-wise Adagrad keep an accumulator of their own columns each, which nothing can make
-    into one accumulator a row, nor into those of other column shards.
-    """
-    by_columns = {"column_wise", "grid_shard"}
-    return optimizer != "rowwise_adagrad" or not by_columns & {before, after}
+from embeddings.optimizers import FusedOptimizer
 
 
 @dataclass(frozen=True)
@@ -72,7 +45,7 @@ class TableGroup:
 
     name: str
     tables: tuple[TableSpec, ...]
-    optimizer: FusedOptimizer = FusedOptimizer()
+    optimizer: FusedOptimizer = field(default_factory=FusedOptimizer)
     first: FirstWeights = field(default_factory=FirstWeights)
     sharding: tuple[str, ...] = ()
     kind: str = "bag"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -146,3 +147,14 @@ def compile_package(traced: Any, file: str) -> Any:
     """Compile an exported module into a file of machine code, and load it."""
     torch._inductor.aoti_compile_and_package(traced, package_path=file)
     return torch._inductor.aoti_load_package(file)
+
+
+def detach(pipeline: Any) -> None:
+    """Give the model that one of TorchRec's pipelines has taken its own forward pass back.
+
+    Where the first exchange of ids has failed, TorchRec 1.8 has taken the forward passes but not yet what
+    exchanges the ids, gives the former back, and then says that these are unequally many
+    (`_pipeline_detach_model` in train_pipeline/utils.py), in the place of what went wrong.
+    """
+    with suppress(AssertionError):
+        pipeline.detach()

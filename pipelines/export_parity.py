@@ -14,7 +14,8 @@ from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.windows import Kept
 from trainer.quality.evaluate import score_requests
-from trainer.quality.metrics import auc, number
+from trainer.quality.metrics import number
+from trainer.quality.ranking import auc
 from trainer.snapshot import Snapshot
 from trainer.snapshot.partial_model import PartialModel
 

@@ -116,7 +116,9 @@ def _empty(split: str, metrics: Mapping[str, Metrics]) -> Iterator[str]:
     """Each reason once, with the tasks that it holds for."""
     reasons: dict[str, list[str]] = {}
     for task, found in metrics.items():
-        if math.isnan(found.auc):
+        if not found.samples:
+            reason = "all metrics are empty, since no candidate has a label"
+        elif math.isnan(found.auc):
             reason = f"AUC, GAUC, HR, NDCG and NE are empty, since all labels are {found.rate:g}"
         elif not found.groups:
             reason = "GAUC, HR and NDCG are empty, since no request holds both classes"

@@ -33,11 +33,12 @@ from trainer.config.run_config import Config
 from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.loop.attempts import check_start, note_start
+from trainer.loop.attempts import note_start
 from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
+from trainer.objectives.table import objective_of
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
@@ -54,9 +55,9 @@ class Start:
     """A run before its tables are placed.
 
     Attributes:
-        config, manifest, folder, ranks: what, on what, where to and who.
+        config: the run's config; manifest: of its log; folder: of the run; ranks: this rank's place.
         found: the checkpoint to go on from; fingerprint: of the log.
-        groups: resolved; train, validation: this rank's readers.
+        groups: with the rows that the log's ids need; train, validation: this rank's readers.
     """
 
     config: Config
@@ -122,13 +123,11 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         if changed := changed_settings(found.state, config):
             say(f"settings that differ from those of {found.path.name}: {', '.join(changed)}")
     step = found.state.get("step", 0)
-    if checking:
-        check_start(folder, config, step)
-    else:
-        note_start(folder, config, step)
+    note_start(folder, config, step, checking=checking)
     if config.train.early_stopping.on and not manifest.holds("validation"):
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     groups = resolve_groups(config, manifest)
+    objective_of(config.train.objective)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from embeddings.agreement import from_rank_0
+from embeddings.errors import TandemError
 from embeddings.plan.planner import Placement
 from pipelines.console import quiet_third_parties
 from pipelines.profile import StepProfile
+from pipelines.quality_report import baselines_key, remarks, without
 from pipelines.start import open_start, try_out
-from pipelines.train_report import next_commands, quality
 from trainer.assemble import build_sharded
 from trainer.checkpoint import save_load as checkpoint
 from trainer.config.run_config import Config, load_config
+from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Position, Trainer
+from trainer.quality.baselines import baselines, by_baseline, counted_feature
+from trainer.quality.metrics import Metrics, entry_of
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.run_folder import RunFolder, versions
+from trainer.run_folder import versions
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
@@ -82,24 +87,15 @@ def run(
     trainer = start.trainer(sharded, say)
     start.fill(trainer, folder.first_weights, say)
     trainer.after_step = after_step
-    watching = StepProfile(sharded.model, out, ranks, say) if profiled else None
-    if watching is not None:
-        trainer.after_step = watching.after_step
-    with (
-        closing(watching) if watching is not None else nullcontext(),
-        ending_well(folder, ranks.speaks),
-        _locked(folder),
-    ):
+    with ExitStack() as opened:
+        if profiled:
+            profile = opened.enter_context(closing(StepProfile(sharded.model, out, ranks, say)))
+            trainer.after_step = profile.after_step
+        opened.enter_context(ending_well(folder, ranks.speaks))
+        # Rank 0 holds the folder's lock; all hear where it cannot.
+        from_rank_0(lambda: opened.enter_context(folder.lock()))
         end = trainer.run(found)
     _conclude(trainer, end, found, start.manifest, say)
-
-
-@contextmanager
-def _locked(folder: RunFolder) -> Iterator[None]:
-    """Rank 0 holds the folder's lock; collective, so that all hear where it cannot."""
-    with ExitStack() as held:
-        from_rank_0(lambda: held.enter_context(folder.lock()))
-        yield
 
 
 def _conclude(
@@ -136,8 +132,8 @@ def _conclude(
             "world_size": ranks.world_size,
             "versions": versions(),
         }
-        found, lines = quality(metrics, trainer.validation_reader, manifest, step)
-        folder.update_summary({**entries, **found})
+        of_quality, lines = _quality(metrics, trainer.validation_reader, manifest, step)
+        folder.update_summary({**entries, **of_quality})
         return lines
 
     if step != end.step:
@@ -145,7 +141,37 @@ def _conclude(
     # Rank 0 may count for long, and what it cannot write is every rank's failure.
     for line in from_rank_0(summarise, slow=True):
         say(line)
-    say("\n".join(next_commands(folder.path, manifest)))
+    say("\n".join(_next_commands(folder.path, manifest)))
+
+
+def _quality(
+    metrics: Mapping[str, Metrics] | None,
+    validation: SequenceLogReader | None,
+    manifest: LogManifest,
+    step: int,
+) -> tuple[dict[str, Any], list[str]]:
+    """The validation after `step` beside its baselines: entries of summary.json, and plain sentences.
+
+    Training is over and saved by then: a baseline that cannot be computed is said, and is no failure.
+    Nothing is said of a log without a validation split.
+    """
+    if metrics is None or validation is None:
+        return {}, []
+    entries: dict[str, Any] = {"validation": entry_of(metrics), "validation_step": step}
+    try:
+        beside = baselines(validation)
+    except (TandemError, OSError, MemoryError) as error:
+        return entries, [f"no baselines beside the validation: {error}"]
+    table, feature = beside.metrics(), counted_feature(manifest)
+    entries[baselines_key("validation")] = by_baseline(table)
+    return entries, [*without(beside.missing), *remarks("validation", metrics, table, feature)]
+
+
+def _next_commands(run: Path, manifest: LogManifest) -> list[str]:
+    """Where the curves are, and the command that measures the run."""
+    folder, split = shlex.quote(str(run)), next(filter(manifest.holds, ("test", "validation")), "train")
+    other = "" if split == "test" else f" --split {split}"
+    return [f"curves: tensorboard --logdir {folder}", f"next:   tandemrec evaluate --run {folder}{other}"]
 
 
 def plan_lines(placed: Sequence[Placement], world_size: int) -> list[str]:

@@ -104,7 +104,7 @@ def _streamed(check: Check, way: _Trained, ranks: Any) -> Row:
             made = (draw() for draw in rows)
             steps: Iterator[Step] = Prefetcher(made, _AHEAD) if way.ahead else made
             started = time.perf_counter()
-            deque(pipeline.train(steps, lambda: 1), maxlen=0)
+            deque(pipeline.train(steps), maxlen=0)
             wait_for_device()
             return (time.perf_counter() - started) / len(rows)
 

@@ -87,11 +87,11 @@ class Loops:
     def trained(self, way: Way) -> Row:
         """Milliseconds of a step, samples a second, and peaks of memory."""
         pipeline = self.pipeline(way)
-        return self._timed(lambda steps: deque(pipeline.train(steps, lambda: 1), maxlen=0))
+        return self._timed(lambda steps: deque(pipeline.train(steps), maxlen=0))
 
     def losses(self, way: Way) -> list[float]:
         """Of one further round over the steps."""
-        return [float(loss) for _, loss in self.pipeline(way).train(self.steps, lambda: 1)]
+        return [float(loss) for _, loss in self.pipeline(way).train(self.steps)]
 
     def bare(self) -> Row:
         """What TorchRec's documentation does and no more."""
@@ -126,9 +126,9 @@ class Loops:
     def waits(self, way: Way) -> Counter[str]:
         """Where the host waits for the device, by line, in one round over the steps."""
         pipeline = self.pipeline(way)
-        deque(pipeline.train(self.steps, lambda: 1), maxlen=0)
+        deque(pipeline.train(self.steps), maxlen=0)
         with host_waits() as found:
-            deque(pipeline.train(self.steps, lambda: 1), maxlen=0)
+            deque(pipeline.train(self.steps), maxlen=0)
         return found
 
     def pipeline(self, way: Way) -> Pipeline:

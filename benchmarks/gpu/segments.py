@@ -61,7 +61,7 @@ def measured(dry: bool) -> Row:
         forget_memory()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if torch.cuda.is_available() else []
         for event, given in zip(events or [None, None], ([], steps * 3), strict=True):
-            deque(pipeline.train(given, lambda: 1), maxlen=0)
+            deque(pipeline.train(given), maxlen=0)
             if event is not None:
                 event.record()
         wait_for_device()

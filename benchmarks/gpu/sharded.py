@@ -159,7 +159,7 @@ def _stopped(check: Check, kind: str) -> Row:
         before: dict[str, Any] = {}
         said = ""
         try:
-            for number, _ in enumerate(made.pipeline.train(iter(steps), lambda: 1)):
+            for number, _ in enumerate(made.pipeline.train(iter(steps))):
                 if number == 1:
                     before = made.tensors()
         except DataError as error:
@@ -170,6 +170,6 @@ def _stopped(check: Check, kind: str) -> Row:
 
 
 def _with_nan(step: Step) -> Step:
-    labels = step.batch.labels.clone()
-    labels[-1] = torch.nan
-    return replace(step, batch=replace(step.batch, labels=labels))
+    weight = step.batch.weight.clone()
+    weight[-1] = torch.nan
+    return replace(step, batch=replace(step.batch, weight=weight))

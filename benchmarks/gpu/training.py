@@ -34,15 +34,12 @@ class Job:
 
     def train(self, steps: Iterable[Step]) -> list[float]:
         """The sum of every step's loss."""
-        numbers = iter(range(1, 10**9))
-        return [float(loss) for _, loss in self.pipeline.train(steps, lambda: next(numbers))]
+        return [float(loss) for _, loss in self.pipeline.train(steps)]
 
     def train_and_pause(self, steps: Iterable[Step], after: int | None) -> list[float]:
         """The same with an evaluation after so many steps, which the pipeline is told of before."""
-        pauses = iter([] if after is None else [after])
         losses: list[float] = []
-        trained = self.pipeline.train(steps, lambda: len(losses) + 1, until=lambda: next(pauses, None))
-        for _, loss in trained:
+        for _, loss in self.pipeline.train(steps, [None] if after is None else [after, None]):
             losses.append(float(loss))
             if len(losses) == after:
                 self.scores()

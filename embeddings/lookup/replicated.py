@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import KeyedOptimizer
 
-from embeddings.groups import FusedOptimizer
+from embeddings.optimizers import FusedOptimizer
 
 
 class ReplicatedOptimizer(KeyedOptimizer):  # type: ignore[misc]
@@ -26,40 +26,31 @@ class ReplicatedOptimizer(KeyedOptimizer):  # type: ignore[misc]
 
     def __init__(self, tables: Mapping[str, Tensor], optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
-        state = {}
+        state: dict[Tensor, dict[str, Tensor]] = {}
         for name, weight in tables.items():
             # embedding_bags.<table>.weight: the kernels name a table's state after the table.
             table = name.split(".")[-2]
-            state[weight] = self._first_state(table, weight)
+            state[weight] = {}
+            if optimizer.rule.state != "none":
+                shape = optimizer.rule.state_shape(*weight.shape)
+                first = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+                state[weight][f"{table}.momentum1"] = first
         group = {"params": list(tables.values()), "lr": optimizer.learning_rate}
         super().__init__(dict(tables), state, [group])
-
-    def _first_state(self, table: str, weight: Tensor) -> dict[str, Tensor]:
-        if self.optimizer.name == "sgd":
-            return {}
-        shape = weight.shape[:1] if self.optimizer.name == "rowwise_adagrad" else weight.shape
-        return {f"{table}.momentum1": torch.zeros(shape, dtype=torch.float32, device=weight.device)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Update all rows and forget the gradients, so that a second call changes nothing."""
         rate = float(self.param_groups[0]["lr"])
         for weight in self.params.values():
-            gradient = weight.grad
-            if gradient is not None:
-                weight.sub_(rate * self._direction(gradient.float(), self.state[weight]))
+            if weight.grad is None:
+                continue
+            (state,) = self.state[weight].values() or (torch.empty(0),)
+            direction = self.optimizer.rule.direction(weight.grad.float(), state, self.optimizer.eps)
+            weight.sub_(rate * direction)
         self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         # Tables of a collection are views of one tensor and its gradient: not for the loop in `step`.
         for weight in self.params.values():
             weight.grad = None
-
-    def _direction(self, gradient: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        if not state:
-            return gradient
-        (total,) = state.values()
-        square = gradient.square()
-        total += square.mean(1) if total.dim() == 1 else square
-        root = total.sqrt() + self.optimizer.eps
-        return gradient / (root[:, None] if total.dim() == 1 else root)

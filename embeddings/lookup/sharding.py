@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
-from torchrec.optim import RowWiseAdagrad
 
 from embeddings.first_rows import initial_rows_, table_seed
-from embeddings.groups import FusedOptimizer, TableGroup
+from embeddings.groups import TableGroup
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms, codecs_of
 from embeddings.lookup.sharded import DEFAULT_EXCHANGE, BagSharder, Exchange, SequenceSharder
 from embeddings.lookup.shards import local_shards
+from embeddings.optimizers import FusedOptimizer
 from embeddings.private import update_in_backward
 
 
@@ -31,16 +31,11 @@ def sharders(
 
 def attach_optimizer(collection: nn.Module, optimizer: FusedOptimizer) -> None:
     """Have every table of a collection updated inside the backward pass."""
-    classes: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
-        "rowwise_adagrad": (RowWiseAdagrad, {"lr": optimizer.learning_rate, "eps": optimizer.eps}),
-        "adagrad": (torch.optim.Adagrad, {"lr": optimizer.learning_rate, "eps": optimizer.eps}),
-        "sgd": (torch.optim.SGD, {"lr": optimizer.learning_rate}),
-    }
-    kind, arguments = classes[optimizer.name]
     bound = optimizer.max_gradient
+    # Not arguments of the optimizer's class, but of the kernels that stand in for it.
     clipping = {"gradient_clipping": True, "max_gradient": bound} if bound else {}
     for parameter in collection.parameters():
-        update_in_backward(kind, parameter, arguments, clipping)
+        update_in_backward(optimizer.rule.kernel, parameter, optimizer.arguments(), clipping)
 
 
 def shard(

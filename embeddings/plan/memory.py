@@ -63,7 +63,7 @@ class StorageEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]
         for option in sharding_options:
             table = self._tables[option.name]
             for shard in option.shards:
-                missing = table.optimizer(*shard.size) - counted_optimizer(table, shard.size)
+                missing = table.optimizer.state_bytes(*shard.size) - counted_optimizer(table, shard.size)
                 in_hbm = topology_of(self).compute_device == "cuda" and "uvm" not in option.compute_kernel
                 shard.storage += Storage(hbm=missing, ddr=0) if in_hbm else Storage(hbm=0, ddr=missing)
 
@@ -71,7 +71,7 @@ class StorageEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]
 def counted_optimizer(table: Table, size: Sequence[int]) -> int:
     """Bytes of optimizer state that TorchRec's own estimate counts for a shard."""
     weights = table.weights(*size)
-    return {"row": -(-weights // table.dim), "weight": weights, "none": 0}[table.state]
+    return {"row": -(-weights // table.dim), "weight": weights, "none": 0}[table.optimizer.state]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def memory_of_ranks(
 
 
 def _shard_memory(table: Table, kernel: str, shard: Shard, device: str) -> RankMemory:
-    weights, optimizer = table.weights(*shard.size), table.optimizer(*shard.size)
+    weights, optimizer = table.weights(*shard.size), table.optimizer.state_bytes(*shard.size)
     if "uvm" in kernel and device == "cuda":
         there = {"host_weights": weights, "host_optimizer": optimizer}
         return RankMemory(buffers=shard.storage.hbm, host=shard.storage.ddr, **there)

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torchrec.distributed.embedding_types import ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
-from torchrec.optim import RowWiseAdagrad
 
 from embeddings.lookup.sharding import sharders
-from embeddings.private import optimizer_class
-
-_FLOAT = 4
+from embeddings.optimizers import RowOptimizer, optimizer_of
 
 
 @dataclass(frozen=True)
@@ -24,8 +20,7 @@ class Table:
     Attributes:
         name: unique in the model; module: path of the collection that holds it.
         rows, dim: its shape; weight_bytes: of one weight.
-        state: fp32 numbers of the fused optimizer: `row`, one a row (of each column shard), `weight`, one a
-            weight, or `none`.
+        optimizer: of its rows.
         pooled: whether its collection returns bags; else rows in sequence.
     """
 
@@ -34,7 +29,7 @@ class Table:
     rows: int
     dim: int
     weight_bytes: int
-    state: str
+    optimizer: RowOptimizer
     pooled: bool
 
     @property
@@ -44,10 +39,6 @@ class Table:
     def weights(self, rows: int, columns: int) -> int:
         """Bytes of the weights of a shard."""
         return rows * columns * self.weight_bytes
-
-    def optimizer(self, rows: int, columns: int) -> int:
-        """Bytes of the optimizer state of a shard; FBGEMM keeps it in fp32 whatever the weights are."""
-        return {"row": rows * _FLOAT, "weight": rows * columns * _FLOAT, "none": 0}[self.state]
 
 
 def tables_of(model: nn.Module) -> dict[str, Table]:
@@ -61,7 +52,7 @@ def tables_of(model: nn.Module) -> dict[str, Table]:
         pooled = isinstance(module, EmbeddingBagCollectionInterface)
         for name, weight in sharder.shardable_parameters(module).items():
             rows, dim = weight.shape
-            found[name] = Table(name, path, rows, dim, weight.element_size(), _state(weight), pooled)
+            found[name] = Table(name, path, rows, dim, weight.element_size(), optimizer_of(weight), pooled)
     return found
 
 
@@ -80,10 +71,3 @@ def column_shards(sharding: str, shards: int, local_world_size: int) -> int:
     if sharding in (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value):
         return shards
     return shards // local_world_size if sharding == ShardingType.GRID_SHARD.value else 1
-
-
-def _state(weight: torch.Tensor) -> str:
-    kind = optimizer_class(weight)
-    if kind is RowWiseAdagrad:
-        return "row"
-    return "none" if kind in (None, torch.optim.SGD) else "weight"

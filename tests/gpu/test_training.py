@@ -98,7 +98,7 @@ def test_no_step_waits_for_the_device_outside_of_the_guard(check: Check, tmp_pat
     with process_group(60) as ranks:
         made = small_job(check, ranks, tmp_path, "sparse_dist")
         steps = list(islice(made.reader("train", SEED).steps(), STEPS))
-        train = made.pipeline.train(iter(steps), lambda: 1)
+        train = made.pipeline.train(iter(steps))
         for _ in range(STEPS // 2):
             next(train)
         with host_waits() as waited:

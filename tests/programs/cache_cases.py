@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import count
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,17 @@ def run(ranks: Ranks, log: Path, kind: str, *overrides: str) -> dict[str, Any]:
     rows = feature_rows(sharded.groups)
     train = open_split(config, "train", rows, ranks, seed=3)
     validation = open_split(config, "validation", rows, ranks)
-    numbers, losses, scores = count(1), [], []
+    losses, scores = [], []
 
     def measure() -> None:
         with pipeline.paused():
             scores.append(score_split(sharded.model, validation, ranks.device).score[:, 0].tolist())
 
-    for _, loss in pipeline.train(train.steps(), lambda: next(numbers), lambda: EVERY):
+    for _, loss in pipeline.train(train.steps(), repeat(EVERY)):
         losses.append(float(loss))
         if len(losses) % EVERY == 0:
             measure()
-    stopped = pipeline.train(train.steps(), lambda: next(numbers))
+    stopped = pipeline.train(train.steps())
     losses += [float(next(stopped)[1]) for _ in range(2)]
     stopped.close()
     measure()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from safetensors import safe_open
 from embeddings.errors import DataError
 from pipelines.console import quiet_third_parties
 from pipelines.start import open_split
-from tests.programs.step_cases import NAN, Job, job, nan_label, spoil_dense, spoil_vectors
+from tests.programs.step_cases import NAN, Job, job, nan_weight, spoil_dense, spoil_vectors
 from tests.programs.step_counts import Counted
 from trainer.assemble import feature_rows
 from trainer.data.reader import Step
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import process_group
-from trainer.update.guard import Checked, Guard
+from trainer.update.guard import Check, Guard
 from trainer.update.step import TrainStep
 
 # Everything that a check touches: running statistics, clipping, and half precision on the way.
@@ -50,11 +51,10 @@ def good_run(made: Job) -> dict[str, Any]:
     validation = open_split(made.config, "validation", feature_rows(made.sharded.groups), made.ranks)
     losses: list[float] = []
     scores, ahead = [], []
-    numbers = iter(range(1, 10**6))
-    for _, loss in made.pipeline.train(made.reader.steps(), lambda: next(numbers), lambda: 2):
+    for _, loss in made.pipeline.train(made.reader.steps(), repeat(2)):
         losses.append(float(loss))
         if len(losses) % 2 == 0:
-            ahead.append(len(made.pipeline._ahead))
+            ahead.append(made.pipeline.ahead)
             with made.pipeline.paused():
                 for pipelined in (False, True):
                     scored = score_split(made.sharded.model, validation, made.ranks.device, pipelined)
@@ -69,7 +69,7 @@ def spoiled(made: Job, kind: str, at: int) -> Iterator[Step]:
     for number, step in enumerate(steps, 1):
         last = made.ranks.rank == made.ranks.world_size - 1
         bad = number in {"loss": (at,), "both": (at, at + 1)}.get(kind, ())
-        yield nan_label(step) if bad and last else step
+        yield nan_weight(step) if bad and last else step
 
 
 def bad_run(made: Job, kind: str, at: int, then: str) -> dict[str, Any]:
@@ -77,8 +77,7 @@ def bad_run(made: Job, kind: str, at: int, then: str) -> dict[str, Any]:
     folder = made.step._guard.folder
     folder.mkdir(parents=True, exist_ok=True)
     done, said, before = 0, "", made.digests()
-    numbers = iter(range(1, 10**6))
-    training = made.pipeline.train(spoiled(made, kind, at), lambda: next(numbers))
+    training = made.pipeline.train(spoiled(made, kind, at))
     try:
         for _ in training:
             done += 1
@@ -98,25 +97,24 @@ def bad_run(made: Job, kind: str, at: int, then: str) -> dict[str, Any]:
     dist.all_gather_object(messages, said)
     return {
         "done": done, "messages": messages, "before": before, "after": made.digests(),
-        "kept": {path.name: labels_of(path) for path in sorted(folder.glob("nonfinite-*"))},
-        "labels": list(made.reader.steps())[at - 1].batch.labels.tolist(),
+        "kept": {path.name: weights_of(path) for path in sorted(folder.glob("nonfinite-*"))},
+        "weights": list(made.reader.steps())[at - 1].batch.weight.tolist(),
     }  # fmt: skip
 
 
-def labels_of(path: Path) -> list[Any]:
+def weights_of(path: Path) -> list[Any]:
     """Of the batch that was kept; the one that was spoiled is again what it was, so that lists compare."""
     with safe_open(path, "pt") as file:
-        labels: list[Any] = file.get_tensor("labels").nan_to_num(-1).tolist()
-    return labels
+        weights: list[Any] = file.get_tensor("weight").nan_to_num(-1).tolist()
+    return weights
 
 
 def asked(made: Job) -> list[int]:
     """How often tensors are asked for a number in each of three steps, as a device would be waited for."""
     counts = []
-    for number, step in enumerate(list(made.reader.steps())[:3], 1):
-        made.step.begin(number, step)
+    for step in list(made.reader.steps())[:3]:
         made.step.zero_grad()
-        loss, _ = made.step.forward(step.batch)
+        loss, _ = made.step.forward(step)
         loss.backward()
         with Counted() as counted:
             made.step.step()
@@ -128,15 +126,15 @@ def asked(made: Job) -> list[int]:
 class Deaf(Guard):
     """A guard that never tells: what is left is what the device does by itself."""
 
-    def judge(self, checked: Checked) -> None:
-        del checked
+    def judge(self, check: Check) -> None:
+        del check
 
 
 def left_out(made: Job, bad: bool) -> dict[str, Any]:
     """Losses of the third and fourth step, and the state after them; the second is bad, or not there."""
     made.step._guard = Deaf(made.ranks, made.step._guard.folder, True)
     steps = list(made.reader.steps())[:4]
-    chosen = [steps[0], nan_label(steps[1]), *steps[2:]] if bad else [steps[0], *steps[2:]]
+    chosen = [steps[0], nan_weight(steps[1]), *steps[2:]] if bad else [steps[0], *steps[2:]]
     losses = [loss for _, loss in made.train(iter(chosen))]
     return {"losses": losses[-2:], "digests": made.digests()}
 

@@ -68,14 +68,14 @@ def at_step(rank: int, step: int, action: Callable[[], None]) -> Callable[[Ranks
     """Have a rank do something within a step."""
 
     def before(ranks: Ranks) -> None:
-        begin = Trainer._begin_step
+        set_rates = Trainer._set_rates
 
-        def acting(self: Trainer) -> int:
+        def acting(self: Trainer) -> None:
             if ranks.rank == rank and self.at.step == step:
                 action()
-            return begin(self)
+            set_rates(self)
 
-        Trainer._begin_step = acting  # type: ignore[method-assign]
+        Trainer._set_rates = acting  # type: ignore[method-assign]
 
     return before
 
@@ -123,10 +123,12 @@ def dump_loaded(folder: Path) -> Callable[[Ranks], None]:
     """Keep every rank's shards as they are once a checkpoint is loaded, and the state of all generators."""
 
     def before(ranks: Ranks) -> None:
-        resume = Trainer._resume
+        resume = Trainer.resume
 
-        def dumping(self: Trainer, path: Path, state: dict[str, Any]) -> None:
-            resume(self, path, state)
+        def dumping(self: Trainer, start: Any) -> None:
+            resume(self, start)
+            if start.path is None:
+                return
             parts: dict[str, Any] = {}
 
             def walk(prefix: str, tree: Any) -> None:
@@ -143,7 +145,7 @@ def dump_loaded(folder: Path) -> Callable[[Ranks], None]:
             walk("", self._tensors())
             np.savez(folder / f"loaded-{ranks.world_size}-{ranks.rank}.npz", **parts)
 
-        Trainer._resume = dumping  # type: ignore[method-assign]
+        Trainer.resume = dumping  # type: ignore[method-assign]
 
     return before
 

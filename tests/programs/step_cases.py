@@ -70,10 +70,9 @@ class Job:
     reader: SequenceLogReader
     ranks: Ranks
 
-    def train(self, steps: Iterator[Step], first: int = 1) -> Iterator[tuple[Step, float]]:
+    def train(self, steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
         """Each step and the sum of its loss over ranks."""
-        numbers = iter(range(first, 10**6))
-        for step, loss in self.pipeline.train(steps, lambda: next(numbers)):
+        for step, loss in self.pipeline.train(steps):
             yield step, float(sum_over_ranks(loss))
 
     def digests(self) -> list[str]:
@@ -144,10 +143,10 @@ def stopped_and_continued(made: Job) -> dict[str, Any]:
     return {"losses": losses, "digests": made.digests()}
 
 
-def nan_label(step: Step) -> Step:
-    labels = step.batch.labels.clone()
-    labels[-1] = NAN
-    return replace(step, batch=replace(step.batch, labels=labels))
+def nan_weight(step: Step) -> Step:
+    weight = step.batch.weight.clone()
+    weight[-1] = NAN
+    return replace(step, batch=replace(step.batch, weight=weight))
 
 
 def spoil_vectors(made: Job, by: float) -> None:
@@ -174,7 +173,7 @@ def bad_step(made: Job, kind: str) -> dict[str, Any]:
     steps = list(made.reader.steps())[:6]
     assert all(step.counted for step in steps[:4])
     if kind == "loss" and last:
-        steps[3] = nan_label(steps[3])
+        steps[3] = nan_weight(steps[3])
     done, said, before = 0, "", []
     training = made.train(iter(steps))
     with suppress(StopIteration):
@@ -205,8 +204,8 @@ def bad_step(made: Job, kind: str) -> dict[str, Any]:
 
 
 def same_batch(found: Any, expected: Any) -> bool:
-    pairs = [(found.features.values(), expected.features.values()), (found.weight, expected.weight)]
-    pairs += [(found.labels.nan_to_num(-1), expected.labels.nan_to_num(-1))]
+    pairs = [(found.features.values(), expected.features.values()), (found.labels, expected.labels)]
+    pairs += [(found.weight.nan_to_num(-1), expected.weight.nan_to_num(-1))]
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 

@@ -70,7 +70,6 @@ def main() -> None:
         with closing(made.reader.steps()) as read:
             steps: list[Step] = list(islice(read, COUNTED))
         for number, step in enumerate(steps):
-            made.step.begin(number, step)
             if number == COUNTED - 1:
                 for name, collection in shell.collections.items():
                     width = made.sharded.groups[name].width
@@ -79,7 +78,7 @@ def main() -> None:
                     )
             with Counted() as counted:
                 made.step.zero_grad()
-                loss, _ = made.step.forward(step.batch)
+                loss, _ = made.step.forward(step)
                 nodes = graph_size(loss)
                 loss.backward()
                 made.step.step()

@@ -21,13 +21,14 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
+from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection, weight_name
 from embeddings.lookup.jagged import one_id_bags, select_bags, vectors_in_order
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from embeddings.lookup.sharded import DEFAULT_EXCHANGE, Exchange
 from embeddings.lookup.sharding import attach_optimizer, shard
+from embeddings.optimizers import FusedOptimizer
 from embeddings.plan.planner import make_plan
 from embeddings.plan.request import PlanRequest
 from tests.helpers.tables import initialise_unsharded

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.errors import CheckpointError
-from embeddings.groups import state_reshards
+from embeddings.optimizers import ROW_OPTIMIZERS
 
 # Written by `embeddings.plan.file`: its "modules" are module -> table -> {"sharding_type", "shards", ...}.
 PlanTree = Mapping[str, Any]
 
 
 def check_reshardable(path: Path, state: Mapping[str, Any], now: PlanTree) -> None:
-    """Refuse row-wise Adagrad between tables that are cut into columns differently.
+    """Refuse state that its optimizer cannot bring to tables that are cut into columns differently.
 
-    Such a table keeps an accumulator for each row *and column shard* (the mean square of the gradients in
-    those columns), so the saved ones are not those of other columns. Everything else reshards.
+    Row-wise Adagrad keeps an accumulator for each row *and column shard* (the mean square of the gradients
+    in those columns), so the saved ones are not those of other columns. Everything else reshards.
 
     Args:
         path: the checkpoint; state: its state, whose `plan` may be missing; now: the plan of this start.
@@ -30,12 +30,15 @@ def check_reshardable(path: Path, state: Mapping[str, Any], now: PlanTree) -> No
     for table in sorted(before.keys() & after.keys()):
         optimizer = groups.get(table.split("__")[0], {}).get("optimizer", "")
         types = [str(entry.get("sharding_type")) for entry in (before[table], after[table])]
-        if _columns(before[table]) == _columns(after[table]) or state_reshards(optimizer, *types):
+        if _columns(before[table]) == _columns(after[table]) or not optimizer:
+            continue
+        rule = ROW_OPTIMIZERS[optimizer]
+        if rule.state_reshards(*types):
             continue
         was, now_ = _layout(before[table]), _layout(after[table])
         raise CheckpointError(
             path,
-            f"table {table} lay {was}, now {now_}: row-wise Adagrad has one accumulator a row and column "
+            f"table {table} lay {was}, now {now_}: {rule.title} has one accumulator a row and column "
             "shard, so its state cannot follow; set groups.<name>.sharding and the number of ranks back, or "
             "start a new run from these weights with --init-from",
         )

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
+from embeddings.groups import TableGroup, TableSpec
+from embeddings.optimizers import FusedOptimizer
 from trainer.config.model import BranchConfig, ModelConfig, section_of
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
 from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig

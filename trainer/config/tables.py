@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, StringConstraints, model_validator
 
+from embeddings.optimizers import ROW_OPTIMIZERS, known_optimizer
 from embeddings.plan.bandwidths import KNOWN, Bandwidths
 from embeddings.plan.request import PlanRules, TableRule
 from trainer.config.toml import Settings
@@ -15,6 +16,9 @@ Dim = Annotated[int, Field(ge=4, le=4096, multiple_of=4)]
 # Group names become names of modules, tensors and files.
 GroupName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
 
+RowOptimizerName = Annotated[
+    str, AfterValidator(known_optimizer), Field(json_schema_extra={"enum": [*ROW_OPTIMIZERS]})
+]
 ShardingName = Literal[
     "data_parallel", "table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"
 ]
@@ -40,8 +44,8 @@ class GroupConfig(Settings):
     fusion: Literal["concat", "sum"] = "concat"
     """How a behavior's vector is made of the vectors of its features: `concat` puts them side by side, `sum`
     adds them up."""
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    """The fused optimizer of the rows."""
+    optimizer: RowOptimizerName = "rowwise_adagrad"
+    """The optimizer of the rows, which the backward pass updates (see docs/tables.md)."""
     learning_rate: float = Field(0.05, gt=0)
     """The learning rate of the rows, before any schedule."""
     eps: float = Field(1e-8, gt=0)

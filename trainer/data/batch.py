@@ -34,6 +34,7 @@ class Sizes:
         bags: most ids of a bag, of each feature in the order of the batch's keys.
         one_id: every bag of every feature holds exactly one id.
         clusters: most clusters that a request may see; 0 where the batch has none.
+        labelled: every candidate has a label of every task, so that none is NaN.
     """
 
     windows: tuple[int, ...]
@@ -42,6 +43,7 @@ class Sizes:
     bags: tuple[int, ...]
     one_id: bool
     clusters: int = 0
+    labelled: bool = True
 
     @staticmethod
     def of(batch: RequestBatch) -> Sizes:
@@ -54,6 +56,7 @@ class Sizes:
             tuple(lengths.amax(1).tolist() if lengths.numel() else [0] * lengths.shape[0]),
             bool((lengths == 1).all()),
             _most_clusters(batch),
+            not bool(batch.labels.isnan().any()),
         )
 
     def longest(self, newest: int = 0) -> int:

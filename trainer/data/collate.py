@@ -98,6 +98,7 @@ def collate(
         _Side([r.candidates for r in rows], candidates, total),
     ]
     features, bags = _jagged(list(columns.features), sides)
+    labels = _tensor([r.labels[at] for r, at in zip(rows, candidates, strict=True)])
     return RequestBatch(
         features=features,
         behavior_time=_tensor([r.history_time[at] for r, at in zip(rows, past.chosen, strict=True)]),
@@ -108,7 +109,7 @@ def collate(
         user_id=torch.from_numpy(user),
         request_id=torch.from_numpy(name),
         candidate_request=torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
-        labels=_tensor([r.labels[at] for r, at in zip(rows, candidates, strict=True)]),
+        labels=labels,
         weight=_weights(stretches, columns, total),
         numeric=_numeric(rows, candidates, past.retrievals, columns, total),
         context=_context(rows, stretches.of_requests, columns, counts.size),
@@ -122,6 +123,7 @@ def collate(
             bags,
             features.length_per_key() == [features.stride()] * len(bags) and max(bags, default=1) <= 1,
             past.most_clusters,
+            not bool(labels.isnan().any()),
         ),
     )
 

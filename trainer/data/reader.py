@@ -18,6 +18,9 @@ from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
 
 from embeddings.errors import ConfigError, DataError
 from trainer.config.sections import DataConfig
@@ -50,8 +53,8 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One rank's part of a step.
+class Step(Pipelineable):  # type: ignore[misc]
+    """One rank's part of a step, which moves to the device as a whole.
 
     Attributes:
         batch: what this rank computes.
@@ -67,6 +70,25 @@ class Step:
     after: Cursor
     last: bool = False
     sources: tuple[RowGroup, ...] = ()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Step:
+        return replace(self, batch=self.batch.to(device, non_blocking=non_blocking))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        self.batch.record_stream(stream)
+
+    def pin_memory(self) -> Step:
+        return replace(self, batch=self.batch.pin_memory())
+
+    # TorchRec's pipelines read the ids of a later step from what they carry, by the names of the attributes
+    # that the model's forward pass reads them from.
+    @property
+    def features(self) -> KeyedJaggedTensor:
+        return self.batch.features
+
+    @property
+    def context(self) -> KeyedJaggedTensor | None:
+        return self.batch.context
 
 
 class SequenceLogReader:

@@ -1,8 +1,8 @@
-"""Starts without progress: what ends a run that fails, is restarted, and fails again.
+"""Attempts to train: a run that fails, is restarted and fails again at the same step comes to an end.
 
 Supervisors (torchrun, Slurm's requeue, a Kubernetes job) restart whatever failed, some of them for ever. Each
-start leaves a line in `starts.jsonl` of the run folder, a start that ends well removes the file, and a start
-that would be one too many from the same step is refused.
+attempt leaves a line in `starts.jsonl` of the run folder. An attempt that ends well removes the file. An
+attempt that would be one too many from the same step is refused.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from trainer.run_folder import RunFolder
 from trainer.sealed_folder import naming
 
 
-def note_start(folder: RunFolder, config: Config, step: int) -> None:
+def note_start(folder: RunFolder, config: Config, step: int, *, checking: bool = False) -> None:
     """Write down that a run starts from `step`; collective.
+
+    Args:
+        checking: only check, and write nothing.
 
     Raises:
         ConfigError: the last `train.max_starts_without_progress` starts began there, too, with this config.
     """
-    from_rank_0(lambda: _note(_file(folder), config, step))
-
-
-def check_start(folder: RunFolder, config: Config, step: int) -> None:
-    """The same, but nothing is written down; collective."""
-    from_rank_0(lambda: _check(_file(folder), config, step))
+    from_rank_0(lambda: _note(_file(folder), config, step, checking))
 
 
 @contextmanager
@@ -59,30 +57,27 @@ def _forget(folder: RunFolder) -> None:
     _file(folder).unlink(missing_ok=True)
 
 
-def _check(file: Path, config: Config, step: int) -> str:
-    """-> digest of the config."""
+def _note(file: Path, config: Config, step: int, checking: bool) -> None:
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    vain = len(list(takewhile(lambda line: _began(line) == (step, digest), reversed(lines))))
+    attempts = len(list(takewhile(lambda line: _step_and_config(line) == (step, digest), reversed(lines))))
     limit = config.train.max_starts_without_progress
-    if limit and vain >= limit:
+    if limit and attempts >= limit:
         raise ConfigError(
-            f"{file}: the last {vain} starts began at step {step:,} and failed before a newer checkpoint; "
-            "look at the first error of each and mend its cause (or save more often, see checkpoint.*), then "
-            "delete this file to go on; a start with a changed configuration goes on by itself"
+            f"{file}: the last {attempts} starts began at step {step:,} and failed before a newer "
+            "checkpoint; look at the first error of each and mend its cause (or save more often, see "
+            "checkpoint.*), then delete this file to go on; a start with a changed "
+            "configuration goes on by itself"
         )
-    return digest
-
-
-def _note(file: Path, config: Config, step: int) -> None:
-    digest = _check(file, config, step)
+    if checking:
+        return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     file.parent.mkdir(parents=True, exist_ok=True)
     with naming(file), file.open("a", encoding="utf-8") as starts:
         starts.write(json.dumps({"step": step, "config": digest, "time": now}) + "\n")
 
 
-def _began(line: str) -> tuple[int, str] | None:
+def _step_and_config(line: str) -> tuple[int, str] | None:
     """-> (step, config) of a line; None for one that a crash cut short."""
     try:
         entry = json.loads(line)

@@ -23,19 +23,19 @@ class Best:
     step: int = -1
     fruitless: int = 0
 
-    def see(self, config: EarlyStoppingConfig, metrics: Metrics, step: int) -> bool:
+    def update(self, config: EarlyStoppingConfig, metrics: Metrics, step: int) -> bool:
         """Take a validation into account; -> whether it is the best. One without a value is never."""
-        found = float(getattr(metrics, config.metric))
-        better = math.isfinite(found) and (self.value is None or self._gain(config, found) > config.min_delta)
+        value = float(getattr(metrics, config.metric))
+        sign = -1 if config.metric in _LOWER_IS_BETTER else 1
+        better = math.isfinite(value)
+        if better and self.value is not None:
+            better = sign * (value - self.value) > config.min_delta
         if better:
-            self.value, self.step, self.fruitless = found, step, 0
+            self.value, self.step, self.fruitless = value, step, 0
         else:
             self.fruitless += 1
         return better
 
     def over(self, config: EarlyStoppingConfig) -> bool:
+        """Whether training has gone on for long enough without a better validation."""
         return config.on and self.fruitless >= config.patience
-
-    def _gain(self, config: EarlyStoppingConfig, found: float) -> float:
-        assert self.value is not None
-        return self.value - found if config.metric in _LOWER_IS_BETTER else found - self.value

@@ -16,21 +16,21 @@ from trainer.config.sections import CheckpointConfig
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The same on all ranks.
+class Interrupt:
+    """What happened, the same on all ranks.
 
     Attributes:
-        stop: some rank was asked to stop; due: the minutes between two saves are over; failed: some rank's
-            save in the background failed.
+        stop: some rank was asked to stop; save_due: the minutes between two saves are over; save_failed: some
+            rank's save in the background failed.
     """
 
     stop: bool = False
-    due: bool = False
-    failed: bool = False
+    save_due: bool = False
+    save_failed: bool = False
 
 
-class Watch:
-    """Looks up between steps, at the same ones on every rank.
+class Interrupts:
+    """Looks between steps, at the same ones on every rank, for what has happened beside them.
 
     A signal may reach ranks at different steps, and clocks differ, so each look is one all-reduce of three
     numbers; `check_every` makes it rare.
@@ -39,17 +39,17 @@ class Watch:
     def __init__(self, config: CheckpointConfig) -> None:
         self._every = 1 if dist.get_world_size() == 1 else config.check_every
         self._seconds = config.every_minutes * 60
-        self._asked = False
+        self._stop = False
         self.restart_clock()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGTERM as a wish to stop at the next look; further ones change nothing."""
 
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._asked = True
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stop = True
 
-        before = signal.signal(signal.SIGTERM, ask)
+        before = signal.signal(signal.SIGTERM, stop)
         try:
             yield
         finally:
@@ -59,17 +59,17 @@ class Watch:
         """A save was just made."""
         self._saved = time.monotonic()
 
-    def look(self, step: int, failed: bool) -> Seen:
+    def look(self, step: int, failed: bool) -> Interrupt:
         """After `step` steps; collective at every `check_every`th of them.
 
         Args:
             failed: this rank's save in the background has failed.
         """
         if step % self._every:
-            return Seen()
+            return Interrupt()
         late = time.monotonic() - self._saved >= self._seconds
         due = bool(self._seconds) and dist.get_rank() == 0 and late
-        flags = torch.tensor([self._asked, due, failed], dtype=torch.int64)
+        flags = torch.tensor([self._stop, due, failed], dtype=torch.int64)
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return Seen(*(bool(flag) for flag in flags))
+        return Interrupt(*(bool(flag) for flag in flags))

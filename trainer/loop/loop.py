@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from trainer.checkpoint.reshard import check_reshardable
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.loop.early_stopping import Best
-from trainer.loop.interrupts import Watch
+from trainer.loop.interrupts import Interrupts
 from trainer.loop.pipeline import Pipeline, remark_on
 from trainer.loop.progress import Progress
 from trainer.quality.evaluate import score_split, shared_metrics
@@ -85,8 +84,9 @@ class Trainer:
         self.rates = RateSetter(model, self.optimizer)
         steps = run_steps(config.train, train.candidates, config.data.batch_candidates)
         self.schedules = dense_schedule(config.train, steps), table_schedule(config.train, steps)
-        step = TrainStep(config, model, self.optimizer, ranks.world_size, Guard(ranks, folder.path))
-        self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
+        guard = Guard(ranks, folder.path)
+        self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
+        self.pipeline = Pipeline(config.train.pipeline, model, self.step, ranks.device)
         if remark := remark_on(config.train.pipeline, self.pipeline):
             say(remark)
         self.at = Position()
@@ -96,7 +96,7 @@ class Trainer:
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
         self.saver = Saver(folder.checkpoints, config.checkpoint, say)
-        self.watch = Watch(config.checkpoint)
+        self.interrupts = Interrupts(config.checkpoint)
         self.stopped = self._best_due = False
 
     def run(self, start: checkpoint.ResumePoint) -> Position:
@@ -109,44 +109,38 @@ class Trainer:
             RankError: another rank, or the launcher, is gone or hangs.
         """
         with naming_the_lost(self.ranks, lambda: f"after step {self.at.step}"):
-            return self._run(start)
-
-    def _run(self, start: checkpoint.ResumePoint) -> Position:
-        self.resume(start)
-        if start.path is None or not self._finished():
-            # Not before: a start that is refused, or has nothing to do, leaves the run as it is.
-            from_rank_0(lambda: self.folder.write_config(self.config))
-        # Validations after the newest save count, or the last line of metrics.jsonl would come twice.
-        known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
-        self.at.validated = max(self.at.validated, known)
-        with (
-            self.watch.listening(),
-            self.saver,
-            MetricsLog(self.folder, self.at.step) as self.log,
-        ):
-            with Progress("train", self.ranks.speaks) as self.bar:
-                while not self._finished():
-                    self._epoch()
-            if not self.stopped:
-                self._validate()
-            # The step may be one of those after which a save was due.
-            self.saver.settle()
-            if self.saver.saved != self.at.step:
-                self._save()
-            self.saver.settle(last=True)
+            self.resume(start)
+            if start.path is None or not self._finished():
+                # Not before: a start that is refused, or has nothing to do, leaves the run as it is.
+                from_rank_0(lambda: self.folder.write_config(self.config))
+            # Validations after the newest save count, or the last line of metrics.jsonl would come twice.
+            known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
+            self.at.validated = max(self.at.validated, known)
+            log = MetricsLog(self.folder, self.at.step)
+            with self.interrupts.listening(), self.saver, log as self.log:
+                with Progress("train", self.ranks.speaks) as self.bar:
+                    while not self._finished():
+                        self._epoch()
+                if not self.stopped:
+                    self._validate()
+                # The step may be one of those after which a save was due.
+                self.saver.settle()
+                if self.saver.saved != self.at.step:
+                    self._save()
+                self.saver.settle(last=True)
         return self.at
 
     def _epoch(self) -> None:
+        """Train what is left of an epoch; after each step report, validate, save and stop where it is due."""
         config = self.config.train
         self.meter = _Meter(self.ranks.device)
         left = config.max_steps - self.at.step if config.max_steps else None
         with (
             closing(self.train_reader.steps(self.at.cursor)) as steps,
             # A pipeline reads ahead, but not beyond the last step.
-            closing(
-                self.pipeline.train(islice(steps, left), self._begin_step, self._to_validation)
-            ) as trained,
+            closing(self.pipeline.train(islice(steps, left), self._stretches())) as trained,
         ):
+            self._set_rates()
             for step, loss in trained:
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
                 self.at.candidates += step.batch.step_candidates
@@ -161,19 +155,21 @@ class Trainer:
                     self.after_step(self.at.step)
                 if self._over():
                     break
+                self._set_rates()
         self._report()
         if not self._over():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
 
-    def _begin_step(self) -> int:
-        """Set the next step's learning rates; returns its number."""
-        self.rates.set(*self._rate_factors())
-        return self.at.step + 1
-
-    def _to_validation(self) -> int | None:
-        """Steps until tables are looked up for something else than training; None = the whole epoch."""
+    def _stretches(self) -> Iterable[int | None]:
+        """Steps from one validation to the next, before which no step may be read ahead."""
         every = self.config.train.validate_every
-        return every - self.at.step % every if every and self.validation_reader is not None else None
+        if not every or self.validation_reader is None:
+            return [None]
+        return chain([every - self.at.step % every], repeat(every))
+
+    def _set_rates(self) -> None:
+        """Set the learning rates of the next step."""
+        self.rates.set(*self._rate_factors())
 
     def _rate_factors(self) -> tuple[float, float]:
         """Of dense weights and of tables, see `trainer.update.schedule`."""
@@ -185,13 +181,13 @@ class Trainer:
 
         After the last step nothing is saved before the last validation, which the checkpoint is to know of.
         """
-        seen = self.watch.look(self.at.step, self.saver.failed)
-        self.stopped = seen.stop
-        if seen.failed:
+        interrupt = self.interrupts.look(self.at.step, self.saver.failed)
+        self.stopped = interrupt.stop
+        if interrupt.save_failed:
             self.saver.settle()
         every = self.config.checkpoint.every_steps
         # One that stops is saved by run(), which waits for it.
-        due = seen.due or self._best_due or bool(every and self.at.step % every == 0)
+        due = interrupt.save_due or self._best_due or bool(every and self.at.step % every == 0)
         if due and not (last or self._over()):
             self._save()
 
@@ -200,7 +196,9 @@ class Trainer:
         return self.at.cursor.epoch >= self.config.train.epochs or self._over()
 
     def _over(self) -> bool:
-        return self.stopped or self._step_limit() or self.ended_early
+        """Whether training ends after the step that was just done, wherever its data stand."""
+        limit = self.config.train.max_steps
+        return self.stopped or self.ended_early or bool(limit and self.at.step >= limit)
 
     @property
     def ended_early(self) -> bool:
@@ -213,7 +211,7 @@ class Trainer:
         if meter.candidates == 0:
             return
         self.pipeline.settle()
-        wall, cpu = meter.clock.take()
+        wall, cpu = meter.take_time()
         self.at.wall_s, self.at.cpu_s = self.at.wall_s + wall, self.at.cpu_s + cpu
         mean = float(sum_over_ranks(meter.loss)) / meter.candidates
         rate = meter.candidates / max(wall, 1e-9)
@@ -232,29 +230,27 @@ class Trainer:
         self.log.write(self.at.step, "validation", entry_of(metrics))
         self.say(f"validation after step {self.at.step}: {one_line(metrics)}")
         self._compare(metrics)
-        self.meter.clock.restart()
+        # Time that no step has taken.
+        self.meter.take_time()
 
     def kept_validation(self) -> tuple[dict[str, Metrics] | None, int]:
         """Metrics of the checkpoint that `evaluate` and `export` take, and its step; collective.
 
         Where that is the best one, and an earlier start has measured it, its weights are loaded and stay.
         """
-        best = self.at.best
-        if self.validation_reader is None or best.step in (-1, self.at.step):
-            return self.newest_validation(), self.at.step
+        reader, best = self.validation_reader, self.at.best
+        if reader is None:
+            return None, self.at.step
+        if best.step in (-1, self.at.step):
+            # An earlier start may have measured it.
+            return self.metrics_of_validation or self._measure(reader), self.at.step
         if self._best_metrics is None:
             found = checkpoint.find_to_use(self.folder.checkpoints)
             path, step = found.path, int(found.state["step"])
             assert path is not None
             self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
-            return self._measure(self.validation_reader), step
+            return self._measure(reader), step
         return self._best_metrics, best.step
-
-    def newest_validation(self) -> dict[str, Metrics] | None:
-        """Metrics of every task, counted anew where an earlier start has; collective."""
-        if self.metrics_of_validation is None and self.validation_reader is not None:
-            self._measure(self.validation_reader)
-        return self.metrics_of_validation
 
     def _measure(self, reader: SequenceLogReader) -> dict[str, Metrics]:
         with self.pipeline.paused():
@@ -268,7 +264,7 @@ class Trainer:
         if not stopping.on:
             return
         task, first = next(iter(metrics.items()))
-        self._best_due = best.see(stopping, first, self.at.step)
+        self._best_due = best.update(stopping, first, self.at.step)
         if self._best_due:
             self._best_metrics = metrics
         if self.ended_early:
@@ -280,10 +276,6 @@ class Trainer:
 
     def _progress(self) -> float:
         return progress_of(self.config.train, self.at.step, self.at.candidates, self.train_reader.candidates)
-
-    def _step_limit(self) -> bool:
-        limit = self.config.train.max_steps
-        return bool(limit) and self.at.step >= limit
 
     def cpu_seconds(self) -> float:
         """CPU seconds of the training steps of all ranks; collective."""
@@ -314,21 +306,20 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
         }
         self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
-        self.watch.restart_clock()
-        self.meter.clock.restart()
+        self.interrupts.restart_clock()
+        # Time that no step has taken.
+        self.meter.take_time()
 
     def resume(self, start: checkpoint.ResumePoint) -> None:
-        """Take up what a checkpoint holds, if there is one."""
-        if start.path is not None:
-            self._resume(start.path, start.state)
-
-    def _resume(self, path: Path, state: dict[str, Any]) -> None:
-        """Continue from a verified checkpoint.
+        """Continue from a verified checkpoint, if there is one.
 
         Raises:
             ConfigError: it stands inside an epoch, and the log's rows lie in another order since.
             CheckpointError: the tables' optimizer state has no meaning for how they lie now.
         """
+        path, state = start.path, start.state
+        if path is None:
+            return
         check_reshardable(path, state, self.plan)
         check_same_order(path, state, self.train_reader.order, self.config.data.log)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
@@ -341,7 +332,7 @@ class Trainer:
             validated=state["validated"],
             best=self._known_best(state),
         )
-        self.saver.saved = self.at.step
+        self.saver.saved = self.step.number = self.at.step
         self.say(f"resumed from {path}")
 
     def _known_best(self, state: dict[str, Any]) -> Best:
@@ -360,13 +351,13 @@ class _Meter:
     """What was trained since the last report.
 
     Attributes:
-        loss: sum over this rank's candidates; candidates: of all ranks; clock: of the training steps.
+        loss: sum over this rank's candidates; candidates: of all ranks.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), device=device)
         self.candidates = 0
-        self.clock = _Clock()
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def add(self, loss: torch.Tensor, candidates: int) -> None:
         self.loss += loss
@@ -376,18 +367,8 @@ class _Meter:
         self.loss.zero_()
         self.candidates = 0
 
-
-class _Clock:
-    """Wall and CPU seconds of this process."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
+    def take_time(self) -> tuple[float, float]:
+        """Wall and CPU seconds of this process since the last call."""
+        before = self._wall, self._cpu
         self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def take(self) -> tuple[float, float]:
-        """Seconds since the last call or restart."""
-        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        self.restart()
-        return wall, cpu
+        return self._wall - before[0], self._cpu - before[1]

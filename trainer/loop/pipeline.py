@@ -1,19 +1,18 @@
 """The order in which the work of several batches is done: a plain loop, or one of TorchRec's train pipelines.
 
-Pipelines copy a later batch to the device and exchange its ids while the present one is computed. They read
-ahead, so what a batch is (`trainer.data.reader.Step`, with its cursor) is kept beside it until it is trained.
+Pipelines copy a later step to the device and exchange its ids while the present one is computed. They carry
+whole steps (`trainer.data.reader.Step`), so that each arrives with its cursor, however far they read ahead.
 
 Where something else is to use the tables after a given step, such as a validation, `Pipeline.train` is told
-so before: the pipeline then reads no batch beyond that step, and begins anew after it. Where FBGEMM has
+so before: the pipeline then reads no step beyond that one, and begins anew after it. Where FBGEMM has
 filled a cache for a batch, the next lookup takes the places of that batch's rows, whatever it looks up (see
 `prefetch` in split_table_batched_embeddings_ops_training.py). So no such batch may wait during a validation.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -25,32 +24,37 @@ from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist,
 
 from embeddings.errors import ConfigError, RankError
 from embeddings.lookup.caches import fills_caches, forget_prefetched, unlocked
-from trainer.data.batch import RequestBatch
+from embeddings.private import detach
 from trainer.data.reader import Step
 from trainer.ranks.process_group import tells_of_a_lost_rank
 from trainer.update.step import TrainStep
 
-Forward = Callable[[RequestBatch], tuple[Tensor, Tensor]]
+# A step that has been trained, and this rank's part of its loss' sum.
+TrainedStep = tuple[Step, Tensor]
+Forward = Callable[[Step], tuple[Tensor, TrainedStep]]
 
 
 class PlainLoop:
-    """One batch after the other, by the calls of TorchRec's pipelines."""
+    """One step after the other, by the calls of TorchRec's pipelines."""
+
+    # Nothing is ever read ahead.
+    batches: Collection[Step] = ()
 
     def __init__(self, step: TrainStep, device: torch.device, forward: Forward) -> None:
         self._step, self._device, self._forward = step, device, forward
 
-    def progress(self, batches: Iterator[RequestBatch]) -> Tensor:
-        """Raises StopIteration after the last batch."""
+    def progress(self, steps: Iterator[Step]) -> TrainedStep:
+        """Raises StopIteration after the last step."""
         # On CUDA the reader has pinned the batch, and only then the host does not wait for its copy.
-        batch = next(batches).to(self._device, non_blocking=True)
+        step = next(steps).to(self._device, non_blocking=True)
         self._step.zero_grad()
         # The names that TorchRec's pipelines give these ranges.
         with record_function("## forward ##"):
-            loss, counted = self._forward(batch)
+            loss, trained = self._forward(step)
         with record_function("## backward ##"):
             loss.backward()
         self._step.step()
-        return counted
+        return trained
 
 
 class Pipeline:
@@ -58,7 +62,7 @@ class Pipeline:
 
     Args:
         kind: `train.pipeline` of the config, see `kind_for`.
-        model: sharded; step: what is done with each batch.
+        model: sharded; step: what is done with each step's batch.
         device: of this rank.
     """
 
@@ -67,8 +71,6 @@ class Pipeline:
     ) -> None:
         self.kind = kind_for(kind, device, fills_caches(model.plan))
         self._step, self._device, self._model = step, device, model
-        self._ahead: deque[Step] = deque()
-        self._number = 0
         self._inner: Any
         if self.kind == "none":
             self._inner = PlainLoop(step, device, self._forward)
@@ -80,20 +82,22 @@ class Pipeline:
                 model, step, device, custom_model_fwd=self._forward, pipeline_postproc=False
             )
 
-    def train(
-        self,
-        steps: Iterable[Step],
-        begin: Callable[[], int],
-        until: Callable[[], int | None] = lambda: None,
-    ) -> Generator[tuple[Step, Tensor], None, None]:
-        """Train the steps in order; gives each with this rank's part of its loss' sum once it is trained.
+    @property
+    def ahead(self) -> int:
+        """How many steps were read and are not trained yet."""
+        return len(self._inner.batches)
 
-        All ranks must consume equally many; what was read ahead is dropped where the consumer stops early.
+    def train(
+        self, steps: Iterable[Step], stretches: Iterable[int | None] = (None,)
+    ) -> Generator[TrainedStep, None, None]:
+        """Train the steps in order; gives each once it is trained, on the device.
+
+        A learning rate that is set before a step is asked for is the one that it is trained with. All ranks
+        must consume equally many steps; what was read ahead is dropped where the consumer stops early.
 
         Args:
-            begin: called before each step, to set learning rates for instance; returns the step's number.
-            until: called where nothing is read ahead; returns after how many steps that is to be so again,
-                at least 1, or None for the end of the steps.
+            stretches: how many steps, at least 1, are trained until nothing is read ahead, again and again;
+                None: all that are left.
 
         Raises:
             DataError: a step is not finite, see `TrainStep.step`. Where the guard reads late, also once the
@@ -101,17 +105,17 @@ class Pipeline:
         """
         ordered, lost = iter(steps), False
         try:
-            trained = True
-            while trained:
-                trained, batches = False, self._read(islice(ordered, until()))
+            for length in stretches:
+                stretch, trained = _read(islice(ordered, length)), None
                 while True:
-                    self._number = begin()
                     try:
-                        loss = self._inner.progress(batches)
+                        trained = self._inner.progress(stretch)
                     except StopIteration:
                         break
-                    trained = True
-                    yield self._ahead.popleft(), loss
+                    yield trained
+                if trained is None:
+                    # The steps were over before this stretch.
+                    break
             self._step.settle()
         except BaseException as error:
             stopped = isinstance(error, GeneratorExit)
@@ -134,7 +138,7 @@ class Pipeline:
         if self.kind == "none":
             yield
             return
-        if self.kind == "prefetch" and self._ahead:
+        if self.kind == "prefetch" and self.ahead:
             raise RuntimeError("caches hold rows of batches to come; tell Pipeline.train when to pause")
         self._inner.detach()
         try:
@@ -146,20 +150,9 @@ class Pipeline:
             # The next batch's ids have been exchanged already: only forward passes are replaced again.
             self._inner.attach(sparse_dist=False)
 
-    def _read(self, steps: Iterable[Step]) -> Iterator[RequestBatch]:
-        ordered = iter(steps)
-        while True:
-            with record_function("## read ##"):
-                step = next(ordered, None)
-                if step is None:
-                    return
-            self._ahead.append(step)
-            yield step.batch
-
-    def _forward(self, batch: RequestBatch) -> tuple[Tensor, Tensor]:
-        # Batches are trained in the order in which they were read.
-        self._step.begin(self._number, self._ahead[0])
-        return self._step.forward(batch)
+    def _forward(self, step: Step) -> tuple[Tensor, TrainedStep]:
+        loss, counted = self._step.forward(step)
+        return loss, (step, counted)
 
     def _finish(self, lost: bool) -> None:
         """Forget what was read ahead, and leave the model with its own forward pass.
@@ -167,7 +160,6 @@ class Pipeline:
         Args:
             lost: a rank is lost; the device may still wait for it, so nobody may wait for the device.
         """
-        self._ahead.clear()
         if self.kind != "none":
             detach(self._inner)
             self._inner.reset()
@@ -177,15 +169,14 @@ class Pipeline:
             self._inner.attach()
 
 
-def detach(pipeline: Any) -> None:
-    """Give the model that one of TorchRec's pipelines has taken its own forward pass back.
-
-    Where the first exchange of ids has failed, TorchRec 1.8 has taken the forward passes but not yet what
-    exchanges the ids, gives the former back, and then says that these are unequally many
-    (`_pipeline_detach_model` in train_pipeline/utils.py), in the place of what went wrong.
-    """
-    with suppress(AssertionError):
-        pipeline.detach()
+def _read(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps; reading them is a range of its own in a profile."""
+    while True:
+        with record_function("## read ##"):
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
 
 
 def _tells_of_the_lost(error: BaseException | None) -> bool:

@@ -1,41 +1,38 @@
-"""How far along: a live bar on a terminal, plain lines with the same content elsewhere."""
+"""How far along: a live line on a terminal, a line every few seconds with the same content elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
+from contextlib import ExitStack
 from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 _EVERY_S = 5.0
 _BAR = 24
 
 
-class Progress:
+class Progress(ExitStack):
     """Shows step, loss, samples/s and time left. Use as a context manager.
 
     Args:
         label: what is running.
         speaks: only then anything is written.
-        stream: where to; a terminal gets a bar that redraws itself, anything else a line every few seconds.
+        stream: where to; a terminal gets a line that redraws itself below whatever is printed meanwhile.
     """
 
     def __init__(self, label: str, speaks: bool, stream: TextIO | None = None) -> None:
-        self.label, self.speaks = label, speaks
-        self.stream = stream or sys.stdout
-        self._live = self.stream.isatty()
+        super().__init__()
+        self.label, self.speaks, self.stream = label, speaks, stream or sys.stdout
+        self._live: Live | None = None
+        if speaks and self.stream.isatty():
+            # Without the thread that redraws by itself: a run that hangs must not look alive.
+            self._live = self.enter_context(Live(console=Console(file=self.stream), auto_refresh=False))
         self._started = self._shown = time.monotonic()
         self._first_share: float | None = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.speaks and self._live:
-            self.stream.write("\n")
-            self.stream.flush()
 
     def show(self, share: float, text: str, last: bool = False) -> None:
         """Report that `share` (0 to 1) is done; drawn at most a few times a second, or every 5 s."""
@@ -46,10 +43,13 @@ class Progress:
             self._first_share, self._started = share, now
         if not last and now - self._shown < (0.2 if self._live else _EVERY_S):
             return
-        self._shown = now
-        line = f"{self.label} {_bar(share)} {share:4.0%} {text} {self._left(share, now)}"
-        self.stream.write(f"\r\x1b[2K{line}" if self._live else f"{line}\n")
-        self.stream.flush()
+        self._shown, full = now, round(share * _BAR)
+        bar = "[" + "#" * full + "." * (_BAR - full) + "]"
+        line = f"{self.label} {bar} {share:4.0%} {text} {self._left(share, now)}"
+        if self._live is not None:
+            self._live.update(Text(line), refresh=True)
+        else:
+            print(line, file=self.stream, flush=True)
 
     def _left(self, share: float, now: float) -> str:
         done = share - (self._first_share or 0.0)
@@ -57,8 +57,3 @@ class Progress:
             return ""
         seconds = int((now - self._started) * (1 - share) / done)
         return f"{seconds // 60}:{seconds % 60:02d} left"
-
-
-def _bar(share: float) -> str:
-    full = round(share * _BAR)
-    return "[" + "#" * full + "." * (_BAR - full) + "]"

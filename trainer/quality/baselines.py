@@ -34,7 +34,7 @@ class Baselines:
     """Scores that need no training, of every candidate of a split.
 
     Attributes:
-        candidates: their names and labels, in the order of `Scored.in_order`; its scores mean nothing.
+        candidates: their names and labels, in the order of `Scored.in_order`; their scores have no meaning.
         scores: task -> baseline -> [n].
         missing: what could not be computed, and why.
     """
@@ -50,14 +50,15 @@ class Baselines:
             scored: a model's scores of the same candidates: then also `auc_lead`, by how much the model's
                 AUC is higher, and `auc_lead_ci`, half of its 95 % interval.
         """
-        groups = group_keys(self.candidates.user_id, self.candidates.request_id)
-        users = group_keys(self.candidates.user_id)
         table: dict[str, dict[str, dict[str, Any]]] = {}
-        for task, (name, found) in enumerate(self.scores.items()):
-            label = self.candidates.label[:, task]
-            model = None if scored is None else auc_influence(scored.score[:, task], label)
+        for task, (name, scores) in enumerate(self.scores.items()):
+            part, observed = self.candidates.observed(task), ~np.isnan(self.candidates.label[:, task])
+            groups, users = group_keys(part.user_id, part.request_id), group_keys(part.user_id)
+            label = part.label[:, task]
+            model = None if scored is None else auc_influence(scored.score[observed, task], label)
             table[name] = {}
-            for baseline, score in found.items():
+            for baseline, of_all in scores.items():
+                score = of_all[observed]
                 values: dict[str, Any] = {**ranking_metrics(score, label, groups, users)}
                 if baseline in RATES:
                     values |= calibration_metrics(score, label)
@@ -120,16 +121,23 @@ def _rates(
         rates = label_rates(reader.config, manifest, users, items)
     except DataError as error:
         return {}, [f"label rates: {error}"]
-    found: dict[str, dict[str, Floats]] = {}
+    of_tasks: dict[str, dict[str, Floats]] = {}
+    missing = []
     for task, name in enumerate(manifest.tasks):
-        found[name] = {"mean_label": np.broadcast_to(rates.overall[task], users.shape)}
+        if np.isnan(rates.overall[task]):
+            missing.append(f"label rates of {name}: training has no label of it")
+            continue
+        of_tasks[name] = {"mean_label": np.broadcast_to(rates.overall[task], users.shape)}
         if reader.split == "train":
             continue
         if items is not None:
-            found[name]["item_rate"] = rates.by_item[:, task]
-        found[name]["user_item_rate"] = rates.by_both[:, task]
-    own = "label rates of items and users: training would be measured on the labels they are made of"
-    return found, [own] if reader.split == "train" else []
+            of_tasks[name]["item_rate"] = rates.by_item[:, task]
+        of_tasks[name]["user_item_rate"] = rates.by_both[:, task]
+    if reader.split == "train":
+        missing.append(
+            "label rates of items and users: training would be measured on the labels they are made of"
+        )
+    return of_tasks, missing
 
 
 def by_baseline(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -149,7 +157,9 @@ def _read(
     """Names, labels and counts of all candidates; without what the log lacks."""
     single = {name: info for name, info in manifest.features.items() if not info.multi}
     wanted = {
-        name: single[name].rows for name in {"item_id", *counted.values()} if _of_candidates(single, name)
+        name: single[name].rows
+        for name in {"item_id", *counted.values()}
+        if name in single and single[name].of_candidates
     }
     columns = replace(Columns.of(manifest, wanted), numeric=(), weighted=False)
     parts: list[dict[str, npt.NDArray[Any]]] = []
@@ -170,10 +180,6 @@ def _read(
                 part[name] = past_counts(rows, feature, reader.config.ingestion_delay)
         parts.append(part)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _of_candidates(single: Mapping[str, Any], name: str) -> bool:
-    return name in single and single[name].of_candidates
 
 
 def item_counts(log: Path) -> Floats:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,9 +13,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.agreement import from_rank_0
+from embeddings.private import detach
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader, Step
-from trainer.loop.pipeline import detach
 from trainer.model.windows import places_in_groups
 from trainer.quality.metrics import Metrics
 from trainer.quality.scored import KEYS, Scored
@@ -50,9 +49,9 @@ def score_split(
     with closing(reader.steps()) as steps:
         scored = _pipelined(model, steps, device) if pipelined else _one_by_one(model, steps, device)
         with closing(scored):
-            for step, batch, score in scored:
+            for step, score in scored:
                 if step.counted:
-                    value, key = _rows(batch, score)
+                    value, key = _rows(step.batch, score)
                     values.add(value)
                     keys.add(key)
     model.train(was_training)
@@ -62,45 +61,38 @@ def score_split(
     return _scored(all_values, all_keys, reader.columns.tasks).in_order()
 
 
-# A step, its batch on the device, and the scores [C, T] there.
-_Scores = Generator[tuple[Step, RequestBatch, Tensor], None, None]
+# A step and its scores [C, T], both on the device.
+_Scores = Generator[tuple[Step, Tensor], None, None]
 
 
-def _one_by_one(model: nn.Module, steps: Iterable[Step], device: torch.device) -> _Scores:
+def _one_by_one(model: nn.Module, steps: Iterator[Step], device: torch.device) -> _Scores:
     for step in steps:
-        batch = step.batch.to(device, non_blocking=True)
-        yield step, batch, model(batch).logits.sigmoid()
+        moved = step.to(device, non_blocking=True)
+        yield moved, model(moved.batch).logits.sigmoid()
 
 
-def _pipelined(model: nn.Module, steps: Iterable[Step], device: torch.device) -> _Scores:
+def _pipelined(model: nn.Module, steps: Iterator[Step], device: torch.device) -> _Scores:
     """By the pipeline that trains, which only scores while the model is in eval mode.
 
     TorchRec's own `EvalPipelineSparseDist` (version 1.8) drops what the model returns first, starts the
     exchange of the first batch twice, and reads in a thread that goes on after some errors.
     """
-    ahead: deque[Step] = deque()
 
-    def read() -> Iterator[RequestBatch]:
-        for step in steps:
-            ahead.append(step)
-            yield step.batch
-
-    def forward(batch: RequestBatch) -> tuple[Tensor, tuple[RequestBatch, Tensor]]:
-        score = model(batch).logits.sigmoid()
+    def forward(step: Step) -> tuple[Tensor, tuple[Step, Tensor]]:
+        score = model(step.batch).logits.sigmoid()
         # In the place of the loss, which nobody looks at in eval mode.
-        return score, (batch, score)
+        return score, (step, score)
 
     pipeline: Any = TrainPipelineSparseDist(
         model, None, device, custom_model_fwd=forward, pipeline_postproc=False
     )
-    batches = read()
     try:
         while True:
             try:
-                batch, score = pipeline.progress(batches)
+                scored = pipeline.progress(steps)
             except StopIteration:
                 return
-            yield ahead.popleft(), batch, score
+            yield scored
     finally:
         detach(pipeline)
 

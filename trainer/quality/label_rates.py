@@ -26,8 +26,8 @@ class LabelRates:
     """Mean labels of T tasks, for n candidates of another split.
 
     Attributes:
-        overall: [T]; by_user, by_item: [n, T], drawn towards `overall` (by_item is that where a log has no
-            items).
+        overall: [T], NaN where training has no label of a task; by_user, by_item: [n, T], drawn towards
+            `overall` (by_item is that where a log has no items).
     """
 
     overall: Floats
@@ -53,20 +53,21 @@ def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: I
     Raises:
         DataError: the training split is empty, missing or malformed.
     """
-    kinds = {"user": _Sums(users, len(manifest.tasks))}
-    if items is not None:
-        kinds["item"] = _Sums(items, len(manifest.tasks))
-    total, count = np.zeros(len(manifest.tasks)), 0
+    tasks = len(manifest.tasks)
+    of_users, of_items = _Sums(users, tasks), None if items is None else _Sums(items, tasks)
+    total, count, candidates = np.zeros(tasks), np.zeros(tasks), 0
     for user, item, label in _candidates(config, manifest, items is not None):
-        total, count = total + label.sum(axis=0, dtype=np.float64), count + label.shape[0]
-        kinds["user"].add(user, label)
-        if item is not None:
-            kinds["item"].add(item, label)
-    if not count:
+        total += np.nansum(label, axis=0, dtype=np.float64)
+        count += (~np.isnan(label)).sum(axis=0)
+        candidates += label.shape[0]
+        of_users.add(user, label)
+        if of_items is not None and item is not None:
+            of_items.add(item, label)
+    if not candidates:
         raise DataError("the training split has no candidates", file=config.log)
-    overall = total / count
-    by_user = kinds["user"].rates(overall)
-    by_item = kinds["item"].rates(overall) if items is not None else np.broadcast_to(overall, by_user.shape)
+    overall = np.divide(total, count, out=np.full(tasks, np.nan), where=count > 0)
+    by_user = of_users.rates(overall)
+    by_item = np.broadcast_to(overall, by_user.shape) if of_items is None else of_items.rates(overall)
     return LabelRates(overall, by_user, by_item)
 
 
@@ -78,11 +79,11 @@ def _log_odds(rate: Floats) -> Floats:
 
 
 class _Sums:
-    """Labels summed by key, of the keys that somebody asks for."""
+    """Labels summed by key and task, of the wanted keys; a label that is NaN was not observed."""
 
-    def __init__(self, asked: Ints, tasks: int) -> None:
-        self.keys, self.place = np.unique(asked, return_inverse=True)
-        self.labels, self.counts = np.zeros((self.keys.size, tasks)), np.zeros(self.keys.size)
+    def __init__(self, wanted: Ints, tasks: int) -> None:
+        self.keys, self.place = np.unique(wanted, return_inverse=True)
+        self.labels, self.counts = np.zeros((self.keys.size, tasks)), np.zeros((self.keys.size, tasks))
 
     def add(self, keys: Ints, labels: npt.NDArray[np.float32]) -> None:
         if not self.keys.size:
@@ -90,14 +91,15 @@ class _Sums:
         at = np.searchsorted(self.keys, keys).clip(max=self.keys.size - 1)
         known = self.keys[at] == keys
         at, labels = at[known], labels[known]
-        self.counts += np.bincount(at, minlength=self.keys.size)
+        observed, size = ~np.isnan(labels), self.keys.size
         for task in range(labels.shape[1]):
-            self.labels[:, task] += np.bincount(at, weights=labels[:, task], minlength=self.keys.size)
+            self.labels[:, task] += np.bincount(at, np.nan_to_num(labels[:, task]), size)
+            self.counts[:, task] += np.bincount(at, observed[:, task], size)
 
     def rates(self, overall: Floats) -> Floats:
-        """[asked, tasks], smoothed."""
-        found: Floats = (self.labels + STRENGTH * overall) / (self.counts[:, None] + STRENGTH)
-        return found[self.place]
+        """[wanted, tasks], smoothed."""
+        smoothed: Floats = (self.labels + STRENGTH * overall) / (self.counts + STRENGTH)
+        return smoothed[self.place]
 
 
 def _candidates(

@@ -11,22 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.errors import DataError
-from trainer.quality.ranking import auc, checked, grouped_auc, ranking_metrics
-
-__all__ = [
-    "Metrics",
-    "auc",
-    "calibration_error",
-    "calibration_metrics",
-    "entry_of",
-    "first_and_all",
-    "group_keys",
-    "grouped_auc",
-    "logloss",
-    "measure",
-    "number",
-    "one_line",
-]
+from trainer.quality.ranking import as_arrays, ranking_metrics
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -89,7 +74,7 @@ def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: I
         DataError: unequal lengths, a score that is not finite or no probability, or a label outside 0 to 1.
     """
     users = groups if users is None else users
-    p, y = checked(scores, labels, groups, users)
+    p, y = as_arrays(scores, labels, groups, users)
     ranked: Mapping[str, Any] = ranking_metrics(p, y, groups, users)
     calibrated: Mapping[str, Any] = calibration_metrics(p, y)
     counts: Mapping[str, Any] = {
@@ -149,7 +134,7 @@ def _entropy(rate: float) -> float:
 
 
 def _probabilities(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Floats]:
-    p, y = checked(scores, labels)
+    p, y = as_arrays(scores, labels)
     if p.size and not (p.min() >= 0 and p.max() <= 1):
         raise DataError(f"scores lie in {p.min():g} to {p.max():g}: they must be probabilities")
     return p, y

@@ -23,7 +23,7 @@ RANKS = (1, 5, 10)  # the k of HR@k and NDCG@k
 _NORMAL_95 = 1.959964
 
 
-def checked(scores: npt.ArrayLike, labels: npt.ArrayLike, *keys: Ints) -> tuple[Floats, Floats]:
+def as_arrays(scores: npt.ArrayLike, labels: npt.ArrayLike, *keys: Ints) -> tuple[Floats, Floats]:
     """Scores and labels as float64, one of each and of every key a candidate.
 
     Raises:
@@ -32,8 +32,8 @@ def checked(scores: npt.ArrayLike, labels: npt.ArrayLike, *keys: Ints) -> tuple[
     s, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     shapes = [part.shape for part in (s, y, *map(np.asarray, keys))]
     if len(set(shapes)) > 1 or s.ndim != 1:
-        found = " and ".join(" x ".join(map(str, shape)) or "single" for shape in shapes)
-        raise DataError(f"scores, labels and grouping keys must be one each a candidate, not {found}")
+        lengths = " and ".join(" x ".join(map(str, shape)) or "single" for shape in shapes)
+        raise DataError(f"scores, labels and grouping keys must be one each a candidate, not {lengths}")
     if not np.isfinite(s).all():
         raise DataError(
             f"{int((~np.isfinite(s)).sum())} of {s.size} scores are NaN or infinite; the model "
@@ -60,7 +60,7 @@ def auc_influence(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[float, 
     The second sums to zero; its sums over independent groups of candidates have the AUC's variance (DeLong's
     structural components; Obuchowski 1997 for clusters). Differences of two AUCs have differences of it.
     """
-    s, y = checked(scores, labels)
+    s, y = as_arrays(scores, labels)
     positive, negative = float(y.sum()), float((1 - y).sum())
     if not (positive > 0 and negative > 0):
         return math.nan, np.zeros(y.size)
@@ -87,12 +87,6 @@ def half_width(influence: Floats, clusters: Ints) -> float:
     if sums.size < 2:
         return math.nan
     return _NORMAL_95 * math.sqrt(sums.size / (sums.size - 1) * float((sums**2).sum()))
-
-
-def grouped_auc(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints) -> tuple[float, int]:
-    """-> (mean AUC of groups with both classes, weighted by size; how many such groups)."""
-    found = Ranked.of(scores, labels, groups)
-    return found.gauc(), int(found.both.sum())
 
 
 @dataclass(frozen=True)
@@ -146,7 +140,7 @@ class Ranked:
 
     @staticmethod
     def of(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints) -> Ranked:
-        s, y = checked(scores, labels, groups)
+        s, y = as_arrays(scores, labels, groups)
         order = np.lexsort((s, groups))
         y = y[order]
         ties = _Ties.of(s[order], np.asarray(groups)[order])
@@ -215,7 +209,7 @@ def ranking_metrics(
     scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: Ints
 ) -> Mapping[str, float | int]:
     """Everything that only the order of scores decides, by the names of `trainer.quality.metrics.Metrics`."""
-    checked(scores, labels, groups, users)
+    as_arrays(scores, labels, groups, users)
     users = np.unique(users, return_inverse=True)[1]
     value, influence = auc_influence(scores, labels)
     by_request, by_user = Ranked.of(scores, labels, groups), Ranked.of(scores, labels, users)
@@ -226,8 +220,8 @@ def ranking_metrics(
         "gauc": by_request.gauc(),
         "gauc_ci": by_request.gauc_half_width(users),
         "gauc_user": by_user.gauc(),
-        **{f"hr_{k}": found[0] for k, found in at.items()},
-        **{f"ndcg_{k}": found[1] for k, found in at.items() if k > 1},
+        **{f"hr_{k}": hit_rate for k, (hit_rate, _) in at.items()},
+        **{f"ndcg_{k}": ndcg for k, (_, ndcg) in at.items() if k > 1},
         "groups": int(by_request.both.sum()),
         "users": int(by_user.both.sum()),
     }

@@ -27,7 +27,8 @@ class Scored:
     """Candidates with their scores.
 
     Attributes:
-        score, label: float32 [n, T], probabilities and labels.
+        score, label: float32 [n, T], probabilities and labels; a label that is NaN was not observed, and its
+            candidate has no part in that task's metrics.
         user_id, request_id, candidate: int64 [n]; `candidate` counts within its request.
         item_id: int64 [n], the candidate's id in the log's vocabulary; -1 where the log has no such feature.
         history: int64 [n], behaviors that the request saw, at most L.
@@ -55,20 +56,20 @@ class Scored:
     def users(self) -> int:
         return int(group_keys(self.user_id).max(initial=-1)) + 1
 
+    def observed(self, task: int) -> Scored:
+        """Only the candidates that have a label of a task."""
+        missing = np.isnan(self.label[:, task])
+        return self.part(~missing) if missing.any() else self
+
     def metrics(self, task: int = 0) -> Metrics:
         """Metrics of one task."""
-        return self._measure([task])[self.tasks[task]]
+        part = self.observed(task)
+        groups, users = group_keys(part.user_id, part.request_id), group_keys(part.user_id)
+        return measure(part.score[:, task], part.label[:, task], groups, users)
 
     def all_metrics(self) -> dict[str, Metrics]:
         """Metrics of every task, by its name."""
-        return self._measure(range(len(self.tasks)))
-
-    def _measure(self, tasks: Sequence[int]) -> dict[str, Metrics]:
-        groups, users = group_keys(self.user_id, self.request_id), group_keys(self.user_id)
-        return {
-            self.tasks[task]: measure(self.score[:, task], self.label[:, task], groups, users)
-            for task in tasks
-        }
+        return {name: self.metrics(task) for task, name in enumerate(self.tasks)}
 
     def by_history(self, edges: Sequence[int] = HISTORY_EDGES, task: int = 0) -> dict[str, Metrics]:
         """Metrics of slices by the length of the history, [edge, next edge); empty slices are left out."""

@@ -48,14 +48,19 @@ class Gradients:
     dense: Mapping[str, Tensor]
     halves: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def parts(self) -> list[tuple[str, str, Tensor]]:
+        """(attribute, name, tensor) of everything but the loss, in the order of `sizes`."""
+        kinds = {"vectors": self.vectors, "halves": self.halves, "dense": self.dense}
+        return [(kind, name, part) for kind, named in kinds.items() for name, part in named.items()]
+
     @torch.no_grad()
     def sizes(self) -> Tensor:
         """The loss, then the largest number of each part, without its sign: float32 [1 + parts].
 
-        The parts are those of `vectors`, `halves` and `dense`. What is not finite in a part shows in its
-        size. A part without numbers has size 0. Nothing waits for the device.
+        What is not finite in a part shows in its size. A part without numbers has size 0. Nothing waits for
+        the device.
         """
-        parts = [*self.vectors.values(), *self.halves.values(), *self.dense.values()]
+        parts = [part for _, _, part in self.parts()]
         full = [part for part in parts if part.numel()]
         # As torch's own clipping of gradients does it: a few kernels for all parts together.
         sizes = iter(foreach_norm(full, math.inf) if full else ())
@@ -64,12 +69,12 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Check:
     """A step after its check, whose answer may not have reached the host yet.
 
     Attributes:
         number, step: which step it is, for the message.
-        groups, halves, dense: names of the parts whose sizes were taken.
+        parts: (attribute of `Gradients`, name) of the parts whose sizes were taken.
         alarm: float32 scalar on the device, the same on all ranks: 1 where something is not finite, else 0.
         largest: scalar on the device, the same on all ranks: the largest gradient of a looked-up vector, by
             size, 0 where that is not finite; None where nobody asked for it.
@@ -78,44 +83,32 @@ class Checked:
 
     number: int
     step: Step
-    groups: tuple[str, ...]
-    halves: tuple[str, ...]
-    dense: tuple[str, ...]
+    parts: tuple[tuple[str, str], ...]
     alarm: Tensor
     largest: Tensor | None
     copy: HostCopy
 
     def local_problems(self, sizes: Sequence[float]) -> list[str]:
         """What is not finite and comes from this rank's batch alone; `sizes`: of `Gradients.sizes`."""
-        loss, of_groups, of_halves, _ = self._split(sizes)
-        found = [] if math.isfinite(loss) else [f"the loss ({loss})"]
-        bad = [group for group, size in of_groups.items() if not math.isfinite(size)]
-        found += [f"the gradient of group {group}" for group in bad]
-        clipped = [group for group, size in of_halves.items() if size >= HALF_MAX]
-        return [
-            *found,
-            *(
-                f'the vectors of group {group}, which comms.forward = "fp16" clips at {HALF_MAX:,.0f},'
-                for group in clipped
-            ),
-        ]
+        loss, *of_parts = sizes
+        problems = [] if math.isfinite(loss) else [f"the loss ({loss})"]
+        for (kind, name), size in zip(self.parts, of_parts, strict=True):
+            if kind == "vectors" and not math.isfinite(size):
+                problems.append(f"the gradient of group {name}")
+            if kind == "halves" and size >= HALF_MAX:
+                problems.append(
+                    f'the vectors of group {name}, which comms.forward = "fp16" clips at {HALF_MAX:,.0f},'
+                )
+        return problems
 
     def shared_problems(self, sizes: Sequence[float]) -> list[str]:
         """What is not finite in the average over ranks."""
-        of_dense = self._split(sizes)[3]
-        bad = [_plain(name) for name, size in of_dense.items() if not math.isfinite(size)]
+        of_dense = [
+            (name, size) for (kind, name), size in zip(self.parts, sizes[1:], strict=True) if kind == "dense"
+        ]
+        bad = [_plain(name) for name, size in of_dense if not math.isfinite(size)]
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         return [f"the gradient of {', '.join(bad[:_SHOWN])}{more}"] if bad else []
-
-    def _split(
-        self, sizes: Sequence[float]
-    ) -> tuple[float, dict[str, float], dict[str, float], dict[str, float]]:
-        """The loss, and the sizes of groups, halves and dense weights by their names."""
-        rest = iter(sizes[1:])
-        groups, halves, dense = (
-            {name: next(rest) for name in names} for names in (self.groups, self.halves, self.dense)
-        )
-        return sizes[0], groups, halves, dense
 
 
 @dataclass(frozen=True)
@@ -137,14 +130,14 @@ class Guard:
         return self.ranks.device.type == "cuda" if self.late is None else self.late
 
     @torch.no_grad()
-    def check(self, number: int, step: Step, found: Gradients, largest: bool = False) -> Checked:
+    def check(self, number: int, step: Step, gradients: Gradients, largest: bool = False) -> Check:
         """Look whether a step is finite, without waiting for the device; collective.
 
         Args:
             number, step: which step this is, for the message.
             largest: find the largest gradient of a looked-up vector, too.
         """
-        sizes, groups, halves = found.sizes(), len(found.vectors), len(found.halves)
+        sizes, groups, halves = gradients.sizes(), len(gradients.vectors), len(gradients.halves)
         # Of a NaN this is false, too.
         bad = ~(sizes.abs() < math.inf).all()
         if halves:
@@ -152,43 +145,41 @@ class Guard:
         shared = bad.to(sizes.dtype)[None]
         if largest:
             # What is not finite is left out: NCCL does not say what becomes of a NaN in a maximum.
-            gradients = sizes[1 : 1 + groups]
-            gradients = torch.where(gradients < math.inf, gradients, 0.0)
-            shared = torch.cat(
-                [shared, gradients.amax(0, keepdim=True) if groups else torch.zeros_like(shared)]
-            )
+            of_groups = torch.where(sizes[1 : 1 + groups] < math.inf, sizes[1 : 1 + groups], 0.0)
+            most = of_groups.amax(0, keepdim=True) if groups else torch.zeros_like(shared)
+            shared = torch.cat([shared, most])
         if self.ranks.world_size > 1:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
-        names = tuple(found.vectors), tuple(found.halves), tuple(found.dense)
+        parts = tuple((kind, name) for kind, name, _ in gradients.parts())
         copy = HostCopy(torch.cat([shared[:1], sizes]))
-        return Checked(number, step, *names, shared[0], shared[1] if largest else None, copy)
+        return Check(number, step, parts, shared[0], shared[1] if largest else None, copy)
 
-    def judge(self, checked: Checked) -> None:
+    def judge(self, check: Check) -> None:
         """Stop where a checked step is not finite; waits for the answer, collective where it is bad.
 
         Raises:
             DataError: something is not finite on some rank. All ranks raise it; it names the ranks, what is
                 not finite there, and the files of their batches, which are kept in the folder.
         """
-        alarm, *sizes = checked.copy.wait().tolist()
+        alarm, *sizes = check.copy.wait().tolist()
         if not alarm:
             return
-        problems = checked.local_problems(sizes)
+        problems = check.local_problems(sizes)
         if not any(self._everyone(lambda: bool(problems))):
             # It shows in the average only, so that any rank's batch may be the cause.
-            problems = checked.shared_problems(sizes)
+            problems = check.shared_problems(sizes)
 
-        def told() -> str:
+        def line() -> str:
             if not problems:
                 return ""
-            kept = self._keep(checked.number, checked.step, problems)
-            place = f"its batch {kept} and came from {_listed(checked.step.sources)}"
+            kept = self._keep(check.number, check.step, problems)
+            place = f"its batch {kept} and came from {_listed(check.step.sources)}"
             return f"rank {self.ranks.rank}: {', '.join(problems)} ({place})"
 
-        lines = [line for line in self._everyone(told) if line]
+        lines = [line for line in self._everyone(line) if line]
         more = f"; and {len(lines) - _SHOWN} more ranks" if len(lines) > _SHOWN else ""
         raise DataError(
-            f"step {checked.number} is not finite on {'; '.join(lines[:_SHOWN])}{more}. No weight was "
+            f"step {check.number} is not finite on {'; '.join(lines[:_SHOWN])}{more}. No weight was "
             "changed and nothing saved; look at labels, weights and numbers of the batch, or lower the "
             "learning rates"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,13 @@ from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from embeddings.private import BatchNorm
 from trainer.config.run_config import Config
 from trainer.config.sections import TrainConfig
-from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.model.border import Cut
-from trainer.model.frame import Prediction, TwoStageModel
-from trainer.objectives.bce import loss_sum, rank_loss
-from trainer.update.guard import Checked, Gradients, Guard, dense_norm
+from trainer.model.frame import TwoStageModel
+from trainer.objectives.losses import losses_of, rank_loss
+from trainer.objectives.table import objective_of
+from trainer.update.guard import Check, Gradients, Guard, dense_norm
+from trainer.update.rules.summed import Summed
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]
@@ -114,12 +116,16 @@ class TrainStep:
     A pipeline calls `zero_grad`, `forward`, the loss' `backward()`, then `step`: it takes this object for its
     optimizer. The graph is cut between tables and everything dense (`trainer.model.border`), so that the
     pipeline's backward pass reaches dense weights and looked-up vectors only. `step` checks all gradients and
-    only then has the second backward pass update the tables.
+    only then has the second backward pass update the tables. Which losses go backward together is the update
+    rule's business.
 
     Args:
         model: sharded; optimizer: of `make_optimizer`; world_size: ranks.
         guard: stops the run where something is not finite; None: no check, no cut and no clipping, for
             measuring what these cost. One that reads late needs the fused dense optimizer.
+
+    Attributes:
+        number: of the newest step, for messages; a run that goes on sets it.
     """
 
     def __init__(
@@ -140,38 +146,40 @@ class TrainStep:
         norms = [module for module in shell.modules() if isinstance(module, BatchNorm)]
         self._statistics = [buffer for module in norms for buffer in module.buffers()]
         self._statistics_before: list[Tensor] = []
-        self._current: tuple[int, Step] | None = None
+        self._objective, self._rule = objective_of(config.train.objective), Summed()
+        self.number = 0
+        self._step: Step | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
-        self._unread: Checked | None = None
+        self._unread: Check | None = None
         parts = [part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer)]
         (self._dense_optimizer,) = parts
         if guard is not None and guard.reads_late and not self._dense_optimizer.fused:
             raise ValueError("a guard that reads late needs make_optimizer(..., fused=True)")
 
-    def begin(self, number: int, step: Step) -> None:
-        """The next forward pass is of this step, whose number is for messages."""
-        self._current = number, step
-
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
-    def forward(self, batch: RequestBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, step: Step) -> tuple[Tensor, Tensor]:
         """-> what to call backward on, and this rank's part of the main loss' sum (0 where the batch does not
-        count), both scalar."""
-        assert self._current is not None
-        step = self._current[1]
-        if self._guard is None:
-            prediction = self._predict(batch)
-        else:
-            self._statistics_before = [buffer.clone() for buffer in self._statistics]
-            with self._lookups.cut() as self._cuts:
-                prediction = self._predict(batch)
-        total = loss_sum(prediction.logits.float(), batch.labels, batch.weight)
-        trained = total
+        count), both scalar. The step is on the device."""
+        self._step, self.number, batch = step, self.number + 1, step.batch
+        bf16 = self._config.precision == "bf16"
+        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=bf16), ExitStack() as opened:
+            if self._guard is not None:
+                self._statistics_before = [buffer.clone() for buffer in self._statistics]
+                self._cuts = opened.enter_context(self._lookups.cut())
+            prediction = self._model(batch)
+
+        def loss(logits: Tensor) -> Tensor:
+            labelled = batch.host_sizes.labelled
+            return self._rule.loss(
+                losses_of(self._objective, logits.float(), batch.labels, batch.weight, labelled)
+            )
+
+        trained = total = loss(prediction.logits)
         if prediction.auxiliary is not None:
-            auxiliary = loss_sum(prediction.auxiliary.float(), batch.labels, batch.weight)
-            trained = total + self._auxiliary_weight * auxiliary
+            trained = total + self._auxiliary_weight * loss(prediction.auxiliary)
         self._loss = trained.detach()
         counted = total.detach() if step.counted else torch.zeros_like(total)
         return rank_loss(trained, batch.step_candidates, self._world_size, step.counted), counted
@@ -183,8 +191,13 @@ class TrainStep:
             DataError: the loss or a gradient is not finite on some rank; raised on all ranks. A guard that
                 reads late raises it in the next step, before that changes anything, or in `settle`.
         """
+        cuts, self._cuts = self._cuts, []
         if self._guard is not None:
-            self._check_and_update_tables(self._guard)
+            with record_function("## check ##"):
+                gradients = self._check(self._guard, cuts)
+            if cuts:
+                with record_function("## tables ##"):
+                    torch.autograd.backward([cut.inside for cut in cuts], gradients)
         with record_function("## optimizer ##"):
             self._optimizer.step()
 
@@ -196,39 +209,25 @@ class TrainStep:
         Raises:
             DataError: that step is not finite.
         """
-        checked, self._unread = self._unread, None
-        if checked is not None:
-            self._judge(checked)
+        check, self._unread = self._unread, None
+        if check is not None:
+            self._judge(check)
 
-    def _predict(self, batch: RequestBatch) -> Prediction:
-        bf16 = self._config.precision == "bf16"
-        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=bf16):
-            prediction: Prediction = self._model(batch)
-        return prediction
-
-    def _check_and_update_tables(self, guard: Guard) -> None:
-        cuts, self._cuts = self._cuts, []
-        with record_function("## check ##"):
-            vectors = self._checked(guard, cuts)
-        if cuts:
-            with record_function("## tables ##"):
-                torch.autograd.backward([cut.inside for cut in cuts], vectors)
-
-    def _checked(self, guard: Guard, cuts: list[Cut]) -> list[Tensor]:
+    def _check(self, guard: Guard, cuts: list[Cut]) -> list[Tensor]:
         """Clip the dense gradients where asked to; -> gradients of what was cut, all finite."""
-        assert self._current is not None
+        assert self._step is not None
         self.settle()
         dense = {name: weight.grad for name, weight in self._dense.items() if weight.grad is not None}
         sent = {cut.group: cut.outside.detach() for cut in cuts} if self._comms.forward == "fp16" else {}
-        found = Gradients(self._loss, {cut.group: cut.gradient() for cut in cuts}, dense, sent)
-        checked = guard.check(*self._current, found, largest=self._comms.backward == "fp16")
-        vectors = list(found.vectors.values())
+        gradients = Gradients(self._loss, self._rule.gradients(cuts), dense, sent)
+        check = guard.check(self.number, self._step, gradients, self._comms.backward == "fp16")
+        vectors = list(gradients.vectors.values())
         if guard.reads_late:
-            self._unread, vectors = checked, self._without_effect_where(checked.alarm, vectors)
+            self._unread, vectors = check, self._without_effect_where(check.alarm, vectors)
         else:
-            self._judge(checked)
-        if checked.largest is not None:
-            self._comms.scale.fit(checked.largest)
+            self._judge(check)
+        if check.largest is not None:
+            self._comms.scale.fit(check.largest)
         if self._config.max_gradient_norm and dense:
             norm = dense_norm(list(dense.values()), wait=not guard.reads_late)
             limit = self._config.max_gradient_norm
@@ -247,11 +246,11 @@ class TrainStep:
         self._dense_optimizer.skip_where(alarm)
         return [torch.where(bad, 0.0, gradient) for gradient in vectors]
 
-    def _judge(self, checked: Checked) -> None:
+    def _judge(self, check: Check) -> None:
         """Raise where a checked step is not finite, with the running statistics as they were before it."""
         assert self._guard is not None
         try:
-            self._guard.judge(checked)
+            self._guard.judge(check)
         except DataError:
             # A guard that reads late may have seen the forward pass of one more step, which changes them.
             for buffer, before in zip(self._statistics, self._statistics_before, strict=True):

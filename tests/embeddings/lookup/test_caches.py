@@ -159,14 +159,15 @@ def test_they_are_forgotten_by_the_tables_of_a_sharded_model(tmp_path: Path) -> 
 def test_no_model_is_measured_while_caches_wait_for_a_batch() -> None:
     pipeline = Pipeline.__new__(Pipeline)
     pipeline._step, pipeline.kind = SimpleNamespace(settle=lambda: None), "prefetch"  # type: ignore[assignment]
-    pipeline._ahead = [None]  # type: ignore[assignment]
+    pipeline._inner = SimpleNamespace(batches=[None])
     with pytest.raises(RuntimeError, match="when to pause"), pipeline.paused():
         pass
     told: list[str] = []
-    pipeline._ahead.clear()
     pipeline._model = nn.ModuleList([cached := kernel()])  # type: ignore[assignment]
     pipeline._inner = SimpleNamespace(
-        detach=lambda: told.append("detach"), attach=lambda sparse_dist: told.append("attach")
+        batches=[],
+        detach=lambda: told.append("detach"),
+        attach=lambda sparse_dist: told.append("attach"),
     )
     assert cached.lock_cache_line
     with pipeline.paused():

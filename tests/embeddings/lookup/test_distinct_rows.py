@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
+from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.rounding import Comms
 from embeddings.lookup.sharded import Exchange, SequenceSharder
 from embeddings.lookup.sharding import sharders
+from embeddings.optimizers import FusedOptimizer
 from tests.programs.unique_indices import unique_indices
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

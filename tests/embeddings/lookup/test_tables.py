@@ -19,12 +19,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import FusedOptimizer, TableGroup, TableSpec, state_reshards
+from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection, weight_name
 from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.rounding import Comms, codecs_of
 from embeddings.lookup.sharded import with_empty_bags
 from embeddings.lookup.sharding import attach_optimizer, shard
+from embeddings.optimizers import ROW_OPTIMIZERS, FusedOptimizer
 from embeddings.plan.planner import make_plan
 from embeddings.plan.request import PlanRequest
 from tests.helpers.launching import tandemrec, train
@@ -75,7 +76,7 @@ def group_of(kind: str, optimizer: str = "rowwise_adagrad") -> TableGroup:
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ids=st.lists(st.tuples(*(st.integers(0, rows - 1) for rows in ROWS.values())), min_size=1, max_size=30),
-    optimizer=st.sampled_from(["rowwise_adagrad", "adagrad", "sgd"]),
+    optimizer=st.sampled_from([*ROW_OPTIMIZERS]),
     seed=st.integers(0, 99),
 )
 def test_bags_and_sequences_are_one_on_single_ids(
@@ -101,7 +102,7 @@ def test_bags_and_sequences_are_one_on_single_ids(
 @pytest.mark.parametrize(
     "kind, sharding", [("bag", "row_wise"), ("bag", "data_parallel"), ("sequence", "row_wise")]
 )
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+@pytest.mark.parametrize("optimizer", [*ROW_OPTIMIZERS])
 def test_a_gradient_of_zero_leaves_a_row_as_it_is(
     ranks: Ranks, kind: str, optimizer: str, sharding: str
 ) -> None:
@@ -124,7 +125,7 @@ def test_a_gradient_of_zero_leaves_a_row_as_it_is(
 
 
 @pytest.mark.filterwarnings("ignore:Please use DTensor")
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+@pytest.mark.parametrize("optimizer", [*ROW_OPTIMIZERS])
 def test_state_of_data_parallel_tables_fits_sharded_ones(
     ranks: Ranks, tmp_path: Path, optimizer: str
 ) -> None:
@@ -146,8 +147,9 @@ def test_state_of_data_parallel_tables_fits_sharded_ones(
     expected = other.state_dict()
     for name, rows in whole.state_dict().items():
         assert torch.allclose(rows, whole_tensor(expected[name]), rtol=0, atol=1e-6)
-    assert state_reshards(optimizer, "data_parallel", "row_wise")
-    assert state_reshards(optimizer, "row_wise", "column_wise") == (optimizer != "rowwise_adagrad")
+    rule = ROW_OPTIMIZERS[optimizer]
+    assert rule.state_reshards("data_parallel", "row_wise")
+    assert rule.state_reshards("row_wise", "column_wise") == (optimizer != "rowwise_adagrad")
 
 
 def step(model: DistributedModelParallel, bags: KeyedJaggedTensor) -> None:

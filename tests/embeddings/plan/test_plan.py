@@ -28,10 +28,11 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import DataType
 
 from embeddings.errors import ConfigError
-from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
+from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.rounding import Comms
 from embeddings.lookup.sharding import attach_optimizer
+from embeddings.optimizers import FusedOptimizer
 from embeddings.plan.file import SavedPlan, from_tree, to_tree
 from embeddings.plan.memory import memory_of_ranks
 from embeddings.plan.planner import DoesNotFit, offline_plan, read_plan, saved_plan

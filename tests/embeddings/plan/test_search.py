@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from embeddings.errors import ConfigError
-from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
+from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.sharding import attach_optimizer
+from embeddings.optimizers import FusedOptimizer
 from embeddings.plan import search as plan_search
 from embeddings.plan.planner import PlanEstimate, offline_plan
 from embeddings.plan.request import Cluster, PlanRequest

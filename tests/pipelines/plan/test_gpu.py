@@ -25,10 +25,11 @@ from torchrec.distributed.types import CacheParams, ParameterSharding
 
 from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import FusedOptimizer, TableGroup, TableSpec
+from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.sharding import attach_optimizer, shard
+from embeddings.optimizers import FusedOptimizer
 from embeddings.plan.bandwidths import KNOWN, TORCHREC, Bandwidths, of_device
 from embeddings.plan.constraints import WIDEST_ON_CUDA, constraints_of
 from embeddings.plan.file import to_tree

@@ -20,7 +20,8 @@ from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.time import age_bucket
-from trainer.quality.metrics import auc, logloss
+from trainer.quality.metrics import logloss
+from trainer.quality.ranking import auc
 
 USERS = {
     "relevance": 60,

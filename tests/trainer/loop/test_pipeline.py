@@ -176,7 +176,7 @@ def test_a_run_measures_with_no_batch_under_way(
     ahead, measure = [], Trainer._measure
 
     def noted(self: Trainer, reader: SequenceLogReader) -> dict[str, Metrics]:
-        ahead.append((self.at.step, len(self.pipeline._ahead)))
+        ahead.append((self.at.step, self.pipeline.ahead))
         return measure(self, reader)
 
     monkeypatch.setattr(Trainer, "_measure", noted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from types import SimpleNamespace
@@ -47,13 +46,13 @@ def asked(
     told: list[str] = []
     monkeypatch.setattr(trainer.loop.pipeline, "forget_prefetched", lambda _: told.append("forget"))
     made = Pipeline.__new__(Pipeline)
-    made.kind, made._ahead, made._number = "prefetch", deque(), 0
+    made.kind = "prefetch"
     made._model, made._inner = None, Inner(inside)  # type: ignore[assignment]
     made._step = SimpleNamespace(settle=lambda: told.append("settle"))  # type: ignore[assignment]
     steps: Any = [SimpleNamespace(batch=number) for number in range(6)]
     with (
         suppress(RankError, ValueError, dist.DistBackendError),
-        closing(made.train(steps, lambda: 1)) as ran,
+        closing(made.train(steps)) as ran,
     ):
         for done, _ in enumerate(ran):
             if done == 3:

@@ -20,7 +20,8 @@ from trainer.config.run_config import Config, build_groups
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.frame import TwoStageModel
-from trainer.objectives.bce import loss_sum, rank_loss
+from trainer.objectives.bce import loss_sum
+from trainer.objectives.losses import rank_loss
 
 DARE = {"attention": {"dim": 4, "init_scale": 1.0}, "representation": {"dim": 8, "init_scale": 1.0}}
 TWIN = {"shared": {"dim": 4, "init_scale": 1.0}}

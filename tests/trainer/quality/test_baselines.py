@@ -17,7 +17,7 @@ from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.quality.baselines import Baselines, baselines, by_baseline
 from trainer.quality.label_rates import STRENGTH
-from trainer.quality.metrics import auc
+from trainer.quality.ranking import auc
 from trainer.run_folder import jsonable
 
 TASKS = ("click", "buy")

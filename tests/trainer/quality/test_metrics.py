@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
-from trainer.quality.metrics import auc, calibration_error, group_keys, grouped_auc, logloss, measure
+from tests.helpers.metrics import grouped_auc
+from trainer.quality.metrics import calibration_error, group_keys, logloss, measure
+from trainer.quality.ranking import auc
 
 cases = st.integers(1, 60).flatmap(
     lambda n: st.tuples(

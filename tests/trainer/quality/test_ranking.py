@@ -13,8 +13,9 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import ndcg_score, roc_auc_score
 
 from embeddings.errors import DataError
-from trainer.quality.metrics import auc, calibration_error, group_keys, grouped_auc, logloss, measure
-from trainer.quality.ranking import RANKS, Floats, Ints, Ranked, auc_influence, half_width
+from tests.helpers.metrics import grouped_auc
+from trainer.quality.metrics import calibration_error, group_keys, logloss, measure
+from trainer.quality.ranking import RANKS, Floats, Ints, Ranked, auc, auc_influence, half_width
 
 TIED = [0.1, 0.2, 0.3, 0.5, 0.9]
 Case = tuple[Floats, Floats, Ints, Ints]

@@ -29,7 +29,7 @@ from tests.helpers.launching import SETTINGS, launched, overrides
 from tests.helpers.logs import Shape, enrich, random_rows, small_log, write_log
 from tests.helpers.stand_in import _line
 from tests.programs.late_cases import BAD
-from tests.programs.step_cases import nan_label
+from tests.programs.step_cases import nan_weight
 from tests.trainer.update.test_step import Fake
 from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
@@ -95,16 +95,12 @@ def test_a_bad_step_changes_nothing_and_is_named(found: dict[int, Found], ranks:
         assert each["messages"] == waited["messages"] == [waited["messages"][0]] * ranks
         assert each["messages"][0].startswith(f"step {at} is not finite on ")
         assert list(each["kept"]) == (kept if ranks > 1 else [f"nonfinite-step-{at}.safetensors"])
-        # Rank 0 has its own labels only; the last rank's last one was spoiled.
+        # Rank 0 has its own weights only; the last rank's last one was spoiled.
         if ranks == 1:
-            labels = each["labels"]
+            weights = each["weights"]
             assert list(each["kept"].values()) == [
-                labels if kind in ("vectors", "dense") else spoiled(labels)
+                weights if kind in ("vectors", "dense") else [*weights[:-1], -1.0]
             ]
-
-
-def spoiled(labels: list[Any]) -> list[Any]:
-    return [*labels[:-1], [-1.0] * len(labels[-1])]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -164,7 +160,7 @@ def test_nothing_is_made_of_a_bad_step(
     def bad(reader: SequenceLogReader, cursor: Cursor) -> Iterator[Step]:
         for number, step in enumerate(read(reader, cursor), 1):
             assert reader.split != "train" or step.last == (number == 3)
-            yield nan_label(step) if reader.split == "train" and number == at else step
+            yield nan_weight(step) if reader.split == "train" and number == at else step
 
     monkeypatch.setattr(SequenceLogReader, "_steps", bad)
     monkeypatch.setattr(trainer.loop.loop, "Guard", partial(Guard, late=True))
