@@ -23,8 +23,8 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.stored import Dtype
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.tensors import TableReader
-from trainer.config.run_config import Config
 from trainer.ranks.process_group import process_group
+from trainer.run_config import Config
 from trainer.snapshot.manifest import StoredRows
 from trainer.snapshot.publishing import describe_files
 from trainer.snapshot.rows import read_rows, write_changes

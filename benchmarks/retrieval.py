@@ -25,13 +25,13 @@ from scipy.stats import rankdata
 
 from benchmarks.information import Floats, Ints, Shown, Truth, count_truths, read_shown, window_ids
 from benchmarks.models import spread
-from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.windows import first_ids
+from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 
 ENOUGH = 700  # candidates of a target category in the training split, as in DARE's code

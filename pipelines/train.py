@@ -15,11 +15,11 @@ from pipelines.start import open_start, try_out
 from pipelines.train_report import next_commands, quality
 from trainer.assemble import build_sharded
 from trainer.checkpoint import save_load as checkpoint
-from trainer.config.run_config import Config, load_config
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Position, Trainer
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config, load_config
 from trainer.run_folder import RunFolder, versions
 
 

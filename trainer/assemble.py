@@ -23,13 +23,13 @@ from embeddings.plan.request import Cluster, Task
 from trainer.checkpoint.compatible import check_same_rules
 from trainer.checkpoint.save_load import Found
 from trainer.config.model import BranchConfig, section_of
-from trainer.config.run_config import Config, build_groups
 from trainer.log.schema import FeatureInfo, LogManifest
 from trainer.model.branch import Surroundings
 from trainer.model.frame import TwoStageModel
 from trainer.model_memory import check_collision, check_dense
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config, build_groups
 from trainer.sealed_folder import voice
 from trainer.step_size import StepSize, lookups, step_size
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from embeddings.errors import ConfigError
 from trainer.config.model import section_of
-from trainer.config.run_config import Config
 from trainer.ranks.machine import memory_bytes
+from trainer.run_config import Config
 from trainer.step_size import StepSize
 
 _FLOAT = 4

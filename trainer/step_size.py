@@ -16,13 +16,13 @@ from embeddings.errors import DataError
 from embeddings.groups import TableGroup
 from embeddings.plan.traffic import Lookup
 from trainer.config.model import BranchConfig, ModelConfig
-from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
 from trainer.data.blocks import BlockLimits, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
 from trainer.log.schema import LogManifest
+from trainer.run_config import Config
 
 # Lengths of so many row groups are read: seconds at most, whatever the log's size.
 _SAMPLED = 16

@@ -15,7 +15,6 @@ from embeddings.lookup.sharding import initialise_unsharded
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import Shape, random_rows, write_log
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
-from trainer.config.run_config import Config, load_config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
@@ -25,6 +24,7 @@ from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.score import Attended
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
+from trainer.run_config import Config, load_config
 
 BEHAVIORS = 24
 GROUPS = 3

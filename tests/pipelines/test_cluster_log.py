@@ -13,7 +13,6 @@ from embeddings.errors import ConfigError, DataError
 from pipelines.cluster import behavior_vectors, cluster
 from tests.helpers.launching import tandemrec, train
 from tests.helpers.logs import Shape, random_rows, write_log
-from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, read_rows
@@ -21,6 +20,7 @@ from trainer.data.sizes import Sizes
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import read_manifest
 from trainer.model.windows import Source, windows_of
+from trainer.run_config import Config
 from trainer.snapshot import load_snapshot
 
 INFO = ClusterInfo(chunk=12, cap=4, group_by="category_id", seed=3)

@@ -11,8 +11,8 @@ from pydantic import Field
 from pipelines.config_doc import document, lines_of
 from pipelines.ingest.config import IngestConfig
 from tests.helpers.launching import ROOT
-from trainer.config.run_config import Config
 from trainer.config.toml import Settings, models_in
+from trainer.run_config import Config
 
 
 def _models(model: type[Settings], seen: set[type[Settings]]) -> Iterator[type[Settings]]:

@@ -13,10 +13,10 @@ import torch
 from embeddings.errors import ConfigError
 from tests.helpers.logs import small_log
 from trainer.assemble import build_sharded, build_trainable, cluster_of
-from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
 from trainer.model_memory import check_collision
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import load_config
 from trainer.step_size import StepSize
 
 CONFIGS = Path(__file__).parents[2] / "configs"

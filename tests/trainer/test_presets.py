@@ -15,12 +15,12 @@ from tests.helpers.launching import ROOT, launched
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.programs.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
-from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.quality.evaluate import score_split
 from trainer.quality.scored import Scored
+from trainer.run_config import Config
 
 # twin_v2 needs a clustered log and has tests of its own.
 PRESETS = sorted(

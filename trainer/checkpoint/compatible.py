@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.errors import ConfigError
-from trainer.config.run_config import Config
 from trainer.log.schema import LogManifest
+from trainer.run_config import Config
 
 # Another value of these would make a position inside an epoch mean other blocks.
 _ORDER = (

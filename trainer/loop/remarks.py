@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 
 from embeddings.groups import TableGroup
 from trainer.config.model import BranchConfig, ModelConfig
-from trainer.config.run_config import Config
 from trainer.config.toml import Settings
 from trainer.log.schema import LogManifest
+from trainer.run_config import Config
 
 _SPLITS = ("train", "validation", "test")
 # Who lacks a feature of a side.

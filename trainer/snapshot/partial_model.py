@@ -18,12 +18,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.groups import TableGroup
 from embeddings.lookup.sharding import table_of
 from trainer.assemble import build_sharded
-from trainer.config.run_config import Config
 from trainer.config.tables import TableConfig
 from trainer.data.batch import RequestBatch
 from trainer.log.schema import LogManifest
 from trainer.model.windows import Kept
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embeddings.groups import TableGroup
 from trainer.config.model import BranchConfig
-from trainer.config.run_config import Config
+from trainer.run_config import Config
 from trainer.snapshot.manifest import SearchPart
 
 

@@ -13,13 +13,13 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embeddings.errors import DataError
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
-from trainer.config.run_config import Config
 from trainer.config.sections import TrainConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Step
 from trainer.model.border import Cut
 from trainer.model.frame import Prediction, TwoStageModel
 from trainer.objectives.bce import loss_sum, rank_loss
+from trainer.run_config import Config
 from trainer.update.guard import Checked, Gradients, Guard, dense_norm
 
 

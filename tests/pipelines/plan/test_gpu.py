@@ -40,9 +40,9 @@ from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import small_log
 from trainer.assemble import cluster_of, plan_task
 from trainer.checkpoint.compatible import check_resumable, check_same_rules, log_fingerprint
-from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import load_config
 from trainer.step_size import step_size
 
 GB = 10**9

@@ -18,7 +18,7 @@ from tests.helpers.launching import ROOT, SETTINGS, losses, overrides, tandemrec
 from tests.helpers.logs import small_log
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_rules
 from trainer.checkpoint.files import newest, read_state
-from trainer.config.run_config import Config, load_config
+from trainer.run_config import Config, load_config
 
 DARE = Path(__file__).parents[3] / "configs" / "dare.toml"
 

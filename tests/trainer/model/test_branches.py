@@ -21,10 +21,10 @@ from tests.helpers.models import (
     watch,
     with_ids,
 )
-from trainer.config.run_config import load_config
 from trainer.data.batch import RequestBatch
 from trainer.model.frame import TwoStageModel
 from trainer.model.retrieve.search import HammingSearch
+from trainer.run_config import load_config
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from tests.programs.preset_steps import small_config
 from tests.trainer.model.retrieve.test_search import walk
 from tests.trainer.serving.test_scorer import clustered
 from tests.trainer.test_presets import PRESETS, model_of
-from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import cluster_history
 from trainer.log.schema import ClusterInfo
@@ -40,6 +39,7 @@ from trainer.model.retrieve.search import (
 )
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Kept, Windows
+from trainer.run_config import Config
 from trainer.serving.window_search import WindowSearch
 
 

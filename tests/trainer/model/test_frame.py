@@ -16,11 +16,11 @@ from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.sharding import initialise_unsharded
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from trainer.assemble import build_model
-from trainer.config.run_config import Config, build_groups
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.bce import loss_sum, rank_loss
+from trainer.run_config import Config, build_groups
 
 DARE = {"attention": {"dim": 4, "init_scale": 1.0}, "representation": {"dim": 8, "init_scale": 1.0}}
 TWIN = {"shared": {"dim": 4, "init_scale": 1.0}}

@@ -18,7 +18,6 @@ from tests.helpers.launching import ROOT
 from tests.helpers.logs import Row, Shape, enrich, random_rows, write_log
 from tests.helpers.models import GROUPS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows, preset
 from tests.helpers.serving import bodies, model_body, reference, rows_of, snapshot_of, stream
-from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import FeatureInfo, read_manifest
@@ -26,6 +25,7 @@ from trainer.log.writer import write_manifest
 from trainer.model.retrieve.score import DotScorer, MlpScorer, Scorer
 from trainer.model.retrieve.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
+from trainer.run_config import Config
 from trainer.serving.arrow_body import read_arrow, write_arrow
 from trainer.serving.asked import Limits, Request
 from trainer.serving.checks import newest
