@@ -134,7 +134,7 @@ bench: $(VENV)/.installed-bench ## after `make train`: all benchmarks on this ma
 	python -m benchmarks.refresh --log "$(LOG)"
 
 docs: install ## docs/config.md, every key of the configurations, from the code
-	python -m pipelines.config_doc docs/config.md
+	python -m docs.tools.config_page
 
 pins: ## whether all pinned releases are there for Linux and Python 3.11 and 3.12 (needs uv)
 	bash requirements/check.sh

@@ -23,7 +23,12 @@ from trainer.config.mistakes import words_of
 
 
 class Settings(BaseModel):
-    """Base of every config section: immutable, and no key that the code does not know."""
+    """Base of every config section: it is immutable, and an unknown key is an error.
+
+    A docstring under each field says what the key means. `docs/tools/config_page.py` reads these docstrings
+    from the source. pydantic could keep them (`use_attribute_docstrings`), but then importing the sections
+    takes twice as long in every process.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,18 +1,21 @@
-"""`make docs`: docs/config.md, every key of both configurations with its default, from the settings models.
+"""Writes docs/config.md: every key of both configurations, with its default, its values and its meaning.
 
-A key's line comes from its class: the docstring's `Attributes:` say what a key is.
+The meaning of a key is the docstring under its field. `make docs` runs this before it builds the site.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
-import sys
+import textwrap
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipelines.ingest.config import IngestConfig
@@ -21,15 +24,16 @@ from trainer.run_config import Config
 
 _HEAD = """# Configuration: every key
 
-Made by `make docs` from the settings models. Each key can be set in a TOML file, or by
-`--set section.key=value`. A file may start from another one: `extends = "other.toml"`, a path beside it, over
-whose values its own win. Unknown keys are errors. configs/ holds ready files, and other pages explain what
-keys do: [training.md](training.md), [models.md](models.md), [tables.md](tables.md),
+`make docs` writes this page from the settings models. Each key can be set in a TOML file, or by
+`--set section.key=value`. A file may start from another file: `extends = "other.toml"` names it by its path
+from the first one. The values of the first file win. An unknown key is an error. configs/ holds ready files.
+Other pages explain what the keys do: [training.md](training.md), [models.md](models.md), [tables.md](tables.md),
 [checkpoints.md](checkpoints.md), [plan.md](plan.md), [ingest.md](ingest.md).
 
-`tandemrec --install-completion` has the shell complete verbs and options.
+After `tandemrec --install-completion` the shell completes verbs and options.
 """
-_FILES: tuple[tuple[str, str, type[Settings]], ...] = (
+PAGE = Path(__file__).resolve().parents[1] / "config.md"
+_MODELS: tuple[tuple[str, str, type[Settings]], ...] = (
     ("Training", "For `tandemrec train`, `plan` and `bench`.", Config),
     ("Ingest", "For `tandemrec ingest`.", IngestConfig),
 )
@@ -42,20 +46,46 @@ _WORDS = {"integer": "integer", "number": "number", "boolean": "`true`, `false`"
 def document() -> str:
     """The whole page."""
     parts = [_HEAD]
-    for title, what, model in _FILES:
+    for title, what, model in _MODELS:
         parts += [f"\n## {title}\n\n{what}\n", *_sections("", "", model)]
     return "".join(parts)
 
 
-def lines_of(model: type[Settings]) -> dict[str, str]:
-    """Key -> its line, from the `Attributes:` of the class and of those it is made from."""
-    found: dict[str, str] = {}
+def texts_of(model: type[Settings]) -> dict[str, str]:
+    """Key -> the docstring that stands under it in its class, or in one that its class is made from.
+
+    They are read from the source here: pydantic's `use_attribute_docstrings` does the same, but in every
+    process that imports the settings, which then takes twice as long.
+    """
+    texts: dict[str, str] = {}
     for kind in reversed(model.__mro__):
-        if issubclass(kind, Settings) and kind.__doc__:
-            _, _, block = inspect.cleandoc(kind.__doc__).partition("\nAttributes:\n")
-            for entry in _entries(block):
-                found |= _named(entry, model.model_fields)
-    return found
+        if issubclass(kind, Settings) and kind is not Settings:
+            texts |= _old_texts(kind, model.model_fields) | _docstrings(kind)
+    return texts
+
+
+def _docstrings(kind: type[Settings]) -> dict[str, str]:
+    """Name -> docstring, in one line, of each annotated name in the body of a class."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for field, text in pairwise(body.body):
+        match field, text:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(docstring))),
+            ):
+                texts[name] = " ".join(docstring.split())
+    return texts
+
+
+def _old_texts(kind: type[Settings], fields: Mapping[str, FieldInfo]) -> dict[str, str]:
+    """The same from an `Attributes:` block of the class's own docstring, as sections not yet rewritten have."""
+    texts: dict[str, str] = {}
+    _, _, block = inspect.cleandoc(kind.__doc__ or "").partition("\nAttributes:\n")
+    for entry in _entries(block):
+        texts |= _named(entry, fields)
+    return texts
 
 
 def _entries(block: str) -> Iterator[str]:
@@ -85,7 +115,7 @@ def _named(entry: str, fields: Mapping[str, FieldInfo]) -> dict[str, str]:
 
 def _sections(path: str, heading: str, model: type[Settings]) -> Iterator[str]:
     """The tables of a model and of all below it."""
-    lines, schema, rows, below = lines_of(model), model.model_json_schema(), [], []
+    texts, schema, rows, below = texts_of(model), model.model_json_schema(), [], []
     for key, field in model.model_fields.items():
         inner = next(models_in(field.annotation), None)
         if inner is not None and issubclass(inner, Settings):
@@ -93,11 +123,12 @@ def _sections(path: str, heading: str, model: type[Settings]) -> Iterator[str]:
             if not path:
                 continue
         default, values = _default(field), _values(schema["properties"][key])
-        rows.append(f"| `{key}` | {default} | {values} | {_cell(lines.get(key, ''))} |")
+        meaning = texts.get(key) or (_summary(inner) if inner is not None else "")
+        rows.append(f"| `{key}` | {default} | {values} | {_cell(meaning)} |")
     if heading:
         yield f"\n### {heading}\n\n{_about(model)}\n"
     if rows:
-        yield "\n| key | default | values | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+        yield "\n| key | default | values | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     for place, inner in below:
         if issubclass(model, inner):
             # Branches of [model] have the keys of its own first part.
@@ -119,6 +150,11 @@ def _about(model: type[Settings]) -> str:
     """What a class says before its `Attributes:`."""
     text, _, _ = inspect.cleandoc(model.__doc__ or "").partition("\nAttributes:\n")
     return text.strip()
+
+
+def _summary(model: type[BaseModel]) -> str:
+    """The first paragraph of a class's docstring, in one line."""
+    return " ".join(inspect.cleandoc(model.__doc__ or "").partition("\n\n")[0].split())
 
 
 def _default(field: FieldInfo) -> str:
@@ -167,4 +203,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(document(), encoding="utf-8")
+    PAGE.write_text(document(), encoding="utf-8")

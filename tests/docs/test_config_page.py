@@ -8,11 +8,10 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from pipelines.config_doc import document, lines_of
+from docs.tools.config_page import PAGE, document, texts_of
 from pipelines.ingest.config import IngestConfig
-from tests.helpers.launching import ROOT
-from trainer.config.toml import Settings, models_in
 from trainer.run_config import Config
+from trainer.config.toml import Settings, models_in
 
 
 def _models(model: type[Settings], seen: set[type[Settings]]) -> Iterator[type[Settings]]:
@@ -30,22 +29,23 @@ MODELS = [*_models(Config, set()), *_models(IngestConfig, set())]
 
 
 def test_the_page_is_what_the_models_say() -> None:
-    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == document(), "run `make docs`"
+    mend = "docs/config.md is stale: run `python -m docs.tools.config_page`, or `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == document(), mend
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-def test_every_key_has_a_line(model: type[Settings]) -> None:
-    """A key that is a section of its own is told of by its class."""
-    lines = lines_of(model)
-    told = {key for key, field in model.model_fields.items() if any(models_in(field.annotation))}
-    missing = [key for key in model.model_fields if key not in told and not lines.get(key)]
-    assert not missing, f"say what they are in the Attributes of {model.__name__}"
+def test_every_key_has_a_text(model: type[Settings]) -> None:
+    """The docstring of a section's class says what a key is that is a section of its own."""
+    texts = texts_of(model)
+    sections = {key for key, field in model.model_fields.items() if any(models_in(field.annotation))}
+    missing = [key for key in model.model_fields if key not in sections and not texts.get(key)]
+    assert not missing, f"write a docstring under these fields of {model.__name__}"
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_a_key_shares_its_line_with_none_of_another_kind(model: type[Settings]) -> None:
     """What is said of two keys at once says of neither which of the two it is."""
-    lines = lines_of(model)
+    lines = texts_of(model)
     shared = {key for key in lines if list(lines.values()).count(lines[key]) > 1}
     assert shared <= {"warmup", "warmup_steps", "decay"}, "give each its own line in the Attributes"
 
@@ -71,7 +71,7 @@ class _Small(Settings):
 
 def test_lines_are_taken_from_attributes() -> None:
     both = "two lines. And so on"
-    found = lines_of(_Small)
+    found = texts_of(_Small)
     assert found == {"a": "the first: `x` or `y`; not more", "b": both, "c": both, "choice": "of two"}
 
 
