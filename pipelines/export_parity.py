@@ -12,14 +12,11 @@ from torch import Tensor
 
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.model.windows import Kept
+from trainer.model.windows import Selection
 from trainer.quality.evaluate import score_requests
 from trainer.quality.metrics import auc, number
 from trainer.snapshot import Snapshot
 from trainer.snapshot.partial_model import TouchedModel
-
-# Searches that scores decide; the others keep the same behaviors whatever the tables hold.
-_BY_SCORE = ("dot", "soft", "simhash")
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,9 @@ class Parity:
 
 def compare(trainer: TouchedModel, snapshot: Snapshot, reader: SequenceLogReader, limit: int) -> Parity:
     """Score the first `limit` requests of a split with both."""
-    searches = snapshot.manifest.config.model.all_branches()
-    counts = {name: [0, 0] for name, branch in searches.items() if branch.search in _BY_SCORE}
+    branches = snapshot.manifest.config.model.all_branches()
+    # The other searches keep the same behaviors whatever the tables hold.
+    counts = {name: [0, 0] for name, branch in branches.items() if branch.search_kind.by_score}
 
     def by_trainer(batch: RequestBatch) -> Tensor:
         _count(counts, trainer, snapshot, batch)
@@ -98,7 +96,7 @@ def _count(
         count[1] += chosen.numel()
 
 
-def _chosen(kept: Kept) -> Tensor:
+def _chosen(kept: Selection) -> Tensor:
     """The kept behaviors as numbers that no two pairs of candidate and behavior share."""
     candidate = torch.arange(kept.index.shape[0], device=kept.index.device)[:, None]
     pairs: Tensor = (candidate * (1 << 32) + kept.index)[kept.mask]

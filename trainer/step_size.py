@@ -15,13 +15,13 @@ from pathlib import Path
 from embeddings.errors import DataError
 from embeddings.groups import TableGroup
 from embeddings.plan.traffic import Lookup
-from trainer.config.model import BranchConfig, ModelConfig
 from trainer.config.sections import DataConfig
 from trainer.data.blocks import BlockLimits, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
 from trainer.log.schema import LogManifest
+from trainer.model.settings import BranchConfig, ModelConfig
 from trainer.run_config import Config
 
 # Lengths of so many row groups are read: seconds at most, whatever the log's size.
@@ -142,19 +142,19 @@ def _groups_looked_up(config: ModelConfig, lookup: str) -> tuple[set[str], set[s
 
 
 def _missed(branch: BranchConfig, behaviors: float, candidates: int, size: StepSize) -> float:
-    """The share of a block's behaviors that a branch does not keep."""
-    if branch.search == "all" or branch.sequence in ("collision", "sasrec"):
+    """The share of a block's behaviors that a branch is not expected to keep."""
+    if not branch.searches:
         return 0.0
-    if branch.search == "recent":
-        return float(max(0.0, 1 - branch.k * size.requests / max(size.behaviors, 1)))
-    return float((1 - min(1.0, branch.k / behaviors)) ** candidates)
+    requests = size.requests / max(size.behaviors, 1)
+    return branch.search_kind.missed_share(branch, behaviors, candidates, requests)
 
 
 def _most(branch: BranchConfig, behaviors: float, candidates: int, size: StepSize) -> float:
     """The share of a block's behaviors that a branch keeps at most."""
-    if branch.search == "recent" or not _missed(branch, behaviors, candidates, size):
-        return 1 - _missed(branch, behaviors, candidates, size)
-    return min(1.0, candidates * branch.k / behaviors)
+    if not branch.searches:
+        return 1.0
+    requests = size.requests / max(size.behaviors, 1)
+    return branch.search_kind.most_share(branch, behaviors, candidates, requests)
 
 
 def _row_groups(log: Path, manifest: LogManifest) -> list[RowGroup]:

@@ -120,7 +120,7 @@ def test_padding_has_no_weight_and_nothing_is_kept_twice(preset: str, log: Path)
     short = batch.window_end - batch.window_start < config.model.k
     assert short.any()
     for behaviors, weights in seen.values():
-        kept = behaviors.kept
+        kept = behaviors.selection
         if weights is not None:
             outside = ~kept.mask[:, None].expand_as(weights)
             assert outside.any() and (weights[outside] == 0).all() and (weights >= 0).all()

@@ -49,8 +49,8 @@ class BranchKeys(Settings):
     fewest differing bits of `hash_bits` (ETA); `soft`, an inner product of width `head_dim` that only the
     auxiliary loss `index` trains (SIM)"""
     clusters: bool = False
-    """search the log's clusters (`tandemrec cluster`) instead of single behaviors, with ln of their size added
-    to every score in both stages (TWIN-V2)"""
+    """search the log's clusters (`tandemrec cluster`) instead of single behaviors, with ln of their size
+    added to every score in both stages (TWIN-V2)"""
     score: Literal["dot", "mlp"] = "dot"
     """score of stage two: `dot`, or `mlp` with one hidden layer of `score_hidden` (DIN)"""
     score_hidden: Width = 36
@@ -69,7 +69,8 @@ class BranchKeys(Settings):
     level: bool = False
     """use the level at which a hard search while reading matched"""
     time: Literal["bias", "encoding"] = "bias"
-    """how position, age and level enter scores: as an additive `bias`, or as `encoding` of both vectors (TIN)"""
+    """how position, age and level enter scores: as an additive `bias`, or as `encoding` of both vectors
+    (TIN)"""
     time_in: tuple[Literal["scores", "values"], ...] = ("scores", "values")
     """stages that use position, age and level; values always use encodings"""
     time_target: Literal["shared", "target", "joint"] = "shared"

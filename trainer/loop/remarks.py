@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from embeddings.groups import TableGroup
-from trainer.config.model import BranchConfig, ModelConfig
 from trainer.config.toml import Settings
 from trainer.log.schema import LogManifest
+from trainer.model.settings import CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
 from trainer.run_config import Config
 
 _SPLITS = ("train", "validation", "test")
@@ -112,38 +112,24 @@ def _settings(config: Config) -> str:
 
 def _of_model(model: ModelConfig) -> list[str]:
     """Keys of the model that no branch looks at, where they were given another value than the default."""
-    branches = list(model.all_branches().values())
-    used = set().union(*(_used(branch) for branch in branches))
-    found = []
-    for key in ("k", "hash_bits", "hashes", "score_hidden", "head_dim", "layers", "time_dim", "time_group"):
-        if key not in used and _changed(model, key):
-            found.append(f"model.{key} = {getattr(model, key)!r}")
-    if model.head == "dot" and _changed(model, "hidden"):
-        found.append('model.hidden (model.head is "dot")')
-    if model.auxiliary == "none":
+    used = set[str]().union(*(branch.keys_with_effect() for branch in model.all_branches().values()))
+    found = [
+        f"model.{key} = {getattr(model, key)!r}"
+        for key in type(model).model_fields
+        if key in CONDITIONAL_KEYS - used and _changed(model, key)
+    ]
+    found += [
+        f'model.{key} (model.head is "{model.head}")'
+        for key in HEAD_KEYS
+        if key not in model.head_kind.keys.model_fields and _changed(model, key)
+    ]
+    if model.auxiliary_kind is None:
         found += [
-            f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "none")'
+            f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "{model.auxiliary}")'
             for key in ("auxiliary_weight", "auxiliary_hidden")
             if _changed(model, key)
         ]
     return found
-
-
-def _used(branch: BranchConfig) -> set[str]:
-    """Which of the keys above a branch looks at."""
-    marks = branch.position or branch.age or branch.level
-    searches = branch.sequence in ("attention", "stacked") and branch.search != "all"
-    uses = {
-        "k": searches or branch.search == "recent",
-        "hash_bits": branch.search == "simhash" or branch.sequence == "collision",
-        "hashes": branch.sequence == "collision",
-        "score_hidden": branch.score == "mlp",
-        "head_dim": branch.projection == "heads" or branch.search == "soft",
-        "layers": branch.sequence in ("stacked", "sasrec"),
-        "time_dim": branch.time_target == "target" and branch.time == "bias" and marks,
-        "time_group": branch.time_target != "shared" or branch.sequence == "sasrec",
-    }
-    return {key for key, used in uses.items() if used}
 
 
 def _of_rest(config: Config) -> list[str]:

@@ -259,7 +259,7 @@ def _kept(
 
     `skipped`: of each candidate's request, behaviors that were sent before those it holds.
     """
-    kept = behaviors.kept
+    kept = behaviors.selection
     place = batch.features[_PLACE].values()
     weight = weight_CHK.mean(1).masked_fill(~kept.mask, -torch.inf)
     best = weight.topk(min(MOST_EXPLAINED, weight.shape[1]), dim=1)

@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from embeddings.groups import TableGroup
-from trainer.config.model import BranchConfig
+from trainer.model.settings import BranchConfig
 from trainer.run_config import Config
 from trainer.snapshot.manifest import SearchPart
 
@@ -58,7 +58,7 @@ def search_parts(
         summed = _mixes(settings)
         keys = [part.dim for part in parts if part.side == "key"]
         width = keys[0] if summed else sum(keys)
-        heads = 1 if settings.search == "soft" else settings.heads
+        heads = 1 if settings.search_kind.own_scorer else settings.heads
         scale = max(width // heads, 1) ** -0.5
         found[name] = SearchPart(combine="sum" if summed else "concat", heads=heads, scale=scale), parts
     return found
@@ -66,22 +66,10 @@ def search_parts(
 
 def _why_none(settings: BranchConfig) -> str:
     """Why stage one of a branch is no maximum inner product over stored vectors; empty if it is."""
-    kind = f'search = "{settings.search}"'
-    reasons = {
-        f'sequence = "{settings.sequence}" searches nothing': settings.sequence in ("collision", "sasrec"),
-        f"{kind} takes the newest behaviors, whatever they are": settings.search == "recent",
-        f"{kind} keeps everything": settings.search == "all",
-        f"{kind} compares ids": settings.search == "hard",
-        f"{kind} compares bits of codes of whole behaviors, which are no sum over features": (
-            settings.search == "simhash"
-        ),
-        'score = "mlp" is no dot product': settings.score == "mlp" and settings.search == "dot",
-        'time = "encoding" enters the vectors themselves': (
-            settings.time == "encoding" and settings.search == "dot" and "scores" in settings.time_in
-        ),
-        "it attends to no feature": settings.attend == (),
-    }
-    return next((reason for reason, found in reasons.items() if found), "")
+    if not settings.searches:
+        return f'sequence = "{settings.sequence}" searches nothing'
+    obstacle = settings.search_kind.export_obstacle(settings)
+    return obstacle or ("it attends to no feature" if settings.attend == () else "")
 
 
 def _why_summed(settings: BranchConfig, groups: Mapping[str, TableGroup]) -> str:
@@ -93,7 +81,7 @@ def _why_summed(settings: BranchConfig, groups: Mapping[str, TableGroup]) -> str
 
 def _mixes(settings: BranchConfig) -> bool:
     """Whether one projection takes all features together."""
-    return settings.search == "soft" or settings.projection == "heads"
+    return bool(settings.search_kind.own_scorer) or settings.projection == "heads"
 
 
 def _attended(settings: BranchConfig, group: TableGroup) -> list[str]:
@@ -111,7 +99,7 @@ def _projection(
     group = groups[settings.roles.attention_behavior]
     features = _attended(settings, group)
     if _mixes(settings):
-        owner = "search.index" if settings.search == "soft" else "scorer"
+        owner = settings.search_kind.own_scorer or "scorer"
         widths = {table.feature: table.dim for table in group.tables}
         whole = dense[f"{branch}.{owner}.{side}.weight"]
         return [part.T for part in whole.split([widths[feature] for feature in features], dim=1)]

@@ -216,9 +216,9 @@ def test_g1_scores_train_attention_tables_only_and_values_representation_tables_
         return model
 
     def detach_scores(model: TwoStageModel) -> None:
-        main = model.branches["main"]
-        weights = main.weights
-        main.weights = lambda score, mask: weights(score, mask).detach()
+        scorer = model.branches["main"].scorer
+        of_kept = scorer.of_kept
+        scorer.of_kept = lambda vectors, kept: of_kept(vectors, kept).detach()
 
     def detach_values(model: TwoStageModel) -> None:
         def detached(_: object, given: tuple) -> tuple:  # type: ignore[type-arg]

@@ -19,11 +19,11 @@ from trainer.model.ops.bags import dots, rows_at
 from trainer.model.ops.precision import full, in_single_precision
 from trainer.model.ops.tiling import tiling_of
 from trainer.model.time import TimeBias, TimeEncoding
-from trainer.model.windows import Kept, Slots, Windows
+from trainer.model.windows import Selection, Slots, Windows
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttentionVectors:
     """The attention vectors of a batch, before any scorer.
 
     Attributes:
@@ -37,7 +37,7 @@ class Attended:
     group_C: Tensor
     cross_N: Tensor | None = None
 
-    def in_full(self) -> Attended:
+    def in_full(self) -> AttentionVectors:
         """In single precision, where autocast halved the vectors."""
         return replace(self, query_CD=full(self.query_CD), key_ND=full(self.key_ND))
 
@@ -55,15 +55,15 @@ class Scorer(nn.Module):
         super().__init__()
         self.bias = bias
 
-    def encode(self, vectors: Attended) -> Attended:
+    def encode(self, vectors: AttentionVectors) -> AttentionVectors:
         """Whatever is computed once for the batch; what the other methods are given."""
         return vectors
 
-    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+    def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """Scores of whole windows, float32 [C, H, X]; -inf where the window holds nothing."""
         raise NotImplementedError
 
-    def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+    def of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         """Scores of kept behaviors, float32 [C, H, K]; undefined where `kept.mask` is False."""
         raise NotImplementedError
 
@@ -72,13 +72,13 @@ class Scorer(nn.Module):
         """Whether what is added to a window's scores is the same for all its candidates."""
         return self.bias is None or not self.bias.of_target
 
-    def window_bias(self, vectors: Attended, windows: Windows) -> Tensor | None:
+    def window_bias(self, vectors: AttentionVectors, windows: Windows) -> Tensor | None:
         """What is added to a window's columns for every candidate: [W, X], or None where that is nothing."""
         if self.bias is None and vectors.cross_N is None and windows.log_size is None:
             return None
         return self._window_bias(vectors, windows)
 
-    def _window_bias(self, vectors: Attended, windows: Windows) -> Tensor:
+    def _window_bias(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """The same, with -inf where the window holds nothing."""
         bias = None
         if self.bias is not None and not self.bias.of_target:
@@ -86,19 +86,19 @@ class Scorer(nn.Module):
         added = self._besides(vectors, windows, bias)
         return added.masked_fill(~windows.mask, -torch.inf)
 
-    def _target_bias(self, vectors: Attended, windows: Windows) -> Tensor | None:
+    def _target_bias(self, vectors: AttentionVectors, windows: Windows) -> Tensor | None:
         """What is added besides for each candidate: [C, X], or None."""
         if self.bias is None or not self.bias.of_target:
             return None
         bias: Tensor = self.bias(windows.of_candidates().marks, vectors.group_C)
         return bias
 
-    def _kept_bias(self, vectors: Attended, kept: Kept) -> Tensor:
+    def _kept_bias(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         bias = None if self.bias is None else self.bias(kept.marks, vectors.group_C)
         return self._besides(vectors, kept, bias)
 
     @staticmethod
-    def _besides(vectors: Attended, found: Windows | Kept, bias: Tensor | None) -> Tensor:
+    def _besides(vectors: AttentionVectors, found: Windows | Selection, bias: Tensor | None) -> Tensor:
         """The bias of marks, scores of cross features and ln of clusters' sizes, as far as there are any."""
         added = torch.zeros(found.index.shape, device=found.index.device) if bias is None else bias
         if vectors.cross_N is not None:
@@ -130,21 +130,21 @@ class DotScorer(Scorer):
     def shares_bias(self) -> bool:
         return self.encoding is None and super().shares_bias
 
-    def encode(self, vectors: Attended) -> Attended:
+    def encode(self, vectors: AttentionVectors) -> AttentionVectors:
         query, key = vectors.query_CD, vectors.key_ND
         if self.encoding is not None:
             query = self.encoding.target(query, vectors.group_C)
         if self.query is not None and self.key is not None:
             query, key = self.query(query), self.key(key)
         scale = max(query.shape[1] // self.heads, 1) ** -0.5
-        return Attended(query * scale, key, vectors.group_C, vectors.cross_N)
+        return AttentionVectors(query * scale, key, vectors.group_C, vectors.cross_N)
 
-    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+    def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """One batched product a head for all windows: the cost follows C x L, whatever a block holds."""
         with in_single_precision(vectors.key_ND.device):
             return self._over_windows(vectors.in_full(), windows)
 
-    def _over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+    def _over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         slots = windows.slots
         bias = self._window_bias(vectors, windows)[:, None, :]
         beside = self._beside(vectors, windows)
@@ -158,11 +158,11 @@ class DotScorer(Scorer):
             found.append(score if beside is None else score + beside)
         return found[0][:, None] if self.heads == 1 else torch.stack(found, dim=1)
 
-    def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+    def of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         with in_single_precision(vectors.key_ND.device):
             return self._of_kept(vectors.in_full(), kept)
 
-    def _of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+    def _of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         bias = self._kept_bias(vectors, kept)
         if self.encoding is not None:
             bias = bias + self.encoding.scores(vectors.query_CD, kept.marks, vectors.group_C)
@@ -176,7 +176,7 @@ class DotScorer(Scorer):
         score_CHK = dots(query, key, index_CHK.flatten(0, 1)).view(index_CHK.shape)
         return score_CHK + bias[:, None]
 
-    def _beside(self, vectors: Attended, windows: Windows) -> Tensor | None:
+    def _beside(self, vectors: AttentionVectors, windows: Windows) -> Tensor | None:
         bias = self._target_bias(vectors, windows)
         if self.encoding is not None:
             marks = windows.of_candidates().marks
@@ -200,7 +200,7 @@ class MlpScorer(Scorer):
         self.last = nn.Linear(hidden, 1)
         self.width = width
 
-    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+    def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """A few windows at a time, as many as the `Tiling` of the device has room for.
 
         Keys are multiplied once for all candidates of their window. Autocast halves the layers, not what is
@@ -217,7 +217,7 @@ class MlpScorer(Scorer):
         return (score if bias is None else score + bias)[:, None]
 
     def _by_groups(
-        self, vectors: Attended, windows: Windows, groups: Sequence[slice], recompute: bool
+        self, vectors: AttentionVectors, windows: Windows, groups: Sequence[slice], recompute: bool
     ) -> Tensor:
         """Scores of the layers alone, [C, X]; `recompute`: in the backward pass, which keeps no [C, X, E]."""
         if len(groups) == 1:
@@ -243,7 +243,7 @@ class MlpScorer(Scorer):
         score_WXS = self.last(self.slope(hidden_WXSE)).squeeze(3) / self.width
         return slots.collect(score_WXS.transpose(1, 2))
 
-    def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+    def of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         # As if what a candidate keeps were a window of its own.
         each = torch.arange(kept.index.shape[0], device=kept.index.device)
         key_CKD = rows_at(vectors.key_ND, kept.index)
@@ -260,7 +260,7 @@ class MlpScorer(Scorer):
 
 
 def _cut(
-    vectors: Attended, windows: Windows, groups: Sequence[slice]
+    vectors: AttentionVectors, windows: Windows, groups: Sequence[slice]
 ) -> Iterator[tuple[Tensor, Tensor, Slots]]:
     """Queries, keys and slots of each group of windows."""
     counts = windows.host_counts
