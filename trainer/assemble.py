@@ -24,9 +24,9 @@ from trainer.checkpoint.compatible import check_same_rules
 from trainer.checkpoint.save_load import Found
 from trainer.config.model import section_of
 from trainer.log.schema import FeatureInfo, LogManifest
-from trainer.model.branch import Dimensions
 from trainer.model.frame import TwoStageModel
 from trainer.model.settings import BranchConfig
+from trainer.model.sizes import Dimensions
 from trainer.model_memory import check_dense, check_step
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks

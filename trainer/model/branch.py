@@ -9,38 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from embeddings.groups import TableGroup
 from trainer.data.batch import RequestBatch
 from trainer.model.ops.bags import rows_at
 from trainer.model.read.sequence import SequenceModel
-from trainer.model.retrieve.score import (
-    WEIGHTS,
-    AttentionVectors,
-    DotScorer,
-    FeatureProjection,
-    MlpScorer,
-    Scorer,
-    twin_projections,
-)
+from trainer.model.retrieve.score import WEIGHTS, AttentionVectors, Scorer, build_scorer
 from trainer.model.retrieve.search import Query, Retrieval, Search
 from trainer.model.settings import BranchConfig
-from trainer.model.time import AGE_BUCKETS, TimeBias, TimeEncoding
+from trainer.model.sizes import BranchSizes, Dimensions
 from trainer.model.windows import Selection, Windows, all_ids, first_ids
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """What the sizes of a model follow from besides its settings.
-
-    Attributes:
-        groups: the resolved table groups; history_length: L; levels: of the hard search while reading.
-        seed: of fixed random projections.
-    """
-
-    groups: Mapping[str, TableGroup]
-    history_length: int
-    levels: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -122,15 +98,15 @@ class Branch(nn.Module):
 
     def __init__(self, settings: BranchConfig, dimensions: Dimensions) -> None:
         super().__init__()
-        parts = BranchParts(settings, dimensions)
-        self.settings, self.columns = settings, parts.columns
+        sizes = BranchSizes(settings, settings.newest, dimensions)
+        self.settings, self.columns = settings, sizes.columns
         # Checkpoints and first weights depend on this order.
-        self.sequence = settings.sequence_kind.build(settings, parts)
+        self.sequence = settings.sequence_kind.build(settings, sizes)
         self.scorer: Scorer | None = None
         self.search: Search | None = None
         if settings.searches:
-            self.scorer = parts.scorer()
-            self.search = settings.search_kind.build(settings, parts)
+            self.scorer = build_scorer(settings, sizes)
+            self.search = settings.search_kind.build(settings, sizes)
         cross = settings.roles.cross
         self.cross = CrossBias(dimensions.groups[cross].widths()) if cross else None
 
@@ -166,82 +142,9 @@ class CrossBias(nn.Module):
         return (vector_ND * (self.compress * beta_D)).sum(1)
 
 
-class BranchParts:
-    """What a branch's settings and the model's dimensions say of its modules.
-
-    Attributes:
-        attended, width: widths of the attended features, and their sum.
-        columns: of the attended features in the attention vectors; None = all.
-        representation: the group of the behaviors' representation.
-    """
-
-    def __init__(self, settings: BranchConfig, dimensions: Dimensions) -> None:
-        self.settings, self.dimensions = settings, dimensions
-        attention = dimensions.groups[settings.roles.attention_behavior]
-        self.attended, self.columns = _attended_columns(attention, settings.attend)
-        self.width = sum(self.attended)
-        self.representation = dimensions.groups[settings.roles.representation_behavior]
-
-    def longest(self) -> int:
-        """Most behaviors of a window."""
-        return self.settings.newest or self.dimensions.history_length
-
-    def target_groups(self) -> int:
-        """G: rows of the feature that groups the targets."""
-        if not self.settings.time_group:
-            return 1
-        tables = [table for group in self.dimensions.groups.values() for table in group.tables]
-        return max(table.rows for table in tables if table.feature == self.settings.time_group)
-
-    def encoding(self) -> TimeEncoding:
-        """Time encodings of the representation."""
-        rows, width = self._mark_rows("values"), self.representation.width
-        return TimeEncoding(rows, width, self.settings.time_target, self.target_groups())
-
-    def scorer(self) -> Scorer:
-        """The scorer of both stages."""
-        settings, rows = self.settings, self._mark_rows("scores")
-        bias = encoding = None
-        if rows and settings.time == "encoding":
-            encoding = TimeEncoding(rows, self.width, settings.time_target, self.target_groups())
-        elif rows:
-            bias = TimeBias(rows, settings.time_target, self.target_groups(), settings.time_dim)
-        if settings.score == "mlp":
-            return MlpScorer(self.width, settings.score_hidden, bias)
-        query: nn.Module | None = None
-        key: nn.Module | None = None
-        if settings.projection == "feature":
-            query, key = FeatureProjection(self.attended), FeatureProjection(self.attended)
-        elif settings.projection == "heads":
-            query, key = twin_projections(self.width, settings.heads * settings.head_dim)
-        return DotScorer(query, key, settings.heads, bias, encoding)
-
-    def _mark_rows(self, stage: str) -> dict[str, int]:
-        """Sizes of the mark tables that a stage uses."""
-        settings = self.settings
-        if stage not in settings.time_in:
-            return {}
-        sizes = {"position": self.longest() + 1, "age": AGE_BUCKETS, "level": self.dimensions.levels + 1}
-        return {name: size for name, size in sizes.items() if getattr(settings, name)}
-
-
 def at_least_one_row(vector_ND: Tensor) -> Tensor:
     """A zero row where there is none, so that padding has something to point at."""
     return vector_ND if vector_ND.shape[0] else F.pad(vector_ND, (0, 0, 0, 1))
-
-
-def _attended_columns(
-    group: TableGroup, attend: tuple[str, ...] | None
-) -> tuple[tuple[int, ...], list[slice] | None]:
-    """Widths and columns of the attended features in a group's vector; None = all columns."""
-    if attend is None:
-        return group.widths(), None
-    begin, columns = 0, {}
-    for table in group.tables:
-        columns[table.feature] = slice(begin, begin + table.dim)
-        begin += table.dim
-    chosen = [columns[feature] for feature in attend]
-    return tuple(part.stop - part.start for part in chosen), chosen
 
 
 def _select(vector_ND: Tensor, columns: list[slice]) -> Tensor:

@@ -21,10 +21,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.lookup.jagged import select_bags
 from trainer.data.batch import RequestBatch
 from trainer.model.border import Lookups
-from trainer.model.branch import Branch, Dimensions, at_least_one_row
+from trainer.model.branch import Branch, at_least_one_row
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.search import Retrieval
 from trainer.model.settings import ModelConfig
+from trainer.model.sizes import Dimensions
 from trainer.model.union import most_kept, padded_union, union_of
 from trainer.model.windows import Selection, Windows, windows_of
 

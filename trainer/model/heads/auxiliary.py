@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from trainer.model.heads.mlp import MlpHead
 from trainer.model.read.sequence import Behaviors
 from trainer.model.windows import pooled_windows
-
-if TYPE_CHECKING:
-    from trainer.model.branch import Branch
 
 
 class Auxiliary(nn.Module):
@@ -36,11 +33,16 @@ class Auxiliary(nn.Module):
         """What is wrong with a model that has this loss; empty if nothing is."""
         return ""
 
-    def parts(self, branch: Branch, behaviors: Behaviors) -> list[Tensor]:
-        """What the head is given; `behaviors`: the whole window of every candidate."""
+    def parts(self, branch: Any, behaviors: Behaviors) -> list[Tensor]:
+        """What the head is given.
+
+        Args:
+            branch: the main `trainer.model.branch.Branch`, which stands above this module.
+            behaviors: the whole window of every candidate.
+        """
         raise NotImplementedError
 
-    def forward(self, branch: Branch, behaviors: Behaviors) -> Tensor:
+    def forward(self, branch: Any, behaviors: Behaviors) -> Tensor:
         """-> logits [C, T]; `branch`: the main one, and what it read."""
         logits: Tensor = self.head(self.parts(branch, behaviors.with_whole_windows()))
         return logits
@@ -58,7 +60,7 @@ class SoftmaxLoss(Auxiliary):
         fits = model.sequence == "attention" and model.heads == 1
         return "" if fits else 'auxiliary = "softmax" needs sequence = "attention" with one head'
 
-    def parts(self, branch: Branch, behaviors: Behaviors) -> list[Tensor]:
+    def parts(self, branch: Any, behaviors: Behaviors) -> list[Tensor]:
         weight_CHX = branch.retriever.weigh(behaviors.retrieval)
         parts: list[Tensor] = branch.sequence(behaviors, weight_CHX)
         return parts
@@ -79,7 +81,7 @@ class IndexLoss(Auxiliary):
         fits = model.search_kind.auxiliary == "index"
         return "" if fits else 'auxiliary = "index" goes with search = "soft", and search = "soft" with it'
 
-    def parts(self, branch: Branch, behaviors: Behaviors) -> list[Tensor]:
+    def parts(self, branch: Any, behaviors: Behaviors) -> list[Tensor]:
         index: Any = branch.search
         retrieval, windows = behaviors.retrieval, behaviors.windows
         score_CX = index.index.over_windows(index.index.encode(retrieval.raw), windows)[:, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -12,9 +12,7 @@ from torch.nn import functional as F
 from trainer.config.model import BranchKeys
 from trainer.model.ops.signs import random_planes, sign_bits
 from trainer.model.read.sequence import Behaviors, TargetPooling
-
-if TYPE_CHECKING:
-    from trainer.model.branch import BranchParts
+from trainer.model.sizes import BranchSizes
 
 # Most buckets of one window: a number for each bucket and each of 500 behaviors takes 131 MB.
 _BUCKETS, _MOST_BITS = 65_536, 12
@@ -68,13 +66,13 @@ class HashCollision(TargetPooling):
     planes: Tensor
 
     @classmethod
-    def build(cls, settings: Any, parts: BranchParts) -> HashCollision:
+    def build(cls, settings: Any, sizes: BranchSizes) -> HashCollision:
         return cls(
-            parts.representation.width,
-            parts.width,
+            sizes.representation.width,
+            sizes.width,
             settings.hashes,
             settings.hash_bits,
-            parts.dimensions.seed,
+            sizes.seed,
             target_aware=settings.target_aware,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import model_validator
@@ -11,10 +11,8 @@ from torch.nn import functional as F
 
 from trainer.config.model import BranchKeys
 from trainer.model.read.sequence import Behaviors, SequenceModel
+from trainer.model.sizes import BranchSizes
 from trainer.model.windows import Selection
-
-if TYPE_CHECKING:
-    from trainer.model.branch import BranchParts
 
 
 class SasrecKeys(BranchKeys):
@@ -45,9 +43,9 @@ class TargetDecoupledSasrec(SequenceModel):
     two_towers = True
 
     @classmethod
-    def build(cls, settings: Any, parts: BranchParts) -> TargetDecoupledSasrec:
-        width = parts.representation.width
-        return cls(width, parts.longest(), parts.target_groups(), settings.layers, settings.heads)
+    def build(cls, settings: Any, sizes: BranchSizes) -> TargetDecoupledSasrec:
+        width = sizes.representation.width
+        return cls(width, sizes.longest, sizes.target_groups(), settings.layers, settings.heads)
 
     @classmethod
     def width_problem(cls, settings: Any, width: int) -> str:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from trainer.config.model import BranchKeys
 from trainer.model.retrieve.search import Retrieval
+from trainer.model.sizes import BranchSizes
 from trainer.model.windows import Selection, Windows
-
-if TYPE_CHECKING:
-    from trainer.model.branch import BranchParts
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,8 @@ class SequenceModel(nn.Module):
     two_towers: ClassVar[bool] = False
 
     @classmethod
-    def build(cls, settings: Any, parts: BranchParts) -> SequenceModel:
-        """The sequence model of a branch; `parts` knows widths, time encodings and the seed."""
+    def build(cls, settings: Any, sizes: BranchSizes) -> SequenceModel:
+        """The sequence model of a branch; `sizes` knows widths, time encodings and the seed."""
         raise NotImplementedError
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import model_validator
 from torch import Tensor, nn
@@ -11,10 +11,8 @@ from torch.nn import functional as F
 from trainer.config.model import BranchKeys
 from trainer.model.read.sequence import Behaviors, SequenceModel
 from trainer.model.retrieve.score import softmax_weights
+from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
-
-if TYPE_CHECKING:
-    from trainer.model.branch import BranchParts
 
 
 class StackedKeys(BranchKeys):
@@ -42,8 +40,8 @@ class StackedTin(SequenceModel):
     uses = frozenset({"layers"})
 
     @classmethod
-    def build(cls, settings: Any, parts: BranchParts) -> StackedTin:
-        return cls(parts.representation.width, parts.encoding(), settings.layers)
+    def build(cls, settings: Any, sizes: BranchSizes) -> StackedTin:
+        return cls(sizes.representation.width, sizes.encoding(), settings.layers)
 
     def __init__(self, width: int, time: TimeEncoding, layers: int) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ from torch.nn import functional as F
 from trainer.model.ops.bags import weighted_bags
 from trainer.model.read.sequence import Behaviors, TargetPooling
 from trainer.model.retrieve.score import FeatureProjection
+from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
 from trainer.model.windows import pooled_windows
-
-if TYPE_CHECKING:
-    from trainer.model.branch import BranchParts
 
 
 class TargetAttention(TargetPooling):
@@ -34,14 +32,14 @@ class TargetAttention(TargetPooling):
     """
 
     @classmethod
-    def build(cls, settings: Any, parts: BranchParts) -> TargetAttention:
+    def build(cls, settings: Any, sizes: BranchSizes) -> TargetAttention:
         target = value = None
         if settings.projection == "feature":
-            widths = parts.representation.widths()
+            widths = sizes.representation.widths()
             target, value = FeatureProjection(widths), FeatureProjection(widths)
         return cls(
-            parts.representation.width,
-            parts.encoding(),
+            sizes.representation.width,
+            sizes.encoding(),
             target_aware=settings.target_aware,
             heads=settings.heads,
             target=target,

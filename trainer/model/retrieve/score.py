@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from trainer.config.model import BranchKeys
 from trainer.model.ops.bags import dots, rows_at
 from trainer.model.ops.precision import full, in_single_precision
 from trainer.model.ops.tiling import tiling_of
+from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Selection, Slots, Windows
 
@@ -301,6 +303,25 @@ class FeatureProjection(nn.Module):
     def forward(self, vector_ND: Tensor) -> Tensor:
         parts = vector_ND.split(self.widths, dim=1)
         return torch.cat([each(part) for each, part in zip(self.maps, parts, strict=True)], dim=1)
+
+
+def build_scorer(settings: BranchKeys, sizes: BranchSizes) -> Scorer:
+    """The scorer of both stages of a branch."""
+    rows, groups = sizes.mark_rows("scores"), sizes.target_groups()
+    bias = encoding = None
+    if rows and settings.time == "encoding":
+        encoding = TimeEncoding(rows, sizes.width, settings.time_target, groups)
+    elif rows:
+        bias = TimeBias(rows, settings.time_target, groups, settings.time_dim)
+    if settings.score == "mlp":
+        return MlpScorer(sizes.width, settings.score_hidden, bias)
+    query: nn.Module | None = None
+    key: nn.Module | None = None
+    if settings.projection == "feature":
+        query, key = FeatureProjection(sizes.attended), FeatureProjection(sizes.attended)
+    elif settings.projection == "heads":
+        query, key = twin_projections(sizes.width, settings.heads * settings.head_dim)
+    return DotScorer(query, key, settings.heads, bias, encoding)
 
 
 def softmax_weights(score: Tensor, mask: Tensor) -> Tensor:

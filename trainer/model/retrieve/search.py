@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,8 @@ from trainer.model.retrieve import window_search
 from trainer.model.retrieve.exact import PairScores
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
 from trainer.model.retrieve.slices import columns_of_slices, pays
+from trainer.model.sizes import BranchSizes
 from trainer.model.windows import Selection, Windows
-
-if TYPE_CHECKING:
-    from trainer.model.branch import BranchParts
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ class Search(nn.Module):
         self.k = k
 
     @classmethod
-    def build(cls, settings: Any, parts: BranchParts) -> Search:
-        """The search of a branch; `parts` knows widths and the seed of fixed projections."""
+    def build(cls, settings: Any, sizes: BranchSizes) -> Search:
+        """The search of a branch; `sizes` knows widths and the seed of fixed projections."""
         return cls(settings.k)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,7 @@ from torch.nn import functional as F
 
 from trainer.model.ops.signs import random_planes, sign_bits
 from trainer.model.retrieve.search import Query, Search, lowest_costs
-
-if TYPE_CHECKING:
-    from trainer.model.branch import BranchParts
+from trainer.model.sizes import BranchSizes
 
 
 class HammingSearch(Search):
@@ -37,8 +35,8 @@ class HammingSearch(Search):
         self.register_buffer("planes", random_planes(width, bits, seed))
 
     @classmethod
-    def build(cls, settings: Any, parts: BranchParts) -> HammingSearch:
-        return cls(settings.k, parts.width, settings.hash_bits, parts.dimensions.seed)
+    def build(cls, settings: Any, sizes: BranchSizes) -> HammingSearch:
+        return cls(settings.k, sizes.width, settings.hash_bits, sizes.seed)
 
     @classmethod
     def export_obstacle(cls, settings: Any) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from trainer.model.retrieve.score import DotScorer, twin_projections
 from trainer.model.retrieve.search import Query, Search, best_columns
-
-if TYPE_CHECKING:
-    from trainer.model.branch import BranchParts
+from trainer.model.sizes import BranchSizes
 
 
 class SoftSearch(Search):
@@ -28,8 +26,8 @@ class SoftSearch(Search):
         self.index = DotScorer(*twin_projections(width, dim), 1, None, None)
 
     @classmethod
-    def build(cls, settings: Any, parts: BranchParts) -> SoftSearch:
-        return cls(settings.k, parts.width, settings.head_dim)
+    def build(cls, settings: Any, sizes: BranchSizes) -> SoftSearch:
+        return cls(settings.k, sizes.width, settings.head_dim)
 
     @classmethod
     def export_obstacle(cls, settings: Any) -> str:
