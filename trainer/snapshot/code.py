@@ -93,10 +93,9 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
         sizes = ", ".join(f"{_NAMES[i]} {_shape(part)}" for i, part in enumerate(given))
         describes = f"stage two and head: {sizes} -> probabilities [candidates, tasks]"
         return _compiled(folder, "code/ranking.pt2", _Ranking(model).eval(), given, expected, describes)
-    if not model.head.compiles:
-        raise SnapshotError(
-            folder, f'--aoti compiles head = "mlp"; head = "{model.config.head}" is one product'
-        )
+    obstacle = model.head.compile_obstacle
+    if obstacle:
+        raise SnapshotError(folder, f'--aoti compiles head = "mlp"; head = "{model.config.head}" {obstacle}')
     width = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear)).in_features
     head = _Probabilities(model.head).eval()
     sample = torch.randn(7, width, generator=torch.Generator().manual_seed(0))

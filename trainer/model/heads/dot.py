@@ -18,6 +18,8 @@ class DotHead(Head):
         width: D of user and item; beside: width of what else is known of the candidate; tasks: T.
     """
 
+    compile_obstacle = "is one product"
+
     @classmethod
     def build(cls, model: Any, widths: Sequence[int], beside: int, tasks: int) -> DotHead:
         return cls(sum(widths) // 2, beside, tasks)

@@ -15,11 +15,12 @@ class Head(nn.Module):
 
     Attributes:
         keys: the settings class of a model, or a subclass of it with the keys that this head adds.
-        compiles: it is one function of the concatenated parts, which an export can compile.
+        compile_obstacle: why an export cannot compile it; empty if it is one function of the concatenated
+            parts.
     """
 
     keys: ClassVar[type[ModelKeys]] = ModelKeys
-    compiles: ClassVar[bool] = False
+    compile_obstacle: ClassVar[str] = "needs its parts one by one"
 
     @classmethod
     def build(cls, model: Any, widths: Sequence[int], beside: int, tasks: int) -> Head:

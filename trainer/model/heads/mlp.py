@@ -30,7 +30,7 @@ class MlpHead(Head):
     """
 
     keys = MlpKeys
-    compiles = True
+    compile_obstacle = ""
 
     @classmethod
     def build(cls, model: Any, widths: Sequence[int], beside: int, tasks: int) -> MlpHead:

@@ -52,6 +52,11 @@ class Behaviors:
         """Whether every candidate keeps its whole window; `place` is [W, X] then."""
         return self.retrieval.whole
 
+    @property
+    def place_CK(self) -> Tensor:
+        """`place` of what each candidate keeps, with `whole` too."""
+        return self.place[self.windows.of_candidate] if self.whole else self.place
+
     def with_whole_windows(self) -> Behaviors:
         """As if every candidate kept its whole window; all of the batch's behaviors must be looked up."""
         selection = self.windows.of_candidates()

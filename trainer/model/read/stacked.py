@@ -58,8 +58,7 @@ class StackedTin(SequenceModel):
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
         assert weight_CHK is not None
         selection, group_C = behaviors.selection, behaviors.group_C
-        place = behaviors.place[behaviors.windows.of_candidate] if behaviors.whole else behaviors.place
-        encoded_CKD = F.embedding(place, behaviors.value_SD)
+        encoded_CKD = F.embedding(behaviors.place_CK, behaviors.value_SD)
         encoded_CKD = encoded_CKD + self.time.behaviors(selection.marks, group_C)
         target_CD = self.time.target(behaviors.target_CD, group_C)
         orders = [target_CD, _weighted(weight_CHK[:, 0], encoded_CKD) * target_CD]
