@@ -151,10 +151,9 @@ def _missed(branch: BranchConfig, behaviors: float, candidates: int, size: StepS
 
 def _most(branch: BranchConfig, behaviors: float, candidates: int, size: StepSize) -> float:
     """The share of a block's behaviors that a branch keeps at most."""
-    if not branch.searches:
-        return 1.0
-    requests = size.requests / max(size.behaviors, 1)
-    return branch.search_kind.most_share(branch, behaviors, candidates, requests)
+    if not branch.searches or branch.search_kind.keeps_all:
+        return 1 - _missed(branch, behaviors, candidates, size)
+    return min(1.0, candidates * branch.k / behaviors)
 
 
 def _row_groups(log: Path, manifest: LogManifest) -> list[RowGroup]:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA, CPU, _INSIDE = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
+ROOT = Path(__file__).parents[2]
 _OURS = ("trainer", "embeddings", "pipelines")
 # The host must know a value, or the size of what comes out.
 _WAITS = {
@@ -261,10 +262,8 @@ def _line() -> str:
     """The innermost line of our code that is being run."""
     for frame in _frames():
         path = Path(frame.f_code.co_filename)
-        if "site-packages" not in path.parts:
-            for part in _OURS:
-                if part in path.parts:
-                    return f"{'/'.join(path.parts[path.parts.index(part) :])}:{frame.f_lineno}"
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in _OURS:
+            return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
     return "elsewhere"
 
 

@@ -44,10 +44,6 @@ class BranchKeys(Settings):
     k: int = Field(20, ge=1, le=10_000)
     """K, behaviors the search keeps for stage two"""
     search: str = "dot"
-    """`dot` by the score of stage two (TWIN, DARE); `all`, none (DIN, TIN; after `data.search`, all that it
-    retrieved); `recent`, the newest K; `hard`, same `match` id first, then the newest others; `simhash`,
-    fewest differing bits of `hash_bits` (ETA); `soft`, an inner product of width `head_dim` that only the
-    auxiliary loss `index` trains (SIM)"""
     clusters: bool = False
     """search the log's clusters (`tandemrec cluster`) instead of single behaviors, with ln of their size
     added to every score in both stages (TWIN-V2)"""
@@ -58,8 +54,6 @@ class BranchKeys(Settings):
     weights: Literal["softmax", "sigmoid"] = "softmax"
     """weights of the kept behaviors: `softmax`, or unnormalised `sigmoid`"""
     sequence: str = "attention"
-    """`attention`; `stacked` (Stacked TIN, `layers` orders); `collision` (SDIM, `hashes` signatures of
-    `hash_bits`; no search); `sasrec` (target-decoupled SASRec of `layers` blocks; no search)"""
     target_aware: bool = True
     """feed the product of target and pooled representation to the head (TIN, DARE)"""
     position: bool = True
@@ -103,12 +97,9 @@ class ModelKeys(Settings):
     lookup: Literal["selected", "full"] = "selected"
     """`selected` looks up representation rows of kept behaviors and candidates only, `full` of all"""
     head: str = "mlp"
-    """`mlp`, or `dot` of user and item (with `sequence = "sasrec"`)"""
     norm: Literal["layer", "batch"] = "layer"
     """norm of the head's input: `layer`, or `batch` (DARE's code)"""
     auxiliary: str = "none"
-    """a second loss, of a head on the main branch's whole window: `softmax` over it (DARE's code) or the raw
-    scores of the `index` that `search = "soft"` uses (SIM)"""
     auxiliary_weight: float = Field(1.0, gt=0)
     """weight of the auxiliary loss"""
     auxiliary_hidden: tuple[Width, ...] = (200,)

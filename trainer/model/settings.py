@@ -87,7 +87,13 @@ class BranchConfig(_BranchKeys):
     """One way through the history: search, weights, sequence model."""
 
     search: _Search = "dot"
+    """`dot` by the score of stage two (TWIN, DARE); `all`, none (DIN, TIN; after `data.search`, all that it
+    retrieved); `recent`, the newest K; `hard`, same `match` id first, then the newest others; `simhash`,
+    fewest differing bits of `hash_bits` (ETA); `soft`, an inner product of width `head_dim` that only the
+    auxiliary loss `index` trains (SIM)"""
     sequence: _Sequence = "attention"
+    """`attention`; `stacked` (Stacked TIN, `layers` orders); `collision` (SDIM, `hashes` signatures of
+    `hash_bits`; no search); `sasrec` (target-decoupled SASRec of `layers` blocks; no search)"""
 
     @property
     def search_kind(self) -> type[Search]:
@@ -141,6 +147,13 @@ class BranchConfig(_BranchKeys):
             f"clusters goes with search = {_names(SEARCHES, lambda kind: kind.takes_clusters)}": (
                 self.clusters and not self.search_kind.takes_clusters
             ),
+            self.search_kind.problem(self): True,
+            **{
+                f'{kind.ids_key} is only used by search = "{name}"': bool(getattr(self, kind.ids_key))
+                for name, kind in SEARCHES.items()
+                if kind.ids_key and name != self.search
+            },
+            self.sequence_kind.problem(self): True,
             f'time_target = "{self.time_target}" needs time_group, a feature of candidates': (
                 self.time_target != "shared" and not self.time_group
             ),
@@ -164,7 +177,10 @@ class ModelConfig(BranchConfig, _ModelKeys):
     """The two-stage model: its main branch is described by the section itself."""
 
     head: _Head = "mlp"
+    """`mlp`, or `dot` of user and item (with `sequence = "sasrec"`)"""
     auxiliary: _Auxiliary = "none"
+    """a second loss, of a head on the main branch's whole window: `softmax` over it (DARE's code) or the raw
+    scores of the `index` that `search = "soft"` uses (SIM)"""
     branches: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], BranchConfig] = Field(
         default_factory=dict
     )

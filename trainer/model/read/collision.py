@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,24 +24,6 @@ class CollisionKeys(BranchKeys):
 
     hashes: int = Field(16, ge=1, le=512)
     """signatures of `collision`"""
-
-    @model_validator(mode="after")
-    def _few_buckets(self) -> CollisionKeys:
-        if self.sequence != "collision":
-            return self
-        buckets = self.hashes << self.hash_bits
-        if self.hash_bits > _MOST_BITS:
-            raise ValueError(
-                f'sequence = "collision" keeps hash_bits at {_MOST_BITS} at most (its buckets are '
-                "2 ** hash_bits)"
-            )
-        if buckets > _BUCKETS:
-            raise ValueError(
-                f'sequence = "collision": hashes = {self.hashes} of hash_bits = {self.hash_bits} are '
-                f"{buckets:,} buckets, {buckets * _FLOAT / 1e6:,.1f} MB for every behavior of every request; "
-                f"keep hashes * 2 ** hash_bits at {_BUCKETS:,} at most"
-            )
-        return self
 
 
 class HashCollision(TargetPooling):
@@ -64,6 +46,23 @@ class HashCollision(TargetPooling):
     on_windows = True
     needs_vectors = True
     planes: Tensor
+
+    @classmethod
+    def problem(cls, settings: Any) -> str:
+        hashes, bits = settings.hashes, settings.hash_bits
+        buckets = hashes << bits
+        if bits > _MOST_BITS:
+            return (
+                f'sequence = "collision" keeps hash_bits at {_MOST_BITS} at most (its buckets are '
+                "2 ** hash_bits)"
+            )
+        if buckets <= _BUCKETS:
+            return ""
+        return (
+            f'sequence = "collision": hashes = {hashes} of hash_bits = {bits} are {buckets:,} buckets, '
+            f"{buckets * _FLOAT / 1e6:,.1f} MB for every behavior of every request; keep hashes * "
+            f"2 ** hash_bits at {_BUCKETS:,} at most"
+        )
 
     @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> HashCollision:

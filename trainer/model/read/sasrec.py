@@ -5,24 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config.model import BranchKeys
 from trainer.model.read.sequence import Behaviors, SequenceModel
 from trainer.model.sizes import BranchSizes
 from trainer.model.windows import Selection
-
-
-class SasrecKeys(BranchKeys):
-    """It adds no key, but needs one that others may leave out."""
-
-    @model_validator(mode="after")
-    def _grouped(self) -> SasrecKeys:
-        if self.sequence == "sasrec" and not self.time_group:
-            raise ValueError('sequence = "sasrec" needs time_group, the feature that groups candidates')
-        return self
 
 
 class TargetDecoupledSasrec(SequenceModel):
@@ -37,10 +25,14 @@ class TargetDecoupledSasrec(SequenceModel):
         width: D; positions: newest behaviors it sees; groups: G; layers, heads: of the shared blocks.
     """
 
-    keys = SasrecKeys
     uses = frozenset({"layers", "heads", "time_group"})
     on_windows = True
     two_towers = True
+
+    @classmethod
+    def problem(cls, settings: Any) -> str:
+        needs = 'sequence = "sasrec" needs time_group, the feature that groups candidates'
+        return "" if settings.time_group else needs
 
     @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> TargetDecoupledSasrec:

@@ -89,6 +89,11 @@ class SequenceModel(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def problem(cls, settings: Any) -> str:
+        """What is wrong with a branch that has this; empty if nothing is."""
+        return ""
+
+    @classmethod
     def width_problem(cls, settings: Any, width: int) -> str:
         """What is wrong with settings for a representation of this width; empty if nothing is."""
         return ""

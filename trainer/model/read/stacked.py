@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config.model import BranchKeys
 from trainer.model.read.sequence import Behaviors, SequenceModel
 from trainer.model.retrieve.score import softmax_weights
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
-
-
-class StackedKeys(BranchKeys):
-    """It adds no key, but bounds those that there are."""
-
-    @model_validator(mode="after")
-    def _one_head(self) -> StackedKeys:
-        if self.sequence == "stacked" and self.heads > 1:
-            raise ValueError('sequence = "stacked" takes one head')
-        return self
 
 
 class StackedTin(SequenceModel):
@@ -36,8 +24,11 @@ class StackedTin(SequenceModel):
         width: D; time: encodings of target and behaviors; layers: l.
     """
 
-    keys = StackedKeys
     uses = frozenset({"layers"})
+
+    @classmethod
+    def problem(cls, settings: Any) -> str:
+        return 'sequence = "stacked" takes one head' if settings.heads > 1 else ""
 
     @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> StackedTin:

@@ -22,10 +22,6 @@ class AllSearch(Search):
         return 0.0
 
     @classmethod
-    def most_share(cls, settings: Any, behaviors: float, candidates: int, requests: float) -> float:
-        return 1 - cls.missed_share(settings, behaviors, candidates, requests)
-
-    @classmethod
     def export_obstacle(cls, settings: Any) -> str:
         return f'search = "{settings.search}" keeps everything'
 

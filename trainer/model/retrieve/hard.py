@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
 from trainer.config.model import BranchKeys
@@ -18,14 +17,6 @@ class HardKeys(BranchKeys):
     match: str = ""
     """feature that `hard` compares; of several ids, one in common is enough"""
 
-    @model_validator(mode="after")
-    def _match_goes_with_hard(self) -> HardKeys:
-        if self.search == "hard" and not self.match:
-            raise ValueError('search = "hard" needs match, the feature to compare')
-        if self.search != "hard" and self.match:
-            raise ValueError('match is only used by search = "hard"')
-        return self
-
 
 class HardSearch(Search):
     """The newest K behaviors that share an id with the candidate (its category, say), then the newest others.
@@ -36,6 +27,10 @@ class HardSearch(Search):
 
     keys = HardKeys
     ids_key = "match"
+
+    @classmethod
+    def problem(cls, settings: Any) -> str:
+        return "" if settings.match else 'search = "hard" needs match, the feature to compare'
 
     @classmethod
     def export_obstacle(cls, settings: Any) -> str:

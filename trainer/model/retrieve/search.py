@@ -116,6 +116,11 @@ class Search(nn.Module):
         return cls(settings.k)
 
     @classmethod
+    def problem(cls, settings: Any) -> str:
+        """What is wrong with a branch that has this; empty if nothing is."""
+        return ""
+
+    @classmethod
     def newest(cls, settings: Any) -> int:
         """How many of the newest behaviors its windows hold; 0 = the whole window."""
         return 0
@@ -130,11 +135,6 @@ class Search(nn.Module):
             behaviors, candidates: of the block; requests: of the step, for each of its behaviors.
         """
         return float((1 - min(1.0, settings.k / behaviors)) ** candidates)
-
-    @classmethod
-    def most_share(cls, settings: Any, behaviors: float, candidates: int, requests: float) -> float:
-        """The share of a block's behaviors that its candidates keep at most."""
-        return float(min(1.0, candidates * settings.k / behaviors))
 
     @classmethod
     def export_obstacle(cls, settings: Any) -> str:
