@@ -89,14 +89,14 @@ def _count(
     """Add what the searches keep of a batch: behaviors that both keep, and that the trainer's keeps."""
     if not counts:
         return
-    wanted, found = trainer.search(batch), snapshot.model.search(batch)
+    by_trainer, by_snapshot = trainer.search(batch), snapshot.model.search(batch)
     for name, count in counts.items():
-        chosen = _chosen(wanted[name])
-        count[0] += int(torch.isin(_chosen(found[name]), chosen).sum())
-        count[1] += chosen.numel()
+        pairs = _pairs(by_trainer[name])
+        count[0] += int(torch.isin(_pairs(by_snapshot[name]), pairs).sum())
+        count[1] += pairs.numel()
 
 
-def _chosen(kept: Selection) -> Tensor:
+def _pairs(kept: Selection) -> Tensor:
     """The kept behaviors as numbers that no two pairs of candidate and behavior share."""
     candidate = torch.arange(kept.index.shape[0], device=kept.index.device)[:, None]
     pairs: Tensor = (candidate * (1 << 32) + kept.index)[kept.mask]

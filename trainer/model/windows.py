@@ -190,10 +190,10 @@ def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
 
 def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
     """One window a candidate, deepest match first."""
-    found = batch.retrieval
-    assert found is not None
-    index, rank, level = (_at_least_one(part) for part in (found.index, found.rank, found.level))
-    mask = F.pad(found.index >= 0, (0, index.shape[1] - found.index.shape[1]))
+    retrieval = batch.retrieval
+    assert retrieval is not None
+    index, rank, level = (_at_least_one(part) for part in (retrieval.index, retrieval.rank, retrieval.level))
+    mask = F.pad(retrieval.index >= 0, (0, index.shape[1] - retrieval.index.shape[1]))
     index = torch.where(mask, index, 0)
     marks = Marks(
         torch.where(mask, rank.clamp(max=history_length).to(torch.int32), 0),

@@ -43,11 +43,11 @@ def search_parts(
     Args:
         dense: the dense part of the model's state dict.
     """
-    found: dict[str, tuple[SearchPart, list[Part]]] = {}
+    by_branch: dict[str, tuple[SearchPart, list[Part]]] = {}
     for name, settings in config.model.all_branches().items():
         reason = _why_none(settings) or _why_summed(settings, groups)
         if reason:
-            found[name] = SearchPart(reason=reason), []
+            by_branch[name] = SearchPart(reason=reason), []
             continue
         weights = {
             side: _projection(settings, dense, f"branches.{name}", side, groups) for side in ("query", "key")
@@ -60,8 +60,8 @@ def search_parts(
         width = keys[0] if summed else sum(keys)
         heads = 1 if settings.search_kind.own_scorer else settings.heads
         scale = max(width // heads, 1) ** -0.5
-        found[name] = SearchPart(combine="sum" if summed else "concat", heads=heads, scale=scale), parts
-    return found
+        by_branch[name] = SearchPart(combine="sum" if summed else "concat", heads=heads, scale=scale), parts
+    return by_branch
 
 
 def _why_none(settings: BranchConfig) -> str:

@@ -70,8 +70,8 @@ class PairScores:
         if not isinstance(self.scorer, DotScorer):
             return self._in_double(candidate_M, kept)
         group_M = self.raw.group_C[candidate_M]
-        asked = AttentionVectors(self.raw.query_CD, self.raw.key_ND, group_M, self.raw.cross_N)
-        score_M = self.scorer._kept_bias(asked, kept)[:, 0].double()
+        vectors = AttentionVectors(self.raw.query_CD, self.raw.key_ND, group_M, self.raw.cross_N)
+        score_M = self.scorer._kept_bias(vectors, kept)[:, 0].double()
         query = self._queries(candidate_M, head_M)
         score_M = score_M + self._products(query, index_M1[:, 0], row_M)
         encoding = self.scorer.encoding
@@ -127,7 +127,7 @@ class PairScores:
         step = max(1, CELLS // max(1, self.raw.key_ND.shape[1] ** 2))
         for start in range(0, candidate_M.numel(), step):
             some = slice(start, start + step)
-            asked = scorer.encode(
+            encoded = scorer.encode(
                 AttentionVectors(
                     vectors.query_CD[candidate_M[some]].double(),
                     vectors.key_ND[kept.index[some, 0]].double(),
@@ -135,10 +135,10 @@ class PairScores:
                     None if cross_N is None else cross_N[kept.index[some, 0]].double(),
                 )
             )
-            each = torch.arange(asked.query_CD.shape[0], device=kept.index.device)[:, None]
+            each = torch.arange(encoded.query_CD.shape[0], device=kept.index.device)[:, None]
             size = None if kept.log_size is None else kept.log_size[some]
             pairs = Selection(each, kept.mask[some], kept.marks.each(itemgetter(some)), size)
-            parts.append(scorer.of_kept(asked, pairs)[:, 0, 0].float().double())
+            parts.append(scorer.of_kept(encoded, pairs)[:, 0, 0].float().double())
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=candidate_M.device)
 
     @cached_property

@@ -100,12 +100,12 @@ class Scorer(nn.Module):
         return self._besides(vectors, kept, bias)
 
     @staticmethod
-    def _besides(vectors: AttentionVectors, found: Windows | Selection, bias: Tensor | None) -> Tensor:
+    def _besides(vectors: AttentionVectors, kept: Windows | Selection, bias: Tensor | None) -> Tensor:
         """The bias of marks, scores of cross features and ln of clusters' sizes, as far as there are any."""
-        added = torch.zeros(found.index.shape, device=found.index.device) if bias is None else bias
+        added = torch.zeros(kept.index.shape, device=kept.index.device) if bias is None else bias
         if vectors.cross_N is not None:
-            added = added + rows_at(vectors.cross_N, found.index)
-        return added if found.log_size is None else added + found.log_size
+            added = added + rows_at(vectors.cross_N, kept.index)
+        return added if kept.log_size is None else added + kept.log_size
 
 
 class DotScorer(Scorer):
@@ -151,14 +151,14 @@ class DotScorer(Scorer):
         bias = self._window_bias(vectors, windows)[:, None, :]
         beside = self._beside(vectors, windows)
         width = vectors.query_CD.shape[1] // self.heads
-        found = []
+        scores = []
         for head in range(self.heads):
             part = slice(head * width, (head + 1) * width)
             key_WXD = rows_at(vectors.key_ND[:, part], windows.index)
             query_WSD = slots.spread(vectors.query_CD[:, part])
             score = slots.collect(torch.baddbmm(bias, query_WSD, key_WXD.transpose(1, 2)))
-            found.append(score if beside is None else score + beside)
-        return found[0][:, None] if self.heads == 1 else torch.stack(found, dim=1)
+            scores.append(score if beside is None else score + beside)
+        return scores[0][:, None] if self.heads == 1 else torch.stack(scores, dim=1)
 
     def of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         with in_single_precision(vectors.key_ND.device):

@@ -82,15 +82,15 @@ def columns_of_slices(
     tiles = list(_tiles(windows))
     # One buffer for all: fresh memory costs more than what is written to it.
     buffer = torch.empty(max(tile.cells for tile in tiles))
-    found = []
+    best = []
     for tile in tiles:
         score_CX = _scores(vectors, tile, bias_WX, buffer)
         first, last = tile.windows[0].first, tile.windows[-1].last
         here = doubt.cut(first, last).mirrored(tile.width)
         column, mask = top_columns(score_CX, k, last=True, doubt=here)
         missing = k - column.shape[1]
-        found.append((F.pad(column, (0, missing)), F.pad(mask, (0, missing))))
-    columns, masks = zip(*found, strict=True)
+        best.append((F.pad(column, (0, missing)), F.pad(mask, (0, missing))))
+    columns, masks = zip(*best, strict=True)
     return torch.cat(columns).clamp(max=windows.index.shape[1] - 1), torch.cat(masks)
 
 
