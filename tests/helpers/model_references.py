@@ -52,8 +52,8 @@ def collision_reference(model: HashCollision, behaviors: Behaviors) -> Tensor:
     """The pooled vector [C, D], gathered one candidate and signature at a time."""
     windows: Windows = behaviors.windows
     of_query, of_key = (
-        model.signatures(behaviors.retrieval.raw.query_CD),
-        model.signatures(behaviors.retrieval.raw.key_ND),
+        model.signatures(behaviors.raw.query_CD),
+        model.signatures(behaviors.raw.key_ND),
     )
     pooled = behaviors.value_SD.new_zeros(of_query.shape[0], model.width)
     for c, window in enumerate(windows.of_candidate.tolist()):

@@ -84,8 +84,9 @@ def drawn_behaviors(
     candidates = windows.of_candidate.numel()
     target, value = (torch.randn(count, width, generator=rng) for count in (candidates, BEHAVIORS))
     vectors = drawn_vectors(rng, attention, candidates)
-    retrieval = Retrieval(windows, vectors, vectors, windows.of_candidates(), whole)
-    return Behaviors(retrieval, target, value, retrieval.index)
+    selection = windows.of_candidates()
+    place = windows.index if whole else selection.index
+    return Behaviors(windows, vectors, vectors, selection, whole, target, value, place)
 
 
 def small_log(path: Path, seed: int = 4) -> Path:

@@ -40,7 +40,7 @@ class Retriever:
         raw = self._attention_vectors(batch, vectors)
         if self.scorer is None or self.search is None:
             everything = Selection(windows.index, windows.mask, windows.marks, windows.log_size)
-            return Retrieval(windows, raw, raw, everything)
+            return Retrieval(windows, raw, raw, everything, whole=False)
         encoded = self.scorer.encode(raw)
         feature = self.settings.ids_feature()
         ids_N, ids_C = all_ids(batch, feature) if feature else (None, None)

@@ -162,7 +162,8 @@ class Pooling(nn.Module):
                 place = retrieval.index
                 if expert.behavior in late and retrievals.place_N is not None:
                     place = retrievals.place_N[place]
-                behaviors = Behaviors(retrieval, rows[expert.target][0], rows[expert.behavior][1], place)
+                target_CD, value_SD = rows[expert.target][0], rows[expert.behavior][1]
+                behaviors = Behaviors(**vars(retrieval), target_CD=target_CD, value_SD=value_SD, place=place)
                 read.setdefault(name, behaviors)
                 parts += expert.sequence(behaviors, weight_CHK)
         if self.numbers:

@@ -144,7 +144,7 @@ class BranchConfig(_BranchKeys):
     def _consistent(self) -> BranchConfig:
         vectors = self.search_kind.needs_vectors or self.sequence_kind.needs_vectors
         problems = {
-            f"clusters goes with search = {_names(SEARCHES, lambda kind: kind.takes_clusters)}": (
+            f"clusters goes with search = {_names(SEARCHES, 'takes_clusters', True)}": (
                 self.clusters and not self.search_kind.takes_clusters
             ),
             self.search_kind.problem(self): True,
@@ -218,7 +218,7 @@ class ModelConfig(BranchConfig, _ModelKeys):
     @model_validator(mode="after")
     def _whole(self) -> ModelConfig:
         search, needed = self.search, self.search_kind.auxiliary
-        sequences = _names(SEQUENCES, lambda kind: not kind.on_windows)
+        sequences = _names(SEQUENCES, "on_windows", False)
         others = [branch.search for branch in self.branches.values() if branch.search_kind.auxiliary]
         other = min(others, default="")
         problems = {
@@ -262,9 +262,9 @@ CONDITIONAL_KEYS = set[str]().union(*(_keys_of(kind) for kind in _KINDS))
 CONDITIONAL_KEYS |= {"score_hidden", "heads", "head_dim", "time_dim", "time_group"}
 
 
-def _names(table: Mapping[str, Any], which: Any) -> str:
-    """`"a", "b" or "c"`: the kinds of a table that something is true of."""
-    names = [f'"{name}"' for name, kind in table.items() if which(kind)]
+def _names(table: Mapping[str, Any], fact: str, value: bool) -> str:
+    """`"a", "b" or "c"`: the kinds of a table of which a fact is true or false."""
+    names = [f'"{name}"' for name, kind in table.items() if getattr(kind, fact) is value]
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 

@@ -14,7 +14,6 @@ from trainer.model.frame import TwoStageModel
 from trainer.model.heads.head import Head
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.score import AttentionVectors
-from trainer.model.retrieve.search import Retrieval
 from trainer.model.time import Marks
 from trainer.model.windows import Selection, Windows
 from trainer.sealed_folder import file_digest
@@ -65,9 +64,9 @@ class _Ranking(nn.Module):
         raw = AttentionVectors(query_CA, key_CKA.flatten(0, 1), of_none_C)
         windows = Windows(place_CK, mask_CK, marks, None, of_none_C)
         selection = Selection(place_CK, mask_CK, marks)
-        retrieval = Retrieval(windows, raw, branch.scorer.encode(raw), selection)
-        behaviors = Behaviors(retrieval, target_CD, value_CKD.flatten(0, 1), place_CK)
-        parts = branch.sequence(behaviors, branch.retriever.weigh(retrieval))
+        encoded, value_SD = branch.scorer.encode(raw), value_CKD.flatten(0, 1)
+        behaviors = Behaviors(windows, raw, encoded, selection, False, target_CD, value_SD, place_CK)
+        parts = branch.sequence(behaviors, branch.retriever.weigh(behaviors))
         logits: Tensor = self.head(parts)
         return logits.sigmoid()
 

@@ -59,8 +59,8 @@ def u_of(tin: tuple[TwoStageModel, RequestBatch], change: Change = lambda window
     retrieval = replace(found, windows=windows, selection=windows.of_candidates())
     shared = model._look_up(["shared"], batch.features)["shared"]
     n = batch.behaviors
-    behaviors = Behaviors(retrieval, shared[n:], shared[:n], retrieval.index)
-    return branch.sequence(behaviors, branch.retriever.weigh(retrieval))[2]
+    rows = {"target_CD": shared[n:], "value_SD": shared[:n], "place": retrieval.index}
+    return branch.sequence(Behaviors(**vars(retrieval), **rows), branch.retriever.weigh(retrieval))[2]
 
 
 def shuffled(windows: Windows, marks: bool, index: bool) -> Windows:

@@ -61,7 +61,7 @@ class SoftmaxLoss(Auxiliary):
         return "" if fits else 'auxiliary = "softmax" needs sequence = "attention" with one head'
 
     def parts(self, branch: Any, behaviors: Behaviors) -> list[Tensor]:
-        weight_CHX = branch.retriever.weigh(behaviors.retrieval)
+        weight_CHX = branch.retriever.weigh(behaviors)
         parts: list[Tensor] = branch.sequence(behaviors, weight_CHX)
         return parts
 
@@ -83,9 +83,9 @@ class IndexLoss(Auxiliary):
 
     def parts(self, branch: Any, behaviors: Behaviors) -> list[Tensor]:
         index: Any = branch.search
-        retrieval, windows = behaviors.retrieval, behaviors.windows
-        score_CX = index.index.over_windows(index.index.encode(retrieval.raw), windows)[:, 0]
-        weight_CX = torch.where(retrieval.selection.mask, score_CX, 0.0)
+        windows = behaviors.windows
+        score_CX = index.index.over_windows(index.index.encode(behaviors.raw), windows)[:, 0]
+        weight_CX = torch.where(behaviors.selection.mask, score_CX, 0.0)
         return [
             behaviors.target_CD,
             pooled_windows(behaviors.value_SD, behaviors.place, windows, weight_CX),

@@ -112,7 +112,7 @@ class HashCollision(TargetPooling):
     def bucket_sums(self, behaviors: Behaviors) -> Tensor:
         """Sum of every bucket of every window: [W, hashes * 2 ** bits, D]."""
         windows = behaviors.windows
-        bucket_WXM = self.buckets(behaviors.retrieval.raw.key_ND)[windows.index]
+        bucket_WXM = self.buckets(behaviors.raw.key_ND)[windows.index]
         member_WBX = behaviors.value_SD.new_zeros(
             windows.index.shape[0], self.hashes << self.bits, windows.index.shape[1]
         )
@@ -122,7 +122,7 @@ class HashCollision(TargetPooling):
 
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
         unit_WBD = F.normalize(self.bucket_sums(behaviors), dim=2, eps=1e-6)
-        wanted_CM = self.buckets(behaviors.retrieval.raw.query_CD)
+        wanted_CM = self.buckets(behaviors.raw.query_CD)
         row_CM = behaviors.windows.of_candidate[:, None] * unit_WBD.shape[1] + wanted_CM
         pooled_CD = F.embedding_bag(row_CM, unit_WBD.flatten(0, 1), mode="mean")
         return self.parts(behaviors.target_CD, pooled_CD)

@@ -14,43 +14,20 @@ from torch import Tensor, nn
 from trainer.config.model import BranchKeys
 from trainer.model.retrieve.search import Retrieval
 from trainer.model.sizes import BranchSizes
-from trainer.model.windows import Selection, Windows
 
 
 @dataclass(frozen=True)
-class Behaviors:
+class Behaviors(Retrieval):
     """What stage one keeps of a batch, with one set of the representation.
 
     Attributes:
-        retrieval: of stage one.
         target_CD: of the candidates; value_SD: of the looked-up behaviors, S at least 1.
-        place: int64, each kept behavior's row of `value_SD`: shape of `retrieval.index`.
+        place: int64, the row of `value_SD` of each behavior of `index`.
     """
 
-    retrieval: Retrieval
     target_CD: Tensor
     value_SD: Tensor
     place: Tensor
-
-    @property
-    def selection(self) -> Selection:
-        """What is kept: [C, K]; [C, X] with `whole`; [W, X] for a model that works on windows."""
-        return self.retrieval.selection
-
-    @property
-    def windows(self) -> Windows:
-        """The windows that stage one looked at."""
-        return self.retrieval.windows
-
-    @property
-    def group_C(self) -> Tensor:
-        """Target groups of the candidates."""
-        return self.retrieval.raw.group_C
-
-    @property
-    def whole(self) -> bool:
-        """Whether every candidate keeps its whole window; `place` is [W, X] then."""
-        return self.retrieval.whole
 
     @property
     def place_CK(self) -> Tensor:
@@ -59,9 +36,7 @@ class Behaviors:
 
     def with_whole_windows(self) -> Behaviors:
         """As if every candidate kept its whole window; all of the batch's behaviors must be looked up."""
-        selection = self.windows.of_candidates()
-        retrieval = replace(self.retrieval, selection=selection, whole=True)
-        return replace(self, retrieval=retrieval, place=self.windows.index)
+        return replace(self, selection=self.windows.of_candidates(), whole=True, place=self.windows.index)
 
 
 class SequenceModel(nn.Module):

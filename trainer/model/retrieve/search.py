@@ -59,7 +59,8 @@ class Retrieval:
     Attributes:
         windows: that were searched.
         raw: the attention vectors as they were looked up; vectors: as the scorer encoded them.
-        selection: the kept behaviors; the windows themselves where a sequence model works on windows.
+        selection: the kept behaviors, [C, K]; [C, X] with `whole`; the windows themselves, [W, X], where a
+            sequence model works on windows.
         whole: every candidate keeps its whole window, in the order of its columns.
     """
 
@@ -67,12 +68,17 @@ class Retrieval:
     raw: AttentionVectors
     vectors: AttentionVectors
     selection: Selection
-    whole: bool = False
+    whole: bool
 
     @property
     def index(self) -> Tensor:
         """Behaviors whose representation stage two wants, each once a window or once a candidate."""
         return self.windows.index if self.whole else self.selection.index
+
+    @property
+    def group_C(self) -> Tensor:
+        """Target groups of the candidates."""
+        return self.raw.group_C
 
 
 class Search(nn.Module):

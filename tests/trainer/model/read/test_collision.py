@@ -16,7 +16,6 @@ from tests.helpers.models import BEHAVIORS, drawing, drawn_behaviors, drawn_wind
 from trainer.model.read.collision import HashCollision
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.score import AttentionVectors
-from trainer.model.retrieve.search import Retrieval
 from trainer.model.windows import Selection, Windows
 
 WIDTH, HASHED = 6, 5
@@ -37,8 +36,8 @@ def test_a_behavior_weighs_as_its_angle_says(degrees: int, bits: int) -> None:
     windows = replace(full, index=each[:, None], of_candidate=each)
     value = 5 * F.normalize(torch.randn(count, WIDTH, generator=rng), dim=1)
     raw = AttentionVectors(query, key, torch.zeros(count).long())
-    retrieval = Retrieval(windows, raw, raw, windows.of_candidates())
-    _, pooled = model(Behaviors(retrieval, torch.zeros(count, WIDTH), value, retrieval.index), None)
+    kept, target = windows.of_candidates(), torch.zeros(count, WIDTH)
+    _, pooled = model(Behaviors(windows, raw, raw, kept, False, target, value, kept.index), None)
     weight = (pooled * value / 5).sum(1)
     assert torch.allclose(pooled, weight[:, None] * value / 5, atol=1e-5)
     assert float(weight.mean()) == pytest.approx((1 - angle / math.pi) ** bits, abs=0.02)
@@ -72,9 +71,8 @@ def test_buckets_know_no_candidate() -> None:
     rng = drawing(1)
     model = HashCollision(WIDTH, HASHED, 4, 3, 1, target_aware=False)
     behaviors = on_windows(rng, drawn_windows(rng, 3, 8, 5))
-    others = replace(behaviors.retrieval.raw, query_CD=-behaviors.retrieval.raw.query_CD)
-    retrieval = replace(behaviors.retrieval, raw=others)
-    asked = replace(behaviors, target_CD=behaviors.target_CD + 1, retrieval=retrieval)
+    others = replace(behaviors.raw, query_CD=-behaviors.raw.query_CD)
+    asked = replace(behaviors, target_CD=behaviors.target_CD + 1, raw=others)
     sums = model.bucket_sums(behaviors)
     assert sums.shape == (3, 4 * 2**3, WIDTH) and sums.abs().max() > 1
     assert torch.equal(model.bucket_sums(asked), sums)
@@ -86,4 +84,4 @@ def on_windows(rng: torch.Generator, windows: Windows) -> Behaviors:
     behaviors = drawn_behaviors(rng, windows, WIDTH, HASHED)
     place = torch.randperm(BEHAVIORS, generator=rng)[windows.index]
     selection = Selection(windows.index, windows.mask, windows.marks)
-    return replace(behaviors, place=place, retrieval=replace(behaviors.retrieval, selection=selection))
+    return replace(behaviors, place=place, selection=selection)

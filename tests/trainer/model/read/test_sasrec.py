@@ -13,7 +13,6 @@ from tests.helpers.models import GROUPS, batch_of, draw, drawing, model_of, pres
 from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.score import AttentionVectors
-from trainer.model.retrieve.search import Retrieval
 from trainer.model.time import Marks
 from trainer.model.windows import Selection, Windows
 
@@ -101,8 +100,8 @@ def test_s3_a_loss_on_one_group_trains_no_other() -> None:
     windows = Windows(kept.index, kept.mask, kept.marks, None, of_candidate)
     group = torch.full((3,), asked)
     raw = AttentionVectors(torch.zeros(3, 1), torch.zeros(1, 1), group)
-    retrieval = Retrieval(windows, raw, raw, kept)
-    behaviors = Behaviors(retrieval, torch.ones(3, WIDTH), value.flatten(0, 1), kept.index)
+    rows = value.flatten(0, 1)
+    behaviors = Behaviors(windows, raw, raw, kept, False, torch.ones(3, WIDTH), rows, kept.index)
     user, _ = model(behaviors, None)
     user.square().sum().backward()
     for name in ("query", "bias", "out"):

@@ -213,10 +213,9 @@ def test_doing_everything_twice_doubles_only_pointwise_pools(weights: str, facto
         once.of_candidates(),
         once.columns(columns, once.mask[once.of_candidate].gather(1, columns)),
     ):
-        score = scorer.of_kept(scorer.encode(behaviors.retrieval.raw), kept)
+        score = scorer.of_kept(scorer.encode(behaviors.raw), kept)
         weight = WEIGHTS[weights](score, kept.mask[:, None])
-        retrieval = replace(behaviors.retrieval, selection=kept)
-        pools.append(sequence(replace(behaviors, retrieval=retrieval, place=kept.index), weight)[1])
+        pools.append(sequence(replace(behaviors, selection=kept, place=kept.index), weight)[1])
     empty = ~once.mask.any(1)[once.of_candidate]
     assert empty.any() and not empty.all() and (pools[1][empty] == 0).all()
     assert pools[0].abs().sum(1)[~empty].min() > 0.1
