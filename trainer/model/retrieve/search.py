@@ -183,7 +183,9 @@ def best_columns(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Ten
     """Columns of the K best by the query's scorer, in the form that serves these windows on their device."""
     scorer, vectors, windows = query.scorer, query.vectors, query.windows
     if doubt is None and window_search.pays(scorer, vectors, windows, k):
-        return _columns_at_once(query, k)
+        # Without the windows' vectors side by side, and without asking the device.
+        bias_WX = scorer.window_bias(vectors, windows)
+        return window_search.best_columns(vectors.query_CD, vectors.key_ND, windows, bias_WX, k)
     if isinstance(scorer, DotScorer) and doubt is not None and pays(scorer, vectors, windows):
         return columns_of_slices(scorer, vectors, windows, k, doubt)
     return by_product(query, k, doubt)
@@ -195,13 +197,6 @@ def by_product(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tenso
     if score_CHX.shape[1] == 1:
         return top_columns(score_CHX[:, 0], k, doubt=doubt)
     return round_robin(score_CHX, k, doubt)
-
-
-def _columns_at_once(query: Query, k: int) -> tuple[Tensor, Tensor]:
-    """The K best columns without the windows' vectors side by side, and without asking the device."""
-    vectors, windows = query.vectors, query.windows
-    bias_WX = query.scorer.window_bias(vectors, windows)
-    return window_search.best_columns(vectors.query_CD, vectors.key_ND, windows, bias_WX, k)
 
 
 def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
