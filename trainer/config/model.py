@@ -20,18 +20,18 @@ class RolesConfig(Settings):
     """Which table group serves each of the roles (DARE, section 3; TWIN names one group four times)."""
 
     attention_target: str = "attention"
-    """the group whose vectors of candidates are scored"""
+    """The group whose vectors of candidates are scored."""
     attention_behavior: str = "attention"
-    """the group whose vectors of behaviors are scored"""
+    """The group whose vectors of behaviors are scored."""
     representation_target: str = "representation"
-    """the group whose vectors of candidates go to the head"""
+    """The group whose vectors of candidates go to the head."""
     representation_behavior: str = "representation"
-    """the group whose vectors of behaviors are pooled"""
+    """The group whose vectors of behaviors are pooled."""
     cross: str = ""
-    """a group over features of behaviors alone, whose vectors become one additive score each (TWIN's cross
-    features); empty = none"""
+    """A group over features that only behaviors have. Each of its vectors becomes one additive score (TWIN's
+    cross features). Empty means none."""
     context: str = ""
-    """a group over the log's context features, whose vectors go to the head; empty = none"""
+    """A group over the log's context features. Its vectors go to the head. Empty means none."""
 
     def used(self) -> set[str]:
         """The groups named."""
@@ -42,70 +42,74 @@ class BranchKeys(Settings):
     """What all branches may set, whatever their search and their sequence model are."""
 
     k: int = Field(20, ge=1, le=10_000)
-    """K, behaviors the search keeps for stage two"""
+    """K: how many behaviors the search keeps for stage two."""
     search: str = "dot"
     clusters: bool = False
-    """search the log's clusters (`tandemrec cluster`) instead of single behaviors, with ln of their size
-    added to every score in both stages (TWIN-V2)"""
+    """Whether the log's clusters (`tandemrec cluster`) are searched instead of single behaviors. The
+    logarithm of a cluster's size is added to its score in both stages (TWIN-V2)."""
     score: Literal["dot", "mlp"] = "dot"
-    """score of stage two: `dot`, or `mlp` with one hidden layer of `score_hidden` (DIN)"""
+    """The score of stage two: `dot` is an inner product, `mlp` has one hidden layer of width `score_hidden`
+    (DIN)."""
     score_hidden: Width = 36
-    """width of the hidden layer of `score = "mlp"`"""
+    """The width of the hidden layer of `score = "mlp"`."""
     weights: Literal["softmax", "sigmoid"] = "softmax"
-    """weights of the kept behaviors: `softmax`, or unnormalised `sigmoid`"""
+    """How scores become weights of the kept behaviors: `softmax`, or `sigmoid` without normalisation."""
     sequence: str = "attention"
     target_aware: bool = True
-    """feed the product of target and pooled representation to the head (TIN, DARE)"""
+    """Whether the head is also given the product of the target and the pooled representation (TIN, DARE)."""
     position: bool = True
-    """use a behavior's rank, counted back from the request"""
+    """Whether a behavior's rank is used, counted back from the request."""
     age: bool = True
-    """use the time from a behavior to the request, in logarithmic buckets"""
+    """Whether the time from a behavior to the request is used, in logarithmic buckets."""
     level: bool = False
-    """use the level at which a hard search while reading matched"""
+    """Whether the level is used at which the hard search while reading matched."""
     time: Literal["bias", "encoding"] = "bias"
-    """how position, age and level enter scores: as an additive `bias`, or as `encoding` of both vectors
-    (TIN)"""
+    """How position, age and level enter scores: as an additive `bias`, or as an `encoding` of both vectors
+    (TIN)."""
     time_in: tuple[Literal["scores", "values"], ...] = ("scores", "values")
-    """stages that use position, age and level; values always use encodings"""
+    """The stages that use position, age and level. Values always use encodings."""
     time_target: Literal["shared", "target", "joint"] = "shared"
-    """`shared`, or decoupled by the candidate's `time_group` feature: `target` (TdPE, of rank `time_dim` in
-    scores) or `joint` (dPE)"""
+    """`shared` treats the time of all targets alike. `target` and `joint` decouple it by the candidate's
+    feature `time_group`: `target` is TdPE, of rank `time_dim` in scores, and `joint` is dPE."""
     time_group: str = ""
-    """feature of candidates that groups them in time, see `time_target` and `sasrec`"""
+    """The feature of candidates by which `time_target` and `sasrec` group them."""
     time_dim: Width = 16
-    """width of a time's own vector in scores, see `time_target`"""
+    """The width of a time's own vector in scores, with `time_target = "target"`."""
     attend: tuple[str, ...] | None = None
-    """features whose vectors are scored, in order; left out = all of the group, empty = none"""
+    """The features whose vectors are scored, in order. Left out, all features of the group are. An empty list
+    means none."""
     projection: Literal["none", "feature", "heads"] = "none"
-    """projection of the scored vectors: `none`; `feature`, one linear map a feature and role; `heads`, to
-    `heads` times `head_dim` for query and key (TWIN)"""
+    """What maps the scored vectors: `none` leaves them as they are, `feature` has one linear map for each
+    feature and role, `heads` has one map of all features to `heads` times `head_dim`, for queries and for
+    keys (TWIN)."""
     heads: int = Field(1, ge=1, le=1024)
-    """attention heads"""
+    """The number of attention heads."""
     head_dim: Width = 16
-    """width of an attention head, or of the vectors that `soft` searches by"""
+    """The width of an attention head, or of the vectors that `soft` searches by."""
     layers: int = Field(2, ge=1, le=128)
-    """orders of `stacked`, blocks of `sasrec`"""
+    """The number of orders of `stacked`, or of blocks of `sasrec`."""
     hash_bits: int = Field(3, ge=1, le=4096)
-    """bits of a signature of `collision`, or of all that `simhash` compares"""
+    """The number of bits of one signature of `collision`, or of the whole code of `simhash`."""
     roles: RolesConfig = RolesConfig()
-    """which table group serves what"""
+    """Which table group serves which role."""
 
 
 class ModelKeys(Settings):
     """What surrounds the branches of a model."""
 
     lookup: Literal["selected", "full"] = "selected"
-    """`selected` looks up representation rows of kept behaviors and candidates only, `full` of all"""
+    """`selected` looks up the representation of kept behaviors and of candidates only. `full` looks up that
+    of all behaviors."""
     head: str = "mlp"
     norm: Literal["layer", "batch"] = "layer"
-    """norm of the head's input: `layer`, or `batch` (DARE's code)"""
+    """The normalisation of the head's input: `layer`, or `batch` (DARE's code)."""
     auxiliary: str = "none"
     auxiliary_weight: float = Field(1.0, gt=0)
-    """weight of the auxiliary loss"""
+    """The weight of the auxiliary loss."""
     auxiliary_hidden: tuple[Width, ...] = (200,)
-    """widths of the layers of the auxiliary loss's head"""
+    """The widths of the layers of the auxiliary loss's head."""
     dense_init: Literal["default", "normal"] = "default"
-    """`default`, or `normal`: all dense weights but biases from N(0, 0.01) (DARE's code)"""
+    """The first dense weights. `normal` draws all but the biases from N(0, 0.01) (DARE's code)."""
 
 
 def section_of(branch: str) -> str:

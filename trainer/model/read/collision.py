@@ -23,7 +23,7 @@ class CollisionKeys(BranchKeys):
     """What a branch may set besides, for the sequence model `collision`."""
 
     hashes: int = Field(16, ge=1, le=512)
-    """signatures of `collision`"""
+    """The number of signatures of `collision`."""
 
 
 class HashCollision(TargetPooling):

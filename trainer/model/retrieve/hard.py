@@ -15,7 +15,7 @@ class HardKeys(BranchKeys):
     """What a branch may set besides, for the search `hard`."""
 
     match: str = ""
-    """feature that `hard` compares; of several ids, one in common is enough"""
+    """The feature whose ids `hard` compares. Of several ids, one in common is enough."""
 
 
 class HardSearch(Search):
