@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.frame import TwoStageModel
-from trainer.model.heads.mlp import Head
+from trainer.model.heads.mlp import MlpHead
 
 Program = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,7 +27,7 @@ class PlainProgram(nn.Module):
         super().__init__()
         self.register_buffer("attention", attention, persistent=False)
         self.register_buffer("representation", representation, persistent=False)
-        assert isinstance(model.head, Head)
+        assert isinstance(model.head, MlpHead)
         self.layers, self.k = model.head.layers, k
 
     def forward(self, history_L: Tensor, candidate_C: Tensor) -> Tensor:

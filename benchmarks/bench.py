@@ -23,11 +23,11 @@ from benchmarks.step import bench_step
 from pipelines.console import quiet_third_parties, table_lines
 from tests.helpers.tables import initialise_unsharded
 from trainer.assemble import build_trainable, feature_rows
-from trainer.config.run_config import Config, load_config
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.objectives.bce import loss_sum
+from trainer.run_config import Config, load_config
 from trainer.run_folder import versions
 
 Row = dict[str, Any]

@@ -20,10 +20,10 @@ from trainer.assemble import build_sharded, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.writer import HashedWriter
-from trainer.config.run_config import Config, load_config
 from trainer.config.tables import TableConfig
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import process_group
+from trainer.run_config import Config, load_config
 from trainer.run_folder import versions
 from trainer.sealed_folder import sync
 from trainer.update.step import make_optimizer

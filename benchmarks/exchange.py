@@ -80,8 +80,8 @@ def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
     from benchmarks.exchanged import Exchanged
     from pipelines.start import open_split
     from trainer.assemble import build_sharded, feature_rows
-    from trainer.config.run_config import load_config
     from trainer.log.schema import read_manifest
+    from trainer.run_config import load_config
     from trainer.update.guard import Guard
     from trainer.update.step import TrainStep, make_optimizer
 

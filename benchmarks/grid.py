@@ -18,12 +18,12 @@ from benchmarks.report import provenance, write_report
 from benchmarks.synthetic import Draws, Shape, as_batch, padded, row_per_sample, zipf_share
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded
-from trainer.config.run_config import Config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
 from trainer.model.retrieve.score import MlpScorer
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config
 from trainer.update.step import make_optimizer
 
 Kind = Literal[

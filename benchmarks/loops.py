@@ -14,11 +14,11 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trainer.checkpoint.save_load import ResumePoint
-from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.loop.loop import Trainer
 from trainer.objectives.bce import loss_sum
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 
 

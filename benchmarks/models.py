@@ -49,8 +49,8 @@ class Job:
 def make_job(preset: Path, log: Path, overrides: Sequence[str], seed: int) -> Job:
     """Resolves the config and the log: whatever decides the numbers is part of the name."""
     from trainer.checkpoint.compatible import log_fingerprint
-    from trainer.config.run_config import load_config
     from trainer.log.schema import read_manifest
+    from trainer.run_config import load_config
 
     every = (*overrides, f"data.log={log}", f"train.seed={seed}")
     config = load_config(preset, every)

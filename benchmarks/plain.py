@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.heads.mlp import Head
+from trainer.model.heads.mlp import MlpHead
 from trainer.model.ops.bags import rows_at
-from trainer.model.retrieve.score import Attended, MlpScorer
+from trainer.model.retrieve.score import AttentionVectors, MlpScorer
 from trainer.model.windows import Windows
 
 _HIDDEN, _AUXILIARY_HIDDEN = (200, 80), (200,)
@@ -39,9 +39,9 @@ class PlainDare(nn.Module):
         self.representation = nn.ModuleList(_table(count, dim) for count in rows.values())
         self.bias = nn.Parameter(torch.zeros(length + 1))
         self.position = nn.Parameter(torch.zeros(length + 1, width))
-        self.head = Head(3 * width, _HIDDEN, 1)
+        self.head = MlpHead(3 * width, _HIDDEN, 1)
         self.k, self.published = k, published
-        self.auxiliary = Head(3 * width, _AUXILIARY_HIDDEN, 1) if published else None
+        self.auxiliary = MlpHead(3 * width, _AUXILIARY_HIDDEN, 1) if published else None
 
     def forward(self, history: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """History [2, C, L], newest first, 0 = padding; target [2, C] -> logits [C, 1], auxiliary or None."""
@@ -62,7 +62,7 @@ class PlainDare(nn.Module):
         return main, self._logits(self.auxiliary, target_CD, score_CL, value_CLD)
 
     @staticmethod
-    def _logits(head: Head, target_CD: Tensor, score_CX: Tensor, value_CXD: Tensor) -> Tensor:
+    def _logits(head: MlpHead, target_CD: Tensor, score_CX: Tensor, value_CXD: Tensor) -> Tensor:
         pooled_CD = (score_CX.softmax(1).unsqueeze(1) @ value_CXD).squeeze(1)
         logits: Tensor = head([target_CD, pooled_CD, target_CD * pooled_CD])
         return logits
@@ -87,13 +87,13 @@ class PlainMlpScorer(MlpScorer):
         super().__init__(scorer.width, scorer.first.out_features, scorer.bias)
         self.first, self.slope, self.last = scorer.first, scorer.slope, scorer.last
 
-    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+    def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         score = self._score(vectors, rows_at(vectors.key_ND, windows.index[windows.of_candidate]))
         score = score + self._window_bias(vectors, windows).index_select(0, windows.of_candidate)
         bias = self._target_bias(vectors, windows)
         return (score if bias is None else score + bias)[:, None]
 
-    def _score(self, vectors: Attended, key_CXD: Tensor) -> Tensor:
+    def _score(self, vectors: AttentionVectors, key_CXD: Tensor) -> Tensor:
         query_CXD = vectors.query_CD.unsqueeze(1).expand_as(key_CXD)
         pairs = torch.cat([query_CXD, key_CXD, query_CXD - key_CXD, query_CXD * key_CXD], dim=2)
         score: Tensor = self.last(self.slope(self.first(pairs))).squeeze(2) / self.width

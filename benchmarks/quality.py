@@ -21,12 +21,12 @@ from benchmarks.report import provenance, required, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
 from trainer.checkpoint.save_load import ResumePoint
-from trainer.config.run_config import Config, load_config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.prefetch import Closable
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config, load_config
 from trainer.run_folder import RunFolder
 
 _PREFIX = "quality."

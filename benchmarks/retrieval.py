@@ -25,13 +25,13 @@ from scipy.stats import rankdata
 
 from benchmarks.information import Floats, Ints, Shown, Truth, count_truths, read_shown, window_ids
 from benchmarks.models import spread
-from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.windows import first_ids
+from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 
 ENOUGH = 700  # candidates of a target category in the training split, as in DARE's code
@@ -70,16 +70,16 @@ def ranked(model: TwoStageModel, batch: RequestBatch, feature: str) -> Ranked:
     Raises:
         SystemExit: the model has several heads or branches, or searches no plain windows.
     """
-    found = model.searched(batch)
+    found = model.retrieve(batch)
     branch = model.branches["main"]
-    if len(found) > 1 or branch.scorer is None or branch.scorer.heads > 1 or branch.source.clusters:
+    if len(found) > 1 or branch.scorer is None or branch.scorer.heads > 1 or branch.settings.clusters:
         raise SystemExit("retrieval is measured of models with one branch and one head")
     if batch.retrieval is not None:
         raise SystemExit("retrieval is measured of models that search the whole window, not data.search")
     main, k = found["main"], branch.settings.k
     with torch.no_grad():
         score = branch.scorer.over_windows(main.vectors, main.windows)[:, 0].numpy().astype(np.float64)
-    kept = main.kept
+    kept = main.selection
     column = np.where(kept.mask.numpy(), kept.marks.position.numpy() - 1, 0)
     best = np.where(kept.mask.numpy(), np.take_along_axis(score, column, axis=1), -np.inf)
     order = np.take_along_axis(column, np.argsort(-best, axis=1, kind="stable")[:, :k], axis=1)

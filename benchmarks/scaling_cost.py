@@ -21,11 +21,11 @@ from benchmarks.report import provenance, write_report
 from benchmarks.synthetic import Draws, Shape, as_batch
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded
-from trainer.config.run_config import Config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.reader import Cursor, Step
 from trainer.loop.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config
 from trainer.update.guard import Guard
 from trainer.update.step import TrainStep, make_optimizer
 

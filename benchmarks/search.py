@@ -18,10 +18,11 @@ from benchmarks.loops import Seconds, one_thread, timed
 from benchmarks.report import provenance, write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.config.toml import Settings, load_settings
-from trainer.model.retrieve.score import Attended, DotScorer
-from trainer.model.retrieve.search import DotSearch, Query
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer
+from trainer.model.retrieve.search import Query
 from trainer.model.time import Marks
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Selection, Windows
 
 Row = dict[str, Any]
 Rates = dict[str, float]
@@ -113,12 +114,12 @@ class _Case:
 
     def ours(self, learns: bool) -> Tensor:
         """As in training: the search without gradient, the scores of what it kept with."""
-        raw = Attended(self.query_CD, self.key_ND, torch.zeros_like(self.request_C))
+        raw = AttentionVectors(self.query_CD, self.key_ND, torch.zeros_like(self.request_C))
         raw = _learning(raw) if learns else raw
         # A new object, for it keeps what is computed from it once a batch.
         windows = replace(self.windows)
         vectors = self.scorer.encode(raw)
-        kept: Kept = DotSearch(self.k)(Query(self.scorer, vectors, raw, windows))
+        kept: Selection = DotSearch(self.k)(Query(self.scorer, vectors, raw, windows))
         if not learns:
             return kept.index
         score_CK: Tensor = self.scorer.of_kept(vectors, kept)[:, 0]
@@ -161,9 +162,9 @@ class _Case:
         return self.key_ND.detach().requires_grad_(), self.query_CD.detach().requires_grad_()
 
 
-def _learning(raw: Attended) -> Attended:
+def _learning(raw: AttentionVectors) -> AttentionVectors:
     query_CD, key_ND = (part.detach().requires_grad_() for part in (raw.query_CD, raw.key_ND))
-    return Attended(query_CD, key_ND, raw.group_C)
+    return AttentionVectors(query_CD, key_ND, raw.group_C)
 
 
 @dataclass(frozen=True)

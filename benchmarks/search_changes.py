@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from trainer.model.ops import top
 from trainer.model.ops.top import top_columns, top_columns_by_topk
 from trainer.model.retrieve import slices
-from trainer.model.retrieve.score import Attended, DotScorer
-from trainer.model.retrieve.search import DotSearch, Query
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer
+from trainer.model.retrieve.search import Query
 from trainer.model.time import Marks
 from trainer.model.windows import Slots, Windows
 
@@ -50,7 +51,7 @@ def query_of(windows: int, candidates: int, length: int, dim: int) -> Query:
     scorer = DotScorer(None, None, 1, None, None)
     count = windows * candidates
     query, key = torch.randn(count, dim, generator=rng), torch.randn(windows * length, dim, generator=rng)
-    vectors = scorer.encode(Attended(query, key, torch.zeros(count, dtype=torch.int64)))
+    vectors = scorer.encode(AttentionVectors(query, key, torch.zeros(count, dtype=torch.int64)))
     return Query(scorer, vectors, vectors, made)
 
 

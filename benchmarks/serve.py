@@ -35,9 +35,9 @@ from pipelines.console import quiet_third_parties, table_lines
 from pipelines.serve.app import Service, build_app
 from pipelines.serve.metrics import Metrics
 from trainer.assemble import build_model
-from trainer.config.run_config import Config
 from trainer.config.toml import Settings, load_settings
 from trainer.data.row_group import Bags
+from trainer.run_config import Config
 from trainer.run_folder import versions
 from trainer.serving.arrow_body import MEDIA_TYPE
 from trainer.serving.batcher import BatchSettings

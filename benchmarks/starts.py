@@ -20,8 +20,8 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype
 from trainer.assemble import build_model, feature_rows
-from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
+from trainer.run_config import Config
 from trainer.run_folder import versions
 from trainer.snapshot.manifest import InputFeature, SnapshotManifest
 from trainer.snapshot.publishing import drafting, publish

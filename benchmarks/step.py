@@ -16,12 +16,12 @@ from benchmarks.loops import Replay, Seconds, bare_loop, one_thread, timed, trai
 from benchmarks.report import write_report
 from pipelines.console import quiet_third_parties, table_lines
 from trainer.assemble import build_sharded, feature_rows
-from trainer.config.run_config import Config, load_config
 from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.loop.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config, load_config
 from trainer.run_folder import versions
 from trainer.update.guard import Guard
 from trainer.update.step import TrainStep, make_optimizer

@@ -20,12 +20,12 @@ from pipelines.export_parity import Parity, compare
 from trainer.assemble import feature_rows, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.tensors import TableReader
-from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config
 from trainer.run_folder import RunFolder, versions
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.serving.vocabulary import checked_values

@@ -12,15 +12,12 @@ from torch import Tensor
 
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.model.windows import Kept
+from trainer.model.windows import Selection
 from trainer.quality.evaluate import score_requests
 from trainer.quality.metrics import number
 from trainer.quality.ranking import auc
 from trainer.snapshot import Snapshot
 from trainer.snapshot.partial_model import PartialModel
-
-# Searches that scores decide; the others keep the same behaviors whatever the tables hold.
-_BY_SCORE = ("dot", "soft", "simhash")
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,9 @@ class Parity:
 
 def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader, limit: int) -> Parity:
     """Score the first `limit` requests of a split with both."""
-    searches = snapshot.manifest.config.model.all_branches()
-    counts = {name: [0, 0] for name, branch in searches.items() if branch.search in _BY_SCORE}
+    branches = snapshot.manifest.config.model.all_branches()
+    # The other searches keep the same behaviors whatever the tables hold.
+    counts = {name: [0, 0] for name, branch in branches.items() if branch.search_kind.by_score}
 
     def by_trainer(batch: RequestBatch) -> Tensor:
         _count(counts, trainer, snapshot, batch)
@@ -92,14 +90,14 @@ def _count(
     """Add what the searches keep of a batch: behaviors that both keep, and that the trainer's keeps."""
     if not counts:
         return
-    wanted, found = trainer.search(batch), snapshot.model.search(batch)
+    by_trainer, by_snapshot = trainer.search(batch), snapshot.model.search(batch)
     for name, count in counts.items():
-        chosen = _chosen(wanted[name])
-        count[0] += int(torch.isin(_chosen(found[name]), chosen).sum())
-        count[1] += chosen.numel()
+        pairs = _pairs(by_trainer[name])
+        count[0] += int(torch.isin(_pairs(by_snapshot[name]), pairs).sum())
+        count[1] += pairs.numel()
 
 
-def _chosen(kept: Kept) -> Tensor:
+def _pairs(kept: Selection) -> Tensor:
     """The kept behaviors as numbers that no two pairs of candidate and behavior share."""
     candidate = torch.arange(kept.index.shape[0], device=kept.index.device)[:, None]
     pairs: Tensor = (candidate * (1 << 32) + kept.index)[kept.mask]

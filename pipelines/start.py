@@ -29,7 +29,6 @@ from trainer.assemble import (
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.checkpoint.warm_start import check_source, fill, open_source
-from trainer.config.run_config import Config
 from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
@@ -40,6 +39,7 @@ from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.table import objective_of
 from trainer.ranks.process_group import Ranks, sum_counts
+from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 from trainer.step_size import step_size

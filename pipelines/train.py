@@ -17,7 +17,6 @@ from pipelines.quality_report import baselines_key, remarks, without
 from pipelines.start import open_start, try_out
 from trainer.assemble import build_sharded
 from trainer.checkpoint import save_load as checkpoint
-from trainer.config.run_config import Config, load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
@@ -25,6 +24,7 @@ from trainer.loop.loop import Position, Trainer
 from trainer.quality.baselines import baselines, by_baseline, counted_feature
 from trainer.quality.metrics import Metrics, entry_of
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config, load_config
 from trainer.run_folder import versions
 
 

@@ -21,14 +21,15 @@ from embeddings.plan.bandwidths import of_device
 from embeddings.plan.file import SavedPlan, from_tree
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.plan.request import Cluster, PlanRequest
-from trainer.config.model import BranchConfig, section_of
-from trainer.config.run_config import Config, build_groups
+from trainer.config.model import section_of
 from trainer.log.schema import FeatureInfo, LogManifest
-from trainer.model.branch import Surroundings
 from trainer.model.frame import TwoStageModel
-from trainer.model_memory import check_collision, check_dense
+from trainer.model.settings import BranchConfig
+from trainer.model.sizes import Dimensions
+from trainer.model_memory import check_dense, check_step
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config, build_groups
 from trainer.sealed_folder import voice
 from trainer.step_size import StepSize, lookups, step_size
 
@@ -71,16 +72,12 @@ def _check_compared(name: str, branch: BranchConfig, manifest: LogManifest) -> N
     """Raises:
     ConfigError: candidates cannot be grouped, or behaviors matched, by the feature that a branch names.
     """
-    for key in ("match", "time_group"):
-        feature = getattr(branch, key)
-        if not feature:
-            continue
+    for key, (feature, needs) in branch.compared_features().items():
         where, info = f"{section_of(name)}.{key} = {feature!r}", manifest.features.get(feature)
-        needs = "behaviors and candidates" if key == "match" else "candidates"
         if info is None:
             known = ", ".join(manifest.features)
             raise ConfigError(f"{where}: the log's {needs} have no such feature; they have {known}")
-        if not info.of_candidates or (key == "match" and not info.of_behaviors):
+        if not info.of_candidates or ("behaviors" in needs and not info.of_behaviors):
             raise ConfigError(
                 f"{where}: {needs} need it, but it has side = {info.side!r} in the log; name a feature of "
                 'side = "both", or ingest the log again with that'
@@ -129,10 +126,9 @@ def build_model(
     """The model around given lookups; its dense weights come from train.seed alone."""
     state = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
-    around = Surroundings(
-        groups, config.data.history_length, len(config.data.search.levels), config.train.seed
-    )
-    model = TwoStageModel(config.model, around, collections, tasks, numbers)
+    levels = len(config.data.search.levels)
+    dimensions = Dimensions(groups, config.data.history_length, levels, config.train.seed)
+    model = TwoStageModel(config.model, dimensions, collections, tasks, numbers)
     torch.set_rng_state(state)
     return model
 
@@ -178,7 +174,7 @@ def build_sharded(
     size = step_size(config.data, manifest) if training else None
     cluster = cluster_of(ranks)
     if size is not None:
-        check_collision(config, size, cluster.world_size, cluster.memory)
+        check_step(config, size, cluster.world_size, cluster.memory)
     request = plan_request(config, manifest, (model, groups), cluster, size)
     if training and config.plan.file:
         plan, origin = read_plan(Path(config.plan.file), request), ""

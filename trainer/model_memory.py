@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from embeddings.errors import ConfigError
 from trainer.config.model import section_of
-from trainer.config.run_config import Config
 from trainer.ranks.machine import memory_bytes
+from trainer.run_config import Config
 from trainer.step_size import StepSize
 
-_FLOAT = 4
 # A weight in training: itself, its gradient and Adam's two means.
 _TIMES_TRAINED = 4
 # Part of a tensor's name -> the settings that its size comes from; the first that fits.
@@ -51,26 +50,20 @@ def check_dense(build: Callable[[], nn.Module]) -> None:
     )
 
 
-def check_collision(config: Config, size: StepSize, ranks: int, memory: int) -> None:
-    """Compare what `sequence = "collision"` makes of a step with a rank's memory.
-
-    Each request of a step has a matrix that says which bucket every behavior of its window falls into.
+def check_step(config: Config, size: StepSize, ranks: int, memory: int) -> None:
+    """Compare what the sequence models make of a step with a rank's memory.
 
     Raises:
-        ConfigError: they would take more than half of it.
+        ConfigError: a model does not fit.
     """
     window = min(config.data.history_length, max((behaviors for behaviors, _ in size.blocks), default=1))
     requests = -(-size.requests // ranks)
     for branch, settings in config.model.all_branches().items():
-        need = (settings.hashes << settings.hash_bits) * window * requests * _FLOAT
-        if settings.sequence == "collision" and 2 * need > memory:
-            section = section_of(branch)
-            raise ConfigError(
-                f"{section}.hashes = {settings.hashes} with hash_bits = {settings.hash_bits} takes "
-                f"{need / 1e9:,.1f} GB for the {requests:,} requests of {window:,} behaviors that a rank has "
-                f"in a step, and a rank has {memory / 1e9:,.1f} GB: make them, data.history_length or "
-                "data.batch_candidates smaller"
-            )
+        problem = settings.sequence_kind.memory_problem(
+            settings, section_of(branch), window, requests, memory
+        )
+        if problem:
+            raise ConfigError(problem)
 
 
 def _dense(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,9 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError, DataError
-from trainer.config.run_config import Config, load_config
 from trainer.ranks.device import installed
 from trainer.ranks.machine import cores
+from trainer.run_config import Config, load_config
 from trainer.sealed_folder import locked, naming, remove_folder, write_text
 
 _CONFIG = "config.toml"

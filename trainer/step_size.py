@@ -15,14 +15,14 @@ from pathlib import Path
 from embeddings.errors import DataError
 from embeddings.groups import TableGroup
 from embeddings.plan.traffic import Lookup
-from trainer.config.model import BranchConfig, ModelConfig
-from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
 from trainer.data.blocks import BlockLimits, LazyRows, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
 from trainer.log.schema import LogManifest
+from trainer.model.settings import BranchConfig, ModelConfig
+from trainer.run_config import Config
 
 # Lengths of so many row groups are read: seconds at most, whatever the log's size.
 _SAMPLED = 16
@@ -54,24 +54,24 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
         DataError: the log's train split is missing, unreadable or without candidates.
     """
     limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
-    found, blocks = [0, 0, 0], []
+    totals, blocks = [0, 0, 0], []
     for place in islice(_row_groups(config.log, manifest), _SAMPLED):
         plan = read_plan(place.file, place.row_group)
         for block in cut_blocks(plan, 0, LazyRows(place, _undecoded), limits):
-            found[0] += block.behaviors
-            found[1] += block.candidates
-            found[2] += block.last - block.first
+            totals[0] += block.behaviors
+            totals[1] += block.candidates
+            totals[2] += block.last - block.first
             blocks.append((block.behaviors, block.candidates))
-    if not found[1]:
+    if not totals[1]:
         raise DataError("no request of split 'train' has a candidate", file=config.log)
     c = config.batch_candidates
-    n, source = round(found[0] / found[1] * c), "estimated from the log"
+    n, source = round(totals[0] / totals[1] * c), "estimated from the log"
     if config.batch_behaviors and n > config.batch_behaviors:
         # Behaviors close the step first.
         c, n = round(c * config.batch_behaviors / n), config.batch_behaviors
     if behaviors is not None:
         n, source = behaviors, "as given"
-    return StepSize(n, c, max(1, round(found[2] / found[1] * c)), tuple(blocks), source)
+    return StepSize(n, c, max(1, round(totals[2] / totals[1] * c)), tuple(blocks), source)
 
 
 def kept_behaviors(config: ModelConfig, size: StepSize, device: str = "cpu") -> int:
@@ -116,17 +116,17 @@ def lookups(
     """
     early, late = _groups_looked_up(config.model, lookup)
     kept = kept_behaviors(config.model, size, device)
-    asked = {}
+    of_table = {}
     for name, group in groups.items():
         for feature in group.features:
             if feature in manifest.context and name == config.model.roles.context:
-                asked[group.table_name(feature)] = Lookup(size.requests, size.requests)
+                of_table[group.table_name(feature)] = Lookup(size.requests, size.requests)
                 continue
             behaviors = size.behaviors if name in early else kept if name in late else 0
             info = manifest.features[feature]
             ids = behaviors * info.of_behaviors + size.candidates * info.of_candidates
-            asked[group.table_name(feature)] = Lookup(behaviors + size.candidates, ids)
-    return asked
+            of_table[group.table_name(feature)] = Lookup(behaviors + size.candidates, ids)
+    return of_table
 
 
 def _groups_looked_up(config: ModelConfig, lookup: str) -> tuple[set[str], set[str]]:
@@ -142,30 +142,29 @@ def _groups_looked_up(config: ModelConfig, lookup: str) -> tuple[set[str], set[s
 
 
 def _missed(branch: BranchConfig, behaviors: float, candidates: int, size: StepSize) -> float:
-    """The share of a block's behaviors that a branch does not keep."""
-    if branch.search == "all" or branch.sequence in ("collision", "sasrec"):
+    """The share of a block's behaviors that a branch is not expected to keep."""
+    if not branch.searches:
         return 0.0
-    if branch.search == "recent":
-        return float(max(0.0, 1 - branch.k * size.requests / max(size.behaviors, 1)))
-    return float((1 - min(1.0, branch.k / behaviors)) ** candidates)
+    requests = size.requests / max(size.behaviors, 1)
+    return branch.search_kind.missed_share(branch, behaviors, candidates, requests)
 
 
 def _most(branch: BranchConfig, behaviors: float, candidates: int, size: StepSize) -> float:
     """The share of a block's behaviors that a branch keeps at most."""
-    if branch.search == "recent" or not _missed(branch, behaviors, candidates, size):
+    if not branch.searches or branch.search_kind.keeps_all:
         return 1 - _missed(branch, behaviors, candidates, size)
     return min(1.0, candidates * branch.k / behaviors)
 
 
 def _row_groups(log: Path, manifest: LogManifest) -> list[RowGroup]:
-    found: list[RowGroup] = []
+    row_groups: list[RowGroup] = []
     files = manifest.splits["train"].files if "train" in manifest.splits else []
     for entry in files:
         file = log / entry.path
-        found += [RowGroup(file, group) for group in range(read_footer(file).num_row_groups)]
-        if len(found) >= _SAMPLED:
+        row_groups += [RowGroup(file, group) for group in range(read_footer(file).num_row_groups)]
+        if len(row_groups) >= _SAMPLED:
             break
-    return found
+    return row_groups
 
 
 def _undecoded() -> WindowedRows:

@@ -22,11 +22,11 @@ from benchmarks.gpu.loops import Loops, Way, loops_of, shares
 from benchmarks.gpu.made_up import drawn_steps
 from benchmarks.gpu.measure import wait_for_device
 from benchmarks.gpu.plain_forms import without_kernels
-from trainer.config.run_config import Config
 from trainer.data.batch import pinning
 from trainer.data.prefetch import Prefetcher
 from trainer.data.reader import Step
 from trainer.ranks.process_group import process_group
+from trainer.run_config import Config
 
 _AHEAD = 4
 

@@ -16,8 +16,8 @@ import trainer.assemble
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Change, Way, loops_of, shares, with_model
 from benchmarks.grid import Cell
-from trainer.config.run_config import Config
 from trainer.ranks.process_group import process_group
+from trainer.run_config import Config
 
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 CELL = Cell(items=8_000_000, length=200, dim=64, users=288)

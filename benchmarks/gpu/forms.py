@@ -14,8 +14,9 @@ from benchmarks.gpu.plain_forms import without_kernels
 from embeddings.first_rows import FirstWeights, initial_rows_
 from tests.helpers.models import drawing, drawn_vectors, drawn_windows
 from trainer.model.ops import bags, top
-from trainer.model.retrieve.score import Attended, DotScorer, MlpScorer
-from trainer.model.retrieve.search import DotSearch, Query
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer, MlpScorer
+from trainer.model.retrieve.search import Query
 from trainer.model.time import age_bucket
 
 _ROWS, _QUERIES, _WIDTH, _KEPT = 5_000, 700, 32, 20
@@ -94,7 +95,7 @@ def _scorers(device: torch.device) -> list[Row]:
 
     def run(query_CD: Tensor, key_ND: Tensor) -> Tensor:
         place = query_CD.device
-        vectors = Attended(query_CD, key_ND, raw.group_C.to(place))
+        vectors = AttentionVectors(query_CD, key_ND, raw.group_C.to(place))
         scores: Tensor = scorer.to(place).over_windows(vectors, moved(windows, place))
         mask = moved(windows, place).mask[windows.of_candidate.to(place)]
         return scores.masked_fill(~mask[:, None], 0)

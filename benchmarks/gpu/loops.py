@@ -23,12 +23,12 @@ from benchmarks.gpu.measure import forget_memory, host_waits, memory, wait_for_d
 from benchmarks.gpu.training import Job, pipeline_of
 from benchmarks.grid import Cell, config_of
 from trainer.assemble import build_sharded
-from trainer.config.run_config import Config
 from trainer.data.batch import pinning
 from trainer.data.reader import Step
 from trainer.loop.pipeline import Pipeline
 from trainer.objectives.bce import loss_sum
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config
 from trainer.step_size import StepSize
 from trainer.update.step import make_optimizer
 

@@ -15,7 +15,7 @@ from benchmarks.synthetic import Draws, as_batch
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
-from trainer.model.retrieve.score import Attended
+from trainer.model.retrieve.score import AttentionVectors
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
 
@@ -23,7 +23,7 @@ _SEED = 7
 _Moved = TypeVar("_Moved")
 
 
-def full_windows(windows: int, candidates: int, length: int, width: int) -> tuple[Windows, Attended]:
+def full_windows(windows: int, candidates: int, length: int, width: int) -> tuple[Windows, AttentionVectors]:
     """Windows of `length` behaviors each, that lie one after the other, with so many candidates each."""
     rng = torch.Generator().manual_seed(_SEED)
     ends = torch.arange(1, windows + 1) * length
@@ -36,7 +36,7 @@ def full_windows(windows: int, candidates: int, length: int, width: int) -> tupl
     found = Windows(index, mask, Marks(zero, zero, zero), None, request, lengths, counts)
     query = torch.randn(windows * candidates, width, generator=rng)
     key = torch.randn(windows * length, width, generator=rng)
-    return found, Attended(query, key, torch.zeros_like(request))
+    return found, AttentionVectors(query, key, torch.zeros_like(request))
 
 
 def moved(given: _Moved, device: torch.device) -> _Moved:

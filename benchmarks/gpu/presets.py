@@ -14,12 +14,12 @@ from benchmarks.gpu.measure import difference, host_waits
 from tests.helpers.models import model_of
 from tests.programs.preset_steps import small_config
 from trainer.assemble import feature_rows, resolve_groups
-from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.bce import loss_sum
+from trainer.run_config import Config
 
 _LOGITS, _GRADIENTS = 1e-4, 1e-2
 # It needs a log with clusters.

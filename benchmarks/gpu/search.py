@@ -11,8 +11,9 @@ from benchmarks.gpu.check import Answer, Check, Row, answer
 from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import copy_rate, difference, forget_memory, memory, seconds
 from benchmarks.gpu.plain_forms import without_kernels
-from trainer.model.retrieve.score import Attended, DotScorer
-from trainer.model.retrieve.search import DotSearch, Query
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer
+from trainer.model.retrieve.search import Query
 from trainer.model.windows import Windows
 
 _K, _CANDIDATES, _AIM = 20, 3, 0.70
@@ -41,7 +42,7 @@ def search(check: Check) -> Answer:
     return _judged(check, rows, copied)
 
 
-def _measured(check: Check, windows: Windows, raw: Attended, copied: float) -> list[Row]:
+def _measured(check: Check, windows: Windows, raw: AttentionVectors, copied: float) -> list[Row]:
     """All ways of one case, and whether they keep the same scores."""
     length, width = windows.index.shape[1], raw.key_ND.shape[1]
     needed, rows = raw.key_ND.numel() * raw.key_ND.element_size(), []
@@ -64,7 +65,7 @@ def _measured(check: Check, windows: Windows, raw: Attended, copied: float) -> l
     return rows
 
 
-def _ways(windows: Windows, raw: Attended) -> Mapping[str, Callable[[], Tensor]]:
+def _ways(windows: Windows, raw: AttentionVectors) -> Mapping[str, Callable[[], Tensor]]:
     """Each gives the kept scores, [C, K]."""
     scorer = DotScorer(None, None, 1, None, None)
     vectors = scorer.encode(raw)
@@ -88,7 +89,7 @@ def _ways(windows: Windows, raw: Attended) -> Mapping[str, Callable[[], Tensor]]
 
 
 @torch.no_grad()
-def _gathered(windows: Windows, raw: Attended) -> Tensor:
+def _gathered(windows: Windows, raw: AttentionVectors) -> Tensor:
     """Every window's keys side by side first: [W, X, D]."""
     key_WXD = torch.nn.functional.embedding(windows.index, raw.key_ND)
     query_WCD = raw.query_CD.view(windows.index.shape[0], -1, raw.query_CD.shape[1])
@@ -97,7 +98,7 @@ def _gathered(windows: Windows, raw: Attended) -> Tensor:
 
 
 @torch.no_grad()
-def _by_slices(windows: Windows, raw: Attended) -> Tensor:
+def _by_slices(windows: Windows, raw: AttentionVectors) -> Tensor:
     """Keys of full windows lie side by side already."""
     count, width = windows.index.shape[0], raw.query_CD.shape[1]
     key_WXD, query_WCD = raw.key_ND.view(count, -1, width), raw.query_CD.view(count, -1, width)

@@ -12,12 +12,12 @@ from benchmarks.gpu.logs import small_log
 from pipelines.start import open_split
 from tests.programs.step_cases import SMALL, local_tensors
 from trainer.assemble import ShardedModel, build_sharded, feature_rows
-from trainer.config.run_config import Config, load_config
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config, load_config
 from trainer.update.guard import Guard
 from trainer.update.step import TrainStep, make_optimizer
 

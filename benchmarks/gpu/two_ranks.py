@@ -18,8 +18,8 @@ from benchmarks.gpu.loops import Loops, Way, loops_of
 from benchmarks.grid import Cell
 from embeddings.lookup.sharded import ShardedBags
 from tests.helpers.forked import fork_ranks
-from trainer.config.run_config import Config
 from trainer.ranks.process_group import Ranks, sum_over_ranks
+from trainer.run_config import Config
 
 RANKS = 2
 # The second rank has fewer users.

@@ -18,10 +18,10 @@ def kept_behaviors(model: nn.Module, batch: RequestBatch) -> tuple[Tensor, Tenso
         model: a `TwoStageModel`, or what wraps it for training.
     """
     inner: Any = getattr(model, "module", model)
-    found = inner.searched(batch).items()
+    found = inner.retrieve(batch).items()
     # What works on whole windows searches nothing: each candidate keeps all of its own.
     kept = [
-        each.windows.of_candidates() if inner.branches[name].sequence.on_windows else each.kept
+        each.windows.of_candidates() if inner.branches[name].sequence.on_windows else each.selection
         for name, each in found
     ]
     count = batch.candidates

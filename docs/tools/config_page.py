@@ -19,8 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipelines.ingest.config import IngestConfig
-from trainer.config.run_config import Config
 from trainer.config.toml import Settings, models_in
+from trainer.run_config import Config
 
 _HEAD = """# Configuration: every key
 

@@ -18,10 +18,10 @@ from pipelines.console import quiet_third_parties
 from pipelines.plan.remedies import remedies
 from pipelines.plan.report import Report, need_lines, report_lines
 from trainer.assemble import build_trainable, fit_caches, plan_request
-from trainer.config.run_config import Config, load_config
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.ranks.device import DeviceName
+from trainer.run_config import Config, load_config
 from trainer.sealed_folder import write_text
 from trainer.step_size import StepSize, lookups, step_size
 

@@ -9,8 +9,8 @@ from embeddings.errors import ConfigError
 from embeddings.plan.memory import TableNeed, gigabytes
 from embeddings.plan.planner import offline_plan
 from embeddings.plan.request import Cluster, PlanRequest
-from trainer.config.run_config import Config
 from trainer.config.tables import GroupConfig, PlanTableConfig
+from trainer.run_config import Config
 
 # A remedy at a time, from its gentlest form on, so often at most.
 _TRIES = 6

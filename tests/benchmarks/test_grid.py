@@ -20,12 +20,12 @@ from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.launching import ROOT, tandemrec
 from tests.helpers.models import draw, drawing
 from trainer.assemble import build_model, resolve_groups
-from trainer.config.run_config import Config, load_config
 from trainer.data.batch import RequestBatch
 from trainer.data.rows import UserRows
 from trainer.model.frame import TwoStageModel
 from trainer.model.retrieve.score import MlpScorer
 from trainer.objectives.bce import loss_sum
+from trainer.run_config import Config, load_config
 
 SHAPE = Shape(items=90, categories=7, length=24, users=3, requests=4)
 

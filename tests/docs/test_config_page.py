@@ -10,8 +10,8 @@ from pydantic import Field
 
 from docs.tools.config_page import PAGE, document, texts_of
 from pipelines.ingest.config import IngestConfig
-from trainer.config.run_config import Config
 from trainer.config.toml import Settings, models_in
+from trainer.run_config import Config
 
 
 def _models(model: type[Settings], seen: set[type[Settings]]) -> Iterator[type[Settings]]:

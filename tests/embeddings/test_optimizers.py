@@ -22,7 +22,7 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.sharding import attach_optimizer
 from embeddings.optimizers import ROW_OPTIMIZERS, FusedOptimizer, optimizer_of
-from trainer.config.run_config import load_config
+from trainer.run_config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS, DIM = 6, 8

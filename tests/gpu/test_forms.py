@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.gpu.forms import bags, top
 from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import difference
 from tests.helpers.models import drawing, drawn_vectors, drawn_windows
+from trainer.model.retrieve.dot import DotSearch
 from trainer.model.retrieve.score import DotScorer
-from trainer.model.retrieve.search import DotSearch, Query
+from trainer.model.retrieve.search import Query
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

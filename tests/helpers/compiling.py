@@ -9,7 +9,7 @@ _TYPES = {
     "*i64": ("index", "lengths", "first", "kept_column", "order"),
     "*i32": ("some_column",),
     "*u8": ("mask", "kept_mask"),
-    "*fp32": ("query", "key", "bias", "some_score", "part", "rows", "weight", "found"),
+    "*fp32": ("query", "key", "bias", "some_score", "part", "rows", "weight", "out"),
 }
 
 

@@ -15,16 +15,16 @@ from tests.helpers.launching import ROOT
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.helpers.tables import initialise_unsharded
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
-from trainer.config.run_config import Config, load_config
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.model.branch import Searched
 from trainer.model.frame import TwoStageModel
 from trainer.model.read.sequence import Behaviors
-from trainer.model.retrieve.score import Attended
+from trainer.model.retrieve.score import AttentionVectors
+from trainer.model.retrieve.search import Retrieval
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
+from trainer.run_config import Config, load_config
 
 BEHAVIORS = 24
 GROUPS = 3
@@ -68,8 +68,8 @@ def drawn_windows(
 
 def drawn_vectors(
     rng: torch.Generator, width: int, candidates: int, behaviors: int = BEHAVIORS, cross: bool = False
-) -> Attended:
-    return Attended(
+) -> AttentionVectors:
+    return AttentionVectors(
         torch.randn(candidates, width, generator=rng),
         torch.randn(behaviors, width, generator=rng),
         torch.randint(0, GROUPS, (candidates,), generator=rng),
@@ -81,16 +81,12 @@ def drawn_behaviors(
     rng: torch.Generator, windows: Windows, width: int, attention: int = 5, whole: bool = False
 ) -> Behaviors:
     """The representation side of candidates that keep their whole windows, pooled by window with `whole`."""
-    kept, candidates = windows.of_candidates(), windows.of_candidate.numel()
-    return Behaviors(
-        torch.randn(candidates, width, generator=rng),
-        torch.randn(BEHAVIORS, width, generator=rng),
-        windows.index if whole else kept.index,
-        kept,
-        windows,
-        drawn_vectors(rng, attention, candidates),
-        whole,
-    )
+    candidates = windows.of_candidate.numel()
+    target, value = (torch.randn(count, width, generator=rng) for count in (candidates, BEHAVIORS))
+    vectors = drawn_vectors(rng, attention, candidates)
+    selection = windows.of_candidates()
+    place = windows.index if whole else selection.index
+    return Behaviors(windows, vectors, vectors, selection, whole, target, value, place)
 
 
 def small_log(path: Path, seed: int = 4) -> Path:
@@ -128,8 +124,8 @@ def batch_of(config: Config) -> RequestBatch:
     return next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
 
 
-def stage_one(model: TwoStageModel, batch: RequestBatch) -> dict[str, Searched]:
-    return model._stage_one(batch)[0].searched
+def stage_one(model: TwoStageModel, batch: RequestBatch) -> dict[str, Retrieval]:
+    return model._stage_one(batch)[0].of_branch
 
 
 def watch(model: TwoStageModel) -> dict[str, tuple[Behaviors, Tensor, list[Tensor]]]:

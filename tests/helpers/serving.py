@@ -22,9 +22,9 @@ from pipelines.serve.metrics import Metrics
 from tests.helpers.logs import Row
 from tests.helpers.models import drawing, model_of
 from trainer.assemble import feature_rows, resolve_groups
-from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
+from trainer.run_config import Config
 from trainer.run_folder import versions
 from trainer.serving.batcher import BatchSettings
 from trainer.serving.histories import HistoryStore

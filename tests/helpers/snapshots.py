@@ -14,9 +14,9 @@ from pipelines.export import export
 from tests.helpers.models import drawing, preset
 from trainer.assemble import build_sharded
 from trainer.checkpoint import save_load as checkpoint
-from trainer.config.run_config import Config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group
+from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import DIGEST, MANIFEST
 from trainer.snapshot.manifest import read_manifest as read_version

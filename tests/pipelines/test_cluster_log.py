@@ -13,14 +13,14 @@ from embeddings.errors import ConfigError, DataError
 from pipelines.cluster import behavior_vectors, cluster
 from tests.helpers.launching import tandemrec, train
 from tests.helpers.logs import Shape, random_rows, write_log
-from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
 from trainer.data.batch import Sizes
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, read_rows
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import read_manifest
-from trainer.model.windows import Source, windows_of
+from trainer.model.windows import windows_of
+from trainer.run_config import Config
 from trainer.snapshot import load_snapshot
 
 INFO = ClusterInfo(chunk=12, cap=4, group_by="category_id", seed=3)
@@ -69,7 +69,7 @@ def test_a_request_sees_the_clusters_of_chunks_complete_before_it(made: tuple[Pa
             batch = step.batch
             assert batch.clusters is not None
             assert batch.sizes == Sizes.of(batch) and batch.sizes.one_id
-            windows, newest = windows_of(batch, 100, Source(clusters=True)), windows_of(batch, 100, Source(5))
+            windows, newest = windows_of(batch, 100, clusters=True), windows_of(batch, 100, 5)
             items = batch.features["item_id"].values()
             for r in range(batch.requests):
                 index = windows.index[r][windows.mask[r]]
@@ -139,7 +139,7 @@ def test_recent_behaviors_stay_beside_a_hard_search(made: tuple[Path, Path, Path
             mask = one.retrieval.index >= 0
             assert torch.equal(mask, other.retrieval.index >= 0)
             assert torch.equal(items[one.retrieval.index[mask]], others[other.retrieval.index[mask]])
-        newest, expected = (windows_of(x, 500, Source(4)) for x in (batch, full.batch))
+        newest, expected = (windows_of(x, 500, 4) for x in (batch, full.batch))
         assert torch.equal(newest.mask, expected.mask)
         mine, theirs = batch.features["item_id"].values(), full.batch.features["item_id"].values()
         assert torch.equal(mine[newest.index[newest.mask]], theirs[expected.index[expected.mask]])

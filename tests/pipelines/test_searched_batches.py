@@ -16,11 +16,11 @@ from tests.helpers.launching import train
 from tests.helpers.logs import CONTEXT, FEATURES, RICH, enrich, random_rows, small_log, write_log
 from tests.trainer.model.test_frame import model_of
 from trainer.assemble import build_model, resolve_groups
-from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.objectives.bce import loss_sum
+from trainer.run_config import Config
 
 LEVELS = ("category_id", "item_id")
 

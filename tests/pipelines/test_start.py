@@ -18,12 +18,12 @@ from tests.helpers.logs import Shape, enrich, random_rows, small_log, write_log
 from tests.helpers.models import batch_of, model_of, preset
 from trainer.assemble import resolve_groups
 from trainer.checkpoint.warm_start import unshard_run
-from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
 from trainer.log.clusters import ClusterInfo
 from trainer.log.schema import read_manifest
 from trainer.loop.remarks import remarks
 from trainer.ranks.process_group import process_group
+from trainer.run_config import load_config
 from trainer.run_folder import RunFolder
 from trainer.update.schedule import dense_schedule, run_steps, schedule_remarks, table_schedule
 

@@ -20,8 +20,8 @@ import torch
 from launch.reporting import report
 from pipelines.console import quiet_third_parties
 from pipelines.train import run
-from trainer.config.run_config import load_config
 from trainer.ranks.process_group import process_group
+from trainer.run_config import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -15,11 +15,11 @@ import numpy as np
 from pipelines.start import open_split
 from tests.helpers.launching import ROOT
 from trainer.assemble import build_sharded, feature_rows
-from trainer.config.run_config import Config, load_config
 from trainer.log.schema import read_manifest
 from trainer.loop.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import process_group, sum_over_ranks
+from trainer.run_config import Config, load_config
 from trainer.update.guard import Guard
 from trainer.update.step import TrainStep, make_optimizer
 

@@ -26,9 +26,9 @@ from tests.helpers.logs import small_log
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint import writer as hashed_writer
 from trainer.checkpoint.background import Saver
-from trainer.config.run_config import Config, load_config
 from trainer.loop.loop import Trainer
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config, load_config
 
 
 class Runs:

@@ -25,13 +25,13 @@ from pipelines.console import quiet_third_parties
 from pipelines.start import open_split
 from tests.helpers.launching import ROOT
 from trainer.assemble import ShardedModel, build_sharded, feature_rows
-from trainer.config.run_config import Config, load_config
 from trainer.data.batch_file import unpack
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import read_manifest
 from trainer.loop.pipeline import Pipeline
 from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import Ranks, gather_rows, process_group, sum_over_ranks
+from trainer.run_config import Config, load_config
 from trainer.update.guard import Guard
 from trainer.update.step import TrainStep, make_optimizer
 

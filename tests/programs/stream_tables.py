@@ -16,7 +16,7 @@ import torch
 
 from embeddings.groups import TableGroup, TableSpec
 from trainer.checkpoint.tensors import TableReader
-from trainer.config.run_config import Config
+from trainer.run_config import Config
 from trainer.snapshot.writing import Draft, Source
 
 

@@ -13,10 +13,10 @@ import torch
 from embeddings.errors import ConfigError
 from tests.helpers.logs import small_log
 from trainer.assemble import build_sharded, build_trainable, cluster_of
-from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
-from trainer.model_memory import check_collision
+from trainer.model_memory import check_step
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import load_config
 from trainer.step_size import StepSize
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -71,12 +71,12 @@ def test_the_limit_of_collisions_is_half_of_a_ranks_memory() -> None:
     size = StepSize(behaviors=2000, candidates=100, requests=50, blocks=((80, 4), (300, 9)), source="here")
     # 128 buckets, windows of 100, and 25 or 50 requests on a rank.
     need = 128 * 100 * 25 * 4
-    check_collision(config, size, 2, 2 * need)
+    check_step(config, size, 2, 2 * need)
     with pytest.raises(ConfigError, match="the 25 requests of 100 behaviors"):
-        check_collision(config, size, 2, 2 * need - 1)
+        check_step(config, size, 2, 2 * need - 1)
     with pytest.raises(ConfigError, match="the 50 requests of 100 behaviors"):
-        check_collision(config, size, 1, 2 * need)
-    check_collision(load_config(CONFIGS / "dare.toml"), size, 1, 1)
+        check_step(config, size, 1, 2 * need)
+    check_step(load_config(CONFIGS / "dare.toml"), size, 1, 1)
 
 
 def test_a_container_has_what_its_control_group_allows(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

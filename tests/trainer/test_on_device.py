@@ -24,7 +24,6 @@ from tests.helpers.models import batch_of, model_of
 from tests.helpers.stand_in import CUDA, MixedDevices, OnDevice, StandIn, moved
 from tests.programs.preset_steps import SMALL, small_config
 from tests.trainer.test_presets import PRESETS, preset_log
-from trainer.config.run_config import Config, load_config
 from trainer.config.sections import DataConfig
 from trainer.data.batch import Clusters, RequestBatch
 from trainer.data.reader import Cursor, Step
@@ -32,6 +31,7 @@ from trainer.loop.pipeline import Pipeline
 from trainer.model.union import most_kept
 from trainer.quality.evaluate import _rows
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config, load_config
 from trainer.update.guard import Guard
 from trainer.update.step import TrainStep, make_optimizer
 

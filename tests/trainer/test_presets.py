@@ -15,12 +15,12 @@ from tests.helpers.logs import Shape, random_rows, write_log
 from tests.helpers.tables import initialise_unsharded
 from tests.programs.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
-from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.quality.evaluate import score_split
 from trainer.quality.scored import Scored
+from trainer.run_config import Config
 
 # twin_v2 needs a clustered log and has tests of its own.
 PRESETS = sorted(
@@ -120,7 +120,7 @@ def test_padding_has_no_weight_and_nothing_is_kept_twice(preset: str, log: Path)
     short = batch.window_end - batch.window_start < config.model.k
     assert short.any()
     for behaviors, weights in seen.values():
-        kept = behaviors.kept
+        kept = behaviors.selection
         if weights is not None:
             outside = ~kept.mask[:, None].expand_as(weights)
             assert outside.any() and (weights[outside] == 0).all() and (weights >= 0).all()

@@ -10,8 +10,8 @@ from typing import Any
 
 from embeddings.errors import ConfigError
 from trainer.assemble import flat_settings
-from trainer.config.run_config import Config
 from trainer.log.schema import LogManifest
+from trainer.run_config import Config
 
 # Another value of these would make a position inside an epoch mean other blocks.
 _ORDER = (

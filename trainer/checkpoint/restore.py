@@ -7,9 +7,9 @@ from typing import Any
 
 from trainer.assemble import ShardedModel, build_sharded, feature_rows
 from trainer.checkpoint import save_load as checkpoint
-from trainer.config.run_config import Config
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 
 

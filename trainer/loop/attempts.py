@@ -17,7 +17,7 @@ from pathlib import Path
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError
-from trainer.config.run_config import Config
+from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import naming
 

@@ -17,7 +17,6 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_same_order
 from trainer.checkpoint.reshard import check_reshardable
-from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.loop.early_stopping import Best
 from trainer.loop.interrupts import Interrupts
@@ -26,6 +25,7 @@ from trainer.loop.progress import Progress
 from trainer.quality.evaluate import score_split, shared_metrics
 from trainer.quality.metrics import Metrics, entry_of, one_line
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
+from trainer.run_config import Config
 from trainer.run_folder import MetricsLog, RunFolder
 from trainer.update.guard import Guard
 from trainer.update.schedule import dense_schedule, progress_of, run_steps, table_schedule

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from embeddings.groups import TableGroup
-from trainer.config.model import BranchConfig, ModelConfig
-from trainer.config.run_config import Config
 from trainer.config.toml import Settings
 from trainer.log.schema import LogManifest
+from trainer.model.settings import CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
+from trainer.run_config import Config
 
 _SPLITS = ("train", "validation", "test")
 # Who lacks a feature of a side.
@@ -112,69 +112,55 @@ def _settings(config: Config) -> str:
 
 def _of_model(model: ModelConfig) -> list[str]:
     """Keys of the model that no branch looks at, where they were given another value than the default."""
-    branches = list(model.all_branches().values())
-    used = set().union(*(_used(branch) for branch in branches))
-    found = []
-    for key in ("k", "hash_bits", "hashes", "score_hidden", "head_dim", "layers", "time_dim", "time_group"):
-        if key not in used and _changed(model, key):
-            found.append(f"model.{key} = {getattr(model, key)!r}")
-    if model.head == "dot" and _changed(model, "hidden"):
-        found.append('model.hidden (model.head is "dot")')
-    if model.auxiliary == "none":
-        found += [
-            f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "none")'
+    used = set[str]().union(*(branch.keys_with_effect() for branch in model.all_branches().values()))
+    unused = [
+        f"model.{key} = {getattr(model, key)!r}"
+        for key in type(model).model_fields
+        if key in CONDITIONAL_KEYS - used and _changed(model, key)
+    ]
+    unused += [
+        f'model.{key} (model.head is "{model.head}")'
+        for key in HEAD_KEYS
+        if key not in model.head_kind.keys.model_fields and _changed(model, key)
+    ]
+    if model.auxiliary_kind is None:
+        unused += [
+            f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "{model.auxiliary}")'
             for key in ("auxiliary_weight", "auxiliary_hidden")
             if _changed(model, key)
         ]
-    return found
-
-
-def _used(branch: BranchConfig) -> set[str]:
-    """Which of the keys above a branch looks at."""
-    marks = branch.position or branch.age or branch.level
-    searches = branch.sequence in ("attention", "stacked") and branch.search != "all"
-    uses = {
-        "k": searches or branch.search == "recent",
-        "hash_bits": branch.search == "simhash" or branch.sequence == "collision",
-        "hashes": branch.sequence == "collision",
-        "score_hidden": branch.score == "mlp",
-        "head_dim": branch.projection == "heads" or branch.search == "soft",
-        "layers": branch.sequence in ("stacked", "sasrec"),
-        "time_dim": branch.time_target == "target" and branch.time == "bias" and marks,
-        "time_group": branch.time_target != "shared" or branch.sequence == "sasrec",
-    }
-    return {key for key, used in uses.items() if used}
+    return unused
 
 
 def _of_rest(config: Config) -> list[str]:
     data, train = config.data, config.train
     search = data.search
-    found = []
+    unused = []
     if not search.levels:
-        found += [
+        unused += [
             f"data.search.{key} (data.search.levels is empty)"
             for key in ("budget", "half_life_days", "counts", "domain", "domain_minimum")
             if _changed(search, key)
         ]
     elif search.domain_minimum and not search.domain:
-        found.append("data.search.domain_minimum (data.search.domain is empty)")
+        unused.append("data.search.domain_minimum (data.search.domain is empty)")
     if data.recent and not (search.levels or data.clusters):
-        found.append(f"data.recent = {data.recent} (neither data.search nor data.clusters cuts the history)")
+        unused.append(f"data.recent = {data.recent} (neither data.search nor data.clusters cuts the history)")
     if data.order == "stored" and _changed(data, "shuffle_row_groups"):
-        found.append('data.shuffle_row_groups (data.order is "stored")')
+        unused.append('data.shuffle_row_groups (data.order is "stored")')
     if data.on_bad == "fail" and _changed(data, "max_bad"):
-        found.append('data.max_bad (data.on_bad is "fail")')
+        unused.append('data.max_bad (data.on_bad is "fail")')
     if train.init_optimizer != "carry" and not train.init_from:
-        found.append("train.init_optimizer (train.init_from is empty)")
+        unused.append("train.init_optimizer (train.init_from is empty)")
     if not train.early_stopping.on:
-        found += [
+        unused += [
             f"train.early_stopping.{key} (train.early_stopping.patience is 0)"
             for key in ("metric", "min_delta")
             if _changed(train.early_stopping, key)
         ]
     if train.warmup and train.warmup_steps is not None and train.warmup != _TYPICAL_WARMUP:
-        found.append(f"train.warmup (train.warmup_steps = {train.warmup_steps} counts instead)")
-    return found
+        unused.append(f"train.warmup (train.warmup_steps = {train.warmup_steps} counts instead)")
+    return unused
 
 
 def _changed(section: Settings, key: str) -> bool:

@@ -5,9 +5,8 @@ roles this is TWIN as DARE's authors ran it; with one group for attention and on
 Other models are other branches (`trainer.model.branch`) of the same frame.
 
 TorchRec's train pipelines trace the forward pass of every module that holds a sharded one, to start the
-exchange of a later batch's ids early. So `TwoStageModel.forward` is a thin shell, which calls collections and
-modules without collections and looks into no tensor; all else happens inside those modules, which the trace
-does not enter.
+exchange of a later batch's ids early. So `TwoStageModel.forward` calls collections and modules without
+collections, and looks into no tensor. The trace does not enter those modules; all else happens inside them.
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.lookup.jagged import select_bags
-from trainer.config.model import ModelConfig
 from trainer.data.batch import RequestBatch
 from trainer.model.border import Lookups
-from trainer.model.branch import Branch, Searched, Surroundings, at_least_one_row
-from trainer.model.heads.auxiliary import WholeWindow
-from trainer.model.heads.mlp import DotHead, Head
+from trainer.model.branch import Branch, at_least_one_row
+from trainer.model.read.sequence import Behaviors
+from trainer.model.retrieve.search import Retrieval
+from trainer.model.settings import ModelConfig
+from trainer.model.sizes import Dimensions
 from trainer.model.union import most_kept, padded_union, union_of
-from trainer.model.windows import Kept, Source, Windows, windows_of
+from trainer.model.windows import Selection, Windows, windows_of
 
 
 class Prediction(NamedTuple):
@@ -42,29 +42,33 @@ class Prediction(NamedTuple):
     auxiliary: Tensor | None
 
 
-class Rows(NamedTuple):
-    """Representation of one group: target [C, D], behaviors [S, D], S at least 1, and the row of each of the
-    batch's behaviors [N] (None = behavior n is row n)."""
-
-    target_CD: Tensor
-    value_SD: Tensor
-    place_N: Tensor | None
-
-
-class Found(NamedTuple):
-    """Stage one's result.
+class Retrievals(NamedTuple):
+    """Stage one's result for all branches.
 
     Attributes:
-        branches: that made it; searched: what each found.
-        selected: KJT of the behaviors that any branch kept and maybe others, then the candidates; None where
-            all of them were looked up already. place_N: where each of the batch's behaviors is among the
-            former; None: behavior n is at n.
+        branches: that retrieved; of_branch: name -> its retrieval.
+        bags: KJT of the behaviors that any branch kept and maybe others, then the candidates: what is looked
+            up for stage two. None where all of them were looked up already.
+        place_N: where each of the batch's behaviors is among `bags`; None: behavior n is at n.
     """
 
     branches: Branches
-    searched: dict[str, Searched]
-    selected: KeyedJaggedTensor | None
+    of_branch: dict[str, Retrieval]
+    bags: KeyedJaggedTensor | None
     place_N: Tensor | None
+
+
+class HeadInput(NamedTuple):
+    """Stage two's result.
+
+    Attributes:
+        parts: what the head is given, each [C, width].
+        main, behaviors: the main branch and what its first expert read, for an auxiliary loss.
+    """
+
+    parts: list[Tensor]
+    main: Branch
+    behaviors: Behaviors
 
 
 class Branches(nn.ModuleDict):
@@ -83,55 +87,42 @@ class Branches(nn.ModuleDict):
         self.history_length, self.selects, self.pads = history_length, selects, pads
 
     def named(self) -> dict[str, Branch]:
+        """Name -> branch."""
         return {name: branch for name, branch in self.items() if isinstance(branch, Branch)}
 
-    def forward(self, batch: RequestBatch, vectors: Mapping[str, Tensor]) -> Found:
+    def forward(self, batch: RequestBatch, vectors: Mapping[str, Tensor]) -> Retrievals:
         """`vectors`: [N + C, width] of the groups that are looked up first."""
-        windows: dict[Source, Windows] = {}
-        searched = {}
+        windows: dict[tuple[int, bool], Windows] = {}
+        retrievals = {}
         for name, branch in self.named().items():
-            if branch.source not in windows:
-                windows[branch.source] = windows_of(batch, self.history_length, branch.source)
-            searched[name] = branch.find(batch, vectors, windows[branch.source])
+            looks_at = branch.settings.newest, branch.settings.clusters
+            if looks_at not in windows:
+                windows[looks_at] = windows_of(batch, self.history_length, *looks_at)
+            retrievals[name] = branch.retriever.retrieve(batch, vectors, windows[looks_at])
         if not self.selects:
-            return Found(self, searched, None, None)
-        kept = [found.windows if found.whole else found.kept for found in searched.values()]
+            return Retrievals(self, retrievals, None, None)
+        kept = [each.windows if each.whole else each.selection for each in retrievals.values()]
         if self.pads_on(batch.behavior_time.device):
-            most = most_kept(batch.host_sizes, (self._keeps(name, found) for name, found in searched.items()))
-            chosen = padded_union(kept, batch.behaviors, most)
+            bounds = (self._bound(name, retrieval) for name, retrieval in retrievals.items())
+            rows = padded_union(kept, batch.behaviors, most_kept(batch.host_sizes, bounds))
         else:
-            chosen = union_of(kept, batch.behaviors)
-        if chosen.behavior_S is None:
-            return Found(self, searched, batch.features, None)
-        candidates = batch.behaviors + torch.arange(batch.candidates, device=chosen.behavior_S.device)
-        bags = torch.cat([chosen.behavior_S, candidates])
-        selected = select_bags(batch.features, bags, batch.host_sizes.one_id)
-        return Found(self, searched, selected, chosen.place_N)
+            rows = union_of(kept, batch.behaviors)
+        if rows.behavior_S is None:
+            return Retrievals(self, retrievals, batch.features, None)
+        candidates = batch.behaviors + torch.arange(batch.candidates, device=rows.behavior_S.device)
+        places = torch.cat([rows.behavior_S, candidates])
+        bags = select_bags(batch.features, places, batch.host_sizes.one_id)
+        return Retrievals(self, retrievals, bags, rows.place_N)
 
     def pads_on(self, device: torch.device) -> bool:
         """Whether more behaviors than were kept are looked up again, so that the host need not wait."""
         return device.type != "cpu" if self.pads is None else self.pads
 
-    def _keeps(self, name: str, found: Searched) -> tuple[int, int | None]:
+    def _bound(self, name: str, retrieval: Retrieval) -> tuple[int, int | None]:
         """What a branch keeps at most, for `most_kept`."""
-        branch = self.named()[name]
-        whole = found.whole or branch.search is None
-        return branch.source.newest, None if whole else found.kept.index.shape[1]
-
-
-class Pooled(NamedTuple):
-    """Stage two's result.
-
-    Attributes:
-        parts: what the head is given, each [C, width].
-        main, searched: the main branch and what it found; target_CD, value_ND: its representation.
-    """
-
-    parts: list[Tensor]
-    main: Branch
-    searched: Searched
-    target_CD: Tensor
-    value_ND: Tensor
+        settings = self.named()[name].settings
+        whole = retrieval.whole or not settings.searches
+        return settings.newest, None if whole else retrieval.selection.index.shape[1]
 
 
 class Pooling(nn.Module):
@@ -146,37 +137,40 @@ class Pooling(nn.Module):
         self.context, self.numbers = context, numbers
 
     def forward(
-        self, batch: RequestBatch, found: Found, first: Mapping[str, Tensor], late: Mapping[str, Tensor]
-    ) -> Pooled:
-        """`first`: of all behaviors and candidates, and of the context; `late`: of `found.selected`."""
-        branches, parts, rows = found.branches.named(), [], _representation(batch, found, first, late)
+        self,
+        batch: RequestBatch,
+        retrievals: Retrievals,
+        first: Mapping[str, Tensor],
+        late: Mapping[str, Tensor],
+    ) -> HeadInput:
+        """`first`: of all behaviors and candidates, and of the context; `late`: of `retrievals.bags`."""
+        parts: list[Tensor] = []
+        read: dict[str, Behaviors] = {}
+        branches = retrievals.branches.named()
+        # Rows of each group: target [C, D], behaviors [S, D].
+        rows: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in dict.fromkeys(
+            group for branch in branches.values() for group in representation_of(branch)
+        ):
+            vectors = late[name] if name in late else first[name]
+            count = vectors.shape[0] - batch.candidates
+            rows[name] = vectors[count:], at_least_one_row(vectors[:count])
         for name, branch in branches.items():
-            searched, roles = found.searched[name], branch.roles
-            behavior = rows[roles.representation_behavior]
-            place = searched.index if behavior.place_N is None else behavior.place_N[searched.index]
-            target_CD = rows[roles.representation_target].target_CD
-            parts += branch.pool(searched, target_CD, behavior.value_SD, place)
+            retrieval = retrievals.of_branch[name]
+            weight_CHK = branch.retriever.weigh(retrieval)
+            for expert in branch.experts:
+                place = retrieval.index
+                if expert.behavior in late and retrievals.place_N is not None:
+                    place = retrievals.place_N[place]
+                target_CD, value_SD = rows[expert.target][0], rows[expert.behavior][1]
+                behaviors = Behaviors(**vars(retrieval), target_CD=target_CD, value_SD=value_SD, place=place)
+                read.setdefault(name, behaviors)
+                parts += expert.sequence(behaviors, weight_CHK)
         if self.numbers:
             parts.append(batch.numeric.sign() * batch.numeric.abs().log1p())
         if self.context:
             parts.append(first[self.context][batch.candidate_request])
-        roles = branches["main"].roles
-        target_CD = rows[roles.representation_target].target_CD
-        value_ND = rows[roles.representation_behavior].value_SD
-        return Pooled(parts, branches["main"], found.searched["main"], target_CD, value_ND)
-
-
-def _representation(
-    batch: RequestBatch, found: Found, first: Mapping[str, Tensor], late: Mapping[str, Tensor]
-) -> dict[str, Rows]:
-    """Rows of every group of a representation role."""
-    rows = {}
-    for branch in found.branches.named().values():
-        for name in (branch.roles.representation_target, branch.roles.representation_behavior):
-            vectors, place = (late[name], found.place_N) if name in late else (first[name], None)
-            behaviors = vectors.shape[0] - batch.candidates
-            rows[name] = Rows(vectors[behaviors:], at_least_one_row(vectors[:behaviors]), place)
-    return rows
+        return HeadInput(parts, branches["main"], read["main"])
 
 
 class TwoStageModel(nn.Module):
@@ -184,7 +178,7 @@ class TwoStageModel(nn.Module):
 
     Args:
         config: the model section.
-        around: groups, L, levels of the hard search, seed.
+        dimensions: groups, L, levels of the hard search, seed.
         collections: group name -> module that maps a KJT of stride B to a KeyedTensor of [B, width];
             an EmbeddingBagCollection in training, plain tables when scoring.
         tasks: T.
@@ -194,52 +188,53 @@ class TwoStageModel(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        around: Surroundings,
+        dimensions: Dimensions,
         collections: Mapping[str, nn.Module],
         tasks: int,
         numbers: int = 0,
     ) -> None:
         super().__init__()
-        self.config, self.numbers, groups = config, numbers, around.groups
+        self.config, self.numbers, groups, roles = config, numbers, dimensions.groups, config.roles
         self.collections = nn.ModuleDict(collections)
         self.lookups = Lookups(groups)
-        branches = {name: Branch(branch, around) for name, branch in config.all_branches().items()}
+        branches = {name: Branch(branch, dimensions) for name, branch in config.all_branches().items()}
         self.first, self.late = first_and_late(config.lookup == "full", branches.values())
-        self.branches = Branches(branches, around.history_length, selects=bool(self.late))
-        self.pooling = Pooling(config.roles.context, numbers > 0)
-        width = sum(branch.sequence.output_width for branch in branches.values())
-        beside = numbers + (groups[config.roles.context].width if config.roles.context else 0)
-        self.head: nn.Module
-        if config.head == "dot":
-            self.head = DotHead(width // 2, beside, tasks)
-        else:
-            self.head = Head(width + beside, config.hidden, tasks, config.norm)
-        self.auxiliary = WholeWindow(config, groups, tasks) if config.auxiliary != "none" else None
+        self.branches = Branches(branches, dimensions.history_length, selects=bool(self.late))
+        self.pooling = Pooling(roles.context, numbers > 0)
+        widths = [
+            sum(expert.sequence.output_width for expert in branch.experts) for branch in branches.values()
+        ]
+        beside = numbers + (groups[roles.context].width if roles.context else 0)
+        self.head = config.head_kind.build(config, widths, beside, tasks)
+        self.auxiliary = None
+        if config.auxiliary_kind is not None:
+            width = groups[roles.representation_target].width
+            self.auxiliary = config.auxiliary_kind.build(config, width, tasks)
         if config.dense_init == "normal":
             _normal_init(self)
 
     def forward(self, batch: RequestBatch) -> Prediction:
-        found, first = self._stage_one(batch)
-        late = self._lookup(self.late, found.selected) if self.late else {}
-        pooled = self.pooling(batch, found, first, late)
-        logits = self.head(pooled.parts)
+        retrievals, first = self._stage_one(batch)
+        late = self._look_up(self.late, retrievals.bags) if self.late else {}
+        head_input = self.pooling(batch, retrievals, first, late)
+        logits = self.head(head_input.parts)
         auxiliary = None
         if self.auxiliary is not None and self.training:
-            auxiliary = self.auxiliary(pooled.main, pooled.searched, pooled.target_CD, pooled.value_ND)
+            auxiliary = self.auxiliary(head_input.main, head_input.behaviors)
         return Prediction(logits, auxiliary)
 
     @torch.no_grad()
-    def search(self, batch: RequestBatch) -> dict[str, Kept]:
+    def search(self, batch: RequestBatch) -> dict[str, Selection]:
         """Stage one alone: what each branch keeps of the batch."""
-        return {name: found.kept for name, found in self.searched(batch).items()}
+        return {name: retrieval.selection for name, retrieval in self.retrieve(batch).items()}
 
     @torch.no_grad()
-    def searched(self, batch: RequestBatch) -> dict[str, Searched]:
+    def retrieve(self, batch: RequestBatch) -> dict[str, Retrieval]:
         """The same, with the windows that each branch searched and the vectors it scored."""
-        return self._stage_one(batch)[0].searched
+        return self._stage_one(batch)[0].of_branch
 
-    def _stage_one(self, batch: RequestBatch) -> tuple[Found, dict[str, Tensor]]:
-        """What each branch found, and the vectors that were looked up for it."""
+    def _stage_one(self, batch: RequestBatch) -> tuple[Retrievals, dict[str, Tensor]]:
+        """What each branch kept, and the vectors that were looked up for it."""
         # All are started before any is waited for.
         pooled = {name: self.collections[name](batch.features) for name in self.first}
         if self.config.roles.context:
@@ -247,11 +242,16 @@ class TwoStageModel(nn.Module):
         vectors = self.lookups(pooled)
         return self.branches(batch, vectors), vectors
 
-    def _lookup(self, groups: Iterable[str], bags: KeyedJaggedTensor) -> dict[str, Tensor]:
+    def _look_up(self, groups: Iterable[str], bags: KeyedJaggedTensor) -> dict[str, Tensor]:
         """-> group name -> [stride of the bags, width of the group]."""
         # A collection takes from the bags those of its own features.
         vectors: dict[str, Tensor] = self.lookups({name: self.collections[name](bags) for name in groups})
         return vectors
+
+
+def representation_of(branch: Branch) -> list[str]:
+    """Groups that a branch's experts read."""
+    return [group for expert in branch.experts for group in (expert.target, expert.behavior)]
 
 
 def first_and_late(full: bool, branches: Iterable[Branch]) -> tuple[list[str], list[str]]:
@@ -261,10 +261,10 @@ def first_and_late(full: bool, branches: Iterable[Branch]) -> tuple[list[str], l
     """
     first, late = [], []
     for branch in branches:
-        roles = branch.roles
-        first += [roles.attention_target, roles.attention_behavior] if branch.attends else []
+        roles = branch.settings.roles
+        first += [roles.attention_target, roles.attention_behavior] if branch.settings.attend != () else []
         first += [roles.cross] if roles.cross else []
-        late += [roles.representation_target, roles.representation_behavior]
+        late += representation_of(branch)
     first = list(dict.fromkeys(first + late if full else first))
     return first, [name for name in dict.fromkeys(late) if name not in first]
 

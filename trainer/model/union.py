@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import Sizes
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Selection, Windows
 
 
-class Chosen(NamedTuple):
+class LookupRows(NamedTuple):
     """Behaviors to look up.
 
     Attributes:
@@ -31,27 +31,27 @@ class Chosen(NamedTuple):
     place_N: Tensor | None
 
 
-def union_of(kept: Sequence[Kept | Windows], behaviors: int) -> Chosen:
+def union_of(kept: Sequence[Selection | Windows], behaviors: int) -> LookupRows:
     """The behaviors that anything kept, ascending; asks the device how many. `behaviors`: N.
 
     Places of behaviors that nobody kept are 0.
     """
     touched = touched_by(kept, behaviors)
     place = torch.where(touched, torch.cumsum(touched, 0) - 1, 0)
-    return Chosen(torch.nonzero(touched[:behaviors]).squeeze(1), place)
+    return LookupRows(torch.nonzero(touched[:behaviors]).squeeze(1), place)
 
 
-def padded_union(kept: Sequence[Kept | Windows], behaviors: int, bound: int) -> Chosen:
+def padded_union(kept: Sequence[Selection | Windows], behaviors: int, bound: int) -> LookupRows:
     """The same followed by other behaviors, `bound` in all, without asking; `bound`: of `most_kept`."""
     if bound >= behaviors:
-        return Chosen(None, None)
+        return LookupRows(None, None)
     touched = touched_by(kept, behaviors)
     # Stable: those that were kept come first, as many as they are, all in ascending order.
     order = (~touched).to(torch.int8).sort(stable=True).indices
-    return Chosen(order[:bound], torch.where(touched, torch.cumsum(touched, 0) - 1, 0))
+    return LookupRows(order[:bound], torch.where(touched, torch.cumsum(touched, 0) - 1, 0))
 
 
-def touched_by(kept: Sequence[Kept | Windows], behaviors: int) -> Tensor:
+def touched_by(kept: Sequence[Selection | Windows], behaviors: int) -> Tensor:
     """Which behaviors anything kept: bool [N], at least 1."""
     behaviors = max(behaviors, 1)
     # Padding marks one more place, so that no mask has to be counted; all write the same value.

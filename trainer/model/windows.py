@@ -99,14 +99,14 @@ class Windows:
         return Slots(self.of_candidate, self.index.shape[0], self.host_counts)
 
     @cached_property
-    def _whole(self) -> Kept:
+    def _whole(self) -> Selection:
         return self.columns(None, None)
 
-    def of_candidates(self) -> Kept:
+    def of_candidates(self) -> Selection:
         """Every candidate keeps its whole window: [C, X]; put together once."""
         return self._whole
 
-    def columns(self, column_CK: Tensor | None, mask_CK: Tensor | None) -> Kept:
+    def columns(self, column_CK: Tensor | None, mask_CK: Tensor | None) -> Selection:
         """Follow columns of the candidates' windows to behaviors; None = all columns, in order."""
         window, width = self.of_candidate, self.index.shape[1]
         place_CK = None if column_CK is None else window[:, None] * width + column_CK
@@ -123,11 +123,11 @@ class Windows:
             return torch.where(mask, follow(part), 0)
 
         size = None if self.log_size is None else masked(self.log_size)
-        return Kept(masked(self.index), mask, self.marks.each(masked), size)
+        return Selection(masked(self.index), mask, self.marks.each(masked), size)
 
 
 @dataclass(frozen=True)
-class Kept:
+class Selection:
     """What stage one keeps; everything is 0 where `mask` is False.
 
     Attributes:
@@ -142,19 +142,6 @@ class Kept:
     log_size: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Source:
-    """Which windows a branch works on.
-
-    Attributes:
-        newest: the newest so many behaviors of each request, whatever a hard search retrieved; 0 = all.
-        clusters: the clusters of the request's history, each at the behavior that stands for it.
-    """
-
-    newest: int = 0
-    clusters: bool = False
-
-
 def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_CX: Tensor) -> Tensor:
     """sum_x weight[c, x] * value[place[window of c, x]] -> [C, D], one batched product for all windows.
 
@@ -165,18 +152,19 @@ def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_
         return windows.slots.collect(windows.slots.spread(full(weight_CX)) @ value_WXD)
 
 
-def windows_of(batch: RequestBatch, history_length: int, source: Source = Source()) -> Windows:
+def windows_of(batch: RequestBatch, history_length: int, newest: int = 0, clusters: bool = False) -> Windows:
     """What the batch's candidates may keep: their request's window, or what a hard search retrieved.
 
     Args:
         batch: R requests with C candidates.
         history_length: L; ranks beyond it share the last place of the position tables.
-        source: other windows than these.
+        newest: only the newest so many behaviors of each request, whatever a hard search retrieved; 0 = all.
+        clusters: the clusters of the request's history instead, each at the behavior that stands for it.
     """
-    if source.clusters:
+    if clusters:
         return _cluster_windows(batch, history_length)
-    if source.newest:
-        return _request_windows(batch, source.newest)
+    if newest:
+        return _request_windows(batch, newest)
     return _request_windows(batch) if batch.retrieval is None else _retrieved_windows(batch, history_length)
 
 
@@ -202,10 +190,10 @@ def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
 
 def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
     """One window a candidate, deepest match first."""
-    found = batch.retrieval
-    assert found is not None
-    index, rank, level = (_at_least_one(part) for part in (found.index, found.rank, found.level))
-    mask = F.pad(found.index >= 0, (0, index.shape[1] - found.index.shape[1]))
+    retrieval = batch.retrieval
+    assert retrieval is not None
+    index, rank, level = (_at_least_one(part) for part in (retrieval.index, retrieval.rank, retrieval.level))
+    mask = F.pad(retrieval.index >= 0, (0, index.shape[1] - retrieval.index.shape[1]))
     index = torch.where(mask, index, 0)
     marks = Marks(
         torch.where(mask, rank.clamp(max=history_length).to(torch.int32), 0),

@@ -243,7 +243,7 @@ def _explanations(
     Args:
         skipped: [C], behaviors that were sent before those that the candidate's request holds.
     """
-    kept = behaviors.kept
+    kept = behaviors.selection
     place = batch.features[_PLACE].values()
     weight = weight_CHK.mean(1).masked_fill(~kept.mask, -torch.inf)
     best = weight.topk(min(MOST_EXPLAINED, weight.shape[1]), dim=1)

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.model.ops.top import best_of_groups, groups_of, top_of_groups
-from trainer.model.retrieve.score import Attended, DotScorer
-from trainer.model.retrieve.search import AllSearch, DotSearch, Query, Search
-from trainer.model.windows import Kept, Windows
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer
+from trainer.model.retrieve.search import Query, Search
+from trainer.model.windows import Selection, Windows
 
 # Columns of a tile: wide enough for the matrix product, and still in the cache when its best are noted.
 _TILE = 2048
@@ -47,13 +48,13 @@ class WindowSearch(Search):
         self.inner = inner
         self._space = Space()
 
-    def kept(self, query: Query) -> Kept:
+    def select(self, query: Query) -> Selection:
         windows = query.windows
         bounds = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).cumsum(0).tolist()
         lengths = windows.mask.sum(1).tolist()
         # After a hard search every candidate has a short window of its own: together they are cheaper.
         if len(lengths) == query.vectors.query_CD.shape[0] > 1 and windows.index.numel() <= _CELLS:
-            kept: Kept = self.inner(query)
+            kept: Selection = self.inner(query)
             return kept
         parts = []
         for window, (begin, end) in enumerate(zip([0, *bounds], bounds, strict=False)):
@@ -82,7 +83,7 @@ class WindowSearch(Search):
 
 def per_window(search: Search) -> Search:
     """The search that serves in place of one of training; one that keeps whole windows stays as it is."""
-    return search if isinstance(search, AllSearch | WindowSearch) else WindowSearch(search)
+    return search if search.keeps_all or isinstance(search, WindowSearch) else WindowSearch(search)
 
 
 def _single_window(query: Query, window: int, length: int, begin: int, end: int) -> Query:
@@ -103,8 +104,10 @@ def _candidates(query: Query, begin: int, end: int) -> Query:
     """Some candidates of one window."""
     chosen, old = slice(begin, end), query.windows
 
-    def cut(vectors: Attended) -> Attended:
-        return Attended(vectors.query_CD[chosen], vectors.key_ND, vectors.group_C[chosen], vectors.cross_N)
+    def cut(vectors: AttentionVectors) -> AttentionVectors:
+        return AttentionVectors(
+            vectors.query_CD[chosen], vectors.key_ND, vectors.group_C[chosen], vectors.cross_N
+        )
 
     windows = Windows(old.index, old.mask, old.marks, old.log_size, old.of_candidate[chosen])
     ids_C = None if query.ids_C is None else query.ids_C[chosen]

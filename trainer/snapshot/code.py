@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from embeddings.errors import SnapshotError
 from embeddings.private import compile_package
-from trainer.model.branch import Branch, Searched
+from trainer.model.branch import Branch
 from trainer.model.frame import TwoStageModel
-from trainer.model.heads.mlp import Head
-from trainer.model.retrieve.score import Attended
+from trainer.model.heads.head import Head
+from trainer.model.read.sequence import Behaviors
+from trainer.model.retrieve.score import AttentionVectors
 from trainer.model.time import Marks
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Selection, Windows
 from trainer.sealed_folder import entry_of
 from trainer.snapshot.loading import Snapshot
 from trainer.snapshot.manifest import CodeFile
@@ -61,11 +62,12 @@ class _Ranking(nn.Module):
         place_CK = torch.arange(count * k, device=mask_CK.device).view(count, k)
         of_none_C = torch.zeros(count, dtype=torch.int64, device=mask_CK.device)
         marks = Marks(position_CK, age_CK, torch.zeros_like(age_CK))
-        raw = Attended(query_CA, key_CKA.flatten(0, 1), of_none_C)
+        raw = AttentionVectors(query_CA, key_CKA.flatten(0, 1), of_none_C)
         windows = Windows(place_CK, mask_CK, marks, None, of_none_C)
-        kept = Kept(place_CK, mask_CK, marks)
-        searched = Searched(windows, raw, branch.scorer.encode(raw), kept)
-        parts = branch.pool(searched, target_CD, value_CKD.flatten(0, 1), place_CK)
+        selection = Selection(place_CK, mask_CK, marks)
+        encoded, value_SD = branch.scorer.encode(raw), value_CKD.flatten(0, 1)
+        behaviors = Behaviors(windows, raw, encoded, selection, False, target_CD, value_SD, place_CK)
+        parts = branch.sequence(behaviors, branch.retriever.weigh(behaviors))
         logits: Tensor = self.head(parts)
         return logits.sigmoid()
 
@@ -91,9 +93,10 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
         sizes = ", ".join(f"{_NAMES[i]} {_shape(part)}" for i, part in enumerate(given))
         describes = f"stage two and head: {sizes} -> probabilities [candidates, tasks]"
         return _compiled(folder, "code/ranking.pt2", _Ranking(model).eval(), given, expected, describes)
-    if not isinstance(model.head, Head):
-        raise SnapshotError(folder, '--aoti compiles head = "mlp"; head = "dot" is one product')
-    width = next(layer for layer in model.head.layers if isinstance(layer, nn.Linear)).in_features
+    obstacle = model.head.compile_obstacle
+    if obstacle:
+        raise SnapshotError(folder, f'--aoti compiles head = "mlp"; head = "{model.config.head}" {obstacle}')
+    width = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear)).in_features
     head = _Probabilities(model.head).eval()
     sample = torch.randn(7, width, generator=torch.Generator().manual_seed(0))
     describes = f"head and sigmoid: parts {_shape(sample)} -> probabilities [candidates, tasks]"
@@ -120,7 +123,7 @@ def _is_one_branch(model: TwoStageModel) -> bool:
     """Whether scores follow from the vectors, positions and ages of what one search kept."""
     config, branch = model.config, model.branches["main"]
     assert isinstance(branch, Branch)
-    if branch.search is None or config.search not in ("dot", "soft", "simhash", "hard"):
+    if branch.search is None or branch.search.keeps_all:
         return False
     others = config.branches or config.roles.cross or config.roles.context or model.numbers
     return not (others or config.clusters or config.level or config.time_group)
@@ -129,13 +132,13 @@ def _is_one_branch(model: TwoStageModel) -> bool:
 def _ranked(snapshot: Snapshot) -> tuple[tuple[Tensor, ...], Tensor]:
     """What `_Ranking` is given for the recorded requests, twice over, and the snapshot's own scores of it."""
     model, batch = snapshot.model, snapshot.recorded.batch
-    found, roles = model.searched(batch)["main"], model.config.roles
+    retrieval, roles = model.retrieve(batch)["main"], model.config.roles
     groups = (roles.representation_target, roles.representation_behavior)
     rows = model.lookups({name: model.collections[name](batch.features) for name in groups})
-    kept, n = found.kept, batch.behaviors
+    kept, n = retrieval.selection, batch.behaviors
     given = (
-        found.raw.query_CD,
-        found.raw.key_ND[kept.index],
+        retrieval.raw.query_CD,
+        retrieval.raw.key_ND[kept.index],
         rows[groups[0]][n:],
         rows[groups[1]][kept.index],
         kept.marks.index("position"),

@@ -13,9 +13,9 @@ from pydantic import Field, ValidationError, model_validator
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import Dtype, row_bytes
 from trainer.config.mistakes import words_of
-from trainer.config.run_config import Config
 from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
+from trainer.run_config import Config
 from trainer.sealed_folder import DIGEST, MANIFEST, Seal
 
 VERSION_NAME = re.compile(r"v\d{8}")

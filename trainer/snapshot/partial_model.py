@@ -19,12 +19,12 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.sharding import table_of
 from embeddings.lookup.shards import local_shards
 from trainer.assemble import build_sharded
-from trainer.config.run_config import Config
 from trainer.config.tables import TableConfig
 from trainer.data.batch import RequestBatch
 from trainer.log.schema import LogManifest
-from trainer.model.windows import Kept
+from trainer.model.windows import Selection
 from trainer.ranks.process_group import Ranks
+from trainer.run_config import Config
 
 
 @dataclass
@@ -117,9 +117,9 @@ class PartialModel:
         return scores
 
     @torch.no_grad()
-    def search(self, batch: RequestBatch) -> dict[str, Kept]:
+    def search(self, batch: RequestBatch) -> dict[str, Selection]:
         """What each branch's search keeps; behaviors are those of the batch as it was."""
-        found: dict[str, Kept] = self.model.module.search(self.renumbered(batch).to(self._device))
+        found: dict[str, Selection] = self.model.module.search(self.renumbered(batch).to(self._device))
         return found
 
     def _renumber(self, kjt: KeyedJaggedTensor) -> KeyedJaggedTensor:

@@ -8,15 +8,15 @@ no matrix of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from embeddings.groups import TableGroup
-from trainer.config.model import BranchConfig
-from trainer.config.run_config import Config
+from trainer.model.settings import BranchConfig
+from trainer.run_config import Config
 from trainer.snapshot.manifest import SearchPart
 
 
@@ -43,95 +43,62 @@ def search_parts(
     Args:
         dense: the dense part of the model's state dict.
     """
-    found: dict[str, tuple[SearchPart, list[Part]]] = {}
+    by_branch: dict[str, tuple[SearchPart, list[Part]]] = {}
     for name, settings in config.model.all_branches().items():
-        reason = _why_none(settings) or _why_summed(settings, groups)
+        target, behavior = (
+            groups[group] for group in (settings.roles.attention_target, settings.roles.attention_behavior)
+        )
+        reason = _obstacle(settings, target, behavior)
         if reason:
-            found[name] = SearchPart(reason=reason), []
+            by_branch[name] = SearchPart(reason=reason), []
             continue
-        weights = {
-            side: _projection(settings, dense, f"branches.{name}", side, groups) for side in ("query", "key")
-        }
-        parts = _of_side("key", settings.roles.attention_behavior, settings, groups, weights["key"])
-        if weights["key"] or settings.roles.attention_target != settings.roles.attention_behavior:
-            parts += _of_side("query", settings.roles.attention_target, settings, groups, weights["query"])
-        summed = _mixes(settings)
-        keys = [part.dim for part in parts if part.side == "key"]
-        width = keys[0] if summed else sum(keys)
-        heads = 1 if settings.search == "soft" else settings.heads
+        # One projection takes all features together, so that their parts are added up.
+        summed = bool(settings.search_kind.own_scorer) or settings.projection == "heads"
+        parts = _parts("key", behavior, settings, summed, dense, name)
+        width = parts[0].dim if summed else sum(part.dim for part in parts)
+        if summed or settings.projection == "feature" or target.name != behavior.name:
+            parts += _parts("query", target, settings, summed, dense, name)
+        heads = 1 if settings.search_kind.own_scorer else settings.heads
         scale = max(width // heads, 1) ** -0.5
-        found[name] = SearchPart(combine="sum" if summed else "concat", heads=heads, scale=scale), parts
-    return found
+        by_branch[name] = SearchPart(combine="sum" if summed else "concat", heads=heads, scale=scale), parts
+    return by_branch
 
 
-def _why_none(settings: BranchConfig) -> str:
+def _obstacle(settings: BranchConfig, target: TableGroup, behavior: TableGroup) -> str:
     """Why stage one of a branch is no maximum inner product over stored vectors; empty if it is."""
-    kind = f'search = "{settings.search}"'
-    reasons = {
-        f'sequence = "{settings.sequence}" searches nothing': settings.sequence in ("collision", "sasrec"),
-        f"{kind} takes the newest behaviors, whatever they are": settings.search == "recent",
-        f"{kind} keeps everything": settings.search == "all",
-        f"{kind} compares ids": settings.search == "hard",
-        f"{kind} compares bits of codes of whole behaviors, which are no sum over features": (
-            settings.search == "simhash"
-        ),
-        'score = "mlp" is no dot product': settings.score == "mlp" and settings.search == "dot",
-        'time = "encoding" enters the vectors themselves': (
-            settings.time == "encoding" and settings.search == "dot" and "scores" in settings.time_in
-        ),
-        "it attends to no feature": settings.attend == (),
-    }
-    return next((reason for reason, found in reasons.items() if found), "")
+    if not settings.searches:
+        return f'sequence = "{settings.sequence}" searches nothing'
+    obstacles = [settings.search_kind.export_obstacle(settings)]
+    obstacles += ["it attends to no feature"] if settings.attend == () else []
+    # Such a group adds its features' rows up.
+    obstacles += [
+        f'group {group.name} has fusion = "sum"' for group in (target, behavior) if group.fusion == "sum"
+    ]
+    return next(filter(None, obstacles), "")
 
 
-def _why_summed(settings: BranchConfig, groups: Mapping[str, TableGroup]) -> str:
-    """The same for groups that add their features' rows up."""
-    roles = settings.roles
-    added = [n for n in (roles.attention_target, roles.attention_behavior) if groups[n].fusion == "sum"]
-    return f'group {added[0]} has fusion = "sum"' if added else ""
-
-
-def _mixes(settings: BranchConfig) -> bool:
-    """Whether one projection takes all features together."""
-    return settings.search == "soft" or settings.projection == "heads"
-
-
-def _attended(settings: BranchConfig, group: TableGroup) -> list[str]:
-    return group.features if settings.attend is None else list(settings.attend)
-
-
-def _projection(
+def _parts(
+    side: Literal["key", "query"],
+    group: TableGroup,
     settings: BranchConfig,
+    summed: bool,
     dense: Mapping[str, Tensor],
     branch: str,
-    side: str,
-    groups: Mapping[str, TableGroup],
-) -> list[Tensor]:
-    """The map of each attended feature, [width, dim]; empty if vectors are compared as they are."""
-    group = groups[settings.roles.attention_behavior]
-    features = _attended(settings, group)
-    if _mixes(settings):
-        owner = "search.index" if settings.search == "soft" else "scorer"
-        widths = {table.feature: table.dim for table in group.tables}
-        whole = dense[f"{branch}.{owner}.{side}.weight"]
-        return [part.T for part in whole.split([widths[feature] for feature in features], dim=1)]
-    if settings.projection == "feature":
-        return [dense[f"{branch}.scorer.{side}.maps.{i}.weight"].T for i in range(len(features))]
-    return []
-
-
-def _of_side(
-    side: Literal["key", "query"],
-    name: str,
-    settings: BranchConfig,
-    groups: Mapping[str, TableGroup],
-    weights: list[Tensor],
 ) -> list[Part]:
-    group = groups[name]
+    """One part for each attended feature, with its map [width, dim] if there is a projection."""
     tables = {table.feature: table for table in group.tables}
-    parts = []
-    for place, feature in enumerate(_attended(settings, group)):
-        table, weight = tables[feature], weights[place] if weights else None
-        dim = table.dim if weight is None else weight.shape[1]
-        parts.append(Part(side, name, feature, table.rows, dim, weight))
-    return parts
+    attended = [
+        tables[feature] for feature in (group.features if settings.attend is None else settings.attend)
+    ]
+    prefix = f"branches.{branch}.{settings.search_kind.own_scorer or 'scorer'}.{side}"
+    maps: Sequence[Tensor | None] = [None] * len(attended)
+    if summed:
+        maps = dense[f"{prefix}.weight"].split([table.dim for table in attended], dim=1)
+    elif settings.projection == "feature":
+        maps = [dense[f"{prefix}.maps.{i}.weight"] for i in range(len(attended))]
+    return [
+        Part(side, group.name, table.feature, table.rows, table.dim, None)
+        if weight is None
+        else Part(side, group.name, table.feature, table.rows, weight.shape[0], weight.T)
+        for table, weight in zip(attended, maps, strict=True)
+    ]

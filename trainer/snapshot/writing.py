@@ -17,9 +17,9 @@ from torch import Tensor
 from embeddings.groups import TableGroup
 from embeddings.lookup.stored import WIDTHS, Dtype
 from trainer.checkpoint.tensors import TableReader
-from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
+from trainer.run_config import Config
 from trainer.snapshot.loading import Chain, Recorded, Snapshot, load_snapshot
 from trainer.snapshot.manifest import (
     DENSE,

@@ -15,13 +15,13 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from embeddings.errors import DataError
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from embeddings.private import BatchNorm
-from trainer.config.run_config import Config
 from trainer.config.sections import TrainConfig
 from trainer.data.reader import Step
 from trainer.model.border import Cut
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.losses import losses_of, rank_loss
 from trainer.objectives.table import objective_of
+from trainer.run_config import Config
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
 from trainer.update.rules.summed import Summed
 

@@ -32,9 +32,9 @@ from tests.helpers.launching import tandemrec, train
 from tests.helpers.logs import FEATURES, Shape, enrich, random_rows, small_log, write_log
 from tests.helpers.tables import whole_tensor
 from trainer.assemble import cluster_of, resolve_groups
-from trainer.config.run_config import Config, load_config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config, load_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 ROWS = {"item": 9, "shop": 4}

@@ -44,9 +44,9 @@ from pipelines.plan.report import spans
 from tests.helpers.launching import SETTINGS, losses, overrides, tandemrec
 from tests.helpers.logs import small_log
 from trainer.assemble import build_trainable
-from trainer.config.run_config import load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
+from trainer.run_config import load_config
 from trainer.step_size import StepSize, kept_behaviors, lookups, step_size
 
 GB = 10**9

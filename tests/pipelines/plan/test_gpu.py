@@ -42,9 +42,9 @@ from tests.helpers.logs import small_log
 from tests.helpers.tables import whole_tensor
 from trainer.assemble import check_same_rules, cluster_of, plan_request
 from trainer.checkpoint.compatible import check_resumable, log_fingerprint
-from trainer.config.run_config import load_config
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import load_config
 from trainer.step_size import step_size
 
 GB = 10**9

@@ -20,7 +20,7 @@ from tests.helpers.logs import small_log
 from trainer.assemble import check_same_rules
 from trainer.checkpoint.compatible import changed_settings, check_resumable
 from trainer.checkpoint.files import read_state
-from trainer.config.run_config import Config, load_config
+from trainer.run_config import Config, load_config
 
 DARE = Path(__file__).parents[3] / "configs" / "dare.toml"
 

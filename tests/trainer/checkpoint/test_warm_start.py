@@ -22,10 +22,10 @@ from tests.trainer.test_ranks import parameters
 from trainer.assemble import build_sharded
 from trainer.checkpoint.unsharded import open_plain_tables
 from trainer.checkpoint.warm_start import fill, open_source, unshard_run
-from trainer.config.run_config import Config, load_config
 from trainer.log.schema import read_manifest
 from trainer.log.writer import write_manifest
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config, load_config
 from trainer.update.step import make_optimizer
 
 TABLE = "representation__item_id"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from embeddings.errors import ConfigError
-from trainer.config.run_config import Config, build_groups, load_config
+from trainer.run_config import Config, build_groups, load_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from pipelines.start import open_split
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from tests.trainer.data.test_reader import Sample, config, global_steps, samples, watch_decoding
-from trainer.config.run_config import Config
 from trainer.config.sections import DataConfig
 from trainer.data.blocks import ANYONE, Block, deal, spreads_evenly
 from trainer.data.files import RowGroup
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.ranks.process_group import process_group
+from trainer.run_config import Config
 
 WORLD = 3
 

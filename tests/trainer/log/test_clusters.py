@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.log.clusters import ClusterInfo, cluster_history, split_to_cap
-from trainer.model.retrieve.score import Attended, DotScorer, softmax_weights
+from trainer.model.retrieve.score import AttentionVectors, DotScorer, softmax_weights
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
 
@@ -82,7 +82,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, log_size: torch.Tensor | N
     windows = Windows(index, torch.ones_like(index, dtype=torch.bool), Marks(zero, zero, zero), log_size,
                       torch.zeros(query.shape[0], dtype=torch.int64))  # fmt: skip
     scorer = DotScorer(None, None, 1, None, None)
-    vectors = scorer.encode(Attended(query, key, torch.zeros(query.shape[0], dtype=torch.int64)))
+    vectors = scorer.encode(AttentionVectors(query, key, torch.zeros(query.shape[0], dtype=torch.int64)))
     kept = windows.of_candidates()
     over, of = scorer.over_windows(vectors, windows), scorer.of_kept(vectors, kept)
     assert torch.allclose(over, of, atol=1e-6)

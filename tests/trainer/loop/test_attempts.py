@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from embeddings.errors import ConfigError
-from trainer.config.run_config import Config, load_config
 from trainer.loop.attempts import ending_well, note_start
 from trainer.ranks.process_group import process_group
+from trainer.run_config import Config, load_config
 from trainer.run_folder import RunFolder
 
 DARE = Path(__file__).parents[3] / "configs" / "dare.toml"

@@ -19,11 +19,11 @@ from pipelines.export import export
 from tests.helpers.launching import SETTINGS, overrides, tandemrec
 from tests.helpers.logs import random_rows, small_log, write_log
 from trainer.checkpoint import files as checkpoint_files
-from trainer.config.run_config import Config, load_config
 from trainer.config.sections import EarlyStoppingConfig, TrainConfig
 from trainer.loop.early_stopping import Best
 from trainer.quality.metrics import Metrics
 from trainer.ranks.process_group import process_group
+from trainer.run_config import Config, load_config
 from trainer.update.schedule import schedule_remarks
 
 CONFIG = Path("configs/dare.toml")

@@ -20,12 +20,12 @@ from tests.helpers.launching import SETTINGS, launched, losses, overrides, train
 from tests.helpers.logs import Shape, enrich, random_rows, write_log
 from tests.programs.step_cases import MODELS, WAYS
 from tests.trainer.test_ranks import parameters
-from trainer.config.run_config import load_config
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.quality.metrics import Metrics
 from trainer.ranks.process_group import process_group
+from trainer.run_config import load_config
 
 Found = dict[str, Any]
 

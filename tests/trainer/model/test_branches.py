@@ -21,10 +21,10 @@ from tests.helpers.models import (
     watch,
     with_ids,
 )
-from trainer.config.run_config import load_config
 from trainer.data.batch import RequestBatch
 from trainer.model.frame import TwoStageModel
-from trainer.model.retrieve.search import HammingSearch
+from trainer.model.retrieve.simhash import HammingSearch
+from trainer.run_config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_dsi_d1_a_branch_attends_to_its_own_fields_and_pools_all(log: Path, chan
         found.append(dict(seen))
     (sighted,) = {"main", "content"} - {blind}
     before, after = found
-    full = before[blind][0].kept.mask.any(1)
-    assert torch.equal(before[blind][0].kept.index, after[blind][0].kept.index)
+    full = before[blind][0].selection.mask.any(1)
+    assert torch.equal(before[blind][0].selection.index, after[blind][0].selection.index)
     assert torch.equal(before[blind][1], after[blind][1])
     assert ((before[blind][2][1] - after[blind][2][1])[full].abs().amax(1) > 1e-4).float().mean() > 0.9
     assert not torch.allclose(before[sighted][1], after[sighted][1], atol=1e-2)
@@ -77,7 +77,7 @@ def test_a_branch_scores_the_features_that_it_attends_to_alone(
         asked = with_ids(batch, lambda key, ids: (ids + 1) % FEATURES[key] if key == changed else ids)
         with torch.no_grad():
             found = stage_one(model, asked)["main"]
-            return found.kept.index, model.branches["main"].weigh(found)
+            return found.selection.index, model.branches["main"].retriever.weigh(found)
 
     before, same, other = stage("none"), stage(ignored), stage(attended)
     assert all(torch.equal(a, b) for a, b in zip(before, same, strict=True))
@@ -134,7 +134,7 @@ def test_dare_auxiliary_loss_alone_trains_attention_to_what_was_not_kept(log: Pa
     batch = with_ids(batch_of(config), lambda key, ids: torch.arange(len(ids)) if key == "item_id" else ids)
     model = model_of(config).train()
     found = stage_one(model, batch)["main"]
-    windows, kept = found.windows.of_candidates(), found.kept
+    windows, kept = found.windows.of_candidates(), found.selection
     missed = set(windows.index[windows.mask].tolist()) - set(kept.index[kept.mask].tolist())
     prediction = model(batch)
     assert (prediction.auxiliary is None) == (auxiliary == "none")
@@ -207,7 +207,7 @@ def test_eta_codes_follow_every_update_of_the_tables(log: Path) -> None:
     assert not torch.equal(before.index, after.index)
 
     vectors, search = (
-        model._lookup(["shared"], batch.features)["shared"].detach(),
+        model._look_up(["shared"], batch.features)["shared"].detach(),
         model.branches["main"].search,
     )
     assert isinstance(search, HammingSearch)

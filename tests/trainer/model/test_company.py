@@ -17,29 +17,25 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.helpers.logs import Shape, random_rows, write_log
+from tests.helpers.model_references import search_reference
 from tests.helpers.models import BEHAVIORS, GROUPS, MARK_ROWS, draw, drawing, drawn_windows
 from tests.programs.preset_steps import small_config
 from tests.trainer.model.retrieve.test_search import walk
 from tests.trainer.serving.test_scorer import clustered
 from tests.trainer.test_presets import PRESETS, model_of
-from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
-from trainer.log.clusters import cluster_history
-from trainer.log.schema import ClusterInfo
+from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.model.frame import TwoStageModel
 from trainer.model.ops.signs import sign_bits
 from trainer.model.ops.top import top_columns_by_topk
-from trainer.model.retrieve.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
-from trainer.model.retrieve.search import (
-    DotSearch,
-    HammingSearch,
-    Query,
-    Search,
-    SoftSearch,
-    search_reference,
-)
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer, FeatureProjection, MlpScorer, Scorer
+from trainer.model.retrieve.search import Query, Search
+from trainer.model.retrieve.simhash import HammingSearch
+from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Selection, Windows
+from trainer.run_config import Config
 from trainer.serving.window_search import per_window
 
 
@@ -69,9 +65,9 @@ def kept_by(model: TwoStageModel, config: Config, rows: dict[str, int]) -> tuple
         batch = step.batch
         with torch.no_grad():
             logits.append(model(batch).logits)
-            for name, found in model.searched(batch).items():
+            for name, found in model.retrieve(batch).items():
                 if model.branches.named()[name].search is not None:
-                    rank = torch.where(found.kept.mask, found.kept.marks.position, 0)
+                    rank = torch.where(found.selection.mask, found.selection.marks.position, 0)
                     kept.setdefault(name, []).append(nn.functional.pad(rank, (0, 500 - rank.shape[1])))
         order += [(int(batch.request_id[r]), c) for c, r in enumerate(batch.candidate_request.tolist())]
     place = torch.tensor(np.lexsort(np.array(order).T[::-1]))
@@ -138,10 +134,10 @@ def drawn_scorer(kind: str, rng: torch.Generator, width: int) -> Scorer:
     return made
 
 
-def copies(rng: torch.Generator, width: int, candidates: int, kinds: int) -> Attended:
+def copies(rng: torch.Generator, width: int, candidates: int, kinds: int) -> AttentionVectors:
     """Behaviors of few kinds: equal ones have equal vectors and cross features."""
     kind = torch.randint(0, kinds, (BEHAVIORS,), generator=rng)
-    return Attended(
+    return AttentionVectors(
         torch.randn(candidates, width, generator=rng),
         torch.randn(kinds, width, generator=rng)[kind],
         torch.randint(0, GROUPS, (candidates,), generator=rng),
@@ -154,7 +150,7 @@ def alike(windows: Windows) -> Windows:
     return replace(windows, marks=windows.marks.each(lambda part: part.clamp(max=1)))
 
 
-def slow(query: Query, k: int) -> Kept:
+def slow(query: Query, k: int) -> Selection:
     """By exact scores, one candidate and one head after the other."""
     if query.scorer.heads == 1:
         return search_reference(query, k)
@@ -203,7 +199,7 @@ def test_whatever_rounding_does_the_exact_scores_decide(
     error_CH = asked.doubt().slack.view(7, -1, 1) / 2
     own = type(asked.scorer).over_windows
 
-    def shaken(self: Scorer, vectors: Attended, windows: Windows) -> Tensor:
+    def shaken(self: Scorer, vectors: AttentionVectors, windows: Windows) -> Tensor:
         score_CHX = own(self, vectors, windows)
         return score_CHX + error_CH * (1.8 * torch.rand(score_CHX.shape, generator=rng) - 0.9)
 

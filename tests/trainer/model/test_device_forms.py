@@ -37,20 +37,16 @@ from tests.helpers.models import (
 from tests.trainer.model.ops.test_top import drawn_slices
 from trainer.model.ops import bags, tiling
 from trainer.model.ops.bags import dots, rows_at, weighted_bags
-from trainer.model.ops.signs import close_sign_bits, sign_bits, whole_sign_bits
+from trainer.model.ops.signs import close_sign_bits, random_planes, sign_bits, whole_sign_bits
 from trainer.model.ops.tiling import tiling_of
 from trainer.model.retrieve import slices
-from trainer.model.retrieve.score import Attended, DotScorer, MlpScorer, Scorer, twin_projections
-from trainer.model.retrieve.search import (
-    AllSearch,
-    DotSearch,
-    HammingSearch,
-    HardSearch,
-    Query,
-    Search,
-    SoftSearch,
-    random_planes,
-)
+from trainer.model.retrieve.all import AllSearch
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.hard import HardSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer, MlpScorer, Scorer, twin_projections
+from trainer.model.retrieve.search import Query, Search
+from trainer.model.retrieve.simhash import HammingSearch
+from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Windows, pooled_windows
 
@@ -94,7 +90,7 @@ def searches() -> dict[str, Search]:
 CASES = [(search, scorer) for search in searches() for scorer in (scorers() if search == "dot" else ["dot"])]
 
 
-def moved(windows: Windows, raw: Attended) -> tuple[Windows, Attended]:
+def moved(windows: Windows, raw: AttentionVectors) -> tuple[Windows, AttentionVectors]:
     """To "meta"; how many candidates a window has stays on the host, as collate puts it there."""
     parts = {name: part.to(META) for name, part in vars(raw).items() if part is not None}
     size = None if windows.log_size is None else windows.log_size.to(META)
@@ -106,7 +102,7 @@ def moved(windows: Windows, raw: Attended) -> tuple[Windows, Attended]:
         windows.of_candidate.to(META),
         counts=windows.host_counts,
     )
-    return there, Attended(**parts)
+    return there, AttentionVectors(**parts)
 
 
 def query_on_meta(scorer: Scorer, candidates: int = 7) -> Query:
@@ -310,7 +306,7 @@ def test_half_precision_keeps_what_single_precision_keeps(length: int, cross: bo
     windows, behaviors = drawn_slices(rng, 2, length, 4)
     kind = torch.randint(0, 50, (behaviors,), generator=rng)
     of_cross = 1e-3 * torch.randn(50, generator=rng)[kind] if cross else None
-    raw = Attended(
+    raw = AttentionVectors(
         torch.randn(4, WIDTH, generator=rng),
         1 + 1e-3 * torch.randn(50, WIDTH, generator=rng)[kind],
         torch.randint(0, GROUPS, (4,), generator=rng),

@@ -16,12 +16,12 @@ from tests.helpers.models import BEHAVIORS, GROUPS, MARK_ROWS, draw, drawing, dr
 from tests.trainer.model.ops.test_top import drawn_scores
 from tests.trainer.model.test_device_forms import WIDTH, K, scorers, searches
 from trainer.model.ops import bags, tiling
-from trainer.model.ops.signs import sign_bits, whole_sign_bits
+from trainer.model.ops.signs import random_planes, sign_bits, whole_sign_bits
 from trainer.model.ops.top import top_columns, top_columns_by_keys
-from trainer.model.retrieve.score import Attended, MlpScorer
-from trainer.model.retrieve.search import Query, Search, random_planes
+from trainer.model.retrieve.score import AttentionVectors, MlpScorer
+from trainer.model.retrieve.search import Query, Search
 from trainer.model.time import TimeBias, age_bucket
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Selection, Windows
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -116,8 +116,8 @@ def test_din_in_one_tile(device: torch.device) -> None:
     close(score, [raw.query_CD, raw.key_ND], device)
 
 
-def on(raw: Attended, device: torch.device) -> Attended:
-    return Attended(**{name: part.to(device) for name, part in vars(raw).items() if part is not None})
+def on(raw: AttentionVectors, device: torch.device) -> AttentionVectors:
+    return AttentionVectors(**{name: part.to(device) for name, part in vars(raw).items() if part is not None})
 
 
 def on_windows(windows: Windows, device: torch.device) -> Windows:
@@ -145,7 +145,7 @@ def test_a_search_in_training_keeps_what_the_cpu_keeps(
         for parameter in module.parameters():
             parameter.data.mul_(4).round_()
     windows = drawn_windows(rng, 6, 24, 40)
-    raw = Attended(
+    raw = AttentionVectors(
         torch.randint(-2, 3, (40, WIDTH), generator=rng).float() * WIDTH**0.5,
         torch.randint(-2, 3, (BEHAVIORS, WIDTH), generator=rng).float(),
         torch.randint(0, GROUPS, (40,), generator=rng),
@@ -157,7 +157,7 @@ def test_a_search_in_training_keeps_what_the_cpu_keeps(
         monkeypatch.setattr(
             "trainer.model.retrieve.search.top_columns", lambda score, k, doubt: keys_of(score, k)
         )
-        monkeypatch.setattr("trainer.model.retrieve.search.sign_bits", whole_sign_bits)
+        monkeypatch.setattr("trainer.model.retrieve.simhash.sign_bits", whole_sign_bits)
     raw, scorer = on(raw, device), scorer.to(device)
     ids_C, ids_N = ids_C.to(device), ids_N.to(device)
     query = Query(scorer, scorer.encode(raw), raw, on_windows(windows, device), ids_C, ids_N)
@@ -169,8 +169,8 @@ def keys_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top_columns_by_keys(score, k)
 
 
-def found_by(search: Search, query: Query) -> Kept:
+def found_by(search: Search, query: Query) -> Selection:
     with torch.no_grad():
-        found: Kept = search.train()(query)
+        found: Selection = search.train()(query)
     assert found.index.shape == (40, K)
     return found

@@ -16,12 +16,12 @@ from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from tests.helpers.tables import initialise_unsharded
 from trainer.assemble import build_model
-from trainer.config.run_config import Config, build_groups
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.bce import loss_sum
 from trainer.objectives.losses import rank_loss
+from trainer.run_config import Config, build_groups
 
 DARE = {"attention": {"dim": 4, "init_scale": 1.0}, "representation": {"dim": 8, "init_scale": 1.0}}
 TWIN = {"shared": {"dim": 4, "init_scale": 1.0}}
@@ -217,9 +217,9 @@ def test_g1_scores_train_attention_tables_only_and_values_representation_tables_
         return model
 
     def detach_scores(model: TwoStageModel) -> None:
-        main = model.branches["main"]
-        weights = main.weights
-        main.weights = lambda score, mask: weights(score, mask).detach()
+        scorer = model.branches["main"].scorer
+        of_kept = scorer.of_kept
+        scorer.of_kept = lambda vectors, kept: of_kept(vectors, kept).detach()
 
     def detach_values(model: TwoStageModel) -> None:
         def detached(_: object, given: tuple) -> tuple:  # type: ignore[type-arg]

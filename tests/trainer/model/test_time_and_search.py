@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
+from tests.helpers.model_references import search_reference
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.ops.top import top_columns
-from trainer.model.retrieve.score import Attended, DotScorer
-from trainer.model.retrieve.search import DotSearch, Query, search_reference
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer
+from trainer.model.retrieve.search import Query
 from trainer.model.time import AGE_BUCKETS, Marks, TimeBias, age_bucket
-from trainer.model.windows import Kept, Windows, windows_of
+from trainer.model.windows import Selection, Windows, windows_of
 
 
 def test_age_buckets_grow_with_age_and_stay_in_range() -> None:
@@ -45,7 +47,7 @@ def read_batch(path: Path, seed: int, history_length: int) -> RequestBatch:
 
 def query_of(query: Tensor, key: Tensor, windows: Windows, bias: TimeBias | None = None) -> Query:
     """A dot product search with one head."""
-    raw = Attended(query, key, torch.zeros(query.shape[0], dtype=torch.int64))
+    raw = AttentionVectors(query, key, torch.zeros(query.shape[0], dtype=torch.int64))
     scorer = DotScorer(None, None, 1, bias, None)
     return Query(scorer, scorer.encode(raw), raw, windows)
 
@@ -100,7 +102,7 @@ def test_repeated_items_score_alike_in_any_company(tmp_path: Path) -> None:
     """With equal keys and no time bias every score ties: the newest are kept, beside long windows too."""
     batch = read_batch(tmp_path / "log", 5, 25)
     asked = query_of(torch.ones(batch.candidates, 4), torch.ones(batch.behaviors, 4), windows_of(batch, 25))
-    kept: Kept = DotSearch(3)(asked)
+    kept: Selection = DotSearch(3)(asked)
     assert kept.marks.position[kept.mask].max() <= 3
 
 

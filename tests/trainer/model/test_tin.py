@@ -29,7 +29,9 @@ from tests.helpers.models import (
 )
 from trainer.data.batch import RequestBatch
 from trainer.model.frame import TwoStageModel
-from trainer.model.read.sequence import StackedTin, TargetAttention
+from trainer.model.read.sequence import Behaviors
+from trainer.model.read.stacked import StackedTin
+from trainer.model.read.target_attention import TargetAttention
 from trainer.model.time import TimeEncoding
 from trainer.model.windows import Windows
 
@@ -54,10 +56,11 @@ def u_of(tin: tuple[TwoStageModel, RequestBatch], change: Change = lambda window
     model, batch = tin
     branch, found = model.branches["main"], stage_one(model, batch)["main"]
     windows = change(found.windows)
-    searched = replace(found, windows=windows, kept=windows.of_candidates())
-    shared = model._lookup(["shared"], batch.features)["shared"]
+    retrieval = replace(found, windows=windows, selection=windows.of_candidates())
+    shared = model._look_up(["shared"], batch.features)["shared"]
     n = batch.behaviors
-    return branch.pool(searched, shared[n:], shared[:n], searched.index)[2]
+    rows = {"target_CD": shared[n:], "value_SD": shared[:n], "place": retrieval.index}
+    return branch.sequence(Behaviors(**vars(retrieval), **rows), branch.retriever.weigh(retrieval))[2]
 
 
 def shuffled(windows: Windows, marks: bool, index: bool) -> Windows:
@@ -85,9 +88,9 @@ def test_p1_product_inside_the_sum_equals_the_factorised_form(form: str, whole: 
     sequence = TargetAttention(WIDTH, time)
     draw(sequence, rng)
     behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH, whole=whole)
-    weight = torch.rand(6, 1, 7, generator=rng) * behaviors.kept.mask[:, None]
-    encodings = time.behaviors(behaviors.kept.marks, behaviors.group_C)
-    encoded = behaviors.value_SD[behaviors.kept.index] + encodings
+    weight = torch.rand(6, 1, 7, generator=rng) * behaviors.selection.mask[:, None]
+    encodings = time.behaviors(behaviors.selection.marks, behaviors.group_C)
+    encoded = behaviors.value_SD[behaviors.selection.index] + encodings
     target = time.target(behaviors.target_CD, behaviors.group_C)
     inside = torch.einsum("ck,ckd->cd", weight[:, 0], encoded * target[:, None])
     parts = sequence(behaviors, weight)
@@ -102,8 +105,8 @@ def test_p1_attention_is_over_encoded_target_and_behaviors(tin: tuple[TwoStageMo
     with torch.no_grad():
         model(batch)
     behaviors, weight, parts = seen["main"]
-    main, shared = model.branches["main"], model._lookup(["shared"], batch.features)["shared"].detach()
-    own, kept = shared[batch.behaviors :], behaviors.kept
+    main, shared = model.branches["main"], model._look_up(["shared"], batch.features)["shared"].detach()
+    own, kept = shared[batch.behaviors :], behaviors.selection
 
     def encoded(time: TimeEncoding, c: int) -> tuple[Tensor, Tensor]:
         """The candidate's vector and those of what it keeps."""
@@ -210,7 +213,7 @@ def test_tr_target_item_moves_u_of_a_frozen_pool(tin: tuple[TwoStageModel, Reque
         behaviors, weight, (_, pooled, u) = seen["main"]
         model(other)
         again = model.branches["main"].sequence(seen["main"][0], weight)
-    full = behaviors.kept.mask.any(1)
+    full = behaviors.selection.mask.any(1)
     assert torch.equal(again[1], pooled)
     assert ((again[2] - u)[full].abs().amax(1) > 1e-3).all()
 
@@ -225,9 +228,7 @@ def test_stacked_order_law(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = drawing(3)
     windows = drawn_windows(rng, 4, 7, 6, full=True)
     weight = torch.rand(6, 1, 7, generator=rng)
-    monkeypatch.setattr(
-        "trainer.model.read.sequence.softmax_weights", lambda score, mask: weight[:, 0] * mask
-    )
+    monkeypatch.setattr("trainer.model.read.stacked.softmax_weights", lambda score, mask: weight[:, 0] * mask)
     stacked = StackedTin(WIDTH, TimeEncoding(MARK_ROWS, WIDTH), 4)
     draw(stacked, rng)
     behaviors = drawn_behaviors(rng, windows, WIDTH)
@@ -249,7 +250,7 @@ def test_stacked_first_layer_is_tin(form: str, whole: bool) -> None:
     time = TimeEncoding(MARK_ROWS, WIDTH, form, GROUPS)  # type: ignore[arg-type]
     draw(time, rng)
     behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH, whole=whole)
-    weight = torch.rand(6, 1, 7, generator=rng) * behaviors.kept.mask[:, None]
+    weight = torch.rand(6, 1, 7, generator=rng) * behaviors.selection.mask[:, None]
     target, _, u = TargetAttention(WIDTH, time)(behaviors, weight)
     stacked = StackedTin(WIDTH, time, 1)(behaviors, weight)
     assert len(stacked) == 2 and torch.equal(stacked[0], target)
@@ -262,7 +263,7 @@ def test_stacked_further_layers_attend_with_the_layer_below() -> None:
     stacked = StackedTin(WIDTH, TimeEncoding(MARK_ROWS, WIDTH), 3)
     draw(stacked, rng)
     behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH)
-    kept = behaviors.kept
+    kept = behaviors.selection
     weight = torch.rand(6, 1, 7, generator=rng) * kept.mask[:, None]
     encoded = behaviors.value_SD[behaviors.place] + stacked.time.behaviors(kept.marks, behaviors.group_C)
     with torch.no_grad():

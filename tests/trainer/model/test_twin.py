@@ -23,7 +23,7 @@ from tests.helpers.models import (
 )
 from tests.trainer.model.retrieve.test_search import walk
 from trainer.model.branch import CrossBias
-from trainer.model.read.sequence import TargetAttention
+from trainer.model.read.target_attention import TargetAttention
 from trainer.model.time import TimeEncoding
 from trainer.model.windows import first_ids
 
@@ -55,10 +55,10 @@ def test_t1_presets_search_by_the_scores_that_they_attend_with(log: Path, name: 
             score = model.branches[branch].scorer.of_kept(found.vectors, everything)
             score = score.masked_fill(~everything.mask[:, None], -torch.inf)
             assert (everything.mask.sum(1) > k).any()
-            weight = model.branches[branch].weigh(found)
-            for c, index in enumerate(found.kept.index):
+            weight = model.branches[branch].retriever.weigh(found)
+            for c, index in enumerate(found.selection.index):
                 best = walk(score[c], k)
-                mask = found.kept.mask[c]
+                mask = found.selection.mask[c]
                 assert index[mask].tolist() == everything.index[c, best].tolist()
                 assert torch.allclose(weight[c][:, mask], score[c][:, best].softmax(1), atol=1e-5)
 
@@ -96,9 +96,9 @@ def test_t4_the_cross_bias_weighs_what_is_kept(rich: Path) -> None:
         table.zero_()
         table[3] = 100 * branch.cross.compress / branch.cross.compress.square().sum()
         found = stage_one(model, batch)["main"]
-        weight = branch.weigh(found)
-    mine = (first_ids(batch, "action")[0][found.kept.index] == 3) & found.kept.mask
-    some = mine.any(1) & (mine != found.kept.mask).any(1)
+        weight = branch.retriever.weigh(found)
+    mine = (first_ids(batch, "action")[0][found.selection.index] == 3) & found.selection.mask
+    some = mine.any(1) & (mine != found.selection.mask).any(1)
     assert some.any()
     assert ((weight * mine[:, None]).sum(2)[some] > 0.999).all()
 
@@ -122,9 +122,9 @@ def test_value_maps_after_pooling_equal_value_maps_before(whole: bool) -> None:
     sequence = TargetAttention(WIDTH, TimeEncoding(MARK_ROWS, WIDTH), heads=heads)
     draw(sequence, rng)
     behaviors = drawn_behaviors(rng, drawn_windows(rng, 4, 7, 6), WIDTH, whole=whole)
-    weight = torch.rand(6, heads, 7, generator=rng) * behaviors.kept.mask[:, None]
-    encoded = behaviors.value_SD[behaviors.kept.index] + sequence.time.behaviors(
-        behaviors.kept.marks, behaviors.group_C
+    weight = torch.rand(6, heads, 7, generator=rng) * behaviors.selection.mask[:, None]
+    encoded = behaviors.value_SD[behaviors.selection.index] + sequence.time.behaviors(
+        behaviors.selection.marks, behaviors.group_C
     )
     projected = sequence.per_head(encoded).unflatten(2, (heads, WIDTH))
     pooled = torch.einsum("chk,ckhd->chd", weight, projected).flatten(1)

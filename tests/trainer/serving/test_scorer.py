@@ -18,14 +18,18 @@ from tests.helpers.launching import ROOT
 from tests.helpers.logs import Row, Shape, enrich, random_rows, write_log
 from tests.helpers.models import GROUPS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows, preset
 from tests.helpers.serving import bodies, model_body, reference, rows_of, snapshot_of, stream
-from trainer.config.run_config import Config
 from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import FeatureInfo, read_manifest
 from trainer.log.writer import write_manifest
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.hard import HardSearch
 from trainer.model.retrieve.score import DotScorer, MlpScorer, Scorer
-from trainer.model.retrieve.search import DotSearch, HammingSearch, HardSearch, Query, Search, SoftSearch
+from trainer.model.retrieve.search import Query, Search
+from trainer.model.retrieve.simhash import HammingSearch
+from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
+from trainer.run_config import Config
 from trainer.serving.arrow_body import read_arrow, write_arrow
 from trainer.serving.checks import cut_history
 from trainer.serving.json_body import JsonForm

@@ -16,8 +16,8 @@ from torch import Tensor
 import pipelines.train
 from tests.helpers.launching import SETTINGS, launched, overrides
 from tests.helpers.logs import small_log
-from trainer.config.run_config import Config, load_config
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config, load_config
 from trainer.update.step import TrainStep
 
 KINDS = {"adam": {}, "adamw": {"train.optimizer": "adamw", "train.weight_decay": 0.3}}

@@ -13,8 +13,8 @@ from embeddings.optimizers import ROW_OPTIMIZERS
 from tests.embeddings.test_optimizers import check_record
 from tests.helpers.launching import SETTINGS, losses, overrides
 from tests.helpers.logs import small_log
-from trainer.config.run_config import load_config
 from trainer.objectives.table import OBJECTIVES
+from trainer.run_config import load_config
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

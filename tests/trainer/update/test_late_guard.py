@@ -31,10 +31,10 @@ from tests.helpers.stand_in import _line
 from tests.programs.late_cases import BAD
 from tests.programs.step_cases import nan_weight
 from tests.trainer.update.test_step import Fake
-from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import load_config
 from trainer.update.guard import Gradients, Guard
 from trainer.update.step import make_optimizer
 

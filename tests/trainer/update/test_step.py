@@ -14,11 +14,11 @@ from torchrec.optim.keyed import KeyedOptimizer
 from embeddings.errors import ConfigError
 from tests.helpers.launching import SETTINGS, overrides, tandemrec
 from tests.helpers.logs import small_log
-from trainer.config.run_config import load_config
 from trainer.config.sections import TrainConfig
 from trainer.data.files import RowGroup
 from trainer.data.reader import Cursor, Step
 from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import load_config
 from trainer.update.guard import Gradients, Guard, _listed, dense_norm
 from trainer.update.schedule import Schedule, dense_schedule, table_schedule
 from trainer.update.step import RateSetter, make_optimizer

@@ -1,15 +1,25 @@
-"""From what the branches give to one logit a candidate and task."""
+"""A head of a few layers over all parts side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from trainer.config.model import ModelKeys, Width
+from trainer.model.heads.head import Head
 
-class Head(nn.Module):
+
+class MlpKeys(ModelKeys):
+    """What a model may set besides, for the head `mlp`."""
+
+    hidden: tuple[Width, ...] = (200, 80)
+    """The widths of the layers of the head `mlp`."""
+
+
+class MlpHead(Head):
     """A normalisation, then Linear and PReLU layers, then one linear output a task.
 
     Args:
@@ -18,6 +28,13 @@ class Head(nn.Module):
             running statistics. `batch` is the BatchNorm1d of DARE's code, whose statistics each rank takes of
             its own part of the batch, so that two ranks no longer equal one.
     """
+
+    keys = MlpKeys
+    compile_obstacle = ""
+
+    @classmethod
+    def build(cls, model: Any, widths: Sequence[int], beside: int, tasks: int) -> MlpHead:
+        return cls(sum(widths) + beside, model.hidden, tasks, model.norm)
 
     def __init__(
         self, width: int, hidden: Sequence[int], tasks: int, norm: Literal["layer", "batch"] = "layer"
@@ -30,26 +47,5 @@ class Head(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(width, tasks))
 
     def forward(self, parts: list[Tensor]) -> Tensor:
-        """Parts, each [C, *] -> logits [C, T]."""
         logits: Tensor = self.layers(torch.cat(parts, dim=1))
-        return logits
-
-
-class DotHead(nn.Module):
-    """Two towers: <user, item> / sqrt(D), scaled for each task, plus a linear score of the item's side.
-
-    Args:
-        width: D of user and item; beside: width of what else is known of the candidate; tasks: T.
-    """
-
-    def __init__(self, width: int, beside: int, tasks: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(tasks))
-        self.item = nn.Linear(width + beside, tasks)
-
-    def forward(self, parts: list[Tensor]) -> Tensor:
-        """[user [C, D], item [C, D], whatever is beside] -> logits [C, T]."""
-        user, *item = parts
-        product_C1 = (user * item[0]).sum(1, keepdim=True) * user.shape[1] ** -0.5
-        logits: Tensor = product_C1 * self.scale + self.item(torch.cat(item, dim=1))
         return logits

@@ -36,8 +36,8 @@ def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tenso
     if not _by_cpu(rows_ND, index_CK):
         with in_single_precision(rows_ND.device):
             return plain_weighted_bags(rows_ND, index_CK, weight_CK)
-    found: Tensor = _WeightedBags.apply(rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
-    return found
+    out: Tensor = _WeightedBags.apply(rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
+    return out
 
 
 def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     if not _by_cpu(rows_ND, index_CK):
         with in_single_precision(rows_ND.device):
             return plain_dots(query_CD, rows_ND, index_CK)
-    found: Tensor = _Dots.apply(query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
-    return found
+    out: Tensor = _Dots.apply(query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
+    return out
 
 
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
@@ -102,10 +102,10 @@ def _products(part_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     """<part[c], rows[index[c, k]]>, [C, K]: the operator that gives embedding_bag the gradient of weights."""
     candidates, k = index_CK.shape
     each = torch.arange(candidates, device=index_CK.device)
-    found: Tensor = bag_weights_gradient(
+    out: Tensor = bag_weights_gradient(
         part_CD.contiguous(), rows_ND, index_CK.reshape(-1), each * k, each.repeat_interleave(k), 0
     )
-    return found.view(candidates, k)
+    return out.view(candidates, k)
 
 
 class _WeightedBags(torch.autograd.Function):

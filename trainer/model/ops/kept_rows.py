@@ -70,8 +70,8 @@ def fits(rows_ND: Tensor, index_CK: Tensor) -> bool:
 
 def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     """<query[c], rows[index[c, k]]> -> [C, K]; `fits` must hold."""
-    found: Tensor = _Dots.apply(query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
-    return found
+    out: Tensor = _Dots.apply(query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
+    return out
 
 
 def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tenso
 
     A row whose weight is zero gets no gradient from it, not even where that would be NaN.
     """
-    found: Tensor = _WeightedBags.apply(rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
-    return found
+    out: Tensor = _WeightedBags.apply(rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Dots(torch.autograd.Function):

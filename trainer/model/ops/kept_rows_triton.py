@@ -21,9 +21,9 @@ _USES = 8
 
 @triton.jit(do_not_specialize=["pairs", "k"])
 def products_kernel(
-    part, rows, index, found, pairs, k, D: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr
+    part, rows, index, out, pairs, k, D: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """found[c, k] = <part[c], rows[index[c, k]]>; a program takes some pairs (c, k)."""
+    """out[c, k] = <part[c], rows[index[c, k]]>; a program takes some pairs (c, k)."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     d = tl.arange(0, WIDE)
     real = pair < pairs
@@ -31,14 +31,14 @@ def products_kernel(
     row = tl.load(index + pair, mask=real, other=0)
     of_row = tl.load(rows + row[:, None] * D + d[None, :], mask=inside, other=0.0)
     of_part = tl.load(part + (pair // k)[:, None] * D + d[None, :], mask=inside, other=0.0)
-    tl.store(found + pair, tl.sum(of_row * of_part, 1), mask=real)
+    tl.store(out + pair, tl.sum(of_row * of_part, 1), mask=real)
 
 
 @triton.jit(do_not_specialize=["candidates", "k"])
 def bags_kernel(
-    rows, index, weight, found, candidates, k, D: tl.constexpr, WIDE: tl.constexpr, BAGS: tl.constexpr
+    rows, index, weight, out, candidates, k, D: tl.constexpr, WIDE: tl.constexpr, BAGS: tl.constexpr
 ):
-    """found[c] = sum over k of weight[c, k] * rows[index[c, k]]; a program takes some candidates."""
+    """out[c] = sum over k of weight[c, k] * rows[index[c, k]]; a program takes some candidates."""
     candidate = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
     d = tl.arange(0, WIDE)
     real = candidate < candidates
@@ -48,7 +48,7 @@ def bags_kernel(
         row = tl.load(index + candidate * k + j, mask=real, other=0)
         by = tl.load(weight + candidate * k + j, mask=real, other=0.0)
         total += by[:, None] * tl.load(rows + row[:, None] * D + d[None, :], mask=inside, other=0.0)
-    tl.store(found + candidate[:, None] * D + d[None, :], total, mask=inside)
+    tl.store(out + candidate[:, None] * D + d[None, :], total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "k"])
@@ -57,7 +57,7 @@ def gathered_kernel(
     weight,
     order,
     first,
-    found,
+    out,
     count,
     k,
     D: tl.constexpr,
@@ -65,7 +65,7 @@ def gathered_kernel(
     ROWS: tl.constexpr,
     USES: tl.constexpr,
 ):
-    """found[r] = sum of weight[use] * part[candidate of the use] over the uses of row r, the sorted pairs
+    """out[r] = sum of weight[use] * part[candidate of the use] over the uses of row r, the sorted pairs
     from first[r] to before first[r + 1]; a program takes some rows, and some uses of each at once."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDE)
@@ -81,34 +81,34 @@ def gathered_kernel(
         inside = of_row[:, :, None] & (d < D)[None, None, :]
         of_part = tl.load(part + (pair // k)[:, :, None] * D + d[None, None, :], mask=inside, other=0.0)
         total += tl.sum(by[:, :, None] * of_part, 1)
-    tl.store(found + row[:, None] * D + d[None, :], total, mask=real[:, None] & (d < D)[None, :])
+    tl.store(out + row[:, None] * D + d[None, :], total, mask=real[:, None] & (d < D)[None, :])
 
 
 def products(part_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     """<part[c], rows[index[c, k]]>, [C, K]."""
-    found = part_CD.new_empty(index_CK.shape)
+    out = part_CD.new_empty(index_CK.shape)
     wide = power_of_two(part_CD.shape[1])
     pairs, k, at_once = index_CK.numel(), index_CK.shape[1], max(_TILE // wide, 1)
     with torch.cuda.device_of(part_CD):
         products_kernel[(-(-pairs // at_once),)](
-            part_CD.contiguous(), rows_ND.contiguous(), index_CK.contiguous(), found, pairs, k,
+            part_CD.contiguous(), rows_ND.contiguous(), index_CK.contiguous(), out, pairs, k,
             D=part_CD.shape[1], WIDE=wide, PAIRS=at_once, num_warps=1,
         )  # fmt: skip
-    return found
+    return out
 
 
 def bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
     """sum_k weight[c, k] * rows[index[c, k]] -> [C, D]."""
     (candidates, k), dim = index_CK.shape, rows_ND.shape[1]
-    found = rows_ND.new_empty(candidates, dim)
+    out = rows_ND.new_empty(candidates, dim)
     wide = power_of_two(dim)
     at_once = max(_TILE // wide, 1)
     with torch.cuda.device_of(rows_ND):
         bags_kernel[(-(-candidates // at_once),)](
-            rows_ND.contiguous(), index_CK.contiguous(), weight_CK.contiguous(), found, candidates, k,
+            rows_ND.contiguous(), index_CK.contiguous(), weight_CK.contiguous(), out, candidates, k,
             D=dim, WIDE=wide, BAGS=at_once, num_warps=1,
         )  # fmt: skip
-    return found
+    return out
 
 
 def gathered(part_CD: Tensor, weight_CK: Tensor, index_CK: Tensor, rows: int) -> Tensor:
@@ -121,12 +121,12 @@ def gathered(part_CD: Tensor, weight_CK: Tensor, index_CK: Tensor, rows: int) ->
     uses = torch.sort(used.to(torch.int32) if rows < 2**31 else used, stable=True)
     each = torch.arange(rows + 1, dtype=uses.values.dtype, device=used.device)
     first = torch.searchsorted(uses.values, each)
-    found = part_CD.new_empty(rows, dim)
+    out = part_CD.new_empty(rows, dim)
     wide = power_of_two(dim)
     at_once = max(4 * _TILE // (_USES * wide), 1)
     with torch.cuda.device_of(part_CD):
         gathered_kernel[(-(-rows // at_once),)](
-            part_CD.contiguous(), weight_CK, uses.indices, first, found, rows, index_CK.shape[1],
+            part_CD.contiguous(), weight_CK, uses.indices, first, out, rows, index_CK.shape[1],
             D=dim, WIDE=wide, ROWS=at_once, USES=_USES, num_warps=1,
         )  # fmt: skip
-    return found
+    return out

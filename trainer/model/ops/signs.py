@@ -71,3 +71,8 @@ def _error(rows_RD: Tensor, others_SD: Tensor) -> Tensor:
     terms = (rows_RD.shape[1] + 16) * ROUNDING
     error_R: Tensor = terms * largest * torch.linalg.vector_norm(rows_RD, dim=1)
     return error_R
+
+
+def random_planes(width: int, bits: int, seed: int) -> Tensor:
+    """Gaussian projection [D, bits], the same for the same seed."""
+    return torch.randn(width, bits, generator=torch.Generator().manual_seed(seed))

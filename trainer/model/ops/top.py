@@ -124,11 +124,11 @@ def top_columns_by_keys(score_CX: Tensor, k: int, *, last: bool = False) -> tupl
     place = torch.arange(width, device=score_CX.device)
     # Columns are counted from the end with `last`.
     place = place if last else place.flip(0)
-    found = []
+    best = []
     for rows_RX in score_CX.detach().split(max(1, _KEYS // width)):
         key_RX = _ordered_bits(rows_RX).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(place)
-        found.append(key_RX.topk(min(k, width), dim=1, sorted=False).values)
-    key_CK = found[0] if len(found) == 1 else torch.cat(found)
+        best.append(key_RX.topk(min(k, width), dim=1, sorted=False).values)
+    key_CK = best[0] if len(best) == 1 else torch.cat(best)
     return ascending(width - 1 - (key_CK & 0xFFFFFFFF), key_CK >> 32 > _EMPTY, width)
 
 
@@ -209,15 +209,15 @@ def top_of_groups(
     mask[:, : reach.shape[1]] = reach
     column = np.full(mask.shape, width - 1, dtype=np.int64)
     column[mask] = hit - np.repeat(np.arange(rows) * width, reach.sum(1))
-    found = torch.from_numpy(column), torch.from_numpy(mask)
-    return (found[0].flip(0), found[1].flip(0)) if last else found
+    columns = torch.from_numpy(column), torch.from_numpy(mask)
+    return (columns[0].flip(0), columns[1].flip(0)) if last else columns
 
 
 def _exact(doubt: Doubt, place: Ints, width: int) -> NDArray[np.float64]:
     """Exact scores at flat places."""
     row, column = (torch.from_numpy(part) for part in np.divmod(place, width))
-    found: NDArray[np.float64] = doubt.exact(row, column).numpy()
-    return np.where(np.isnan(found), np.inf, found)
+    score: NDArray[np.float64] = doubt.exact(row, column).numpy()
+    return np.where(np.isnan(score), np.inf, score)
 
 
 def _settled(

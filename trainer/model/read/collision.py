@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.model.ops.signs import sign_bits
+from trainer.config.model import BranchKeys
+from trainer.model.ops.signs import random_planes, sign_bits
 from trainer.model.read.sequence import Behaviors, TargetPooling
-from trainer.model.retrieve.search import random_planes
-from trainer.model.windows import Windows
+from trainer.model.sizes import BranchSizes
+
+# Most buckets of one window: a number for each bucket and each of 500 behaviors takes 131 MB.
+_BUCKETS, _MOST_BITS = 65_536, 12
+_FLOAT = 4
+
+
+class CollisionKeys(BranchKeys):
+    """What a branch may set besides, for the sequence model `collision`."""
+
+    hashes: int = Field(16, ge=1, le=512)
+    """The number of signatures of `collision`."""
 
 
 class HashCollision(TargetPooling):
@@ -27,8 +41,55 @@ class HashCollision(TargetPooling):
         target_aware: feed the product with the target to the head too.
     """
 
+    keys = CollisionKeys
+    uses = frozenset({"hash_bits"})
     on_windows = True
+    needs_vectors = True
     planes: Tensor
+
+    @classmethod
+    def problem(cls, settings: Any) -> str:
+        hashes, bits = settings.hashes, settings.hash_bits
+        buckets = hashes << bits
+        if bits > _MOST_BITS:
+            return (
+                f'sequence = "collision" keeps hash_bits at {_MOST_BITS} at most (its buckets are '
+                "2 ** hash_bits)"
+            )
+        if buckets <= _BUCKETS:
+            return ""
+        return (
+            f'sequence = "collision": hashes = {hashes} of hash_bits = {bits} are {buckets:,} buckets, '
+            f"{buckets * _FLOAT / 1e6:,.1f} MB for every behavior of every request; keep hashes * "
+            f"2 ** hash_bits at {_BUCKETS:,} at most"
+        )
+
+    @classmethod
+    def build(cls, settings: Any, sizes: BranchSizes) -> HashCollision:
+        return cls(
+            sizes.representation.width,
+            sizes.width,
+            settings.hashes,
+            settings.hash_bits,
+            sizes.seed,
+            target_aware=settings.target_aware,
+        )
+
+    @classmethod
+    def memory_problem(cls, settings: Any, section: str, window: int, requests: int, memory: int) -> str:
+        """Each request has a matrix that says which bucket every behavior of its window falls into.
+
+        The matrices of a step may take half of a rank's memory.
+        """
+        need = (settings.hashes << settings.hash_bits) * window * requests * _FLOAT
+        if 2 * need <= memory:
+            return ""
+        return (
+            f"{section}.hashes = {settings.hashes} with hash_bits = {settings.hash_bits} takes "
+            f"{need / 1e9:,.1f} GB for the {requests:,} requests of {window:,} behaviors that a rank has "
+            f"in a step, and a rank has {memory / 1e9:,.1f} GB: make them, data.history_length or "
+            "data.batch_candidates smaller"
+        )
 
     def __init__(
         self, width: int, attention_width: int, hashes: int, bits: int, seed: int, *, target_aware: bool
@@ -65,18 +126,3 @@ class HashCollision(TargetPooling):
         row_CM = behaviors.windows.of_candidate[:, None] * unit_WBD.shape[1] + wanted_CM
         pooled_CD = F.embedding_bag(row_CM, unit_WBD.flatten(0, 1), mode="mean")
         return self.parts(behaviors.target_CD, pooled_CD)
-
-
-def collision_reference(model: HashCollision, behaviors: Behaviors) -> Tensor:
-    """The pooled vector [C, D], gathered one candidate and signature at a time: the slow reference."""
-    windows: Windows = behaviors.windows
-    of_query, of_key = model.signatures(behaviors.raw.query_CD), model.signatures(behaviors.raw.key_ND)
-    pooled = behaviors.value_SD.new_zeros(of_query.shape[0], model.width)
-    for c, window in enumerate(windows.of_candidate.tolist()):
-        seen = windows.mask[window]
-        rows = behaviors.value_SD[behaviors.place[window][seen]]
-        signature = of_key[windows.index[window][seen]]
-        for h in range(model.hashes):
-            total = rows[signature[:, h] == of_query[c, h]].sum(0)
-            pooled[c] += total / total.norm().clamp(min=1e-6) / model.hashes
-    return pooled

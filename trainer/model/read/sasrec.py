@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.read.sequence import Behaviors, SequenceModel
-from trainer.model.windows import Kept
+from trainer.model.sizes import BranchSizes
+from trainer.model.windows import Selection
 
 
 class TargetDecoupledSasrec(SequenceModel):
@@ -22,7 +25,25 @@ class TargetDecoupledSasrec(SequenceModel):
         width: D; positions: newest behaviors it sees; groups: G; layers, heads: of the shared blocks.
     """
 
+    uses = frozenset({"layers", "heads", "time_group"})
     on_windows = True
+    two_towers = True
+
+    @classmethod
+    def problem(cls, settings: Any) -> str:
+        needs = 'sequence = "sasrec" needs time_group, the feature that groups candidates'
+        return "" if settings.time_group else needs
+
+    @classmethod
+    def build(cls, settings: Any, sizes: BranchSizes) -> TargetDecoupledSasrec:
+        width = sizes.representation.width
+        return cls(width, sizes.longest, sizes.target_groups(), settings.layers, settings.heads)
+
+    @classmethod
+    def width_problem(cls, settings: Any, width: int) -> str:
+        if not width % settings.heads:
+            return ""
+        return f"model.heads = {settings.heads} does not divide the representation's width {width}"
 
     def __init__(self, width: int, positions: int, groups: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -42,12 +63,12 @@ class TargetDecoupledSasrec(SequenceModel):
     def output_width(self) -> int:
         return 2 * self.width
 
-    def hidden(self, value_WXD: Tensor, kept: Kept) -> Tensor:
+    def hidden(self, value_WXD: Tensor, selection: Selection) -> Tensor:
         """States [W, X, D] of windows whose column 0 is the newest; each sees itself and what is older."""
-        state = value_WXD + F.embedding(kept.marks.position, self.position)
+        state = value_WXD + F.embedding(selection.marks.position, self.position)
         length = state.shape[1]
         place = torch.arange(length, device=state.device)
-        unseen = (place[None, :] < place[:, None])[None] | ~kept.mask[:, None, :]
+        unseen = (place[None, :] < place[:, None])[None] | ~selection.mask[:, None, :]
         # A padding place sees itself: a row of nothing would be no number.
         unseen = unseen & ~torch.eye(length, dtype=torch.bool, device=state.device)
         mask = unseen.repeat_interleave(self.heads, dim=0)
@@ -55,18 +76,20 @@ class TargetDecoupledSasrec(SequenceModel):
             state = block(state, src_mask=mask)
         return state
 
-    def user_matrix(self, value_WXD: Tensor, kept: Kept) -> Tensor:
+    def user_matrix(self, value_WXD: Tensor, selection: Selection) -> Tensor:
         """-> [W, G, D]; zero for a request without behaviors."""
-        state_WXD = self.hidden(value_WXD, kept)
-        bias_WXG = F.embedding(kept.marks.position, self.bias.T)
+        state_WXD = self.hidden(value_WXD, selection)
+        bias_WXG = F.embedding(selection.marks.position, self.bias.T)
         score_WGX = (state_WXD @ self.query.T * self.width**-0.5 + bias_WXG).transpose(1, 2)
-        weight_WGX = score_WGX.masked_fill(~kept.mask[:, None], -1e30).softmax(2) * kept.mask[:, None]
+        weight_WGX = (
+            score_WGX.masked_fill(~selection.mask[:, None], -1e30).softmax(2) * selection.mask[:, None]
+        )
         return torch.einsum("wgd,gde->wge", weight_WGX @ state_WXD, self.out)
 
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
         """-> the user's vector for each candidate's group, and the candidate's."""
         value_WXD = F.embedding(behaviors.place, behaviors.value_SD)
-        users_WGD = self.user_matrix(value_WXD, behaviors.kept)
+        users_WGD = self.user_matrix(value_WXD, behaviors.selection)
         groups = self.query.shape[0]
         row_C = behaviors.windows.of_candidate * groups + behaviors.group_C
         return [F.embedding(row_C, users_WGD.flatten(0, 1)), behaviors.target_CD]

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from trainer.model.ops.top import Doubt
 from trainer.model.ops.whole import CELLS, ROUNDING, Rows, needed_places, whole_rows
-from trainer.model.retrieve.score import Attended, DotScorer, FeatureProjection, MlpScorer, Scorer
+from trainer.model.retrieve.score import AttentionVectors, DotScorer, FeatureProjection, MlpScorer, Scorer
 from trainer.model.time import TimeBias
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Selection, Windows
 
 # Pairs that are scored at once, and so many that equal behaviors among them are worth looking for.
 _PAIRS, _MANY = 1 << 20, 1 << 16
@@ -39,7 +39,9 @@ class PairScores:
         windows: whose columns; newest first.
     """
 
-    def __init__(self, scorer: Scorer, raw: Attended, vectors: Attended, windows: Windows) -> None:
+    def __init__(
+        self, scorer: Scorer, raw: AttentionVectors, vectors: AttentionVectors, windows: Windows
+    ) -> None:
         self.scorer, self.raw, self.vectors, self.windows = scorer, raw, vectors, windows
 
     def doubt(self) -> Doubt:
@@ -59,7 +61,7 @@ class PairScores:
             return part[window_M, column_M][:, None]
 
         index_M1, size = at(self.windows.index), self.windows.log_size
-        kept = Kept(
+        kept = Selection(
             index_M1,
             torch.ones_like(index_M1, dtype=torch.bool),
             self.windows.marks.each(at),
@@ -68,8 +70,8 @@ class PairScores:
         if not isinstance(self.scorer, DotScorer):
             return self._in_double(candidate_M, kept)
         group_M = self.raw.group_C[candidate_M]
-        asked = Attended(self.raw.query_CD, self.raw.key_ND, group_M, self.raw.cross_N)
-        score_M = self.scorer._kept_bias(asked, kept)[:, 0].double()
+        vectors = AttentionVectors(self.raw.query_CD, self.raw.key_ND, group_M, self.raw.cross_N)
+        score_M = self.scorer._kept_bias(vectors, kept)[:, 0].double()
         query = self._queries(candidate_M, head_M)
         score_M = score_M + self._products(query, index_M1[:, 0], row_M)
         encoding = self.scorer.encoding
@@ -115,7 +117,7 @@ class PairScores:
         heads = self.scorer.heads
         return Rows.of(rows_RD.unflatten(1, (heads, -1)).flatten(0, 1), place_M * heads + head_M)
 
-    def _in_double(self, candidate_M: Tensor, kept: Kept) -> Tensor:
+    def _in_double(self, candidate_M: Tensor, kept: Selection) -> Tensor:
         """Scores that are no inner products: in double precision, rounded to float32.
 
         The order of adding up shows in them only where it decides to which of two floats is rounded.
@@ -125,18 +127,18 @@ class PairScores:
         step = max(1, CELLS // max(1, self.raw.key_ND.shape[1] ** 2))
         for start in range(0, candidate_M.numel(), step):
             some = slice(start, start + step)
-            asked = scorer.encode(
-                Attended(
+            encoded = scorer.encode(
+                AttentionVectors(
                     vectors.query_CD[candidate_M[some]].double(),
                     vectors.key_ND[kept.index[some, 0]].double(),
                     vectors.group_C[candidate_M[some]],
                     None if cross_N is None else cross_N[kept.index[some, 0]].double(),
                 )
             )
-            each = torch.arange(asked.query_CD.shape[0], device=kept.index.device)[:, None]
+            each = torch.arange(encoded.query_CD.shape[0], device=kept.index.device)[:, None]
             size = None if kept.log_size is None else kept.log_size[some]
-            pairs = Kept(each, kept.mask[some], kept.marks.each(itemgetter(some)), size)
-            parts.append(scorer.of_kept(asked, pairs)[:, 0, 0].float().double())
+            pairs = Selection(each, kept.mask[some], kept.marks.each(itemgetter(some)), size)
+            parts.append(scorer.of_kept(encoded, pairs)[:, 0, 0].float().double())
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=candidate_M.device)
 
     @cached_property

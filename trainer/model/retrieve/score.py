@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from trainer.config.model import BranchKeys
 from trainer.model.ops.bags import dots, rows_at
 from trainer.model.ops.precision import full, in_single_precision
 from trainer.model.ops.tiling import tiling_of
+from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeBias, TimeEncoding
-from trainer.model.windows import Kept, Slots, Windows
+from trainer.model.windows import Selection, Slots, Windows
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttentionVectors:
     """The attention vectors of a batch, before any scorer.
 
     Attributes:
@@ -37,7 +39,7 @@ class Attended:
     group_C: Tensor
     cross_N: Tensor | None = None
 
-    def in_full(self) -> Attended:
+    def in_full(self) -> AttentionVectors:
         """In single precision, where autocast halved the vectors."""
         return replace(self, query_CD=full(self.query_CD), key_ND=full(self.key_ND))
 
@@ -55,15 +57,15 @@ class Scorer(nn.Module):
         super().__init__()
         self.bias = bias
 
-    def encode(self, vectors: Attended) -> Attended:
+    def encode(self, vectors: AttentionVectors) -> AttentionVectors:
         """Whatever is computed once for the batch; what the other methods are given."""
         return vectors
 
-    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+    def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """Scores of whole windows, float32 [C, H, X]; -inf where the window holds nothing."""
         raise NotImplementedError
 
-    def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+    def of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         """Scores of kept behaviors, float32 [C, H, K]; undefined where `kept.mask` is False."""
         raise NotImplementedError
 
@@ -72,13 +74,13 @@ class Scorer(nn.Module):
         """Whether what is added to a window's scores is the same for all its candidates."""
         return self.bias is None or not self.bias.of_target
 
-    def window_bias(self, vectors: Attended, windows: Windows) -> Tensor | None:
+    def window_bias(self, vectors: AttentionVectors, windows: Windows) -> Tensor | None:
         """What is added to a window's columns for every candidate: [W, X], or None where that is nothing."""
         if self.bias is None and vectors.cross_N is None and windows.log_size is None:
             return None
         return self._window_bias(vectors, windows)
 
-    def _window_bias(self, vectors: Attended, windows: Windows) -> Tensor:
+    def _window_bias(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """The same, with -inf where the window holds nothing."""
         bias = None
         if self.bias is not None and not self.bias.of_target:
@@ -86,24 +88,24 @@ class Scorer(nn.Module):
         added = self._besides(vectors, windows, bias)
         return added.masked_fill(~windows.mask, -torch.inf)
 
-    def _target_bias(self, vectors: Attended, windows: Windows) -> Tensor | None:
+    def _target_bias(self, vectors: AttentionVectors, windows: Windows) -> Tensor | None:
         """What is added besides for each candidate: [C, X], or None."""
         if self.bias is None or not self.bias.of_target:
             return None
         bias: Tensor = self.bias(windows.of_candidates().marks, vectors.group_C)
         return bias
 
-    def _kept_bias(self, vectors: Attended, kept: Kept) -> Tensor:
+    def _kept_bias(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         bias = None if self.bias is None else self.bias(kept.marks, vectors.group_C)
         return self._besides(vectors, kept, bias)
 
     @staticmethod
-    def _besides(vectors: Attended, found: Windows | Kept, bias: Tensor | None) -> Tensor:
+    def _besides(vectors: AttentionVectors, kept: Windows | Selection, bias: Tensor | None) -> Tensor:
         """The bias of marks, scores of cross features and ln of clusters' sizes, as far as there are any."""
-        added = torch.zeros(found.index.shape, device=found.index.device) if bias is None else bias
+        added = torch.zeros(kept.index.shape, device=kept.index.device) if bias is None else bias
         if vectors.cross_N is not None:
-            added = added + rows_at(vectors.cross_N, found.index)
-        return added if found.log_size is None else added + found.log_size
+            added = added + rows_at(vectors.cross_N, kept.index)
+        return added if kept.log_size is None else added + kept.log_size
 
 
 class DotScorer(Scorer):
@@ -130,39 +132,39 @@ class DotScorer(Scorer):
     def shares_bias(self) -> bool:
         return self.encoding is None and super().shares_bias
 
-    def encode(self, vectors: Attended) -> Attended:
+    def encode(self, vectors: AttentionVectors) -> AttentionVectors:
         query, key = vectors.query_CD, vectors.key_ND
         if self.encoding is not None:
             query = self.encoding.target(query, vectors.group_C)
         if self.query is not None and self.key is not None:
             query, key = self.query(query), self.key(key)
         scale = max(query.shape[1] // self.heads, 1) ** -0.5
-        return Attended(query * scale, key, vectors.group_C, vectors.cross_N)
+        return AttentionVectors(query * scale, key, vectors.group_C, vectors.cross_N)
 
-    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+    def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """One batched product a head for all windows: the cost follows C x L, whatever a block holds."""
         with in_single_precision(vectors.key_ND.device):
             return self._over_windows(vectors.in_full(), windows)
 
-    def _over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+    def _over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         slots = windows.slots
         bias = self._window_bias(vectors, windows)[:, None, :]
         beside = self._beside(vectors, windows)
         width = vectors.query_CD.shape[1] // self.heads
-        found = []
+        scores = []
         for head in range(self.heads):
             part = slice(head * width, (head + 1) * width)
             key_WXD = rows_at(vectors.key_ND[:, part], windows.index)
             query_WSD = slots.spread(vectors.query_CD[:, part])
             score = slots.collect(torch.baddbmm(bias, query_WSD, key_WXD.transpose(1, 2)))
-            found.append(score if beside is None else score + beside)
-        return found[0][:, None] if self.heads == 1 else torch.stack(found, dim=1)
+            scores.append(score if beside is None else score + beside)
+        return scores[0][:, None] if self.heads == 1 else torch.stack(scores, dim=1)
 
-    def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+    def of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         with in_single_precision(vectors.key_ND.device):
             return self._of_kept(vectors.in_full(), kept)
 
-    def _of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+    def _of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         bias = self._kept_bias(vectors, kept)
         if self.encoding is not None:
             bias = bias + self.encoding.scores(vectors.query_CD, kept.marks, vectors.group_C)
@@ -176,7 +178,7 @@ class DotScorer(Scorer):
         score_CHK = dots(query, key, index_CHK.flatten(0, 1)).view(index_CHK.shape)
         return score_CHK + bias[:, None]
 
-    def _beside(self, vectors: Attended, windows: Windows) -> Tensor | None:
+    def _beside(self, vectors: AttentionVectors, windows: Windows) -> Tensor | None:
         bias = self._target_bias(vectors, windows)
         if self.encoding is not None:
             marks = windows.of_candidates().marks
@@ -200,7 +202,7 @@ class MlpScorer(Scorer):
         self.last = nn.Linear(hidden, 1)
         self.width = width
 
-    def over_windows(self, vectors: Attended, windows: Windows) -> Tensor:
+    def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """A few windows at a time, as many as the `Tiling` of the device has room for.
 
         Keys are multiplied once for all candidates of their window. Autocast halves the layers, not what is
@@ -217,7 +219,7 @@ class MlpScorer(Scorer):
         return (score if bias is None else score + bias)[:, None]
 
     def _by_groups(
-        self, vectors: Attended, windows: Windows, groups: Sequence[slice], recompute: bool
+        self, vectors: AttentionVectors, windows: Windows, groups: Sequence[slice], recompute: bool
     ) -> Tensor:
         """Scores of the layers alone, [C, X]; `recompute`: in the backward pass, which keeps no [C, X, E]."""
         if len(groups) == 1:
@@ -243,7 +245,7 @@ class MlpScorer(Scorer):
         score_WXS = self.last(self.slope(hidden_WXSE)).squeeze(3) / self.width
         return slots.collect(score_WXS.transpose(1, 2))
 
-    def of_kept(self, vectors: Attended, kept: Kept) -> Tensor:
+    def of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         # As if what a candidate keeps were a window of its own.
         each = torch.arange(kept.index.shape[0], device=kept.index.device)
         key_CKD = rows_at(vectors.key_ND, kept.index)
@@ -260,7 +262,7 @@ class MlpScorer(Scorer):
 
 
 def _cut(
-    vectors: Attended, windows: Windows, groups: Sequence[slice]
+    vectors: AttentionVectors, windows: Windows, groups: Sequence[slice]
 ) -> Iterator[tuple[Tensor, Tensor, Slots]]:
     """Queries, keys and slots of each group of windows."""
     counts = windows.host_counts
@@ -301,6 +303,25 @@ class FeatureProjection(nn.Module):
     def forward(self, vector_ND: Tensor) -> Tensor:
         parts = vector_ND.split(self.widths, dim=1)
         return torch.cat([each(part) for each, part in zip(self.maps, parts, strict=True)], dim=1)
+
+
+def build_scorer(settings: BranchKeys, sizes: BranchSizes) -> Scorer:
+    """The scorer of both stages of a branch."""
+    rows, groups = sizes.mark_rows("scores"), sizes.target_groups()
+    bias = encoding = None
+    if rows and settings.time == "encoding":
+        encoding = TimeEncoding(rows, sizes.width, settings.time_target, groups)
+    elif rows:
+        bias = TimeBias(rows, settings.time_target, groups, settings.time_dim)
+    if settings.score == "mlp":
+        return MlpScorer(sizes.width, settings.score_hidden, bias)
+    query: nn.Module | None = None
+    key: nn.Module | None = None
+    if settings.projection == "feature":
+        query, key = FeatureProjection(sizes.attended), FeatureProjection(sizes.attended)
+    elif settings.projection == "heads":
+        query, key = twin_projections(sizes.width, settings.heads * settings.head_dim)
+    return DotScorer(query, key, settings.heads, bias, encoding)
 
 
 def softmax_weights(score: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.model.ops.top import Doubt, top_columns
-from trainer.model.retrieve.score import Attended, DotScorer, Scorer
+from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
 from trainer.model.windows import Windows
 
 # Floats of a window's keys: below that, one product for all windows is cheaper than a call for each.
@@ -53,7 +53,7 @@ class _Tile:
         return (self.windows[-1].last - self.windows[0].first) * self.width
 
 
-def pays(scorer: Scorer, vectors: Attended, windows: Windows) -> bool:
+def pays(scorer: Scorer, vectors: AttentionVectors, windows: Windows) -> bool:
     """Whether the windows are slices, scores inner products of one head, and the windows long."""
     key_ND = vectors.key_ND
     return (
@@ -70,7 +70,7 @@ def pays(scorer: Scorer, vectors: Attended, windows: Windows) -> bool:
 
 @torch.no_grad()
 def columns_of_slices(
-    scorer: DotScorer, vectors: Attended, windows: Windows, k: int, doubt: Doubt
+    scorer: DotScorer, vectors: AttentionVectors, windows: Windows, k: int, doubt: Doubt
 ) -> tuple[Tensor, Tensor]:
     """The K best columns of each candidate's window, ascending, and which count: both [C, K].
 
@@ -82,19 +82,19 @@ def columns_of_slices(
     tiles = list(_tiles(windows))
     # One buffer for all: fresh memory costs more than what is written to it.
     buffer = torch.empty(max(tile.cells for tile in tiles))
-    found = []
+    best = []
     for tile in tiles:
         score_CX = _scores(vectors, tile, bias_WX, buffer)
         first, last = tile.windows[0].first, tile.windows[-1].last
         here = doubt.cut(first, last).mirrored(tile.width)
         column, mask = top_columns(score_CX, k, last=True, doubt=here)
         missing = k - column.shape[1]
-        found.append((F.pad(column, (0, missing)), F.pad(mask, (0, missing))))
-    columns, masks = zip(*found, strict=True)
+        best.append((F.pad(column, (0, missing)), F.pad(mask, (0, missing))))
+    columns, masks = zip(*best, strict=True)
     return torch.cat(columns).clamp(max=windows.index.shape[1] - 1), torch.cat(masks)
 
 
-def _scores(vectors: Attended, tile: _Tile, bias_WX: Tensor | None, buffer: Tensor) -> Tensor:
+def _scores(vectors: AttentionVectors, tile: _Tile, bias_WX: Tensor | None, buffer: Tensor) -> Tensor:
     """Of the tile's candidates, ending at the last column; -inf before."""
     base, width = tile.windows[0].first, tile.width
     score_CX = buffer[: tile.cells].view(-1, width)

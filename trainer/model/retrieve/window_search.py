@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.model.ops.bags import rows_at
 from trainer.model.ops.kernels import agrees, has_kernel, power_of_two
 from trainer.model.ops.top import top_columns
-from trainer.model.retrieve.score import Attended, DotScorer, Scorer
+from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
 from trainer.model.time import Marks
 from trainer.model.windows import Windows
 
@@ -66,7 +66,7 @@ class Cut:
         return Cut(wide, -(-candidates // tiles), tiles, columns, span // columns, -(-width // span), warps)
 
 
-def pays(scorer: Scorer, vectors: Attended, windows: Windows, k: int) -> bool:
+def pays(scorer: Scorer, vectors: AttentionVectors, windows: Windows, k: int) -> bool:
     """Whether the kernel is to be used: scores are inner products of one head plus what a window shares."""
     return (
         has_kernel(vectors.key_ND.device)

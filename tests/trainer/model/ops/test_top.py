@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers.model_references import search_reference
 from tests.helpers.models import GROUPS, MARK_ROWS, draw, drawing
 from trainer.model.ops import top
 from trainer.model.ops.top import (
@@ -20,8 +21,9 @@ from trainer.model.ops.top import (
     top_of_groups,
 )
 from trainer.model.retrieve import slices
-from trainer.model.retrieve.score import Attended, DotScorer
-from trainer.model.retrieve.search import DotSearch, Query, search_reference
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer
+from trainer.model.retrieve.search import Query
 from trainer.model.time import Marks, TimeBias
 from trainer.model.windows import Windows
 
@@ -159,7 +161,7 @@ def test_slices_keep_what_a_slow_search_keeps(
         parameter.data.mul_(4).round_()
     whole = (torch.randint(-2, 3, (n, 4), generator=rng).float() for n in (candidates, behaviors))
     of_cross = torch.randint(-1, 2, (behaviors,), generator=rng).float() if cross else None
-    raw = Attended(*whole, torch.zeros(candidates, dtype=torch.int64), of_cross)
+    raw = AttentionVectors(*whole, torch.zeros(candidates, dtype=torch.int64), of_cross)
     query = Query(scorer, scorer.encode(raw), raw, made)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices, "_LEAST", 0)
@@ -181,7 +183,7 @@ def test_slices_are_only_for_what_they_can_do() -> None:
     """Long stretches of the history, one head, and nothing that differs between a window's candidates."""
     rng = drawing(3)
     made, behaviors = drawn_slices(rng, 8, 9_000, 3)
-    raw = Attended(torch.randn(3, 8), torch.randn(behaviors, 8), torch.zeros(3, dtype=torch.int64))
+    raw = AttentionVectors(torch.randn(3, 8), torch.randn(behaviors, 8), torch.zeros(3, dtype=torch.int64))
     plain = DotScorer(None, None, 1, None, None)
     assert slices.pays(plain, raw, made)
     assert not slices.pays(plain, raw, replace(made, lengths=None))

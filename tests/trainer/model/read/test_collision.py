@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tests.helpers.model_references import collision_reference
 from tests.helpers.models import BEHAVIORS, drawing, drawn_behaviors, drawn_windows
-from trainer.model.read.collision import HashCollision, collision_reference
+from trainer.model.read.collision import HashCollision
 from trainer.model.read.sequence import Behaviors
-from trainer.model.retrieve.score import Attended
-from trainer.model.windows import Kept, Windows
+from trainer.model.retrieve.score import AttentionVectors
+from trainer.model.windows import Selection, Windows
 
 WIDTH, HASHED = 6, 5
 
@@ -33,10 +34,10 @@ def test_a_behavior_weighs_as_its_angle_says(degrees: int, bits: int) -> None:
     each = torch.arange(count)
     full = drawn_windows(rng, count, 1, count, full=True)
     windows = replace(full, index=each[:, None], of_candidate=each)
-    kept = windows.of_candidates()
     value = 5 * F.normalize(torch.randn(count, WIDTH, generator=rng), dim=1)
-    raw = Attended(query, key, torch.zeros(count).long())
-    _, pooled = model(Behaviors(torch.zeros(count, WIDTH), value, kept.index, kept, windows, raw), None)
+    raw = AttentionVectors(query, key, torch.zeros(count).long())
+    kept, target = windows.of_candidates(), torch.zeros(count, WIDTH)
+    _, pooled = model(Behaviors(windows, raw, raw, kept, False, target, value, kept.index), None)
     weight = (pooled * value / 5).sum(1)
     assert torch.allclose(pooled, weight[:, None] * value / 5, atol=1e-5)
     assert float(weight.mean()) == pytest.approx((1 - angle / math.pi) ** bits, abs=0.02)
@@ -80,6 +81,7 @@ def test_buckets_know_no_candidate() -> None:
 
 def on_windows(rng: torch.Generator, windows: Windows) -> Behaviors:
     """As a sequence model on windows is given them: no copies for the candidates."""
-    made = drawn_behaviors(rng, windows, WIDTH, HASHED)
+    behaviors = drawn_behaviors(rng, windows, WIDTH, HASHED)
     place = torch.randperm(BEHAVIORS, generator=rng)[windows.index]
-    return replace(made, place=place, kept=Kept(windows.index, windows.mask, windows.marks))
+    selection = Selection(windows.index, windows.mask, windows.marks)
+    return replace(behaviors, place=place, selection=selection)

@@ -12,14 +12,14 @@ from torch import Tensor
 from tests.helpers.models import GROUPS, batch_of, draw, drawing, model_of, preset, small_log, with_ids
 from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import Behaviors
-from trainer.model.retrieve.score import Attended
+from trainer.model.retrieve.score import AttentionVectors
 from trainer.model.time import Marks
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Selection, Windows
 
 WIDTH, LENGTH = 8, 6
 
 
-def made() -> tuple[TargetDecoupledSasrec, Tensor, Kept]:
+def made() -> tuple[TargetDecoupledSasrec, Tensor, Selection]:
     """Three windows, newest first: full, half full, empty."""
     rng = drawing(1)
     model = TargetDecoupledSasrec(WIDTH, LENGTH, GROUPS, 2, 2)
@@ -28,7 +28,11 @@ def made() -> tuple[TargetDecoupledSasrec, Tensor, Kept]:
     rank = torch.where(mask, torch.arange(1, LENGTH + 1), 0)
     index = torch.where(mask, torch.arange(3 * LENGTH).view(3, LENGTH), 0)
     none = torch.zeros_like(rank)
-    return model, torch.randn(3, LENGTH, WIDTH, generator=rng), Kept(index, mask, Marks(rank, none, none))
+    return (
+        model,
+        torch.randn(3, LENGTH, WIDTH, generator=rng),
+        Selection(index, mask, Marks(rank, none, none)),
+    )
 
 
 def test_s1_user_matrix_is_the_same_whoever_the_candidates_are(tmp_path: Path) -> None:
@@ -64,7 +68,7 @@ def test_s2_a_state_knows_nothing_newer_and_no_padding(serving: bool) -> None:
     model, value, kept = made()
     model.train(not serving)
 
-    def hidden(value: Tensor, kept: Kept = kept) -> Tensor:
+    def hidden(value: Tensor, kept: Selection = kept) -> Tensor:
         with torch.set_grad_enabled(not serving):
             return model.hidden(value, kept).detach()
 
@@ -95,8 +99,9 @@ def test_s3_a_loss_on_one_group_trains_no_other() -> None:
     asked, of_candidate = 1, torch.tensor([0, 0, 1])
     windows = Windows(kept.index, kept.mask, kept.marks, None, of_candidate)
     group = torch.full((3,), asked)
-    raw = Attended(torch.zeros(3, 1), torch.zeros(1, 1), group)
-    behaviors = Behaviors(torch.ones(3, WIDTH), value.flatten(0, 1), kept.index, kept, windows, raw)
+    raw = AttentionVectors(torch.zeros(3, 1), torch.zeros(1, 1), group)
+    rows = value.flatten(0, 1)
+    behaviors = Behaviors(windows, raw, raw, kept, False, torch.ones(3, WIDTH), rows, kept.index)
     user, _ = model(behaviors, None)
     user.square().sum().backward()
     for name in ("query", "bias", "out"):

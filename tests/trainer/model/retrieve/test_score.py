@@ -22,10 +22,10 @@ from tests.helpers.models import (
     drawn_windows,
 )
 from trainer.model.ops import tiling
-from trainer.model.read.sequence import TargetAttention
+from trainer.model.read.target_attention import TargetAttention
 from trainer.model.retrieve.score import (
     WEIGHTS,
-    Attended,
+    AttentionVectors,
     DotScorer,
     FeatureProjection,
     MlpScorer,
@@ -33,7 +33,7 @@ from trainer.model.retrieve.score import (
     softmax_weights,
 )
 from trainer.model.time import TimeBias, TimeEncoding
-from trainer.model.windows import Kept
+from trainer.model.windows import Selection
 
 PARTS = (4, 2)
 WIDTH = sum(PARTS)
@@ -61,7 +61,7 @@ def scorer_of(kind: str, heads: int, time: str, form: str, rng: torch.Generator)
     return made
 
 
-def places(kept: Kept, c: int, k: int) -> dict[str, int]:
+def places(kept: Selection, c: int, k: int) -> dict[str, int]:
     return {name: int(getattr(kept.marks, name)[c, k]) for name in MARK_ROWS}
 
 
@@ -81,7 +81,7 @@ def plain_encodings(encoding: TimeEncoding, group: int, at: dict[str, int]) -> t
     return of_target, sum(encoding.tables[n][first[n] + m] for n, m in at.items())
 
 
-def plain_score(scorer: Scorer, vectors: Attended, kept: Kept, c: int, k: int) -> Tensor:
+def plain_score(scorer: Scorer, vectors: AttentionVectors, kept: Selection, c: int, k: int) -> Tensor:
     """Scores [H] of one pair by the textbook."""
     query, key = vectors.query_CD[c], vectors.key_ND[kept.index[c, k]]
     group, at = int(vectors.group_C[c]), places(kept, c, k)
@@ -215,7 +215,7 @@ def test_doing_everything_twice_doubles_only_pointwise_pools(weights: str, facto
     ):
         score = scorer.of_kept(scorer.encode(behaviors.raw), kept)
         weight = WEIGHTS[weights](score, kept.mask[:, None])
-        pools.append(sequence(replace(behaviors, kept=kept, place=kept.index), weight)[1])
+        pools.append(sequence(replace(behaviors, selection=kept, place=kept.index), weight)[1])
     empty = ~once.mask.any(1)[once.of_candidate]
     assert empty.any() and not empty.all() and (pools[1][empty] == 0).all()
     assert pools[0].abs().sum(1)[~empty].min() > 0.1

@@ -10,22 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.helpers.model_references import hamming, pack_bits
 from tests.helpers.models import BEHAVIORS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows
-from trainer.model.ops.signs import sign_bits
-from trainer.model.retrieve.score import Attended, DotScorer
-from trainer.model.retrieve.search import (
-    DotSearch,
-    HammingSearch,
-    HardSearch,
-    Query,
-    SoftSearch,
-    hamming,
-    pack_bits,
-    random_planes,
-    round_robin,
-)
+from trainer.model.ops.signs import random_planes, sign_bits
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.hard import HardSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer
+from trainer.model.retrieve.search import Query, round_robin
+from trainer.model.retrieve.simhash import HammingSearch
+from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.time import TimeBias
-from trainer.model.windows import Kept, Windows
+from trainer.model.windows import Selection, Windows
 
 PLAIN = DotScorer(None, None, 1, None, None)
 
@@ -106,7 +101,7 @@ def test_twin_t1_stage_one_keeps_the_best_hundred_of_stage_two(heads: int) -> No
             assert not torch.equal(everything.index.gather(1, best_of_head[:, head]), kept.index)
 
 
-def columns_by(kept: Kept, windows: Windows, cost_CX: Tensor, k: int) -> None:
+def columns_by(kept: Selection, windows: Windows, cost_CX: Tensor, k: int) -> None:
     """Assert that `kept` holds each window's K lowest (cost, column), in the order of columns."""
     for c, w in enumerate(windows.of_candidate.tolist()):
         seen = windows.mask[w].nonzero().squeeze(1).tolist()
@@ -180,7 +175,7 @@ def test_eta_keeps_what_differs_in_the_fewest_bits(seed: int, bits: int, width: 
     product = torch.einsum("cb,cxb->cx", code_C * 2 - 1, code_CX * 2 - 1)
     assert torch.equal(product, bits - 2 * distance)
     # vectors that the scorer encoded are not what is hashed
-    encoded = Attended(-raw.query_CD, raw.key_ND, raw.group_C)
+    encoded = AttentionVectors(-raw.query_CD, raw.key_ND, raw.group_C)
     columns_by(search(Query(PLAIN, encoded, raw, windows)), windows, distance, k)
 
 

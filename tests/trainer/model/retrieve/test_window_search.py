@@ -12,12 +12,15 @@ import torch
 from hypothesis import given, settings
 
 from tests.helpers.compiling import compiled
+from tests.helpers.model_references import search_reference
 from tests.helpers.models import GROUPS, MARK_ROWS, draw, drawing
 from tests.helpers.searched_windows import Searched, all_scores, check, drawn_long, searched
 from trainer.model.ops.kernels import agrees, power_of_two
 from trainer.model.retrieve import window_search
-from trainer.model.retrieve.score import Attended, DotScorer
-from trainer.model.retrieve.search import DotSearch, Query, SoftSearch, search_reference
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.score import AttentionVectors, DotScorer
+from trainer.model.retrieve.search import Query
+from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.retrieve.window_search import Cut, fits, pays, plain_best_columns
 from trainer.model.time import TimeBias
 
@@ -76,7 +79,7 @@ def test_only_what_the_kernel_can_do_is_given_to_it(monkeypatch: pytest.MonkeyPa
         assert not fits(torch.ones(5, dim), torch.ones(9, dim), made.windows, 20)
     wide = replace(made.windows, index=torch.zeros(2, 1, dtype=torch.int64).expand(2, 100_000))
     assert fits(made.query, made.key, wide, 64) and not fits(made.query, made.key, wide, 256)
-    vectors = Attended(made.query, made.key, torch.zeros(5, dtype=torch.int64))
+    vectors = AttentionVectors(made.query, made.key, torch.zeros(5, dtype=torch.int64))
     assert not pays(PLAIN, vectors, made.windows, 20)  # on a CPU
     monkeypatch.setattr(window_search, "has_kernel", lambda device: True)
     monkeypatch.setattr(window_search, "agrees", lambda *asked: True)
@@ -94,7 +97,7 @@ def test_searches_use_it_where_it_pays(soft: bool, works: bool, monkeypatch: pyt
     search = SoftSearch(7, 8, 8) if soft else DotSearch(7)
     scorer = search.index if isinstance(search, SoftSearch) else PLAIN
     draw(search, rng)
-    raw = Attended(made.query, made.key, torch.zeros(5, dtype=torch.int64))
+    raw = AttentionVectors(made.query, made.key, torch.zeros(5, dtype=torch.int64))
     windows = replace(made.windows, counts=(4, 1))
     query = Query(PLAIN, PLAIN.encode(raw), raw, windows)
     with torch.no_grad():

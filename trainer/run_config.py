@@ -14,10 +14,11 @@ from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.optimizers import FusedOptimizer
-from trainer.config.model import BranchConfig, ModelConfig, section_of
+from trainer.config.model import section_of
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
 from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig
 from trainer.config.toml import Settings, load_settings
+from trainer.model.settings import BranchConfig, ModelConfig
 
 
 class Config(Settings):
@@ -60,15 +61,15 @@ class Config(Settings):
             raise ValueError("model.level needs a hard search while reading: set data.search.levels")
         if settings.clusters and not data.clusters:
             raise ValueError("model.clusters needs data.clusters = true, and a log that `cluster` wrote")
-        if data.clusters and not settings.clusters and settings.search != "recent":
+        if data.clusters and not settings.clusters and not settings.newest:
             raise ValueError(
                 f"data.clusters leaves branch {branch!r} no single behaviors: set its clusters too"
             )
         cut = bool(data.search.levels) or data.clusters
-        if cut and settings.sequence == "sasrec" and settings.search != "recent":
+        if cut and settings.sequence_kind.two_towers and not settings.newest:
             raise ValueError(
-                f'branch {branch!r}: sequence = "sasrec" must not see which behaviors a search retrieved for '
-                'a candidate; set search = "recent"'
+                f'branch {branch!r}: sequence = "{settings.sequence}" must not see which behaviors a search '
+                'retrieved for a candidate; set search = "recent"'
             )
         if cut and data.recent < settings.newest:
             raise ValueError(
@@ -152,9 +153,9 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
                 f"model.roles: {stage}_target ({target}) and {stage}_behavior ({behavior}) need tables of "
                 f"equal widths in equal order, not {groups[target].widths()} and {groups[behavior].widths()}"
             )
-    width = groups[roles.representation_behavior].width
-    if branch.sequence == "sasrec" and width % branch.heads:
-        raise ConfigError(f"model.heads = {branch.heads} does not divide the representation's width {width}")
+    problem = branch.sequence_kind.width_problem(branch, groups[roles.representation_behavior].width)
+    if problem:
+        raise ConfigError(problem)
     attention = groups[roles.attention_behavior].features
     if branch.attend and groups[roles.attention_behavior].fusion == "sum":
         raise ConfigError(
@@ -168,9 +169,8 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
                 f"{', '.join(attention)}"
             )
     tables = {feature for group in groups.values() for feature in group.features}
-    for key in ("match", "time_group"):
-        if getattr(branch, key) and getattr(branch, key) not in tables:
+    for key, (feature, _) in branch.compared_features().items():
+        if feature not in tables:
             raise ConfigError(
-                f"model.{key}: no group has a table of {getattr(branch, key)!r}; tables: "
-                f"{', '.join(sorted(tables))}"
+                f"model.{key}: no group has a table of {feature!r}; tables: {', '.join(sorted(tables))}"
             )

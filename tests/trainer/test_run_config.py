@@ -8,9 +8,9 @@ import pytest
 
 from embeddings.errors import ConfigError
 from pipelines.ingest.config import load_ingest_config
-from trainer.config.run_config import Config, build_groups, load_config
+from trainer.run_config import Config, build_groups, load_config
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS = {"item_id": 100, "category_id": 10}
 ROLES = ("attention_target", "attention_behavior", "representation_target", "representation_behavior")
 

@@ -1,0 +1,39 @@
+"""The top K by an index of its own (SIM)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from trainer.model.retrieve.score import DotScorer, twin_projections
+from trainer.model.retrieve.search import Query, Search, best_columns
+from trainer.model.sizes import BranchSizes
+
+
+class SoftSearch(Search):
+    """SIM's soft search: inner product of two linear maps, trained by its own auxiliary loss only."""
+
+    uses = frozenset({"k", "head_dim"})
+    by_score = True
+    needs_vectors = True
+    auxiliary = "index"
+    own_scorer = "search.index"
+
+    def __init__(self, k: int, width: int, dim: int) -> None:
+        super().__init__(k)
+        self.index = DotScorer(*twin_projections(width, dim), 1, None, None)
+
+    @classmethod
+    def build(cls, settings: Any, sizes: BranchSizes) -> SoftSearch:
+        return cls(settings.k, sizes.width, settings.head_dim)
+
+    @classmethod
+    def export_obstacle(cls, settings: Any) -> str:
+        return ""
+
+    def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        own = replace(query, scorer=self.index, vectors=self.index.encode(query.raw))
+        # The index knows neither cross features nor sizes of clusters.
+        return best_columns(own, self.k, self.doubt(own))

@@ -1,0 +1,283 @@
+"""The tables of what a model may be made of, and the section [model] that is put together from them.
+
+To add a search, a sequence model, a head or an auxiliary loss, write its file and add one line to a table
+here. Its class says how it is built, which settings it adds to [model] (`keys`), and what else the project
+must know of it; no other module knows it by name.
+
+A kind's settings stand beside its module, in the same file, so that adding one touches no second file. The
+section [model] therefore belongs to this package, and `trainer.run_config` stands above it. `trainer.config`
+holds only what knows no kind. The section stays flat: all kinds' settings are keys of one table, as in every
+config, checkpoint and snapshot so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from trainer.config.model import BranchKeys, ModelKeys
+from trainer.model.heads.auxiliary import Auxiliary, IndexLoss, SoftmaxLoss
+from trainer.model.heads.dot import DotHead
+from trainer.model.heads.head import Head
+from trainer.model.heads.mlp import MlpHead
+from trainer.model.read.collision import HashCollision
+from trainer.model.read.sasrec import TargetDecoupledSasrec
+from trainer.model.read.sequence import SequenceModel
+from trainer.model.read.stacked import StackedTin
+from trainer.model.read.target_attention import TargetAttention
+from trainer.model.retrieve.all import AllSearch
+from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.hard import HardSearch
+from trainer.model.retrieve.recent import RecentSearch
+from trainer.model.retrieve.search import Search
+from trainer.model.retrieve.simhash import HammingSearch
+from trainer.model.retrieve.soft import SoftSearch
+
+SEARCHES: dict[str, type[Search]] = {
+    "dot": DotSearch,
+    "all": AllSearch,
+    "recent": RecentSearch,
+    "hard": HardSearch,
+    "simhash": HammingSearch,
+    "soft": SoftSearch,
+}
+SEQUENCES: dict[str, type[SequenceModel]] = {
+    "attention": TargetAttention,
+    "stacked": StackedTin,
+    "collision": HashCollision,
+    "sasrec": TargetDecoupledSasrec,
+}
+HEADS: dict[str, type[Head]] = {
+    "mlp": MlpHead,
+    "dot": DotHead,
+}
+AUXILIARIES: dict[str, type[Auxiliary] | None] = {
+    "none": None,
+    "softmax": SoftmaxLoss,
+    "index": IndexLoss,
+}
+
+if TYPE_CHECKING:
+    from trainer.config.model import BranchKeys as _BranchKeys
+    from trainer.config.model import ModelKeys as _ModelKeys
+
+    _Search: TypeAlias = str
+    _Sequence: TypeAlias = str
+    _Head: TypeAlias = str
+    _Auxiliary: TypeAlias = str
+else:
+
+    def _bases(kinds, base):
+        """The settings classes of all kinds, what they extend last."""
+        return (*dict.fromkeys(kind.keys for kind in kinds if kind.keys is not base), base)
+
+    class _BranchKeys(*_bases([*SEARCHES.values(), *SEQUENCES.values()], BranchKeys)):
+        """The keys of all searches and sequence models."""
+
+    class _ModelKeys(*_bases(HEADS.values(), ModelKeys)):
+        """The keys of all heads."""
+
+    _Search, _Sequence = Literal[*SEARCHES], Literal[*SEQUENCES]
+    _Head, _Auxiliary = Literal[*HEADS], Literal[*AUXILIARIES]
+
+
+class BranchConfig(_BranchKeys):
+    """One way through the history: search, weights, sequence model."""
+
+    search: _Search = "dot"
+    """How stage one chooses the behaviors that a candidate keeps. `dot` takes those with the highest score of
+    stage two (TWIN, DARE). `all` keeps everything (DIN, TIN), or all that `data.search` retrieved. `recent`
+    keeps the newest K. `hard` keeps those with the same id of the feature `match`, then the newest others.
+    `simhash` keeps those whose codes of `hash_bits` bits differ least (ETA). `soft` ranks by an inner product
+    of width `head_dim`, which only the auxiliary loss `index` trains (SIM)."""
+    sequence: _Sequence = "attention"
+    """The sequence model of stage two. `attention` is target attention. `stacked` multiplies the behaviors
+    onto the target `layers` times (Stacked TIN). `collision` sums up behaviors that share one of `hashes`
+    signatures of `hash_bits` bits with the target (SDIM); it needs no search. `sasrec` makes vectors of the
+    user without seeing any candidate, in `layers` blocks (target-decoupled SASRec); it needs no search."""
+
+    @property
+    def search_kind(self) -> type[Search]:
+        """The class that its search is made of."""
+        return SEARCHES[self.search]
+
+    @property
+    def sequence_kind(self) -> type[SequenceModel]:
+        """The class that its sequence model is made of."""
+        return SEQUENCES[self.sequence]
+
+    @property
+    def searches(self) -> bool:
+        """Whether there is a stage one at all."""
+        return not self.sequence_kind.on_windows
+
+    @property
+    def newest(self) -> int:
+        """How many of the newest behaviors it looks at; 0 = the whole window."""
+        return self.search_kind.newest(self)
+
+    def ids_feature(self) -> str:
+        """The feature whose ids its search compares, empty where it compares none."""
+        return str(getattr(self, self.search_kind.ids_key, ""))
+
+    def compared_features(self) -> dict[str, tuple[str, str]]:
+        """Key -> the feature that it names, and who must have that feature in the log."""
+        features = {
+            self.search_kind.ids_key: (self.ids_feature(), "behaviors and candidates"),
+            "time_group": (self.time_group, "candidates"),
+        }
+        return {key: pair for key, pair in features.items() if pair[0]}
+
+    def keys_with_effect(self) -> set[str]:
+        """Those of `CONDITIONAL_KEYS` that make a difference to this branch."""
+        marks = self.position or self.age or self.level
+        uses = {
+            "score_hidden": self.score == "mlp",
+            "heads": self.projection == "heads",
+            "head_dim": self.projection == "heads",
+            "time_dim": self.time_target == "target" and self.time == "bias" and marks,
+            "time_group": self.time_target != "shared",
+        }
+        search = _keys_of(self.search_kind) if self.searches or self.newest else set()
+        return {key for key, used in uses.items() if used} | search | _keys_of(self.sequence_kind)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BranchConfig:
+        vectors = self.search_kind.needs_vectors or self.sequence_kind.needs_vectors
+        problems = {
+            f"clusters goes with search = {_names(SEARCHES, 'takes_clusters', True)}": (
+                self.clusters and not self.search_kind.takes_clusters
+            ),
+            self.search_kind.problem(self): True,
+            **{
+                f'{kind.ids_key} is only used by search = "{name}"': bool(getattr(self, kind.ids_key))
+                for name, kind in SEARCHES.items()
+                if kind.ids_key and name != self.search
+            },
+            self.sequence_kind.problem(self): True,
+            f'time_target = "{self.time_target}" needs time_group, a feature of candidates': (
+                self.time_target != "shared" and not self.time_group
+            ),
+            'heads > 1 needs projection = "heads"': (
+                self.heads > 1 and self.projection != "heads" and "heads" not in self.sequence_kind.uses
+            ),
+            'time = "encoding" does not go with a projection or score = "mlp"; use time = "bias"': (
+                self.time == "encoding" and (self.projection != "none" or self.score == "mlp")
+            ),
+            'projection does not go with score = "mlp"': self.projection != "none" and self.score == "mlp",
+            'attend = [] leaves time alone to score: it goes with score = "dot" and neither a projection nor '
+            "hashed or indexed vectors": (
+                self.attend == () and (self.score == "mlp" or self.projection != "none" or vectors)
+            ),
+        }
+        _refuse(problems)
+        return self
+
+
+class ModelConfig(BranchConfig, _ModelKeys):
+    """The two-stage model: its main branch is described by the section itself."""
+
+    head: _Head = "mlp"
+    """The head: `mlp` has layers over all parts side by side, `dot` multiplies a user's vector with an item's
+    (with `sequence = "sasrec"`)."""
+    auxiliary: _Auxiliary = "none"
+    """A second loss, of a small head on the main branch's whole window. `softmax` uses the branch's own
+    scores (DARE's code), `index` the raw scores of the index that `search = "soft"` uses (SIM)."""
+    branches: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], BranchConfig] = Field(
+        default_factory=dict
+    )
+    """Further branches by name, whose outputs go to the same head. A branch takes from [model] whatever it
+    does not set. A recent window module is a branch with `search = "recent"`. DSI-TIN is two branches that
+    attend to different features."""
+
+    @property
+    def head_kind(self) -> type[Head]:
+        """The class that the head is made of."""
+        return HEADS[self.head]
+
+    @property
+    def auxiliary_kind(self) -> type[Auxiliary] | None:
+        """The class that the auxiliary loss is made of, if there is one."""
+        return AUXILIARIES[self.auxiliary]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, given: Any) -> Any:
+        """Give each branch what [model] sets and the branch does not, so that a dumped config stays whole."""
+        if not isinstance(given, dict) or not isinstance(given.get("branches"), dict):
+            return given
+        own = {key: value for key, value in given.items() if key in BranchConfig.model_fields}
+        of_searches = {key for kind in SEARCHES.values() for key in _own_keys(kind.keys)}
+        branches = {}
+        for name, branch in given["branches"].items():
+            roles = {**_tree(own.get("roles")), **_tree(_tree(branch).get("roles"))}
+            # A branch with a search of its own does not want the keys of another search.
+            mine = {k: v for k, v in own.items() if k not in of_searches or "search" not in _tree(branch)}
+            whole = {**mine, **_tree(branch), **({"roles": roles} if roles else {})}
+            branches[name] = whole if isinstance(branch, dict) else branch
+        return {**given, "branches": branches}
+
+    @model_validator(mode="after")
+    def _whole(self) -> ModelConfig:
+        search, needed = self.search, self.search_kind.auxiliary
+        sequences = _names(SEQUENCES, "on_windows", False)
+        others = [branch.search for branch in self.branches.values() if branch.search_kind.auxiliary]
+        other = min(others, default="")
+        problems = {
+            'branches.main: the section [model] is the branch "main" itself': "main" in self.branches,
+            'auxiliary needs lookup = "full": it reads every behavior of the window': (
+                self.auxiliary_kind is not None and self.lookup != "full"
+            ),
+            f'auxiliary = "{needed}" goes with search = "{search}", and search = "{search}" with it': (
+                bool(needed) and self.auxiliary != needed
+            ),
+            f'search = "{search}" goes with sequence = {sequences}: the others search nothing': (
+                bool(needed) and not self.searches
+            ),
+            self.auxiliary_kind.problem(self) if self.auxiliary_kind is not None else "": True,
+            self.head_kind.problem(self): True,
+            f'branches: search = "{other}" is only trained in the main branch': bool(other),
+        }
+        _refuse(problems)
+        return self
+
+    def all_branches(self) -> dict[str, BranchConfig]:
+        """The main branch and the others."""
+        own = {name: getattr(self, name) for name in BranchConfig.model_fields}
+        return {"main": BranchConfig(**own), **self.branches}
+
+
+def _own_keys(keys: type[BranchKeys]) -> set[str]:
+    """What a kind adds to the keys that all branches have."""
+    return set(keys.model_fields) - set(BranchKeys.model_fields)
+
+
+def _keys_of(kind: type[Search] | type[SequenceModel]) -> set[str]:
+    return set(kind.uses) | _own_keys(kind.keys)
+
+
+# Keys that only some heads have.
+HEAD_KEYS = [key for key in _ModelKeys.model_fields if key not in ModelKeys.model_fields]
+# Keys of a branch that only some kinds look at.
+_KINDS: list[type[Search] | type[SequenceModel]] = [*SEARCHES.values(), *SEQUENCES.values()]
+CONDITIONAL_KEYS = set[str]().union(*(_keys_of(kind) for kind in _KINDS))
+CONDITIONAL_KEYS |= {"score_hidden", "heads", "head_dim", "time_dim", "time_group"}
+
+
+def _names(table: Mapping[str, Any], fact: str, value: bool) -> str:
+    """`"a", "b" or "c"`: the kinds of a table of which a fact is true or false."""
+    names = [f'"{name}"' for name, kind in table.items() if getattr(kind, fact) is value]
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _refuse(problems: Mapping[str, bool]) -> None:
+    """Raise for the first problem that there is; an empty one is none."""
+    for problem, there in problems.items():
+        if problem and there:
+            raise ValueError(problem)
+
+
+def _tree(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}

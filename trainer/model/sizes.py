@@ -1,0 +1,82 @@
+"""Sizes of a branch's modules: what settings, table groups and the log say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from embeddings.groups import TableGroup
+from trainer.config.model import BranchKeys
+from trainer.model.time import AGE_BUCKETS, TimeEncoding
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What the sizes of a model follow from besides its settings.
+
+    Attributes:
+        groups: the resolved table groups; history_length: L; levels: of the hard search while reading.
+        seed: of fixed random projections.
+    """
+
+    groups: Mapping[str, TableGroup]
+    history_length: int
+    levels: int
+    seed: int
+
+
+class BranchSizes:
+    """What the modules of a branch are built from, besides its settings.
+
+    Args:
+        settings: of the branch; newest: behaviors that its windows are cut to, 0 = whole windows.
+        dimensions: of the model.
+
+    Attributes:
+        attended, width: widths of the attended features, and their sum.
+        columns: of the attended features in the attention vectors; None = all.
+        representation: the group of the behaviors' representation.
+        seed: of fixed random projections; longest: most behaviors of a window.
+    """
+
+    def __init__(self, settings: BranchKeys, newest: int, dimensions: Dimensions) -> None:
+        self.settings, self.dimensions = settings, dimensions
+        attention = dimensions.groups[settings.roles.attention_behavior]
+        self.attended, self.columns = _attended_columns(attention, settings.attend)
+        self.width = sum(self.attended)
+        self.representation = dimensions.groups[settings.roles.representation_behavior]
+        self.seed, self.longest = dimensions.seed, newest or dimensions.history_length
+
+    def target_groups(self) -> int:
+        """G: rows of the feature that groups the targets."""
+        if not self.settings.time_group:
+            return 1
+        tables = [table for group in self.dimensions.groups.values() for table in group.tables]
+        return max(table.rows for table in tables if table.feature == self.settings.time_group)
+
+    def encoding(self) -> TimeEncoding:
+        """Time encodings of the representation."""
+        rows, width = self.mark_rows("values"), self.representation.width
+        return TimeEncoding(rows, width, self.settings.time_target, self.target_groups())
+
+    def mark_rows(self, stage: str) -> dict[str, int]:
+        """Rows of the tables of position, age and level, as far as a stage uses them."""
+        settings = self.settings
+        if stage not in settings.time_in:
+            return {}
+        rows = {"position": self.longest + 1, "age": AGE_BUCKETS, "level": self.dimensions.levels + 1}
+        return {name: count for name, count in rows.items() if getattr(settings, name)}
+
+
+def _attended_columns(
+    group: TableGroup, attend: tuple[str, ...] | None
+) -> tuple[tuple[int, ...], list[slice] | None]:
+    """Widths and columns of the attended features in a group's vector; None = all columns."""
+    if attend is None:
+        return group.widths(), None
+    begin, columns = 0, {}
+    for table in group.tables:
+        columns[table.feature] = slice(begin, begin + table.dim)
+        begin += table.dim
+    chosen = [columns[feature] for feature in attend]
+    return tuple(part.stop - part.start for part in chosen), chosen
