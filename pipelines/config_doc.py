@@ -55,7 +55,8 @@ def lines_of(model: type[Settings]) -> dict[str, str]:
             _, _, block = inspect.cleandoc(kind.__doc__).partition("\nAttributes:\n")
             for entry in _entries(block):
                 found |= _named(entry, model.model_fields)
-    return found
+    described = {name: field.description for name, field in model.model_fields.items() if field.description}
+    return found | {name: " ".join(text.split()).rstrip(".") for name, text in described.items()}
 
 
 def _entries(block: str) -> Iterator[str]:

@@ -14,8 +14,8 @@ from typing import Literal
 import pyarrow as pa
 
 from embeddings.errors import DataError
-from pipelines.ingest.config import Unit
 from pipelines.ingest.files import RawFile
+from pipelines.ingest.sections import ColumnConfig, Unit
 from trainer.log.arrow_types import is_list, is_text
 
 Kind = Literal["key", "time", "id", "ids", "text", "number"]
@@ -51,12 +51,20 @@ class Wanted:
 
     Attributes:
         unit: of a time that is a number.
+        separator: cuts text into a list of values; empty: the cell is taken as it is.
     """
 
     key: str
     column: str
     kind: Kind
     unit: Unit = "s"
+    separator: str = ""
+
+    @staticmethod
+    def of(section: str, entry: ColumnConfig) -> Wanted:
+        """The column of a feature or of a context."""
+        kind: Kind = "id" if not entry.multi else ("text" if entry.separator else "ids")
+        return Wanted(f"{section}: {entry.name}", entry.source, kind, separator=entry.separator)
 
     @property
     def is_label(self) -> bool:
@@ -68,8 +76,8 @@ class Column:
     """A wanted column over all files.
 
     Attributes:
-        families: of each file; types: their own names, for people.
-        target: what the engine makes of it; None: integers if all values are, else text.
+        families: what each file holds; types: the files' own names of it, for people.
+        target: what the engine makes of the column; None: integers if all values are integers, else text.
     """
 
     want: Wanted
@@ -113,8 +121,8 @@ def decide(
         DataError: columns are missing or of wrong types, or files disagree: all of it in one message.
     """
     problems: list[DataError] = []
-    found: list[Column] = []
-    for want in dict.fromkeys(wanted):
+    columns: list[Column] = []
+    for want in wanted:
         wrong = [error for file in files if (error := _fault(file, want, partitions))]
         problems += wrong[:2]
         if wrong:
@@ -126,9 +134,9 @@ def decide(
         except DataError as error:
             problems.append(error)
         else:
-            found.append(Column(want, families, types, target))
+            columns.append(Column(want, families, types, target))
     refuse(problems)
-    return found
+    return columns
 
 
 def refuse(problems: Sequence[DataError]) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.ingest.errors import explained
+from pipelines.ingest.faults import explained
 from pipelines.ingest.files import RawFile
 from pipelines.ingest.sections import EngineConfig
 from trainer.sealed_folder import remove_folder

@@ -11,46 +11,27 @@ requests are written, so a trial log is a part of the full one. Everything rando
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.ingest.alone import lone_predictors
-from pipelines.ingest.attributes import item_attributes, with_attributes
 from pipelines.ingest.config import IngestConfig, load_ingest_config
 from pipelines.ingest.domains import open_domains
-from pipelines.ingest.encode import (
-    bucketed,
-    kept_requests,
-    offers,
-    timed_requests,
-    trial_users,
-)
-from pipelines.ingest.encoding import encode, narrow
+from pipelines.ingest.encode import encode, in_buckets, narrow
 from pipelines.ingest.engine import Engine, connect, count_rows
 from pipelines.ingest.events import EVENTS, RAW_TABLES, SHOWN, open_events, open_impressions
 from pipelines.ingest.files import Files, find_files
 from pipelines.ingest.names import NUMBERED, agree, with_numbers
-from pipelines.ingest.negatives import past_events
-from pipelines.ingest.preview import preview_lines
-from pipelines.ingest.protocols import impressions, leave_last, next_basket, time_split
-from pipelines.ingest.protocols.protocol import Past, RequestProtocol, Tables
-from pipelines.ingest.remarks import Span, remarks, unused_settings
-from pipelines.ingest.report import (
-    Asked,
-    Counts,
-    full_report,
-    new_positives,
-    report_lines,
-)
-from pipelines.ingest.rows import BlockWriter, auto_buckets, draw_groups
+from pipelines.ingest.protocols.protocol import Tables
+from pipelines.ingest.remarks import Span, lone_predictors, remarks, unused_settings
+from pipelines.ingest.report import Counts, full_report, preview_lines, report_lines
+from pipelines.ingest.requests import make_requests
+from pipelines.ingest.rows import BlockWriter, auto_buckets
 from pipelines.ingest.side_tables import DESCRIBED, SideTables, open_side_tables
-from pipelines.ingest.sources import Seen, unread_settings
+from pipelines.ingest.sources import Survey, unread_settings
 from pipelines.ingest.vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies
 from pipelines.ingest.vocabulary import write as write_vocabularies
 from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo, arrow_schema
@@ -60,12 +41,6 @@ from trainer.sealed_folder import remove_folder
 __all__ = ["IngestConfig", "ingest", "load_ingest_config", "preview", "report_lines"]
 
 SPLITS = ("train", "validation", "test")
-PROTOCOLS = {
-    "next-basket": RequestProtocol(next_basket.requests, next_basket.candidates),
-    "impressions": RequestProtocol(impressions.requests, impressions.candidates),
-    "leave-last": RequestProtocol(leave_last.requests, leave_last.one_positive),
-    "time-split": RequestProtocol(time_split.requests, time_split.one_positive),
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +50,7 @@ class Raw:
     events: ir.Table
     shown: ir.Table | None
     source: str | None
-    seen: Seen
+    survey: Survey
     side: SideTables
     duplicates: int = 0
 
@@ -128,7 +103,7 @@ def ingest(
         runner = connect(engine, config.engine, spill)
         try:
             older = older_vocabularies(runner, config)
-            raw = _open(runner, events, impressions, config, Seen())
+            raw = _open(runner, events, impressions, config, Survey())
             manifest = _write_log(runner, raw, older, root, config)
         finally:
             runner.close()
@@ -154,15 +129,15 @@ def preview(
         ConfigError, DataError: as `ingest`, as far as the raw tables are concerned.
     """
     _check_inputs(events, impressions, config)
-    seen = Seen(measured=True)
+    survey = Survey(measured=True)
     with tempfile.TemporaryDirectory() as folder:
         runner = connect(engine, config.engine, Path(folder) / "spill")
         try:
             older = older_vocabularies(runner, config)
-            raw = _open(runner, events, impressions, config, seen)
+            raw = _open(runner, events, impressions, config, survey)
             _agreed(raw, older)
         finally:
-            for line in preview_lines(seen):
+            for line in preview_lines(survey):
                 say(line)
             runner.close()
 
@@ -174,34 +149,34 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
             if events
             else "no events: name them with --events, or in [[domains]]"
         )
-    if bool(impressions) != (config.protocol == "impressions"):
+    if bool(impressions) != config.request_protocol.reads_impressions:
         raise ConfigError(
             f"protocol {config.protocol} uses no impressions: leave --impressions out"
             if impressions
-            else 'protocol "impressions" needs the table of impressions: add --impressions FILE'
+            else f'protocol "{config.protocol}" needs the table of impressions: add --impressions FILE'
         )
 
 
 def _open(
-    engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig, seen: Seen
+    engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig, survey: Survey
 ) -> Raw:
-    shown, side = None, open_side_tables(engine, config, seen)
+    shown, side = None, open_side_tables(engine, config, survey)
     if impressions:
-        shown = open_impressions(engine, find_files(impressions, "impressions"), config, seen)
+        shown = open_impressions(engine, find_files(impressions, "impressions"), config, survey)
     if events:
         files = find_files(events, "raw events")
-        table = open_events(engine, files, config, seen, side.features)
-        raw = Raw(table, shown, files.label, seen, side)
+        table = open_events(engine, files, config, survey, side.features)
+        raw = Raw(table, shown, files.label, survey, side)
     else:
-        table, duplicates = open_domains(engine, config, seen)
-        raw = Raw(table, shown, None, seen, side, duplicates)
-    seen.notes += unread_settings(config, seen)
+        table, duplicates = open_domains(engine, config, survey)
+        raw = Raw(table, shown, None, survey, side, duplicates)
+    survey.notes += unread_settings(config, survey)
     return raw
 
 
 def _agreed(raw: Raw, older: Mapping[str, Older]) -> dict[str, ir.Table]:
     """All raw tables by their names, with columns of one type."""
-    return agree(raw.by_name | raw.side.by_name, older, raw.seen)
+    return agree(raw.by_name | raw.side.by_name, older, raw.survey)
 
 
 def _write_log(
@@ -213,27 +188,25 @@ def _write_log(
     raw = replace(raw, events=events, shown=tables.get(SHOWN), side=side)
     if config.vocabulary.log and "user_id" in named and "user_id" not in older:
         note = "users are text here and integers in the older log: one number is two users in the two logs"
-        raw.seen.notes.append(note)
+        raw.survey.notes.append(note)
     times = {"events": Span.of(engine, raw.events)}
     if raw.shown is not None:
         times["impressions"] = Span.of(engine, raw.shown)
     _check_dates(times, raw, config)
     encoded = _encode(engine, raw, older, root, config)
-    asked = _requests(engine, encoded, config)
-    splits = _write_splits(engine, encoded, asked.offered, root, config)
+    requests = make_requests(engine, encoded.tables, encoded.events, encoded.buckets, config)
+    splits = _write_splits(engine, encoded, requests.offers, root, config)
     if not any(info.rows for info in splits.values()):
-        problem = f"no request has {config.requests.min_history} earlier events; lower requests.min_history"
-        if config.protocol == "leave-last":
-            problem = f"no user has {config.requests.min_events} events; lower requests.min_events"
+        problem = config.request_protocol.without_requests(config)
         if raw.shown is not None:
             problem += f" (the events are {times['events']}, the impressions {times['impressions']})"
         raise DataError(problem, file=raw.source)
     new = {name: made.new for name, made in encoded.vocabularies.items() if made.new}
-    counts = Counts(encoded.tables, asked, splits, raw.duplicates, new, times)
+    counts = Counts(encoded.tables, requests, splits, raw.duplicates, new, times)
     report = full_report(engine, counts, config)
     report |= remarks(engine, encoded.tables, encoded.buckets, config) | {
         "unused_settings": unused_settings(config),
-        "predicts_alone": lone_predictors(engine, asked.offered, config),
+        "predicts_alone": lone_predictors(engine, requests.offers, config),
     }
     return LogManifest(
         features=encoded.features,
@@ -241,10 +214,10 @@ def _write_log(
         numeric=list(config.impressions.numeric) if raw.shown is not None else [],
         weighted=raw.shown is not None and bool(config.impressions.weight),
         tasks=list(config.tasks),
-        taxonomy=[name for name in config.events.features if name != "item_id"],
+        taxonomy=list(config.events.levels),
         named=named,
-        columns=raw.seen.columns,
-        notes=raw.seen.notes,
+        columns=raw.survey.columns,
+        notes=raw.survey.notes,
         splits=splits,
         ingest=config.model_dump(mode="json"),
         report=report,
@@ -253,56 +226,18 @@ def _write_log(
 
 def _check_dates(times: Mapping[str, Span], raw: Raw, config: IngestConfig) -> None:
     """Drawn candidates are those of events: without one before validation there is nothing to train on."""
-    if (
-        config.split is None
-        or config.protocol == "impressions"
-        or times["events"].first < config.split.validation_start
-    ):
+    span, draws = times["events"], config.request_protocol.draws_negatives
+    if config.split is None or not draws or span.first < config.split.validation_start:
         return
-    day, span = config.split.validation, times["events"]
+    day = config.split.validation
     problem = f"no event before split.validation ({day}), they are {span}; move that date"
     raise DataError(problem, file=raw.source, column=config.events.timestamp)
-
-
-def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
-    """The requests and what they offer: each made for some users at a time."""
-    protocol, tables, buckets = PROTOCOLS[config.protocol], encoded.tables, encoded.buckets
-    attributes = item_attributes(engine, tables, config, buckets)
-    if config.protocol != "impressions":
-        past = {
-            name: engine.keep(f"past_{name}", table)
-            for name, table in vars(past_events(tables.events)).items()
-        }
-        tables = replace(tables, past=Past(**past))
-    users = None
-    if config.users:
-        users = engine.keep("users", trial_users(protocol.requests(tables, config), config))
-    for bucket in range(buckets):
-        part = tables.of_buckets(bucket, bucket + 1)
-        found = timed_requests(part, protocol.requests(part, config), users, config)
-        found = engine.append("requests", found.mutate(bucket=ibis.literal(bucket).cast("int64")))
-        found = found.filter(found.bucket == bucket)
-        asked = engine.append("asked", kept_requests(found, config))
-    total = count_rows(engine, asked)
-    groups, new = draw_groups(total, encoded.events, buckets, config), Counter[str]()
-    for group in range(groups):
-        first, end = (buckets * edge // groups for edge in (group, group + 1))
-        some = asked.filter((asked.bucket >= first) & (asked.bucket < end))
-        drawn = protocol.candidates(tables.of_buckets(first, end), some.drop("bucket"), config)
-        candidates = engine.keep("candidates", drawn)
-        if tables.past is not None:
-            new.update(new_positives(engine, candidates, some, tables.past, config))
-        full = with_attributes(engine, attributes, candidates, some, group)
-        offered = engine.append("offers", offers(some, full, config))
-    for name in ("candidates", "past_numbered", "past_seconds"):
-        engine.drop(name)
-    return Asked(engine.table("requests"), asked, offered, attributes, new)
 
 
 def _write_splits(
     engine: Engine, encoded: Encoded, offered: ir.Table, root: Path, config: IngestConfig
 ) -> dict[str, SplitInfo]:
-    shows = config.protocol == "impressions"
+    shows = config.request_protocol.reads_impressions
     schema = arrow_schema(
         encoded.features,
         config.tasks,
@@ -330,14 +265,14 @@ def _encode(
     total = count_rows(engine, raw.events)
     buckets = auto_buckets(total, config) if engine.bounded else 1
 
-    def in_buckets(table: ir.Table) -> ir.Table:
-        return bucketed(table, buckets, config.seed)
+    def finish(table: ir.Table) -> ir.Table:
+        return in_buckets(table, buckets, config.seed)
 
-    events = encode(engine, "encoded", raw.events, coded, words, in_buckets)
+    events = encode(engine, "encoded", raw.events, coded, words, finish)
     shown = None
     if raw.shown is not None:
         coded = {name: multi[name] for name in raw.shown.columns if name in multi}
-        shown = encode(engine, "shown", raw.shown, coded, words, in_buckets)
+        shown = encode(engine, "shown", raw.shown, coded, words, finish)
     items, users = raw.side.encoded(engine, multi, words)
     for name in (*RAW_TABLES, *raw.side.by_name, *NUMBERED, DESCRIBED):
         engine.drop(name)

@@ -14,18 +14,17 @@ from ibis.expr import types as ir
 
 from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.encode import counted
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.events import EVENTS, SHOWN
-from pipelines.ingest.sources import Seen
-from pipelines.ingest.vocabulary import Older, continued, write_words
+from pipelines.ingest.sources import Survey
+from pipelines.ingest.vocabulary import Older, continued, counted, write_words
 from trainer.log.schema import FeatureInfo
 
 NAMES = ("user_id", "request_id")
 NUMBERED = _EVENTS, _SHOWN = ("numbered_events", "numbered_impressions")
 
 
-def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], seen: Seen) -> dict[str, ir.Table]:
+def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], survey: Survey) -> dict[str, ir.Table]:
     """The tables with columns of one type: where one holds text, integers of CSV are text as well.
 
     Such a column was read as integers because each of its cells is the plain spelling of one, so that nothing
@@ -35,8 +34,8 @@ def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], seen: Seen
         tables: by the names under which the engine keeps them.
     """
     given = dict(tables)
-    loose = {name: seen.loose.get(name, set()) for name in given}
-    loose[EVENTS] = loose[EVENTS] | seen.loose.get("trajectories", set())
+    loose = {name: survey.loose.get(name, set()) for name in given}
+    loose[EVENTS] = loose[EVENTS] | survey.loose.get("trajectories", set())
     for column in dict.fromkeys(name for table in given.values() for name in table.columns):
         having = [name for name, table in given.items() if column in table.columns]
         old = older.get(column)
@@ -47,7 +46,9 @@ def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], seen: Seen
         for name in having:
             if column in loose[name] and given[name][column].type().is_integer():
                 given[name] = given[name].mutate(**{column: given[name][column].cast("string")})
-                seen.notes.append(f"{column} of the {name.removeprefix('raw_')} is text, as it is elsewhere")
+                survey.notes.append(
+                    f"{column} of the {name.removeprefix('raw_')} is text, as it is elsewhere"
+                )
     return given
 
 
@@ -69,7 +70,7 @@ def with_numbers(
     """
     given = dict(tables)
     events = given[EVENTS]
-    if config.protocol != "next-basket" and events.request_id.type().is_string():
+    if not config.request_protocol.reads_request_ids and events.request_id.type().is_string():
         # Nothing reads these: a request is an impression, an event or a second.
         asked = ibis.ifelse(events.request_id.notnull(), events.timestamp, ibis.null("int64"))
         given[EVENTS] = events.mutate(request_id=asked)

@@ -140,9 +140,8 @@ def draw_groups(asked: int, events: int, buckets: int, config: IngestConfig) -> 
 
     Few are better: every group goes through all numbered events of the past once (see `negatives`).
     """
-    positives = config.requests.positives if config.protocol == "next-basket" else 1
-    wanted = positives * config.requests.negatives
-    draws = 0 if config.protocol == "impressions" else wanted + wanted // 2 + 8
+    wanted = config.request_protocol.most_positives(config) * config.requests.negatives
+    draws = wanted + wanted // 2 + 8 if wanted else 0
     size = asked * draws * _BYTES_PER_DRAW + events * _BYTES_PER_REFUSED
     return min(buckets, max(1, -(-size * _SHARE // config.engine.memory_bytes)))
 

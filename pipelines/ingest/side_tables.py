@@ -9,13 +9,12 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest.columns import Kind, Wanted
-from pipelines.ingest.config import ColumnConfig, FeatureConfig, IngestConfig
-from pipelines.ingest.encoding import encode
+from pipelines.ingest.columns import Wanted
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.encode import encode
 from pipelines.ingest.engine import Engine
-from pipelines.ingest.events import loose_columns, raw_values, wanted_column
-from pipelines.ingest.files import FoundFiles, find_files
-from pipelines.ingest.sources import Seen, columns_of, open_files
+from pipelines.ingest.files import RawFiles, find_files
+from pipelines.ingest.sources import Survey, columns_of, open_files
 
 ITEMS, USERS = "raw_items", "raw_users"
 # The events with what the table of items says of theirs.
@@ -82,19 +81,7 @@ def _met(table: ir.Table) -> ir.Table:
     return table.filter(table.user_id.notnull())
 
 
-def _given_features(files: FoundFiles, config: IngestConfig) -> list[FeatureConfig]:
-    """The features that the table of items gives: those of items whose column it has."""
-    present = columns_of(files, [config.item_table.item], config)
-    entries = [entry for entry in config.all_features if entry.side == "both" and entry.name != "item_id"]
-    found = [entry for entry in entries if entry.source in present]
-    if not found:
-        wanted = ", ".join(entry.source for entry in entries) or "there are none"
-        problem = f'has no column of a feature of items (taxonomy, side = "both": {wanted})'
-        raise DataError(problem, file=files.label)
-    return found
-
-
-def open_side_tables(engine: Engine, config: IngestConfig, seen: Seen) -> SideTables:
+def open_side_tables(engine: Engine, config: IngestConfig, survey: Survey) -> SideTables:
     """The tables of items and of users that the config names.
 
     Raises:
@@ -103,44 +90,47 @@ def open_side_tables(engine: Engine, config: IngestConfig, seen: Seen) -> SideTa
     items = users = file = None
     if config.item_table.files:
         files = find_files(config.item_table.files, "item table")
-        file, key = files.label, Wanted("item_table.item", config.item_table.item, "id")
-        columns = {entry.name: entry for entry in _given_features(files, config)}
-        items = _open(engine, files, key, columns, ("item_id", ITEMS), config, seen)
+        key, file = Wanted("item_table.item", config.item_table.item, "id"), files.label
+        items = _open(engine, ITEMS, files, {"item_id": key, **_given(files, config)}, config, survey)
     if config.user_table.files:
         files = find_files(config.user_table.files, "user table")
         key = Wanted("user_table.user", config.user_table.user, "key")
-        named = {f"context_{entry.name}": entry for entry in config.user_context}
-        users = _open(engine, files, key, named, ("user_id", USERS), config, seen)
+        context = {name: Wanted.of("context", entry) for name, entry in config.user_context.items()}
+        users = _open(engine, USERS, files, {"user_id": key, **context}, config, survey)
     return SideTables(items, users, file)
+
+
+def _given(files: RawFiles, config: IngestConfig) -> dict[str, Wanted]:
+    """The features that the table of items gives: those of items whose column it has."""
+    present = columns_of(files, [config.item_table.item], config)
+    entries = [entry for entry in config.all_features if entry.side == "both" and entry.name != "item_id"]
+    given = {entry.name: Wanted.of("features", entry) for entry in entries if entry.source in present}
+    if not given:
+        wanted = ", ".join(entry.source for entry in entries) or "there are none"
+        problem = f'has no column of a feature of items (taxonomy, side = "both": {wanted})'
+        raise DataError(problem, file=files.label)
+    return given
 
 
 def _open(
     engine: Engine,
-    files: FoundFiles,
-    key: Wanted,
-    columns: Mapping[str, ColumnConfig],
-    names: tuple[str, str],
+    name: str,
+    files: RawFiles,
+    wanted: Mapping[str, Wanted],
     config: IngestConfig,
-    seen: Seen,
+    survey: Survey,
 ) -> ir.Table:
-    section = "context" if key.key.startswith("user_table") else "features"
-    wanted = [wanted_column(section, entry) for entry in columns.values()]
-    table = open_files(engine, files, [key, *wanted], config, seen)
-    name, kept = names
-    raw = table.table.select(
-        **{name: table.values(key.column, key.kind)},
-        timestamp=ibis.null("int64"),
-        **{column: raw_values(engine, table, entry) for column, entry in columns.items()},
-    )
-    raw = engine.keep(kept, raw)
-    keys: dict[str, tuple[str, Kind]] = {name: (key.column, key.kind)}
-    seen.loose[kept] = loose_columns(table, keys, columns)
-    repeated = raw.group_by(name).aggregate(times=raw.count())
-    repeated = repeated.filter((repeated.times > 1) | repeated[name].isnull()).order_by(name).limit(1)
+    """The table, which the engine keeps as `name`; the first of the wanted columns is its key."""
+    table = open_files(engine, files, wanted, config, survey)
+    raw = engine.keep(name, table.table.mutate(timestamp=ibis.null("int64")))
+    survey.loose[name] = table.loose
+    key = next(iter(wanted))
+    repeated = raw.group_by(key).aggregate(times=raw.count())
+    repeated = repeated.filter((repeated.times > 1) | repeated[key].isnull()).order_by(key).limit(1)
     if found := engine.rows(repeated):
-        value, times = found[0][name], found[0]["times"]
+        value, times = found[0][key], found[0]["times"]
         problem = f"has {value!r} {times:,} times; leave one row of each"
         if value is None:
             problem = f"null in {times:,} rows; remove them"
-        raise DataError(problem, file=files.label, column=key.column)
+        raise DataError(problem, file=files.label, column=wanted[key].column)
     return raw

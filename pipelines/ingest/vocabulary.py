@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
+import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.encode import counted, numbered
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
 from trainer.data.row_group import PARQUET_ERRORS
@@ -140,6 +141,31 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
         raise DataError(problem, file=file) from error
     except PARQUET_ERRORS as error:
         raise DataError(f"unreadable: {error}; take another copy of that log", file=file) from error
+
+
+def counted(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | None) -> ir.Table:
+    """value, count, occurrences: one row for each distinct value of a column that is not null.
+
+    Args:
+        sources: the tables with the column `name`. `occurrences` counts in all of them, `count` in the first
+            only, and there the events before the Unix second `cutoff` (None: all).
+    """
+    parts = []
+    for number, table in enumerate(sources):
+        counts = ibis.literal(number == 0) & (True if cutoff is None else table.timestamp < cutoff)
+        values = table[name].unnest() if multi else table[name]
+        parts.append(table.select(value=values, counted=counts.fill_null(False).cast("int64")))
+    everything = reduce(lambda left, right: left.union(right), parts)
+    known = everything.filter(everything["value"].notnull())
+    return known.group_by("value").aggregate(
+        count=known.counted.sum().cast("int64"), occurrences=known.count().cast("int64")
+    )
+
+
+def numbered(values: ir.Table, first: int) -> ir.Table:
+    """value, id, count: dense ids from `first` in the order of the values."""
+    dense = ibis.row_number().over(order_by=values["value"]) + first
+    return values.mutate(id=dense.cast("int64")).select("value", "id", "count")
 
 
 def build(

@@ -25,7 +25,7 @@ from trainer.config.mistakes import words_of
 class Settings(BaseModel):
     """Base of every config section: immutable, and no key that the code does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 # What pydantic adds to the place of a value that may have one of several forms.

@@ -15,11 +15,11 @@ import pytest
 
 from embeddings.errors import ConfigError, DataError
 from pipelines.ingest import rows as ingest_blocks
+from pipelines.ingest.domains import merge
 from pipelines.ingest.engine import connect
-from pipelines.ingest.errors import explained
+from pipelines.ingest.faults import explained
 from pipelines.ingest.ingest import ingest
 from pipelines.ingest.sections import EngineConfig
-from pipelines.ingest.trajectories import merge
 from tests.helpers.rawlogs import config, rows, words
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
