@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ibis.expr import types as ir
@@ -30,11 +31,18 @@ from pipelines.ingest.remarks import Span, lone_predictors, remarks, unused_sett
 from pipelines.ingest.report import Counts, full_report, preview_lines, report_lines
 from pipelines.ingest.requests import make_requests
 from pipelines.ingest.rows import BlockWriter, auto_buckets
-from pipelines.ingest.side_tables import DESCRIBED, SideTables, open_side_tables
+from pipelines.ingest.side_tables import (
+    DESCRIBED,
+    ITEMS,
+    USERS,
+    open_side_tables,
+    with_ids_only,
+    with_items,
+)
 from pipelines.ingest.sources import Survey, unread_settings
 from pipelines.ingest.vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies
 from pipelines.ingest.vocabulary import write as write_vocabularies
-from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo, arrow_schema
+from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
 from trainer.sealed_folder import remove_folder
 
@@ -45,19 +53,17 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Raw:
-    """The checked raw tables, and `source`: all files of events, for an error about all of them."""
+    """The checked raw tables, by the names under which the engine keeps them; the events are the first.
 
-    events: ir.Table
-    shown: ir.Table | None
-    source: str | None
+    Attributes:
+        source: all files of events, for an error about all of them.
+        duplicates: events that more than one domain had.
+    """
+
+    tables: dict[str, ir.Table]
     survey: Survey
-    side: SideTables
+    source: str | None = None
     duplicates: int = 0
-
-    @property
-    def by_name(self) -> dict[str, ir.Table]:
-        """Events and impressions by the names under which the engine keeps them."""
-        return {EVENTS: self.events} | ({} if self.shown is None else {SHOWN: self.shown})
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def preview(
         try:
             older = older_vocabularies(runner, config)
             raw = _open(runner, events, impressions, config, survey)
-            _agreed(raw, older)
+            agree(raw.tables, older, survey)
         finally:
             for line in preview_lines(survey):
                 say(line)
@@ -160,45 +166,55 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
 def _open(
     engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig, survey: Survey
 ) -> Raw:
-    shown, side = None, open_side_tables(engine, config, survey)
+    side, shown, source, duplicates = open_side_tables(engine, config, survey), {}, None, 0
     if impressions:
-        shown = open_impressions(engine, find_files(impressions, "impressions"), config, survey)
+        files = find_files(impressions, "impressions")
+        shown = {SHOWN: open_impressions(engine, files, config, survey)}
     if events:
         files = find_files(events, "raw events")
-        table = open_events(engine, files, config, survey, side.features)
-        raw = Raw(table, shown, files.label, survey, side)
+        given = side[ITEMS].columns if ITEMS in side else ()
+        table, source = open_events(engine, files, config, survey, given), files.label
     else:
         table, duplicates = open_domains(engine, config, survey)
-        raw = Raw(table, shown, None, survey, side, duplicates)
     survey.notes += unread_settings(config, survey)
-    return raw
-
-
-def _agreed(raw: Raw, older: Mapping[str, Older]) -> dict[str, ir.Table]:
-    """All raw tables by their names, with columns of one type."""
-    return agree(raw.by_name | raw.side.by_name, older, raw.survey)
+    return Raw({EVENTS: table, **shown, **side}, survey, source, duplicates)
 
 
 def _write_log(
     engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
 ) -> LogManifest:
-    tables, named = with_numbers(engine, _agreed(raw, older), older, root, raw.source, config)
-    side = raw.side.of(tables)
-    events = side.beside(engine, tables[EVENTS])
-    raw = replace(raw, events=events, shown=tables.get(SHOWN), side=side)
+    tables = agree(raw.tables, older, raw.survey)
+    tables, named = with_numbers(engine, tables, older, root, raw.source, config)
+    if ITEMS in tables:
+        tables[EVENTS] = with_items(engine, tables[EVENTS], tables[ITEMS], config)
+    raw, shows = replace(raw, tables=tables), SHOWN in tables
     if config.vocabulary.log and "user_id" in named and "user_id" not in older:
         note = "users are text here and integers in the older log: one number is two users in the two logs"
         raw.survey.notes.append(note)
-    times = {"events": Span.of(engine, raw.events)}
-    if raw.shown is not None:
-        times["impressions"] = Span.of(engine, raw.shown)
+    times = {
+        name.removeprefix("raw_"): Span.of(engine, tables[name]) for name in RAW_TABLES if name in tables
+    }
     _check_dates(times, raw, config)
     encoded = _encode(engine, raw, older, root, config)
     requests = make_requests(engine, encoded.tables, encoded.events, encoded.buckets, config)
-    splits = _write_splits(engine, encoded, requests.offers, root, config)
+    manifest = LogManifest(
+        features=encoded.features,
+        context=encoded.context,
+        numeric=list(config.impressions.numeric) if shows else [],
+        weighted=shows and bool(config.impressions.weight),
+        tasks=list(config.tasks),
+        taxonomy=list(config.events.levels),
+        named=named,
+        columns=raw.survey.columns,
+        notes=raw.survey.notes,
+        splits={},
+        ingest=config.model_dump(mode="json"),
+        report={},
+    )
+    splits = _write_splits(engine, encoded, requests.offers, manifest, root, config)
     if not any(info.rows for info in splits.values()):
         problem = config.request_protocol.without_requests(config)
-        if raw.shown is not None:
+        if shows:
             problem += f" (the events are {times['events']}, the impressions {times['impressions']})"
         raise DataError(problem, file=raw.source)
     new = {name: made.new for name, made in encoded.vocabularies.items() if made.new}
@@ -208,20 +224,7 @@ def _write_log(
         "unused_settings": unused_settings(config),
         "predicts_alone": lone_predictors(engine, requests.offers, config),
     }
-    return LogManifest(
-        features=encoded.features,
-        context=encoded.context,
-        numeric=list(config.impressions.numeric) if raw.shown is not None else [],
-        weighted=raw.shown is not None and bool(config.impressions.weight),
-        tasks=list(config.tasks),
-        taxonomy=list(config.events.levels),
-        named=named,
-        columns=raw.survey.columns,
-        notes=raw.survey.notes,
-        splits=splits,
-        ingest=config.model_dump(mode="json"),
-        report=report,
-    )
+    return manifest.model_copy(update={"splits": splits, "report": report})
 
 
 def _check_dates(times: Mapping[str, Span], raw: Raw, config: IngestConfig) -> None:
@@ -235,19 +238,16 @@ def _check_dates(times: Mapping[str, Span], raw: Raw, config: IngestConfig) -> N
 
 
 def _write_splits(
-    engine: Engine, encoded: Encoded, offered: ir.Table, root: Path, config: IngestConfig
+    engine: Engine,
+    encoded: Encoded,
+    offered: ir.Table,
+    manifest: LogManifest,
+    root: Path,
+    config: IngestConfig,
 ) -> dict[str, SplitInfo]:
-    shows = config.request_protocol.reads_impressions
-    schema = arrow_schema(
-        encoded.features,
-        config.tasks,
-        context=encoded.context,
-        numeric=config.impressions.numeric if shows else (),
-        weighted=shows and bool(config.impressions.weight),
-    )
     layout = (config.files.rows_per_group, config.files.rows_per_file)
     known = {name: made.rows for name, made in encoded.vocabularies.items() if made.rows is not None}
-    spill = root / "spill"
+    spill, schema = root / "spill", schema_of(manifest)
     writer = BlockWriter(engine, encoded.tables.events, offered, config, encoded.buckets, spill, known)
     writer.prepare()
     return {split: write_split(writer.rows(split), root, split, schema, layout) for split in SPLITS}
@@ -261,31 +261,28 @@ def _encode(
     made = {name: build(engine, name, _sources(engine, raw, name), older.get(name), config) for name in multi}
     infos = write_vocabularies(engine, made, root, config)
     words = {name: vocabulary.words for name, vocabulary in made.items()}
-    coded = {name: multi[name] for name in raw.events.columns if name in multi}
-    total = count_rows(engine, raw.events)
+    total = count_rows(engine, raw.tables[EVENTS])
     buckets = auto_buckets(total, config) if engine.bounded else 1
-
-    def finish(table: ir.Table) -> ir.Table:
-        return in_buckets(table, buckets, config.seed)
-
-    events = encode(engine, "encoded", raw.events, coded, words, finish)
-    shown = None
-    if raw.shown is not None:
-        coded = {name: multi[name] for name in raw.shown.columns if name in multi}
-        shown = encode(engine, "shown", raw.shown, coded, words, finish)
-    items, users = raw.side.encoded(engine, multi, words)
-    for name in (*RAW_TABLES, *raw.side.by_name, *NUMBERED, DESCRIBED):
+    finish = partial(in_buckets, buckets=buckets, seed=config.seed)
+    encoded = {}
+    for name, table in raw.tables.items():
+        coded = {column: multi[column] for column in table.columns if column in multi}
+        side = name not in RAW_TABLES
+        given, last = (table.drop("timestamp"), with_ids_only) if side else (table, finish)
+        encoded[name] = encode(engine, f"encoded_{name}", given, coded, words, last)
+    for name in (*raw.tables, *NUMBERED, DESCRIBED):
         engine.drop(name)
+    tables = Tables(encoded[EVENTS], encoded.get(SHOWN), items=encoded.get(ITEMS), users=encoded.get(USERS))
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
-    return Encoded(Tables(events, shown, items=items, users=users), features, context, total, buckets, made)
+    return Encoded(tables, features, context, total, buckets, made)
 
 
 def _sources(engine: Engine, raw: Raw, name: str) -> list[ir.Table]:
     """The column of the tables that have it, with the time; the events first."""
     # The log says nothing of items that no event and no impression has.
-    tables = raw.by_name | (raw.side.by_name if name != "item_id" else {})
-    sources = {key: table for key, table in tables.items() if name in table.columns}
+    keys = RAW_TABLES if name == "item_id" else tuple(raw.tables)
+    sources = {key: raw.tables[key] for key in keys if key in raw.tables and name in raw.tables[key].columns}
     kinds: dict[str, str] = {}
     for key, table in sources.items():
         kinds.setdefault(str(table[name].type()), key.removeprefix("raw_"))
