@@ -40,8 +40,7 @@ from pipelines.ingest.side_tables import (
     with_items,
 )
 from pipelines.ingest.sources import Survey, unread_settings
-from pipelines.ingest.vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies
-from pipelines.ingest.vocabulary import write as write_vocabularies
+from pipelines.ingest.vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies, write
 from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
 from trainer.sealed_folder import remove_folder
@@ -257,25 +256,37 @@ def _encode(
     engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
 ) -> Encoded:
     """Writes the vocabularies and gives the tables in their ids."""
-    multi = {name: shape[0] for name, shape in column_shapes(config).items()}
-    made = {name: build(engine, name, _sources(engine, raw, name), older.get(name), config) for name in multi}
-    infos = write_vocabularies(engine, made, root, config)
-    words = {name: vocabulary.words for name, vocabulary in made.items()}
+    cutoff = config.split.validation_start if config.split else None
+    vocabularies, infos, multi = {}, {}, {}
+    for name, (multi[name], side) in column_shapes(config).items():
+        sources = _sources(engine, raw, name)
+        vocabularies[name] = build(
+            engine,
+            name,
+            sources,
+            older.get(name),
+            multi=multi[name],
+            cutoff=cutoff,
+            extend=config.vocabulary.extend,
+        )
+        infos[name] = write(engine, name, vocabularies[name], root, multi[name], side)
+    words = {name: vocabulary.words for name, vocabulary in vocabularies.items()}
     total = count_rows(engine, raw.tables[EVENTS])
     buckets = auto_buckets(total, config) if engine.bounded else 1
-    finish = partial(in_buckets, buckets=buckets, seed=config.seed)
+    finish: Callable[[ir.Table], ir.Table] = partial(in_buckets, buckets=buckets, seed=config.seed)
     encoded = {}
     for name, table in raw.tables.items():
         coded = {column: multi[column] for column in table.columns if column in multi}
-        side = name not in RAW_TABLES
-        given, last = (table.drop("timestamp"), with_ids_only) if side else (table, finish)
+        beside = name not in RAW_TABLES
+        given = table.drop("timestamp") if beside else table
+        last = with_ids_only if beside else finish
         encoded[name] = encode(engine, f"encoded_{name}", given, coded, words, last)
     for name in (*raw.tables, *NUMBERED, DESCRIBED):
         engine.drop(name)
     tables = Tables(encoded[EVENTS], encoded.get(SHOWN), items=encoded.get(ITEMS), users=encoded.get(USERS))
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
-    return Encoded(tables, features, context, total, buckets, made)
+    return Encoded(tables, features, context, total, buckets, vocabularies)
 
 
 def _sources(engine: Engine, raw: Raw, name: str) -> list[ir.Table]:

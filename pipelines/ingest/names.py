@@ -17,7 +17,7 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.events import EVENTS, SHOWN
 from pipelines.ingest.sources import Survey
-from pipelines.ingest.vocabulary import Older, continued, counted, write_words
+from pipelines.ingest.vocabulary import Older, build, write
 from trainer.log.schema import FeatureInfo
 
 NAMES = ("user_id", "request_id")
@@ -82,11 +82,9 @@ def with_numbers(
         if not text:
             continue
         sources = [given[key] for key in (EVENTS, SHOWN) if key in text]
-        words = continued(engine, name, counted(name, False, sources, None), older.get(name))
-        words = engine.keep(f"vocabulary_{name}", words)
-        rows, digest = write_words(engine, name, words, root)
-        infos[name] = FeatureInfo(rows=rows, vocabulary=digest)
-        given |= {key: _numbered(given[key], name, words) for key in text}
+        vocabulary = build(engine, name, sources, older.get(name))
+        infos[name] = write(engine, name, vocabulary, root)
+        given |= {key: _numbered(given[key], name, vocabulary.words) for key in text}
     if infos:
         kept = {EVENTS: _EVENTS, SHOWN: _SHOWN}
         given |= {key: engine.keep(name, given[key]) for key, name in kept.items() if key in given}

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from trainer.config.toml import Settings
+from trainer.log.schema import Side
 from trainer.ranks.machine import memory_bytes
 
 Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
@@ -55,7 +56,7 @@ class FeatureConfig(ColumnConfig):
     """A further id column."""
 
     kind: ClassVar[str] = "feature"
-    side: Literal["both", "history", "candidate"] = "both"
+    side: Side = "both"
     """`both`: it is an attribute of the item, so that candidates have it too (from the impressions table
     where that has the column, else as of the item's last event before the request; where the item table has
     it, both have it from there); `history`: it belongs to the event alone; `candidate`: to the impression

@@ -18,7 +18,7 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
 from trainer.data.row_group import PARQUET_ERRORS
-from trainer.log.schema import MANIFEST, FeatureInfo, LogManifest, read_manifest
+from trainer.log.schema import MANIFEST, FeatureInfo, LogManifest, Side, read_manifest
 from trainer.log.vocabulary_digest import spelled
 
 _BATCH = 1 << 16
@@ -48,9 +48,9 @@ class Vocabulary:
     new: tuple[int, int] | None = None
 
 
-def column_shapes(config: IngestConfig) -> dict[str, tuple[bool, str]]:
+def column_shapes(config: IngestConfig) -> dict[str, tuple[bool, Side]]:
     """Column of the raw tables -> (whether it is multi-valued, its side), features first, then context_*."""
-    shapes: dict[str, tuple[bool, str]] = {
+    shapes: dict[str, tuple[bool, Side]] = {
         entry.name: (entry.multi, entry.side) for entry in config.all_features
     }
     return shapes | {f"context_{entry.name}": (entry.multi, "both") for entry in config.context}
@@ -78,7 +78,7 @@ def _infos(manifest: LogManifest) -> dict[str, FeatureInfo]:
 
 
 def _check_features(
-    file: Path, infos: Mapping[str, FeatureInfo], shapes: Mapping[str, tuple[bool, str]]
+    file: Path, infos: Mapping[str, FeatureInfo], shapes: Mapping[str, tuple[bool, Side]]
 ) -> None:
     remedy = "ingest with that log's columns, or without its vocabulary"
     for name in (*infos, *shapes):
@@ -173,7 +173,10 @@ def build(
     name: str,
     sources: Sequence[ir.Table],
     older: Older | None,
-    config: IngestConfig,
+    *,
+    multi: bool = False,
+    cutoff: int | None = None,
+    extend: bool = True,
 ) -> Vocabulary:
     """The vocabulary of one column of the raw tables.
 
@@ -182,47 +185,31 @@ def build(
 
     Args:
         sources: the tables that have the column, the events first.
+        cutoff: as in `counted`; extend: whether new values get ids.
 
     Raises:
         DataError: the column is text and the older values are integers, or the other way round.
     """
-    multi = column_shapes(config)[name][0]
-    cutoff = config.split.validation_start if config.split else None
+    found = counted(name, multi, sources, cutoff)
     if older is None:
-        return Vocabulary(
-            engine.keep(f"vocabulary_{name}", numbered(counted(name, multi, sources, cutoff), 1))
-        )
+        return Vocabulary(engine.keep(f"vocabulary_{name}", numbered(found, 1)))
     older = _of_type(older, name, sources, multi)
     kind = older.table["value"].type()
-    found = counted(name, multi, sources, cutoff)
     found = engine.keep(f"counted_{name}", found.mutate(value=found["value"].cast(kind)))
-    known, new = _compared(engine, name, found, older)
+    new = engine.keep(f"new_{name}", found.anti_join(older.table, "value"))
+    known = older.table.left_join(found.select("value", "count"), "value")
+    known = known.select("value", "id", count=known["count"].fill_null(0).cast("int64"))
     totals = engine.rows(new.aggregate(values=new.count(), rows=new.occurrences.sum()))[0]
     # What is no item to the log still is one while it is made: a new item has attributes of its own, and is
     # not drawn as a negative for whoever had it. Only what is written forgets which one it was.
     items = name == "item_id"
-    if config.vocabulary.extend or items:
+    if extend or items:
         known = known.union(numbered(new, older.rows))
     return Vocabulary(
         engine.keep(f"vocabulary_{name}", known),
-        None if config.vocabulary.extend or not items else older.rows,
+        None if extend or not items else older.rows,
         (int(totals["values"]), int(totals["rows"] or 0)),
     )
-
-
-def _compared(engine: Engine, name: str, found: ir.Table, older: Older) -> tuple[ir.Table, ir.Table]:
-    """The older vocabulary with the new counts, and what of `counted` it does not have."""
-    new = engine.keep(f"new_{name}", found.anti_join(older.table, "value"))
-    known = older.table.left_join(found.select("value", "count"), "value")
-    return known.select("value", "id", count=known["count"].fill_null(0).cast("int64")), new
-
-
-def continued(engine: Engine, name: str, found: ir.Table, older: Older | None) -> ir.Table:
-    """value, id, count: ids in the order of the values, those of an older log first."""
-    if older is None:
-        return numbered(found, 1)
-    known, new = _compared(engine, name, engine.keep(f"counted_{name}", found), older)
-    return known.union(numbered(new, older.rows))
 
 
 def _of_type(older: Older, name: str, sources: Sequence[ir.Table], multi: bool) -> Older:
@@ -244,25 +231,13 @@ def _of_type(older: Older, name: str, sources: Sequence[ir.Table], multi: bool) 
 
 
 def write(
-    engine: Engine, made: Mapping[str, Vocabulary], root: Path, config: IngestConfig
-) -> dict[str, FeatureInfo]:
-    """Writes `vocab/` and gives what the manifest says of each column of `made`."""
-    shapes = column_shapes(config)
-    infos = {}
-    for name, vocabulary in made.items():
-        table = vocabulary.words
-        if vocabulary.rows is not None:
-            table = table.filter(table.id < vocabulary.rows)
-        rows, digest = write_words(engine, name, table, root)
-        multi, side = shapes[name]
-        infos[name] = FeatureInfo(rows=rows, vocabulary=digest, multi=multi, side=side)
-    return infos
-
-
-def write_words(engine: Engine, name: str, table: ir.Table, root: Path) -> tuple[int, str]:
-    """Writes `vocab/<name>.parquet` and gives its rows, unknown included, and the digest of its values."""
+    engine: Engine, name: str, vocabulary: Vocabulary, root: Path, multi: bool = False, side: Side = "both"
+) -> FeatureInfo:
+    """Writes `vocab/<name>.parquet` and gives what the manifest says of the column."""
     (root / "vocab").mkdir(exist_ok=True)
-    rows, content = 0, hashlib.sha256()
+    table, content, rows = vocabulary.words, hashlib.sha256(), 1
+    if vocabulary.rows is not None:
+        table = table.filter(table.id < vocabulary.rows)
     writer, path = None, root / "vocab" / f"{name}.parquet"
     for batch in engine.stream(table.order_by("id"), _BATCH):
         if writer is None:
@@ -275,4 +250,4 @@ def write_words(engine: Engine, name: str, table: ir.Table, root: Path) -> tuple
     else:
         # A column of nulls only: all its ids are 0.
         pq.write_table(table.schema().to_pyarrow().empty_table(), path)
-    return rows + 1, content.hexdigest()
+    return FeatureInfo(rows=rows, vocabulary=content.hexdigest(), multi=multi, side=side)
