@@ -31,7 +31,7 @@ class Attributes:
         states: item_id, _since, _state (number, from 1), _part (of `parts` of the items) and `changing`, of
             the items that change in any of these; None if there is none.
         changing: feature -> how many items change in it, for those in which some do.
-        of: how many items have events.
+        items: how many items have events.
         given: item_id and features, of a table of items; these never change.
     """
 
@@ -39,7 +39,7 @@ class Attributes:
     fixed: ir.Table
     states: ir.Table | None
     changing: Mapping[str, int]
-    of: int
+    items: int
     given: ir.Table | None = None
     parts: int = 1
 
@@ -89,7 +89,7 @@ def _lacking(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, 
     """The features of items that the impressions do not say of each of their rows."""
     names = {entry.name: entry.multi for entry in config.all_features if entry.side == "both"}
     del names["item_id"]
-    shown = tables.shown
+    shown = tables.impressions
     said = [] if shown is None else [name for name in names if name in shown.columns]
     if shown is None or not said:
         return names

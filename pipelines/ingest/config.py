@@ -99,7 +99,7 @@ class IngestConfig(Settings):
         return self._context_of("events")
 
     @property
-    def shown_context(self) -> dict[str, ContextConfig]:
+    def impression_context(self) -> dict[str, ContextConfig]:
         """context_* -> the context that comes from the impressions."""
         return self._context_of("impressions")
 

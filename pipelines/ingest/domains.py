@@ -8,7 +8,7 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest.columns import Wanted
+from pipelines.ingest.columns import ColumnNeed
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
 from pipelines.ingest.events import check_values
@@ -68,13 +68,13 @@ def _open_domain(engine: Engine, domain: DomainConfig, config: IngestConfig, sur
     where = f"domains.{domain.name}"
     present = columns_of(files, [domain.user, domain.item, domain.timestamp], config)
     wanted = {
-        "user_id": Wanted(f"{where}.user", domain.user, "key"),
-        "timestamp": Wanted(f"{where}.timestamp", domain.timestamp, "time", domain.timestamp_unit),
-        "item_id": Wanted(f"{where}.item", domain.item, "id"),
+        "user_id": ColumnNeed(f"{where}.user", domain.user, "key"),
+        "timestamp": ColumnNeed(f"{where}.timestamp", domain.timestamp, "time", domain.timestamp_unit),
+        "item_id": ColumnNeed(f"{where}.item", domain.item, "id"),
     }
     optional = {"scenario_id": domain.scenario, "action_id": domain.action, "_key": domain.key}
     wanted |= {
-        name: Wanted(f"{where}.{name.strip('_').removesuffix('_id')}", column, "id")
+        name: ColumnNeed(f"{where}.{name.strip('_').removesuffix('_id')}", column, "id")
         for name, column in optional.items()
         if column
     }
@@ -83,7 +83,7 @@ def _open_domain(engine: Engine, domain: DomainConfig, config: IngestConfig, sur
     }
     entries |= config.event_context
     wanted |= {
-        name: Wanted.of("features", entry) for name, entry in entries.items() if entry.source in present
+        name: ColumnNeed.of("features", entry) for name, entry in entries.items() if entry.source in present
     }
     table = open_files(engine, files, wanted, config, survey)
     survey.loose[domain.name] = table.loose & {"user_id"}
@@ -119,14 +119,14 @@ def _mapping(engine: Engine, domain: DomainConfig, config: IngestConfig, survey:
     present = columns_of(files, [domain.key], config)
     levels = config.events.levels
     wanted = {
-        name: Wanted(f"events.taxonomy: {column}", column, "id")
+        name: ColumnNeed(f"events.taxonomy: {column}", column, "id")
         for name, column in levels.items()
         if column in present
     }
     if not wanted:
         problem = f"has none of the levels of events.taxonomy ({', '.join(levels.values())}); add one"
         raise DataError(problem, file=files.label)
-    wanted = {"_mapped": Wanted(f"domains.{domain.name}.key", domain.key, "id"), **wanted}
+    wanted = {"_mapped": ColumnNeed(f"domains.{domain.name}.key", domain.key, "id"), **wanted}
     table = open_files(engine, files, wanted, config, survey).table
     levels_as_text = {
         name: table[name].cast("string") if name in wanted else ibis.null("string") for name in levels

@@ -8,7 +8,7 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest.columns import Wanted
+from pipelines.ingest.columns import ColumnNeed
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.faults import number_of
@@ -18,7 +18,7 @@ from pipelines.ingest.sources import RawTable, Survey, columns_of, open_files
 from pipelines.ingest.values import UNITS
 
 # The engine keeps them while they are needed: text is slow to parse, and a query plan wants to know sizes.
-RAW_TABLES = EVENTS, SHOWN = ("raw_events", "raw_impressions")
+RAW_TABLES = EVENTS, IMPRESSIONS = ("raw_events", "raw_impressions")
 _KEYS = ("user_id", "item_id", "timestamp")
 _YEAR_5000 = 95_617_584_000  # unix seconds; a larger timestamp is in milli- or microseconds
 
@@ -39,11 +39,11 @@ def open_events(
     named = {feature.name for feature in config.features}
     wanted = _roles("events", config.events)
     wanted |= {
-        entry.name: Wanted.of("features" if entry.name in named else "events.taxonomy", entry)
+        entry.name: ColumnNeed.of("features" if entry.name in named else "events.taxonomy", entry)
         for entry in config.all_features
         if entry.side != "candidate" and entry.name not in (*given, "item_id")
     }
-    wanted |= {name: Wanted.of("context", entry) for name, entry in config.event_context.items()}
+    wanted |= {name: ColumnNeed.of("context", entry) for name, entry in config.event_context.items()}
     table = open_files(engine, files, wanted, config, survey)
     raw = engine.keep(EVENTS, _with_requests(table.table))
     survey.loose[EVENTS] = table.loose
@@ -68,16 +68,16 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
         and (entry.side == "candidate" or (entry.side == "both" and entry.source in present))
     }
     numbers = {
-        f"label_{task}": Wanted(f"impressions.labels: {task}", label.column, "number")
+        f"label_{task}": ColumnNeed(f"impressions.labels: {task}", label.column, "number")
         for task, label in columns.labels.items()
     }
     for name in columns.numeric:
-        numbers[f"numeric_{name}"] = Wanted(f"impressions.numeric: {name}", name, "number")
+        numbers[f"numeric_{name}"] = ColumnNeed(f"impressions.numeric: {name}", name, "number")
     if columns.weight:
-        numbers["weight"] = Wanted("impressions.weight", columns.weight, "number")
+        numbers["weight"] = ColumnNeed("impressions.weight", columns.weight, "number")
     wanted = _roles("impressions", columns) | numbers
-    wanted |= {name: Wanted.of("features", entry) for name, entry in entries.items()}
-    wanted |= {name: Wanted.of("context", entry) for name, entry in config.shown_context.items()}
+    wanted |= {name: ColumnNeed.of("features", entry) for name, entry in entries.items()}
+    wanted |= {name: ColumnNeed.of("context", entry) for name, entry in config.impression_context.items()}
     table = open_files(engine, files, wanted, config, survey)
     values = {name: table.table[name].cast("float32") for name in numbers}
     if config.domains:
@@ -86,21 +86,21 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
         for name, entry in entries.items():
             values[name] = table.table[name].cast("array<string>" if entry.multi else "string")
         values["domain_id"] = ibis.literal(columns.domain)
-    raw = engine.keep(SHOWN, _with_requests(table.table.mutate(**values)))
-    survey.loose[SHOWN] = table.loose
+    raw = engine.keep(IMPRESSIONS, _with_requests(table.table.mutate(**values)))
+    survey.loose[IMPRESSIONS] = table.loose
     required = [*_KEYS, *(["request_id"] if columns.request else []), *numbers]
     check_values(engine, raw, table, required, config.csv.nulls)
     return _with_labels(engine, raw, table, columns, list(numbers))
 
 
-def _roles(section: str, columns: RoleColumns) -> dict[str, Wanted]:
+def _roles(section: str, columns: RoleColumns) -> dict[str, ColumnNeed]:
     wanted = {
-        "user_id": Wanted(f"{section}.user", columns.user, "key"),
-        "timestamp": Wanted(f"{section}.timestamp", columns.timestamp, "time", columns.timestamp_unit),
+        "user_id": ColumnNeed(f"{section}.user", columns.user, "key"),
+        "timestamp": ColumnNeed(f"{section}.timestamp", columns.timestamp, "time", columns.timestamp_unit),
     }
     if columns.request:
-        wanted["request_id"] = Wanted(f"{section}.request", columns.request, "key")
-    return wanted | {"item_id": Wanted(f"{section}.item", columns.item, "id")}
+        wanted["request_id"] = ColumnNeed(f"{section}.request", columns.request, "key")
+    return wanted | {"item_id": ColumnNeed(f"{section}.item", columns.item, "id")}
 
 
 def _with_requests(table: ir.Table) -> ir.Table:
@@ -140,14 +140,14 @@ def _is_given(cell: object, nulls: Collection[str]) -> bool:
 def _odd_time(table: RawTable, earliest: int, latest: int) -> DataError:
     """The error about times that lie before 1970, or so late that they must have another unit."""
     column = table.columns["timestamp"]
-    unit = column.want.unit
+    unit = column.need.unit
     if latest <= _YEAR_5000:
         problem = f"{earliest} is before 1970; remove or mend such rows"
     elif column.has_own_unit:
         problem = f"{latest} unix seconds lie after the year 5000; mend how the column is written"
     else:
         others = [f'"{one}"' for one in UNITS if UNITS[one] > UNITS[unit]]
-        key = f"{column.want.key}_unit"
+        key = f"{column.need.key}_unit"
         problem = f"{latest} is too large for unix seconds"
         problem += f' ({key} = "{unit}" was counted in)' if unit != "s" else ""
         problem += f"; set {key} = {' or '.join(others)}" if others else "; mend such rows"

@@ -37,16 +37,16 @@ _HINTS = {
 
 def bad_cell(files: Sequence[RawFile], column: Column, cell: str, count: int) -> DataError:
     """The error about `count` cells of a column, with the place of one of them."""
-    want = column.want
-    problem = f"{cell!r} is not {_HINTS['label' if want.is_label else want.kind]}"
+    need = column.need
+    problem = f"{cell!r} is not {_HINTS['label' if need.is_label else need.kind]}"
     if count > 1:
         problem += f" ({count:,} such cells)"
     for file in files:
-        for row, value in _cells(file, want.column):
+        for row, value in _cells(file, need.column):
             if _same(value, cell):
-                return DataError(f"{_unit(file)} {row}: {problem}", file=file.path, column=want.column)
+                return DataError(f"{_unit(file)} {row}: {problem}", file=file.path, column=need.column)
     more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-    return DataError(problem, file=f"{files[0].path}{more}", column=want.column)
+    return DataError(problem, file=f"{files[0].path}{more}", column=need.column)
 
 
 def fault_of(
@@ -142,7 +142,7 @@ def check_rows(files: Sequence[RawFile]) -> None:
             raise DataError(f"after line {line}: {error}; mend the line", file=file.path) from error
 
 
-def explained(text: str) -> TandemError | None:
+def explain(text: str) -> TandemError | None:
     """An engine's error for the user; None where neither data nor machine can be at fault, but this code."""
     line = _line(text)
     if _OURS.search(line):

@@ -1,4 +1,4 @@
-"""Raw events -> sequence log.
+"""OpenTables events -> sequence log.
 
 The relational part is one chain of Ibis tables, run by DuckDB or by Spark:
 
@@ -23,7 +23,7 @@ from pipelines.ingest.config import IngestConfig, load_ingest_config
 from pipelines.ingest.domains import open_domains
 from pipelines.ingest.encode import encode, in_buckets, narrow
 from pipelines.ingest.engine import Engine, connect, count_rows
-from pipelines.ingest.events import EVENTS, RAW_TABLES, SHOWN, open_events, open_impressions
+from pipelines.ingest.events import EVENTS, IMPRESSIONS, RAW_TABLES, open_events, open_impressions
 from pipelines.ingest.files import Files, find_files
 from pipelines.ingest.names import NUMBERED, agree, with_numbers
 from pipelines.ingest.protocols.protocol import Tables
@@ -40,7 +40,14 @@ from pipelines.ingest.side_tables import (
     with_items,
 )
 from pipelines.ingest.sources import Survey, unread_settings
-from pipelines.ingest.vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies, write
+from pipelines.ingest.vocabulary import (
+    OlderVocabulary,
+    Vocabulary,
+    build,
+    column_shapes,
+    older_vocabularies,
+    write,
+)
 from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
 from trainer.sealed_folder import remove_folder
@@ -51,7 +58,7 @@ SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Raw:
+class OpenTables:
     """The checked raw tables, by the names under which the engine keeps them; the events are the first.
 
     Attributes:
@@ -66,7 +73,7 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedTables:
     """The tables of the protocols, and what the log says of their ids."""
 
     tables: Tables
@@ -164,11 +171,11 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
 
 def _open(
     engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig, survey: Survey
-) -> Raw:
+) -> OpenTables:
     side, shown, source, duplicates = open_side_tables(engine, config, survey), {}, None, 0
     if impressions:
         files = find_files(impressions, "impressions")
-        shown = {SHOWN: open_impressions(engine, files, config, survey)}
+        shown = {IMPRESSIONS: open_impressions(engine, files, config, survey)}
     if events:
         files = find_files(events, "raw events")
         given = side[ITEMS].columns if ITEMS in side else ()
@@ -176,17 +183,17 @@ def _open(
     else:
         table, duplicates = open_domains(engine, config, survey)
     survey.notes += unread_settings(config, survey)
-    return Raw({EVENTS: table, **shown, **side}, survey, source, duplicates)
+    return OpenTables({EVENTS: table, **shown, **side}, survey, source, duplicates)
 
 
 def _write_log(
-    engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
+    engine: Engine, raw: OpenTables, older: Mapping[str, OlderVocabulary], root: Path, config: IngestConfig
 ) -> LogManifest:
     tables = agree(raw.tables, older, raw.survey)
     tables, named = with_numbers(engine, tables, older, root, raw.source, config)
     if ITEMS in tables:
         tables[EVENTS] = with_items(engine, tables[EVENTS], tables[ITEMS], config)
-    raw, shows = replace(raw, tables=tables), SHOWN in tables
+    raw, shows = replace(raw, tables=tables), IMPRESSIONS in tables
     if config.vocabulary.log and "user_id" in named and "user_id" not in older:
         note = "users are text here and integers in the older log: one number is two users in the two logs"
         raw.survey.notes.append(note)
@@ -226,7 +233,7 @@ def _write_log(
     return manifest.model_copy(update={"splits": splits, "report": report})
 
 
-def _check_dates(times: Mapping[str, Span], raw: Raw, config: IngestConfig) -> None:
+def _check_dates(times: Mapping[str, Span], raw: OpenTables, config: IngestConfig) -> None:
     """Drawn candidates are those of events: without one before validation there is nothing to train on."""
     span, draws = times["events"], config.request_protocol.draws_negatives
     if config.split is None or not draws or span.first < config.split.validation_start:
@@ -238,7 +245,7 @@ def _check_dates(times: Mapping[str, Span], raw: Raw, config: IngestConfig) -> N
 
 def _write_splits(
     engine: Engine,
-    encoded: Encoded,
+    encoded: EncodedTables,
     offered: ir.Table,
     manifest: LogManifest,
     root: Path,
@@ -253,8 +260,8 @@ def _write_splits(
 
 
 def _encode(
-    engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
-) -> Encoded:
+    engine: Engine, raw: OpenTables, older: Mapping[str, OlderVocabulary], root: Path, config: IngestConfig
+) -> EncodedTables:
     """Writes the vocabularies and gives the tables in their ids."""
     cutoff = config.split.validation_start if config.split else None
     vocabularies, infos, multi = {}, {}, {}
@@ -283,13 +290,15 @@ def _encode(
         encoded[name] = encode(engine, f"encoded_{name}", given, coded, words, last)
     for name in (*raw.tables, *NUMBERED, DESCRIBED):
         engine.drop(name)
-    tables = Tables(encoded[EVENTS], encoded.get(SHOWN), items=encoded.get(ITEMS), users=encoded.get(USERS))
+    tables = Tables(
+        encoded[EVENTS], encoded.get(IMPRESSIONS), items=encoded.get(ITEMS), users=encoded.get(USERS)
+    )
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
-    return Encoded(tables, features, context, total, buckets, vocabularies)
+    return EncodedTables(tables, features, context, total, buckets, vocabularies)
 
 
-def _sources(engine: Engine, raw: Raw, name: str) -> list[ir.Table]:
+def _sources(engine: Engine, raw: OpenTables, name: str) -> list[ir.Table]:
     """The column of the tables that have it, with the time; the events first."""
     # The log says nothing of items that no event and no impression has.
     keys = RAW_TABLES if name == "item_id" else tuple(raw.tables)

@@ -15,16 +15,18 @@ from ibis.expr import types as ir
 from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
-from pipelines.ingest.events import EVENTS, SHOWN
+from pipelines.ingest.events import EVENTS, IMPRESSIONS
 from pipelines.ingest.sources import Survey
-from pipelines.ingest.vocabulary import Older, build, write
+from pipelines.ingest.vocabulary import OlderVocabulary, build, write
 from trainer.log.schema import FeatureInfo
 
 NAMES = ("user_id", "request_id")
 NUMBERED = _EVENTS, _SHOWN = ("numbered_events", "numbered_impressions")
 
 
-def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], survey: Survey) -> dict[str, ir.Table]:
+def agree(
+    tables: Mapping[str, ir.Table], older: Mapping[str, OlderVocabulary], survey: Survey
+) -> dict[str, ir.Table]:
     """The tables with columns of one type: where one holds text, integers of CSV are text as well.
 
     Such a column was read as integers because each of its cells is the plain spelling of one, so that nothing
@@ -55,7 +57,7 @@ def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], survey: Su
 def with_numbers(
     engine: Engine,
     tables: Mapping[str, ir.Table],
-    older: Mapping[str, Older],
+    older: Mapping[str, OlderVocabulary],
     root: Path,
     source: str | None,
     config: IngestConfig,
@@ -81,17 +83,19 @@ def with_numbers(
         _check(name, text, having, older.get(name), source)
         if not text:
             continue
-        sources = [given[key] for key in (EVENTS, SHOWN) if key in text]
+        sources = [given[key] for key in (EVENTS, IMPRESSIONS) if key in text]
         vocabulary = build(engine, name, sources, older.get(name))
         infos[name] = write(engine, name, vocabulary, root)
         given |= {key: _numbered(given[key], name, vocabulary.words) for key in text}
     if infos:
-        kept = {EVENTS: _EVENTS, SHOWN: _SHOWN}
+        kept = {EVENTS: _EVENTS, IMPRESSIONS: _SHOWN}
         given |= {key: engine.keep(name, given[key]) for key, name in kept.items() if key in given}
     return given, infos
 
 
-def _check(name: str, text: set[str], tables: set[str], older: Older | None, source: str | None) -> None:
+def _check(
+    name: str, text: set[str], tables: set[str], older: OlderVocabulary | None, source: str | None
+) -> None:
     column = name.removesuffix("_id")
     if name == "user_id" and text and text != tables:
         some, other = (min(names).removeprefix("raw_") for names in (text, tables - text))

@@ -91,18 +91,20 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
         events = part.events
         found["repeated_events"] += count_rows(engine, events) - count_rows(engine, events.distinct())
         found.update(config.request_protocol.remarks(engine, events, config))
-        if part.shown is not None:
-            found.update(_impressions(engine, part.shown, events, config))
+        if part.impressions is not None:
+            found.update(_impressions(engine, part.impressions, events, config))
     if tables.items is not None:
         found["items_that_the_item_table_lacks"] = _lacking(engine, tables.events, tables.items, "item_id")
     if tables.users is not None:
-        asking = tables.events if tables.shown is None else tables.shown
+        asking = tables.events if tables.impressions is None else tables.impressions
         found["users_that_the_user_table_lacks"] = _lacking(engine, asking, tables.users, "user_id")
-    if tables.shown is not None:
-        had = tables.shown.anti_join(tables.events.select("item_id").distinct(), "item_id")
+    if tables.impressions is not None:
+        had = tables.impressions.anti_join(tables.events.select("item_id").distinct(), "item_id")
         found["impressions_of_items_without_events"] = count_rows(engine, had)
-        labels = {task: (tables.shown[f"label_{task}"] >= 0.5).cast("int64").sum() for task in config.tasks}
-        sums = engine.rows(tables.shown.aggregate(_rows=tables.shown.count(), **labels))[0]
+        labels = {
+            task: (tables.impressions[f"label_{task}"] >= 0.5).cast("int64").sum() for task in config.tasks
+        }
+        sums = engine.rows(tables.impressions.aggregate(_rows=tables.impressions.count(), **labels))[0]
         return {
             "impressions": int(sums["_rows"]),
             "labels": {task: int(sums[task] or 0) for task in config.tasks},
@@ -119,7 +121,7 @@ def _impressions(engine: Engine, shown: ir.Table, events: ir.Table, config: Inge
     labels = [f"label_{task}" for task in config.tasks]
     offered = _spread(shown, [*REQUEST, "item_id"], labels)
     repeated = offered.filter(offered["_rows"] > 1)
-    asked = _spread(shown, REQUEST, ["timestamp", *config.shown_context])
+    asked = _spread(shown, REQUEST, ["timestamp", *config.impression_context])
     sums = engine.rows(
         repeated.aggregate(rows=(repeated["_rows"] - 1).sum(), differ=repeated["_differ"].cast("int64").sum())
     )[0]

@@ -42,7 +42,7 @@ class Counts:
 
 def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[str, Any]:
     """Totals, quantiles of the history length at the requests, and dropped rows by reason."""
-    events, kept = counts.tables.events, counts.requests.kept
+    events, eligible = counts.tables.events, counts.requests.eligible
     totals = engine.rows(
         events.aggregate(
             events=events.count(),
@@ -50,15 +50,15 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
             without=events.request_id.isnull().sum(),
         )
     )[0]
-    requests = engine.rows(kept.aggregate(users=kept.user_id.nunique(), requests=kept.count()))[0]
+    requests = engine.rows(eligible.aggregate(users=eligible.user_id.nunique(), requests=eligible.count()))[0]
     dropped = {"events_without_request": int(totals["without"])}
     report = {
         "events": int(totals["events"]),
         "time": {table: {"first": span.first, "last": span.last} for table, span in counts.times.items()},
         "event_users": int(totals["users"]),
         "request_users": int(requests["users"]),
-        "history_length": _lengths(engine, kept, int(requests["requests"])),
-        "event_items": counts.requests.attributes.of,
+        "history_length": _lengths(engine, eligible, int(requests["requests"])),
+        "event_items": counts.requests.attributes.items,
         "changing_items": dict(counts.requests.attributes.changing),
         "dropped": dropped | _dropped(engine, counts, int(requests["requests"]), config),
     }
@@ -74,9 +74,9 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
     return report
 
 
-def _lengths(engine: Engine, kept: ir.Table, requests: int) -> dict[str, int]:
+def _lengths(engine: Engine, eligible: ir.Table, requests: int) -> dict[str, int]:
     """Lower quantiles, from the number of requests of each length: engines interpolate differently."""
-    lengths = kept.group_by("history_end").aggregate(requests=kept.count())
+    lengths = eligible.group_by("history_end").aggregate(requests=eligible.count())
     found = {row["history_end"]: row["requests"] for row in engine.rows(lengths)}
     wanted = {f"p{q}": (requests - 1) * q // 100 + 1 for q in _QUANTILES}
     quantiles, seen = dict.fromkeys(wanted, 0), 0

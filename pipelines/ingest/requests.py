@@ -1,4 +1,4 @@
-"""The requests of a protocol: their histories are counted, some are kept, and candidates come beside them.
+"""The requests of a protocol: their histories are counted, some are chosen, and get candidates.
 
 All functions take and give Ibis tables and run on any engine.
 """
@@ -28,14 +28,14 @@ class Requests:
     """The requests of a log.
 
     Attributes:
-        every: all that the protocol makes; kept: those with enough history, and not too many of a user.
-        offers: the kept ones with their candidates.
+        every: all that the protocol makes; eligible: those with enough history, and not too many of a user.
+        offers: the eligible ones with their candidates.
         attributes: what the events say of the candidates' items.
         new_positives: split -> positives whose item no earlier event has.
     """
 
     every: ir.Table
-    kept: ir.Table
+    eligible: ir.Table
     offers: ir.Table
     attributes: Attributes
     new_positives: Mapping[str, int]
@@ -64,20 +64,20 @@ def make_requests(
         part = tables.of_buckets(bucket, bucket + 1)
         timed = timed_requests(part, protocol.requests(part, config), users, config)
         every = engine.append("requests", timed.mutate(bucket=ibis.literal(bucket).cast("int64")))
-        kept = engine.append("asked", kept_requests(every.filter(every.bucket == bucket), config))
-    groups, new = draw_groups(count_rows(engine, kept), events, buckets, config), Counter[str]()
+        eligible = engine.append("asked", eligible_requests(every.filter(every.bucket == bucket), config))
+    groups, new = draw_groups(count_rows(engine, eligible), events, buckets, config), Counter[str]()
     for group in range(groups):
         first, end = (buckets * edge // groups for edge in (group, group + 1))
-        some = kept.filter((kept.bucket >= first) & (kept.bucket < end))
+        some = eligible.filter((eligible.bucket >= first) & (eligible.bucket < end))
         drawn = protocol.candidates(tables.of_buckets(first, end), some.drop("bucket"), config)
         candidates = engine.keep("candidates", drawn)
         if tables.past is not None:
             new.update(_new_positives(engine, candidates, some, tables.past, config))
         full = with_attributes(engine, attributes, candidates, some, group)
         offered = engine.append("offers", offers(some, full, config))
-    for name in ("candidates", "past_numbered", "past_seconds"):
+    for name in ("candidates", "past_events", "past_seconds"):
         engine.drop(name)
-    return Requests(every, kept, offered, attributes, new)
+    return Requests(every, eligible, offered, attributes, new)
 
 
 def _new_positives(
@@ -173,7 +173,7 @@ def _known(joined: ir.Table, context: Mapping[str, ContextConfig]) -> dict[str, 
     }
 
 
-def kept_requests(timed: ir.Table, config: IngestConfig) -> ir.Table:
+def eligible_requests(timed: ir.Table, config: IngestConfig) -> ir.Table:
     """The requests with enough history, at most `requests.per_user` of a user in a split."""
     asked = timed.filter(timed.history_end >= config.requests.min_history)
     if not config.requests.per_user:

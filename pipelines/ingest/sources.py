@@ -15,7 +15,7 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest.columns import CSV, NULL, Column, Target, Wanted, decide, refuse
+from pipelines.ingest.columns import CSV, NULL, Column, ColumnNeed, Target, decide, refuse
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.faults import bad_cell, check_rows, fault_of
@@ -62,7 +62,7 @@ class RawTable:
 
     def fault(self, name: str, problem: str, fits: Callable[[object], bool]) -> DataError:
         """The error about a column, with the place of the first cell that does not fit, if one is found."""
-        return fault_of(self.files, self.columns[name].want.column, problem, self.label, fits)
+        return fault_of(self.files, self.columns[name].need.column, problem, self.label, fits)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Part:
 
 
 def open_files(
-    engine: Engine, found: RawFiles, wanted: Mapping[str, Wanted], config: IngestConfig, survey: Survey
+    engine: Engine, found: RawFiles, wanted: Mapping[str, ColumnNeed], config: IngestConfig, survey: Survey
 ) -> RawTable:
     """The wanted columns of all files, by the names that `wanted` gives them.
 
@@ -86,7 +86,7 @@ def open_files(
             all files and columns at once.
     """
     wants = list(wanted.values())
-    files = look_at_files(found, [want.column for want in wants], config)
+    files = look_at_files(found, [need.column for need in wants], config)
     columns = decide(files, wants, config.text_columns, config.partition_columns)
     parts = _parts(engine, files, columns, config)
     facts = _facts(engine, parts, columns, files)
@@ -102,30 +102,30 @@ def open_files(
     loose = {
         name
         for name, (column, target, _) in zip(wanted, told, strict=True)
-        if target == "int64" and column.want.kind != "time" and set(column.families) <= {CSV, NULL}
+        if target == "int64" and column.need.kind != "time" and set(column.families) <= {CSV, NULL}
     }
     named = dict(zip(wanted, columns, strict=True))
     return RawTable(table.select(**values), loose, found.label, files, named)
 
 
-def _list(engine: Engine, cell: ir.Value, want: Wanted) -> ir.Value:
-    if not want.separator:
+def _list(engine: Engine, cell: ir.Value, need: ColumnNeed) -> ir.Value:
+    if not need.separator:
         return cell
-    parts = engine.split(cell, want.separator)
+    parts = engine.split(cell, need.separator)
     return parts.map(lambda part: part.strip()).filter(lambda part: part != "")
 
 
-def balanced(parts: Sequence[Part], join: Callable[[Part, Part], Part]) -> Part:
+def join_in_halves(parts: Sequence[Part], join: Callable[[Part, Part], Part]) -> Part:
     """All parts joined in halves, since a chain of a hundred is too deep for Ibis to compile."""
     if len(parts) == 1:
         return parts[0]
     half = len(parts) // 2
-    return join(balanced(parts[:half], join), balanced(parts[half:], join))
+    return join(join_in_halves(parts[:half], join), join_in_halves(parts[half:], join))
 
 
 def all_rows(tables: Sequence[ir.Table]) -> ir.Table:
     """The rows of tables with the same columns."""
-    return balanced(tables, lambda left, right: left.union(right))
+    return join_in_halves(tables, lambda left, right: left.union(right))
 
 
 def look_at_files(found: RawFiles, wanted: Sequence[str], config: IngestConfig) -> list[RawFile]:
@@ -169,7 +169,7 @@ def _parts(
     for places in groups.values():
         first = files[places[0]]
         table = engine.scan([files[place] for place in places])
-        cells = tuple(_cell(table, first, column.want.column, config) for column in columns)
+        cells = tuple(_cell(table, first, column.need.column, config) for column in columns)
         parts.append(_Part(cells, tuple(column.families[places[0]] for column in columns), table))
     return parts
 
@@ -186,7 +186,7 @@ def _converted(part: _Part, columns: Sequence[Column], targets: Sequence[Target]
     values = {}
     for place, (column, target) in enumerate(zip(columns, targets, strict=True)):
         cell, family = part.cells[place], part.families[place]
-        values[f"c{place}"] = convert(cell, family, column.want.kind, target, column.want.unit)
+        values[f"c{place}"] = convert(cell, family, column.need.kind, target, column.need.unit)
     return part.table.select(**values)
 
 
@@ -229,9 +229,11 @@ def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, i
     asked: dict[str, ir.Value] = {}
     texts = [cell for cell, family in zip(part.cells, part.families, strict=True) if family == CSV]
     if lenient and texts:
-        asked["odd"] = balanced([may_be_broken(text) for text in texts], lambda left, right: left | right)
+        asked["odd"] = join_in_halves(
+            [may_be_broken(text) for text in texts], lambda left, right: left | right
+        )
     for place, (column, cell, family) in enumerate(zip(columns, part.cells, part.families, strict=True)):
-        cells = look_at(cell, family, column.want.kind, column.target, column.want.unit)
+        cells = look_at(cell, family, column.need.kind, column.target, column.need.unit)
         asked |= {f"{fact}{place}": value for fact, value in cells.items()}
     return asked
 
@@ -259,13 +261,13 @@ def _understood(table: str, column: Column, target: Target, fact: Mapping[str, A
         note = (
             f"{fact['wide']:,} cells such as {fact['wide_least']!r} are no plain spelling of a 64-bit integer"
         )
-    if column.want.kind == "time":
+    if column.need.kind == "time":
         read_as = "unix seconds"
         note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""
     return ColumnInfo(
         table=table,
-        setting=column.want.key,
-        column=column.want.column,
+        setting=column.need.key,
+        column=column.need.column,
         found=", ".join(dict.fromkeys(column.types)),
         read_as=read_as,
         note=note,
@@ -283,22 +285,22 @@ def _words(what: str, columns: Sequence[Column], facts: Sequence[Mapping[str, An
                 if CSV in column.families
                 else "write null if they mean nothing"
             )
-            told.append(f"{what}: {column.want.column}: {one}; {remedy}")
+            told.append(f"{what}: {column.need.column}: {one}; {remedy}")
     return told
 
 
 def _idle_units(columns: Sequence[Column]) -> list[str]:
     """Units that were set for times whose type has one of its own."""
     return [
-        f'{column.want.key}_unit = "{column.want.unit}" has no effect: the column {column.want.column} is '
+        f'{column.need.key}_unit = "{column.need.unit}" has no effect: the column {column.need.column} is '
         f"{', '.join(dict.fromkeys(column.types))}, which has a unit of its own"
         for column in columns
-        if column.want.kind == "time" and column.want.unit != "s" and column.has_own_unit
+        if column.need.kind == "time" and column.need.unit != "s" and column.has_own_unit
     ]
 
 
-def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[Wanted]) -> list[str]:
-    used = {want.column for want in wanted}
+def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[ColumnNeed]) -> list[str]:
+    used = {need.column for need in wanted}
     names = [
         name or "without a name"
         for name in dict.fromkeys(name for file in files for name in file.columns)
@@ -323,7 +325,7 @@ def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Colum
     survey.rows[what] = int(row["rows"])
     for place, column in enumerate(columns):
         least, most = (row.get(f"c{place}_{end}") for end in ("least", "most"))
-        survey.ranges[what, column.want.key] = (int(row[f"c{place}_nulls"] or 0), least, most)
+        survey.ranges[what, column.need.key] = (int(row[f"c{place}_nulls"] or 0), least, most)
 
 
 def unread_settings(config: IngestConfig, survey: Survey) -> list[str]:

@@ -25,7 +25,7 @@ _BATCH = 1 << 16
 
 
 @dataclass(frozen=True)
-class Older:
+class OlderVocabulary:
     """A vocabulary of an older log: its file, its table (value, id) and its rows, unknown included."""
 
     file: Path
@@ -56,7 +56,7 @@ def column_shapes(config: IngestConfig) -> dict[str, tuple[bool, Side]]:
     return shapes | {f"context_{entry.name}": (entry.multi, "both") for entry in config.context}
 
 
-def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, Older]:
+def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderVocabulary]:
     """The vocabularies of `config.vocabulary.log`, compared with that log's manifest; {} without one.
 
     Raises:
@@ -103,7 +103,7 @@ def _shape(multi: bool, side: str) -> str:
     return f"{'multi-valued' if multi else 'single-valued'} (side {side!r})"
 
 
-def _older(engine: Engine, file: Path, info: FeatureInfo) -> Older:
+def _older(engine: Engine, file: Path, info: FeatureInfo) -> OlderVocabulary:
     if not info.vocabulary:
         problem = "the manifest has no digest of this vocabulary, so nobody can tell what the ids stand for"
         raise DataError(f"{problem}; name a log that `tandemrec ingest` wrote", file=file)
@@ -126,7 +126,7 @@ def _older(engine: Engine, file: Path, info: FeatureInfo) -> Older:
     different = engine.rows(table.aggregate(values=table["value"].nunique()))[0]["values"]
     if different != rows - 1:
         raise DataError("has a value twice, or a null; name a log that `tandemrec ingest` wrote", file=file)
-    return Older(file, table, rows)
+    return OlderVocabulary(file, table, rows)
 
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
@@ -143,7 +143,7 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
         raise DataError(f"unreadable: {error}; take another copy of that log", file=file) from error
 
 
-def counted(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | None) -> ir.Table:
+def count_values(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | None) -> ir.Table:
     """value, count, occurrences: one row for each distinct value of a column that is not null.
 
     Args:
@@ -162,7 +162,7 @@ def counted(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | N
     )
 
 
-def numbered(values: ir.Table, first: int) -> ir.Table:
+def number_values(values: ir.Table, first: int) -> ir.Table:
     """value, id, count: dense ids from `first` in the order of the values."""
     dense = ibis.row_number().over(order_by=values["value"]) + first
     return values.mutate(id=dense.cast("int64")).select("value", "id", "count")
@@ -172,7 +172,7 @@ def build(
     engine: Engine,
     name: str,
     sources: Sequence[ir.Table],
-    older: Older | None,
+    older: OlderVocabulary | None,
     *,
     multi: bool = False,
     cutoff: int | None = None,
@@ -185,14 +185,14 @@ def build(
 
     Args:
         sources: the tables that have the column, the events first.
-        cutoff: as in `counted`; extend: whether new values get ids.
+        cutoff: as in `count_values`; extend: whether new values get ids.
 
     Raises:
         DataError: the column is text and the older values are integers, or the other way round.
     """
-    found = counted(name, multi, sources, cutoff)
+    found = count_values(name, multi, sources, cutoff)
     if older is None:
-        return Vocabulary(engine.keep(f"vocabulary_{name}", numbered(found, 1)))
+        return Vocabulary(engine.keep(f"vocabulary_{name}", number_values(found, 1)))
     older = _of_type(older, name, sources, multi)
     kind = older.table["value"].type()
     found = engine.keep(f"counted_{name}", found.mutate(value=found["value"].cast(kind)))
@@ -204,7 +204,7 @@ def build(
     # not drawn as a negative for whoever had it. Only what is written forgets which one it was.
     items = name == "item_id"
     if extend or items:
-        known = known.union(numbered(new, older.rows))
+        known = known.union(number_values(new, older.rows))
     return Vocabulary(
         engine.keep(f"vocabulary_{name}", known),
         None if extend or not items else older.rows,
@@ -212,7 +212,7 @@ def build(
     )
 
 
-def _of_type(older: Older, name: str, sources: Sequence[ir.Table], multi: bool) -> Older:
+def _of_type(older: OlderVocabulary, name: str, sources: Sequence[ir.Table], multi: bool) -> OlderVocabulary:
     """The older vocabulary with values wide enough for those of the tables."""
     mine = sources[0][name].type()
     mine = mine.value_type if multi else mine
@@ -227,7 +227,7 @@ def _of_type(older: Older, name: str, sources: Sequence[ir.Table], multi: bool) 
         )
         raise DataError(problem, file=older.file, column="value")
     table = older.table.mutate(value=older.table["value"].cast("int64" if mine.is_integer() else "string"))
-    return Older(older.file, table, older.rows)
+    return OlderVocabulary(older.file, table, older.rows)
 
 
 def write(

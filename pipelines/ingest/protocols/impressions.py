@@ -35,16 +35,16 @@ class Impressions(RequestProtocol):
         largest value counts.
         """
         shown = _shown(tables)
-        context = {name: shown[name].max() for name in config.shown_context}
+        context = {name: shown[name].max() for name in config.impression_context}
         return shown.group_by(REQUEST).aggregate(timestamp=shown.timestamp.min(), **context)
 
     def candidates(self, tables: Tables, asked: ir.Table, config: IngestConfig) -> ir.Table:
         """user_id, request_id, item_id, label_*, and what else an impression says of its candidate."""
         shown = _shown(tables).semi_join(asked, REQUEST)
-        return shown.drop("timestamp", *config.shown_context)
+        return shown.drop("timestamp", *config.impression_context)
 
 
 def _shown(tables: Tables) -> ir.Table:
-    if tables.shown is None:
+    if tables.impressions is None:
         raise ValueError("the impressions protocol was called without its table")
-    return tables.shown
+    return tables.impressions

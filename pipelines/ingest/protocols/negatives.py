@@ -37,10 +37,10 @@ def one_positive(
         seconds = asked.select(*REQUEST, "timestamp")
         beside = events.drop("request_id").inner_join(seconds, ["user_id", "timestamp"])
         others = draw(wanted, beside.select(*REQUEST, "item_id").distinct(), REQUEST, tables, config)
-    return ibis.union(labelled(asked, 1, config.task), labelled(others, 0, config.task))
+    return ibis.union(with_label(asked, 1, config.task), with_label(others, 0, config.task))
 
 
-def labelled(items: ir.Table, label: int, task: str) -> ir.Table:
+def with_label(items: ir.Table, label: int, task: str) -> ir.Table:
     """user_id, request_id, item_id and the label of the task."""
     return items.select(*REQUEST, "item_id", **{f"label_{task}": ibis.literal(label).cast("float32")})
 
@@ -93,7 +93,7 @@ def draw(
     value = number(config.seed, "negative", drawn.user_id, drawn.request_id, drawn.draw)
     # An engine may compute the remainder before it filters.
     drawn = drawn.mutate(number=value % ibis.greatest(drawn.earlier, 1)).drop("earlier")
-    drawn = drawn.inner_join(_past(tables).numbered, "number")
+    drawn = drawn.inner_join(_past(tables).events, "number")
     drawn = drawn.anti_join(refused, [*keys, "item_id"])
     once = drawn.group_by([*REQUEST, "item_id"]).aggregate(draw=drawn.draw.min(), wanted=drawn.wanted.max())
     once = once.mutate(place=ibis.row_number().over(group_by=REQUEST, order_by=once.draw))

@@ -10,7 +10,7 @@ from ibis.expr import types as ir
 
 from pipelines.ingest.engine import Engine, count_rows
 from pipelines.ingest.portable_hash import digest
-from pipelines.ingest.protocols.negatives import draw, labelled, positives
+from pipelines.ingest.protocols.negatives import draw, positives, with_label
 from pipelines.ingest.protocols.protocol import REQUEST, RequestProtocol, Tables
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class NextBasket(RequestProtocol):
             wanted=bought.count() * config.requests.negatives
         )
         others = draw(wanted, basket, REQUEST, tables, config)
-        return ibis.union(labelled(bought, 1, config.task), labelled(others, 0, config.task))
+        return ibis.union(with_label(bought, 1, config.task), with_label(others, 0, config.task))
 
     def remarks(self, engine: Engine, events: ir.Table, config: IngestConfig) -> dict[str, int]:
         if not config.events.request:

@@ -24,12 +24,12 @@ class Past:
     """The events of all users in the order of time, from which negatives are drawn.
 
     Attributes:
-        numbered: number (from 0, by second), item_id: one row an event.
+        events: number (from 0, by second), item_id: one row an event.
         seconds: timestamp, earlier: the number of events strictly before each second that has one.
         items: item_id, since: the second of the item's first event.
     """
 
-    numbered: ir.Table
+    events: ir.Table
     seconds: ir.Table
     items: ir.Table
 
@@ -40,14 +40,14 @@ class Tables:
 
     Attributes:
         events: user_id, request_id (may be null), timestamp, one column for each feature of a behavior.
-        shown: the impressions, one row a candidate: user_id, request_id, timestamp, item_id, label_*, ...
+        impressions: user_id, request_id, timestamp, item_id, label_*, ...: one row a candidate.
         past: only for protocols that draw negatives.
         items: item_id and the features that the item table gives.
         users: user_id and the context_* that the user table gives.
     """
 
     events: ir.Table
-    shown: ir.Table | None = None
+    impressions: ir.Table | None = None
     past: Past | None = None
     items: ir.Table | None = None
     users: ir.Table | None = None
@@ -60,8 +60,8 @@ class Tables:
                 return table
             return table.filter((table.bucket >= first) & (table.bucket < end)).drop("bucket")
 
-        shown = None if self.shown is None else some(self.shown)
-        return replace(self, events=some(self.events), shown=shown)
+        impressions = None if self.impressions is None else some(self.impressions)
+        return replace(self, events=some(self.events), impressions=impressions)
 
 
 class RequestProtocol(ABC):
@@ -96,7 +96,7 @@ class RequestProtocol(ABC):
         if self.needs_split and config.split is None:
             raise ValueError(f"protocol {name} splits by time: give split.validation and split.test")
         asking = [feature.name for feature in config.features if feature.side == "candidate"]
-        asking += [entry.name for entry in config.shown_context.values()]
+        asking += [entry.name for entry in config.impression_context.values()]
         if asking and not self.reads_impressions:
             raise ValueError(f'{asking[0]!r} comes from impressions: use protocol = "impressions"')
 
