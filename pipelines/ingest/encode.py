@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import reduce
 
 import ibis
 import ibis.expr.operations as ops
 from ibis.expr import types as ir
 
 from pipelines.ingest.engine import Engine
-from pipelines.ingest.portable_hash import digest
+from pipelines.ingest.portable_hash import number
 
 # Vocabularies that one statement joins, each a hash table in memory while it runs; the time that an engine
 # needs to plan a statement grows with their cube.
 _AT_ONCE = 32
-_HEX = "0123456789abcdef"
 _PREFIX = 4  # hexadecimal digits of the row key that choose a bucket
 
 
@@ -112,7 +110,5 @@ def in_buckets(raw: ir.Table, buckets: int, seed: int) -> ir.Table:
     """Adds `bucket` to a table with user_id; in the order of the buckets, so that one is read alone."""
     if buckets == 1:
         return raw
-    key = digest(seed, "row", raw.user_id)
-    digits = [ibis.literal(_HEX).find(key.substr(place, 1)) for place in range(_PREFIX)]
-    prefix = reduce(lambda value, digit: value * 16 + digit, digits, ibis.literal(0).cast("int64"))
+    prefix = number(seed, "row", raw.user_id, digits=_PREFIX)
     return raw.mutate(bucket=(prefix * buckets // 16**_PREFIX).cast("int64")).order_by("bucket")
