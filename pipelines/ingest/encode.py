@@ -1,4 +1,4 @@
-"""Values of the raw tables become dense ids, some features a statement, and users come into buckets."""
+"""Values of the raw tables become dense ids, and users are divided into buckets."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _encoded(
 
 
 def narrow(engine: Engine, table: ir.Table, columns: Sequence[str]) -> ir.Table:
-    """Some columns of a table; for each expression on it Ibis goes through all that a table has."""
+    """Some columns of a table: an expression on a wide one makes Ibis walk over all of its columns."""
     if not isinstance(table.op(), ops.DatabaseTable):
         return table.select(*columns)
     names = ", ".join(f'"{name}"' for name in columns)
@@ -93,7 +93,7 @@ def narrow(engine: Engine, table: ir.Table, columns: Sequence[str]) -> ir.Table:
 
 
 def _bags(raw: ir.Table, name: str, vocabulary: ir.Table) -> ir.Table:
-    """value (a list), id (the sorted different ids of its members)."""
+    """value (a list), id (the sorted distinct ids of its members)."""
     lists = raw.select(value=raw[name]).distinct()
     members = lists.mutate(member=lists["value"].unnest())
     words = vocabulary.select(member=vocabulary["value"], code=vocabulary["id"])
@@ -107,7 +107,7 @@ def no_ids() -> ir.ArrayValue:
 
 
 def in_buckets(raw: ir.Table, buckets: int, seed: int) -> ir.Table:
-    """Adds `bucket` to a table with user_id; in the order of the buckets, so that one is read alone."""
+    """Adds `bucket` to a table with user_id, and sorts by it, so that one can be read without the others."""
     if buckets == 1:
         return raw
     prefix = number(seed, "row", raw.user_id, digits=_PREFIX)

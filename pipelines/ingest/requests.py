@@ -19,7 +19,7 @@ from pipelines.ingest.engine import Engine, count_rows
 from pipelines.ingest.portable_hash import digest
 from pipelines.ingest.protocols.negatives import past_events
 from pipelines.ingest.protocols.protocol import REQUEST, Past, Tables
-from pipelines.ingest.rows import draw_groups
+from pipelines.ingest.rows import draw_rounds
 from pipelines.ingest.sections import ContextConfig
 
 
@@ -65,15 +65,15 @@ def make_requests(
         timed = timed_requests(part, protocol.requests(part, config), users, config)
         every = engine.append("requests", timed.mutate(bucket=ibis.literal(bucket).cast("int64")))
         eligible = engine.append("asked", eligible_requests(every.filter(every.bucket == bucket), config))
-    groups, new = draw_groups(count_rows(engine, eligible), events, buckets, config), Counter[str]()
-    for group in range(groups):
-        first, end = (buckets * edge // groups for edge in (group, group + 1))
+    rounds, new = draw_rounds(count_rows(engine, eligible), events, buckets, config), Counter[str]()
+    for round_ in range(rounds):
+        first, end = (buckets * edge // rounds for edge in (round_, round_ + 1))
         some = eligible.filter((eligible.bucket >= first) & (eligible.bucket < end))
         drawn = protocol.candidates(tables.of_buckets(first, end), some.drop("bucket"), config)
         candidates = engine.keep("candidates", drawn)
         if tables.past is not None:
             new.update(_new_positives(engine, candidates, some, tables.past, config))
-        full = with_attributes(engine, attributes, candidates, some, group)
+        full = with_attributes(engine, attributes, candidates, some, round_)
         offered = engine.append("offers", offers(some, full, config))
     for name in ("candidates", "past_events", "past_seconds"):
         engine.drop(name)

@@ -1,7 +1,7 @@
 """Opens the raw files as one table: the engine reads exactly the files and columns that were checked.
 
-Files with the same columns in the same order are read together, and what differs is joined by name. Every
-column is first seen as it is, then all cells decide what it becomes.
+Files with the same columns in the same order are read together; the others are joined by the names of their
+columns. A column is first looked at as it is in the files. Then all of its cells decide what it becomes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class RawTable:
-    """The files as one table, its columns by the names that whoever opened it gave them.
+    """The files as one table; its columns have the names that the caller of `open_files` gave them.
 
     Attributes:
         loose: the columns that were read as integers and could as well be text.
@@ -159,14 +159,14 @@ def columns_of(found: RawFiles, wanted: Sequence[str], config: IngestConfig) -> 
 def _parts(
     engine: Engine, files: Sequence[RawFile], columns: Sequence[Column], config: IngestConfig
 ) -> list[_Part]:
-    groups: dict[Any, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for place, file in enumerate(files):
         types = tuple(str(kind) for kind in file.types.values())
         folders = tuple(file.folders.get(name) for name in config.partition_columns)
         key = (file.columns, types, file.delimiter, file.packed, folders)
-        groups.setdefault(key, []).append(place)
+        alike.setdefault(key, []).append(place)
     parts = []
-    for places in groups.values():
+    for places in alike.values():
         first = files[places[0]]
         table = engine.scan([files[place] for place in places])
         cells = tuple(_cell(table, first, column.need.column, config) for column in columns)
@@ -225,7 +225,7 @@ def _facts(
 
 
 def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, ir.Value]:
-    """What is asked of the cells of each column: bad0, wide0, ..., bad1, ..., and `odd` of a row of CSV."""
+    """What is computed of each column's cells: bad0, wide0, ..., bad1, ..., and `odd` of a row of CSV."""
     asked: dict[str, ir.Value] = {}
     texts = [cell for cell, family in zip(part.cells, part.families, strict=True) if family == CSV]
     if lenient and texts:
@@ -275,7 +275,7 @@ def _understood(table: str, column: Column, target: Target, fact: Mapping[str, A
 
 
 def _words(what: str, columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns with a word that may mean nothing, and is a value like others."""
+    """Notes on columns with words that may mean "no value", but are read as values."""
     told = []
     for column, fact in zip(columns, facts, strict=True):
         if fact.get("word"):
@@ -290,7 +290,7 @@ def _words(what: str, columns: Sequence[Column], facts: Sequence[Mapping[str, An
 
 
 def _idle_units(columns: Sequence[Column]) -> list[str]:
-    """Units that were set for times whose type has one of its own."""
+    """Notes on units that were set for times whose type has a unit of its own."""
     return [
         f'{column.need.key}_unit = "{column.need.unit}" has no effect: the column {column.need.column} is '
         f"{', '.join(dict.fromkeys(column.types))}, which has a unit of its own"
@@ -329,7 +329,7 @@ def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Colum
 
 
 def unread_settings(config: IngestConfig, survey: Survey) -> list[str]:
-    """Columns that a setting about columns names, and no setting that reads one."""
+    """Notes on columns that text_columns or partition_columns names, though no setting reads them."""
     read = {column.column for column in survey.columns}
     lists = {"text_columns": config.text_columns, "partition_columns": config.partition_columns}
     return [
