@@ -1,8 +1,8 @@
-"""OpenTables events -> sequence log.
+"""Raw events become a sequence log: this file tells it from top to bottom.
 
 The relational part is one chain of Ibis tables, run by DuckDB or by Spark:
 
-    events -> vocabularies -> encoded events -> requests -> candidates -> rows -> Parquet
+    raw tables -> vocabularies -> encoded tables -> requests -> candidates -> rows -> Parquet
 
 Vocabularies come from all events, and negatives are drawn from all of them; `users` only limits whose
 requests are written, so a trial log is a part of the full one. Everything random is a seeded hash of ids.
@@ -243,22 +243,6 @@ def _check_dates(times: Mapping[str, Span], raw: OpenTables, config: IngestConfi
     raise DataError(problem, file=raw.source, column=config.events.timestamp)
 
 
-def _write_splits(
-    engine: Engine,
-    encoded: EncodedTables,
-    offered: ir.Table,
-    manifest: LogManifest,
-    root: Path,
-    config: IngestConfig,
-) -> dict[str, SplitInfo]:
-    layout = (config.files.rows_per_group, config.files.rows_per_file)
-    known = {name: made.rows for name, made in encoded.vocabularies.items() if made.rows is not None}
-    spill, schema = root / "spill", schema_of(manifest)
-    writer = BlockWriter(engine, encoded.tables.events, offered, config, encoded.buckets, spill, known)
-    writer.prepare()
-    return {split: write_split(writer.rows(split), root, split, schema, layout) for split in SPLITS}
-
-
 def _encode(
     engine: Engine, raw: OpenTables, older: Mapping[str, OlderVocabulary], root: Path, config: IngestConfig
 ) -> EncodedTables:
@@ -310,3 +294,19 @@ def _sources(engine: Engine, raw: OpenTables, name: str) -> list[ir.Table]:
         told = " and ".join(f"{kind} in the {key}" for kind, key in kinds.items())
         raise DataError(f"{name} is {told}; cast one of them", file=raw.source)
     return [narrow(engine, table, (name, "timestamp")) for table in sources.values()]
+
+
+def _write_splits(
+    engine: Engine,
+    encoded: EncodedTables,
+    offered: ir.Table,
+    manifest: LogManifest,
+    root: Path,
+    config: IngestConfig,
+) -> dict[str, SplitInfo]:
+    layout = (config.files.rows_per_group, config.files.rows_per_file)
+    known = {name: made.rows for name, made in encoded.vocabularies.items() if made.rows is not None}
+    spill, schema = root / "spill", schema_of(manifest)
+    writer = BlockWriter(engine, encoded.tables.events, offered, config, encoded.buckets, spill, known)
+    writer.prepare()
+    return {split: write_split(writer.rows(split), root, split, schema, layout) for split in SPLITS}

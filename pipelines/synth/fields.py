@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from pipelines.synth.log import Behaviors, Drawn, Floats, Ints, OneRequestEach, ages, of_category, pairs
+from pipelines.synth.log import Behaviors, Draws, Floats, Ints, OneRequestEach, ages, of_category, pairs
 
 CATEGORIES: Final = 200
 BRANDS: Final = 50
@@ -50,7 +50,7 @@ def decoupled_worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> F
     return of_category(target, seen, said)
 
 
-def _interference(rng: np.random.Generator, seed: int, users: int) -> Drawn:
+def _interference(rng: np.random.Generator, seed: int, users: int) -> Draws:
     """200 behaviors and 4 candidates a user.
 
     Half of a user's behaviors are in 8 favourite categories and 60 % of 3 favourite brands, else uniform;
@@ -69,7 +69,7 @@ def _interference(rng: np.random.Generator, seed: int, users: int) -> Drawn:
     return history, shown, ages(rng, (users, BEHAVIORS))
 
 
-def _decoupled(rng: np.random.Generator, seed: int, users: int) -> Drawn:
+def _decoupled(rng: np.random.Generator, seed: int, users: int) -> Draws:
     """200 behaviors and 4 candidates a user.
 
     Half of a user's behaviors, and of the candidates, are in 8 favourite categories. In each of these the

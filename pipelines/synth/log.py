@@ -112,7 +112,7 @@ class Behaviors:
 Worth = Callable[[int, Mapping[str, Ints], Behaviors], Floats]
 # History: feature -> ids [U, N], oldest first; candidates: feature -> ids [U, M]; ages: seconds before the
 # request [U, N], descending.
-Drawn = tuple[Mapping[str, Ints], Mapping[str, Ints], Ints]
+Draws = tuple[Mapping[str, Ints], Mapping[str, Ints], Ints]
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class OneRequestEach:
     """
 
     features: Mapping[str, int]
-    draw: Callable[[np.random.Generator, int, int], Drawn]
+    draw: Callable[[np.random.Generator, int, int], Draws]
     logit: Callable[[Callable[[Worth], Floats]], Floats]
 
     def __call__(self, seed: int, users: int) -> PlantedLog:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.synth.log import (
     Behaviors,
-    Drawn,
+    Draws,
     Floats,
     Ints,
     OneRequestEach,
@@ -67,7 +67,7 @@ def opposite_worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Fl
     return of_category(target, seen, np.exp(-between / _DECAY))
 
 
-def _pair(rng: np.random.Generator, seed: int, users: int) -> Drawn:
+def _pair(rng: np.random.Generator, seed: int, users: int) -> Draws:
     """60 behaviors and 4 candidates a user.
 
     Category and side are uniform; a user has one sign for each category and side.
@@ -83,7 +83,7 @@ def _pair(rng: np.random.Generator, seed: int, users: int) -> Drawn:
     return history, shown, ages(rng, category.shape)
 
 
-def _opposite(rng: np.random.Generator, seed: int, users: int) -> Drawn:
+def _opposite(rng: np.random.Generator, seed: int, users: int) -> Draws:
     """50 behaviors and 4 candidates a user.
 
     60 % of the newer half of the behaviors are in 2 favourite categories, 60 % of the older half in 2 others;

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from pipelines.synth.log import DAY, Behaviors, Drawn, Floats, Ints, OneRequestEach, of_category
+from pipelines.synth.log import DAY, Behaviors, Draws, Floats, Ints, OneRequestEach, of_category
 
 BEHAVIORS, CATEGORIES, GAPS, ITEMS_OF_CATEGORY, CANDIDATES = 60, 20, 12, 5, 4
 FIRST_BUCKET: Final = 25
@@ -72,7 +72,7 @@ def far_worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     return of_category(target, seen, np.where(seen.age > 14 * DAY, 1.0, 0.0))
 
 
-def _gapped(rng: np.random.Generator, seed: int, users: int) -> Drawn:
+def _gapped(rng: np.random.Generator, seed: int, users: int) -> Draws:
     """60 behaviors and 4 candidates a user; categories and gap buckets are uniform and independent."""
     del seed
     bucket = FIRST_BUCKET + rng.integers(0, GAPS, (users, BEHAVIORS))
@@ -82,7 +82,7 @@ def _gapped(rng: np.random.Generator, seed: int, users: int) -> Drawn:
     return history, shown, age
 
 
-def _far(rng: np.random.Generator, seed: int, users: int) -> Drawn:
+def _far(rng: np.random.Generator, seed: int, users: int) -> Draws:
     """350 behaviors that are 18 to 180 days old, 150 newer ones, and 6 candidates a user.
 
     In either period 60 % of the behaviors are in 8 favourite categories of its own, the rest in any of 1,000.
