@@ -16,16 +16,14 @@ from embeddings.lookup.jagged import one_id_bags
 from pipelines.console import quiet_third_parties
 from trainer.data.row_group import read_footer, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.log.clusters import Clustered, ClusterInfo, cluster_history
-from trainer.log.schema import CLUSTER_COLUMNS, LogManifest, SplitInfo, read_manifest, schema_of
+from trainer.log.clusters import ClusterInfo, HistoryClusters, cluster_history
+from trainer.log.schema import CLUSTER_COLUMNS, VOCABULARIES, LogManifest, SplitInfo, read_manifest, schema_of
 from trainer.log.writer import staged, write_manifest, write_split
 from trainer.snapshot import Snapshot, load_snapshot
 
-_VOCABULARIES = "vocab"
-
 
 def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: bool = False) -> LogManifest:
-    """Copy a log with two more columns: size and mean time of the cluster that a behavior stands for.
+    """Copy a log with two more columns: size and mean time of the cluster that a behavior represents.
 
     Args:
         log: the sequence log; snapshot: whose attention vectors of behaviors are clustered.
@@ -48,8 +46,8 @@ def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: 
             rows = _clustered_rows(log, manifest, files, loaded, info, sizes)
             splits[split] = write_split(rows, staging, split, schema_of(made), _layout(log, files))
             shares.append(f"{split}: {sum(sizes):,} clusters of {files.behaviors:,} behaviors")
-        if (log / _VOCABULARIES).is_dir():
-            shutil.copytree(log / _VOCABULARIES, staging / _VOCABULARIES)
+        if (log / VOCABULARIES).is_dir():
+            shutil.copytree(log / VOCABULARIES, staging / VOCABULARIES)
         write_manifest(staging, made.model_copy(update={"splits": splits}))
     print(f"{'; '.join(shares)} -> {out}")
     return made
@@ -93,7 +91,7 @@ def _clustered_rows(
             yield from table.combine_chunks().to_batches()
 
 
-def _of_rows(rows: UserRows, loaded: Snapshot, info: ClusterInfo) -> Clustered:
+def _of_rows(rows: UserRows, loaded: Snapshot, info: ClusterInfo) -> HistoryClusters:
     """The clusters of all histories of a row group, one after the other."""
     vectors = behavior_vectors(rows, loaded)
     count = rows.history_time.size
@@ -104,7 +102,7 @@ def _of_rows(rows: UserRows, loaded: Snapshot, info: ClusterInfo) -> Clustered:
         cluster_history(vectors[a:b], groups[a:b], rows.history_time[a:b], info)
         for a, b in zip(rows.history_offsets[:-1], rows.history_offsets[1:], strict=True)
     ]
-    return Clustered(
+    return HistoryClusters(
         *(np.concatenate([getattr(p, name) for p in parts]) for name in ("label", "size", "time"))
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.planted.kept import kept_behaviors
 from pipelines.synth.kinds import Kind
-from pipelines.synth.log import Seen
+from pipelines.synth.log import Behaviors
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 
@@ -104,7 +104,9 @@ def worth(batch: RequestBatch, kind: Kind, seed: int) -> Floats:
     index = torch.where(visible, end[:, None] - 1 - step[None], 0)
     ids = {name: batch.features[name].values() for name in batch.features.keys()}  # noqa: SIM118 - no dict
     age = batch.request_time[request][:, None] - batch.behavior_time[index]
-    seen = Seen({name: _array(each[:n][index]) for name, each in ids.items()}, _array(1 + step), _array(age))
+    seen = Behaviors(
+        {name: _array(each[:n][index]) for name, each in ids.items()}, _array(1 + step), _array(age)
+    )
     target = {name: _array(each[n:, None]) for name, each in ids.items()}
     return np.where(_array(visible), kind.worth(seed, target, seen), 0.0)
 

@@ -31,7 +31,7 @@ class Attributes:
         states: item_id, _since, _state (number, from 1), _part (of `parts` of the items) and `changing`, of
             the items that change in any of these; None if there is none.
         changing: feature -> how many items change in it, for those in which some do.
-        of: how many items have events.
+        items: how many items have events.
         given: item_id and features, of a table of items; these never change.
     """
 
@@ -39,13 +39,13 @@ class Attributes:
     fixed: ir.Table
     states: ir.Table | None
     changing: Mapping[str, int]
-    of: int
+    items: int
     given: ir.Table | None = None
     parts: int = 1
 
 
 def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts: int) -> Attributes:
-    """Collects the attributes of all items; those of changing ones for a part of the items at a time."""
+    """Collects the attributes of all items; those that change, for a part of the items at a time."""
     given = [] if tables.items is None else tables.items.columns
     lacking = _lacking(engine, tables, config)
     multi = {name: several for name, several in lacking.items() if name not in given}
@@ -86,10 +86,10 @@ def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts:
 
 
 def _lacking(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, bool]:
-    """The features of items that the impressions do not say of each of their rows."""
+    """The features of items that the impressions lack, or lack in some of their rows."""
     names = {entry.name: entry.multi for entry in config.all_features if entry.side == "both"}
     del names["item_id"]
-    shown = tables.shown
+    shown = tables.impressions
     said = [] if shown is None else [name for name in names if name in shown.columns]
     if shown is None or not said:
         return names
@@ -137,16 +137,16 @@ def _filled(engine: Engine, seconds: ir.Table, names: Sequence[str]) -> ir.Table
 
 
 def known(values: ir.Value, multi: bool) -> ir.Value:
-    """Null for what is unknown: id 0, or no ids at all."""
+    """Null where a value is unknown: id 0, or no ids at all."""
     return ibis.cases((values.length() > 0, values)) if multi else values.nullif(0)
 
 
 def with_attributes(
-    engine: Engine, attributes: Attributes, candidates: ir.Table, asked: ir.Table, group: int
+    engine: Engine, attributes: Attributes, candidates: ir.Table, asked: ir.Table, round_: int
 ) -> ir.Table:
     """Adds the features of items; what a candidate itself says of them comes first, where it is known.
 
-    `group` is the number of these candidates, others for each call.
+    `round_` numbers the calls: each is about other candidates.
     """
     multi = attributes.multi
     if not multi:
@@ -157,7 +157,7 @@ def with_attributes(
     if attributes.states is not None:
         joined = joined.inner_join(asked.select(*REQUEST, _at=asked.timestamp), REQUEST)
         pairs = joined.select("item_id", "_at").distinct()
-        sources.append(_all_as_of(engine, pairs, attributes.states, attributes.parts, group))
+        sources.append(_all_as_of(engine, pairs, attributes.states, attributes.parts, round_))
     for number, source in enumerate(sources):
         part = source.rename(lambda name, number=number: f"_{number}_{name}")
         keys = [name for name in ("item_id", "_at") if name in source.columns]
@@ -172,15 +172,15 @@ def with_attributes(
     return joined.select(*others, **{name: value(name) for name in multi})
 
 
-def _all_as_of(engine: Engine, wanted: ir.Table, states: ir.Table, parts: int, group: int) -> ir.Table:
+def _all_as_of(engine: Engine, wanted: ir.Table, states: ir.Table, parts: int, round_: int) -> ir.Table:
     """`_as_of`, for a part of the items at a time."""
     wanted, found = engine.keep("item_seconds", wanted), wanted
     for part in range(parts):
         some = wanted.filter(wanted.item_id % parts == part) if parts > 1 else wanted
         theirs = states.filter(states["_part"] == part).drop("_part")
-        as_of = _as_of(some, theirs).mutate(_group=ibis.literal(group).cast("int64"))
+        as_of = _as_of(some, theirs).mutate(_round=ibis.literal(round_).cast("int64"))
         found = engine.append("known_items", as_of)
-    return found.filter(found["_group"] == group).drop("_group")
+    return found.filter(found["_round"] == round_).drop("_round")
 
 
 def _as_of(wanted: ir.Table, states: ir.Table) -> ir.Table:

@@ -14,8 +14,8 @@ from typing import Literal
 import pyarrow as pa
 
 from embeddings.errors import DataError
-from pipelines.ingest.config import Unit
 from pipelines.ingest.files import RawFile
+from pipelines.ingest.sections import ColumnConfig, Unit
 from trainer.log.arrow_types import is_list, is_text
 
 Kind = Literal["key", "time", "id", "ids", "text", "number"]
@@ -46,17 +46,25 @@ _SPELLED |= {"uint64": "integers", "list of int": "lists of integers", "list of 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ColumnNeed:
     """A column that is needed: the setting that names it, its name in the file, what it must hold.
 
     Attributes:
         unit: of a time that is a number.
+        separator: cuts text into a list of values; empty: the cell is taken as it is.
     """
 
     key: str
     column: str
     kind: Kind
     unit: Unit = "s"
+    separator: str = ""
+
+    @staticmethod
+    def of(section: str, entry: ColumnConfig) -> ColumnNeed:
+        """The column of a feature or of a context."""
+        kind: Kind = "id" if not entry.multi else ("text" if entry.separator else "ids")
+        return ColumnNeed(f"{section}: {entry.name}", entry.source, kind, separator=entry.separator)
 
     @property
     def is_label(self) -> bool:
@@ -68,11 +76,11 @@ class Column:
     """A wanted column over all files.
 
     Attributes:
-        families: of each file; types: their own names, for people.
-        target: what the engine makes of it; None: integers if all values are, else text.
+        families: what each file holds; types: the files' own names of it, for people.
+        target: what the engine makes of the column; None: integers if all values are integers, else text.
     """
 
-    want: Wanted
+    need: ColumnNeed
     families: tuple[str, ...]
     types: tuple[str, ...]
     target: Target | None
@@ -105,7 +113,10 @@ def family(kind: pa.DataType) -> str:
 
 
 def decide(
-    files: Sequence[RawFile], wanted: Sequence[Wanted], text_columns: Sequence[str], partitions: Sequence[str]
+    files: Sequence[RawFile],
+    wanted: Sequence[ColumnNeed],
+    text_columns: Sequence[str],
+    partitions: Sequence[str],
 ) -> list[Column]:
     """The wanted columns over all files.
 
@@ -113,22 +124,22 @@ def decide(
         DataError: columns are missing or of wrong types, or files disagree: all of it in one message.
     """
     problems: list[DataError] = []
-    found: list[Column] = []
-    for want in dict.fromkeys(wanted):
-        wrong = [error for file in files if (error := _fault(file, want, partitions))]
+    columns: list[Column] = []
+    for need in wanted:
+        wrong = [error for file in files if (error := _fault(file, need, partitions))]
         problems += wrong[:2]
         if wrong:
             continue
-        families = tuple(_family(file, want) for file in files)
-        types = tuple(_type(file, want.column) for file in files)
+        families = tuple(_family(file, need) for file in files)
+        types = tuple(_type(file, need.column) for file in files)
         try:
-            target = _target(want, files, families, types, want.column in text_columns)
+            target = _target(need, files, families, types, need.column in text_columns)
         except DataError as error:
             problems.append(error)
         else:
-            found.append(Column(want, families, types, target))
+            columns.append(Column(need, families, types, target))
     refuse(problems)
-    return found
+    return columns
 
 
 def refuse(problems: Sequence[DataError]) -> None:
@@ -142,10 +153,10 @@ def refuse(problems: Sequence[DataError]) -> None:
         raise DataError(f"{len(different)} problems: {told}{more}")
 
 
-def _family(file: RawFile, want: Wanted) -> str:
+def _family(file: RawFile, need: ColumnNeed) -> str:
     """What the file holds; a column that its folders name is text, as CSV is."""
-    outside = want.column not in file.columns
-    return CSV if outside or file.format == "CSV" else family(file.types[want.column])
+    outside = need.column not in file.columns
+    return CSV if outside or file.format == "CSV" else family(file.types[need.column])
 
 
 def _type(file: RawFile, column: str) -> str:
@@ -154,33 +165,33 @@ def _type(file: RawFile, column: str) -> str:
     return "CSV" if file.format == "CSV" else str(file.types[column])
 
 
-def _fault(file: RawFile, want: Wanted, partitions: Sequence[str]) -> DataError | None:
-    column, path = want.column, file.path
+def _fault(file: RawFile, need: ColumnNeed, partitions: Sequence[str]) -> DataError | None:
+    column, path = need.column, file.path
     if column in partitions:
         return _partition_fault(file, column)
     times = file.columns.count(column)
     if times > 1:
         return DataError(f"{times} columns have this name; rename one", file=path, column=column)
     if not times:
-        return DataError(_missing(file, want), file=path, column=column)
-    found = _family(file, want)
-    if found in _ALLOWED[want.kind]:
+        return DataError(_missing(file, need), file=path, column=column)
+    found = _family(file, need)
+    if found in _ALLOWED[need.kind]:
         return None
     if file.format == "CSV":
-        return DataError(f"holds text, expected {_WANTED[want.kind]}", file=path, column=column)
-    problem = f"type is {file.types[column]}, expected {_WANTED[want.kind]}; {_cast(want, found)}"
+        return DataError(f"holds text, expected {_WANTED[need.kind]}", file=path, column=column)
+    problem = f"type is {file.types[column]}, expected {_WANTED[need.kind]}; {_cast(need, found)}"
     return DataError(problem, file=path, column=column)
 
 
-def _cast(want: Wanted, found: str) -> str:
+def _cast(need: ColumnNeed, found: str) -> str:
     """How to mend a column of a type that is not read."""
     if found.endswith(("binary", "binary_view")) or found.startswith("fixed_size_binary"):
         return "cast the column to string where the file is written"
     if found in ("time", "date"):
         return "cast the column to text, or to integers"
-    if found.startswith("list of") and want.kind in ("key", "id"):
+    if found.startswith("list of") and need.kind in ("key", "id"):
         return "set multi = true for a feature, or cast the column"
-    if want.is_label:
+    if need.is_label:
         return "write 0 and 1, or true and false"
     return "cast the column"
 
@@ -195,9 +206,9 @@ def _partition_fault(file: RawFile, column: str) -> DataError | None:
     return None
 
 
-def _missing(file: RawFile, want: Wanted) -> str:
-    column = want.column
-    problem = f"no such column ({want.key}); the file has {', '.join(file.columns)}"
+def _missing(file: RawFile, need: ColumnNeed) -> str:
+    column = need.column
+    problem = f"no such column ({need.key}); the file has {', '.join(file.columns)}"
     if column in file.folders:
         return f'{problem}; to read it from the folders, set partition_columns = ["{column}"]'
     twin = [name for name in file.columns if name.strip().lower() == column.strip().lower()]
@@ -211,30 +222,30 @@ def _missing(file: RawFile, want: Wanted) -> str:
 
 
 def _target(
-    want: Wanted, files: Sequence[RawFile], families: Sequence[str], types: Sequence[str], as_text: bool
+    need: ColumnNeed, files: Sequence[RawFile], families: Sequence[str], types: Sequence[str], as_text: bool
 ) -> Target | None:
     found = set(families)
-    if want.kind == "number":
+    if need.kind == "number":
         return "float64"
-    if want.kind == "time":
+    if need.kind == "time":
         return "int64"
-    if want.kind == "text":
+    if need.kind == "text":
         return "string"
-    text, other = ("list of text", "list of bool") if want.kind == "ids" else ("text", "bool")
-    whole = {"list of int", "list of uint64"} if want.kind == "ids" else _WHOLE
+    text, other = ("list of text", "list of bool") if need.kind == "ids" else ("text", "bool")
+    whole = {"list of int", "list of uint64"} if need.kind == "ids" else _WHOLE
     sides = [found & {text}, found & {other}, found & whole]
     if sum(map(bool, sides)) > 1 and not as_text:
-        raise _conflict(want, files, families, types)
+        raise _conflict(need, files, families, types)
     if as_text or sides[0] or sides[1] or found <= {NULL, "list of null"}:
-        return "array<string>" if want.kind == "ids" else "string"
-    if want.kind == "ids":
+        return "array<string>" if need.kind == "ids" else "string"
+    if need.kind == "ids":
         return "array<int64>"
     # Cells of CSV, and numbers that are not int64, are integers only if each of them is.
     return "int64" if found <= {"int", NULL} else None
 
 
 def _conflict(
-    want: Wanted, files: Sequence[RawFile], families: Sequence[str], types: Sequence[str]
+    need: ColumnNeed, files: Sequence[RawFile], families: Sequence[str], types: Sequence[str]
 ) -> DataError:
     typed = [i for i, one in enumerate(families) if one not in (*_LOOSE, "list of null")]
     kinds = [_SPELLED.get(one, one) for one in families]
@@ -244,4 +255,4 @@ def _conflict(
         f"holds {kinds[odd]} ({types[odd]}), but {files[first].path} holds {kinds[first]} ({types[first]}); "
         f"cast one of them, or name the column in text_columns"
     )
-    return DataError(problem, file=files[odd].path, column=want.column)
+    return DataError(problem, file=files[odd].path, column=need.column)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.ingest.errors import explained
+from pipelines.ingest.faults import explain
 from pipelines.ingest.files import RawFile
 from pipelines.ingest.sections import EngineConfig
 from trainer.sealed_folder import remove_folder
@@ -190,7 +190,7 @@ class DuckEngine:
             # While rows stream they come through Arrow, which has its own error for those of DuckDB.
             text = str(error)
             known = isinstance(error, duckdb.Error) or re.match(r"[\w ]+ Error: ", text)
-            told = explained(text) if known else None
+            told = explain(text) if known else None
             if told is None:
                 raise
             raise told from error
@@ -317,7 +317,7 @@ class SparkEngine:
         try:
             return work()
         except (PySparkException, Py4JError) as error:
-            told = explained(str(error))
+            told = explain(str(error))
             if told is None:
                 raise
             raise told from error

@@ -1,35 +1,30 @@
-"""Opens and checks the raw tables before anything is computed from them."""
+"""Opens and checks the tables of events and of impressions before anything is computed from them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest.columns import Kind, Wanted
-from pipelines.ingest.config import (
-    ColumnConfig,
-    EventsConfig,
-    FeatureConfig,
-    ImpressionsConfig,
-    IngestConfig,
-)
+from pipelines.ingest.columns import ColumnNeed
+from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
-from pipelines.ingest.faults import fault_of, number_of
-from pipelines.ingest.files import FoundFiles
-from pipelines.ingest.labels import checked_labels
-from pipelines.ingest.sources import RawTable, Seen, columns_of, open_files
+from pipelines.ingest.faults import number_of
+from pipelines.ingest.files import RawFiles
+from pipelines.ingest.sections import ImpressionsConfig, LabelConfig, RoleColumns
+from pipelines.ingest.sources import RawTable, Survey, columns_of, open_files
 from pipelines.ingest.values import UNITS
 
-# Kept while they are needed: text is slow to parse, and a query plan wants to know how large a table is.
-RAW_TABLES = EVENTS, SHOWN = ("raw_events", "raw_impressions")
+# The engine keeps them while they are needed: text is slow to parse, and a query plan wants to know sizes.
+RAW_TABLES = EVENTS, IMPRESSIONS = ("raw_events", "raw_impressions")
+_KEYS = ("user_id", "item_id", "timestamp")
 _YEAR_5000 = 95_617_584_000  # unix seconds; a larger timestamp is in milli- or microseconds
 
 
 def open_events(
-    engine: Engine, files: FoundFiles, config: IngestConfig, seen: Seen, given: Collection[str] = ()
+    engine: Engine, files: RawFiles, config: IngestConfig, survey: Survey, given: Collection[str] = ()
 ) -> ir.Table:
     """The events as user_id, request_id, timestamp (int64), one raw column a feature, and context_*.
 
@@ -41,35 +36,22 @@ def open_events(
     Raises:
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
     """
-    columns = config.events
-    entries = [
-        entry for entry in config.all_features if entry.side != "candidate" and entry.name not in given
-    ]
-    wanted = [
-        *_roles("events", columns),
-        Wanted("events.item", columns.item, "id"),
-    ]
     named = {feature.name for feature in config.features}
-    wanted += [
-        wanted_column("features" if entry.name in named else "events.taxonomy", entry)
-        for entry in entries
-        if entry.name != "item_id"
-    ]
-    wanted += [wanted_column("context", entry) for entry in config.event_context]
-    table = open_files(engine, files, wanted, config, seen)
-    raw = table.table.select(
-        **_role_values(table, columns),
-        **{entry.name: raw_values(engine, table, entry) for entry in entries},
-        **{f"context_{entry.name}": raw_values(engine, table, entry) for entry in config.event_context},
-    )
-    raw = engine.keep(EVENTS, raw)
-    seen.loose[EVENTS] = loose_columns(table, _roles_of(columns), _named(entries, config.event_context))
-    required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
-    check_values(engine, raw, table, required, config.csv.nulls)
+    wanted = _roles("events", config.events)
+    wanted |= {
+        entry.name: ColumnNeed.of("features" if entry.name in named else "events.taxonomy", entry)
+        for entry in config.all_features
+        if entry.side != "candidate" and entry.name not in (*given, "item_id")
+    }
+    wanted |= {name: ColumnNeed.of("context", entry) for name, entry in config.event_context.items()}
+    table = open_files(engine, files, wanted, config, survey)
+    raw = engine.keep(EVENTS, _with_requests(table.table))
+    survey.loose[EVENTS] = table.loose
+    check_values(engine, raw, table, _KEYS, config.csv.nulls)
     return raw
 
 
-def open_impressions(engine: Engine, files: FoundFiles, config: IngestConfig, seen: Seen) -> ir.Table:
+def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, survey: Survey) -> ir.Table:
     """The impressions as user_id, request_id, timestamp, item_id, label_*, weight, numeric_*, context_*.
 
     Features of the item are there as far as the table has their columns.
@@ -78,112 +60,58 @@ def open_impressions(engine: Engine, files: FoundFiles, config: IngestConfig, se
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
     """
     columns = config.impressions
-    numbers = {f"label_{task}": label.column for task, label in columns.labels.items()}
-    numbers |= {f"numeric_{name}": name for name in columns.numeric}
-    numbers |= {"weight": columns.weight} if columns.weight else {}
     present = columns_of(files, [columns.user, columns.item, columns.timestamp], config)
-    entries = [entry for entry in config.all_features if entry.name != "item_id" and entry.side != "history"]
-    entries = [entry for entry in entries if entry.side == "candidate" or entry.source in present]
-    wanted = [*_roles("impressions", columns)]
-    wanted += [Wanted("impressions.item", columns.item, "id")]
-    keys = {f"label_{task}": f"impressions.labels: {task}" for task in columns.labels}
-    keys |= {f"numeric_{name}": f"impressions.numeric: {name}" for name in columns.numeric}
-    keys |= {"weight": "impressions.weight"}
-    wanted += [Wanted(keys[name], column, "number") for name, column in numbers.items()]
-    wanted += [wanted_column("features", entry) for entry in entries]
-    wanted += [wanted_column("context", entry) for entry in config.shown_context]
-    table = open_files(engine, files, wanted, config, seen)
-    entries = [entry for entry in entries if entry.name != "domain_id"]
-    raw = table.table.select(
-        **_role_values(table, columns),
-        **_shown_items(engine, table, entries, config),
-        **{f"context_{entry.name}": raw_values(engine, table, entry) for entry in config.shown_context},
-        **{name: table.values(column, "number").cast("float32") for name, column in numbers.items()},
-    )
-    raw = engine.keep(SHOWN, raw)
-    seen.loose[SHOWN] = loose_columns(table, _roles_of(columns), _named(entries, config.shown_context))
-    required = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.timestamp}
-    required |= {"request_id": columns.request} if columns.request else {}
-    check_values(engine, raw, table, required | numbers, config.csv.nulls)
-    return checked_labels(engine, raw, table, columns, numbers)
-
-
-def _shown_items(
-    engine: Engine, table: RawTable, entries: Sequence[FeatureConfig], config: IngestConfig
-) -> dict[str, ir.Value]:
-    """The item and its features; with domains in the spelling of the merged events."""
-    item = table.values(config.impressions.item, "id")
-    values = {entry.name: raw_values(engine, table, entry) for entry in entries}
-    if not config.domains:
-        return {"item_id": item, **values}
-    domain = config.impressions.domain
-    multi = {entry.name: entry.multi for entry in entries}
-    text = {name: value.cast("array<string>" if multi[name] else "string") for name, value in values.items()}
-    item = ibis.literal(f"{domain}/") + item.cast("string")
-    return {"item_id": item, "domain_id": ibis.literal(domain), **text}
-
-
-def raw_values(engine: Engine, table: RawTable, entry: ColumnConfig) -> ir.Value:
-    """The column of a feature; text with a separator becomes a list without blanks."""
-    values = table.values(entry.source, kind_of(entry))
-    if not entry.separator:
-        return values
-    parts = engine.split(values, entry.separator)
-    return parts.map(lambda part: part.strip()).filter(lambda part: part != "")
-
-
-def kind_of(entry: ColumnConfig) -> Kind:
-    """What the column of a feature must hold."""
-    return "id" if not entry.multi else ("text" if entry.separator else "ids")
-
-
-def _roles(table: str, columns: EventsConfig | ImpressionsConfig) -> list[Wanted]:
-    roles = [
-        Wanted(f"{table}.user", columns.user, "key"),
-        Wanted(f"{table}.timestamp", columns.timestamp, "time", columns.timestamp_unit),
-    ]
-    return roles + ([Wanted(f"{table}.request", columns.request, "key")] if columns.request else [])
-
-
-def _role_values(table: RawTable, columns: EventsConfig | ImpressionsConfig) -> dict[str, ir.Value]:
-    time = table.values(columns.timestamp, "time")
-    request = table.values(columns.request, "key") if columns.request else time
-    return {"user_id": table.values(columns.user, "key"), "request_id": request, "timestamp": time}
-
-
-def _roles_of(columns: EventsConfig | ImpressionsConfig) -> dict[str, tuple[str, Kind]]:
-    return {
-        "user_id": (columns.user, "key"),
-        "item_id": (columns.item, "id"),
-        "request_id": (columns.request, "key"),
+    entries = {
+        entry.name: entry
+        for entry in config.all_features
+        if entry.name != "item_id"
+        and (entry.side == "candidate" or (entry.side == "both" and entry.source in present))
     }
+    numbers = {
+        f"label_{task}": ColumnNeed(f"impressions.labels: {task}", label.column, "number")
+        for task, label in columns.labels.items()
+    }
+    for name in columns.numeric:
+        numbers[f"numeric_{name}"] = ColumnNeed(f"impressions.numeric: {name}", name, "number")
+    if columns.weight:
+        numbers["weight"] = ColumnNeed("impressions.weight", columns.weight, "number")
+    wanted = _roles("impressions", columns) | numbers
+    wanted |= {name: ColumnNeed.of("features", entry) for name, entry in entries.items()}
+    wanted |= {name: ColumnNeed.of("context", entry) for name, entry in config.impression_context.items()}
+    table = open_files(engine, files, wanted, config, survey)
+    values = {name: table.table[name].cast("float32") for name in numbers}
+    if config.domains:
+        # In the spelling that items have in the merged events.
+        values["item_id"] = ibis.literal(f"{columns.domain}/") + table.table.item_id.cast("string")
+        for name, entry in entries.items():
+            values[name] = table.table[name].cast("array<string>" if entry.multi else "string")
+        values["domain_id"] = ibis.literal(columns.domain)
+    raw = engine.keep(IMPRESSIONS, _with_requests(table.table.mutate(**values)))
+    survey.loose[IMPRESSIONS] = table.loose
+    required = [*_KEYS, *(["request_id"] if columns.request else []), *numbers]
+    check_values(engine, raw, table, required, config.csv.nulls)
+    return _with_labels(engine, raw, table, columns, list(numbers))
 
 
-def _named(entries: Iterable[ColumnConfig], context: Iterable[ColumnConfig]) -> dict[str, ColumnConfig]:
-    return {entry.name: entry for entry in entries} | {f"context_{entry.name}": entry for entry in context}
+def _roles(section: str, columns: RoleColumns) -> dict[str, ColumnNeed]:
+    wanted = {
+        "user_id": ColumnNeed(f"{section}.user", columns.user, "key"),
+        "timestamp": ColumnNeed(f"{section}.timestamp", columns.timestamp, "time", columns.timestamp_unit),
+    }
+    if columns.request:
+        wanted["request_id"] = ColumnNeed(f"{section}.request", columns.request, "key")
+    return wanted | {"item_id": ColumnNeed(f"{section}.item", columns.item, "id")}
 
 
-def loose_columns(
-    table: RawTable, keys: Mapping[str, tuple[str, Kind]], columns: Mapping[str, ColumnConfig]
-) -> set[str]:
-    """The columns of the table that `open_files` read as integers and could have left as text.
-
-    Args:
-        keys: name in the engine's table -> column of the files and what it must hold; columns: of features.
-    """
-    sources = {name: (entry.source, kind_of(entry)) for name, entry in columns.items()} | dict(keys)
-    return {name for name, source in sources.items() if source in table.loose}
-
-
-def wanted_column(section: str, entry: ColumnConfig) -> Wanted:
-    """The column of a feature, for `open_files`."""
-    return Wanted(f"{section}: {entry.name}", entry.source, kind_of(entry))
+def _with_requests(table: ir.Table) -> ir.Table:
+    """Without ids of requests, a user's rows of one second are one request."""
+    return table if "request_id" in table.columns else table.mutate(request_id=table.timestamp)
 
 
 def check_values(
-    engine: Engine, raw: ir.Table, table: RawTable, required: dict[str, str], nulls: Collection[str]
+    engine: Engine, raw: ir.Table, table: RawTable, required: Sequence[str], nulls: Collection[str]
 ) -> None:
-    """Refuses an empty table, nulls and NaN in required columns (name in `raw` -> in the file), odd times.
+    """Refuses an empty table, nulls and NaN in required columns, and times that cannot be.
 
     Args:
         table: the files that `raw` was made of, to name the place of a fault; nulls: their words for nothing.
@@ -197,29 +125,29 @@ def check_values(
     found = engine.rows(raw.aggregate(rows=raw.count(), **times, **sums))[0]
     if not found["rows"]:
         raise DataError("has no rows; ingest needs some", file=table.label)
-    for name, column in required.items():
+    for name in required:
         if count := found[f"bad_{name}"]:
             problem = f"null in {int(count):,} of {found['rows']:,} rows; remove or fill them"
-            raise fault_of(table.files, column, problem, table.label, lambda cell: _is_given(cell, nulls))
+            raise table.fault(name, problem, lambda cell: _is_given(cell, nulls))
     if found["latest"] > _YEAR_5000 or found["earliest"] < 0:
-        raise _odd_time(table, required["timestamp"], int(found["earliest"]), int(found["latest"]))
+        raise _odd_time(table, int(found["earliest"]), int(found["latest"]))
 
 
 def _is_given(cell: object, nulls: Collection[str]) -> bool:
     return cell is not None and cell != "" and cell not in nulls and str(cell).strip().lower() != "nan"
 
 
-def _odd_time(table: RawTable, column: str, earliest: int, latest: int) -> DataError:
+def _odd_time(table: RawTable, earliest: int, latest: int) -> DataError:
     """The error about times that lie before 1970, or so late that they must have another unit."""
-    known = next(one for one in table.columns if one.want.column == column and one.want.kind == "time")
-    unit = known.want.unit
+    column = table.columns["timestamp"]
+    unit = column.need.unit
     if latest <= _YEAR_5000:
         problem = f"{earliest} is before 1970; remove or mend such rows"
-    elif known.has_own_unit:
+    elif column.has_own_unit:
         problem = f"{latest} unix seconds lie after the year 5000; mend how the column is written"
     else:
         others = [f'"{one}"' for one in UNITS if UNITS[one] > UNITS[unit]]
-        key = f"{known.want.key}_unit"
+        key = f"{column.need.key}_unit"
         problem = f"{latest} is too large for unix seconds"
         problem += f' ({key} = "{unit}" was counted in)' if unit != "s" else ""
         problem += f"; set {key} = {' or '.join(others)}" if others else "; mend such rows"
@@ -228,4 +156,73 @@ def _odd_time(table: RawTable, column: str, earliest: int, latest: int) -> DataE
         number = number_of(cell)
         return number is None or 0 <= number / UNITS[unit] <= _YEAR_5000
 
-    return fault_of(table.files, column, problem, table.label, fits)
+    return table.fault("timestamp", problem, fits)
+
+
+def _with_labels(
+    engine: Engine, raw: ir.Table, table: RawTable, columns: ImpressionsConfig, numbers: Sequence[str]
+) -> ir.Table:
+    """The impressions with labels of 0 to 1; what training would refuse is refused here.
+
+    Args:
+        raw: its numbers are neither null nor NaN; table: the files that it was made of.
+        numbers: label_*, numeric_* and weight.
+
+    Raises:
+        DataError: a number is infinite, a weight negative, or a label not of its declared kind.
+    """
+    labels = {f"label_{task}": label for task, label in columns.labels.items()}
+    sums: dict[str, ir.Value] = {"_rows": raw.count()}
+    for name in numbers:
+        value = raw[name]
+        sums |= {f"_least_{name}": value.min(), f"_most_{name}": value.max()}
+        if name in labels and labels[name].positive_from is None:
+            sums[f"_odd_{name}"] = _odd(value, labels[name]).cast("int64").sum()
+    found = engine.rows(raw.aggregate(**sums))[0]
+    for name in numbers:
+        least, most = (float(found[f"_{end}_{name}"]) for end in ("least", "most"))
+        if max(abs(least), abs(most)) == float("inf"):
+            problem = f"holds infinity ({least:g} to {most:g}); remove or mend such rows"
+            raise table.fault(name, problem, lambda cell: abs(number_of(cell) or 0) < float("inf"))
+        if name == "weight" and least < 0:
+            problem = f"{least:g} is negative, and a weight is at least 0; mend or leave out such rows"
+            raise table.fault(name, problem, lambda cell: (number_of(cell) or 0) >= 0)
+        if odd := int(found.get(f"_odd_{name}", 0)):
+            share = f"{odd:,} of {int(found['_rows']):,} rows"
+            label = labels[name]
+            problem = _label_problem(name.removeprefix("label_"), label, f"{least:g} to {most:g}", share)
+            raise table.fault(name, problem, _is_binary if label.kind == "binary" else _is_probability)
+    return raw.mutate(**{name: _label(raw[name], label) for name, label in labels.items()})
+
+
+def _is_binary(cell: object) -> bool:
+    return (number_of(cell) or 0) in (0, 1)
+
+
+def _is_probability(cell: object) -> bool:
+    return 0 <= (number_of(cell) or 0) <= 1
+
+
+def _odd(value: ir.Value, label: LabelConfig) -> ir.BooleanValue:
+    if label.kind == "binary":
+        return (value != 0) & (value != 1)
+    return (value < 0) | (value > 1)
+
+
+def _label_problem(task: str, label: LabelConfig, span: str, share: str) -> str:
+    key = f"impressions.labels.{task}"
+    positive = f'{key} = {{ column = "{label.column}", positive_from = NUMBER }}'
+    if label.kind == "probability":
+        return f"holds {span}, but {key} is a probability, 0 to 1 ({share} are outside); say {positive}"
+    probable = f'{key} = {{ column = "{label.column}", kind = "probability" }}'
+    return (
+        f"holds {span}, but {key} is binary, 0 or 1 ({share} are neither): "
+        f"say from which number on a row is positive, {positive}, or, where all lie in 0 to 1, {probable}"
+    )
+
+
+def _label(value: ir.Value, label: LabelConfig) -> ir.Value:
+    if label.positive_from is None:
+        return value
+    # As a 32-bit number, like the column: 4.1 is not at least the 64-bit 4.1.
+    return (value >= ibis.literal(label.positive_from).cast("float32")).cast("float32")

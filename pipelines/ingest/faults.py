@@ -1,16 +1,31 @@
-"""Finds the place of a fault in the raw files, once an engine has met one."""
+"""Faults of the raw tables and of the engine's work: the place of a cell that does not fit, and what an
+engine's message asks the user to do."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow.parquet as pq
 
-from embeddings.errors import DataError
+from embeddings.errors import ConfigError, DataError, TandemError
 from pipelines.ingest.columns import Column
 from pipelines.ingest.files import RawFile, open_text
 
+_MEMORY = re.compile(r"^Out of Memory Error|OutOfMemory|GC overhead limit", re.IGNORECASE)
+_DISK = re.compile(r"No space left|offload data block|max_temp_directory_size|Disk quota|database is full")
+_FILE = re.compile(
+    r"^(IO|Permission|HTTP) Error|IOException|FileNotFound|FAILED_READ_FILE"
+    r"|Failed to read file|decompress|TProtocolException",
+    re.IGNORECASE,
+)
+_VALUE = re.compile(
+    r"^(Conversion|Invalid Input|Out of Range|Mismatch Type|Type|Invalid type|Constraint|Serialization) Error"
+    r"|CAST_|MALFORMED|OVERFLOW|NumberFormat|DateTimeException|ArithmeticException|BadRecord",
+    re.IGNORECASE,
+)
+_OURS = re.compile(r"^(INTERNAL|FATAL|Parser|Syntax) Error|^\[INTERNAL_ERROR", re.IGNORECASE)
 _HINTS = {
     "number": "a number, true or false; mend the cell",
     "label": "a number; for a label write 0 and 1, or true and false",
@@ -22,16 +37,16 @@ _HINTS = {
 
 def bad_cell(files: Sequence[RawFile], column: Column, cell: str, count: int) -> DataError:
     """The error about `count` cells of a column, with the place of one of them."""
-    want = column.want
-    problem = f"{cell!r} is not {_HINTS['label' if want.is_label else want.kind]}"
+    need = column.need
+    problem = f"{cell!r} is not {_HINTS['label' if need.is_label else need.kind]}"
     if count > 1:
         problem += f" ({count:,} such cells)"
     for file in files:
-        for row, value in _cells(file, want.column):
+        for row, value in _cells(file, need.column):
             if _same(value, cell):
-                return DataError(f"{_unit(file)} {row}: {problem}", file=file.path, column=want.column)
+                return DataError(f"{_unit(file)} {row}: {problem}", file=file.path, column=need.column)
     more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-    return DataError(problem, file=f"{files[0].path}{more}", column=want.column)
+    return DataError(problem, file=f"{files[0].path}{more}", column=need.column)
 
 
 def fault_of(
@@ -125,3 +140,31 @@ def check_rows(files: Sequence[RawFile]) -> None:
             ) from error
         except (csv.Error, OSError, EOFError) as error:
             raise DataError(f"after line {line}: {error}; mend the line", file=file.path) from error
+
+
+def explain(text: str) -> TandemError | None:
+    """An engine's error for the user; None where neither data nor machine can be at fault, but this code."""
+    line = _line(text)
+    if _OURS.search(line):
+        return None
+    if _DISK.search(text):
+        problem = "the disk under --out has no room for the tables between two steps"
+        return DataError(f"{problem}: {line}; free some, or write to another disk")
+    if _MEMORY.search(line):
+        problem = f"raise engine.memory_limit or engine.buckets ({line})"
+        return ConfigError(f"engine.memory_limit is too small for these tables: {problem}")
+    if _FILE.search(line):
+        return DataError(f"the engine cannot read or write a file: {line}; mend that, and ingest again")
+    if _VALUE.search(line):
+        problem = f"the tables hold a value that does not fit its column: {line}"
+        return DataError(f"{problem}; mend it, or name the column in text_columns")
+    problem = f"the engine cannot work with these tables: {line}"
+    return DataError(f"{problem}; look at the names and types of their columns")
+
+
+def _line(text: str) -> str:
+    """The one line of a message that says something: of a Java trace the last cause."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
+    called = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
+    return (causes[-1:] or called or lines or ["no reason given"])[0]

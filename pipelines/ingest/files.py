@@ -37,7 +37,7 @@ _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
-class FoundFiles:
+class RawFiles:
     """The exact files of one table, in the order of their names, and what was left out on the way."""
 
     what: str
@@ -73,7 +73,7 @@ class RawFile:
     folders: Mapping[str, str | None] = field(default_factory=dict)
 
 
-def find_files(patterns: Files, what: str) -> FoundFiles:
+def find_files(patterns: Files, what: str) -> RawFiles:
     """The files that paths, folders and patterns such as `logs/*.parquet` name.
 
     A file that is named twice, by two spellings or through a link, is one file. Files whose name begins with
@@ -98,7 +98,7 @@ def find_files(patterns: Files, what: str) -> FoundFiles:
     if len({_is_text(path) for path in files}) > 1:
         odd = next(path for path in files if _is_text(path) != _is_text(files[0]))
         raise DataError(f"Parquet and CSV are mixed in the {what}; convert one to the other", file=odd)
-    return FoundFiles(what, files, tuple(notes))
+    return RawFiles(what, files, tuple(notes))
 
 
 def _named(pattern: Path | str, what: str, skipped: list[Path]) -> list[Path]:

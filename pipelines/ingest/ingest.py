@@ -1,8 +1,8 @@
-"""Raw events -> sequence log.
+"""Raw events become a sequence log: this file tells it from top to bottom.
 
 The relational part is one chain of Ibis tables, run by DuckDB or by Spark:
 
-    events -> vocabularies -> encoded events -> requests -> candidates -> rows -> Parquet
+    raw tables -> vocabularies -> encoded tables -> requests -> candidates -> rows -> Parquet
 
 Vocabularies come from all events, and negatives are drawn from all of them; `users` only limits whose
 requests are written, so a trial log is a part of the full one. Everything random is a seeded hash of ids.
@@ -11,82 +11,69 @@ requests are written, so a trial log is a part of the full one. Everything rando
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.ingest.alone import lone_predictors
-from pipelines.ingest.attributes import item_attributes, with_attributes
 from pipelines.ingest.config import IngestConfig, load_ingest_config
 from pipelines.ingest.domains import open_domains
-from pipelines.ingest.encode import (
-    bucketed,
-    kept_requests,
-    offers,
-    timed_requests,
-    trial_users,
-)
-from pipelines.ingest.encoding import encode, narrow
+from pipelines.ingest.encode import encode, in_buckets, narrow
 from pipelines.ingest.engine import Engine, connect, count_rows
-from pipelines.ingest.events import EVENTS, RAW_TABLES, SHOWN, open_events, open_impressions
+from pipelines.ingest.events import EVENTS, IMPRESSIONS, RAW_TABLES, open_events, open_impressions
 from pipelines.ingest.files import Files, find_files
 from pipelines.ingest.names import NUMBERED, agree, with_numbers
-from pipelines.ingest.negatives import past_events
-from pipelines.ingest.preview import preview_lines
-from pipelines.ingest.protocols import impressions, leave_last, next_basket, time_split
-from pipelines.ingest.protocols.protocol import Past, RequestProtocol, Tables
-from pipelines.ingest.remarks import Span, remarks, unused_settings
-from pipelines.ingest.report import (
-    Asked,
-    Counts,
-    full_report,
-    new_positives,
-    report_lines,
+from pipelines.ingest.protocols.protocol import Tables
+from pipelines.ingest.remarks import Span, lone_predictors, remarks, unused_settings
+from pipelines.ingest.report import Counts, full_report, preview_lines, report_lines
+from pipelines.ingest.requests import make_requests
+from pipelines.ingest.rows import BlockWriter, auto_buckets
+from pipelines.ingest.side_tables import (
+    DESCRIBED,
+    ITEMS,
+    USERS,
+    open_side_tables,
+    with_ids_only,
+    with_items,
 )
-from pipelines.ingest.rows import BlockWriter, auto_buckets, draw_groups
-from pipelines.ingest.side_tables import DESCRIBED, SideTables, open_side_tables
-from pipelines.ingest.sources import Seen, unread_settings
-from pipelines.ingest.vocabulary import Older, Vocabulary, build, column_shapes, older_vocabularies
-from pipelines.ingest.vocabulary import write as write_vocabularies
-from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo, arrow_schema
+from pipelines.ingest.sources import Survey, unread_settings
+from pipelines.ingest.vocabulary import (
+    OlderVocabulary,
+    Vocabulary,
+    build,
+    column_shapes,
+    older_vocabularies,
+    write,
+)
+from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
 from trainer.sealed_folder import remove_folder
 
 __all__ = ["IngestConfig", "ingest", "load_ingest_config", "preview", "report_lines"]
 
 SPLITS = ("train", "validation", "test")
-PROTOCOLS = {
-    "next-basket": RequestProtocol(next_basket.requests, next_basket.candidates),
-    "impressions": RequestProtocol(impressions.requests, impressions.candidates),
-    "leave-last": RequestProtocol(leave_last.requests, leave_last.one_positive),
-    "time-split": RequestProtocol(time_split.requests, time_split.one_positive),
-}
 
 
 @dataclass(frozen=True)
-class Raw:
-    """The checked raw tables, and `source`: all files of events, for an error about all of them."""
+class OpenTables:
+    """The checked raw tables, by the names under which the engine keeps them; the events are the first.
 
-    events: ir.Table
-    shown: ir.Table | None
-    source: str | None
-    seen: Seen
-    side: SideTables
+    Attributes:
+        source: all files of events, for an error about all of them.
+        duplicates: events that more than one domain had.
+    """
+
+    tables: dict[str, ir.Table]
+    survey: Survey
+    source: str | None = None
     duplicates: int = 0
 
-    @property
-    def by_name(self) -> dict[str, ir.Table]:
-        """Events and impressions by the names under which the engine keeps them."""
-        return {EVENTS: self.events} | ({} if self.shown is None else {SHOWN: self.shown})
-
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedTables:
     """The tables of the protocols, and what the log says of their ids."""
 
     tables: Tables
@@ -128,7 +115,7 @@ def ingest(
         runner = connect(engine, config.engine, spill)
         try:
             older = older_vocabularies(runner, config)
-            raw = _open(runner, events, impressions, config, Seen())
+            raw = _open(runner, events, impressions, config, Survey())
             manifest = _write_log(runner, raw, older, root, config)
         finally:
             runner.close()
@@ -154,15 +141,15 @@ def preview(
         ConfigError, DataError: as `ingest`, as far as the raw tables are concerned.
     """
     _check_inputs(events, impressions, config)
-    seen = Seen(measured=True)
+    survey = Survey(measured=True)
     with tempfile.TemporaryDirectory() as folder:
         runner = connect(engine, config.engine, Path(folder) / "spill")
         try:
             older = older_vocabularies(runner, config)
-            raw = _open(runner, events, impressions, config, seen)
-            _agreed(raw, older)
+            raw = _open(runner, events, impressions, config, survey)
+            agree(raw.tables, older, survey)
         finally:
-            for line in preview_lines(seen):
+            for line in preview_lines(survey):
                 say(line)
             runner.close()
 
@@ -174,183 +161,132 @@ def _check_inputs(events: Files | None, impressions: Files | None, config: Inges
             if events
             else "no events: name them with --events, or in [[domains]]"
         )
-    if bool(impressions) != (config.protocol == "impressions"):
+    if bool(impressions) != config.request_protocol.reads_impressions:
         raise ConfigError(
             f"protocol {config.protocol} uses no impressions: leave --impressions out"
             if impressions
-            else 'protocol "impressions" needs the table of impressions: add --impressions FILE'
+            else f'protocol "{config.protocol}" needs the table of impressions: add --impressions FILE'
         )
 
 
 def _open(
-    engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig, seen: Seen
-) -> Raw:
-    shown, side = None, open_side_tables(engine, config, seen)
+    engine: Engine, events: Files | None, impressions: Files | None, config: IngestConfig, survey: Survey
+) -> OpenTables:
+    side, shown, source, duplicates = open_side_tables(engine, config, survey), {}, None, 0
     if impressions:
-        shown = open_impressions(engine, find_files(impressions, "impressions"), config, seen)
+        files = find_files(impressions, "impressions")
+        shown = {IMPRESSIONS: open_impressions(engine, files, config, survey)}
     if events:
         files = find_files(events, "raw events")
-        table = open_events(engine, files, config, seen, side.features)
-        raw = Raw(table, shown, files.label, seen, side)
+        given = side[ITEMS].columns if ITEMS in side else ()
+        table, source = open_events(engine, files, config, survey, given), files.label
     else:
-        table, duplicates = open_domains(engine, config, seen)
-        raw = Raw(table, shown, None, seen, side, duplicates)
-    seen.notes += unread_settings(config, seen)
-    return raw
-
-
-def _agreed(raw: Raw, older: Mapping[str, Older]) -> dict[str, ir.Table]:
-    """All raw tables by their names, with columns of one type."""
-    return agree(raw.by_name | raw.side.by_name, older, raw.seen)
+        table, duplicates = open_domains(engine, config, survey)
+    survey.notes += unread_settings(config, survey)
+    return OpenTables({EVENTS: table, **shown, **side}, survey, source, duplicates)
 
 
 def _write_log(
-    engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
+    engine: Engine, raw: OpenTables, older: Mapping[str, OlderVocabulary], root: Path, config: IngestConfig
 ) -> LogManifest:
-    tables, named = with_numbers(engine, _agreed(raw, older), older, root, raw.source, config)
-    side = raw.side.of(tables)
-    events = side.beside(engine, tables[EVENTS])
-    raw = replace(raw, events=events, shown=tables.get(SHOWN), side=side)
+    tables = agree(raw.tables, older, raw.survey)
+    tables, named = with_numbers(engine, tables, older, root, raw.source, config)
+    if ITEMS in tables:
+        tables[EVENTS] = with_items(engine, tables[EVENTS], tables[ITEMS], config)
+    raw, shows = replace(raw, tables=tables), IMPRESSIONS in tables
     if config.vocabulary.log and "user_id" in named and "user_id" not in older:
         note = "users are text here and integers in the older log: one number is two users in the two logs"
-        raw.seen.notes.append(note)
-    times = {"events": Span.of(engine, raw.events)}
-    if raw.shown is not None:
-        times["impressions"] = Span.of(engine, raw.shown)
+        raw.survey.notes.append(note)
+    times = {
+        name.removeprefix("raw_"): Span.of(engine, tables[name]) for name in RAW_TABLES if name in tables
+    }
     _check_dates(times, raw, config)
     encoded = _encode(engine, raw, older, root, config)
-    asked = _requests(engine, encoded, config)
-    splits = _write_splits(engine, encoded, asked.offered, root, config)
+    requests = make_requests(engine, encoded.tables, encoded.events, encoded.buckets, config)
+    manifest = LogManifest(
+        features=encoded.features,
+        context=encoded.context,
+        numeric=list(config.impressions.numeric) if shows else [],
+        weighted=shows and bool(config.impressions.weight),
+        tasks=list(config.tasks),
+        taxonomy=list(config.events.levels),
+        named=named,
+        columns=raw.survey.columns,
+        notes=raw.survey.notes,
+        splits={},
+        ingest=config.model_dump(mode="json"),
+        report={},
+    )
+    splits = _write_splits(engine, encoded, requests.offers, manifest, root, config)
     if not any(info.rows for info in splits.values()):
-        problem = f"no request has {config.requests.min_history} earlier events; lower requests.min_history"
-        if config.protocol == "leave-last":
-            problem = f"no user has {config.requests.min_events} events; lower requests.min_events"
-        if raw.shown is not None:
+        problem = config.request_protocol.without_requests(config)
+        if shows:
             problem += f" (the events are {times['events']}, the impressions {times['impressions']})"
         raise DataError(problem, file=raw.source)
     new = {name: made.new for name, made in encoded.vocabularies.items() if made.new}
-    counts = Counts(encoded.tables, asked, splits, raw.duplicates, new, times)
+    counts = Counts(encoded.tables, requests, splits, raw.duplicates, new, times)
     report = full_report(engine, counts, config)
     report |= remarks(engine, encoded.tables, encoded.buckets, config) | {
         "unused_settings": unused_settings(config),
-        "predicts_alone": lone_predictors(engine, asked.offered, config),
+        "predicts_alone": lone_predictors(engine, requests.offers, config),
     }
-    return LogManifest(
-        features=encoded.features,
-        context=encoded.context,
-        numeric=list(config.impressions.numeric) if raw.shown is not None else [],
-        weighted=raw.shown is not None and bool(config.impressions.weight),
-        tasks=list(config.tasks),
-        taxonomy=[name for name in config.events.features if name != "item_id"],
-        named=named,
-        columns=raw.seen.columns,
-        notes=raw.seen.notes,
-        splits=splits,
-        ingest=config.model_dump(mode="json"),
-        report=report,
-    )
+    return manifest.model_copy(update={"splits": splits, "report": report})
 
 
-def _check_dates(times: Mapping[str, Span], raw: Raw, config: IngestConfig) -> None:
+def _check_dates(times: Mapping[str, Span], raw: OpenTables, config: IngestConfig) -> None:
     """Drawn candidates are those of events: without one before validation there is nothing to train on."""
-    if (
-        config.split is None
-        or config.protocol == "impressions"
-        or times["events"].first < config.split.validation_start
-    ):
+    span, draws = times["events"], config.request_protocol.draws_negatives
+    if config.split is None or not draws or span.first < config.split.validation_start:
         return
-    day, span = config.split.validation, times["events"]
+    day = config.split.validation
     problem = f"no event before split.validation ({day}), they are {span}; move that date"
     raise DataError(problem, file=raw.source, column=config.events.timestamp)
 
 
-def _requests(engine: Engine, encoded: Encoded, config: IngestConfig) -> Asked:
-    """The requests and what they offer: each made for some users at a time."""
-    protocol, tables, buckets = PROTOCOLS[config.protocol], encoded.tables, encoded.buckets
-    attributes = item_attributes(engine, tables, config, buckets)
-    if config.protocol != "impressions":
-        past = {
-            name: engine.keep(f"past_{name}", table)
-            for name, table in vars(past_events(tables.events)).items()
-        }
-        tables = replace(tables, past=Past(**past))
-    users = None
-    if config.users:
-        users = engine.keep("users", trial_users(protocol.requests(tables, config), config))
-    for bucket in range(buckets):
-        part = tables.of_buckets(bucket, bucket + 1)
-        found = timed_requests(part, protocol.requests(part, config), users, config)
-        found = engine.append("requests", found.mutate(bucket=ibis.literal(bucket).cast("int64")))
-        found = found.filter(found.bucket == bucket)
-        asked = engine.append("asked", kept_requests(found, config))
-    total = count_rows(engine, asked)
-    groups, new = draw_groups(total, encoded.events, buckets, config), Counter[str]()
-    for group in range(groups):
-        first, end = (buckets * edge // groups for edge in (group, group + 1))
-        some = asked.filter((asked.bucket >= first) & (asked.bucket < end))
-        drawn = protocol.candidates(tables.of_buckets(first, end), some.drop("bucket"), config)
-        candidates = engine.keep("candidates", drawn)
-        if tables.past is not None:
-            new.update(new_positives(engine, candidates, some, tables.past, config))
-        full = with_attributes(engine, attributes, candidates, some, group)
-        offered = engine.append("offers", offers(some, full, config))
-    for name in ("candidates", "past_numbered", "past_seconds"):
-        engine.drop(name)
-    return Asked(engine.table("requests"), asked, offered, attributes, new)
-
-
-def _write_splits(
-    engine: Engine, encoded: Encoded, offered: ir.Table, root: Path, config: IngestConfig
-) -> dict[str, SplitInfo]:
-    shows = config.protocol == "impressions"
-    schema = arrow_schema(
-        encoded.features,
-        config.tasks,
-        context=encoded.context,
-        numeric=config.impressions.numeric if shows else (),
-        weighted=shows and bool(config.impressions.weight),
-    )
-    layout = (config.files.rows_per_group, config.files.rows_per_file)
-    known = {name: made.rows for name, made in encoded.vocabularies.items() if made.rows is not None}
-    spill = root / "spill"
-    writer = BlockWriter(engine, encoded.tables.events, offered, config, encoded.buckets, spill, known)
-    writer.prepare()
-    return {split: write_split(writer.rows(split), root, split, schema, layout) for split in SPLITS}
-
-
 def _encode(
-    engine: Engine, raw: Raw, older: Mapping[str, Older], root: Path, config: IngestConfig
-) -> Encoded:
+    engine: Engine, raw: OpenTables, older: Mapping[str, OlderVocabulary], root: Path, config: IngestConfig
+) -> EncodedTables:
     """Writes the vocabularies and gives the tables in their ids."""
-    multi = {name: shape[0] for name, shape in column_shapes(config).items()}
-    made = {name: build(engine, name, _sources(engine, raw, name), older.get(name), config) for name in multi}
-    infos = write_vocabularies(engine, made, root, config)
-    words = {name: vocabulary.words for name, vocabulary in made.items()}
-    coded = {name: multi[name] for name in raw.events.columns if name in multi}
-    total = count_rows(engine, raw.events)
+    cutoff = config.split.validation_start if config.split else None
+    vocabularies, infos, multi = {}, {}, {}
+    for name, (multi[name], side) in column_shapes(config).items():
+        sources = _sources(engine, raw, name)
+        vocabularies[name] = build(
+            engine,
+            name,
+            sources,
+            older.get(name),
+            multi=multi[name],
+            cutoff=cutoff,
+            extend=config.vocabulary.extend,
+        )
+        infos[name] = write(engine, name, vocabularies[name], root, multi[name], side)
+    words = {name: vocabulary.words for name, vocabulary in vocabularies.items()}
+    total = count_rows(engine, raw.tables[EVENTS])
     buckets = auto_buckets(total, config) if engine.bounded else 1
-
-    def in_buckets(table: ir.Table) -> ir.Table:
-        return bucketed(table, buckets, config.seed)
-
-    events = encode(engine, "encoded", raw.events, coded, words, in_buckets)
-    shown = None
-    if raw.shown is not None:
-        coded = {name: multi[name] for name in raw.shown.columns if name in multi}
-        shown = encode(engine, "shown", raw.shown, coded, words, in_buckets)
-    items, users = raw.side.encoded(engine, multi, words)
-    for name in (*RAW_TABLES, *raw.side.by_name, *NUMBERED, DESCRIBED):
+    finish: Callable[[ir.Table], ir.Table] = partial(in_buckets, buckets=buckets, seed=config.seed)
+    encoded = {}
+    for name, table in raw.tables.items():
+        coded = {column: multi[column] for column in table.columns if column in multi}
+        beside = name not in RAW_TABLES
+        given = table.drop("timestamp") if beside else table
+        last = with_ids_only if beside else finish
+        encoded[name] = encode(engine, f"encoded_{name}", given, coded, words, last)
+    for name in (*raw.tables, *NUMBERED, DESCRIBED):
         engine.drop(name)
+    tables = Tables(
+        encoded[EVENTS], encoded.get(IMPRESSIONS), items=encoded.get(ITEMS), users=encoded.get(USERS)
+    )
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
-    return Encoded(Tables(events, shown, items=items, users=users), features, context, total, buckets, made)
+    return EncodedTables(tables, features, context, total, buckets, vocabularies)
 
 
-def _sources(engine: Engine, raw: Raw, name: str) -> list[ir.Table]:
+def _sources(engine: Engine, raw: OpenTables, name: str) -> list[ir.Table]:
     """The column of the tables that have it, with the time; the events first."""
     # The log says nothing of items that no event and no impression has.
-    tables = raw.by_name | (raw.side.by_name if name != "item_id" else {})
-    sources = {key: table for key, table in tables.items() if name in table.columns}
+    keys = RAW_TABLES if name == "item_id" else tuple(raw.tables)
+    sources = {key: raw.tables[key] for key in keys if key in raw.tables and name in raw.tables[key].columns}
     kinds: dict[str, str] = {}
     for key, table in sources.items():
         kinds.setdefault(str(table[name].type()), key.removeprefix("raw_"))
@@ -358,3 +294,19 @@ def _sources(engine: Engine, raw: Raw, name: str) -> list[ir.Table]:
         told = " and ".join(f"{kind} in the {key}" for kind, key in kinds.items())
         raise DataError(f"{name} is {told}; cast one of them", file=raw.source)
     return [narrow(engine, table, (name, "timestamp")) for table in sources.values()]
+
+
+def _write_splits(
+    engine: Engine,
+    encoded: EncodedTables,
+    offered: ir.Table,
+    manifest: LogManifest,
+    root: Path,
+    config: IngestConfig,
+) -> dict[str, SplitInfo]:
+    layout = (config.files.rows_per_group, config.files.rows_per_file)
+    known = {name: made.rows for name, made in encoded.vocabularies.items() if made.rows is not None}
+    spill, schema = root / "spill", schema_of(manifest)
+    writer = BlockWriter(engine, encoded.tables.events, offered, config, encoded.buckets, spill, known)
+    writer.prepare()
+    return {split: write_split(writer.rows(split), root, split, schema, layout) for split in SPLITS}

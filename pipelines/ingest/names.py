@@ -14,18 +14,19 @@ from ibis.expr import types as ir
 
 from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.encode import counted
 from pipelines.ingest.engine import Engine
-from pipelines.ingest.events import EVENTS, SHOWN
-from pipelines.ingest.sources import Seen
-from pipelines.ingest.vocabulary import Older, continued, write_words
+from pipelines.ingest.events import EVENTS, IMPRESSIONS
+from pipelines.ingest.sources import Survey
+from pipelines.ingest.vocabulary import OlderVocabulary, build, write
 from trainer.log.schema import FeatureInfo
 
 NAMES = ("user_id", "request_id")
 NUMBERED = _EVENTS, _SHOWN = ("numbered_events", "numbered_impressions")
 
 
-def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], seen: Seen) -> dict[str, ir.Table]:
+def agree(
+    tables: Mapping[str, ir.Table], older: Mapping[str, OlderVocabulary], survey: Survey
+) -> dict[str, ir.Table]:
     """The tables with columns of one type: where one holds text, integers of CSV are text as well.
 
     Such a column was read as integers because each of its cells is the plain spelling of one, so that nothing
@@ -35,8 +36,8 @@ def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], seen: Seen
         tables: by the names under which the engine keeps them.
     """
     given = dict(tables)
-    loose = {name: seen.loose.get(name, set()) for name in given}
-    loose[EVENTS] = loose[EVENTS] | seen.loose.get("trajectories", set())
+    loose = {name: survey.loose.get(name, set()) for name in given}
+    loose[EVENTS] = loose[EVENTS] | survey.loose.get("trajectories", set())
     for column in dict.fromkeys(name for table in given.values() for name in table.columns):
         having = [name for name, table in given.items() if column in table.columns]
         old = older.get(column)
@@ -47,14 +48,16 @@ def agree(tables: Mapping[str, ir.Table], older: Mapping[str, Older], seen: Seen
         for name in having:
             if column in loose[name] and given[name][column].type().is_integer():
                 given[name] = given[name].mutate(**{column: given[name][column].cast("string")})
-                seen.notes.append(f"{column} of the {name.removeprefix('raw_')} is text, as it is elsewhere")
+                survey.notes.append(
+                    f"{column} of the {name.removeprefix('raw_')} is text, as it is elsewhere"
+                )
     return given
 
 
 def with_numbers(
     engine: Engine,
     tables: Mapping[str, ir.Table],
-    older: Mapping[str, Older],
+    older: Mapping[str, OlderVocabulary],
     root: Path,
     source: str | None,
     config: IngestConfig,
@@ -69,7 +72,7 @@ def with_numbers(
     """
     given = dict(tables)
     events = given[EVENTS]
-    if config.protocol != "next-basket" and events.request_id.type().is_string():
+    if not config.request_protocol.reads_request_ids and events.request_id.type().is_string():
         # Nothing reads these: a request is an impression, an event or a second.
         asked = ibis.ifelse(events.request_id.notnull(), events.timestamp, ibis.null("int64"))
         given[EVENTS] = events.mutate(request_id=asked)
@@ -80,19 +83,19 @@ def with_numbers(
         _check(name, text, having, older.get(name), source)
         if not text:
             continue
-        sources = [given[key] for key in (EVENTS, SHOWN) if key in text]
-        words = continued(engine, name, counted(name, False, sources, None), older.get(name))
-        words = engine.keep(f"vocabulary_{name}", words)
-        rows, digest = write_words(engine, name, words, root)
-        infos[name] = FeatureInfo(rows=rows, vocabulary=digest)
-        given |= {key: _numbered(given[key], name, words) for key in text}
+        sources = [given[key] for key in (EVENTS, IMPRESSIONS) if key in text]
+        vocabulary = build(engine, name, sources, older.get(name))
+        infos[name] = write(engine, name, vocabulary, root)
+        given |= {key: _numbered(given[key], name, vocabulary.words) for key in text}
     if infos:
-        kept = {EVENTS: _EVENTS, SHOWN: _SHOWN}
+        kept = {EVENTS: _EVENTS, IMPRESSIONS: _SHOWN}
         given |= {key: engine.keep(name, given[key]) for key, name in kept.items() if key in given}
     return given, infos
 
 
-def _check(name: str, text: set[str], tables: set[str], older: Older | None, source: str | None) -> None:
+def _check(
+    name: str, text: set[str], tables: set[str], older: OlderVocabulary | None, source: str | None
+) -> None:
     column = name.removesuffix("_id")
     if name == "user_id" and text and text != tables:
         some, other = (min(names).removeprefix("raw_") for names in (text, tables - text))

@@ -8,7 +8,6 @@ import ibis
 from ibis.expr import types as ir
 
 _HEX = "0123456789abcdef"
-_DIGITS = 12  # 48 bits: far above any row count, and no overflow of a signed 64-bit integer
 
 
 def digest(seed: int, purpose: str, *columns: ir.Value) -> ir.StringValue:
@@ -21,10 +20,13 @@ def digest(seed: int, purpose: str, *columns: ir.Value) -> ir.StringValue:
     return (ibis.literal(f"{seed}/{purpose}/") + joined).hexdigest("md5")
 
 
-def number(seed: int, purpose: str, *columns: ir.Value) -> ir.IntegerValue:
-    """An integer drawn uniformly from [0, 2**48); modulo n it is uniform up to a bias of n / 2**48."""
+def number(seed: int, purpose: str, *columns: ir.Value, digits: int = 12) -> ir.IntegerValue:
+    """An integer drawn uniformly from [0, 16**digits); modulo n it is uniform up to a bias of n / 16**digits.
+
+    12 digits are 48 bits: far above any row count, and no overflow of a signed 64-bit integer.
+    """
     text = digest(seed, purpose, *columns)
     # Reading digit by digit is slower than casting "0x...", but that cast is DuckDB's alone.
-    digits = [ibis.literal(_HEX).find(text.substr(place, 1)) for place in range(_DIGITS)]
+    values = [ibis.literal(_HEX).find(text.substr(place, 1)) for place in range(digits)]
     # Ibis takes a found place for 64 bits wide, but Spark's has 32: the zero makes it so.
-    return reduce(lambda value, digit: value * 16 + digit, digits, ibis.literal(0).cast("int64"))
+    return reduce(lambda value, digit: value * 16 + digit, values, ibis.literal(0).cast("int64"))

@@ -1,22 +1,48 @@
-"""What of the raw tables was not used, was there twice, or contradicts itself: counted, and said once."""
+"""What is odd about the raw tables, counted, with one line for each.
+
+They may hold rows that nobody uses, that are there twice or that contradict one another. A column may predict
+a label all alone: most often it holds the answer, which was known only after the request.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import reduce
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from ibis.expr import types as ir
 
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
+from pipelines.ingest.portable_hash import digest
 from pipelines.ingest.protocols.protocol import REQUEST, Tables
+from pipelines.ingest.protocols.table import PROTOCOLS
+from pipelines.ingest.sections import RequestsConfig
 from trainer.log.schema import LogManifest
+from trainer.quality.ranking import auc
 
-_DAY = 86_400
+_SHARED_SETTINGS = {"min_history", "per_user", "new_items"}  # of [requests]: every protocol reads them
+_WORDS = {
+    "repeated_events": "equal in all that is used; kept, as several events of one second",
+    "repeated_impressions": "an item twice in one request; kept, as two candidates",
+    "repeated_impressions_with_other_labels": "the item is offered with both labels",
+    "requests_of_several_times_or_contexts": "the earliest time and the largest context count",
+    "impressions_of_users_without_events": "their history is empty",
+    "items_that_the_item_table_lacks": "their features are unknown",
+    "users_that_the_user_table_lacks": "their context is unknown",
+    "impressions_of_items_without_events": "what the events would say of these items is unknown",
+}
+_ROWS = 40_000  # candidates in which lone predictors are looked for
+_EACH = 10  # positives and negatives of the half that measures, at least
+_TOO_GOOD = 0.99
+Values = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -47,23 +73,14 @@ class Span:
 
 def unused_settings(config: IngestConfig) -> list[str]:
     """The settings that were given, though the protocol has no use for them."""
-    protocol = config.protocol
-    users: dict[str, tuple[str, ...]] = {
-        "positives": ("next-basket",),
-        "negatives": ("next-basket", "leave-last", "time-split"),
-        "exclude": ("time-split",),
-        "min_events": ("leave-last",),
-        "distances": ("leave-last",),
-    }
-    given = config.requests.model_fields_set
-    found = [f"requests.{name}" for name, known in users.items() if name in given and protocol not in known]
-    if protocol == "impressions":
-        found += ["task"] if "task" in config.model_fields_set else []
-    elif "impressions" in config.model_fields_set:
-        found.append("impressions")
-    if "request" in config.events.model_fields_set and config.events.request and protocol != "next-basket":
-        found.append("events.request")
-    return found
+    protocol, given = config.request_protocol, config.requests.model_fields_set
+    known = protocol.settings | _SHARED_SETTINGS
+    unused = [f"requests.{name}" for name in RequestsConfig.model_fields if name in given - known]
+    other = "task" if protocol.reads_impressions else "impressions"
+    unused += [other] if other in config.model_fields_set else []
+    if config.events.request and not protocol.reads_request_ids:
+        unused.append("events.request")
+    return unused
 
 
 def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) -> dict[str, Any]:
@@ -73,33 +90,27 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
         part = tables.of_buckets(bucket, bucket + 1)
         events = part.events
         found["repeated_events"] += count_rows(engine, events) - count_rows(engine, events.distinct())
-        if config.protocol == "next-basket" and config.events.request:
-            found["baskets_longer_than_a_day"] += _long_baskets(engine, events)
-        if part.shown is not None:
-            found.update(_impressions(engine, part.shown, events, config))
+        found.update(config.request_protocol.remarks(engine, events, config))
+        if part.impressions is not None:
+            found.update(_impressions(engine, part.impressions, events, config))
     if tables.items is not None:
         found["items_that_the_item_table_lacks"] = _lacking(engine, tables.events, tables.items, "item_id")
     if tables.users is not None:
-        asking = tables.events if tables.shown is None else tables.shown
+        asking = tables.events if tables.impressions is None else tables.impressions
         found["users_that_the_user_table_lacks"] = _lacking(engine, asking, tables.users, "user_id")
-    if tables.shown is not None:
-        had = tables.shown.anti_join(tables.events.select("item_id").distinct(), "item_id")
+    if tables.impressions is not None:
+        had = tables.impressions.anti_join(tables.events.select("item_id").distinct(), "item_id")
         found["impressions_of_items_without_events"] = count_rows(engine, had)
-        labels = {task: (tables.shown[f"label_{task}"] >= 0.5).cast("int64").sum() for task in config.tasks}
-        sums = engine.rows(tables.shown.aggregate(_rows=tables.shown.count(), **labels))[0]
+        labels = {
+            task: (tables.impressions[f"label_{task}"] >= 0.5).cast("int64").sum() for task in config.tasks
+        }
+        sums = engine.rows(tables.impressions.aggregate(_rows=tables.impressions.count(), **labels))[0]
         return {
             "impressions": int(sums["_rows"]),
             "labels": {task: int(sums[task] or 0) for task in config.tasks},
             "remarks": dict(found),
         }
     return {"remarks": dict(found)}
-
-
-def _long_baskets(engine: Engine, events: ir.Table) -> int:
-    known = events.filter(events.request_id.notnull())
-    length = known.timestamp.max() - known.timestamp.min()
-    baskets = known.group_by(REQUEST).aggregate(length=length)
-    return count_rows(engine, baskets.filter(baskets["length"] > _DAY))
 
 
 def _lacking(engine: Engine, table: ir.Table, known: ir.Table, key: str) -> int:
@@ -110,9 +121,7 @@ def _impressions(engine: Engine, shown: ir.Table, events: ir.Table, config: Inge
     labels = [f"label_{task}" for task in config.tasks]
     offered = _spread(shown, [*REQUEST, "item_id"], labels)
     repeated = offered.filter(offered["_rows"] > 1)
-    asked = _spread(
-        shown, REQUEST, ["timestamp", *(f"context_{entry.name}" for entry in config.shown_context)]
-    )
+    asked = _spread(shown, REQUEST, ["timestamp", *config.impression_context])
     sums = engine.rows(
         repeated.aggregate(rows=(repeated["_rows"] - 1).sum(), differ=repeated["_differ"].cast("int64").sum())
     )[0]
@@ -137,13 +146,13 @@ def _spread(table: ir.Table, keys: Sequence[str], names: Sequence[str]) -> ir.Ta
 
 def remark_lines(manifest: LogManifest) -> list[str]:
     """One line a fact; WARNING where the log is hardly what was meant."""
-    report = manifest.report
+    report, words = manifest.report, {**_WORDS, **PROTOCOLS[manifest.ingest["protocol"]].remark_words}
     lines = [
         f"{name}: the protocol {manifest.ingest['protocol']} does not use this setting"
         for name in report.get("unused_settings", [])
     ]
     lines += [
-        f"{count:,} {name.replace('_', ' ')} ({_KEPT[name]})"
+        f"{count:,} {name.replace('_', ' ')} ({words[name]})"
         for name, count in report.get("remarks", {}).items()
         if count
     ]
@@ -157,19 +166,6 @@ def remark_lines(manifest: LogManifest) -> list[str]:
         f"WARNING: {name} has no value in any row" for name, info in everything.items() if info.rows == 1
     ]
     return lines + _split_lines(manifest)
-
-
-_KEPT = {
-    "baskets_longer_than_a_day": "the first time counts; an id that is used again is one basket",
-    "repeated_events": "equal in all that is used; kept, as several events of one second",
-    "repeated_impressions": "an item twice in one request; kept, as two candidates",
-    "repeated_impressions_with_other_labels": "the item is offered with both labels",
-    "requests_of_several_times_or_contexts": "the earliest time and the largest context count",
-    "impressions_of_users_without_events": "their history is empty",
-    "items_that_the_item_table_lacks": "their features are unknown",
-    "users_that_the_user_table_lacks": "their context is unknown",
-    "impressions_of_items_without_events": "what the events would say of these items is unknown",
-}
 
 
 def _split_lines(manifest: LogManifest) -> list[str]:
@@ -187,4 +183,93 @@ def _split_lines(manifest: LogManifest) -> list[str]:
         for name, info in manifest.splits.items()
         if not info.requests
     ]
+    return lines
+
+
+def lone_predictors(engine: Engine, offered: ir.Table, config: IngestConfig) -> list[dict[str, Any]]:
+    """column, task, auc: what predicts a label of training too well to be known before it.
+
+    A column is judged on one half of a seeded sample of requests by the label rates of its values in the
+    other half: a value that is there once says nothing, so that an id does not look good by chance.
+    """
+    train = offered.filter(offered.split == "train")
+    total = int(engine.rows(train.aggregate(rows=train.num_candidates.sum()))[0]["rows"] or 0)
+    key = digest(config.seed, "alone", train.user_id, train.request_id)
+    context = [f"context_{entry.name}" for entry in config.context]
+    sample = train.select("candidates", *context, _key=key)
+    if total > _ROWS:
+        sample = sample.filter(sample["_key"] < f"{(_ROWS << 32) // total:08x}")
+    found = _columns(list(engine.stream(sample, 1024)), context)
+    if not found:
+        return []
+    fits = found.pop("_key") == 0
+    labels = {task: found.pop(f"label_{task}") >= 0.5 for task in config.tasks}
+    odd: list[dict[str, Any]] = []
+    for name, values in found.items():
+        for task, label in labels.items():
+            value = _alone(values, label, fits)
+            if value > _TOO_GOOD:
+                odd.append({"column": name.removeprefix("numeric_"), "task": task, "auc": round(value, 4)})
+    return sorted(odd, key=lambda one: (one["task"], one["column"]))
+
+
+def _columns(batches: list[pa.RecordBatch], context: list[str]) -> dict[str, Values]:
+    """name -> one value a candidate; `_key` is the half that its request belongs to."""
+    parts: dict[str, list[Values]] = {}
+    for batch in batches:
+        lists = batch.column("candidates")
+        owner, flat = pc.list_parent_indices(lists), pc.list_flatten(lists)
+        halves = [int(key[-1], 16) % 2 for key in batch.column("_key").to_pylist()]
+        columns = {"_key": pa.array(halves, pa.int8()).take(owner)}
+        columns |= {name: batch.column(name).take(owner) for name in context}
+        columns |= {field.name: flat.field(field.name) for field in flat.type}
+        for name in columns.keys() - {"_order", "weight"}:
+            parts.setdefault(name, []).append(_plain(columns[name]))
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def _plain(column: pa.Array) -> Values:
+    """Numbers as they are; the ids of a multi-valued feature as one text."""
+    if pa.types.is_nested(column.type):
+        return np.array([str(ids) for ids in column.to_pylist()], dtype=object)
+    values: Values = column.to_numpy(zero_copy_only=False)
+    return values
+
+
+def _alone(values: Values, label: Values, fits: Values) -> float:
+    """The area under the ROC curve of the half that does not fit; 0 where it has too few of either class."""
+    measured = label[~fits]
+    if min(measured.sum(), (~measured).sum()) < _EACH or not fits.any():
+        return 0.0
+    words, codes = np.unique(values, return_inverse=True)
+    prior = label[fits].mean()
+    seen = np.bincount(codes[fits], minlength=words.size)
+    hits = np.bincount(codes[fits], weights=label[fits], minlength=words.size)
+    best = auc(((hits + prior) / (seen + 1))[codes[~fits]], measured)
+    if values.dtype.kind == "f":
+        # A number with many values tells more by its order.
+        ordered = auc(values[~fits], measured)
+        best = max(best, ordered, 1 - ordered)
+    return best
+
+
+def lone_lines(report: Mapping[str, Any], candidate_features: Mapping[str, Any]) -> list[str]:
+    """A warning a column."""
+    lines = []
+    for one in report.get("predicts_alone", []):
+        name = one["column"]
+        if name == "item_id":
+            lines.append(
+                f"WARNING: the item alone tells the label {one['task']} (AUC {one['auc']:.4f}): then it is a"
+                " property of items, and there is nothing of users to learn"
+            )
+            continue
+        remedy = "leave it out"
+        if name in candidate_features:
+            remedy = 'give it side = "history", or leave it out'
+        called = name.replace("context_", "context ")
+        lines.append(
+            f"WARNING: {called} alone predicts the label {one['task']} of its own row"
+            f" (AUC {one['auc']:.4f}): if it is known only after the request, {remedy}"
+        )
     return lines

@@ -1,71 +1,48 @@
-"""What an ingest read, wrote and left out."""
+"""What an ingest read, wrote and left out: for the manifest, and for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from ibis.expr import types as ir
 
-from pipelines.ingest.alone import lone_lines
-from pipelines.ingest.attributes import Attributes
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
-from pipelines.ingest.preview import column_lines
-from pipelines.ingest.protocols.protocol import REQUEST, Past, Tables
-from pipelines.ingest.remarks import Span, remark_lines
-from trainer.log.schema import LogManifest, SplitInfo
+from pipelines.ingest.protocols.protocol import Tables
+from pipelines.ingest.remarks import Span, lone_lines, remark_lines
+from pipelines.ingest.requests import Requests
+from pipelines.ingest.sources import Survey
+from trainer.log.schema import ColumnInfo, LogManifest, SplitInfo
 
 _QUANTILES = (50, 90, 99)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The requests that were found, those that are kept (`asked`), and what these offer.
-
-    `new_positives`: split -> positives whose item no earlier event has.
-    """
-
-    found: ir.Table
-    asked: ir.Table
-    offered: ir.Table
-    attributes: Attributes
-    new_positives: Mapping[str, int]
+_HEAD = ("column", "named by", "type", "read as", "nulls", "from", "to")
+_LONGEST = 28
+_TOO_LATE = 253_402_300_800  # the year 10,000: no date can be shown
 
 
 @dataclass(frozen=True)
 class Counts:
     """Where the numbers come from: the tables, the requests, and what was written.
 
-    `new`: (values, occurrences) of each feature that the older log's vocabulary, if there is one, lacks.
+    Attributes:
+        duplicates: events that several domains have; times: table -> its first and last second.
+        new: (values, occurrences) of each feature that the older log's vocabulary, if there is one, lacks.
     """
 
     tables: Tables
-    requests: Asked
+    requests: Requests
     splits: Mapping[str, SplitInfo]
     duplicates: int
     new: Mapping[str, tuple[int, int]]
     times: Mapping[str, Span]
 
 
-def new_positives(
-    engine: Engine, candidates: ir.Table, asked: ir.Table, past: Past, config: IngestConfig
-) -> dict[str, int]:
-    """split -> how many positives have an item that no event before their request has."""
-    chosen = candidates.filter(candidates[f"label_{config.task}"] > 0).select(*REQUEST, "item_id")
-    timed = chosen.inner_join(asked.select(*REQUEST, "timestamp", "split"), REQUEST)
-    timed = timed.inner_join(past.items, "item_id")
-    new = timed.filter(timed.since >= timed.timestamp)
-    return {
-        row["split"]: int(row["rows"])
-        for row in engine.rows(new.group_by("split").aggregate(rows=new.count()))
-    }
-
-
 def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[str, Any]:
     """Totals, quantiles of the history length at the requests, and dropped rows by reason."""
-    events, asked = counts.tables.events, counts.requests.asked
+    events, eligible = counts.tables.events, counts.requests.eligible
     totals = engine.rows(
         events.aggregate(
             events=events.count(),
@@ -73,19 +50,19 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
             without=events.request_id.isnull().sum(),
         )
     )[0]
-    requests = engine.rows(asked.aggregate(users=asked.user_id.nunique(), requests=asked.count()))[0]
+    requests = engine.rows(eligible.aggregate(users=eligible.user_id.nunique(), requests=eligible.count()))[0]
     dropped = {"events_without_request": int(totals["without"])}
     report = {
         "events": int(totals["events"]),
         "time": {table: {"first": span.first, "last": span.last} for table, span in counts.times.items()},
         "event_users": int(totals["users"]),
         "request_users": int(requests["users"]),
-        "history_length": _lengths(engine, asked, int(requests["requests"])),
-        "event_items": counts.requests.attributes.of,
+        "history_length": _lengths(engine, eligible, int(requests["requests"])),
+        "event_items": counts.requests.attributes.items,
         "changing_items": dict(counts.requests.attributes.changing),
         "dropped": dropped | _dropped(engine, counts, int(requests["requests"]), config),
     }
-    if config.protocol != "impressions":
+    if config.request_protocol.draws_negatives:
         report["positives_new_items"] = {
             split: counts.requests.new_positives[split] for split in counts.splits
         }
@@ -97,9 +74,9 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
     return report
 
 
-def _lengths(engine: Engine, asked: ir.Table, requests: int) -> dict[str, int]:
+def _lengths(engine: Engine, eligible: ir.Table, requests: int) -> dict[str, int]:
     """Lower quantiles, from the number of requests of each length: engines interpolate differently."""
-    lengths = asked.group_by("history_end").aggregate(requests=asked.count())
+    lengths = eligible.group_by("history_end").aggregate(requests=eligible.count())
     found = {row["history_end"]: row["requests"] for row in engine.rows(lengths)}
     wanted = {f"p{q}": (requests - 1) * q // 100 + 1 for q in _QUANTILES}
     quantiles, seen = dict.fromkeys(wanted, 0), 0
@@ -112,27 +89,21 @@ def _lengths(engine: Engine, asked: ir.Table, requests: int) -> dict[str, int]:
 
 
 def _dropped(engine: Engine, counts: Counts, requests: int, config: IngestConfig) -> dict[str, int]:
-    found = counts.requests.found
-    short = found.history_end < config.requests.min_history
-    sums = engine.rows(found.aggregate(all=found.count(), short=short.cast("int64").sum()))[0]
+    every = counts.requests.every
+    short = every.history_end < config.requests.min_history
+    sums = engine.rows(every.aggregate(all=every.count(), short=short.cast("int64").sum()))[0]
     below = int(sums["short"] or 0)
     dropped = {"requests_below_min_history": below}
     if config.requests.per_user:
         dropped["requests_over_per_user"] = int(sums["all"]) - below - requests
-    if config.protocol == "leave-last":
-        events = counts.tables.events
-        sizes = events.group_by("user_id").aggregate(size=events.count())
-        few = (sizes["size"] < config.requests.min_events).cast("int64")
-        dropped["users_below_min_events"] = int(engine.rows(sizes.aggregate(few=few.sum()))[0]["few"] or 0)
+    dropped |= config.request_protocol.dropped(engine, counts.tables.events, config)
     if config.domains:
         dropped["duplicate_events"] = counts.duplicates
-    if config.protocol != "impressions":
+    if config.request_protocol.draws_negatives:
         positives = sum(info.positives for info in counts.splits.values())
         candidates = sum(info.candidates for info in counts.splits.values())
         if config.requests.new_items == "drop":
-            offered = counts.requests.offered
-            left = requests - count_rows(engine, offered)
-            dropped["requests_for_new_items_only"] = left
+            dropped["requests_for_new_items_only"] = requests - count_rows(engine, counts.requests.offers)
         dropped["negatives_not_found"] = positives * (config.requests.negatives + 1) - candidates
     return dropped
 
@@ -195,3 +166,50 @@ def _new_lines(manifest: LogManifest) -> list[str]:
         f"{fate} the vocabulary of {vocabulary.get('log')}"
         for name, new in manifest.report.get("new_values", {}).items()
     ]
+
+
+def column_lines(columns: Sequence[ColumnInfo], notes: Sequence[str]) -> list[str]:
+    """One line a table whose files do not say their types, and one for everything remarkable."""
+    lines = []
+    for table in dict.fromkeys(column.table for column in columns):
+        theirs = [column for column in columns if column.table == table]
+        if any("CSV" in column.found for column in theirs):
+            told = dict.fromkeys(f"{column.column} {column.read_as}" for column in theirs)
+            lines.append(f"{table}, read from CSV: {', '.join(told)}")
+    return list(dict.fromkeys([*lines, *_noted(columns), *notes]))
+
+
+def preview_lines(survey: Survey) -> list[str]:
+    """Every column that a setting names with its range (times in UTC), and those that none names."""
+    lines: list[str] = []
+    for table in dict.fromkeys(column.table for column in survey.columns):
+        theirs = [column for column in survey.columns if column.table == table]
+        ranges = [survey.ranges.get((table, column.setting), (0, None, None)) for column in theirs]
+        cells = [
+            (one.column, one.setting, one.found, one.read_as, f"{nulls:,}", _cut(one, least), _cut(one, most))
+            for one, (nulls, least, most) in zip(theirs, ranges, strict=True)
+        ]
+        lines += [f"{table}: {survey.rows.get(table, 0):,} rows", *_aligned([_HEAD, *cells])]
+    return lines + list(dict.fromkeys([*_noted(survey.columns), *survey.notes]))
+
+
+def _noted(columns: Sequence[ColumnInfo]) -> list[str]:
+    return [f"{one.table}: {one.column} is read as {one.read_as}: {one.note}" for one in columns if one.note]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _cut(column: ColumnInfo, value: object) -> str:
+    """A value as it is meant: a day and a time, or a number without a needless point."""
+    text = "" if value is None else repr(value)
+    if isinstance(value, float):
+        text = f"{value:g}"
+    if column.read_as == "unix seconds" and isinstance(value, int) and 0 <= value < _TOO_LATE:
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -1,4 +1,4 @@
-"""The relational end of ingest: histories and requests become the nested rows of the sequence log."""
+"""Histories and requests become the nested rows of the sequence log, in their final order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _WAITING = 32  # 1 / 32 of the memory limit holds rows that wait for their part 
 class BlockWriter:
     """Gives the rows of a split in their final order, with memory for one bucket of users at a time.
 
-    `known`: feature -> the rows of its vocabulary; larger ids are written as 0.
+    Attributes:
+        known: feature -> the rows of its vocabulary; larger ids are written as 0.
     """
 
     engine: Engine
@@ -42,7 +43,7 @@ class BlockWriter:
     known: Mapping[str, int]
 
     def prepare(self) -> None:
-        """Nests the histories, which all splits share: once, and bucket by bucket."""
+        """Nests the histories of one bucket after the other; all splits use them."""
         for bucket in range(self.buckets):
             events, offered = self._of(self.events, bucket), self._of(self.offered, bucket)
             self.engine.keep(_past(bucket), histories(events, offered, self.config, self.known))
@@ -69,7 +70,7 @@ class BlockWriter:
         yield from self.engine.stream(table, self.config.files.rows_per_group)
 
     def _shuffled(self, offered: ir.Table) -> Iterator[pa.RecordBatch]:
-        """Request rows made user by user, then put in order part by part."""
+        """Makes the request rows user by user, writes them into parts by their keys, and sorts each part."""
         limits = self._limits(offered)
         folder = self.spill / "parts"
         folder.mkdir()
@@ -135,20 +136,19 @@ def auto_buckets(events: int, config: IngestConfig) -> int:
     return min(256, -(-size * _SHARE // config.engine.memory_bytes))
 
 
-def draw_groups(asked: int, events: int, buckets: int, config: IngestConfig) -> int:
-    """How many groups of buckets keep the candidates of one within the memory limit.
+def draw_rounds(asked: int, events: int, buckets: int, config: IngestConfig) -> int:
+    """In how many rounds, each for some buckets, candidates are drawn within the memory limit.
 
-    Few are better: every group goes through all numbered events of the past once (see `negatives`).
+    Few are better: every round goes through all numbered events of the past once (see `negatives`).
     """
-    positives = config.requests.positives if config.protocol == "next-basket" else 1
-    wanted = positives * config.requests.negatives
-    draws = 0 if config.protocol == "impressions" else wanted + wanted // 2 + 8
+    wanted = config.request_protocol.most_positives(config) * config.requests.negatives
+    draws = wanted + wanted // 2 + 8 if wanted else 0
     size = asked * draws * _BYTES_PER_DRAW + events * _BYTES_PER_REFUSED
     return min(buckets, max(1, -(-size * _SHARE // config.engine.memory_bytes)))
 
 
 def row_key(offered: ir.Table, config: IngestConfig) -> ir.StringValue:
-    """Sort by it, then by user, for the order of the rows; buckets of users follow the user rows' key."""
+    """The key by which rows are sorted, then by user; users come into buckets by the key of user rows."""
     if config.files.layout == "user":
         return digest(config.seed, "row", offered.user_id)
     key = digest(config.seed, "row", offered.user_id, offered.request_id)
@@ -158,7 +158,7 @@ def row_key(offered: ir.Table, config: IngestConfig) -> ir.StringValue:
 def histories(
     events: ir.Table, offered: ir.Table, config: IngestConfig, known: Mapping[str, int]
 ) -> ir.Table:
-    """user_id, num_behaviors and history_* of the users with requests, up to the last of these."""
+    """user_id, num_behaviors and history_* of the users with requests, up to their last request."""
     features = behavior_features(config)
     latest = offered.group_by("user_id").aggregate(last=offered.timestamp.max())
     past = events.inner_join(latest, "user_id")
@@ -248,7 +248,7 @@ def _is_history(name: str) -> bool:
 
 
 def _each(items: ir.Value, field: str, known: Mapping[str, int]) -> ir.Value:
-    """One field of a list of structs; of a feature in `known`, 0 instead of larger ids."""
+    """One field of each struct in a list; ids of a feature that `known` does not include become 0."""
     if field not in known:
         return items.map(lambda item: item[field])
     return items.map(lambda item: ibis.ifelse(item[field] < known[field], item[field], 0))

@@ -1,35 +1,35 @@
 """Opens the raw files as one table: the engine reads exactly the files and columns that were checked.
 
-Files with the same columns in the same order are read together, and what differs is joined by name. Every
-column is first seen as it is, then all cells decide what it becomes.
+Files with the same columns in the same order are read together; the others are joined by the names of their
+columns. A column is first looked at as it is in the files. Then all of its cells decide what it becomes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest.balanced import all_rows, balanced
-from pipelines.ingest.columns import CSV, NULL, Column, Kind, Target, Wanted, decide, refuse
+from pipelines.ingest.columns import CSV, NULL, Column, ColumnNeed, Target, decide, refuse
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
-from pipelines.ingest.faults import bad_cell, check_rows
-from pipelines.ingest.files import FoundFiles, RawFile, look
+from pipelines.ingest.faults import bad_cell, check_rows, fault_of
+from pipelines.ingest.files import RawFile, RawFiles, look
 from pipelines.ingest.values import convert, look_at, may_be_broken, of_text
 from trainer.log.schema import ColumnInfo
 
 _TOLD = 10  # names of columns that one line lists
+Part = TypeVar("Part")
 
 
 @dataclass
-class Seen:
-    """What was found on the way, for the report.
+class Survey:
+    """What ingest learnt of the raw tables while it opened them, for the report.
 
     Attributes:
         loose: table -> its columns that were read as integers and could as well be text: of CSV, for example.
@@ -46,21 +46,23 @@ class Seen:
 
 @dataclass(frozen=True)
 class RawTable:
-    """The files as one table; columns are asked for by their names in the files.
+    """The files as one table; its columns have the names that the caller of `open_files` gave them.
 
     Attributes:
-        label: names all files in an error; files, columns: what to look a fault up in.
+        loose: the columns that were read as integers and could as well be text.
+        label: names all files in an error.
+        columns: name -> the column over all files, where a fault is looked for.
     """
 
     table: ir.Table
-    names: Mapping[tuple[str, Kind], str]
-    loose: frozenset[tuple[str, Kind]]
-    label: str = ""
-    files: tuple[RawFile, ...] = ()
-    columns: tuple[Column, ...] = ()
+    loose: set[str]
+    label: str
+    files: Sequence[RawFile]
+    columns: Mapping[str, Column]
 
-    def values(self, column: str, kind: Kind) -> ir.Value:
-        return self.table[self.names[column, kind]]
+    def fault(self, name: str, problem: str, fits: Callable[[object], bool]) -> DataError:
+        """The error about a column, with the place of the first cell that does not fit, if one is found."""
+        return fault_of(self.files, self.columns[name].need.column, problem, self.label, fits)
 
 
 @dataclass(frozen=True)
@@ -73,37 +75,60 @@ class _Part:
 
 
 def open_files(
-    engine: Engine, found: FoundFiles, wanted: Iterable[Wanted], config: IngestConfig, seen: Seen
+    engine: Engine, found: RawFiles, wanted: Mapping[str, ColumnNeed], config: IngestConfig, survey: Survey
 ) -> RawTable:
-    """The wanted columns of all files.
+    """The wanted columns of all files, by the names that `wanted` gives them.
+
+    Text with a separator becomes a list, without blanks around its values.
 
     Raises:
         DataError: a file is unreadable, a column is missing or of a wrong type, or a cell does not fit: of
             all files and columns at once.
     """
-    wanted = list(wanted)
-    files = look_at_files(found, [want.column for want in wanted], config)
-    columns = decide(files, wanted, config.text_columns, config.partition_columns)
+    wants = list(wanted.values())
+    files = look_at_files(found, [need.column for need in wants], config)
+    columns = decide(files, wants, config.text_columns, config.partition_columns)
     parts = _parts(engine, files, columns, config)
     facts = _facts(engine, parts, columns, files)
     targets = _settled(files, columns, facts)
     table = all_rows([_converted(part, columns, targets) for part in parts])
     told = list(zip(columns, targets, facts, strict=True))
-    seen.columns += [_understood(found.what, *one) for one in told]
-    seen.notes += [*found.notes, *_words(found.what, columns, facts), *_unused(found.what, files, wanted)]
-    seen.notes += _idle_units(columns)
-    if seen.measured:
-        _measure(engine, table, found.what, columns, seen)
-    names = {(column.want.column, column.want.kind): f"c{place}" for place, column in enumerate(columns)}
+    survey.columns += [_understood(found.what, *one) for one in told]
+    survey.notes += [*found.notes, *_words(found.what, columns, facts), *_unused(found.what, files, wants)]
+    survey.notes += _idle_units(columns)
+    if survey.measured:
+        _measure(engine, table, found.what, columns, survey)
+    values = {name: _list(engine, table[f"c{place}"], wants[place]) for place, name in enumerate(wanted)}
     loose = {
-        (column.want.column, column.want.kind)
-        for column, target, _ in told
-        if target == "int64" and set(column.families) <= {CSV, NULL}
+        name
+        for name, (column, target, _) in zip(wanted, told, strict=True)
+        if target == "int64" and column.need.kind != "time" and set(column.families) <= {CSV, NULL}
     }
-    return RawTable(table, names, frozenset(loose), found.label, tuple(files), tuple(columns))
+    named = dict(zip(wanted, columns, strict=True))
+    return RawTable(table.select(**values), loose, found.label, files, named)
 
 
-def look_at_files(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> list[RawFile]:
+def _list(engine: Engine, cell: ir.Value, need: ColumnNeed) -> ir.Value:
+    if not need.separator:
+        return cell
+    parts = engine.split(cell, need.separator)
+    return parts.map(lambda part: part.strip()).filter(lambda part: part != "")
+
+
+def join_in_halves(parts: Sequence[Part], join: Callable[[Part, Part], Part]) -> Part:
+    """All parts joined in halves, since a chain of a hundred is too deep for Ibis to compile."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    return join(join_in_halves(parts[:half], join), join_in_halves(parts[half:], join))
+
+
+def all_rows(tables: Sequence[ir.Table]) -> ir.Table:
+    """The rows of tables with the same columns."""
+    return join_in_halves(tables, lambda left, right: left.union(right))
+
+
+def look_at_files(found: RawFiles, wanted: Sequence[str], config: IngestConfig) -> list[RawFile]:
     """The columns of every file; all that cannot be read are named at once."""
     files: list[RawFile] = []
     problems: list[DataError] = []
@@ -120,7 +145,7 @@ def look_at_files(found: FoundFiles, wanted: Sequence[str], config: IngestConfig
     return files
 
 
-def columns_of(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -> set[str]:
+def columns_of(found: RawFiles, wanted: Sequence[str], config: IngestConfig) -> set[str]:
     """The columns that any of the files has, and those that the settings take from their folders.
 
     `wanted` are some columns that the files must have, which tell the delimiter of CSV.
@@ -134,17 +159,17 @@ def columns_of(found: FoundFiles, wanted: Sequence[str], config: IngestConfig) -
 def _parts(
     engine: Engine, files: Sequence[RawFile], columns: Sequence[Column], config: IngestConfig
 ) -> list[_Part]:
-    groups: dict[Any, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for place, file in enumerate(files):
         types = tuple(str(kind) for kind in file.types.values())
         folders = tuple(file.folders.get(name) for name in config.partition_columns)
         key = (file.columns, types, file.delimiter, file.packed, folders)
-        groups.setdefault(key, []).append(place)
+        alike.setdefault(key, []).append(place)
     parts = []
-    for places in groups.values():
+    for places in alike.values():
         first = files[places[0]]
         table = engine.scan([files[place] for place in places])
-        cells = tuple(_cell(table, first, column.want.column, config) for column in columns)
+        cells = tuple(_cell(table, first, column.need.column, config) for column in columns)
         parts.append(_Part(cells, tuple(column.families[places[0]] for column in columns), table))
     return parts
 
@@ -161,7 +186,7 @@ def _converted(part: _Part, columns: Sequence[Column], targets: Sequence[Target]
     values = {}
     for place, (column, target) in enumerate(zip(columns, targets, strict=True)):
         cell, family = part.cells[place], part.families[place]
-        values[f"c{place}"] = convert(cell, family, column.want.kind, target, column.want.unit)
+        values[f"c{place}"] = convert(cell, family, column.need.kind, target, column.need.unit)
     return part.table.select(**values)
 
 
@@ -200,16 +225,16 @@ def _facts(
 
 
 def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, ir.Value]:
-    """What is asked of the cells of each column: bad0, wide0, ..., bad1, ..., and `odd` of a row of CSV."""
+    """What is computed of each column's cells: bad0, wide0, ..., bad1, ..., and `odd` of a row of CSV."""
     asked: dict[str, ir.Value] = {}
     texts = [cell for cell, family in zip(part.cells, part.families, strict=True) if family == CSV]
     if lenient and texts:
-        asked["odd"] = balanced([may_be_broken(text) for text in texts], lambda left, right: left | right)
+        asked["odd"] = join_in_halves(
+            [may_be_broken(text) for text in texts], lambda left, right: left | right
+        )
     for place, (column, cell, family) in enumerate(zip(columns, part.cells, part.families, strict=True)):
-        cells = look_at(cell, family, column.want.kind, column.target, column.want.unit)
-        named = {"bad": cells.bad, "wide": cells.wide, "cut": cells.cut, "known": cells.known}
-        named |= {"word": cells.word}
-        asked |= {f"{kind}{place}": value for kind, value in named.items() if value is not None}
+        cells = look_at(cell, family, column.need.kind, column.target, column.need.unit)
+        asked |= {f"{fact}{place}": value for fact, value in cells.items()}
     return asked
 
 
@@ -236,13 +261,13 @@ def _understood(table: str, column: Column, target: Target, fact: Mapping[str, A
         note = (
             f"{fact['wide']:,} cells such as {fact['wide_least']!r} are no plain spelling of a 64-bit integer"
         )
-    if column.want.kind == "time":
+    if column.need.kind == "time":
         read_as = "unix seconds"
         note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""
     return ColumnInfo(
         table=table,
-        setting=column.want.key,
-        column=column.want.column,
+        setting=column.need.key,
+        column=column.need.column,
         found=", ".join(dict.fromkeys(column.types)),
         read_as=read_as,
         note=note,
@@ -250,7 +275,7 @@ def _understood(table: str, column: Column, target: Target, fact: Mapping[str, A
 
 
 def _words(what: str, columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns with a word that may mean nothing, and is a value like others."""
+    """Notes on columns with words that may mean "no value", but are read as values."""
     told = []
     for column, fact in zip(columns, facts, strict=True):
         if fact.get("word"):
@@ -260,22 +285,22 @@ def _words(what: str, columns: Sequence[Column], facts: Sequence[Mapping[str, An
                 if CSV in column.families
                 else "write null if they mean nothing"
             )
-            told.append(f"{what}: {column.want.column}: {one}; {remedy}")
+            told.append(f"{what}: {column.need.column}: {one}; {remedy}")
     return told
 
 
 def _idle_units(columns: Sequence[Column]) -> list[str]:
-    """Units that were set for times whose type has one of its own."""
+    """Notes on units that were set for times whose type has a unit of its own."""
     return [
-        f'{column.want.key}_unit = "{column.want.unit}" has no effect: the column {column.want.column} is '
+        f'{column.need.key}_unit = "{column.need.unit}" has no effect: the column {column.need.column} is '
         f"{', '.join(dict.fromkeys(column.types))}, which has a unit of its own"
         for column in columns
-        if column.want.kind == "time" and column.want.unit != "s" and column.has_own_unit
+        if column.need.kind == "time" and column.need.unit != "s" and column.has_own_unit
     ]
 
 
-def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[Wanted]) -> list[str]:
-    used = {want.column for want in wanted}
+def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[ColumnNeed]) -> list[str]:
+    used = {need.column for need in wanted}
     names = [
         name or "without a name"
         for name in dict.fromkeys(name for file in files for name in file.columns)
@@ -289,7 +314,7 @@ def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[Wanted]) -> li
     ]
 
 
-def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Column], seen: Seen) -> None:
+def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Column], survey: Survey) -> None:
     """Counts the rows and the nulls, and finds the range of each column."""
     values: dict[str, ir.Value] = {"rows": table.count()}
     for name in table.columns:
@@ -297,15 +322,15 @@ def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Colum
         if not table[name].type().is_array():
             values |= {f"{name}_least": table[name].min(), f"{name}_most": table[name].max()}
     row = engine.rows(table.aggregate(**values))[0]
-    seen.rows[what] = int(row["rows"])
+    survey.rows[what] = int(row["rows"])
     for place, column in enumerate(columns):
         least, most = (row.get(f"c{place}_{end}") for end in ("least", "most"))
-        seen.ranges[what, column.want.key] = (int(row[f"c{place}_nulls"] or 0), least, most)
+        survey.ranges[what, column.need.key] = (int(row[f"c{place}_nulls"] or 0), least, most)
 
 
-def unread_settings(config: IngestConfig, seen: Seen) -> list[str]:
-    """Columns that a setting about columns names, and no setting that reads one."""
-    read = {column.column for column in seen.columns}
+def unread_settings(config: IngestConfig, survey: Survey) -> list[str]:
+    """Notes on columns that text_columns or partition_columns names, though no setting reads them."""
+    read = {column.column for column in survey.columns}
     lists = {"text_columns": config.text_columns, "partition_columns": config.partition_columns}
     return [
         f"{setting} names {name!r}, a column that no other setting names"

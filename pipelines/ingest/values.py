@@ -5,14 +5,13 @@ All functions take and give Ibis values and run on any engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import ibis
 from ibis.expr import types as ir
 
 from pipelines.ingest.columns import CSV, NULL, Kind, Target
-from pipelines.ingest.config import Unit
+from pipelines.ingest.sections import Unit
 
 UNITS: dict[Unit, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _INT64 = 2**63 - 1
@@ -27,23 +26,6 @@ _OFFSET = r"([+-])([0-9]{2}):?([0-9]{2})?$"
 _ISO = rf"{_DATE}({_CLOCK} ?(Z|z|UTC|[+-][0-9]{{2}}(:?[0-9]{{2}})?)?)?$"
 
 
-@dataclass(frozen=True)
-class Cells:
-    """A column of some files.
-
-    Attributes:
-        bad: the cell as text where it is no value of its kind; wide: where it is one that only text can hold;
-            cut: whether it loses a part of a second; known: whether it is no null; word: the cell where it
-            is a word that other programs write for nothing. None: nobody asks.
-    """
-
-    bad: ir.StringValue | None = None
-    wide: ir.StringValue | None = None
-    cut: ir.BooleanValue | None = None
-    known: ir.BooleanValue | None = None
-    word: ir.StringValue | None = None
-
-
 def of_text(value: ir.Value, nulls: Sequence[str]) -> ir.Value:
     """A cell of CSV: null where it is empty, quoted or not, or one of the words for nothing."""
     value = value.nullif("")
@@ -55,32 +37,41 @@ def may_be_broken(text: ir.Value) -> ir.Value:
     return (text.contains("\ufffd") | text.contains("\n") | text.startswith('"')).fill_null(False)
 
 
-def look_at(value: ir.Value, family: str, kind: Kind, target: Target | None, unit: Unit) -> Cells:
-    """Which cells of a column do not fit."""
+def look_at(
+    value: ir.Value, family: str, kind: Kind, target: Target | None, unit: Unit
+) -> Mapping[str, ir.Value]:
+    """What decides about the cells of a column of some files; what is not of interest is left out.
+
+    bad: the cell as text, where it is no value of its kind. wide: the cell as text, where it is a value that
+    only text can hold. word: the cell, where it is a word that other programs write for nothing. All three
+    are null elsewhere. cut: whether it loses a part of a second. known: whether it is not null.
+    """
+    facts: dict[str, ir.Value | None] = {}
     if kind == "time":
-        return _times(value, family, unit)
-    if kind == "number" and family == CSV:
-        return Cells(
-            bad=_where(value, value.notnull() & ibis.ifelse(_is_integer(value), False, ~_is_number(value)))
-        )
-    return _ids(value, family, target) if kind in ("key", "id") else Cells()
+        facts = _times(value, family, unit)
+    elif kind == "number" and family == CSV:
+        number = ibis.ifelse(_is_integer(value), True, _is_number(value))
+        facts = {"bad": _where(value, value.notnull() & ~number)}
+    elif kind in ("key", "id"):
+        facts = _ids(value, family, target)
+    return {name: fact for name, fact in facts.items() if fact is not None}
 
 
-def _ids(value: ir.Value, family: str, target: Target | None) -> Cells:
+def _ids(value: ir.Value, family: str, target: Target | None) -> dict[str, ir.Value | None]:
     word = _where(value, value.lower().isin(_NOTHING)) if family in (CSV, "text") else None
-    if family == CSV:
-        wide = None if target else _where(value, value.notnull() & ~_is_integer(value))
-        return Cells(wide=wide, known=value.notnull() if wide is not None else None, word=word)
+    if family == CSV and not target:
+        wide = _where(value, value.notnull() & ~_is_integer(value))
+        return {"wide": wide, "known": value.notnull(), "word": word}
     if family == "uint64":
-        return Cells(wide=_where(value, value > _INT64))
+        return {"wide": _where(value, value > _INT64)}
     if family == "float":
         number = value.cast("float64")
         parts = _floor(number).isnull() | (number != _floor(number)) | (number.abs() > _EXACT)
-        return Cells(bad=_where(value, value.notnull() & ~value.isnan() & parts))
+        return {"bad": _where(value, value.notnull() & ~value.isnan() & parts)}
     if family == "decimal":
         beyond = (value > _INT64) | (value < -_INT64)
-        return Cells(bad=_where(value, value != value.floor()), wide=_where(value, beyond))
-    return Cells(word=word)
+        return {"bad": _where(value, value != value.floor()), "wide": _where(value, beyond)}
+    return {"word": word}
 
 
 def convert(value: ir.Value, family: str, kind: Kind, target: Target, unit: Unit) -> ir.Value:
@@ -118,25 +109,21 @@ def _is_number(text: ir.Value) -> ir.Value:
     return word.re_search(_NUMBER) | word.lower().isin(["true", "false", *_NO_NUMBER])
 
 
-def _times(value: ir.Value, family: str, unit: Unit) -> Cells:
+def _times(value: ir.Value, family: str, unit: Unit) -> dict[str, ir.Value | None]:
     size = UNITS[unit]
     if family in ("int", "uint64"):
         bad = _where(value, value > _INT64) if family == "uint64" else None
-        return Cells(bad=bad, cut=value % size != 0 if size > 1 else None)
+        return {"bad": bad, "cut": value % size != 0 if size > 1 else None}
     if family in ("float", "decimal"):
         parts = value.cast("float64") / size
         known = value.notnull() & ~parts.isnan()
-        return Cells(bad=_where(value, known & _floor(parts).isnull()), cut=known & (parts != _floor(parts)))
+        bad, cut = known & _floor(parts).isnull(), known & (parts != _floor(parts))
+        return {"bad": _where(value, bad), "cut": cut}
     if family == "time":
-        if value.type().is_integer():
-            return Cells(cut=value % UNITS["ns"] != 0)
-        return Cells(cut=value != value.truncate("s"))
-    if family in (CSV, "text"):
-        return _times_of_text(value, size)
-    return Cells()
-
-
-def _times_of_text(value: ir.Value, size: int) -> Cells:
+        is_number = value.type().is_integer()
+        return {"cut": value % UNITS["ns"] != 0 if is_number else value != value.truncate("s")}
+    if family not in (CSV, "text"):
+        return {}
     word = value.strip()
     number, moment = word.re_search(_NUMBER), word.re_search(_ISO)
     # Plain integers are most of what there is, and the quickest to know.
@@ -150,7 +137,7 @@ def _times_of_text(value: ir.Value, size: int) -> Cells:
         (moment, word.re_search(r"[.,][0-9]*[1-9]")),
         else_=False,
     )
-    return Cells(bad=_where(value, value.notnull() & ibis.ifelse(plain, False, ~fits)), cut=cut)
+    return {"bad": _where(value, value.notnull() & ibis.ifelse(plain, False, ~fits)), "cut": cut}
 
 
 def _seconds(value: ir.Value, family: str, unit: Unit) -> ir.Value:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
+import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.encode import counted, numbered
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
 from trainer.data.row_group import PARQUET_ERRORS
-from trainer.log.schema import FeatureInfo, LogManifest, read_manifest
+from trainer.log.schema import FeatureInfo, LogManifest, Side, read_manifest
 from trainer.log.vocabulary_digest import spelled
 from trainer.sealed_folder import MANIFEST
 
@@ -25,7 +26,7 @@ _BATCH = 1 << 16
 
 
 @dataclass(frozen=True)
-class Older:
+class OlderVocabulary:
     """A vocabulary of an older log: its file, its table (value, id) and its rows, unknown included."""
 
     file: Path
@@ -48,15 +49,15 @@ class Vocabulary:
     new: tuple[int, int] | None = None
 
 
-def column_shapes(config: IngestConfig) -> dict[str, tuple[bool, str]]:
+def column_shapes(config: IngestConfig) -> dict[str, tuple[bool, Side]]:
     """Column of the raw tables -> (whether it is multi-valued, its side), features first, then context_*."""
-    shapes: dict[str, tuple[bool, str]] = {
+    shapes: dict[str, tuple[bool, Side]] = {
         entry.name: (entry.multi, entry.side) for entry in config.all_features
     }
     return shapes | {f"context_{entry.name}": (entry.multi, "both") for entry in config.context}
 
 
-def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, Older]:
+def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderVocabulary]:
     """The vocabularies of `config.vocabulary.log`, compared with that log's manifest; {} without one.
 
     Raises:
@@ -78,7 +79,7 @@ def _infos(manifest: LogManifest) -> dict[str, FeatureInfo]:
 
 
 def _check_features(
-    file: Path, infos: Mapping[str, FeatureInfo], shapes: Mapping[str, tuple[bool, str]]
+    file: Path, infos: Mapping[str, FeatureInfo], shapes: Mapping[str, tuple[bool, Side]]
 ) -> None:
     remedy = "ingest with that log's columns, or without its vocabulary"
     for name in (*infos, *shapes):
@@ -103,7 +104,7 @@ def _shape(multi: bool, side: str) -> str:
     return f"{'multi-valued' if multi else 'single-valued'} (side {side!r})"
 
 
-def _older(engine: Engine, file: Path, info: FeatureInfo) -> Older:
+def _older(engine: Engine, file: Path, info: FeatureInfo) -> OlderVocabulary:
     if not info.vocabulary:
         problem = "the manifest has no digest of this vocabulary, so nobody can tell what the ids stand for"
         raise DataError(f"{problem}; name a log that `tandemrec ingest` wrote", file=file)
@@ -126,7 +127,7 @@ def _older(engine: Engine, file: Path, info: FeatureInfo) -> Older:
     different = engine.rows(table.aggregate(values=table["value"].nunique()))[0]["values"]
     if different != rows - 1:
         raise DataError("has a value twice, or a null; name a log that `tandemrec ingest` wrote", file=file)
-    return Older(file, table, rows)
+    return OlderVocabulary(file, table, rows)
 
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
@@ -143,12 +144,40 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
         raise DataError(f"unreadable: {error}; take another copy of that log", file=file) from error
 
 
+def count_values(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | None) -> ir.Table:
+    """value, count, occurrences: one row for each distinct value of a column that is not null.
+
+    Args:
+        sources: the tables with the column `name`. `occurrences` counts in all of them, `count` in the first
+            only, and there the events before the Unix second `cutoff` (None: all).
+    """
+    parts = []
+    for number, table in enumerate(sources):
+        counts = ibis.literal(number == 0) & (True if cutoff is None else table.timestamp < cutoff)
+        values = table[name].unnest() if multi else table[name]
+        parts.append(table.select(value=values, counted=counts.fill_null(False).cast("int64")))
+    everything = reduce(lambda left, right: left.union(right), parts)
+    known = everything.filter(everything["value"].notnull())
+    return known.group_by("value").aggregate(
+        count=known.counted.sum().cast("int64"), occurrences=known.count().cast("int64")
+    )
+
+
+def number_values(values: ir.Table, first: int) -> ir.Table:
+    """value, id, count: dense ids from `first` in the order of the values."""
+    dense = ibis.row_number().over(order_by=values["value"]) + first
+    return values.mutate(id=dense.cast("int64")).select("value", "id", "count")
+
+
 def build(
     engine: Engine,
     name: str,
     sources: Sequence[ir.Table],
-    older: Older | None,
-    config: IngestConfig,
+    older: OlderVocabulary | None,
+    *,
+    multi: bool = False,
+    cutoff: int | None = None,
+    extend: bool = True,
 ) -> Vocabulary:
     """The vocabulary of one column of the raw tables.
 
@@ -157,50 +186,34 @@ def build(
 
     Args:
         sources: the tables that have the column, the events first.
+        cutoff: as in `count_values`; extend: whether new values get ids.
 
     Raises:
         DataError: the column is text and the older values are integers, or the other way round.
     """
-    multi = column_shapes(config)[name][0]
-    cutoff = config.split.validation_start if config.split else None
+    found = count_values(name, multi, sources, cutoff)
     if older is None:
-        return Vocabulary(
-            engine.keep(f"vocabulary_{name}", numbered(counted(name, multi, sources, cutoff), 1))
-        )
+        return Vocabulary(engine.keep(f"vocabulary_{name}", number_values(found, 1)))
     older = _of_type(older, name, sources, multi)
     kind = older.table["value"].type()
-    found = counted(name, multi, sources, cutoff)
     found = engine.keep(f"counted_{name}", found.mutate(value=found["value"].cast(kind)))
-    known, new = _compared(engine, name, found, older)
+    new = engine.keep(f"new_{name}", found.anti_join(older.table, "value"))
+    known = older.table.left_join(found.select("value", "count"), "value")
+    known = known.select("value", "id", count=known["count"].fill_null(0).cast("int64"))
     totals = engine.rows(new.aggregate(values=new.count(), rows=new.occurrences.sum()))[0]
     # What is no item to the log still is one while it is made: a new item has attributes of its own, and is
     # not drawn as a negative for whoever had it. Only what is written forgets which one it was.
     items = name == "item_id"
-    if config.vocabulary.extend or items:
-        known = known.union(numbered(new, older.rows))
+    if extend or items:
+        known = known.union(number_values(new, older.rows))
     return Vocabulary(
         engine.keep(f"vocabulary_{name}", known),
-        None if config.vocabulary.extend or not items else older.rows,
+        None if extend or not items else older.rows,
         (int(totals["values"]), int(totals["rows"] or 0)),
     )
 
 
-def _compared(engine: Engine, name: str, found: ir.Table, older: Older) -> tuple[ir.Table, ir.Table]:
-    """The older vocabulary with the new counts, and what of `counted` it does not have."""
-    new = engine.keep(f"new_{name}", found.anti_join(older.table, "value"))
-    known = older.table.left_join(found.select("value", "count"), "value")
-    return known.select("value", "id", count=known["count"].fill_null(0).cast("int64")), new
-
-
-def continued(engine: Engine, name: str, found: ir.Table, older: Older | None) -> ir.Table:
-    """value, id, count: ids in the order of the values, those of an older log first."""
-    if older is None:
-        return numbered(found, 1)
-    known, new = _compared(engine, name, engine.keep(f"counted_{name}", found), older)
-    return known.union(numbered(new, older.rows))
-
-
-def _of_type(older: Older, name: str, sources: Sequence[ir.Table], multi: bool) -> Older:
+def _of_type(older: OlderVocabulary, name: str, sources: Sequence[ir.Table], multi: bool) -> OlderVocabulary:
     """The older vocabulary with values wide enough for those of the tables."""
     mine = sources[0][name].type()
     mine = mine.value_type if multi else mine
@@ -215,29 +228,17 @@ def _of_type(older: Older, name: str, sources: Sequence[ir.Table], multi: bool) 
         )
         raise DataError(problem, file=older.file, column="value")
     table = older.table.mutate(value=older.table["value"].cast("int64" if mine.is_integer() else "string"))
-    return Older(older.file, table, older.rows)
+    return OlderVocabulary(older.file, table, older.rows)
 
 
 def write(
-    engine: Engine, made: Mapping[str, Vocabulary], root: Path, config: IngestConfig
-) -> dict[str, FeatureInfo]:
-    """Writes `vocab/` and gives what the manifest says of each column of `made`."""
-    shapes = column_shapes(config)
-    infos = {}
-    for name, vocabulary in made.items():
-        table = vocabulary.words
-        if vocabulary.rows is not None:
-            table = table.filter(table.id < vocabulary.rows)
-        rows, digest = write_words(engine, name, table, root)
-        multi, side = shapes[name]
-        infos[name] = FeatureInfo(rows=rows, vocabulary=digest, multi=multi, side=side)
-    return infos
-
-
-def write_words(engine: Engine, name: str, table: ir.Table, root: Path) -> tuple[int, str]:
-    """Writes `vocab/<name>.parquet` and gives its rows, unknown included, and the digest of its values."""
+    engine: Engine, name: str, vocabulary: Vocabulary, root: Path, multi: bool = False, side: Side = "both"
+) -> FeatureInfo:
+    """Writes `vocab/<name>.parquet` and gives what the manifest says of the column."""
     (root / "vocab").mkdir(exist_ok=True)
-    rows, content = 0, hashlib.sha256()
+    table, content, rows = vocabulary.words, hashlib.sha256(), 1
+    if vocabulary.rows is not None:
+        table = table.filter(table.id < vocabulary.rows)
     writer, path = None, root / "vocab" / f"{name}.parquet"
     for batch in engine.stream(table.order_by("id"), _BATCH):
         if writer is None:
@@ -250,4 +251,4 @@ def write_words(engine: Engine, name: str, table: ir.Table, root: Path) -> tuple
     else:
         # A column of nulls only: all its ids are 0.
         pq.write_table(table.schema().to_pyarrow().empty_table(), path)
-    return rows + 1, content.hexdigest()
+    return FeatureInfo(rows=rows, vocabulary=content.hexdigest(), multi=multi, side=side)

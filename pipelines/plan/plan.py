@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ByteSize, TypeAdapter
 
 from embeddings.errors import ConfigError
 from embeddings.plan.file import to_tree
@@ -25,7 +26,8 @@ from trainer.run_config import Config, load_config
 from trainer.sealed_folder import write_text
 from trainer.step_size import StepSize, lookups, step_size
 
-_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# Of what pydantic takes for a size only what cannot be meant otherwise: it reads 12 as twelve bytes.
+_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[MGT]I?B\s*", re.IGNORECASE)
 _RANKS_A_NODE = 8
 _HOST = 128 * 2**30
 
@@ -109,10 +111,9 @@ def cluster_of(options: PlanOptions, trained_on: DeviceName = "auto") -> Cluster
 
 def parse_size(text: str, option: str) -> int:
     """`141GB` -> bytes; MB, GB, TB and MiB, GiB, TiB are known."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
+    if not _SIZE.fullmatch(text):
         raise ConfigError(f"{option} {text}: write a number and a unit, such as 141GB or 80GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return TypeAdapter(ByteSize).validate_python(text)
 
 
 def _request(config: Config, manifest: LogManifest, cluster: Cluster, size: StepSize) -> PlanRequest:

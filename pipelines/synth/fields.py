@@ -10,17 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from pipelines.synth.log import (
-    DAY,
-    Floats,
-    Ints,
-    PlantedLog,
-    Seen,
-    independent_split,
-    sigmoid,
-    split_users,
-    sums,
-)
+from pipelines.synth.log import Behaviors, Draws, Floats, Ints, OneRequestEach, ages, of_category, pairs
 
 CATEGORIES: Final = 200
 BRANDS: Final = 50
@@ -31,7 +21,7 @@ _FAVOURITES, _LOYALTY = 8, 0.5
 _BRAND_FAVOURITES, _BRAND_LOYALTY, _LEANING = 3, 0.6, 0.85
 
 
-def interference_worth(seed: int, target: Mapping[str, Ints], seen: Seen) -> Floats:
+def interference_worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     """1 for behaviors of the candidate's category, else 0; the brand says nothing.
 
     With n = sum_j worth_j: label ~ Bernoulli(sigmoid(-1.8 + 3.6 (1 - exp(-n / 4)))). Some 40 of 200 behaviors
@@ -39,7 +29,7 @@ def interference_worth(seed: int, target: Mapping[str, Ints], seen: Seen) -> Flo
     crowds the relevant ones out: the inter-field interference that DSI-TIN decouples (section 2.5, D2).
     """
     del seed
-    return np.where(seen.ids["category_id"] == target["category_id"], 1.0, 0.0)
+    return of_category(target, seen, 1.0)
 
 
 def brand_classes(seed: int) -> Ints:
@@ -48,7 +38,7 @@ def brand_classes(seed: int) -> Ints:
     return np.concatenate([[0], np.random.default_rng([seed, 0]).permutation(halves)])
 
 
-def decoupled_worth(seed: int, target: Mapping[str, Ints], seen: Seen) -> Floats:
+def decoupled_worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     """s(B_j) for behaviors of the candidate's category A, else 0; s is a brand's class, -1 or +1.
 
     With m = sum_j worth_j / (1 + n), n relevant behaviors: label ~ Bernoulli(sigmoid(-0.3 + 3 m)). The
@@ -57,60 +47,48 @@ def decoupled_worth(seed: int, target: Mapping[str, Ints], seen: Seen) -> Floats
     let behaviors of like brands crowd the relevant ones out (DARE's case for two sets of tables; check G3).
     """
     said = brand_classes(seed)[seen.ids["brand_id"]].astype(np.float64)
-    return np.where(seen.ids["category_id"] == target["category_id"], said, 0.0)
+    return of_category(target, seen, said)
 
 
-def interference(seed: int, users: int) -> PlantedLog:
-    """`users` train users of 200 behaviors, one request of 4 candidates each.
+def _interference(rng: np.random.Generator, seed: int, users: int) -> Draws:
+    """200 behaviors and 4 candidates a user.
 
     Half of a user's behaviors are in 8 favourite categories and 60 % of 3 favourite brands, else uniform;
     the candidates follow the same law.
     """
-    rng = np.random.default_rng([seed, 1])
-    splits = {}
-    for split, (first, count) in split_users(users).items():
-        categories = rng.integers(1, CATEGORIES + 1, (count, _FAVOURITES))
-        brands = rng.integers(1, BRANDS + 1, (count, _BRAND_FAVOURITES))
-        history, shown = (
-            _items(
-                _loyal(rng, categories, _LOYALTY, CATEGORIES, size)[0],
-                _loyal(rng, brands, _BRAND_LOYALTY, BRANDS, size)[0],
-            )
-            for size in (BEHAVIORS, CANDIDATES)
+    del seed
+    categories = rng.integers(1, CATEGORIES + 1, (users, _FAVOURITES))
+    brands = rng.integers(1, BRANDS + 1, (users, _BRAND_FAVOURITES))
+    history, shown = (
+        _items(
+            _loyal(rng, categories, _LOYALTY, CATEGORIES, size)[0],
+            _loyal(rng, brands, _BRAND_LOYALTY, BRANDS, size)[0],
         )
-        age = _ages(rng, count)
-        n = sums(interference_worth, seed, shown, history, age)
-        probability = sigmoid(-1.8 + 3.6 * (1 - np.exp(-n / 4)))
-        splits[split] = independent_split(rng, first, history, age, shown, probability)
-    return PlantedLog(FEATURES, ("category_id",), splits)
+        for size in (BEHAVIORS, CANDIDATES)
+    )
+    return history, shown, ages(rng, (users, BEHAVIORS))
 
 
-def decoupled(seed: int, users: int) -> PlantedLog:
-    """`users` train users of 200 behaviors, one request of 4 candidates each.
+def _decoupled(rng: np.random.Generator, seed: int, users: int) -> Draws:
+    """200 behaviors and 4 candidates a user.
 
     Half of a user's behaviors, and of the candidates, are in 8 favourite categories. In each of these the
     user leans to one class of brands, drawn once: 85 % of the behaviors there have a brand of it. 60 % of the
     brands are one of the user's 3 favourites of their class. A candidate's brand has a random class and is
     the favourite of it that is rarest among the relevant behaviors, so its class says nothing.
     """
-    rng, classes = np.random.default_rng([seed, 1]), brand_classes(seed)
+    classes = brand_classes(seed)
     of_class = np.stack([np.nonzero(classes == sign)[0] for sign in (-1, 1)])
-    splits = {}
-    for split, (first, count) in split_users(users).items():
-        favourites = rng.integers(1, CATEGORIES + 1, (count, _FAVOURITES))
-        liked = of_class[:, rng.integers(0, BRANDS // 2, (count, _BRAND_FAVOURITES))].swapaxes(0, 1)
-        lean = rng.integers(0, 2, (count, _FAVOURITES))
-        category, place = _loyal(rng, favourites, _LOYALTY, CATEGORIES, BEHAVIORS)
-        side = np.take_along_axis(lean, place.clip(min=0), axis=1) ^ (rng.random(place.shape) > _LEANING)
-        side = np.where(place < 0, rng.integers(0, 2, place.shape), side)
-        history = _items(category, _brands(rng, of_class, liked, side))
-        wanted, _ = _loyal(rng, favourites, _LOYALTY, CATEGORIES, CANDIDATES)
-        shown = _items(wanted, _rarest(rng, liked, wanted, history))
-        age = _ages(rng, count)
-        relevant = sums(interference_worth, seed, shown, history, age)
-        mean = sums(decoupled_worth, seed, shown, history, age) / (1 + relevant)
-        splits[split] = independent_split(rng, first, history, age, shown, sigmoid(-0.3 + 3 * mean))
-    return PlantedLog(FEATURES, ("category_id",), splits)
+    favourites = rng.integers(1, CATEGORIES + 1, (users, _FAVOURITES))
+    liked = of_class[:, rng.integers(0, BRANDS // 2, (users, _BRAND_FAVOURITES))].swapaxes(0, 1)
+    lean = rng.integers(0, 2, (users, _FAVOURITES))
+    category, place = _loyal(rng, favourites, _LOYALTY, CATEGORIES, BEHAVIORS)
+    side = np.take_along_axis(lean, place.clip(min=0), axis=1) ^ (rng.random(place.shape) > _LEANING)
+    side = np.where(place < 0, rng.integers(0, 2, place.shape), side)
+    history = _items(category, _brands(rng, of_class, liked, side))
+    wanted, _ = _loyal(rng, favourites, _LOYALTY, CATEGORIES, CANDIDATES)
+    shown = _items(wanted, _rarest(rng, liked, wanted, history))
+    return history, shown, ages(rng, (users, BEHAVIORS))
 
 
 def _brands(rng: np.random.Generator, of_class: Ints, liked: Ints, side: Ints) -> Ints:
@@ -142,9 +120,13 @@ def _loyal(
     return np.where(place >= 0, chosen, rng.integers(1, ids + 1, place.shape)), place
 
 
-def _ages(rng: np.random.Generator, users: int) -> Ints:
-    return -np.sort(-rng.integers(3_600, 90 * DAY, (users, BEHAVIORS)), axis=1)
-
-
 def _items(category: Ints, brand: Ints) -> dict[str, Ints]:
-    return {"item_id": (category - 1) * BRANDS + brand, "category_id": category, "brand_id": brand}
+    return pairs(category, "brand_id", brand, BRANDS)
+
+
+interference = OneRequestEach(
+    FEATURES, _interference, lambda total: -1.8 + 3.6 * (1 - np.exp(-total(interference_worth) / 4))
+)
+decoupled = OneRequestEach(
+    FEATURES, _decoupled, lambda total: -0.3 + 3 * (total(decoupled_worth) / (1 + total(interference_worth)))
+)

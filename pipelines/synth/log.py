@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +96,7 @@ class PlantedSplit:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Behaviors:
     """Behaviors as a candidate sees them, all of shape [..., N] and beside a candidate's own [..., 1].
 
     Attributes:
@@ -108,7 +109,10 @@ class Seen:
 
 
 # (seed, candidate's ids [..., 1], behaviors) -> [..., N], what each behavior contributes to the logit's sum.
-Worth = Callable[[int, Mapping[str, Ints], Seen], Floats]
+Worth = Callable[[int, Mapping[str, Ints], Behaviors], Floats]
+# History: feature -> ids [U, N], oldest first; candidates: feature -> ids [U, M]; ages: seconds before the
+# request [U, N], descending.
+Draws = tuple[Mapping[str, Ints], Mapping[str, Ints], Ints]
 
 
 @dataclass(frozen=True)
@@ -141,14 +145,29 @@ def sigmoid(logit: Floats) -> Floats:
 
 
 def sums(
-    worth: Worth, seed: int, shown: Mapping[str, Ints], history: Mapping[str, Ints], age: Ints
+    seed: int, shown: Mapping[str, Ints], history: Mapping[str, Ints], age: Ints, worth: Worth
 ) -> Floats:
     """sum_j worth_j -> [U, M], of candidates [U, M] over whole histories [U, N], oldest first."""
     rank = np.broadcast_to(np.arange(age.shape[1], 0, -1), age.shape)
-    seen = Seen(history, rank, age)
+    seen = Behaviors(history, rank, age)
     places = range(shown["item_id"].shape[1])
     targets = ({name: ids[:, m, None] for name, ids in shown.items()} for m in places)
     return np.stack([worth(seed, target, seen).sum(axis=1) for target in targets], axis=1)
+
+
+def of_category(target: Mapping[str, Ints], seen: Behaviors, value: float | npt.NDArray[Any]) -> Floats:
+    """`value` for behaviors of the candidate's category, else 0."""
+    return np.where(seen.ids["category_id"] == target["category_id"], value, 0.0)
+
+
+def pairs(category: Ints, name: str, other: Ints, others: int) -> dict[str, Ints]:
+    """Items that are a category and one of the `others` ids of the feature `name`."""
+    return {"item_id": (category - 1) * others + other, "category_id": category, name: other}
+
+
+def ages(rng: np.random.Generator, shape: tuple[int, ...]) -> Ints:
+    """Uniform over 90 days, descending."""
+    return -np.sort(-rng.integers(3_600, 90 * DAY, shape), axis=1)
 
 
 def draw_labels(rng: np.random.Generator, probability: Floats) -> npt.NDArray[np.float32]:
@@ -158,38 +177,44 @@ def draw_labels(rng: np.random.Generator, probability: Floats) -> npt.NDArray[np
 
 def split_users(users: int) -> dict[str, tuple[int, int]]:
     """Split -> (first user, users): `users` to train on, a sixth more to validate, a third to test."""
-    counts = {"train": users, "validation": max(1, users // 6), "test": max(1, users // 3)}
-    first, found = 1, {}
-    for split, count in counts.items():
-        found[split] = (first, count)
-        first += count
-    return found
+    validation, test = max(1, users // 6), max(1, users // 3)
+    return {
+        "train": (1, users),
+        "validation": (1 + users, validation),
+        "test": (1 + users + validation, test),
+    }
 
 
-def independent_split(
-    rng: np.random.Generator,
-    first_user: int,
-    history: Mapping[str, Ints],
-    age: Ints,
-    candidates: Mapping[str, Ints],
-    probability: Floats,
-) -> PlantedSplit:
-    """A split of users with one request each, which sees the whole history.
+@dataclass(frozen=True)
+class OneRequestEach:
+    """Generates logs of users with one request each, which sees the whole history.
 
-    Args:
-        history: feature -> ids [U, N], oldest first; age: [U, N], seconds before the request, descending.
-        candidates: feature -> ids [U, M]; probability: [U, M].
+    Attributes:
+        features: as in `PlantedLog`.
+        draw: (rng, seed, number of users) -> histories, candidates and ages.
+        logit: gives the logits [U, M]; it is handed a function that computes sum_j worth_j -> [U, M].
     """
-    users, length = age.shape
-    request_time = START + 365 * DAY + rng.integers(0, 30 * DAY, (users, 1))
-    return PlantedSplit(
-        user_id=np.arange(first_user, first_user + users),
-        history=history,
-        history_time=request_time - age,
-        request_id=np.ones((users, 1), dtype=np.int64),
-        request_time=request_time,
-        history_end=np.full((users, 1), length),
-        candidates={name: ids[:, None, :] for name, ids in candidates.items()},
-        probability=probability[:, None, :],
-        labels=draw_labels(rng, probability)[:, None, :],
-    )
+
+    features: Mapping[str, int]
+    draw: Callable[[np.random.Generator, int, int], Draws]
+    logit: Callable[[Callable[[Worth], Floats]], Floats]
+
+    def __call__(self, seed: int, users: int) -> PlantedLog:
+        """The log of a seed with `users` users to train on."""
+        rng, splits = np.random.default_rng([seed, 1]), {}
+        for split, (first, count) in split_users(users).items():
+            history, shown, age = self.draw(rng, seed, count)
+            probability = sigmoid(self.logit(partial(sums, seed, shown, history, age)))
+            request_time = START + 365 * DAY + rng.integers(0, 30 * DAY, (count, 1))
+            splits[split] = PlantedSplit(
+                user_id=np.arange(first, first + count),
+                history=history,
+                history_time=request_time - age,
+                request_id=np.ones((count, 1), dtype=np.int64),
+                request_time=request_time,
+                history_end=np.full((count, 1), age.shape[1]),
+                candidates={name: ids[:, None, :] for name, ids in shown.items()},
+                probability=probability[:, None, :],
+                labels=draw_labels(rng, probability)[:, None, :],
+            )
+        return PlantedLog(self.features, ("category_id",), splits)

@@ -24,11 +24,11 @@ import numpy as np
 from pipelines.synth.log import (
     DAY,
     START,
+    Behaviors,
     Floats,
     Ints,
     PlantedLog,
     PlantedSplit,
-    Seen,
     draw_labels,
     sigmoid,
 )
@@ -70,7 +70,7 @@ def world(seed: int) -> World:
     return World(category, popularity / popularity.sum(), partner, quality)
 
 
-def worth(seed: int, target: Mapping[str, Ints], seen: Seen) -> Floats:
+def worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     """w(c_t, c_j) exp(-(rank_j - 1) / 25); see `Worth` for the shapes."""
     wanted = target["category_id"]
     partner = world(seed).partner[wanted]
@@ -151,7 +151,7 @@ def _logits(seed: int, shared: World, items: Ints, end: Ints, shown: Ints) -> Fl
     for request, stop in enumerate(end):
         held = {"category_id": shared.category[items[:, None, stop - LENGTH : stop]]}
         target = {"category_id": shared.category[shown[:, request, :, None]]}
-        z[:, request] += _STRENGTH * worth(seed, target, Seen(held, rank, rank)).sum(axis=-1)
+        z[:, request] += _STRENGTH * worth(seed, target, Behaviors(held, rank, rank)).sum(axis=-1)
     return z
 
 

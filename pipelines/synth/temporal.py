@@ -13,18 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from pipelines.synth.log import (
-    DAY,
-    Floats,
-    Ints,
-    PlantedLog,
-    Seen,
-    Worth,
-    independent_split,
-    sigmoid,
-    split_users,
-    sums,
-)
+from pipelines.synth.log import DAY, Behaviors, Draws, Floats, Ints, OneRequestEach, of_category
 
 BEHAVIORS, CATEGORIES, GAPS, ITEMS_OF_CATEGORY, CANDIDATES = 60, 20, 12, 5, 4
 FIRST_BUCKET: Final = 25
@@ -45,7 +34,7 @@ def gap_of(age: Ints) -> Ints:
     return np.asarray(np.searchsorted(inner, age, side="right"))
 
 
-def xor_worth(seed: int, target: Mapping[str, Ints], seen: Seen) -> Floats:
+def xor_worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     """TIN's four-way XOR: +1 for a same-category behavior of gap < 4, -1 for one of gap >= 8, else 0.
 
     With x = sum_j worth_j: label ~ Bernoulli(sigmoid(1.2 x - 0.5)). Category alone or age alone says little
@@ -55,7 +44,7 @@ def xor_worth(seed: int, target: Mapping[str, Ints], seen: Seen) -> Floats:
     del seed
     gap = gap_of(seen.age)
     sign = np.where(gap < 4, 1.0, np.where(gap >= 8, -1.0, 0.0))
-    return np.where(seen.ids["category_id"] == target["category_id"], sign, 0.0)
+    return of_category(target, seen, sign)
 
 
 def profiles(seed: int) -> Ints:
@@ -63,76 +52,54 @@ def profiles(seed: int) -> Ints:
     return np.random.default_rng([seed, 0]).choice([-1, 1], (CATEGORIES + 1, GAPS))
 
 
-def profile_worth(seed: int, target: Mapping[str, Ints], seen: Seen) -> Floats:
+def profile_worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     """profile[c_t, gap_j] for same-category behaviors, else 0.
 
     With x = sum_j worth_j: label ~ Bernoulli(sigmoid(1.25 x - 0.5)). Every target has a curve of its own,
     which narrow shared time tables cannot hold: the regime of target-decoupled position encodings.
     """
-    wanted = target["category_id"]
-    profile = profiles(seed)[wanted, gap_of(seen.age)].astype(np.float64)
-    return np.where(seen.ids["category_id"] == wanted, profile, 0.0)
+    profile = profiles(seed)[target["category_id"], gap_of(seen.age)].astype(np.float64)
+    return of_category(target, seen, profile)
 
 
-def far_worth(seed: int, target: Mapping[str, Ints], seen: Seen) -> Floats:
+def far_worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     """1 for same-category behaviors older than 14 days, else 0.
 
     With n = sum_j worth_j: label ~ Bernoulli(sigmoid(-1.8 + 3.6 (1 - exp(-n / 3)))). What a user does in the
     last 12 days follows other favourites and says nothing: SIM's case for searching the long history.
     """
     del seed
-    return np.where((seen.ids["category_id"] == target["category_id"]) & (seen.age > 14 * DAY), 1.0, 0.0)
+    return of_category(target, seen, np.where(seen.age > 14 * DAY, 1.0, 0.0))
 
 
-def xor(seed: int, users: int) -> PlantedLog:
-    """`users` train users of 60 behaviors, with one request of 4 candidates each."""
-    return _gapped(seed, users, xor_worth, 1.2)
+def _gapped(rng: np.random.Generator, seed: int, users: int) -> Draws:
+    """60 behaviors and 4 candidates a user; categories and gap buckets are uniform and independent."""
+    del seed
+    bucket = FIRST_BUCKET + rng.integers(0, GAPS, (users, BEHAVIORS))
+    age = -np.sort(-rng.integers(bucket_start(bucket), bucket_start(bucket + 1)), axis=1)
+    history = _items(rng, rng.integers(1, CATEGORIES + 1, age.shape), ITEMS_OF_CATEGORY)
+    shown = _items(rng, rng.integers(1, CATEGORIES + 1, (users, CANDIDATES)), ITEMS_OF_CATEGORY)
+    return history, shown, age
 
 
-def profiled(seed: int, users: int) -> PlantedLog:
-    """As `xor`, with a profile for each target category."""
-    return _gapped(seed, users, profile_worth, 1.25)
-
-
-def _gapped(seed: int, users: int, worth: Worth, slope: float) -> PlantedLog:
-    """Categories and gap buckets uniform and independent; five items a category."""
-    rng = np.random.default_rng([seed, 1])
-    splits = {}
-    for split, (first, count) in split_users(users).items():
-        bucket = FIRST_BUCKET + rng.integers(0, GAPS, (count, BEHAVIORS))
-        age = -np.sort(-rng.integers(bucket_start(bucket), bucket_start(bucket + 1)), axis=1)
-        history = _items(rng, rng.integers(1, CATEGORIES + 1, age.shape), ITEMS_OF_CATEGORY)
-        shown = _items(rng, rng.integers(1, CATEGORIES + 1, (count, CANDIDATES)), ITEMS_OF_CATEGORY)
-        x = sums(worth, seed, shown, history, age)
-        splits[split] = independent_split(rng, first, history, age, shown, sigmoid(slope * x - 0.5))
-    features = {"item_id": CATEGORIES * ITEMS_OF_CATEGORY + 1, "category_id": CATEGORIES + 1}
-    return PlantedLog(features, ("category_id",), splits)
-
-
-def far(seed: int, users: int) -> PlantedLog:
-    """`users` train users of 350 behaviors 18 to 180 days old and 150 newer ones; one request, 6 candidates.
+def _far(rng: np.random.Generator, seed: int, users: int) -> Draws:
+    """350 behaviors that are 18 to 180 days old, 150 newer ones, and 6 candidates a user.
 
     In either period 60 % of the behaviors are in 8 favourite categories of its own, the rest in any of 1,000.
     A third of the candidates each comes from the old favourites, the recent ones, and all categories.
     """
-    rng = np.random.default_rng([seed, 1])
-    splits = {}
-    for split, (first, count) in split_users(users).items():
-        old, old_favourites = _period(rng, count, OLD)
-        recent, recent_favourites = _period(rng, count, RECENT)
-        ages = [rng.integers(OLD_FROM, OLD_UNTIL, old.shape), rng.integers(3_600, RECENT_UNTIL, recent.shape)]
-        age = -np.sort(-np.concatenate(ages, axis=1), axis=1)
-        history = _items(rng, np.concatenate([old, recent], axis=1), FAR_ITEMS)
-        shape = (count, FAR_CANDIDATES)
-        place = rng.integers(0, _FAVOURITES, shape)
-        sources = [np.take_along_axis(each, place, axis=1) for each in (old_favourites, recent_favourites)]
-        sources.append(rng.integers(1, FAR_CATEGORIES + 1, shape))
-        shown = _items(rng, np.choose(rng.integers(0, 3, shape), sources), FAR_ITEMS)
-        n = sums(far_worth, seed, shown, history, age)
-        probability = sigmoid(-1.8 + 3.6 * (1 - np.exp(-n / 3)))
-        splits[split] = independent_split(rng, first, history, age, shown, probability)
-    features = {"item_id": FAR_CATEGORIES * FAR_ITEMS + 1, "category_id": FAR_CATEGORIES + 1}
-    return PlantedLog(features, ("category_id",), splits)
+    del seed
+    old, old_favourites = _period(rng, users, OLD)
+    recent, recent_favourites = _period(rng, users, RECENT)
+    ages = [rng.integers(OLD_FROM, OLD_UNTIL, old.shape), rng.integers(3_600, RECENT_UNTIL, recent.shape)]
+    age = -np.sort(-np.concatenate(ages, axis=1), axis=1)
+    history = _items(rng, np.concatenate([old, recent], axis=1), FAR_ITEMS)
+    shape = (users, FAR_CANDIDATES)
+    place = rng.integers(0, _FAVOURITES, shape)
+    sources = [np.take_along_axis(each, place, axis=1) for each in (old_favourites, recent_favourites)]
+    sources.append(rng.integers(1, FAR_CATEGORIES + 1, shape))
+    shown = _items(rng, np.choose(rng.integers(0, 3, shape), sources), FAR_ITEMS)
+    return history, shown, age
 
 
 def _period(rng: np.random.Generator, users: int, behaviors: int) -> tuple[Ints, Ints]:
@@ -148,3 +115,13 @@ def _items(rng: np.random.Generator, category: Ints, items: int) -> dict[str, In
     """A uniform item of each category, of `items` in each."""
     drawn = rng.integers(1, items + 1, category.shape)
     return {"item_id": (category - 1) * items + drawn, "category_id": category}
+
+
+_GAPPED = {"item_id": CATEGORIES * ITEMS_OF_CATEGORY + 1, "category_id": CATEGORIES + 1}
+xor = OneRequestEach(_GAPPED, _gapped, lambda total: 1.2 * total(xor_worth) - 0.5)
+profiled = OneRequestEach(_GAPPED, _gapped, lambda total: 1.25 * total(profile_worth) - 0.5)
+far = OneRequestEach(
+    {"item_id": FAR_CATEGORIES * FAR_ITEMS + 1, "category_id": FAR_CATEGORIES + 1},
+    _far,
+    lambda total: -1.8 + 3.6 * (1 - np.exp(-total(far_worth) / 3)),
+)

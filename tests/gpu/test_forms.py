@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.made_up import full_windows, moved
 from benchmarks.gpu.measure import difference
 from tests.helpers.models import drawing, drawn_vectors, drawn_windows
+from trainer.model.ops import bags, top
 from trainer.model.retrieve.dot import DotSearch
 from trainer.model.retrieve.score import DotScorer
 from trainer.model.retrieve.search import Query

@@ -14,7 +14,7 @@ from pipelines.ingest.engine import Engine, connect
 from pipelines.ingest.events import open_events, open_impressions
 from pipelines.ingest.files import Files, find_files
 from pipelines.ingest.sections import EngineConfig
-from pipelines.ingest.sources import Seen
+from pipelines.ingest.sources import Survey
 from tests.helpers.rawlogs import START, Row
 
 GOOD: dict[str, Any] = {
@@ -51,7 +51,7 @@ class Door:
 
     def __init__(self, folder: Path, engine: str = "duckdb") -> None:
         self.engine: Engine = connect(engine, EngineConfig(threads=1, memory_limit="500MB"), folder / "spill")
-        self.seen = Seen()
+        self.survey = Survey()
 
     def __enter__(self) -> Door:
         return self
@@ -61,14 +61,14 @@ class Door:
 
     def events(self, files: Files, **changes: Any) -> list[Row]:
         """The rows in the order of their times."""
-        self.seen = Seen()
-        table = open_events(self.engine, find_files(files, "raw events"), plan(**changes), self.seen)
+        self.survey = Survey()
+        table = open_events(self.engine, find_files(files, "raw events"), plan(**changes), self.survey)
         return self._rows(table)
 
     def shown(self, files: Files, **changes: Any) -> list[Row]:
-        self.seen = Seen()
+        self.survey = Survey()
         given = plan(protocol="impressions", **changes)
-        return self._rows(open_impressions(self.engine, find_files(files, "impressions"), given, self.seen))
+        return self._rows(open_impressions(self.engine, find_files(files, "impressions"), given, self.survey))
 
     def column(self, files: Files, name: str, **changes: Any) -> list[Any]:
         return [row[name] for row in self.events(files, **changes)]

@@ -28,8 +28,8 @@ class RolesConfig(Settings):
     representation_behavior: str = "representation"
     """The group whose vectors of behaviors are pooled."""
     cross: str = ""
-    """A group over features that only behaviors have. Each of its vectors becomes one additive score (TWIN's
-    cross features). Empty means none."""
+    """A group over features of behaviors alone. Its vectors become one additive score each (TWIN's cross
+    features). Empty means none."""
     context: str = ""
     """A group over the log's context features. Its vectors go to the head. Empty means none."""
 
@@ -42,74 +42,75 @@ class BranchKeys(Settings):
     """What all branches may set, whatever their search and their sequence model are."""
 
     k: int = Field(20, ge=1, le=10_000)
-    """K: how many behaviors the search keeps for stage two."""
+    """K, the number of behaviors that the search keeps for stage two."""
     search: str = "dot"
     clusters: bool = False
     """Whether the log's clusters (`tandemrec cluster`) are searched instead of single behaviors. The
-    logarithm of a cluster's size is added to its score in both stages (TWIN-V2)."""
+    logarithm of a cluster's size is then added to its score in both stages (TWIN-V2)."""
     score: Literal["dot", "mlp"] = "dot"
-    """The score of stage two: `dot` is an inner product, `mlp` has one hidden layer of width `score_hidden`
+    """The score of stage two: a `dot` product, or an `mlp` with one hidden layer of width `score_hidden`
     (DIN)."""
     score_hidden: Width = 36
     """The width of the hidden layer of `score = "mlp"`."""
     weights: Literal["softmax", "sigmoid"] = "softmax"
-    """How scores become weights of the kept behaviors: `softmax`, or `sigmoid` without normalisation."""
+    """How scores become weights of the kept behaviors: by `softmax`, or by `sigmoid` without
+    normalisation."""
     sequence: str = "attention"
     target_aware: bool = True
-    """Whether the head is also given the product of the target and the pooled representation (TIN, DARE)."""
+    """Whether the product of target and pooled representation goes to the head (TIN, DARE)."""
     position: bool = True
-    """Whether a behavior's rank is used, counted back from the request."""
+    """Whether the rank of a behavior, counted back from the request, is used."""
     age: bool = True
-    """Whether the time from a behavior to the request is used, in logarithmic buckets."""
+    """Whether the time from a behavior to the request, in logarithmic buckets, is used."""
     level: bool = False
-    """Whether the level is used at which the hard search while reading matched."""
+    """Whether the level is used at which a hard search while reading matched."""
     time: Literal["bias", "encoding"] = "bias"
     """How position, age and level enter scores: as an additive `bias`, or as an `encoding` of both vectors
     (TIN)."""
     time_in: tuple[Literal["scores", "values"], ...] = ("scores", "values")
     """The stages that use position, age and level. Values always use encodings."""
     time_target: Literal["shared", "target", "joint"] = "shared"
-    """`shared` treats the time of all targets alike. `target` and `joint` decouple it by the candidate's
-    feature `time_group`: `target` is TdPE, of rank `time_dim` in scores, and `joint` is dPE."""
+    """Whether time is `shared` by all candidates, or decoupled by the candidate's `time_group` feature:
+    `target` (TdPE, of rank `time_dim` in scores) or `joint` (dPE)."""
     time_group: str = ""
-    """The feature of candidates by which `time_target` and `sasrec` group them."""
+    """The feature of candidates that groups them in time, see `time_target` and `sasrec`."""
     time_dim: Width = 16
-    """The width of a time's own vector in scores, with `time_target = "target"`."""
+    """The width of a time's own vector in scores, see `time_target`."""
     attend: tuple[str, ...] | None = None
-    """The features whose vectors are scored, in order. Left out, all features of the group are. An empty list
-    means none."""
+    """The features whose vectors are scored, in order. Not set means all features of the group, empty means
+    none."""
     projection: Literal["none", "feature", "heads"] = "none"
-    """What maps the scored vectors: `none` leaves them as they are, `feature` has one linear map for each
-    feature and role, `heads` has one map of all features to `heads` times `head_dim`, for queries and for
-    keys (TWIN)."""
+    """The projection of the scored vectors. `feature` is one linear map for each feature and role. `heads`
+    projects query and key to `heads` times `head_dim` (TWIN). `none` is none."""
     heads: int = Field(1, ge=1, le=1024)
     """The number of attention heads."""
     head_dim: Width = 16
     """The width of an attention head, or of the vectors that `soft` searches by."""
     layers: int = Field(2, ge=1, le=128)
-    """The number of orders of `stacked`, or of blocks of `sasrec`."""
+    """The orders of `stacked`, or the blocks of `sasrec`."""
     hash_bits: int = Field(3, ge=1, le=4096)
-    """The number of bits of one signature of `collision`, or of the whole code of `simhash`."""
+    """The bits of one signature of `collision`, or all bits that `simhash` compares."""
     roles: RolesConfig = RolesConfig()
-    """Which table group serves which role."""
+    """The table groups that serve the model, see [model.roles]."""
 
 
 class ModelKeys(Settings):
     """What surrounds the branches of a model."""
 
     lookup: Literal["selected", "full"] = "selected"
-    """`selected` looks up the representation of kept behaviors and of candidates only. `full` looks up that
-    of all behaviors."""
+    """`selected` looks up representation rows of kept behaviors and candidates only. `full` looks up those of
+    all behaviors."""
     head: str = "mlp"
     norm: Literal["layer", "batch"] = "layer"
-    """The normalisation of the head's input: `layer`, or `batch` (DARE's code)."""
+    """The norm of the head's input: `layer`, or `batch` (DARE's code)."""
     auxiliary: str = "none"
     auxiliary_weight: float = Field(1.0, gt=0)
     """The weight of the auxiliary loss."""
     auxiliary_hidden: tuple[Width, ...] = (200,)
     """The widths of the layers of the auxiliary loss's head."""
     dense_init: Literal["default", "normal"] = "default"
-    """The first dense weights. `normal` draws all but the biases from N(0, 0.01) (DARE's code)."""
+    """The first dense weights. `normal` draws all of them but biases from N(0, 0.01) (DARE's code). `default`
+    leaves each layer its own distribution."""
 
 
 def section_of(branch: str) -> str:

@@ -1,11 +1,12 @@
 """Clusters of a lifelong history (TWIN-V2, Kuaishou 2024), made offline, chunk by chunk.
 
-A history is cut into chunks of a fixed number of behaviors. The behaviors of a chunk are grouped by one of
-their features, and each group is split by k-means on item vectors until no cluster holds more than `cap`. A
-cluster is stood for by its member nearest to the centre (whose ids it takes), with its size and the mean time
-of its members. Chunks are ours: a cluster never changes once its chunk is complete, so that a new event costs
-nothing but its own chunk, and a request sees the clusters of the chunks that were complete before it,
-whatever happened later. Behaviors since then are what the recent module is for.
+A history is cut into chunks of a fixed number of behaviors. Inside a chunk, the behaviors with one value of a
+feature are split by k-means on item vectors until no cluster holds more than `cap`. The member nearest to the
+centre represents its cluster: the cluster has its ids, the number of members, and their mean time.
+
+The paper does not cut histories into chunks; this code does, so that a cluster never changes once its chunk
+is complete. A new event then costs nothing but its own chunk, and a request sees the clusters of the chunks
+that were complete before it, whatever happened later. The recent module reads the behaviors since then.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ _ROUNDS = 10
 
 
 class ClusterInfo(Settings):
-    """How a log's histories were clustered: part of its manifest.
-
-    Attributes:
-        chunk: behaviors of a chunk; cap: most behaviors of a cluster; group_by: feature, or empty.
-        seed: of k-means; source: digest of the snapshot whose vectors were used.
-    """
+    """How a log's histories were clustered: part of its manifest."""
 
     chunk: int
+    """The behaviors of a chunk."""
     cap: int
+    """The most behaviors that a cluster may have."""
     group_by: str = ""
+    """The feature whose values are clustered apart; empty: none."""
     seed: int = 0
+    """The seed of k-means."""
     source: str = ""
+    """The digest of the snapshot whose vectors were used."""
 
 
 @dataclass(frozen=True)
-class Clustered:
+class HistoryClusters:
     """Clusters of one history of N behaviors.
 
     Attributes:
         label: int64 [N], cluster of each behavior, counted over the history; -1 in the last, open chunk.
-        size: int64 [N], members of the cluster that the behavior stands for, else 0.
+        size: int64 [N], members of the cluster that the behavior represents, else 0.
         time: int64 [N], mean time of these members (rounded down), else 0.
     """
 
@@ -53,7 +54,7 @@ class Clustered:
     time: Ints
 
 
-def cluster_history(vectors: Floats, groups: Ints, times: Ints, info: ClusterInfo) -> Clustered:
+def cluster_history(vectors: Floats, groups: Ints, times: Ints, info: ClusterInfo) -> HistoryClusters:
     """Cluster the complete chunks of one history.
 
     Args:
@@ -72,13 +73,13 @@ def cluster_history(vectors: Floats, groups: Ints, times: Ints, info: ClusterInf
                 label[members], clusters = clusters, clusters + 1
                 stands = members[_nearest_to_centre(vectors[members])]
                 size[stands], time[stands] = members.size, int(times[members].mean())
-    return Clustered(label, size, time)
+    return HistoryClusters(label, size, time)
 
 
 def split_to_cap(members: Ints, vectors: Floats, cap: int, rng: np.random.Generator) -> list[Ints]:
     """Split by k-means into floor(n ** 0.3) parts (at least two), again and again, until none exceeds `cap`.
 
-    The exponent is the one reported for TWIN-V2 from memory; any number of parts gives a valid partition.
+    The exponent is TWIN-V2's as remembered, not looked up; any number of parts gives a valid partition.
     """
     done, open_ = [], [members]
     while open_:

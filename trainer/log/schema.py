@@ -32,24 +32,22 @@ VERSION: Final = 1
 VOCABULARIES = "vocab"
 SEAL = Seal(lambda path, problem: DataError(problem, file=path), "ingest the events again")
 CLUSTER_COLUMNS = ("cluster_size", "cluster_time")
+Side = Literal["both", "history", "candidate"]
 REQUEST_COLUMNS = ("id", "timestamp", "history_end", "num_candidates")
 
 
 class FeatureInfo(Settings):
-    """An id feature.
-
-    Attributes:
-        rows: the largest id + 1, the rows an embedding table needs; id 0 is unknown.
-        multi: a behavior or candidate has a list of ids (possibly empty) instead of one.
-        vocabulary: SHA-256 of the values that the ids stand for, in order; empty if there are none.
-        side: what carries it: `both` behaviors and candidates, only `history` (a behavior's type, say) or
-            only `candidate`. Where it is missing its bag is empty, so its vector is zero.
-    """
+    """An id feature."""
 
     rows: int = Field(ge=1)
+    """The largest id + 1: the rows that an embedding table needs. Id 0 is unknown."""
     vocabulary: str = ""
+    """SHA-256 of the values that the ids stand for, in order; empty if there are none."""
     multi: bool = False
-    side: Literal["both", "history", "candidate"] = "both"
+    """Whether a behavior or candidate has a list of ids (possibly empty) instead of one."""
+    side: Side = "both"
+    """What carries it: `both` behaviors and candidates, only `history` (a behavior's type, say) or only
+    `candidate`. Where it is missing its bag is empty, so its vector is zero."""
 
     @property
     def of_behaviors(self) -> bool:
@@ -88,49 +86,51 @@ class SplitInfo(Settings):
 
 
 class ColumnInfo(Settings):
-    """What ingest understood of a column of the raw tables.
-
-    Attributes:
-        table, setting, column: where it is, and what named it.
-        found: its types in the files; read_as: what it was taken for; note: why, or what was lost.
-    """
+    """What ingest understood of a column of the raw tables."""
 
     table: str
     setting: str
+    """The setting that names the column."""
     column: str
     found: str
+    """The types that the column has in the files."""
     read_as: str
+    """What the values were taken for."""
     note: str = ""
+    """Why they were taken for that, or what of them was lost."""
 
 
 class LogManifest(Settings):
-    """What a sequence log holds and how it was made.
-
-    Attributes:
-        features: of behaviors and candidates; context: of a request (user features included).
-        numeric: numbers a candidate has; tasks: its labels; weighted: whether it has a sample weight.
-        clusters: how histories were clustered, if they were (`tandemrec cluster`).
-        taxonomy: features that classify items, coarse to fine.
-        named: users and requests that the raw tables name with text: their numbers are ids of
-            `vocab/user_id.parquet` and `vocab/request_id.parquet`.
-        columns, notes: how ingest read the raw tables.
-    """
+    """What a sequence log holds and how it was made."""
 
     format: Literal["tandemrec.sequence-log"] = FORMAT
     version: Literal[1] = VERSION
     features: dict[FileName, FeatureInfo]
+    """The features of behaviors and candidates."""
     context: dict[FileName, FeatureInfo] = Field(default_factory=dict)
+    """The features of a request, those of its user included."""
     numeric: list[str] = Field(default_factory=list)
+    """The numbers that a candidate has."""
     weighted: bool = False
+    """Whether a candidate has a sample weight."""
     clusters: ClusterInfo | None = None
+    """How histories were clustered, if they were (`tandemrec cluster`)."""
     tasks: list[str]
+    """The labels that a candidate has."""
     taxonomy: list[str]
+    """The features that classify items, from coarse to fine."""
     named: dict[str, FeatureInfo] = Field(default_factory=dict)
+    """Users and requests that the raw tables name with text: their numbers are ids of `vocab/user_id.parquet`
+    and `vocab/request_id.parquet`."""
     columns: list[ColumnInfo] = Field(default_factory=list)
+    """How ingest read the columns of the raw tables."""
     notes: list[str] = Field(default_factory=list)
+    """What else ingest noticed in the raw tables."""
     splits: dict[FileName, SplitInfo]
     ingest: dict[str, Any]
+    """The settings of the ingest, or of whatever else made the log."""
     report: dict[str, Any]
+    """What the ingest read, wrote and left out."""
 
     def holds(self, split: str) -> bool:
         """Whether the log has any request in a split."""

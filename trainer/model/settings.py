@@ -87,16 +87,15 @@ class BranchConfig(_BranchKeys):
     """One way through the history: search, weights, sequence model."""
 
     search: _Search = "dot"
-    """How stage one chooses the behaviors that a candidate keeps. `dot` takes those with the highest score of
-    stage two (TWIN, DARE). `all` keeps everything (DIN, TIN), or all that `data.search` retrieved. `recent`
-    keeps the newest K. `hard` keeps those with the same id of the feature `match`, then the newest others.
-    `simhash` keeps those whose codes of `hash_bits` bits differ least (ETA). `soft` ranks by an inner product
-    of width `head_dim`, which only the auxiliary loss `index` trains (SIM)."""
+    """How the search chooses K behaviors. `dot` takes those of the best score of stage two (TWIN, DARE).
+    `all` searches nothing (DIN, TIN) and, after `data.search`, keeps all that it retrieved. `recent` takes
+    the newest K. `hard` takes behaviors of the same `match` id first, then the newest others. `simhash` takes
+    those with the fewest differing bits of `hash_bits` (ETA). `soft` takes those of the best inner product of
+    width `head_dim`, which only the auxiliary loss `index` trains (SIM)."""
     sequence: _Sequence = "attention"
-    """The sequence model of stage two. `attention` is target attention. `stacked` multiplies the behaviors
-    onto the target `layers` times (Stacked TIN). `collision` sums up behaviors that share one of `hashes`
-    signatures of `hash_bits` bits with the target (SDIM); it needs no search. `sasrec` makes vectors of the
-    user without seeing any candidate, in `layers` blocks (target-decoupled SASRec); it needs no search."""
+    """The sequence model of stage two. `attention` sums the kept behaviors by their weights. `stacked` is
+    Stacked TIN with `layers` orders. `collision` is SDIM with `hashes` signatures of `hash_bits`, and has no
+    search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search."""
 
     @property
     def search_kind(self) -> type[Search]:
@@ -180,17 +179,16 @@ class ModelConfig(BranchConfig, _ModelKeys):
     """The two-stage model: its main branch is described by the section itself."""
 
     head: _Head = "mlp"
-    """The head: `mlp` has layers over all parts side by side, `dot` multiplies a user's vector with an item's
-    (with `sequence = "sasrec"`)."""
+    """The head: an `mlp`, or the `dot` product of user and item (with `sequence = "sasrec"`)."""
     auxiliary: _Auxiliary = "none"
-    """A second loss, of a small head on the main branch's whole window. `softmax` uses the branch's own
-    scores (DARE's code), `index` the raw scores of the index that `search = "soft"` uses (SIM)."""
+    """A second loss, of a head on the main branch's whole window. `softmax` takes the softmax of scores over
+    the window (DARE's code). `index` takes the raw scores of the index that `search = "soft"` uses (SIM)."""
     branches: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], BranchConfig] = Field(
         default_factory=dict
     )
-    """Further branches by name, whose outputs go to the same head. A branch takes from [model] whatever it
-    does not set. A recent window module is a branch with `search = "recent"`. DSI-TIN is two branches that
-    attend to different features."""
+    """Further branches by name, whose outputs go to the same head. They take from [model] whatever they do
+    not set. A recent window module is a branch with `search = "recent"`. DSI-TIN is two branches that attend
+    to different features."""
 
     @property
     def head_kind(self) -> type[Head]:

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ibis.expr import types as ir
 
-from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.protocols.protocol import REQUEST, Tables
+from pipelines.ingest.protocols.protocol import REQUEST, RequestProtocol, Tables
+
+if TYPE_CHECKING:
+    from pipelines.ingest.config import IngestConfig
 
 
-def requests(tables: Tables, config: IngestConfig) -> ir.Table:
-    """user_id, request_id, timestamp, context_*: one row a request.
+class Impressions(RequestProtocol):
+    """Requests, candidates and labels are those of the table of impressions."""
 
-    A request whose rows differ in time happened at the earliest; where they differ in context, the
-    largest value counts.
-    """
-    shown = _shown(tables)
-    context = {
-        f"context_{entry.name}": shown[f"context_{entry.name}"].max() for entry in config.shown_context
-    }
-    return shown.group_by(REQUEST).aggregate(timestamp=shown.timestamp.min(), **context)
+    reads_impressions = True
+    draws_negatives = False
 
+    def check(self, name: str, config: IngestConfig) -> None:
+        super().check(name, config)
+        if config.domains and config.impressions.domain not in {domain.name for domain in config.domains}:
+            raise ValueError("impressions.domain must name one of the domains: it says whose items are shown")
+        if config.requests.new_items == "drop":
+            raise ValueError("requests.new_items is about drawn candidates: impressions are kept as shown")
 
-def candidates(tables: Tables, asked: ir.Table, config: IngestConfig) -> ir.Table:
-    """user_id, request_id, item_id, label_* and what else an impression says of its candidate."""
-    shown = _shown(tables).semi_join(asked, REQUEST)
-    return shown.drop("timestamp", *(f"context_{entry.name}" for entry in config.shown_context))
+    def tasks(self, config: IngestConfig) -> tuple[str, ...]:
+        return tuple(config.impressions.labels)
+
+    def requests(self, tables: Tables, config: IngestConfig) -> ir.Table:
+        """user_id, request_id, timestamp, context_*: one row for each request.
+
+        A request whose rows differ in time happened at the earliest; where they differ in context, the
+        largest value counts.
+        """
+        shown = _shown(tables)
+        context = {name: shown[name].max() for name in config.impression_context}
+        return shown.group_by(REQUEST).aggregate(timestamp=shown.timestamp.min(), **context)
+
+    def candidates(self, tables: Tables, asked: ir.Table, config: IngestConfig) -> ir.Table:
+        """user_id, request_id, item_id, label_*, and what else an impression says of its candidate."""
+        shown = _shown(tables).semi_join(asked, REQUEST)
+        return shown.drop("timestamp", *config.impression_context)
 
 
 def _shown(tables: Tables) -> ir.Table:
-    if tables.shown is None:
+    if tables.impressions is None:
         raise ValueError("the impressions protocol was called without its table")
-    return tables.shown
+    return tables.impressions

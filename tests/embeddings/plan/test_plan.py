@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -280,8 +281,14 @@ def test_a_damaged_plan_is_refused(tmp_path: Path, damage: Any, message: str) ->
 
 def test_sizes_are_decimal_or_binary() -> None:
     assert parse_size("141GB", "--hbm") == 141 * GB and parse_size("1.5 TiB", "--ddr") == 3 * 2**39
-    with pytest.raises(ConfigError, match="--ddr 12: write a number and a unit"):
-        parse_size("12", "--ddr")
+    assert [parse_size(size, "--ddr") for size in (" 2 gb ", "3mib", "0.5Tb")] == [
+        2 * GB,
+        3 * 2**20,
+        500 * GB,
+    ]
+    for wrong in ("12", "80G", "80GBit", "80GB/2", "1e3GB", "-1GB", "GB", ""):
+        with pytest.raises(ConfigError, match=f"--ddr {re.escape(wrong)}: write a number and a unit"):
+            parse_size(wrong, "--ddr")
     assert spans([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 

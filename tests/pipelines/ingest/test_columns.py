@@ -54,9 +54,9 @@ def test_text_stays_text_where_numbers_would_merge(odd: str, door: Door, tmp_pat
         for place, part in enumerate((items[:5], items[5:]))
     ]
     assert sorted(door.column(files, "item_id")) == sorted(["1", "7", "5", "1000", "0", odd])
-    (told,) = [column for column in door.seen.columns if column.column == "item_id"]
+    (told,) = [column for column in door.survey.columns if column.column == "item_id"]
     assert told.read_as == "text" and repr(odd) in told.note
-    assert {column.column: column.read_as for column in door.seen.columns} | {"item_id": ""} == {
+    assert {column.column: column.read_as for column in door.survey.columns} | {"item_id": ""} == {
         "user_id": "integers",
         "timestamp": "unix seconds",
         "item_id": "",
@@ -77,7 +77,7 @@ def test_a_reason_is_told_where_text_looks_like_numbers(door: Door, tmp_path: Pa
         (["1", "a"], "1 cells such as 'a' are no plain spelling of a 64-bit integer"),
     ):
         assert door.column(text(tmp_path / "e.csv", *csv_events(items)), "item_id") == items
-        assert door.seen.columns[2].note == note
+        assert door.survey.columns[2].note == note
 
 
 def test_users_requests_and_members_of_lists_are_not_merged_either(door: Door, tmp_path: Path) -> None:
@@ -158,9 +158,9 @@ def test_words_for_nothing_are_told(door: Door, tmp_path: Path) -> None:
     csv = text(tmp_path / "e.csv", *csv_events(["NULL", "7", "NULL"]))
     assert door.column(csv, "item_id") == ["NULL", "7", "NULL"]
     said = "raw events: item_id: 2 cells such as 'NULL' are values like others; name such words in csv.nulls"
-    assert any(note.startswith(said) for note in door.seen.notes)
+    assert any(note.startswith(said) for note in door.survey.notes)
     assert door.column(parquet(tmp_path / "e.parquet", cat=["nan", "a", "b"]), "cat", **CAT)[0] == "nan"
-    assert any("cat: 1 cells such as 'nan'" in note for note in door.seen.notes)
+    assert any("cat: 1 cells such as 'nan'" in note for note in door.survey.notes)
 
 
 @pytest.mark.parametrize("cell", ["1e400", "-1e400", "9223372036854775808", "1e30"])
@@ -243,7 +243,7 @@ def test_times_of_every_type_are_unix_seconds(
 ) -> None:
     monkeypatch.setenv("TZ", "America/New_York")
     assert door.column(parquet(tmp_path / "e.parquet", timestamp=TIMES[case]), "timestamp") == [START + 5] * 3
-    note = next(column.note for column in door.seen.columns if column.column == "timestamp")
+    note = next(column.note for column in door.survey.columns if column.column == "timestamp")
     assert note == ("3 times lost a part of a second" if "fractions" in case else "")
 
 
@@ -282,7 +282,7 @@ def test_the_unit_of_times_that_are_numbers_is_declared(door: Door, tmp_path: Pa
         with pytest.raises(DataError, match=r"too large for unix seconds.*timestamp_unit"):
             door.events(path)
         assert door.column(path, "timestamp", events={"timestamp_unit": unit}) == GOOD["timestamp"]
-        assert door.seen.columns[1].note == "3 times lost a part of a second"
+        assert door.survey.columns[1].note == "3 times lost a part of a second"
         lines = [f"1,7,{(START + 1) * size}"]
         path = text(tmp_path / "e.csv", "user_id,item_id,timestamp", *lines)
         assert door.column(path, "timestamp", events={"timestamp_unit": unit}) == [START + 1]
@@ -363,4 +363,4 @@ def test_pandas_tables_are_read(door: Door, tmp_path: Path) -> None:
         (2, START + 1, "y"),
         (3, START + 2, None),
     ]
-    assert door.seen.notes == ["raw events: nothing uses the column __index_level_0__"]
+    assert door.survey.notes == ["raw events: nothing uses the column __index_level_0__"]

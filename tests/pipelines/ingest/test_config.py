@@ -16,7 +16,8 @@ def test_config_overrides_and_errors(tmp_path: Path) -> None:
     path = CONFIGS / "complete_journey.toml"
     loaded = load_ingest_config(path, ["requests.positives=3", "split.test=2017-12-02", 'task="buy"'])
     assert (loaded.requests.positives, str(loaded.split.test), loaded.task) == (3, "2017-12-02", "buy")
-    assert list(loaded.events.features) == ["item_id", "department_id", "category_id", "type_id"]
+    named = [feature.name for feature in loaded.all_features]
+    assert named == ["item_id", "department_id", "category_id", "type_id"]
     assert load_ingest_config(path, ["task=buy"]).task == "buy"
     for override, message in {
         "requests.positive=3": "unknown key 'requests.positive'; did you mean 'requests.positives'",

@@ -79,7 +79,7 @@ def test_one_file_named_twice_is_read_once(
         ["a.parquet", "*.parquet"],
     ):
         assert door.column(names, "item_id") == ITEMS
-        alike = [note for note in door.seen.notes if "so it is read once" in note]
+        alike = [note for note in door.survey.notes if "so it is read once" in note]
         assert bool(alike) is (names not in (["a.parquet", "./a.parquet"],)), names
 
 
@@ -91,7 +91,7 @@ def test_a_folder_is_its_data_files(door: Door, tmp_path: Path) -> None:
     for name in ("_SUCCESS", ".part-0.parquet.crc", "_metadata", "README.md"):
         (folder / name).write_bytes(b"x")
     assert sorted(door.column(folder, "item_id")) == [*ITEMS, 100, 200, 300]
-    assert door.seen.notes == [
+    assert door.survey.notes == [
         "raw events: 4 files that hold no data were left out "
         "(.part-0.parquet.crc, README.md, _SUCCESS, _metadata)"
     ]

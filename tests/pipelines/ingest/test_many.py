@@ -15,11 +15,11 @@ import pytest
 
 from embeddings.errors import ConfigError, DataError
 from pipelines.ingest import rows as ingest_blocks
+from pipelines.ingest.domains import merge
 from pipelines.ingest.engine import connect
-from pipelines.ingest.errors import explained
+from pipelines.ingest.faults import explain
 from pipelines.ingest.ingest import ingest
 from pipelines.ingest.sections import EngineConfig
-from pipelines.ingest.trajectories import merge
 from tests.helpers.rawlogs import config, rows, words
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
@@ -131,15 +131,15 @@ def test_an_engine_that_cannot_start_is_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_what_engines_say_becomes_one_line_that_helps(text: str, kind: type[Exception], says: str) -> None:
-    told = explained(text)
+    told = explain(text)
     assert type(told) is kind and "\n" not in str(told)
     with pytest.raises(kind, match=says):
         raise told
 
 
 def test_faults_of_this_code_are_not_put_on_the_data() -> None:
-    assert explained("INTERNAL Error: Attempted to dereference a null pointer") is None
-    assert explained('Parser Error: syntax error at or near "SELEC"') is None
+    assert explain("INTERNAL Error: Attempted to dereference a null pointer") is None
+    assert explain('Parser Error: syntax error at or near "SELEC"') is None
 
 
 def test_rows_that_change_their_order_are_written_many_at_a_time(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.ingest.preview import preview_lines
-from pipelines.ingest.sources import Seen
+from pipelines.ingest.report import preview_lines
+from pipelines.ingest.sources import Survey
 from tests.helpers.opening import GOOD, Door, csv_events, parquet, text
 from tests.helpers.rawlogs import START
 from trainer.log.schema import ColumnInfo
@@ -72,13 +72,13 @@ def test_a_unit_beside_a_type_with_its_own_is_said_to_do_nothing(door: Door, tmp
     own = parquet(tmp_path / "e.parquet", timestamp=times)
     rows = door.events(own, events={"timestamp_unit": "ms"})
     assert [row["timestamp"] for row in rows] == GOOD["timestamp"]
-    (note,) = door.seen.notes
+    (note,) = door.survey.notes
     assert note.startswith(
         'events.timestamp_unit = "ms" has no effect: the column timestamp is timestamp[us]'
     )
     numbers = parquet(tmp_path / "n.parquet", timestamp=[second * 1000 for second in GOOD["timestamp"]])
     door.events(numbers, events={"timestamp_unit": "ms"})
-    assert door.seen.notes == []
+    assert door.survey.notes == []
 
 
 def test_preview_shows_labels_and_times_as_they_are_meant() -> None:
@@ -88,7 +88,7 @@ def test_preview_shows_labels_and_times_as_they_are_meant() -> None:
         for key, read in keys.items()
     ]
     ranges = [(0, 0.0, 1.0), (2, START, START * 1000)]
-    seen = Seen(columns, ranges=dict(zip((("impressions", key) for key in keys), ranges, strict=True)))
+    seen = Survey(columns, ranges=dict(zip((("impressions", key) for key in keys), ranges, strict=True)))
     _, _, label, time = (re.split("  +", line.strip()) for line in preview_lines(seen))
     assert label == ["c", "impressions.labels: click", "CSV", "numbers", "0", "0", "1"]
     assert time[-2:] == ["2017-01-01 00:00:00", str(START * 1000)]

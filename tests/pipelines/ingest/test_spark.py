@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from pipelines.ingest import encoding as ingest_encoding
+from pipelines.ingest import encode as ingest_encoding
 from pipelines.ingest.ingest import ingest
 from tests.helpers.opening import GOOD, Door, csv_events, parquet, text
 from tests.helpers.rawlogs import SHOWN, config, events, impressions, renew, rows, words, write
@@ -150,7 +150,7 @@ def test_both_engines_understand_csv_alike(doors: list[Door], tmp_path: Path) ->
         (" 7", "1", 1483228802, "|", None),
         ("+7", "01", 1483228803, None, None),
     ]
-    assert doors[0].seen.columns == doors[1].seen.columns
+    assert doors[0].survey.columns == doors[1].survey.columns
     for content, message in (
         ("user_id,item_id,timestamp\n1,2,3\n4,5\n", r"b\.csv: line 3: 2 cells, but the header has 3"),
         ("user_id,item_id,timestamp\n1,2,soon\n", r"b\.csv: column timestamp: line 2: 'soon' is not"),

@@ -16,7 +16,7 @@ class MlpKeys(ModelKeys):
     """What a model may set besides, for the head `mlp`."""
 
     hidden: tuple[Width, ...] = (200, 80)
-    """The widths of the layers of the head `mlp`."""
+    """The widths of the head's layers."""
 
 
 class MlpHead(Head):

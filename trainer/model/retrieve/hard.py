@@ -15,7 +15,8 @@ class HardKeys(BranchKeys):
     """What a branch may set besides, for the search `hard`."""
 
     match: str = ""
-    """The feature whose ids `hard` compares. Of several ids, one in common is enough."""
+    """The feature that `hard` compares. If behaviors or candidates have several ids of it, one in common is
+    enough."""
 
 
 class HardSearch(Search):

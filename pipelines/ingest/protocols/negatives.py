@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import ibis
 from ibis.expr import types as ir
 
-from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.portable_hash import number
 from pipelines.ingest.protocols.protocol import REQUEST, Past, Tables
+
+if TYPE_CHECKING:
+    from pipelines.ingest.config import IngestConfig
 
 _HOUR = 3600
 
 
-def one_positive(tables: Tables, asked: ir.Table, config: IngestConfig) -> ir.Table:
+def one_positive(
+    tables: Tables, asked: ir.Table, config: IngestConfig, exclude: Literal["user", "request"]
+) -> ir.Table:
     """The candidates of requests that carry their one positive as `item_id`: it, and `negatives` others.
 
-    Negatives are no item that the user ever has, before or after (`requests.exclude = "request"`: no item
-    that the user has in the second of the request).
+    Args:
+        exclude: `user`: negatives are no item that the user ever has, before or after the request;
+            `request`: they are no item that the user has in the second of the request.
     """
     events = tables.events
     asked = positives(asked, tables, config)
     wanted = ibis.literal(config.requests.negatives).cast("int64")
     wanted = asked.select(*REQUEST, "timestamp", wanted=wanted)
-    if config.requests.exclude == "user" or config.protocol == "leave-last":
+    if exclude == "user":
         theirs = events.semi_join(asked, "user_id")
         others = draw(wanted, theirs.select("user_id", "item_id").distinct(), ["user_id"], tables, config)
     else:
         seconds = asked.select(*REQUEST, "timestamp")
         beside = events.drop("request_id").inner_join(seconds, ["user_id", "timestamp"])
         others = draw(wanted, beside.select(*REQUEST, "item_id").distinct(), REQUEST, tables, config)
-    return ibis.union(labelled(asked, 1, config.task), labelled(others, 0, config.task))
+    return ibis.union(with_label(asked, 1, config.task), with_label(others, 0, config.task))
 
 
-def labelled(items: ir.Table, label: int, task: str) -> ir.Table:
+def with_label(items: ir.Table, label: int, task: str) -> ir.Table:
     """user_id, request_id, item_id and the label of the task."""
     return items.select(*REQUEST, "item_id", **{f"label_{task}": ibis.literal(label).cast("float32")})
 
 
 def positives(items: ir.Table, tables: Tables, config: IngestConfig) -> ir.Table:
-    """Those of the positives (item_id, timestamp, ...) that `requests.new_items` lets be asked."""
+    """The positives (item_id, timestamp, ...) that `requests.new_items` keeps."""
     if config.requests.new_items == "keep":
         return items
     known = items.inner_join(_past(tables).items, "item_id")
@@ -48,7 +54,7 @@ def positives(items: ir.Table, tables: Tables, config: IngestConfig) -> ir.Table
 
 
 def past_events(events: ir.Table) -> Past:
-    """Numbers the events of all users: each table is computed where it is used, so keep them first.
+    """Numbers the events of all users. Each table is computed where it is used, so keep them first.
 
     The order inside a second is that of the items, so that the numbers below a request's do not change
     with what happens later. Hours bound what a window function sorts at once.
@@ -72,7 +78,7 @@ def past_events(events: ir.Table) -> Past:
 def draw(
     wanted: ir.Table, refused: ir.Table, keys: Sequence[str], tables: Tables, config: IngestConfig
 ) -> ir.Table:
-    """user_id, request_id, item_id: `wanted` different items a request, none of those refused.
+    """user_id, request_id, item_id: `wanted` different items for each request, none of those refused.
 
     A request that meets too many refused items, or few earlier events, gets fewer.
 
@@ -87,7 +93,7 @@ def draw(
     value = number(config.seed, "negative", drawn.user_id, drawn.request_id, drawn.draw)
     # An engine may compute the remainder before it filters.
     drawn = drawn.mutate(number=value % ibis.greatest(drawn.earlier, 1)).drop("earlier")
-    drawn = drawn.inner_join(_past(tables).numbered, "number")
+    drawn = drawn.inner_join(_past(tables).events, "number")
     drawn = drawn.anti_join(refused, [*keys, "item_id"])
     once = drawn.group_by([*REQUEST, "item_id"]).aggregate(draw=drawn.draw.min(), wanted=drawn.wanted.max())
     once = once.mutate(place=ibis.row_number().over(group_by=REQUEST, order_by=once.draw))
