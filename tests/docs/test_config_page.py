@@ -42,6 +42,12 @@ def test_every_key_has_a_text(model: type[Settings]) -> None:
     assert not missing, f"write a docstring under these fields of {model.__name__}"
 
 
+def test_importing_the_settings_reads_no_source() -> None:
+    """pydantic would parse each class's source for its docstrings, in every process that reads a config."""
+    for model in MODELS:
+        assert not model.model_config.get("use_attribute_docstrings"), "config_page.py reads the docstrings"
+
+
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_the_docstrings_of_fields_are_sentences(model: type[Settings]) -> None:
     texts = texts_of(model)
