@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -37,9 +36,6 @@ _MODELS: tuple[tuple[str, str, type[Settings]], ...] = (
     ("Training", "For `tandemrec train`, `plan` and `bench`.", Config),
     ("Ingest", "For `tandemrec ingest`.", IngestConfig),
 )
-# `name:` or `name, other:` at the start of a line, or behind a semicolon.
-_NAMES = re.compile(r"(?:^|; )(\w+(?:, \w+)*): ")
-
 _WORDS = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text"}
 
 
@@ -60,7 +56,7 @@ def texts_of(model: type[Settings]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for kind in reversed(model.__mro__):
         if issubclass(kind, Settings) and kind is not Settings:
-            texts |= _old_texts(kind, model.model_fields) | _docstrings(kind)
+            texts |= _docstrings(kind)
     return texts
 
 
@@ -79,40 +75,6 @@ def _docstrings(kind: type[Settings]) -> dict[str, str]:
     return texts
 
 
-def _old_texts(kind: type[Settings], fields: Mapping[str, FieldInfo]) -> dict[str, str]:
-    """The same from an `Attributes:` block in the docstring of a class that is not yet rewritten."""
-    texts: dict[str, str] = {}
-    _, _, block = inspect.cleandoc(kind.__doc__ or "").partition("\nAttributes:\n")
-    for entry in _entries(block):
-        texts |= _named(entry, fields)
-    return texts
-
-
-def _entries(block: str) -> Iterator[str]:
-    """The entries of an `Attributes:` block, each on one line."""
-    entry = ""
-    for line in block.splitlines():
-        if entry and not line.startswith("     "):
-            yield entry
-            entry = ""
-        if line and not line.startswith("    "):
-            return
-        entry = f"{entry} {line.strip()}".strip()
-    if entry:
-        yield entry
-
-
-def _named(entry: str, fields: Mapping[str, FieldInfo]) -> dict[str, str]:
-    """`a, b: text; c: more` as a line for each of the three; what names no field belongs to the text."""
-    starts = [m for m in _NAMES.finditer(entry) if all(name in fields for name in m[1].split(", "))]
-    ends = [match.start() for match in starts[1:]] + [len(entry)]
-    return {
-        name: entry[match.end() : end].rstrip(".")
-        for match, end in zip(starts, ends, strict=True)
-        for name in match[1].split(", ")
-    }
-
-
 def _sections(path: str, heading: str, model: type[Settings]) -> Iterator[str]:
     """The tables of a model and of all below it."""
     texts, schema, rows, below = texts_of(model), model.model_json_schema(), [], []
@@ -126,7 +88,7 @@ def _sections(path: str, heading: str, model: type[Settings]) -> Iterator[str]:
         meaning = texts.get(key) or (_summary(inner) if inner is not None else "")
         rows.append(f"| `{key}` | {default} | {values} | {_cell(meaning)} |")
     if heading:
-        yield f"\n### {heading}\n\n{_about(model)}\n"
+        yield f"\n### {heading}\n\n{inspect.cleandoc(model.__doc__ or '')}\n"
     if rows:
         yield "\n| key | default | values | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     for place, inner in below:
@@ -144,12 +106,6 @@ def _place(path: str, key: str, field: FieldInfo) -> str:
     if kind is dict:
         return f"{whole}.<name>"
     return f"[[{whole}]]" if kind is tuple else whole
-
-
-def _about(model: type[Settings]) -> str:
-    """What a class says before its `Attributes:`."""
-    text, _, _ = inspect.cleandoc(model.__doc__ or "").partition("\nAttributes:\n")
-    return text.strip()
 
 
 def _summary(model: type[BaseModel]) -> str:
