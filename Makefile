@@ -131,7 +131,7 @@ format: install-dev ## rewrite the code the way lint wants it
 	ruff format $(FORMATTED)
 
 bench: $(VENV)/.installed-bench ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
-	python -m benchmarks.refresh --log "$(LOG)"
+	python -m benchmarks.harness.refresh --log "$(LOG)"
 
 docs: install ## docs/config.md, every key of the configurations, from the code
 	python -m pipelines.config_doc docs/config.md

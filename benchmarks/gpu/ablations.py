@@ -8,8 +8,6 @@ those numbers.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -20,8 +18,8 @@ from benchmarks.gpu.caches import CELL, PLACES, TINY, Place, change_of, placed
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of
 from benchmarks.gpu.loops import Loops, Way, loops_of, shares
 from benchmarks.gpu.made_up import drawn_steps
-from benchmarks.gpu.measure import wait_for_device
 from benchmarks.gpu.plain_forms import without_kernels
+from benchmarks.harness.timing import single_seconds
 from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.prefetch import Prefetcher
@@ -98,18 +96,13 @@ def _streamed(check: Check, way: _Trained, ranks: Any) -> Row:
     forms = nullcontext() if way.kernels else without_kernels()
     with forms, placed(place), loops_of(cell, ranks, count=1, change=change) as loops:
         pipeline = loops.pipeline(Way(way.kind))
-        wait_for_device()
 
-        def run() -> float:
-            made = (draw() for draw in rows)
-            steps: Iterator[Step] = Prefetcher(made, _AHEAD) if way.ahead else made
-            started = time.perf_counter()
+        def run() -> None:
+            drawn = (draw() for draw in rows)
+            steps: Iterator[Step] = Prefetcher(drawn, _AHEAD) if way.ahead else drawn
             deque(pipeline.train(steps, lambda: 1), maxlen=0)
-            wait_for_device()
-            return (time.perf_counter() - started) / len(rows)
 
-        run()
-        taken = statistics.median(run() for _ in range(check.size(3, 1)))
+        taken = single_seconds(run, check.size(3, 1)) / len(rows)
         return {"ms": 1000 * taken, "samples/s": loops.candidates / taken}
 
 

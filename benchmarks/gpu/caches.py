@@ -15,7 +15,7 @@ import embeddings.lookup.sharding
 import trainer.assemble
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Change, Way, loops_of, shares, with_model
-from benchmarks.grid import Cell
+from benchmarks.inputs.cells import Cell
 from trainer.config.run_config import Config
 from trainer.ranks.process_group import process_group
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.check import Answer, Check, Row, answer
-from benchmarks.gpu.made_up import full_windows, moved
+from benchmarks.gpu.made_up import moved
 from benchmarks.gpu.measure import difference
 from benchmarks.gpu.plain_forms import without_kernels
+from benchmarks.inputs.windows import full_windows
 from embeddings.first_rows import FirstWeights, initial_rows_
 from tests.helpers.models import drawing, drawn_vectors, drawn_windows
 from trainer.model.ops import bags, top

@@ -19,9 +19,10 @@ import torch
 import trainer.assemble
 from benchmarks.gpu.check import Row
 from benchmarks.gpu.made_up import steps_of
-from benchmarks.gpu.measure import forget_memory, host_waits, memory, wait_for_device
+from benchmarks.gpu.measure import forget_memory, host_waits, memory
 from benchmarks.gpu.training import Job, pipeline_of
-from benchmarks.grid import Cell, config_of
+from benchmarks.harness.timing import timed
+from benchmarks.inputs.cells import Cell, config_of
 from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
@@ -144,11 +145,7 @@ class Loops:
 
         def run(count: int) -> float:
             steps = islice(chain.from_iterable(repeat(self.steps)), count)
-            wait_for_device()
-            started = time.perf_counter()
-            work(steps)
-            wait_for_device()
-            return (time.perf_counter() - started) / count
+            return timed(lambda: work(steps)).wall / count
 
         run(len(self.steps))
         forget_memory()

@@ -10,33 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.grid import Cell, config_of
-from benchmarks.synthetic import Draws, as_batch
+from benchmarks.inputs.cells import Cell, config_of
+from benchmarks.inputs.synthetic import Draws, as_batch
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
-from trainer.model.retrieve.score import Attended
-from trainer.model.time import Marks
-from trainer.model.windows import Windows
 
 _SEED = 7
 _Moved = TypeVar("_Moved")
-
-
-def full_windows(windows: int, candidates: int, length: int, width: int) -> tuple[Windows, Attended]:
-    """Windows of `length` behaviors each, that lie one after the other, with so many candidates each."""
-    rng = torch.Generator().manual_seed(_SEED)
-    ends = torch.arange(1, windows + 1) * length
-    index = ends[:, None] - 1 - torch.arange(length)
-    request = torch.arange(windows).repeat_interleave(candidates)
-    mask, zero = torch.ones_like(index, dtype=torch.bool), torch.zeros_like(index)
-    lengths = torch.full((windows,), length)
-    # The host knows the counts, as it does of batches that were collated.
-    counts = (candidates,) * windows
-    found = Windows(index, mask, Marks(zero, zero, zero), None, request, lengths, counts)
-    query = torch.randn(windows * candidates, width, generator=rng)
-    key = torch.randn(windows * length, width, generator=rng)
-    return found, Attended(query, key, torch.zeros_like(request))
 
 
 def moved(given: _Moved, device: torch.device) -> _Moved:

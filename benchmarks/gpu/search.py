@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.check import Answer, Check, Row, answer
-from benchmarks.gpu.made_up import full_windows, moved
-from benchmarks.gpu.measure import copy_rate, difference, forget_memory, memory, seconds
+from benchmarks.gpu.made_up import moved
+from benchmarks.gpu.measure import difference, forget_memory, memory
 from benchmarks.gpu.plain_forms import without_kernels
+from benchmarks.harness.timing import copy_rate, single_seconds
+from benchmarks.inputs.windows import full_windows
 from trainer.model.retrieve.score import Attended, DotScorer
 from trainer.model.retrieve.search import DotSearch, Query
 from trainer.model.windows import Windows
@@ -27,7 +29,7 @@ def search(check: Check) -> Answer:
     Expected: the trainer's at 0.70 or more of the copy rate (`different` names cases below that); a
     gathered copy alone cannot pass a third, for it reads, writes and reads again.
     """
-    copied = copy_rate(check.device, check.size(1 << 28, 1 << 18))
+    copied = copy_rate(check.device, check.size(1 << 28, 1 << 18), repeats=10, warm=3)
     rows: list[Row] = []
     for length in (1_000, 10_000) if not check.dry else (64,):
         for width in (16, 32, 64, 128) if not check.dry else (16,):
@@ -48,7 +50,7 @@ def _measured(check: Check, windows: Windows, raw: Attended, copied: float) -> l
     wanted = _by_slices(windows, raw).sort(dim=1).values
     for name, run in _ways(windows, raw).items():
         apart = difference(run().sort(dim=1).values, wanted)
-        taken = seconds(run, check.size(10, 1), check.size(3, 1))
+        taken = single_seconds(run, check.size(10, 1), check.size(3, 1))
         rows.append(
             {
                 "L": length,

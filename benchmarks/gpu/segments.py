@@ -16,8 +16,9 @@ import torch
 from benchmarks.gpu.check import ROOT, Answer, Check, Row, answer
 from benchmarks.gpu.loops import Way, loops_of
 from benchmarks.gpu.made_up import steps_of
-from benchmarks.gpu.measure import forget_memory, memory, wait_for_device
-from benchmarks.grid import Cell
+from benchmarks.gpu.measure import forget_memory, memory
+from benchmarks.harness.timing import wait_for_device
+from benchmarks.inputs.cells import Cell
 from trainer.data.pinned import pinning
 from trainer.ranks.process_group import process_group
 

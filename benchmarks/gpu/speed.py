@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of
 from benchmarks.gpu.loops import Loops, Way, loops_of
-from benchmarks.grid import Cell
+from benchmarks.inputs.cells import Cell
 from trainer.ranks.process_group import Ranks, process_group
 
 _AIM = 0.95

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Loops, Way, loops_of
-from benchmarks.grid import Cell
+from benchmarks.inputs.cells import Cell
 from embeddings.lookup.sharded import ShardedBags
 from tests.helpers.forked import fork_ranks
 from trainer.config.run_config import Config

@@ -1,4 +1,4 @@
-"""Which behaviors a model's search keeps, whatever kind of search it is."""
+"""The behaviors that a model's search keeps, for every kind of search."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def kept_behaviors(model: nn.Module, batch: RequestBatch) -> tuple[Tensor, Tenso
         model: a `TwoStageModel`, or what wraps it for training.
     """
     inner: Any = getattr(model, "module", model)
-    found = inner.searched(batch).items()
-    # What works on whole windows searches nothing: each candidate keeps all of its own.
+    searched = inner.searched(batch).items()
+    # A model of whole windows searches nothing: each candidate keeps all of its window.
     kept = [
         each.windows.of_candidates() if inner.branches[name].sequence.on_windows else each.kept
-        for name, each in found
+        for name, each in searched
     ]
     count = batch.candidates
     index = torch.cat([each.index.reshape(count, -1) for each in kept], dim=1)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu import loops
 from benchmarks.gpu.caches import TINY
-from benchmarks.loops import timed
+from benchmarks.harness.loops import timed
 from trainer.data.batch import RequestBatch
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.information import count_truths, places, read_shown
 from benchmarks.planted.kept import kept_behaviors
-from benchmarks.retrieval import Ranked, quality, ranked, references
+from benchmarks.retrieval.information import count_truths, places, read_shown
+from benchmarks.retrieval.ranking import Ranked, quality, ranked, references
 from tests.helpers.logs import FEATURES
 from tests.helpers.models import batch_of, model_of, preset, small_log
 from trainer.config.sections import DataConfig

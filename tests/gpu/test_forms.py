@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.gpu.forms import bags, top
-from benchmarks.gpu.made_up import full_windows, moved
+from benchmarks.gpu.made_up import moved
 from benchmarks.gpu.measure import difference
+from benchmarks.inputs.windows import full_windows
 from tests.helpers.models import drawing, drawn_vectors, drawn_windows
 from trainer.model.retrieve.score import DotScorer
 from trainer.model.retrieve.search import DotSearch, Query

@@ -31,7 +31,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.exchanged import Exchanged
+from benchmarks.harness.collectives import Exchanged
 from embeddings.lookup.rounding import Comms, codecs_of
 
 # The dense kernel would return a row for every empty bag of a sequence.

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.exchanged import Exchanged
+from benchmarks.harness.collectives import Exchanged
 from pipelines.console import quiet_third_parties
 from tests.programs.step_cases import job
 from trainer.data.reader import Step

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from benchmarks.harness.timing import Seconds, timed
 from trainer.checkpoint.save_load import Found
 from trainer.config.run_config import Config
 from trainer.data.reader import Cursor, SequenceLogReader, Step
@@ -22,41 +21,8 @@ from trainer.ranks.process_group import Ranks
 from trainer.run_folder import RunFolder
 
 
-class Seconds(NamedTuple):
-    """By the clock on the wall, and of this process's threads."""
-
-    wall: float
-    cpu: float
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Around a benchmark, or as its decorator: torch computes on a single thread meanwhile."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def timed(work: Callable[[], object]) -> Seconds:
-    """What the work takes, with all that it gives a device to do."""
-    _wait_for_device()
-    started, started_cpu = time.perf_counter(), time.process_time()
-    work()
-    _wait_for_device()
-    return Seconds(time.perf_counter() - started, time.process_time() - started_cpu)
-
-
-def _wait_for_device() -> None:
-    # Where nothing runs on CUDA, to ask it would open a context.
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 class Replay:
-    """Stands for a reader: steps that were read before."""
+    """Stands in for a reader: it gives steps that were read before."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.all, self.order = steps, ""
@@ -69,7 +35,7 @@ class Replay:
 def bare_loop(
     model: DistributedModelParallel, optimizer: Any, steps: Sequence[Step], ranks: Ranks
 ) -> Seconds:
-    """What TorchRec's documentation does, and no more."""
+    """The training loop of TorchRec's documentation, and no more."""
 
     def work() -> None:
         for step in steps:
@@ -83,7 +49,7 @@ def bare_loop(
 
 
 class Unsaved(Trainer):
-    """The end of a measurement is no checkpoint."""
+    """A trainer that writes no checkpoint at the end of a measurement."""
 
     def _save(self) -> None:
         self._report()
@@ -92,7 +58,9 @@ class Unsaved(Trainer):
 def trainer_loop(
     config: Config, model: DistributedModelParallel, steps: Sequence[Step], ranks: Ranks, folder: Path
 ) -> Seconds:
-    """All of it but validation and checkpoints: schedules, metrics, progress, TensorBoard as configured."""
+    """The trainer's loop without validation and checkpoints. Schedules, metrics, progress and TensorBoard
+    are as the config says.
+    """
     train = config.train.model_copy(update={"epochs": 1, "validate_every": 0})
     checkpoint = config.checkpoint.model_copy(update={"every_steps": 0, "every_minutes": 0.0})
     config = config.model_copy(update={"train": train, "checkpoint": checkpoint})

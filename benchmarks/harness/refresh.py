@@ -1,6 +1,6 @@
 """Runs the commands that benchmarks/*.md name and puts what they print in its place: `make bench`.
 
-    python -m benchmarks.refresh [--log runs/demo/log] [--results runs/bench] [PAGE.md ...]
+    python -m benchmarks.harness.refresh [--log runs/demo/log] [--results runs/bench] [PAGE.md ...]
 
 A page says so where figures of this very machine belong:
 

@@ -1,4 +1,4 @@
-"""How long a server takes to start on a snapshot with large tables, and what memory it takes then."""
+"""A snapshot with large tables of random rows, and a server that is started on it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trainer.snapshot.publishing import drafting, publish
 from trainer.snapshot.writing import Draft, finished
 
 _ROOT = Path(__file__).parents[1]
-# Rows that are written at once: the same random ones again and again.
+# Rows that are written at once; every band holds the same random rows.
 _BAND = 1 << 18
 
 
