@@ -21,7 +21,6 @@ import torch.distributed.checkpoint as dcp
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import spread, timed
-from pipelines.console import quiet_third_parties
 from trainer.assemble import build_sharded, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
@@ -40,15 +39,11 @@ Taken = dict[str, list[float]]
 
 
 def main(words: Sequence[str]) -> None:
-    options = Options("checkpoint", __doc__)
-    options.add_config(required=True)
-    options.add_repeats()
-    given = options.read(words)
-    quiet_third_parties()
+    given = Options("checkpoint", __doc__).measuring(config=True).read(words)
     settings = load_config(given.config, given.overrides)
     manifest = read_manifest(settings.data.log)
     settings = _sized(settings, manifest)
-    report = Report(given, "Checkpoint", seed=settings.train.seed, n=given.repeats)
+    report = Report(given, "Checkpoint", seed=settings.train.seed)
     place = given.json.parent if given.json is not None else Path.cwd()
     device = settings.train.device
     with (

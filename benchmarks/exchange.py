@@ -29,7 +29,6 @@ from benchmarks.harness.report import Report, Row
 from embeddings.plan.planner import offline_plan
 from embeddings.plan.request import Cluster
 from embeddings.plan.traffic import Traffic
-from pipelines.console import quiet_third_parties
 from pipelines.plan.report import Report as PlanReport
 from pipelines.start import open_split
 from trainer.assemble import build_sharded, build_trainable, feature_rows, plan_task
@@ -151,7 +150,6 @@ def forecast(config: Config, manifest: LogManifest) -> Counts:
 
 def run_rank(folder: Path, lengths: Sequence[int]) -> None:
     """One of the ranks; rank 0 leaves folder/counts.json."""
-    quiet_third_parties()
     with process_group(300) as ranks:
         counts = [
             {"length": length, "lookup": lookup, **measure(folder / str(length), length, lookup, ranks)}

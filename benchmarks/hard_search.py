@@ -92,11 +92,10 @@ COLUMNS = {
 
 
 def main(words: Sequence[str]) -> None:
-    options = Options("hard_search", __doc__, page=Path(__file__).with_suffix(".md"))
-    options.add_repeats()
+    options = Options("hard_search", __doc__, page=Path(__file__).with_suffix(".md")).measuring()
     options.add_argument("--behaviors", default="1000,10000,50000", metavar="N,N", help="sizes of blocks")
     given = options.read(words)
-    report = Report(given, "Hierarchical hard search", n=given.repeats)
+    report = Report(given, "Hierarchical hard search")
     report.line(
         f"One user block of N behaviors over two years; {CANDIDATES:,} candidates in {REQUESTS} requests, "
         "each of which sees half of the block or more; taxonomy 20 x 10 x 10 and the item as fourth "

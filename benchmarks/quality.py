@@ -22,7 +22,6 @@ from benchmarks.harness.loops import Unsaved
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import one_thread
-from pipelines.console import quiet_third_parties
 from trainer.assemble import build_sharded, feature_rows
 from trainer.checkpoint.save_load import Found
 from trainer.config.run_config import Config, load_config
@@ -58,15 +57,11 @@ class QualityBench(Settings):
 
 @one_thread()
 def main(words: Sequence[str]) -> None:
-    options = Options("quality", __doc__)
-    options.add_config(required=True)
-    options.add_repeats()
-    given = options.read(words)
-    quiet_third_parties()
+    given = Options("quality", __doc__).measuring(config=True).read(words)
     own = [word.removeprefix(_PREFIX) for word in given.overrides if word.startswith(_PREFIX)]
     settings = load_settings(QualityBench, None, own)
     base = load_config(given.config, [word for word in given.overrides if not word.startswith(_PREFIX)])
-    report = Report(given, "Quality", seed=settings.seed, n=given.repeats)
+    report = Report(given, "Quality", seed=settings.seed)
     with process_group(device=base.train.device) as ranks:
         for seed in range(settings.seed, settings.seed + given.repeats):
             report.rows += [_until(base, settings, blocks, seed, ranks) for blocks in settings.blocks]

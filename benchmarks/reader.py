@@ -18,7 +18,6 @@ from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, rounds, spread, timed
 from embeddings.lookup.sharding import initialise_unsharded
-from pipelines.console import quiet_third_parties
 from trainer.assemble import build_trainable, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.config.sections import DataConfig
@@ -43,13 +42,9 @@ BARE, CHECKED, PLAIN, CONFIGURED = (
 
 
 def main(words: Sequence[str]) -> None:
-    options = Options("reader", __doc__)
-    options.add_config(required=True)
-    options.add_repeats()
-    given = options.read(words)
-    quiet_third_parties()
+    given = Options("reader", __doc__).measuring(config=True).read(words)
     settings = load_config(given.config, given.overrides)
-    report = Report(given, "Reading", seed=1, n=given.repeats)
+    report = Report(given, "Reading", seed=1)
     before = own_peak_bytes() / 2**20
     _read(settings.data)
     memory = {"peak_rss_before_mb": before, "peak_rss_reading_mb": own_peak_bytes() / 2**20}

@@ -28,7 +28,6 @@ from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import one_thread, rounds, spread, timed
 from benchmarks.inputs.cells import config_with
 from benchmarks.inputs.synthetic import Draws, Shape, as_batch
-from pipelines.console import quiet_third_parties
 from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
 from trainer.config.toml import Settings, load_settings
@@ -117,9 +116,7 @@ class ScalingBench(Settings):
 
 @one_thread()
 def main(words: Sequence[str]) -> None:
-    options = Options("scaling", __doc__)
-    options.add_config()
-    options.add_repeats()
+    options = Options("scaling", __doc__).measuring(config=False)
     options.add_argument(
         "--image", type=Path, metavar="FILE.png", help="also draw the curves (needs matplotlib)"
     )
@@ -130,9 +127,8 @@ def main(words: Sequence[str]) -> None:
             json.loads(given.draw.read_text(encoding="utf-8")), given.image or given.draw.with_suffix(".png")
         )
         return
-    quiet_third_parties()
     settings = load_settings(ScalingBench, given.config, given.overrides)
-    report = Report(given, "Scaling", seed=settings.seed, n=given.repeats)
+    report = Report(given, "Scaling", seed=settings.seed)
     report.facts = {"settings": settings.model_dump(mode="json"), "repeats": given.repeats}
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
         for sweep in settings.sweeps:

@@ -27,7 +27,6 @@ from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import Seconds, copy_rate, one_thread, rounds, single_seconds, spread, timed
 from benchmarks.inputs.windows import full_windows
 from benchmarks.rivals import search_changes as forms
-from pipelines.console import quiet_third_parties
 from trainer.config.toml import Settings, load_settings
 from trainer.model.retrieve.score import Attended, DotScorer
 from trainer.model.retrieve.search import DotSearch, Query
@@ -58,17 +57,14 @@ class SearchBench(Settings):
 
 @one_thread()
 def main(words: Sequence[str]) -> None:
-    options = Options("search", __doc__)
-    options.add_config()
-    options.add_repeats()
+    options = Options("search", __doc__).measuring(config=False)
     options.add_argument("--changes", action="store_true", help="measure the search change by change")
     given = options.read(words)
-    quiet_third_parties()
     if given.changes:
         _measure_changes(given)
         return
     settings = load_settings(SearchBench, given.config, given.overrides)
-    report = Report(given, "Search", seed=settings.seed, n=given.repeats)
+    report = Report(given, "Search", seed=settings.seed)
     rows: list[Row] = []
     rates = []
     for length in settings.lengths:
@@ -96,7 +92,7 @@ def machine_rates() -> Rates:
 
 @torch.no_grad()
 def _measure_changes(given: argparse.Namespace) -> None:
-    report = Report(given, "Search, change by change", seed=0, n=given.repeats)
+    report = Report(given, "Search, change by change", seed=0)
     report.facts = {"k": forms.K}
     names = [f"{w} x {s}, L = {length:,}, D = {dim}" for w, s, length, dim in forms.SHAPES]
     queries = [forms.query_of(*shape) for shape in forms.SHAPES]

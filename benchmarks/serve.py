@@ -41,7 +41,6 @@ from embeddings.errors import TandemError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype, to_stored
-from pipelines.console import quiet_third_parties
 from pipelines.serve.app import Service, build_app
 from pipelines.serve.metrics import Metrics
 from trainer.assemble import build_model
@@ -120,13 +119,9 @@ class _Served:
 
 @one_thread()
 def main(words: Sequence[str]) -> None:
-    options = Options("serve", __doc__)
-    options.add_config()
-    options.add_repeats()
-    given = options.read(words)
-    quiet_third_parties()
+    given = Options("serve", __doc__).measuring(config=False).read(words)
     settings, repeats = load_settings(ServeBench, given.config, given.overrides), given.repeats
-    report = Report(given, "Serving", seed=0, n=repeats)
+    report = Report(given, "Serving", seed=0)
     report.facts = settings.model_dump()
     torch.manual_seed(0)
     representation = torch.randn(settings.rows, settings.width) * 0.1

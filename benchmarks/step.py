@@ -29,7 +29,6 @@ from benchmarks.harness.timing import Seconds, one_thread, rounds, spread, timed
 from benchmarks.inputs.cells import DARE_KINDS, Cell, Kind, config_of
 from benchmarks.inputs.synthetic import Draws, as_batch, padded, row_per_sample, zipf_share
 from benchmarks.rivals.plain_models import PlainDare, PlainMlpScorer, plain_loss
-from pipelines.console import quiet_third_parties
 from trainer.assemble import build_sharded, feature_rows
 from trainer.config.run_config import Config, load_config
 from trainer.config.toml import Settings, load_settings
@@ -112,17 +111,13 @@ class StepBench(Settings):
 
 @one_thread()
 def main(words: Sequence[str]) -> None:
-    options = Options("step", __doc__)
-    options.add_config()
-    options.add_repeats()
-    given = options.read(words)
-    quiet_third_parties()
+    given = Options("step", __doc__).measuring(config=False).read(words)
     if given.config is not None:
         config = load_config(given.config, given.overrides)
-        _measure_loop(config, given.repeats, Report(given, "Step", seed=config.train.seed, n=given.repeats))
+        _measure_loop(config, given.repeats, Report(given, "Step", seed=config.train.seed))
         return
     settings = load_settings(StepBench, None, given.overrides)
-    report = Report(given, "Step", seed=settings.seed, n=given.repeats)
+    report = Report(given, "Step", seed=settings.seed)
     report.facts = {"settings": settings.model_dump(mode="json"), "repeats": given.repeats}
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
         for cell in settings.cells:

@@ -1,5 +1,6 @@
-"""The check of a GPU, step by step; `python -m benchmarks.gpu report OUT` makes a page of its results. All of
-it is told in docs/gpu.md.
+"""The check of a GPU, step by step: whether all is right there, and how fast
+
+`python -m benchmarks.gpu report OUT` makes a page of its results. docs/gpu.md tells all of it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from embeddings.errors import ConfigError
+from pipelines.console import quiet_third_parties
 
 
 class Options(argparse.ArgumentParser):
@@ -26,6 +27,7 @@ class Options(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._needs_config = False
         self.add_argument("--json", type=Path, metavar="FILE", help="keep the figures here")
         self.add_argument(
             *("--page", "--table"),
@@ -35,25 +37,29 @@ class Options(argparse.ArgumentParser):
             help="write them as Markdown too",
         )
 
-    def add_repeats(self, default: int = 5) -> None:
-        """--repeats: how often each row is measured."""
-        self.add_argument("--repeats", type=_positive, default=default, help="measurements of each row")
+    def measuring(self, *, config: bool | None = None, repeats: int = 5) -> Options:
+        """Add --repeats, and --config and --set as other verbs have them.
 
-    def add_config(self, *, required: bool = False) -> None:
-        """--config and --set, as all verbs have them."""
-        self.add_argument("--config", type=Path, metavar="FILE", help="TOML")
-        self.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-        self._needs_config = required
+        Args:
+            config: whether a configuration is required; None: the benchmark takes none.
+        """
+        self.add_argument("--repeats", type=_positive, default=repeats, help="measurements of each row")
+        if config is not None:
+            self.add_argument("--config", type=Path, metavar="FILE", help="TOML")
+            self.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+        self._needs_config = bool(config)
+        return self
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """The values of the options; `command` is the command line itself.
+        """The values of the options, with the command line itself as `command`; third parties fall silent.
 
         Raises:
             ConfigError: a word is not understood, or a configuration is missing.
         """
         given = self.parse_args(words)
         given.command = " ".join([self.prog, *words])
-        if getattr(self, "_needs_config", False) and given.config is None:
+        quiet_third_parties()
+        if self._needs_config and given.config is None:
             raise ConfigError("this benchmark measures with a configuration: give --config")
         return given
 

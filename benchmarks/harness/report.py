@@ -29,8 +29,8 @@ class Report:
 
     Args:
         given: the values of the benchmark's options.
-        heading: of the Markdown page. seed: of what was drawn, n: measurements of each row; None:
-            there is none.
+        heading: of the Markdown page. seed: of what was drawn; None: nothing was.
+        n: measurements of each row; None: --repeats, where there is that option.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Report:
         self.rows: list[Row] = []
         self.ratios: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
-        self._given, self._seed, self._n = given, seed, n
+        self._given, self._seed, self._n = given, seed, n or getattr(given, "repeats", None)
         self._page = [f"# {heading}", ""]
 
     def line(self, text: str = "") -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,17 +105,28 @@ def own_peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def timed_process(command: Sequence[str], **options: Any) -> tuple[Seconds, int]:
+# The kernel counts the memory of the process that starts another as the other's own: so this one is small.
+_STARTER = """
+import json, os, resource, subprocess, sys, time
+started = time.perf_counter()
+code = subprocess.run(sys.argv[2:]).returncode
+seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+figures = seconds, used.ru_utime + used.ru_stime, used.ru_maxrss, code
+os.write(int(sys.argv[1]), json.dumps(figures).encode())
+"""
+
+
+def timed_process(command: Sequence[str]) -> tuple[Seconds, int]:
     """Seconds of a process with all its threads, and the most memory that was resident in it, in bytes.
 
     Raises:
         TandemError: its exit code is not 0.
     """
-    started = time.perf_counter()
-    process = subprocess.Popen(command, **options)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = Seconds(time.perf_counter() - started, used.ru_utime + used.ru_stime)
-    if process.returncode:
-        raise TandemError(f"`{' '.join(command)}` failed with exit code {process.returncode}, see above")
-    return seconds, 1024 * used.ru_maxrss
+    read, write = os.pipe()
+    subprocess.run([sys.executable, "-c", _STARTER, str(write), *command], pass_fds=[write], check=True)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        wall, cpu, kib, code = json.load(answer)
+    if code:
+        raise TandemError(f"`{' '.join(command)}` failed with exit code {code}, see above")
+    return Seconds(wall, cpu), 1024 * kib

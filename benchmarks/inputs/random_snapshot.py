@@ -27,7 +27,7 @@ from trainer.snapshot.manifest import InputFeature, SnapshotManifest
 from trainer.snapshot.publishing import drafting, publish
 from trainer.snapshot.writing import Draft, finished
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 # Rows that are written at once; every band holds the same random rows.
 _BAND = 1 << 18
 
