@@ -12,13 +12,13 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 
 from pydantic import Field, PositiveInt
 
-from benchmarks.harness.loops import Unsaved
+from benchmarks.harness.loops import Unsaved, first_steps
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import one_thread
@@ -119,13 +119,9 @@ class _Beginning(SequenceLogReader):
 
     def __init__(self, config: Config, rows: dict[str, int], candidates: int) -> None:
         super().__init__(config.data, "validation", rows)
-        self._held: list[Step] = []
-        with closing(super().steps()) as read:
-            for step in read:
-                self._held.append(step)
-                candidates -= step.batch.candidates
-                if candidates <= 0:
-                    break
+        reader = SequenceLogReader(config.data, "validation", rows)
+        held = first_steps(reader, lambda steps: sum(s.batch.candidates for s in steps) >= candidates)
+        self._held = held.all
 
     def steps(self, cursor: Cursor | None = None) -> Closable[Step]:
         return (step for step in self._held)

@@ -14,6 +14,7 @@ from statistics import median
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.harness.loops import first_steps
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, rounds, spread, timed
@@ -123,11 +124,7 @@ def _step_seconds(config: Config, steps: int = 30) -> Seconds:
     model, groups = build_trainable(config, manifest, torch.device("cpu"))
     initialise_unsharded(model, groups, config.train.seed)
     reader = SequenceLogReader(config.data, "train", feature_rows(groups), seed=1)
-    batches = []
-    for step in reader.steps():
-        batches.append(step.batch)
-        if len(batches) == steps:
-            break
+    batches = [step.batch for step in first_steps(reader, lambda held: len(held) == steps).all]
     warm, measured = batches[:5], batches[5:] or batches
     for batch in warm:
         loss_sum(model(batch).logits, batch.labels, batch.weight).backward()

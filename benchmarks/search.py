@@ -34,6 +34,16 @@ from trainer.model.windows import Kept
 
 Rates = dict[str, float]
 OURS, ROWS, PADDED = "ours", "rows a sample", "padded dense"
+COLUMNS = {
+    "L": "{length:,}",
+    "D": "{dim}",
+    "cand.": "{candidates_a_request}",
+    "us/cand.": "{cpu_us_a_candidate:,.1f}",
+    "min-max": "{cpu_min:,.1f}-{cpu_max:,.1f}",
+    **{name: f"{{{name}:,.1f}}" for name in (ROWS, PADDED)},
+    **{f"{name} / ours": f"{{{name} / ours:.2f}}" for name in (ROWS, PADDED)},
+}
+SHARES = {"of copy": "{share_of_copy:.0%}", "of matmul": "{share_of_matmul:.0%}"}
 
 
 class SearchBench(Settings):
@@ -75,7 +85,7 @@ def main(words: Sequence[str]) -> None:
     machine = {name: max(each[name] for each in rates) for name in rates[0]}
     report.rows = [row | _shares(row, machine) for row in rows]
     _show(report, machine)
-    report.ratios, report.facts = _ratios(report.rows), settings.model_dump() | machine
+    report.facts = settings.model_dump() | machine
     report.close()
 
 
@@ -272,47 +282,34 @@ def _shares(row: Row, machine: Rates) -> Row:
     }
 
 
-def _ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """Processor time of a baseline over ours, by case."""
-    ratios: dict[str, float] = {}
-    for case in _cases(rows):
-        for name in (ROWS, PADDED):
-            ours, other = case[OURS], case[name]
-            kind = "train" if ours["gradients"] else "forward"
-            place = f"L={ours['length']} D={ours['dim']} C={ours['candidates_a_request']}"
-            ratios[f"{kind} {place}: {name} / ours"] = (
-                other["cpu_us_a_candidate"] / ours["cpu_us_a_candidate"]
-            )
-    return ratios
+def _cases(rows: Sequence[Row]) -> list[Row]:
+    """The row of ours in every case, with the other ways' times beside it."""
+    others = {(row["way"], *_key(row)): row["cpu_us_a_candidate"] for row in rows}
+    ours = sorted((row for row in rows if row["way"] == OURS), key=_key)
+    cases = []
+    for row in ours:
+        us = {name: others[name, *_key(row)] for name in (ROWS, PADDED)}
+        over = {f"{name} / ours": value / row["cpu_us_a_candidate"] for name, value in us.items()}
+        cases.append(row | us | over)
+    return cases
 
 
-def _cases(rows: Sequence[Row]) -> list[dict[str, Row]]:
-    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = row["gradients"], row["length"], row["dim"], row["candidates_a_request"]
-        cases.setdefault(key, {})[row["way"]] = row
-    return [cases[key] for key in sorted(cases, key=lambda key: (key[0], key[1], -key[2], key[3]))]
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["gradients"], row["length"], -row["dim"], row["candidates_a_request"]
 
 
 def _show(report: Report, machine: Rates) -> None:
+    cases = _cases(report.rows)
     for learns in (False, True):
-        cells = [_cells(case, learns) for case in _cases(report.rows) if case[OURS]["gradients"] == learns]
         report.line("training: scores, top-K and gradients" if learns else "forward: scores and top-K")
-        head = ["L", "D", "cand.", "us/cand.", "min-max", ROWS, PADDED, f"{ROWS} / ours", f"{PADDED} / ours"]
-        report.cells(head if learns else [*head, "of copy", "of matmul"], cells)
+        columns = COLUMNS if learns else COLUMNS | SHARES
+        report.table(columns, [case for case in cases if case["gradients"] == learns])
         report.line()
+    for case in cases:
+        place = f"L={case['length']} D={case['dim']} C={case['candidates_a_request']}"
+        for name in (f"{ROWS} / ours", f"{PADDED} / ours"):
+            report.ratios[f"{'train' if case['gradients'] else 'forward'} {place}: {name}"] = case[name]
     report.line(
         f"one thread copies {machine['copy_bytes_per_s'] / 1e9:.1f} GB/s (read and written) and multiplies "
         f"{machine['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s; us are of the processor, a candidate, medians"
     )
-
-
-def _cells(case: Mapping[str, Row], learns: bool) -> list[str]:
-    ours, rows, padded = (case[name] for name in (OURS, ROWS, PADDED))
-    us = [each["cpu_us_a_candidate"] for each in (ours, rows, padded)]
-    cells = [f"{ours['length']:,}", str(ours["dim"]), str(ours["candidates_a_request"]), f"{us[0]:,.1f}"]
-    cells += [f"{ours['cpu_min']:,.1f}-{ours['cpu_max']:,.1f}", f"{us[1]:,.1f}", f"{us[2]:,.1f}"]
-    cells += [f"{us[1] / us[0]:.2f}", f"{us[2] / us[0]:.2f}"]
-    if learns:
-        return cells
-    return [*cells, f"{ours['share_of_copy']:.0%}", f"{ours['share_of_matmul']:.0%}"]

@@ -12,9 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -22,7 +20,7 @@ from typing import Any, cast
 import torch
 from pydantic import Field, PositiveInt
 
-from benchmarks.harness.loops import Replay, bare_loop, trainer_loop
+from benchmarks.harness.loops import bare_loop, first_steps, trainer_loop
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import Seconds, one_thread, rounds, spread, timed
@@ -153,8 +151,8 @@ def _measure_loop(config: Config, repeats: int, report: Report) -> None:
         *([("late_check_to_waiting", "step, checked", _WAITED)] if waits else []),
     ):
         for clock, suffix in enumerate(("", "_cpu")):
-            pair = ([seconds[clock] for seconds in taken[way]] for way in (over, under))
-            report.ratio(f"{label}{suffix}", *pair, digits=3)
+            one, other = ([seconds[clock] for seconds in taken[way]] for way in (over, under))
+            report.ratio(f"{label}{suffix}", one, other, digits=3)
     report.line(
         f"{facts['steps']} steps, {facts['candidates']:,} candidates, {facts['behaviors']:,} behaviors"
     )
@@ -172,11 +170,10 @@ class _Loops:
         rows = feature_rows(build_sharded(config, self._manifest, ranks).groups)
         seed, prepare = config.train.seed, pinning(ranks.device)
         reader = SequenceLogReader(config.data, "train", rows, seed=seed, prepare=prepare)
-        with closing(reader.steps()) as steps:
-            self._replay = Replay(list(islice(steps, _STEPS)))
+        self._held: Sequence[Step] = first_steps(reader, lambda steps: len(steps) == _STEPS).all
 
     def facts(self) -> dict[str, int]:
-        batches = [step.batch for step in self._replay.all]
+        batches = [step.batch for step in self._held]
         return {
             "steps": len(batches),
             "candidates": sum(batch.candidates for batch in batches),
@@ -184,7 +181,7 @@ class _Loops:
         }
 
     def bare(self) -> Seconds:
-        return bare_loop(*self._model("bare"), self._replay.all, self._ranks)
+        return bare_loop(*self._model("bare"), self._held, self._ranks)
 
     def steps(self, name: str, checked: bool, late: bool | None = None) -> Seconds:
         """The trainer's step without the loop around it."""
@@ -192,13 +189,13 @@ class _Loops:
         guard = Guard(self._ranks, self._folder, late) if checked else None
         step = TrainStep(self._config, model, optimizer, 1, guard)
         pipeline = Pipeline("none", model, step, self._ranks.device)
-        return timed(lambda: deque(pipeline.train(self._replay.all, lambda: 0), maxlen=0))
+        return timed(lambda: deque(pipeline.train(self._held, lambda: 0), maxlen=0))
 
     def trainer(self, pipeline: str) -> Seconds:
         model, _ = self._model(f"trainer {pipeline}")
         train = self._config.train.model_copy(update={"pipeline": pipeline})
         config = self._config.model_copy(update={"train": train})
-        return trainer_loop(config, model, self._replay.all, self._ranks, self._folder)
+        return trainer_loop(config, model, self._held, self._ranks, self._folder)
 
     def _model(self, name: str) -> tuple[Any, Any]:
         if name not in self._models:

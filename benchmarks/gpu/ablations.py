@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from benchmarks.gpu.caches import CELL, PLACES, TINY, Place, change_of, placed
-from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of
+from benchmarks.gpu.caches import CELL, PLACES, TINY, Place, change_of, placed, there
+from benchmarks.gpu.check import Answer, Check, Row, answer, each_way
 from benchmarks.gpu.loops import Loops, Way, loops_of, shares
 from benchmarks.gpu.made_up import drawn_steps
 from benchmarks.gpu.plain_forms import without_kernels
@@ -72,17 +73,9 @@ def prefetch(check: Check) -> Answer:
     Expected: every line of the first four is faster than the one before; the fused update is several times
     faster than one over whole tables.
     """
-    rows: list[Row] = []
+    ways = {name: way for name, way in PREFETCH.items() if there(check, PLACES[way.place])}
     with process_group(60) as ranks:
-        for name, way in PREFETCH.items():
-            if not check.on_cuda and PLACES[way.place].kernel != "fused":
-                continue
-            try:
-                rows.append({"way": name, **_streamed(check, way, ranks)})
-            except Exception as error:
-                rows.append({"way": name, "error": reason_of(error)})
-            check.keep(_table(rows))
-    return _table(rows)
+        return _table(each_way(ways, lambda way: _streamed(check, way, ranks), partial(_keep, check)))
 
 
 def _streamed(check: Check, way: _Trained, ranks: Any) -> Row:
@@ -112,7 +105,6 @@ def precision(check: Check) -> Answer:
 
     Expected: every line is faster than the first; rows in device memory are the fastest.
     """
-    rows: list[Row] = []
     ways: Mapping[str, tuple[str, bool]] = {
         "rows in host memory, fp32": ("host memory", False),
         "+ a cache on the device": ("host memory, cache of 0.2", False),
@@ -120,16 +112,11 @@ def precision(check: Check) -> Answer:
         "rows in device memory, fp32": ("device memory", False),
         "rows in device memory, bf16": ("device memory", True),
     }
+    ways = {name: way for name, way in ways.items() if there(check, PLACES[way[0]])}
     with process_group(60) as ranks:
-        for name, (where, bf16) in ways.items():
-            if not check.on_cuda and PLACES[where].kernel != "fused":
-                continue
-            try:
-                rows.append({"way": name, **_scored(check, PLACES[where], bf16, ranks)})
-            except Exception as error:
-                rows.append({"way": name, "error": reason_of(error)})
-            check.keep(_table(rows))
-    return _table(rows)
+        return _table(
+            each_way(ways, lambda way: _scored(check, PLACES[way[0]], way[1], ranks), partial(_keep, check))
+        )
 
 
 def _scored(check: Check, place: Place, bf16: bool, ranks: Any) -> Row:
@@ -138,6 +125,10 @@ def _scored(check: Check, place: Place, bf16: bool, ranks: Any) -> Row:
     with placed(place), loops_of(cell, ranks, change=change_of(place), **sizes) as loops:
         found: Loops = loops
         return found.scored(bf16)
+
+
+def _keep(check: Check, rows: list[Row]) -> None:
+    check.keep(_table(rows))
 
 
 def _table(rows: list[Row]) -> Answer:

@@ -13,7 +13,7 @@ from torchrec.distributed.types import CacheParams, ShardingPlan
 
 import embeddings.lookup.sharding
 import trainer.assemble
-from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
+from benchmarks.gpu.check import Answer, Check, Row, answer, each_way, skipped
 from benchmarks.gpu.loops import Change, Way, loops_of, shares, with_model
 from benchmarks.inputs.cells import Cell
 from trainer.config.run_config import Config
@@ -60,20 +60,22 @@ def caches(check: Check) -> Answer:
     Expected: losses within 1e-4 of those in device memory (`different` names places that are not); a cache
     far above host memory alone, and filling it ahead near device memory.
     """
-    rows: list[Row] = []
     wanted: list[float] = []
+    places = {name: place for name, place in PLACES.items() if there(check, place)}
     with process_group(60) as ranks:
-        for name, place in PLACES.items():
-            if not check.on_cuda and place.kernel != "fused":
-                continue
-            try:
-                rows.append({"way": name, **_measured(check, place, ranks, wanted)})
-            except Exception as error:
-                rows.append({"way": name, "error": reason_of(error)})
-            check.keep(_judged(rows))
+        rows = each_way(
+            places,
+            lambda place: _measured(check, place, ranks, wanted),
+            lambda rows: check.keep(_judged(rows)),
+        )
     if not check.on_cuda and not check.dry:
         return skipped("TorchRec has these kernels on CUDA only")
     return _judged(rows)
+
+
+def there(check: Check, place: Place) -> bool:
+    """Whether TorchRec has the place's kernel on this device: a CPU has one of them."""
+    return check.on_cuda or place.kernel == "fused"
 
 
 def _measured(check: Check, place: Place, ranks: Any, wanted: list[float]) -> Row:

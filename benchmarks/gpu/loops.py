@@ -21,6 +21,7 @@ from benchmarks.gpu.check import Row
 from benchmarks.gpu.made_up import steps_of
 from benchmarks.gpu.measure import forget_memory, host_waits, memory
 from benchmarks.gpu.training import Job, pipeline_of
+from benchmarks.harness.loops import bare_step
 from benchmarks.harness.timing import timed
 from benchmarks.inputs.cells import Cell, config_of
 from trainer.assemble import build_sharded
@@ -28,7 +29,6 @@ from trainer.config.run_config import Config
 from trainer.data.pinned import pinning
 from trainer.data.reader import Step
 from trainer.loop.pipeline import Pipeline
-from trainer.objectives.bce import loss_sum
 from trainer.ranks.process_group import Ranks
 from trainer.step_size import StepSize
 from trainer.update.step import make_optimizer
@@ -101,11 +101,7 @@ class Loops:
 
         def work(steps: Iterator[Step]) -> None:
             for _, given in zip(steps, chain.from_iterable(repeat(batches)), strict=False):
-                batch = given.to(device, non_blocking=True)
-                optimizer.zero_grad()
-                total = loss_sum(model(batch).logits, batch.labels, batch.weight)
-                (total / batch.step_candidates).backward()
-                optimizer.step()
+                bare_step(model, optimizer, given, device)
 
         return self._timed(work)
 

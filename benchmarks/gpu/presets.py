@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.check import ROOT, Answer, Check, Row, answer, reason_of
+from benchmarks.gpu.check import ROOT, Answer, Check, Row, answer, each_way
 from benchmarks.gpu.logs import small_log
 from benchmarks.gpu.measure import difference, host_waits
 from tests.helpers.models import model_of
@@ -40,15 +40,15 @@ def presets(check: Check) -> Answer:
 
     Expected: logits within 1e-4, gradients within 1e-2 (by their norm), no wait at all.
     """
-    rows: list[Row] = []
     lines: Counter[str] = Counter()
-    for name in preset_names()[: check.size(100, 2)]:
-        try:
-            row, waited = compared(small_config(name, small_log(check)), check.device)
-            rows.append({"preset": name, **row})
-            lines.update(waited)
-        except Exception as error:
-            rows.append({"preset": name, "error": reason_of(error)})
+
+    def compare(name: str) -> Row:
+        row, waited = compared(small_config(name, small_log(check)), check.device)
+        lines.update(waited)
+        return row
+
+    names = preset_names()[: check.size(100, 2)]
+    rows = each_way({name: name for name in names}, compare, key="preset")
     bad = [r["preset"] for r in rows if "error" in r or r["logits"] > _LOGITS or r["gradients"] > _GRADIENTS]
     return answer(rows, bad, **{f"waits at {line}": times for line, times in lines.most_common(20)})
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.caches import Place, placed
-from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of
+from benchmarks.gpu.check import Answer, Check, Row, answer, each_way
 from benchmarks.gpu.measure import memory
 from benchmarks.gpu.training import small_job
 from embeddings.errors import DataError
@@ -82,18 +82,17 @@ def sharded(check: Check) -> Answer:
     Expected: losses within 1e-3 of the CPU's (relative), within 5e-2 where something is rounded to 16 bits.
     """
     wanted = json.loads(_reference_file(check).read_text())
-    rows: list[Row] = []
-    for name, (kind, settings, limit) in {**WAYS, **(CACHED_WAYS if check.on_cuda else {})}.items():
-        if check.dry and name not in _DRY:
-            continue
-        try:
-            with placed(Place("fused")):
-                losses, scores = _trained(check, kind, settings)
-            loss, score = _relative(losses, wanted["losses"]), _largest(scores, wanted["scores"])
-            rows.append({"way": name, "loss": loss, "score": score, "alike": loss <= limit})
-        except Exception as error:
-            rows.append({"way": name, "alike": False, "error": reason_of(error)})
-    return answer(rows, [row["way"] for row in rows if not row["alike"]], **memory())
+    ways = {**WAYS, **(CACHED_WAYS if check.on_cuda else {})}
+
+    def compare(way: tuple[str, Sequence[str], float]) -> Row:
+        kind, settings, limit = way
+        with placed(Place("fused")):
+            losses, scores = _trained(check, kind, settings)
+        loss, score = _relative(losses, wanted["losses"]), _largest(scores, wanted["scores"])
+        return {"loss": loss, "score": score, "alike": loss <= limit}
+
+    rows = each_way({name: way for name, way in ways.items() if name in _DRY or not check.dry}, compare)
+    return answer(rows, [row["way"] for row in rows if not row.get("alike")], **memory())
 
 
 def _trained(check: Check, kind: str, settings: Sequence[str]) -> tuple[list[float], list[float]]:
@@ -122,13 +121,8 @@ def midepoch(check: Check) -> Answer:
     if check.on_cuda:
         ways["sparse_dist, cached tables"] = "sparse_dist", CACHED
         ways["prefetch, cached tables"] = "prefetch", [*CACHED, 'train.pipeline="prefetch"']
-    rows: list[Row] = []
-    for name, (kind, settings) in ways.items():
-        try:
-            with placed(Place("fused_uvm_caching")):
-                rows.append({"way": name, **_interrupted(check, kind, settings)})
-        except Exception as error:
-            rows.append({"way": name, "error": reason_of(error)})
+    with placed(Place("fused_uvm_caching")):
+        rows = each_way(ways, lambda way: _interrupted(check, *way))
     return answer(rows, [row["way"] for row in rows if "error" in row or row["loss"] > 1e-5])
 
 

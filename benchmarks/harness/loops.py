@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
 
+from torch import device
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from benchmarks.harness.timing import Seconds, timed
 from trainer.checkpoint.save_load import Found
 from trainer.config.run_config import Config
+from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.loop.loop import Trainer
 from trainer.objectives.bce import loss_sum
@@ -28,7 +30,7 @@ class Replay:
         self.all, self.order = steps, ""
         self.candidates = sum(step.batch.step_candidates for step in steps)
 
-    def steps(self, cursor: Cursor) -> Iterator[Step]:
+    def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
         yield from self.all
 
 
@@ -39,13 +41,29 @@ def bare_loop(
 
     def work() -> None:
         for step in steps:
-            batch = step.batch.to(ranks.device, non_blocking=True)
-            optimizer.zero_grad()
-            total = loss_sum(model(batch).logits, batch.labels, batch.weight)
-            (total / batch.step_candidates).backward()
-            optimizer.step()
+            bare_step(model, optimizer, step.batch, ranks.device)
 
     return timed(work)
+
+
+def bare_step(model: DistributedModelParallel, optimizer: Any, given: RequestBatch, device: device) -> None:
+    """One step of that loop."""
+    batch = given.to(device, non_blocking=True)
+    optimizer.zero_grad()
+    total = loss_sum(model(batch).logits, batch.labels, batch.weight)
+    (total / batch.step_candidates).backward()
+    optimizer.step()
+
+
+def first_steps(reader: SequenceLogReader, enough: Callable[[list[Step]], bool]) -> Replay:
+    """The reader's steps from the beginning until there are enough of them, held in memory."""
+    held: list[Step] = []
+    with closing(reader.steps()) as steps:
+        for step in steps:
+            held.append(step)
+            if enough(held):
+                break
+    return Replay(held)
 
 
 class Unsaved(Trainer):
