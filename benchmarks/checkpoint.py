@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _sized(settings: Config, manifest: LogManifest) -> Config:
-    """The config with 2 GB of tables, where it does not say how many rows it wants."""
+    """The config, with 2 GB of tables if it does not set the rows of a table itself."""
     if settings.tables:
         return settings
     groups = resolve_groups(settings, manifest).values()
@@ -115,7 +115,7 @@ def _measure(settings: Config, tensors: Mapping[str, Any], folder: Path, repeats
 
 
 def _raw(file: Path, size: int) -> None:
-    """So many bytes, through the page cache to the disk."""
+    """Write so many bytes through the page cache to the disk."""
     content = np.random.default_rng(0).integers(0, 256, _PIECE, dtype=np.uint8).tobytes()
     with file.open("wb") as stream:
         for start in range(0, size, _PIECE):

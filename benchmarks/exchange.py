@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness.collectives import Exchanged
+from benchmarks.harness.collectives import CollectiveCounter
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from embeddings.plan.planner import offline_plan
@@ -117,7 +117,7 @@ def measure(log: Path, length: int, lookup: str, ranks: Ranks) -> Counts:
     with closing(reader.steps()) as steps:
         for number, each in enumerate(islice(steps, STEPS)):
             step.begin(number, each)
-            with Exchanged() as exchanged:
+            with CollectiveCounter() as exchanged:
                 step.zero_grad()
                 loss, _ = step.forward(each.batch)
                 forward = len(exchanged.sent)
@@ -149,7 +149,7 @@ def forecast(config: Config, manifest: LogManifest) -> Counts:
 
 
 def run_rank(folder: Path, lengths: Sequence[int]) -> None:
-    """One of the ranks; rank 0 leaves folder/counts.json."""
+    """Be one of the ranks; rank 0 writes folder/counts.json."""
     with process_group(300) as ranks:
         counts = [
             {"length": length, "lookup": lookup, **measure(folder / str(length), length, lookup, ranks)}
@@ -193,7 +193,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _shown(row: Row) -> Row:
-    """A row with its sums in MB; of `full`, which has no late lookup, no bags."""
+    """A row with its sums in MB, and without bags for `full`, which has no late lookup."""
     mb = {f"{name}_mb": row[name] / 1e6 for name in ("ids", "forward", "backward")}
     plan = sum(row[f"plan_{name}"] for name in ("ids", "forward", "backward")) / 1e6
     total, late = sum(mb.values()), row["lookup"] == "selected"

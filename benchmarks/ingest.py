@@ -91,7 +91,7 @@ def _chunks(seed: int, day: int, rows: int, ends: npt.NDArray[np.float64]) -> It
 
 
 def generate(out: Path, gigabytes: float, form: str, seed: int) -> None:
-    """Writes the raw tables into `out` and prints how many rows and bytes they have."""
+    """Write the raw tables into `out` and print how many rows and bytes they have."""
     out.mkdir(parents=True)
     events = int(gigabytes * 1e9 / (CSV_BYTES if form == "csv" else PARQUET_BYTES))
     users = max(1, events // EVENTS_PER_USER)

@@ -81,7 +81,7 @@ def run_one(given: Any) -> None:
 
 
 def results(out: Path) -> dict[str, Record]:
-    """Finished runs by name; a line that a kill cut short does not count."""
+    """Finished runs by name. A line that a kill has cut short does not count."""
     records: dict[str, Record] = {}
     path = out / RESULTS
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -94,7 +94,7 @@ def results(out: Path) -> dict[str, Record]:
 
 
 def keep(out: Path, record: Record) -> None:
-    """Append one line, on the disk before this returns."""
+    """Append one line and wait until it is on the disk."""
     with (out / RESULTS).open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

@@ -18,7 +18,7 @@ from statistics import median
 
 from pydantic import Field, PositiveInt
 
-from benchmarks.harness.loops import Unsaved, first_steps
+from benchmarks.harness.loops import NonSavingTrainer, first_steps
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import one_thread
@@ -41,10 +41,10 @@ class QualityBench(Settings):
     Attributes:
         target: validation AUC to reach, fixed in advance.
         blocks: requests of a block, one row each; all other settings stay.
-        every: steps between two looks at the validation split, and so the resolution of the answer.
-        most_steps: a run that has not got there by then has failed.
-        candidates: of the validation split's beginning, at least so many are scored at each look.
-        seed: of the first repeat, counted up by one for each further one.
+        every: steps between two validations, which is the resolution of the answer.
+        most_steps: a run that has not reached the target after so many steps has failed.
+        candidates: each validation scores at least so many, from the beginning of the split.
+        seed: of the first repeat; each further repeat has the next seed.
     """
 
     target: float = Field(0.76, gt=0.5, lt=1)
@@ -73,7 +73,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: Ranks) -> Row:
-    """One run; its figures at the first look that saw the target, or at its end."""
+    """Train one run; its figures are those at the first validation that reached the target, or at the end."""
     data = base.data.model_copy(update={"requests_per_block": blocks})
     every = {"validate_every": settings.every, "log_every": settings.every}
     length = {"seed": seed, "max_steps": settings.most_steps, "epochs": 99}
@@ -88,7 +88,9 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
     validation = _Beginning(base, rows, settings.candidates)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = RunFolder(Path(folder))
-        trainer = _Stopping(config, sharded.model, reader, validation, ranks, run, lambda _: None, "", {})
+        trainer = _TargetTrainer(
+            config, sharded.model, reader, validation, ranks, run, lambda _: None, "", {}
+        )
         trainer.after_step = lambda _: trainer.stop_at(settings.target)
         trainer.run(Found(None, {}, []))
     metrics, end = trainer.metrics_of_validation, trainer.at
@@ -106,7 +108,7 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
     }
 
 
-class _Stopping(Unsaved):
+class _TargetTrainer(NonSavingTrainer):
     """A trainer that stops once validation has reached a target."""
 
     def stop_at(self, target: float) -> None:

@@ -80,11 +80,11 @@ class Point(Settings):
 
 
 class Sweep(Settings):
-    """One size grows, the others stay.
+    """A sweep: one size grows, the others stay.
 
     Attributes:
-        size: of `Point`; values: ascending; limit: the exponent of time and memory a sample that may not be
-            exceeded.
+        size: the field of `Point` that grows; values: its values, ascending.
+        limit: the largest exponent of time and memory a sample that is expected.
     """
 
     size: Literal["length", "k", "dim", "rows", "users", "candidates"]
@@ -103,7 +103,7 @@ _SWEEPS = (
 
 
 class ScalingBench(Settings):
-    """What is measured.
+    """The settings of this benchmark.
 
     Attributes:
         seed: of ids, labels and first weights; base: the point that all sweeps go through; sweeps: of sizes.
@@ -169,7 +169,7 @@ def _sweep(settings: ScalingBench, sweep: Sweep, repeats: int, ranks: Ranks, fol
 
 
 def training_step(point: Point, seed: int, ranks: Ranks, folder: Path) -> Callable[[], object]:
-    """Trains a model of these sizes on one batch each time it is called."""
+    """A function that trains a model of these sizes on the same batch each time it is called."""
     config, manifest = config_of(point), point.shape.manifest()
     model = build_sharded(config, manifest, ranks).model
     rows = Draws(point.shape, seed).step()
@@ -182,7 +182,7 @@ def training_step(point: Point, seed: int, ranks: Ranks, folder: Path) -> Callab
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Most bytes that PyTorch's CPU allocator handed out during the work and had not got back."""
+    """The most bytes that PyTorch's CPU allocator had handed out at one time during the work."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
         _without_stderr(),
@@ -197,7 +197,10 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """The profiler announces every start and stop there, from C++; exceptions are reported afterwards."""
+    """A context without stderr, where the profiler announces every start and stop from C++.
+
+    Exceptions are reported afterwards.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     try:

@@ -47,12 +47,13 @@ SHARES = {"of copy": "{share_of_copy:.0%}", "of matmul": "{share_of_matmul:.0%}"
 
 
 class SearchBench(Settings):
-    """What is measured.
+    """The settings of this benchmark.
 
     Attributes:
         lengths: L; dims: width of the attention vectors; candidates: of a request; k: behaviors kept.
-        floats: candidates x L x width of a case, at least one request. most: of the same, what a copy a
-            candidate may hold; the baseline ranks fewer candidates where all would take more.
+        floats: candidates x L x width of a case, which has at least one request.
+        most: the largest such product for `rows a sample`, which copies the history of each candidate. It
+            ranks fewer candidates where all of them would exceed it.
         seed: of the random vectors.
     """
 
@@ -175,7 +176,7 @@ class _Case:
         return self.query_CD.shape[0]
 
     def ours(self, learns: bool) -> Tensor:
-        """As in training: the search without gradient, the scores of what it kept with."""
+        """The trainer's way: search without gradients, then the scores of the kept behaviors with them."""
         raw = Attended(self.query_CD, self.key_ND, torch.zeros_like(self.request_C))
         raw = _learning(raw) if learns else raw
         # A new object, for it keeps what is computed from it once a batch.
@@ -189,7 +190,7 @@ class _Case:
         return score_CK
 
     def rows_a_sample(self, learns: bool) -> Tensor:
-        """gather + bmm + topk, each candidate with a copy of its history."""
+        """gather, bmm and topk; each candidate has a copy of its history."""
         key_ND, query_CD = self._leaves(learns)
         key_CXD = F.embedding(self.index_WX[self.request_C[: self.copied]], key_ND)
         query_CD1 = query_CD[: self.copied, :, None] * self.dim**-0.5
@@ -210,7 +211,7 @@ class _Case:
         return best.values if learns else best.indices
 
     def check(self) -> None:
-        """All ways keep the same scores."""
+        """Raise an error unless all ways keep the same scores."""
         ours, rows, padded = (
             way(True).detach().sort(dim=1, descending=True).values
             for way in (self.ours, self.rows_a_sample, self.padded_dense)
@@ -272,7 +273,10 @@ def _row(case: _Case, name: str, learns: bool, count: int, taken: Sequence[Secon
 
 
 def _shares(row: Row, machine: Rates) -> Row:
-    """What the work needs at least, over what it took: a history read once a request; a product a pair."""
+    """The least that the work needs over what it took.
+
+    It needs to read a history once a request, and one product a pair of candidate and behavior.
+    """
     seconds = 1e-6 * row["cpu_us_a_candidate"]
     needed = 4 * row["length"] * row["dim"] / row["candidates_a_request"]
     products = 2 * row["length"] * row["dim"]
@@ -283,7 +287,7 @@ def _shares(row: Row, machine: Rates) -> Row:
 
 
 def _cases(rows: Sequence[Row]) -> list[Row]:
-    """The row of ours in every case, with the other ways' times beside it."""
+    """The row of `ours` for every case, with the times of the other ways in it."""
     others = {(row["way"], *_key(row)): row["cpu_us_a_candidate"] for row in rows}
     ours = sorted((row for row in rows if row["way"] == OURS), key=_key)
     cases = []

@@ -107,7 +107,7 @@ class _Manifest:
 _RECORDED = SimpleNamespace(batch=SimpleNamespace(request_time=torch.zeros(0)))
 
 
-class _Served:
+class _FixedVersion:
     """A version that never changes, in the place of `trainer.serving.current.Current`."""
 
     histories = None
@@ -143,7 +143,11 @@ def main(words: Sequence[str]) -> None:
 def _scorer(
     settings: ServeBench, attention: tuple[torch.Tensor, int] | None, representation: torch.Tensor
 ) -> Scorer:
-    """A model around given tables: stored rows of the attention with its width, or none for no search."""
+    """A scorer of these tables.
+
+    Args:
+        attention: stored rows and their width; None: the model has no search.
+    """
     tables = {"representation": representation}
     if attention is not None:
         tables["attention"] = attention[0]
@@ -160,7 +164,7 @@ def _scorer(
 def _model(
     settings: ServeBench, width: int, attention: int, rows: int
 ) -> tuple[Config, dict[str, TableGroup]]:
-    """DARE-like, of one feature and without time; attention of width 0: no search."""
+    """A config like DARE's, with one feature and without time; an attention of width 0 means no search."""
     dims = {"representation": width} | ({"attention": attention} if attention else {})
     of_attention = "attention" if attention else "representation"
     model: dict[str, Any] = {"k": settings.k, "position": False, "age": False}
@@ -196,7 +200,7 @@ def _request(settings: ServeBench, length: int) -> Request:
 
 
 def _measure_scores(settings: ServeBench, scorers: Scorers, repeats: int, report: Report) -> None:
-    """Every length, type and width; both clocks in turn."""
+    """Measure every length, type and width, by both clocks in turn."""
     for length in settings.lengths:
         request = _request(settings, length)
         taken: dict[tuple[Dtype, int, str], list[tuple[float, float]]] = {
@@ -241,7 +245,7 @@ def _compare(
     repeats: int,
     report: Report,
 ) -> None:
-    """The scorer and other implementations in fp32, in turn; their scores must agree."""
+    """Measure the scorer and the other implementations in fp32; their scores must agree."""
     length = settings.compare
     request = _request(settings, length)
     history = torch.from_numpy(request.history.features[_FEATURE].values.copy()).flip(0)
@@ -276,7 +280,7 @@ def _compare(
 
 
 def _measure_server(settings: ServeBench, scorer: Scorer, repeats: int, report: Report) -> None:
-    """`hey` against the server, with one connection beside the bare scorer, then with many."""
+    """Measure the server with `hey`: with one connection beside the bare scorer, then with many."""
     if shutil.which("hey") is None:
         report.line("no `hey` on this machine: the server is not measured")
         return
@@ -304,7 +308,7 @@ def _measure_server(settings: ServeBench, scorer: Scorer, repeats: int, report: 
 
 
 def _measure_starts(settings: ServeBench, scorers: Scorers) -> list[Row]:
-    """A server on tables of `start_rows` rows, in each type."""
+    """Measure the start of a server on tables of `start_rows` rows, in each type."""
     if not settings.start_rows:
         return []
     dim = min(settings.dims)
@@ -320,7 +324,7 @@ def _bare_p50(scorer: Scorer, request: Request) -> float:
 @contextmanager
 def _server(scorer: Scorer) -> Iterator[str]:
     """The app on a free port, in a thread of this process."""
-    service = Service(_Served(scorer), Metrics(), Limits(), BatchSettings())  # type: ignore[arg-type]
+    service = Service(_FixedVersion(scorer), Metrics(), Limits(), BatchSettings())  # type: ignore[arg-type]
     server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()

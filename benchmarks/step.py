@@ -226,7 +226,7 @@ class _Cell:
         }
 
     def kinds(self) -> dict[Kind, tuple[Callable[[], Seconds], int]]:
-        """-> how each kind is measured, and the samples that takes."""
+        """For each kind the function that measures it, and the samples that it trains on."""
         bare = {name: partial(self._bare, steps) for name, steps in self._steps.items()}
         ours = {name: partial(self._ours, steps) for name, steps in self._steps.items()}
         few, many = (self.cell.shape.samples * len(self._users[name]) for name in ("few", "many"))
@@ -242,7 +242,7 @@ class _Cell:
         return {kind: known[kind] for kind in self.cell.kinds}
 
     def facts(self, kind: Kind) -> dict[str, float]:
-        """Of the batches of a kind: behaviors looked up for a sample, and the share of different items."""
+        """Behaviors looked up for a sample, and the share of different items, in a kind's batches."""
         layout = kind.rsplit(", ", 1)[-1] if ", " in kind else "rows"
         steps = self._steps[layout]
         return {

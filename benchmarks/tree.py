@@ -49,7 +49,7 @@ class Samples:
 
 
 def levels_of(log: Path) -> list[str]:
-    """The taxonomy, coarse to fine, and the item, which have one id a behavior and candidate."""
+    """The levels with one id a behavior and candidate: the taxonomy, coarse to fine, and the item."""
     manifest = read_manifest(log)
     named = list(dict.fromkeys([*manifest.taxonomy, "item_id"]))
     return [n for n in named if not manifest.features[n].multi and manifest.features[n].side == "both"]
@@ -88,7 +88,7 @@ def _candidates(rows: UserRows, row: int) -> tuple[slice, Ints]:
 
 
 def _row_features(rows: UserRows, row: int, levels: Sequence[str], length: int, popularity: Counts) -> Floats:
-    """[C of the row, X]."""
+    """The features of a row's candidates, [C, X]."""
     first, last = int(rows.request_offsets[row]), int(rows.request_offsets[row + 1])
     history = slice(int(rows.history_offsets[row]), int(rows.history_offsets[row + 1]))
     part, _ = _candidates(rows, row)

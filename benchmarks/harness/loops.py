@@ -66,7 +66,7 @@ def first_steps(reader: SequenceLogReader, enough: Callable[[list[Step]], bool])
     return Replay(held)
 
 
-class Unsaved(Trainer):
+class NonSavingTrainer(Trainer):
     """A trainer that writes no checkpoint at the end of a measurement."""
 
     def _save(self) -> None:
@@ -84,6 +84,8 @@ def trainer_loop(
     config = config.model_copy(update={"train": train, "checkpoint": checkpoint})
     with tempfile.TemporaryDirectory(dir=folder) as run, redirect_stdout(io.StringIO()):
         reader = cast(SequenceLogReader, Replay(steps))
-        trainer = Unsaved(config, model, reader, None, ranks, RunFolder(Path(run)), lambda _: None, "", {})
+        trainer = NonSavingTrainer(
+            config, model, reader, None, ranks, RunFolder(Path(run)), lambda _: None, "", {}
+        )
         end = trainer.run(Found(None, {}, []))
     return Seconds(end.wall_s, end.cpu_s)

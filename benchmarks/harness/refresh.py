@@ -35,7 +35,7 @@ _PLACE = re.compile(
 
 
 def refresh(page: Path, log: Path, results: Path) -> int:
-    """Renew every place of a page; returns how many commands failed."""
+    """Replace the output in every place of a page; returns how many commands failed."""
     results.mkdir(parents=True, exist_ok=True)
     names = {"{json}": str((results / f"{page.stem}.json").absolute()), "{log}": str(log.absolute())}
     failed = 0
@@ -51,7 +51,7 @@ def refresh(page: Path, log: Path, results: Path) -> int:
 
 
 def _run(command: str, names: dict[str, str]) -> str | None:
-    """What a command printed, or None where it failed."""
+    """The output of a command, or None if it failed."""
     words = shlex.split(command)
     if words[0] == "tandemrec":
         words[:1] = [sys.executable, "-m", "launch.cli"]
@@ -69,7 +69,7 @@ def _run(command: str, names: dict[str, str]) -> str | None:
 
 
 def _without_paths(printed: str, names: dict[str, str]) -> str:
-    """Where a machine keeps its files is of no interest to readers."""
+    """The output without this machine's paths, which mean nothing to a reader."""
     for name, meant in names.items():
         printed = printed.replace(meant, name.strip("{}").upper())
     return printed.replace(str(ROOT), ".").strip("\n") + "\n"

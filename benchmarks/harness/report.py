@@ -53,7 +53,7 @@ class Report:
         self._page += [*lines, ""] if lines else []
 
     def cells(self, head: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-        """A table of texts."""
+        """A table whose cells are texts already."""
         print("\n".join(table_lines(head, cells)), flush=True)
         self._page += [*markdown(head, cells), ""]
 
@@ -77,7 +77,7 @@ class Report:
             self.line(f"{name}: {value:,.{digits}f}")
 
     def close(self) -> None:
-        """Say where all this was measured, and write the files that were asked for."""
+        """Print the provenance, and write the files that --json and --page name."""
         for text in provenance(self._given.command, self._seed, self._n):
             self.line(text)
         if self._given.page is not None:
@@ -115,7 +115,7 @@ def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def provenance(command: str, seed: int | None, n: int | None) -> list[str]:
-    """The machine and its load, the versions, the commit, seed, number of measurements, and the command."""
+    """Three lines: the machine and its load; versions; commit, seed, number of measurements and command."""
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     drawn = f"seed {seed}; " if seed is not None else ""
     counted = f"n = {n}; " if n is not None else ""
@@ -135,7 +135,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that runs, `+` where it was changed; `unknown` outside of one."""
+    """The commit of this checkout, with `+` if files are changed; `unknown` outside of a checkout."""
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False)

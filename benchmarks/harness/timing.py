@@ -21,7 +21,7 @@ Way = TypeVar("Way")
 
 
 class Seconds(NamedTuple):
-    """By the clock on the wall, and of the processor in all threads of this process."""
+    """Seconds of the wall clock, and processor seconds of all threads of this process."""
 
     wall: float
     cpu: float
@@ -29,7 +29,7 @@ class Seconds(NamedTuple):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch computes on a single thread meanwhile; a decorator too."""
+    """A context or decorator in which torch computes on a single thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -46,7 +46,7 @@ def wait_for_device() -> None:
 
 
 def timed(work: Callable[[], object]) -> Seconds:
-    """What the work takes, with all that it gives a device to do."""
+    """The seconds of the work, with all that it gives a device to do."""
     wait_for_device()
     started, started_cpu = time.perf_counter(), time.process_time()
     work()
@@ -101,7 +101,7 @@ def copy_rate(device: torch.device, floats: int, **how: Any) -> float:
 
 
 def own_peak_bytes() -> int:
-    """Most memory that was ever resident in this process."""
+    """The most memory that was ever resident in this process."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

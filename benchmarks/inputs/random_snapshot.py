@@ -34,7 +34,7 @@ _BAND = 1 << 18
 
 @dataclass(frozen=True)
 class _RandomSource:
-    """Random tables, in the place of a checkpoint (`trainer.snapshot.writing.Source`)."""
+    """Random tables that stand in for a checkpoint (`trainer.snapshot.writing.Source`)."""
 
     config: Config
     groups: Mapping[str, TableGroup]
@@ -115,7 +115,7 @@ def _start(version: Path) -> dict[str, float]:
 
 
 def _used(pid: int) -> dict[str, float]:
-    """Of a process: processor seconds, resident memory, and the part of it that is its own, in MB."""
+    """Processor seconds of a process, its resident memory, and its private part of that, in MB."""
     process = Path("/proc") / str(pid)
     ticks = (process / "stat").read_text().rpartition(")")[2].split()
     memory = _fields((process / "status").read_text().splitlines())

@@ -36,7 +36,7 @@ class Tail:
     before: int = 0
 
     def replaced(self, events: pa.Table, config: IngestConfig) -> pa.Table:
-        """Users and times are drawn evenly, items evenly among all, baskets are new ones."""
+        """The events with noise: users, times and items are drawn uniformly, and baskets are new."""
         rng, columns = np.random.default_rng(self.seed), config.events
         time = events[columns.timestamp].to_numpy()
         head, size = (
@@ -70,8 +70,8 @@ class Tail:
 
 
 @dataclass
-class Ingested:
-    """What two ingests say of the requests before a cut, split by split added up.
+class IngestComparison:
+    """The comparison of two ingests, over all requests before a cut and all splits.
 
     Attributes:
         requests: that the first log holds; missing, extra: keys that only one of them holds.
@@ -101,8 +101,8 @@ def compare_ingest(
     plain: Path | None = None,
     every: int = 1,
     shown: Path | None = None,
-) -> Ingested:
-    """Ingests the events with and without noise from the cut on, and compares all requests before it.
+) -> IngestComparison:
+    """Ingest the events with and without noise from the cut on, and compare all requests before the cut.
 
     Args:
         data: how the logs are read; plain: an existing log of `events` and `config`.
@@ -116,7 +116,7 @@ def compare_ingest(
     if plain is None:
         ingest(events, one, config, impressions=shown)
     ingest(folder / "events.parquet", other, config, impressions=shown)
-    outcome = Ingested(events=table.num_rows)
+    outcome = IngestComparison(events=table.num_rows)
     outcome.replaced = int(pc.sum(pc.greater_equal(table[config.events.timestamp], tail.cut)).as_py() or 0)
     across = straddling(table, config, tail.cut)
     first = Selection(tail.before or tail.cut, every, loose=tail.new_words)
@@ -144,7 +144,7 @@ def requests_of(data: DataConfig, split: str, selection: Selection) -> dict[Key,
 
 
 def straddling(events: pa.Table, config: IngestConfig, cut: int) -> set[Key]:
-    """Baskets that begin before the cut and end after it: noise rightly changes what was bought."""
+    """Baskets that begin before the cut and end after it. Noise changes their positives, as it should."""
     columns = config.events
     if not columns.request:
         return set()
@@ -161,7 +161,7 @@ def straddling(events: pa.Table, config: IngestConfig, cut: int) -> set[Key]:
 
 
 def translation(one: Path, other: Path) -> dict[str, Ints]:
-    """feature -> id in the other log -> id in the first; values that the first lacks become negative."""
+    """feature -> id in the other log -> id in the first. A value that the first lacks gets a negative id."""
     found = {}
     manifest = read_manifest(one)
     for name in [*manifest.features, *manifest.context]:

@@ -22,7 +22,7 @@ LAYOUT = (64, 64 * 64)
 
 
 @dataclass
-class Outcome:
+class LogComparison:
     """Counts of a comparison; `examples` names the first requests that differ."""
 
     requests: int = 0
@@ -35,7 +35,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise in the rows of a log, the same each time a row is asked for.
+    """Noise in the rows of a log. A row gets the same noise each time.
 
     Attributes:
         delay: the reader's ingestion delay; alone: rows hold the drawn request only.
@@ -104,7 +104,7 @@ class Noise:
 
 
 def only_request(row: Row, at: int) -> Row:
-    """The row with one of its requests."""
+    """The row with only one of its requests."""
     per_request = ("request_", "candidate_", "context_", "numeric_", "label_")
     new = {
         name: [value[at]] if name.startswith(per_request) or name == "weight" else value
@@ -134,7 +134,7 @@ def stored_rows(log: Path, manifest: LogManifest, split: str, limit: int) -> Ite
 
 
 def write_pair(log: Path, split: str, noise: Noise, limit: int, folder: Path) -> tuple[set[Key], int]:
-    """Writes folder/plain and folder/noisy; -> (requests to compare, behaviors replaced)."""
+    """Write folder/plain and folder/noisy; -> (requests to compare, behaviors replaced)."""
     schema, compared, replaced = schema_of(noise.manifest), set[Key](), 0
 
     def batches(which: int) -> Iterator[pa.RecordBatch]:
@@ -156,14 +156,14 @@ def write_pair(log: Path, split: str, noise: Noise, limit: int, folder: Path) ->
 
 def compare_log(
     data: DataConfig, split: str, limit: int, folder: Path, early: bool = False, seed: int = 0
-) -> Outcome:
+) -> LogComparison:
     """Noise at and after a request of each of the first `limit` rows, delivered alone and in shared blocks.
 
     Args:
         data: how the log `data.log` is read; folder: where the logs with noise are written.
         early: the control; its batches are expected to differ.
     """
-    manifest, outcome = read_manifest(data.log), Outcome()
+    manifest, outcome = read_manifest(data.log), LogComparison()
     for alone in (True, False):
         noise = Noise(manifest, seed, data.ingestion_delay, alone, early)
         where = folder / ("alone" if alone else "together")

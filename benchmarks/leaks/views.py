@@ -22,7 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class View:
-    """What the reader delivers of one request, as digests of the bytes.
+    """One request as the reader delivers it, as digests of the bytes.
 
     Attributes:
         history: its window, or with a hard search what each candidate retrieved; together with the context.
@@ -114,7 +114,7 @@ class _Bags:
     single: bool
 
     def part(self, begin: int, end: int) -> Ints:
-        """Ids of consecutive bags; where bags vary in size these sizes come first."""
+        """Ids of consecutive bags. Where bags vary in size, the sizes come first."""
         ids = self.values[self.offsets[begin] : self.offsets[end]]
         return ids if self.single else np.r_[np.diff(self.offsets[begin : end + 1]), ids]
 

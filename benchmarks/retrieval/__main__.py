@@ -19,8 +19,8 @@ import numpy as np
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report
 from benchmarks.models import mean
-from benchmarks.retrieval.information import Shown, Truth, count_truths, read_shown
-from benchmarks.retrieval.ranking import Quality, Ranked, quality, ranked, references
+from benchmarks.retrieval.information import Impressions, Truth, count_truths, read_impressions
+from benchmarks.retrieval.ranking import Quality, Ranking, quality, rank, references
 from pipelines.start import open_split
 from trainer.checkpoint.restore import restore
 from trainer.config.run_config import Config
@@ -38,9 +38,9 @@ MEANS = {"ndcg": ("NDCG@{k}", 4), "hits": ("hits", 2), "correlation": ("rank cor
 def measure_run(
     folder: Path, truths: Mapping[str, Truth], feature: str, every: int, beside: bool
 ) -> tuple[dict[str, dict[str, list[Quality]]], int]:
-    """(search -> truth -> qualities of the batches, candidates counted) of a run on the test split.
+    """Measure a run on the test split: (search -> truth -> quality of each batch, candidates counted).
 
-    Its own search is named "", and with `beside` come the references.
+    The run's own search is named "". With `beside` the references are measured too.
     """
     rng = np.random.default_rng(0)
     measured: dict[str, dict[str, list[Quality]]] = {}
@@ -53,7 +53,7 @@ def measure_run(
             for number, step in enumerate(steps):
                 if number % every:
                     continue
-                ranking = popular(ranked(model, step.batch, feature), truths["exact"])
+                ranking = popular(rank(model, step.batch, feature), truths["exact"])
                 counted += ranking.target.size
                 for name, each in {"": ranking, **(references(ranking, rng) if beside else {})}.items():
                     for place, truth in truths.items():
@@ -62,10 +62,10 @@ def measure_run(
     return measured, counted
 
 
-def popular(ranking: Ranked, truth: Truth) -> Ranked:
+def popular(ranking: Ranking, truth: Truth) -> Ranking:
     """The candidates whose category the training split showed often enough."""
     often = truth.shown[ranking.target] >= ENOUGH
-    return Ranked(ranking.target[often], ranking.window[often], ranking.score[often], ranking.order[often])
+    return Ranking(ranking.target[often], ranking.window[often], ranking.score[often], ranking.order[often])
 
 
 def means(parts: Sequence[Quality]) -> dict[str, float]:
@@ -80,11 +80,11 @@ def label_of(folder: Path) -> str:
     return re.sub(r"-\d+-[0-9a-f]{10}$", "", folder.name)
 
 
-def read_training(config: Config, feature: str, rows: int) -> Shown:
+def read_training(config: Config, feature: str, rows: int) -> Impressions:
     """The training split of a run's log."""
     length = config.data.history_length
     data = DataConfig(log=config.data.log, history_length=length, order="stored", verify=False)
-    return read_shown(SequenceLogReader(data, "train", None), feature, length, rows)
+    return read_impressions(SequenceLogReader(data, "train", None), feature, length, rows)
 
 
 def main(words: Sequence[str]) -> None:

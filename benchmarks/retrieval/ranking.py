@@ -18,7 +18,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Ranked:
+class Ranking:
     """The behaviors of a batch as a search ranks them; windows are newest first.
 
     Attributes:
@@ -42,8 +42,8 @@ class Quality:
     correlation: Floats
 
 
-def ranked(model: TwoStageModel, batch: RequestBatch, feature: str) -> Ranked:
-    """What the main branch keeps of candidates whose window holds more than K behaviors.
+def rank(model: TwoStageModel, batch: RequestBatch, feature: str) -> Ranking:
+    """The ranking of the main branch, for candidates whose window holds more than K behaviors.
 
     Raises:
         SystemExit: the model has several heads or branches, or searches no plain windows.
@@ -64,11 +64,11 @@ def ranked(model: TwoStageModel, batch: RequestBatch, feature: str) -> Ranked:
     ids_N, ids_C = first_ids(batch, feature)
     window = window_ids(batch, ids_N, model.branches.history_length)[batch.candidate_request.numpy()]
     wide = (window >= 0).sum(axis=1) > k
-    return Ranked(ids_C.numpy()[wide], window[wide], score[wide], order[wide])
+    return Ranking(ids_C.numpy()[wide], window[wide], score[wide], order[wide])
 
 
-def references(ranking: Ranked, rng: np.random.Generator) -> dict[str, Ranked]:
-    """Searches that learn nothing, over the same windows."""
+def references(ranking: Ranking, rng: np.random.Generator) -> dict[str, Ranking]:
+    """Rankings of the same windows that learn nothing."""
     real = ranking.window >= 0
     place = np.broadcast_to(np.arange(real.shape[1]), real.shape)
     same = (ranking.window == ranking.target[:, None]) & (ranking.target > 0)[:, None]
@@ -80,13 +80,13 @@ def references(ranking: Ranked, rng: np.random.Generator) -> dict[str, Ranked]:
     return {name: _by_score(ranking, np.where(real, score, -np.inf)) for name, score in scores.items()}
 
 
-def _by_score(ranking: Ranked, score: Floats) -> Ranked:
+def _by_score(ranking: Ranking, score: Floats) -> Ranking:
     order = np.argsort(-score, axis=1, kind="stable")[:, : ranking.order.shape[1]]
-    return Ranked(ranking.target, ranking.window, score, order)
+    return Ranking(ranking.target, ranking.window, score, order)
 
 
-def quality(ranking: Ranked, gain: Floats) -> Quality:
-    """`gain` [C, X] of the behaviors; columns without one do not count."""
+def quality(ranking: Ranking, gain: Floats) -> Quality:
+    """The quality of a ranking, given the gain [C, X] of each behavior. Empty columns do not count."""
     real, k = ranking.window >= 0, ranking.order.shape[1]
     discount = 1 / np.log2(np.arange(k) + 2)
     ideal = np.argsort(-np.where(real, gain, -np.inf), axis=1, kind="stable")[:, :k]
@@ -106,7 +106,10 @@ def _marked(order: Ints, shape: tuple[int, ...]) -> Bools:
 
 
 def _spearman(score: Floats, gain: Floats, real: Bools) -> Floats:
-    """Of each row, over its real columns; equal values share their mean rank. NaN where all are equal."""
+    """Spearman's correlation of each row, over its real columns.
+
+    Equal values share their mean rank. The result is NaN where all values are equal.
+    """
     deviations = []
     for values in (score, gain):
         # Columns without a behavior tie below all others, which shifts the others' ranks alike.

@@ -44,7 +44,7 @@ def query_of(windows: int, candidates: int, length: int, dim: int) -> Query:
 
 
 def gathered_scores(query: Query, copies: bool) -> Tensor:
-    """[C, X] from a gathered copy of all windows; `copies`: as it was first."""
+    """Scores [C, X] from a gathered copy of all windows; `copies`: with the copies of the first form."""
     vectors, windows = query.vectors, query.windows
     slots = Slots(windows.of_candidate, windows.index.shape[0])
     slots.full = slots.full and not copies
@@ -72,7 +72,7 @@ def without_prefilter(score: Tensor) -> Tensor:
 
 
 def changes(query: Query) -> dict[str, Way]:
-    """Each with those above it; the last is what the trainer does at any shape."""
+    """Each change includes those above it. The last one is what the trainer does at any shape."""
 
     def now() -> Tensor:
         fresh = replace(query, windows=replace(query.windows))
@@ -94,7 +94,7 @@ def by_value(query: Query, kept: Tensor) -> Tensor:
 
 
 def tried(query: Query) -> dict[str, dict[str, Way]]:
-    """Pieces, each beside what it would replace (the first of its group)."""
+    """Pieces beside the piece that each would replace, which is the first of its list."""
     windows, vectors = query.windows, query.vectors
     score = gathered_scores(query, False)
     key_WXD = F.embedding(windows.index, vectors.key_ND)
