@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu.caches import CELL, PLACES, TINY, Place, change_of, placed, there
+from benchmarks.gpu.caches import CELL, PLACES, TINY, Place, change_of, place_tables, there
 from benchmarks.gpu.check import Answer, Check, Row, answer, each_way
+from benchmarks.gpu.inputs import draw_steps
 from benchmarks.gpu.loops import Loops, Way, loops_of, shares
-from benchmarks.gpu.made_up import drawn_steps
 from benchmarks.gpu.plain_forms import without_kernels
 from benchmarks.harness.timing import single_seconds
 from trainer.config.run_config import Config
@@ -31,7 +31,7 @@ _AHEAD = 4
 
 
 @dataclass(frozen=True)
-class _Trained:
+class _TrainingWay:
     """A way to train: where rows lie, the pipeline, whether a thread collates batches ahead, and whether
     operators take kernels of the trainer's own.
     """
@@ -53,16 +53,18 @@ def _unfused(config: Config) -> Config:
 
 
 _CACHED, _AHEAD_CACHED = "host memory, cache of 0.2", "the same, filled ahead"
-PREFETCH: Mapping[str, _Trained] = {
-    "cached tables, one after the other": _Trained(_CACHED, "none", False),
-    "+ batches collated ahead": _Trained(_CACHED, "none", True),
-    "+ copied and exchanged ahead (sparse_dist)": _Trained(_CACHED, "sparse_dist", True),
-    "+ rows fetched ahead (prefetch)": _Trained(_AHEAD_CACHED, "prefetch", True),
-    "tables in device memory, update not fused": _Trained(
+PREFETCH: Mapping[str, _TrainingWay] = {
+    "cached tables, one after the other": _TrainingWay(_CACHED, "none", False),
+    "+ batches collated ahead": _TrainingWay(_CACHED, "none", True),
+    "+ copied and exchanged ahead (sparse_dist)": _TrainingWay(_CACHED, "sparse_dist", True),
+    "+ rows fetched ahead (prefetch)": _TrainingWay(_AHEAD_CACHED, "prefetch", True),
+    "tables in device memory, update not fused": _TrainingWay(
         "device memory", "sparse_dist", True, _unfused, False
     ),
-    "+ update fused into the backward pass": _Trained("device memory", "sparse_dist", True, kernels=False),
-    "+ kernels of stage one and of what is kept": _Trained("device memory", "sparse_dist", True),
+    "+ update fused into the backward pass": _TrainingWay(
+        "device memory", "sparse_dist", True, kernels=False
+    ),
+    "+ kernels of stage one and of what is kept": _TrainingWay("device memory", "sparse_dist", True),
 }
 
 
@@ -75,19 +77,19 @@ def prefetch(check: Check) -> Answer:
     """
     ways = {name: way for name, way in PREFETCH.items() if there(check, PLACES[way.place])}
     with process_group(60) as ranks:
-        return _table(each_way(ways, lambda way: _streamed(check, way, ranks), partial(_keep, check)))
+        return _table(each_way(ways, lambda way: _stream(check, way, ranks), partial(_keep, check)))
 
 
-def _streamed(check: Check, way: _Trained, ranks: Any) -> Row:
+def _stream(check: Check, way: _TrainingWay, ranks: Any) -> Row:
     """Steps that are collated while training goes on, as a reader does."""
     place, cell = PLACES[way.place], CELL if check.on_cuda else TINY
-    rows = list(drawn_steps(cell, check.size(6, 2), pinning(ranks.device)))
+    rows = list(draw_steps(cell, check.size(6, 2), pinning(ranks.device)))
 
     def change(config: Config) -> Config:
         return way.change(change_of(place)(config))
 
     forms = nullcontext() if way.kernels else without_kernels()
-    with forms, placed(place), loops_of(cell, ranks, count=1, change=change) as loops:
+    with forms, place_tables(place), loops_of(cell, ranks, count=1, change=change) as loops:
         pipeline = loops.pipeline(Way(way.kind))
 
         def run() -> None:
@@ -115,16 +117,16 @@ def precision(check: Check) -> Answer:
     ways = {name: way for name, way in ways.items() if there(check, PLACES[way[0]])}
     with process_group(60) as ranks:
         return _table(
-            each_way(ways, lambda way: _scored(check, PLACES[way[0]], way[1], ranks), partial(_keep, check))
+            each_way(ways, lambda way: _score(check, PLACES[way[0]], way[1], ranks), partial(_keep, check))
         )
 
 
-def _scored(check: Check, place: Place, bf16: bool, ranks: Any) -> Row:
+def _score(check: Check, place: Place, bf16: bool, ranks: Any) -> Row:
     cell = CELL if check.on_cuda else TINY
     sizes = {"count": check.size(4, 2), "rounds": check.size(3, 1)}
-    with placed(place), loops_of(cell, ranks, change=change_of(place), **sizes) as loops:
+    with place_tables(place), loops_of(cell, ranks, change=change_of(place), **sizes) as loops:
         found: Loops = loops
-        return found.scored(bf16)
+        return found.score_steps(bf16)
 
 
 def _keep(check: Check, rows: list[Row]) -> None:

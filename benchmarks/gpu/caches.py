@@ -65,12 +65,12 @@ def caches(check: Check) -> Answer:
     with process_group(60) as ranks:
         rows = each_way(
             places,
-            lambda place: _measured(check, place, ranks, wanted),
-            lambda rows: check.keep(_judged(rows)),
+            lambda place: _measure(check, place, ranks, wanted),
+            lambda rows: check.keep(_judge(rows)),
         )
     if not check.on_cuda and not check.dry:
         return skipped("TorchRec has these kernels on CUDA only")
-    return _judged(rows)
+    return _judge(rows)
 
 
 def there(check: Check, place: Place) -> bool:
@@ -78,10 +78,10 @@ def there(check: Check, place: Place) -> bool:
     return check.on_cuda or place.kernel == "fused"
 
 
-def _measured(check: Check, place: Place, ranks: Any, wanted: list[float]) -> Row:
+def _measure(check: Check, place: Place, ranks: Any, wanted: list[float]) -> Row:
     cell = CELL if check.on_cuda else TINY
     with (
-        placed(place),
+        place_tables(place),
         loops_of(
             cell, ranks, count=check.size(4, 2), rounds=check.size(3, 1), change=change_of(place)
         ) as loops,
@@ -93,7 +93,7 @@ def _measured(check: Check, place: Place, ranks: Any, wanted: list[float]) -> Ro
             wanted += losses
         apart = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
         kernels = sorted({found.kernel for found in loops.job.sharded.placements})
-        return {"kernels": ", ".join(kernels), **loops.trained(way), "losses apart": apart}
+        return {"kernels": ", ".join(kernels), **loops.train_steps(way), "losses apart": apart}
 
 
 def change_of(place: Place) -> Change:
@@ -114,7 +114,7 @@ def change_of(place: Place) -> Change:
 
 
 @contextmanager
-def placed(place: Place) -> Iterator[None]:
+def place_tables(place: Place) -> Iterator[None]:
     """Within it models are sharded with the place's own cache parameters, if any, and host memory is mapped.
 
     Mapped, because managed memory is not to be had on every machine (in some containers it is not).
@@ -141,6 +141,6 @@ def placed(place: Place) -> Iterator[None]:
         yield
 
 
-def _judged(rows: list[Row]) -> Answer:
+def _judge(rows: list[Row]) -> Answer:
     different = [row["way"] for row in rows if "error" in row or row["losses apart"] > _LARGEST]
     return answer(shares(rows), different)

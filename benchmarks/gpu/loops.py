@@ -18,7 +18,7 @@ import torch
 
 import trainer.assemble
 from benchmarks.gpu.check import Row
-from benchmarks.gpu.made_up import steps_of
+from benchmarks.gpu.inputs import steps_of
 from benchmarks.gpu.measure import forget_memory, host_waits, memory
 from benchmarks.gpu.training import Job, pipeline_of
 from benchmarks.harness.loops import bare_step
@@ -85,10 +85,10 @@ class Loops:
         """Of a step, on average."""
         return sum(step.batch.candidates for step in self.steps) / len(self.steps)
 
-    def trained(self, way: Way) -> Row:
+    def train_steps(self, way: Way) -> Row:
         """Milliseconds of a step, samples a second, and peaks of memory."""
         pipeline = self.pipeline(way)
-        return self._timed(lambda steps: deque(pipeline.train(steps, lambda: 1), maxlen=0))
+        return self._time(lambda steps: deque(pipeline.train(steps, lambda: 1), maxlen=0))
 
     def losses(self, way: Way) -> list[float]:
         """Of one further round over the steps."""
@@ -103,9 +103,9 @@ class Loops:
             for _, given in zip(steps, chain.from_iterable(repeat(batches)), strict=False):
                 bare_step(model, optimizer, given, device)
 
-        return self._timed(work)
+        return self._time(work)
 
-    def scored(self, bf16: bool) -> Row:
+    def score_steps(self, bf16: bool) -> Row:
         """Forward passes alone, in eval mode and without gradients."""
         model, device = self.job.sharded.model, self.ranks.device
 
@@ -116,7 +116,7 @@ class Loops:
 
         model.eval()
         try:
-            return self._timed(work)
+            return self._time(work)
         finally:
             model.train()
 
@@ -136,7 +136,7 @@ class Loops:
         folder = self._folder if way.guarded else None
         return pipeline_of(config, self.job.sharded, self.job.optimizer, self.ranks, folder, way.kind)
 
-    def _timed(self, work: Callable[[Iterator[Step]], object]) -> Row:
+    def _time(self, work: Callable[[Iterator[Step]], object]) -> Row:
         each = 2 * len(self.steps)
 
         def run(count: int) -> float:

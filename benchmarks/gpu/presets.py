@@ -43,7 +43,7 @@ def presets(check: Check) -> Answer:
     lines: Counter[str] = Counter()
 
     def compare(name: str) -> Row:
-        row, waited = compared(small_config(name, small_log(check)), check.device)
+        row, waited = compare_devices(small_config(name, small_log(check)), check.device)
         lines.update(waited)
         return row
 
@@ -53,17 +53,17 @@ def presets(check: Check) -> Answer:
     return answer(rows, bad, **{f"waits at {line}": times for line, times in lines.most_common(20)})
 
 
-def compared(config: Config, device: torch.device) -> tuple[Row, Counter[str]]:
+def compare_devices(config: Config, device: torch.device) -> tuple[Row, Counter[str]]:
     """One training batch on both devices; -> differences, and the waits on the device by line."""
     model, batch = model_of(config), batch_of(config)
-    wanted = _learned(model, batch)
+    wanted = _learn(model, batch)
     model.to(device)
     # Its copy to the device is the loader's, not the model's.
     moved = batch.to(device)
     # The first pass on a device waits for what later ones find: handles of libraries, compiled kernels.
-    _learned(model, moved)
+    _learn(model, moved)
     with host_waits() as waited:
-        found = _learned(model, moved)
+        found = _learn(model, moved)
     logits, gradients = (difference(found[0], wanted[0]), _worst(found[1], wanted[1]))
     row = {
         "logits": logits,
@@ -79,7 +79,7 @@ def batch_of(config: Config) -> RequestBatch:
     return next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
 
 
-def _learned(model: TwoStageModel, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def _learn(model: TwoStageModel, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and all gradients, where the model is."""
     model.train().zero_grad()
     prediction = model(batch)

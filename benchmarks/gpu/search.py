@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.check import Answer, Check, Row, answer
-from benchmarks.gpu.made_up import moved
+from benchmarks.gpu.inputs import move_tensors
 from benchmarks.gpu.measure import difference, forget_memory, memory
 from benchmarks.gpu.plain_forms import without_kernels
 from benchmarks.harness.timing import copy_rate, single_seconds
@@ -35,15 +35,15 @@ def search(check: Check) -> Answer:
         for width in (16, 32, 64, 128) if not check.dry else (16,):
             count = max(2, check.size(_FLOATS, 1 << 14) // (length * width))
             windows, raw = full_windows(count, _CANDIDATES, length, width)
-            windows, raw = moved(windows, check.device), moved(raw, check.device)
-            rows += _measured(check, windows, raw, copied)
+            windows, raw = move_tensors(windows, check.device), move_tensors(raw, check.device)
+            rows += _measure(check, windows, raw, copied)
             del windows, raw
             forget_memory()
-            check.keep(_judged(check, rows, copied))
-    return _judged(check, rows, copied)
+            check.keep(_judge(check, rows, copied))
+    return _judge(check, rows, copied)
 
 
-def _measured(check: Check, windows: Windows, raw: Attended, copied: float) -> list[Row]:
+def _measure(check: Check, windows: Windows, raw: Attended, copied: float) -> list[Row]:
     """All ways of one case, and whether they keep the same scores."""
     length, width = windows.index.shape[1], raw.key_ND.shape[1]
     needed, rows = raw.key_ND.numel() * raw.key_ND.element_size(), []
@@ -73,7 +73,7 @@ def _ways(windows: Windows, raw: Attended) -> Mapping[str, Callable[[], Tensor]]
 
     @torch.no_grad()
     def ours() -> Tensor:
-        kept = DotSearch(_K)(Query(scorer, vectors, raw, moved(windows, raw.key_ND.device)))
+        kept = DotSearch(_K)(Query(scorer, vectors, raw, move_tensors(windows, raw.key_ND.device)))
         score: Tensor = scorer.of_kept(vectors, kept)[:, 0]
         return score
 
@@ -107,7 +107,7 @@ def _by_slices(windows: Windows, raw: Attended) -> Tensor:
     return score.flatten(0, 1).topk(_K, dim=1).values
 
 
-def _judged(check: Check, rows: list[Row], copied: float) -> Answer:
+def _judge(check: Check, rows: list[Row], copied: float) -> Answer:
     wrong = [f"{row['way']}, L {row['L']}, D {row['D']}" for row in rows if row["difference"] > 1e-4]
     ours = [row for row in rows if row["way"] == "the trainer's"]
     slow = [f"L {row['L']}, D {row['D']}" for row in ours if row["of copy"] < _AIM]

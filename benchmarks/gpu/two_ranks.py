@@ -67,7 +67,7 @@ def _rank(check: Check, ranks: Ranks, padded: bool, folder: Path) -> None:
         if ranks.device.type == "cuda":
             pad(loops.job.sharded.model, padded)
         loss = _loss(loops, ranks)
-        found = loops.trained(Way("sparse_dist"))
+        found = loops.train_steps(Way("sparse_dist"))
     (folder / f"rank-{ranks.rank}.json").write_text(json.dumps({"loss": loss, **found}))
 
 

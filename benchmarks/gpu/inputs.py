@@ -17,16 +17,16 @@ from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
 
 _SEED = 7
-_Moved = TypeVar("_Moved")
+_Tensors = TypeVar("_Tensors")
 
 
-def moved(given: _Moved, device: torch.device) -> _Moved:
+def move_tensors(given: _Tensors, device: torch.device) -> _Tensors:
     """A dataclass of tensors, and of such dataclasses, on another device."""
 
     def move(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.to(device)
-        return moved(part, device) if is_dataclass(part) else part
+        return move_tensors(part, device) if is_dataclass(part) else part
 
     return replace(given, **{f.name: move(getattr(given, f.name)) for f in fields(given)})  # type: ignore[type-var,arg-type]
 
@@ -37,10 +37,10 @@ Prepare = Callable[[RequestBatch], RequestBatch] | None
 
 def steps_of(cell: Cell, count: int, prepare: Prepare = None) -> list[Step]:
     """Steps of a cell of `tandemrec bench step`, as the reader would give them."""
-    return [collated() for collated in drawn_steps(cell, count, prepare)]
+    return [collated() for collated in draw_steps(cell, count, prepare)]
 
 
-def drawn_steps(cell: Cell, count: int, prepare: Prepare = None) -> Iterator[Callable[[], Step]]:
+def draw_steps(cell: Cell, count: int, prepare: Prepare = None) -> Iterator[Callable[[], Step]]:
     """The same, drawn but not yet collated: each call does what the reader does with decoded rows."""
     shape = cell.shape
     draws, data = Draws(shape, _SEED), config_of(cell).data
