@@ -139,7 +139,7 @@ def forecast(config: Config, manifest: LogManifest) -> Counts:
     built = build_trainable(config, manifest, torch.device("meta"))
     task = plan_task(config, manifest, built, Cluster("cpu", RANKS, RANKS, 0, 8 << 30), size)
     plan, lookup = offline_plan(task), config.model.lookup
-    requested = {lookup: lookups(config, built[1], manifest, size, lookup)}
+    requested: dict[str, Any] = {lookup: lookups(config, built[1], manifest, size, lookup)}
     report = PlanReport(plan, task, size, requested, lookup)
     sent = sum((report.sent(option, lookup, True) for option in report.options), Traffic())
     late = requested[lookup]["representation__item_id"].bags

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -101,7 +102,7 @@ def tried(query: Query) -> dict[str, dict[str, Way]]:
     query_WSD = windows.slots.spread(vectors.query_CD)
     halves = {kind: (vectors.key_ND.to(kind), query_WSD.to(kind)) for kind in (torch.bfloat16, torch.float16)}
     out, array, width = torch.empty_like(score), score.numpy(), score.shape[1]
-    ranked = {
+    ranked: dict[str, Way] = {
         "top_columns": lambda: top_columns(score, K),
         "torch.topk": lambda: score.topk(K + 1, dim=1),
         "torch.topk, sorted = False": lambda: score.topk(K + 1, dim=1, sorted=False),
@@ -116,16 +117,13 @@ def tried(query: Query) -> dict[str, dict[str, Way]]:
 
     # For the compiler to fuse the gather into the product. Even the decorator takes seconds.
     compiled = torch.compile(product, dynamic=False)
-    scored = {
+    scored: dict[str, Way] = {
         "gather and bmm": lambda: product(query_WSD, vectors.key_ND),
         "bmm alone": lambda: torch.bmm(query_WSD, key_WXD.transpose(1, 2)),
         "bmm alone, out=": lambda: torch.bmm(
             query_WSD, key_WXD.transpose(1, 2), out=out.view(count, -1, width)
         ),
-        **{
-            f"gather and bmm, {str(kind)[6:]}": lambda key=key, q=q: product(q, key)
-            for kind, (key, q) in halves.items()
-        },
+        **{f"gather and bmm, {str(kind)[6:]}": partial(product, q, key) for kind, (key, q) in halves.items()},
         "torch.compile of gather and bmm": lambda: compiled(query_WSD, vectors.key_ND),
     }
     return {"ranking": ranked, "scores": scored}
