@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
 
 from benchmarks.harness.options import Options
-from benchmarks.harness.report import Report
+from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, timed
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.stored import Dtype
@@ -111,9 +111,11 @@ def main(words: Sequence[str]) -> None:
         _, _, base = _measure(_source(given.dir, 1, group), base_folder, dtype)
         before = [(base_folder, base)]
         for step, share in enumerate(shares, start=2):
-            source, row = _source(given.dir, step, group), {"dtype": dtype, "changed": share}
+            source = _source(given.dir, step, group)
+            row: Row = {"dtype": dtype, "changed": share}
             tables, loaded = {}, {}
-            for kind, held in (("full", None), ("delta", read_rows(before, _STEM, _NAME))):
+            for kind in ("full", "delta"):
+                held = None if kind == "full" else read_rows(before, _STEM, _NAME)
                 seconds, size, tables[kind] = _measure(source, given.dir / kind, dtype, held)
                 row |= {f"{kind}_s": seconds.wall, f"{kind}_cpu_s": seconds.cpu, f"{kind}_mb": size / 1e6}
             for kind, chain in (("full", []), ("delta", before)):

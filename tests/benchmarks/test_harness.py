@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from setuptools import find_packages
@@ -18,7 +20,7 @@ from setuptools import find_packages
 from benchmarks.__main__ import FOLDER, main, subjects, title
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report
-from benchmarks.harness.timing import Seconds, rounds, spread, timed_process
+from benchmarks.harness.timing import Seconds, rounds, spread, timed, timed_process
 from embeddings.errors import ConfigError, TandemError
 from launch.cli import main as tandemrec
 from tests.helpers.launching import ROOT
@@ -53,6 +55,27 @@ def test_a_new_file_is_a_new_subject(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("benchmarks.__main__.FOLDER", tmp_path)
     assert list(subjects()) == ["folder", "new"]
     assert title(subjects()["new"]) == "How new a file is"
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    block = re.search(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    names: dict[str, Any] = {
+        "Options": Options,
+        "Report": Report,
+        "rounds": rounds,
+        "spread": spread,
+        "timed": timed,
+    }
+    names |= {"partial": partial, "__doc__": "Told.", "ours": lambda: sum(range(9_000))}
+    names |= {"theirs": lambda: sum(range(90_000)), "Sequence": Sequence}
+    exec(block[1], names)
+    names["main"](["--repeats", "2", "--json", str(tmp_path / "f.json")])
+    assert {row["name"] for row in json.loads((tmp_path / "f.json").read_text())["rows"]} == {
+        "ours",
+        "theirs",
+    }
+    assert re.search(r"^theirs_to_ours: [\d.]+ \(", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_verb_lists_subjects_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
