@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
-from benchmarks.harness.timing import spread, timed
+from benchmarks.harness.timing import seconds_of, spread
 from trainer.assemble import build_sharded, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
@@ -89,7 +89,7 @@ def _measure(settings: Config, tensors: Mapping[str, Any], folder: Path, repeats
         saver.save(1, tensors, {"step": 1})
 
     def take(name: str, work: Callable[[], object]) -> None:
-        taken.setdefault(name, []).append(timed(work).wall)
+        taken.setdefault(name, []).append(seconds_of(work).wall)
 
     def save_in_background(name: str) -> None:
         take(name, partial(save, background))

@@ -21,7 +21,7 @@ from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shard
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
-from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, timed
+from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, seconds_of
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.stored import Dtype
 from trainer.checkpoint import save_load as checkpoint
@@ -67,7 +67,7 @@ def _measure(
 ) -> tuple[Seconds, int, StoredRows]:
     """Seconds (digests included), bytes, and what was written."""
     written: list[Any] = []
-    seconds = timed(lambda: written.extend([_write(source, out, dtype, base), _size(out)]))
+    seconds = seconds_of(lambda: written.extend([_write(source, out, dtype, base), _size(out)]))
     return seconds, written[1], written[0]
 
 
@@ -121,7 +121,7 @@ def main(words: Sequence[str]) -> None:
             for kind, chain in (("full", []), ("delta", before)):
                 parts = [*chain, (given.dir / kind, tables[kind])]
                 load = partial(read_rows, parts, _STEM, _NAME)
-                row[f"load_{kind}_s"] = timed(lambda: loaded.update({kind: load()})).wall  # noqa: B023
+                row[f"load_{kind}_s"] = seconds_of(lambda: loaded.update({kind: load()})).wall  # noqa: B023
             assert torch.equal(loaded["delta"], loaded["full"])
             report.rows.append(row)
             report.ratios[f"delta_to_full_bytes_{dtype}_{share:.0%}"] = row["delta_mb"] / row["full_mb"]

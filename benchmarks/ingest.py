@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report
-from benchmarks.harness.timing import timed_process
+from benchmarks.harness.timing import time_process
 
 DAY, START = 86_400, 1_704_067_200  # 2024-01-01
 FILES, CHUNK = 64, 250_000
@@ -126,7 +126,7 @@ def measure(given: argparse.Namespace) -> None:
     command += ["--vocabulary", str(given.vocabulary)] if given.vocabulary else []
     command += [word for override in overrides for word in ("--set", override)]
     report = Report(given, "Ingest")
-    seconds, peak = timed_process(command)
+    seconds, peak = time_process(command)
     told = json.loads((out / "manifest.json").read_text())["report"]
     figures = {
         "raw_bytes": sum(path.stat().st_size for path in raw.iterdir()),

@@ -17,7 +17,7 @@ import torch
 from benchmarks.harness.loops import first_steps
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
-from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, rounds, spread, timed
+from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, rounds, seconds_of, spread
 from embeddings.lookup.sharding import initialise_unsharded
 from trainer.assemble import build_trainable, feature_rows
 from trainer.config.run_config import Config, load_config
@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> None:
     }
 
     def measure(name: str) -> Seconds:
-        return timed(lambda: counts.update({name: kinds[name]()}))
+        return seconds_of(lambda: counts.update({name: kinds[name]()}))
 
     taken = rounds({name: partial(measure, name) for name in kinds}, given.repeats, warm=0)
     behaviors, candidates = counts[PLAIN]
@@ -133,7 +133,7 @@ def _step_seconds(config: Config, steps: int = 30) -> Seconds:
         for batch in measured:
             loss_sum(model(batch).logits, batch.labels, batch.weight).backward()
 
-    seconds, candidates = timed(train), sum(batch.candidates for batch in measured)
+    seconds, candidates = seconds_of(train), sum(batch.candidates for batch in measured)
     return Seconds(seconds.wall / candidates, seconds.cpu / candidates)
 
 

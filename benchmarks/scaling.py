@@ -25,7 +25,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
-from benchmarks.harness.timing import one_thread, rounds, spread, timed
+from benchmarks.harness.timing import one_thread, rounds, seconds_of, spread
 from benchmarks.inputs.cells import config_with
 from benchmarks.inputs.synthetic import Draws, Shape, as_batch
 from trainer.assemble import build_sharded
@@ -151,7 +151,7 @@ def config_of(point: Point) -> Config:
 def _sweep(settings: ScalingBench, sweep: Sweep, repeats: int, ranks: Ranks, folder: Path) -> list[Row]:
     points = [settings.base.model_copy(update={sweep.size: value}) for value in sweep.values]
     steps = [training_step(point, settings.seed, ranks, folder) for point in points]
-    taken = rounds({number: partial(timed, step) for number, step in enumerate(steps)}, repeats)
+    taken = rounds({number: partial(seconds_of, step) for number, step in enumerate(steps)}, repeats)
     rows = []
     for number, (point, step) in enumerate(zip(points, steps, strict=True)):
         samples, value = point.shape.samples, getattr(point, sweep.size)

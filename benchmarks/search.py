@@ -24,7 +24,15 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
-from benchmarks.harness.timing import Seconds, copy_rate, one_thread, rounds, single_seconds, spread, timed
+from benchmarks.harness.timing import (
+    Seconds,
+    copy_rate,
+    one_thread,
+    rounds,
+    seconds_of,
+    single_seconds,
+    spread,
+)
 from benchmarks.inputs.windows import full_windows
 from benchmarks.rivals import search_changes as forms
 from trainer.config.toml import Settings, load_settings
@@ -126,7 +134,7 @@ def _measure_changes(given: argparse.Namespace) -> None:
 
 
 def _milliseconds(ways: Mapping[str, forms.Way], repeats: int) -> Rates:
-    taken = rounds({name: partial(timed, way) for name, way in ways.items()}, repeats)
+    taken = rounds({name: partial(seconds_of, way) for name, way in ways.items()}, repeats)
     return {name: median(1e3 * seconds.cpu for seconds in each) for name, each in taken.items()}
 
 
@@ -247,7 +255,7 @@ def _measured(case: _Case, repeats: int) -> list[Row]:
 
     def measure(name: str, learns: bool) -> Seconds:
         with torch.set_grad_enabled(learns):
-            return timed(lambda: ways[name].run(learns))
+            return seconds_of(lambda: ways[name].run(learns))
 
     pairs = [(name, learns) for learns in (False, True) for name in ways]
     # `check` has warmed all of them up.

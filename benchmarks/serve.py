@@ -34,7 +34,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
-from benchmarks.harness.timing import one_thread, rounds, timed
+from benchmarks.harness.timing import one_thread, rounds, seconds_of
 from benchmarks.inputs.random_snapshot import measure_start
 from benchmarks.rivals.serving_programs import PlainProgram, attending_to_all, exported, per_sample
 from embeddings.errors import TandemError
@@ -271,7 +271,7 @@ def _compare(
                 worst = float((programs[name](history, candidates) - expected).abs().max())
                 if not worst <= 1e-4:
                     raise TandemError(f"{name} scores otherwise, by {worst:.3g}: it is no baseline")
-            taken = rounds({name: partial(timed, run) for name, run in kinds.items()}, repeats, warm=0)
+            taken = rounds({name: partial(seconds_of, run) for name, run in kinds.items()}, repeats, warm=0)
         cpu = {name: median(seconds.cpu for seconds in each) for name, each in taken.items()}
         for name, seconds in cpu.items():
             report.rows.append({"name": f"{name}, L {length:,}, attention {dim}", "cpu_ms": 1e3 * seconds})

@@ -23,7 +23,7 @@ from pydantic import Field, PositiveInt
 from benchmarks.harness.loops import bare_loop, first_steps, trainer_loop
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
-from benchmarks.harness.timing import Seconds, one_thread, rounds, spread, timed
+from benchmarks.harness.timing import Seconds, one_thread, rounds, seconds_of, spread
 from benchmarks.inputs.cells import DARE_KINDS, Cell, Kind, config_of
 from benchmarks.inputs.synthetic import Draws, as_batch, padded, row_per_sample, zipf_share
 from benchmarks.rivals.plain_models import PlainDare, PlainMlpScorer, plain_loss
@@ -189,7 +189,7 @@ class _Loops:
         guard = Guard(self._ranks, self._folder, late) if checked else None
         step = TrainStep(self._config, model, optimizer, 1, guard)
         pipeline = Pipeline("none", model, step, self._ranks.device)
-        return timed(lambda: deque(pipeline.train(self._held, lambda: 0), maxlen=0))
+        return seconds_of(lambda: deque(pipeline.train(self._held, lambda: 0), maxlen=0))
 
     def trainer(self, pipeline: str) -> Seconds:
         model, _ = self._model(f"trainer {pipeline}")
@@ -282,7 +282,7 @@ class _Cell:
                 plain_loss(model(history, target), labels).backward()
                 optimizer.step()
 
-        return partial(timed, work)
+        return partial(seconds_of, work)
 
 
 def _plain_batch(rows: UserRows, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

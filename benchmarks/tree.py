@@ -23,7 +23,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report
-from benchmarks.harness.timing import timed
+from benchmarks.harness.timing import seconds_of
 from trainer.config.sections import DataConfig
 from trainer.data.hard_search import hard_search
 from trainer.data.reader import SequenceLogReader
@@ -150,7 +150,7 @@ def main(words: Sequence[str]) -> None:
     def train() -> None:
         made["tree"] = train_tree(made["train"], given.seed)
 
-    seconds = {"features": timed(read).wall, "training": timed(train).wall}
+    seconds = {"features": seconds_of(read).wall, "training": seconds_of(train).wall}
     for split in ("validation", "test"):
         metrics = score(made["tree"], read_samples(given.log, split, given.history_length))
         report.rows.append({"split": split, **asdict(metrics)})

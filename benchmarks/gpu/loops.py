@@ -22,7 +22,7 @@ from benchmarks.gpu.inputs import steps_of
 from benchmarks.gpu.measure import forget_memory, host_waits, memory
 from benchmarks.gpu.training import Job, pipeline_of
 from benchmarks.harness.loops import bare_step
-from benchmarks.harness.timing import timed
+from benchmarks.harness.timing import seconds_of
 from benchmarks.inputs.cells import Cell, config_of
 from trainer.assemble import build_sharded
 from trainer.config.run_config import Config
@@ -141,7 +141,7 @@ class Loops:
 
         def run(count: int) -> float:
             steps = islice(chain.from_iterable(repeat(self.steps)), count)
-            return timed(lambda: work(steps)).wall / count
+            return seconds_of(lambda: work(steps)).wall / count
 
         run(len(self.steps))
         forget_memory()

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import device
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from benchmarks.harness.timing import Seconds, timed
+from benchmarks.harness.timing import Seconds, seconds_of
 from trainer.checkpoint.save_load import Found
 from trainer.config.run_config import Config
 from trainer.data.batch import RequestBatch
@@ -43,7 +43,7 @@ def bare_loop(
         for step in steps:
             bare_step(model, optimizer, step.batch, ranks.device)
 
-    return timed(work)
+    return seconds_of(work)
 
 
 def bare_step(model: DistributedModelParallel, optimizer: Any, given: RequestBatch, device: device) -> None:

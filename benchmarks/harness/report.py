@@ -59,7 +59,7 @@ class Report:
 
     def table(self, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of rows: heading -> format, such as `{"ms": "{ms:.2f}"}`. Missing keys stay empty."""
-        self.cells(list(columns), [[formatted(form, row) for form in columns.values()] for row in rows])
+        self.cells(list(columns), [[cell_of(form, row) for form in columns.values()] for row in rows])
 
     def ratio(
         self, name: str, over: Sequence[float], under: Sequence[float], digits: int = 2, shown: str = ""
@@ -100,7 +100,7 @@ class Report:
         }
 
 
-def formatted(form: str, row: Mapping[str, Any]) -> str:
+def cell_of(form: str, row: Mapping[str, Any]) -> str:
     """A cell; empty where the row has no such key."""
     try:
         return form.format_map(row)

@@ -45,7 +45,7 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def timed(work: Callable[[], object]) -> Seconds:
+def seconds_of(work: Callable[[], object]) -> Seconds:
     """The seconds of the work, with all that it gives a device to do."""
     wait_for_device()
     started, started_cpu = time.perf_counter(), time.process_time()
@@ -85,7 +85,7 @@ def single_seconds(
     """The wall's seconds of single calls: their median, or another figure `of` them."""
     for _ in range(warm):
         work()
-    return of([timed(work).wall for _ in range(repeats)])
+    return of([seconds_of(work).wall for _ in range(repeats)])
 
 
 def spread(values: Sequence[float], name: str = "median") -> dict[str, float]:
@@ -116,7 +116,7 @@ os.write(int(sys.argv[1]), json.dumps(figures).encode())
 """
 
 
-def timed_process(command: Sequence[str]) -> tuple[Seconds, int]:
+def time_process(command: Sequence[str]) -> tuple[Seconds, int]:
     """Seconds of a process with all its threads, and the most memory that was resident in it, in bytes.
 
     Raises:

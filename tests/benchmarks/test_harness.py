@@ -20,7 +20,7 @@ from setuptools import find_packages
 from benchmarks.__main__ import FOLDER, main, subjects, title
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report
-from benchmarks.harness.timing import Seconds, rounds, spread, timed, timed_process
+from benchmarks.harness.timing import Seconds, rounds, seconds_of, spread, time_process
 from embeddings.errors import ConfigError, TandemError
 from launch.cli import main as tandemrec
 from tests.helpers.launching import ROOT
@@ -65,7 +65,7 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFi
         "Report": Report,
         "rounds": rounds,
         "spread": spread,
-        "timed": timed,
+        "seconds_of": seconds_of,
     }
     names |= {"partial": partial, "__doc__": "Told.", "ours": lambda: sum(range(9_000))}
     names |= {"theirs": lambda: sum(range(90_000)), "Sequence": Sequence}
@@ -133,11 +133,11 @@ def test_rounds_take_turns_and_leave_out_what_is_slow() -> None:
 
 def test_processes_are_timed_with_their_memory() -> None:
     code = "x = b'x' * 150_000_000; sum(range(2_000_000))"
-    seconds, peak = timed_process([sys.executable, "-c", code])
+    seconds, peak = time_process([sys.executable, "-c", code])
     # Beside its own, nothing of this process, which is larger.
     assert 150e6 < peak < 200e6 and seconds.cpu > 0 and seconds.wall > 0
     with pytest.raises(TandemError, match="failed with exit code 3"):
-        timed_process([sys.executable, "-c", "raise SystemExit(3)"])
+        time_process([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_a_report_says_the_same_in_three_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
