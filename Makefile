@@ -135,7 +135,7 @@ format: install-dev ## rewrite the code the way lint wants it
 	ruff format $(FORMATTED)
 
 bench: $(VENV)/.installed-bench ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
-	python -m benchmarks.refresh --log "$(LOG)"
+	python -m benchmarks.harness.refresh --log "$(LOG)"
 
 docs: $(VENV)/.installed-docs ## docs/config.md from the code, then the site of docs/ and the API, in runs/site
 	python -m docs.tools.config_page

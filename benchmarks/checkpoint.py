@@ -1,21 +1,26 @@
-"""`tandemrec bench checkpoint`: what a save costs training, beside the disk's own speed in the same run."""
+"""What saving a checkpoint costs training, beside the disk's own speed in the same run
+
+Saves, verifies and loads the config's model on one rank, all kinds in turn. Tables are as large as the config
+says; where it sets no `tables.<feature>.rows`, the largest feature gets the rows that make 2 GB. Files are
+written beside the file of --json, or in the current folder, and removed.
+"""
 
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch.distributed.checkpoint as dcp
 
-from benchmarks.report import required, write_report
-from pipelines.console import quiet_third_parties, table_lines
+from benchmarks.harness.options import Options
+from benchmarks.harness.report import Report, Row
+from benchmarks.harness.timing import seconds_of, spread
 from trainer.assemble import build_sharded, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
@@ -24,28 +29,22 @@ from trainer.config.tables import TableConfig
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config, load_config
-from trainer.run_folder import versions
 from trainer.sealed_folder import sync
 from trainer.update.step import make_optimizer
 
 _BYTES = 2e9
 _PIECE = 1 << 24  # bytes
-Seconds = dict[str, list[float]]
+_COLUMNS = {"": "{name}", "median s": "{seconds:.2f}", "min-max": "{min:.2f}-{max:.2f}", "GB/s": "{shown}"}
+Taken = dict[str, list[float]]
 
 
-def bench_checkpoint(
-    config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None
-) -> None:
-    """Save, verify and load the config's model on one rank, `repeats` times, all kinds in turn.
-
-    Tables are as large as the config says; where it sets no `tables.<feature>.rows`, the largest feature
-    gets the rows that make 2 GB. Files are written beside `report`, or in the current folder, and removed.
-    """
-    quiet_third_parties()
-    settings = load_config(required(config), overrides)
+def main(words: Sequence[str]) -> None:
+    given = Options("checkpoint", __doc__).measuring(config=True).read(words)
+    settings = load_config(given.config, given.overrides)
     manifest = read_manifest(settings.data.log)
     settings = _sized(settings, manifest)
-    place = report.parent if report is not None else Path.cwd()
+    report = Report(given, "Checkpoint", seed=settings.train.seed)
+    place = given.json.parent if given.json is not None else Path.cwd()
     device = settings.train.device
     with (
         process_group(device=device) as ranks,
@@ -54,20 +53,17 @@ def bench_checkpoint(
         sharded = build_sharded(settings, manifest, ranks)
         optimizer = make_optimizer(sharded.model, settings.train)
         tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
-        seconds, size = _measure(settings, tensors, Path(folder), repeats)
-    rows, ratios = _rows(seconds, size), _ratios(seconds)
-    print(f"checkpoint of {size / 1e9:.2f} GB on one rank, n = {repeats}")
-    cells = [[r["name"], f"{r['seconds']:.2f}", f"{r['min']:.2f}-{r['max']:.2f}", r["shown"]] for r in rows]
-    print("\n".join(table_lines(["", "median s", "min-max", "GB/s"], cells)))
-    for name, value in ratios.items():
-        print(f"{name}: {value:.3f}")
-    print("; ".join(f"{name} {version}" for name, version in versions().items()))
-    if report is not None:
-        write_report(report, rows, ratios, {"bytes": size, "repeats": repeats})
+        taken, size = _measure(settings, tensors, Path(folder), given.repeats)
+    report.line(f"checkpoint of {size / 1e9:.2f} GB on one rank, n = {given.repeats}")
+    report.rows, report.ratios = _rows(taken, size), _ratios(taken)
+    report.facts = {"bytes": size, "repeats": given.repeats}
+    report.table(_COLUMNS, report.rows)
+    report.show_ratios()
+    report.close()
 
 
 def _sized(settings: Config, manifest: LogManifest) -> Config:
-    """The config with 2 GB of tables, where it does not say how many rows it wants."""
+    """The config, with 2 GB of tables if it does not set the rows of a table itself."""
     if settings.tables:
         return settings
     groups = resolve_groups(settings, manifest).values()
@@ -77,49 +73,49 @@ def _sized(settings: Config, manifest: LogManifest) -> Config:
     return settings.model_copy(update={"tables": tables})
 
 
-def _measure(settings: Config, tensors: Mapping[str, Any], folder: Path, repeats: int) -> tuple[Seconds, int]:
+def _measure(settings: Config, tensors: Mapping[str, Any], folder: Path, repeats: int) -> tuple[Taken, int]:
     """-> (seconds of every kind, bytes of a checkpoint)."""
-    seconds: Seconds = {}
-    first = folder / "first"
-    waiting = Saver(first, settings.checkpoint.model_copy(update={"mode": "sync"}), lambda line: None)
-    beside = Saver(first, settings.checkpoint.model_copy(update={"mode": "async"}), lambda line: None)
+    taken: Taken = {}
+    first, size = folder / "first", 0
+    path = first / "step-00000001"
+    waiting, background = (
+        Saver(first, settings.checkpoint.model_copy(update={"mode": mode}), lambda line: None)
+        for mode in ("sync", "async")
+    )
 
     def save(saver: Saver) -> None:
         shutil.rmtree(first, ignore_errors=True)
         sync(folder)
         saver.save(1, tensors, {"step": 1})
 
-    def timed(name: str, work: Callable[[], object]) -> None:
-        started = time.perf_counter()
-        work()
-        seconds.setdefault(name, []).append(time.perf_counter() - started)
+    def take(name: str, work: Callable[[], object]) -> None:
+        taken.setdefault(name, []).append(seconds_of(work).wall)
 
-    size = 0
+    def save_in_background(name: str) -> None:
+        take(name, partial(save, background))
+        background.settle()
+
     for number in range(repeats):
-        timed("save, sync", lambda: save(waiting))
-        path = first / "step-00000001"
+        take("save, sync", partial(save, waiting))
         size = sum(file.stat().st_size for file in path.iterdir())
-        timed("verify", partial(checkpoint.verify, path))
-        timed("load", partial(checkpoint.load_tensors, path, dict(tensors)))
+        take("verify", partial(checkpoint.verify, path))
+        take("load", partial(checkpoint.load_tensors, path, dict(tensors)))
         shutil.rmtree(first)
-        timed("raw write and fsync", partial(_raw, folder / "raw", size))
-        timed("DCP alone", lambda: dcp.save(dict(tensors), checkpoint_id=folder / "plain"))
+        take("raw write and fsync", partial(_raw, folder / "raw", size))
+        take("DCP alone", partial(dcp.save, dict(tensors), checkpoint_id=folder / "plain"))
         shutil.rmtree(folder / "plain")
-        timed("DCP, hashed", lambda: _hashed(tensors, folder / "hashed"))
+        take("DCP, hashed", partial(_hashed, tensors, folder / "hashed"))
         shutil.rmtree(folder / "hashed")
-        started = time.perf_counter()
-        timed("stall, async, first" if number == 0 else "stall, async", lambda: save(beside))
-        beside.settle()
-        seconds.setdefault("save, async, whole", []).append(time.perf_counter() - started)
+        stall = "stall, async, first" if number == 0 else "stall, async"
+        take("save, async, whole", partial(save_in_background, stall))
         if number == 0:
-            timed("stall, async", lambda: save(beside))
-            beside.settle()
+            save_in_background("stall, async")
         shutil.rmtree(first)
-    return seconds, size
+    return taken, size
 
 
 def _raw(file: Path, size: int) -> None:
-    """So many bytes, through the page cache to the disk."""
+    """Write so many bytes through the page cache to the disk."""
     content = np.random.default_rng(0).integers(0, 256, _PIECE, dtype=np.uint8).tobytes()
     with file.open("wb") as stream:
         for start in range(0, size, _PIECE):
@@ -132,21 +128,18 @@ def _hashed(tensors: Mapping[str, Any], folder: Path) -> None:
     dcp.save(dict(tensors), storage_writer=HashedWriter(folder))
 
 
-def _rows(seconds: Seconds, size: int) -> list[dict[str, Any]]:
+def _rows(taken: Taken, size: int) -> list[Row]:
     rows = []
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        rate = size / middle / 1e9
+    for name, values in taken.items():
+        seconds = spread(values, "seconds")
+        rate = size / seconds["seconds"] / 1e9
         shown = "" if name.startswith("stall") else f"{rate:.2f}"
-        rows.append(
-            {"name": name, "seconds": middle, "min": min(values), "max": max(values), "gb_per_s": rate}
-            | {"shown": shown, "n": len(values)}
-        )
+        rows.append({"name": name, **seconds, "gb_per_s": rate, "shown": shown})
     return rows
 
 
-def _ratios(seconds: Seconds) -> dict[str, float]:
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
+def _ratios(taken: Taken) -> dict[str, float]:
+    middle = {name: median(values) for name, values in taken.items()}
     return {
         "async_stall_to_sync": middle["stall, async"] / middle["save, sync"],
         "first_async_stall_to_sync": middle["stall, async, first"] / middle["save, sync"],

@@ -1,10 +1,7 @@
-"""Bytes that two ranks exchange in a training step: `selected` against `full`, and the plan's forecast.
+"""Bytes that two ranks exchange in a training step: `selected` beside `full`, and the plan's forecast
 
-    python -m benchmarks.exchange
-
-prints the table of benchmarks/exchange.md. Two ranks on the CPU (gloo) train configs/dare.toml on a
-made-up log; every collective is counted where torch is given it. These are counts, not times: a busy machine
-gives the same.
+Two ranks on the CPU (gloo) train configs/dare.toml on a made-up log; every collective is counted where torch
+is given it. These are counts, not times: a busy machine gives the same.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -25,17 +23,43 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
+from benchmarks.harness.collectives import CollectiveCounter
+from benchmarks.harness.options import Options
+from benchmarks.harness.report import Report, Row
+from embeddings.plan.planner import offline_plan
+from embeddings.plan.request import Cluster
+from embeddings.plan.traffic import Traffic
+from pipelines.plan.report import Report as PlanReport
+from pipelines.start import open_split
+from trainer.assemble import build_sharded, build_trainable, feature_rows, plan_request
+from trainer.log.schema import FeatureInfo, LogManifest, read_manifest, schema_of
+from trainer.log.writer import write_manifest, write_split
+from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config, load_config
+from trainer.step_size import lookups, step_size
+from trainer.update.guard import Guard
+from trainer.update.step import TrainStep, make_optimizer
+
 ROOT = Path(__file__).parent.parent
-LENGTHS, LOOKUPS, STEPS, RANKS, SEED = (1_000, 10_000), ("full", "selected"), 5, 2, 0
+LOOKUPS, STEPS, RANKS, SEED = ("full", "selected"), 5, 2, 0
 USERS, REQUESTS, CANDIDATES, ITEMS, CATEGORIES = 80, 8, 20, 100_000, 300
-Found = dict[str, float]
+Counts = dict[str, float]
+COLUMNS = {
+    "L": "{length:,}",
+    "lookup": "{lookup}",
+    "late bags": "{late_bags}",
+    "forecast of bags": "{plan_late_bags}",
+    "ids MB": "{ids_mb:.2f}",
+    "vectors": "{forward_mb:.2f}",
+    "gradients": "{backward_mb:.2f}",
+    "all": "{all_mb:.2f}",
+    "forecast": "{plan_mb:.2f}",
+    "ratio": "{ratio:.3f}",
+}
 
 
 def write_log(path: Path, length: int) -> None:
-    """Histories of L / 2 to 2 L behaviors; the requests of a user lie in the last tenth of his history."""
-    from trainer.log.schema import FeatureInfo, LogManifest, schema_of
-    from trainer.log.writer import write_manifest, write_split
-
+    """Histories of L / 2 to 2 L behaviors; the requests of a user lie in the last tenth of their history."""
     rng = np.random.default_rng(SEED + length)
     infos = {"item_id": FeatureInfo(rows=ITEMS), "category_id": FeatureInfo(rows=CATEGORIES)}
     path.mkdir(parents=True)
@@ -75,16 +99,8 @@ def user_row(rng: np.random.Generator, user: int, length: int) -> dict[str, Any]
     }
 
 
-def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
+def measure(log: Path, length: int, lookup: str, ranks: Ranks) -> Counts:
     """Bytes of a step over all ranks, mean of some steps; and the plan's forecast."""
-    from benchmarks.exchanged import Exchanged
-    from pipelines.start import open_split
-    from trainer.assemble import build_sharded, feature_rows
-    from trainer.log.schema import read_manifest
-    from trainer.run_config import load_config
-    from trainer.update.guard import Guard
-    from trainer.update.step import TrainStep, make_optimizer
-
     words = [f"data.log={log}", f"data.history_length={length}", f"model.lookup={lookup}", "data.prefetch=0"]
     config = load_config(ROOT / "configs/dare.toml", [*words, f"train.seed={SEED}"])
     manifest = read_manifest(log)
@@ -92,15 +108,16 @@ def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
     step = TrainStep(
         config, sharded.model, make_optimizer(sharded.model, config.train), RANKS, Guard(ranks, log)
     )
-    found: Counter[str] = Counter()
-    # What the late lookup is asked for.
+    counts: Counter[str] = Counter()
+    # The bags that the late lookup is asked for.
     sharded.model.module.branches.register_forward_hook(
-        lambda _, __, made: found.update(late=0 if made.selected is None else made.selected.stride())
+        lambda _, __, out: counts.update(late=0 if out.selected is None else out.selected.stride())
     )
     reader = open_split(config, "train", feature_rows(sharded.groups), ranks, seed=SEED)
     with closing(reader.steps()) as steps:
-        for each in islice(steps, STEPS):
-            with Exchanged() as exchanged:
+        for number, each in enumerate(islice(steps, STEPS)):
+            step.begin(number, each)
+            with CollectiveCounter() as exchanged:
                 step.zero_grad()
                 loss, _ = step.forward(each)
                 forward = len(exchanged.sent)
@@ -108,95 +125,77 @@ def measured(log: Path, length: int, lookup: str, ranks: Any) -> Found:
                 step.step()
             vectors = exchanged.bytes_of(floats=True)
             back = exchanged.bytes_of(floats=True, since=forward)
-            found.update(ids=exchanged.bytes_of(floats=False), forward=vectors - back, backward=back)
-            found.update(behaviors=each.batch.behaviors, candidates=each.batch.candidates)
+            counts.update(ids=exchanged.bytes_of(floats=False), forward=vectors - back, backward=back)
+            counts.update(behaviors=each.batch.behaviors, candidates=each.batch.candidates)
     names = ("ids", "forward", "backward", "behaviors", "candidates", "late")
-    total = torch.tensor([found[name] for name in names], dtype=torch.float64) / STEPS
+    total = torch.tensor([counts[name] for name in names], dtype=torch.float64) / STEPS
     dist.all_reduce(total)
     return dict(zip(names, total.tolist(), strict=True)) | forecast(config, manifest)
 
 
-def forecast(config: Any, manifest: Any) -> Found:
-    """What `tandemrec plan --world-size 2` prints for the config's lookup and bags."""
-    from embeddings.plan.planner import offline_plan
-    from embeddings.plan.request import Cluster
-    from embeddings.plan.traffic import Traffic
-    from pipelines.plan.report import Report
-    from trainer.assemble import build_trainable, plan_request
-    from trainer.step_size import lookups, step_size
-
+def forecast(config: Config, manifest: LogManifest) -> Counts:
+    """The figures that `tandemrec plan --world-size 2` prints for the config's lookup and bags."""
     size = step_size(config.data, manifest)
     built = build_trainable(config, manifest, torch.device("meta"))
     task = plan_request(config, manifest, built, Cluster("cpu", RANKS, RANKS, 0, 8 << 30), size)
-    found, lookup = offline_plan(task), config.model.lookup
-    asked = {lookup: lookups(config, built[1], manifest, size, lookup)}
-    report = Report(found, task, size, asked, lookup)
+    plan, lookup = offline_plan(task), config.model.lookup
+    requested: dict[str, Any] = {lookup: lookups(config, built[1], manifest, size, lookup)}
+    report = PlanReport(plan, task, size, requested, lookup)
     sent = sum((report.sent(option, lookup, True) for option in report.options), Traffic())
-    late = asked[lookup]["representation__item_id"].bags
+    late = requested[lookup]["representation__item_id"].bags
     parts = {"ids": sent.ids, "forward": sent.forward, "backward": sent.backward, "late": late}
     parts |= {"behaviors": size.behaviors, "candidates": size.candidates}
     return {f"plan_{name}": value for name, value in parts.items()}
 
 
-def on_a_rank(folder: Path) -> None:
-    """One of the ranks; rank 0 leaves folder/counts.json."""
-    from pipelines.console import quiet_third_parties
-    from trainer.ranks.process_group import process_group
-
-    quiet_third_parties()
+def run_rank(folder: Path, lengths: Sequence[int]) -> None:
+    """Be one of the ranks; rank 0 writes folder/counts.json."""
     with process_group(300) as ranks:
-        found = [
-            {"length": length, "lookup": lookup, **measured(folder / str(length), length, lookup, ranks)}
-            for length in LENGTHS
+        counts = [
+            {"length": length, "lookup": lookup, **measure(folder / str(length), length, lookup, ranks)}
+            for length in lengths
             for lookup in LOOKUPS
         ]
     if ranks.speaks:
-        (folder / "counts.json").write_text(json.dumps(found))
+        (folder / "counts.json").write_text(json.dumps(counts))
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
+    options = Options("exchange", __doc__)
+    options.add_argument("--lengths", default="1000,10000", metavar="L,L", help="of the histories")
+    options.add_argument("--rank-of", type=Path, help="be one of the ranks, with its logs in this folder")
+    given = options.read(words)
+    lengths = [int(length) for length in given.lengths.split(",")]
+    if given.rank_of:
+        run_rank(given.rank_of, lengths)
+        return
+    report = Report(given, "Exchange", seed=SEED)
     with tempfile.TemporaryDirectory() as folder:
-        for length in LENGTHS:
+        for length in lengths:
             write_log(Path(folder) / str(length), length)
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         subprocess.run(
-            [sys.executable, *ranks, "-m", "benchmarks.exchange", folder],
+            [sys.executable, *ranks, "-m", "benchmarks", "exchange", "--rank-of", folder, *words],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=True,
             timeout=600,
         )
-        found = json.loads((Path(folder) / "counts.json").read_text())
-    print("\n".join(table(found)))
+        report.rows = json.loads((Path(folder) / "counts.json").read_text())
+    shown = [_shown(row) for row in report.rows]
+    report.table(COLUMNS, shown)
+    sums = {(row["length"], row["lookup"]): row["all_mb"] for row in shown}
+    for length in lengths:
+        report.ratios[f"selected_to_full_at_{length}"] = sums[length, "selected"] / sums[length, "full"]
+    saved = [f"{1 - report.ratios[f'selected_to_full_at_{n}']:.0%} at L = {n:,}" for n in lengths]
+    report.line(f"`selected` sends {' and '.join(saved)} less than `full`.")
+    report.close()
 
 
-def table(found: list[dict[str, Any]]) -> list[str]:
-    """Measured and forecast, and what `selected` saves."""
-    lines = [
-        "| L | lookup | late bags | forecast | ids MB | vectors | gradients | all | forecast | ratio |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    sums = {}
-    for row in found:
-        parts = [row[name] for name in ("ids", "forward", "backward")]
-        said = sum(row[f"plan_{name}"] for name in ("ids", "forward", "backward"))
-        sums[row["length"], row["lookup"]] = sum(parts)
-        late = (
-            [f"{row['late']:,.0f}", f"{row['plan_late']:,.0f}"] if row["lookup"] == "selected" else ["-", "-"]
-        )
-        cells = [
-            f"{row['length']:,}",
-            row["lookup"],
-            *late,
-            *(f"{part / 1e6:.2f}" for part in (*parts, sum(parts), said)),
-        ]
-        lines.append(f"| {' | '.join([*cells, f'{said / sum(parts):.3f}'])} |")
-    saved = [f"{1 - sums[n, 'selected'] / sums[n, 'full']:.0%} at L = {n:,}" for n in LENGTHS]
-    return [*lines, "", f"`selected` sends {' and '.join(saved)} less than `full`."]
-
-
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        on_a_rank(Path(sys.argv[1]))
-    else:
-        main()
+def _shown(row: Row) -> Row:
+    """A row with its sums in MB, and without bags for `full`, which has no late lookup."""
+    mb = {f"{name}_mb": row[name] / 1e6 for name in ("ids", "forward", "backward")}
+    plan = sum(row[f"plan_{name}"] for name in ("ids", "forward", "backward")) / 1e6
+    total, late = sum(mb.values()), row["lookup"] == "selected"
+    bags = {f"{name}_bags": f"{row[name]:,.0f}" if late else "-" for name in ("late", "plan_late")}
+    return {**row, **mb, **bags, "all_mb": total, "plan_mb": plan, "ratio": plan / total}

@@ -1,28 +1,26 @@
-"""Hierarchical hard search against brute force: candidates/s and behaviors/s of history, by history length.
+"""Hierarchical hard search beside brute force, by history length
 
-    python -m benchmarks.hard_search
-
-prints the table and writes benchmarks/hard_search.md. Taxonomy of 20 x 10 x 10 with the item as the fourth
-level, a third of the behaviors known only to level 1, a third to level 2; 1,000 candidates in 20 requests;
-K = 200. Both sides are timed in the same run on the same block and must agree.
+Taxonomy of 20 x 10 x 10 with the item as the fourth level, a third of the behaviors known only to level 1, a
+third to level 2; 1,000 candidates in 20 requests; K = 200. Both sides are timed in the same run on the same
+block and must agree. Writes benchmarks/hard_search.md unless --page names another file.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.helpers.brute_force_search import hierarchical_search_reference
+from benchmarks.harness.options import Options
+from benchmarks.harness.report import Report, Row
+from benchmarks.harness.timing import single_seconds
+from benchmarks.rivals.brute_force_search import hierarchical_search_reference
 from trainer.data.hard_search import SearchResult, hierarchical_search
 
-CANDIDATES, REQUESTS, BUDGET, REPEATS = 1_000, 20, 200, 5
+CANDIDATES, REQUESTS, BUDGET = 1_000, 20, 200
 REFERENCE_CANDIDATES = 50  # brute force costs the same for each candidate: timing some of them is enough
 DAY = 86_400
 
@@ -59,64 +57,55 @@ def some(inputs: dict[str, Any], candidates: slice) -> dict[str, Any]:
     }
 
 
-def median_seconds(run: Callable[[], object]) -> float:
-    run()
-    taken = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
-
-
 def check(fast: SearchResult, slow: SearchResult) -> None:
     for name in ("index", "level", "matches"):
         np.testing.assert_array_equal(getattr(fast, name), getattr(slow, name))
     np.testing.assert_allclose(fast.decayed, slow.decayed, rtol=1e-5, atol=1e-37)
 
 
-def row(behaviors: int) -> str:
+def measure(behaviors: int, repeats: int) -> Row:
     inputs = block(behaviors)
     few = some(inputs, slice(None, None, CANDIDATES // REFERENCE_CANDIDATES))
     check(hierarchical_search(**few), hierarchical_search_reference(**few))
-    fast = median_seconds(lambda: hierarchical_search(**inputs))
-    slow = median_seconds(lambda: hierarchical_search_reference(**few)) * CANDIDATES / REFERENCE_CANDIDATES
-    return (
-        f"| {behaviors:,} | {1e3 * fast:.1f} | {CANDIDATES / fast:,.0f} | {behaviors / fast:,.0f} "
-        f"| {1e3 * slow:,.0f} | {CANDIDATES / slow:,.0f} | {slow / fast:,.0f}x |"
-    )
+    fast = single_seconds(partial(hierarchical_search, **inputs), repeats)
+    part = single_seconds(partial(hierarchical_search_reference, **few), repeats)
+    slow = part * CANDIDATES / REFERENCE_CANDIDATES
+    return {
+        "behaviors": behaviors,
+        "ms": 1e3 * fast,
+        "candidates_per_s": CANDIDATES / fast,
+        "behaviors_per_s": behaviors / fast,
+        "brute_ms": 1e3 * slow,
+        "brute_candidates_per_s": CANDIDATES / slow,
+        "speed_up": slow / fast,
+    }
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+COLUMNS = {
+    "N": "{behaviors:,}",
+    "ms a block": "{ms:.1f}",
+    "candidates/s": "{candidates_per_s:,.0f}",
+    "behaviors/s": "{behaviors_per_s:,.0f}",
+    "brute force, ms": "{brute_ms:,.0f}",
+    "its candidates/s": "{brute_candidates_per_s:,.0f}",
+    "speed-up": "{speed_up:,.0f}x",
+}
 
 
-def main() -> None:
-    lines = [
-        "# Hierarchical hard search",
-        "",
-        "Command: `python -m benchmarks.hard_search`",
-        "",
-        f"Machine: {processor()}, {os.cpu_count()} cores (one used; others may have been busy). "
-        f"Python {platform.python_version()}, numpy {np.__version__}.",
-        "",
+def main(words: Sequence[str]) -> None:
+    options = Options("hard_search", __doc__, page=Path(__file__).with_suffix(".md")).measuring()
+    options.add_argument("--behaviors", default="1000,10000,50000", metavar="N,N", help="sizes of blocks")
+    given = options.read(words)
+    report = Report(given, "Hierarchical hard search")
+    report.line(
         f"One user block of N behaviors over two years; {CANDIDATES:,} candidates in {REQUESTS} requests, "
         "each of which sees half of the block or more; taxonomy 20 x 10 x 10 and the item as fourth "
         "level; a third of the behaviors known to level 1 alone, a third to level 2, the rest down to the "
         f"item; K = {BUDGET}. Building the inverted lists and the plain and decayed counts is included. "
-        f"Median of {REPEATS}. Brute force (a full sort for each candidate, in numpy) runs "
-        f"{REFERENCE_CANDIDATES} of the candidates, scaled up to all; the results were checked to be equal.",
-        "",
-        "| N | ms a block | candidates/s | behaviors/s | brute force, ms | its candidates/s | speed-up |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
-        *(row(behaviors) for behaviors in (1_000, 10_000, 50_000)),
-    ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    Path(__file__).with_suffix(".md").write_text(text)
-
-
-if __name__ == "__main__":
-    main()
+        f"Median of {given.repeats}. Brute force (a full sort for each candidate, in numpy) runs "
+        f"{REFERENCE_CANDIDATES} of the candidates, scaled up to all; the results were checked to be equal."
+    )
+    report.rows = [measure(int(behaviors), given.repeats) for behaviors in given.behaviors.split(",")]
+    report.ratios = {f"speed_up_at_{row['behaviors']}": row["speed_up"] for row in report.rows}
+    report.table(COLUMNS, report.rows)
+    report.close()

@@ -1,7 +1,7 @@
-"""Ingest of raw input larger than its memory limit: wall time and peak memory of the whole process.
+"""Ingest of raw input larger than its memory limit: seconds and peak memory of the whole process
 
-    python -m benchmarks.ingest generate --out RAW --gigabytes 10 [--format csv]
-    python -m benchmarks.ingest measure --raw RAW --out LOG --memory-limit 1GB [--vocabulary LOG]
+    tandemrec bench ingest generate --out RAW --gigabytes 10 [--format csv]
+    tandemrec bench ingest measure --raw RAW --out LOG --memory-limit 1GB [--vocabulary LOG]
 
 `generate` writes a shop's event log, one file a day, events in the order of time: event_type, product_id,
 category_id, brand, price, user_id, user_session. Products follow a bounded Zipf law (exponent 1), users'
@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +23,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
+
+from benchmarks.harness.options import Options
+from benchmarks.harness.report import Report
+from benchmarks.harness.timing import time_process
 
 DAY, START = 86_400, 1_704_067_200  # 2024-01-01
 FILES, CHUNK = 64, 250_000
@@ -91,7 +91,7 @@ def _chunks(seed: int, day: int, rows: int, ends: npt.NDArray[np.float64]) -> It
 
 
 def generate(out: Path, gigabytes: float, form: str, seed: int) -> None:
-    """Writes the raw tables into `out` and prints how many rows and bytes they have."""
+    """Write the raw tables into `out` and print how many rows and bytes they have."""
     out.mkdir(parents=True)
     events = int(gigabytes * 1e9 / (CSV_BYTES if form == "csv" else PARQUET_BYTES))
     users = max(1, events // EVENTS_PER_USER)
@@ -114,55 +114,49 @@ def generate(out: Path, gigabytes: float, form: str, seed: int) -> None:
     print(json.dumps({"events": events, "users": users, "bytes": size, "files": FILES, "seed": seed}))
 
 
-def measure(raw: Path, out: Path, memory_limit: str, vocabulary: Path | None, more: list[str]) -> None:
-    """Ingests `raw` into `out` and prints the figures as JSON."""
+def measure(given: argparse.Namespace) -> None:
+    """Ingest `given.raw` into `given.out`."""
+    raw, out = given.raw, given.out
     config = out.with_name(f"{out.name}.toml")
     config.write_text(CONFIG)
+    overrides = [f"engine.memory_limit={given.memory_limit}", *given.overrides]
     form = next(raw.iterdir()).suffix
     command = [sys.executable, "-m", "launch.cli", "ingest", "--events", f"{raw}/*{form}"]
-    command += ["--config", str(config), "--out", str(out), "--set", f"engine.memory_limit={memory_limit}"]
-    command += ["--vocabulary", str(vocabulary)] if vocabulary else []
-    command += [word for override in more for word in ("--set", override)]
-    began = time.perf_counter()
-    subprocess.run(command, check=True)
-    seconds = time.perf_counter() - began
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the one child there is; Linux counts in KiB
-    report = json.loads((out / "manifest.json").read_text())["report"]
+    command += ["--config", str(config), "--out", str(out)]
+    command += ["--vocabulary", str(given.vocabulary)] if given.vocabulary else []
+    command += [word for override in overrides for word in ("--set", override)]
+    report = Report(given, "Ingest")
+    seconds, peak = time_process(command)
+    told = json.loads((out / "manifest.json").read_text())["report"]
     figures = {
         "raw_bytes": sum(path.stat().st_size for path in raw.iterdir()),
-        "events": report["events"],
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
-        "peak_rss_mb": round(used.ru_maxrss * 1024 / 1e6),
-        "memory_limit": memory_limit,
+        "events": told["events"],
+        "seconds": round(seconds.wall, 1),
+        "cpu_seconds": round(seconds.cpu, 1),
+        "peak_rss_mb": round(peak / 1e6),
+        "memory_limit": given.memory_limit,
         "log_bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
-        "load_average": os.getloadavg()[0],
     }
-    print(json.dumps(figures))
+    report.rows = [figures]
+    report.table({name: f"{{{name}}}" for name in figures}, report.rows)
+    report.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    making = verbs.add_parser("generate")
-    making.add_argument("--out", type=Path, required=True)
-    making.add_argument("--gigabytes", type=float, default=10.0)
-    making.add_argument("--format", choices=("csv", "parquet"), default="csv")
-    making.add_argument("--seed", type=int, default=1)
-    measuring = verbs.add_parser("measure")
-    measuring.add_argument("--raw", type=Path, required=True)
-    measuring.add_argument("--out", type=Path, required=True)
-    measuring.add_argument("--memory-limit", default="1GB")
-    measuring.add_argument("--vocabulary", type=Path)
-    measuring.add_argument("--set", dest="more", action="append", default=[])
-    given = parser.parse_args()
+def main(words: Sequence[str]) -> None:
+    options = Options("ingest", __doc__)
+    options.add_argument("verb", choices=("generate", "measure"))
+    options.add_argument("--out", type=Path, required=True, help="the raw files, or the log")
+    options.add_argument("--gigabytes", type=float, default=10.0, help="to generate")
+    options.add_argument("--format", choices=("csv", "parquet"), default="csv", help="to generate")
+    options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--raw", type=Path, help="to measure: what was generated")
+    options.add_argument("--memory-limit", default="1GB")
+    options.add_argument("--vocabulary", type=Path)
+    options.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    given = options.read(words)
     if given.verb == "generate":
         generate(given.out, given.gigabytes, given.format, given.seed)
+    elif given.raw is None:
+        options.error("name the raw files with --raw")
     else:
-        measure(given.raw, given.out, given.memory_limit, given.vocabulary, given.more)
-
-
-if __name__ == "__main__":
-    main()
+        measure(given)

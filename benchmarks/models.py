@@ -1,7 +1,7 @@
-"""Trains and evaluates presets on one log, several seeds each, and compares them.
+"""AUC, GAUC and logloss of presets on one log, over several seeds
 
-    python -m benchmarks.models --log LOG --config configs/dare.toml --config configs/twin.toml \
-        --seeds 17,18,19 --out runs/models --jobs 2 [--set train.epochs=2 ...] [--table FILE.md]
+    tandemrec bench models --log LOG --config configs/dare.toml --config configs/twin.toml \
+        --seeds 17,18,19 --out runs/models --jobs 2 [--set train.epochs=2 ...] [--page FILE.md]
 
 Every run is a process of its own that does what `tandemrec train` and `tandemrec evaluate` do, with one
 thread (two one-thread runs use two cores better than one run of two threads). A finished run is one line of
@@ -10,20 +10,22 @@ OUT/results.jsonl; started again, the same command skips what is there and resum
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
+
+from benchmarks.harness.options import Options, own_command
+from benchmarks.harness.report import Report
 
 Record = dict[str, Any]
 RESULTS = "results.jsonl"
@@ -47,7 +49,7 @@ class Job:
 
 
 def make_job(preset: Path, log: Path, overrides: Sequence[str], seed: int) -> Job:
-    """Resolves the config and the log: whatever decides the numbers is part of the name."""
+    """Resolve the config and the log. All that decides the numbers is part of the name."""
     from trainer.checkpoint.compatible import log_fingerprint
     from trainer.log.schema import read_manifest
     from trainer.run_config import load_config
@@ -65,34 +67,34 @@ def _dims(dim: int | Mapping[str, int]) -> str:
     return str(dim) if isinstance(dim, int) else "/".join(map(str, dim.values()))
 
 
-def run_one(preset: Path, out: Path, overrides: Sequence[str], threads: int) -> None:
-    """Train and evaluate in this process; leaves `summary.json` in the run folder."""
+def run_one(given: Any) -> None:
+    """Train and evaluate the preset `given.one` in this process; leaves `summary.json` in the run folder."""
     import torch
 
     from pipelines.evaluate import evaluate
     from pipelines.train import train
 
-    torch.set_num_threads(threads)
-    train(preset, out, overrides)
+    torch.set_num_threads(given.threads)
+    train(given.one, given.out, given.overrides)
     for split in SPLITS:
-        evaluate(out, split)
+        evaluate(given.out, split)
 
 
 def results(out: Path) -> dict[str, Record]:
-    """Finished runs by name; a line that a kill cut short does not count."""
-    found: dict[str, Record] = {}
+    """Finished runs by name. A line that a kill has cut short does not count."""
+    records: dict[str, Record] = {}
     path = out / RESULTS
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        found[record["name"]] = record
-    return found
+        records[record["name"]] = record
+    return records
 
 
 def keep(out: Path, record: Record) -> None:
-    """Append one line, on the disk before this returns."""
+    """Append one line and wait until it is on the disk."""
     with (out / RESULTS).open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -104,14 +106,18 @@ def keep(out: Path, record: Record) -> None:
 
 
 def run_all(
-    jobs: Sequence[Job], out: Path, at_once: int, threads: int, command: Sequence[str], extra: str = ""
+    log: Path, overrides: Sequence[str], given: Any, command: Sequence[str], extra: str = ""
 ) -> list[Record]:
-    """Make the runs that are not there yet, `at_once` of them side by side; returns all, in order.
+    """Make the runs that are not there yet, `given.jobs` of them side by side; returns all, in order.
 
     Args:
+        given: the values of `add_options`.
         command: what starts a process that accepts the words of `Job.words`.
         extra: a JSON file in the run folder whose entries join the record.
     """
+    out, at_once, threads = given.out, given.jobs, given.threads
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    jobs = [make_job(preset, log, overrides, seed) for preset in given.config for seed in seeds]
     out.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in jobs if job.name not in results(out)]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there already", flush=True)
@@ -169,12 +175,12 @@ def _record(job: Job, out: Path, seconds: float, threads: int, extra: str) -> Re
     return {**record, **({"extra": more} if extra else {})}
 
 
-def spread(values: Sequence[float], digits: int = 4) -> str:
+def mean(values: Sequence[float], digits: int = 4) -> str:
     """`mean ± deviation`; the mean alone of a single value, a dash where there was nothing to measure."""
     if any(math.isnan(value) for value in values):
         return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    shown = f"{fmean(values):.{digits}f}"
+    return shown if len(values) < 2 else f"{shown} ± {stdev(values):.{digits}f}"
 
 
 def by_preset(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
@@ -183,17 +189,16 @@ def by_preset(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
         yield preset, [record for record in records if record["preset"] == preset]
 
 
-def table(records: Sequence[Record]) -> list[str]:
-    """A Markdown table, one line a preset, mean and standard deviation over seeds."""
+def show(report: Report, records: Sequence[Record]) -> None:
+    """A line for each preset, with mean and standard deviation over its seeds."""
     head = ["preset", "tables", "seeds", *(f"{split} {name}" for split in SPLITS for name in METRICS)]
-    head += ["samples/s", "training s"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|--:" + "|--:" * (len(head) - 3) + "|"]
+    lines = []
     for preset, same in by_preset(records):
         cells = [preset, same[0]["tables"], str(len(same))]
-        cells += [spread([r[split][name] for r in same]) for split in SPLITS for name in METRICS]
-        cells += [f"{statistics.fmean(r[name] for r in same):,.0f}" for name in ("samples_per_s", "wall_s")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        cells += [mean([record[split][name] for record in same]) for split in SPLITS for name in METRICS]
+        cells += [f"{fmean(record[name] for record in same):,.0f}" for name in ("samples_per_s", "wall_s")]
+        lines.append(cells)
+    report.cells([*head, "samples/s", "training s"], lines)
 
 
 def environment_line(records: Sequence[Record], at_once: int) -> str:
@@ -204,40 +209,29 @@ def environment_line(records: Sequence[Record], at_once: int) -> str:
     return f"{versions['machine']}, {threads} thread(s) a run, {at_once} run(s) side by side; {shown}."
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options that the comparisons share."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def add_options(options: Options) -> None:
+    """Options that the comparisons of models share."""
     options.add_argument("--config", action="append", type=Path, default=[], help="a preset; repeatable")
     options.add_argument("--seeds", default="17", help="comma-separated")
     options.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--jobs", type=int, default=1, help="runs side by side")
     options.add_argument("--threads", type=int, default=1, help="of each run")
-    options.add_argument("--one", type=Path, help=argparse.SUPPRESS)
-    return options
+    options.add_argument("--one", type=Path, help="make one run only, of this preset, in this process")
 
 
-def main() -> None:
-    options = parser()
+def main(words: Sequence[str]) -> None:
+    options = Options("models", __doc__)
+    add_options(options)
     options.add_argument("--log", type=Path)
-    options.add_argument("--table", type=Path, help="also write the table here")
-    given = options.parse_args()
+    given = options.read(words)
     if given.one:
-        run_one(given.one, given.out, given.overrides, given.threads)
+        run_one(given)
         return
     if not given.config or not given.log:
         options.error("name at least one --config, and a --log")
-    log, seeds = given.log.absolute(), [int(seed) for seed in given.seeds.split(",")]
-    jobs = [make_job(preset, log, given.overrides, seed) for preset in given.config for seed in seeds]
-    command = [sys.executable, "-m", "benchmarks.models"]
-    records = run_all(jobs, given.out, given.jobs, given.threads, command)
-    words = [word for word in sys.argv[1:] if word]
-    lines = [*table(records), "", environment_line(records, given.jobs)]
-    print("\n".join(lines))
-    if given.table:
-        shown = f"    python -m benchmarks.models {' '.join(words)}"
-        given.table.write_text("\n".join(["# Models", "", shown, "", *lines]) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    report = Report(given, "Models", n=len(given.seeds.split(",")))
+    report.rows = run_all(given.log.absolute(), given.overrides, given, own_command("models"))
+    show(report, report.rows)
+    report.line(environment_line(report.rows, given.jobs))
+    report.close()

@@ -1,24 +1,27 @@
-"""`tandemrec bench quality`: samples and seconds to a fixed AUC, for blocks of one and of several requests.
+"""Samples and seconds to a fixed AUC, for blocks of one and of several requests
 
 A block shares its history among its requests, so it is cheaper; but a batch of few blocks knows few users,
-and its gradient is noisier. Whether the one outweighs the other is what this measures.
+and its gradient is noisier. This measures which of the two outweighs the other. Models are trained from
+scratch with blocks of each size, on one rank and one thread, until the target is reached. Seconds are of
+training steps alone, reading included and validation not. A ratio compares the processor seconds of a block
+size with those of the first one, by medians over the seeds. --repeats is the number of seeds.
 """
 
 from __future__ import annotations
 
 import io
-import statistics
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 from pydantic import Field, PositiveInt
 
-from benchmarks.loops import Unsaved, one_thread
-from benchmarks.report import provenance, required, write_report
-from pipelines.console import quiet_third_parties, table_lines
+from benchmarks.harness.loops import NonSavingTrainer, first_steps
+from benchmarks.harness.options import Options
+from benchmarks.harness.report import Report, Row
+from benchmarks.harness.timing import one_thread
 from trainer.assemble import build_sharded, feature_rows
 from trainer.checkpoint.save_load import ResumePoint
 from trainer.config.toml import Settings, load_settings
@@ -33,15 +36,15 @@ _PREFIX = "quality."
 
 
 class QualityBench(Settings):
-    """What is measured; given as `--set quality.KEY=VALUE`.
+    """The settings of this benchmark, given as `--set quality.KEY=VALUE`.
 
     Attributes:
         target: validation AUC to reach, fixed in advance.
         blocks: requests of a block, one row each; all other settings stay.
-        every: steps between two looks at the validation split, and so the resolution of the answer.
-        most_steps: a run that has not got there by then has failed.
-        candidates: of the validation split's beginning, at least so many are scored at each look.
-        seed: of the first repeat, counted up by one for each further one.
+        every: steps between two validations, which is the resolution of the answer.
+        most_steps: a run that has not reached the target after so many steps has failed.
+        candidates: each validation scores at least so many, from the beginning of the split.
+        seed: of the first repeat; each further repeat has the next seed.
     """
 
     target: float = Field(0.76, gt=0.5, lt=1)
@@ -53,29 +56,24 @@ class QualityBench(Settings):
 
 
 @one_thread()
-def bench_quality(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
-    """Train from scratch with blocks of each size, on one rank and one thread, until the target is reached.
-
-    Seconds are of training steps alone, reading included and validation not. A ratio compares the processor
-    seconds of a block size with those of the first one, by medians over the seeds.
-    """
-    quiet_third_parties()
-    own = [words.removeprefix(_PREFIX) for words in overrides if words.startswith(_PREFIX)]
+def main(words: Sequence[str]) -> None:
+    given = Options("quality", __doc__).measuring(config=True).read(words)
+    own = [word.removeprefix(_PREFIX) for word in given.overrides if word.startswith(_PREFIX)]
     settings = load_settings(QualityBench, None, own)
-    base = load_config(required(config), [words for words in overrides if not words.startswith(_PREFIX)])
-    rows = []
+    base = load_config(given.config, [word for word in given.overrides if not word.startswith(_PREFIX)])
+    report = Report(given, "Quality", seed=settings.seed)
     with process_group(device=base.train.device) as ranks:
-        for seed in range(settings.seed, settings.seed + repeats):
-            rows += [_until(base, settings, blocks, seed, ranks) for blocks in settings.blocks]
-    ratios = _ratios(rows, settings.blocks)
-    _print(rows, ratios, settings)
-    print("\n".join(provenance(settings.seed, repeats)))
-    if report is not None:
-        write_report(report, rows, ratios, settings.model_dump(mode="json"))
+        for seed in range(settings.seed, settings.seed + given.repeats):
+            report.rows += [_until(base, settings, blocks, seed, ranks) for blocks in settings.blocks]
+    report.ratios = _ratios(report.rows, settings.blocks)
+    report.facts = settings.model_dump(mode="json")
+    _show(report, settings)
+    report.show_ratios(2)
+    report.close()
 
 
-def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: Ranks) -> dict[str, Any]:
-    """One run; its figures at the first look that saw the target, or at its end."""
+def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: Ranks) -> Row:
+    """Train one run; its figures are those at the first validation that reached the target, or at the end."""
     data = base.data.model_copy(update={"requests_per_block": blocks})
     every = {"validate_every": settings.every, "log_every": settings.every}
     length = {"seed": seed, "max_steps": settings.most_steps, "epochs": 99}
@@ -90,30 +88,32 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
     validation = _Beginning(base, rows, settings.candidates)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = RunFolder(Path(folder))
-        trainer = _Stopping(config, sharded.model, reader, validation, ranks, run, lambda _: None, "", {})
+        trainer = _TargetTrainer(
+            config, sharded.model, reader, validation, ranks, run, lambda _: None, "", {}
+        )
         trainer.after_step = lambda _: trainer.stop_at(settings.target)
         trainer.run(ResumePoint(None, {}, []))
-    found, at = trainer.metrics_of_validation, trainer.at
-    assert found is not None
-    auc = next(iter(found.values())).auc
+    metrics, end = trainer.metrics_of_validation, trainer.at
+    assert metrics is not None
+    auc = next(iter(metrics.values())).auc
     return {
         "blocks": blocks,
         "seed": seed,
         "reached": auc >= settings.target,
         "auc": auc,
-        "steps": at.step,
-        "samples": at.candidates,
-        "wall_s": at.wall_s,
-        "cpu_s": at.cpu_s,
+        "steps": end.step,
+        "samples": end.candidates,
+        "wall_s": end.wall_s,
+        "cpu_s": end.cpu_s,
     }
 
 
-class _Stopping(Unsaved):
-    """Ends at a target."""
+class _TargetTrainer(NonSavingTrainer):
+    """A trainer that stops once validation has reached a target."""
 
     def stop_at(self, target: float) -> None:
-        seen = self.metrics_of_validation
-        self.stopped = seen is not None and next(iter(seen.values())).auc >= target
+        metrics = self.metrics_of_validation
+        self.stopped = metrics is not None and next(iter(metrics.values())).auc >= target
 
 
 class _Beginning(SequenceLogReader):
@@ -121,22 +121,18 @@ class _Beginning(SequenceLogReader):
 
     def __init__(self, config: Config, rows: dict[str, int], candidates: int) -> None:
         super().__init__(config.data, "validation", rows)
-        self._kept: list[Step] = []
-        with closing(super().steps()) as read:
-            for step in read:
-                self._kept.append(step)
-                candidates -= step.batch.candidates
-                if candidates <= 0:
-                    break
+        reader = SequenceLogReader(config.data, "validation", rows)
+        held = first_steps(reader, lambda steps: sum(s.batch.candidates for s in steps) >= candidates)
+        self._held = held.all
 
     def steps(self, cursor: Cursor | None = None) -> Closable[Step]:
-        return (step for step in self._kept)
+        return (step for step in self._held)
 
 
-def _ratios(rows: Sequence[dict[str, Any]], blocks: Sequence[int]) -> dict[str, float]:
+def _ratios(rows: Sequence[Row], blocks: Sequence[int]) -> dict[str, float]:
     """Processor seconds and samples to the target, of every block size over those of the first."""
     middle = {
-        (size, what): statistics.median(row[what] for row in rows if row["blocks"] == size)
+        (size, what): median(row[what] for row in rows if row["blocks"] == size)
         for size in blocks
         for what in ("cpu_s", "samples")
     }
@@ -147,19 +143,14 @@ def _ratios(rows: Sequence[dict[str, Any]], blocks: Sequence[int]) -> dict[str, 
     }
 
 
-def _print(rows: Sequence[dict[str, Any]], ratios: dict[str, float], settings: QualityBench) -> None:
+def _show(report: Report, settings: QualityBench) -> None:
     cells = []
     for size in settings.blocks:
-        some = [row for row in rows if row["blocks"] == size]
-        reached = sum(row["reached"] for row in some)
-        spread = []
+        runs = [row for row in report.rows if row["blocks"] == size]
+        cells.append([str(size), f"{sum(row['reached'] for row in runs)} of {len(runs)}"])
         for what, form in (("samples", ",.0f"), ("cpu_s", ".1f"), ("wall_s", ".1f")):
-            each = sorted(row[what] for row in some)
-            middle = format(statistics.median(each), form)
-            spread += [middle, f"{format(each[0], form)}-{format(each[-1], form)}"]
-        cells.append([str(size), f"{reached} of {len(some)}", *spread])
+            each = sorted(row[what] for row in runs)
+            cells[-1] += [f"{median(each):{form}}", f"{each[0]:{form}}-{each[-1]:{form}}"]
     head = ["requests a block", "reached", "samples", "min-max", "CPU s", "min-max", "wall s", "min-max"]
-    print(f"medians until validation AUC {settings.target}, a look every {settings.every} steps")
-    print("\n".join(table_lines(head, cells)))
-    for name, value in ratios.items():
-        print(f"{name}: {value:.2f}")
+    report.line(f"medians until validation AUC {settings.target}, a look every {settings.every} steps")
+    report.cells(head, cells)

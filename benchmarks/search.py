@@ -1,11 +1,19 @@
-"""`tandemrec bench search`: stage one alone, against what PyTorch and TorchRec users would write instead."""
+"""Stage one alone, beside what users of PyTorch and TorchRec would write instead
+
+Candidates x behaviors scores and top K, forward and with the gradients of the trainer. On one thread; the
+ways run in turn after a round that warms up, on the same vectors, and must keep the same scores. Ratios are
+of processor seconds a candidate, which other work on the machine disturbs less than those of the wall.
+--config is a TOML of `SearchBench`. With --changes the search is measured change by change instead, and
+single pieces beside what they would replace, in milliseconds of the processor.
+"""
 
 from __future__ import annotations
 
-import statistics
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,28 +22,47 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from benchmarks.loops import Seconds, one_thread, timed
-from benchmarks.report import provenance, write_report
-from pipelines.console import quiet_third_parties, table_lines
+from benchmarks.harness.options import Options
+from benchmarks.harness.report import Report, Row
+from benchmarks.harness.timing import (
+    Seconds,
+    copy_rate,
+    one_thread,
+    rounds,
+    seconds_of,
+    single_seconds,
+    spread,
+)
+from benchmarks.inputs.windows import full_windows
+from benchmarks.rivals import search_changes as forms
 from trainer.config.toml import Settings, load_settings
 from trainer.model.retrieve.dot import DotSearch
 from trainer.model.retrieve.score import AttentionVectors, DotScorer
 from trainer.model.retrieve.search import Query
-from trainer.model.time import Marks
-from trainer.model.windows import Selection, Windows
+from trainer.model.windows import Selection
 
-Row = dict[str, Any]
 Rates = dict[str, float]
 OURS, ROWS, PADDED = "ours", "rows a sample", "padded dense"
+COLUMNS = {
+    "L": "{length:,}",
+    "D": "{dim}",
+    "cand.": "{candidates_a_request}",
+    "us/cand.": "{cpu_us_a_candidate:,.1f}",
+    "min-max": "{cpu_min:,.1f}-{cpu_max:,.1f}",
+    **{name: f"{{{name}:,.1f}}" for name in (ROWS, PADDED)},
+    **{f"{name} / ours": f"{{{name} / ours:.2f}}" for name in (ROWS, PADDED)},
+}
+SHARES = {"of copy": "{share_of_copy:.0%}", "of matmul": "{share_of_matmul:.0%}"}
 
 
 class SearchBench(Settings):
-    """What is measured.
+    """The settings of this benchmark.
 
     Attributes:
         lengths: L; dims: width of the attention vectors; candidates: of a request; k: behaviors kept.
-        floats: candidates x L x width of a case, at least one request. most: of the same, what a copy a
-            candidate may hold; the baseline ranks fewer candidates where all would take more.
+        floats: candidates x L x width of a case, which has at least one request.
+        most: the largest such product for `rows a sample`, which copies the history of each candidate. It
+            ranks fewer candidates where all of them would exceed it.
         seed: of the random vectors.
     """
 
@@ -49,41 +76,90 @@ class SearchBench(Settings):
 
 
 @one_thread()
-def bench_search(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
-    """Candidates x behaviors scores and top-K, forward and with the gradients of the trainer.
-
-    On one thread; the ways are interleaved `repeats` times after a round that warms up, on the same vectors,
-    and must keep the same scores. Ratios are of processor seconds a candidate, which other work on the
-    machine disturbs less than those of the wall. `config` is a TOML of `SearchBench`.
-    """
-    quiet_third_parties()
-    settings = load_settings(SearchBench, config, overrides)
+def main(words: Sequence[str]) -> None:
+    options = Options("search", __doc__).measuring(config=False)
+    options.add_argument("--changes", action="store_true", help="measure the search change by change")
+    given = options.read(words)
+    if given.changes:
+        _measure_changes(given)
+        return
+    settings = load_settings(SearchBench, given.config, given.overrides)
+    report = Report(given, "Search", seed=settings.seed)
     rows: list[Row] = []
     rates = []
     for length in settings.lengths:
         rates.append(machine_rates())
         for dim in settings.dims:
             for candidates in settings.candidates:
-                rows += _measured(_Case(settings, length, dim, candidates), repeats)
+                rows += _measured(_Case(settings, length, dim, candidates), given.repeats)
     machine = {name: max(each[name] for each in rates) for name in rates[0]}
-    rows = [row | _shares(row, machine) for row in rows]
-    _print(rows, machine)
-    print("\n".join(provenance(settings.seed, repeats)))
-    if report is not None:
-        write_report(report, rows, _ratios(rows), settings.model_dump() | machine)
+    report.rows = [row | _shares(row, machine) for row in rows]
+    _show(report, machine)
+    report.facts = settings.model_dump() | machine
+    report.close()
 
 
 def machine_rates() -> Rates:
     """The best of some copies (bytes read and written a second) and matrix products (FLOP a second)."""
-    size, width = 1 << 25, 1024
-    source, target, square = torch.ones(size), torch.zeros(size), torch.randn(width, width)
+    width = 1024
+    square = torch.randn(width, width)
+    product = single_seconds(lambda: torch.mm(square, square), 4, of=min)
+    return {
+        "copy_bytes_per_s": copy_rate(torch.device("cpu"), 1 << 25, repeats=4, of=min),
+        "matmul_flop_per_s": 2 * width**3 / product,
+    }
 
-    def best(run: Callable[[], object]) -> float:
-        run()
-        return min(timed(run).wall for _ in range(4))
 
-    copy, product = best(lambda: target.copy_(source)), best(lambda: torch.mm(square, square))
-    return {"copy_bytes_per_s": 2 * 4 * size / copy, "matmul_flop_per_s": 2 * width**3 / product}
+@torch.no_grad()
+def _measure_changes(given: argparse.Namespace) -> None:
+    report = Report(given, "Search, change by change", seed=0)
+    report.facts = {"k": forms.K}
+    names = [f"{w} x {s}, L = {length:,}, D = {dim}" for w, s, length, dim in forms.SHAPES]
+    queries = [forms.query_of(*shape) for shape in forms.SHAPES]
+    report.line(f"ms of the processor, K = {forms.K}; (gain over the first row)")
+    changes = []
+    for query in queries:
+        ways = forms.changes(query)
+        kept = [forms.by_value(query, way()) for way in ways.values()]  # type: ignore[arg-type]
+        for each in kept[1:]:
+            torch.testing.assert_close(each, kept[0])
+        changes.append(_milliseconds(ways, given.repeats))
+    report.rows = _show_ways(report, ["change", *names], changes)
+    pieces = []
+    for query in queries:
+        tried = forms.tried(query)
+        ways = {f"{what}: {name}": way for what, each in tried.items() for name, way in each.items()}
+        pieces.append(_milliseconds(ways, given.repeats))
+    report.rows += _show_ways(report, ["piece", *names], pieces, gain=False)
+    report.close()
+
+
+def _milliseconds(ways: Mapping[str, forms.Way], repeats: int) -> Rates:
+    taken = rounds({name: partial(seconds_of, way) for name, way in ways.items()}, repeats)
+    return {name: median(1e3 * seconds.cpu for seconds in each) for name, each in taken.items()}
+
+
+def _show_ways(
+    report: Report, head: Sequence[str], by_shape: Sequence[Rates], gain: bool = True
+) -> list[Row]:
+    first = [next(iter(each.values())) for each in by_shape]
+    cells = [
+        [
+            name,
+            *(
+                f"{ms[name]:.2f}" + f" ({was / ms[name]:.1f}x)" * gain
+                for ms, was in zip(by_shape, first, strict=True)
+            ),
+        ]
+        for name in by_shape[0]
+    ]
+    report.cells(head, cells)
+    shapes = head[1:]
+    return [
+        {"way": name, "shape": shape, "cpu_ms": ms[name]}
+        for shape, ms in zip(shapes, by_shape, strict=True)
+        for name in ms
+    ]
 
 
 class _Case:
@@ -92,28 +168,24 @@ class _Case:
     def __init__(self, settings: SearchBench, length: int, dim: int, candidates: int) -> None:
         self.length, self.dim, self.candidates, self.k = length, dim, candidates, min(settings.k, length)
         self.requests = max(1, settings.floats // (length * dim * candidates))
-        rng = torch.Generator().manual_seed(settings.seed)
+        self.windows, raw = full_windows(self.requests, candidates, length, dim, settings.seed)
+        self.windows = replace(self.windows, counts=None)
+        self.query_CD, self.key_ND = raw.query_CD, raw.key_ND
+        self.index_WX, self.request_C = self.windows.index, self.windows.of_candidate
         count = self.requests * candidates
-        self.key_ND = torch.randn(self.requests * length, dim, generator=rng)
-        self.query_CD = torch.randn(count, dim, generator=rng)
-        self.gradient_CK = torch.randn(count, self.k, generator=rng)
-        ends = torch.arange(1, self.requests + 1) * length
-        self.index_WX = ends[:, None] - 1 - torch.arange(length)
-        self.request_C = torch.arange(self.requests).repeat_interleave(candidates)
+        self.gradient_CK = torch.randn(
+            count, self.k, generator=torch.Generator().manual_seed(settings.seed + 1)
+        )
         # A copy of the history a candidate: no more of them than memory allows.
         self.copied = min(count, max(1, settings.most // (length * dim)))
         self.scorer = DotScorer(None, None, 1, None, None)
-        mask, zero = torch.ones_like(self.index_WX, dtype=torch.bool), torch.zeros_like(self.index_WX)
-        marks = Marks(zero, zero, zero)
-        lengths = torch.full((self.requests,), length)
-        self.windows = Windows(self.index_WX, mask, marks, None, self.request_C, lengths)
 
     @property
     def count(self) -> int:
         return self.query_CD.shape[0]
 
     def ours(self, learns: bool) -> Tensor:
-        """As in training: the search without gradient, the scores of what it kept with."""
+        """The trainer's way: search without gradients, then the scores of the kept behaviors with them."""
         raw = AttentionVectors(self.query_CD, self.key_ND, torch.zeros_like(self.request_C))
         raw = _learning(raw) if learns else raw
         # A new object, for it keeps what is computed from it once a batch.
@@ -127,7 +199,7 @@ class _Case:
         return score_CK
 
     def rows_a_sample(self, learns: bool) -> Tensor:
-        """gather + bmm + topk, each candidate with a copy of its history."""
+        """gather, bmm and topk; each candidate has a copy of its history."""
         key_ND, query_CD = self._leaves(learns)
         key_CXD = F.embedding(self.index_WX[self.request_C[: self.copied]], key_ND)
         query_CD1 = query_CD[: self.copied, :, None] * self.dim**-0.5
@@ -148,7 +220,7 @@ class _Case:
         return best.values if learns else best.indices
 
     def check(self) -> None:
-        """All ways keep the same scores."""
+        """Raise an error unless all ways keep the same scores."""
         ours, rows, padded = (
             way(True).detach().sort(dim=1, descending=True).values
             for way in (self.ours, self.rows_a_sample, self.padded_dense)
@@ -181,17 +253,20 @@ def _measured(case: _Case, repeats: int) -> list[Row]:
         ROWS: _Way(case.rows_a_sample, case.copied),
         PADDED: _Way(case.padded_dense, case.count),
     }
-    taken: dict[tuple[str, bool], list[Seconds]] = {}
-    for _ in range(repeats):
-        for learns in (False, True):
-            for name, way in ways.items():
-                with torch.set_grad_enabled(learns):
-                    taken.setdefault((name, learns), []).append(timed(lambda: way.run(learns)))  # noqa: B023
+
+    def measure(name: str, learns: bool) -> Seconds:
+        with torch.set_grad_enabled(learns):
+            return seconds_of(lambda: ways[name].run(learns))
+
+    pairs = [(name, learns) for learns in (False, True) for name in ways]
+    # `check` has warmed all of them up.
+    taken = rounds({pair: partial(measure, *pair) for pair in pairs}, repeats, warm=0)
     return [_row(case, name, learns, ways[name].candidates, each) for (name, learns), each in taken.items()]
 
 
 def _row(case: _Case, name: str, learns: bool, count: int, taken: Sequence[Seconds]) -> Row:
     wall, cpu = ([1e6 * each[clock] / count for each in taken] for clock in (0, 1))
+    us = spread(cpu)
     return {
         "way": name,
         "gradients": learns,
@@ -199,15 +274,18 @@ def _row(case: _Case, name: str, learns: bool, count: int, taken: Sequence[Secon
         "dim": case.dim,
         "candidates_a_request": case.candidates,
         "candidates": count,
-        "us_a_candidate": statistics.median(wall),
-        "cpu_us_a_candidate": statistics.median(cpu),
-        "cpu_min": min(cpu),
-        "cpu_max": max(cpu),
+        "us_a_candidate": median(wall),
+        "cpu_us_a_candidate": us["median"],
+        "cpu_min": us["min"],
+        "cpu_max": us["max"],
     }
 
 
 def _shares(row: Row, machine: Rates) -> Row:
-    """What the work needs at least, over what it took: a history read once a request; a product a pair."""
+    """The least that the work needs over what it took.
+
+    It needs to read a history once a request, and one product a pair of candidate and behavior.
+    """
     seconds = 1e-6 * row["cpu_us_a_candidate"]
     needed = 4 * row["length"] * row["dim"] / row["candidates_a_request"]
     products = 2 * row["length"] * row["dim"]
@@ -217,44 +295,34 @@ def _shares(row: Row, machine: Rates) -> Row:
     }
 
 
-def _ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """Processor time of a baseline over ours, by case."""
-    found: dict[str, float] = {}
-    for case in _cases(rows):
-        for name in (ROWS, PADDED):
-            ours, other = case[OURS], case[name]
-            kind = "train" if ours["gradients"] else "forward"
-            place = f"L={ours['length']} D={ours['dim']} C={ours['candidates_a_request']}"
-            found[f"{kind} {place}: {name} / ours"] = other["cpu_us_a_candidate"] / ours["cpu_us_a_candidate"]
-    return found
+def _cases(rows: Sequence[Row]) -> list[Row]:
+    """The row of `ours` for every case, with the times of the other ways in it."""
+    others = {(row["way"], *_key(row)): row["cpu_us_a_candidate"] for row in rows}
+    ours = sorted((row for row in rows if row["way"] == OURS), key=_key)
+    cases = []
+    for row in ours:
+        us = {name: others[name, *_key(row)] for name in (ROWS, PADDED)}
+        over = {f"{name} / ours": value / row["cpu_us_a_candidate"] for name, value in us.items()}
+        cases.append(row | us | over)
+    return cases
 
 
-def _cases(rows: Sequence[Row]) -> list[dict[str, Row]]:
-    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = row["gradients"], row["length"], row["dim"], row["candidates_a_request"]
-        cases.setdefault(key, {})[row["way"]] = row
-    return [cases[key] for key in sorted(cases, key=lambda key: (key[0], key[1], -key[2], key[3]))]
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["gradients"], row["length"], -row["dim"], row["candidates_a_request"]
 
 
-def _print(rows: Sequence[Row], machine: Mapping[str, float]) -> None:
+def _show(report: Report, machine: Rates) -> None:
+    cases = _cases(report.rows)
     for learns in (False, True):
-        cells = [_cells(case, learns) for case in _cases(rows) if case[OURS]["gradients"] == learns]
-        print("training: scores, top-K and gradients" if learns else "forward: scores and top-K")
-        head = ["L", "D", "cand.", "us/cand.", "min-max", ROWS, PADDED, f"{ROWS} / ours", f"{PADDED} / ours"]
-        print("\n".join(table_lines(head if learns else [*head, "of copy", "of matmul"], cells)), end="\n\n")
-    print(
+        report.line("training: scores, top-K and gradients" if learns else "forward: scores and top-K")
+        columns = COLUMNS if learns else COLUMNS | SHARES
+        report.table(columns, [case for case in cases if case["gradients"] == learns])
+        report.line()
+    for case in cases:
+        place = f"L={case['length']} D={case['dim']} C={case['candidates_a_request']}"
+        for name in (f"{ROWS} / ours", f"{PADDED} / ours"):
+            report.ratios[f"{'train' if case['gradients'] else 'forward'} {place}: {name}"] = case[name]
+    report.line(
         f"one thread copies {machine['copy_bytes_per_s'] / 1e9:.1f} GB/s (read and written) and multiplies "
         f"{machine['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s; us are of the processor, a candidate, medians"
     )
-
-
-def _cells(case: Mapping[str, Row], learns: bool) -> list[str]:
-    ours, rows, padded = (case[name] for name in (OURS, ROWS, PADDED))
-    us = [each["cpu_us_a_candidate"] for each in (ours, rows, padded)]
-    cells = [f"{ours['length']:,}", str(ours["dim"]), str(ours["candidates_a_request"]), f"{us[0]:,.1f}"]
-    cells += [f"{ours['cpu_min']:,.1f}-{ours['cpu_max']:,.1f}", f"{us[1]:,.1f}", f"{us[2]:,.1f}"]
-    cells += [f"{us[1] / us[0]:.2f}", f"{us[2] / us[0]:.2f}"]
-    if learns:
-        return cells
-    return [*cells, f"{ours['share_of_copy']:.0%}", f"{ours['share_of_matmul']:.0%}"]

@@ -1,4 +1,12 @@
-"""`tandemrec bench serve`: how fast a snapshot scores one user's candidates, beside other ways."""
+"""How fast a snapshot scores one user's candidates, beside other implementations and the HTTP server
+
+Score, split into search and ranking; other implementations of the same weights; the HTTP server, and how long
+it takes to start on large tables. All on one thread with random weights. Kinds run in turn, four times as
+often where histories are no longer than `compare`. Processor seconds stand beside those of the wall, because
+other work on the machine disturbs them less; ratios are of processor seconds, those of the server of the
+wall. The other implementations are measured in fp32, the server in the first of `dtypes`. --config is a TOML
+of `ServeBench`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +14,6 @@ import csv
 import itertools
 import json
 import shutil
-import statistics
 import subprocess
 import tempfile
 import threading
@@ -14,7 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,22 +32,21 @@ import torch
 import uvicorn
 from pydantic import NonNegativeInt, PositiveInt
 
-from benchmarks.baselines import PlainProgram, attending_to_all, exported, per_sample
-from benchmarks.loops import one_thread
-from benchmarks.report import write_report
-from benchmarks.starts import measure_start
+from benchmarks.harness.options import Options
+from benchmarks.harness.report import Report, Row
+from benchmarks.harness.timing import one_thread, rounds, seconds_of
+from benchmarks.inputs.random_snapshot import measure_start
+from benchmarks.rivals.serving_programs import PlainProgram, attending_to_all, exported, per_sample
 from embeddings.errors import TandemError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype, to_stored
-from pipelines.console import quiet_third_parties, table_lines
 from pipelines.serve.app import Service, build_app
 from pipelines.serve.metrics import Metrics
 from trainer.assemble import build_model
 from trainer.config.toml import Settings, load_settings
 from trainer.data.row_group import Bags
 from trainer.run_config import Config
-from trainer.run_folder import versions
 from trainer.serving.arrow_body import MEDIA_TYPE
 from trainer.serving.batcher import BatchSettings
 from trainer.serving.request import History, Limits, Request
@@ -46,14 +54,16 @@ from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature
 
-Row = dict[str, Any]
 # By how tables are stored, and the width of the attention.
 Scorers = dict[tuple[Dtype, int], Scorer]
 _FEATURE = "item_id"
+_NUMBERS = ("p50_ms", "p99_ms", "cpu_ms", "search_cpu_ms", "ranking_cpu_ms", "requests_per_s")
+_STARTS = ("start_s", "start_cpu_s", "resident_mb", "private_mb")
+_COLUMNS = {"one thread": "{name}", **{key: f"{{{key}:.2f}}" for key in (*_NUMBERS, *_STARTS)}}
 
 
 class ServeBench(Settings):
-    """What is measured.
+    """The settings of this benchmark.
 
     Attributes:
         rows: of each table; lengths: L of the history; dims: widths of the attention vectors.
@@ -79,7 +89,7 @@ class ServeBench(Settings):
 
 @dataclass(frozen=True)
 class _Manifest:
-    """Of a snapshot's manifest what scoring needs."""
+    """The part of a snapshot's manifest that scoring needs."""
 
     config: Config
     features: Mapping[str, int]
@@ -93,12 +103,12 @@ class _Manifest:
     recorded_context: tuple[str, ...] = ()
 
 
-# Of the recorded requests only the times are looked at.
+# Only the times of the recorded requests are read.
 _RECORDED = SimpleNamespace(batch=SimpleNamespace(request_time=torch.zeros(0)))
 
 
-class _Served:
-    """One version for good, in the place of `trainer.serving.versions.Current`."""
+class _FixedVersion:
+    """A version that never changes, in the place of `trainer.serving.current.Current`."""
 
     histories = None
     refused = None
@@ -108,17 +118,11 @@ class _Served:
 
 
 @one_thread()
-def bench_serve(config: Path | None, overrides: Sequence[str], repeats: int, report: Path | None) -> None:
-    """Score, split into search and ranking; other implementations of the same weights; the HTTP server.
-
-    All on one thread, random weights, kinds interleaved `repeats` times (four times as often where histories
-    are no longer than `compare`). Processor seconds stand beside those of the wall, because other work on the
-    machine disturbs them less; ratios are of processor seconds, those of the server of the wall. The other
-    implementations are measured in fp32, the server in the first of `dtypes`. `config` is a TOML of
-    `ServeBench`.
-    """
-    quiet_third_parties()
-    settings = load_settings(ServeBench, config, overrides)
+def main(words: Sequence[str]) -> None:
+    given = Options("serve", __doc__).measuring(config=False).read(words)
+    settings, repeats = load_settings(ServeBench, given.config, given.overrides), given.repeats
+    report = Report(given, "Serving", seed=0)
+    report.facts = settings.model_dump()
     torch.manual_seed(0)
     representation = torch.randn(settings.rows, settings.width) * 0.1
     tables = {dim: torch.randn(settings.rows, dim) * 0.3 for dim in settings.dims}
@@ -127,20 +131,23 @@ def bench_serve(config: Path | None, overrides: Sequence[str], repeats: int, rep
         stored = to_stored(representation, dtype)
         for dim, table in tables.items():
             scorers[dtype, dim] = _scorer(settings, (to_stored(table, dtype), dim), stored)
-    rows, ratios = _measure_scores(settings, scorers, repeats)
-    more, compared = _compare(settings, tables, representation, repeats)
-    served, overheads = _measure_server(settings, scorers[settings.dtypes[0], min(settings.dims)], repeats)
-    rows += more + served + _measure_starts(settings, scorers)
-    ratios |= compared | overheads
-    _print(rows, ratios)
-    if report is not None:
-        write_report(report, rows, ratios, settings.model_dump())
+    _measure_scores(settings, scorers, repeats, report)
+    _compare(settings, tables, representation, repeats, report)
+    _measure_server(settings, scorers[settings.dtypes[0], min(settings.dims)], repeats, report)
+    report.rows += _measure_starts(settings, scorers)
+    report.table(_COLUMNS, report.rows)
+    report.show_ratios()
+    report.close()
 
 
 def _scorer(
     settings: ServeBench, attention: tuple[torch.Tensor, int] | None, representation: torch.Tensor
 ) -> Scorer:
-    """A model around given tables: stored rows of the attention with its width, or none for no search."""
+    """A scorer of these tables.
+
+    Args:
+        attention: stored rows and their width; None: the model has no search.
+    """
     tables = {"representation": representation}
     if attention is not None:
         tables["attention"] = attention[0]
@@ -157,7 +164,7 @@ def _scorer(
 def _model(
     settings: ServeBench, width: int, attention: int, rows: int
 ) -> tuple[Config, dict[str, TableGroup]]:
-    """DARE-like, of one feature and without time; attention of width 0: no search."""
+    """A config like DARE's, with one feature and without time; an attention of width 0 means no search."""
     dims = {"representation": width} | ({"attention": attention} if attention else {})
     of_attention = "attention" if attention else "representation"
     model: dict[str, Any] = {"k": settings.k, "position": False, "age": False}
@@ -192,58 +199,57 @@ def _request(settings: ServeBench, length: int) -> Request:
     )
 
 
-def _measure_scores(
-    settings: ServeBench, scorers: Scorers, repeats: int
-) -> tuple[list[Row], dict[str, float]]:
-    """Every length, type and width; both clocks in turn."""
-    rows, ratios = [], {}
+def _measure_scores(settings: ServeBench, scorers: Scorers, repeats: int, report: Report) -> None:
+    """Measure every length, type and width, by both clocks in turn."""
     for length in settings.lengths:
         request = _request(settings, length)
-        found: dict[tuple[Dtype, int, str], list[tuple[float, float]]] = {
+        taken: dict[tuple[Dtype, int, str], list[tuple[float, float]]] = {
             (*kind, clock): [] for kind in scorers for clock in ("wall", "cpu")
         }
         for turn in range(1 + repeats * (4 if length <= settings.compare else 1)):
-            for (dtype, dim, clock), measured in found.items():
+            for (dtype, dim, clock), each in taken.items():
                 scorer = scorers[dtype, dim]
                 scorer.clock = time.perf_counter if clock == "wall" else time.thread_time
                 seconds = scorer.score([request])[1]
                 if turn:  # the first warms up
-                    measured.append(seconds)
+                    each.append(seconds)
         search = {}
         for dtype, dim in scorers:
             name = f"score, L {length:,}, {dtype}, attention {dim}"
-            row = _score_row(name, found[dtype, dim, "wall"], found[dtype, dim, "cpu"])
-            rows.append({**row, "length": length, "dtype": dtype, "dim": dim})
+            row = _score_row(name, taken[dtype, dim, "wall"], taken[dtype, dim, "cpu"])
+            report.rows.append({**row, "length": length, "dtype": dtype, "dim": dim})
             search[dtype, dim] = row["search_cpu_ms"]
         for dtype in settings.dtypes:
             for narrow, wide in itertools.pairwise(sorted(settings.dims)):
                 ratio = search[dtype, wide] / search[dtype, narrow]
-                ratios[f"search_{wide}_to_{narrow}_at_{length}_{dtype}"] = ratio
-    return rows, ratios
+                report.ratios[f"search_{wide}_to_{narrow}_at_{length}_{dtype}"] = ratio
 
 
 def _score_row(name: str, wall: Sequence[tuple[float, float]], cpu: Sequence[tuple[float, float]]) -> Row:
     total = [1e3 * (search + ranking) for search, ranking in wall]
     return {
         "name": name,
-        "p50_ms": statistics.median(total),
+        "p50_ms": median(total),
         "p99_ms": float(np.quantile(total, 0.99)),
-        "cpu_ms": statistics.median([1e3 * sum(part) for part in cpu]),
+        "cpu_ms": median([1e3 * sum(part) for part in cpu]),
         "repeats": len(wall),
-        "search_cpu_ms": statistics.median([1e3 * search for search, _ in cpu]),
-        "ranking_cpu_ms": statistics.median([1e3 * ranking for _, ranking in cpu]),
+        "search_cpu_ms": median([1e3 * search for search, _ in cpu]),
+        "ranking_cpu_ms": median([1e3 * ranking for _, ranking in cpu]),
     }
 
 
 def _compare(
-    settings: ServeBench, tables: Mapping[int, torch.Tensor], representation: torch.Tensor, repeats: int
-) -> tuple[list[Row], dict[str, float]]:
-    """The scorer and other implementations in fp32, interleaved; their scores must agree."""
+    settings: ServeBench,
+    tables: Mapping[int, torch.Tensor],
+    representation: torch.Tensor,
+    repeats: int,
+    report: Report,
+) -> None:
+    """Measure the scorer and the other implementations in fp32; their scores must agree."""
     length = settings.compare
     request = _request(settings, length)
     history = torch.from_numpy(request.history.features[_FEATURE].values.copy()).flip(0)
     candidates = torch.from_numpy(request.candidates[_FEATURE].values.copy())
-    rows, ratios = [], {}
     without = _scorer(settings, None, representation)
     for dim in (min(tables), max(tables)):
         scorer = _scorer(settings, (tables[dim], dim), representation)
@@ -254,71 +260,55 @@ def _compare(
             "eager_per_sample": per_sample(plain),
             "attending_to_all": attending_to_all(plain),
         }
-        kinds: dict[str, Callable[[], Any]] = {"scorer": lambda scorer=scorer: scorer.score([request])}  # type: ignore[misc]
-        kinds["scorer_without_search"] = lambda: without.score([request])
-        for name, program in programs.items():
-            kinds[name] = lambda program=program: program(history, candidates)  # type: ignore[misc]
+        kinds: dict[str, Callable[[], Any]] = {
+            "scorer": partial(scorer.score, [request]),
+            "scorer_without_search": partial(without.score, [request]),
+            **{name: partial(program, history, candidates) for name, program in programs.items()},
+        }
         with torch.no_grad():
             expected = torch.from_numpy(scorer.score([request])[0][0].probabilities[:, 0])
             for name in ("one_export_program", "eager_per_sample"):
                 worst = float((programs[name](history, candidates) - expected).abs().max())
                 if not worst <= 1e-4:
                     raise TandemError(f"{name} scores otherwise, by {worst:.3g}: it is no baseline")
-            cpu = _interleaved(kinds, repeats)
-        for name in kinds:
-            middle = statistics.median(cpu[name])
-            rows.append({"name": f"{name}, L {length:,}, attention {dim}", "cpu_ms": 1e3 * middle})
+            taken = rounds({name: partial(seconds_of, run) for name, run in kinds.items()}, repeats, warm=0)
+        cpu = {name: median(seconds.cpu for seconds in each) for name, each in taken.items()}
+        for name, seconds in cpu.items():
+            report.rows.append({"name": f"{name}, L {length:,}, attention {dim}", "cpu_ms": 1e3 * seconds})
             if name != "scorer":
-                ratios[f"scorer_to_{name}_at_{dim}"] = middle / statistics.median(cpu["scorer"])
-    return rows, ratios
+                report.ratios[f"scorer_to_{name}_at_{dim}"] = seconds / cpu["scorer"]
 
 
-def _interleaved(kinds: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Processor seconds of this thread."""
-    found: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(repeats):
-        for name, run in kinds.items():
-            started = time.thread_time()
-            run()
-            found[name].append(time.thread_time() - started)
-    return found
-
-
-def _measure_server(settings: ServeBench, scorer: Scorer, repeats: int) -> tuple[list[Row], dict[str, float]]:
-    """`hey` against the server, with one connection beside the bare scorer, then with many."""
+def _measure_server(settings: ServeBench, scorer: Scorer, repeats: int, report: Report) -> None:
+    """Measure the server with `hey`: with one connection beside the bare scorer, then with many."""
     if shutil.which("hey") is None:
-        print("no `hey` on this machine: the server is not measured")
-        return [], {}
-    request, rows = _request(settings, settings.compare), []
+        report.line("no `hey` on this machine: the server is not measured")
+        return
+    request, many = _request(settings, settings.compare), settings.connections
     scorer.clock = time.perf_counter
     bare: list[float] = []
-    overhead: dict[str, list[float]] = {"arrow": [], "json": []}
+    single: dict[str, list[float]] = {"arrow": [], "json": []}
     with _server(scorer) as address, tempfile.TemporaryDirectory() as folder:
         bodies = _bodies(request, Path(folder))
         for _ in range(repeats):
             bare.append(_bare_p50(scorer, request))
-            for kind, found in overhead.items():
-                seconds, _ = _hey(f"{address}/score", *bodies[kind], 1, 20)
-                found.append(statistics.median(seconds))
-        rows.append({"name": "bare scorer", "p50_ms": 1e3 * statistics.median(bare)})
-        for kind, found in overhead.items():
-            rows.append({"name": f"server, {kind}, 1 connection", "p50_ms": 1e3 * statistics.median(found)})
-        for kind in overhead:
-            seconds, rate = _hey(f"{address}/score", *bodies[kind], settings.connections, settings.calls)
-            rows.append(
-                {
-                    "name": f"server, {kind}, {settings.connections} connections",
-                    "p50_ms": 1e3 * statistics.median(seconds),
-                    "p99_ms": 1e3 * float(np.quantile(seconds, 0.99)),
-                    "requests_per_s": rate,
-                }
-            )
-    pairs = {kind: [o / b - 1 for o, b in zip(found, bare, strict=True)] for kind, found in overhead.items()}
-    return rows, {f"server_overhead_{kind}": statistics.median(found) for kind, found in pairs.items()}
+            for kind, each in single.items():
+                each.append(median(_hey(f"{address}/score", *bodies[kind], 1, 20)[0]))
+        report.rows.append({"name": "bare scorer", "p50_ms": 1e3 * median(bare)})
+        for kind, each in single.items():
+            report.rows.append({"name": f"server, {kind}, 1 connection", "p50_ms": 1e3 * median(each)})
+        for kind in single:
+            seconds, rate = _hey(f"{address}/score", *bodies[kind], many, settings.calls)
+            p99 = 1e3 * float(np.quantile(seconds, 0.99))
+            row = {"name": f"server, {kind}, {many} connections", "p50_ms": 1e3 * median(seconds)}
+            report.rows.append({**row, "p99_ms": p99, "requests_per_s": rate})
+    for kind, each in single.items():
+        overheads = (over / under - 1 for over, under in zip(each, bare, strict=True))
+        report.ratios[f"server_overhead_{kind}"] = median(overheads)
 
 
 def _measure_starts(settings: ServeBench, scorers: Scorers) -> list[Row]:
-    """A server on tables of `start_rows` rows, in each type."""
+    """Measure the start of a server on tables of `start_rows` rows, in each type."""
     if not settings.start_rows:
         return []
     dim = min(settings.dims)
@@ -328,13 +318,13 @@ def _measure_starts(settings: ServeBench, scorers: Scorers) -> list[Row]:
 
 
 def _bare_p50(scorer: Scorer, request: Request) -> float:
-    return statistics.median([sum(scorer.score([request])[1]) for _ in range(20)])
+    return median([sum(scorer.score([request])[1]) for _ in range(20)])
 
 
 @contextmanager
 def _server(scorer: Scorer) -> Iterator[str]:
     """The app on a free port, in a thread of this process."""
-    service = Service(_Served(scorer), Metrics(), Limits(), BatchSettings())  # type: ignore[arg-type]
+    service = Service(_FixedVersion(scorer), Metrics(), Limits(), BatchSettings())  # type: ignore[arg-type]
     server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -385,13 +375,3 @@ def _hey(url: str, content_type: str, body: Path, connections: int, calls: int) 
     seconds = [float(row["response-time"]) for row in answers]
     end = max(float(row["offset"]) + float(row["response-time"]) for row in answers)
     return seconds, len(answers) / end
-
-
-def _print(rows: Sequence[Row], ratios: Mapping[str, float]) -> None:
-    keys = ["p50_ms", "p99_ms", "cpu_ms", "search_cpu_ms", "ranking_cpu_ms", "requests_per_s"]
-    keys += ["start_s", "start_cpu_s", "resident_mb", "private_mb"]
-    cells = [[row["name"], *(f"{row[key]:.2f}" if key in row else "" for key in keys)] for row in rows]
-    print("\n".join(table_lines(["one thread", *keys], cells)))
-    for name, value in ratios.items():
-        print(f"{name}: {value:,.3f}")
-    print("; ".join(f"{name} {version}" for name, version in versions().items()))

@@ -1,6 +1,6 @@
-"""A gradient-boosted tree on hand-made counts of a sequence log: what a model of embeddings must beat.
+"""A gradient-boosted tree on hand-made counts of a sequence log, which a model of embeddings must beat
 
-    python -m benchmarks.tree --log runs/demo/log [--history-length 500] [--share 0.5] [--table FILE.md]
+    tandemrec bench tree --log runs/demo/log [--history-length 500] [--share 0.5] [--page FILE.md]
 
 For each candidate and each of item_id and the taxonomy levels: how many behaviors of the request's window
 have the candidate's id, the same decayed with a half-life of 30 days, and the seconds since the newest of
@@ -11,20 +11,19 @@ scikit-learn's HistGradientBoostingClassifier with fixed settings, so no split i
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import sklearn
 from sklearn.ensemble import HistGradientBoostingClassifier
 
+from benchmarks.harness.options import Options
+from benchmarks.harness.report import Report
+from benchmarks.harness.timing import seconds_of
 from trainer.config.sections import DataConfig
 from trainer.data.hard_search import hierarchical_search
 from trainer.data.reader import SequenceLogReader
@@ -49,15 +48,8 @@ class Samples:
     groups: Ints
 
 
-def feature_names(levels: Sequence[str]) -> list[str]:
-    """The columns of `Samples.features`."""
-    kinds = ("count", "decayed_count", "seconds_since")
-    own = [f"{kind}_{level}" for level in levels for kind in kinds]
-    return [*own, "popularity", "visible_behaviors", "seconds_since_newest"]
-
-
 def levels_of(log: Path) -> list[str]:
-    """The taxonomy, coarse to fine, and the item, which have one id a behavior and candidate."""
+    """The levels with one id a behavior and candidate: the taxonomy, coarse to fine, and the item."""
     manifest = read_manifest(log)
     named = list(dict.fromkeys([*manifest.taxonomy, "item_id"]))
     return [n for n in named if not manifest.features[n].multi and manifest.features[n].side == "both"]
@@ -96,7 +88,7 @@ def _candidates(rows: UserRows, row: int) -> tuple[slice, Ints]:
 
 
 def _row_features(rows: UserRows, row: int, levels: Sequence[str], length: int, popularity: Counts) -> Floats:
-    """[C of the row, X]."""
+    """The features of a row's candidates, [C, X]."""
     first, last = int(rows.request_offsets[row]), int(rows.request_offsets[row + 1])
     history = slice(int(rows.history_offsets[row]), int(rows.history_offsets[row + 1]))
     part, _ = _candidates(rows, row)
@@ -133,46 +125,40 @@ def score(tree: HistGradientBoostingClassifier, samples: Samples) -> Metrics:
     return measure(probability, samples.labels.astype(np.float64), samples.groups)
 
 
-def report(results: dict[str, Metrics], train: Samples, seconds: dict[str, float]) -> Iterator[str]:
-    yield "| split | candidates | AUC | GAUC | logloss | PCOC |"
-    yield "|---|--:|--:|--:|--:|--:|"
-    for split, m in results.items():
-        yield f"| {split} | {m.samples:,} | {m.auc:.4f} | {m.gauc:.4f} | {m.logloss:.4f} | {m.pcoc:.3f} |"
-    yield ""
-    count, width = train.features.shape
-    settings = ", ".join(f"{name} {value}" for name, value in SETTINGS.items())
-    yield f"{count:,} candidates to train on, {width} features; {settings}."
-    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    yield (
-        f"{spent}. {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"scikit-learn {sklearn.__version__}, numpy {np.__version__}."
-    )
+COLUMNS = {
+    "split": "{split}",
+    "candidates": "{samples:,}",
+    "AUC": "{auc:.4f}",
+    "GAUC": "{gauc:.4f}",
+    "logloss": "{logloss:.4f}",
+    "PCOC": "{pcoc:.3f}",
+}
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(words: Sequence[str]) -> None:
+    options = Options("tree", __doc__)
     options.add_argument("--log", type=Path, required=True)
     options.add_argument("--history-length", type=int, default=0, help="behaviors of a window; 0: all")
     options.add_argument("--share", type=float, default=1.0, help="of the train split's users")
     options.add_argument("--seed", type=int, default=17)
-    options.add_argument("--table", type=Path, help="also write the table here")
-    given = options.parse_args()
-    seconds, began = {}, time.perf_counter()
-    train = read_samples(given.log, "train", given.history_length, given.share, given.seed)
-    seconds["features"], began = time.perf_counter() - began, time.perf_counter()
-    tree = train_tree(train, given.seed)
-    seconds["training"] = time.perf_counter() - began
-    results = {
-        split: score(tree, read_samples(given.log, split, given.history_length))
-        for split in ("validation", "test")
-    }
-    lines = list(report(results, train, seconds))
-    print("\n".join(lines))
-    if given.table:
-        shown = f"    python -m benchmarks.tree {' '.join(sys.argv[1:])}"
-        text = "\n".join(["# A tree on hand-made counts", "", shown, "", *lines]) + "\n"
-        given.table.write_text(text, encoding="utf-8")
+    given = options.read(words)
+    report, made = Report(given, "A tree on hand-made counts", seed=given.seed), dict[str, Any]()
 
+    def read() -> None:
+        made["train"] = read_samples(given.log, "train", given.history_length, given.share, given.seed)
 
-if __name__ == "__main__":
-    main()
+    def train() -> None:
+        made["tree"] = train_tree(made["train"], given.seed)
+
+    seconds = {"features": seconds_of(read).wall, "training": seconds_of(train).wall}
+    for split in ("validation", "test"):
+        metrics = score(made["tree"], read_samples(given.log, split, given.history_length))
+        report.rows.append({"split": split, **asdict(metrics)})
+    report.table(COLUMNS, report.rows)
+    count, width = made["train"].features.shape
+    settings = ", ".join(f"{name} {value}" for name, value in SETTINGS.items())
+    report.line(f"{count:,} candidates to train on, {width} features; {settings}.")
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    report.line(f"{spent}; scikit-learn {sklearn.__version__}.")
+    report.facts = seconds
+    report.close()

@@ -313,28 +313,22 @@ def serve(
     run(snapshot, host, port, histories, limits, batching, load, poll_seconds, reload_token_file, vocabulary)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 def bench(
-    name: Annotated[
-        str,
-        typer.Argument(help="What to measure: reader, step, search, scaling, quality, checkpoint or serve."),
-    ],
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="TOML; reader, quality and checkpoint need one."),
-    ] = None,
-    overrides: Overrides = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of each row.")] = 5,
-    report: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Keep the figures here.")
-    ] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[NAME] [OPTIONS]")] = None,
 ) -> None:
-    """Measure a part of the trainer beside its baseline."""
-    from benchmarks.bench import BENCHES
+    """Measure a part of the trainer beside its baseline; needs a clone of the repository."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        from embeddings.errors import ConfigError
 
-    if name not in BENCHES:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(BENCHES)}")
-    BENCHES[name](config, overrides or [], repeats, report)
+        raise ConfigError(
+            "benchmarks are no part of the package: clone the repository, run `make bench` there"
+        )
+    sys.path.insert(0, str(root))
+    from benchmarks.__main__ import main as run
+
+    raise typer.Exit(run(words or []))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

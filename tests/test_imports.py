@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A package may import itself and those to its right.
 DIRECTION = ("launch", "pipelines", "trainer", "embeddings")
 SOURCES = sorted(path for package in DIRECTION for path in (ROOT / package).rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
+# The command line's verb, which passes its words on where the benchmarks are there.
+MAY_IMPORT_BENCHMARKS = Path("launch/cli.py")
 LAUNCHER_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "TORCHELASTIC_ERROR_FILE",
@@ -49,6 +52,8 @@ def _wrong_direction(tree: ast.AST, package: str) -> Iterator[str]:
                 yield f"{package} imports {name}"
             if target == "tests":
                 yield f"{package} imports the tests"
+            if target == "benchmarks":
+                yield f"{package} imports the benchmarks"
         if isinstance(node, ast.ImportFrom) and node.level > 1:
             yield f"{package} climbs out of its folder with a relative import"
 
@@ -115,17 +120,42 @@ def _environment(tree: ast.AST) -> Iterator[str]:
             yield from (f"imports os.{name}, write it out so that this test sees its uses" for name in names)
 
 
+def _may(place: Path, finding: str) -> bool:
+    return place == MAY_IMPORT_BENCHMARKS and finding == "launch imports the benchmarks"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source(path: Path) -> None:
     place = path.relative_to(ROOT)
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    wrong = [f for f in _wrong_direction(tree, place.parts[0]) if not _may(place, f)]
     found = [
-        *_wrong_direction(tree, place.parts[0]),
+        *wrong,
         *_forbidden(tree, may_torch_load=place == MAY_TORCH_LOAD),
         *_environment(tree),
     ]
     assert not found, f"{place}: {'; '.join(found)}"
     assert path.name != "utils.py", f"{place}: name the file after what it does"
+
+
+def test_the_product_imports_benchmarks_in_one_function_alone() -> None:
+    tree = ast.parse((ROOT / MAY_IMPORT_BENCHMARKS).read_text(encoding="utf-8"))
+    inner = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "bench"]
+    places = [f for f in _wrong_direction(tree, "launch") if "benchmarks" in f]
+    assert (
+        len(places) == 1 and [f for f in _wrong_direction(inner[0], "launch") if "benchmarks" in f] == places
+    )
+
+
+def test_benchmarks_import_no_tests() -> None:
+    """But for the GPU check, which runs the tests' own models and windows on the device."""
+    importing = set()
+    for path in BENCHMARKS:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(name.partition(".")[0] == "tests" for node in ast.walk(tree) for name in _imported(node)):
+            importing.add(path.relative_to(ROOT / "benchmarks").as_posix())
+    of_check = ("forms", "logs", "presets", "training", "two_ranks")
+    assert importing == {f"gpu/{name}.py" for name in of_check} and len(BENCHMARKS) > 40
 
 
 def test_all_four_packages_were_read() -> None:
@@ -172,6 +202,7 @@ def test_innocent_code_passes(code: str) -> None:
         ("trainer", "from ..pipelines import plan", True),
         ("trainer", "from embeddings.errors import TandemError", False),
         ("launch", "import pipelines.plan.plan", False),
+        ("pipelines", "def f():\n    from benchmarks.harness import report", True),
         ("trainer", "from .config import Config", False),
     ],
 )

@@ -1,5 +1,6 @@
-"""The check of a GPU, step by step; `python -m benchmarks.gpu report OUT` makes a page of its results. All of
-it is told in docs/gpu.md.
+"""The check of a GPU, step by step: whether all is right there, and how fast
+
+`python -m benchmarks.gpu report OUT` makes a page of its results. docs/gpu.md tells all of it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.catalogue import chosen
+from benchmarks.gpu.catalogue import choose
 from benchmarks.gpu.check import ROOT, Check, no_gpu
 from benchmarks.gpu.report import write_page
 from benchmarks.gpu.runner import answer_of, run
@@ -42,7 +43,7 @@ def _check(words: Sequence[str]) -> int:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(words)
     try:
-        names = chosen(given.steps)
+        names = choose(given.steps)
     except ValueError as error:
         parser.error(str(error))
     if not (given.dry or given.one) and (why := no_gpu()):

@@ -8,20 +8,19 @@ those numbers.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from benchmarks.gpu.caches import CELL, PLACES, TINY, Place, change_of, placed
-from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of
+from benchmarks.gpu.caches import CELL, PLACES, TINY, Place, change_of, place_tables, there
+from benchmarks.gpu.check import Answer, Check, Row, answer, each_way
+from benchmarks.gpu.inputs import draw_steps
 from benchmarks.gpu.loops import Loops, Way, loops_of, shares
-from benchmarks.gpu.made_up import drawn_steps
-from benchmarks.gpu.measure import wait_for_device
 from benchmarks.gpu.plain_forms import without_kernels
+from benchmarks.harness.timing import single_seconds
 from trainer.data.batch import pinning
 from trainer.data.prefetch import Prefetcher
 from trainer.data.reader import Step
@@ -32,7 +31,7 @@ _AHEAD = 4
 
 
 @dataclass(frozen=True)
-class _Trained:
+class _TrainingWay:
     """A way to train: where rows lie, the pipeline, whether a thread collates batches ahead, and whether
     operators take kernels of the trainer's own.
     """
@@ -54,16 +53,18 @@ def _unfused(config: Config) -> Config:
 
 
 _CACHED, _AHEAD_CACHED = "host memory, cache of 0.2", "the same, filled ahead"
-PREFETCH: Mapping[str, _Trained] = {
-    "cached tables, one after the other": _Trained(_CACHED, "none", False),
-    "+ batches collated ahead": _Trained(_CACHED, "none", True),
-    "+ copied and exchanged ahead (sparse_dist)": _Trained(_CACHED, "sparse_dist", True),
-    "+ rows fetched ahead (prefetch)": _Trained(_AHEAD_CACHED, "prefetch", True),
-    "tables in device memory, update not fused": _Trained(
+PREFETCH: Mapping[str, _TrainingWay] = {
+    "cached tables, one after the other": _TrainingWay(_CACHED, "none", False),
+    "+ batches collated ahead": _TrainingWay(_CACHED, "none", True),
+    "+ copied and exchanged ahead (sparse_dist)": _TrainingWay(_CACHED, "sparse_dist", True),
+    "+ rows fetched ahead (prefetch)": _TrainingWay(_AHEAD_CACHED, "prefetch", True),
+    "tables in device memory, update not fused": _TrainingWay(
         "device memory", "sparse_dist", True, _unfused, False
     ),
-    "+ update fused into the backward pass": _Trained("device memory", "sparse_dist", True, kernels=False),
-    "+ kernels of stage one and of what is kept": _Trained("device memory", "sparse_dist", True),
+    "+ update fused into the backward pass": _TrainingWay(
+        "device memory", "sparse_dist", True, kernels=False
+    ),
+    "+ kernels of stage one and of what is kept": _TrainingWay("device memory", "sparse_dist", True),
 }
 
 
@@ -74,42 +75,29 @@ def prefetch(check: Check) -> Answer:
     Expected: every line of the first four is faster than the one before; the fused update is several times
     faster than one over whole tables.
     """
-    rows: list[Row] = []
+    ways = {name: way for name, way in PREFETCH.items() if there(check, PLACES[way.place])}
     with process_group(60) as ranks:
-        for name, way in PREFETCH.items():
-            if not check.on_cuda and PLACES[way.place].kernel != "fused":
-                continue
-            try:
-                rows.append({"way": name, **_streamed(check, way, ranks)})
-            except Exception as error:
-                rows.append({"way": name, "error": reason_of(error)})
-            check.keep(_table(rows))
-    return _table(rows)
+        return _table(each_way(ways, lambda way: _stream(check, way, ranks), partial(_keep, check)))
 
 
-def _streamed(check: Check, way: _Trained, ranks: Any) -> Row:
+def _stream(check: Check, way: _TrainingWay, ranks: Any) -> Row:
     """Steps that are collated while training goes on, as a reader does."""
     place, cell = PLACES[way.place], CELL if check.on_cuda else TINY
-    rows = list(drawn_steps(cell, check.size(6, 2), pinning(ranks.device)))
+    rows = list(draw_steps(cell, check.size(6, 2), pinning(ranks.device)))
 
     def change(config: Config) -> Config:
         return way.change(change_of(place)(config))
 
     forms = nullcontext() if way.kernels else without_kernels()
-    with forms, placed(place), loops_of(cell, ranks, count=1, change=change) as loops:
+    with forms, place_tables(place), loops_of(cell, ranks, count=1, change=change) as loops:
         pipeline = loops.pipeline(Way(way.kind))
-        wait_for_device()
 
-        def run() -> float:
-            made = (draw() for draw in rows)
-            steps: Iterator[Step] = Prefetcher(made, _AHEAD) if way.ahead else made
-            started = time.perf_counter()
+        def run() -> None:
+            drawn = (draw() for draw in rows)
+            steps: Iterator[Step] = Prefetcher(drawn, _AHEAD) if way.ahead else drawn
             deque(pipeline.train(steps), maxlen=0)
-            wait_for_device()
-            return (time.perf_counter() - started) / len(rows)
 
-        run()
-        taken = statistics.median(run() for _ in range(check.size(3, 1)))
+        taken = single_seconds(run, check.size(3, 1)) / len(rows)
         return {"ms": 1000 * taken, "samples/s": loops.candidates / taken}
 
 
@@ -119,7 +107,6 @@ def precision(check: Check) -> Answer:
 
     Expected: every line is faster than the first; rows in device memory are the fastest.
     """
-    rows: list[Row] = []
     ways: Mapping[str, tuple[str, bool]] = {
         "rows in host memory, fp32": ("host memory", False),
         "+ a cache on the device": ("host memory, cache of 0.2", False),
@@ -127,24 +114,23 @@ def precision(check: Check) -> Answer:
         "rows in device memory, fp32": ("device memory", False),
         "rows in device memory, bf16": ("device memory", True),
     }
+    ways = {name: way for name, way in ways.items() if there(check, PLACES[way[0]])}
     with process_group(60) as ranks:
-        for name, (where, bf16) in ways.items():
-            if not check.on_cuda and PLACES[where].kernel != "fused":
-                continue
-            try:
-                rows.append({"way": name, **_scored(check, PLACES[where], bf16, ranks)})
-            except Exception as error:
-                rows.append({"way": name, "error": reason_of(error)})
-            check.keep(_table(rows))
-    return _table(rows)
+        return _table(
+            each_way(ways, lambda way: _score(check, PLACES[way[0]], way[1], ranks), partial(_keep, check))
+        )
 
 
-def _scored(check: Check, place: Place, bf16: bool, ranks: Any) -> Row:
+def _score(check: Check, place: Place, bf16: bool, ranks: Any) -> Row:
     cell = CELL if check.on_cuda else TINY
     sizes = {"count": check.size(4, 2), "rounds": check.size(3, 1)}
-    with placed(place), loops_of(cell, ranks, change=change_of(place), **sizes) as loops:
+    with place_tables(place), loops_of(cell, ranks, change=change_of(place), **sizes) as loops:
         found: Loops = loops
-        return found.scored(bf16)
+        return found.score_steps(bf16)
+
+
+def _keep(check: Check, rows: list[Row]) -> None:
+    check.keep(_table(rows))
 
 
 def _table(rows: list[Row]) -> Answer:

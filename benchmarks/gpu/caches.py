@@ -13,9 +13,9 @@ from torchrec.distributed.types import CacheParams, ShardingPlan
 
 import embeddings.lookup.sharding
 import trainer.assemble
-from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
+from benchmarks.gpu.check import Answer, Check, Row, answer, each_way, skipped
 from benchmarks.gpu.loops import Change, Way, loops_of, shares, with_model
-from benchmarks.grid import Cell
+from benchmarks.inputs.cells import Cell
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config
 
@@ -60,26 +60,28 @@ def caches(check: Check) -> Answer:
     Expected: losses within 1e-4 of those in device memory (`different` names places that are not); a cache
     far above host memory alone, and filling it ahead near device memory.
     """
-    rows: list[Row] = []
     wanted: list[float] = []
+    places = {name: place for name, place in PLACES.items() if there(check, place)}
     with process_group(60) as ranks:
-        for name, place in PLACES.items():
-            if not check.on_cuda and place.kernel != "fused":
-                continue
-            try:
-                rows.append({"way": name, **_measured(check, place, ranks, wanted)})
-            except Exception as error:
-                rows.append({"way": name, "error": reason_of(error)})
-            check.keep(_judged(rows))
+        rows = each_way(
+            places,
+            lambda place: _measure(check, place, ranks, wanted),
+            lambda rows: check.keep(_judge(rows)),
+        )
     if not check.on_cuda and not check.dry:
         return skipped("TorchRec has these kernels on CUDA only")
-    return _judged(rows)
+    return _judge(rows)
 
 
-def _measured(check: Check, place: Place, ranks: Any, wanted: list[float]) -> Row:
+def there(check: Check, place: Place) -> bool:
+    """Whether TorchRec has the place's kernel on this device: a CPU has one of them."""
+    return check.on_cuda or place.kernel == "fused"
+
+
+def _measure(check: Check, place: Place, ranks: Any, wanted: list[float]) -> Row:
     cell = CELL if check.on_cuda else TINY
     with (
-        placed(place),
+        place_tables(place),
         loops_of(
             cell, ranks, count=check.size(4, 2), rounds=check.size(3, 1), change=change_of(place)
         ) as loops,
@@ -91,7 +93,7 @@ def _measured(check: Check, place: Place, ranks: Any, wanted: list[float]) -> Ro
             wanted += losses
         apart = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
         kernels = sorted({found.kernel for found in loops.job.sharded.placements})
-        return {"kernels": ", ".join(kernels), **loops.trained(way), "losses apart": apart}
+        return {"kernels": ", ".join(kernels), **loops.train_steps(way), "losses apart": apart}
 
 
 def change_of(place: Place) -> Change:
@@ -112,7 +114,7 @@ def change_of(place: Place) -> Change:
 
 
 @contextmanager
-def placed(place: Place) -> Iterator[None]:
+def place_tables(place: Place) -> Iterator[None]:
     """Within it models are sharded with the place's own cache parameters, if any, and host memory is mapped.
 
     Mapped, because managed memory is not to be had on every machine (in some containers it is not).
@@ -139,6 +141,6 @@ def placed(place: Place) -> Iterator[None]:
         yield
 
 
-def _judged(rows: list[Row]) -> Answer:
+def _judge(rows: list[Row]) -> Answer:
     different = [row["way"] for row in rows if "error" in row or row["losses apart"] > _LARGEST]
     return answer(shares(rows), different)

@@ -42,7 +42,7 @@ class Step:
         )
         return function
 
-    def told(self) -> tuple[str, str]:
+    def docs(self) -> tuple[str, str]:
         """The two parts of the step's docstring: what it answers, and what is expected."""
         question, _, expected = (inspect.getdoc(self.load()) or "").partition("Expected:")
         return " ".join(question.split()), " ".join(expected.split())
@@ -80,7 +80,7 @@ STEPS: Mapping[str, Step] = {
 PARTS = ("right", "speed")
 
 
-def chosen(words: Sequence[str]) -> list[str]:
+def choose(words: Sequence[str]) -> list[str]:
     """The steps that are meant: names, or `right` and `speed` for all of a part; nothing means all.
 
     Raises:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # JSON of a step: `rows` (a table), `different` (names of what is wrong), `facts`, or `skipped` with a reason.
 Answer = dict[str, Any]
 Row = dict[str, Any]
+Way = TypeVar("Way")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,26 @@ class Check:
         part = self.answer_file.with_suffix(".part")
         part.write_text(json.dumps(found, default=str), encoding="utf-8")
         part.replace(self.answer_file)
+
+
+def each_way(
+    ways: Mapping[str, Way],
+    measure: Callable[[Way], Row],
+    keep: Callable[[list[Row]], object] = lambda rows: None,
+    key: str = "way",
+) -> list[Row]:
+    """A row for each way. A way that fails has its error in its row and costs no other way anything.
+
+    `keep` gets the rows after each way, so that they survive if a later one ends the process.
+    """
+    rows: list[Row] = []
+    for name, way in ways.items():
+        try:
+            rows.append({key: name, **measure(way)})
+        except Exception as error:
+            rows.append({key: name, "error": reason_of(error)})
+        keep(rows)
+    return rows
 
 
 def no_gpu() -> str:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.check import Answer, Check, Row, answer
-from benchmarks.gpu.made_up import full_windows, moved
+from benchmarks.gpu.inputs import move_tensors
 from benchmarks.gpu.measure import difference
 from benchmarks.gpu.plain_forms import without_kernels
+from benchmarks.inputs.windows import full_windows
 from embeddings.first_rows import FirstWeights, initial_rows_
 from tests.helpers.models import drawing, drawn_vectors, drawn_windows
 from trainer.model.ops import bags, top
@@ -58,10 +59,10 @@ def _differentiable(device: torch.device) -> list[Row]:
         "rows_at": (lambda r: bags.rows_at(r, index.to(r.device)), (rows,)),
         "rows_at of numbers": (lambda r: bags.rows_at(r, index.to(r.device)), (numbers,)),
     }
-    return [_alike(name, _learned(run, given, device)) for name, (run, given) in cases.items()]
+    return [_alike(name, _learn(run, given, device)) for name, (run, given) in cases.items()]
 
 
-def _learned(
+def _learn(
     run: Callable[..., Tensor], given: Sequence[Tensor], device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Value and gradients on the CPU, each beside the device's."""
@@ -96,11 +97,11 @@ def _scorers(device: torch.device) -> list[Row]:
     def run(query_CD: Tensor, key_ND: Tensor) -> Tensor:
         place = query_CD.device
         vectors = AttentionVectors(query_CD, key_ND, raw.group_C.to(place))
-        scores: Tensor = scorer.to(place).over_windows(vectors, moved(windows, place))
-        mask = moved(windows, place).mask[windows.of_candidate.to(place)]
+        scores: Tensor = scorer.to(place).over_windows(vectors, move_tensors(windows, place))
+        mask = move_tensors(windows, place).mask[windows.of_candidate.to(place)]
         return scores.masked_fill(~mask[:, None], 0)
 
-    return [_alike("MLP over windows", _learned(run, (raw.query_CD, raw.key_ND), device))]
+    return [_alike("MLP over windows", _learn(run, (raw.query_CD, raw.key_ND), device))]
 
 
 def _searches(device: torch.device) -> list[Row]:
@@ -110,9 +111,9 @@ def _searches(device: torch.device) -> list[Row]:
     for name, (windows, raw) in {"ragged": ragged, "full": full_windows(30, 3, 700, _WIDTH)}.items():
         sides = []
         for place in (torch.device("cpu"), device):
-            there = moved(raw, place)
+            there = move_tensors(raw, place)
             vectors = scorer.encode(there)
-            kept = DotSearch(_KEPT)(Query(scorer, vectors, there, moved(windows, place)))
+            kept = DotSearch(_KEPT)(Query(scorer, vectors, there, move_tensors(windows, place)))
             score = scorer.of_kept(vectors, kept)[:, 0].masked_fill(~kept.mask, 0)
             sides.append(score.sort(dim=1).values)
         found.append(_alike(f"search, {name} windows", [(sides[0], sides[1])]))

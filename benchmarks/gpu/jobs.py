@@ -27,7 +27,7 @@ _LARGEST_AUC, _LARGEST_SCORE = 0.002, 1e-4
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingRun:
     """What a run folder tells of a training: losses by line of its log, and one line for a table."""
 
     losses: list[float]
@@ -42,7 +42,7 @@ def run_of(
     log: Path | None = None,
     fresh: bool = True,
     profiled: bool = False,
-) -> Trained:
+) -> TrainingRun:
     """`tandemrec train` of DARE into `<work>/<name>`, on the planted log unless another is given."""
     out = check.work / name
     if fresh:
@@ -65,7 +65,7 @@ def run_of(
         "AUC": (summary.get("validation") or {}).get("auc", float("nan")),
         **memory(),
     }
-    return Trained([line["loss"] for line in trained], row)
+    return TrainingRun([line["loss"] for line in trained], row)
 
 
 def planted(check: Check) -> Path:
@@ -206,12 +206,9 @@ def pytest(check: Check) -> Answer:
 
     Expected: all pass; tests marked gpu2 are skipped on a machine with one GPU.
     """
-    # None that starts several ranks, for which one GPU is too few.
-    files = ["test_bags", "test_top", "test_search", "test_two_stage"]
-    model = [str(ROOT / "tests" / f"{name}.py") for name in files]
     # A file that needs a package which is not here counts as failed, but keeps no other from being run.
     ways = {"gpu": ["-m", "gpu or gpu2", "--continue-on-collection-errors", *marked_files()]}
-    ways |= {} if check.dry else {"model": ["-m", "not slow", *model]}
+    ways |= {} if check.dry else {"model": ["-m", "not slow", *model_files()]}
     rows: list[Row] = []
     for name, words in ways.items():
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *words]
@@ -222,6 +219,12 @@ def pytest(check: Check) -> Answer:
     # On a GPU, tests of which all are skipped have answered nothing.
     silent = [row["tests"] for row in rows if check.on_cuda and " passed" not in row["said"]]
     return answer(rows, [row["tests"] for row in rows if row["exit"] or row["tests"] in silent])
+
+
+def model_files() -> list[str]:
+    """The model's tests that start one rank only: one GPU is too few for more."""
+    names = ("ops/test_bags", "ops/test_top", "retrieve/test_search", "test_frame")
+    return [str(ROOT / "tests" / "trainer" / "model" / f"{name}.py") for name in names]
 
 
 def marked_files() -> list[str]:

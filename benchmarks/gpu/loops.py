@@ -18,15 +18,16 @@ import torch
 
 import trainer.assemble
 from benchmarks.gpu.check import Row
-from benchmarks.gpu.made_up import steps_of
-from benchmarks.gpu.measure import forget_memory, host_waits, memory, wait_for_device
+from benchmarks.gpu.inputs import steps_of
+from benchmarks.gpu.measure import forget_memory, host_waits, memory
 from benchmarks.gpu.training import Job, pipeline_of
-from benchmarks.grid import Cell, config_of
+from benchmarks.harness.loops import bare_step
+from benchmarks.harness.timing import seconds_of
+from benchmarks.inputs.cells import Cell, config_of
 from trainer.assemble import build_sharded
 from trainer.data.batch import pinning
 from trainer.data.reader import Step
 from trainer.loop.pipeline import Pipeline
-from trainer.objectives.bce import loss_sum
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config
 from trainer.step_size import StepSize
@@ -84,10 +85,10 @@ class Loops:
         """Of a step, on average."""
         return sum(step.batch.candidates for step in self.steps) / len(self.steps)
 
-    def trained(self, way: Way) -> Row:
+    def train_steps(self, way: Way) -> Row:
         """Milliseconds of a step, samples a second, and peaks of memory."""
         pipeline = self.pipeline(way)
-        return self._timed(lambda steps: deque(pipeline.train(steps), maxlen=0))
+        return self._time(lambda steps: deque(pipeline.train(steps), maxlen=0))
 
     def losses(self, way: Way) -> list[float]:
         """Of one further round over the steps."""
@@ -100,15 +101,11 @@ class Loops:
 
         def work(steps: Iterator[Step]) -> None:
             for _, given in zip(steps, chain.from_iterable(repeat(batches)), strict=False):
-                batch = given.to(device, non_blocking=True)
-                optimizer.zero_grad()
-                total = loss_sum(model(batch).logits, batch.labels, batch.weight)
-                (total / batch.step_candidates).backward()
-                optimizer.step()
+                bare_step(model, optimizer, given, device)
 
-        return self._timed(work)
+        return self._time(work)
 
-    def scored(self, bf16: bool) -> Row:
+    def score_steps(self, bf16: bool) -> Row:
         """Forward passes alone, in eval mode and without gradients."""
         model, device = self.job.sharded.model, self.ranks.device
 
@@ -119,7 +116,7 @@ class Loops:
 
         model.eval()
         try:
-            return self._timed(work)
+            return self._time(work)
         finally:
             model.train()
 
@@ -139,16 +136,12 @@ class Loops:
         folder = self._folder if way.guarded else None
         return pipeline_of(config, self.job.sharded, self.job.optimizer, self.ranks, folder, way.kind)
 
-    def _timed(self, work: Callable[[Iterator[Step]], object]) -> Row:
+    def _time(self, work: Callable[[Iterator[Step]], object]) -> Row:
         each = 2 * len(self.steps)
 
         def run(count: int) -> float:
             steps = islice(chain.from_iterable(repeat(self.steps)), count)
-            wait_for_device()
-            started = time.perf_counter()
-            work(steps)
-            wait_for_device()
-            return (time.perf_counter() - started) / count
+            return seconds_of(lambda: work(steps)).wall / count
 
         run(len(self.steps))
         forget_memory()

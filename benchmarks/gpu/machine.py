@@ -19,7 +19,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from benchmarks.gpu.check import Answer, Check, Row, answer
-from benchmarks.gpu.measure import copy_rate, difference, seconds
+from benchmarks.gpu.measure import difference
+from benchmarks.harness.timing import copy_rate, single_seconds
 
 _ROWS, _DIM, _BAGS, _STEPS, _RATE, _EPS = 1000, 16, 400, 3, 0.1, 1e-8
 _LARGEST = 1e-5
@@ -48,17 +49,18 @@ def environment(check: Check) -> Answer:
         facts |= {"name": torch.cuda.get_device_name(device), "architecture": f"sm_{major}{minor}"}
         facts["devices"] = torch.cuda.device_count()
         facts["memory GB"] = torch.cuda.mem_get_info(device)[1] / 1e9
-    facts["copy GB/s"] = copy_rate(device, check.size(1 << 30, 1 << 20)) / 1e9
+    facts["copy GB/s"] = copy_rate(device, check.size(1 << 30, 1 << 20), repeats=10, warm=3) / 1e9
     width = check.size(8192, 256)
     square = torch.randn(width, width, device=device)
     for dtype in (torch.float32, torch.bfloat16):
         part = square.to(dtype)
-        taken = seconds(lambda part=part: part @ part)  # type: ignore[misc]
+        taken = single_seconds(lambda part=part: part @ part, repeats=10, warm=3)  # type: ignore[misc]
         facts[f"{str(dtype).removeprefix('torch.')} TFLOP/s"] = 2 * width**3 / taken / 1e12
     if check.on_cuda:
         host = torch.randn(check.size(1 << 28, 1 << 20)).pin_memory()
         target = torch.empty(host.shape, device=device)
-        facts["upload GB/s"] = 4 * host.numel() / seconds(lambda: target.copy_(host, non_blocking=True)) / 1e9
+        uploaded = single_seconds(lambda: target.copy_(host, non_blocking=True), repeats=10, warm=3)
+        facts["upload GB/s"] = 4 * host.numel() / uploaded / 1e9
     return answer(**facts)
 
 

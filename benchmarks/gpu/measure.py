@@ -1,13 +1,11 @@
-"""Times, differences, memory, and where the host waits for the device."""
+"""Differences, memory, and where the host waits for the device."""
 
 from __future__ import annotations
 
-import statistics
-import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,32 +16,6 @@ from torch import Tensor
 from benchmarks.gpu.check import ROOT
 
 OURS = ("embeddings", "trainer", "pipelines", "benchmarks")
-
-
-def wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(work: Callable[[], object], repeats: int = 10, warm: int = 3) -> float:
-    """Median of single calls, each between two waits for the device."""
-    for _ in range(warm):
-        work()
-    taken = []
-    for _ in range(repeats):
-        wait_for_device()
-        started = time.perf_counter()
-        work()
-        wait_for_device()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
-
-
-def copy_rate(device: torch.device, floats: int) -> float:
-    """Bytes a second that a copy reads and writes."""
-    source = torch.randn(floats, device=device)
-    target = torch.empty_like(source)
-    return 2 * 4 * floats / seconds(lambda: target.copy_(source))
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:

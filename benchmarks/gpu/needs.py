@@ -40,7 +40,7 @@ def pins() -> dict[str, str]:
     return found
 
 
-def imported() -> set[str]:
+def imported_names() -> set[str]:
     """The distributions whose modules are loaded once all steps are."""
     with quiet():
         for module in [*{step.module for step in STEPS.values()}, *_LATER]:
@@ -50,7 +50,7 @@ def imported() -> set[str]:
     return {normal(name) for top in tops for name in of_module.get(top, [])}
 
 
-def needed(names: Iterable[str], has: Iterable[str]) -> list[str]:
+def requirements(names: Iterable[str], has: Iterable[str]) -> list[str]:
     """Pins of those names that are pinned here and not there already."""
     known, there = pins(), {normal(name) for name in has}
     return [
@@ -65,7 +65,7 @@ def main(words: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--has", nargs="*", default=[], metavar="NAME")
-    print("\n".join(needed(imported(), parser.parse_args(words).has)))
+    print("\n".join(requirements(imported_names(), parser.parse_args(words).has)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.check import ROOT, Answer, Check, Row, answer, reason_of
+from benchmarks.gpu.check import ROOT, Answer, Check, Row, answer, each_way
 from benchmarks.gpu.logs import small_log
 from benchmarks.gpu.measure import difference, host_waits
 from tests.helpers.models import model_of
@@ -40,30 +40,30 @@ def presets(check: Check) -> Answer:
 
     Expected: logits within 1e-4, gradients within 1e-2 (by their norm), no wait at all.
     """
-    rows: list[Row] = []
     lines: Counter[str] = Counter()
-    for name in preset_names()[: check.size(100, 2)]:
-        try:
-            row, waited = compared(small_config(name, small_log(check)), check.device)
-            rows.append({"preset": name, **row})
-            lines.update(waited)
-        except Exception as error:
-            rows.append({"preset": name, "error": reason_of(error)})
+
+    def compare(name: str) -> Row:
+        row, waited = compare_devices(small_config(name, small_log(check)), check.device)
+        lines.update(waited)
+        return row
+
+    names = preset_names()[: check.size(100, 2)]
+    rows = each_way({name: name for name in names}, compare, key="preset")
     bad = [r["preset"] for r in rows if "error" in r or r["logits"] > _LOGITS or r["gradients"] > _GRADIENTS]
     return answer(rows, bad, **{f"waits at {line}": times for line, times in lines.most_common(20)})
 
 
-def compared(config: Config, device: torch.device) -> tuple[Row, Counter[str]]:
+def compare_devices(config: Config, device: torch.device) -> tuple[Row, Counter[str]]:
     """One training batch on both devices; -> differences, and the waits on the device by line."""
     model, batch = model_of(config), batch_of(config)
-    wanted = _learned(model, batch)
+    wanted = _learn(model, batch)
     model.to(device)
     # Its copy to the device is the loader's, not the model's.
     moved = batch.to(device)
     # The first pass on a device waits for what later ones find: handles of libraries, compiled kernels.
-    _learned(model, moved)
+    _learn(model, moved)
     with host_waits() as waited:
-        found = _learned(model, moved)
+        found = _learn(model, moved)
     logits, gradients = (difference(found[0], wanted[0]), _worst(found[1], wanted[1]))
     row = {
         "logits": logits,
@@ -79,7 +79,7 @@ def batch_of(config: Config) -> RequestBatch:
     return next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
 
 
-def _learned(model: TwoStageModel, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def _learn(model: TwoStageModel, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and all gradients, where the model is."""
     model.train().zero_grad()
     prediction = model(batch)

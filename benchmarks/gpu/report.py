@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.catalogue import STEPS
-from benchmarks.gpu.runner import quiet, shown
+from benchmarks.gpu.runner import cell_text, quiet
 
 Line = Mapping[str, Any]
 
@@ -106,14 +106,14 @@ def _found(line: Line) -> str:
 def _section(name: str, line: Line) -> list[str]:
     try:
         with quiet():
-            question, expected = STEPS[name].told()
+            question, expected = STEPS[name].docs()
     except ImportError:
         question = expected = ""
     lines = [f"## {name}", ""]
     lines += [question, ""] if question else []
     lines += [f"Expected: {expected}", ""] if expected else []
     facts = line.get("facts", {})
-    lines += [f"* {key}: {_cell(shown(value))}" for key, value in facts.items()]
+    lines += [f"* {key}: {_cell(cell_text(value))}" for key, value in facts.items()]
     rows = line.get("rows", [])
     if rows:
         lines += [""] if facts else []
@@ -125,7 +125,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Rows as Markdown; a key that some rows lack is an empty cell."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return [*head, *(f"| {' | '.join(_cell(shown(row.get(key, ''))) for key in columns)} |" for row in rows)]
+    return [
+        *head,
+        *(f"| {' | '.join(_cell(cell_text(row.get(key, ''))) for key in columns)} |" for row in rows),
+    ]
 
 
 def _cell(text: str) -> str:

@@ -50,7 +50,7 @@ def run(check: Check, names: Sequence[str], budget_s: float, command: Sequence[s
         folder.mkdir(parents=True, exist_ok=True)
     _preload(names)
     forks, failed, differ = True, 0, 0
-    done = _ended(check.out / "results.jsonl")
+    done = _ended_steps(check.out / "results.jsonl")
     with (check.out / "results.jsonl").open("a") as results:
         _write(results, {"run": about(check, command)})
         for name in names:
@@ -79,7 +79,7 @@ def run(check: Check, names: Sequence[str], budget_s: float, command: Sequence[s
     return failed + differ
 
 
-def _ended(results: Path) -> set[str]:
+def _ended_steps(results: Path) -> set[str]:
     """The steps that an earlier run into the same folder brought to their end."""
     if not results.exists():
         return set()
@@ -203,16 +203,18 @@ def about(check: Check, command: Sequence[str]) -> Line:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *command]),
-        "commit": _said("git", "rev-parse", "--short", "HEAD") or "unknown",
-        "changed": bool(_said("git", "status", "--porcelain", "--untracked-files=no")),
-        "device": _said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+        "commit": _output_of("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "changed": bool(_output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "device": _output_of(
+            "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
+        )
         or "cpu",
         "versions": versions(),
         "dry": check.dry,
     }
 
 
-def _said(*words: str) -> str:
+def _output_of(*words: str) -> str:
     try:
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -228,7 +230,7 @@ def short(line: Line) -> str:
     what = line.get("error") or line.get("skipped")
     if what is None:
         different = ", ".join(line.get("different", []))
-        facts = ", ".join(f"{name} {shown(value)}" for name, value in line.get("facts", {}).items())
+        facts = ", ".join(f"{name} {cell_text(value)}" for name, value in line.get("facts", {}).items())
         rows = line.get("rows", [])
         errors = [row["error"] for row in rows if "error" in row][:1]
         counted = f"{len(rows)} rows" if rows else ""
@@ -238,7 +240,7 @@ def short(line: Line) -> str:
     return f"{state:<4} {line['step']:<12} {line['seconds']:>6.1f} s  {what[:most]}"
 
 
-def shown(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A value of a table's cell."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

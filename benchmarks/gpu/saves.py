@@ -33,12 +33,12 @@ def saves(check: Check) -> Answer:
         for mode in ("sync", "async"):
             config = CheckpointConfig.model_validate({"mode": mode})
             with Saver(Path(folder) / mode, config, lambda line: None) as saver:
-                rows += [{"mode": mode, "save": step, **_saved(made, saver, step)} for step in (1, 2)]
+                rows += [{"mode": mode, "save": step, **_save(made, saver, step)} for step in (1, 2)]
     bad = [f"{row['mode']} {row['save']}" for row in rows if row["different"] or not row["changed meanwhile"]]
     return answer(rows, bad)
 
 
-def _saved(made: Job, saver: Saver, step: int) -> Row:
+def _save(made: Job, saver: Saver, step: int) -> Row:
     """Save, train on, and compare what was saved with what was there before."""
     before = made.tensors()
     started = time.perf_counter()

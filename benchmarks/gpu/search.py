@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.check import Answer, Check, Row, answer
-from benchmarks.gpu.made_up import full_windows, moved
-from benchmarks.gpu.measure import copy_rate, difference, forget_memory, memory, seconds
+from benchmarks.gpu.inputs import move_tensors
+from benchmarks.gpu.measure import difference, forget_memory, memory
 from benchmarks.gpu.plain_forms import without_kernels
+from benchmarks.harness.timing import copy_rate, single_seconds
+from benchmarks.inputs.windows import full_windows
 from trainer.model.retrieve.dot import DotSearch
 from trainer.model.retrieve.score import AttentionVectors, DotScorer
 from trainer.model.retrieve.search import Query
@@ -28,28 +30,28 @@ def search(check: Check) -> Answer:
     Expected: the trainer's at 0.70 or more of the copy rate (`different` names cases below that); a
     gathered copy alone cannot pass a third, for it reads, writes and reads again.
     """
-    copied = copy_rate(check.device, check.size(1 << 28, 1 << 18))
+    copied = copy_rate(check.device, check.size(1 << 28, 1 << 18), repeats=10, warm=3)
     rows: list[Row] = []
     for length in (1_000, 10_000) if not check.dry else (64,):
         for width in (16, 32, 64, 128) if not check.dry else (16,):
             count = max(2, check.size(_FLOATS, 1 << 14) // (length * width))
             windows, raw = full_windows(count, _CANDIDATES, length, width)
-            windows, raw = moved(windows, check.device), moved(raw, check.device)
-            rows += _measured(check, windows, raw, copied)
+            windows, raw = move_tensors(windows, check.device), move_tensors(raw, check.device)
+            rows += _measure(check, windows, raw, copied)
             del windows, raw
             forget_memory()
-            check.keep(_judged(check, rows, copied))
-    return _judged(check, rows, copied)
+            check.keep(_judge(check, rows, copied))
+    return _judge(check, rows, copied)
 
 
-def _measured(check: Check, windows: Windows, raw: AttentionVectors, copied: float) -> list[Row]:
+def _measure(check: Check, windows: Windows, raw: AttentionVectors, copied: float) -> list[Row]:
     """All ways of one case, and whether they keep the same scores."""
     length, width = windows.index.shape[1], raw.key_ND.shape[1]
     needed, rows = raw.key_ND.numel() * raw.key_ND.element_size(), []
     wanted = _by_slices(windows, raw).sort(dim=1).values
     for name, run in _ways(windows, raw).items():
         apart = difference(run().sort(dim=1).values, wanted)
-        taken = seconds(run, check.size(10, 1), check.size(3, 1))
+        taken = single_seconds(run, check.size(10, 1), check.size(3, 1))
         rows.append(
             {
                 "L": length,
@@ -72,7 +74,7 @@ def _ways(windows: Windows, raw: AttentionVectors) -> Mapping[str, Callable[[], 
 
     @torch.no_grad()
     def ours() -> Tensor:
-        kept = DotSearch(_K)(Query(scorer, vectors, raw, moved(windows, raw.key_ND.device)))
+        kept = DotSearch(_K)(Query(scorer, vectors, raw, move_tensors(windows, raw.key_ND.device)))
         score: Tensor = scorer.of_kept(vectors, kept)[:, 0]
         return score
 
@@ -106,7 +108,7 @@ def _by_slices(windows: Windows, raw: AttentionVectors) -> Tensor:
     return score.flatten(0, 1).topk(_K, dim=1).values
 
 
-def _judged(check: Check, rows: list[Row], copied: float) -> Answer:
+def _judge(check: Check, rows: list[Row], copied: float) -> Answer:
     wrong = [f"{row['way']}, L {row['L']}, D {row['D']}" for row in rows if row["difference"] > 1e-4]
     ours = [row for row in rows if row["way"] == "the trainer's"]
     slow = [f"L {row['L']}, D {row['D']}" for row in ours if row["of copy"] < _AIM]

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.gpu.check import ROOT, Answer, Check, Row, answer
+from benchmarks.gpu.inputs import steps_of
 from benchmarks.gpu.loops import Way, loops_of
-from benchmarks.gpu.made_up import steps_of
-from benchmarks.gpu.measure import forget_memory, memory, wait_for_device
-from benchmarks.grid import Cell
+from benchmarks.gpu.measure import forget_memory, memory
+from benchmarks.harness.timing import wait_for_device
+from benchmarks.inputs.cells import Cell
 from trainer.data.batch import pinning
 from trainer.ranks.process_group import process_group
 
@@ -49,7 +50,7 @@ def segments(check: Check) -> Answer:
     return answer(rows, [row["way"] for row in rows if "error" in row])
 
 
-def measured(dry: bool) -> Row:
+def measure(dry: bool) -> Row:
     """Steps of unequal size in turn; peaks of memory, and milliseconds of a step."""
     users: Sequence[int] = _TINY if dry else _USERS
     cells = [
@@ -73,4 +74,4 @@ def measured(dry: bool) -> Row:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured("--dry" in sys.argv)))
+    print(json.dumps(measure("--dry" in sys.argv)))

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.caches import Place, placed
-from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of
+from benchmarks.gpu.caches import Place, place_tables
+from benchmarks.gpu.check import Answer, Check, Row, answer, each_way
 from benchmarks.gpu.measure import memory
 from benchmarks.gpu.training import small_job
 from embeddings.errors import DataError
@@ -70,7 +70,7 @@ def reference(check: Check) -> Answer:
 
     Expected: it ends; the numbers are kept, not judged.
     """
-    losses, scores = _trained(check, "none", [])
+    losses, scores = _train(check, "none", [])
     _reference_file(check).write_text(json.dumps({"losses": losses, "scores": scores}))
     return answer(**{"first loss": losses[0], "last loss": losses[-1], "scores": len(scores)})
 
@@ -82,21 +82,20 @@ def sharded(check: Check) -> Answer:
     Expected: losses within 1e-3 of the CPU's (relative), within 5e-2 where something is rounded to 16 bits.
     """
     wanted = json.loads(_reference_file(check).read_text())
-    rows: list[Row] = []
-    for name, (kind, settings, limit) in {**WAYS, **(CACHED_WAYS if check.on_cuda else {})}.items():
-        if check.dry and name not in _DRY:
-            continue
-        try:
-            with placed(Place("fused")):
-                losses, scores = _trained(check, kind, settings)
-            loss, score = _relative(losses, wanted["losses"]), _largest(scores, wanted["scores"])
-            rows.append({"way": name, "loss": loss, "score": score, "alike": loss <= limit})
-        except Exception as error:
-            rows.append({"way": name, "alike": False, "error": reason_of(error)})
-    return answer(rows, [row["way"] for row in rows if not row["alike"]], **memory())
+    ways = {**WAYS, **(CACHED_WAYS if check.on_cuda else {})}
+
+    def compare(way: tuple[str, Sequence[str], float]) -> Row:
+        kind, settings, limit = way
+        with place_tables(Place("fused")):
+            losses, scores = _train(check, kind, settings)
+        loss, score = _relative(losses, wanted["losses"]), _largest(scores, wanted["scores"])
+        return {"loss": loss, "score": score, "alike": loss <= limit}
+
+    rows = each_way({name: way for name, way in ways.items() if name in _DRY or not check.dry}, compare)
+    return answer(rows, [row["way"] for row in rows if not row.get("alike")], **memory())
 
 
-def _trained(check: Check, kind: str, settings: Sequence[str]) -> tuple[list[float], list[float]]:
+def _train(check: Check, kind: str, settings: Sequence[str]) -> tuple[list[float], list[float]]:
     with tempfile.TemporaryDirectory() as folder, process_group(_TIMEOUT_S) as ranks:
         made = small_job(check, ranks, Path(folder), kind, settings)
         losses = made.train(islice(made.reader("train", _SEED).steps(), _STEPS))
@@ -122,17 +121,12 @@ def midepoch(check: Check) -> Answer:
     if check.on_cuda:
         ways["sparse_dist, cached tables"] = "sparse_dist", CACHED
         ways["prefetch, cached tables"] = "prefetch", [*CACHED, 'train.pipeline="prefetch"']
-    rows: list[Row] = []
-    for name, (kind, settings) in ways.items():
-        try:
-            with placed(Place("fused_uvm_caching")):
-                rows.append({"way": name, **_interrupted(check, kind, settings)})
-        except Exception as error:
-            rows.append({"way": name, "error": reason_of(error)})
+    with place_tables(Place("fused_uvm_caching")):
+        rows = each_way(ways, lambda way: _interrupt(check, *way))
     return answer(rows, [row["way"] for row in rows if "error" in row or row["loss"] > 1e-5])
 
 
-def _interrupted(check: Check, kind: str, settings: Sequence[str]) -> Row:
+def _interrupt(check: Check, kind: str, settings: Sequence[str]) -> Row:
     found = []
     for after in (None, 4):
         with tempfile.TemporaryDirectory() as folder, process_group(_TIMEOUT_S) as ranks:
@@ -146,11 +140,11 @@ def guard(check: Check) -> Answer:
 
     Expected: both pipelines stop with an error that names the loss; no tensor has changed by a bit.
     """
-    rows = [_stopped(check, kind) for kind in ("none", "sparse_dist")]
+    rows = [_stop(check, kind) for kind in ("none", "sparse_dist")]
     return answer(rows, [row["pipeline"] for row in rows if "the loss" not in row["said"] or row["changed"]])
 
 
-def _stopped(check: Check, kind: str) -> Row:
+def _stop(check: Check, kind: str) -> Row:
     """Two steps, then a bad one: what is said, and how many tensors it has changed."""
     with tempfile.TemporaryDirectory() as folder, process_group(_TIMEOUT_S) as ranks:
         made = small_job(check, ranks, Path(folder), kind)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of
 from benchmarks.gpu.loops import Loops, Way, loops_of
-from benchmarks.grid import Cell
+from benchmarks.inputs.cells import Cell
 from trainer.ranks.process_group import Ranks, process_group
 
 _AIM = 0.95
@@ -52,8 +52,8 @@ def step(check: Check) -> Answer:
                         waits[f"waits a step, {name}, {line}"] = times / len(loops.steps)
             except Exception as error:
                 rows.append({"cell": name, "error": reason_of(error)})
-            check.keep(_judged(check, rows, waits))
-    return _judged(check, rows, waits)
+            check.keep(_judge(check, rows, waits))
+    return _judge(check, rows, waits)
 
 
 def _of_cell(name: str, loops: Loops, ranks: Ranks) -> list[Row]:
@@ -61,12 +61,12 @@ def _of_cell(name: str, loops: Loops, ranks: Ranks) -> list[Row]:
     bare = loops.bare()
     rows: list[Row] = [{**cell, "way": "bare TorchRec", **bare, "of bare": 1.0}]
     for way in WAYS:
-        found = loops.trained(way)
+        found = loops.train_steps(way)
         rows.append({**cell, "way": way.name, **found, "of bare": found["samples/s"] / bare["samples/s"]})
     return rows
 
 
-def _judged(check: Check, rows: list[Row], waits: dict[str, float]) -> Answer:
+def _judge(check: Check, rows: list[Row], waits: dict[str, float]) -> Answer:
     failed = [row["cell"] for row in rows if "error" in row]
     slow = [row["cell"] for row in rows if row.get("way") == "sparse_dist" and row["of bare"] < _AIM]
     return answer(rows, failed if check.dry else [*failed, *slow], **waits)

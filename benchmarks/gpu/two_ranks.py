@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.gpu.check import Answer, Check, Row, answer, reason_of, skipped
 from benchmarks.gpu.loops import Loops, Way, loops_of
-from benchmarks.grid import Cell
+from benchmarks.inputs.cells import Cell
 from embeddings.lookup.sharded import ShardedBags
 from tests.helpers.forked import fork_ranks
 from trainer.ranks.process_group import Ranks, sum_over_ranks
@@ -67,7 +67,7 @@ def _rank(check: Check, ranks: Ranks, padded: bool, folder: Path) -> None:
         if ranks.device.type == "cuda":
             pad(loops.job.sharded.model, padded)
         loss = _loss(loops, ranks)
-        found = loops.trained(Way("sparse_dist"))
+        found = loops.train_steps(Way("sparse_dist"))
     (folder / f"rank-{ranks.rank}.json").write_text(json.dumps({"loss": loss, **found}))
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.planted.kept import kept_behaviors
 from pipelines.synth.kinds import Kind
 from pipelines.synth.log import Behaviors
 from trainer.data.batch import RequestBatch
@@ -64,6 +63,25 @@ def planted_recall(
     return measure(list(zip(weights, kept, strict=True)))
 
 
+@torch.no_grad()
+def kept_behaviors(model: nn.Module, batch: RequestBatch) -> tuple[Tensor, Tensor]:
+    """-> index [C, K'] into the batch's behaviors and mask [C, K'], of all branches and heads side by side.
+
+    Args:
+        model: a `TwoStageModel`, or what wraps it for training.
+    """
+    inner: Any = getattr(model, "module", model)
+    searched = inner.searched(batch).items()
+    # A model of whole windows searches nothing: each candidate keeps all of its window.
+    kept = [
+        each.windows.of_candidates() if inner.branches[name].sequence.on_windows else each.kept
+        for name, each in searched
+    ]
+    count = batch.candidates
+    index = torch.cat([each.index.reshape(count, -1) for each in kept], dim=1)
+    return index, torch.cat([each.mask.reshape(count, -1) for each in kept], dim=1)
+
+
 def measure(parts: list[tuple[Floats, Bools]]) -> Recall:
     """`parts` are pairs of |worth| [C, L'] (newest first, 0 where there is none) and what is kept [C, L']."""
     k = max(int(kept.sum(axis=1).max(initial=0)) for _, kept in parts)
@@ -96,7 +114,7 @@ def _columns(parts: list[tuple[Floats, Bools]], k: int) -> Iterator[tuple[Floats
 
 
 def worth(batch: RequestBatch, kind: Kind, seed: int) -> Floats:
-    """What each visible behavior is worth to each candidate, [C, L'], newest first; 0 beyond the window."""
+    """The worth of each visible behavior to each candidate, [C, L'], newest first; 0 beyond the window."""
     request, n = batch.candidate_request, batch.behaviors
     start, end = batch.window_start[request], batch.window_end[request]
     step = torch.arange(int((end - start).max()))
@@ -112,7 +130,7 @@ def worth(batch: RequestBatch, kind: Kind, seed: int) -> Floats:
 
 
 def kept_places(batch: RequestBatch, index: Ints, mask: Bools, shape: tuple[int, ...]) -> Bools:
-    """Which places of a window, bool [C, L'] = `shape`, newest first, are among the kept behaviors."""
+    """Whether the behavior at each place of a window is kept: bool [C, L'] = `shape`, newest first."""
     row, column = np.nonzero(mask)
     if batch.retrieval is None:
         place = _array(batch.window_end[batch.candidate_request])[row] - 1 - index[row, column]

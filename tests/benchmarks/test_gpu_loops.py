@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu import loops
 from benchmarks.gpu.caches import TINY
-from benchmarks.loops import timed
+from benchmarks.harness.timing import seconds_of
 from trainer.data.batch import RequestBatch
 
 
@@ -40,5 +40,5 @@ def test_what_a_device_has_still_to_do_is_timed(started: bool, monkeypatch: pyte
     told: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
-    timed(lambda: told.append("work"))
+    seconds_of(lambda: told.append("work"))
     assert told == (["wait", "work", "wait"] if started else ["work"])

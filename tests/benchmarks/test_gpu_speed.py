@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from benchmarks.gpu import runner
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.catalogue import STEPS, Step, chosen
+from benchmarks.gpu.catalogue import STEPS, Step, choose
 from benchmarks.gpu.check import Answer, Check, answer
-from benchmarks.gpu.needs import needed, pins
+from benchmarks.gpu.needs import pins, requirements
 from benchmarks.gpu.report import name_of, table, write_page
 from benchmarks.gpu.shrink import entries, fat_binaries, keep_one
-from tests.helpers.gpu_steps import Lines, checked
+from tests.helpers.gpu_steps import Lines, run_check
 
 NO_KERNEL = "ValueError: no such kernel"
 # Python 3.12 warns of every fork beside threads; these children only wait or end.
@@ -31,12 +31,12 @@ FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lines, str]:
-    return checked(tmp_path_factory.mktemp("check"), "--dry", "--budget", "560", "speed", timeout=580)
+    return run_check(tmp_path_factory.mktemp("check"), "--dry", "--budget", "560", "speed", timeout=580)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("step", chosen(["speed"]))
+@pytest.mark.parametrize("step", choose(["speed"]))
 def test_a_step_runs_dry(step: str, found: tuple[Lines, str]) -> None:
     lines, said = found
     line = lines[step]
@@ -303,5 +303,5 @@ def test_bytes_that_are_no_entries_are_refused() -> None:
 
 def test_what_is_carried_is_pinned_as_here_and_not_there_already() -> None:
     names = ["pydantic", "pydantic-core", "numpy", "torch", "torchrec", "not-pinned-here"]
-    assert needed(names, has=["NumPy"]) == [pins()["pydantic"], pins()["pydantic-core"]]
+    assert requirements(names, has=["NumPy"]) == [pins()["pydantic"], pins()["pydantic-core"]]
     assert pins()["pydantic-core"].startswith("pydantic_core==")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.refresh import refresh
+from benchmarks.harness.refresh import refresh
 
 PAGE = """# Title
 

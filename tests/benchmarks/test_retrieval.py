@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.information import count_truths, places, read_shown
-from benchmarks.planted.kept import kept_behaviors
-from benchmarks.retrieval import Ranked, quality, ranked, references
+from benchmarks.planted.recall import kept_behaviors
+from benchmarks.retrieval.information import count_truths, places, read_impressions
+from benchmarks.retrieval.ranking import Ranking, quality, rank, references
 from tests.helpers.logs import FEATURES
 from tests.helpers.models import batch_of, model_of, preset, small_log
 from trainer.config.sections import DataConfig
@@ -54,7 +54,7 @@ def test_the_truth_is_that_of_counting_one_candidate_at_a_time(log: Path, pooled
             for place, held in enumerate(window):
                 present[target, held, int(bins[place]), clicked] += 1
                 total[target, int(bins[place]), clicked] += 1
-    truths = count_truths(read_shown(reader(log), FEATURE, LENGTH, ROWS), ROWS)
+    truths = count_truths(read_impressions(reader(log), FEATURE, LENGTH, ROWS), ROWS)
     truth = truths["pooled" if pooled else "exact"]
     assert dict(shown) == {t: n for t, n in enumerate(truth.shown.tolist()) if n}
     assert truth.gain.shape == (ROWS, ROWS, bins[-1] + 1)
@@ -74,9 +74,9 @@ def test_places_pool_to_powers_of_two() -> None:
     assert places(3, pooled=False).tolist() == [0, 1, 2]
 
 
-def made(score: list[float], order: list[int]) -> Ranked:
+def made(score: list[float], order: list[int]) -> Ranking:
     window = np.where(np.isfinite(score), 1, -1)
-    return Ranked(np.array([1]), window[None], np.array([score]), np.array([order]))
+    return Ranking(np.array([1]), window[None], np.array([score]), np.array([order]))
 
 
 def test_quality_at_its_ends_and_by_hand() -> None:
@@ -99,7 +99,7 @@ def test_quality_at_its_ends_and_by_hand() -> None:
 def test_ranked_is_the_order_of_the_models_own_scores(log: Path, name: str) -> None:
     config = preset(name, log)
     model, batch = model_of(config).eval(), batch_of(config)
-    seen = ranked(model, batch, FEATURE)
+    seen = rank(model, batch, FEATURE)
     k = config.model.k
     length = (batch.window_end - batch.window_start)[batch.candidate_request].numpy()
     assert 0 < seen.target.size == (length > k).sum() < length.size
@@ -117,7 +117,7 @@ def test_ranked_is_the_order_of_the_models_own_scores(log: Path, name: str) -> N
 
 def test_references_know_places_and_categories_alone() -> None:
     window = np.array([[3, 1, 3, 2, -1, -1]])
-    seen = Ranked(np.array([3]), window, np.zeros((1, 6)), np.zeros((1, 2), dtype=int))
+    seen = Ranking(np.array([3]), window, np.zeros((1, 6)), np.zeros((1, 2), dtype=int))
     found = references(seen, np.random.default_rng(0))
     assert found["newest first"].order.tolist() == [[0, 1]]
     assert found["same category, newest first"].order.tolist() == [[0, 2]]

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.gpu.made_up import full_windows, moved
+from benchmarks.gpu.inputs import move_tensors
 from benchmarks.gpu.measure import difference
+from benchmarks.inputs.windows import full_windows
 from tests.helpers.models import drawing, drawn_vectors, drawn_windows
 from trainer.model.ops import bags, top
 from trainer.model.retrieve.dot import DotSearch
@@ -73,9 +74,9 @@ def test_a_search_keeps_the_same_scores(windows: int, length: int, k: int, full:
         raw = drawn_vectors(drawing(seed + 1), 16, 3 * windows, behaviors=max(length, 24))
     scorer, found = DotScorer(None, None, 1, None, None), []
     for device in (torch.device("cpu"), CUDA):
-        mine = moved(raw, device)
+        mine = move_tensors(raw, device)
         vectors = scorer.encode(mine)
-        kept = DotSearch(k)(Query(scorer, vectors, mine, moved(there, device)))
+        kept = DotSearch(k)(Query(scorer, vectors, mine, move_tensors(there, device)))
         assert kept.mask.sum(1).tolist() == there.mask.sum(1).clamp(max=k)[there.of_candidate].tolist()
         found.append(scorer.of_kept(vectors, kept)[:, 0].masked_fill(~kept.mask, 0).sort(dim=1).values)
     assert difference(found[1], found[0]) < 1e-5

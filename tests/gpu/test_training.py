@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.caches import Place, placed
+from benchmarks.gpu.caches import Place, place_tables
 from benchmarks.gpu.check import Check
 from benchmarks.gpu.logs import small_log
 from benchmarks.gpu.measure import host_waits
@@ -70,7 +70,7 @@ def test_pipelines_and_caches_train_as_the_plain_loop_does(
     """With an evaluation in the midst, and a second epoch after it."""
     found = []
     for way, more in (("none", []), (kind, settings)):
-        with placed(Place("fused")), process_group(60) as ranks:
+        with place_tables(Place("fused")), process_group(60) as ranks:
             made = small_job(check, ranks, tmp_path, way, more)
             losses = made.train_and_pause(islice(made.reader("train", SEED).steps(), STEPS), after=4)
             scores = made.scores()

@@ -20,7 +20,7 @@ def lines_of(out: Path) -> Lines:
     return {line["step"]: line for line in found if "step" in line}
 
 
-def checked(folder: Path, *words: str, timeout: float) -> tuple[Lines, str]:
+def run_check(folder: Path, *words: str, timeout: float) -> tuple[Lines, str]:
     """`python -m benchmarks.gpu WORDS` with its results in a folder; -> the lines, and what was printed."""
     places = ["--out", str(folder / "out"), "--work", str(folder / "work")]
     done = subprocess.run(

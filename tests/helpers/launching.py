@@ -32,7 +32,7 @@ SERVER.set_forkserver_preload(
             f"pipelines.{verb}"
             for verb in ("train", "evaluate", "export", "score", "ingest.ingest", "plan.plan")
         ),
-        "benchmarks.bench",
+        *(f"benchmarks.{name}" for name in ("step", "scaling", "quality", "search")),
         "launch.reporting",
         "tests.helpers.logs",
         "tests.programs.drive",

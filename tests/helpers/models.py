@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inputs.tables import initialise_unsharded
 from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import Shape, random_rows, write_log
-from tests.helpers.tables import initialise_unsharded
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader

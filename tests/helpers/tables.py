@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from embeddings.first_rows import initial_rows_, table_seed
-from embeddings.groups import TableGroup
-from embeddings.lookup.sharding import table_of
 from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
-
-
-def initialise_unsharded(model: nn.Module, groups: Mapping[str, TableGroup], seed: int) -> None:
-    """Give plain, unsharded tables the weights they would start with under any plan."""
-    for group in groups.values():
-        for table in group.tables:
-            name = group.table_name(table.feature)
-            for parameter, weight in model.named_parameters():
-                if table_of(parameter) == name or parameter.endswith(f".{name}"):
-                    initial_rows_(weight.data, table_seed(seed, name), group.first)
 
 
 def whole_tensor(weight: Tensor | ShardedTensor) -> Tensor:

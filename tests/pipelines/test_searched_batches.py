@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.rivals.brute_force_search import hierarchical_search_reference
 from embeddings.errors import ConfigError
-from tests.helpers.brute_force_search import hierarchical_search_reference
 from tests.helpers.launching import train
 from tests.helpers.logs import CONTEXT, FEATURES, RICH, enrich, random_rows, small_log, write_log
 from tests.trainer.model.test_frame import model_of

@@ -31,7 +31,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.exchanged import Exchanged
+from benchmarks.harness.collectives import CollectiveCounter
 from embeddings.lookup.rounding import Comms, codecs_of
 
 # The dense kernel would return a row for every empty bag of a sequence.
@@ -66,7 +66,7 @@ def sharded(kind: str, place: Any, rows: int, dim: int, comms: Comms) -> Distrib
 
 def count(model: nn.Module, kind: str, bags: KeyedJaggedTensor) -> list[int]:
     """Bytes of one forward and backward, over all ranks."""
-    with Exchanged() as exchanged:
+    with CollectiveCounter() as exchanged:
         got = model.e(bags)
         vectors = got.values() if kind == "bag" else got["f"].values()
         forward = len(exchanged.sent)

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.exchanged import Exchanged
+from benchmarks.harness.collectives import CollectiveCounter
 from pipelines.console import quiet_third_parties
 from tests.programs.step_cases import job
 from trainer.data.reader import Step
@@ -27,7 +27,7 @@ from trainer.ranks.process_group import process_group
 COUNTED = 3
 
 
-class Counted(Exchanged):
+class Counted(CollectiveCounter):
     """Besides, every operator that torch's dispatcher is asked for: a kernel launch each, or a view."""
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from benchmarks.inputs.tables import initialise_unsharded
 from embeddings.first_rows import FirstWeights
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection, weight_name
@@ -31,7 +32,6 @@ from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.optimizers import FusedOptimizer
 from embeddings.plan.planner import make_plan
 from embeddings.plan.request import PlanRequest
-from tests.helpers.tables import initialise_unsharded
 from tests.programs.unique_indices import unique_indices_on_cpu
 from trainer.assemble import cluster_of
 from trainer.ranks.process_group import Ranks, process_group

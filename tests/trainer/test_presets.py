@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.inputs.tables import initialise_unsharded
 from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.launching import ROOT, launched
 from tests.helpers.logs import Shape, random_rows, write_log
-from tests.helpers.tables import initialise_unsharded
 from tests.programs.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.data.reader import SequenceLogReader

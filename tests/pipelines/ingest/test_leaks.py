@@ -1,6 +1,6 @@
 """No request sees the future: noise in its place, in a log and in raw events, changes no batch of the past.
 
-The tool that runs on real data (benchmarks/leaks.py, figures in benchmarks/leaks.md) on small logs. Each test
+The tool that runs on real data (benchmarks/leaks/, figures in benchmarks/leaks.md) on small logs. Each test
 has a control, where the noise begins with the newest behavior that a request does see.
 """
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.leaks import Tail, compare_ingest, compare_log
+from benchmarks.leaks.event_noise import Tail, compare_ingest
+from benchmarks.leaks.log_noise import compare_log
 from pipelines.ingest.config import IngestConfig
 from tests.helpers import rawlogs
 from tests.helpers.logs import Shape, enrich, random_rows, write_log

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.brute_force_search import hierarchical_search_reference
+from benchmarks.rivals.brute_force_search import hierarchical_search_reference
 from trainer.data.hard_search import SearchResult, hierarchical_search
 
 Inputs = dict[str, Any]

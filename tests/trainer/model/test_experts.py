@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inputs.tables import initialise_unsharded
 from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.logs import FEATURES, random_rows, write_log
-from tests.helpers.tables import initialise_unsharded
 from tests.trainer.model.test_frame import batch_of, config
 from trainer.assemble import build_model
 from trainer.config.model import RolesConfig

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inputs.tables import initialise_unsharded
 from embeddings.groups import TableGroup
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
-from tests.helpers.tables import initialise_unsharded
 from trainer.assemble import build_model
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader

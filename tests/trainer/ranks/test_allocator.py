@@ -12,7 +12,7 @@ from tests.helpers.launching import ROOT
 COUNT = """
 import resource
 from pathlib import Path
-from benchmarks.scaling_cost import Point, training_step
+from benchmarks.scaling import Point, training_step
 from trainer.ranks.process_group import process_group
 with process_group() as ranks:
     step = training_step(Point(length=2_000), 7, ranks, Path("."))

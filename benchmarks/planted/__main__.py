@@ -1,25 +1,35 @@
-"""Trains presets on a planted log and compares them with its oracle.
+"""Presets on a planted log beside its oracle, and how much of the planted signal the search keeps
 
-    python -m benchmarks.planted.run --kind relevance --config configs/dare.toml --config configs/twin.toml \
+    tandemrec bench planted --kind relevance --config configs/dare.toml --config configs/twin.toml \
         --seeds 1,2,3 --set model.k=20 --out runs/planted --jobs 2 --title "DARE and TWIN"
 
-The log is written to OUT/<kind>-<log seed> unless it is there. Runs are made as `benchmarks.models` makes
-them, and resumed as it does. Besides AUC the table shows how much of the planted signal the search keeps
-(`benchmarks.planted.recall`). The section of this title in benchmarks/planted/README.md is replaced.
+The log is written to OUT/<kind>-<log seed> unless it is there. Runs are made and resumed as
+`tandemrec bench models` does it. The section of this title in benchmarks/planted/README.md is replaced.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from benchmarks.models import Record, by_preset, environment_line, make_job, parser, run_all, run_one, spread
+from benchmarks.harness.options import Options, own_command
+from benchmarks.harness.report import Report, markdown
+from benchmarks.models import Record, add_options, by_preset, environment_line, mean, run_all, run_one
+from benchmarks.planted.recall import planted_recall
+from pipelines.start import open_split
+from pipelines.synth.kinds import KINDS
+from pipelines.synth.synth import synth
+from trainer.checkpoint.restore import restore
+from trainer.config.sections import SearchConfig
+from trainer.data.reader import SequenceLogReader
+from trainer.log.schema import is_sequence_log, read_manifest
+from trainer.ranks.process_group import process_group
+from trainer.run_folder import RunFolder
 
 README = Path(__file__).with_name("README.md")
 INTRODUCTION = """# Planted logs
@@ -34,15 +44,6 @@ KEPT = "kept.json"
 
 def measure_kept(run: Path, facts: dict[str, Any]) -> None:
     """Leave the recall of a trained run's search on the test split in `kept.json`."""
-    from benchmarks.planted.recall import planted_recall
-    from pipelines.start import open_split
-    from pipelines.synth.kinds import KINDS
-    from trainer.checkpoint.restore import restore
-    from trainer.config.sections import SearchConfig
-    from trainer.data.reader import SequenceLogReader
-    from trainer.ranks.process_group import process_group
-    from trainer.run_folder import RunFolder
-
     with process_group() as ranks:
         restored = restore(RunFolder(run), ranks)
         config = restored.config
@@ -50,15 +51,12 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
         data = config.data.model_copy(update={"search": SearchConfig()})
         whole = SequenceLogReader(data, "test", None)
         kind = KINDS[facts["kind"]]
-        found = planted_recall(restored.sharded.model, reader, whole, kind, facts["seed"])
-    (run / KEPT).write_text(json.dumps(asdict(found)), encoding="utf-8")
+        recall = planted_recall(restored.sharded.model, reader, whole, kind, facts["seed"])
+    (run / KEPT).write_text(json.dumps(asdict(recall)), encoding="utf-8")
 
 
 def planted_log(out: Path, kind: str, seed: int, users: int) -> Path:
     """The log of these arguments, written if it is not there."""
-    from pipelines.synth.synth import synth
-    from trainer.log.schema import is_sequence_log
-
     name = f"{kind}-{seed}" + (f"-{users}" if users else "")
     log = (out / name).absolute()
     if not is_sequence_log(log):
@@ -85,21 +83,20 @@ def section(title: str, kind: str, records: Sequence[Record], oracle: dict[str, 
         values = [[r["validation"]["auc"] for r in same]]
         values += [[r["test"][name] for r in same] for name in ("auc", "gauc", "logloss")]
         values += [[r["extra"][name] for r in same] for name in ("share", "recall")]
-        rows.append([preset, same[0]["tables"], str(len(same)), *map(spread, values)])
+        rows.append([preset, same[0]["tables"], str(len(same)), *map(mean, values)])
     first = records[0]["extra"]
     references = (
         f"Of {first['rows']:,} candidates with at least 3 relevant behaviors; the newest {first['k']} hold "
         f"{first['share_newest']:.4f} of their signal, {first['k']} at random {first['share_random']:.4f}."
     )
-    samples, wall = records[0]["samples"], statistics.fmean(r["wall_s"] for r in records)
+    samples, wall = records[0]["samples"], fmean(r["wall_s"] for r in records)
     lines = [
         f"## {title}",
         "",
         f"Kind `{kind}`, {samples:,} samples, {wall:.0f} s of training on average.",
         "",
     ]
-    lines += ["| " + " | ".join(head) + " |", "|---|---|--:" + "|--:" * (len(head) - 3) + "|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), "", references]
+    return [*lines, *markdown(head, rows), "", references]
 
 
 def put_section(path: Path, title: str, lines: Sequence[str]) -> None:
@@ -117,39 +114,29 @@ def shown_words(words: Sequence[str]) -> list[str]:
     return [*words[:place], *words[place + 2 :]]
 
 
-def main() -> None:
-    options = parser()
+def main(words: Sequence[str]) -> None:
+    options = Options("planted", __doc__)
+    add_options(options)
     options.add_argument("--kind", default="relevance")
     options.add_argument("--log-seed", type=int, default=7)
     options.add_argument("--users", type=int, default=0)
     options.add_argument("--title", default="")
     options.add_argument("--readme", type=Path, default=README, help="where the table goes")
-    given = options.parse_args()
+    given = options.read(words)
     if given.one:
-        run_one(given.one, given.out, given.overrides, given.threads)
-        from trainer.log.schema import read_manifest
-        from trainer.run_folder import RunFolder
-
+        run_one(given)
         log = RunFolder(given.out).read_config().data.log
         measure_kept(given.out, read_manifest(log).ingest["synth"])
         return
-    from trainer.log.schema import read_manifest
-
     log = planted_log(given.out, given.kind, given.log_seed, given.users)
     manifest = read_manifest(log)
-    length = f"data.history_length={manifest.ingest['synth']['history_length']}"
-    overrides = [length, *given.overrides]
-    seeds = [int(seed) for seed in given.seeds.split(",")]
-    jobs = [make_job(preset, log, overrides, seed) for preset in given.config for seed in seeds]
-    command = [sys.executable, "-m", "benchmarks.planted.run"]
-    records = run_all(jobs, given.out, given.jobs, given.threads, command, extra=KEPT)
+    overrides = [f"data.history_length={manifest.ingest['synth']['history_length']}", *given.overrides]
     title = given.title or given.kind
-    lines = section(title, given.kind, records, manifest.report["oracle"])
-    shown = f"    python -m benchmarks.planted.run {shlex.join(shown_words(sys.argv[1:]))}"
-    lines += [environment_line(records, given.jobs), "", shown]
-    print("\n".join(lines))
+    report = Report(given, title, seed=given.log_seed, n=len(given.seeds.split(",")))
+    report.rows = run_all(log, overrides, given, own_command("planted"), extra=KEPT)
+    lines = section(title, given.kind, report.rows, manifest.report["oracle"])
+    shown = f"    tandemrec bench planted {shlex.join(shown_words(words))}"
+    lines += [environment_line(report.rows, given.jobs), "", shown]
+    report.lines(lines)
     put_section(given.readme, title, lines)
-
-
-if __name__ == "__main__":
-    main()
+    report.close()

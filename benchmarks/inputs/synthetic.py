@@ -24,11 +24,11 @@ _SECONDS_APART = 3_600
 
 @dataclass(frozen=True)
 class Shape:
-    """What a made-up step holds.
+    """The shape of a made-up step.
 
     Attributes:
-        items, categories: ids that occur; id 0 never does.
-        spread: an id times this is the row it stands for, so that the same rows may lie in a larger table.
+        items, categories: how many ids occur; id 0 never does.
+        spread: the row of an id is the id times this, so that the same rows may lie in a larger table.
         length: L, behaviors that every request sees.
         users: of the step; requests: of each user; candidates: of each request.
         apart: behaviors between two requests of a user. As in DARE's data (19 targets at distance 3, 8, ...,
@@ -49,7 +49,7 @@ class Shape:
         return self.users * self.requests * self.candidates
 
     def manifest(self) -> LogManifest:
-        """Of the log that these steps could have come from."""
+        """The manifest of a log that these steps could have come from."""
         rows = {ITEM: self.items * self.spread + 1, CATEGORY: self.categories + 1}
         return LogManifest(
             features={name: FeatureInfo(rows=count) for name, count in rows.items()},
@@ -103,7 +103,7 @@ class Draws:
 
 
 def row_per_sample(rows: UserRows) -> UserRows:
-    """The same samples, each candidate a request of its own."""
+    """The same samples with each candidate in a request of its own."""
     counts = np.diff(rows.candidate_offsets)
     total = int(counts.sum())
     per_user = np.add.reduceat(counts, rows.request_offsets[:-1])
@@ -130,7 +130,7 @@ def as_batch(
 
 
 def padded(rows: UserRows, length: int) -> tuple[Ints, Ints]:
-    """What row-wise code trains on: history [2, C, L], newest first, 0 where there is none; targets [2, C].
+    """The input of row-wise code: history [2, C, L], newest first, 0 where there is none; targets [2, C].
 
     The two features are item and category.
     """
@@ -145,6 +145,6 @@ def padded(rows: UserRows, length: int) -> tuple[Ints, Ints]:
 
 
 def zipf_share(batches: Sequence[RequestBatch]) -> float:
-    """Different items among the looked-up ones, of all batches' behaviors and candidates."""
+    """The share of different items among all items that behaviors and candidates of the batches look up."""
     found = [np.unique(batch.features[ITEM].values().numpy()).size for batch in batches]
     return sum(found) / sum(batch.behaviors + batch.candidates for batch in batches)

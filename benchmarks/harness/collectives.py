@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Sent(NamedTuple):
-    """One collective as this rank saw it.
+class Collective(NamedTuple):
+    """One collective that this rank took part in.
 
     Attributes:
         operation: torch's name, such as `alltoall_base_`.
@@ -27,12 +27,15 @@ class Sent(NamedTuple):
 
     @property
     def serves_tables(self) -> bool:
-        """Neither an average of gradients or a count, nor the announcement of sizes."""
+        """Whether it carries ids, vectors or their gradients.
+
+        The others average gradients or counts, or announce sizes.
+        """
         return self.operation != "allreduce_" and (self.sized or not self.operation.startswith("alltoall"))
 
 
-class Exchanged(TorchDispatchMode):
-    """Within its context every collective of this thread, forward or backward, is noted in `sent`.
+class CollectiveCounter(TorchDispatchMode):
+    """A context that notes every collective of this thread, forward or backward, in `sent`.
 
     Collectives pass through torch's dispatcher whoever calls them: TorchRec, DistributedDataParallel, which
     averages gradients, or the trainer.
@@ -40,7 +43,7 @@ class Exchanged(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.sent: list[Sent] = []
+        self.sent: list[Collective] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -51,14 +54,14 @@ class Exchanged(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def bytes_of(self, *, floats: bool, since: int = 0) -> int:
-        """What served tables, from call `since` on: vectors and gradients, or ids and lengths."""
+        """Bytes for tables from call `since` on: of vectors and gradients, or of ids and lengths."""
         return sum(s.bytes for s in self.sent[since:] if s.floats == floats and s.serves_tables)
 
 
-def _noted(name: str, args: Sequence[Any]) -> Sent:
+def _noted(name: str, args: Sequence[Any]) -> Collective:
     tensors = list(_tensors(args[:2]))
     sized = name == "alltoall_base_" and bool(args[4])
-    return Sent(name, tensors[0].is_floating_point(), sized, _BYTES[name](args))
+    return Collective(name, tensors[0].is_floating_point(), sized, _BYTES[name](args))
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -90,7 +93,7 @@ def _reduce_scatter(args: Sequence[Any]) -> int:
 
 
 def _all_reduce(args: Sequence[Any]) -> int:
-    """Around a ring."""
+    """Bytes of an all-reduce around a ring."""
     ranks = dist.get_world_size()
     return 2 * (ranks - 1) * _nbytes(args[0]) // ranks
 

@@ -10,42 +10,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.grid import Cell, config_of
-from benchmarks.synthetic import Draws, as_batch
+from benchmarks.inputs.cells import Cell, config_of
+from benchmarks.inputs.synthetic import Draws, as_batch
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.data.rows import UserRows
-from trainer.model.retrieve.score import AttentionVectors
-from trainer.model.time import Marks
-from trainer.model.windows import Windows
 
 _SEED = 7
-_Moved = TypeVar("_Moved")
+_Tensors = TypeVar("_Tensors")
 
 
-def full_windows(windows: int, candidates: int, length: int, width: int) -> tuple[Windows, AttentionVectors]:
-    """Windows of `length` behaviors each, that lie one after the other, with so many candidates each."""
-    rng = torch.Generator().manual_seed(_SEED)
-    ends = torch.arange(1, windows + 1) * length
-    index = ends[:, None] - 1 - torch.arange(length)
-    request = torch.arange(windows).repeat_interleave(candidates)
-    mask, zero = torch.ones_like(index, dtype=torch.bool), torch.zeros_like(index)
-    lengths = torch.full((windows,), length)
-    # The host knows the counts, as it does of batches that were collated.
-    counts = (candidates,) * windows
-    found = Windows(index, mask, Marks(zero, zero, zero), None, request, lengths, counts)
-    query = torch.randn(windows * candidates, width, generator=rng)
-    key = torch.randn(windows * length, width, generator=rng)
-    return found, AttentionVectors(query, key, torch.zeros_like(request))
-
-
-def moved(given: _Moved, device: torch.device) -> _Moved:
+def move_tensors(given: _Tensors, device: torch.device) -> _Tensors:
     """A dataclass of tensors, and of such dataclasses, on another device."""
 
     def move(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.to(device)
-        return moved(part, device) if is_dataclass(part) else part
+        return move_tensors(part, device) if is_dataclass(part) else part
 
     return replace(given, **{f.name: move(getattr(given, f.name)) for f in fields(given)})  # type: ignore[type-var,arg-type]
 
@@ -56,10 +37,10 @@ Prepare = Callable[[RequestBatch], RequestBatch] | None
 
 def steps_of(cell: Cell, count: int, prepare: Prepare = None) -> list[Step]:
     """Steps of a cell of `tandemrec bench step`, as the reader would give them."""
-    return [collated() for collated in drawn_steps(cell, count, prepare)]
+    return [collated() for collated in draw_steps(cell, count, prepare)]
 
 
-def drawn_steps(cell: Cell, count: int, prepare: Prepare = None) -> Iterator[Callable[[], Step]]:
+def draw_steps(cell: Cell, count: int, prepare: Prepare = None) -> Iterator[Callable[[], Step]]:
     """The same, drawn but not yet collated: each call does what the reader does with decoded rows."""
     shape = cell.shape
     draws, data = Draws(shape, _SEED), config_of(cell).data

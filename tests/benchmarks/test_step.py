@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.grid import Cell, config_of
-from benchmarks.plain import PlainDare, PlainMlpScorer, plain_loss
-from benchmarks.scaling_cost import Point, peak_bytes
-from benchmarks.scaling_cost import config_of as scaled
-from benchmarks.synthetic import Draws, Shape, as_batch, padded, row_per_sample
+from benchmarks.inputs.cells import Cell, config_of
+from benchmarks.inputs.synthetic import Draws, Shape, as_batch, padded, row_per_sample
+from benchmarks.rivals.plain_models import PlainDare, PlainMlpScorer, plain_loss
+from benchmarks.scaling import Point, peak_bytes
+from benchmarks.scaling import config_of as scaled
 from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.launching import ROOT, tandemrec
 from tests.helpers.models import draw, drawing

@@ -1,14 +1,14 @@
-"""Runs the commands that benchmarks/*.md name and puts what they print in its place: `make bench`.
+"""Runs the commands that benchmarks/*.md name, and puts into the pages what they print (`make bench`).
 
-    python -m benchmarks.refresh [--log runs/demo/log] [--results runs/bench] [PAGE.md ...]
+    python -m benchmarks.harness.refresh [--log runs/demo/log] [--results runs/bench] [PAGE.md ...]
 
-A page says so where figures of this very machine belong:
+A page marks the places for figures of this very machine:
 
     <!-- measured by: tandemrec bench search --repeats 3 --json {json} -->
     ```text
     whatever the command printed when it was last run
     ```
-    <!-- drawn by: python -m benchmarks.scaling {json} benchmarks/images/scaling.png -->
+    <!-- drawn by: tandemrec bench scaling --draw {json} --image benchmarks/images/scaling.png -->
 
 `{json}` is a file of the page's own in the results folder, `{log}` the sequence log. Everything runs one
 after the other, in the checkout. A command that fails leaves its place as it was, and the exit code is 1.
@@ -25,7 +25,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+FOLDER = Path(__file__).resolve().parent.parent
+ROOT = FOLDER.parent
 _PLACE = re.compile(
     r"<!-- measured by: (?P<command>[^\n]+) -->\n```text\n(?P<old>.*?)```\n"
     r"(?:<!-- drawn by: (?P<plot>[^\n]+) -->\n)?",
@@ -34,7 +35,7 @@ _PLACE = re.compile(
 
 
 def refresh(page: Path, log: Path, results: Path) -> int:
-    """Renew every place of a page; returns how many commands failed."""
+    """Replace the output in every place of a page; returns how many commands failed."""
     results.mkdir(parents=True, exist_ok=True)
     names = {"{json}": str((results / f"{page.stem}.json").absolute()), "{log}": str(log.absolute())}
     failed = 0
@@ -50,7 +51,7 @@ def refresh(page: Path, log: Path, results: Path) -> int:
 
 
 def _run(command: str, names: dict[str, str]) -> str | None:
-    """What a command printed, or None where it failed."""
+    """The output of a command, or None if it failed."""
     words = shlex.split(command)
     if words[0] == "tandemrec":
         words[:1] = [sys.executable, "-m", "launch.cli"]
@@ -68,7 +69,7 @@ def _run(command: str, names: dict[str, str]) -> str | None:
 
 
 def _without_paths(printed: str, names: dict[str, str]) -> str:
-    """Where a machine keeps its files is of no interest to readers."""
+    """The output without this machine's paths, which mean nothing to a reader."""
     for name, meant in names.items():
         printed = printed.replace(meant, name.strip("{}").upper())
     return printed.replace(str(ROOT), ".").strip("\n") + "\n"
@@ -85,7 +86,7 @@ def main() -> int:
             f"{given.log} is no sequence log; run `make train` first, or name one with --log", file=sys.stderr
         )
         return 2
-    pages = given.pages or sorted(Path(__file__).parent.glob("*.md"))
+    pages = given.pages or sorted(FOLDER.glob("*.md"))
     failed = sum(refresh(page, given.log, given.results) for page in pages)
     if failed:
         print(f"{failed} command(s) failed; what they should have renewed is as it was", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Ground truth of a search: what a behavior of a category at a place tells about the response to a target.
+"""The ground truth of a search: how much a behavior tells about the response to a target.
 
 For target category t, behavior category c and place p (1 = newest), over the candidates of category t whose
 window has a place p: the mutual information, in bits, of "the behavior at p is of category c" and "clicked"
@@ -24,8 +24,8 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A split as its requests and the categories shown in each.
+class Impressions:
+    """The requests of a split, and the categories that were shown in each.
 
     Attributes:
         window: int16 [R, L], categories of the visible behaviors, newest first; -1 where there is none.
@@ -40,7 +40,7 @@ class Shown:
     clicked: Ints
 
 
-def read_shown(reader: SequenceLogReader, feature: str, length: int, rows: int) -> Shown:
+def read_impressions(reader: SequenceLogReader, feature: str, length: int, rows: int) -> Impressions:
     """Read a whole split; `rows` bounds the ids of `feature`. The first task is the click."""
     windows, pairs, requests = [], [], 0
     with closing(reader.steps()) as steps:
@@ -50,7 +50,7 @@ def read_shown(reader: SequenceLogReader, feature: str, length: int, rows: int) 
             requests += window.shape[0]
             windows.append(window)
             pairs.append(pair)
-    return Shown(np.concatenate(windows), *np.concatenate(pairs, axis=1))
+    return Impressions(np.concatenate(windows), *np.concatenate(pairs, axis=1))
 
 
 def _of_batch(
@@ -97,7 +97,7 @@ class Truth:
         return np.where(window >= 0, gain, 0.0).astype(np.float64)
 
 
-def count_truths(split: Shown, rows: int) -> dict[str, Truth]:
+def count_truths(split: Impressions, rows: int) -> dict[str, Truth]:
     """Count all 2 x 2 tables of a split, of `exact` places, and of places `pooled` to powers of two.
 
     Each place of a bin is an observation of its own.
@@ -116,7 +116,7 @@ def count_truths(split: Shown, rows: int) -> dict[str, Truth]:
     return {name: Truth(gain, bins[name], total) for name, gain in gains.items()}
 
 
-def _by_target(split: Shown, rows: int) -> Iterator[tuple[int, Ints]]:
+def _by_target(split: Impressions, rows: int) -> Iterator[tuple[int, Ints]]:
     order = np.argsort(split.category, kind="stable")
     bounds = np.searchsorted(split.category[order], np.arange(rows + 1))
     for target in range(rows):
@@ -124,7 +124,7 @@ def _by_target(split: Shown, rows: int) -> Iterator[tuple[int, Ints]]:
             yield target, order[bounds[target] : bounds[target + 1]]
 
 
-def _present(split: Shown, chosen: Ints, weight: Ints, rows: int) -> Floats:
+def _present(split: Impressions, chosen: Ints, weight: Ints, rows: int) -> Floats:
     """How often each category is at each place of the chosen windows, counted `weight` times: [rows, L]."""
     chosen, weight = chosen[weight > 0], weight[weight > 0]
     window = split.window[split.request[chosen]].astype(np.int64)

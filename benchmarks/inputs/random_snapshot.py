@@ -1,4 +1,4 @@
-"""How long a server takes to start on a snapshot with large tables, and what memory it takes then."""
+"""A snapshot with large tables of random rows, and a server that is started on it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from trainer.snapshot.manifest import InputFeature, SnapshotManifest
 from trainer.snapshot.publishing import drafting, publish
 from trainer.snapshot.writing import Draft, finish
 
-_ROOT = Path(__file__).parents[1]
-# Rows that are written at once: the same random ones again and again.
+_ROOT = Path(__file__).parents[2]
+# Rows that are written at once; every band holds the same random rows.
 _BAND = 1 << 18
 
 
 @dataclass(frozen=True)
 class _RandomSource:
-    """Random tables, in the place of a checkpoint (`trainer.snapshot.writing.Source`)."""
+    """Random tables that stand in for a checkpoint (`trainer.snapshot.writing.Source`)."""
 
     config: Config
     groups: Mapping[str, TableGroup]
@@ -115,7 +115,7 @@ def _start(version: Path) -> dict[str, float]:
 
 
 def _used(pid: int) -> dict[str, float]:
-    """Of a process: processor seconds, resident memory, and the part of it that is its own, in MB."""
+    """Processor seconds of a process, its resident memory, and its private part of that, in MB."""
     process = Path("/proc") / str(pid)
     ticks = (process / "stat").read_text().rpartition(")")[2].split()
     memory = _fields((process / "status").read_text().splitlines())

@@ -14,7 +14,7 @@ Program = Callable[[Tensor, Tensor], Tensor]
 
 
 class PlainProgram(nn.Module):
-    """A two-stage model with softmax attention and without time, as a function of ids: torch.export takes it.
+    """A two-stage model with softmax attention and without time, as a function of ids for torch.export.
 
     history [L] newest first, candidates [C] -> probabilities [C].
     """

@@ -1,0 +1,1 @@
+"""Inputs of benchmarks, drawn from a seed."""
