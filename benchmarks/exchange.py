@@ -115,8 +115,7 @@ def measure(log: Path, length: int, lookup: str, ranks: Ranks) -> Counts:
     )
     reader = open_split(config, "train", feature_rows(sharded.groups), ranks, seed=SEED)
     with closing(reader.steps()) as steps:
-        for number, each in enumerate(islice(steps, STEPS)):
-            step.begin(number, each)
+        for each in islice(steps, STEPS):
             with CollectiveCounter() as exchanged:
                 step.zero_grad()
                 loss, _ = step.forward(each)

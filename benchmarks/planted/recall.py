@@ -71,10 +71,10 @@ def kept_behaviors(model: nn.Module, batch: RequestBatch) -> tuple[Tensor, Tenso
         model: a `TwoStageModel`, or what wraps it for training.
     """
     inner: Any = getattr(model, "module", model)
-    searched = inner.searched(batch).items()
+    searched = inner.retrieve(batch).items()
     # A model of whole windows searches nothing: each candidate keeps all of its window.
     kept = [
-        each.windows.of_candidates() if inner.branches[name].sequence.on_windows else each.kept
+        each.windows.of_candidates() if inner.branches[name].sequence.on_windows else each.selection
         for name, each in searched
     ]
     count = batch.candidates

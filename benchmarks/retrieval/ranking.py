@@ -48,16 +48,16 @@ def rank(model: TwoStageModel, batch: RequestBatch, feature: str) -> Ranking:
     Raises:
         SystemExit: the model has several heads or branches, or searches no plain windows.
     """
-    searched = model.searched(batch)
+    searched = model.retrieve(batch)
     branch = model.branches["main"]
-    if len(searched) > 1 or branch.scorer is None or branch.scorer.heads > 1 or branch.source.clusters:
+    if len(searched) > 1 or branch.scorer is None or branch.scorer.heads > 1 or branch.settings.clusters:
         raise SystemExit("retrieval is measured of models with one branch and one head")
     if batch.retrieval is not None:
         raise SystemExit("retrieval is measured of models that search the whole window, not data.search")
     main, k = searched["main"], branch.settings.k
     with torch.no_grad():
         score = branch.scorer.over_windows(main.vectors, main.windows)[:, 0].numpy().astype(np.float64)
-    kept = main.kept
+    kept = main.selection
     column = np.where(kept.mask.numpy(), kept.marks.position.numpy() - 1, 0)
     best = np.where(kept.mask.numpy(), np.take_along_axis(score, column, axis=1), -np.inf)
     order = np.take_along_axis(column, np.argsort(-best, axis=1, kind="stable")[:, :k], axis=1)
