@@ -149,9 +149,9 @@ class Pooling(nn.Module):
         branches = retrievals.branches.named()
         # Rows of each group: target [C, D], behaviors [S, D].
         rows: dict[str, tuple[Tensor, Tensor]] = {}
-        for name in dict.fromkeys(
-            group for branch in branches.values() for group in representation_of(branch)
-        ):
+        # Not a set: ranks exchange the gradients of these slices, all in the same order.
+        groups = [group for branch in branches.values() for group in representation_of(branch)]
+        for name in dict.fromkeys(groups):
             vectors = late[name] if name in late else first[name]
             count = vectors.shape[0] - batch.candidates
             rows[name] = vectors[count:], at_least_one_row(vectors[:count])
