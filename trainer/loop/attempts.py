@@ -66,7 +66,8 @@ def _note(file: Path, config: Config, step: int, checking: bool) -> None:
         raise ConfigError(
             f"{file}: the last {attempts} starts began at step {step:,} and failed before a newer "
             "checkpoint; look at the first error of each and mend its cause (or save more often, see "
-            "checkpoint.*), then delete this file to go on; a start with a changed configuration goes on by itself"
+            "checkpoint.*), then delete this file to go on; a start with a changed configuration goes on by "
+            "itself"
         )
     if checking:
         return
