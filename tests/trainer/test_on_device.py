@@ -181,6 +181,19 @@ def test_a_step_mixes_no_devices_waits_for_nothing_and_is_that_of_the_cpu(preset
     assert found <= limit, f"{preset} starts {found} kernels, {limit} before. {ADVICE} {found}"
 
 
+def test_a_step_moves_as_a_whole(log: Path) -> None:
+    """As TorchRec's pipelines carry it, which read the ids of a later step from it."""
+    with StandIn() as device:
+        _, _, batch = made(small_config("dare", log), CUDA)
+        step = Step(batch, counted=False, after=Cursor(2, 7), last=True)
+        device.reset()
+        moved = step.pin_memory().to(CUDA, non_blocking=True)
+        assert not device.waits and moved.batch.labels.device == CUDA
+        assert moved.features is moved.batch.features and moved.context is moved.batch.context
+        assert (moved.counted, moved.after, moved.last) == (False, Cursor(2, 7), True)
+        assert moved.batch.sizes == batch.sizes
+
+
 def test_few_behaviors_are_looked_up_again_without_a_wait(log: Path) -> None:
     """Where candidates keep less than their windows: as many for each batch of these sizes, not all."""
     config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, "model.k=1"])

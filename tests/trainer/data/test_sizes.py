@@ -20,6 +20,9 @@ def test_sizes_travel_and_are_counted_where_nobody_did(tmp_path: Path) -> None:
     assert batch.sizes is not None and batch.host_sizes is batch.sizes
     by_hand = replace(batch, sizes=None)
     assert by_hand.host_sizes == batch.sizes and by_hand.host_sizes is by_hand.sizes
+    assert batch.sizes.labelled
+    some = batch.labels.index_fill(0, torch.tensor([1]), torch.nan)
+    assert not replace(batch, labels=some, sizes=None).host_sizes.labelled
     with StandIn() as device:
         there = batch.pin_memory().to(CUDA, non_blocking=True)
         assert there.sizes is batch.sizes
