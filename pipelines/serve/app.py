@@ -172,14 +172,13 @@ async def _answer(request: Request, service: Service, hold: Hold) -> Response:
     """The answer. Its bytes count as held until the client has taken them."""
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     given = await read_body(request, service.limits, hold, service.load.seconds)
-    if service.batcher.full:
-        raise service.batcher.turned_away()
+    service.batcher.check_room()
     arrived = time.perf_counter()
     scorer = service.versions.scorer
     histories = service.versions.histories
     decoded = await service.in_thread(decode, given, content_type, scorer, histories, service.limits)
     del given
-    hold.resize(decoded.bytes)
+    hold.resize(sum(each.bytes for each in decoded.requests))
     service.metrics.stage.labels("decode").observe(time.perf_counter() - arrived)
     scored = await service.batcher.score(scorer, decoded.requests, decoded.explain)
     service.metrics.unknown.inc(sum(sum(part.unknown.values()) for part in scored))

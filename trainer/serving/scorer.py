@@ -13,7 +13,7 @@ import torch
 
 from embeddings.errors import ConfigError
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import Block, LazyRows, WindowedRows, with_windows
+from trainer.data.blocks import Block, LazyRows, with_windows
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup
 from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
@@ -37,10 +37,10 @@ class Explanation:
     """Why a candidate has its score: the behaviors that a branch kept for it, heaviest first.
 
     Attributes:
-        places: of the behaviors, in the request's history; weights: of each, in the branch's attention.
+        behaviors: their places in the request's history; weights: of each, in the branch's attention.
     """
 
-    places: list[int]
+    behaviors: list[int]
     weights: list[float]
 
 
@@ -125,7 +125,10 @@ class Scorer:
             columns = replace(columns, features={**columns.features, _PLACE: FeatureInfo(rows=1)})
         rows = _user_rows(requests, columns)
         windowed = with_windows(rows, self.data.history_length, self.data.ingestion_delay)
-        blocks = [_block(windowed, request, r) for r, request in enumerate(requests)]
+        blocks = []
+        for r, request in enumerate(requests):
+            lazy = LazyRows(RowGroup(Path("request"), r), lambda: windowed)
+            blocks.append(Block(0, r, r + 1, int(request.history.time.size), request.count, lazy))
         return collate(blocks, self.data, columns, int(rows.candidate_offsets[-1]))
 
     def score(self, requests: Sequence[Request], explain: bool = False) -> tuple[list[Answer], Seconds]:
@@ -175,11 +178,6 @@ class Scorer:
 
 def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:
     return {name: FeatureInfo(rows=needs.rows.get(name, 1)) for name in names}
-
-
-def _block(windowed: WindowedRows, request: Request, r: int) -> Block:
-    rows = LazyRows(RowGroup(Path("request"), r), lambda: windowed)
-    return Block(0, r, r + 1, int(request.history.time.size), request.count, rows)
 
 
 def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
