@@ -79,10 +79,8 @@ class BoundedProtocol(H11Protocol):
         if not (answered and self.conn.their_state is h11.IDLE):
             self._head_timer = _cancelled(self._head_timer)
         elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.limits.seconds, self._head_is_late)
-
-    def _head_is_late(self) -> None:
-        self._refuse(408, f"no request came within {self.limits.seconds:g} s")
+            problem = f"no request came within {self.limits.seconds:g} s"
+            self._head_timer = self.loop.call_later(self.limits.seconds, self._refuse, 408, problem)
 
     def pause_writing(self) -> None:
         """The client does not read as fast as it is answered."""

@@ -45,7 +45,9 @@ class InFlight:
         self._peak = max(self._peak, self.held)
         if not self.held and self._peak > _MUCH:
             self._peak = 0
-            _trim()
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:
+                trim(0)
 
 
 class Hold:
@@ -65,12 +67,6 @@ class Hold:
     def release(self) -> None:
         self._all.change(-self.bytes)
         self.bytes = 0
-
-
-def _trim() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class _Body:

@@ -6,7 +6,6 @@ A service keeps its users' histories itself and sends them along; nothing here i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +15,12 @@ import pyarrow.parquet as pq
 
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
-from trainer.data.row_group import PARQUET_ERRORS, Bags, FeatureIds, Floats, Ints
+from trainer.data.row_group import PARQUET_ERRORS, Ints
 from trainer.data.rows import UserRows, read_rows
 from trainer.log.arrow_types import is_text
 from trainer.log.schema import VOCABULARIES, read_manifest
 from trainer.serving.request import History, RequestError
 from trainer.serving.vocabulary import Vocabulary, ids_of, read_vocabulary
-
-
-@dataclass(frozen=True)
-class StoredRequest:
-    """A request of the log, with what happened.
-
-    Attributes:
-        time: unix seconds; candidates, context: ids; numeric: [c, numbers]; labels: [c, T].
-    """
-
-    time: int
-    candidates: Mapping[str, Bags]
-    context: Mapping[str, Bags]
-    numeric: Floats
-    labels: Floats
 
 
 class HistoryStore(Mapping[int, History]):
@@ -72,9 +56,10 @@ class HistoryStore(Mapping[int, History]):
 
     def __getitem__(self, user: int) -> History:
         rows, row = self._places[user]
-        part = _span(rows.history_offsets, row)
+        part = slice(*rows.history_offsets[row : row + 2].tolist())
         clusters = (None if each is None else each[part] for each in (rows.cluster_size, rows.cluster_time))
-        return History(rows.history_time[part], _features(rows.history, part), *clusters)
+        features = {name: bags.part(part) for name, bags in rows.history.items()}
+        return History(rows.history_time[part], features, *clusters)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._places)
@@ -92,16 +77,10 @@ class HistoryStore(Mapping[int, History]):
         rows, row = self._places[user]
         return int(rows.history_offsets[row + 1] - rows.history_offsets[row])
 
-    def requests(self, user: int) -> list[StoredRequest]:
-        """The requests that the log holds beside this history, oldest first."""
+    def requests(self, user: int) -> tuple[UserRows, range]:
+        """The requests that the log holds beside this history, oldest first, and the rows they are in."""
         rows, row = self._places[user]
-        requests = []
-        for r in range(rows.request_offsets[row], rows.request_offsets[row + 1]):
-            part = _span(rows.candidate_offsets, r)
-            candidates, context = _features(rows.candidates, part), _features(rows.context, slice(r, r + 1))
-            numeric, labels = rows.numeric[part], rows.labels[part]
-            requests.append(StoredRequest(int(rows.request_time[r]), candidates, context, numeric, labels))
-        return requests
+        return rows, range(*rows.request_offsets[row : row + 2].tolist())
 
     def names(self, feature: str, ids: Sequence[int]) -> dict[int, str]:
         """What ids stand for, as far as the log says."""
@@ -120,14 +99,6 @@ class HistoryStore(Mapping[int, History]):
         at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         hit = wanted == known[at]
         return dict(zip(wanted[hit].tolist(), map(str, values.take(at[hit]).to_pylist()), strict=True))
-
-
-def _span(offsets: Ints, row: int) -> slice:
-    return slice(int(offsets[row]), int(offsets[row + 1]))
-
-
-def _features(features: FeatureIds, part: slice) -> dict[str, Bags]:
-    return {name: features[name].part(part) for name in features}
 
 
 def as_user(given: int | str) -> pa.Array:

@@ -8,6 +8,7 @@ stands for (property test), whatever the scorer and the kind of search.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -105,22 +106,19 @@ def _single_window(query: Query, window: int, length: int, begin: int, end: int)
     size = None if whole.log_size is None else cut(whole.log_size)
     of_candidate = torch.zeros(whole.of_candidate.numel(), dtype=torch.int64, device=whole.index.device)
     windows = Windows(cut(whole.index), cut(whole.mask), whole.marks.each(cut), size, of_candidate)
-    single = Query(query.scorer, query.vectors, query.raw, windows, query.ids_C, query.ids_N)
-    return _candidates(single, begin, end)
+    return _candidates(replace(query, windows=windows), begin, end)
 
 
 def _candidates(query: Query, begin: int, end: int) -> Query:
     """Some candidates of one window."""
-    chosen, old = slice(begin, end), query.windows
+    chosen = slice(begin, end)
 
     def cut(vectors: AttentionVectors) -> AttentionVectors:
-        return AttentionVectors(
-            vectors.query_CD[chosen], vectors.key_ND, vectors.group_C[chosen], vectors.cross_N
-        )
+        return replace(vectors, query_CD=vectors.query_CD[chosen], group_C=vectors.group_C[chosen])
 
-    windows = Windows(old.index, old.mask, old.marks, old.log_size, old.of_candidate[chosen])
+    windows = replace(query.windows, of_candidate=query.windows.of_candidate[chosen])
     ids_C = None if query.ids_C is None else query.ids_C[chosen]
-    return Query(query.scorer, cut(query.vectors), cut(query.raw), windows, ids_C, query.ids_N)
+    return replace(query, vectors=cut(query.vectors), raw=cut(query.raw), windows=windows, ids_C=ids_C)
 
 
 def _score(
