@@ -14,8 +14,7 @@ import uvicorn
 from embeddings.errors import ConfigError
 from pipelines.console import quiet_third_parties
 from pipelines.serve.app import Service, build_app
-from pipelines.serve.connection import protocol
-from pipelines.serve.load import LoadLimits
+from pipelines.serve.load import LoadLimits, protocol
 from pipelines.serve.metrics import Metrics
 from pipelines.serve.updates import read_token
 from trainer.serving.batcher import BatchSettings

@@ -72,7 +72,7 @@ class Batcher:
             raise RequestError(429, f"{self.settings.waiting} requests are waiting; try again")
 
     async def score(self, scorer: Scorer, requests: Sequence[Request], explain: bool) -> list[Answer]:
-        """One answer a request; `check_room` comes first."""
+        """One answer a request. Raises RequestError (429) if too many are waiting."""
         self.check_room()
         answer: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(Job(scorer, requests, explain, answer, time.perf_counter()))

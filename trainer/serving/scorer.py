@@ -214,23 +214,21 @@ def _joined_features(
     parts: Sequence[Mapping[str, Bags]], sizes: Ints, names: Mapping[str, FeatureInfo]
 ) -> FeatureIds:
     """Ids of all requests; a feature that some request lacks has empty bags there."""
-    bags = {name: [part.get(name) for part in parts] for name in names if any(name in p for p in parts)}
-    single = [name for name, each in bags.items() if all(b is not None and b.offsets is None for b in each)]
+    none = np.zeros(0, dtype=np.int64)
+    empty = [Bags.of_lengths(none, np.zeros(size, dtype=np.int64)) for size in sizes.tolist()]
+    single: list[str] = []
+    several: dict[str, Bags] = {}
+    for name in names:
+        if all(name in part and part[name].offsets is None for part in parts):
+            single.append(name)
+        elif any(name in part for part in parts):
+            bags = [part.get(name, lacking) for part, lacking in zip(parts, empty, strict=True)]
+            values = np.concatenate([each.values for each in bags])
+            several[name] = Bags.of_lengths(values, np.concatenate([each.lengths for each in bags]))
     ids = np.empty((len(single), int(sizes.sum())), dtype=np.int64)
     for row, name in zip(ids, single, strict=True):
-        np.concatenate([b.values for b in bags[name] if b is not None], out=row)
-    return FeatureIds(single, ids, {n: _joined(each, sizes) for n, each in bags.items() if n not in single})
-
-
-def _joined(parts: Sequence[Bags | None], sizes: Ints) -> Bags:
-    """Bags of all requests, `sizes` of each; a request without the feature has empty ones."""
-    none = np.zeros(0, dtype=np.int64)
-    bags = [
-        Bags.of_lengths(none, np.zeros(size, dtype=np.int64)) if part is None else part
-        for part, size in zip(parts, sizes.tolist(), strict=True)
-    ]
-    lengths = np.concatenate([each.lengths for each in bags])
-    return Bags.of_lengths(np.concatenate([each.values for each in bags]), lengths)
+        np.concatenate([part[name].values for part in parts], out=row)
+    return FeatureIds(single, ids, several)
 
 
 def _explanations(
