@@ -29,10 +29,8 @@ from trainer.config.mistakes import words_of
 from trainer.serving import arrow_body
 from trainer.serving.batcher import Batcher, BatchSettings
 from trainer.serving.body import decode, encode
-from trainer.serving.histories import HistoryStore
 from trainer.serving.json_body import ScoreBody
 from trainer.serving.request import Limits, RequestError
-from trainer.serving.scorer import Scorer
 from trainer.serving.versions import Versions
 
 Result = TypeVar("Result")
@@ -41,8 +39,6 @@ _CSP = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:"
 )
-# The status of an answer to a client that has left; nobody sees it.
-_LEFT = 499
 
 
 @dataclass
@@ -109,52 +105,39 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     def answer(status: int, problem: str, headers: Mapping[str, str] | None = None) -> Response:
         service.metrics.errors.labels(str(status)).inc()
-        return _json({"error": problem}, status, headers)
+        return Response(to_json({"error": problem}), status, headers, "application/json")
 
-    def of_request(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestError)
-        retry = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return answer(error.status, str(error), retry)
+    def of_error(_: Request, error: Exception) -> Response:
+        if isinstance(error, RequestError):
+            retry = {"Retry-After": "1"} if error.status in (429, 503) else None
+            return answer(error.status, str(error), retry)
+        if isinstance(error, HTTPException):
+            return answer(error.status_code, str(error.detail), error.headers)
+        if isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            return answer(422, f"{'.'.join(map(str, first['loc']))}: {words_of(first, json=True)}")
+        if isinstance(error, TandemError):  # a version that POST /reload refuses
+            return answer(409, " ".join(str(error).split()))
+        if isinstance(error, ClientDisconnect):  # nobody sees this answer
+            return Response(status_code=499)
+        return answer(500, "internal error; see the server's log")
 
-    def of_http(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return answer(error.status_code, str(error.detail), error.headers)
-
-    def of_path(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        return answer(422, f"{'.'.join(map(str, first['loc']))}: {words_of(first, json=True)}")
-
-    def of_reload(_: Request, error: Exception) -> Response:
-        return answer(409, " ".join(str(error).split()))
-
-    def of_disconnect(_: Request, error: Exception) -> Response:
-        del error
-        return Response(status_code=_LEFT)
-
-    app.add_exception_handler(RequestError, of_request)
-    app.add_exception_handler(ClientDisconnect, of_disconnect)
-    app.add_exception_handler(HTTPException, of_http)
-    app.add_exception_handler(RequestValidationError, of_path)
-    app.add_exception_handler(TandemError, of_reload)
-    app.add_exception_handler(Exception, lambda _, __: answer(500, "internal error; see the server's log"))
+    known = (RequestError, HTTPException, RequestValidationError, TandemError, ClientDisconnect)
+    for kind in (*known, Exception):
+        app.add_exception_handler(kind, of_error)
 
 
 def _add_score(app: FastAPI, service: Service) -> None:
-    content = {
-        "application/json": {
-            "schema": ScoreBody.model_json_schema(ref_template="#/components/schemas/{model}")
-        },
-        arrow_body.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
-    }
-    schemas = content["application/json"]["schema"].pop("$defs", {})
-    body = {"required": True, "content": content}
+    schema = ScoreBody.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas = schema.pop("$defs", {})
+    binary = {"type": "string", "format": "binary"}
+    content = {"application/json": {"schema": schema}, arrow_body.MEDIA_TYPE: {"schema": binary}}
 
     @app.post(
         "/score",
         response_model=AnswerBody,
         responses=_errors(400, 404, 408, 413, 415, 422, 429, 503),
-        openapi_extra={"requestBody": body},
+        openapi_extra={"requestBody": {"required": True, "content": content}},
     )
     async def score(request: Request) -> Response:
         """Score the candidates of one or several requests."""
@@ -165,21 +148,27 @@ def _add_score(app: FastAPI, service: Service) -> None:
             hold.release()
             raise
 
-    _describe_body(app, schemas)
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """FastAPI does not read the body of /score itself, so its schemas are added to the description."""
+        document = plain()
+        document["components"]["schemas"].update(schemas)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _answer(request: Request, service: Service, hold: Hold) -> Response:
     """The answer. Its bytes count as held until the client has taken them."""
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     given = await read_body(request, service.limits, hold, service.load.seconds)
-    if service.batcher.full:
-        raise service.batcher.turned_away()
+    service.batcher.check_room()
     arrived = time.perf_counter()
-    scorer = service.versions.scorer
-    histories = service.versions.histories
+    scorer, histories = service.versions.scorer, service.versions.histories
     decoded = await service.in_thread(decode, given, content_type, scorer, histories, service.limits)
     del given
-    hold.resize(decoded.bytes)
+    hold.resize(sum(each.bytes for each in decoded.requests))
     service.metrics.stage.labels("decode").observe(time.perf_counter() - arrived)
     scored = await service.batcher.score(scorer, decoded.requests, decoded.explain)
     service.metrics.unknown.inc(sum(sum(part.unknown.values()) for part in scored))
@@ -190,23 +179,11 @@ async def _answer(request: Request, service: Service, hold: Hold) -> Response:
     return HeldAnswer(content, hold, arrow_body.MEDIA_TYPE if as_arrow else "application/json")
 
 
-def _describe_body(app: FastAPI, schemas: Mapping[str, Any]) -> None:
-    """FastAPI does not read the body of /score itself, so its schemas are added to the description here."""
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = plain()
-        document["components"]["schemas"].update(schemas)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(to_json(content), status, headers, "application/json")
-
-
-def _health(service: Service, scorer: Scorer) -> HealthBody:
+def _health(service: Service) -> HealthBody:
+    scorer, histories = service.versions.scorer, service.versions.histories
+    users = None
+    if histories is not None:
+        users = "integers" if histories.users is None else histories.users.kind
     refused, updates = service.versions.refused, service.updates
     failing = UpdatesBody(failures=updates.failures, problem=updates.problem) if updates.problem else None
     return HealthBody(
@@ -218,26 +195,20 @@ def _health(service: Service, scorer: Scorer) -> HealthBody:
         context=list(scorer.needs.context.known),
         numeric=list(scorer.needs.numeric.known),
         history_length=scorer.data.history_length,
-        histories=len(service.versions.histories or ()),
+        histories=len(histories or ()),
         raw=sorted(scorer.vocabularies),
-        users=_kind_of_users(service.versions.histories),
+        users=users,
         uptime_seconds=time.monotonic() - service.started,
         refused={"version": refused[0], "problem": refused[1]} if refused else None,
         updates=failing,
     )
 
 
-def _kind_of_users(histories: HistoryStore | None) -> str | None:
-    if histories is None:
-        return None
-    return "integers" if histories.users is None else histories.users.kind
-
-
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/healthz", response_model=HealthBody)
     async def healthz() -> HealthBody:
         """State; a server without a checked snapshot does not listen."""
-        return _health(service, service.versions.scorer)
+        return _health(service)
 
     @app.get("/readyz", response_model=ReadyBody, responses=_errors(503))
     async def readyz() -> ReadyBody:

@@ -14,8 +14,7 @@ import uvicorn
 from embeddings.errors import ConfigError
 from pipelines.console import quiet_third_parties
 from pipelines.serve.app import Service, build_app
-from pipelines.serve.connection import protocol
-from pipelines.serve.load import LoadLimits
+from pipelines.serve.load import LoadLimits, protocol
 from pipelines.serve.metrics import Metrics
 from pipelines.serve.updates import read_token
 from trainer.serving.batcher import BatchSettings
@@ -78,7 +77,7 @@ def serve(
     gc.freeze()
     # uvicorn raises the signal that stopped it once more when it is done: here that is no error.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _ignore)
+        signal.signal(number, lambda *_: None)
     _Server(config, f"serving {versions.scorer.snapshot.path} on http://{host}").run()
 
 
@@ -98,13 +97,8 @@ def _check_address(host: str, port: int) -> None:
                 probe.listen()
             except OSError as error:
                 problem = f"{(error.strerror or str(error)).lower()} on {host}"
-                raise ConfigError(
-                    f"--port {port}: {problem}; name another --port, or 0 for any free one"
-                ) from None
-
-
-def _ignore(*_: Any) -> None:
-    pass
+                remedy = "name another --port, or 0 for any free one"
+                raise ConfigError(f"--port {port}: {problem}; {remedy}") from None
 
 
 class _Server(uvicorn.Server):

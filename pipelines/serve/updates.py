@@ -52,9 +52,20 @@ class Updates:
             try:
                 await self._look()
             except Exception as error:
-                self._failed(error)
-            else:
-                self._worked()
+                problem = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                self.failures += 1
+                self._metrics.poll_failures.inc()
+                self._metrics.poll_failing.set(1)
+                # A problem is told once, not at every look: the disk of the log may be what is full.
+                if problem != self.problem:
+                    serving = f"still serving {self._versions.scorer.version}"
+                    say(f"{serving}; cannot look for newer versions: {problem}")
+                self.problem = problem
+                continue
+            if self.problem is not None:
+                say("looking for newer versions works again")
+            self.problem, self.failures = None, 0
+            self._metrics.poll_failing.set(0)
 
     async def _look(self) -> None:
         if await asyncio.to_thread(self._versions.newer) is None:
@@ -69,22 +80,6 @@ class Updates:
             return
         if switched:
             say(f"now serving {self._versions.scorer.snapshot.path}")
-
-    def _failed(self, error: Exception) -> None:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        self.failures += 1
-        self._metrics.poll_failures.inc()
-        self._metrics.poll_failing.set(1)
-        # Once a kind: the disk that a log lies on may be what is full.
-        if problem != self.problem:
-            say(f"still serving {self._versions.scorer.version}; cannot look for newer versions: {problem}")
-        self.problem = problem
-
-    def _worked(self) -> None:
-        if self.problem is not None:
-            say("looking for newer versions works again")
-        self.problem, self.failures = None, 0
-        self._metrics.poll_failing.set(0)
 
 
 def read_token(file: Path) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 from pydantic import BaseModel
 
-from trainer.data.row_group import Bags
-from trainer.serving.histories import HistoryStore, StoredRequest, as_user, known_user
+from trainer.data.row_group import Bags, Ints
+from trainer.serving.histories import HistoryStore, as_user, known_user
 from trainer.serving.request import Limits
 
 _MOST_USERS, _MOST_REQUESTS = 500, 12
@@ -71,67 +71,62 @@ def users_body(histories: HistoryStore | None, name: str | None = None) -> Users
     """
     if histories is None:
         return UsersBody(total=0, users=[])
-    users = heapq.nsmallest(_MOST_USERS, histories) if name is None else [_called(histories, name)]
-    lines = [
-        UserLine(user_id=user, name=histories.name(user), behaviors=histories.behaviors(user))
-        for user in users
-    ]
+    if name is None:
+        users = heapq.nsmallest(_MOST_USERS, histories)
+    else:
+        # Digits are a name where the log's users are text.
+        text = histories.users is not None and histories.users.text
+        user = as_user(name if text or not _WHOLE.fullmatch(name) else int(name))
+        users = [known_user(histories, user, histories.users, "name")]
+    lines = [UserLine(user_id=u, name=histories.name(u), behaviors=histories.behaviors(u)) for u in users]
     return UsersBody(total=len(histories), users=lines)
-
-
-def _called(histories: HistoryStore, name: str) -> int:
-    """The number of a user; digits are a name where the log's users are text."""
-    text = histories.users is not None and histories.users.text
-    user = as_user(name if text or not _WHOLE.fullmatch(name) else int(name))
-    return known_user(histories, user, histories.users, "name")
 
 
 def user_body(histories: HistoryStore, user: int, limits: Limits) -> UserBody:
     """The newest behaviors that a model may read; KeyError for an unknown user."""
     history, manifest = histories[user], histories.manifest
-    requests = histories.requests(user)[-_MOST_REQUESTS:]
+    rows, logged = histories.requests(user)
+    logged = logged[-_MOST_REQUESTS:]
+    requests = []
+    for r in logged:
+        part = slice(*rows.candidate_offsets[r : r + 2].tolist())
+        request = RequestLine(
+            time=int(rows.request_time[r]),
+            candidates={name: _lists(bags.part(part)) for name, bags in rows.candidates.items()},
+            context={n: bags.part(slice(r, r + 1)).values.tolist() for n, bags in rows.context.items()},
+            numeric={name: rows.numeric[part, x].tolist() for x, name in enumerate(manifest.numeric)},
+            labels={task: rows.labels[part, t].tolist() for t, task in enumerate(manifest.tasks)},
+        )
+        requests.append(request)
     features = {name: _first_ids(bags)[-limits.history :] for name, bags in history.features.items()}
+    shown = slice(*rows.candidate_offsets[[logged.start, logged.stop]].tolist())
+    candidates = {name: _first_ids(bags.part(shown)) for name, bags in rows.candidates.items()}
     names = {}
     for name, ids in features.items():
-        of_candidates = [_first_ids(r.candidates[name]) for r in requests if name in r.candidates]
-        known = histories.names(name, np.unique(np.concatenate([ids, *of_candidates])).tolist())
-        names[name] = known
+        of_candidates = [candidates[name]] if name in candidates else []
+        names[name] = histories.names(name, np.unique(np.concatenate([ids, *of_candidates])).tolist())
     return UserBody(
         user_id=user,
         name=histories.name(user),
         skipped=max(history.time.size - limits.history, 0),
         timestamp=history.time[-limits.history :].tolist(),
         features={name: ids.tolist() for name, ids in features.items()},
-        requests=[_line(request, manifest.tasks, manifest.numeric) for request in requests],
+        requests=requests,
         names=names,
         taxonomy=manifest.taxonomy,
     )
 
 
-def _line(request: StoredRequest, tasks: list[str], numeric: list[str]) -> RequestLine:
-    return RequestLine(
-        time=request.time,
-        candidates=_lists(request.candidates),
-        context={name: bags.values.tolist() for name, bags in request.context.items()},
-        numeric={name: request.numeric[:, x].tolist() for x, name in enumerate(numeric)},
-        labels={task: request.labels[:, t].tolist() for t, task in enumerate(tasks)},
-    )
+def _lists(bags: Bags) -> list[int] | list[list[int]]:
+    if bags.offsets is None:
+        return cast("list[int]", bags.values.tolist())
+    return [ids.tolist() for ids in np.split(bags.values, bags.offsets[1:-1])]
 
 
-def _lists(bags: Mapping[str, Bags]) -> dict[str, list[int] | list[list[int]]]:
-    lists: dict[str, list[int] | list[list[int]]] = {}
-    for name, part in bags.items():
-        if part.offsets is None:
-            lists[name] = part.values.tolist()
-        else:
-            lists[name] = [ids.tolist() for ids in np.split(part.values, part.offsets[1:-1])]
-    return lists
-
-
-def _first_ids(bags: Bags) -> np.typing.NDArray[np.int64]:
+def _first_ids(bags: Bags) -> Ints:
     """One id a bag, 0 where it is empty."""
     if bags.offsets is None:
         return bags.values.astype(np.int64)
     values = np.append(bags.values, 0).astype(np.int64)
-    ids: np.typing.NDArray[np.int64] = np.where(np.diff(bags.offsets) > 0, values[bags.offsets[:-1]], 0)
+    ids: Ints = np.where(np.diff(bags.offsets) > 0, values[bags.offsets[:-1]], 0)
     return ids

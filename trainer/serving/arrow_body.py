@@ -57,13 +57,19 @@ def read_arrow(
     try:
         check_messages(body)
         with pa.ipc.open_stream(body) as reader:
-            raw = _is_raw(reader.schema)
+            schema = reader.schema
+            if len(set(schema.names)) != len(schema.names):
+                raise RequestError(422, "a column occurs twice")
+            ids = (schema.metadata or {}).get(b"ids", b"dense")
+            if ids not in (b"dense", b"raw"):
+                problem = f"the schema's metadata says ids: {ids[:40]!r}; dense and raw are known"
+                raise RequestError(422, problem)
             for batch in reader:
                 if len(requests) + batch.num_rows > limits.requests:
                     raise RequestError(413, f"more than {limits.requests} requests (--max-requests)")
-                columns = _needed(batch, needs)
+                columns = _checked_columns(batch, needs)
                 for row in range(columns.num_rows):
-                    translation = Translation(vocabularies or {}, users) if raw else None
+                    translation = Translation(vocabularies or {}, users) if ids == b"raw" else None
                     form = _ArrowForm(columns, row, len(requests), values_left, needs, translation)
                     requests.append(form.request(stored, limits))
     except (*PARQUET_ERRORS, struct.error, IndexError) as error:
@@ -72,15 +78,6 @@ def read_arrow(
     if not requests:
         raise RequestError(422, "there is no request: the stream has no rows")
     return requests
-
-
-def _is_raw(schema: pa.Schema) -> bool:
-    if len(set(schema.names)) != len(schema.names):
-        raise RequestError(422, "a column occurs twice")
-    ids = (schema.metadata or {}).get(b"ids", b"dense")
-    if ids not in (b"dense", b"raw"):
-        raise RequestError(422, f"the schema's metadata says ids: {ids[:40]!r}; dense and raw are known")
-    return bool(ids == b"raw")
 
 
 def write_arrow(answers: Sequence[Answer], tasks: Sequence[str], version: str) -> bytes:
@@ -99,16 +96,20 @@ def write_arrow(answers: Sequence[Answer], tasks: Sequence[str], version: str) -
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+    return bytes(sink.getvalue())
 
 
-def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
+def _checked_columns(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
     """The columns that are read, each checked to be what it says."""
+    columns = batch.schema.names
+    for part in needs.parts:
+        if part is needs.history and "history_timestamp" not in columns:
+            continue
+        given = [name.removeprefix(part.prefix) for name in columns if name.startswith(part.prefix)]
+        check_names([name for name in given if name != "timestamp"], part, f"columns {part.prefix}*")
     known = ["user_id", "request_timestamp", *_PER_BEHAVIOR.values()]
     known += [f"{part.prefix}{name}" for part in needs.parts for name in part.known]
-    _check_names(batch.schema.names, needs)
-    there = set(batch.schema.names)
+    there = set(columns)
     batch = batch.select([name for name in known if name in there])
     for name in batch.schema.names:
         values, shared = batch.column(name), False
@@ -119,19 +120,12 @@ def _needed(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
         if shared and _is_text(values.type) and not pa.types.is_dictionary(values.type):
             raise RequestError(422, f"column {name}: holds text in list views; write plain lists")
         values = values.dictionary if pa.types.is_dictionary(values.type) else values
-        if not _is_read(values.type):
+        read = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null, _is_text)
+        if not any(known_type(values.type) for known_type in read):
             raise RequestError(422, f"column {name}: holds {values.type}")
         check_text(values, f"column {name}")
         batch.column(name).validate(full=True)
     return batch
-
-
-def _check_names(columns: Sequence[str], needs: Needs) -> None:
-    for part in needs.parts:
-        if part is needs.history and "history_timestamp" not in columns:
-            continue
-        given = [name.removeprefix(part.prefix) for name in columns if name.startswith(part.prefix)]
-        check_names([name for name in given if name != "timestamp"], part, f"columns {part.prefix}*")
 
 
 class _ValuesLeft:
@@ -271,11 +265,6 @@ class _ArrowForm(RequestForm):
 
     def _error(self, name: str, problem: str) -> RequestError:
         return RequestError(422, f"{self.place}, column {name}: {problem}")
-
-
-def _is_read(kind: pa.DataType) -> bool:
-    plain = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null, _is_text)
-    return any(known(kind) for known in plain)
 
 
 def _is_integer(kind: pa.DataType) -> bool:

@@ -28,6 +28,7 @@ def check_messages(body: bytes | memoryview) -> None:
         RequestError: 413 for more messages, columns or texts than are taken, 422 for compressed bodies.
         ValueError, OSError, struct.error, IndexError, pa.ArrowException: it is no such stream.
     """
+    # `text` counts the bytes of names and metadata so far.
     source, messages, text = pa.BufferReader(body), 0, 0
     while source.tell() < len(body):
         try:
@@ -37,7 +38,20 @@ def check_messages(body: bytes | memoryview) -> None:
         messages += 1
         if messages > _MOST_MESSAGES:
             raise RequestError(413, f"more than {_MOST_MESSAGES:,} Arrow messages in a body")
-        text = _check_message(_Table.root(memoryview(message.metadata)), messages == 1, text)
+        data = memoryview(message.metadata)
+        table = _Table(data, _u32(data, 0))
+        kind, header = table.byte(1), table.table(2)
+        text = _text_of_pairs(table, 4, text)
+        if header is None or (kind == _SCHEMA) != (messages == 1):
+            raise RequestError(422, "no Arrow IPC stream: it is one schema, and batches behind it")
+        if kind == _SCHEMA:
+            text = _check_schema(header, text)
+            continue
+        if kind == _DICTIONARY and header.byte(2):
+            raise RequestError(422, "dictionaries in pieces (deltas) are not read; write each whole")
+        records = header.table(1) if kind == _DICTIONARY else header
+        if records is not None and records.place(3):
+            raise RequestError(422, "compressed Arrow bodies are not accepted; write it uncompressed")
 
 
 class _Table:
@@ -49,10 +63,6 @@ class _Table:
         if not 0 <= at < len(data) or self._vtable < 0:
             raise IndexError("a table outside of its message")
         self._size = struct.unpack_from("<H", data, self._vtable)[0]
-
-    @staticmethod
-    def root(data: memoryview) -> _Table:
-        return _Table(data, _u32(data, 0))
 
     def place(self, field: int) -> int:
         """Where a field lies; 0 where it is missing."""
@@ -89,25 +99,6 @@ def _u32(data: memoryview, at: int) -> int:
     return value
 
 
-def _check_message(message: _Table, first: bool, text: int) -> int:
-    """Bytes of names and metadata so far."""
-    kind, header = message.byte(1), message.table(2)
-    text = _text_of_pairs(message, 4, text)
-    if header is None or (kind == _SCHEMA) != first:
-        raise RequestError(422, "no Arrow IPC stream: it is one schema, and batches behind it")
-    if kind == _SCHEMA:
-        return _check_schema(header, text)
-    if kind == _DICTIONARY and header.byte(2):
-        raise RequestError(422, "dictionaries in pieces (deltas) are not read; write each whole")
-    _check_records(header.table(1) if kind == _DICTIONARY else header)
-    return text
-
-
-def _check_records(batch: _Table | None) -> None:
-    if batch is not None and batch.place(3):
-        raise RequestError(422, "compressed Arrow bodies are not accepted; write it uncompressed")
-
-
 def _check_schema(schema: _Table, text: int) -> int:
     text = _text_of_pairs(schema, 2, text)
     columns, left = 0, [schema.tables(1)]
@@ -117,16 +108,13 @@ def _check_schema(schema: _Table, text: int) -> int:
             left.pop()
             continue
         columns += 1
-        text = _text_of_pairs(field, 6, text + field.length(0) + _time_zone(field))
+        kind = field.table(3)
+        time_zone = kind.length(1) if kind is not None and field.byte(2) == _TIMESTAMP else 0
+        text = _text_of_pairs(field, 6, text + field.length(0) + time_zone)
         if columns > _MOST_COLUMNS or len(left) > _DEEPEST:
             raise RequestError(413, f"more than {_MOST_COLUMNS:,} columns")
         left.append(field.tables(5))
     return text
-
-
-def _time_zone(field: _Table) -> int:
-    kind = field.table(3)
-    return kind.length(1) if kind is not None and field.byte(2) == _TIMESTAMP else 0
 
 
 def _text_of_pairs(table: _Table, field: int, text: int) -> int:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -65,23 +66,16 @@ class Batcher:
         self._next: Job | None = None
         self._pool = ThreadPoolExecutor(1, "score", torch.set_num_threads, (settings.threads,))
 
-    @property
-    def full(self) -> bool:
-        """Whether a body would be turned away now."""
-        return self._queue.full()
-
-    def turned_away(self) -> RequestError:
-        """What its client is told."""
-        return RequestError(429, f"{self.settings.waiting} requests are waiting; try again")
+    def check_room(self) -> None:
+        """Raises RequestError (429) if too many are waiting."""
+        if self._queue.full():
+            raise RequestError(429, f"{self.settings.waiting} requests are waiting; try again")
 
     async def score(self, scorer: Scorer, requests: Sequence[Request], explain: bool) -> list[Answer]:
-        """Raises RequestError (429) if too many are waiting."""
+        """One answer a request. Raises RequestError (429) if too many are waiting."""
+        self.check_room()
         answer: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
-        job = Job(scorer, requests, explain, answer, time.perf_counter())
-        try:
-            self._queue.put_nowait(job)
-        except asyncio.QueueFull:
-            raise self.turned_away() from None
+        self._queue.put_nowait(Job(scorer, requests, explain, answer, time.perf_counter()))
         return await answer
 
     async def run(self) -> None:
@@ -102,7 +96,12 @@ class Batcher:
         except Exception as error:
             outcomes = [error] * len(jobs)
         for job, outcome in zip(jobs, outcomes, strict=True):
-            _settle(job.answer, outcome)
+            if job.answer.done():  # cancelled: its client left
+                continue
+            if isinstance(outcome, Exception):
+                job.answer.set_exception(outcome)
+            else:
+                job.answer.set_result(outcome)
 
     async def _next_jobs(self) -> list[Job]:
         """The next job, and those behind it that fit into its call, in order."""
@@ -123,41 +122,26 @@ class Batcher:
 
 
 def _score(jobs: Sequence[Job], settings: BatchSettings) -> tuple[list[list[Answer] | Exception], Seconds]:
-    """One call for all jobs. If it fails, each gets a call of its own, so that no job fails for another."""
-    requests = [request for job in jobs for request in job.requests]
+    """As few model calls as the limits allow, in order: the memory of a call grows with its candidates.
+
+    If one fails, each job is scored alone, so that no job fails for another.
+    """
+    parts: list[list[Request]] = [[]]
     try:
-        answers, seconds = _score_in_parts(jobs[0], requests, settings)
+        for request in (request for job in jobs for request in job.requests):
+            if parts[-1] and not settings.fits([*parts[-1], request]):
+                parts.append([])
+            parts[-1].append(request)
+        calls = [jobs[0].scorer.score(part, jobs[0].explain) for part in parts]
     except Exception as error:
         if len(jobs) == 1:
             return [error], Seconds(0.0, 0.0)
         alone = [_score([job], settings) for job in jobs]
-        return [outcomes[0] for outcomes, _ in alone], _total(seconds for _, seconds in alone)
-    following = iter(answers)
-    return [[next(following) for _ in job.requests] for job in jobs], seconds
+        return [outcomes[0] for outcomes, _ in alone], _total(each for _, each in alone)
+    following = chain.from_iterable(answers for answers, _ in calls)
+    return [[next(following) for _ in job.requests] for job in jobs], _total(each for _, each in calls)
 
 
 def _total(calls: Iterable[Seconds]) -> Seconds:
     search, ranking = map(sum, zip(*calls, strict=True))
     return Seconds(search, ranking)
-
-
-def _score_in_parts(
-    job: Job, requests: Sequence[Request], settings: BatchSettings
-) -> tuple[list[Answer], Seconds]:
-    """As few model calls as the limits allow, in order: the memory of a call grows with its candidates."""
-    parts: list[list[Request]] = [[]]
-    for request in requests:
-        if parts[-1] and not settings.fits([*parts[-1], request]):
-            parts.append([])
-        parts[-1].append(request)
-    calls = [job.scorer.score(part, job.explain) for part in parts]
-    return [answer for answers, _ in calls for answer in answers], _total(seconds for _, seconds in calls)
-
-
-def _settle(answer: asyncio.Future[list[Answer]], outcome: list[Answer] | Exception) -> None:
-    if answer.done():  # cancelled: its client left
-        return
-    if isinstance(outcome, Exception):
-        answer.set_exception(outcome)
-    else:
-        answer.set_result(outcome)

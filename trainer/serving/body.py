@@ -11,12 +11,10 @@ from pydantic_core import to_json
 from trainer.serving import arrow_body
 from trainer.serving.checks import cut_history
 from trainer.serving.histories import HistoryStore
-from trainer.serving.json_body import JsonForm, ScoreBody, read_json
+from trainer.serving.json_body import JsonForm, read_json
 from trainer.serving.request import History, Limits, Request, RequestError
 from trainer.serving.scorer import Answer, Scorer
 from trainer.serving.vocabulary import Translation
-
-_ITEM = "item_id"
 
 
 @dataclass(frozen=True)
@@ -35,42 +33,31 @@ class Body:
     items: Sequence[Any] = ()
     raw: bool = False
 
-    @property
-    def bytes(self) -> int:
-        """What its arrays take."""
-        return sum(request.bytes for request in self.requests)
-
 
 def decode(
     body: memoryview, content_type: str, scorer: Scorer, histories: HistoryStore | None, limits: Limits
 ) -> Body:
     """Requests of a body; RequestError for whatever cannot be scored."""
+    users = None if histories is None else histories.users
+    stored: Mapping[int, History] = histories or {}
     if content_type == arrow_body.MEDIA_TYPE:
-        users = None if histories is None else histories.users
-        requests = arrow_body.read_arrow(
-            body, histories or {}, scorer.needs, limits, scorer.vocabularies, users
-        )
+        requests = arrow_body.read_arrow(body, stored, scorer.needs, limits, scorer.vocabularies, users)
         return Body([cut_history(request, scorer.needs) for request in requests])
     if content_type != "application/json":
         kinds = f"application/json or {arrow_body.MEDIA_TYPE}"
         raise RequestError(415, f"content type {content_type[:80]!r} is not read; send {kinds}")
-    return _of_json(read_json(body, limits), scorer, histories, limits)
-
-
-def _of_json(read: ScoreBody, scorer: Scorer, histories: HistoryStore | None, limits: Limits) -> Body:
-    raw, requests = read.ids == "raw", []
-    users = None if histories is None else histories.users
-    stored: Mapping[int, History] = histories or {}
-    for r, each in enumerate(read.requests):
+    sent = read_json(body, limits)
+    raw, requests = sent.ids == "raw", []
+    for r, each in enumerate(sent.requests):
         translation = Translation(scorer.vocabularies, users) if raw else None
         form = JsonForm(each, scorer.needs, translation, f"requests[{r}]")
         requests.append(cut_history(form.request(stored, limits), scorer.needs))
     candidates = sum(request.count for request in requests)
-    if read.explain and candidates > limits.explained:
+    if sent.explain and candidates > limits.explained:
         problem = f"{candidates:,} candidates to explain, the server takes {limits.explained:,} of a body"
         raise RequestError(413, problem)
-    items = [each.candidates.get(_ITEM, []) for each in read.requests] if raw else []
-    return Body(requests, read.explain, items, raw)
+    items = [each.candidates.get("item_id", []) for each in sent.requests] if raw else []
+    return Body(requests, sent.explain, items, raw)
 
 
 def encode(answers: Sequence[Answer], scorer: Scorer, body: Body, as_arrow: bool) -> bytes:
@@ -86,9 +73,6 @@ def encode(answers: Sequence[Answer], scorer: Scorer, body: Body, as_arrow: bool
         if body.raw:
             result |= {"items": body.items[r], "unknown": answer.unknown}
         if body.explain:
-            result["kept"] = {
-                branch: [{"behaviors": each.places, "weights": each.weights} for each in explanations]
-                for branch, explanations in answer.explanations.items()
-            }
+            result["kept"] = answer.explanations
         results.append(result)
     return to_json({"version": scorer.version, "results": results})

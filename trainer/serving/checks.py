@@ -26,10 +26,20 @@ def check_request(request: Request, needs: Needs, limits: Limits, place: str) ->
     check_times(np.array([request.time]), needs.latest, f"{place}.time")
     start, end = _window(history, request.time, needs)
     _check_limit(end - start, limits.history, f"{place}.history", "behaviors", "--max-history")
-    ids = _IdChecks(needs, limits, place)
-    behaviors = ids.checked(needs.history, history.features, n)
-    candidates = ids.checked(needs.candidates, request.candidates, request.count)
-    context = ids.checked(needs.context, request.context, 1)
+
+    def ids(part: Part, given: Mapping[str, Bags], count: int) -> dict[str, Bags]:
+        """The known features of a part of `count` behaviors, candidates or requests."""
+        where = f"{place}.{part.path}"
+        missing = [name for name in part.needed if name not in given]
+        if missing and count:
+            needed = ", ".join(part.needed)
+            raise RequestError(422, f"{where}.{missing[0]}: missing; the snapshot needs {needed}")
+        names = [name for name in part.known if name in given]
+        return {name: _checked_bags(name, given[name], count, needs, limits, where) for name in names}
+
+    behaviors = ids(needs.history, history.features, n)
+    candidates = ids(needs.candidates, request.candidates, request.count)
+    context = ids(needs.context, request.context, 1)
     clusters = _checked_clusters(history, needs, place)
     return replace(
         request,
@@ -115,49 +125,31 @@ def _unit_hint(time: int) -> str:
     return "; it is before 1970" if time < 0 else "; it lies too far in the future"
 
 
-class _IdChecks:
-    """Checks the ids of behaviors, candidates and context alike."""
-
-    def __init__(self, needs: Needs, limits: Limits, place: str) -> None:
-        self.needs, self.limits, self.place = needs, limits, place
-
-    def checked(self, part: Part, given: Mapping[str, Bags], count: int) -> dict[str, Bags]:
-        """The known features of a part of `count` behaviors, candidates or requests."""
-        place = f"{self.place}.{part.path}"
-        missing = [name for name in part.needed if name not in given]
-        if missing and count:
-            needed = ", ".join(part.needed)
-            raise RequestError(422, f"{place}.{missing[0]}: missing; the snapshot needs {needed}")
-        return {n: self._bags(n, given[n], count, f"{place}.{n}") for n in part.known if n in given}
-
-    def _bags(self, name: str, bags: Bags, count: int, place: str) -> Bags:
-        if bags.size != count:
-            raise RequestError(422, f"{place}: {bags.size:,} entries, expected {count:,}")
-        if bags.offsets is not None:
-            bags = self._of_lengths(name, bags, np.diff(bags.offsets), place)
-        _check_ids(bags.values, self.needs.rows.get(name, 2**63 - 1), place)
-        return bags
-
-    def _of_lengths(self, name: str, bags: Bags, lengths: Ints, place: str) -> Bags:
-        if name not in self.needs.multi:
+def _checked_bags(name: str, bags: Bags, count: int, needs: Needs, limits: Limits, place: str) -> Bags:
+    """The ids of `count` behaviors, candidates or requests, without offsets where each has exactly one."""
+    place = f"{place}.{name}"
+    if bags.size != count:
+        raise RequestError(422, f"{place}: {bags.size:,} entries, expected {count:,}")
+    if bags.offsets is not None:
+        lengths = np.diff(bags.offsets)
+        if name not in needs.multi:
             other = np.flatnonzero(lengths != 1)
             if other.size:
                 at = int(other[0])
-                ids = f"{lengths[at]:,} ids" if lengths[at] else "no id"
-                raise RequestError(422, f"{place}[{at}]: {ids}; the feature has exactly one")
-            return Bags(bags.values)
-        if lengths.size and lengths.max() > self.limits.bag:
+                number = f"{lengths[at]:,} ids" if lengths[at] else "no id"
+                raise RequestError(422, f"{place}[{at}]: {number}; the feature has exactly one")
+            bags = Bags(bags.values)
+        elif lengths.size and lengths.max() > limits.bag:
             at = int(lengths.argmax())
-            problem = f"{lengths[at]:,} ids, the server takes {self.limits.bag:,} of one (--max-bag)"
+            problem = f"{lengths[at]:,} ids, the server takes {limits.bag:,} of one (--max-bag)"
             raise RequestError(413, f"{place}[{at}]: {problem}")
-        return bags
-
-
-def _check_ids(ids: Any, rows: int, place: str) -> None:
+    ids: Any = bags.values
+    rows = needs.rows.get(name, 2**63 - 1)
     # As unsigned numbers negative ids are the largest, so that one pass finds both.
     if ids.size and ids.view(np.uint64).max() >= rows:
         at = int(np.flatnonzero((ids < 0) | (ids >= rows))[0])
         raise RequestError(422, f"{place}[{at}]: id {ids[at]} lies outside [0, {rows})")
+    return bags
 
 
 def _checked_clusters(history: History, needs: Needs, place: str) -> tuple[Ints | None, Ints | None]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from trainer.data.row_group import Bags, Ints
+from trainer.log.arrow_types import is_text
 from trainer.serving.checks import check_request
-from trainer.serving.histories import number_sent, stored_history
-from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request
+from trainer.serving.histories import known_user
+from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request, RequestError
 from trainer.serving.vocabulary import Translation
 
 
@@ -61,17 +62,29 @@ class RequestForm(ABC):
         user, time, needs = self.user(), self.time(), self.needs
         timestamp = self.per_behavior("timestamp")
         if timestamp is None:
+            if user is None:
+                problem = "give a history, or a user_id where the server has histories"
+                raise RequestError(422, f"{self.place}: {problem}")
+            if not stored:
+                problem = "missing, and this server was started without --histories"
+                raise RequestError(422, f"{self.place}.history: {problem}")
             names = None if self.translation is None else self.translation.users
-            number, history = stored_history(stored, user, names, self.place)
+            number = known_user(stored, user, names, f"{self.place}.user_id")
+            history = stored[number]
         else:
-            number, features = number_sent(user), self._features(needs.history)
+            # A user whose history is sent along need not be known: 0 stands for a name.
+            number = 0 if user is None or is_text(user.type) else int(user[0].as_py())
+            features = self._features(needs.history)
             clusters = (self.per_behavior("cluster_size"), self.per_behavior("cluster_time"))
             history = History(timestamp, features, *clusters)
+        if time is None:
+            # One at which all behaviors are in the past.
+            time = min(int(history.time[-1]) if history.time.size else 0, 2**63 - 2) + 1
         candidates = self._features(needs.candidates)
         request = Request(
             user_id=number,
             history=history,
-            time=_after(history) if time is None else time,
+            time=time,
             candidates=candidates,
             count=max((bags.size for bags in candidates.values()), default=0),
             context=self._features(needs.context),
@@ -83,8 +96,3 @@ class RequestForm(ABC):
     def _features(self, part: Part) -> dict[str, Bags]:
         """Features that the snapshot knows, in its order."""
         return {name: self.bags(part, name) for name in part.known if self.has(part, name)}
-
-
-def _after(history: History) -> int:
-    """A time at which all behaviors are in the past."""
-    return min(int(history.time[-1]) if history.time.size else 0, 2**63 - 2) + 1

@@ -47,7 +47,6 @@ User = Annotated[
     Annotated[Int64, Tag("integer")] | Annotated[Text, Tag("text")],
     Discriminator(_kind_of_user, custom_error_type="user", custom_error_message=_KINDS),
 ]
-Spelling = Literal["dense", "raw"]
 # A list or an object takes as much time and memory as so many numbers.
 _LIST_WEIGHT = 16
 _MOST_KEYS, _MOST_KEYS_OF_ALL = 10_000, 100_000
@@ -103,7 +102,7 @@ class ScoreBody(_Body):
 
     requests: Annotated[list[RequestBody], Field(fail_fast=True)] = Field(min_length=1)
     explain: bool = False
-    ids: Spelling = "dense"
+    ids: Literal["dense", "raw"] = "dense"
 
 
 def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
@@ -113,10 +112,8 @@ def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
         RequestError: 413 above a limit; 422 naming the place of the first mistake.
     """
     if len(given) > limits.json:
-        problem = (
-            f"JSON longer than {limits.json:,} bytes (--max-json); send Arrow, or fewer requests at once"
-        )
-        raise RequestError(413, problem)
+        problem = f"JSON longer than {limits.json:,} bytes (--max-json)"
+        raise RequestError(413, f"{problem}; send Arrow, or fewer requests at once")
     body = bytes(given)
     # Commas and brackets inside of texts are counted too; there are few.
     if body.count(b",") + _LIST_WEIGHT * (body.count(b"[") + body.count(b"{")) > limits.ids:
@@ -129,25 +126,27 @@ def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
         tree = parsed(body)
     except ValueError as error:
         raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
-    _check_sizes(tree, limits)
-    _check_keys(body, keys, tree)
+    # Bounds what is reported one by one: requests, and keys of objects.
+    requests = tree.get("requests") if isinstance(tree, dict) else None
+    if isinstance(requests, list) and len(requests) > limits.requests:
+        problem = f"{len(requests):,} requests, the server takes {limits.requests:,} (--max-requests)"
+        raise RequestError(413, problem)
+    sizes = [len(part) for part in _objects(tree)]
+    for size in sizes:
+        if size > _MOST_KEYS:
+            raise RequestError(413, f"an object of {size:,} keys, the server takes {_MOST_KEYS:,}")
+    if keys != sum(sizes):
+        # An object may have a key twice, of which the parser kept the last: parsed again to tell.
+        try:
+            json.loads(body, object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
     try:
         return ScoreBody.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place, problem = path_in(tree, first["loc"])[:200], words_of(dict(first), json=True)
         raise RequestError(422, f"{place}: {problem}"[:500] if place else problem[:300]) from None
-
-
-def _check_sizes(tree: Any, limits: Limits) -> None:
-    """Bounds what is reported one by one: requests, and keys of objects."""
-    requests = tree.get("requests") if isinstance(tree, dict) else None
-    if isinstance(requests, list) and len(requests) > limits.requests:
-        problem = f"{len(requests):,} requests, the server takes {limits.requests:,} (--max-requests)"
-        raise RequestError(413, problem)
-    for part in _objects(tree):
-        if len(part) > _MOST_KEYS:
-            raise RequestError(413, f"an object of {len(part):,} keys, the server takes {_MOST_KEYS:,}")
 
 
 def _objects(tree: Any) -> Iterator[dict[str, Any]]:
@@ -157,19 +156,6 @@ def _objects(tree: Any) -> Iterator[dict[str, Any]]:
         requests = tree.get("requests")
         for value in (*tree.values(), *(requests if isinstance(requests, list) else ())):
             yield from _objects(value)
-
-
-def _check_keys(body: bytes, keys: int, tree: Any) -> None:
-    """Refuses a key that an object has twice, of which the parser keeps the last.
-
-    Only where `keys` were seen and not as many are left, the body is parsed again.
-    """
-    if keys == sum(map(len, _objects(tree))):
-        return
-    try:
-        json.loads(body, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> None:
@@ -216,16 +202,16 @@ class JsonForm(RequestForm):
         ids: Any = self._parts[part.name][name]
         if part is self.needs.context:
             ids = [ids if isinstance(ids, list) else [ids]]
-        where = f"{part.path}.{name}"
         if not ids or not isinstance(ids[0], list):
-            return Bags(self._ids(part, name, ids, where))
-        values = self._ids(part, name, list(chain.from_iterable(ids)), where)
+            return Bags(self._ids(part, name, ids))
+        values = self._ids(part, name, list(chain.from_iterable(ids)))
         return Bags.of_lengths(values, [len(bag) for bag in ids])
 
     def numbers(self, name: str) -> Doubles:
         return np.array(self._body.numeric[name], dtype=np.float64)
 
-    def _ids(self, part: Part, name: str, values: list[Any], where: str) -> Ints:
+    def _ids(self, part: Part, name: str, values: list[Any]) -> Ints:
+        where = f"{part.path}.{name}"
         text = bool(values) and isinstance(values[0], str)
         if self.translation is not None and values:
             raw = pa.array(values, pa.large_string() if text else pa.int64())

@@ -98,14 +98,11 @@ class Request:
     def bytes(self) -> int:
         """What its arrays take."""
         history = self.history
-        arrays: list[npt.NDArray[np.generic] | None] = [
-            history.time,
-            history.cluster_size,
-            history.cluster_time,
-        ]
+        arrays: list[npt.NDArray[np.generic] | None] = [history.cluster_size, history.cluster_time]
+        arrays += [history.time, *self.numeric.values()]
         for side in (history.features, self.candidates, self.context):
             arrays += [part for bags in side.values() for part in (bags.values, bags.offsets)]
-        return sum(array.nbytes for array in (*arrays, *self.numeric.values()) if array is not None)
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 class Part(NamedTuple):

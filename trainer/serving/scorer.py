@@ -13,7 +13,7 @@ import torch
 
 from embeddings.errors import ConfigError
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import Block, LazyRows, WindowedRows, with_windows
+from trainer.data.blocks import Block, LazyRows, with_windows
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup
 from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
@@ -37,10 +37,10 @@ class Explanation:
     """Why a candidate has its score: the behaviors that a branch kept for it, heaviest first.
 
     Attributes:
-        places: of the behaviors, in the request's history; weights: of each, in the branch's attention.
+        behaviors: their places in the request's history; weights: of each, in the branch's attention.
     """
 
-    places: list[int]
+    behaviors: list[int]
     weights: list[float]
 
 
@@ -125,7 +125,10 @@ class Scorer:
             columns = replace(columns, features={**columns.features, _PLACE: FeatureInfo(rows=1)})
         rows = _user_rows(requests, columns)
         windowed = with_windows(rows, self.data.history_length, self.data.ingestion_delay)
-        blocks = [_block(windowed, request, r) for r, request in enumerate(requests)]
+        blocks = []
+        for r, request in enumerate(requests):
+            lazy = LazyRows(RowGroup(Path("request"), r), lambda: windowed)
+            blocks.append(Block(0, r, r + 1, int(request.history.time.size), request.count, lazy))
         return collate(blocks, self.data, columns, int(rows.candidate_offsets[-1]))
 
     def score(self, requests: Sequence[Request], explain: bool = False) -> tuple[list[Answer], Seconds]:
@@ -177,11 +180,6 @@ def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:
     return {name: FeatureInfo(rows=needs.rows.get(name, 1)) for name in names}
 
 
-def _block(windowed: WindowedRows, request: Request, r: int) -> Block:
-    rows = LazyRows(RowGroup(Path("request"), r), lambda: windowed)
-    return Block(0, r, r + 1, int(request.history.time.size), request.count, rows)
-
-
 def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
     """Every request as a user row of its own."""
     histories = [request.history for request in requests]
@@ -216,23 +214,21 @@ def _joined_features(
     parts: Sequence[Mapping[str, Bags]], sizes: Ints, names: Mapping[str, FeatureInfo]
 ) -> FeatureIds:
     """Ids of all requests; a feature that some request lacks has empty bags there."""
-    bags = {name: [part.get(name) for part in parts] for name in names if any(name in p for p in parts)}
-    single = [name for name, each in bags.items() if all(b is not None and b.offsets is None for b in each)]
+    none = np.zeros(0, dtype=np.int64)
+    empty = [Bags.of_lengths(none, np.zeros(size, dtype=np.int64)) for size in sizes.tolist()]
+    single: list[str] = []
+    several: dict[str, Bags] = {}
+    for name in names:
+        if all(name in part and part[name].offsets is None for part in parts):
+            single.append(name)
+        elif any(name in part for part in parts):
+            bags = [part.get(name, lacking) for part, lacking in zip(parts, empty, strict=True)]
+            values = np.concatenate([each.values for each in bags])
+            several[name] = Bags.of_lengths(values, np.concatenate([each.lengths for each in bags]))
     ids = np.empty((len(single), int(sizes.sum())), dtype=np.int64)
     for row, name in zip(ids, single, strict=True):
-        np.concatenate([b.values for b in bags[name] if b is not None], out=row)
-    return FeatureIds(single, ids, {n: _joined(each, sizes) for n, each in bags.items() if n not in single})
-
-
-def _joined(parts: Sequence[Bags | None], sizes: Ints) -> Bags:
-    """Bags of all requests, `sizes` of each; a request without the feature has empty ones."""
-    none = np.zeros(0, dtype=np.int64)
-    bags = [
-        Bags.of_lengths(none, np.zeros(size, dtype=np.int64)) if part is None else part
-        for part, size in zip(parts, sizes.tolist(), strict=True)
-    ]
-    lengths = np.concatenate([each.lengths for each in bags])
-    return Bags.of_lengths(np.concatenate([each.values for each in bags]), lengths)
+        np.concatenate([part[name].values for part in parts], out=row)
+    return FeatureIds(single, ids, several)
 
 
 def _explanations(

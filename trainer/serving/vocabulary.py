@@ -162,31 +162,25 @@ class Translation:
         if known is None:
             problem = "the server has no vocabulary of this feature, so it reads no raw values of it"
             raise RequestError(422, f"{place}: {problem}")
+        places: Ints | None = None
         if pa.types.is_dictionary(raw.type):
-            return self._of_dictionary(feature, raw, part, place)
+            # Each value that is referred to is looked up once.
+            used, places = np.unique(raw.indices.to_numpy(zero_copy_only=False), return_inverse=True)
+            values = raw.dictionary
+            check_text(values, place)
+            raw = (values.cast(pa.large_string()) if is_text(values.type) else values).take(pa.array(used))
         if pa.types.is_null(raw.type) and not len(raw):
             return np.zeros(0, dtype=np.int64)
         text = is_text(raw.type)
         if text != known.text or not (text or pa.types.is_integer(raw.type)):
             raise RequestError(422, f"{place}: {_other_type(raw, known)}")
         ids = ids_of(known, raw, place)
-        self._count(part, ids)
-        return ids
-
-    def _of_dictionary(self, feature: str, raw: pa.DictionaryArray, part: str, place: str) -> Ints:
-        """Each value that is referred to is looked up once."""
-        used, where = np.unique(raw.indices.to_numpy(zero_copy_only=False), return_inverse=True)
-        words = raw.dictionary
-        check_text(words, place)
-        values = (words.cast(pa.large_string()) if is_text(words.type) else words).take(pa.array(used))
-        ids: Ints = Translation(self.vocabularies).ids(feature, values, part, place)[where]
-        self._count(part, ids)
-        return ids
-
-    def _count(self, part: str, ids: Ints) -> None:
+        if places is not None:
+            ids = ids[places]
         missing = int((ids == 0).sum())
         if missing:
             self.unknown[part] = self.unknown.get(part, 0) + missing
+        return ids
 
 
 def _other_type(raw: pa.Array, known: Vocabulary) -> str:

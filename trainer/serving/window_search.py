@@ -8,6 +8,9 @@ stands for (property test), whatever the scorer and the kind of search.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,58 +30,65 @@ _CACHED, _FEWEST = 1 << 20, 128
 _CELLS = 8 << 20
 
 
-class Space:
-    """Memory for scores that is used again: fresh pages would cost as much as filling them."""
-
-    def __init__(self) -> None:
-        self._cells = torch.empty(0)
-
-    def matrix(self, rows: int, columns: int) -> Tensor:
-        """Uninitialised float32 [rows, columns], gone with the next call."""
-        if self._cells.numel() < rows * columns:
-            self._cells = torch.empty(rows * columns)
-        return self._cells[: rows * columns].view(rows, columns)
-
-
 class WindowSearch(Search):
     """The same as `inner`, window by window."""
 
     def __init__(self, inner: Search) -> None:
         super().__init__(inner.k)
         self.inner = inner
-        self._space = Space()
+        # Memory for scores that is used again: fresh pages would cost as much as filling them.
+        self._cells = torch.empty(0)
 
     def select(self, query: Query) -> Selection:
-        windows = query.windows
+        windows, count = query.windows, query.vectors.query_CD.shape[0]
         bounds = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).cumsum(0).tolist()
         lengths = windows.mask.sum(1).tolist()
         # After a hard search every candidate has a short window of its own: together they are cheaper.
-        if len(lengths) == query.vectors.query_CD.shape[0] > 1 and windows.index.numel() <= _CELLS:
-            kept: Selection = self.inner(query)
-            return kept
+        if not count or (len(lengths) == count > 1 and windows.index.numel() <= _CELLS):
+            selection: Selection = self.inner(query)
+            return selection
         parts = []
-        for window, (begin, end) in enumerate(zip([0, *bounds], bounds, strict=False)):
+        for window, (begin, end) in enumerate(pairwise([0, *bounds])):
             if end > begin:
                 single = _single_window(query, window, lengths[window], begin, end)
-                parts += [self._padded(part) for part in self._of_window(single, lengths[window])]
-        if not parts:
-            kept = self.inner(query)
-            return kept
+                for column, mask in self._of_window(single, lengths[window]):
+                    missing = self.k - column.shape[1]
+                    parts.append((F.pad(column, (0, missing)), F.pad(mask, (0, missing))))
         column, mask = (torch.cat(each) for each in zip(*parts, strict=True))
         return windows.columns(column, mask)
 
     def _of_window(self, query: Query, length: int) -> list[tuple[Tensor, Tensor]]:
         scorer = query.scorer
         if type(self.inner) is DotSearch and isinstance(scorer, DotScorer) and scorer.heads == 1 and length:
-            return _dot_columns(scorer, query, self.k, self._space)
+            return self._dot_columns(scorer, query)
         count = query.vectors.query_CD.shape[0]
         size = max(1, _CELLS // max(length, 1))
         chunks = (_candidates(query, at, min(at + size, count)) for at in range(0, count, size))
         return [self.inner.columns(chunk) for chunk in chunks]
 
-    def _padded(self, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        missing = self.k - part[0].shape[1]
-        return F.pad(part[0], (0, missing)), F.pad(part[1], (0, missing))
+    def _dot_columns(self, scorer: DotScorer, query: Query) -> list[tuple[Tensor, Tensor]]:
+        """Top-K by inner product, some candidates at a time."""
+        width = query.windows.index.shape[1]
+        # What is added to a behavior's scores is one more dimension, in which every candidate has 1.
+        bias_X1 = scorer._window_bias(query.vectors, query.windows)[0][:, None]
+        keys_XD = F.embedding(query.windows.index[0], query.vectors.key_ND)
+        biased = bool(bias_X1.any())
+        keys_XD = torch.cat([keys_XD, bias_X1], dim=1) if biased else keys_XD
+        groups, doubt = min(groups_of(self.k), width), query.doubt()
+        size = max(_FEWEST, _CACHED // width)
+        columns = []
+        for begin in range(0, query.vectors.query_CD.shape[0], size):
+            chunk = _candidates(query, begin, begin + size)
+            query_CD = chunk.vectors.query_CD
+            query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
+            cells = query_CD.shape[0] * width
+            if self._cells.numel() < cells:
+                self._cells = torch.empty(cells)
+            score_CX = self._cells[:cells].view(-1, width)
+            beside_CX = scorer._beside(chunk.vectors, chunk.windows)
+            best_CG = _score(score_CX, query_CD, keys_XD, beside_CX, groups)
+            columns.append(top_of_groups(score_CX, best_CG, self.k, doubt=doubt.cut(begin, begin + size)))
+        return columns
 
 
 def per_window(search: Search) -> Search:
@@ -96,43 +106,19 @@ def _single_window(query: Query, window: int, length: int, begin: int, end: int)
     size = None if whole.log_size is None else cut(whole.log_size)
     of_candidate = torch.zeros(whole.of_candidate.numel(), dtype=torch.int64, device=whole.index.device)
     windows = Windows(cut(whole.index), cut(whole.mask), whole.marks.each(cut), size, of_candidate)
-    single = Query(query.scorer, query.vectors, query.raw, windows, query.ids_C, query.ids_N)
-    return _candidates(single, begin, end)
+    return _candidates(replace(query, windows=windows), begin, end)
 
 
 def _candidates(query: Query, begin: int, end: int) -> Query:
     """Some candidates of one window."""
-    chosen, old = slice(begin, end), query.windows
+    chosen = slice(begin, end)
 
     def cut(vectors: AttentionVectors) -> AttentionVectors:
-        return AttentionVectors(
-            vectors.query_CD[chosen], vectors.key_ND, vectors.group_C[chosen], vectors.cross_N
-        )
+        return replace(vectors, query_CD=vectors.query_CD[chosen], group_C=vectors.group_C[chosen])
 
-    windows = Windows(old.index, old.mask, old.marks, old.log_size, old.of_candidate[chosen])
+    windows = replace(query.windows, of_candidate=query.windows.of_candidate[chosen])
     ids_C = None if query.ids_C is None else query.ids_C[chosen]
-    return Query(query.scorer, cut(query.vectors), cut(query.raw), windows, ids_C, query.ids_N)
-
-
-def _dot_columns(scorer: DotScorer, query: Query, k: int, space: Space) -> list[tuple[Tensor, Tensor]]:
-    """Top-K by inner product, some candidates at a time."""
-    width = query.windows.index.shape[1]
-    # What is added to a behavior's scores is one more dimension, in which every candidate has 1.
-    bias_X1 = scorer._window_bias(query.vectors, query.windows)[0][:, None]
-    keys_XD = F.embedding(query.windows.index[0], query.vectors.key_ND)
-    biased = bool(bias_X1.any())
-    keys_XD = torch.cat([keys_XD, bias_X1], dim=1) if biased else keys_XD
-    groups, doubt = min(groups_of(k), width), query.doubt()
-    size = max(_FEWEST, _CACHED // width)
-    columns = []
-    for begin in range(0, query.vectors.query_CD.shape[0], size):
-        chunk = _candidates(query, begin, begin + size)
-        query_CD = chunk.vectors.query_CD
-        query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
-        score_CX = space.matrix(query_CD.shape[0], width)
-        best_CG = _score(score_CX, query_CD, keys_XD, scorer._beside(chunk.vectors, chunk.windows), groups)
-        columns.append(top_of_groups(score_CX, best_CG, k, doubt=doubt.cut(begin, begin + size)))
-    return columns
+    return replace(query, vectors=cut(query.vectors), raw=cut(query.raw), windows=windows, ids_C=ids_C)
 
 
 def _score(

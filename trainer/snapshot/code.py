@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,25 +83,39 @@ def check_compiler(root: Path) -> None:
 def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
     """Compile all that follows look-ups and search, or where that is no function of tensors, the head alone.
 
-    Any number of candidates; all other sizes are fixed.
+    AOTInductor compiles. Any number of candidates; all other sizes are fixed.
 
     Raises:
         SnapshotError: the model has neither, or the compiled one computes something else.
     """
     model = snapshot.model
     if _is_one_branch(model):
+        path, module = "code/ranking.pt2", cast("nn.Module", _Ranking(model).eval())
         given, expected = _ranked(snapshot)
-        sizes = ", ".join(f"{_NAMES[i]} {_shape(part)}" for i, part in enumerate(given))
+        sizes = ", ".join(f"{name} {_shape(part)}" for name, part in zip(_NAMES, given, strict=True))
         describes = f"stage two and head: {sizes} -> probabilities [candidates, tasks]"
-        return _compiled(folder, "code/ranking.pt2", _Ranking(model).eval(), given, expected, describes)
-    obstacle = model.head.compile_obstacle
-    if obstacle:
-        raise SnapshotError(folder, f'--aoti compiles head = "mlp"; head = "{model.config.head}" {obstacle}')
-    width = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear)).in_features
-    head = _Probabilities(model.head).eval()
-    sample = torch.randn(7, width, generator=torch.Generator().manual_seed(0))
-    describes = f"head and sigmoid: parts {_shape(sample)} -> probabilities [candidates, tasks]"
-    return _compiled(folder, "code/head.pt2", head, (sample,), head(sample), describes)
+    else:
+        obstacle = model.head.compile_obstacle
+        if obstacle:
+            problem = f'--aoti compiles head = "mlp"; head = "{model.config.head}" {obstacle}'
+            raise SnapshotError(folder, problem)
+        width = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear)).in_features
+        path, module = "code/head.pt2", _Probabilities(model.head).eval()
+        given = (torch.randn(7, width, generator=torch.Generator().manual_seed(0)),)
+        expected = module(*given)
+        describes = f"head and sigmoid: parts {_shape(given[0])} -> probabilities [candidates, tasks]"
+    candidates = torch.export.Dim("candidates", min=1, max=_MOST_CANDIDATES)
+    traced = torch.export.export(module, given, dynamic_shapes=tuple({0: candidates} for _ in given))
+    file = folder / path
+    file.parent.mkdir()
+    compiled = compile_package(traced, str(file))
+    worst = max(
+        float((compiled(*(part[:count] for part in given)) - expected[:count]).abs().max())
+        for count in (1, len(expected))
+    )
+    if not worst <= _ALLOWED_DIFFERENCE:
+        raise SnapshotError(file, f"the compiled model differs by {worst:.3g}")
+    return CodeFile(path=path, **entry_of(file), describes=describes)
 
 
 _NAMES = (
@@ -147,25 +162,3 @@ def _ranked(snapshot: Snapshot) -> tuple[tuple[Tensor, ...], Tensor]:
     )
     # A single candidate would be taken for a fixed size.
     return tuple(torch.cat([part, part]) for part in given), snapshot.recorded.own.repeat(2, 1)
-
-
-def _compiled(
-    folder: Path, path: str, module: nn.Module, given: tuple[Tensor, ...], expected: Tensor, describes: str
-) -> CodeFile:
-    """Compile with AOTInductor, and compare with what is expected.
-
-    Raises:
-        SnapshotError: it computes something else.
-    """
-    candidates = torch.export.Dim("candidates", min=1, max=_MOST_CANDIDATES)
-    traced = torch.export.export(module, given, dynamic_shapes=tuple({0: candidates} for _ in given))
-    file = folder / path
-    file.parent.mkdir()
-    compiled = compile_package(traced, str(file))
-    worst = max(
-        float((compiled(*(part[:count] for part in given)) - expected[:count]).abs().max())
-        for count in (1, len(expected))
-    )
-    if not worst <= _ALLOWED_DIFFERENCE:
-        raise SnapshotError(file, f"the compiled model differs by {worst:.3g}")
-    return CodeFile(path=path, **entry_of(file), describes=describes)

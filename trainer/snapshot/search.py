@@ -45,9 +45,8 @@ def search_parts(
     """
     by_branch: dict[str, tuple[SearchPart, list[Part]]] = {}
     for name, settings in config.model.all_branches().items():
-        target, behavior = (
-            groups[group] for group in (settings.roles.attention_target, settings.roles.attention_behavior)
-        )
+        roles = settings.roles
+        target, behavior = groups[roles.attention_target], groups[roles.attention_behavior]
         reason = _obstacle(settings, target, behavior)
         if reason:
             by_branch[name] = SearchPart(reason=reason), []
@@ -68,13 +67,14 @@ def _obstacle(settings: BranchConfig, target: TableGroup, behavior: TableGroup) 
     """Why stage one of a branch is no maximum inner product over stored vectors; empty if it is."""
     if not settings.searches:
         return f'sequence = "{settings.sequence}" searches nothing'
-    obstacles = [settings.search_kind.export_obstacle(settings)]
-    obstacles += ["it attends to no feature"] if settings.attend == () else []
+    obstacle = settings.search_kind.export_obstacle(settings)
+    if obstacle:
+        return obstacle
+    if settings.attend == ():
+        return "it attends to no feature"
     # Such a group adds its features' rows up.
-    obstacles += [
-        f'group {group.name} has fusion = "sum"' for group in (target, behavior) if group.fusion == "sum"
-    ]
-    return next(filter(None, obstacles), "")
+    sums = (group.name for group in (target, behavior) if group.fusion == "sum")
+    return next((f'group {name} has fusion = "sum"' for name in sums), "")
 
 
 def _parts(
@@ -87,9 +87,8 @@ def _parts(
 ) -> list[Part]:
     """One part for each attended feature, with its map [width, dim] if there is a projection."""
     tables = {table.feature: table for table in group.tables}
-    attended = [
-        tables[feature] for feature in (group.features if settings.attend is None else settings.attend)
-    ]
+    names = group.features if settings.attend is None else settings.attend
+    attended = [tables[name] for name in names]
     prefix = f"branches.{branch}.{settings.search_kind.own_scorer or 'scorer'}.{side}"
     maps: Sequence[Tensor | None] = [None] * len(attended)
     if summed:

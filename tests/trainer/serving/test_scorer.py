@@ -183,13 +183,13 @@ def test_explained_behaviors_are_those_kept_with_their_weights(name: str, log: P
     c, seen = 0, 0
     for (_, request), part in zip(named, scored, strict=True):
         for kept in part.explanations["main"]:
-            history = request.history.features["item_id"].values[kept.places]
+            history = request.history.features["item_id"].values[kept.behaviors]
             expected = items[found.index[c][found.mask[c]]]
             assert sorted(history.tolist()) == sorted(expected.tolist())
             assert kept.weights == sorted(kept.weights, reverse=True)
-            assert sum(kept.weights) == pytest.approx(1 if kept.places else 0, abs=1e-5)
-            assert len(set(kept.places)) == len(kept.places)
-            c, seen = c + 1, seen + len(kept.places)
+            assert sum(kept.weights) == pytest.approx(1 if kept.behaviors else 0, abs=1e-5)
+            assert len(set(kept.behaviors)) == len(kept.behaviors)
+            c, seen = c + 1, seen + len(kept.behaviors)
     assert c == batch.candidates and seen > 50
 
 
