@@ -108,7 +108,7 @@ _RECORDED = SimpleNamespace(batch=SimpleNamespace(request_time=torch.zeros(0)))
 
 
 class _FixedVersion:
-    """A version that never changes, in the place of `trainer.serving.current.Current`."""
+    """A version that never changes, in the place of `trainer.serving.versions.Versions`."""
 
     histories = None
     refused = None

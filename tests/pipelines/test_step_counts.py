@@ -17,7 +17,7 @@ LIMITS: dict[int, list[Counts]] = {
         {
             "operators": 550,
             "collectives": 1,
-            "graph nodes": 59,
+            "graph nodes": 60,
             "bytes of ids": 0,
             "bytes of vectors": 0,
             "bytes besides": 0,
@@ -31,7 +31,7 @@ LIMITS: dict[int, list[Counts]] = {
         {
             "operators": 615,
             "collectives": 12,
-            "graph nodes": 59,
+            "graph nodes": 60,
             "bytes of ids": 1392,
             "bytes of vectors": 6656,
             "bytes besides": 7284,
@@ -43,7 +43,7 @@ LIMITS: dict[int, list[Counts]] = {
         {
             "operators": 615,
             "collectives": 12,
-            "graph nodes": 59,
+            "graph nodes": 60,
             "bytes of ids": 1104,
             "bytes of vectors": 6656,
             "bytes besides": 7284,
