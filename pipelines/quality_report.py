@@ -50,16 +50,22 @@ def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[
     names = ["gauc", "gauc_user", f"hr_{k}", *([f"ndcg_{k}"] if k > 1 else []), *_PROBABLE]
     head = [task, "AUC", "GAUC", "user GAUC", f"HR@{k}", *([f"NDCG@{k}"] if k > 1 else [])]
     entries = {_MODEL: metrics.as_dict(), **{title(name, feature): row for name, row in table.items()}}
-    rows = [
-        [
-            name,
-            with_interval(row["auc"], row["auc_ci"]),
-            *(number(row[each]) if each in row else "-" for each in names),
-        ]
-        for name, row in entries.items()
-    ]
+    rows = []
+    for name, row in entries.items():
+        others = (number(row[each]) if each in row else "-" for each in names)
+        rows.append([name, with_interval(row["auc"], row["auc_ci"]), *others])
     lines = table_lines([*head, "logloss", "NE", "PCOC", "ECE"], rows)
-    return [*lines, *_counts(metrics), *_lead(metrics, table, feature)]
+    share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
+    lines.append(
+        f"{share}; GAUC, HR and NDCG over the {metrics.groups:,} requests with both classes, "
+        f"user GAUC over {metrics.users:,} users"
+    )
+    best = _best(table, "auc", 1)
+    if best is not None and not math.isnan(metrics.auc) and "auc_lead" in table[best]:
+        lead, half = table[best]["auc_lead"], table[best]["auc_lead_ci"]
+        interval = "" if math.isnan(half) else f" ± {number(half)}"
+        lines.append(f"AUC of the trained model less that of {title(best, feature)}: {lead:+.4f}{interval}")
+    return lines
 
 
 def shown_rank(metrics: Metrics) -> int:
@@ -68,35 +74,13 @@ def shown_rank(metrics: Metrics) -> int:
     return max(k for k in RANKS if k == RANKS[0] or k < mean)
 
 
-def _counts(metrics: Metrics) -> Iterator[str]:
-    share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
-    yield (
-        f"{share}; GAUC, HR and NDCG over the {metrics.groups:,} requests with both classes, "
-        f"user GAUC over {metrics.users:,} users"
-    )
-
-
-def _lead(metrics: Metrics, table: Table, feature: str) -> Iterator[str]:
-    found = _best(table, "auc", 1)
-    if found is None or math.isnan(metrics.auc) or "auc_lead" not in table[found]:
-        return
-    row = table[found]
-    half = f" ± {number(row['auc_lead_ci'])}" if not math.isnan(row["auc_lead_ci"]) else ""
-    yield f"AUC of the trained model less that of {title(found, feature)}: {row['auc_lead']:+.4f}{half}"
-
-
 def slices_table(task: str, slices: Mapping[str, Metrics]) -> list[str]:
     """Metrics by how many behaviors a request saw."""
     head = [f"{task}, by behaviors seen", "candidates", "positive", "AUC", "GAUC", "logloss", "PCOC"]
-    rows = [
-        [
-            name,
-            f"{part.samples:,}",
-            f"{part.positives:,}",
-            *map(number, (part.auc, part.gauc, part.logloss, part.pcoc)),
-        ]
-        for name, part in slices.items()
-    ]
+    rows = []
+    for name, part in slices.items():
+        numbers = map(number, (part.auc, part.gauc, part.logloss, part.pcoc))
+        rows.append([name, f"{part.samples:,}", f"{part.positives:,}", *numbers])
     return table_lines(head, rows)
 
 

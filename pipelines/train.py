@@ -141,7 +141,10 @@ def _conclude(
     # Rank 0 may count for long, and what it cannot write is every rank's failure.
     for line in from_rank_0(summarise, slow=True):
         say(line)
-    say("\n".join(_next_commands(folder.path, manifest)))
+    quoted = shlex.quote(str(folder.path))
+    split = next(filter(manifest.holds, ("test", "validation")), "train")
+    other = "" if split == "test" else f" --split {split}"
+    say(f"curves: tensorboard --logdir {quoted}\nnext:   tandemrec evaluate --run {quoted}{other}")
 
 
 def _quality(
@@ -165,13 +168,6 @@ def _quality(
     table, feature = beside.metrics(), counted_feature(manifest)
     entries[baselines_key("validation")] = by_baseline(table)
     return entries, [*without(beside.missing), *remarks("validation", metrics, table, feature)]
-
-
-def _next_commands(run: Path, manifest: LogManifest) -> list[str]:
-    """Where the curves are, and the command that measures the run."""
-    folder, split = shlex.quote(str(run)), next(filter(manifest.holds, ("test", "validation")), "train")
-    other = "" if split == "test" else f" --split {split}"
-    return [f"curves: tensorboard --logdir {folder}", f"next:   tandemrec evaluate --run {folder}{other}"]
 
 
 def plan_lines(placed: Sequence[Placement], world_size: int) -> list[str]:

@@ -140,17 +140,20 @@ class SequenceLogReader:
         self.skipped: list[DataError] = []
         left_out: list[RowGroup] = []
         if config.on_bad == "skip":
-            there = self.row_groups
+            every = self.row_groups
             with together():
-                bad, self.skipped = find_bad(there, self.columns, (rank, world_size))
-            self.row_groups = without_bad(there, share(bad), config.max_bad, self.skipped)
+                bad, self.skipped = find_bad(every, self.columns, (rank, world_size))
+            self.row_groups = without_bad(every, share(bad), config.max_bad, self.skipped)
             # As all ranks have agreed; `skipped` are those alone that this rank has tried.
             kept = set(self.row_groups)
-            left_out = [place for place in there if place not in kept]
+            left_out = [place for place in every if place not in kept]
         self.candidates = manifest.splits[split].candidates
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
-        self.order = _order(manifest, split, left_out)
+        files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
+        rows_read = [files, [(place.file.name, place.row_group) for place in left_out]]
+        # Digest of the split's rows and their order: what a position inside an epoch refers to.
+        self.order = hashlib.sha256(json.dumps(rows_read).encode()).hexdigest()
         self._limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
 
     def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
@@ -201,9 +204,12 @@ class SequenceLogReader:
     def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[Block]:
         """Blocks from the cursor on, in order; the next window is decoded while this one is consumed."""
         ready: list[Block] = []
-        consumed = 0
-        for number, places in enumerate(self._windows(cursor.epoch)):
-            blocks, decoders = self._open(places, cursor.epoch, number)
+        consumed, size, places = 0, self.config.shuffle_row_groups, self.row_groups
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, cursor.epoch]).permutation(len(places))
+            places = [places[i] for i in order]
+        for number, start in enumerate(range(0, len(places), size)):
+            blocks, decoders = self._open(places[start : start + size], cursor.epoch, number)
             consumed, skipped = consumed + len(blocks), cursor.blocks - consumed
             if skipped >= len(blocks):
                 continue
@@ -250,15 +256,6 @@ class SequenceLogReader:
         rows = read_rows(place.file, place.row_group, self.columns, footer)
         return with_windows(rows, self.config.history_length, self.config.ingestion_delay)
 
-    def _windows(self, epoch: int) -> Iterator[list[RowGroup]]:
-        places = self.row_groups
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(places))
-            places = [places[i] for i in order]
-        size = self.config.shuffle_row_groups
-        for start in range(0, len(places), size):
-            yield places[start : start + size]
-
 
 def _visible_behaviors(plan: PlanRows) -> int:
     """Behaviors of a row group that some request sees."""
@@ -292,10 +289,3 @@ def _columns(manifest: LogManifest, rows: dict[str, int] | None, config: DataCon
             f"data.clusters: histories of {config.log} are not clustered; make a log with `tandemrec cluster`"
         )
     return replace(columns, chunk=manifest.clusters.chunk)
-
-
-def _order(manifest: LogManifest, split: str, skipped: Sequence[RowGroup]) -> str:
-    """Digest of the rows of a split and their order: what a position inside an epoch refers to."""
-    files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
-    left_out = [(place.file.name, place.row_group) for place in skipped]
-    return hashlib.sha256(json.dumps([files, left_out]).encode()).hexdigest()

@@ -5,12 +5,12 @@ The choice is a pure function of `Machine`, which `doctor` looks at too, so that
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import socket
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.errors import ConfigError
+from trainer.ranks.machine import installed
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 CPU_FBGEMM, CUDA_FBGEMM = "fbgemm-gpu-cpu", "fbgemm-gpu"
@@ -274,22 +275,19 @@ def gpu_place(index: int) -> str:
     return f"{host} {bus[0]:04x}:{bus[1]:02x}:{bus[2]:02x}"
 
 
-def installed(distribution: str) -> str | None:
-    """The version of a distribution, None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def observe() -> Machine:
     """Look at the real machine; makes no CUDA context. Imports fbgemm where only that knows its build."""
     versions = {name: installed(name) for name in (CPU_FBGEMM, CUDA_FBGEMM)}
     gpus, problem = _visible()
-    known = any(versions.values())
+    variant = ""
+    if not any(versions.values()):
+        with suppress(Exception):  # one that does not load is told of by whoever needs it
+            import fbgemm_gpu
+
+            variant = str(getattr(fbgemm_gpu, "__variant__", ""))
     return Machine(
         torch_cuda=torch.version.cuda,
-        fbgemm=fbgemm_build(versions, "" if known else _variant()),
+        fbgemm=fbgemm_build(versions, variant),
         fbgemm_version=next((version for version in versions.values() if version), ""),
         gpus=gpus,
         torch_arches=tuple(torch.cuda.get_arch_list()) if gpus else (),
@@ -315,11 +313,3 @@ def _visible() -> tuple[tuple[Gpu, ...], str]:
         # Without the advice that follows the fact.
         return (), " ".join(str(error).split()).split(". ")[0].rstrip(".")
     return (), ""
-
-
-def _variant() -> str:
-    try:
-        import fbgemm_gpu
-    except Exception:  # one that does not load is told of by whoever needs it
-        return ""
-    return str(getattr(fbgemm_gpu, "__variant__", ""))

@@ -1,4 +1,4 @@
-"""What this process may use of its machine, memory and cores, and how it keeps memory that a step gives back.
+"""What this process may use of its machine, and how it keeps memory that a step gives back.
 
 A container sees the whole machine's memory and cores, and is killed or held back when it takes more than its
 control group allows. Limits stand in files (kernel documentation, cgroup-v1/memory.rst and cgroup-v2.rst),
@@ -8,6 +8,7 @@ one folder a group; those of all groups above hold as well.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,14 @@ def keep_freed_memory() -> bool:
     # A negative threshold is the largest one: never.
     settings = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
     return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def installed(distribution: str) -> str | None:
+    """The version of a distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _folders(controller: str, process: Path, groups: Path) -> Iterator[Path]:
