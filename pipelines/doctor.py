@@ -142,18 +142,6 @@ def check(environment: Environment, root: Path = PROJECT_ROOT) -> list[Problem]:
     return [*problems, *check_owners(environment.owners)]
 
 
-def _fbgemm_error() -> str | None:
-    """Import fbgemm for real: undefined symbols show only when the extension is loaded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module("fbgemm_gpu")
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
-    return None
-
-
 def device_notes(machine: Machine) -> list[str]:
     """What training will use on this machine by itself, and why not each GPU; empty where that is plain.
 
@@ -199,11 +187,20 @@ def observe() -> Environment:
         from trainer.ranks.device import observe as observe_machine
 
         machine = observe_machine()
+    fbgemm_error = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # For real: undefined symbols show only when the extension is loaded.
+            importlib.import_module("fbgemm_gpu")
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        fbgemm_error = f"{type(error).__name__}: {lines[0]}"
     owners = importlib.metadata.packages_distributions()
     return Environment(
         versions={name: installed(name) for name in shown},
         torch_cuda=None if machine is None else machine.torch_cuda,
-        fbgemm_error=_fbgemm_error(),
+        fbgemm_error=fbgemm_error,
         origins={name: _origin(name) for name in OUR_PACKAGES},
         owners={name: owners.get(name, []) for name in OUR_PACKAGES},
         device=device_words(machine, cores()),

@@ -132,15 +132,15 @@ def named_modules(model: nn.Module) -> Iterator[None]:
 
 def phase_times(events: Iterable[Any]) -> dict[str, PhaseTime]:
     """Own times of a profiler's events, summed by the innermost range that an event lies in."""
-    found: dict[str, PhaseTime] = defaultdict(PhaseTime)
+    times: dict[str, PhaseTime] = defaultdict(PhaseTime)
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue
-        phase = found[_phase_of(event)]
+        phase = times[_phase_of(event)]
         phase.cpu += event.self_cpu_time_total / 1e3
         phase.device += event.self_device_time_total / 1e3
         phase.operators[event.name] += event.self_cpu_time_total / 1e3
-    return dict(found)
+    return dict(times)
 
 
 def _phase_of(event: Any) -> str:

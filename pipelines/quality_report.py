@@ -39,11 +39,6 @@ def title(baseline: str, feature: str) -> str:
     return words[baseline]
 
 
-def with_interval(value: float, half: float) -> str:
-    """`0.7312 ± 0.0040`."""
-    return number(value) if math.isnan(value) or not half > 0 else f"{number(value)} ± {number(half)}"
-
-
 def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[str]:
     """The model of one task beside its baselines, and by how much it leads the best of them."""
     k = shown_rank(metrics)
@@ -53,7 +48,9 @@ def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[
     rows = []
     for name, row in entries.items():
         others = (number(row[each]) if each in row else "-" for each in names)
-        rows.append([name, with_interval(row["auc"], row["auc_ci"]), *others])
+        known = row["auc_ci"] > 0 and not math.isnan(row["auc"])
+        auc = number(row["auc"]) + (f" ± {number(row['auc_ci'])}" if known else "")
+        rows.append([name, auc, *others])
     lines = table_lines([*head, "logloss", "NE", "PCOC", "ECE"], rows)
     share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
     lines.append(
@@ -90,8 +87,8 @@ def remarks(
     """Plain sentences: what is empty and why, baselines that beat the model, predictions out of scale."""
     wrong = [
         f"{split}, {task}: {words}"
-        for task, found in metrics.items()
-        for words in [*_lost(found, tables[task], feature), *_scale(found)]
+        for task, own in metrics.items()
+        for words in [*_lost(own, tables[task], feature), *_scale(own)]
     ]
     return [*_empty(split, metrics), *wrong, *([_REMEDY] if wrong else [])]
 
@@ -99,19 +96,19 @@ def remarks(
 def _empty(split: str, metrics: Mapping[str, Metrics]) -> Iterator[str]:
     """Each reason once, with the tasks that it holds for."""
     reasons: dict[str, list[str]] = {}
-    for task, found in metrics.items():
-        if not found.samples:
+    for task, own in metrics.items():
+        if not own.samples:
             reason = "all metrics are empty, since no candidate has a label"
-        elif math.isnan(found.auc):
-            reason = f"AUC, GAUC, HR, NDCG and NE are empty, since all labels are {found.rate:g}"
-        elif not found.groups:
+        elif math.isnan(own.auc):
+            reason = f"AUC, GAUC, HR, NDCG and NE are empty, since all labels are {own.rate:g}"
+        elif not own.groups:
             reason = "GAUC, HR and NDCG are empty, since no request holds both classes"
         else:
             continue
         reasons.setdefault(reason, []).append(task)
     for reason, tasks in reasons.items():
         yield f"{split}, {' and '.join(tasks)}: {reason}"
-    if any(math.isnan(found.auc_ci) > math.isnan(found.auc) for found in metrics.values()):
+    if any(math.isnan(own.auc_ci) > math.isnan(own.auc) for own in metrics.values()):
         yield f"{split}: AUC has no interval (±), since there is a single user"
 
 

@@ -28,23 +28,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def first_weights(self) -> Path:
-        """Where the plain tables of `train.init_from` lie until they are read."""
-        return self.path / "init.tmp"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        # Where the plain tables of `train.init_from` lie until they are read.
+        self.first_weights = path / "init.tmp"
+        self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
 
     def scores(self, split: str) -> Path:
         """Where `evaluate` keeps the scores of a split."""

@@ -15,7 +15,7 @@ from embeddings.errors import DataError
 from embeddings.groups import TableGroup
 from embeddings.plan.traffic import Lookup
 from trainer.config.sections import DataConfig
-from trainer.data.blocks import BlockLimits, LazyRows, WindowedRows, cut_blocks
+from trainer.data.blocks import LazyRows, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
@@ -52,7 +52,6 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
     Raises:
         DataError: the log's train split is missing, unreadable or without candidates.
     """
-    limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
     totals, blocks = [0, 0, 0], []
     files = manifest.splits["train"].files if "train" in manifest.splits else []
     # An iterator, so that no more files are opened than are needed.
@@ -63,7 +62,7 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
     )
     for place in islice(places, _SAMPLED):
         plan = read_plan(place.file, place.row_group)
-        for block in cut_blocks(plan, 0, LazyRows(place, _undecoded), limits):
+        for block in cut_blocks(plan, 0, LazyRows(place, _undecoded), config):
             totals[0] += block.behaviors
             totals[1] += block.candidates
             totals[2] += block.last - block.first

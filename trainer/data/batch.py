@@ -71,13 +71,13 @@ class Sizes:
         return min(longest, newest) if newest else longest
 
 
-class _Tensors(Pipelineable):  # type: ignore[misc]
-    """Moves the tensors of a dataclass; fields that are None, a number or `Sizes` stay on the host."""
+class Movable(Pipelineable):  # type: ignore[misc]
+    """A dataclass whose tensors move to a device together; its other fields stay on the host."""
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not isinstance(value, int | Sizes):
+            if isinstance(value, Tensor | Pipelineable):
                 yield field.name, value
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
@@ -95,7 +95,7 @@ class _Tensors(Pipelineable):  # type: ignore[misc]
 
 
 @dataclass
-class Clusters(_Tensors):
+class Clusters(Movable):
     """Clusters of a history, at the behaviors that stand for them (TWIN-V2; see `trainer.log.clusters`).
 
     Attributes:
@@ -112,7 +112,7 @@ class Clusters(_Tensors):
 
 
 @dataclass
-class Retrieval(_Tensors):
+class Retrieval(Movable):
     """What a hard search in the data path kept for each candidate, B behaviors at most.
 
     Attributes:
@@ -127,7 +127,7 @@ class Retrieval(_Tensors):
 
 
 @dataclass
-class RequestBatch(_Tensors):
+class RequestBatch(Movable):
     """One rank's part of one step.
 
     Attributes:

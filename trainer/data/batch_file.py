@@ -67,8 +67,8 @@ def unpack(
         context = _bags(tensors, "context", keys[1], requests) if keys[1] else None
         for part, (kind, _) in _NESTED.items():
             names = [f"{part}.{field.name}" for field in fields(kind)]
-            there = any(name in tensors for name in names)
-            plain[part] = kind(*(tensors[name] for name in names)) if there else None
+            present = any(name in tensors for name in names)
+            plain[part] = kind(*(tensors[name] for name in names)) if present else None
         batch = RequestBatch(
             features=features,
             context=context,

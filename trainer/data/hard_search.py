@@ -129,7 +129,15 @@ def hierarchical_search(
         raise ValueError("domain_minimum needs domain_history, one domain for each behavior")
     if min(minimum.values(), default=0) < 0 or sum(minimum.values()) > budget:
         raise ValueError(f"domain_minimum {dict(minimum)}: want counts from 0 up, together at most {budget}")
-    start, end = _visible(time_history, visible_start, visible_end, request_time)
+    if np.any(time_history[1:] < time_history[:-1]):
+        place = int(np.argmax(time_history[1:] < time_history[:-1])) + 1
+        raise ValueError(f"time_history descends at position {place}; sort the history by time first")
+    start, end = np.maximum(visible_start, 0), np.minimum(visible_end, behaviors)
+    nonempty = np.flatnonzero(end > start)
+    late = nonempty[time_history[end[nonempty] - 1] > request_time[nonempty]]
+    if late.size:
+        raise ValueError(f"request {int(late[0])} would see a behavior newer than itself; lower visible_end")
+    end = np.maximum(end, 0)
     node_history, node, lists = _index(levels_history, levels_candidate)
     queries, query = _distinct(lists, node, request_of_candidate, start, end, request_time)
     ranking = _newest(lists, node_history, queries, budget)
@@ -139,19 +147,6 @@ def hierarchical_search(
     level = np.maximum(ranking >> lists.bits, 0).astype(np.int8)
     decayed = _decayed_counts(lists, time_history, queries, half_life).astype(np.float32)
     return SearchResult(index[query], level[query], (queries.high - queries.low).T[query], decayed.T[query])
-
-
-def _visible(time: Ints, start: Ints, end: Ints, request_time: Ints) -> tuple[Ints, Ints]:
-    """Visible positions [start, end), cut to the history; none may be newer than its request."""
-    if np.any(time[1:] < time[:-1]):
-        place = int(np.argmax(time[1:] < time[:-1])) + 1
-        raise ValueError(f"time_history descends at position {place}; sort the history by time first")
-    start, end = np.maximum(start, 0), np.minimum(end, time.size)
-    nonempty = np.flatnonzero(end > start)
-    late = nonempty[time[end[nonempty] - 1] > request_time[nonempty]]
-    if late.size:
-        raise ValueError(f"request {int(late[0])} would see a behavior newer than itself; lower visible_end")
-    return start, np.maximum(end, 0)
 
 
 def _rank(known: Ints, ids: Ints) -> Ints:

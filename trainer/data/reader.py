@@ -18,17 +18,14 @@ from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from torchrec.streamable import Pipelineable
 
 from embeddings.errors import ConfigError, DataError
 from trainer.config.sections import DataConfig
-from trainer.data.batch import RequestBatch
+from trainer.data.batch import Movable, RequestBatch
 from trainer.data.blocks import (
     ANYONE,
     Block,
-    BlockLimits,
     LazyRows,
     WindowedRows,
     cut_blocks,
@@ -53,7 +50,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Step(Pipelineable):  # type: ignore[misc]
+class Step(Movable):
     """One rank's part of a step, which moves to the device as a whole.
 
     Attributes:
@@ -70,15 +67,6 @@ class Step(Pipelineable):  # type: ignore[misc]
     after: Cursor
     last: bool = False
     sources: tuple[RowGroup, ...] = ()
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Step:
-        return replace(self, batch=self.batch.to(device, non_blocking=non_blocking))
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        self.batch.record_stream(stream)
-
-    def pin_memory(self) -> Step:
-        return replace(self, batch=self.batch.pin_memory())
 
     # TorchRec's pipelines read the ids of a later step from what they carry, by the names of the attributes
     # that the model's forward pass reads them from.
@@ -154,7 +142,6 @@ class SequenceLogReader:
         rows_read = [files, [(place.file.name, place.row_group) for place in left_out]]
         # Digest of the split's rows and their order: what a position inside an epoch refers to.
         self.order = hashlib.sha256(json.dumps(rows_read).encode()).hexdigest()
-        self._limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
 
     def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
         """The steps of one epoch from `cursor` on, prepared ahead by threads as the config says."""
@@ -234,7 +221,7 @@ class SequenceLogReader:
             owners = [ANYONE] * len(places)
         blocks: list[Block] = []
         for plan, owner, decoder in zip(plans, owners, decoders, strict=True):
-            blocks += cut_blocks(plan, owner, decoder, self._limits)
+            blocks += cut_blocks(plan, owner, decoder, self.config)
         undecided = self.config.sharding == "auto" and not self._shared_decoding()
         if undecided and not spreads_evenly(blocks, self.config, self.world_size):
             owners = [ANYONE] * len(places)

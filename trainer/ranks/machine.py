@@ -26,10 +26,10 @@ def memory_bytes(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
     Args:
         process: the file that names this process's groups; groups: the folder where they are mounted.
     """
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    found += [_number(folder / "memory.max") for folder in _folders("", process, groups)]
-    found += [_number(folder / "memory.limit_in_bytes") for folder in _folders("memory", process, groups)]
-    return min(size for size in found if size > 0)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [_number(folder / "memory.max") for folder in _folders("", process, groups)]
+    limits += [_number(folder / "memory.limit_in_bytes") for folder in _folders("memory", process, groups)]
+    return min(size for size in limits if size > 0)
 
 
 def cores(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
@@ -37,16 +37,16 @@ def cores(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
 
     A share of 2.5 cores counts as 2: more threads would wait for each other while they are held back.
     """
-    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for folder in _folders("", process, groups):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
         if quota.isdecimal() and period.isdecimal() and int(period):
-            found.append(int(quota) // int(period))
+            limits.append(int(quota) // int(period))
     for folder in _folders("cpu", process, groups):
         quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
         if quota_us > 0 and period_us > 0:
-            found.append(quota_us // period_us)
-    return max(1, min(found))
+            limits.append(quota_us // period_us)
+    return max(1, min(limits))
 
 
 def keep_freed_memory() -> bool:
