@@ -81,8 +81,17 @@ class Job:
         them: `--run` might be its `--run-path`. Nothing behind `--` is one.
         """
         shape = parse_shape(self.j)
+        # Where the ranks meet. Which variable holds rank 0's host depends on the scheduler, so TorchX fills
+        # in its name; some schedulers leave it unset on rank 0 itself, hence the default. The node's shell
+        # expands the endpoint: `$$` survives TorchX's own templating.
+        host = f"$${{{specs.macros.rank0_env}:=localhost}}"
+        several = [
+            "--rdzv-backend=c10d",
+            f'--rdzv-endpoint="{host}:{self.rdzv_port}"',
+            f"--rdzv-id={specs.macros.app_id}",
+        ]
         options = [
-            *_rendezvous(shape, self.rdzv_port),
+            *(several if shape.nodes > 1 else ["--standalone"]),
             f"--nnodes={shape.nnodes}",
             f"--nproc-per-node={shape.ranks}",
             f"--max-restarts={self.max_restarts}",
@@ -99,7 +108,16 @@ class Job:
         Raises:
             JobError: an option is wrong, or there are more ranks than GPUs on a node that has some.
         """
-        shape, resource = parse_shape(self.j), self._resource()
+        shape, given = parse_shape(self.j), self.mounts or []
+        try:
+            resource = specs.resource(cpu=self.cpu or _cores(), gpu=self.gpu, memMB=self.memMB, h=self.h)
+        except KeyError as error:
+            raise JobError(f"-h {self.h}: {_text(error)}") from None
+        try:
+            mounts = list(specs.parse_mounts(list(given))) if given else []
+        except (KeyError, ValueError) as error:
+            example = "type=bind,src=/host,dst=/job or type=volume,src=claim,dst=/job"
+            raise JobError(f"--mounts {','.join(given)}: {_text(error)}; write {example}") from None
         if 0 < resource.gpu < shape.ranks:
             raise JobError(
                 f"-j {shape.nnodes}x{shape.ranks}: a node has {resource.gpu} GPU(s), and NCCL refuses "
@@ -117,23 +135,9 @@ class Job:
             port_map={"c10d": self.rdzv_port} if shape.nodes > 1 else {},
             resource=resource,
             env={"OMP_NUM_THREADS": str(per_rank), **(self.env or {})},
-            mounts=self._mounts(),
+            mounts=mounts,
         )
         return specs.AppDef(name=self.name, roles=[node])
-
-    def _resource(self) -> specs.Resource:
-        try:
-            return specs.resource(cpu=self.cpu or _cores(), gpu=self.gpu, memMB=self.memMB, h=self.h)
-        except KeyError as error:
-            raise JobError(f"-h {self.h}: {_text(error)}") from None
-
-    def _mounts(self) -> List[Any]:  # noqa: UP006
-        given = self.mounts or []
-        try:
-            return list(specs.parse_mounts(list(given))) if given else []
-        except (KeyError, ValueError) as error:
-            example = "type=bind,src=/host,dst=/job or type=volume,src=claim,dst=/job"
-            raise JobError(f"--mounts {','.join(given)}: {_text(error)}; write {example}") from None
 
 
 _NODE = ("name", "image", "cpu", "gpu", "memMB", "h", "env", "mounts")
@@ -204,20 +208,6 @@ def _quote(words: Sequence[str]) -> str:
     after each keep them apart, and the shell drops them (shlex puts every `$` inside single quotes).
     """
     return " ".join(shlex.quote(word).replace("$", "$$''") for word in words)
-
-
-def _rendezvous(shape: JobShape, port: int) -> list[str]:
-    """The shell words that tell ranks where to meet; the endpoint is left for the node's shell to expand."""
-    if shape.nodes == 1:
-        return ["--standalone"]
-    # Which variable holds rank 0's host depends on the scheduler, so TorchX fills in its name; some
-    # schedulers leave it unset on rank 0 itself, hence the default. `$$` survives TorchX's own templating.
-    host = f"$${{{specs.macros.rank0_env}:=localhost}}"
-    return [
-        "--rdzv-backend=c10d",
-        f'--rdzv-endpoint="{host}:{port}"',
-        f"--rdzv-id={specs.macros.app_id}",
-    ]
 
 
 @_component(*_RANKS, "max_retries")

@@ -9,16 +9,10 @@ from collections.abc import Sequence
 
 def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """An aligned plain-text table: first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        return "  ".join(cells).rstrip()
-
-    return [line(head), "  ".join("-" * width for width in widths), *map(line, rows)]
+    first, *others = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    line = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
+    dashes = ["-" * width for width in (first, *others)]
+    return [line.format(*row).rstrip() for row in (head, dashes, *rows)]
 
 
 def quiet_third_parties() -> None:

@@ -12,7 +12,8 @@ import importlib.util
 import platform
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,122 +69,77 @@ class Environment:
     machine: Machine | None = None
 
 
-def check_triple(torch: str | None, torchrec: str | None, fbgemm: str | None) -> list[Problem]:
+def check_triple(torch: str | None, torchrec: str | None, fbgemm: str | None) -> Iterator[Problem]:
     """Are the three releases ones that were built for each other? None stands for 'not installed'."""
-    installed = {"torch": torch, "torchrec": torchrec, "fbgemm": fbgemm}
-    missing = [name for name, version in installed.items() if version is None]
+    releases = {"torch": torch, "torchrec": torchrec, "fbgemm": fbgemm}
+    missing = [name for name, version in releases.items() if version is None]
     if missing:
-        return [Problem(f"{', '.join(missing)} not installed", "site-packages", REINSTALL)]
-    releases = tuple(".".join(str(version).split(".")[:2]) for version in installed.values())
-    if releases in SUPPORTED_TRIPLES:
-        return []
-    known = " or ".join(" / ".join(f"{part}.x" for part in triple) for triple in SUPPORTED_TRIPLES)
-    return [
-        Problem(
+        yield Problem(f"{', '.join(missing)} not installed", "site-packages", REINSTALL)
+    elif tuple(".".join(str(each).split(".")[:2]) for each in releases.values()) not in SUPPORTED_TRIPLES:
+        known = " or ".join(" / ".join(f"{part}.x" for part in triple) for triple in SUPPORTED_TRIPLES)
+        yield Problem(
             f"torch {torch}, torchrec {torchrec} and fbgemm {fbgemm} do not go together",
             "site-packages",
             f"supported are torch / torchrec / fbgemm {known}: {REINSTALL}",
         )
-    ]
 
 
-def check_fbgemm_build(cpu: str | None, cuda: str | None, torch_cuda: str | None) -> list[Problem]:
+def check_fbgemm_build(cpu: str | None, cuda: str | None, torch_cuda: str | None) -> Iterator[Problem]:
     """Exactly one fbgemm build, and one that this torch can load."""
     if cpu is not None and cuda is not None:
-        return [
-            Problem(
-                f"{CPU_FBGEMM} {cpu} and {CUDA_FBGEMM} {cuda} are both installed and overwrite each other",
-                "site-packages/fbgemm_gpu",
-                # Uninstalling one of them removes files of the other, so the survivor is reinstalled.
-                f"`pip uninstall -y {CPU_FBGEMM} {CUDA_FBGEMM}`, then install the one this machine needs "
-                "with `pip install --no-deps`",
-            )
-        ]
-    if cuda is not None and torch_cuda is None:
-        return [
-            Problem(
-                f"{CUDA_FBGEMM} {cuda} is the CUDA build, torch is a CPU build and cannot load it",
-                "site-packages/fbgemm_gpu",
-                f"`pip uninstall -y {CUDA_FBGEMM}` and `pip install --no-deps {CPU_FBGEMM}=={cuda}`",
-            )
-        ]
-    return []
+        yield Problem(
+            f"{CPU_FBGEMM} {cpu} and {CUDA_FBGEMM} {cuda} are both installed and overwrite each other",
+            "site-packages/fbgemm_gpu",
+            # Uninstalling one of them removes files of the other, so the survivor is reinstalled.
+            f"`pip uninstall -y {CPU_FBGEMM} {CUDA_FBGEMM}`, then install the one this machine needs "
+            "with `pip install --no-deps`",
+        )
+    elif cuda is not None and torch_cuda is None:
+        yield Problem(
+            f"{CUDA_FBGEMM} {cuda} is the CUDA build, torch is a CPU build and cannot load it",
+            "site-packages/fbgemm_gpu",
+            f"`pip uninstall -y {CUDA_FBGEMM}` and `pip install --no-deps {CPU_FBGEMM}=={cuda}`",
+        )
 
 
-def check_fbgemm_import(error: str | None) -> list[Problem]:
-    """Did the extension load?"""
-    if error is None:
-        return []
-    if "libnvidia-ml" in error or "libcuda.so" in error:
-        return [
-            Problem(f"the CUDA build needs an NVIDIA driver ({error})", "site-packages/fbgemm_gpu", DRIVER)
-        ]
-    return [Problem(f"import failed: {error}", "site-packages/fbgemm_gpu", REINSTALL)]
-
-
-def check_origins(origins: Mapping[str, Path | None], root: Path) -> list[Problem]:
+def check_origins(origins: Mapping[str, Path | None], root: Path) -> Iterator[Problem]:
     """Does each of our package names lead to our package, the one under `root`?"""
-    problems = []
     for name, origin in origins.items():
         if origin is None:
-            problems.append(Problem(f"package '{name}' not found", str(root), REINSTALL))
+            yield Problem(f"package '{name}' not found", str(root), REINSTALL)
         elif not origin.is_relative_to(root / name):
-            problems.append(
-                Problem(
-                    f"package '{name}' is imported from here and hides tandemrec's own ({root / name})",
-                    str(origin),
-                    "uninstall or rename it, or start tandemrec from another folder: "
-                    "tandemrec wants an environment of its own",
-                )
+            yield Problem(
+                f"package '{name}' is imported from here and hides tandemrec's own ({root / name})",
+                str(origin),
+                "uninstall or rename it, or start tandemrec from another folder: "
+                "tandemrec wants an environment of its own",
             )
-    return problems
 
 
-def check_owners(owners: Mapping[str, Sequence[str]]) -> list[Problem]:
+def check_owners(owners: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
     """Does any other distribution install a package under one of our names?"""
-    problems = []
     for name, distributions in owners.items():
         foreign = sorted({dist for dist in distributions if dist.lower() != OUR_DISTRIBUTION})
         if foreign:
-            problems.append(
-                Problem(
-                    f"{', '.join(foreign)} also installs a package called '{name}'",
-                    "site-packages",
-                    f"`pip uninstall {' '.join(foreign)}`, then `pip install --no-deps -e .`",
-                )
+            yield Problem(
+                f"{', '.join(foreign)} also installs a package called '{name}'",
+                "site-packages",
+                f"`pip uninstall {' '.join(foreign)}`, then `pip install --no-deps -e .`",
             )
-    return problems
 
 
 def check(environment: Environment, root: Path = PROJECT_ROOT) -> list[Problem]:
     """All problems of `environment`, causes before their symptoms; empty when it is sound."""
-    versions = environment.versions
+    versions, error = environment.versions, environment.fbgemm_error
     cpu, cuda = versions.get(CPU_FBGEMM), versions.get(CUDA_FBGEMM)
-    problems = check_triple(versions.get("torch"), versions.get("torchrec"), cpu or cuda)
+    problems = [*check_triple(versions.get("torch"), versions.get("torchrec"), cpu or cuda)]
     problems += check_fbgemm_build(cpu, cuda, environment.torch_cuda)
-    if not problems:  # a failing import says nothing new once its cause is named
-        problems += check_fbgemm_import(environment.fbgemm_error)
+    if error is not None and not problems:  # a failing import says nothing new once its cause is named
+        of_driver = "libnvidia-ml" in error or "libcuda.so" in error
+        what = f"the CUDA build needs an NVIDIA driver ({error})" if of_driver else f"import failed: {error}"
+        problems.append(Problem(what, "site-packages/fbgemm_gpu", DRIVER if of_driver else REINSTALL))
     problems += check_origins(environment.origins, root)
-    return problems + check_owners(environment.owners)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _fbgemm_error() -> str | None:
-    """Import fbgemm for real: undefined symbols show only when the extension is loaded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module("fbgemm_gpu")
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
-    return None
+    return [*problems, *check_owners(environment.owners)]
 
 
 def device_notes(machine: Machine) -> list[str]:
@@ -201,15 +157,6 @@ def device_notes(machine: Machine) -> list[str]:
             f"{machine.boards} NVIDIA devices are there, and {visible} are visible (CUDA_VISIBLE_DEVICES)"
         )
     return list(dict.fromkeys(note for note in notes if note))
-
-
-def _machine() -> Machine | None:
-    try:
-        from trainer.ranks.device import observe as observe_machine
-
-        return observe_machine()
-    except Exception:  # a torch that does not load is reported by its missing or wrong version
-        return None
 
 
 def device_words(machine: Machine | None, cores: int | None) -> str:
@@ -233,27 +180,32 @@ def _origin(package: str) -> Path | None:
 def observe() -> Environment:
     """Looks at the running interpreter. Imports torch and fbgemm, so it takes a few seconds."""
     shown = ("torch", "torchrec", CPU_FBGEMM, CUDA_FBGEMM, "torchx", "pyarrow", OUR_DISTRIBUTION)
-    from trainer.ranks.machine import cores
+    from trainer.ranks.machine import cores, installed
 
-    machine = _machine()
+    machine = None
+    with suppress(Exception):  # a torch that does not load is reported by its missing or wrong version
+        from trainer.ranks.device import observe as observe_machine
+
+        machine = observe_machine()
+    fbgemm_error = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # For real: undefined symbols show only when the extension is loaded.
+            importlib.import_module("fbgemm_gpu")
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        fbgemm_error = f"{type(error).__name__}: {lines[0]}"
     owners = importlib.metadata.packages_distributions()
     return Environment(
-        versions={name: _version(name) for name in shown},
+        versions={name: installed(name) for name in shown},
         torch_cuda=None if machine is None else machine.torch_cuda,
-        fbgemm_error=_fbgemm_error(),
+        fbgemm_error=fbgemm_error,
         origins={name: _origin(name) for name in OUR_PACKAGES},
         owners={name: owners.get(name, []) for name in OUR_PACKAGES},
         device=device_words(machine, cores()),
         machine=machine,
     )
-
-
-def _device_choice(machine: Machine) -> str:
-    """The device that training takes by itself, in words."""
-    from trainer.ranks.device import choose
-
-    kind = choose("auto", machine).device.type
-    return f"{len(machine.gpus)} GPU(s)" if kind == "cuda" else "the CPU"
 
 
 def report_lines(environment: Environment) -> list[str]:
@@ -277,11 +229,15 @@ def doctor() -> int:
     problems = check(environment)
     for problem in problems:
         print(f"tandemrec: error: {problem}", file=sys.stderr)
-    if not problems:
-        machine = environment.machine
-        for note in device_notes(machine) if machine is not None else []:
+    if problems:
+        return 2
+    machine, place = environment.machine, ""
+    if machine is not None:
+        from trainer.ranks.device import choose
+
+        for note in device_notes(machine):
             print(f"note: {note}")
-        print(
-            "ok: this environment can train" + ("" if machine is None else f", on {_device_choice(machine)}")
-        )
-    return 2 if problems else 0
+        kind = choose("auto", machine).device.type
+        place = f", on {len(machine.gpus)} GPU(s)" if kind == "cuda" else ", on the CPU"
+    print(f"ok: this environment can train{place}")
+    return 0

@@ -10,11 +10,10 @@ from pipelines.console import quiet_third_parties
 from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
 from pipelines.score import write_named_scores
 from pipelines.start import open_split
-from trainer.checkpoint.restore import RestoredModel, restore
-from trainer.quality.baselines import Baselines, baselines, by_baseline, counted_feature
+from trainer.checkpoint.restore import restore
+from trainer.quality.baselines import baselines, by_baseline, counted_feature
 from trainer.quality.evaluate import score_split, shared_metrics
-from trainer.quality.metrics import Metrics, entry_of
-from trainer.quality.scored import Scored
+from trainer.quality.metrics import entry_of
 from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import RunFolder
@@ -41,39 +40,30 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
         scored = score_split(restored.sharded.model, reader, ranks.device)
         metrics = shared_metrics(scored)
         entry = entry_of(metrics)
-        if ranks.speaks:
-            log, kept = restored.config.data.log, folder.scores(split)
-            said = write_named_scores(scored, kept, log, restored.manifest)
-            beside = baselines(reader)
-            lines = _conclude(folder, split, scored, metrics, beside, restored)
-            print("\n".join([*lines, *said]), flush=True)
+        if not ranks.speaks:
+            return entry
+        log = restored.config.data.log
+        of_names = write_named_scores(scored, folder.scores(split), log, restored.manifest)
+        beside = baselines(reader)
+        table, feature = beside.metrics(scored), counted_feature(restored.manifest)
+        slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
+        entries = {
+            split: entry,
+            f"{split}_step": restored.step,
+            baselines_key(split): by_baseline(table),
+            f"{split}_by_history": {
+                name: entry_of({task: parts[name] for task, parts in slices.items()})
+                for name in next(iter(slices.values()))
+            },
+        }
+        folder.update_summary(entries)
+        size = (
+            f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests by {scored.users:,} users"
+        )
+        lines = [f"{split}: {size}", *without(beside.missing)]
+        for task, own in metrics.items():
+            lines += ["", *task_table(task, own, table[task], feature), "", *slices_table(task, slices[task])]
+        of_quality = remarks(split, metrics, table, feature)
+        lines += [*([""] if of_quality else []), *of_quality, *of_names]
+        print("\n".join(lines), flush=True)
     return entry
-
-
-def _conclude(
-    folder: RunFolder,
-    split: str,
-    scored: Scored,
-    metrics: Mapping[str, Metrics],
-    beside: Baselines,
-    restored: RestoredModel,
-) -> list[str]:
-    """Keep everything in the summary; returns the lines for a person."""
-    table, feature = beside.metrics(scored), counted_feature(restored.manifest)
-    slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
-    entries = {
-        split: entry_of(metrics),
-        f"{split}_step": restored.step,
-        baselines_key(split): by_baseline(table),
-        f"{split}_by_history": {
-            name: entry_of({task: parts[name] for task, parts in slices.items()})
-            for name in next(iter(slices.values()))
-        },
-    }
-    folder.update_summary(entries)
-    size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests by {scored.users:,} users"
-    lines = [f"{split}: {size}", *without(beside.missing)]
-    for task, found in metrics.items():
-        lines += ["", *task_table(task, found, table[task], feature), "", *slices_table(task, slices[task])]
-    said = remarks(split, metrics, table, feature)
-    return [*lines, *([""] if said else []), *said]

@@ -81,7 +81,12 @@ class StepProfile:
         """`number` is not needed: what counts are the steps of this start."""
         self._steps += 1
         if self._steps == WARM:
-            self._start()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            kinds = [ProfilerActivity.CPU]
+            kinds += [ProfilerActivity.CUDA] if self._ranks.device.type == "cuda" else []
+            self._open = ExitStack()
+            self._open.enter_context(named_modules(self._model.module))
+            self._profile = self._open.enter_context(profile(activities=kinds))
         elif self._steps == WARM + STEPS:
             self.close()
 
@@ -102,15 +107,6 @@ class StepProfile:
         text = "\n".join(report(phase_times(self._profile.events()), steps))
         write_text(self._folder / f"{name}.txt", text + "\n")
         self._say(f"{text}\ntrace of {steps} steps: {trace} (open it in ui.perfetto.dev)")
-
-    def _start(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        kinds = [ProfilerActivity.CPU]
-        if self._ranks.device.type == "cuda":
-            kinds.append(ProfilerActivity.CUDA)
-        self._open = ExitStack()
-        self._open.enter_context(named_modules(self._model.module))
-        self._profile = self._open.enter_context(profile(activities=kinds))
 
 
 @contextmanager
@@ -136,15 +132,15 @@ def named_modules(model: nn.Module) -> Iterator[None]:
 
 def phase_times(events: Iterable[Any]) -> dict[str, PhaseTime]:
     """Own times of a profiler's events, summed by the innermost range that an event lies in."""
-    found: dict[str, PhaseTime] = defaultdict(PhaseTime)
+    times: dict[str, PhaseTime] = defaultdict(PhaseTime)
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue
-        phase = found[_phase_of(event)]
+        phase = times[_phase_of(event)]
         phase.cpu += event.self_cpu_time_total / 1e3
         phase.device += event.self_device_time_total / 1e3
         phase.operators[event.name] += event.self_cpu_time_total / 1e3
-    return dict(found)
+    return dict(times)
 
 
 def _phase_of(event: Any) -> str:

@@ -39,27 +39,30 @@ def title(baseline: str, feature: str) -> str:
     return words[baseline]
 
 
-def with_interval(value: float, half: float) -> str:
-    """`0.7312 ± 0.0040`."""
-    return number(value) if math.isnan(value) or not half > 0 else f"{number(value)} ± {number(half)}"
-
-
 def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[str]:
     """The model of one task beside its baselines, and by how much it leads the best of them."""
     k = shown_rank(metrics)
     names = ["gauc", "gauc_user", f"hr_{k}", *([f"ndcg_{k}"] if k > 1 else []), *_PROBABLE]
     head = [task, "AUC", "GAUC", "user GAUC", f"HR@{k}", *([f"NDCG@{k}"] if k > 1 else [])]
     entries = {_MODEL: metrics.as_dict(), **{title(name, feature): row for name, row in table.items()}}
-    rows = [
-        [
-            name,
-            with_interval(row["auc"], row["auc_ci"]),
-            *(number(row[each]) if each in row else "-" for each in names),
-        ]
-        for name, row in entries.items()
-    ]
+    rows = []
+    for name, row in entries.items():
+        others = (number(row[each]) if each in row else "-" for each in names)
+        known = row["auc_ci"] > 0 and not math.isnan(row["auc"])
+        auc = number(row["auc"]) + (f" ± {number(row['auc_ci'])}" if known else "")
+        rows.append([name, auc, *others])
     lines = table_lines([*head, "logloss", "NE", "PCOC", "ECE"], rows)
-    return [*lines, *_counts(metrics), *_lead(metrics, table, feature)]
+    share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
+    lines.append(
+        f"{share}; GAUC, HR and NDCG over the {metrics.groups:,} requests with both classes, "
+        f"user GAUC over {metrics.users:,} users"
+    )
+    best = _best(table, "auc", 1)
+    if best is not None and not math.isnan(metrics.auc) and "auc_lead" in table[best]:
+        lead, half = table[best]["auc_lead"], table[best]["auc_lead_ci"]
+        interval = "" if math.isnan(half) else f" ± {number(half)}"
+        lines.append(f"AUC of the trained model less that of {title(best, feature)}: {lead:+.4f}{interval}")
+    return lines
 
 
 def shown_rank(metrics: Metrics) -> int:
@@ -68,35 +71,13 @@ def shown_rank(metrics: Metrics) -> int:
     return max(k for k in RANKS if k == RANKS[0] or k < mean)
 
 
-def _counts(metrics: Metrics) -> Iterator[str]:
-    share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
-    yield (
-        f"{share}; GAUC, HR and NDCG over the {metrics.groups:,} requests with both classes, "
-        f"user GAUC over {metrics.users:,} users"
-    )
-
-
-def _lead(metrics: Metrics, table: Table, feature: str) -> Iterator[str]:
-    found = _best(table, "auc", 1)
-    if found is None or math.isnan(metrics.auc) or "auc_lead" not in table[found]:
-        return
-    row = table[found]
-    half = f" ± {number(row['auc_lead_ci'])}" if not math.isnan(row["auc_lead_ci"]) else ""
-    yield f"AUC of the trained model less that of {title(found, feature)}: {row['auc_lead']:+.4f}{half}"
-
-
 def slices_table(task: str, slices: Mapping[str, Metrics]) -> list[str]:
     """Metrics by how many behaviors a request saw."""
     head = [f"{task}, by behaviors seen", "candidates", "positive", "AUC", "GAUC", "logloss", "PCOC"]
-    rows = [
-        [
-            name,
-            f"{part.samples:,}",
-            f"{part.positives:,}",
-            *map(number, (part.auc, part.gauc, part.logloss, part.pcoc)),
-        ]
-        for name, part in slices.items()
-    ]
+    rows = []
+    for name, part in slices.items():
+        numbers = map(number, (part.auc, part.gauc, part.logloss, part.pcoc))
+        rows.append([name, f"{part.samples:,}", f"{part.positives:,}", *numbers])
     return table_lines(head, rows)
 
 
@@ -106,8 +87,8 @@ def remarks(
     """Plain sentences: what is empty and why, baselines that beat the model, predictions out of scale."""
     wrong = [
         f"{split}, {task}: {words}"
-        for task, found in metrics.items()
-        for words in [*_lost(found, tables[task], feature), *_scale(found)]
+        for task, own in metrics.items()
+        for words in [*_lost(own, tables[task], feature), *_scale(own)]
     ]
     return [*_empty(split, metrics), *wrong, *([_REMEDY] if wrong else [])]
 
@@ -115,19 +96,19 @@ def remarks(
 def _empty(split: str, metrics: Mapping[str, Metrics]) -> Iterator[str]:
     """Each reason once, with the tasks that it holds for."""
     reasons: dict[str, list[str]] = {}
-    for task, found in metrics.items():
-        if not found.samples:
+    for task, own in metrics.items():
+        if not own.samples:
             reason = "all metrics are empty, since no candidate has a label"
-        elif math.isnan(found.auc):
-            reason = f"AUC, GAUC, HR, NDCG and NE are empty, since all labels are {found.rate:g}"
-        elif not found.groups:
+        elif math.isnan(own.auc):
+            reason = f"AUC, GAUC, HR, NDCG and NE are empty, since all labels are {own.rate:g}"
+        elif not own.groups:
             reason = "GAUC, HR and NDCG are empty, since no request holds both classes"
         else:
             continue
         reasons.setdefault(reason, []).append(task)
     for reason, tasks in reasons.items():
         yield f"{split}, {' and '.join(tasks)}: {reason}"
-    if any(math.isnan(found.auc_ci) > math.isnan(found.auc) for found in metrics.values()):
+    if any(math.isnan(own.auc_ci) > math.isnan(own.auc) for own in metrics.values()):
         yield f"{split}: AUC has no interval (±), since there is a single user"
 
 

@@ -13,7 +13,7 @@ from trainer.log.schema import VOCABULARIES, LogManifest, read_manifest
 from trainer.quality.evaluate import score_requests
 from trainer.quality.scored import Scored, compare_scores, read_scores, write_scores
 from trainer.serving.vocabulary import checked_values
-from trainer.snapshot import Snapshot, load_snapshot
+from trainer.snapshot import load_snapshot
 
 # Column of a file of scores -> whose names it has.
 _NAME_COLUMNS = {"user": "user_id", "request": "request_id"}
@@ -45,13 +45,26 @@ def score(
     manifest.require(split)
     config = loaded.manifest.config.data.model_copy(update={"log": requests})
     reader = SequenceLogReader(config, split, loaded.manifest.features)
-    _check_fits(requests, reader, loaded)
+    mine = (list(reader.columns.tasks), reader.numeric_names())
+    wanted = (list(loaded.manifest.tasks), loaded.numeric_names())
+    if mine != wanted:
+        problem = f"has tasks and numbers {mine}, the snapshot was trained with {wanted}"
+        raise DataError(problem, file=requests)
+    loaded.check_vocabularies({**reader.columns.features, **reader.columns.context}, requests)
     scored = score_requests(loaded.score, reader, limit)
     remarks = write_named_scores(scored, out, requests, manifest)
     size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests"
     print(f"{size} scored by {loaded.path} -> {out}", *remarks, sep="\n")
     if against is not None:
-        _compare(scored, against, loaded)
+        worst, equal = compare_scores(scored, read_scores(against))
+        if worst == float("inf"):
+            raise DataError("lacks scores of some of these requests; is it of the same split?", file=against)
+        bound = loaded.manifest.score_bound
+        kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
+        print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
+        if not worst <= bound:
+            problem = f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}"
+            raise SnapshotError(loaded.path, problem)
     return out
 
 
@@ -74,26 +87,3 @@ def write_named_scores(scored: Scored, path: Path, log: Path, manifest: LogManif
         names[column] = values.take(pa.array(ids - 1, mask=(ids < 1) | (ids > len(values))))
     write_scores(scored, path, names)
     return remarks
-
-
-def _compare(scored: Scored, against: Path, loaded: Snapshot) -> None:
-    worst, equal = compare_scores(scored, read_scores(against))
-    if worst == float("inf"):
-        raise DataError("lacks scores of some of these requests; is it of the same split?", file=against)
-    bound = loaded.manifest.score_bound
-    kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
-    print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
-    if not worst <= bound:
-        raise SnapshotError(
-            loaded.path, f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}"
-        )
-
-
-def _check_fits(requests: Path, reader: SequenceLogReader, loaded: Snapshot) -> None:
-    """Tasks and numbers must be those of training, and the same ids stand for the same things."""
-    mine = (list(reader.columns.tasks), reader.numeric_names())
-    wanted = (list(loaded.manifest.tasks), loaded.numeric_names())
-    if mine != wanted:
-        problem = f"has tasks and numbers {mine}, the snapshot was trained with {wanted}"
-        raise DataError(problem, file=requests)
-    loaded.check_vocabularies({**reader.columns.features, **reader.columns.context}, requests)

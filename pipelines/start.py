@@ -56,7 +56,7 @@ class Start:
 
     Attributes:
         config: the run's config; manifest: of its log; folder: of the run; ranks: this rank's place.
-        found: the checkpoint to go on from; fingerprint: of the log.
+        resume: the checkpoint to go on from; fingerprint: of the log.
         groups: with the rows that the log's ids need; train, validation: this rank's readers.
     """
 
@@ -64,7 +64,7 @@ class Start:
     manifest: LogManifest
     folder: RunFolder
     ranks: Ranks
-    found: checkpoint.ResumePoint
+    resume: checkpoint.ResumePoint
     fingerprint: str
     groups: dict[str, TableGroup]
     train: SequenceLogReader
@@ -87,7 +87,7 @@ class Start:
 
     def fill(self, trainer: Trainer, scratch: Path, say: Say) -> None:
         """Give a new run the weights that `train.init_from` names, if any; collective."""
-        if self.found.path is not None or not self.config.train.init_from:
+        if self.resume.path is not None or not self.config.train.init_from:
             return
         path, carry = Path(self.config.train.init_from), self.config.train.init_optimizer == "carry"
         log = self.config.data.log
@@ -115,14 +115,14 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     manifest, folder = read_manifest(config.data.log), RunFolder(out)
     fingerprint = log_fingerprint(manifest)
     from_rank_0(lambda: check_writable(out))
-    found = checkpoint.find(folder.checkpoints)
-    for reason in found.refused:
+    resume = checkpoint.find(folder.checkpoints)
+    for reason in resume.refused:
         say(f"refused checkpoint: {reason}")
-    if found.path is not None:
-        check_resumable(found.state, config, fingerprint)
-        if changed := changed_settings(found.state, config):
-            say(f"settings that differ from those of {found.path.name}: {', '.join(changed)}")
-    step = found.state.get("step", 0)
+    if resume.path is not None:
+        check_resumable(resume.state, config, fingerprint)
+        if changed := changed_settings(resume.state, config):
+            say(f"settings that differ from those of {resume.path.name}: {', '.join(changed)}")
+    step = resume.state.get("step", 0)
     note_start(folder, config, step, checking=checking)
     if config.train.early_stopping.on and not manifest.holds("validation"):
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
@@ -132,15 +132,15 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)
     validation = open_split(config, "validation", rows, ranks) if manifest.holds("validation") else None
-    if found.path is not None:
-        check_same_order(found.path, found.state, train.order, config.data.log)
+    if resume.path is not None:
+        check_same_order(resume.path, resume.state, train.order, config.data.log)
     for problem in [*train.skipped, *(validation.skipped if validation else [])]:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
     for line in remarks(config, manifest, groups):
         say(line)
     for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
         say(line)
-    return Start(config, manifest, folder, ranks, found, fingerprint, groups, train, validation)
+    return Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation)
 
 
 def try_out(start: Start, say: Say) -> None:
@@ -162,7 +162,7 @@ def try_out(start: Start, say: Say) -> None:
     else:
         say(f"tables of {size / 1e9:,.1f} GB were planned, not built")
         source = start.config.train.init_from
-        if source and start.found.path is None:
+        if source and start.resume.path is None:
             from_rank_0(lambda: check_source(built[0], Path(source)))
     if start.validation is not None:
         _first(start.validation)
@@ -187,10 +187,10 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
     def problem() -> str:
         try:
             offline_plan(plan_request(config, start.manifest, built, cluster, size))
-        except DoesNotFit as found:
+        except DoesNotFit as error:
             if ranks.world_size > 1:
                 raise
-            return f"{found}; more ranks may hold them, see `tandemrec plan`"
+            return f"{error}; more ranks may hold them, see `tandemrec plan`"
         return ""
 
     if line := from_rank_0(problem):
@@ -203,10 +203,10 @@ def _build(start: Start) -> None:
     other = {"file": "", "tables": {}} if start.config.plan.file else {}
     own = start.config.plan.model_copy(update=other)
     config = start.config.model_copy(update={"plan": own})
-    former = start.found.former_plan
+    former = start.resume.former_plan
     sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former)
     trainer = start.trainer(sharded, keep_quiet)
-    trainer.resume(start.found)
+    trainer.resume(start.resume)
     scratch = Path(from_rank_0(tempfile.mkdtemp))
     try:
         start.fill(trainer, scratch / "init.tmp", keep_quiet)

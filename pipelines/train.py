@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from pipelines.quality_report import baselines_key, remarks, without
 from pipelines.start import open_start, try_out
 from trainer.assemble import build_sharded
 from trainer.checkpoint import save_load as checkpoint
-from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Position, Trainer
 from trainer.quality.baselines import baselines, by_baseline, counted_feature
-from trainer.quality.metrics import Metrics, entry_of
+from trainer.quality.metrics import entry_of
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config
 from trainer.run_folder import versions
@@ -79,8 +78,8 @@ def run(
     """The job on one rank, inside a process group; `after_step` is called with the number of steps done."""
     say = _say(ranks)
     start = open_start(config, out, ranks, say)
-    folder, found = start.folder, start.found
-    sharded = build_sharded(config, start.manifest, ranks, training=True, former=found.former_plan)
+    folder, resume = start.folder, start.resume
+    sharded = build_sharded(config, start.manifest, ranks, training=True, former=resume.former_plan)
     if sharded.origin:
         say(sharded.origin)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
@@ -94,14 +93,14 @@ def run(
         opened.enter_context(ending_well(folder, ranks.speaks))
         # Rank 0 holds the folder's lock; all hear where it cannot.
         from_rank_0(lambda: opened.enter_context(folder.lock()))
-        end = trainer.run(found)
-    _conclude(trainer, end, found, start.manifest, say)
+        end = trainer.run(resume)
+    _conclude(trainer, end, resume, start.manifest, say)
 
 
 def _conclude(
     trainer: Trainer,
     end: Position,
-    found: checkpoint.ResumePoint,
+    resume: checkpoint.ResumePoint,
     manifest: LogManifest,
     say: Callable[[str], None],
 ) -> None:
@@ -112,7 +111,7 @@ def _conclude(
         return
     # An earlier start may have been killed between its last save and its summary.
     summed_up = from_rank_0(lambda: folder.read_summary().get("steps") == end.step)
-    if found.path is not None and end.step == found.state["step"] and summed_up:
+    if resume.path is not None and end.step == resume.state["step"] and summed_up:
         raised = "train.early_stopping.patience" if trainer.ended_early else "train.epochs or train.max_steps"
         say(f"nothing left to train: {folder.path} has all its {end.step:,} steps (raise {raised} for more)")
         return
@@ -132,8 +131,19 @@ def _conclude(
             "world_size": ranks.world_size,
             "versions": versions(),
         }
-        of_quality, lines = _quality(metrics, trainer.validation_reader, manifest, step)
-        folder.update_summary({**entries, **of_quality})
+        lines: list[str] = []
+        if metrics is not None and trainer.validation_reader is not None:
+            entries |= {"validation": entry_of(metrics), "validation_step": step}
+            try:
+                beside = baselines(trainer.validation_reader)
+            except (TandemError, OSError, MemoryError) as error:
+                # Training is over and saved by now: this is said, and is no failure.
+                lines = [f"no baselines beside the validation: {error}"]
+            else:
+                table, feature = beside.metrics(), counted_feature(manifest)
+                entries[baselines_key("validation")] = by_baseline(table)
+                lines = [*without(beside.missing), *remarks("validation", metrics, table, feature)]
+        folder.update_summary(entries)
         return lines
 
     if step != end.step:
@@ -141,37 +151,10 @@ def _conclude(
     # Rank 0 may count for long, and what it cannot write is every rank's failure.
     for line in from_rank_0(summarise, slow=True):
         say(line)
-    say("\n".join(_next_commands(folder.path, manifest)))
-
-
-def _quality(
-    metrics: Mapping[str, Metrics] | None,
-    validation: SequenceLogReader | None,
-    manifest: LogManifest,
-    step: int,
-) -> tuple[dict[str, Any], list[str]]:
-    """The validation after `step` beside its baselines: entries of summary.json, and plain sentences.
-
-    Training is over and saved by then: a baseline that cannot be computed is said, and is no failure.
-    Nothing is said of a log without a validation split.
-    """
-    if metrics is None or validation is None:
-        return {}, []
-    entries: dict[str, Any] = {"validation": entry_of(metrics), "validation_step": step}
-    try:
-        beside = baselines(validation)
-    except (TandemError, OSError, MemoryError) as error:
-        return entries, [f"no baselines beside the validation: {error}"]
-    table, feature = beside.metrics(), counted_feature(manifest)
-    entries[baselines_key("validation")] = by_baseline(table)
-    return entries, [*without(beside.missing), *remarks("validation", metrics, table, feature)]
-
-
-def _next_commands(run: Path, manifest: LogManifest) -> list[str]:
-    """Where the curves are, and the command that measures the run."""
-    folder, split = shlex.quote(str(run)), next(filter(manifest.holds, ("test", "validation")), "train")
+    quoted = shlex.quote(str(folder.path))
+    split = next(filter(manifest.holds, ("test", "validation")), "train")
     other = "" if split == "test" else f" --split {split}"
-    return [f"curves: tensorboard --logdir {folder}", f"next:   tandemrec evaluate --run {folder}{other}"]
+    say(f"curves: tensorboard --logdir {quoted}\nnext:   tandemrec evaluate --run {quoted}{other}")
 
 
 def plan_lines(placed: Sequence[Placement], world_size: int) -> list[str]:

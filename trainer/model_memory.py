@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from embeddings.errors import ConfigError
 from trainer.config.model import section_of
@@ -36,16 +36,18 @@ def check_dense(build: Callable[[], nn.Module]) -> None:
     """
     with torch.device("meta"):
         model = build()
-    tensors = dict(_dense(model))
+    named = [*model.named_parameters(), *model.named_buffers()]
+    # Tables are no part of it.
+    tensors = {name: tensor for name, tensor in named if not name.startswith("collections.")}
     need = _TIMES_TRAINED * sum(tensor.nbytes for tensor in tensors.values())
-    there = memory_bytes()
-    if need <= there:
+    limit = memory_bytes()
+    if need <= limit:
         return
     name, largest = max(tensors.items(), key=lambda item: item[1].nbytes)
     settings = next(settings for part, settings in _SETTINGS if part in name)
     raise ConfigError(
         f"the dense part of the model takes {need / 1e9:,.1f} GB with gradients and optimizer, this machine "
-        f"has {there / 1e9:,.1f} GB; its largest tensor is {name} {list(largest.shape)}, "
+        f"has {limit / 1e9:,.1f} GB; its largest tensor is {name} {list(largest.shape)}, "
         f"{largest.nbytes / 1e9:,.2f} GB: make {settings} smaller"
     )
 
@@ -64,10 +66,3 @@ def check_step(config: Config, size: StepSize, ranks: int, memory: int) -> None:
         )
         if problem:
             raise ConfigError(problem)
-
-
-def _dense(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that are no tables."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not name.startswith("collections."):
-            yield name, tensor

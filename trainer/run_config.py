@@ -109,9 +109,7 @@ def build_groups(
             raise ConfigError(
                 f"tables.{feature}.rows = {table.rows}, but the log holds ids up to {rows[feature] - 1}"
             )
-    sizes = {
-        name: (config.tables[name].rows or n) if name in config.tables else n for name, n in rows.items()
-    }
+    sizes = {**rows, **{name: table.rows for name, table in config.tables.items() if table.rows}}
     groups = {}
     for name, group in config.groups.items():
         allowed = (context_rows or {}) if name == config.model.roles.context else item_rows

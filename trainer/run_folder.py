@@ -8,7 +8,6 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import tomli_w
@@ -16,8 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import ConfigError, DataError
-from trainer.ranks.device import installed
-from trainer.ranks.machine import cores
+from trainer.ranks.machine import cores, installed
 from trainer.run_config import Config, load_config
 from trainer.sealed_folder import locked, naming, remove_folder, write_text
 
@@ -30,23 +28,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def first_weights(self) -> Path:
-        """Where the plain tables of `train.init_from` lie until they are read."""
-        return self.path / "init.tmp"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        # Where the plain tables of `train.init_from` lie until they are read.
+        self.first_weights = path / "init.tmp"
+        self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
 
     def scores(self, split: str) -> Path:
         """Where `evaluate` keeps the scores of a split."""
@@ -106,12 +91,12 @@ class RunFolder:
         if not self.summary.exists():
             return {}
         try:
-            found = json.loads(self.summary.read_text(encoding="utf-8"))
+            entries = json.loads(self.summary.read_text(encoding="utf-8"))
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
+            entries = None
+        if not isinstance(entries, dict):
             raise DataError("is no JSON object; move it away, and it is written anew", file=self.summary)
-        return found
+        return entries
 
     def update_summary(self, entries: Mapping[str, Any]) -> None:
         """Merge entries into summary.json."""
@@ -140,20 +125,19 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, resumed_at: int) -> None:
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
-        from_rank_0(lambda: self._open(folder, resumed_at))
 
-    def _open(self, folder: RunFolder, resumed_at: int) -> None:
-        self._file = folder.metrics.open("a", encoding="utf-8")
-        # Events of steps that are about to be repeated disappear from the board.
-        with naming(folder.path / "tensorboard"):
-            self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_at + 1)
+        def open_files() -> None:
+            self._file = folder.metrics.open("a", encoding="utf-8")
+            # Events of steps that are about to be repeated disappear from the board.
+            with naming(folder.path / "tensorboard"):
+                self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_at + 1)
+
+        from_rank_0(open_files)
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file and self._board:
             self._file.close()
             with naming(self._board.log_dir):

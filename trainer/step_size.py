@@ -10,13 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from embeddings.errors import DataError
 from embeddings.groups import TableGroup
 from embeddings.plan.traffic import Lookup
 from trainer.config.sections import DataConfig
-from trainer.data.blocks import BlockLimits, LazyRows, WindowedRows, cut_blocks
+from trainer.data.blocks import LazyRows, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
@@ -53,11 +52,17 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
     Raises:
         DataError: the log's train split is missing, unreadable or without candidates.
     """
-    limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
     totals, blocks = [0, 0, 0], []
-    for place in islice(_row_groups(config.log, manifest), _SAMPLED):
+    files = manifest.splits["train"].files if "train" in manifest.splits else []
+    # An iterator, so that no more files are opened than are needed.
+    places = (
+        RowGroup(config.log / entry.path, group)
+        for entry in files
+        for group in range(read_footer(config.log / entry.path).num_row_groups)
+    )
+    for place in islice(places, _SAMPLED):
         plan = read_plan(place.file, place.row_group)
-        for block in cut_blocks(plan, 0, LazyRows(place, _undecoded), limits):
+        for block in cut_blocks(plan, 0, LazyRows(place, _undecoded), config):
             totals[0] += block.behaviors
             totals[1] += block.candidates
             totals[2] += block.last - block.first
@@ -114,7 +119,15 @@ def lookups(
     Args:
         lookup: `full` or `selected`, whatever `config.model.lookup` says; device: see `kept_behaviors`.
     """
-    early, late = _groups_looked_up(config.model, lookup)
+    early: set[str] = set()
+    represent: set[str] = set()
+    for branch in config.model.all_branches().values():
+        roles = branch.roles
+        early |= {roles.attention_target, roles.attention_behavior} if branch.attend != () else set()
+        early |= {roles.cross} if roles.cross else set()
+        represent |= {roles.representation_target, roles.representation_behavior}
+    # Groups that are looked up before the search, and those after it.
+    early, late = (early | represent, set()) if lookup == "full" else (early, represent - early)
     kept = kept_behaviors(config.model, size, device)
     of_table = {}
     for name, group in groups.items():
@@ -127,18 +140,6 @@ def lookups(
             ids = behaviors * info.of_behaviors + size.candidates * info.of_candidates
             of_table[group.table_name(feature)] = Lookup(behaviors + size.candidates, ids)
     return of_table
-
-
-def _groups_looked_up(config: ModelConfig, lookup: str) -> tuple[set[str], set[str]]:
-    """-> groups looked up before the search, and those after it."""
-    early: set[str] = set()
-    represent: set[str] = set()
-    for branch in config.all_branches().values():
-        roles = branch.roles
-        early |= {roles.attention_target, roles.attention_behavior} if branch.attend != () else set()
-        early |= {roles.cross} if roles.cross else set()
-        represent |= {roles.representation_target, roles.representation_behavior}
-    return (early | represent, set()) if lookup == "full" else (early, represent - early)
 
 
 def _missed(branch: BranchConfig, behaviors: float, candidates: int, size: StepSize) -> float:
@@ -154,17 +155,6 @@ def _most(branch: BranchConfig, behaviors: float, candidates: int, size: StepSiz
     if not branch.searches or branch.search_kind.keeps_all:
         return 1 - _missed(branch, behaviors, candidates, size)
     return min(1.0, candidates * branch.k / behaviors)
-
-
-def _row_groups(log: Path, manifest: LogManifest) -> list[RowGroup]:
-    row_groups: list[RowGroup] = []
-    files = manifest.splits["train"].files if "train" in manifest.splits else []
-    for entry in files:
-        file = log / entry.path
-        row_groups += [RowGroup(file, group) for group in range(read_footer(file).num_row_groups)]
-        if len(row_groups) >= _SAMPLED:
-            break
-    return row_groups
 
 
 def _undecoded() -> WindowedRows:

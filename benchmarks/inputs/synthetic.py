@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import BlockLimits, LazyRows, cut_blocks, with_windows
+from trainer.data.blocks import LazyRows, cut_blocks, with_windows
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup
 from trainer.data.row_group import FeatureIds, Ids, Ints
@@ -124,8 +124,8 @@ def as_batch(
     """All of the rows as one batch, cut into blocks and laid out as the reader does it."""
     windowed = with_windows(rows, data.history_length, 0)
     plan = PlanRows(rows.request_offsets, rows.history_end, np.diff(rows.candidate_offsets))
-    limits = BlockLimits(data.history_length, requests_per_block, 1 << 40)
-    blocks = cut_blocks(plan, 0, LazyRows(RowGroup(Path("made up"), 0), lambda: windowed), limits)
+    cut = data.model_copy(update={"requests_per_block": requests_per_block, "behaviors_per_block": 1 << 40})
+    blocks = cut_blocks(plan, 0, LazyRows(RowGroup(Path("made up"), 0), lambda: windowed), cut)
     return collate(blocks, data, Columns.of(manifest), int(rows.candidate_offsets[-1]))
 
 

@@ -20,7 +20,7 @@ SOUND = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0", 
     [("2.13.0+cpu", "1.8.0", "1.8.0"), ("2.13.1", "1.8.2", "1.8.1"), ("2.11.0+cu130", "1.6.0", "1.6.0")],
 )
 def test_triple_supported(torch: str, torchrec: str, fbgemm: str) -> None:
-    assert doctor.check_triple(torch, torchrec, fbgemm) == []
+    assert [*doctor.check_triple(torch, torchrec, fbgemm)] == []
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_both_fbgemm_builds_are_refused() -> None:
 def test_cuda_fbgemm_needs_cuda_torch() -> None:
     (problem,) = doctor.check_fbgemm_build(cpu=None, cuda="1.8.0", torch_cuda=None)
     assert "pip install --no-deps fbgemm-gpu-cpu==1.8.0" in problem.fix
-    assert doctor.check_fbgemm_build(cpu=None, cuda="1.8.0", torch_cuda="13.0") == []
-    assert doctor.check_fbgemm_build(cpu="1.8.0", cuda=None, torch_cuda=None) == []
+    assert [*doctor.check_fbgemm_build(cpu=None, cuda="1.8.0", torch_cuda="13.0")] == []
+    assert [*doctor.check_fbgemm_build(cpu="1.8.0", cuda=None, torch_cuda=None)] == []
 
 
 def test_failing_import_is_reported_unless_its_cause_is() -> None:
@@ -86,8 +86,8 @@ def test_foreign_package_hides_ours(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_longer_name_is_not_ours(tmp_path: Path) -> None:
-    assert doctor.check_origins({"trainer": tmp_path / "trainer2" / "__init__.py"}, tmp_path)
-    assert not doctor.check_origins({"trainer": tmp_path / "trainer" / "__init__.py"}, tmp_path)
+    assert [*doctor.check_origins({"trainer": tmp_path / "trainer2" / "__init__.py"}, tmp_path)]
+    assert not [*doctor.check_origins({"trainer": tmp_path / "trainer" / "__init__.py"}, tmp_path)]
 
 
 def test_foreign_distribution_with_our_package_name() -> None:

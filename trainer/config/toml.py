@@ -61,8 +61,12 @@ def load_settings(
         ConfigError: the file is missing or no TOML, a key is unknown, or a value is wrong.
     """
     tree = {} if path is None else _read(path, ())
-    if path is not None:
-        _check_verb(model, tree, path)
+    wanted = next((verb for verb, (keys, _) in _VERBS.items() if keys.issubset(model.model_fields)), "")
+    for verb, (keys, _) in _VERBS.items():
+        # The file holds nothing but keys of another verb's config.
+        if wanted and tree and keys.issuperset(tree) and not set(tree).intersection(model.model_fields):
+            mistake = f"this is a config of `{verb}`; `{wanted}` wants {_VERBS[wanted][1]}"
+            raise ConfigError(f"{path}: {mistake}")
     whole = copy.deepcopy(tree)
     for override in overrides:
         _apply(whole, override)
@@ -75,28 +79,28 @@ def load_settings(
         for i, problem in enumerate(problems):
             if (problem["loc"], problem["msg"]) in of_file:
                 sources[i] = str(path)
-    raise ConfigError(_message(model, problems, sources))
-
-
-def _check_verb(model: type[Settings], tree: dict[str, Any], path: Path) -> None:
-    """Raise an error if a file holds nothing but keys of another verb's config."""
-    wanted = next((verb for verb, (keys, _) in _VERBS.items() if keys.issubset(model.model_fields)), "")
-    for verb, (keys, _) in _VERBS.items():
-        if wanted and tree and keys.issuperset(tree) and not set(tree).intersection(model.model_fields):
-            problem = f"this is a config of `{verb}`; `{wanted}` wants {_VERBS[wanted][1]}"
-            raise ConfigError(f"{path}: {problem}")
+    # All problems in one line, behind the file or the overrides that have them. The keys of a section are
+    # listed once, even where several unknown keys are in it.
+    lines: dict[str, list[str]] = {}
+    listed = set[str]()
+    for problem, source in zip(problems, sources, strict=True):
+        line = _explain(model, problem)
+        short, _, known = line.partition("; known here: ")
+        lines.setdefault(source, []).append(short if known in listed else line)
+        listed |= {known} - {""}
+    raise ConfigError("; ".join(f"{source}: {'; '.join(texts)}" for source, texts in lines.items()))
 
 
 def _override_of(location: Sequence[Any], overrides: Sequence[str]) -> str:
     """The last override that set something at this place, or all overrides if none of them did."""
     place = [str(part) for part in location]
-    at_place = [each for each in overrides if _overlap(each.partition("=")[0].strip().split("."), place)]
+    at_place = []
+    for override in overrides:
+        key = override.partition("=")[0].strip().split(".")
+        # One of the two is the other, or a section around it.
+        if place and all(a == b for a, b in zip(key, place, strict=False)):
+            at_place.append(override)
     return " ".join(f"--set {each}" for each in (at_place[-1:] or overrides))
-
-
-def _overlap(key: Sequence[str], place: Sequence[str]) -> bool:
-    shorter = min(len(key), len(place))
-    return bool(place) and list(key[:shorter]) == list(place[:shorter])
 
 
 def _problems(model: type[Settings], tree: dict[str, Any]) -> list[dict[str, Any]]:
@@ -111,21 +115,6 @@ def _problems(model: type[Settings], tree: dict[str, Any]) -> list[dict[str, Any
             if other is None or other["type"].endswith("_type") > raw["type"].endswith("_type"):
                 problems[place] = {**raw, "loc": place}
     return list(problems.values())
-
-
-def _message(model: type[BaseModel], problems: Sequence[dict[str, Any]], sources: Sequence[str]) -> str:
-    """All problems in one line, behind the file or the overrides that have them.
-
-    The keys that a section has are listed once, even where several unknown keys are in it.
-    """
-    lines: dict[str, list[str]] = {}
-    listed = set[str]()
-    for problem, source in zip(problems, sources, strict=True):
-        line = _explain(model, problem)
-        short, _, keys = line.partition("; known here: ")
-        lines.setdefault(source, []).append(short if keys in listed else line)
-        listed |= {keys} - {""}
-    return "; ".join(f"{source}: {'; '.join(texts)}" for source, texts in lines.items())
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
@@ -167,18 +156,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
         tree = child
-    tree[last] = _parse_value(text.strip())
-
-
-def _parse_value(text: str) -> Any:
-    """A TOML value if the text is one, otherwise the text: `data.log=runs/demo/log` needs no quotes."""
+    text = text.strip()
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return text
+        # A text needs no quotes: `data.log=runs/demo/log`.
+        parsed = {"value": text}
     if set(parsed) != {"value"}:
         raise ConfigError(f"--set ...={text}: give one value on one line")
-    return parsed["value"]
+    tree[last] = parsed["value"]
 
 
 def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:

@@ -49,13 +49,19 @@ class Sizes:
     def of(batch: RequestBatch) -> Sizes:
         """The sizes of a batch that `collate` did not make, read from its tensors: waits for the device."""
         lengths = batch.features.lengths().view(len(batch.features.keys()), -1)
+        clusters, most = batch.clusters, 0
+        if clusters is not None:
+            parts = (batch.window_start, batch.window_end, clusters.end)
+            for start, end, seen in zip(*(part.tolist() for part in parts), strict=True):
+                seen_S = (clusters.size[start:end] > 0) & (clusters.until[start:end] <= seen)
+                most = max(most, int(seen_S.sum()))
         return Sizes(
             tuple((batch.window_end - batch.window_start).tolist()),
             tuple(batch.window_start.tolist()),
             tuple(torch.bincount(batch.candidate_request, minlength=batch.requests).tolist()),
             tuple(lengths.amax(1).tolist() if lengths.numel() else [0] * lengths.shape[0]),
             bool((lengths == 1).all()),
-            _most_clusters(batch),
+            most,
             not bool(batch.labels.isnan().any()),
         )
 
@@ -65,13 +71,13 @@ class Sizes:
         return min(longest, newest) if newest else longest
 
 
-class _Tensors(Pipelineable):  # type: ignore[misc]
-    """Moves the tensors of a dataclass; fields that are None, a number or `Sizes` stay on the host."""
+class Movable(Pipelineable):  # type: ignore[misc]
+    """A dataclass whose tensors move to a device together; its other fields stay on the host."""
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not isinstance(value, int | Sizes):
+            if isinstance(value, Tensor | Pipelineable):
                 yield field.name, value
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
@@ -89,7 +95,7 @@ class _Tensors(Pipelineable):  # type: ignore[misc]
 
 
 @dataclass
-class Clusters(_Tensors):
+class Clusters(Movable):
     """Clusters of a history, at the behaviors that stand for them (TWIN-V2; see `trainer.log.clusters`).
 
     Attributes:
@@ -106,7 +112,7 @@ class Clusters(_Tensors):
 
 
 @dataclass
-class Retrieval(_Tensors):
+class Retrieval(Movable):
     """What a hard search in the data path kept for each candidate, B behaviors at most.
 
     Attributes:
@@ -121,7 +127,7 @@ class Retrieval(_Tensors):
 
 
 @dataclass
-class RequestBatch(_Tensors):
+class RequestBatch(Movable):
     """One rank's part of one step.
 
     Attributes:
@@ -201,11 +207,11 @@ class RequestBatch(_Tensors):
             return "candidates name requests that are not there, or out of order"
         if r and (start.min() < 0 or (start > end).any() or end.max() > n or (end - start).max() > longest):
             return "windows lie outside the behaviors"
-        if found := self._problem_of_cut(n, c, r):
-            return found
+        if problem := self._problem_of_cut(n, c, r):
+            return problem
         for kjt, stride in ((self.features, n + c), (self.context, r)):
-            if kjt is not None and (found := _bag_problem(kjt, rows, stride)):
-                return found
+            if kjt is not None and (problem := _bag_problem(kjt, rows, stride)):
+                return problem
         return ""
 
     def _problem_of_cut(self, n: int, c: int, r: int) -> str:
@@ -234,18 +240,6 @@ def _bag_problem(kjt: KeyedJaggedTensor, rows: Mapping[str, int], stride: int) -
         if key in rows and ids.numel() and (ids.min() < 0 or ids.max() >= rows[key]):
             return f"ids of {key} lie outside the table of {rows[key]} rows"
     return ""
-
-
-def _most_clusters(batch: RequestBatch) -> int:
-    """Most clusters that a request sees, counted request by request."""
-    most, clusters = 0, batch.clusters
-    if clusters is None:
-        return most
-    each = zip(batch.window_start.tolist(), batch.window_end.tolist(), clusters.end.tolist(), strict=True)
-    for start, end, seen in each:
-        seen_S = (clusters.size[start:end] > 0) & (clusters.until[start:end] <= seen)
-        most = max(most, int(seen_S.sum()))
-    return most
 
 
 def pinning(device: torch.device) -> Callable[[RequestBatch], RequestBatch] | None:

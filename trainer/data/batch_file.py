@@ -65,10 +65,13 @@ def unpack(
         requests, candidates = plain["request_time"].numel(), plain["candidate_request"].numel()
         features = _bags(tensors, "features", keys[0], plain["behavior_time"].numel() + candidates)
         context = _bags(tensors, "context", keys[1], requests) if keys[1] else None
+        for part, (kind, _) in _NESTED.items():
+            names = [f"{part}.{field.name}" for field in fields(kind)]
+            present = any(name in tensors for name in names)
+            plain[part] = kind(*(tensors[name] for name in names)) if present else None
         batch = RequestBatch(
             features=features,
             context=context,
-            **{part: _nested(tensors, part, kind) for part, (kind, _) in _NESTED.items()},
             **plain,
             step_candidates=candidates,
         )
@@ -101,8 +104,3 @@ def _problem(tensors: Mapping[str, Tensor], context: bool) -> str:
 def _bags(tensors: Mapping[str, Tensor], part: str, keys: Sequence[str], stride: int) -> KeyedJaggedTensor:
     values, lengths = tensors[f"{part}.ids"], tensors[f"{part}.counts"]
     return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, stride=stride)
-
-
-def _nested(tensors: Mapping[str, Tensor], part: str, kind: type[Retrieval] | type[Clusters]) -> Any:
-    names = [f"{part}.{field.name}" for field in fields(kind)]
-    return kind(*(tensors[name] for name in names)) if any(name in tensors for name in names) else None

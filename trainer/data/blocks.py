@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -112,28 +112,16 @@ class Block(NamedTuple):
         return self.behaviors + self.candidates
 
 
-@dataclass(frozen=True)
-class BlockLimits:
-    """How blocks are cut.
+def cut_blocks(plan: PlanRows, owner: int, rows: LazyRows, config: DataConfig) -> list[Block]:
+    """All requests of a row group as blocks, in stored order; requests without candidates are left out.
 
-    Attributes:
-        history_length: L of a request's window.
-        requests: most requests of a block.
-        behaviors: a block is closed before a request that would stretch its history beyond this
-            (one window is always allowed).
+    A block is closed before a request that would stretch its history beyond `config.block_limit`; one window
+    is always allowed.
     """
-
-    history_length: int
-    requests: int
-    behaviors: int
-
-
-def cut_blocks(plan: PlanRows, owner: int, rows: LazyRows, limits: BlockLimits) -> list[Block]:
-    """All requests of a row group as blocks, in stored order; requests without candidates are left out."""
     if not plan.history_end.size:
         return []
-    starts = np.maximum(plan.history_end - limits.history_length, 0)
-    first = _first_requests(plan, starts, limits)
+    starts = np.maximum(plan.history_end - config.history_length, 0)
+    first = _first_requests(plan, starts, config)
     last = np.append(first[1:], plan.history_end.size)
     behaviors = np.maximum.reduceat(plan.history_end, first) - np.minimum.reduceat(starts, first)
     candidates = np.add.reduceat(plan.candidates, first)
@@ -141,27 +129,27 @@ def cut_blocks(plan: PlanRows, owner: int, rows: LazyRows, limits: BlockLimits) 
     return list(map(Block._make, zip(repeat(owner), *parts, repeat(rows))))
 
 
-def _first_requests(plan: PlanRows, starts: Ints, limits: BlockLimits) -> Ints:
+def _first_requests(plan: PlanRows, starts: Ints, config: DataConfig) -> Ints:
     """The first request of every block, ascending."""
     ends, requests = plan.history_end, np.arange(starts.size)
     user = np.repeat(np.arange(plan.request_offsets.size - 1), np.diff(plan.request_offsets))
     # Where the next block begins at the latest.
-    latest = np.minimum(plan.request_offsets[user + 1], requests + limits.requests)
+    latest = np.minimum(plan.request_offsets[user + 1], requests + config.requests_per_block)
     if ((ends[1:] >= ends[:-1]) | (user[1:] != user[:-1])).all():
         # Windows only move forward, as in requests by time: the first to end too far away closes a block.
         # With the user as the upper part of the key one search serves all users.
         most = int(ends.max())
-        reach = np.minimum(starts + limits.behaviors, most)
+        reach = np.minimum(starts + config.block_limit, most)
         too_far = np.searchsorted(user * (most + 1) + ends, user * (most + 1) + reach, side="right")
         following = np.clip(too_far, requests + 1, latest).tolist()
         return _chain(following.__getitem__, starts.size)
-    low, high, stop = starts.tolist(), ends.tolist(), latest.tolist()
+    low, high, stop, limit = starts.tolist(), ends.tolist(), latest.tolist(), config.block_limit
 
     def next_block(request: int) -> int:
         begin, end, last = low[request], high[request], request + 1
         while last < stop[request]:
             begin, end = min(begin, low[last]), max(end, high[last])
-            if end - begin > limits.behaviors:
+            if end - begin > limit:
                 break
             last += 1
         return last
@@ -182,38 +170,17 @@ def with_windows(rows: UserRows, history_length: int, delay: int) -> WindowedRow
     counts = np.diff(rows.request_offsets)
     ends = rows.history_end
     if delay:
-        offsets = rows.request_offsets.tolist()
-        ends = np.concatenate(
-            [visible_ends(rows, row, offsets[row], offsets[row + 1], delay) for row in range(counts.size)]
-        )
+        # A behavior is visible if it is older than the request's time less the delay.
+        limit, ends = rows.request_time - delay, ends.copy()
+        offsets = rows.request_offsets.tolist(), rows.history_offsets.tolist()
+        for (first, last), (oldest, stop) in zip(*map(pairwise, offsets), strict=True):
+            older = np.searchsorted(rows.history_time[oldest:stop], limit[first:last], side="left")
+            ends[first:last] = np.minimum(ends[first:last], older)
     base = np.repeat(rows.history_offsets[:-1], counts)
-    return WindowedRows(
-        rows,
-        np.stack(
-            [
-                np.repeat(rows.user_id, counts),
-                rows.request_id,
-                rows.request_time,
-                base + np.maximum(ends - history_length, 0),
-                base + ends,
-                rows.candidate_offsets[:-1],
-                rows.candidate_offsets[1:],
-            ]
-        ),
-    )
-
-
-def visible_ends(rows: UserRows, row: int, first: int, last: int, delay: int) -> Ints:
-    """Where the visible history of requests [first, last) ends, counted from the row's first behavior.
-
-    A behavior is visible if it is older than the request's time less the ingestion delay.
-    """
-    ends = rows.history_end[first:last]
-    if delay == 0:
-        return ends
-    start, stop = int(rows.history_offsets[row]), int(rows.history_offsets[row + 1])
-    limit = rows.request_time[first:last] - delay
-    return np.minimum(ends, np.searchsorted(rows.history_time[start:stop], limit, side="left"))
+    start, end = base + np.maximum(ends - history_length, 0), base + ends
+    user, candidates = np.repeat(rows.user_id, counts), rows.candidate_offsets
+    requests = (user, rows.request_id, rows.request_time, start, end, candidates[:-1], candidates[1:])
+    return WindowedRows(rows, np.stack(requests))
 
 
 def deal(costs: Sequence[int], world_size: int, owners: Sequence[int] = ()) -> list[int]:

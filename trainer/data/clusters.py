@@ -22,16 +22,16 @@ class ClusteredBlock:
 
     Args:
         rows: the block's row group, with clusters; history: the block's stretch of its behaviors.
-        first: the block's first request in the row group; requests: [7, r], see `WindowedRows`.
+        of_requests: the block's requests in the row group; requests: [7, r], see `WindowedRows`.
         chunk: behaviors of a chunk; recent: newest behaviors of each window that are kept for themselves.
     """
 
     def __init__(
-        self, rows: UserRows, history: slice, first: int, requests: Ints, chunk: int, recent: int
+        self, rows: UserRows, history: slice, of_requests: slice, requests: Ints, chunk: int, recent: int
     ) -> None:
         assert rows.cluster_size is not None and rows.cluster_time is not None
         self._requests, self._chunk = requests, chunk
-        user = int(np.searchsorted(rows.request_offsets, first, side="right")) - 1
+        user = int(np.searchsorted(rows.request_offsets, of_requests.start, side="right")) - 1
         self._user_start = int(rows.history_offsets[user])
         start, end = requests[3] - history.start, requests[4] - history.start
         stands = np.nonzero(rows.cluster_size[history])[0]

@@ -48,20 +48,16 @@ class _Stretches:
     """Where the data of each block lies in its row group.
 
     Attributes:
-        rows: each block's row group; first: its first request there; sizes: [blocks], requests of each.
+        rows: each block's row group; of_requests: its requests there; sizes: [blocks], their number.
         requests: [7, R] of `WindowedRows`; spans, candidates: stretches of behaviors and candidates.
     """
 
     rows: list[UserRows]
-    first: list[int]
+    of_requests: list[slice]
     sizes: Ints
     requests: Ints
     spans: list[slice]
     candidates: list[slice]
-
-    @property
-    def of_requests(self) -> list[slice]:
-        return [slice(a, a + n) for a, n in zip(self.first, self.sizes.tolist(), strict=True)]
 
 
 class _Histories(NamedTuple):
@@ -99,6 +95,15 @@ def collate(
     ]
     features, bags = _jagged(list(columns.features), sides)
     labels = _tensor([r.labels[at] for r, at in zip(rows, candidates, strict=True)])
+    # The log's numbers, then the hard search's match counts: [C, X].
+    numeric = [r.numeric[at] for r, at in zip(rows, candidates, strict=True)]
+    if past.retrievals:
+        matches = [part.counts for part in past.retrievals]
+        numeric = [np.concatenate(part, axis=1) for part in zip(numeric, matches, strict=True)]
+    context = None
+    if columns.context:
+        requests = _Side([r.context for r in rows], stretches.of_requests, counts.size)
+        context, _ = _jagged(list(columns.context), [requests])
     return RequestBatch(
         features=features,
         behavior_time=_tensor([r.history_time[at] for r, at in zip(rows, past.chosen, strict=True)]),
@@ -110,9 +115,9 @@ def collate(
         request_id=torch.from_numpy(name),
         candidate_request=torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
         labels=labels,
-        weight=_weights(stretches, columns, total),
-        numeric=_numeric(rows, candidates, past.retrievals, columns, total),
-        context=_context(rows, stretches.of_requests, columns, counts.size),
+        weight=_tensor([r.weight[at] for r, at in zip(rows, candidates, strict=True)]),
+        numeric=_tensor(numeric),
+        context=context,
         retrieval=_retrieval(past.retrievals, past.offsets) if past.retrievals else None,
         step_candidates=step_candidates,
         clusters=past.clusters,
@@ -128,12 +133,6 @@ def collate(
     )
 
 
-def _weights(stretches: _Stretches, columns: Columns, total: int) -> torch.Tensor:
-    if not columns.weighted:
-        return torch.from_numpy(np.ones(total, dtype=np.float32))
-    return _tensor([r.weight[at] for r, at in zip(stretches.rows, stretches.candidates, strict=True)])
-
-
 def _stretches(blocks: Sequence[Block]) -> _Stretches:
     parts = [block.rows() for block in blocks]
     of_requests = [slice(block.first, block.last) for block in blocks]
@@ -141,13 +140,13 @@ def _stretches(blocks: Sequence[Block]) -> _Stretches:
         [part.requests[:, at] for part, at in zip(parts, of_requests, strict=True)], axis=1
     )
     _, _, _, start, end, first_candidate, last_candidate = requests
-    sizes = np.array([block.last - block.first for block in blocks])
+    sizes = np.array([at.stop - at.start for at in of_requests])
     after = np.cumsum(sizes)
     before = after - sizes
     low, high = np.minimum.reduceat(start, before), np.maximum.reduceat(end, before)
     return _Stretches(
         [part.rows for part in parts],
-        [block.first for block in blocks],
+        of_requests,
         sizes,
         requests,
         list(map(slice, low.tolist(), high.tolist())),
@@ -167,7 +166,7 @@ def _histories(stretches: _Stretches, config: DataConfig, columns: Columns) -> _
     retrievals: list[_BlockRetrieval] = []
     clusters, most = None, 0
     if columns.chunk:
-        each = zip(rows, spans, stretches.first, requests, strict=True)
+        each = zip(rows, spans, stretches.of_requests, requests, strict=True)
         blocks = [ClusteredBlock(*block, columns.chunk, config.recent) for block in each]
         selections = [block.selection for block in blocks]
         clusters = join_clusters(blocks, stretches.requests[4])
@@ -214,14 +213,6 @@ def _search(
         np.where(retrieved.index >= 0, np.repeat(end, counts)[:, None] - retrieved.index, 0).astype(np.int32),
         matches if search.counts else matches[:, :0],
     )
-
-
-def _context(
-    rows: Sequence[UserRows], requests: Sequence[slice], columns: Columns, total: int
-) -> KeyedJaggedTensor | None:
-    if not columns.context:
-        return None
-    return _jagged(list(columns.context), [_Side([r.context for r in rows], requests, total)])[0]
 
 
 class _Side(NamedTuple):
@@ -272,22 +263,6 @@ def _jagged(keys: list[str], sides: Sequence[_Side]) -> tuple[KeyedJaggedTensor,
         length_per_key=held,
     )
     return kjt, tuple(most)
-
-
-def _numeric(
-    rows: Sequence[UserRows],
-    candidates: Sequence[slice],
-    retrievals: Sequence[_BlockRetrieval],
-    columns: Columns,
-    count: int,
-) -> torch.Tensor:
-    """The log's numbers, then the hard search's match counts: [C, X]."""
-    parts = [np.zeros((count, 0), dtype=np.float32)]
-    if columns.numeric:
-        parts.append(np.concatenate([r.numeric[chosen] for r, chosen in zip(rows, candidates, strict=True)]))
-    if retrievals:
-        parts.append(np.concatenate([part.counts for part in retrievals]))
-    return torch.from_numpy(np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
 
 
 def _retrieval(retrievals: Sequence[_BlockRetrieval], offsets: Ints) -> Retrieval:

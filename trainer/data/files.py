@@ -39,7 +39,11 @@ def check_files(
     for number, entry in enumerate(manifest.splits[split].files):
         if verify is not None and number % verify[1] == verify[0]:
             _compare(log / entry.path, entry)
-        places += [RowGroup(log / entry.path, group) for group in range(_row_groups(log / entry.path, entry))]
+        file, footer = log / entry.path, read_footer(log / entry.path)
+        if footer.num_rows != entry.rows:
+            problem = f"holds {footer.num_rows} rows, the manifest says {entry.rows}; ingest again"
+            raise DataError(problem, file=file)
+        places += [RowGroup(file, group) for group in range(footer.num_row_groups)]
     if not places:
         raise DataError(f"split {split!r} of this log is empty", file=log)
     return places
@@ -99,12 +103,3 @@ def _compare(file: Path, entry: FileInfo) -> None:
             "or ingest again (data.verify = false reads it all the same)",
             file=file,
         )
-
-
-def _row_groups(file: Path, entry: FileInfo) -> int:
-    footer = read_footer(file)
-    if footer.num_rows != entry.rows:
-        raise DataError(
-            f"holds {footer.num_rows} rows, the manifest says {entry.rows}; ingest again", file=file
-        )
-    return int(footer.num_row_groups)

@@ -111,54 +111,42 @@ def hierarchical_search(
 
     Raises ValueError if an argument is out of its range or a visible behavior is newer than its request.
     """
-    _check_shapes(levels_history, time_history, levels_candidate, request_of_candidate)
-    _check_settings(budget, half_life, domain_minimum or {}, domain_history, time_history.size)
-    start, end = _visible(time_history, visible_start, visible_end, request_time)
-    node_history, node, lists = _index(levels_history, levels_candidate)
-    queries, query = _distinct(lists, node, request_of_candidate, start, end, request_time)
-    ranking = _newest(lists, node_history, queries, budget)
-    if domain_minimum and domain_history is not None:
-        ranking = _with_minimum(ranking, lists, node_history, queries, domain_history, domain_minimum)
-    index = np.where(ranking < 0, -1, lists.position(ranking))
-    level = np.maximum(ranking >> lists.bits, 0).astype(np.int8)
-    decayed = _decayed_counts(lists, time_history, queries, half_life).astype(np.float32)
-    return SearchResult(index[query], level[query], (queries.high - queries.low).T[query], decayed.T[query])
-
-
-def _check_shapes(levels_history: Ints, time_history: Ints, levels_candidate: Ints, of: Ints) -> None:
-    depth, many = levels_history.shape[0], time_history.size
-    if levels_history.shape != (depth, many) or not 1 <= depth < 128:
-        raise ValueError(f"levels_history has shape {levels_history.shape}, want [1 to 127 levels, {many}]")
-    if levels_candidate.shape != (depth, of.size):
-        raise ValueError(f"levels_candidate has shape {levels_candidate.shape}, want {(depth, of.size)}")
+    behaviors, minimum = time_history.size, domain_minimum or {}
+    depth, shape = levels_history.shape[0], (levels_history.shape[0], request_of_candidate.size)
+    if levels_history.shape != (depth, behaviors) or not 1 <= depth < 128:
+        raise ValueError(
+            f"levels_history has shape {levels_history.shape}, want [1 to 127 levels, {behaviors}]"
+        )
+    if levels_candidate.shape != shape:
+        raise ValueError(f"levels_candidate has shape {levels_candidate.shape}, want {shape}")
     if min(levels_history.min(initial=0), levels_candidate.min(initial=0)) < 0:
         raise ValueError("a taxonomy id is negative; ids are positive, 0 stands for unknown")
-
-
-def _check_settings(
-    budget: int, half_life: float, minimum: Mapping[int, int], domain: Ints | None, behaviors: int
-) -> None:
     if budget < 1:
         raise ValueError(f"budget is {budget}, want at least 1")
     if not 0 < half_life < np.inf:
         raise ValueError(f"half_life is {half_life}, want a finite number above 0")
-    if minimum and (domain is None or domain.shape != (behaviors,)):
+    if minimum and (domain_history is None or domain_history.shape != (behaviors,)):
         raise ValueError("domain_minimum needs domain_history, one domain for each behavior")
     if min(minimum.values(), default=0) < 0 or sum(minimum.values()) > budget:
         raise ValueError(f"domain_minimum {dict(minimum)}: want counts from 0 up, together at most {budget}")
-
-
-def _visible(time: Ints, start: Ints, end: Ints, request_time: Ints) -> tuple[Ints, Ints]:
-    """Visible positions [start, end), cut to the history; none may be newer than its request."""
-    if np.any(time[1:] < time[:-1]):
-        place = int(np.argmax(time[1:] < time[:-1])) + 1
+    if np.any(time_history[1:] < time_history[:-1]):
+        place = int(np.argmax(time_history[1:] < time_history[:-1])) + 1
         raise ValueError(f"time_history descends at position {place}; sort the history by time first")
-    start, end = np.maximum(start, 0), np.minimum(end, time.size)
+    start, end = np.maximum(visible_start, 0), np.minimum(visible_end, behaviors)
     nonempty = np.flatnonzero(end > start)
-    late = nonempty[time[end[nonempty] - 1] > request_time[nonempty]]
+    late = nonempty[time_history[end[nonempty] - 1] > request_time[nonempty]]
     if late.size:
         raise ValueError(f"request {int(late[0])} would see a behavior newer than itself; lower visible_end")
-    return start, np.maximum(end, 0)
+    end = np.maximum(end, 0)
+    node_history, node, lists = _index(levels_history, levels_candidate)
+    queries, query = _distinct(lists, node, request_of_candidate, start, end, request_time)
+    ranking = _newest(lists, node_history, queries, budget)
+    if minimum and domain_history is not None:
+        ranking = _with_minimum(ranking, lists, node_history, queries, domain_history, minimum)
+    index = np.where(ranking < 0, -1, lists.position(ranking))
+    level = np.maximum(ranking >> lists.bits, 0).astype(np.int8)
+    decayed = _decayed_counts(lists, time_history, queries, half_life).astype(np.float32)
+    return SearchResult(index[query], level[query], (queries.high - queries.low).T[query], decayed.T[query])
 
 
 def _rank(known: Ints, ids: Ints) -> Ints:

@@ -21,16 +21,12 @@ class Closable(Protocol[Item_co]):
     def close(self) -> None: ...
 
 
-class _End:
-    """Marks the end of the items."""
-
-
 class Prefetcher(Iterator[Item], Generic[Item]):
     """At most `depth` items ahead; the iterator's exceptions surface in the consumer, `close` ends it."""
 
     def __init__(self, items: Closable[Item], depth: int) -> None:
         self._items = items
-        self._queue: queue.Queue[Item | BaseException | _End] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[Item | BaseException] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._over = False
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
@@ -42,14 +38,14 @@ class Prefetcher(Iterator[Item], Generic[Item]):
                 if not self._put(item):
                     break
             else:
-                self._put(_End())
+                self._put(StopIteration())
         except BaseException as error:
             self._put(error)
         finally:
             # Generators hold pools and files: they are closed by the thread that ran them.
             self._items.close()
 
-    def _put(self, item: Item | BaseException | _End) -> bool:
+    def _put(self, item: Item | BaseException) -> bool:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -65,9 +61,6 @@ class Prefetcher(Iterator[Item], Generic[Item]):
         if isinstance(item, BaseException):
             self._over = True
             raise item
-        if isinstance(item, _End):
-            self._over = True
-            raise StopIteration
         return item
 
     def close(self) -> None:

@@ -18,17 +18,14 @@ from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from torchrec.streamable import Pipelineable
 
 from embeddings.errors import ConfigError, DataError
 from trainer.config.sections import DataConfig
-from trainer.data.batch import RequestBatch
+from trainer.data.batch import Movable, RequestBatch
 from trainer.data.blocks import (
     ANYONE,
     Block,
-    BlockLimits,
     LazyRows,
     WindowedRows,
     cut_blocks,
@@ -53,7 +50,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Step(Pipelineable):  # type: ignore[misc]
+class Step(Movable):
     """One rank's part of a step, which moves to the device as a whole.
 
     Attributes:
@@ -70,15 +67,6 @@ class Step(Pipelineable):  # type: ignore[misc]
     after: Cursor
     last: bool = False
     sources: tuple[RowGroup, ...] = ()
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Step:
-        return replace(self, batch=self.batch.to(device, non_blocking=non_blocking))
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        self.batch.record_stream(stream)
-
-    def pin_memory(self) -> Step:
-        return replace(self, batch=self.batch.pin_memory())
 
     # TorchRec's pipelines read the ids of a later step from what they carry, by the names of the attributes
     # that the model's forward pass reads them from.
@@ -140,18 +128,20 @@ class SequenceLogReader:
         self.skipped: list[DataError] = []
         left_out: list[RowGroup] = []
         if config.on_bad == "skip":
-            there = self.row_groups
+            every = self.row_groups
             with together():
-                bad, self.skipped = find_bad(there, self.columns, (rank, world_size))
-            self.row_groups = without_bad(there, share(bad), config.max_bad, self.skipped)
+                bad, self.skipped = find_bad(every, self.columns, (rank, world_size))
+            self.row_groups = without_bad(every, share(bad), config.max_bad, self.skipped)
             # As all ranks have agreed; `skipped` are those alone that this rank has tried.
             kept = set(self.row_groups)
-            left_out = [place for place in there if place not in kept]
+            left_out = [place for place in every if place not in kept]
         self.candidates = manifest.splits[split].candidates
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
-        self.order = _order(manifest, split, left_out)
-        self._limits = BlockLimits(config.history_length, config.requests_per_block, config.block_limit)
+        files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
+        rows_read = [files, [(place.file.name, place.row_group) for place in left_out]]
+        # Digest of the split's rows and their order: what a position inside an epoch refers to.
+        self.order = hashlib.sha256(json.dumps(rows_read).encode()).hexdigest()
 
     def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
         """The steps of one epoch from `cursor` on, prepared ahead by threads as the config says."""
@@ -201,9 +191,12 @@ class SequenceLogReader:
     def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[Block]:
         """Blocks from the cursor on, in order; the next window is decoded while this one is consumed."""
         ready: list[Block] = []
-        consumed = 0
-        for number, places in enumerate(self._windows(cursor.epoch)):
-            blocks, decoders = self._open(places, cursor.epoch, number)
+        consumed, size, places = 0, self.config.shuffle_row_groups, self.row_groups
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, cursor.epoch]).permutation(len(places))
+            places = [places[i] for i in order]
+        for number, start in enumerate(range(0, len(places), size)):
+            blocks, decoders = self._open(places[start : start + size], cursor.epoch, number)
             consumed, skipped = consumed + len(blocks), cursor.blocks - consumed
             if skipped >= len(blocks):
                 continue
@@ -228,7 +221,7 @@ class SequenceLogReader:
             owners = [ANYONE] * len(places)
         blocks: list[Block] = []
         for plan, owner, decoder in zip(plans, owners, decoders, strict=True):
-            blocks += cut_blocks(plan, owner, decoder, self._limits)
+            blocks += cut_blocks(plan, owner, decoder, self.config)
         undecided = self.config.sharding == "auto" and not self._shared_decoding()
         if undecided and not spreads_evenly(blocks, self.config, self.world_size):
             owners = [ANYONE] * len(places)
@@ -249,15 +242,6 @@ class SequenceLogReader:
     def _decode(self, place: RowGroup, footer: pq.FileMetaData) -> WindowedRows:
         rows = read_rows(place.file, place.row_group, self.columns, footer)
         return with_windows(rows, self.config.history_length, self.config.ingestion_delay)
-
-    def _windows(self, epoch: int) -> Iterator[list[RowGroup]]:
-        places = self.row_groups
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(places))
-            places = [places[i] for i in order]
-        size = self.config.shuffle_row_groups
-        for start in range(0, len(places), size):
-            yield places[start : start + size]
 
 
 def _visible_behaviors(plan: PlanRows) -> int:
@@ -292,10 +276,3 @@ def _columns(manifest: LogManifest, rows: dict[str, int] | None, config: DataCon
             f"data.clusters: histories of {config.log} are not clustered; make a log with `tandemrec cluster`"
         )
     return replace(columns, chunk=manifest.clusters.chunk)
-
-
-def _order(manifest: LogManifest, split: str, skipped: Sequence[RowGroup]) -> str:
-    """Digest of the rows of a split and their order: what a position inside an epoch refers to."""
-    files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
-    left_out = [(place.file.name, place.row_group) for place in skipped]
-    return hashlib.sha256(json.dumps([files, left_out]).encode()).hexdigest()

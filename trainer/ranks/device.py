@@ -5,12 +5,12 @@ The choice is a pure function of `Machine`, which `doctor` looks at too, so that
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import socket
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.errors import ConfigError
+from trainer.ranks.machine import installed
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 CPU_FBGEMM, CUDA_FBGEMM = "fbgemm-gpu-cpu", "fbgemm-gpu"
@@ -96,15 +97,15 @@ def has_code(capability: tuple[int, int], arches: Sequence[str]) -> bool:
         digits = number.rstrip("abcdefghijklmnopqrstuvwxyz")
         if not digits.isdigit():
             continue
-        found = int(digits[:-1] or 0), int(digits[-1])
+        version = int(digits[:-1] or 0), int(digits[-1])
         if number != digits:
             # Of one architecture alone.
-            fits = found == capability
+            fits = version == capability
         elif kind == "compute":
             # PTX, which the driver translates for this or any later device.
-            fits = found <= capability
+            fits = version <= capability
         else:
-            fits = found[0] == capability[0] and found[1] <= capability[1]
+            fits = version[0] == capability[0] and version[1] <= capability[1]
         if fits:
             return True
     return False
@@ -264,62 +265,45 @@ def agree(store: dist.Store, mine: DeviceReport, world_size: int) -> None:
 
 def gpu_place(index: int) -> str:
     """Host and bus of a GPU; NCCL takes two ranks with the same for ranks on one GPU (`getHostHash`)."""
-    found: Any = torch.cuda.get_device_properties(index)
+    gpu: Any = torch.cuda.get_device_properties(index)
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
     # Torch's stubs do not promise these.
-    bus = [getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    bus = [getattr(gpu, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     if None in bus:
-        return f"{host} {found.uuid}"
+        return f"{host} {gpu.uuid}"
     return f"{host} {bus[0]:04x}:{bus[1]:02x}:{bus[2]:02x}"
-
-
-def installed(distribution: str) -> str | None:
-    """The version of a distribution, None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def observe() -> Machine:
     """Look at the real machine; makes no CUDA context. Imports fbgemm where only that knows its build."""
     versions = {name: installed(name) for name in (CPU_FBGEMM, CUDA_FBGEMM)}
-    gpus, problem = _visible()
-    known = any(versions.values())
+    gpus: tuple[Gpu, ...] = ()
+    problem = variant = ""
+    if torch.version.cuda is not None:
+        with warnings.catch_warnings():
+            # Says why there is none, the first time that it is asked in a process only.
+            warnings.simplefilter("ignore")
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = [torch.cuda.get_device_properties(index) for index in range(count)]
+        gpus = tuple(Gpu(each.name, (each.major, each.minor)) for each in devices)
+        if not gpus:
+            try:
+                torch.cuda.init()
+            except (RuntimeError, AssertionError) as error:
+                # Without the advice that follows the fact.
+                problem = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    if not any(versions.values()):
+        with suppress(Exception):  # one that does not load is told of by whoever needs it
+            import fbgemm_gpu
+
+            variant = str(getattr(fbgemm_gpu, "__variant__", ""))
     return Machine(
         torch_cuda=torch.version.cuda,
-        fbgemm=fbgemm_build(versions, "" if known else _variant()),
+        fbgemm=fbgemm_build(versions, variant),
         fbgemm_version=next((version for version in versions.values() if version), ""),
         gpus=gpus,
         torch_arches=tuple(torch.cuda.get_arch_list()) if gpus else (),
         problem=problem,
         boards=sum(node.name[6:].isdigit() for node in Path("/dev").glob("nvidia*")),
     )
-
-
-def _visible() -> tuple[tuple[Gpu, ...], str]:
-    """The GPUs that this process sees, and what CUDA says where that is none."""
-    if torch.version.cuda is None:
-        return (), ""
-    with warnings.catch_warnings():
-        # Says why there is none, the first time that it is asked in a process only.
-        warnings.simplefilter("ignore")
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count:
-        found = [torch.cuda.get_device_properties(index) for index in range(count)]
-        return tuple(Gpu(each.name, (each.major, each.minor)) for each in found), ""
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        # Without the advice that follows the fact.
-        return (), " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return (), ""
-
-
-def _variant() -> str:
-    try:
-        import fbgemm_gpu
-    except Exception:  # one that does not load is told of by whoever needs it
-        return ""
-    return str(getattr(fbgemm_gpu, "__variant__", ""))

@@ -91,25 +91,19 @@ class Peers:
         for rank, beat in self._beats.items():
             # A group that this rank is not in, or that the other one has not made yet, tells nothing.
             for name in mine.keys() & beat.begun.keys():
-                self._compare(now, (rank, name), mine[name], beat.begun[name])
-
-    def _compare(self, now: float, key: tuple[int, str], mine: int, theirs: int) -> None:
-        if theirs >= mine:
-            self._behind.pop(key, None)
-        elif key not in self._behind or self._behind[key][0] != theirs:
-            self._behind[key] = (theirs, now)
+                key, theirs = (rank, name), beat.begun[name]
+                if theirs >= mine[name]:
+                    self._behind.pop(key, None)
+                elif key not in self._behind or self._behind[key][0] != theirs:
+                    self._behind[key] = (theirs, now)
 
     def lost(self, now: float) -> list[int]:
         """The ranks that are silent, or that others have waited for, longer than the patience."""
-        found = set()
-        for rank in self.others:
-            left = rank in self._beats and self._beats[rank].left
-            if not left and now - self._heard.get(rank, self.started) > self.patience_s:
-                found.add(rank)
-        for (rank, _), (_, since) in self._behind.items():
-            if now - since > self.patience_s:
-                found.add(rank)
-        return sorted(found)
+        ended = {rank for rank, beat in self._beats.items() if beat.left}
+        heard = {rank: self._heard.get(rank, self.started) for rank in self.others if rank not in ended}
+        silent = {rank for rank, at in heard.items() if now - at > self.patience_s}
+        hanging = {rank for (rank, _), (_, since) in self._behind.items() if now - since > self.patience_s}
+        return sorted(silent | hanging)
 
 
 class Heartbeat:
@@ -221,8 +215,13 @@ class Heartbeat:
             return {}
         try:
             self._say(mine)
-            there = self._there()
-            texts = self._store.multi_get([str(other) for other in there]) if there else []
+            if not self._complete:
+                self._complete = self._store.check([str(other) for other in self._others])
+            # Those that have said anything yet: in the end all, which is one question then.
+            speakers = self._others
+            if not self._complete:
+                speakers = [other for other in self._others if self._store.check([str(other)])]
+            texts = self._store.multi_get([str(other) for other in speakers]) if speakers else []
         except dist.DistNetworkError as error:
             # It went with the launcher or with rank 0, which may have come to its end: that this rank hears
             # of nobody any more matters only if it goes on for long.
@@ -231,15 +230,7 @@ class Heartbeat:
         except RuntimeError:
             # It is slow.
             return {}
-        return {other: Beat.of(text) for other, text in zip(there, texts, strict=True)}
-
-    def _there(self) -> list[int]:
-        """The others that have said anything yet: in the end all, which is one question then."""
-        if not self._complete:
-            self._complete = self._store.check([str(other) for other in self._others])
-        if self._complete:
-            return self._others
-        return [other for other in self._others if self._store.check([str(other)])]
+        return {other: Beat.of(text) for other, text in zip(speakers, texts, strict=True)}
 
     def _act(self, lost: list[int]) -> None:
         who = ", ".join(map(str, lost))

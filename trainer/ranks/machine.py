@@ -1,4 +1,4 @@
-"""What this process may use of its machine, memory and cores, and how it keeps memory that a step gives back.
+"""What this process may use of its machine, and how it keeps memory that a step gives back.
 
 A container sees the whole machine's memory and cores, and is killed or held back when it takes more than its
 control group allows. Limits stand in files (kernel documentation, cgroup-v1/memory.rst and cgroup-v2.rst),
@@ -8,6 +8,7 @@ one folder a group; those of all groups above hold as well.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +26,10 @@ def memory_bytes(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
     Args:
         process: the file that names this process's groups; groups: the folder where they are mounted.
     """
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    found += [_number(folder / "memory.max") for folder in _folders("", process, groups)]
-    found += [_number(folder / "memory.limit_in_bytes") for folder in _folders("memory", process, groups)]
-    return min(size for size in found if size > 0)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [_number(folder / "memory.max") for folder in _folders("", process, groups)]
+    limits += [_number(folder / "memory.limit_in_bytes") for folder in _folders("memory", process, groups)]
+    return min(size for size in limits if size > 0)
 
 
 def cores(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
@@ -36,16 +37,16 @@ def cores(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
 
     A share of 2.5 cores counts as 2: more threads would wait for each other while they are held back.
     """
-    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for folder in _folders("", process, groups):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
         if quota.isdecimal() and period.isdecimal() and int(period):
-            found.append(int(quota) // int(period))
+            limits.append(int(quota) // int(period))
     for folder in _folders("cpu", process, groups):
         quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
         if quota_us > 0 and period_us > 0:
-            found.append(quota_us // period_us)
-    return max(1, min(found))
+            limits.append(quota_us // period_us)
+    return max(1, min(limits))
 
 
 def keep_freed_memory() -> bool:
@@ -60,6 +61,14 @@ def keep_freed_memory() -> bool:
     # A negative threshold is the largest one: never.
     settings = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
     return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def installed(distribution: str) -> str | None:
+    """The version of a distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _folders(controller: str, process: Path, groups: Path) -> Iterator[Path]:

@@ -86,7 +86,16 @@ def process_group(
     """
     rank, world_size, local_rank, local_world_size = _places()
     voice.silent = rank > 0
-    taken, report = _take(device, rank, local_rank, local_world_size)
+    # Asked for the CPU, nothing here looks for another device.
+    machine = Machine() if device == "cpu" else observe()
+    try:
+        choice = choose(device, machine, local_rank, local_world_size)
+        taken = choice.device
+        place = gpu_place(taken.index) if taken.type == "cuda" else ""
+        report = DeviceReport(rank, taken.type, place, choice.note)
+    except ConfigError as problem:
+        # Raised once the others know it, which would else wait for this rank.
+        taken, report = torch.device("cpu"), DeviceReport(rank, "", problem=str(problem))
     timeout = datetime.timedelta(seconds=timeout_s)
     launcher = os.getppid() if dist.is_torchelastic_launched() else None
     ranks = Ranks(rank, world_size, local_world_size, taken, None, launcher)
@@ -103,14 +112,17 @@ def process_group(
             _init(ranks, store, timeout)
         with naming_the_lost(ranks, lambda: "before or after training"):
             yield ranks
-    except RankError:
-        # To leave the group in order would mean to wait for the lost rank; it goes with the process.
+    except BaseException as error:
         if beats is not None:
+            # To leave the group in order would mean to wait for a lost rank, or for collectives that this
+            # rank will never join; the group goes with the process.
             beats.stop(well=False)
             leave_in_time()
-        raise
-    except BaseException:
-        _leave_after_a_failure(ranks)
+        elif not isinstance(error, RankError):
+            # What a broken device has to say to that is not what the run failed for.
+            with suppress(Exception):
+                if dist.is_initialized():
+                    dist.destroy_process_group()
         raise
     if beats is not None:
         beats.stop()
@@ -123,12 +135,8 @@ def _places() -> tuple[int, int, int, int]:
     Raises:
         ConfigError: they are no numbers, or do not fit together.
     """
-    said = {
-        "RANK": os.environ.get("RANK", "0"),
-        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
-        "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
-        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1"),
-    }
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    said = {name: os.environ.get(name, default) for name, default in alone.items()}
     if all(text.isdecimal() for text in said.values()):
         rank, world_size, local_rank, local_world_size = (int(text) for text in said.values())
         # Launchers made by hand often leave the last one out.
@@ -137,22 +145,6 @@ def _places() -> tuple[int, int, int, int]:
             return rank, world_size, local_rank, local_world_size
     words = ", ".join(f"{name}={text}" for name, text in said.items())
     raise ConfigError(f"the launcher says {words}; start with torchx or torchrun")
-
-
-def _take(
-    wanted: DeviceName, rank: int, local_rank: int, local_world_size: int
-) -> tuple[torch.device, DeviceReport]:
-    """This rank's device, and what the other ranks are told of it."""
-    # Asked for the CPU, nothing here looks for another device.
-    machine = Machine() if wanted == "cpu" else observe()
-    try:
-        choice = choose(wanted, machine, local_rank, local_world_size)
-    except ConfigError as problem:
-        # Raised once the others know it, which would else wait for this rank.
-        return torch.device("cpu"), DeviceReport(rank, "", problem=str(problem))
-    taken = choice.device
-    place = gpu_place(taken.index) if taken.type == "cuda" else ""
-    return taken, DeviceReport(rank, taken.type, place, choice.note)
 
 
 def _init(ranks: Ranks, store: dist.Store, timeout: datetime.timedelta) -> None:
@@ -187,19 +179,6 @@ def _heartbeat(ranks: Ranks, store: dist.Store, timeout_s: float) -> Heartbeat:
     )
     beats.start()
     return beats
-
-
-def _leave_after_a_failure(ranks: Ranks) -> None:
-    """This rank has failed, and the others may be in a collective that it will never join."""
-    if ranks.heartbeat is None:
-        # What a broken device has to say to that is not what the run failed for.
-        with suppress(Exception):
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        return
-    # NCCL would wait for its collectives; it goes with the process.
-    ranks.heartbeat.stop(well=False)
-    leave_in_time()
 
 
 def _store_of_this_start(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
@@ -279,10 +258,10 @@ def _blame(ranks: Ranks, text: str) -> str:
             # The launcher names the rank whose error is the oldest, and the other one is still at its own.
             time.sleep(_AFTER_THE_CAUSE_S)
         return f"lost the connection to another rank, whose own error tells why ({text})"
-    absent = _silent(ranks)
-    if not absent:
+    silent = _silent(ranks)
+    if not silent:
         return f"the other ranks answer, but a collective timed out; see train.timeout_s ({text})"
-    who = ", ".join(map(str, absent))
+    who = ", ".join(map(str, silent))
     return f"waited in vain for rank {who}, which hangs, is dead or cut off; see train.timeout_s ({text})"
 
 

@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tests.helpers.logs import CONTEXT, RICH, Row, enrich, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch, Sizes
-from trainer.data.blocks import Block, BlockLimits, WindowedRows, cut_blocks, with_windows
+from trainer.data.blocks import Block, WindowedRows, cut_blocks, with_windows
 from trainer.data.collate import collate
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.log.schema import read_manifest
@@ -28,7 +28,7 @@ def never() -> WindowedRows:
     raise AssertionError("planning decodes nothing")
 
 
-def cut_reference(plan: PlanRows, limits: BlockLimits) -> list[Cut]:
+def cut_reference(plan: PlanRows, limits: DataConfig) -> list[Cut]:
     """Requests join their user's open block for as long as it stays within its limits."""
     found: list[Cut] = []
     for start, stop in pairwise(plan.request_offsets.tolist()):
@@ -36,7 +36,8 @@ def cut_reference(plan: PlanRows, limits: BlockLimits) -> list[Cut]:
         for request in range(start, stop):
             together = [*members[-1], request] if members else [request]
             behaviors, _ = size(plan, together, limits.history_length)
-            if members and len(together) <= limits.requests and behaviors <= limits.behaviors:
+            fits = len(together) <= limits.requests_per_block and behaviors <= limits.block_limit
+            if members and fits:
                 members[-1] = together
             else:
                 members.append([request])
@@ -58,14 +59,14 @@ def size(plan: PlanRows, requests: list[int], history_length: int) -> tuple[int,
     users=st.lists(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3)), max_size=9), max_size=6),
     ascending=st.booleans(),
     limits=st.builds(
-        BlockLimits,
+        DataConfig,
         history_length=st.integers(1, 30),
-        requests=st.integers(1, 10),
-        behaviors=st.integers(0, 70),
+        requests_per_block=st.integers(1, 10),
+        behaviors_per_block=st.integers(0, 70),
     ),
 )
 def test_blocks_are_cut_as_one_request_after_the_other_says(
-    users: list[list[tuple[int, int]]], ascending: bool, limits: BlockLimits
+    users: list[list[tuple[int, int]]], ascending: bool, limits: DataConfig
 ) -> None:
     users = [sorted(user) for user in users] if ascending else users
     requests = np.array([request for user in users for request in user], dtype=np.int64).reshape(-1, 2)
@@ -160,14 +161,14 @@ def test_a_batch_is_what_putting_it_together_value_by_value_gives(
     rows = enrich(random_rows(seed), seed)
     log = write_log(tmp_path_factory.mktemp("log") / "log", {"train": rows}, layout=(3, 12), rich=True)
     file = next((log / "train").iterdir())
-    config = DataConfig(log=log, history_length=history_length, ingestion_delay=delay)
+    cut = {"requests_per_block": per_block, "behaviors_per_block": limit}
+    config = DataConfig(log=log, history_length=history_length, ingestion_delay=delay, **cut)
     columns = Columns.of(read_manifest(log))
     blocks: list[tuple[Block, Row, range]] = []
     for group in range(4):
         decoded = with_windows(read_rows(file, group, columns), history_length, delay)
-        limits = BlockLimits(history_length, per_block, limit)
         plan = read_plan(file, group)
-        for block in cut_blocks(plan, 0, partial(lambda rows: rows, decoded), limits):
+        for block in cut_blocks(plan, 0, partial(lambda rows: rows, decoded), config):
             user = int(np.searchsorted(plan.request_offsets, block.first, side="right")) - 1
             first = int(plan.request_offsets[user])
             blocks.append((block, rows[3 * group + user], range(block.first - first, block.last - first)))
