@@ -130,7 +130,9 @@ def _dot_columns(scorer: DotScorer, query: Query, k: int, space: Space) -> list[
         query_CD = chunk.vectors.query_CD
         query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
         score_CX = space.matrix(query_CD.shape[0], width)
-        best_CG = _score(score_CX, query_CD, keys_XD, scorer._beside(chunk.vectors, chunk.windows), groups)
+        best_CG = _score(
+            score_CX, query_CD, keys_XD, scorer._target_bias(chunk.vectors, chunk.windows), groups
+        )
         columns.append(top_of_groups(score_CX, best_CG, k, doubt=doubt.cut(begin, begin + size)))
     return columns
 
