@@ -63,10 +63,6 @@ class RowOptimizer:
         return self.state != "row" or not by_columns & {before, after}
 
 
-def _sgd(gradient: Tensor, state: Tensor, eps: float) -> Tensor:
-    return gradient
-
-
 def _adagrad(gradient: Tensor, state: Tensor, eps: float) -> Tensor:
     state += gradient.square()
     return gradient / (state.sqrt() + eps)
@@ -87,7 +83,9 @@ ROW_OPTIMIZERS: dict[str, RowOptimizer] = {
         "row-wise Adagrad", "row", RowWiseAdagrad, _rate_and_eps, _rowwise_adagrad
     ),
     "adagrad": RowOptimizer("Adagrad", "weight", torch.optim.Adagrad, _rate_and_eps, _adagrad),
-    "sgd": RowOptimizer("SGD", "none", torch.optim.SGD, lambda rate, eps: {"lr": rate}, _sgd),
+    "sgd": RowOptimizer(
+        "SGD", "none", torch.optim.SGD, lambda rate, eps: {"lr": rate}, lambda gradient, *_: gradient
+    ),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.heads.mlp import MlpHead
+from trainer.model.heads.head import MlpHead
 from trainer.model.ops.bags import rows_at
 from trainer.model.retrieve.score import AttentionVectors, MlpScorer
 from trainer.model.windows import Windows

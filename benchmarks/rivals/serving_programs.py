@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.frame import TwoStageModel
-from trainer.model.heads.mlp import MlpHead
+from trainer.model.heads.head import MlpHead
 
 Program = Callable[[Tensor, Tensor], Tensor]
 

@@ -21,6 +21,8 @@ from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import naming
 
+_NAME = "starts.jsonl"
+
 
 def note_start(folder: RunFolder, config: Config, step: int, *, checking: bool = False) -> None:
     """Write down that a run starts from `step`; collective.
@@ -31,7 +33,7 @@ def note_start(folder: RunFolder, config: Config, step: int, *, checking: bool =
     Raises:
         ConfigError: the last `train.max_starts_without_progress` starts began there, too, with this config.
     """
-    from_rank_0(lambda: _note(_file(folder), config, step, checking))
+    from_rank_0(lambda: _note(folder.path / _NAME, config, step, checking))
 
 
 @contextmanager
@@ -40,21 +42,14 @@ def ending_well(folder: RunFolder, speaks: bool) -> Iterator[None]:
 
     Collective where the training returns; ranks may be interrupted at different places.
     """
+    file = folder.path / _NAME
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         if speaks:
-            _forget(folder)
+            file.unlink(missing_ok=True)
         raise
-    from_rank_0(lambda: _forget(folder))
-
-
-def _file(folder: RunFolder) -> Path:
-    return folder.path / "starts.jsonl"
-
-
-def _forget(folder: RunFolder) -> None:
-    _file(folder).unlink(missing_ok=True)
+    from_rank_0(lambda: file.unlink(missing_ok=True))
 
 
 def _note(file: Path, config: Config, step: int, checking: bool) -> None:

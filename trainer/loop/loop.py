@@ -135,10 +135,15 @@ class Trainer:
         config = self.config.train
         self.meter = _Meter(self.ranks.device)
         left = config.max_steps - self.at.step if config.max_steps else None
+        # Steps from one validation to the next, before which no step may be read ahead.
+        stretches: Iterable[int | None] = [None]
+        every = config.validate_every
+        if every and self.validation_reader is not None:
+            stretches = chain([every - self.at.step % every], repeat(every))
         with (
             closing(self.train_reader.steps(self.at.cursor)) as steps,
             # A pipeline reads ahead, but not beyond the last step.
-            closing(self.pipeline.train(islice(steps, left), self._stretches())) as trained,
+            closing(self.pipeline.train(islice(steps, left), stretches)) as trained,
         ):
             self._set_rates()
             for step, loss in trained:
@@ -147,7 +152,7 @@ class Trainer:
                 self.meter.add(loss, step.batch.step_candidates)
                 if self.at.step % config.log_every == 0:
                     self._report()
-                if config.validate_every and self.at.step % config.validate_every == 0:
+                if every and self.at.step % every == 0:
                     self._validate()
                 self._between_steps(step.last and self.at.cursor.epoch + 1 == config.epochs)
                 self.ranks.check_launcher()
@@ -159,13 +164,6 @@ class Trainer:
         self._report()
         if not self._over():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
-
-    def _stretches(self) -> Iterable[int | None]:
-        """Steps from one validation to the next, before which no step may be read ahead."""
-        every = self.config.train.validate_every
-        if not every or self.validation_reader is None:
-            return [None]
-        return chain([every - self.at.step % every], repeat(every))
 
     def _set_rates(self) -> None:
         """Set the learning rates of the next step."""
@@ -229,7 +227,19 @@ class Trainer:
         self.at.validated = self.at.step
         self.log.write(self.at.step, "validation", entry_of(metrics))
         self.say(f"validation after step {self.at.step}: {one_line(metrics)}")
-        self._compare(metrics)
+        # By the first task: whether this validation is the best so far, or the last.
+        stopping, best = self.config.train.early_stopping, self.at.best
+        if stopping.on:
+            task, first = next(iter(metrics.items()))
+            self._best_due = best.update(stopping, first, self.at.step)
+            if self._best_due:
+                self._best_metrics = metrics
+            if self.ended_early:
+                value = "none" if best.value is None else f"{best.value:.4f} after step {best.step:,}"
+                self.say(
+                    f"no better {stopping.metric} of {task} in {best.fruitless} validation(s): training "
+                    f"ends; best: {value}"
+                )
         # Time that no step has taken.
         self.meter.take_time()
 
@@ -245,8 +255,8 @@ class Trainer:
             # An earlier start may have measured it.
             return self.metrics_of_validation or self._measure(reader), self.at.step
         if self._best_metrics is None:
-            found = checkpoint.find_to_use(self.folder.checkpoints)
-            path, step = found.path, int(found.state["step"])
+            best_start = checkpoint.find_to_use(self.folder.checkpoints)
+            path, step = best_start.path, int(best_start.state["step"])
             assert path is not None
             self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
             return self._measure(reader), step
@@ -257,22 +267,6 @@ class Trainer:
             metrics = shared_metrics(score_split(self.model, reader, self.ranks.device))
         self.metrics_of_validation = metrics
         return metrics
-
-    def _compare(self, metrics: dict[str, Metrics]) -> None:
-        """Whether this validation is the best so far, or the last, by the first task."""
-        stopping, best = self.config.train.early_stopping, self.at.best
-        if not stopping.on:
-            return
-        task, first = next(iter(metrics.items()))
-        self._best_due = best.update(stopping, first, self.at.step)
-        if self._best_due:
-            self._best_metrics = metrics
-        if self.ended_early:
-            value = "none" if best.value is None else f"{best.value:.4f} after step {best.step:,}"
-            self.say(
-                f"no better {stopping.metric} of {task} in {best.fruitless} validation(s): training ends; "
-                f"best: {value}"
-            )
 
     def _progress(self) -> float:
         return progress_of(self.config.train, self.at.step, self.at.candidates, self.train_reader.candidates)
@@ -323,6 +317,13 @@ class Trainer:
         check_reshardable(path, state, self.plan)
         check_same_order(path, state, self.train_reader.order, self.config.data.log)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
+        # Older checkpoints know of no best.
+        best, now = Best(**state.get("best", {})), self.config.train.early_stopping
+        before = state["config"]["train"].get("early_stopping", {}).get("metric", now.metric)
+        if best != Best() and not (now.on and before == now.metric):
+            why = f"train.early_stopping.metric was {before}" if now.on else "train.early_stopping is off now"
+            self.say(f"{why}: the best validation so far, after step {best.step:,}, is no longer kept")
+            best = Best()
         self.at = Position(
             step=state["step"],
             cursor=Cursor(**state["cursor"]),
@@ -330,21 +331,10 @@ class Trainer:
             wall_s=state["wall_s"],
             cpu_s=state["cpu_s"] / self.ranks.world_size,
             validated=state["validated"],
-            best=self._known_best(state),
+            best=best,
         )
         self.saver.saved = self.step.number = self.at.step
         self.say(f"resumed from {path}")
-
-    def _known_best(self, state: dict[str, Any]) -> Best:
-        """The best validation of a checkpoint, where this start looks for it by the same metric."""
-        # Older checkpoints know of no best.
-        best, now = Best(**state.get("best", {})), self.config.train.early_stopping
-        before = state["config"]["train"].get("early_stopping", {}).get("metric", now.metric)
-        if best == Best() or (now.on and before == now.metric):
-            return best
-        why = f"train.early_stopping.metric was {before}" if now.on else "train.early_stopping is off now"
-        self.say(f"{why}: the best validation so far, after step {best.step:,}, is no longer kept")
-        return Best()
 
 
 class _Meter:

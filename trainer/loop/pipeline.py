@@ -120,12 +120,21 @@ class Pipeline:
         except BaseException as error:
             stopped = isinstance(error, GeneratorExit)
             # Python keeps there what the consumer stops for.
-            lost = _tells_of_the_lost(error.__context__ if stopped else error)
+            cause = error.__context__ if stopped else error
+            lost = cause is not None and (isinstance(cause, RankError) or tells_of_a_lost_rank(cause))
             if stopped and not lost:
                 self._step.settle()
             raise
         finally:
-            self._finish(lost)
+            # What was read ahead is forgotten, and the model left with its own forward pass.
+            if self.kind != "none":
+                detach(self._inner)
+                self._inner.reset()
+                # The device may still wait for a lost rank, so nobody may wait for the device.
+                if self.kind == "prefetch" and not lost:
+                    forget_prefetched(self._model)
+                # With nothing in flight this only has the next batch traced anew.
+                self._inner.attach()
 
     def settle(self) -> None:
         """Raise DataError where the last step was not finite and that was not said yet; see `TrainStep`."""
@@ -154,20 +163,6 @@ class Pipeline:
         loss, counted = self._step.forward(step)
         return loss, (step, counted)
 
-    def _finish(self, lost: bool) -> None:
-        """Forget what was read ahead, and leave the model with its own forward pass.
-
-        Args:
-            lost: a rank is lost; the device may still wait for it, so nobody may wait for the device.
-        """
-        if self.kind != "none":
-            detach(self._inner)
-            self._inner.reset()
-            if self.kind == "prefetch" and not lost:
-                forget_prefetched(self._model)
-            # With nothing in flight this only has the next batch traced anew.
-            self._inner.attach()
-
 
 def _read(steps: Iterator[Step]) -> Iterator[Step]:
     """The same steps; reading them is a range of its own in a profile."""
@@ -177,10 +172,6 @@ def _read(steps: Iterator[Step]) -> Iterator[Step]:
         if step is None:
             return
         yield step
-
-
-def _tells_of_the_lost(error: BaseException | None) -> bool:
-    return isinstance(error, RankError) or (error is not None and tells_of_a_lost_rank(error))
 
 
 def kind_for(kind: str, device: torch.device, caches: bool = True) -> str:

@@ -45,15 +45,12 @@ class Progress(ExitStack):
             return
         self._shown, full = now, round(share * _BAR)
         bar = "[" + "#" * full + "." * (_BAR - full) + "]"
-        line = f"{self.label} {bar} {share:4.0%} {text} {self._left(share, now)}"
+        done, left = share - self._first_share, ""
+        if done > 0:
+            seconds = int((now - self._started) * (1 - share) / done)
+            left = f"{seconds // 60}:{seconds % 60:02d} left"
+        line = f"{self.label} {bar} {share:4.0%} {text} {left}"
         if self._live is not None:
             self._live.update(Text(line), refresh=True)
         else:
             print(line, file=self.stream, flush=True)
-
-    def _left(self, share: float, now: float) -> str:
-        done = share - (self._first_share or 0.0)
-        if done <= 0:
-            return ""
-        seconds = int((now - self._started) * (1 - share) / done)
-        return f"{seconds // 60}:{seconds % 60:02d} left"

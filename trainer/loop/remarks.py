@@ -23,71 +23,49 @@ _TYPICAL_WARMUP = 0.08
 
 def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGroup]) -> list[str]:
     """One line for each kind of thing that this run will not use."""
-    used = {feature for group in groups.values() for feature in group.features}
-    lines = [
-        _tables(config, used),
-        _context(manifest, used),
-        _features(config, manifest, used),
-        _sides(config, manifest),
-        _clusters(config, manifest),
-        *_splits(config, manifest),
-        _settings(config),
-    ]
-    return [line for line in lines if line]
+    used, search = {feature for group in groups.values() for feature in group.features}, config.data.search
+    lines = []
+    if left := [f"tables.{name}" for name in config.tables if name not in used]:
+        lines.append(f"no effect: {', '.join(left)}; no group has a table of that feature")
+    if left := [name for name in manifest.context if name not in used]:
+        names = ", ".join(f'"{name}"' for name in left)
+        lines.append(
+            f"not used: {_counted(left, 'context feature')} of the log; for the model to see them, set "
+            f'groups.context.features = [{names}] and model.roles.context = "context"'
+        )
+    if left := [name for name in manifest.features if name not in {*used, *search.levels, search.domain}]:
+        lines.append(
+            f"not used: {_counted(left, 'feature')} of the log; name them in groups.<name>.features (left "
+            "out, a group has all of them)"
+        )
+    if left := _one_sided(config, manifest):
+        lines.append(
+            f"no effect: {', '.join(left)}; the group is looked up for behaviors alone or for candidates "
+            "alone, and only the other side carries the feature"
+        )
+    if manifest.clusters is not None and not config.data.clusters:
+        lines.append(
+            "not used: the log's clusters of behaviors; data.clusters and model.clusters search them"
+        )
+    lines += _splits(config, manifest)
+    if left := [*_of_model(config.model), *_of_rest(config)]:
+        lines.append(f"no effect in this configuration: {'; '.join(left)}")
+    return lines
 
 
-def _tables(config: Config, used: set[str]) -> str:
-    left = [f"tables.{name}" for name in config.tables if name not in used]
-    return f"no effect: {', '.join(left)}; no group has a table of that feature" if left else ""
-
-
-def _context(manifest: LogManifest, used: set[str]) -> str:
-    left = [name for name in manifest.context if name not in used]
-    if not left:
-        return ""
-    names = ", ".join(f'"{name}"' for name in left)
-    return (
-        f"not used: {_counted(left, 'context feature')} of the log; for the model to see them, set "
-        f'groups.context.features = [{names}] and model.roles.context = "context"'
-    )
-
-
-def _features(config: Config, manifest: LogManifest, used: set[str]) -> str:
-    search = config.data.search
-    left = [name for name in manifest.features if name not in {*used, *search.levels, search.domain}]
-    if not left:
-        return ""
-    return (
-        f"not used: {_counted(left, 'feature')} of the log; name them in groups.<name>.features (left out, a "
-        "group has all of them)"
-    )
-
-
-def _sides(config: Config, manifest: LogManifest) -> str:
+def _one_sided(config: Config, manifest: LogManifest) -> list[str]:
     """Features of a group whose tables are only looked up for those who do not have them."""
     needs: dict[str, set[str]] = {}
     for branch in config.model.all_branches().values():
         for role, group in branch.roles.model_dump().items():
             if group and role != "context":
                 needs.setdefault(group, set()).add("candidate" if role.endswith("_target") else "history")
-    left = [
+    return [
         f"{feature} in groups.{name}"
         for name, sides in needs.items()
         for feature in config.groups[name].features or manifest.features
         if feature in manifest.features and sides == {_OTHER.get(manifest.features[feature].side)}
     ]
-    if not left:
-        return ""
-    return (
-        f"no effect: {', '.join(left)}; the group is looked up for behaviors alone or for candidates "
-        "alone, and only the other side carries the feature"
-    )
-
-
-def _clusters(config: Config, manifest: LogManifest) -> str:
-    if manifest.clusters is None or config.data.clusters:
-        return ""
-    return "not used: the log's clusters of behaviors; data.clusters and model.clusters search them"
 
 
 def _splits(config: Config, manifest: LogManifest) -> Iterable[str]:
@@ -103,11 +81,6 @@ def _splits(config: Config, manifest: LogManifest) -> Iterable[str]:
     for split in manifest.splits:
         if split not in _SPLITS and requests(split):
             yield f"not used: split {split!r} with {requests(split):,} requests"
-
-
-def _settings(config: Config) -> str:
-    left = [*_of_model(config.model), *_of_rest(config)]
-    return f"no effect in this configuration: {'; '.join(left)}" if left else ""
 
 
 def _of_model(model: ModelConfig) -> list[str]:

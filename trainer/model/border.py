@@ -63,13 +63,12 @@ class Lookups(nn.Module):
             self._cuts = None
 
     def forward(self, pooled: Mapping[str, KeyedTensor]) -> dict[str, Tensor]:
-        return {name: self._vectors(name, keyed) for name, keyed in pooled.items()}
-
-    def _vectors(self, group: str, pooled: KeyedTensor) -> Tensor:
-        known = self.groups[group]
-        vectors = known.fuse(vectors_in_order(pooled, known.features))
-        if self._cuts is None or not torch.is_grad_enabled():
-            return vectors
-        outside = vectors.detach().requires_grad_()
-        self._cuts.append(Cut(group, vectors, outside))
-        return outside
+        vectors = {}
+        for name, keyed in pooled.items():
+            group = self.groups[name]
+            vectors[name] = group.fuse(vectors_in_order(keyed, group.features))
+            if self._cuts is not None and torch.is_grad_enabled():
+                outside = vectors[name].detach().requires_grad_()
+                self._cuts.append(Cut(name, vectors[name], outside))
+                vectors[name] = outside
+        return vectors

@@ -1,4 +1,4 @@
-"""One branch of a model: a retriever, and the experts that read what it keeps."""
+"""One branch of a model: stage one, which keeps behaviors, and the experts that read them."""
 
 from __future__ import annotations
 
@@ -20,29 +20,60 @@ from trainer.model.windows import Selection, Windows, all_ids, first_ids
 
 
 @dataclass(frozen=True)
-class Retriever:
-    """Stage one of a branch: which K behaviors each candidate keeps, and their attention weights.
+class Expert:
+    """A sequence model and the set of the representation that it reads.
 
     Attributes:
-        settings: of the branch.
+        sequence: the model; target, behavior: groups of the candidates' and the behaviors' vectors.
+    """
+
+    sequence: SequenceModel
+    target: str
+    behavior: str
+
+
+class Branch(nn.Module):
+    """Stage one and its experts, built from settings; see `trainer.model.settings.BranchConfig`.
+
+    Several experts may read what a branch keeps; settings give each branch one. The modules of both stages
+    lie side by side here, under the names that they have in every checkpoint.
+
+    Attributes:
         scorer, search: None where the sequence model works on windows; cross: None without cross features.
         columns: the attended columns of the attention vectors; None = all.
     """
 
-    settings: BranchConfig
-    scorer: Scorer | None
-    search: Search | None
-    cross: CrossBias | None
-    columns: list[slice] | None
+    def __init__(self, settings: BranchConfig, dimensions: Dimensions) -> None:
+        super().__init__()
+        sizes = BranchSizes(settings, settings.newest, dimensions)
+        self.settings, self.columns = settings, sizes.columns
+        # Checkpoints and first weights depend on this order.
+        self.sequence = settings.sequence_kind.build(settings, sizes)
+        self.scorer: Scorer | None = None
+        self.search: Search | None = None
+        if settings.searches:
+            self.scorer = build_scorer(settings, sizes)
+            self.search = settings.search_kind.build(settings, sizes)
+        cross = settings.roles.cross
+        self.cross = CrossBias(dimensions.groups[cross].widths()) if cross else None
+
+    @property
+    def experts(self) -> list[Expert]:
+        """Stage two: who reads what stage one keeps."""
+        roles = self.settings.roles
+        return [Expert(self.sequence, roles.representation_target, roles.representation_behavior)]
 
     def retrieve(self, batch: RequestBatch, vectors: Mapping[str, Tensor], windows: Windows) -> Retrieval:
-        """`vectors` are [N + C, width] of the groups that serve the attention roles."""
+        """Which K behaviors each candidate keeps.
+
+        `vectors` are [N + C, width] of the groups that serve the attention roles.
+        """
         raw = self._attention_vectors(batch, vectors)
         if self.scorer is None or self.search is None:
             everything = Selection(windows.index, windows.mask, windows.marks, windows.log_size)
             return Retrieval(windows, raw, raw, everything, whole=False)
         encoded = self.scorer.encode(raw)
-        feature = self.settings.ids_feature()
+        feature = self.settings.ids_feature
         ids_N, ids_C = all_ids(batch, feature) if feature else (None, None)
         selection = self.search(Query(self.scorer, encoded, raw, windows, ids_C, ids_N))
         return Retrieval(windows, raw, encoded, selection, self.search.keeps_all)
@@ -64,62 +95,18 @@ class Retriever:
             key_ND = at_least_one_row(vectors[roles.attention_behavior][:n])
         else:
             # Time alone is scored.
-            device = batch.request_time.device
-            query_CD = torch.zeros(batch.candidates, 0, device=device)
-            key_ND = torch.zeros(max(n, 1), 0, device=device)
-        if self.columns is not None:
-            query_CD, key_ND = _select(query_CD, self.columns), _select(key_ND, self.columns)
+            query_CD = batch.labels.new_zeros(batch.candidates, 0)
+            key_ND = batch.labels.new_zeros(max(n, 1), 0)
+        if self.columns:
+            query_CD, key_ND = (
+                torch.cat([part[:, columns] for columns in self.columns], dim=1)
+                for part in (query_CD, key_ND)
+            )
         group_C = torch.zeros_like(batch.candidate_request)
         if self.settings.time_group:
             group_C = first_ids(batch, self.settings.time_group)[1]
         cross_N = self.cross(at_least_one_row(vectors[roles.cross][:n])) if self.cross is not None else None
         return AttentionVectors(query_CD, key_ND, group_C, cross_N)
-
-
-@dataclass(frozen=True)
-class Expert:
-    """A sequence model and the set of the representation that it reads.
-
-    Attributes:
-        sequence: the model; target, behavior: groups of the candidates' and the behaviors' vectors.
-    """
-
-    sequence: SequenceModel
-    target: str
-    behavior: str
-
-
-class Branch(nn.Module):
-    """A retriever and its experts, built from settings; see `trainer.model.settings.BranchConfig`.
-
-    Several experts may read what one retriever keeps; settings give each branch one. The modules of both lie
-    side by side here, under the names that they have in every checkpoint.
-    """
-
-    def __init__(self, settings: BranchConfig, dimensions: Dimensions) -> None:
-        super().__init__()
-        sizes = BranchSizes(settings, settings.newest, dimensions)
-        self.settings, self.columns = settings, sizes.columns
-        # Checkpoints and first weights depend on this order.
-        self.sequence = settings.sequence_kind.build(settings, sizes)
-        self.scorer: Scorer | None = None
-        self.search: Search | None = None
-        if settings.searches:
-            self.scorer = build_scorer(settings, sizes)
-            self.search = settings.search_kind.build(settings, sizes)
-        cross = settings.roles.cross
-        self.cross = CrossBias(dimensions.groups[cross].widths()) if cross else None
-
-    @property
-    def retriever(self) -> Retriever:
-        """Stage one."""
-        return Retriever(self.settings, self.scorer, self.search, self.cross, self.columns)
-
-    @property
-    def experts(self) -> list[Expert]:
-        """Stage two: who reads what the retriever keeps."""
-        roles = self.settings.roles
-        return [Expert(self.sequence, roles.representation_target, roles.representation_behavior)]
 
 
 class CrossBias(nn.Module):
@@ -145,8 +132,3 @@ class CrossBias(nn.Module):
 def at_least_one_row(vector_ND: Tensor) -> Tensor:
     """A zero row where there is none, so that padding has something to point at."""
     return vector_ND if vector_ND.shape[0] else F.pad(vector_ND, (0, 0, 0, 1))
-
-
-def _select(vector_ND: Tensor, columns: list[slice]) -> Tensor:
-    """The named columns, in their order."""
-    return torch.cat([vector_ND[:, part] for part in columns], dim=1) if columns else vector_ND[:, :0]

@@ -58,19 +58,6 @@ class Retrievals(NamedTuple):
     place_N: Tensor | None
 
 
-class HeadInput(NamedTuple):
-    """Stage two's result.
-
-    Attributes:
-        parts: what the head is given, each [C, width].
-        main, behaviors: the main branch and what its first expert read, for an auxiliary loss.
-    """
-
-    parts: list[Tensor]
-    main: Branch
-    behaviors: Behaviors
-
-
 class Branches(nn.ModuleDict):
     """The branches of a model, by name; called, they do stage one.
 
@@ -98,31 +85,27 @@ class Branches(nn.ModuleDict):
             looks_at = branch.settings.newest, branch.settings.clusters
             if looks_at not in windows:
                 windows[looks_at] = windows_of(batch, self.history_length, *looks_at)
-            retrievals[name] = branch.retriever.retrieve(batch, vectors, windows[looks_at])
+            retrievals[name] = branch.retrieve(batch, vectors, windows[looks_at])
         if not self.selects:
             return Retrievals(self, retrievals, None, None)
         kept = [each.windows if each.whole else each.selection for each in retrievals.values()]
-        if self.pads_on(batch.behavior_time.device):
-            bounds = (self._bound(name, retrieval) for name, retrieval in retrievals.items())
-            rows = padded_union(kept, batch.behaviors, most_kept(batch.host_sizes, bounds))
+        device = batch.behavior_time.device
+        if device.type != "cpu" if self.pads is None else self.pads:
+            # More behaviors than were kept are looked up again, so that the host need not wait.
+            most = []
+            for name, branch in self.named().items():
+                whole = retrievals[name].whole or not branch.settings.searches
+                k = None if whole else retrievals[name].selection.index.shape[1]
+                most.append((branch.settings.newest, k))
+            rows = padded_union(kept, batch.behaviors, most_kept(batch.host_sizes, most))
+            if rows is None:
+                return Retrievals(self, retrievals, batch.features, None)
         else:
             rows = union_of(kept, batch.behaviors)
-        if rows.behavior_S is None:
-            return Retrievals(self, retrievals, batch.features, None)
-        candidates = batch.behaviors + torch.arange(batch.candidates, device=rows.behavior_S.device)
-        places = torch.cat([rows.behavior_S, candidates])
-        bags = select_bags(batch.features, places, batch.host_sizes.one_id)
-        return Retrievals(self, retrievals, bags, rows.place_N)
-
-    def pads_on(self, device: torch.device) -> bool:
-        """Whether more behaviors than were kept are looked up again, so that the host need not wait."""
-        return device.type != "cpu" if self.pads is None else self.pads
-
-    def _bound(self, name: str, retrieval: Retrieval) -> tuple[int, int | None]:
-        """What a branch keeps at most, for `most_kept`."""
-        settings = self.named()[name].settings
-        whole = retrieval.whole or not settings.searches
-        return settings.newest, None if whole else retrieval.selection.index.shape[1]
+        behavior_S, place_N = rows
+        candidates = batch.behaviors + torch.arange(batch.candidates, device=device)
+        bags = select_bags(batch.features, torch.cat([behavior_S, candidates]), batch.host_sizes.one_id)
+        return Retrievals(self, retrievals, bags, place_N)
 
 
 class Pooling(nn.Module):
@@ -142,8 +125,11 @@ class Pooling(nn.Module):
         retrievals: Retrievals,
         first: Mapping[str, Tensor],
         late: Mapping[str, Tensor],
-    ) -> HeadInput:
-        """`first`: of all behaviors and candidates, and of the context; `late`: of `retrievals.bags`."""
+    ) -> tuple[list[Tensor], Branch, Behaviors]:
+        """-> what the head is given, each [C, width]; the main branch and what its first expert read.
+
+        `first`: of all behaviors and candidates, and of the context; `late`: of `retrievals.bags`.
+        """
         parts: list[Tensor] = []
         read: dict[str, Behaviors] = {}
         branches = retrievals.branches.named()
@@ -157,7 +143,7 @@ class Pooling(nn.Module):
             rows[name] = vectors[count:], at_least_one_row(vectors[:count])
         for name, branch in branches.items():
             retrieval = retrievals.of_branch[name]
-            weight_CHK = branch.retriever.weigh(retrieval)
+            weight_CHK = branch.weigh(retrieval)
             for expert in branch.experts:
                 place = retrieval.index
                 if expert.behavior in late and retrievals.place_N is not None:
@@ -170,7 +156,7 @@ class Pooling(nn.Module):
             parts.append(batch.numeric.sign() * batch.numeric.abs().log1p())
         if self.context:
             parts.append(first[self.context][batch.candidate_request])
-        return HeadInput(parts, branches["main"], read["main"])
+        return parts, branches["main"], read["main"]
 
 
 class TwoStageModel(nn.Module):
@@ -211,16 +197,23 @@ class TwoStageModel(nn.Module):
             width = groups[roles.representation_target].width
             self.auxiliary = config.auxiliary_kind.build(config, width, tasks)
         if config.dense_init == "normal":
-            _normal_init(self)
+            # Everything dense without "bias" in its name, scales and slopes too (DARE's code).
+            with torch.no_grad():
+                for name, parameter in self.named_parameters():
+                    if not name.startswith("collections.") and "bias" not in name:
+                        parameter.normal_(0.0, 0.01)
 
     def forward(self, batch: RequestBatch) -> Prediction:
         retrievals, first = self._stage_one(batch)
-        late = self._look_up(self.late, retrievals.bags) if self.late else {}
-        head_input = self.pooling(batch, retrievals, first, late)
-        logits = self.head(head_input.parts)
+        late = {}
+        if self.late:
+            # A collection takes from the bags those of its own features.
+            late = self.lookups({name: self.collections[name](retrievals.bags) for name in self.late})
+        parts, main, behaviors = self.pooling(batch, retrievals, first, late)
+        logits = self.head(parts)
         auxiliary = None
         if self.auxiliary is not None and self.training:
-            auxiliary = self.auxiliary(head_input.main, head_input.behaviors)
+            auxiliary = self.auxiliary(main, behaviors)
         return Prediction(logits, auxiliary)
 
     @torch.no_grad()
@@ -242,12 +235,6 @@ class TwoStageModel(nn.Module):
         vectors = self.lookups(pooled)
         return self.branches(batch, vectors), vectors
 
-    def _look_up(self, groups: Iterable[str], bags: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """-> group name -> [stride of the bags, width of the group]."""
-        # A collection takes from the bags those of its own features.
-        vectors: dict[str, Tensor] = self.lookups({name: self.collections[name](bags) for name in groups})
-        return vectors
-
 
 def representation_of(branch: Branch) -> list[str]:
     """Groups that a branch's experts read."""
@@ -267,11 +254,3 @@ def first_and_late(full: bool, branches: Iterable[Branch]) -> tuple[list[str], l
         late += representation_of(branch)
     first = list(dict.fromkeys(first + late if full else first))
     return first, [name for name in dict.fromkeys(late) if name not in first]
-
-
-def _normal_init(model: TwoStageModel) -> None:
-    """N(0, 0.01) for everything dense without "bias" in its name, scales and slopes too (DARE's code)."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("collections.") and "bias" not in name:
-                parameter.normal_(0.0, 0.01)

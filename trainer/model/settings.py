@@ -19,21 +19,17 @@ from pydantic import Field, model_validator
 
 from trainer.config.model import BranchKeys, ModelKeys
 from trainer.model.heads.auxiliary import Auxiliary, IndexLoss, SoftmaxLoss
-from trainer.model.heads.dot import DotHead
-from trainer.model.heads.head import Head
-from trainer.model.heads.mlp import MlpHead
+from trainer.model.heads.head import DotHead, Head, MlpHead
 from trainer.model.read.collision import HashCollision
 from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import SequenceModel
 from trainer.model.read.stacked import StackedTin
 from trainer.model.read.target_attention import TargetAttention
-from trainer.model.retrieve.all import AllSearch
-from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.all import AllSearch, RecentSearch
+from trainer.model.retrieve.dot import DotSearch, SoftSearch
 from trainer.model.retrieve.hard import HardSearch
-from trainer.model.retrieve.recent import RecentSearch
 from trainer.model.retrieve.search import Search
 from trainer.model.retrieve.simhash import HammingSearch
-from trainer.model.retrieve.soft import SoftSearch
 
 SEARCHES: dict[str, type[Search]] = {
     "dot": DotSearch,
@@ -117,6 +113,7 @@ class BranchConfig(_BranchKeys):
         """How many of the newest behaviors it looks at; 0 = the whole window."""
         return self.search_kind.newest(self)
 
+    @property
     def ids_feature(self) -> str:
         """The feature whose ids its search compares, empty where it compares none."""
         return str(getattr(self, self.search_kind.ids_key, ""))
@@ -124,7 +121,7 @@ class BranchConfig(_BranchKeys):
     def compared_features(self) -> dict[str, tuple[str, str]]:
         """Key -> the feature that it names, and who must have that feature in the log."""
         features = {
-            self.search_kind.ids_key: (self.ids_feature(), "behaviors and candidates"),
+            self.search_kind.ids_key: (self.ids_feature, "behaviors and candidates"),
             "time_group": (self.time_group, "candidates"),
         }
         return {key: pair for key, pair in features.items() if pair[0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from embeddings.groups import TableGroup
 from trainer.config.model import BranchKeys
@@ -42,7 +43,14 @@ class BranchSizes:
     def __init__(self, settings: BranchKeys, newest: int, dimensions: Dimensions) -> None:
         self.settings, self.dimensions = settings, dimensions
         attention = dimensions.groups[settings.roles.attention_behavior]
-        self.attended, self.columns = _attended_columns(attention, settings.attend)
+        self.attended = attention.widths()
+        self.columns: list[slice] | None = None
+        if settings.attend is not None:
+            ends = accumulate(table.dim for table in attention.tables)
+            tables = zip(attention.tables, ends, strict=True)
+            columns = {table.feature: slice(end - table.dim, end) for table, end in tables}
+            self.columns = [columns[feature] for feature in settings.attend]
+            self.attended = tuple(part.stop - part.start for part in self.columns)
         self.width = sum(self.attended)
         self.representation = dimensions.groups[settings.roles.representation_behavior]
         self.seed, self.longest = dimensions.seed, newest or dimensions.history_length
@@ -66,17 +74,3 @@ class BranchSizes:
             return {}
         rows = {"position": self.longest + 1, "age": AGE_BUCKETS, "level": self.dimensions.levels + 1}
         return {name: count for name, count in rows.items() if getattr(settings, name)}
-
-
-def _attended_columns(
-    group: TableGroup, attend: tuple[str, ...] | None
-) -> tuple[tuple[int, ...], list[slice] | None]:
-    """Widths and columns of the attended features in a group's vector; None = all columns."""
-    if attend is None:
-        return group.widths(), None
-    begin, columns = 0, {}
-    for table in group.tables:
-        columns[table.feature] = slice(begin, begin + table.dim)
-        begin += table.dim
-    chosen = [columns[feature] for feature in attend]
-    return tuple(part.stop - part.start for part in chosen), chosen

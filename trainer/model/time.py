@@ -91,10 +91,6 @@ class _MarkTables(nn.Module):
         super().__init__()
         self.rows, self.form, self.groups = dict(rows), form, groups
 
-    def marks(self, marks: Marks) -> Iterator[tuple[str, Tensor]]:
-        for name in self.rows:
-            yield name, getattr(marks, name)
-
 
 class TimeBias(_MarkTables):
     """Additive score of a behavior's marks.
@@ -127,8 +123,8 @@ class TimeBias(_MarkTables):
     def shared(self, marks: Marks) -> Tensor:
         """Bias that is the same for all targets -> float32 of the marks' shape."""
         bias = torch.zeros(marks.position.shape, device=marks.position.device)
-        for name, mark in self.marks(marks) if not self.of_target else ():
-            bias = bias + rows_at(self.tables[name], mark)
+        for name in self.rows if not self.of_target else ():
+            bias = bias + rows_at(self.tables[name], getattr(marks, name))
         return bias
 
     def forward(self, marks: Marks, group_C: Tensor) -> Tensor:
@@ -136,14 +132,13 @@ class TimeBias(_MarkTables):
         if not self.of_target:
             return self.shared(marks)
         bias = torch.zeros(marks.position.shape, device=group_C.device)
-        for name, mark in self.marks(marks):
-            table = self.tables[name] if self.form == "joint" else self._curves(name)
-            bias = bias + rows_at(table, group_rows(mark, group_C, self.rows[name]))
+        for name, count in self.rows.items():
+            if self.form == "joint":
+                table = self.tables[name]
+            else:
+                table = (self.targets @ self.curves[name].T * self.dim**-0.5).reshape(-1)
+            bias = bias + rows_at(table, group_rows(getattr(marks, name), group_C, count))
         return bias
-
-    def _curves(self, name: str) -> Tensor:
-        curves: Tensor = self.targets @ self.curves[name].T * self.dim**-0.5
-        return curves.reshape(-1)
 
 
 class TimeEncoding(_MarkTables):
@@ -202,12 +197,9 @@ class TimeEncoding(_MarkTables):
         for name in self.rows:
             table = self.tables[name]
             if self.form == "joint":
-                table = table.view(self.groups, self.rows[name], -1)
-                score_CM = torch.einsum(
-                    "cd,cmd->cm",
-                    query_CD,
-                    F.embedding(group_C, table.flatten(1)).unflatten(1, (self.rows[name], -1)),
-                )
+                rows_GR = table.view(self.groups, -1)
+                table_CMD = F.embedding(group_C, rows_GR).unflatten(1, (self.rows[name], -1))
+                score_CM = torch.einsum("cd,cmd->cm", query_CD, table_CMD)
             else:
                 score_CM = query_CD @ table.T
             score = score + score_CM.gather(1, marks.index(name))
@@ -215,6 +207,8 @@ class TimeEncoding(_MarkTables):
 
     def _indices(self, marks: Marks, group_C: Tensor) -> Iterator[tuple[str, Tensor]]:
         """int64 rows of each table."""
-        for name, mark in self.marks(marks):
-            joint = self.form == "joint"
-            yield name, group_rows(mark, group_C, self.rows[name]) if joint else marks.index(name)
+        for name, count in self.rows.items():
+            if self.form == "joint":
+                yield name, group_rows(getattr(marks, name), group_C, count)
+            else:
+                yield name, marks.index(name)

@@ -8,7 +8,6 @@ result is the same, for no candidate points at them and their gradient is zero, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,37 +17,34 @@ from trainer.data.batch import Sizes
 from trainer.model.windows import Selection, Windows
 
 
-class LookupRows(NamedTuple):
-    """Behaviors to look up.
+def union_of(kept: Sequence[Selection | Windows], behaviors: int) -> tuple[Tensor, Tensor]:
+    """The behaviors that anything kept, ascending; asks the device how many.
 
-    Attributes:
-        behavior_S: int64 [S], each at most once; None: all of them, in their order.
-        place_N: int64 [N], where each of the batch's behaviors is among the former, N at least 1; whatever
-            lies within them for behaviors that nobody kept. None: behavior n is at n.
-    """
+    Args:
+        behaviors: N.
 
-    behavior_S: Tensor | None
-    place_N: Tensor | None
-
-
-def union_of(kept: Sequence[Selection | Windows], behaviors: int) -> LookupRows:
-    """The behaviors that anything kept, ascending; asks the device how many. `behaviors`: N.
-
-    Places of behaviors that nobody kept are 0.
+    Returns:
+        int64 [S], the behaviors to look up, each once; and int64 [N], where each of the batch's behaviors is
+        among them, N at least 1. Places of behaviors that nobody kept are 0.
     """
     touched = touched_by(kept, behaviors)
     place = torch.where(touched, torch.cumsum(touched, 0) - 1, 0)
-    return LookupRows(torch.nonzero(touched[:behaviors]).squeeze(1), place)
+    return torch.nonzero(touched[:behaviors]).squeeze(1), place
 
 
-def padded_union(kept: Sequence[Selection | Windows], behaviors: int, bound: int) -> LookupRows:
-    """The same followed by other behaviors, `bound` in all, without asking; `bound`: of `most_kept`."""
+def padded_union(
+    kept: Sequence[Selection | Windows], behaviors: int, bound: int
+) -> tuple[Tensor, Tensor] | None:
+    """The same followed by other behaviors, `bound` in all, without asking; None where these are all.
+
+    `bound`: of `most_kept`.
+    """
     if bound >= behaviors:
-        return LookupRows(None, None)
+        return None
     touched = touched_by(kept, behaviors)
     # Stable: those that were kept come first, as many as they are, all in ascending order.
     order = (~touched).to(torch.int8).sort(stable=True).indices
-    return LookupRows(order[:bound], torch.where(touched, torch.cumsum(touched, 0) - 1, 0))
+    return order[:bound], torch.where(touched, torch.cumsum(touched, 0) - 1, 0)
 
 
 def touched_by(kept: Sequence[Selection | Windows], behaviors: int) -> Tensor:

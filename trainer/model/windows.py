@@ -192,7 +192,11 @@ def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
     """One window a candidate, deepest match first."""
     retrieval = batch.retrieval
     assert retrieval is not None
-    index, rank, level = (_at_least_one(part) for part in (retrieval.index, retrieval.rank, retrieval.level))
+    # A window has a column, also where nothing was retrieved.
+    index, rank, level = (
+        part if part.shape[1] else F.pad(part, (0, 1))
+        for part in (retrieval.index, retrieval.rank, retrieval.level)
+    )
     mask = F.pad(retrieval.index >= 0, (0, index.shape[1] - retrieval.index.shape[1]))
     index = torch.where(mask, index, 0)
     marks = Marks(
@@ -229,10 +233,6 @@ def _ages(batch: RequestBatch, request_W: Tensor, index: Tensor, mask: Tensor) -
         return torch.zeros_like(index, dtype=torch.int32)
     age = batch.request_time[request_W][:, None] - batch.behavior_time[index]
     return torch.where(mask, age_bucket(age), 0)
-
-
-def _at_least_one(part: Tensor) -> Tensor:
-    return part if part.shape[1] else F.pad(part, (0, 1))
 
 
 def first_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:

@@ -13,20 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
+from trainer.config.sections import DataConfig
 from trainer.data.blocks import with_windows
+from trainer.data.files import RowGroup, check_files
 from trainer.data.reader import SequenceLogReader
+from trainer.data.row_group import GroupColumns, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.quality.label_rates import label_rates
 from trainer.quality.metrics import calibration_metrics, first_and_all, group_keys
-from trainer.quality.ranking import auc_influence, half_width, ranking_metrics
+from trainer.quality.ranking import Floats, Ints, auc_influence, half_width, ranking_metrics
 from trainer.quality.scored import Scored
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 # These are probabilities, the others only an order.
 RATES = ("mean_label", "item_rate", "user_item_rate")
+# Every user and item gets so many candidates with the mean label besides their own.
+STRENGTH = 10.0
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Baselines:
 def baselines(reader: SequenceLogReader) -> Baselines:
     """Baselines on the reader's split, whole histories whatever the window.
 
-    `mean_label`, `item_rate`, `user_item_rate`: of the training split, for each task, see
-    `trainer.quality.label_rates`. `popularity`: how often the candidate's item occurred before validation.
+    `mean_label`, `item_rate`, `user_item_rate`: of the training split, for each task, see `label_rates`.
+    `popularity`: how often the candidate's item occurred before validation.
     `item_count`: how often the user's own visible history holds the very item; `category_count`: the same
     of the finest taxonomy level. These three are no probabilities, and the same for every task.
     """
@@ -85,7 +86,15 @@ def baselines(reader: SequenceLogReader) -> Baselines:
     read = _read(reader, manifest, counted)
     label, items = read["label"], read.get("item_id")
     order = np.lexsort((read["candidate"], read["request_id"], read["user_id"]))
-    counts, missing = _counts(reader.config.log, read, counted)
+    # Scores that are the same for every task.
+    counts, missing = {name: read[name] for name in counted if name in read}, []
+    if items is not None:
+        try:
+            popularity = item_counts(reader.config.log)
+            # An item beyond the vocabulary has not occurred.
+            counts = {"popularity": np.append(popularity, 0.0)[items.clip(max=popularity.size)], **counts}
+        except DataError as error:
+            missing.append(f"item popularity: {error}")
     rates, problems = _rates(reader, manifest, read["user_id"], items)
     scores = {
         task: {name: values[order] for name, values in {**rates.get(task, {}), **counts}.items()}
@@ -95,19 +104,6 @@ def baselines(reader: SequenceLogReader) -> Baselines:
     nothing, tasks = np.full(user.size, -1), tuple(manifest.tasks)
     candidates = Scored(label, label, user, request, candidate, nothing, nothing, tasks)
     return Baselines(candidates.part(order), scores, [*missing, *problems])
-
-
-def _counts(
-    log: Path, read: Mapping[str, npt.NDArray[Any]], counted: Mapping[str, str]
-) -> tuple[dict[str, Floats], list[str]]:
-    """Scores that are the same for every task, and what is missing among them."""
-    own = {name: read[name] for name in counted if name in read}
-    if "item_id" not in read:
-        return own, []
-    try:
-        return {"popularity": _at(item_counts(log), read["item_id"]), **own}, []
-    except DataError as error:
-        return own, [f"item popularity: {error}"]
 
 
 def _rates(
@@ -195,12 +191,6 @@ def item_counts(log: Path) -> Floats:
     return dense
 
 
-def _at(counts: Floats, ids: Ints) -> Floats:
-    """Counts of ids; 0 of those beyond the vocabulary."""
-    inside = ids < counts.size
-    return np.where(inside, counts[np.where(inside, ids, 0)], 0.0)
-
-
 def past_counts(rows: UserRows, feature: str, delay: int) -> Floats:
     """How often each candidate's id of `feature` is among the behaviors that its request sees."""
     behavior, candidate = rows.history[feature].values, rows.candidates[feature].values
@@ -220,5 +210,116 @@ def past_counts(rows: UserRows, feature: str, delay: int) -> Floats:
     step = behavior.size + 1
     places = np.sort(of_behavior * step + np.arange(behavior.size))
     first = np.searchsorted(places, at * step)
-    found = np.searchsorted(places, at * step + ends[requests]) - first
-    return np.where(pairs[at] == wanted, found, 0).astype(np.float64)
+    count = np.searchsorted(places, at * step + ends[requests]) - first
+    return np.where(pairs[at] == wanted, count, 0).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class LabelRates:
+    """Mean labels of T tasks, for n candidates of another split.
+
+    Attributes:
+        overall: [T], NaN where training has no label of a task; by_user, by_item: [n, T], drawn towards
+            `overall` (by_item is that where a log has no items).
+    """
+
+    overall: Floats
+    by_user: Floats
+    by_item: Floats
+
+    @property
+    def by_both(self) -> Floats:
+        """What user and item each add to the log-odds of the mean, together, as a probability."""
+        odds = _log_odds(self.by_user) + _log_odds(self.by_item) - _log_odds(self.overall)
+        rates: Floats = 1 / (1 + np.exp(-odds))
+        return rates
+
+
+def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: Ints | None) -> LabelRates:
+    """Rates of the training split for candidates of these users and items; one pass over it.
+
+    Memory follows the candidates asked for, whatever the size of the training split.
+
+    Args:
+        users: [n]; items: [n] ids, None where candidates have none.
+
+    Raises:
+        DataError: the training split is empty, missing or malformed.
+    """
+    tasks = len(manifest.tasks)
+    of_users, of_items = _Sums(users, tasks), None if items is None else _Sums(items, tasks)
+    total, count, candidates = np.zeros(tasks), np.zeros(tasks), 0
+    for place in check_files(config.log, manifest, "train", None):
+        try:
+            user, item, label = _row_group(place, manifest, items is not None)
+        except DataError:
+            # Training left it out too, and named it.
+            if config.on_bad != "skip":
+                raise
+            continue
+        total += np.nansum(label, axis=0, dtype=np.float64)
+        count += (~np.isnan(label)).sum(axis=0)
+        candidates += label.shape[0]
+        of_users.add(user, label)
+        if of_items is not None and item is not None:
+            of_items.add(item, label)
+    if not candidates:
+        raise DataError("the training split has no candidates", file=config.log)
+    overall = np.divide(total, count, out=np.full(tasks, np.nan), where=count > 0)
+    by_user = of_users.rates(overall)
+    by_item = np.broadcast_to(overall, by_user.shape) if of_items is None else of_items.rates(overall)
+    return LabelRates(overall, by_user, by_item)
+
+
+def _log_odds(rate: Floats) -> Floats:
+    """Finite for a label that training never saw, or saw always."""
+    p = np.clip(rate, 1e-7, 1 - 1e-7)
+    odds: Floats = np.log(p) - np.log1p(-p)
+    return odds
+
+
+class _Sums:
+    """Labels summed by key and task, of the wanted keys; a label that is NaN was not observed."""
+
+    def __init__(self, wanted: Ints, tasks: int) -> None:
+        self.keys, self.place = np.unique(wanted, return_inverse=True)
+        self.labels, self.counts = np.zeros((self.keys.size, tasks)), np.zeros((self.keys.size, tasks))
+
+    def add(self, keys: Ints, labels: npt.NDArray[np.float32]) -> None:
+        if not self.keys.size:
+            return
+        at = np.searchsorted(self.keys, keys).clip(max=self.keys.size - 1)
+        known = self.keys[at] == keys
+        at, labels = at[known], labels[known]
+        observed, size = ~np.isnan(labels), self.keys.size
+        for task in range(labels.shape[1]):
+            self.labels[:, task] += np.bincount(at, np.nan_to_num(labels[:, task]), size)
+            self.counts[:, task] += np.bincount(at, observed[:, task], size)
+
+    def rates(self, overall: Floats) -> Floats:
+        """[wanted, tasks], smoothed."""
+        smoothed: Floats = (self.labels + STRENGTH * overall) / (self.counts + STRENGTH)
+        return smoothed[self.place]
+
+
+def _row_group(
+    place: RowGroup, manifest: LogManifest, with_items: bool
+) -> tuple[Ints, Ints | None, npt.NDArray[np.float32]]:
+    """(user, item, labels) of the candidates of a row group."""
+    labels = [f"label_{task}" for task in manifest.tasks]
+    items = ["candidate_item_id"] if with_items else []
+    names = ["user_id", "num_candidates", *items, *labels]
+    group = read_group(place.file, place.row_group, names, None)
+    users = np.repeat(group.ints("user_id"), group.ints("num_candidates"))
+    label = np.stack([_of_candidates(group, name, np.float32, users.size) for name in labels], axis=1)
+    item = _of_candidates(group, "candidate_item_id", np.int64, users.size) if with_items else None
+    return users, item, label
+
+
+def _of_candidates(group: GroupColumns, name: str, dtype: type, count: int) -> npt.NDArray:  # type: ignore[type-arg]
+    _, requests = group.lists(name)
+    _, values = group.unnest(requests, name)
+    flat = group.flat(values, name, dtype)
+    if flat.size != count:
+        raise group.fail(f"has {flat.size} values for {count} candidates", name)
+    return flat

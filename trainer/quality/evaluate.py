@@ -47,7 +47,11 @@ def score_split(
     # Off the device at once: a split may be larger than its memory.
     values, keys = Unloading(_UNDER_WAY), Unloading(_UNDER_WAY)
     with closing(reader.steps()) as steps:
-        scored = _pipelined(model, steps, device) if pipelined else _one_by_one(model, steps, device)
+        if pipelined:
+            scored = _pipelined(model, steps, device)
+        else:
+            moved = (step.to(device, non_blocking=True) for step in steps)
+            scored = ((step, model(step.batch).logits.sigmoid()) for step in moved)
         with closing(scored):
             for step, score in scored:
                 if step.counted:
@@ -61,18 +65,12 @@ def score_split(
     return _scored(all_values, all_keys, reader.columns.tasks).in_order()
 
 
-# A step and its scores [C, T], both on the device.
-_Scores = Generator[tuple[Step, Tensor], None, None]
+def _pipelined(
+    model: nn.Module, steps: Iterator[Step], device: torch.device
+) -> Generator[tuple[Step, Tensor], None, None]:
+    """-> steps and their scores [C, T], both on the device.
 
-
-def _one_by_one(model: nn.Module, steps: Iterator[Step], device: torch.device) -> _Scores:
-    for step in steps:
-        moved = step.to(device, non_blocking=True)
-        yield moved, model(moved.batch).logits.sigmoid()
-
-
-def _pipelined(model: nn.Module, steps: Iterator[Step], device: torch.device) -> _Scores:
-    """By the pipeline that trains, which only scores while the model is in eval mode.
+    By the pipeline that trains, which only scores while the model is in eval mode.
 
     TorchRec's own `EvalPipelineSparseDist` (version 1.8) drops what the model returns first, starts the
     exchange of the first batch twice, and reads in a thread that goes on after some errors.
@@ -113,7 +111,10 @@ def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogR
                 break
     rows, keys = (torch.cat(part) for part in zip(*parts, strict=True))
     scored = _scored(rows, keys, reader.columns.tasks)
-    return _first_requests(scored, limit) if limit else scored
+    if not limit:
+        return scored
+    new = np.r_[True, (np.diff(scored.request_id) != 0) | (np.diff(scored.user_id) != 0)]
+    return scored.part(np.cumsum(new) <= limit)
 
 
 def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,9 +132,3 @@ def _scored(values: Tensor, keys: Tensor, tasks: Sequence[str]) -> Scored:
     score, label = values.cpu().numpy().reshape(values.shape[0], 2, values.shape[1] // 2).transpose(1, 0, 2)
     user, request, candidate, item, history = keys.cpu().numpy().T
     return Scored(score, label, user, request, candidate, item, history, tuple(tasks))
-
-
-def _first_requests(scored: Scored, limit: int) -> Scored:
-    new = np.r_[True, (np.diff(scored.request_id) != 0) | (np.diff(scored.user_id) != 0)]
-    keep = np.cumsum(new) <= limit
-    return scored.part(keep)

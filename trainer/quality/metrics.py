@@ -11,10 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.errors import DataError
-from trainer.quality.ranking import as_arrays, ranking_metrics
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from trainer.quality.ranking import Floats, Ints, as_arrays, ranking_metrics
 
 
 @dataclass(frozen=True)
@@ -75,24 +72,22 @@ def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: I
     """
     users = groups if users is None else users
     p, y = as_arrays(scores, labels, groups, users)
-    ranked: Mapping[str, Any] = ranking_metrics(p, y, groups, users)
-    calibrated: Mapping[str, Any] = calibration_metrics(p, y)
-    counts: Mapping[str, Any] = {
-        "samples": int(y.size),
-        "positives": int((y >= 0.5).sum()),
-        "requests": int(np.unique(groups).size),
-    }
-    return Metrics(**ranked, **calibrated, **counts)
+    values: dict[str, Any] = {**ranking_metrics(p, y, groups, users), **calibration_metrics(p, y)}
+    requests = int(np.unique(groups).size)
+    return Metrics(**values, samples=int(y.size), positives=int((y >= 0.5).sum()), requests=requests)
 
 
 def calibration_metrics(scores: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
     """Everything that needs probabilities, by the names of `Metrics`."""
     p, y = _probabilities(scores, labels)
     rate = float(y.mean()) if y.size else math.nan
-    loss, entropy = logloss(p, y), _entropy(rate)
+    loss, normalised = logloss(p, y), math.nan
+    if 0 < rate < 1:
+        entropy = -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+        normalised = loss / entropy if entropy > 0 else math.nan
     return {
         "logloss": loss,
-        "ne": loss / entropy if entropy > 0 else math.nan,
+        "ne": normalised,
         "pcoc": float(p.sum() / y.sum()) if y.any() else math.nan,
         "ece": calibration_error(p, y),
         "rate": rate,
@@ -126,13 +121,6 @@ def calibration_error(scores: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 
     return float(np.abs(gaps).sum()) / p.size
 
 
-def _entropy(rate: float) -> float:
-    """Entropy of a label with this mean, in nats; 0 with one class only."""
-    if not 0 < rate < 1:
-        return 0.0
-    return -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
-
-
 def _probabilities(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Floats]:
     p, y = as_arrays(scores, labels)
     if p.size and not (p.min() >= 0 and p.max() <= 1):
@@ -162,7 +150,7 @@ def first_and_all(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def entry_of(metrics: Mapping[str, Metrics]) -> dict[str, Any]:
     """Metrics by task as files hold them."""
-    return first_and_all({task: found.as_dict() for task, found in metrics.items()})
+    return first_and_all({task: values.as_dict() for task, values in metrics.items()})
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -172,10 +160,8 @@ def number(value: float, digits: int = 4) -> str:
 
 def one_line(metrics: Mapping[str, Metrics]) -> str:
     """All tasks of one validation; names are said only where there are several."""
-    several = len(metrics) > 1
-    parts = [
-        f"{f'{task}: ' if several else ''}AUC {number(m.auc)}  GAUC {number(m.gauc)}  "
+    return "; ".join(
+        f"{f'{task}: ' if len(metrics) > 1 else ''}AUC {number(m.auc)}  GAUC {number(m.gauc)}  "
         f"logloss {number(m.logloss)}  PCOC {number(m.pcoc, 3)}"
         for task, m in metrics.items()
-    ]
-    return "; ".join(parts)
+    )

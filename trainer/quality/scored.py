@@ -140,27 +140,24 @@ def compare_scores(some: Scored, all_scores: Scored) -> tuple[float, float]:
     Raises:
         DataError: the tasks are not the same.
     """
-    score = all_scores.score[:, _same_tasks(some.tasks, all_scores.tasks)]
+    known_tasks, numbered = all_scores.tasks, _numbered(len(some.tasks))
+    if sorted(some.tasks) == sorted(known_tasks):
+        score = all_scores.score[:, [known_tasks.index(task) for task in some.tasks]]
+    elif len(some.tasks) == len(known_tasks) and numbered in (tuple(some.tasks), tuple(known_tasks)):
+        score = all_scores.score
+    else:
+        names = ", ".join(known_tasks), ", ".join(some.tasks)
+        raise DataError(f"scores of {names[0]} cannot be compared with those of {names[1]}")
     if not some.candidate.size or not all_scores.candidate.size:
         return float("inf"), 0.0
-    names = [np.r_[getattr(all_scores, name), getattr(some, name)] for name in KEYS[:3]]
-    known, wanted = np.split(group_keys(*names), [all_scores.candidate.size])
+    keys = [np.r_[getattr(all_scores, name), getattr(some, name)] for name in KEYS[:3]]
+    known, wanted = np.split(group_keys(*keys), [all_scores.candidate.size])
     order = np.argsort(known, kind="stable")
-    found = order[np.searchsorted(known[order], wanted).clip(max=order.size - 1)]
-    if (known[found] != wanted).any():
+    place = order[np.searchsorted(known[order], wanted).clip(max=order.size - 1)]
+    if (known[place] != wanted).any():
         return float("inf"), 0.0
-    other = score[found]
+    other = score[place]
     return float(np.abs(some.score - other).max()), float((some.score == other).all(axis=1).mean())
-
-
-def _same_tasks(wanted: Sequence[str], found: Sequence[str]) -> list[int]:
-    """Where the wanted tasks are among those found."""
-    if sorted(wanted) == sorted(found):
-        return [found.index(task) for task in wanted]
-    numbered = _numbered(len(wanted))
-    if len(wanted) == len(found) and numbered in (tuple(wanted), tuple(found)):
-        return list(range(len(found)))
-    raise DataError(f"scores of {', '.join(found)} cannot be compared with those of {', '.join(wanted)}")
 
 
 def _numbered(count: int) -> tuple[str, ...]:

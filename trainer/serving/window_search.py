@@ -85,7 +85,7 @@ class WindowSearch(Search):
             if self._cells.numel() < cells:
                 self._cells = torch.empty(cells)
             score_CX = self._cells[:cells].view(-1, width)
-            beside_CX = scorer._beside(chunk.vectors, chunk.windows)
+            beside_CX = scorer._target_bias(chunk.vectors, chunk.windows)
             best_CG = _score(score_CX, query_CD, keys_XD, beside_CX, groups)
             columns.append(top_of_groups(score_CX, best_CG, self.k, doubt=doubt.cut(begin, begin + size)))
         return columns

@@ -68,7 +68,7 @@ class _Ranking(nn.Module):
         selection = Selection(place_CK, mask_CK, marks)
         encoded, value_SD = branch.scorer.encode(raw), value_CKD.flatten(0, 1)
         behaviors = Behaviors(windows, raw, encoded, selection, False, target_CD, value_SD, place_CK)
-        parts = branch.sequence(behaviors, branch.retriever.weigh(behaviors))
+        parts = branch.sequence(behaviors, branch.weigh(behaviors))
         logits: Tensor = self.head(parts)
         return logits.sigmoid()
 

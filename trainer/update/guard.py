@@ -106,7 +106,12 @@ class Check:
         of_dense = [
             (name, size) for (kind, name), size in zip(self.parts, sizes[1:], strict=True) if kind == "dense"
         ]
-        bad = [_plain(name) for name, size in of_dense if not math.isfinite(size)]
+        # Without the wrappers around the model.
+        bad = [
+            name.removeprefix("_dmp_wrapped_module.").removeprefix("module.")
+            for name, size in of_dense
+            if not math.isfinite(size)
+        ]
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         return [f"the gradient of {', '.join(bad[:_SHOWN])}{more}"] if bad else []
 
@@ -224,11 +229,6 @@ def dense_norm(gradients: list[Tensor], wait: bool) -> Tensor:
     # Only the squares were too large.
     exact = torch.linalg.vector_norm(torch.stack(foreach_norm(gradients, 2, dtype=torch.float64)))
     return exact if wait else torch.where(torch.isfinite(norm), norm, exact.to(norm.dtype))
-
-
-def _plain(name: str) -> str:
-    """A parameter's name in the model, without the wrappers around it."""
-    return name.removeprefix("_dmp_wrapped_module.").removeprefix("module.")
 
 
 def _listed(places: Iterable[RowGroup]) -> str:

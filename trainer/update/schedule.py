@@ -47,8 +47,8 @@ def table_schedule(config: TrainConfig, steps: int = 0) -> Schedule:
     """The same, but for what `train.tables` sets."""
     tables = config.tables
     own = tables.warmup_steps is not None or tables.warmup is not None
-    given = tables if own else config
-    warmup = _warmup(given.warmup_steps, given.warmup or 0.0, steps)
+    source = tables if own else config
+    warmup = _warmup(source.warmup_steps, source.warmup or 0.0, steps)
     return Schedule(warmup, config.decay if tables.decay is None else tables.decay)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -29,18 +29,11 @@ from trainer.update.rules.summed import Summed
 class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]
     """Adam of the dense weights, by their names.
 
-    Args:
-        fused: PyTorch's kernel that updates all weights at once and can leave a step out by itself.
+    Attributes:
+        fused: it is PyTorch's kernel that updates all weights at once and can leave a step out by itself.
     """
 
-    def __init__(
-        self,
-        weights: dict[str, nn.Parameter],
-        make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
-        fused: bool,
-    ) -> None:
-        self.fused = fused
-        super().__init__(weights, make)
+    fused = False
 
     def skip_where(self, alarm: Tensor) -> None:
         """The next step changes nothing where `alarm`, float32 scalar on the device, is 1 and not 0.
@@ -77,7 +70,8 @@ def make_optimizer(
             fused=fused or None,
         )
 
-    dense = DenseOptimizer(weights, make, fused)
+    dense = DenseOptimizer(weights, make)
+    dense.fused = fused
     # The state is created by a first step; a checkpoint loaded before it would silently miss it. That step
     # must not decay any weight, so it is done at rate 0, nor count for the correction of the moments' bias:
     # the first true step would be taken for the second, and be 0.744 of what it should be.
@@ -223,7 +217,14 @@ class TrainStep:
         check = guard.check(self.number, self._step, gradients, self._comms.backward == "fp16")
         vectors = list(gradients.vectors.values())
         if guard.reads_late:
-            self._unread, vectors = check, self._without_effect_where(check.alarm, vectors)
+            # The device leaves everything as it was where the alarm is 1. Rows stay as they are under
+            # gradients of zero, and so do their accumulators, by each of the row optimizers there is. A
+            # product with zero would not do: zero times NaN is NaN.
+            self._unread, bad = check, check.alarm > 0
+            for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
+                buffer.copy_(torch.where(bad, before, buffer))
+            self._dense_optimizer.skip_where(check.alarm)
+            vectors = [torch.where(bad, 0.0, gradient) for gradient in vectors]
         else:
             self._judge(check)
         if check.largest is not None:
@@ -233,18 +234,6 @@ class TrainStep:
             limit = self._config.max_gradient_norm
             torch.nn.utils.clip_grads_with_norm_(list(self._dense.values()), limit, norm)
         return vectors
-
-    def _without_effect_where(self, alarm: Tensor, vectors: list[Tensor]) -> list[Tensor]:
-        """Have the device leave everything as it was where the alarm is 1; -> gradients of what was cut.
-
-        Rows stay as they are under gradients of zero, and so do their accumulators, by each of the row
-        optimizers there is. A product with zero would not do: zero times NaN is NaN.
-        """
-        bad = alarm > 0
-        for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
-            buffer.copy_(torch.where(bad, before, buffer))
-        self._dense_optimizer.skip_where(alarm)
-        return [torch.where(bad, 0.0, gradient) for gradient in vectors]
 
     def _judge(self, check: Check) -> None:
         """Raise where a checked step is not finite, with the running statistics as they were before it."""

@@ -77,7 +77,7 @@ def test_a_branch_scores_the_features_that_it_attends_to_alone(
         asked = with_ids(batch, lambda key, ids: (ids + 1) % FEATURES[key] if key == changed else ids)
         with torch.no_grad():
             found = stage_one(model, asked)["main"]
-            return found.selection.index, model.branches["main"].retriever.weigh(found)
+            return found.selection.index, model.branches["main"].weigh(found)
 
     before, same, other = stage("none"), stage(ignored), stage(attended)
     assert all(torch.equal(a, b) for a, b in zip(before, same, strict=True))
@@ -207,7 +207,7 @@ def test_eta_codes_follow_every_update_of_the_tables(log: Path) -> None:
     assert not torch.equal(before.index, after.index)
 
     vectors, search = (
-        model._look_up(["shared"], batch.features)["shared"].detach(),
+        model.lookups({"shared": model.collections["shared"](batch.features)})["shared"].detach(),
         model.branches["main"].search,
     )
     assert isinstance(search, HammingSearch)

@@ -28,11 +28,10 @@ from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.model.frame import TwoStageModel
 from trainer.model.ops.signs import sign_bits
 from trainer.model.ops.top import top_columns_by_topk
-from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.dot import DotSearch, SoftSearch
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, FeatureProjection, MlpScorer, Scorer
 from trainer.model.retrieve.search import Query, Search
 from trainer.model.retrieve.simhash import HammingSearch
-from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Selection, Windows
 from trainer.run_config import Config

@@ -41,12 +41,11 @@ from trainer.model.ops.signs import close_sign_bits, random_planes, sign_bits, w
 from trainer.model.ops.tiling import tiling_of
 from trainer.model.retrieve import slices
 from trainer.model.retrieve.all import AllSearch
-from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.dot import DotSearch, SoftSearch
 from trainer.model.retrieve.hard import HardSearch
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, MlpScorer, Scorer, twin_projections
 from trainer.model.retrieve.search import Query, Search
 from trainer.model.retrieve.simhash import HammingSearch
-from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.model.windows import Windows, pooled_windows
 

@@ -1,4 +1,4 @@
-"""Several experts read what one retriever keeps: the search runs once, and each is as if it were alone."""
+"""Several experts read what a branch keeps: the search runs once, and each is as if it were alone."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run(model: TwoStageModel, batch: RequestBatch) -> tuple[list[Tensor], int]:
     """What the head is given, and how often the search ran; then a backward pass that all take part in."""
     parts: list[Tensor] = []
     searches = []
-    model.pooling.register_forward_hook(lambda _, __, found: parts.extend(found.parts))
+    model.pooling.register_forward_hook(lambda _, __, found: parts.extend(found[0]))
     model.branches["main"].search.register_forward_hook(lambda *_: searches.append(1))
     model(batch).logits.square().sum().backward()
     return parts, len(searches)

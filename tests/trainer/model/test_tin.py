@@ -57,10 +57,10 @@ def u_of(tin: tuple[TwoStageModel, RequestBatch], change: Change = lambda window
     branch, found = model.branches["main"], stage_one(model, batch)["main"]
     windows = change(found.windows)
     retrieval = replace(found, windows=windows, selection=windows.of_candidates())
-    shared = model._look_up(["shared"], batch.features)["shared"]
+    shared = model.lookups({"shared": model.collections["shared"](batch.features)})["shared"]
     n = batch.behaviors
     rows = {"target_CD": shared[n:], "value_SD": shared[:n], "place": retrieval.index}
-    return branch.sequence(Behaviors(**vars(retrieval), **rows), branch.retriever.weigh(retrieval))[2]
+    return branch.sequence(Behaviors(**vars(retrieval), **rows), branch.weigh(retrieval))[2]
 
 
 def shuffled(windows: Windows, marks: bool, index: bool) -> Windows:
@@ -105,7 +105,10 @@ def test_p1_attention_is_over_encoded_target_and_behaviors(tin: tuple[TwoStageMo
     with torch.no_grad():
         model(batch)
     behaviors, weight, parts = seen["main"]
-    main, shared = model.branches["main"], model._look_up(["shared"], batch.features)["shared"].detach()
+    main, shared = (
+        model.branches["main"],
+        model.lookups({"shared": model.collections["shared"](batch.features)})["shared"].detach(),
+    )
     own, kept = shared[batch.behaviors :], behaviors.selection
 
     def encoded(time: TimeEncoding, c: int) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def test_t1_presets_search_by_the_scores_that_they_attend_with(log: Path, name: 
             score = model.branches[branch].scorer.of_kept(found.vectors, everything)
             score = score.masked_fill(~everything.mask[:, None], -torch.inf)
             assert (everything.mask.sum(1) > k).any()
-            weight = model.branches[branch].retriever.weigh(found)
+            weight = model.branches[branch].weigh(found)
             for c, index in enumerate(found.selection.index):
                 best = walk(score[c], k)
                 mask = found.selection.mask[c]
@@ -96,7 +96,7 @@ def test_t4_the_cross_bias_weighs_what_is_kept(rich: Path) -> None:
         table.zero_()
         table[3] = 100 * branch.cross.compress / branch.cross.compress.square().sum()
         found = stage_one(model, batch)["main"]
-        weight = branch.retriever.weigh(found)
+        weight = branch.weigh(found)
     mine = (first_ids(batch, "action")[0][found.selection.index] == 3) & found.selection.mask
     some = mine.any(1) & (mine != found.selection.mask).any(1)
     assert some.any()

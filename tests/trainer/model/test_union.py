@@ -38,20 +38,19 @@ def test_a_padded_union_holds_what_was_kept_and_then_others(
     column = torch.rand(candidates, 8, generator=rng).argsort(1)[:, :k]
     mask = drawn.mask[drawn.of_candidate].gather(1, column)
     kept = [drawn.columns(column, mask), drawn]
-    exact = union_of(kept, BEHAVIORS)
-    assert exact.behavior_S is not None and exact.place_N is not None
+    behavior_S, place_N = union_of(kept, BEHAVIORS)
     seen = {int(n) for each in kept for n in each.index[each.mask]}
-    assert exact.behavior_S.tolist() == sorted(seen)
-    assert torch.equal(touched_by(kept, BEHAVIORS).nonzero()[:, 0], exact.behavior_S)
+    assert behavior_S.tolist() == sorted(seen)
+    assert torch.equal(touched_by(kept, BEHAVIORS).nonzero()[:, 0], behavior_S)
     for bound in range(len(seen), BEHAVIORS + 2):
         padded = padded_union(kept, BEHAVIORS, bound)
         if bound >= BEHAVIORS:
-            assert padded == (None, None)
+            assert padded is None
             continue
-        assert padded.behavior_S is not None and padded.place_N is not None
-        assert padded.behavior_S.unique().numel() == padded.behavior_S.numel() == bound
-        assert torch.equal(padded.behavior_S[: len(seen)], exact.behavior_S)
-        assert torch.equal(padded.place_N, exact.place_N)
+        assert padded is not None
+        assert padded[0].unique().numel() == padded[0].numel() == bound
+        assert torch.equal(padded[0][: len(seen)], behavior_S)
+        assert torch.equal(padded[1], place_N)
 
 
 def test_the_bound_counts_each_request_once_and_windows_without_candidates() -> None:

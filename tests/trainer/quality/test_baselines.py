@@ -15,8 +15,7 @@ from scipy.special import expit, logit
 from tests.helpers.logs import INFOS, Row, Shape, enrich, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
-from trainer.quality.baselines import Baselines, baselines, by_baseline
-from trainer.quality.label_rates import STRENGTH
+from trainer.quality.baselines import STRENGTH, Baselines, baselines, by_baseline
 from trainer.quality.ranking import auc
 from trainer.run_folder import jsonable
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.quality_report import remarks, slices_table, task_table
-from trainer.quality.baselines import Baselines
-from trainer.quality.label_rates import _Sums
+from trainer.quality.baselines import Baselines, _Sums
 from trainer.quality.metrics import entry_of, one_line
 from trainer.quality.scored import Scored
 

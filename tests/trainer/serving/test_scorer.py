@@ -22,12 +22,11 @@ from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import FeatureInfo, read_manifest
 from trainer.log.writer import write_manifest
-from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.dot import DotSearch, SoftSearch
 from trainer.model.retrieve.hard import HardSearch
 from trainer.model.retrieve.score import DotScorer, MlpScorer, Scorer
 from trainer.model.retrieve.search import Query, Search
 from trainer.model.retrieve.simhash import HammingSearch
-from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.time import TimeBias, TimeEncoding
 from trainer.run_config import Config
 from trainer.serving.arrow_body import read_arrow, write_arrow

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.model.heads.mlp import MlpHead
+from trainer.model.heads.head import MlpHead
 from trainer.model.read.sequence import Behaviors
 from trainer.model.windows import pooled_windows
 
@@ -61,7 +61,7 @@ class SoftmaxLoss(Auxiliary):
         return "" if fits else 'auxiliary = "softmax" needs sequence = "attention" with one head'
 
     def parts(self, branch: Any, behaviors: Behaviors) -> list[Tensor]:
-        weight_CHX = branch.retriever.weigh(behaviors)
+        weight_CHX = branch.weigh(behaviors)
         parts: list[Tensor] = branch.sequence(behaviors, weight_CHX)
         return parts
 

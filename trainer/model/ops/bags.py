@@ -17,8 +17,6 @@ bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +34,7 @@ def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tenso
     if not _by_cpu(rows_ND, index_CK):
         with in_single_precision(rows_ND.device):
             return plain_weighted_bags(rows_ND, index_CK, weight_CK)
-    out: Tensor = _WeightedBags.apply(rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
+    out: Tensor = kept_rows.WeightedBags.apply(_CPU, rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -48,7 +46,7 @@ def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     if not _by_cpu(rows_ND, index_CK):
         with in_single_precision(rows_ND.device):
             return plain_dots(query_CD, rows_ND, index_CK)
-    out: Tensor = _Dots.apply(query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
+    out: Tensor = kept_rows.Dots.apply(_CPU, query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -82,7 +80,6 @@ def plain_rows_at(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def _gathered(part_CD: Tensor, weight_CK: Tensor, index_CK: Tensor, rows: int) -> Tensor:
-    """For each row, the sum of weight[c, k] * part[c] over its uses, those (c, k) that index it: [N, D]."""
     flat = index_CK.reshape(-1)
     uses = torch.bincount(flat, minlength=rows)
     # A radix sort: as many passes as the numbers have bytes.
@@ -99,7 +96,7 @@ def _gathered(part_CD: Tensor, weight_CK: Tensor, index_CK: Tensor, rows: int) -
 
 
 def _products(part_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
-    """<part[c], rows[index[c, k]]>, [C, K]: the operator that gives embedding_bag the gradient of weights."""
+    # The operator that gives embedding_bag the gradient of its weights.
     candidates, k = index_CK.shape
     each = torch.arange(candidates, device=index_CK.device)
     out: Tensor = bag_weights_gradient(
@@ -108,38 +105,7 @@ def _products(part_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     return out.view(candidates, k)
 
 
-class _WeightedBags(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_ND, index_CK, weight_CK)
-        return plain_weighted_bags(rows_ND, index_CK, weight_CK)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_CD: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        rows_ND, index_CK, weight_CK = ctx.saved_tensors
-        of_rows = of_weights = None
-        if ctx.needs_input_grad[0]:
-            of_rows = _gathered(gradient_CD, weight_CK, index_CK, rows_ND.shape[0])
-        if ctx.needs_input_grad[2]:
-            of_weights = _products(gradient_CD, rows_ND, index_CK)
-        return of_rows, None, of_weights
-
-
-class _Dots(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
-        ctx.save_for_backward(query_CD, rows_ND, index_CK)
-        return _products(query_CD, rows_ND, index_CK)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_CK: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        query_CD, rows_ND, index_CK = ctx.saved_tensors
-        of_query = of_rows = None
-        if ctx.needs_input_grad[0]:
-            of_query = plain_weighted_bags(rows_ND, index_CK, gradient_CK.contiguous())
-        if ctx.needs_input_grad[1]:
-            of_rows = _gathered(query_CD, gradient_CK, index_CK, rows_ND.shape[0])
-        return of_query, of_rows, None
+_CPU = kept_rows.Operators(plain_weighted_bags, _products, _gathered)
 
 
 def _by_cpu(rows: Tensor, index: Tensor) -> bool:

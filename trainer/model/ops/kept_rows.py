@@ -8,7 +8,8 @@ without. The plain forms are those of `trainer.model.ops.bags`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def fits(rows_ND: Tensor, index_CK: Tensor) -> bool:
 
 def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     """<query[c], rows[index[c, k]]> -> [C, K]; `fits` must hold."""
-    out: Tensor = _Dots.apply(query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
+    out: Tensor = Dots.apply(_kernels(), query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -79,47 +80,66 @@ def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tenso
 
     A row whose weight is zero gets no gradient from it, not even where that would be NaN.
     """
-    out: Tensor = _WeightedBags.apply(rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
+    out: Tensor = WeightedBags.apply(_kernels(), rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Dots(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
-        from trainer.model.ops import kept_rows_triton as kernels
+class Operators(NamedTuple):
+    """What values and gradients of both operators are made of, for a device.
 
+    Attributes:
+        bags: of rows [N, D], index and weight [C, K]: sum_k weight[c, k] * rows[index[c, k]], [C, D].
+        products: of part [C, D], rows and index: <part[c], rows[index[c, k]]>, [C, K].
+        gathered: of part, weight, index and N: for each row, the sum of weight[c, k] * part[c] over its uses,
+            those (c, k) that index it, [N, D].
+    """
+
+    bags: Callable[[Tensor, Tensor, Tensor], Tensor]
+    products: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gathered: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def _kernels() -> Operators:
+    from trainer.model.ops import kept_rows_triton
+
+    return Operators(kept_rows_triton.bags, kept_rows_triton.products, kept_rows_triton.gathered)
+
+
+class Dots(torch.autograd.Function):
+    """`dots` by given operators."""
+
+    @staticmethod
+    def forward(ctx: Any, by: Operators, query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
+        ctx.by = by
         ctx.save_for_backward(query_CD, rows_ND, index_CK)
-        return kernels.products(query_CD, rows_ND, index_CK)
+        return by.products(query_CD, rows_ND, index_CK)
 
     @staticmethod
-    def backward(ctx: Any, gradient_CK: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        from trainer.model.ops import kept_rows_triton as kernels
-
+    def backward(ctx: Any, gradient_CK: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         query_CD, rows_ND, index_CK = ctx.saved_tensors
         of_query = of_rows = None
-        if ctx.needs_input_grad[0]:
-            of_query = kernels.bags(rows_ND, index_CK, gradient_CK)
         if ctx.needs_input_grad[1]:
-            of_rows = kernels.gathered(query_CD, gradient_CK, index_CK, rows_ND.shape[0])
-        return of_query, of_rows, None
+            of_query = ctx.by.bags(rows_ND, index_CK, gradient_CK.contiguous())
+        if ctx.needs_input_grad[2]:
+            of_rows = ctx.by.gathered(query_CD, gradient_CK, index_CK, rows_ND.shape[0])
+        return None, of_query, of_rows, None
 
 
-class _WeightedBags(torch.autograd.Function):
+class WeightedBags(torch.autograd.Function):
+    """`weighted_bags` by given operators."""
+
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
-        from trainer.model.ops import kept_rows_triton as kernels
-
+    def forward(ctx: Any, by: Operators, rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
+        ctx.by = by
         ctx.save_for_backward(rows_ND, index_CK, weight_CK)
-        return kernels.bags(rows_ND, index_CK, weight_CK)
+        return by.bags(rows_ND, index_CK, weight_CK)
 
     @staticmethod
-    def backward(ctx: Any, gradient_CD: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        from trainer.model.ops import kept_rows_triton as kernels
-
+    def backward(ctx: Any, gradient_CD: Tensor) -> tuple[None, Tensor | None, None, Tensor | None]:
         rows_ND, index_CK, weight_CK = ctx.saved_tensors
         of_rows = of_weights = None
-        if ctx.needs_input_grad[0]:
-            of_rows = kernels.gathered(gradient_CD, weight_CK, index_CK, rows_ND.shape[0])
-        if ctx.needs_input_grad[2]:
-            of_weights = kernels.products(gradient_CD, rows_ND, index_CK)
-        return of_rows, None, of_weights
+        if ctx.needs_input_grad[1]:
+            of_rows = ctx.by.gathered(gradient_CD, weight_CK, index_CK, rows_ND.shape[0])
+        if ctx.needs_input_grad[3]:
+            of_weights = ctx.by.products(gradient_CD, rows_ND, index_CK)
+        return None, of_rows, None, of_weights

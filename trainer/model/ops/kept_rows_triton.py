@@ -51,19 +51,11 @@ def bags_kernel(
     tl.store(out + candidate[:, None] * D + d[None, :], total, mask=inside)
 
 
+# fmt: off
 @triton.jit(do_not_specialize=["count", "k"])
 def gathered_kernel(
-    part,
-    weight,
-    order,
-    first,
-    out,
-    count,
-    k,
-    D: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    USES: tl.constexpr,
+    part, weight, order, first, out, count, k,
+    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, USES: tl.constexpr,
 ):
     """out[r] = sum of weight[use] * part[candidate of the use] over the uses of row r, the sorted pairs
     from first[r] to before first[r + 1]; a program takes some rows, and some uses of each at once."""
@@ -82,6 +74,7 @@ def gathered_kernel(
         of_part = tl.load(part + (pair // k)[:, :, None] * D + d[None, None, :], mask=inside, other=0.0)
         total += tl.sum(by[:, :, None] * of_part, 1)
     tl.store(out + row[:, None] * D + d[None, :], total, mask=real[:, None] & (d < D)[None, :])
+# fmt: on
 
 
 def products(part_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:

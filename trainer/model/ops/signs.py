@@ -50,27 +50,18 @@ def close_sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
     """The CPU's form."""
     product = vector_ND @ planes
     bits = product > 0
-    error_N = _error(vector_ND, planes.T)
+    # Bound of how far a rounded product of a vector with any plane may be from the exact one.
+    terms = (planes.shape[0] + 16) * ROUNDING
+    error_N = (
+        terms * torch.linalg.vector_norm(planes.T, dim=1).amax() * torch.linalg.vector_norm(vector_ND, dim=1)
+    )
     rows = torch.nonzero(product.abs_().amin(1) < error_N).squeeze(1)
     row, bit = torch.nonzero(product[rows] < error_N[rows, None], as_tuple=True)
     if row.numel():
-        bits[rows[row], bit] = _exact(vector_ND, planes.T, rows[row], bit)
+        needed, place_M = needed_places(rows[row], vector_ND.shape[0])
+        mine = Rows.of(vector_ND[needed].double(), place_M)
+        bits[rows[row], bit] = mine.times(Rows.of(planes.T.double(), bit)) > 0
     return bits
-
-
-def _exact(rows_RD: Tensor, others_SD: Tensor, row_M: Tensor, other_M: Tensor) -> Tensor:
-    """Whether the inner products of some rows with some others are above 0: bool [M]."""
-    needed, place_M = needed_places(row_M, rows_RD.shape[0])
-    mine = Rows.of(rows_RD[needed].double(), place_M)
-    return mine.times(Rows.of(others_SD.double(), other_M)) > 0
-
-
-def _error(rows_RD: Tensor, others_SD: Tensor) -> Tensor:
-    """Bound of how far a rounded inner product with any of the others may be from the exact one: [R]."""
-    largest = torch.linalg.vector_norm(others_SD, dim=1).amax()
-    terms = (rows_RD.shape[1] + 16) * ROUNDING
-    error_R: Tensor = terms * largest * torch.linalg.vector_norm(rows_RD, dim=1)
-    return error_R
 
 
 def random_planes(width: int, bits: int, seed: int) -> Tensor:

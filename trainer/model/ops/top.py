@@ -106,7 +106,15 @@ def top_columns_by_topk(score_CX: Tensor, k: int, doubt: Doubt | None = None) ->
         if rows.numel():
             score = score_CX[rows]
             if doubt is not None:
-                score = _settled_rows(score, kth[rows], rows, doubt)
+                # Only scores as close to the K-th as rounding are asked for: the others are in, or out.
+                score = score.double().nan_to_num(torch.inf, torch.inf, -torch.inf)
+                reach = doubt.slack[rows].double().nan_to_num(0.0)[:, None]
+                border = kth[rows].double().nan_to_num(torch.inf)[:, None]
+                sure = score > border + reach
+                zone = ~sure & (score >= border - reach) & (score > -torch.inf)
+                row, column = torch.nonzero(zone, as_tuple=True)
+                score = torch.where(sure, torch.inf, -torch.inf).double()
+                score[row, column] = doubt.exact(rows[row], column).nan_to_num(torch.inf)
             exact = score.sort(dim=1, descending=True, stable=True)
             column_CK = column_CK.index_copy(0, rows, exact.indices[:, :k])
             value_CK = value_CK.index_copy(0, rows, exact.values[:, :k].to(value_CK.dtype))
@@ -138,19 +146,6 @@ def _ordered_bits(score: Tensor) -> Tensor:
     bits = score.view(torch.int32)
     # Negative numbers have the sign bit; the greater the rest of the bits, the lower the number.
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _settled_rows(score_RX: Tensor, kth_R: Tensor, rows_R: Tensor, doubt: Doubt) -> Tensor:
-    """What decides in rows of which the K-th best is in doubt: inf, an exact score, or -inf."""
-    score_RX = score_RX.double().nan_to_num(torch.inf, torch.inf, -torch.inf)
-    slack = doubt.slack[rows_R].double().nan_to_num(0.0)[:, None]
-    kth = kth_R.double().nan_to_num(torch.inf)[:, None]
-    sure = score_RX > kth + slack
-    zone = ~sure & (score_RX >= kth - slack) & (score_RX > -torch.inf)
-    row, column = torch.nonzero(zone, as_tuple=True)
-    settled = torch.where(sure, torch.inf, -torch.inf).double()
-    settled[row, column] = doubt.exact(rows_R[row], column).nan_to_num(torch.inf)
-    return settled
 
 
 def ascending(column_CK: Tensor, mask_CK: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -202,8 +197,14 @@ def top_of_groups(
         if doubt is not None and slack is not None:
             rank_of = np.full(reach.shape, -1, dtype=np.int64)
             rank_of[reach] = flat.size - 1 - hit if last else hit
-            few = _settled(few, k, slack, lambda zone: _exact(doubt, rank_of[zone], width))
-        hit = hit[_kept(few, k)[reach]]
+            few = _settled(few, k, slack, rank_of, doubt, width)
+        # Of those equal to the K-th best the first.
+        kth = _kth(few, k)
+        keep = few >= kth
+        if np.count_nonzero(keep, axis=1).max() > k:
+            above, level = few > kth, few == kth
+            keep = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdims=True)))
+        hit = hit[keep[reach]]
         reach = _filled(hit, rows, width)
     mask = np.zeros((rows, min(k, width)), dtype=bool)
     mask[:, : reach.shape[1]] = reach
@@ -213,20 +214,11 @@ def top_of_groups(
     return (columns[0].flip(0), columns[1].flip(0)) if last else columns
 
 
-def _exact(doubt: Doubt, place: Ints, width: int) -> NDArray[np.float64]:
-    """Exact scores at flat places."""
-    row, column = (torch.from_numpy(part) for part in np.divmod(place, width))
-    score: NDArray[np.float64] = doubt.exact(row, column).numpy()
-    return np.where(np.isnan(score), np.inf, score)
-
-
-def _settled(
-    few: Floats, k: int, slack: Floats, exact: Callable[[NDArray[np.bool_]], NDArray[np.float64]]
-) -> NDArray[Any]:
+def _settled(few: Floats, k: int, slack: Floats, place: Ints, doubt: Doubt, width: int) -> NDArray[Any]:
     """Scores by which the K best of each row are found; where rounding could decide, the exact ones do.
 
     Of the rounded scores, what is above the K-th by more than the slack is one of the K best for sure, what
-    is below it by more is none.
+    is below it by more is none. `place`: of each score, flat in rows of `width` columns.
     """
     kth = _kth(few, k)
     sure = few > kth + slack
@@ -237,7 +229,9 @@ def _settled(
     doubtful = zone.any(1)
     settled = few.astype(np.float64)
     settled[doubtful] = np.where(sure[doubtful], np.inf, -np.inf)
-    settled[zone] = exact(zone)
+    row, column = (torch.from_numpy(part) for part in np.divmod(place[zone], width))
+    exact: NDArray[np.float64] = doubt.exact(row, column).numpy()
+    settled[zone] = np.where(np.isnan(exact), np.inf, exact)
     return settled
 
 
@@ -255,13 +249,3 @@ def _kth(score: NDArray[Any], k: int) -> Floats:
     place = score.shape[1] - k
     kth: Floats = np.maximum(np.partition(score, place, axis=1)[:, place : place + 1], _LEAST)
     return kth
-
-
-def _kept(few: NDArray[Any], k: int) -> NDArray[np.bool_]:
-    """The K best of each row; of those equal to the K-th the first."""
-    kth = _kth(few, k)
-    kept: NDArray[np.bool_] = few >= kth
-    if np.count_nonzero(kept, axis=1).max() > k:
-        above, level = few > kth, few == kth
-        kept = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdims=True)))
-    return kept

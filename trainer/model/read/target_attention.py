@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,37 +29,26 @@ class TargetAttention(TargetPooling):
         target_aware: without it the head is given [v_t ; h].
         heads: with several, each pools its own linear map of the behaviors, and one map unites them (W^V and
             W^O of TWIN, section 4.3).
-        target, value: projections of the two sides (DARE's `TWIN w/ proj.`), or None.
+        widths: of the features, where each side has projections of its own (DARE's `TWIN w/ proj.`).
     """
 
     @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> TargetAttention:
-        target = value = None
-        if settings.projection == "feature":
-            widths = sizes.representation.widths()
-            target, value = FeatureProjection(widths), FeatureProjection(widths)
-        return cls(
-            sizes.representation.width,
-            sizes.encoding(),
-            target_aware=settings.target_aware,
-            heads=settings.heads,
-            target=target,
-            value=value,
-        )
+        widths = sizes.representation.widths() if settings.projection == "feature" else ()
+        width, time = sizes.representation.width, sizes.encoding()
+        return cls(width, time, settings.target_aware, settings.heads, widths)
 
     def __init__(
         self,
         width: int,
         time: TimeEncoding,
-        *,
         target_aware: bool = True,
         heads: int = 1,
-        target: nn.Module | None = None,
-        value: nn.Module | None = None,
+        widths: Sequence[int] = (),
     ) -> None:
         super().__init__(width, target_aware)
         self.heads, self.time = heads, time
-        self.target, self.value = target, value
+        self.target, self.value = (FeatureProjection(widths) if widths else None for _ in range(2))
         if heads > 1:
             self.per_head = nn.Linear(width, width * heads, bias=False)
             self.unite = nn.Linear(width * heads, width, bias=False)
@@ -73,11 +63,13 @@ class TargetAttention(TargetPooling):
         if self.target is not None and self.value is not None:
             target_CD, value_SD = self.target(target_CD), self.value(value_SD)
         target_CD = self.time.target(target_CD, behaviors.group_C)
+        pooled = [self._pooled(value_SD, weight_CHK[:, head], behaviors) for head in range(self.heads)]
         if self.heads == 1:
-            pooled_CD = self._pooled(value_SD, weight_CHK[:, 0], behaviors)
-        else:
-            pooled_CD = self._united(value_SD, weight_CHK, behaviors)
-        return self.parts(target_CD, pooled_CD)
+            return self.parts(target_CD, pooled[0])
+        # W^V leaves the sum as well: it is applied to what each head pooled.
+        maps = zip(pooled, self.per_head.weight.chunk(self.heads), strict=True)
+        united_CD = self.unite(torch.cat([F.linear(each, weight) for each, weight in maps], dim=1))
+        return self.parts(target_CD, united_CD)
 
     def _pooled(self, value_SD: Tensor, weight_CK: Tensor, behaviors: Behaviors) -> Tensor:
         if behaviors.whole:
@@ -86,13 +78,3 @@ class TargetAttention(TargetPooling):
             pooled_CD = weighted_bags(value_SD, behaviors.place, weight_CK)
         marks, group_C = behaviors.selection.marks, behaviors.group_C
         return self.time.pooled(pooled_CD, weight_CK, marks, group_C, many=behaviors.whole)
-
-    def _united(self, value_SD: Tensor, weight_CHK: Tensor, behaviors: Behaviors) -> Tensor:
-        """W^V leaves the sum as well: it is applied to what each head pooled."""
-        maps = self.per_head.weight.chunk(self.heads)
-        pooled = [
-            F.linear(self._pooled(value_SD, weight_CHK[:, head], behaviors), maps[head])
-            for head in range(self.heads)
-        ]
-        united: Tensor = self.unite(torch.cat(pooled, dim=1))
-        return united

@@ -1,12 +1,15 @@
-"""The exact top K by the scorer of stage two (TWIN, DARE)."""
+"""The exact top K by inner products: of stage two's scorer, or of an index of its own."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from trainer.model.retrieve.score import DotScorer, twin_projections
 from trainer.model.retrieve.search import Query, Search, best_columns
+from trainer.model.sizes import BranchSizes
 
 
 class DotSearch(Search):
@@ -24,3 +27,30 @@ class DotSearch(Search):
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         return best_columns(query, self.k, self.doubt(query))
+
+
+class SoftSearch(Search):
+    """SIM's soft search: inner product of two linear maps, trained by its own auxiliary loss only."""
+
+    uses = frozenset({"k", "head_dim"})
+    by_score = True
+    needs_vectors = True
+    auxiliary = "index"
+    own_scorer = "search.index"
+
+    def __init__(self, k: int, width: int, dim: int) -> None:
+        super().__init__(k)
+        self.index = DotScorer(*twin_projections(width, dim), 1, None, None)
+
+    @classmethod
+    def build(cls, settings: Any, sizes: BranchSizes) -> SoftSearch:
+        return cls(settings.k, sizes.width, settings.head_dim)
+
+    @classmethod
+    def export_obstacle(cls, settings: Any) -> str:
+        return ""
+
+    def columns(self, query: Query) -> tuple[Tensor, Tensor]:
+        own = replace(query, scorer=self.index, vectors=self.index.encode(query.raw))
+        # The index knows neither cross features nor sizes of clusters.
+        return best_columns(own, self.k, self.doubt(own))

@@ -13,7 +13,7 @@ that is worth it.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from operator import itemgetter
 
@@ -46,7 +46,17 @@ class PairScores:
 
     def doubt(self) -> Doubt:
         """Rows are candidates times heads, the heads of a candidate one after the other."""
-        return Doubt(2 * self._error_CH.flatten(), self.of)
+        bias = self.scorer.window_bias(self.vectors, self.windows)
+        finite = None if bias is None else bias.masked_fill(~self.windows.mask, 0.0)
+        added = 0.0 if finite is None or not finite.numel() else float(finite.abs().max())
+        if self.scorer.bias is not None and self.scorer.bias.of_target:
+            added += _largest(self.scorer.bias)
+        if isinstance(self.scorer, MlpScorer):
+            error_CH = self._error_of_mlp(self.scorer, added)
+        else:
+            assert isinstance(self.scorer, DotScorer)
+            error_CH = self._error_of_dot(self.scorer, added)
+        return Doubt(2 * error_CH.flatten(), self.of)
 
     def of(self, row_M: Tensor, column_M: Tensor) -> Tensor:
         """float64 [M]."""
@@ -69,12 +79,17 @@ class PairScores:
         )
         if not isinstance(self.scorer, DotScorer):
             return self._in_double(candidate_M, kept)
+        needed, place_M = needed_places(candidate_M, self.raw.query_CD.shape[0])
+        encoding, query_RD = self.scorer.encoding, self.raw.query_CD[needed].float()
+        if encoding is not None:
+            query_RD = encoding.target(query_RD, self.raw.group_C[needed])
+        mapped_RD = _mapped(self.scorer.query, query_RD)
+        mapped_RD = mapped_RD * max(mapped_RD.shape[1] // self.scorer.heads, 1) ** -0.5
+        query = self._of_heads(mapped_RD, place_M, head_M)
         group_M = self.raw.group_C[candidate_M]
         vectors = AttentionVectors(self.raw.query_CD, self.raw.key_ND, group_M, self.raw.cross_N)
         score_M = self.scorer._kept_bias(vectors, kept)[:, 0].double()
-        query = self._queries(candidate_M, head_M)
         score_M = score_M + self._products(query, index_M1[:, 0], row_M)
-        encoding = self.scorer.encoding
         if encoding is not None:
             for name, index in encoding._indices(kept.marks, group_M):
                 score_M = score_M + query.times(Rows.of(encoding.tables[name].double(), index[:, 0]))
@@ -84,28 +99,30 @@ class PairScores:
         """Inner products of queries and behaviors' keys; of many, equal ones are multiplied once."""
         heads = self.scorer.heads
         kinds = self._kinds if index_M.numel() > _MANY else None
-        if kinds is None or (int(row_M.max()) + 1) * len(kinds.first) > index_M.numel():
+        if kinds is None or (int(row_M.max()) + 1) * len(kinds[1]) > index_M.numel():
             return query.times(self._keys(index_M, row_M % heads))
-        pair_M = row_M * len(kinds.first) + kinds.of_row[index_M]
-        needed, place_M = needed_places(pair_M, (int(row_M.max()) + 1) * len(kinds.first))
+        kind_N, first = kinds
+        pair_M = row_M * len(first) + kind_N[index_M]
+        needed, place_M = needed_places(pair_M, (int(row_M.max()) + 1) * len(first))
         some = torch.empty_like(needed)
         some[place_M] = torch.arange(index_M.numel(), device=needed.device)
-        keys = self._keys(kinds.first[needed % len(kinds.first)], row_M[some] % heads)
+        keys = self._keys(first[needed % len(first)], row_M[some] % heads)
         return replace(query, place=query.place[some]).times(keys)[place_M]
 
     @cached_property
-    def _kinds(self) -> _Kinds | None:
-        return _kinds_of(self.raw.key_ND)
+    def _kinds(self) -> tuple[Tensor, Tensor] | None:
+        """Which keys are equal, by a hash of their bits; None where two different keys have one hash.
 
-    def _queries(self, candidate_M: Tensor, head_M: Tensor) -> Rows:
-        needed, place_M = needed_places(candidate_M, self.raw.query_CD.shape[0])
-        assert isinstance(self.scorer, DotScorer)
-        query_RD = self.raw.query_CD[needed].float()
-        if self.scorer.encoding is not None:
-            query_RD = self.scorer.encoding.target(query_RD, self.raw.group_C[needed])
-        mapped_RD = _mapped(self.scorer.query, query_RD)
-        mapped_RD = mapped_RD * max(mapped_RD.shape[1] // self.scorer.heads, 1) ** -0.5
-        return self._of_heads(mapped_RD, place_M, head_M)
+        int64 [N], the kind of each key, and [kinds], one key of each kind.
+        """
+        key_ND = self.raw.key_ND
+        bits = key_ND.float().contiguous().view(torch.int32).to(torch.int64)
+        rng = torch.Generator().manual_seed(0)
+        factor = torch.randint(-(2**62), 2**62, (key_ND.shape[1],), generator=rng).to(bits.device) * 2 + 1
+        kind_N = torch.unique((bits * factor).sum(1), return_inverse=True)[1]
+        first = torch.empty(int(kind_N.max()) + 1, dtype=torch.int64, device=kind_N.device)
+        first[kind_N] = torch.arange(kind_N.numel(), device=kind_N.device)
+        return (kind_N, first) if bool((bits[first[kind_N]] == bits).all()) else None
 
     def _keys(self, index_M: Tensor, head_M: Tensor) -> Rows:
         needed, place_M = needed_places(index_M, self.raw.key_ND.shape[0])
@@ -141,35 +158,28 @@ class PairScores:
             parts.append(scorer.of_kept(encoded, pairs)[:, 0, 0].float().double())
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=candidate_M.device)
 
-    @cached_property
-    def _error_CH(self) -> Tensor:
-        """Bound of how far a rounded score lies from the exact one, float32 [C, heads]."""
-        bias = self.scorer.window_bias(self.vectors, self.windows)
-        finite = None if bias is None else bias.masked_fill(~self.windows.mask, 0.0)
-        added = 0.0 if finite is None or not finite.numel() else float(finite.abs().max())
-        if isinstance(self.scorer, MlpScorer):
-            return self._error_of_mlp(self.scorer, added)
-        assert isinstance(self.scorer, DotScorer)
-        return self._error_of_dot(self.scorer, added)
-
-    def _seen(self, part_ND: Tensor) -> Tensor:
+    def _of_windows(self, part_ND: Tensor) -> Tensor:
         """Rows of the windows' behaviors, where these are fewer than all."""
         index_WX = self.windows.index
         return part_ND if index_WX.numel() >= part_ND.shape[0] else part_ND[index_WX.flatten()]
 
     def _error_of_dot(self, scorer: DotScorer, added: float) -> Tensor:
-        """The bound follows from the norms of the factors, and from those of the projections, if any."""
+        """Bound of how far a rounded score lies from the exact one, float32 [C, heads].
+
+        It follows from the norms of the factors, and from those of the projections, if any; `added`: the most
+        that is added to a product.
+        """
         heads, raw = scorer.heads, self.raw
         query_CH, key_NH = (
             torch.linalg.vector_norm(part.float().unflatten(1, (heads, -1)), dim=2)
             if part.shape[1]
             else part.new_zeros(part.shape[0], heads)
-            for part in (self.vectors.query_CD, self._seen(self.vectors.key_ND))
+            for part in (self.vectors.query_CD, self._of_windows(self.vectors.key_ND))
         )
         key_H = key_NH.amax(0)
         error_CH = query_CH * key_H
         if scorer.query is not None and scorer.key is not None:
-            given = raw.query_CD, self._seen(raw.key_ND)
+            given = raw.query_CD, self._of_windows(raw.key_ND)
             given_C, given_N = (torch.linalg.vector_norm(part, dim=1) for part in given)
             scale = max(self.vectors.query_CD.shape[1] // heads, 1) ** -0.5
             error_CH = error_CH + query_CH * _size(scorer.key) * given_N.amax()
@@ -178,16 +188,12 @@ class PairScores:
             for table in scorer.encoding.tables.values():
                 largest = torch.linalg.vector_norm(table.float(), dim=1).amax()
                 error_CH = error_CH + torch.linalg.vector_norm(query_CH, dim=1, keepdim=True) * largest
-        if scorer.bias is not None and scorer.bias.of_target:
-            added += _largest(scorer.bias)
         terms = raw.key_ND.shape[1] + self.vectors.key_ND.shape[1] + 16
         return terms * ROUNDING * (error_CH + added)
 
     def _error_of_mlp(self, scorer: MlpScorer, added: float) -> Tensor:
         query_C = torch.linalg.vector_norm(self.vectors.query_CD.float(), dim=1)
-        key = torch.linalg.vector_norm(self._seen(self.vectors.key_ND).float(), dim=1).amax()
-        if scorer.bias is not None and scorer.bias.of_target:
-            added += _largest(scorer.bias)
+        key = torch.linalg.vector_norm(self._of_windows(self.vectors.key_ND).float(), dim=1).amax()
         given_C = 2 * (query_C + key) + query_C * key
         hidden_C = _size(scorer.first) * given_C + torch.linalg.vector_norm(scorer.first.bias)
         slope = max(1.0, float(scorer.slope.weight.abs().max()))
@@ -195,30 +201,6 @@ class PairScores:
         terms = 4 * scorer.width + scorer.first.out_features + 16
         error_C: Tensor = terms * ROUNDING * (score_C / scorer.width + added)
         return error_C[:, None]
-
-
-@dataclass(frozen=True)
-class _Kinds:
-    """Which rows of a matrix are equal.
-
-    Attributes:
-        of_row: int64 [N]; first: int64 [kinds], one row of each kind.
-    """
-
-    of_row: Tensor
-    first: Tensor
-
-
-def _kinds_of(rows_ND: Tensor) -> _Kinds | None:
-    """The kinds of rows by a hash of their bits; None where two different rows have one hash."""
-    bits = rows_ND.float().contiguous().view(torch.int32).to(torch.int64)
-    rng = torch.Generator().manual_seed(0)
-    factor = torch.randint(-(2**62), 2**62, (rows_ND.shape[1],), generator=rng).to(bits.device) * 2 + 1
-    of_row = torch.unique((bits * factor).sum(1), return_inverse=True)[1]
-    first = torch.empty(int(of_row.max()) + 1, dtype=torch.int64, device=of_row.device)
-    first[of_row] = torch.arange(of_row.numel(), device=of_row.device)
-    same = bool((bits[first[of_row]] == bits).all())
-    return _Kinds(of_row, first) if same else None
 
 
 def _mapped(module: nn.Module | None, rows_RD: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ search consistent with the attention that follows it (TWIN, section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,8 @@ class Scorer(nn.Module):
 
     def window_bias(self, vectors: AttentionVectors, windows: Windows) -> Tensor | None:
         """What is added to a window's columns for every candidate: [W, X], or None where that is nothing."""
-        if self.bias is None and vectors.cross_N is None and windows.log_size is None:
-            return None
-        return self._window_bias(vectors, windows)
+        nothing = self.bias is None and vectors.cross_N is None and windows.log_size is None
+        return None if nothing else self._window_bias(vectors, windows)
 
     def _window_bias(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """The same, with -inf where the window holds nothing."""
@@ -132,6 +132,14 @@ class DotScorer(Scorer):
     def shares_bias(self) -> bool:
         return self.encoding is None and super().shares_bias
 
+    def _target_bias(self, vectors: AttentionVectors, windows: Windows) -> Tensor | None:
+        bias = super()._target_bias(vectors, windows)
+        if self.encoding is not None:
+            marks = windows.of_candidates().marks
+            added = self.encoding.scores(vectors.query_CD, marks, vectors.group_C)
+            bias = added if bias is None else bias + added
+        return bias
+
     def encode(self, vectors: AttentionVectors) -> AttentionVectors:
         query, key = vectors.query_CD, vectors.key_ND
         if self.encoding is not None:
@@ -144,47 +152,34 @@ class DotScorer(Scorer):
     def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """One batched product a head for all windows: the cost follows C x L, whatever a block holds."""
         with in_single_precision(vectors.key_ND.device):
-            return self._over_windows(vectors.in_full(), windows)
-
-    def _over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
-        slots = windows.slots
-        bias = self._window_bias(vectors, windows)[:, None, :]
-        beside = self._beside(vectors, windows)
-        width = vectors.query_CD.shape[1] // self.heads
-        scores = []
-        for head in range(self.heads):
-            part = slice(head * width, (head + 1) * width)
-            key_WXD = rows_at(vectors.key_ND[:, part], windows.index)
-            query_WSD = slots.spread(vectors.query_CD[:, part])
-            score = slots.collect(torch.baddbmm(bias, query_WSD, key_WXD.transpose(1, 2)))
-            scores.append(score if beside is None else score + beside)
-        return scores[0][:, None] if self.heads == 1 else torch.stack(scores, dim=1)
+            vectors, slots = vectors.in_full(), windows.slots
+            bias = self._window_bias(vectors, windows)[:, None, :]
+            beside = self._target_bias(vectors, windows)
+            width = vectors.query_CD.shape[1] // self.heads
+            scores = []
+            for head in range(self.heads):
+                part = slice(head * width, (head + 1) * width)
+                key_WXD = rows_at(vectors.key_ND[:, part], windows.index)
+                query_WSD = slots.spread(vectors.query_CD[:, part])
+                score = slots.collect(torch.baddbmm(bias, query_WSD, key_WXD.transpose(1, 2)))
+                scores.append(score if beside is None else score + beside)
+            return scores[0][:, None] if self.heads == 1 else torch.stack(scores, dim=1)
 
     def of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
         with in_single_precision(vectors.key_ND.device):
-            return self._of_kept(vectors.in_full(), kept)
-
-    def _of_kept(self, vectors: AttentionVectors, kept: Selection) -> Tensor:
-        bias = self._kept_bias(vectors, kept)
-        if self.encoding is not None:
-            bias = bias + self.encoding.scores(vectors.query_CD, kept.marks, vectors.group_C)
-        # Heads are candidates and rows of their own, a head's width wide.
-        each = torch.arange(self.heads, device=kept.index.device)
-        index_CHK = kept.index[:, None] * self.heads + each[:, None]
-        query, key = (
-            part.unflatten(1, (self.heads, part.shape[1] // self.heads)).flatten(0, 1)
-            for part in (vectors.query_CD, vectors.key_ND)
-        )
-        score_CHK = dots(query, key, index_CHK.flatten(0, 1)).view(index_CHK.shape)
-        return score_CHK + bias[:, None]
-
-    def _beside(self, vectors: AttentionVectors, windows: Windows) -> Tensor | None:
-        bias = self._target_bias(vectors, windows)
-        if self.encoding is not None:
-            marks = windows.of_candidates().marks
-            added = self.encoding.scores(vectors.query_CD, marks, vectors.group_C)
-            bias = added if bias is None else bias + added
-        return bias
+            vectors = vectors.in_full()
+            bias = self._kept_bias(vectors, kept)
+            if self.encoding is not None:
+                bias = bias + self.encoding.scores(vectors.query_CD, kept.marks, vectors.group_C)
+            # Heads are candidates and rows of their own, a head's width wide.
+            each = torch.arange(self.heads, device=kept.index.device)
+            index_CHK = kept.index[:, None] * self.heads + each[:, None]
+            query, key = (
+                part.unflatten(1, (self.heads, part.shape[1] // self.heads)).flatten(0, 1)
+                for part in (vectors.query_CD, vectors.key_ND)
+            )
+            score_CHK = dots(query, key, index_CHK.flatten(0, 1)).view(index_CHK.shape)
+            return score_CHK + bias[:, None]
 
 
 class MlpScorer(Scorer):
@@ -208,37 +203,26 @@ class MlpScorer(Scorer):
         Keys are multiplied once for all candidates of their window. Autocast halves the layers, not what is
         added to their scores.
         """
-        tiling = tiling_of(vectors.key_ND.device)
-        counts = windows.host_counts
+        tiling, counts = tiling_of(vectors.key_ND.device), windows.host_counts
         groups = tiling.groups(counts, windows.index.shape[1] * self.first.out_features)
-        recompute = torch.is_grad_enabled() and (tiling.always_again or len(groups) > 1)
-        score = full(self._by_groups(vectors, windows, groups, recompute))
+        score_of: Callable[..., Tensor] = self._side_by_side
+        if torch.is_grad_enabled() and (tiling.always_again or len(groups) > 1):
+            # Once more in the backward pass, which then keeps no [C, X, E].
+            score_of = partial(checkpoint, score_of, use_reentrant=False, preserve_rng_state=False)
+        parts = [score_of(*each) for each in _cut(vectors, windows, groups)]
+        if not parts:
+            parts.append(vectors.query_CD.new_zeros(0, windows.index.shape[1]))
+        score = full(parts[0] if len(parts) == 1 else torch.cat(parts))
         with in_single_precision(score.device):
             score = score + rows_at(self._window_bias(vectors, windows), windows.of_candidate)
             bias = self._target_bias(vectors, windows)
         return (score if bias is None else score + bias)[:, None]
 
-    def _by_groups(
-        self, vectors: AttentionVectors, windows: Windows, groups: Sequence[slice], recompute: bool
-    ) -> Tensor:
-        """Scores of the layers alone, [C, X]; `recompute`: in the backward pass, which keeps no [C, X, E]."""
-        if len(groups) == 1:
-            cut = [(vectors.query_CD, rows_at(vectors.key_ND, windows.index), windows.slots)]
-        else:
-            cut = list(_cut(vectors, windows, groups))
-        if not cut:
-            return vectors.query_CD.new_zeros(0, windows.index.shape[1])
-        if not recompute:
-            return _joined([self._side_by_side(*given) for given in cut])
-        return _joined(
-            [
-                checkpoint(self._side_by_side, *given, use_reentrant=False, preserve_rng_state=False)
-                for given in cut
-            ]
-        )
-
     def _side_by_side(self, query_CD: Tensor, key_WXD: Tensor, slots: Slots) -> Tensor:
-        of_query_CE, folded_CDE = self._folded(query_CD)
+        # The first layer with the query folded into its weights: a bias [C, E] and a map of a key [C, D, E].
+        query, key, difference, product = self.first.weight.split(self.width, dim=1)
+        of_query_CE = F.linear(query_CD, query + difference, self.first.bias)
+        folded_CDE = (key - difference).T + query_CD.unsqueeze(2) * product.T
         folded = slots.spread(folded_CDE).transpose(1, 2).flatten(2)
         bias = slots.spread(of_query_CE).flatten(1)[:, None]
         hidden_WXSE = torch.baddbmm(bias, key_WXD, folded).unflatten(2, (slots.shape[1], -1))
@@ -254,17 +238,14 @@ class MlpScorer(Scorer):
         with in_single_precision(score_CK.device):
             return (score_CK + self._kept_bias(vectors, kept))[:, None]
 
-    def _folded(self, query_CD: Tensor) -> tuple[Tensor, Tensor]:
-        """The first layer with the query folded into its weights: bias [C, E] and map of a key [C, D, E]."""
-        query, key, difference, product = self.first.weight.split(self.width, dim=1)
-        of_query_CE = F.linear(query_CD, query + difference, self.first.bias)
-        return of_query_CE, (key - difference).T + query_CD.unsqueeze(2) * product.T
-
 
 def _cut(
     vectors: AttentionVectors, windows: Windows, groups: Sequence[slice]
 ) -> Iterator[tuple[Tensor, Tensor, Slots]]:
     """Queries, keys and slots of each group of windows."""
+    if len(groups) == 1:
+        yield vectors.query_CD, rows_at(vectors.key_ND, windows.index), windows.slots
+        return
     counts = windows.host_counts
     held = [sum(counts[each]) for each in groups]
     query, window = vectors.query_CD.split(held), windows.of_candidate.split(held)
@@ -273,10 +254,6 @@ def _cut(
     for place, each in enumerate(groups):
         slots = Slots(window[place] - each.start, sizes[place], counts[each])
         yield query[place], key[place], slots
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def twin_projections(width: int, out: int) -> tuple[nn.Linear, nn.Linear]:

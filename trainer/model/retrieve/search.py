@@ -188,12 +188,8 @@ def best_columns(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Ten
         return window_search.best_columns(vectors.query_CD, vectors.key_ND, windows, bias_WX, k)
     if isinstance(scorer, DotScorer) and doubt is not None and pays(scorer, vectors, windows):
         return columns_of_slices(scorer, vectors, windows, k, doubt)
-    return by_product(query, k, doubt)
-
-
-def by_product(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tensor]:
-    """The plain form, of all scorers on all devices: scores of whole windows, then the best of them."""
-    score_CHX = query.scorer.over_windows(query.vectors, query.windows)
+    # The plain form, of all scorers on all devices: scores of whole windows, then the best of them.
+    score_CHX = scorer.over_windows(vectors, windows)
     if score_CHX.shape[1] == 1:
         return top_columns(score_CHX[:, 0], k, doubt=doubt)
     return round_robin(score_CHX, k, doubt)

@@ -101,9 +101,9 @@ def same_as_plain(device: torch.device) -> bool:
             index, mask, Marks(none, none, none), None, of_candidate, of_stretches, counts=(3, 1, 1)
         )
         for added in (bias, None):
-            found = best_columns(query, key, windows, added, k)
+            kernel = best_columns(query, key, windows, added, k)
             plain = plain_best_columns(query, key, windows, added, k)
-            if not all(torch.equal(mine, theirs) for mine, theirs in zip(found, plain, strict=True)):
+            if not all(torch.equal(mine, theirs) for mine, theirs in zip(kernel, plain, strict=True)):
                 return False
     return True
 
@@ -111,18 +111,11 @@ def same_as_plain(device: torch.device) -> bool:
 def fits(query_CD: Tensor, key_ND: Tensor, windows: Windows, k: int) -> bool:
     """Whether the kernel can work on these: float32, rows of whole 16 bytes, few enough columns."""
     (count, width), dim = windows.index.shape, key_ND.shape[1]
-    most = max(windows.host_counts, default=0)
-    return (
-        key_ND.dtype == query_CD.dtype == torch.float32
-        and 0 < dim <= _WIDEST
-        and dim % 4 == 0
-        and 0 < k <= _MOST_KEPT
-        and _fits(Cut.of(dim, width, max(most, 1)), count, k)
-    )
-
-
-def _fits(cut: Cut, windows: int, k: int) -> bool:
-    return cut.spans * k <= _MOST_LEFT and windows * cut.tiles * cut.spans <= _MOST_PROGRAMS
+    if not (key_ND.dtype == query_CD.dtype == torch.float32 and 0 < dim <= _WIDEST and dim % 4 == 0):
+        return False
+    cut = Cut.of(dim, width, max((1, *windows.host_counts)))
+    programs = count * cut.tiles * cut.spans
+    return 0 < k <= _MOST_KEPT and cut.spans * k <= _MOST_LEFT and programs <= _MOST_PROGRAMS
 
 
 def best_columns(

@@ -207,18 +207,9 @@ def search_kernel(
                 _write_some(score, x, (begin + c) * spans + span, k, some_score, some_column, SLOTS)
 
 
-# fmt: on
 @triton.jit(do_not_specialize=["left", "k", "width"])
 def merge_kernel(
-    some_score,
-    some_column,
-    kept_column,
-    kept_mask,
-    left,
-    k,
-    width,
-    LEFT: tl.constexpr,
-    SLOTS: tl.constexpr,
+    some_score, some_column, kept_column, kept_mask, left, k, width, LEFT: tl.constexpr, SLOTS: tl.constexpr,
 ):
     """One program a candidate: the K best of what its window's spans have left, [C, left]."""
     candidate = tl.program_id(0).to(tl.int64)
@@ -226,6 +217,7 @@ def merge_kernel(
     score = tl.load(some_score + candidate * left + x, mask=x < left, other=float("-inf"))
     column = tl.load(some_column + candidate * left + x, mask=score > float("-inf"), other=0)
     _write(score, x, column, candidate, k, width, kept_column, kept_mask, SLOTS)
+# fmt: on
 
 
 def constants(cut: Cut, dim: int, k: int, *, stretch: bool, biased: bool) -> dict[str, Any]:

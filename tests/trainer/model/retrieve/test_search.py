@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from tests.helpers.model_references import hamming, pack_bits
 from tests.helpers.models import BEHAVIORS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows
 from trainer.model.ops.signs import random_planes, sign_bits
-from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.dot import DotSearch, SoftSearch
 from trainer.model.retrieve.hard import HardSearch
 from trainer.model.retrieve.score import AttentionVectors, DotScorer
 from trainer.model.retrieve.search import Query, round_robin
 from trainer.model.retrieve.simhash import HammingSearch
-from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.time import TimeBias
 from trainer.model.windows import Selection, Windows
 

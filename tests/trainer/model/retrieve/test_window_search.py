@@ -17,10 +17,9 @@ from tests.helpers.models import GROUPS, MARK_ROWS, draw, drawing
 from tests.helpers.searched_windows import Searched, all_scores, check, drawn_long, searched
 from trainer.model.ops.kernels import agrees, power_of_two
 from trainer.model.retrieve import window_search
-from trainer.model.retrieve.dot import DotSearch
+from trainer.model.retrieve.dot import DotSearch, SoftSearch
 from trainer.model.retrieve.score import AttentionVectors, DotScorer
 from trainer.model.retrieve.search import Query
-from trainer.model.retrieve.soft import SoftSearch
 from trainer.model.retrieve.window_search import Cut, fits, pays, plain_best_columns
 from trainer.model.time import TimeBias
 
