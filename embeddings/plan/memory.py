@@ -9,7 +9,7 @@ from typing import Any
 
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import Shard, ShardingOption, Storage, Topology
+from torchrec.distributed.planner.types import ShardingOption, Storage, Topology
 
 from embeddings.plan.request import Cluster
 from embeddings.plan.tables import Table
@@ -107,17 +107,16 @@ def memory_of_ranks(
     """What each rank holds under the chosen options."""
     held = [RankMemory() for _ in range(world_size)]
     for option in options:
+        table = tables[option.name]
         for shard in option.shards:
-            held[shard.rank] += _shard_memory(tables[option.name], option.compute_kernel, shard, device)
+            weights, optimizer = table.weights(*shard.size), table.optimizer.state_bytes(*shard.size)
+            if "uvm" in option.compute_kernel and device == "cuda":
+                there = RankMemory(0, 0, shard.storage.hbm, shard.storage.ddr, weights, optimizer)
+            else:
+                buffers = memory_of(shard.storage, device) - weights - optimizer
+                there = RankMemory(weights, optimizer, buffers)
+            held[shard.rank] += there
     return held
-
-
-def _shard_memory(table: Table, kernel: str, shard: Shard, device: str) -> RankMemory:
-    weights, optimizer = table.weights(*shard.size), table.optimizer.state_bytes(*shard.size)
-    if "uvm" in kernel and device == "cuda":
-        there = {"host_weights": weights, "host_optimizer": optimizer}
-        return RankMemory(buffers=shard.storage.hbm, host=shard.storage.ddr, **there)
-    return RankMemory(weights, optimizer, memory_of(shard.storage, device) - weights - optimizer)
 
 
 def memory_of(storage: Storage, device: str) -> int:
