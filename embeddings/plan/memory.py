@@ -63,15 +63,11 @@ class StorageEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]
         for option in sharding_options:
             table = self._tables[option.name]
             for shard in option.shards:
-                missing = table.optimizer.state_bytes(*shard.size) - counted_optimizer(table, shard.size)
+                weights = table.weights(*shard.size)
+                counted = {"row": -(-weights // table.dim), "weight": weights, "none": 0}
+                missing = table.optimizer.state_bytes(*shard.size) - counted[table.optimizer.state]
                 in_hbm = topology_of(self).compute_device == "cuda" and "uvm" not in option.compute_kernel
                 shard.storage += Storage(hbm=missing, ddr=0) if in_hbm else Storage(hbm=0, ddr=missing)
-
-
-def counted_optimizer(table: Table, size: Sequence[int]) -> int:
-    """Bytes of optimizer state that TorchRec's own estimate counts for a shard."""
-    weights = table.weights(*size)
-    return {"row": -(-weights // table.dim), "weight": weights, "none": 0}[table.optimizer.state]
 
 
 @dataclass(frozen=True)
