@@ -223,13 +223,12 @@ def _batches(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[RequestB
 
 def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeature]:
     """What carries the features of a batch, as the log has it."""
-    found = {}
+    inputs = {}
     for name in batch.features.keys():  # noqa: SIM118 - no dict
-        info = manifest.features[name]
-        found[name] = InputFeature(side=info.side, multi=info.multi)
+        inputs[name] = InputFeature(side=manifest.features[name].side, multi=manifest.features[name].multi)
     for name in () if batch.context is None else batch.context.keys():
-        found[name] = InputFeature(side="context", multi=manifest.context[name].multi)
-    return found
+        inputs[name] = InputFeature(side="context", multi=manifest.context[name].multi)
+    return inputs
 
 
 def copy_wanted_vocabularies(

@@ -7,7 +7,7 @@ size of the model. `trainer.snapshot.publishing` then gives the folder its numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -65,23 +65,18 @@ class Source:
 
 @dataclass
 class Draft:
-    """A version that is being written into `folder`, as a delta where there is a base.
-
-    Attributes:
-        matrices: the descriptions of what has been written, by stem.
-    """
+    """A version that is being written into `folder`, as a delta where there is a base."""
 
     folder: Path
     source: Source
     dtypes: Mapping[str, Dtype]
     base: Chain | None = None
     watch: Watch | None = None
-    matrices: dict[str, StoredRows] = field(default_factory=dict)
 
     def write_tables(self) -> dict[str, tuple[SnapshotTable, ...]]:
         """All tables of all groups, for the manifest."""
         (self.folder / "tables").mkdir()
-        found = {}
+        tables = {}
         for name, group in self.source.groups.items():
             entries = []
             for place, table in enumerate(group.tables):
@@ -90,8 +85,8 @@ class Draft:
                 rows = partial(self._table_rows, name, table.feature, key)
                 stored = self._write(table_stem(name, place), key, shape, self.dtypes[name], rows)
                 entries.append(SnapshotTable(feature=table.feature, **stored.model_dump()))
-            found[name] = tuple(entries)
-        return found
+            tables[name] = tuple(entries)
+        return tables
 
     def write_search(self, dense: Mapping[str, Tensor]) -> dict[str, SearchPart]:
         """The search part of each branch that has one; in fp32 where its attention tables are, else fp16."""
