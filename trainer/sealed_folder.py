@@ -153,7 +153,7 @@ def publish(part: Path, final: Path, *, aside: Path | None = None, synced: bool 
 
 def retire(folder: Path, name: str, *, strict: bool = False) -> None:
     """Rename a folder to `<name>.tmp-<id>`, so that nobody finds half of it, and `remove_folder` it."""
-    gone = folder.with_name(f"{name}.tmp-{_new_id()}")
+    gone = folder.with_name(f"{name}.tmp-{uuid.uuid4().hex[:12]}")
     folder.rename(gone)
     remove_folder(gone, strict=strict)
 
@@ -257,8 +257,8 @@ def scratch(
     """
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent, f"{glob.escape(name)}.tmp-*", owns=owns, rescue=rescue)
-    folder = parent / f"{name}.tmp-{_new_id()}"
-    with locked(_lock_of(folder), _STAYS):
+    folder = parent / f"{name}.tmp-{uuid.uuid4().hex[:12]}"
+    with locked(folder.with_name(f"{folder.name}.lock"), _STAYS):
         try:
             folder.mkdir()
             yield folder
@@ -272,14 +272,6 @@ def _listed(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except OSError:
         return []
-
-
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
-
-
-def _new_id() -> str:
-    return uuid.uuid4().hex[:12]
 
 
 def sweep(
@@ -300,7 +292,7 @@ def sweep(
     stale = {entry.removesuffix(".lock") for entry in entries if owns or entry.endswith(".lock")}
     for folder in (parent / entry for entry in sorted(stale)):
         with suppress(OSError), ExitStack() as held:
-            if alone or held.enter_context(locked(_lock_of(folder), _STAYS)):
+            if alone or held.enter_context(locked(folder.with_name(f"{folder.name}.lock"), _STAYS)):
                 if rescue is not None:
                     rescue(folder)
                 remove_folder(folder)
