@@ -6,11 +6,11 @@ in vain and each ends with a line that names the cause.
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -32,16 +32,16 @@ def from_rank_0(compute: Callable[[], Value], group: Group = None, slow: bool = 
 
     Raises:
         TandemError: rank 0's, on every rank. Anything else that rank 0 raised is raised there, and is a
-            RankError that repeats it on the others.
+            RankError that repeats it on the others; so is a value that cannot be pickled.
     """
-    answers, failure = [_Answer()], None
+    answers, failure = [b""], None
     with unhurried() if slow else nullcontext():
         if dist.get_rank(group) == 0:
             answers[0], failure = _answer_of(compute, 0)
     dist.broadcast_object_list(answers, src=0, group=group)
     if failure is not None:
         raise failure
-    value: Value = answers[0].value_or_raise()
+    value: Value = _value_of(answers[0])
     return value
 
 
@@ -57,11 +57,11 @@ def from_every_rank(compute: Callable[[], Value], group: Group = None, slow: boo
     """
     with unhurried() if slow else nullcontext():
         mine, failure = _answer_of(compute, dist.get_rank(group))
-    answers = [_Answer()] * dist.get_world_size(group)
+    answers = [b""] * dist.get_world_size(group)
     dist.all_gather_object(answers, mine, group=group)
     if failure is not None:
         raise failure
-    return [answer.value_or_raise() for answer in answers]
+    return [_value_of(answer) for answer in answers]
 
 
 @contextmanager
@@ -119,30 +119,25 @@ def _wait_for_all(store: dist.Store, patience_s: float) -> None:
         time.sleep(_LOOK_S)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What a rank tells the others: a value, or why there is none."""
+def _answer_of(compute: Callable[[], Any], rank: int) -> tuple[bytes, BaseException | None]:
+    """What the other ranks are told, and the error that this rank raises itself.
 
-    value: Any = None
-    problem: TandemError | None = None
-
-    def value_or_raise(self) -> Any:
-        if self.problem is not None:
-            raise self.problem
-        return self.value
-
-
-def _answer_of(compute: Callable[[], Any], rank: int) -> tuple[_Answer, BaseException | None]:
-    """-> what the other ranks are told, and the error that this rank raises itself."""
+    It is pickled here, so that a value that cannot be pickled is a failure like any other.
+    """
     try:
-        return _Answer(compute()), None
+        return pickle.dumps((compute(), None)), None
     except BaseException as error:
         # Of any kind, an interrupt too: the others wait for this rank's answer.
-        return _Answer(problem=_for_others(error, rank)), error
+        if isinstance(error, TandemError):
+            with suppress(Exception):
+                return pickle.dumps((None, error)), error
+        text = " ".join(str(error).split())
+        told = RankError(f"rank {rank} failed with {type(error).__name__}{f': {text}' if text else ''}")
+        return pickle.dumps((None, told)), error
 
 
-def _for_others(error: BaseException, rank: int) -> TandemError:
-    if isinstance(error, TandemError):
-        return error
-    text = " ".join(str(error).split())
-    return RankError(f"rank {rank} failed with {type(error).__name__}{f': {text}' if text else ''}")
+def _value_of(answer: bytes) -> Any:
+    value, problem = pickle.loads(answer)
+    if problem is not None:
+        raise problem
+    return value

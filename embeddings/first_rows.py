@@ -64,14 +64,12 @@ def initial_rows_(
             rows = torch.arange(start, stop, device=weight.device, dtype=torch.int64) + row_offset
             row_key = _mix(_mix(rows & _MASK ^ seed) + (rows >> 32) & _MASK)
             bits = _mix(row_key[:, None] ^ column_key[None, :])
-            weight[start:stop] = (_values(bits >> 8, first.kind) * first.scale).to(weight.dtype)
+            bits = bits >> 8  # 24 random ones are left
+            if first.kind == "uniform":
+                values = bits.to(torch.float32) * 2.0**-24 * 2 - 1
+            else:
+                # In double precision, so that rounding does not depend on where in a shard a value lies.
+                symmetric = (bits.to(torch.float64) + 0.5) * 2.0**-23 - 1
+                values = (torch.erfinv(symmetric) * 2**0.5).to(torch.float32)
+            weight[start:stop] = (values * first.scale).to(weight.dtype)
     return weight
-
-
-def _values(bits: Tensor, kind: str) -> Tensor:
-    """24 random bits -> values of the distribution with scale 1."""
-    if kind == "uniform":
-        return bits.to(torch.float32) * 2.0**-24 * 2 - 1
-    # In double precision, so that rounding does not depend on where in a shard a value lies.
-    symmetric = (bits.to(torch.float64) + 0.5) * 2.0**-23 - 1
-    return (torch.erfinv(symmetric) * 2**0.5).to(torch.float32)

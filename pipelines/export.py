@@ -64,10 +64,6 @@ class _Run:
     step: int
     split: str
 
-    @property
-    def source(self) -> Source:
-        return Source(self.config, self.groups, self.reader)
-
     def requests(self, candidates: int | None = None) -> SequenceLogReader:
         """The split that scores are compared on, in steps of the run's size or of another."""
         changes = {} if candidates is None else {"batch_candidates": candidates}
@@ -116,7 +112,7 @@ def export(
             raise SnapshotError(base.path, f"builds on {LONGEST_CHAIN - 1} others; export without --since")
         dtypes = group_dtypes(opened.config, dtype, attention_dtype)
         with drafting(out) as part:
-            manifest, parity = _write(part, opened, dtypes, base, ranks, (parity_requests, vocabularies))
+            manifest, parity = _write(part, opened, dtypes, base, ranks, parity_requests, vocabularies)
             if aoti:
                 code = write_code(part, load_snapshot(part))
                 manifest = manifest.model_copy(update={"code": (code,)})
@@ -153,19 +149,17 @@ def _write(
     dtypes: Mapping[str, Dtype],
     base: Chain | None,
     ranks: Ranks,
-    wanted: tuple[int, bool | None],
+    parity_requests: int,
+    vocabularies: bool | None,
 ) -> tuple[SnapshotManifest, Parity]:
-    """Everything of a version but its number, and how it compares to the trainer.
-
-    `wanted`: parity requests, and whether vocabularies go along.
-    """
-    parity_requests, vocabularies = wanted
+    """Everything of a version but its number, and how it compares to the trainer."""
     with closing(run.requests(_RECORDED_CANDIDATES).steps()) as steps:
         recorded = next(steps).batch
     found = rows_of_requests(_batches(recorded, run, parity_requests), run.groups, run.config)
     tables = {g.table_name(t.feature): t.feature for g in run.groups.values() for t in g.tables}
-    draft = Draft(part, run.source, dtypes, base, partial(found.watch, tables))
-    dense = run.source.dense()
+    source = Source(run.config, run.groups, run.reader)
+    draft = Draft(part, source, dtypes, base, partial(found.watch, tables))
+    dense = source.dense()
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
     trainer = PartialModel(run.config, run.manifest, ranks, dense, found)
@@ -229,13 +223,12 @@ def _batches(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[RequestB
 
 def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeature]:
     """What carries the features of a batch, as the log has it."""
-    found = {}
+    inputs = {}
     for name in batch.features.keys():  # noqa: SIM118 - no dict
-        info = manifest.features[name]
-        found[name] = InputFeature(side=info.side, multi=info.multi)
+        inputs[name] = InputFeature(side=manifest.features[name].side, multi=manifest.features[name].multi)
     for name in () if batch.context is None else batch.context.keys():
-        found[name] = InputFeature(side="context", multi=manifest.context[name].multi)
-    return found
+        inputs[name] = InputFeature(side="context", multi=manifest.context[name].multi)
+    return inputs
 
 
 def copy_wanted_vocabularies(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,30 +41,34 @@ class Parity:
         """For a terminal."""
         if not self.requests:
             return ["parity on the recorded requests only"]
-        kept = "".join(f"; {share:.4%} of the search's top K kept ({n})" for n, share in self.overlap.items())
-        return [
+        lines = [
             f"parity on {self.candidates:,} candidates of {self.requests:,} {split} requests: largest "
-            f"difference {self.worst:.3g}, mean {self.mean:.3g}, {self.equal:.2%} bit-equal",
-            *self._aucs(kept),
+            f"difference {self.worst:.3g}, mean {self.mean:.3g}, {self.equal:.2%} bit-equal"
         ]
-
-    def _aucs(self, kept: str) -> Iterator[str]:
-        """A line for every task; what the search keeps belongs to all of them."""
-        for place, (task, (before, after)) in enumerate(self.auc.items()):
+        # On the first task's line: what the search keeps belongs to all of them.
+        kept = "".join(f"; {share:.4%} of the search's top K kept ({n})" for n, share in self.overlap.items())
+        for task, (before, after) in self.auc.items():
             name = f" of {task}" if len(self.auc) > 1 else ""
             values = f"{number(before, 6)} by the trainer, {number(after, 6)} by the snapshot"
             missing = "; all of these labels are alike" if math.isnan(before) else ""
-            yield f"AUC{name} {values}{missing}{kept if not place else ''}"
+            lines.append(f"AUC{name} {values}{missing}{kept if len(lines) == 1 else ''}")
+        return lines
 
 
 def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader, limit: int) -> Parity:
     """Score the first `limit` requests of a split with both."""
     branches = snapshot.manifest.config.model.all_branches()
-    # The other searches keep the same behaviors whatever the tables hold.
+    # Branch -> behaviors that both searches keep, and that the trainer's keeps. Searches that do not go by
+    # scores keep the same behaviors whatever the tables hold.
     counts = {name: [0, 0] for name, branch in branches.items() if branch.search_kind.by_score}
 
     def by_trainer(batch: RequestBatch) -> Tensor:
-        _count(counts, trainer, snapshot, batch)
+        if counts:
+            theirs, own = trainer.search(batch), snapshot.model.search(batch)
+            for name, count in counts.items():
+                pairs = _pairs(theirs[name])
+                count[0] += int(torch.isin(_pairs(own[name]), pairs).sum())
+                count[1] += pairs.numel()
         return trainer.score(batch)
 
     first = score_requests(by_trainer, reader, limit)
@@ -82,19 +86,6 @@ def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader
         },
         overlap={name: both / max(all_, 1) for name, (both, all_) in counts.items()},
     )
-
-
-def _count(
-    counts: Mapping[str, list[int]], trainer: PartialModel, snapshot: Snapshot, batch: RequestBatch
-) -> None:
-    """Add what the searches keep of a batch: behaviors that both keep, and that the trainer's keeps."""
-    if not counts:
-        return
-    by_trainer, by_snapshot = trainer.search(batch), snapshot.model.search(batch)
-    for name, count in counts.items():
-        pairs = _pairs(by_trainer[name])
-        count[0] += int(torch.isin(_pairs(by_snapshot[name]), pairs).sum())
-        count[1] += pairs.numel()
 
 
 def _pairs(kept: Selection) -> Tensor:

@@ -260,10 +260,18 @@ def plan_request(
     cluster: Cluster,
     size: StepSize | None = None,
 ) -> PlanRequest:
-    """The planner's question for a model and its groups; without a step's size it looks at memory only."""
+    """The planner's question for a model and its groups; without a step's size it looks at memory only.
+
+    Raises:
+        ConfigError: a group is to be trained with a rounding that this device does not have.
+    """
     model, groups = built
-    if size is not None:
-        _check_rounding(groups, cluster.device)
+    for name, group in groups.items() if size is not None else ():
+        if group.stochastic_rounding and cluster.device == "cpu":
+            raise ConfigError(
+                f"groups.{name}.stochastic_rounding = true needs a GPU: on a CPU, FBGEMM's kernels round to "
+                "nearest; leave it out, or set it to false for the same rounding on both"
+            )
     cluster = replace(cluster, bandwidths=config.plan.bandwidths(cluster.bandwidths))
     place = config.model.lookup, cluster.device
     step_lookups = {} if size is None else lookups(config, groups, manifest, size, *place)
@@ -271,18 +279,6 @@ def plan_request(
     return PlanRequest(
         model, tuple(groups.values()), cluster, config.plan.rules(), step_lookups, comms, voice.say
     )
-
-
-def _check_rounding(groups: Mapping[str, TableGroup], device: str) -> None:
-    """Raises:
-    ConfigError: a group is to be trained with a rounding that this device does not have.
-    """
-    for name, group in groups.items():
-        if group.stochastic_rounding and device == "cpu":
-            raise ConfigError(
-                f"groups.{name}.stochastic_rounding = true needs a GPU: on a CPU, FBGEMM's kernels round to "
-                "nearest; leave it out, or set it to false for the same rounding on both"
-            )
 
 
 def cluster_of(ranks: Ranks) -> Cluster:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import fnmatch
+import glob
 import hashlib
 import os
 import re
@@ -128,12 +130,38 @@ class Seal:
         return f"{hashlib.sha256(manifest).hexdigest()}{named}\n".encode()
 
 
-def publish(part: Path, final: Path) -> None:
-    """Give a folder its name, once all that is in it has reached the disk."""
-    for path in (*part.rglob("*"), part):
-        sync(path)
-    part.rename(final)
+def publish(part: Path, final: Path, *, aside: Path | None = None, synced: bool = False) -> None:
+    """Give a folder its name, once all that is in it has reached the disk.
+
+    Args:
+        aside: where a folder goes that has the name already; it comes back if this one cannot take its place.
+        synced: all that is in it has reached the disk already.
+    """
+    if not synced:
+        sync_tree(part)
+    replaced = aside if aside is not None and final.exists() else None
+    if replaced is not None:
+        final.rename(replaced)
+    try:
+        part.rename(final)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(final)
+        raise
     sync(final.parent)
+
+
+def retire(folder: Path, name: str, *, strict: bool = False) -> None:
+    """Rename a folder to `<name>.tmp-<id>`, so that nobody finds half of it, and `remove_folder` it."""
+    gone = folder.with_name(f"{name}.tmp-{uuid.uuid4().hex[:12]}")
+    folder.rename(gone)
+    remove_folder(gone, strict=strict)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have a folder with all that is in it reach the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def sync(path: Path) -> None:
@@ -228,9 +256,9 @@ def scratch(
         rescue: is called with a folder that is about to go.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    _sweep(parent, name, owns, rescue)
+    sweep(parent, f"{glob.escape(name)}.tmp-*", owns=owns, rescue=rescue)
     folder = parent / f"{name}.tmp-{uuid.uuid4().hex[:12]}"
-    with locked(_lock_of(folder), _STAYS):
+    with locked(folder.with_name(f"{folder.name}.lock"), _STAYS):
         try:
             folder.mkdir()
             yield folder
@@ -246,16 +274,25 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
+def sweep(
+    parent: Path,
+    pattern: str,
+    *,
+    owns: bool = False,
+    alone: bool = False,
+    rescue: Callable[[Path], None] | None = None,
+) -> None:
+    """Delete the temporary folders that killed processes left.
 
-
-def _sweep(parent: Path, name: str, owns: bool, rescue: Callable[[Path], None] | None) -> None:
-    found = [path.name for path in _listed(parent) if path.name.startswith(f"{name}.tmp-")]
-    stale = {entry.removesuffix(".lock") for entry in found if owns or entry.endswith(".lock")}
+    Args:
+        pattern: of their names; owns, rescue: see `scratch`.
+        alone: a lock on `parent` keeps other writers out, so that no folder has one of its own.
+    """
+    entries = fnmatch.filter((path.name for path in _listed(parent)), pattern)
+    stale = {entry.removesuffix(".lock") for entry in entries if owns or entry.endswith(".lock")}
     for folder in (parent / entry for entry in sorted(stale)):
         with suppress(OSError), ExitStack() as held:
-            if held.enter_context(locked(_lock_of(folder), _STAYS)):
+            if alone or held.enter_context(locked(folder.with_name(f"{folder.name}.lock"), _STAYS)):
                 if rescue is not None:
                     rescue(folder)
                 remove_folder(folder)
@@ -304,7 +341,14 @@ def naming(path: str | Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside `path` that takes its place once the body succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_parts(path)
+    # What killed processes of this host left of this very file goes, and what is older than a day.
+    any_part = re.compile(rf"{re.escape(f'.{path.name}.tmp-')}([A-Za-z0-9._]+-)?(\d+)")
+    for stale in _listed(path.parent):
+        if match := any_part.fullmatch(stale.name):
+            with suppress(OSError):
+                dead = match[1] == f"{_host()}-" and not _alive(int(match[2]))
+                if dead or time.time() - stale.stat().st_mtime > _DAY:
+                    stale.unlink()
     part = path.with_name(f".{path.name}.tmp-{_host()}-{os.getpid()}")
     try:
         with naming(path):
@@ -323,18 +367,6 @@ def write_text(path: Path, text: str) -> None:
 
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname()) or "host"
-
-
-def _sweep_parts(path: Path) -> None:
-    """Delete what killed processes of this host left of this very file, and what is older than a day."""
-    ours = re.compile(rf"{re.escape(f'.{path.name}.tmp-{_host()}-')}(\d+)")
-    any_ours = re.compile(rf"{re.escape(f'.{path.name}.tmp-')}([A-Za-z0-9._]+-)?\d+")
-    for stale in _listed(path.parent):
-        mine = ours.fullmatch(stale.name)
-        if any_ours.fullmatch(stale.name):
-            with suppress(OSError):
-                if (mine and not _alive(int(mine[1]))) or time.time() - stale.stat().st_mtime > _DAY:
-                    stale.unlink()
 
 
 def _alive(process: int) -> bool:

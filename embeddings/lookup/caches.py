@@ -16,12 +16,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
-from torchrec.distributed.types import (
-    CacheParams,
-    EmbeddingModuleShardingPlan,
-    ParameterSharding,
-    ShardingPlan,
-)
+from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ShardingPlan
 
 from embeddings.errors import ConfigError
 from embeddings.private import lookups
@@ -47,21 +42,18 @@ def with_prefetch(plan: ShardingPlan, modules: Collection[str]) -> tuple[Shardin
         for table, entry in tables.items():
             wanted = entry.compute_kernel == _CACHED and module in modules
             entries[table] = entry
-            if bool(entry.cache_params and entry.cache_params.prefetch_pipeline) != wanted:
-                entries[table] = _filled_ahead(table, entry, wanted)
-                changed.append(table)
+            cache = entry.cache_params or CacheParams()
+            if bool(cache.prefetch_pipeline) == wanted:
+                continue
+            if wanted and cache.algorithm not in (None, CacheAlgorithm.LRU):
+                raise ConfigError(
+                    f"table {table}: its cache has the algorithm {cache.algorithm.name}, but only LRU caches "
+                    'can be filled ahead; plan again, or set train.pipeline = "sparse_dist"'
+                )
+            entries[table] = replace(entry, cache_params=replace(cache, prefetch_pipeline=wanted))
+            changed.append(table)
         placed[module] = EmbeddingModuleShardingPlan(entries)
     return ShardingPlan(placed), changed
-
-
-def _filled_ahead(table: str, entry: ParameterSharding, wanted: bool) -> ParameterSharding:
-    cache = entry.cache_params or CacheParams()
-    if wanted and cache.algorithm not in (None, CacheAlgorithm.LRU):
-        raise ConfigError(
-            f"table {table}: its cache has the algorithm {cache.algorithm.name}, but only LRU caches can be "
-            'filled ahead; plan again, or set train.pipeline = "sparse_dist"'
-        )
-    return replace(entry, cache_params=replace(cache, prefetch_pipeline=wanted))
 
 
 def fills_caches(plan: ShardingPlan) -> bool:

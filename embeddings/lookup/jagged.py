@@ -36,11 +36,6 @@ def select_bags(kjt: KeyedJaggedTensor, bags_S: Tensor, one_id: bool | None = No
         one_id = values.numel() == len(keys) * bags and bool((kjt.lengths() == 1).all())
     if one_id:
         return one_id_bags(keys, values.view(len(keys), bags).index_select(1, bags_S))
-    return _select_jagged(kjt, bags_S)
-
-
-def _select_jagged(kjt: KeyedJaggedTensor, bags_S: Tensor) -> KeyedJaggedTensor:
-    keys, bags = kjt.keys(), kjt.stride()
     key_start = torch.arange(len(keys), device=bags_S.device) * bags
     flat = (key_start[:, None] + bags_S[None, :]).reshape(-1)
     lengths = kjt.lengths().index_select(0, flat)

@@ -6,13 +6,14 @@ Names of parameters and state are TorchRec's own, so a checkpoint does not depen
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
@@ -36,7 +37,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.compile import BagCollection, SequenceCollection, side_by_side, weight_name
-from embeddings.lookup.empty_shards import admit_empty_shards
 from embeddings.lookup.replicated import ReplicatedOptimizer
 from embeddings.private import fused_optimizer, lookups, mark_as_updated, set_fused_optimizer
 
@@ -68,15 +68,15 @@ class Strides:
     """The largest stride over all ranks, asked for once for each batch however many groups look it up."""
 
     def __init__(self) -> None:
-        self._asked: Any = lambda: None
+        self._features: Any = lambda: None
         self._largest = 0
 
     def largest(self, features: KeyedJaggedTensor) -> int:
         """Collective, unless the same object was asked for just before, which holds on all ranks alike."""
-        if self._asked() is not features:
+        if self._features() is not features:
             stride = torch.tensor(features.stride(), dtype=torch.int64)
             dist.all_reduce(stride, dist.ReduceOp.MAX)
-            self._asked, self._largest = weakref.ref(features), int(stride)
+            self._features, self._largest = weakref.ref(features), int(stride)
         return self._largest
 
 
@@ -95,6 +95,39 @@ def with_empty_bags(features: KeyedJaggedTensor, stride: int) -> KeyedJaggedTens
     )
 
 
+def leaves_ranks_empty(rows: int, ranks: int) -> bool:
+    """Whether row shards of a table leave some of so many ranks without a row.
+
+    A table of R rows is cut into blocks of ceil(R / W) rows over W ranks, so the last ranks get none where R
+    is small: 31 rows on 9 ranks are seven blocks of 4, one of 3 and an empty one.
+    """
+    return (ranks - 1) * -(-rows // ranks) >= rows
+
+
+def admit_empty_shards(kernels: Iterable[nn.Module]) -> None:
+    """Have the kernels of a sharded collection, as they were just made, work with tables of no rows.
+
+    No id ever asks for such a table on this rank; but the kernels look at its size (fbgemm 1.8):
+      * one goes on to the next table until it finds rows, so behind an empty last table it reads whatever
+        lies in memory there: one row more is announced than there are;
+      * without a single weight they take themselves for kernels of a GPU: one row is kept that no table has.
+
+    Kernels of a GPU are left alone. As their sources read (fbgemm 1.8, nothing was tried): whether they are
+    those of a CPU is told by weights that only a CPU has; they find a table's rows by its own offset, go
+    through no others, update nothing without ids, and make no cache for tables without rows.
+    """
+    for lookup in kernels:
+        for kernel in lookup.modules():
+            if not isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen) or not kernel.use_cpu:
+                continue
+            rows = [rows for rows, *_ in kernel.embedding_specs]
+            if rows[-1] == 0:
+                kernel.hash_size_cumsum[-1] += 1
+            if not any(rows):
+                weights = kernel.weights_host
+                kernel.weights_host = nn.Parameter(torch.zeros(kernel.max_D, dtype=weights.dtype))
+
+
 @dataclass
 class _Context(EmbeddingBagCollectionContext):  # type: ignore[misc]
     """TorchRec's, and the bags that the caller gave before any were added."""
@@ -102,7 +135,7 @@ class _Context(EmbeddingBagCollectionContext):  # type: ignore[misc]
     bags: int = -1
 
 
-class _Changed(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
+class _LaterVectors(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # type: ignore[misc]
     """What a function makes of vectors once they have come."""
 
     def __init__(self, vectors: LazyAwaitable[Any], change: Callable[[Any], KeyedTensor]) -> None:
@@ -111,11 +144,6 @@ class _Changed(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):  # ty
 
     def _wait_impl(self) -> KeyedTensor:
         return self._change(self._vectors.wait())
-
-
-def first_bags(vectors: KeyedTensor, bags: int) -> KeyedTensor:
-    """The vectors without those of the bags that `with_empty_bags` added."""
-    return KeyedTensor(vectors.keys(), vectors.length_per_key(), vectors.values()[:bags])
 
 
 class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
@@ -147,8 +175,13 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
     def compute_and_output_dist(self, ctx: _Context, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         return self._own(ctx, super().compute_and_output_dist(ctx, input))
 
-    def _own(self, ctx: _Context, found: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
-        return _Changed(found, partial(first_bags, bags=ctx.bags)) if self._pads else found
+    def _own(self, ctx: _Context, vectors: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
+        """The vectors without those of the bags that `with_empty_bags` added."""
+        if not self._pads:
+            return vectors
+        return _LaterVectors(
+            vectors, lambda all_: KeyedTensor(all_.keys(), all_.length_per_key(), all_.values()[: ctx.bags])
+        )
 
 
 class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
@@ -164,11 +197,11 @@ class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
         _add_replicated(self, module.group)
 
     def output_dist(self, ctx: Any, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
-        return _Changed(super().output_dist(ctx, output), partial(side_by_side, group=self._group))
+        return _LaterVectors(super().output_dist(ctx, output), partial(side_by_side, group=self._group))
 
     def compute_and_output_dist(self, ctx: Any, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         vectors = super().compute_and_output_dist(ctx, input)
-        return _Changed(vectors, partial(side_by_side, group=self._group))
+        return _LaterVectors(vectors, partial(side_by_side, group=self._group))
 
 
 def _add_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -> None:
@@ -189,6 +222,8 @@ def _add_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -
 
 class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     """Shards `BagCollection`; offers row-wise types on CPU too, which TorchRec's own keeps for CUDA."""
+
+    module_type, sharded_module_type = BagCollection, ShardedBags
 
     def __init__(self, codecs: Any = None, exchange: Exchange = DEFAULT_EXCHANGE) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
@@ -219,14 +254,6 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
             module_fqn=module_fqn,
         )
 
-    @property
-    def module_type(self) -> type[nn.Module]:
-        return BagCollection
-
-    @property
-    def sharded_module_type(self) -> type[nn.Module]:
-        return ShardedBags
-
 
 class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
     """Shards `SequenceCollection`; never data-parallel, whose kernel on CPU mixes up several features.
@@ -234,6 +261,8 @@ class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
     Args:
         each: every gradient must travel by itself, so that rows are asked for once only where that is said.
     """
+
+    module_type, sharded_module_type = SequenceCollection, ShardedSequences
 
     def __init__(self, codecs: Any = None, exchange: Exchange = DEFAULT_EXCHANGE, each: bool = False) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
@@ -268,11 +297,3 @@ class SequenceSharder(EmbeddingCollectionSharder):  # type: ignore[misc]
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
         )
-
-    @property
-    def module_type(self) -> type[nn.Module]:
-        return SequenceCollection
-
-    @property
-    def sharded_module_type(self) -> type[nn.Module]:
-        return ShardedSequences

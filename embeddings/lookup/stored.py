@@ -50,7 +50,8 @@ def to_stored(rows: Tensor, dtype: Dtype) -> Tensor:
     else:
         stored = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows.float().contiguous())
         # A NaN can vanish in the codes, an infinite range shows in the scale.
-        good = rows.isfinite().all() & _scales(stored).isfinite().all()
+        scales = stored[:, -_SCALE_AND_SMALLEST:].contiguous().view(torch.float32)
+        good = rows.isfinite().all() & scales.isfinite().all()
     if not good:
         raise ValueError(f"holds a number that is not finite, or too large for {dtype}")
     return stored.contiguous()
@@ -71,8 +72,3 @@ def sum_bags(stored: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
         # Sums in float32: a kernel over halves would round each sum to a half again.
         stored, ids = stored.index_select(0, ids).float(), torch.arange(ids.numel(), device=ids.device)
     return F.embedding_bag(ids, stored, offsets, mode="sum", include_last_offset=True)
-
-
-def _scales(stored: Tensor) -> Tensor:
-    """Scale and smallest value of int8 rows, float32 [n, 2]."""
-    return stored[:, -_SCALE_AND_SMALLEST:].contiguous().view(torch.float32)

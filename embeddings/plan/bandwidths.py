@@ -8,7 +8,7 @@ that nobody has booked yet may name the GPU. On a CPU nothing is changed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
 from torchrec.distributed.planner.constants import (
@@ -42,7 +42,7 @@ class Bandwidths:
 
     def items(self) -> dict[str, float | None]:
         """Name -> GB/s."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return asdict(self)
 
     def for_torchrec(self) -> dict[str, float | None]:
         """The arguments of TorchRec's HardwareConfig, in bytes a millisecond."""

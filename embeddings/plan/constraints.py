@@ -6,11 +6,11 @@ import difflib
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingPlan
+from torchrec.distributed.types import CacheParams, ShardingPlan
 
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup, TableSpec
-from embeddings.lookup.empty_shards import leaves_ranks_empty
+from embeddings.lookup.sharded import leaves_ranks_empty
 from embeddings.plan.request import UNIFIED, Cluster, PlanRequest, TableRule
 from embeddings.plan.traffic import Lookup
 
@@ -66,6 +66,10 @@ def _constraint(request: PlanRequest, group: TableGroup, table: TableSpec) -> Pa
     if request.rules.allow_unified_memory and not rule.kernels:
         kernels = (*kernels, *UNIFIED)
     lookup = request.lookups.get(name, Lookup(1, 1))
+    # None = FBGEMM's defaults.
+    cache = None
+    if rule.cache_algorithm is not None or rule.cache_load_factor is not None:
+        cache = CacheParams(algorithm=_ALGORITHMS[rule.cache_algorithm], load_factor=rule.cache_load_factor)
     return ParameterConstraints(
         sharding_types=list(sharding),
         # Always given: without a list the planner falls back to host memory unasked.
@@ -75,7 +79,7 @@ def _constraint(request: PlanRequest, group: TableGroup, table: TableSpec) -> Pa
         num_poolings=[1.0],
         batch_sizes=[max(1, -(-lookup.bags // cluster.world_size))],
         min_partition=_columns_a_shard(table.dim, cluster),
-        cache_params=_cache_of(rule),
+        cache_params=cache,
         stochastic_rounding=rounding_of(group, cluster.device),
     )
 
@@ -116,14 +120,6 @@ def _columns_a_shard(dim: int, cluster: Cluster) -> int:
     return min((width for width in even if width >= least), default=even[-1])
 
 
-def _cache_of(rule: TableRule) -> CacheParams | None:
-    """The cache of a table in host memory; None = FBGEMM's defaults."""
-    algorithm = _ALGORITHMS[rule.cache_algorithm]
-    if algorithm is None and rule.cache_load_factor is None:
-        return None
-    return CacheParams(algorithm=algorithm, load_factor=rule.cache_load_factor)
-
-
 def rounding_of(group: TableGroup, device: str) -> bool | None:
     """Whether updated rows are rounded at random; None where kernels do the same whatever they are told.
 
@@ -151,26 +147,19 @@ def check_rules(plan: ShardingPlan, request: PlanRequest, where: str) -> None:
                     f"{where}: table {name} uses {sharding.compute_kernel}, host memory behind the "
                     "device's; plan again, or set plan.allow_unified_memory = true"
                 )
-            if request.cluster.device == "cuda" and _widest(sharding, table.dim) > WIDEST_ON_CUDA:
+            spec = sharding.sharding_spec
+            widest = table.dim if spec is None else max(shard.shard_sizes[1] for shard in spec.shards)
+            if request.cluster.device == "cuda" and widest > WIDEST_ON_CUDA:
                 raise ConfigError(f"{where}: {_too_wide(group, table)}; and plan again")
-            _check_rounding(sharding, group, request.cluster.device, f"{where}: table {name}")
-
-
-def _check_rounding(sharding: ParameterSharding, group: TableGroup, device: str, where: str) -> None:
-    wanted = rounding_of(group, device)
-    # A plan that does not say leaves it to the kernels, whose default is to round at random.
-    found = sharding.stochastic_rounding is not False
-    if wanted is not None and found != wanted:
-        words = {True: "stochastically", False: "to nearest"}
-        raise ConfigError(
-            f"{where} is rounded {words[found]} there, {words[wanted]} by groups.{group.name}."
-            "stochastic_rounding of this config; plan again with it"
-        )
-
-
-def _widest(sharding: ParameterSharding, dim: int) -> int:
-    spec = sharding.sharding_spec
-    return dim if spec is None else max(shard.shard_sizes[1] for shard in spec.shards)
+            wanted = rounding_of(group, request.cluster.device)
+            # A plan that does not say leaves it to the kernels, whose default is to round at random.
+            planned = sharding.stochastic_rounding is not False
+            if wanted is not None and planned != wanted:
+                words = {True: "stochastically", False: "to nearest"}
+                raise ConfigError(
+                    f"{where}: table {name} is rounded {words[planned]} there, {words[wanted]} by groups."
+                    f"{group.name}.stochastic_rounding of this config; plan again with it"
+                )
 
 
 def _too_wide(group: TableGroup, table: TableSpec) -> str:

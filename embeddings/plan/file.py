@@ -215,20 +215,14 @@ def check_fits(saved: SavedPlan, wanted: SavedPlan, modules: Mapping[str, str], 
     if placed != dict(modules):
         odd = sorted(set(placed.items()) ^ set(modules.items()))[0][0]
         raise ConfigError(f"{where}: does not place table {odd} in the module that has it; plan again")
-    for module in saved.plan.plan.values():
-        for table, sharding in module.items():
-            _check_shards(table, sharding, saved, where)
-
-
-def _check_shards(table: str, sharding: ParameterSharding, saved: SavedPlan, where: str) -> None:
-    """An edited file must not leave rows without a rank."""
-    rows, dim, _ = saved.tables[table]
-    held = [rank for rank in sharding.ranks or [] if not 0 <= rank < saved.world_size]
-    spec = sharding.sharding_spec
-    cells = rows * dim if spec is None else sum(math.prod(s.shard_sizes) for s in spec.shards)
-    whole = spec is not None or sharding.sharding_type == "data_parallel"
-    if held or not whole or cells != rows * dim:
-        raise ConfigError(f"{where}: the shards of table {table} are not the whole table; plan again")
+    # An edited file must not leave rows without a rank.
+    for table, sharding in ((t, s) for tables in saved.plan.plan.values() for t, s in tables.items()):
+        rows, dim, _ = saved.tables[table]
+        spec = sharding.sharding_spec
+        cells = rows * dim if spec is None else sum(math.prod(s.shard_sizes) for s in spec.shards)
+        whole = cells == rows * dim and (spec is not None or sharding.sharding_type == "data_parallel")
+        if not whole or not all(0 <= rank < saved.world_size for rank in sharding.ranks or []):
+            raise ConfigError(f"{where}: the shards of table {table} are not the whole table; plan again")
 
 
 def _shape(shape: tuple[int, int, int]) -> str:

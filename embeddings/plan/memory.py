@@ -9,7 +9,7 @@ from typing import Any
 
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import Shard, ShardingOption, Storage, Topology
+from torchrec.distributed.planner.types import ShardingOption, Storage, Topology
 
 from embeddings.plan.request import Cluster
 from embeddings.plan.tables import Table
@@ -63,15 +63,11 @@ class StorageEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]
         for option in sharding_options:
             table = self._tables[option.name]
             for shard in option.shards:
-                missing = table.optimizer.state_bytes(*shard.size) - counted_optimizer(table, shard.size)
+                weights = table.weights(*shard.size)
+                counted = {"row": -(-weights // table.dim), "weight": weights, "none": 0}
+                missing = table.optimizer.state_bytes(*shard.size) - counted[table.optimizer.state]
                 in_hbm = topology_of(self).compute_device == "cuda" and "uvm" not in option.compute_kernel
                 shard.storage += Storage(hbm=missing, ddr=0) if in_hbm else Storage(hbm=0, ddr=missing)
-
-
-def counted_optimizer(table: Table, size: Sequence[int]) -> int:
-    """Bytes of optimizer state that TorchRec's own estimate counts for a shard."""
-    weights = table.weights(*size)
-    return {"row": -(-weights // table.dim), "weight": weights, "none": 0}[table.optimizer.state]
 
 
 @dataclass(frozen=True)
@@ -107,17 +103,16 @@ def memory_of_ranks(
     """What each rank holds under the chosen options."""
     held = [RankMemory() for _ in range(world_size)]
     for option in options:
+        table = tables[option.name]
         for shard in option.shards:
-            held[shard.rank] += _shard_memory(tables[option.name], option.compute_kernel, shard, device)
+            weights, optimizer = table.weights(*shard.size), table.optimizer.state_bytes(*shard.size)
+            if "uvm" in option.compute_kernel and device == "cuda":
+                there = RankMemory(0, 0, shard.storage.hbm, shard.storage.ddr, weights, optimizer)
+            else:
+                buffers = memory_of(shard.storage, device) - weights - optimizer
+                there = RankMemory(weights, optimizer, buffers)
+            held[shard.rank] += there
     return held
-
-
-def _shard_memory(table: Table, kernel: str, shard: Shard, device: str) -> RankMemory:
-    weights, optimizer = table.weights(*shard.size), table.optimizer.state_bytes(*shard.size)
-    if "uvm" in kernel and device == "cuda":
-        there = {"host_weights": weights, "host_optimizer": optimizer}
-        return RankMemory(buffers=shard.storage.hbm, host=shard.storage.ddr, **there)
-    return RankMemory(weights, optimizer, memory_of(shard.storage, device) - weights - optimizer)
 
 
 def memory_of(storage: Storage, device: str) -> int:

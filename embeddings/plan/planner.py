@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import (
     HardwareConfig,
     KernelConfig,
     ParameterConstraints,
     PlannerError,
     ShardingOption,
+    Stats,
     Topology,
     TopologyFactory,
     TrainerConfig,
@@ -29,12 +35,14 @@ from embeddings.lookup.sharding import sharders
 from embeddings.plan.bandwidths import TORCHREC
 from embeddings.plan.constraints import check_rules, constraints_of
 from embeddings.plan.file import SavedPlan, check_fits, from_tree, read_plan_file, to_tree
-from embeddings.plan.memory import Reservation, TableNeed, shortfall
+from embeddings.plan.memory import Reservation, StorageEstimator, TableNeed, shortfall
 from embeddings.plan.request import Cluster, PlanRequest
-from embeddings.plan.search import ChosenOptions, Enumerator, Partitioner, fewer_ways
 from embeddings.plan.tables import Table, dense_bytes, tables_of
 
 _GRID = 300
+# The largest tables, so many of them, are tried in all their ways; all others in one.
+_DETAILED = 32
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def check_plan(saved: SavedPlan, request: PlanRequest, where: str) -> SavedPlan:
 def saved_plan(request: PlanRequest, plan: ShardingPlan) -> SavedPlan:
     """A plan with what it was made for."""
     cluster = request.cluster
-    shapes = {name: table.shape for name, table in tables_of(request.model).items()}
+    shapes = {t.name: (t.rows, t.dim, t.weight_bytes) for t in tables_of(request.model).values()}
     return SavedPlan(plan, cluster.device, cluster.world_size, cluster.local_world_size, shapes)
 
 
@@ -140,7 +148,15 @@ def _plan_within(request: PlanRequest, constraints: dict[str, ParameterConstrain
     try:
         options = enumerator.enumerate(request.model, kinds)
     except RuntimeError as error:
-        raise _no_way(request, constraints, error) from None
+        name = next((name for name in constraints if f" for {name}." in str(error)), None)
+        if name is None:
+            raise
+        types, kernels = constraints[name].sharding_types, constraints[name].compute_kernels
+        raise ConfigError(
+            f"{_where(request.cluster)}: table {name} can be none of {', '.join(types)} with kernel "
+            f"{' or '.join(kernels)} there; allow other types in its group's sharding, or in "
+            f"plan.tables.{name}"
+        ) from None
     reservation = Reservation(request.rules.reserve, dense_bytes(request.model, tables))
     usable = reservation.left(request.cluster.memory)
     # The planner tries hundreds of arrangements before it says what one sum tells.
@@ -199,42 +215,92 @@ def _check_room(request: PlanRequest, options: list[ShardingOption], usable: int
         raise DoesNotFit(f"{_where(cluster)}: {message}", parts)
 
 
-def _no_way(
-    request: PlanRequest, constraints: Mapping[str, ParameterConstraints], error: RuntimeError
-) -> Exception:
-    """A table that can be nothing of what is allowed."""
-    name = next((name for name in constraints if f" for {name}." in str(error)), None)
-    if name is None:
-        return error
-    types, kernels = constraints[name].sharding_types, constraints[name].compute_kernels
-    return ConfigError(
-        f"{_where(request.cluster)}: table {name} can be none of {', '.join(types)} with kernel "
-        f"{' or '.join(kernels)} there; allow other types in its group's sharding, or in "
-        f"plan.tables.{name}"
-    )
-
-
 def _where(cluster: Cluster) -> str:
     return f"no sharding plan for {cluster.world_size} rank(s) on {cluster.device}"
 
 
 def placements(saved: SavedPlan, groups: Iterable[TableGroup]) -> list[Placement]:
     """The plan as lines, in the order of the groups and their tables."""
-    found = {}
-    for module in saved.plan.plan.values():
-        for table, sharding in module.items():
-            found[table] = sharding
-    return [
-        Placement(
-            name,
-            table.rows,
-            table.dim,
-            found[name].sharding_type,
-            found[name].compute_kernel,
-            tuple(found[name].ranks),
-            saved.tables[name][2],
+    placed = {name: sharding for tables in saved.plan.plan.values() for name, sharding in tables.items()}
+    lines = []
+    for group in groups:
+        for feature in group.features:
+            name = group.table_name(feature)
+            sharding, (rows, dim, weight_bytes) = placed[name], saved.tables[name]
+            kind, kernel, ranks = sharding.sharding_type, sharding.compute_kernel, tuple(sharding.ranks)
+            lines.append(Placement(name, rows, dim, kind, kernel, ranks, weight_bytes))
+    return lines
+
+
+class ChosenOptions(Stats):  # type: ignore[misc]
+    """Keeps what the planner tells its statistics."""
+
+    def __init__(self) -> None:
+        self.options: list[ShardingOption] = []
+
+    def log(self, *_: Any, best_plan: list[ShardingOption], **__: Any) -> None:
+        self.options = best_plan
+
+
+class Enumerator(EmbeddingEnumerator):  # type: ignore[misc]
+    """Lists the ways of all tables once, although the planner asks again."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: Mapping[str, ParameterConstraints],
+        tables: Mapping[str, Table],
+    ) -> None:
+        super().__init__(
+            topology=topology,
+            batch_size=1,
+            constraints=constraints,
+            estimator=[
+                EmbeddingPerfEstimator(topology=topology, constraints=constraints),
+                StorageEstimator(topology=topology, constraints=constraints, tables=tables),
+            ],
         )
-        for group in groups
-        for table in group.tables
-        for name in [group.table_name(table.feature)]
-    ]
+        self._options: list[ShardingOption] = []
+
+    def enumerate(self, *given: Any, **named: Any) -> list[ShardingOption]:
+        """The ways, with time and storage."""
+        self._options = self._options or super().enumerate(*given, **named)
+        return list(self._options)
+
+
+class Partitioner(GreedyPerfPartitioner):  # type: ignore[misc]
+    """TorchRec's, which says after some seconds, and then now and again, that it is at work."""
+
+    def __init__(self, say: Callable[[str], None], tables: int, ranks: int) -> None:
+        super().__init__()
+        self._say, self._tables, self._ranks = say, tables, ranks
+        self._tried, self._start, self._next = 0, time.monotonic(), _PATIENCE_S
+
+    def partition(self, *given: Any, **named: Any) -> list[ShardingOption]:
+        """Give the shards of one arrangement their ranks."""
+        elapsed = time.monotonic() - self._start
+        if elapsed >= self._next:
+            self._next = 2 * elapsed
+            self._say(
+                f"planning where {self._tables:,} tables lie on {self._ranks} rank(s): {self._tried:,} "
+                f"arrangements tried in {elapsed:.0f} s"
+            )
+        self._tried += 1
+        placed: list[ShardingOption] = super().partition(*given, **named)
+        return placed
+
+
+def fewer_ways(
+    constraints: Mapping[str, ParameterConstraints], tables: Mapping[str, Table]
+) -> dict[str, ParameterConstraints]:
+    """The constraints, but all except the largest tables get one way only, where that is allowed.
+
+    TorchRec tries some arrangements for each way of each table, and each takes time for every table.
+    """
+    by_size = sorted(tables, key=lambda name: -tables[name].weights(tables[name].rows, tables[name].dim))
+    found = dict(constraints)
+    for name in by_size[_DETAILED:]:
+        ways = constraints[name]
+        if "table_wise" in ways.sharding_types and "fused" in ways.compute_kernels:
+            found[name] = replace(ways, sharding_types=["table_wise"], compute_kernels=["fused"])
+    return found

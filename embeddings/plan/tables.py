@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from torchrec.distributed.embedding_types import ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 
 from embeddings.lookup.sharding import sharders
@@ -31,10 +30,6 @@ class Table:
     weight_bytes: int
     optimizer: RowOptimizer
     pooled: bool
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.rows, self.dim, self.weight_bytes
 
     def weights(self, rows: int, columns: int) -> int:
         """Bytes of the weights of a shard."""
@@ -64,10 +59,3 @@ def dense_bytes(model: nn.Module, tables: Mapping[str, Table]) -> int:
         for name, parameter in model.named_parameters()
         if not any(name.startswith(f"{module}.") for module in modules)
     )
-
-
-def column_shards(sharding: str, shards: int, local_world_size: int) -> int:
-    """Into how many column blocks a table is cut."""
-    if sharding in (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value):
-        return shards
-    return shards // local_world_size if sharding == ShardingType.GRID_SHARD.value else 1

@@ -89,27 +89,18 @@ def traffic(
         return Traffic(backward=2.0 * (world_size - 1) * rows * dim * 4)
     if not pooled and sharding in ("table_row_wise", "grid_shard"):
         sharding = "row_wise"
-    floats = (
-        _bag_floats(sharding, lookup.bags, dim, world_size, local_world_size)
-        if pooled
-        else (1 - 1 / world_size) * lookup.ids * dim
-    )
-    ids = _id_bytes(sharding, shards, lookup, world_size, local_world_size)
-    return Traffic(ids, floats * wire[0], floats * wire[1])
-
-
-def _id_bytes(sharding: str, shards: int, lookup: Lookup, world_size: int, local_world_size: int) -> float:
     away = 1 - 1 / world_size
+    if not pooled:
+        floats = away * lookup.ids * dim
+    elif sharding == "row_wise":
+        floats = float((world_size - 1) * lookup.bags * dim)
+    elif sharding in ("table_row_wise", "grid_shard"):
+        nodes = world_size / local_world_size
+        floats = ((local_world_size - 1) + (1 - 1 / nodes)) * lookup.bags * dim
+    else:
+        floats = away * lookup.bags * dim
     holders = {"row_wise": world_size, "table_row_wise": local_world_size, "grid_shard": local_world_size}
     copies = shards if sharding in ("column_wise", "table_column_wise", "grid_shard") else 1
     lengths = holders.get(sharding, 1) * lookup.bags * LENGTH_BYTES
-    return away * copies * (lengths + lookup.ids * ID_BYTES)
-
-
-def _bag_floats(sharding: str, bags: int, dim: int, world_size: int, local_world_size: int) -> float:
-    if sharding == "row_wise":
-        return float((world_size - 1) * bags * dim)
-    if sharding in ("table_row_wise", "grid_shard"):
-        nodes = world_size / local_world_size
-        return ((local_world_size - 1) + (1 - 1 / nodes)) * bags * dim
-    return (1 - 1 / world_size) * bags * dim
+    ids = away * copies * (lengths + lookup.ids * ID_BYTES)
+    return Traffic(ids, floats * wire[0], floats * wire[1])

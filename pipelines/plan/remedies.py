@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from embeddings.errors import ConfigError
 from embeddings.plan.memory import TableNeed, gigabytes
 from embeddings.plan.planner import offline_plan
 from embeddings.plan.request import Cluster, PlanRequest
-from trainer.config.tables import GroupConfig, PlanTableConfig
+from trainer.config.tables import PlanTableConfig
 from trainer.run_config import Config
 
 # A remedy at a time, from its gentlest form on, so often at most.
 _TRIES = 6
 _GIGABYTE = 10**9
+_LARGER = (1.1, 1.25, 1.5, 2, 3, 4)
 
 Build = Callable[[Config, Cluster], PlanRequest]
 Attempt = tuple[str, Config, Cluster]
@@ -27,97 +29,58 @@ def remedies(config: Config, cluster: Cluster, parts: Sequence[TableNeed], build
         parts: what each table needs, largest first; build: the planner's question for a config and a cluster.
     """
     table = max(parts, key=lambda part: part.shard).table
-    found = []
-    for attempts in (
-        _sharding(config, cluster, table),
-        _half_precision(config, cluster, table),
-        _narrower(config, cluster, table),
-        _ranks(config, cluster),
-        _memory(config, cluster),
-        _host_memory(config, cluster),
-        _unified(config, cluster),
-    ):
-        for _, (name, changed, larger) in zip(range(_TRIES), attempts, strict=False):
-            if _fits(build, changed, larger):
-                found.append(f"  {name}")
+    lines = []
+    for attempts in _attempts(config, cluster, table):
+        for name, changed, larger in attempts[:_TRIES]:
+            with suppress(ConfigError):
+                offline_plan(build(changed, larger))
+                lines.append(f"  {name}")
                 break
-    if not found:
+    if not lines:
         return ["no single change of sharding, width, ranks or memory makes it fit; combine them"]
-    return ["it fits with one of (each tried):", *found]
+    return ["it fits with one of (each tried):", *lines]
 
 
-def _fits(build: Build, config: Config, cluster: Cluster) -> bool:
-    try:
-        offline_plan(build(config, cluster))
-    except ConfigError:
-        return False
-    return True
+def _attempts(config: Config, cluster: Cluster, table: str) -> Iterator[list[Attempt]]:
+    """For each remedy its forms, from the gentlest on; none where it cannot be had."""
 
+    def with_plan(**changes: object) -> Config:
+        return config.model_copy(update={"plan": config.plan.model_copy(update=changes)})
 
-def _sharding(config: Config, cluster: Cluster, table: str) -> Iterator[Attempt]:
-    for sharding in ("row_wise", "column_wise"):
-        rule = PlanTableConfig(sharding=(sharding,))
-        plan = config.plan.model_copy(update={"tables": {**config.plan.tables, table: rule}})
-        name = f'plan.tables.{table}.sharding = ["{sharding}"]'
-        yield name, config.model_copy(update={"plan": plan}), cluster
+    def with_group(**changes: object) -> Config:
+        groups = {**config.groups, group: config.groups[group].model_copy(update=changes)}
+        return config.model_copy(update={"groups": groups})
 
-
-def _half_precision(config: Config, cluster: Cluster, table: str) -> Iterator[Attempt]:
-    group = _group_of(config, table)
-    if "dtype" in GroupConfig.model_fields:
-        yield f'groups.{group}.dtype = "fp16"', _with_group(config, group, {"dtype": "fp16"}), cluster
-
-
-def _narrower(config: Config, cluster: Cluster, table: str) -> Iterator[Attempt]:
-    """Multiples of 4, at an eighth of the width each time; groups with one width only."""
-    group = _group_of(config, table)
+    kinds = ("row_wise", "column_wise")
+    rules = {kind: {**config.plan.tables, table: PlanTableConfig(sharding=(kind,))} for kind in kinds}
+    yield [
+        (f'plan.tables.{table}.sharding = ["{kind}"]', with_plan(tables=rules[kind]), cluster)
+        for kind in kinds
+    ]
+    group = max((name for name in config.groups if table.startswith(f"{name}__")), key=len)
+    yield [(f'groups.{group}.dtype = "fp16"', with_group(dtype="fp16"), cluster)]
     dim = config.groups[group].dim
-    if not isinstance(dim, int):
+    if isinstance(dim, int):
+        # Multiples of 4, narrower by as much each time; of groups that have one width.
+        step = max(4, dim // _TRIES // 4 * 4)
+        widths = range(dim - step, 0, -step)
+        yield [(f"groups.{group}.dim = {width}", with_group(dim=width), cluster) for width in widths]
+    local = cluster.local_world_size
+    nodes = [int(-(-cluster.world_size * times // local)) for times in (1.25, 1.5, 2, 3, 4, 8)]
+    yield [
+        (f"--world-size {count * local}", config, replace(cluster, world_size=count * local))
+        for count in nodes
+    ]
+    sizes = [-(-int(cluster.memory * times) // _GIGABYTE) for times in _LARGER]
+    if cluster.device == "cpu":
+        yield [(f"--ddr {size * local}GB", config, replace(cluster, ddr=size * _GIGABYTE)) for size in sizes]
         return
-    step = max(4, dim // _TRIES // 4 * 4)
-    for narrow in range(dim - step, 0, -step):
-        yield f"groups.{group}.dim = {narrow}", _with_group(config, group, {"dim": narrow}), cluster
-
-
-def _ranks(config: Config, cluster: Cluster) -> Iterator[Attempt]:
-    for times in (1.25, 1.5, 2, 3, 4, 8):
-        nodes = -(-cluster.world_size * times // cluster.local_world_size)
-        ranks = int(nodes) * cluster.local_world_size
-        yield f"--world-size {ranks}", config, replace(cluster, world_size=ranks)
-
-
-def _memory(config: Config, cluster: Cluster) -> Iterator[Attempt]:
-    for times in (1.1, 1.25, 1.5, 2, 3, 4):
-        size = -(-int(cluster.memory * times) // _GIGABYTE) * _GIGABYTE
-        if cluster.device == "cuda":
-            yield f"--hbm {size // _GIGABYTE}GB", config, replace(cluster, hbm=size)
-        else:
-            node = size * cluster.local_world_size // _GIGABYTE
-            yield f"--ddr {node}GB", config, replace(cluster, ddr=size)
-
-
-def _host_memory(config: Config, cluster: Cluster) -> Iterator[Attempt]:
-    """More of it behind the devices, where that is allowed."""
-    if cluster.device == "cuda" and config.plan.allow_unified_memory:
-        for times in (1.1, 1.25, 1.5, 2, 3, 4):
-            node = -(-int(cluster.ddr * times) * cluster.local_world_size // _GIGABYTE)
-            larger = replace(cluster, ddr=node * _GIGABYTE // cluster.local_world_size)
-            yield f"--ddr {node}GB", config, larger
-
-
-def _unified(config: Config, cluster: Cluster) -> Iterator[Attempt]:
-    if cluster.device == "cuda" and not config.plan.allow_unified_memory:
-        plan = config.plan.model_copy(update={"allow_unified_memory": True})
-        name = (
-            f"plan.allow_unified_memory = true, at the speed of host memory ({gigabytes(cluster.ddr)} a rank)"
-        )
-        yield name, config.model_copy(update={"plan": plan}), cluster
-
-
-def _group_of(config: Config, table: str) -> str:
-    return max((name for name in config.groups if table.startswith(f"{name}__")), key=len)
-
-
-def _with_group(config: Config, name: str, changes: dict[str, object]) -> Config:
-    group = config.groups[name].model_copy(update=changes)
-    return config.model_copy(update={"groups": {**config.groups, name: group}})
+    yield [(f"--hbm {size}GB", config, replace(cluster, hbm=size * _GIGABYTE)) for size in sizes]
+    if config.plan.allow_unified_memory:
+        # Of all ranks of a node, behind their devices.
+        sizes = [-(-int(cluster.ddr * times) * local // _GIGABYTE) for times in _LARGER]
+        yield [(f"--ddr {size}GB", config, replace(cluster, ddr=size * _GIGABYTE // local)) for size in sizes]
+    else:
+        speed = f"at the speed of host memory ({gigabytes(cluster.ddr)} a rank)"
+        unified = with_plan(allow_unified_memory=True)
+        yield [(f"plan.allow_unified_memory = true, {speed}", unified, cluster)]

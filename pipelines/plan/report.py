@@ -12,7 +12,6 @@ from embeddings.plan.constraints import rounding_of
 from embeddings.plan.memory import RankMemory, TableNeed, gigabytes, memory_of_ranks
 from embeddings.plan.planner import PlanEstimate
 from embeddings.plan.request import Cluster, PlanRequest
-from embeddings.plan.tables import column_shards
 from embeddings.plan.traffic import Lookup, Traffic, traffic
 from embeddings.private import critical_path
 from pipelines.console import table_lines
@@ -49,20 +48,13 @@ class Report:
 
     def sent(self, option: ShardingOption, lookup: str, pooled: bool) -> Traffic:
         """Bytes that a table's lookups send in one step."""
-        table, cluster = self.estimate.tables[option.name], self.cluster
-        shards = column_shards(option.sharding_type, len(option.shards), cluster.local_world_size)
-        shape = table.rows, table.dim
+        table, kind = self.estimate.tables[option.name], option.sharding_type
+        ranks = self.cluster.world_size, self.cluster.local_world_size
+        # Into how many blocks of columns the table is cut, and each of these into how many of rows.
+        rows = {"column_wise": 1, "table_column_wise": 1, "grid_shard": ranks[1]}
+        shards = len(option.shards) // rows[kind] if kind in rows else 1
         lookups, wire = self.lookups[lookup][option.name], self.request.comms.wire
-        return traffic(
-            shape,
-            option.sharding_type,
-            shards,
-            lookups,
-            cluster.world_size,
-            cluster.local_world_size,
-            pooled,
-            wire,
-        )
+        return traffic((table.rows, table.dim), kind, shards, lookups, *ranks, pooled, wire)
 
 
 def report_lines(report: Report) -> list[str]:
@@ -90,12 +82,17 @@ def waste_lines(report: Report) -> list[str]:
 def need_lines(parts: Sequence[TableNeed], cluster: Cluster) -> list[str]:
     """What each table needs where no plan was found."""
     head = ("table", "all ranks", "best sharding", "its largest shard", "too much")
-    rows = [(p.table, gigabytes(p.total), p.sharding, gigabytes(p.shard), _or_dash(p.missing)) for p in parts]
+    rows = [
+        (
+            p.table,
+            gigabytes(p.total),
+            p.sharding,
+            gigabytes(p.shard),
+            gigabytes(p.missing) if p.missing else "-",
+        )
+        for p in parts
+    ]
     return [f"no plan fits ranks of {gigabytes(cluster.memory)}", *table_lines(head, rows)]
-
-
-def _or_dash(size: int) -> str:
-    return gigabytes(size) if size else "-"
 
 
 def _head(report: Report) -> list[str]:
@@ -103,22 +100,18 @@ def _head(report: Report) -> list[str]:
     reserve = report.request.rules.reserve
     kind = "device" if cluster.device == "cuda" else "host"
     nodes = cluster.world_size // cluster.local_world_size
+    host = []
+    if cluster.device == "cuda" and report.request.rules.allow_unified_memory:
+        host = [f"host memory of a rank: {gigabytes(cluster.ddr)}, for tables behind the device's"]
     return [
         f"plan for {cluster.world_size} rank(s) on {cluster.device}, {nodes} node(s) of "
         f"{cluster.local_world_size}",
         f"memory of a rank: {gigabytes(cluster.memory)} {kind}, {gigabytes(report.estimate.usable)} of it "
         f"for tables ({reserve:.0%} and the dense weights stay free)",
-        *_host_memory(report),
+        *host,
         f"a step: {size.candidates:,} candidates of {size.requests:,} requests, {size.behaviors:,} behaviors "
         f"({size.source}); lookup = {report.lookup}",
     ]
-
-
-def _host_memory(report: Report) -> list[str]:
-    """What the planner may fill besides."""
-    if report.cluster.device == "cpu" or not report.request.rules.allow_unified_memory:
-        return []
-    return [f"host memory of a rank: {gigabytes(report.cluster.ddr)}, for tables behind the device's"]
 
 
 def _tables(report: Report) -> list[str]:
@@ -133,17 +126,12 @@ def _tables(report: Report) -> list[str]:
              option.sharding_type, option.compute_kernel, height, spans(ranks))
         )  # fmt: skip
     head = ("table", "rows", "dim", "weights", "sharding", "kernel", "rows a rank", "ranks")
-    return [*table_lines(head, rows), *_halves(report)]
-
-
-def _halves(report: Report) -> list[str]:
-    """Which groups have rows of half precision, and how updates of these are rounded."""
-    device, halves = (
-        report.cluster.device,
-        [group for group in report.request.groups if group.dtype == "fp16"],
-    )
-    rounded = {True: "stochastically", False: "to nearest", None: "to nearest"}
-    return [f"rows of {g.name} are fp16, rounded {rounded[rounding_of(g, device)]}" for g in halves]
+    lines = table_lines(head, rows)
+    for group in report.request.groups:
+        if group.dtype == "fp16":
+            how = "stochastically" if rounding_of(group, report.cluster.device) else "to nearest"
+            lines.append(f"rows of {group.name} are fp16, rounded {how}")
+    return lines
 
 
 def _memory(report: Report) -> list[str]:
@@ -158,6 +146,10 @@ def _memory(report: Report) -> list[str]:
     what = "device memory" if cluster.device == "cuda" else "memory"
     head = ("ranks", "weights", "optimizer", "buffers", f"in {what}", "in host memory", "share")
     total = sum(held, RankMemory())
+    work = [0.0] * cluster.world_size
+    for option in report.options:
+        for shard in option.shards:
+            work[shard.rank] += shard.perf.total
     behind = (
         f"in host memory: weights {gigabytes(total.host_weights)}, optimizer state "
         f"{gigabytes(total.host_optimizer)}; their caches are among the buffers"
@@ -167,7 +159,7 @@ def _memory(report: Report) -> list[str]:
         f"all ranks: weights {gigabytes(total.weights)}, optimizer state {gigabytes(total.optimizer)}",
         *([behind] if total.host else []),
         f"largest rank over mean: memory {_imbalance([memory.total + memory.host for memory in held])}, "
-        f"estimated work {_imbalance(_work(report))}",
+        f"estimated work {_imbalance(work)}",
     ]
 
 
@@ -176,7 +168,14 @@ def _exchange(report: Report) -> list[str]:
     for lookup in ("full", "selected"):
         for pooled, name in ((True, "bag"), (False, "sequence")):
             sent = sum((report.sent(option, lookup, pooled) for option in report.options), Traffic())
-            rows.append((f"{lookup}, {name}", *_traffic(sent, report.cluster.world_size)))
+            sizes = (
+                sent.ids,
+                sent.forward,
+                sent.backward,
+                sent.total,
+                sent.total / report.cluster.world_size,
+            )
+            rows.append((f"{lookup}, {name}", *map(gigabytes, sizes)))
     head = ("lookup, collection", "ids", "vectors", "gradients", "all ranks", "a rank")
     comms = report.request.comms
     return [
@@ -184,11 +183,6 @@ def _exchange(report: Report) -> list[str]:
         f"vectors travel in {comms.forward}, gradients in {comms.backward}",
         *table_lines(head, rows),
     ]
-
-
-def _traffic(sent: Traffic, world_size: int) -> tuple[str, ...]:
-    sizes = (sent.ids, sent.forward, sent.backward, sent.total, sent.total / world_size)
-    return tuple(gigabytes(size) for size in sizes)
 
 
 def _by_table(report: Report) -> list[str]:
@@ -204,12 +198,18 @@ def _by_table(report: Report) -> list[str]:
 
 
 def _time(report: Report) -> list[str]:
-    path = critical_path(report.options)
+    path, cluster = critical_path(report.options), report.cluster
+    unsaid = [name for name, number in cluster.bandwidths.items().items() if number is None]
+    advice = []
+    if cluster.device == "cuda" and unsaid not in ([], ["inter"]):
+        advice = ["set plan.gpu and plan.inter_gb_per_s for yours"]
+    elif cluster.device == "cuda" and unsaid and cluster.world_size > cluster.local_world_size:
+        advice = ["set plan.inter_gb_per_s for yours"]
     return [
         f"TorchRec's estimate of the lookups' time in a step: {path.total():.2f} ms (communication "
         f"{path.comms_estimate:.2f}, computation {path.comp_estimate:.2f});",
-        f"it assumes {_assumed(report.cluster)}",
-        "; ".join(["and was not checked against any machine", *_advice(report.cluster)]),
+        f"it assumes {_assumed(cluster)}",
+        "; ".join(["and was not checked against any machine", *advice]),
     ]
 
 
@@ -226,24 +226,6 @@ def _assumed(cluster: Cluster) -> str:
         f"{numbers['hbm']} GB/s of device memory, {numbers['host']} to host memory, {numbers['intra']} "
         f"in a node, {numbers['inter']} between nodes{marked}"
     )
-
-
-def _advice(cluster: Cluster) -> list[str]:
-    """How to say what nobody has said of the cluster."""
-    if cluster.device == "cpu":
-        return []
-    unsaid = [name for name, number in cluster.bandwidths.items().items() if number is None]
-    if unsaid == ["inter"]:
-        return [] if cluster.world_size == cluster.local_world_size else ["set plan.inter_gb_per_s for yours"]
-    return ["set plan.gpu and plan.inter_gb_per_s for yours"] if unsaid else []
-
-
-def _work(report: Report) -> list[float]:
-    work = [0.0] * report.cluster.world_size
-    for option in report.options:
-        for shard in option.shards:
-            work[shard.rank] += shard.perf.total
-    return work
 
 
 def _imbalance(values: Sequence[float]) -> str:

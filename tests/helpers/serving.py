@@ -32,7 +32,7 @@ from trainer.serving.json_body import RequestBody
 from trainer.serving.request import Limits
 from trainer.serving.versions import Versions
 from trainer.snapshot import Snapshot
-from trainer.snapshot.loading import Recorded
+from trainer.snapshot.loading import RecordedRequests
 from trainer.snapshot.manifest import InputFeature, SnapshotManifest, VocabularyFile
 from trainer.snapshot.publishing import drafting, publish
 from trainer.snapshot.writing import Draft, Source, finish
@@ -79,7 +79,7 @@ def snapshot_of(config: Config, path: Path = Path("snapshot/v00000001")) -> Snap
         inputs_of(manifest, batch),
     )
     scores = model(batch).logits.sigmoid()
-    recorded = Recorded(batch, scores, scores)
+    recorded = RecordedRequests(batch, scores, scores)
     return Snapshot(path, described, model, recorded)  # type: ignore[arg-type]
 
 

@@ -23,6 +23,7 @@ import trainer.checkpoint.warm_start
 import trainer.loop.attempts
 import trainer.run_folder
 from embeddings.agreement import from_every_rank, from_rank_0
+from embeddings.errors import ConfigError
 from embeddings.plan import planner as planning
 from tests.helpers.forked import fork_ranks, one_thread
 from tests.helpers.logs import Shape, random_rows, write_log
@@ -111,6 +112,18 @@ def breaking(rank: int) -> int:
     return rank
 
 
+def local_value() -> Any:
+    """On rank 1 a value that pickle refuses."""
+    return (lambda: 0) if torch.distributed.get_rank() == 1 else 0
+
+
+def local_error() -> Any:
+    """Raises one of the project's own errors, which holds what pickle refuses."""
+    error = ConfigError("surprise")
+    error.held = lambda: 0  # type: ignore[attr-defined]
+    raise error
+
+
 def with_a_bad_row_group(path: Path) -> Path:
     """A log of which the second row group, that rank 1 tries, holds an id outside its table."""
     rows = random_rows(2, Shape(users=24))
@@ -126,6 +139,9 @@ def main(root: Path) -> None:
     report["dead"] = ask(root, "dead", lambda: from_every_rank(lambda: die(2), slow=True), WAIT_S)
     report["broken"] = ask(root, "broken", lambda: from_rank_0(lambda: breaking(0), slow=True), 60)
     report["one broken"] = ask(root, "one", lambda: from_every_rank(lambda: breaking(1)), 60)
+    report["no answer"] = ask(root, "no answer", lambda: from_rank_0(lambda: lambda: 0), 60)
+    report["one no answer"] = ask(root, "no one", lambda: from_every_rank(local_value), 60)
+    report["local error"] = ask(root, "local", lambda: from_rank_0(local_error), 60)
     # A run that starts from another: rank 0 unshards, every rank fills its shards.
     whole = {"train__max_steps": 2, "train__init_from": str(root / "sum up")}
     report["unshard"] = runs.train(

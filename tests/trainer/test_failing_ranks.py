@@ -54,6 +54,19 @@ def test_a_failure_is_told_at_once_and_raised_as_it_was_where_it_happened(report
     assert "RankError: rank 0 failed with KeyError: 'surprise'" in report["unshard"]["said"]
 
 
+def test_a_value_or_an_error_that_cannot_be_pickled_is_a_failure_that_all_ranks_hear_of(
+    report: Report,
+) -> None:
+    for name, failed in (("no answer", 0), ("one no answer", 1)):
+        found = report[name]
+        own = found["got"][failed]
+        assert found["codes"] == [1, 1, 1] and "pickle" in own and "lambda" in own
+        told = f"RankError: rank {failed} failed with {own}"
+        assert [found["got"][rank] for rank in range(3) if rank != failed] == [told, told]
+    told = "RankError: rank 0 failed with ConfigError: surprise"
+    assert report["local error"] == {"codes": [1, 1, 1], "got": ["ConfigError: surprise", told, told]}
+
+
 def test_a_run_that_skips_row_groups_resumes_inside_an_epoch_on_any_ranks(report: Report) -> None:
     """The bad row group is one that rank 1 tries; the order that a position refers to is that of all."""
     skipped = "[rank 1] skipped: "

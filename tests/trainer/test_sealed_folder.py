@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from embeddings.errors import CheckpointError, DataError, SnapshotError, TandemError
-from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, publish
+from trainer import sealed_folder
+from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, locked, publish, retire, sweep
 
 NAMED = Seal(CheckpointError, "save it again", names_file=True)
 BARE = Seal(SnapshotError, "take another copy")
@@ -84,3 +85,40 @@ def test_a_published_folder_has_its_name_only_once_it_is_on_disk(
     before = {path for path, there in synced if not there}
     assert before == {part, part / "inner", part / "inner" / "file"}
     assert synced[-1] == (tmp_path, True) and (final / "inner" / "file").is_file()
+
+
+def test_what_has_the_name_waits_aside_and_comes_back_if_nothing_takes_its_place(tmp_path: Path) -> None:
+    part, final, aside = (tmp_path / name for name in ("part", "final", "aside"))
+    final.mkdir()
+    (final / "old").touch()
+    with pytest.raises(FileNotFoundError):
+        publish(part, final, aside=aside, synced=True)
+    assert (final / "old").exists() and not aside.exists()
+    part.mkdir()
+    publish(part, final, aside=aside)
+    assert not (final / "old").exists() and (aside / "old").exists() and not part.exists()
+
+
+def test_a_folder_has_a_temporary_name_before_anything_of_it_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "v1").mkdir()
+    deleted: list[Path] = []
+    remove = sealed_folder.remove_folder
+    monkeypatch.setattr(
+        sealed_folder, "remove_folder", lambda path, strict: (deleted.append(path), remove(path))
+    )
+    retire(tmp_path / "v1", "v1")
+    assert [path.name.partition(".tmp-")[0] for path in deleted] == ["v1"] and not list(tmp_path.iterdir())
+
+
+def test_a_sweep_heeds_the_locks_of_others_unless_there_can_be_none(tmp_path: Path) -> None:
+    for name in ("a.tmp-1", "a.tmp-2", "b.tmp-1", "a"):
+        (tmp_path / name).mkdir()
+    with locked(tmp_path / "a.tmp-2.lock", "nothing"):
+        sweep(tmp_path, "a.tmp-*")
+        assert (tmp_path / "a.tmp-1").exists(), "it has no lock file, so it may be anybody's"
+        sweep(tmp_path, "a.tmp-*", owns=True)
+        assert not (tmp_path / "a.tmp-1").exists() and (tmp_path / "a.tmp-2").exists()
+    sweep(tmp_path, "*.tmp-*", owns=True, alone=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

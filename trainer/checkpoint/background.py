@@ -10,6 +10,7 @@ import datetime
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,9 +81,17 @@ class Saver:
         self.settle()
         device = device_of(tensors)
         if self.config.mode == "async":
-            tensors = self._stage(tensors)
-        save = _Save(self.folder, step, tensors, state, (self.config.keep, best), self._group, device)
-        self._running = save
+            if not self._roomy:
+                # All ranks hear of one that has no memory, for which they would else wait in the save.
+                from_every_rank(lambda: self._make_room(tensors), self._group)
+                self._roomy = True
+            elif not self._copy.fits(tensors):
+                self._make_room(tensors)
+            tensors = self._copy.take(tensors)
+        write = partial(
+            checkpoint.save, self.folder, step, tensors, state, self.config.keep, best, self._group
+        )
+        self._running = save = _Save(self.folder, step, write, device)
         if self.config.mode == "async":
             save.start()
         else:
@@ -114,19 +123,7 @@ class Saver:
         else:
             self.say(f"not saved, training goes on: {save.problem}")
 
-    def _stage(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of this rank's shards in host memory."""
-        tree = dict(tensors)
-        if not self._roomy:
-            # All ranks hear of one that has no memory, for which they would else wait in the save.
-            from_every_rank(lambda: self._make_room(tree), self._group)
-            self._roomy = True
-        elif not self._copy.fits(tree):
-            self._make_room(tree)
-        staged: dict[str, Any] = self._copy.take(tree)
-        return staged
-
-    def _make_room(self, tree: dict[str, Any]) -> None:
+    def _make_room(self, tree: Mapping[str, Any]) -> None:
         try:
             self._copy.make_room(tree)
         except (MemoryError, RuntimeError) as error:
@@ -138,19 +135,11 @@ class _Save(threading.Thread):
     """One save. A daemon, because a peer that died must not keep this process from ending."""
 
     def __init__(
-        self,
-        folder: Path,
-        step: int,
-        tensors: Mapping[str, Any],
-        state: Mapping[str, Any],
-        kept: tuple[int, int],
-        group: dist.ProcessGroup,
-        device: torch.device | None,
+        self, folder: Path, step: int, write: Callable[[], Path], device: torch.device | None
     ) -> None:
         super().__init__(name=f"save of step {step}", daemon=True)
-        self._arguments = (folder, step, tensors, state, *kept, group)
         self.folder, self.step, self.path = folder, step, Path()
-        self._device = device
+        self._write, self._device = write, device
         self.problem: CheckpointError | None = None
 
     def run(self) -> None:
@@ -158,7 +147,7 @@ class _Save(threading.Thread):
             if self._device is not None:
                 # A thread begins with device 0, on which each rank would open a context of its own.
                 torch.cuda.set_device(self._device)
-            self.path = checkpoint.save(*self._arguments)
+            self.path = self._write()
         except CheckpointError as error:
             self.problem = error
         except Exception as error:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from embeddings.errors import ConfigError
+from embeddings.errors import CheckpointError, ConfigError
+from embeddings.optimizers import ROW_OPTIMIZERS
 from trainer.assemble import flat_settings
 from trainer.log.schema import LogManifest
 from trainer.run_config import Config
@@ -23,6 +24,9 @@ _ORDER = (
     "data.on_bad",
     "train.seed",
 )
+_GROUP_SETTINGS_THAT_MAY_CHANGE = (".learning_rate", ".sharding", ".stochastic_rounding")
+# Written by `embeddings.plan.file`: its "modules" are module -> table -> {"sharding_type", "shards", ...}.
+PlanTree = Mapping[str, Any]
 
 
 def log_fingerprint(manifest: LogManifest) -> str:
@@ -51,9 +55,12 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
             "differ, so ids may mean other things); name another --out"
         )
     before, now = dict(flat_settings(state["config"])), dict(flat_settings(config.model_dump(mode="json")))
-    fixed = [
-        key for key in {**before, **now} if key.split(".")[0] in ("model", "tables") or _shapes_table(key)
-    ]
+    fixed = []
+    for key in {**before, **now}:
+        section = key.split(".")[0]
+        shapes_table = section == "groups" and not key.endswith(_GROUP_SETTINGS_THAT_MAY_CHANGE)
+        if section in ("model", "tables") or shapes_table:
+            fixed.append(key)
     if state["cursor"]["blocks"]:
         fixed += _ORDER
     if any(branch.position for branch in config.model.all_branches().values()):
@@ -94,7 +101,47 @@ def check_same_order(path: Path, state: Mapping[str, Any], order: str, log: Path
         )
 
 
-def _shapes_table(key: str) -> bool:
-    return key.startswith("groups.") and not key.endswith(
-        (".learning_rate", ".sharding", ".stochastic_rounding")
-    )
+def check_reshardable(path: Path, state: Mapping[str, Any], now: PlanTree) -> None:
+    """Refuse state that its optimizer cannot bring to tables that are cut into columns differently.
+
+    Row-wise Adagrad keeps an accumulator for each row *and column shard* (the mean square of the gradients
+    in those columns), so the saved ones are not those of other columns. Everything else reshards.
+
+    Args:
+        path: the checkpoint; state: its state, whose `plan` may be missing; now: the plan of this start.
+
+    Raises:
+        CheckpointError: naming the table, before anything is loaded.
+    """
+    groups = state["config"]["groups"]
+    before, after = _tables(state.get("plan", {})), _tables(now)
+    for table in sorted(before.keys() & after.keys()):
+        optimizer = groups.get(table.split("__")[0], {}).get("optimizer", "")
+        types = [str(entry.get("sharding_type")) for entry in (before[table], after[table])]
+        if _columns(before[table]) == _columns(after[table]) or not optimizer:
+            continue
+        rule = ROW_OPTIMIZERS[optimizer]
+        if not rule.state_reshards(*types):
+            raise CheckpointError(
+                path,
+                f"table {table} lay {_layout(before[table])}, now {_layout(after[table])}: {rule.title} has "
+                "one accumulator a row and column shard, so its state cannot follow; set "
+                "groups.<name>.sharding and the number of ranks back, or start a new run from these weights "
+                "with --init-from",
+            )
+
+
+def _tables(plan: PlanTree) -> dict[str, Mapping[str, Any]]:
+    return {table: entry for tables in plan.get("modules", {}).values() for table, entry in tables.items()}
+
+
+def _columns(entry: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """The shards of a table that is cut into columns; one of all where it is not, however rows are cut."""
+    shards = entry.get("shards") or []
+    found = {(*shard["offsets"], *shard["sizes"]) for shard in shards}
+    return sorted(found) if len({place[1:2] for place in found}) > 1 else [()]
+
+
+def _layout(entry: Mapping[str, Any]) -> str:
+    count = len(_columns(entry))
+    return f"{entry.get('sharding_type')} in {f'{count} pieces' if count > 1 else 'whole rows'}"

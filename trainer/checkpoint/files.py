@@ -20,7 +20,9 @@ from typing import Any
 
 from embeddings.errors import CheckpointError
 from trainer.log.names import path_problem
-from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, remove_folder, sync
+from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, sweep, sync
+from trainer.sealed_folder import publish as publish_folder
+from trainer.sealed_folder import retire as retire_folder
 
 _NAME = re.compile(r"step-(\d{8})$")
 STATE = "state.json"
@@ -65,7 +67,12 @@ def read_manifest(path: Path) -> Entries:
     """
     manifest = path / MANIFEST
     entries = _object(manifest, SEAL.read(path)).get("files")
-    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+    if not isinstance(entries, dict) or not all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        for entry in entries.values()
+    ):
         raise CheckpointError(manifest, "holds no file list; delete this checkpoint")
     for name in entries:
         if problem := path_problem(name):
@@ -77,14 +84,6 @@ def read_manifest(path: Path) -> Entries:
         if (path / name).stat().st_size != entry["bytes"]:
             raise CheckpointError(path / name, "has another size than in the manifest; it is corrupt")
     return entries
-
-
-def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("bytes"), int)
-        and isinstance(entry.get("sha256"), str)
-    )
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -101,8 +100,7 @@ def prepare(folder: Path, part: Path) -> None:
     if not folder.exists():
         folder.mkdir(parents=True)
         sync(folder.parent)
-    for stale in folder.glob("*.tmp-*"):
-        remove_folder(stale)
+    sweep(folder, "*.tmp-*", owns=True, alone=True)
     part.mkdir()
 
 
@@ -129,14 +127,12 @@ def seal(part: Path, entries: Entries) -> None:
 
 def publish(part: Path, final: Path) -> None:
     """Give a sealed checkpoint its name."""
-    if final.exists():
-        # It did not verify; kept aside for whoever wants to know why.
-        final.rename(final.with_name(f"{final.name}.refused-{os.urandom(4).hex()}"))
-    part.rename(final)
-    sync(final.parent)
+    # Whatever has the name did not verify; it is kept for whoever wants to know why.
+    aside = final.with_name(f"{final.name}.refused-{os.urandom(4).hex()}")
+    publish_folder(part, final, aside=aside, synced=True)
 
 
-def wanted(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> Path:
+def choose(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> Path:
     """The checkpoint that `which` names (see `trainer.checkpoint.save_load.find_to_use`), not yet verified.
 
     Args:
@@ -163,8 +159,6 @@ def retire(folder: Path, final: Path, keep: int, best: int = -1) -> None:
     """Delete all but the newest `keep` checkpoints up to `final`; damaged ones don't count as kept.
 
     That of step `best` stays besides.
-
-    Each is renamed before it is deleted: a half deleted checkpoint must not look like one.
     """
     good = 0
     for old in checkpoints(folder):
@@ -175,9 +169,7 @@ def retire(folder: Path, final: Path, keep: int, best: int = -1) -> None:
                 read_manifest(old)
                 good += 1
             continue
-        gone = old.with_name(f"{old.name}.tmp-{os.urandom(4).hex()}")
-        old.rename(gone)
-        remove_folder(gone, strict=True)
+        retire_folder(old, old.name, strict=True)
 
 
 def _object(file: Path, text: bytes) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
@@ -71,8 +71,8 @@ def save(
                 return None
         return folder / f"{final.name}.tmp-{os.urandom(4).hex()}"
 
-    def told(action: Callable[[], Result]) -> Callable[[], Result]:
-        """The action, whose failure is told as that of this save."""
+    def of_this_save(action: Callable[[], Result]) -> Callable[[], Result]:
+        """The action, with its failure as that of this save."""
 
         def attempt() -> Result:
             try:
@@ -89,14 +89,14 @@ def save(
     if part is None:
         return final
     try:
-        from_rank_0(told(lambda: files.prepare(folder, part)), group)
-        written = from_every_rank(told(lambda: _write(part, tensors, group)), group)
-        from_rank_0(told(lambda: _finish(part, final, written, state)), group)
+        from_rank_0(of_this_save(lambda: files.prepare(folder, part)), group)
+        written = from_every_rank(of_this_save(lambda: _write(part, tensors, group)), group)
+        from_rank_0(of_this_save(lambda: _finish(part, final, written, state)), group)
     except CheckpointError:
         if dist.get_rank(group) == 0:
             remove_folder(part)
         raise
-    from_rank_0(told(lambda: files.retire(folder, final, keep, best)), group)
+    from_rank_0(of_this_save(lambda: files.retire(folder, final, keep, best)), group)
     return final
 
 
@@ -131,13 +131,13 @@ def find(folder: Path, alone: bool = False) -> ResumePoint:
         CheckpointError: there are checkpoints, but none verifies.
     """
     refused: list[str] = []
-    for path in _asked(alone, partial(files.checkpoints, folder)):
+    for path in _answer(alone, partial(files.checkpoints, folder)):
         try:
             _verify(path, alone)
         except CheckpointError as error:
             refused.append(str(error))
         else:
-            return ResumePoint(path, _asked(alone, partial(read_state, path)), refused)
+            return ResumePoint(path, _answer(alone, partial(read_state, path)), refused)
     if refused:
         why = f"no checkpoint verifies; use another --out, or restore one ({'; '.join(refused)})"
         raise CheckpointError(folder, why)
@@ -157,19 +157,19 @@ def find_to_use(folder: Path, which: str = "", alone: bool = False) -> ResumePoi
     newest = find(folder, alone)
     if newest.path is None:
         raise CheckpointError(folder, "no usable checkpoint; train the run to the end first")
-    wanted = files.wanted(folder, newest.path, newest.state, which)
-    if wanted == newest.path:
+    chosen = files.choose(folder, newest.path, newest.state, which)
+    if chosen == newest.path:
         return newest
     try:
-        _verify(wanted, alone)
+        _verify(chosen, alone)
     except CheckpointError as error:
         if which:
-            raise CheckpointError(wanted, f"cannot be used: {error}") from None
+            raise CheckpointError(chosen, f"cannot be used: {error}") from None
         return replace(newest, refused=[*newest.refused, f"the best one: {error}"])
-    return ResumePoint(wanted, _asked(alone, partial(read_state, wanted)), newest.refused)
+    return ResumePoint(chosen, _answer(alone, partial(read_state, chosen)), newest.refused)
 
 
-def _asked(alone: bool, compute: Callable[[], Result]) -> Result:
+def _answer(alone: bool, compute: Callable[[], Result]) -> Result:
     """What this rank computes by itself, or what rank 0 computes for all."""
     return compute() if alone else from_rank_0(compute)
 
@@ -191,9 +191,11 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group) -> Entries:
         if dist.get_rank(group) not in getattr(error, "failures", {dist.get_rank(group): None}):
             # DCP raises on all ranks; those whose fault it is can say why.
             return {}
-        cause = writer.problem or error
-        raise CheckpointError(part, f"{_sizes(part, tensors)}: {_reason(cause)}") from None
-    return writer.entries
+        wanted = sum(shard.tensor.nbytes for whole in tensors_of(tensors) for shard in local_shards(whole))
+        sizes = f"{wanted / 1e6:,.1f} MB with {shutil.disk_usage(part.parent).free / 1e6:,.1f} MB free"
+        reason = _reason(writer.files.problem or error)
+        raise CheckpointError(part, f"writing {sizes}: {reason}") from None
+    return writer.files.entries
 
 
 class _NoEmptyShards(DefaultSavePlanner):
@@ -205,19 +207,14 @@ class _NoEmptyShards(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
-        return replace(plan, items=[item for item in plan.items if not _is_empty(item)])
-
-
-def _is_empty(item: WriteItem) -> bool:
-    data = item.tensor_data
-    return item.type == WriteItemType.SHARD and data is not None and 0 in data.chunk.sizes
-
-
-def _sizes(part: Path, tensors: Mapping[str, Any]) -> str:
-    """What this rank wanted to write, and what room there was."""
-    wanted = sum(part.tensor.nbytes for whole in tensors_of(tensors) for part in local_shards(whole)) / 1e6
-    free = shutil.disk_usage(part.parent).free / 1e6
-    return f"writing {wanted:,.1f} MB with {free:,.1f} MB free"
+        items = [
+            item
+            for item in plan.items
+            if item.type != WriteItemType.SHARD
+            or item.tensor_data is None
+            or 0 not in item.tensor_data.chunk.sizes
+        ]
+        return replace(plan, items=items)
 
 
 def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str, Any]) -> None:
@@ -238,19 +235,14 @@ def _verify(path: Path, alone: bool) -> None:
         verify(path)
         return
     entries = from_rank_0(partial(files.read_manifest, path))
-    mine = _share(entries, dist.get_rank(), dist.get_world_size())
-    from_every_rank(lambda: files.check_files(path, {name: entries[name] for name in mine}), slow=True)
-
-
-def _share(entries: Entries, rank: int, world_size: int) -> list[str]:
-    """The files that a rank verifies: the largest first, each to whoever has least so far."""
-    loads, mine = [0] * world_size, []
+    # The largest files first, each to the rank that has least so far.
+    loads, mine = [0] * dist.get_world_size(), {}
     for name in sorted(entries, key=lambda name: (-entries[name]["bytes"], name)):
         least = loads.index(min(loads))
         loads[least] += entries[name]["bytes"]
-        if least == rank:
-            mine.append(name)
-    return mine
+        if least == dist.get_rank():
+            mine[name] = entries[name]
+    from_every_rank(lambda: files.check_files(path, mine), slow=True)
 
 
 def _reason(error: BaseException) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -72,9 +71,8 @@ class TableReader:
 
     def whole(self, name: str) -> Tensor:
         """One tensor in one piece."""
-        entry = self._entry(name)
-        everything = ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size)
-        return self._read(name, everything)
+        size = self._entry(name).size
+        return self._read(name, ChunkStorageMetadata(torch.Size([0] * len(size)), size))
 
     def bands(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """A table, or what belongs to its rows, from first row to last, as (first row, rows [n, ...]).
@@ -87,8 +85,7 @@ class TableReader:
         starts = sorted({chunk.offsets[0] for chunk in entry.chunks if chunk.sizes[0]})
         for start, stop in zip(starts, [*starts[1:], rows], strict=True):
             begin, size = torch.Size([start, *(0 for _ in row)]), torch.Size([stop - start, *row])
-            band = ChunkStorageMetadata(begin, size)
-            yield start, self._read(name, band)
+            yield start, self._read(name, ChunkStorageMetadata(begin, size))
 
     def _saved_name(self, name: str) -> str:
         return name if name in self._tensors else f"{_MODEL}{name}"
@@ -101,7 +98,7 @@ class TableReader:
         target = torch.empty(part.sizes, dtype=entry.properties.dtype)
         items = create_read_items_for_chunk_list(self._saved_name(name), entry, [part])
         try:
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+            self._reader.read_data(LoadPlan(items), _OneTensor(target)).wait()
         except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
             raise CheckpointError(self._path, f"cannot read {name}: {error}") from None
         if sum(int(torch.Size(item.lengths).numel()) for item in items) != target.numel():
@@ -109,35 +106,15 @@ class TableReader:
         return target
 
 
-class _Into(LoadPlanner):
-    """Puts whatever is read into one tensor."""
+class _OneTensor(DefaultLoadPlanner):
+    """Puts whatever is read into one tensor; plans are given, not made here."""
 
     def __init__(self, target: Tensor) -> None:
+        super().__init__()
         self._target = target
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self._target
-        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(dim, offset, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: it was read into its place."""
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._target
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise ValueError(f"{read_item.storage_index.fqn} is no tensor")
-
-    # The rest of the protocol is for plans made by several ranks together; here the plan is given.
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError

@@ -120,12 +120,21 @@ def unshard(path: Path, out: Path, features: Vocabularies) -> PlainManifest:
 def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
     state, reader = checkpoint_files.read_state(path), TableReader(path)
     tables = {}
-    for name, weight in _tables(path, reader).items():
+    for weight in reader.names():
+        name = table_of(weight)
+        if "__" not in name:
+            # No collection holds it.
+            continue
+        if problem := name_problem(name):
+            raise CheckpointError(path, f"the name of the table {name!r} {problem}")
         tables[name] = _write_table(reader, part / "tables" / f"{name}.safetensors", name, weight)
     dense = {name: reader.whole(name) for name in reader.names() if table_of(name) not in tables}
     save_file(dense, part / "dense.safetensors")
     used = {name: features[name] for name in sorted({table.feature for table in tables.values()})}
-    _copy_vocabularies(part / "vocab", used)
+    (part / "vocab").mkdir()
+    for entry in used.values():
+        if entry.info.vocabulary:
+            shutil.copyfile(entry.file, part / "vocab" / entry.file.name)
     files = sorted(p for p in part.rglob("*") if p.is_file())
     manifest = PlainManifest(
         step=state["step"],
@@ -138,15 +147,6 @@ def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
     )
     SEAL.write(part, manifest.model_dump_json(indent=1))
     return manifest
-
-
-def _tables(path: Path, reader: TableReader) -> dict[str, str]:
-    """Table -> the name of its weights: those that a collection holds."""
-    weights = {table_of(name): name for name in reader.names() if "__" in table_of(name)}
-    for table in weights:
-        if problem := name_problem(table):
-            raise CheckpointError(path, f"the name of the table {table!r} {problem}")
-    return weights
 
 
 def _write_table(reader: TableReader, file: Path, name: str, weight: str) -> PlainTable:
@@ -170,13 +170,6 @@ def _write_table(reader: TableReader, file: Path, name: str, weight: str) -> Pla
             for _, band in reader.bands(accumulator):
                 stream.append("accumulator", band)
     return PlainTable(feature=feature, group=group, rows=rows, dim=dim, accumulator=kind)
-
-
-def _copy_vocabularies(out: Path, used: Vocabularies) -> None:
-    out.mkdir()
-    for entry in used.values():
-        if entry.info.vocabulary:
-            shutil.copyfile(entry.file, out / entry.file.name)
 
 
 def open_plain_tables(path: Path, check: bool = True) -> PlainTables:

@@ -45,11 +45,10 @@ _ROWS_AT_ONCE = 1 << 16
 
 def vocabularies(manifest: LogManifest, folder: Path) -> dict[str, Vocabulary]:
     """Feature -> its vocabulary, of a log or of a folder of plain tables that keeps a log's."""
-    found = {name: Vocabulary(info, folder / f"{name}.parquet") for name, info in manifest.features.items()}
-    context = {
+    items = {name: Vocabulary(info, folder / f"{name}.parquet") for name, info in manifest.features.items()}
+    return items | {
         name: Vocabulary(info, folder / f"context_{name}.parquet") for name, info in manifest.context.items()
     }
-    return found | context
 
 
 def unshard_run(run: Path, out: Path) -> PlainManifest:
@@ -131,8 +130,12 @@ def fill(
     for table, name in tables.items():
         entry = source.manifest.tables[table]
         if entry.feature not in maps:
-            maps[entry.feature] = _row_map(entry.feature, known[entry.feature], source)
-            lines.append(_carried_line(entry.feature, maps[entry.feature], source))
+            row_map = maps[entry.feature] = _row_map(entry.feature, known[entry.feature], source)
+            line = "the same vocabulary"
+            if row_map is not None:
+                carried, before = int((row_map[1:] >= 0).sum()), source.manifest.rows[entry.feature] - 1
+                line = f"{carried:,} of {before:,} values carried over, {len(row_map) - 1 - carried:,} new"
+            lines.append(f"{entry.feature}: {line}")
         rows = model[name].size()[0]
         saved = source.table(table)
         _fill_rows(model[name], saved["weight"], maps[entry.feature], rows)
@@ -191,26 +194,20 @@ def _fill_dense(model: Mapping[str, Any], source: PlainTables, tables: set[str])
 
 
 def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor | None, rows: int) -> None:
-    for tensor, row, column in local_shards(target):
-        # Accumulators of column shards lie one below the other, each as long as the table.
-        _fill_part(tensor, source, row_map, (row % rows, column))
-
-
-def _fill_part(part: Tensor, source: Tensor, row_map: Tensor | None, place: tuple[int, int]) -> None:
-    """Rows of one shard that lies at `place` (row, column) of its table."""
-    row, column = place
-    for start in range(0, part.shape[0], _ROWS_AT_ONCE):
-        here = torch.arange(start, min(start + _ROWS_AT_ONCE, part.shape[0]))
-        new = here + row
-        if row_map is None:
-            old = torch.where(new < source.shape[0], new, -1)
-        else:
-            old = torch.where(new < len(row_map), row_map[new.clamp(max=len(row_map) - 1)], -1)
-        found = old >= 0
-        values = source[old[found]]
-        if part.dim() == 2:
-            values = values[:, column : column + part.shape[1]]
-        part[here[found].to(part.device)] = values.to(part.device, part.dtype)
+    for part, row, column in local_shards(target):
+        for start in range(0, part.shape[0], _ROWS_AT_ONCE):
+            here = torch.arange(start, min(start + _ROWS_AT_ONCE, part.shape[0]))
+            # Accumulators of column shards lie one below the other, each as long as the table.
+            new = here + row % rows
+            if row_map is None:
+                old = torch.where(new < source.shape[0], new, -1)
+            else:
+                old = torch.where(new < len(row_map), row_map[new.clamp(max=len(row_map) - 1)], -1)
+            known = old >= 0
+            values = source[old[known]]
+            if part.dim() == 2:
+                values = values[:, column : column + part.shape[1]]
+            part[here[known].to(part.device)] = values.to(part.device, part.dtype)
 
 
 def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | None:
@@ -257,12 +254,3 @@ def _read(file: Path, digest: str) -> tuple[pa.Array, pa.Array]:
     if pa.types.is_integer(values.type):
         return values.cast(pa.int64()), ids.cast(pa.int64())
     return values.cast(pa.large_string()), ids.cast(pa.int64())
-
-
-def _carried_line(feature: str, row_map: Tensor | None, source: PlainTables) -> str:
-    if row_map is None:
-        return f"{feature}: the same vocabulary"
-    carried = int((row_map[1:] >= 0).sum())
-    before = source.manifest.rows[feature] - 1
-    new = len(row_map) - 1 - carried
-    return f"{feature}: {carried:,} of {before:,} values carried over, {new:,} new"

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
@@ -21,29 +21,21 @@ _LARGE = 1 << 18
 
 
 class HashedWriter(FileSystemWriter):
-    """Writes and syncs DCP's files of this rank, one after the other.
-
-    Attributes:
-        entries: name -> size and digest of what was written.
-        problem: the first error of the operating system; torch hides it behind one of its own.
-    """
+    """Writes and syncs DCP's files of this rank, one after the other; `files` says what became of them."""
 
     def __init__(self, path: Path) -> None:
         # The streams sync. Nothing is copied ahead from a device: an asynchronous save has copied all of it,
         # and torch would open a CUDA context for that wherever it can, even if no tensor lies on a device.
         super().__init__(path, sync_files=False, per_thread_copy_ahead=0)
-        self.fs = _HashingFileSystem()
-
-    @property
-    def entries(self) -> Entries:
-        return cast(_HashingFileSystem, self.fs).entries
-
-    @property
-    def problem(self) -> OSError | None:
-        return cast(_HashingFileSystem, self.fs).problem
+        self.fs = self.files = _HashingFileSystem()
 
 
 class _HashingFileSystem(FileSystem):
+    """Attributes:
+    entries: name -> size and digest of what was written.
+    problem: the first error of the operating system; torch hides it behind one of its own.
+    """
+
     def __init__(self) -> None:
         self.entries: Entries = {}
         self.problem: OSError | None = None
@@ -83,17 +75,14 @@ class _HashingStream(io.RawIOBase):
                 self.sha.update(view)
                 self._raw.write(view)
             else:
-                self._write_large(view)
+                hashed = self._pool.submit(self.sha.update, view)
+                try:
+                    self._raw.write(view)
+                finally:
+                    # The buffer is the caller's again once this returns.
+                    hashed.result()
         self.size += len(view)
         return len(view)
-
-    def _write_large(self, view: memoryview) -> None:
-        hashed = self._pool.submit(self.sha.update, view)
-        try:
-            self._raw.write(view)
-        finally:
-            # The buffer is the caller's again once this returns.
-            hashed.result()
 
     def writable(self) -> bool:
         return True

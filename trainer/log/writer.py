@@ -19,7 +19,7 @@ from trainer.log.schema import (
     is_sequence_log,
     moved_away,
 )
-from trainer.sealed_folder import entry_of, exchange, remove_folder, scratch, sync, voice
+from trainer.sealed_folder import entry_of, exchange, publish, remove_folder, scratch, sync, sync_tree, voice
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -121,22 +121,12 @@ def _describe(path: Path, root: Path, rows: int) -> FileInfo:
 
 
 def _publish(staging: Path, out: Path) -> None:
-    for path in (*staging.rglob("*"), staging):
-        sync(path)
+    sync_tree(staging)
     if out.exists() and exchange(staging, out):
         sync(out.parent)  # the older log is the one in `staging` now, and goes with it
         return
     old = moved_away(staging)
-    replaces = out.exists()
-    if replaces:
-        out.rename(old)
-    try:
-        staging.rename(out)
-    except OSError:
-        if replaces:
-            old.rename(out)
-        raise
-    sync(out.parent)
+    publish(staging, out, aside=old, synced=True)
     remove_folder(old)
 
 

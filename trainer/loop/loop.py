@@ -15,8 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embeddings.agreement import from_rank_0
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
-from trainer.checkpoint.compatible import check_same_order
-from trainer.checkpoint.reshard import check_reshardable
+from trainer.checkpoint.compatible import check_reshardable, check_same_order
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.loop.early_stopping import Best
 from trainer.loop.interrupts import Interrupts

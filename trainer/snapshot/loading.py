@@ -32,8 +32,7 @@ from trainer.snapshot.manifest import (
     check_file,
     read_manifest,
 )
-from trainer.snapshot.rows import read_rows
-from trainer.snapshot.tensors import expect_like, read_tensors
+from trainer.snapshot.rows import expect_like, read_rows, read_tensors
 
 # A chain this long would be slower to load than to write anew.
 LONGEST_CHAIN = 64
@@ -47,7 +46,7 @@ _LONGEST_REASON = 500
 _T = TypeVar("_T")
 
 
-class Recorded(NamedTuple):
+class RecordedRequests(NamedTuple):
     """Requests and their probabilities, float32 [C, T]: the trainer's, and the snapshot's own at export."""
 
     batch: RequestBatch
@@ -62,7 +61,7 @@ class Snapshot:
     path: Path
     manifest: SnapshotManifest
     model: TwoStageModel
-    recorded: Recorded
+    recorded: RecordedRequests
 
     @torch.no_grad()
     def score(self, batch: RequestBatch) -> Tensor:
@@ -179,7 +178,11 @@ class Chain:
             stored = {key: entry for key, _, entry in manifest.matrices()}.get(stem)
             if stored is None:
                 break
-            _check_matrix(path, manifest, stem)
+            # The files of a matrix are checked when its rows are read, in whichever version.
+            listed = manifest.listed()
+            for file in (f"{stem}.safetensors", f"{stem}.ids.safetensors"):
+                if file in listed:
+                    check_file(path, listed[file])
             found.insert(0, (path, stored))
             if stored.changed is None:
                 return read_rows(found, stem, name)
@@ -263,12 +266,23 @@ def _load(path: Path) -> Snapshot:
     for entry in manifest.listed().values():
         if not entry.path.startswith("tables/"):
             check_file(path, entry)
-    groups = {name: _group(path, name, manifest) for name in manifest.groups}
+    groups = {}
+    for name, described in manifest.groups.items():
+        specs = tuple(TableSpec(table.feature, table.rows, table.dim) for table in described)
+        try:
+            groups[name] = TableGroup(name, specs, fusion=manifest.config.groups[name].fusion)
+        except ConfigError as error:
+            raise SnapshotError(path / MANIFEST, str(error)) from None
     tables = {
         name: chain.rows(stem, name) for stem, name, _ in manifest.matrices() if stem.startswith("tables/")
     }
     collections = {name: PlainBagCollection(group, tables) for name, group in groups.items()}
-    model = _fitted_to_config(path, lambda: _model(manifest, groups, collections))
+    numbers = count_numbers(manifest.config, manifest.numeric)
+    # Sizes in the config cost nothing until the tensors turn out to have them.
+    with torch.device("meta"):
+        model = _fitted_to_config(
+            path, lambda: build_model(manifest.config, groups, collections, len(manifest.tasks), numbers)
+        )
     # Copies, because a matrix product over a mapped file's unaligned memory rounds differently.
     dense = {name: tensor.clone() for name, tensor in read_tensors(path, DENSE).items()}
     expect_like(path, DENSE, dense, model.state_dict())
@@ -276,7 +290,7 @@ def _load(path: Path) -> Snapshot:
     return Snapshot(path, manifest, model.eval(), _recorded(path, manifest))
 
 
-def _recorded(path: Path, manifest: SnapshotManifest) -> Recorded:
+def _recorded(path: Path, manifest: SnapshotManifest) -> RecordedRequests:
     tensors = read_tensors(path, RECORDED)
     own = tensors.pop(OWN, None)
     batch, trained = unpack(path, tensors, (manifest.recorded_features, manifest.recorded_context))
@@ -287,7 +301,7 @@ def _recorded(path: Path, manifest: SnapshotManifest) -> Recorded:
     if problem:
         raise SnapshotError(path / RECORDED, problem)
     assert own is not None
-    return Recorded(batch, trained, own)
+    return RecordedRequests(batch, trained, own)
 
 
 def _problem_of_bags(batch: RequestBatch, manifest: SnapshotManifest) -> str:
@@ -307,38 +321,11 @@ def _problem_of_bags(batch: RequestBatch, manifest: SnapshotManifest) -> str:
     return ""
 
 
-def _group(path: Path, name: str, manifest: SnapshotManifest) -> TableGroup:
-    tables = tuple(TableSpec(t.feature, t.rows, t.dim) for t in manifest.groups[name])
-    try:
-        return TableGroup(name, tables, fusion=manifest.config.groups[name].fusion)
-    except ConfigError as error:
-        raise SnapshotError(path / MANIFEST, str(error)) from None
-
-
-def _model(
-    manifest: SnapshotManifest,
-    groups: Mapping[str, TableGroup],
-    collections: Mapping[str, PlainBagCollection],
-) -> TwoStageModel:
-    numbers = count_numbers(manifest.config, manifest.numeric)
-    # Sizes in the config cost nothing until the tensors turn out to have them.
-    with torch.device("meta"):
-        return build_model(manifest.config, groups, collections, len(manifest.tasks), numbers)
-
-
 def _fitted_to_config(path: Path, make: Callable[[], _T]) -> _T:
     try:
         return make()
     except (RuntimeError, KeyError, ValueError, AssertionError, TypeError, IndexError) as error:
         raise SnapshotError(path / DENSE, f"does not fit the config: {_line(error)}") from None
-
-
-def _check_matrix(path: Path, manifest: SnapshotManifest, stem: str) -> None:
-    """Digests of the files of a matrix; they are checked when its rows are read, in whichever version."""
-    listed = manifest.listed()
-    for name in (f"{stem}.safetensors", f"{stem}.ids.safetensors"):
-        if name in listed:
-            check_file(path, listed[name])
 
 
 def _line(error: Exception) -> str:

@@ -113,6 +113,9 @@ class VocabularyFile(Settings):
     sha256: _Sha256
 
 
+ListedFile = SnapshotFile | CodeFile | VocabularyFile
+
+
 class InputFeature(Settings):
     """What carries a feature: behaviors, candidates, `both`, or the request (`context`).
 
@@ -182,9 +185,8 @@ class SnapshotManifest(Settings):
             for place, entry in enumerate(part.tables):
                 yield search_stem(branch, place), f"{entry.side}__{entry.feature}", entry
 
-    def listed(self) -> dict[str, SnapshotFile | CodeFile | VocabularyFile]:
-        entries: tuple[SnapshotFile | CodeFile | VocabularyFile, ...]
-        entries = (*self.files, *self.code, *self.vocabulary_files)
+    def listed(self) -> dict[str, ListedFile]:
+        entries: tuple[ListedFile, ...] = (*self.files, *self.code, *self.vocabulary_files)
         return {entry.path: entry for entry in entries}
 
 
@@ -224,7 +226,7 @@ def read_manifest(path: Path) -> SnapshotManifest:
     return manifest
 
 
-def check_file(path: Path, entry: SnapshotFile | CodeFile | VocabularyFile) -> None:
+def check_file(path: Path, entry: ListedFile) -> None:
     """A listed file must be a plain one of the size and digest that the manifest says."""
     file = path / entry.path
     if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
@@ -238,27 +240,23 @@ def _problem(manifest: SnapshotManifest) -> str:
     rows: dict[str, set[int]] = {}
     for table in (table for tables in manifest.groups.values() for table in tables):
         rows.setdefault(table.feature, set()).add(table.rows)
-    base = manifest.base
+    base, branches = manifest.base, manifest.config.model.all_branches()
+    used = {group for branch in branches.values() for group in branch.roles.used()}
+    described = [entry.feature for entry in manifest.vocabulary_files]
     of_requests = {name for name, given in manifest.inputs.items() if given.side == "context"}
     problems = {
-        "its groups are not those of its config": set(manifest.groups) != _used_groups(manifest.config),
+        "its groups are not those of its config": set(manifest.groups) != used,
         "its features are not those of its tables": rows != {n: {c} for n, c in manifest.features.items()},
         "its inputs are not those of its recorded requests": (
             sorted(manifest.recorded_features) != sorted(manifest.inputs.keys() - of_requests)
             or sorted(manifest.recorded_context) != sorted(of_requests)
         ),
         "it builds on a version that is not older": base is not None and base.number >= manifest.number,
+        "its vocabularies are not those of its features": (
+            len(set(described)) < len(described) or not all(map(manifest.vocabularies.get, described))
+        ),
     }
-    found = next((problem for problem, there in problems.items() if there), "")
-    return found or _problem_of_vocabularies(manifest) or _problem_of_files(manifest)
-
-
-def _problem_of_vocabularies(manifest: SnapshotManifest) -> str:
-    named = [entry.feature for entry in manifest.vocabulary_files]
-    other = [name for name in named if not manifest.vocabularies.get(name)]
-    if other or len(set(named)) < len(named):
-        return "its vocabularies are not those of its features"
-    return ""
+    return next((problem for problem, there in problems.items() if there), "") or _problem_of_files(manifest)
 
 
 def _problem_of_files(manifest: SnapshotManifest) -> str:
@@ -279,10 +277,6 @@ def _problem_of_files(manifest: SnapshotManifest) -> str:
             return f"{stem} has more rows than its file has room for"
     different = sorted(wanted ^ listed.keys())
     return f"{different[0]} is not listed, or should not be there" if different else ""
-
-
-def _used_groups(config: Config) -> set[str]:
-    return {group for branch in config.model.all_branches().values() for group in branch.roles.used()}
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class PartialModel:
     """Scores requests as the trainer does; for requests that `rows_of_requests` was shown.
 
     Args:
-        dense: the dense part of the model's state dict; found: with all rows in place.
+        dense: the dense part of the model's state dict; requests: with all rows in place.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class PartialModel:
         manifest: LogManifest,
         ranks: Ranks,
         dense: Mapping[str, Tensor],
-        found: RequestRows,
+        requests: RequestRows,
     ) -> None:
-        self._ids, self._device = found.ids, ranks.device
+        self._ids, self._device = requests.ids, ranks.device
         small = manifest.model_copy(
             update={
                 part: {
-                    name: info.model_copy(update={"rows": found.ids[name].numel()})
-                    if name in found.ids
+                    name: info.model_copy(update={"rows": requests.ids[name].numel()})
+                    if name in requests.ids
                     else info
                     for name, info in getattr(manifest, part).items()
                 }
@@ -97,7 +97,7 @@ class PartialModel:
         state = sharded.state_dict()
         for name, weight in state.items():
             if name.startswith("collections."):
-                rows = found.rows[table_of(name)]
+                rows = requests.rows[table_of(name)]
                 for part, row, column in local_shards(weight):
                     part.copy_(rows[row : row + part.shape[0], column : column + part.shape[1]])
             else:

@@ -8,7 +8,6 @@ SNAP/.lock        held while a draft begins, and while a version gets its number
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from trainer.sealed_folder import (
     entry_of,
     file_digest,
     locked,
-    remove_folder,
+    retire,
     scratch,
     sync,
     write_text,
@@ -32,7 +31,6 @@ from trainer.snapshot.manifest import (
     LATEST,
     SEAL,
     VERSION_NAME,
-    BaseVersion,
     SnapshotFile,
     SnapshotManifest,
 )
@@ -70,9 +68,15 @@ def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Pa
         SnapshotError: the base of a delta went away or changed meanwhile.
     """
     with _locked(root):
-        if manifest.base is not None and not _is_there(root, manifest.base):
-            raise SnapshotError(root, f"the base, version {manifest.base.number}, went away meanwhile")
-        number = _next_number(root)
+        if base := manifest.base:
+            below = root / f"v{base.number:08d}" / MANIFEST
+            if not below.is_file() or file_digest(below) != base.sha256:
+                raise SnapshotError(root, f"the base, version {base.number}, went away meanwhile")
+        # One more than any number that was given out, also where the newest version was deleted by hand.
+        taken = [path.name for path in _versions(root)]
+        with suppress(OSError):
+            taken.append((root / LATEST).read_text(encoding="utf-8").strip())
+        number = max((int(name[1:]) for name in taken if VERSION_NAME.fullmatch(name)), default=0) + 1
         SEAL.write(part, manifest.model_copy(update={"number": number}).model_dump_json(indent=1))
         final = root / f"v{number:08d}"
         publish_folder(part, final)
@@ -106,21 +110,6 @@ def _versions(root: Path) -> list[Path]:
     return [p for p in root.glob("v*") if VERSION_NAME.fullmatch(p.name)]
 
 
-def _next_number(root: Path) -> int:
-    """One more than any number that was given out, also where the newest version was deleted by hand."""
-    taken = [int(path.name[1:]) for path in _versions(root)]
-    with suppress(OSError):
-        latest = (root / LATEST).read_text(encoding="utf-8").strip()
-        if VERSION_NAME.fullmatch(latest):
-            taken.append(int(latest[1:]))
-    return max(taken, default=0) + 1
-
-
-def _is_there(root: Path, base: BaseVersion) -> bool:
-    manifest = root / f"v{base.number:08d}" / MANIFEST
-    return manifest.is_file() and file_digest(manifest) == base.sha256
-
-
 def _retire(root: Path, keep: int) -> None:
     versions = sorted(_versions(root))
     needed = set(versions[-keep:])
@@ -132,10 +121,7 @@ def _retire(root: Path, keep: int) -> None:
             return
     for path in versions:
         if path not in needed:
-            # First out of sight, so that nobody finds half of it.
-            gone = root / f".tmp-{uuid.uuid4().hex[:12]}"
-            path.rename(gone)
-            remove_folder(gone)
+            retire(path, "")
 
 
 def _locked(root: Path) -> AbstractContextManager[bool]:

@@ -1,4 +1,4 @@
-"""Matrices of a version: written whole or as a delta against a base, and put together again.
+"""Matrices of a version: written whole or as a delta, read memory-mapped and checked, and put together again.
 
 A delta holds the rows whose stored bytes differ from the base's, found by comparing all of them while they
 stream past. That is exact, and needs no book-keeping while training: keeping track of touched rows would save
@@ -7,23 +7,26 @@ reading the base, but not reading the checkpoint, and would count rows that ende
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import TORCH_DTYPES, Dtype, row_bytes, stored_columns, to_stored
 from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.snapshot.manifest import StoredRows
-from trainer.snapshot.tensors import read_one
 
 # Called once or twice: (first row, float rows [n, dim]), ascending without gaps.
 RowSource = Callable[[], Iterator[tuple[int, Tensor]]]
 # Rows that are converted and compared at once.
 _BLOCK = 1 << 16
 _IDS, _ID_BYTES = "ids", 8
+# Far more than any file here needs; a header of 100 MB would take seconds and gigabytes to parse.
+_LARGEST_HEADER = 1 << 20
 
 
 def write_rows(
@@ -54,7 +57,11 @@ def write_changes(
     row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
     with TensorStream(_file(folder, stem), {name: row}) as stream:
         for first, block in _blocks(folder / stem, name, dtype, source):
-            ids = _different(block, base[first : first + block.shape[0]])
+            # Rows whose bytes differ; rows beyond the base are all different.
+            known = base[first : first + block.shape[0]]
+            same = torch.zeros(block.shape[0], dtype=torch.bool)
+            same[: len(known)] = (block[: len(known)].view(torch.uint8) == known.view(torch.uint8)).all(1)
+            ids = torch.nonzero(~same).squeeze(1)
             stream.append(name, block[ids])
             changed.append(ids + first)
     ids = torch.cat(changed)
@@ -88,7 +95,10 @@ def read_rows(versions: Sequence[tuple[Path, StoredRows]], stem: str, name: str)
         problem = _misfit(whole, rows, ids, stored)
         if problem:
             raise SnapshotError(path / f"{stem}.ids.safetensors", problem)
-        whole = _apply(whole, rows, ids, stored.rows)
+        if stored.rows > whole.shape[0]:
+            whole = torch.cat([whole, whole.new_empty(stored.rows - whole.shape[0], whole.shape[1])])
+        whole = whole[: stored.rows]
+        whole[ids] = rows
     if whole is None:
         raise SnapshotError(stem, "no version holds it whole")
     return whole
@@ -106,22 +116,6 @@ def _misfit(whole: Tensor, rows: Tensor, ids: Tensor, stored: StoredRows) -> str
     return ""
 
 
-def _apply(whole: Tensor, rows: Tensor, ids: Tensor, count: int) -> Tensor:
-    if count > whole.shape[0]:
-        whole = torch.cat([whole, whole.new_empty(count - whole.shape[0], whole.shape[1])])
-    whole = whole[:count]
-    whole[ids] = rows
-    return whole
-
-
-def _different(block: Tensor, base: Tensor) -> Tensor:
-    """Rows whose bytes differ, ascending; rows beyond the base are all different."""
-    common = base.shape[0]
-    same = torch.zeros(block.shape[0], dtype=torch.bool)
-    same[:common] = (block[:common].view(torch.uint8) == base.view(torch.uint8)).all(1)
-    return torch.nonzero(~same).squeeze(1)
-
-
 def _blocks(where: Path, name: str, dtype: Dtype, source: RowSource) -> Iterator[tuple[int, Tensor]]:
     for begin, band in source():
         for first, rows in zip(range(begin, begin + len(band), _BLOCK), band.split(_BLOCK), strict=True):
@@ -134,3 +128,56 @@ def _blocks(where: Path, name: str, dtype: Dtype, source: RowSource) -> Iterator
 
 def _file(folder: Path, stem: str) -> Path:
     return folder / f"{stem}.safetensors"
+
+
+def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """All tensors of a file, memory-mapped copy-on-write.
+
+    Raises:
+        SnapshotError: it is no safetensors file, or has an absurd header.
+    """
+    file = path / name
+    try:
+        with file.open("rb") as raw:
+            if int.from_bytes(raw.read(8), "little") > _LARGEST_HEADER:
+                raise SnapshotError(file, f"its header is larger than {_LARGEST_HEADER:,} bytes")
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise SnapshotError(file, f"unreadable: {error}") from None
+    return tensors
+
+
+def read_one(path: Path, file: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The one tensor of a file.
+
+    Raises:
+        SnapshotError: it holds anything but that tensor.
+    """
+    tensors = read_tensors(path, file)
+    if list(tensors) != [name]:
+        raise SnapshotError(path / file, f"should hold the one tensor {name!r}")
+    found = tensors[name]
+    if found.dtype != dtype or tuple(found.shape) != shape:
+        kinds = f"{found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}"
+        raise SnapshotError(path / file, f"holds {kinds}")
+    return found
+
+
+def expect_like(path: Path, file: str, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Tensors must have the names, types and shapes of others, and be finite.
+
+    Raises:
+        SnapshotError: naming the first that has not.
+    """
+    missing, surplus = sorted(like.keys() - tensors.keys()), sorted(tensors.keys() - like.keys())
+    for names, what in ((missing, "missing"), (surplus, "superfluous")):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise SnapshotError(path / file, f"does not fit the config: {names[0]}{others} {what}")
+    for name, wanted in like.items():
+        found = tensors[name]
+        if found.dtype != wanted.dtype or found.shape != wanted.shape:
+            kinds = f"{found.dtype} {list(found.shape)}, expected {wanted.dtype} {list(wanted.shape)}"
+            raise SnapshotError(path / file, f"does not fit the config: {name} is {kinds}")
+        if found.is_floating_point() and not found.isfinite().all():
+            raise SnapshotError(path / file, f"{name} holds numbers that are not finite")

@@ -7,7 +7,7 @@ size of the model. `trainer.snapshot.publishing` then gives the folder its numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from trainer.checkpoint.tensors import TableReader
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
 from trainer.run_config import Config
-from trainer.snapshot.loading import Chain, Recorded, Snapshot, load_snapshot
+from trainer.snapshot.loading import Chain, RecordedRequests, Snapshot, load_snapshot
 from trainer.snapshot.manifest import (
     DENSE,
     OWN,
@@ -65,23 +65,18 @@ class Source:
 
 @dataclass
 class Draft:
-    """A version that is being written into `folder`, as a delta where there is a base.
-
-    Attributes:
-        matrices: the descriptions of what has been written, by stem.
-    """
+    """A version that is being written into `folder`, as a delta where there is a base."""
 
     folder: Path
     source: Source
     dtypes: Mapping[str, Dtype]
     base: Chain | None = None
     watch: Watch | None = None
-    matrices: dict[str, StoredRows] = field(default_factory=dict)
 
     def write_tables(self) -> dict[str, tuple[SnapshotTable, ...]]:
         """All tables of all groups, for the manifest."""
         (self.folder / "tables").mkdir()
-        found = {}
+        tables = {}
         for name, group in self.source.groups.items():
             entries = []
             for place, table in enumerate(group.tables):
@@ -90,8 +85,8 @@ class Draft:
                 rows = partial(self._table_rows, name, table.feature, key)
                 stored = self._write(table_stem(name, place), key, shape, self.dtypes[name], rows)
                 entries.append(SnapshotTable(feature=table.feature, **stored.model_dump()))
-            found[name] = tuple(entries)
-        return found
+            tables[name] = tuple(entries)
+        return tables
 
     def write_search(self, dense: Mapping[str, Tensor]) -> dict[str, SearchPart]:
         """The search part of each branch that has one; in fp32 where its attention tables are, else fp16."""
@@ -118,15 +113,14 @@ class Draft:
     def _write(
         self, stem: str, name: str, shape: tuple[int, int], dtype: Dtype, rows: RowSource
     ) -> StoredRows:
-        if self.base is None or not self._has(stem, name, shape[1], dtype):
+        there = () if self.base is None else self.base.manifest.matrices()
+        same = [
+            (key, tensor, entry.dim, entry.dtype) == (stem, name, shape[1], dtype)
+            for key, tensor, entry in there
+        ]
+        if self.base is None or not any(same):
             return write_rows(self.folder, stem, name, shape, dtype, rows)
         return write_changes(self.folder, stem, name, shape, dtype, rows, self.base.rows(stem, name))
-
-    def _has(self, stem: str, name: str, dim: int, dtype: Dtype) -> bool:
-        """Whether the base has such a matrix."""
-        assert self.base is not None
-        found = {key: (tensor, entry) for key, tensor, entry in self.base.manifest.matrices()}.get(stem)
-        return found is not None and found[0] == name and (found[1].dim, found[1].dtype) == (dim, dtype)
 
     def _table_rows(self, group: str, feature: str, table: str) -> Iterator[tuple[int, Tensor]]:
         for first, band in self.source.rows(group, feature):
@@ -154,7 +148,7 @@ def finish(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, traine
     SEAL.write(part, manifest.model_dump_json(indent=1))
     snapshot = load_snapshot(part)
     # Written from memory again: the loaded batch is mapped from the file that this replaces.
-    recorded = Recorded(batch, trained, own=snapshot.score(snapshot.recorded.batch))
+    recorded = RecordedRequests(batch, trained, own=snapshot.score(snapshot.recorded.batch))
     draft.write_recorded(*recorded)
     files[RECORDED] = describe(part, part / RECORDED)
     manifest = manifest.model_copy(update={"files": tuple(files.values())})

@@ -18,7 +18,7 @@ from torch import nn
 
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection
-from embeddings.lookup.empty_shards import admit_empty_shards, leaves_ranks_empty
+from embeddings.lookup.sharded import admit_empty_shards, leaves_ranks_empty
 from embeddings.plan.constraints import constraints_of
 from embeddings.plan.request import Cluster, PlanRequest
 from tests.helpers.launching import reported

@@ -11,7 +11,7 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.sharding import attach_optimizer
 from embeddings.optimizers import FusedOptimizer
-from embeddings.plan import search as plan_search
+from embeddings.plan import planner as plan_search
 from embeddings.plan.planner import PlanEstimate, offline_plan
 from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.traffic import Lookup

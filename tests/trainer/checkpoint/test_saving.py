@@ -12,7 +12,7 @@ import pytest
 from embeddings.errors import CheckpointError
 from tests.helpers.launching import reported
 from tests.trainer.test_ranks import parameters_of
-from trainer.checkpoint.reshard import check_reshardable
+from trainer.checkpoint.compatible import check_reshardable
 
 Report = dict[str, Any]
 
