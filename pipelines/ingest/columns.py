@@ -16,7 +16,7 @@ import pyarrow as pa
 from embeddings.errors import DataError
 from pipelines.ingest.files import RawFile
 from pipelines.ingest.sections import ColumnConfig, Unit
-from trainer.log.arrow_types import is_list, is_text
+from trainer.log.arrow import is_list, is_text
 
 Kind = Literal["key", "time", "id", "ids", "text", "number"]
 Target = Literal["int64", "string", "float64", "array<int64>", "array<string>"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 import ibis
-import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
@@ -17,9 +16,8 @@ from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
-from trainer.data.row_group import PARQUET_ERRORS
 from trainer.log.schema import FeatureInfo, LogManifest, Side, read_manifest
-from trainer.log.vocabulary_digest import spelled
+from trainer.log.vocabulary import spelled, stream_values
 from trainer.sealed_folder import MANIFEST
 
 _BATCH = 1 << 16
@@ -108,17 +106,9 @@ def _older(engine: Engine, file: Path, info: FeatureInfo) -> OlderVocabulary:
     if not info.vocabulary:
         problem = "the manifest has no digest of this vocabulary, so nobody can tell what the ids stand for"
         raise DataError(f"{problem}; name a log that `tandemrec ingest` wrote", file=file)
-    content, rows = hashlib.sha256(), 1
-    for batch in _batches(file):
-        ids = batch.column("id").to_pylist()
-        if ids != list(range(rows, rows + len(ids))):
-            raise DataError(
-                "its ids do not count from 1; name a log that `tandemrec ingest` wrote", file=file
-            )
-        content.update(spelled(batch.column("value")))
-        rows += len(ids)
-    if content.hexdigest() != info.vocabulary or rows != info.rows:
-        problem = "is not the vocabulary in the log's manifest, so it was damaged or replaced"
+    rows = 1 + sum(len(values) for values in stream_values(file, info.vocabulary, of_log=True))
+    if rows != info.rows:
+        problem = f"has {rows} rows, unknown included, but the log's manifest says {info.rows}"
         raise DataError(f"{problem}; take another copy of that log", file=file)
     raw = look(file, ())
     found = engine.scan([raw])
@@ -128,20 +118,6 @@ def _older(engine: Engine, file: Path, info: FeatureInfo) -> OlderVocabulary:
     if different != rows - 1:
         raise DataError("has a value twice, or a null; name a log that `tandemrec ingest` wrote", file=file)
     return OlderVocabulary(file, table, rows)
-
-
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            names = parquet.schema_arrow.names
-            if "value" not in names or "id" not in names:
-                raise DataError(f"has the columns {', '.join(names)}, not value and id", file=file)
-            yield from parquet.iter_batches(_BATCH, columns=["value", "id"])
-    except FileNotFoundError as error:
-        problem = "missing, so nobody can tell what the log's ids stand for; take another copy of that log"
-        raise DataError(problem, file=file) from error
-    except PARQUET_ERRORS as error:
-        raise DataError(f"unreadable: {error}; take another copy of that log", file=file) from error
 
 
 def count_values(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | None) -> ir.Table:
