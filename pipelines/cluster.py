@@ -16,7 +16,7 @@ from embeddings.lookup.jagged import one_id_bags
 from pipelines.console import quiet_third_parties
 from trainer.data.row_group import read_footer, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.log.clusters import ClusterInfo, HistoryClusters, cluster_history
+from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import CLUSTER_COLUMNS, VOCABULARIES, LogManifest, SplitInfo, read_manifest, schema_of
 from trainer.log.writer import staged, write_manifest, write_split
 from trainer.snapshot import Snapshot, load_snapshot
@@ -70,29 +70,21 @@ def _clustered_rows(
         footer = read_footer(log / entry.path)
         for group in range(footer.num_row_groups):
             rows = read_rows(log / entry.path, group, columns, footer)
-            clusters = _of_rows(rows, loaded, info)
-            sizes.append(int((clusters.size > 0).sum()))
+            vectors = behavior_vectors(rows, loaded)
+            values = np.zeros(rows.history_time.size, dtype=np.int64)
+            if info.group_by:
+                values = rows.history[info.group_by].values.astype(np.int64)
+            clusters = [
+                cluster_history(vectors[a:b], values[a:b], rows.history_time[a:b], info)
+                for a, b in zip(rows.history_offsets[:-1], rows.history_offsets[1:], strict=True)
+            ]
+            size, time = (np.concatenate([getattr(c, name) for c in clusters]) for name in ("size", "time"))
+            sizes.append(int((size > 0).sum()))
             table = read_group(log / entry.path, group, footer.schema.to_arrow_schema().names, footer).table
             offsets = pa.array(rows.history_offsets.astype(np.int32))
-            for name, values in zip(CLUSTER_COLUMNS, (clusters.size, clusters.time), strict=True):
-                table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(values)))
+            for name, column in zip(CLUSTER_COLUMNS, (size, time), strict=True):
+                table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(column)))
             yield from table.combine_chunks().to_batches()
-
-
-def _of_rows(rows: UserRows, loaded: Snapshot, info: ClusterInfo) -> HistoryClusters:
-    """The clusters of all histories of a row group, one after the other."""
-    vectors = behavior_vectors(rows, loaded)
-    count = rows.history_time.size
-    groups = np.zeros(count, dtype=np.int64)
-    if info.group_by:
-        groups = rows.history[info.group_by].values.astype(np.int64)
-    parts = [
-        cluster_history(vectors[a:b], groups[a:b], rows.history_time[a:b], info)
-        for a, b in zip(rows.history_offsets[:-1], rows.history_offsets[1:], strict=True)
-    ]
-    return HistoryClusters(
-        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("label", "size", "time"))
-    )
 
 
 @torch.no_grad()

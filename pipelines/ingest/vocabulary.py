@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,8 +16,8 @@ from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
-from trainer.log.schema import FeatureInfo, LogManifest, Side, read_manifest
-from trainer.log.vocabulary import spelled, stream_values
+from trainer.log.schema import FeatureInfo, Side, read_manifest
+from trainer.log.vocabulary import spell, stream_values
 from trainer.sealed_folder import MANIFEST
 
 _BATCH = 1 << 16
@@ -66,35 +66,27 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
         return {}
     log = Path(config.vocabulary.log)
     manifest = read_manifest(log)
-    infos = _infos(manifest)
-    _check_features(log / MANIFEST, infos, column_shapes(config))
+    infos = manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
+    shapes, remedy = column_shapes(config), "ingest with that log's columns, or without its vocabulary"
+    for name in (*infos, *shapes):
+        problem = ""
+        if name not in shapes:
+            problem = f"has {_called(name)}, which this config does not ingest"
+        elif name not in infos:
+            problem = f"lacks {_called(name)}, which this config ingests"
+        elif (infos[name].multi, infos[name].side) != shapes[name]:
+            theirs, mine = _shape(infos[name].multi, infos[name].side), _shape(*shapes[name])
+            problem = f"has {_called(name)} as {theirs}, this config as {mine}"
+        if problem:
+            raise DataError(f"{problem}; {remedy}", file=log / MANIFEST)
     infos |= manifest.named
     return {name: _older(engine, log / "vocab" / f"{name}.parquet", infos[name]) for name in infos}
 
 
-def _infos(manifest: LogManifest) -> dict[str, FeatureInfo]:
-    return manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
-
-
-def _check_features(
-    file: Path, infos: Mapping[str, FeatureInfo], shapes: Mapping[str, tuple[bool, Side]]
-) -> None:
-    remedy = "ingest with that log's columns, or without its vocabulary"
-    for name in (*infos, *shapes):
-        if name not in shapes:
-            raise DataError(f"has {_called(name)}, which this config does not ingest; {remedy}", file=file)
-        if name not in infos:
-            raise DataError(f"lacks {_called(name)}, which this config ingests; {remedy}", file=file)
-        theirs, mine = _shape(infos[name].multi, infos[name].side), _shape(*shapes[name])
-        if theirs != mine:
-            problem = f"has {_called(name)} as {theirs}, this config as {mine}; {remedy}"
-            raise DataError(problem, file=file)
-
-
 def _called(name: str) -> str:
-    kind, word = (
-        ("context", name.removeprefix("context_")) if name.startswith("context_") else ("feature", name)
-    )
+    kind, word = "feature", name
+    if name.startswith("context_"):
+        kind, word = "context", name.removeprefix("context_")
     return f"the {kind} {word!r}"
 
 
@@ -221,7 +213,7 @@ def write(
             writer = pq.ParquetWriter(path, batch.schema, compression="zstd", write_page_checksum=True)
         writer.write_batch(batch)
         rows += batch.num_rows
-        content.update(spelled(batch.column("value")))
+        content.update(spell(batch.column("value")))
     if writer is not None:
         writer.close()
     else:

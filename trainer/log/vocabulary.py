@@ -17,7 +17,7 @@ from trainer.log.arrow import PARQUET_ERRORS
 _ROWS_AT_ONCE = 1 << 16
 
 
-def spelled(values: pa.Array) -> memoryview:
+def spell(values: pa.Array) -> memoryview:
     """What the digest of a vocabulary is of: each value as text in UTF-8, with a line end behind it."""
     empty, end = pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string())
     nulls = {"null_handling": "replace", "null_replacement": "None"}
@@ -68,7 +68,7 @@ def stream_values(file: Path, digest: str, *, of_log: bool = False) -> Iterator[
                     raise DataError(problem, file=file)
                 first += ids.size
                 values = batch.column("value").cast(kind)
-                content.update(spelled(values))
+                content.update(spell(values))
                 yield values
     except FileNotFoundError:
         problem = f"missing, so nobody can tell what the ids stand for; {remedy}"

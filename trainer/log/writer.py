@@ -56,7 +56,7 @@ def write_split(
 
     Args:
         tables: the rows in their final order, in pieces of any size.
-        schema: of `trainer.log.schema.arrow_schema`.
+        schema: of `trainer.log.schema.schema_of`.
         layout: rows in a row group, rows in a file (a multiple of the former).
     """
     rows_per_group, rows_per_file = layout

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embeddings.errors import DataError
-from trainer.log.vocabulary import read_values, spelled
+from trainer.log.vocabulary import read_values, spell
 
 
 def reference(values: list[object]) -> bytes:
@@ -29,7 +29,7 @@ def reference(values: list[object]) -> bytes:
 )
 def test_values_are_spelled_as_the_plain_reference_does(values: pa.Array, start: int) -> None:
     part = values.slice(start)
-    assert bytes(spelled(part)) == reference(part.to_pylist())
+    assert bytes(spell(part)) == reference(part.to_pylist())
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
