@@ -16,7 +16,7 @@ from embeddings.lookup.jagged import one_id_bags
 from pipelines.console import quiet_third_parties
 from trainer.data.row_group import read_footer, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.log.clusters import ClusterInfo, HistoryClusters, cluster_history
+from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import CLUSTER_COLUMNS, VOCABULARIES, LogManifest, SplitInfo, read_manifest, schema_of
 from trainer.log.writer import staged, write_manifest, write_split
 from trainer.snapshot import Snapshot, load_snapshot
@@ -36,41 +36,29 @@ def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: 
     quiet_third_parties()
     manifest, loaded = read_manifest(log), load_snapshot(snapshot)
     loaded.check_vocabularies({**manifest.features, **manifest.context}, log)
-    _check_grouping(log, manifest, info)
-    made = manifest.model_copy(update={"clusters": info.model_copy(update={"source": loaded.digest()})})
+    feature = manifest.features.get(info.group_by)
+    if info.group_by and (feature is None or feature.multi or not feature.of_behaviors):
+        fit = [name for name, each in manifest.features.items() if each.of_behaviors and not each.multi]
+        problem = f"has no single-valued feature {info.group_by!r} of behaviors to group by"
+        raise DataError(f"{problem}; it has {', '.join(fit)}", file=log)
+    clustered = manifest.model_copy(update={"clusters": info.model_copy(update={"source": loaded.digest()})})
     shares = []
     with staged(out, overwrite) as staging:
         splits = {}
         for split, files in manifest.splits.items():
             sizes: list[int] = []
             rows = _clustered_rows(log, manifest, files, loaded, info, sizes)
-            splits[split] = write_split(rows, staging, split, schema_of(made), _layout(log, files))
+            layout = (1, 1)  # rows of a row group and of a file, as the log has them
+            if files.files:
+                size = read_footer(log / files.files[0].path).row_group(0).num_rows
+                layout = (size, max(size, files.files[0].rows // size * size))
+            splits[split] = write_split(rows, staging, split, schema_of(clustered), layout)
             shares.append(f"{split}: {sum(sizes):,} clusters of {files.behaviors:,} behaviors")
         if (log / VOCABULARIES).is_dir():
             shutil.copytree(log / VOCABULARIES, staging / VOCABULARIES)
-        write_manifest(staging, made.model_copy(update={"splits": splits}))
+        write_manifest(staging, clustered.model_copy(update={"splits": splits}))
     print(f"{'; '.join(shares)} -> {out}")
-    return made
-
-
-def _check_grouping(log: Path, manifest: LogManifest, info: ClusterInfo) -> None:
-    feature = manifest.features.get(info.group_by)
-    if info.group_by and (feature is None or feature.multi or not feature.of_behaviors):
-        fit = [n for n, f in manifest.features.items() if f.of_behaviors and not f.multi]
-        raise DataError(
-            f"has no single-valued feature {info.group_by!r} of behaviors to group by; it "
-            f"has {', '.join(fit)}",
-            file=log,
-        )
-
-
-def _layout(log: Path, files: SplitInfo) -> tuple[int, int]:
-    """Rows of a row group and of a file, as the log has them."""
-    if not files.files:
-        return 1, 1
-    first = files.files[0]
-    rows = read_footer(log / first.path).row_group(0).num_rows
-    return rows, max(rows, first.rows // rows * rows)
+    return clustered
 
 
 def _clustered_rows(
@@ -82,29 +70,21 @@ def _clustered_rows(
         footer = read_footer(log / entry.path)
         for group in range(footer.num_row_groups):
             rows = read_rows(log / entry.path, group, columns, footer)
-            found = _of_rows(rows, loaded, info)
-            sizes.append(int((found.size > 0).sum()))
+            vectors = behavior_vectors(rows, loaded)
+            values = np.zeros(rows.history_time.size, dtype=np.int64)
+            if info.group_by:
+                values = rows.history[info.group_by].values.astype(np.int64)
+            clusters = [
+                cluster_history(vectors[a:b], values[a:b], rows.history_time[a:b], info)
+                for a, b in zip(rows.history_offsets[:-1], rows.history_offsets[1:], strict=True)
+            ]
+            size, time = (np.concatenate([getattr(c, name) for c in clusters]) for name in ("size", "time"))
+            sizes.append(int((size > 0).sum()))
             table = read_group(log / entry.path, group, footer.schema.to_arrow_schema().names, footer).table
             offsets = pa.array(rows.history_offsets.astype(np.int32))
-            for name, values in zip(CLUSTER_COLUMNS, (found.size, found.time), strict=True):
-                table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(values)))
+            for name, column in zip(CLUSTER_COLUMNS, (size, time), strict=True):
+                table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(column)))
             yield from table.combine_chunks().to_batches()
-
-
-def _of_rows(rows: UserRows, loaded: Snapshot, info: ClusterInfo) -> HistoryClusters:
-    """The clusters of all histories of a row group, one after the other."""
-    vectors = behavior_vectors(rows, loaded)
-    count = rows.history_time.size
-    groups = np.zeros(count, dtype=np.int64)
-    if info.group_by:
-        groups = rows.history[info.group_by].values.astype(np.int64)
-    parts = [
-        cluster_history(vectors[a:b], groups[a:b], rows.history_time[a:b], info)
-        for a, b in zip(rows.history_offsets[:-1], rows.history_offsets[1:], strict=True)
-    ]
-    return HistoryClusters(
-        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("label", "size", "time"))
-    )
 
 
 @torch.no_grad()

@@ -23,12 +23,12 @@ from trainer.checkpoint.tensors import TableReader
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
+from trainer.log.vocabulary import read_values
 from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config
 from trainer.run_folder import RunFolder, versions
 from trainer.sealed_folder import MANIFEST, file_digest
-from trainer.serving.vocabulary import checked_values
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_compiler, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
@@ -201,7 +201,7 @@ def _check(
     """
     worst, manifest = snapshot.self_check(), snapshot.manifest
     for entry in manifest.vocabulary_files:
-        checked_values(snapshot.path / entry.path, manifest.vocabularies[entry.feature])
+        read_values(snapshot.path / entry.path, manifest.vocabularies[entry.feature])
     parity = compare(trainer, snapshot, run.requests(), parity_requests) if parity_requests else Parity()
     snapshot.check_parity(parity.worst, parity.mean)
     worst = max(worst, parity.worst)

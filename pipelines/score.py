@@ -10,9 +10,9 @@ from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import VOCABULARIES, LogManifest, read_manifest
+from trainer.log.vocabulary import read_values
 from trainer.quality.evaluate import score_requests
 from trainer.quality.scored import Scored, compare_scores, read_scores, write_scores
-from trainer.serving.vocabulary import checked_values
 from trainer.snapshot import load_snapshot
 
 # Column of a file of scores -> whose names it has.
@@ -79,7 +79,7 @@ def write_named_scores(scored: Scored, path: Path, log: Path, manifest: LogManif
             continue
         try:
             file = log / VOCABULARIES / f"{key}.parquet"
-            values = checked_values(file, manifest.named[key].vocabulary, of_log=True)
+            values = read_values(file, manifest.named[key].vocabulary, of_log=True)
         except DataError as error:
             remarks.append(f"the scores have no column {column}: {error}")
             continue

@@ -47,10 +47,10 @@ class Attributes:
 def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts: int) -> Attributes:
     """Collects the attributes of all items; those that change, for a part of the items at a time."""
     given = [] if tables.items is None else tables.items.columns
-    lacking = _lacking(engine, tables, config)
+    lacking = _features_to_look_up(engine, tables, config)
     multi = {name: several for name, several in lacking.items() if name not in given}
     events = tables.events
-    values = {name: known(events[name], several) for name, several in multi.items()}
+    values = {name: null_if_unknown(events[name], several) for name, several in multi.items()}
     ends = {name: value.min() for name, value in values.items()}
     ends |= {f"_most_{name}": value.max() for name, value in values.items()}
     ends |= {f"_from_{name}": events.timestamp.min(where=value.notnull()) for name, value in values.items()}
@@ -85,7 +85,7 @@ def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts:
     )
 
 
-def _lacking(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, bool]:
+def _features_to_look_up(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, bool]:
     """The features of items that the impressions lack, or lack in some of their rows."""
     names = {entry.name: entry.multi for entry in config.all_features if entry.side == "both"}
     del names["item_id"]
@@ -93,7 +93,7 @@ def _lacking(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, 
     said = [] if shown is None else [name for name in names if name in shown.columns]
     if shown is None or not said:
         return names
-    sums = {name: known(shown[name], names[name]).isnull().sum() for name in said}
+    sums = {name: null_if_unknown(shown[name], names[name]).isnull().sum() for name in said}
     unknown = engine.rows(shown.aggregate(**sums))[0]
     return {name: several for name, several in names.items() if name not in said or unknown[name]}
 
@@ -107,16 +107,16 @@ def _states(
         some = items.filter(items.item_id % parts == part) if parts > 1 else items
         theirs = events.semi_join(some, "item_id")
         seconds = theirs.group_by(["item_id", "timestamp"]).aggregate(
-            **{name: known(theirs[name], several).max() for name, several in multi.items()}
+            **{name: null_if_unknown(theirs[name], several).max() for name, several in multi.items()}
         )
-        states = _filled(engine, seconds, list(multi)).mutate(_part=ibis.literal(part).cast("int64"))
+        states = _fill_up(engine, seconds, list(multi)).mutate(_part=ibis.literal(part).cast("int64"))
         found = engine.append("item_states", states)
     for name in _PASSING:
         engine.drop(name)
     return found
 
 
-def _filled(engine: Engine, seconds: ir.Table, names: Sequence[str]) -> ir.Table:
+def _fill_up(engine: Engine, seconds: ir.Table, names: Sequence[str]) -> ir.Table:
     """item_id, _since, _state, and what is known after each second that changed something."""
     # As SQL: a last value that skips nulls loses this skip on its way through Ibis. All features share one
     # window, which the engine sorts once.
@@ -136,7 +136,7 @@ def _filled(engine: Engine, seconds: ir.Table, names: Sequence[str]) -> ir.Table
     return changed.select("item_id", *names, _since=changed.timestamp, _state=state.cast("int64"))
 
 
-def known(values: ir.Value, multi: bool) -> ir.Value:
+def null_if_unknown(values: ir.Value, multi: bool) -> ir.Value:
     """Null where a value is unknown: id 0, or no ids at all."""
     return ibis.cases((values.length() > 0, values)) if multi else values.nullif(0)
 
@@ -157,7 +157,15 @@ def with_attributes(
     if attributes.states is not None:
         joined = joined.inner_join(asked.select(*REQUEST, _at=asked.timestamp), REQUEST)
         pairs = joined.select("item_id", "_at").distinct()
-        sources.append(_all_as_of(engine, pairs, attributes.states, attributes.parts, round_))
+        wanted = as_of = engine.keep("item_seconds", pairs)
+        for part in range(attributes.parts):
+            some = (
+                wanted.filter(wanted.item_id % attributes.parts == part) if attributes.parts > 1 else wanted
+            )
+            theirs = attributes.states.filter(attributes.states["_part"] == part).drop("_part")
+            of_part = _as_of(some, theirs).mutate(_round=ibis.literal(round_).cast("int64"))
+            as_of = engine.append("known_items", of_part)
+        sources.append(as_of.filter(as_of["_round"] == round_).drop("_round"))
     for number, source in enumerate(sources):
         part = source.rename(lambda name, number=number: f"_{number}_{name}")
         keys = [name for name in ("item_id", "_at") if name in source.columns]
@@ -165,22 +173,11 @@ def with_attributes(
 
     def value(name: str) -> ir.Value:
         places = [name, *(f"_{number}_{name}" for number in range(len(sources)))]
-        said = [known(joined[place], multi[name]) for place in places if place in joined.columns]
+        said = [null_if_unknown(joined[place], multi[name]) for place in places if place in joined.columns]
         return ibis.coalesce(*said, no_ids() if multi[name] else 0)
 
     others = [name for name in candidates.columns if name not in multi]
     return joined.select(*others, **{name: value(name) for name in multi})
-
-
-def _all_as_of(engine: Engine, wanted: ir.Table, states: ir.Table, parts: int, round_: int) -> ir.Table:
-    """`_as_of`, for a part of the items at a time."""
-    wanted, found = engine.keep("item_seconds", wanted), wanted
-    for part in range(parts):
-        some = wanted.filter(wanted.item_id % parts == part) if parts > 1 else wanted
-        theirs = states.filter(states["_part"] == part).drop("_part")
-        as_of = _as_of(some, theirs).mutate(_round=ibis.literal(round_).cast("int64"))
-        found = engine.append("known_items", as_of)
-    return found.filter(found["_round"] == round_).drop("_round")
 
 
 def _as_of(wanted: ir.Table, states: ir.Table) -> ir.Table:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from embeddings.errors import DataError
 from pipelines.ingest.files import RawFile
 from pipelines.ingest.sections import ColumnConfig, Unit
-from trainer.log.arrow_types import is_list, is_text
+from trainer.log.arrow import is_list, is_text
 
 Kind = Literal["key", "time", "id", "ids", "text", "number"]
 Target = Literal["int64", "string", "float64", "array<int64>", "array<string>"]
@@ -69,6 +69,11 @@ class ColumnNeed:
     @property
     def is_label(self) -> bool:
         return self.key.startswith("impressions.labels:")
+
+
+def needs_of(section: str, entries: Mapping[str, ColumnConfig]) -> dict[str, ColumnNeed]:
+    """The columns of some features or contexts, by the same names."""
+    return {name: ColumnNeed.of(section, entry) for name, entry in entries.items()}
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,7 @@ def decide(
         problems += wrong[:2]
         if wrong:
             continue
-        families = tuple(_family(file, need) for file in files)
-        types = tuple(_type(file, need.column) for file in files)
+        families, types = zip(*(_family_and_type(file, need.column) for file in files), strict=True)
         try:
             target = _target(need, files, families, types, need.column in text_columns)
         except DataError as error:
@@ -153,60 +157,46 @@ def refuse(problems: Sequence[DataError]) -> None:
         raise DataError(f"{len(different)} problems: {told}{more}")
 
 
-def _family(file: RawFile, need: ColumnNeed) -> str:
-    """What the file holds; a column that its folders name is text, as CSV is."""
-    outside = need.column not in file.columns
-    return CSV if outside or file.format == "CSV" else family(file.types[need.column])
-
-
-def _type(file: RawFile, column: str) -> str:
+def _family_and_type(file: RawFile, column: str) -> tuple[str, str]:
+    """Family and type of a column of one file; what its folders name is text, as CSV is."""
     if column not in file.columns:
-        return "folder"
-    return "CSV" if file.format == "CSV" else str(file.types[column])
+        return CSV, "folder"
+    return (CSV, "CSV") if file.format == "CSV" else (family(file.types[column]), str(file.types[column]))
 
 
 def _fault(file: RawFile, need: ColumnNeed, partitions: Sequence[str]) -> DataError | None:
-    column, path = need.column, file.path
-    if column in partitions:
-        return _partition_fault(file, column)
-    times = file.columns.count(column)
-    if times > 1:
-        return DataError(f"{times} columns have this name; rename one", file=path, column=column)
-    if not times:
-        return DataError(_missing(file, need), file=path, column=column)
-    found = _family(file, need)
-    if found in _ALLOWED[need.kind]:
+    column, times, problem = need.column, file.columns.count(need.column), ""
+    if column in partitions and times:
+        problem = "the file has this column itself; take it out of partition_columns"
+    elif column in partitions and column not in file.folders:
+        problem = f"partition_columns names it, but the path has no folder {column}=..."
+    elif column in partitions:
         return None
-    if file.format == "CSV":
-        return DataError(f"holds text, expected {_WANTED[need.kind]}", file=path, column=column)
-    problem = f"type is {file.types[column]}, expected {_WANTED[need.kind]}; {_cast(need, found)}"
-    return DataError(problem, file=path, column=column)
+    elif times > 1:
+        problem = f"{times} columns have this name; rename one"
+    elif not times:
+        problem = _tell_missing(file, need)
+    elif (held := _family_and_type(file, column)[0]) not in _ALLOWED[need.kind]:
+        problem = f"type is {file.types[column]}, expected {_WANTED[need.kind]}; {_cast(need, held)}"
+        if file.format == "CSV":
+            problem = f"holds text, expected {_WANTED[need.kind]}"
+    return DataError(problem, file=file.path, column=column) if problem else None
 
 
-def _cast(need: ColumnNeed, found: str) -> str:
+def _cast(need: ColumnNeed, held: str) -> str:
     """How to mend a column of a type that is not read."""
-    if found.endswith(("binary", "binary_view")) or found.startswith("fixed_size_binary"):
+    if held.endswith(("binary", "binary_view")) or held.startswith("fixed_size_binary"):
         return "cast the column to string where the file is written"
-    if found in ("time", "date"):
+    if held in ("time", "date"):
         return "cast the column to text, or to integers"
-    if found.startswith("list of") and need.kind in ("key", "id"):
+    if held.startswith("list of") and need.kind in ("key", "id"):
         return "set multi = true for a feature, or cast the column"
     if need.is_label:
         return "write 0 and 1, or true and false"
     return "cast the column"
 
 
-def _partition_fault(file: RawFile, column: str) -> DataError | None:
-    if column in file.columns:
-        problem = "the file has this column itself; take it out of partition_columns"
-        return DataError(problem, file=file.path, column=column)
-    if column not in file.folders:
-        problem = f"partition_columns names it, but the path has no folder {column}=..."
-        return DataError(problem, file=file.path, column=column)
-    return None
-
-
-def _missing(file: RawFile, need: ColumnNeed) -> str:
+def _tell_missing(file: RawFile, need: ColumnNeed) -> str:
     column = need.column
     problem = f"no such column ({need.key}); the file has {', '.join(file.columns)}"
     if column in file.folders:
@@ -235,24 +225,16 @@ def _target(
     whole = {"list of int", "list of uint64"} if need.kind == "ids" else _WHOLE
     sides = [found & {text}, found & {other}, found & whole]
     if sum(map(bool, sides)) > 1 and not as_text:
-        raise _conflict(need, files, families, types)
+        typed = [place for place, one in enumerate(families) if one not in (*_LOOSE, "list of null")]
+        kinds = [_SPELLED.get(one, one) for one in families]
+        first = typed[0]
+        odd = next(place for place in typed if kinds[place] != kinds[first])
+        problem = f"holds {kinds[odd]} ({types[odd]}), but {files[first].path} holds {kinds[first]}"
+        problem += f" ({types[first]}); cast one of them, or name the column in text_columns"
+        raise DataError(problem, file=files[odd].path, column=need.column)
     if as_text or sides[0] or sides[1] or found <= {NULL, "list of null"}:
         return "array<string>" if need.kind == "ids" else "string"
     if need.kind == "ids":
         return "array<int64>"
     # Cells of CSV, and numbers that are not int64, are integers only if each of them is.
     return "int64" if found <= {"int", NULL} else None
-
-
-def _conflict(
-    need: ColumnNeed, files: Sequence[RawFile], families: Sequence[str], types: Sequence[str]
-) -> DataError:
-    typed = [i for i, one in enumerate(families) if one not in (*_LOOSE, "list of null")]
-    kinds = [_SPELLED.get(one, one) for one in families]
-    first = typed[0]
-    odd = next(i for i in typed if kinds[i] != kinds[first])
-    problem = (
-        f"holds {kinds[odd]} ({types[odd]}), but {files[first].path} holds {kinds[first]} ({types[first]}); "
-        f"cast one of them, or name the column in text_columns"
-    )
-    return DataError(problem, file=files[odd].path, column=need.column)

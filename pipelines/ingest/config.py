@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticKnownError
@@ -93,29 +93,15 @@ class IngestConfig(Settings):
         """The label columns of the log."""
         return self.request_protocol.tasks(self)
 
-    @property
-    def event_context(self) -> dict[str, ContextConfig]:
-        """context_* -> the context that comes from the events."""
-        return self._context_of("events")
-
-    @property
-    def impression_context(self) -> dict[str, ContextConfig]:
-        """context_* -> the context that comes from the impressions."""
-        return self._context_of("impressions")
-
-    @property
-    def user_context(self) -> dict[str, ContextConfig]:
-        """context_* -> the context that comes from the user table."""
-        return self._context_of("users")
-
-    def _context_of(self, table: str) -> dict[str, ContextConfig]:
+    def context_of(self, table: Literal["events", "impressions", "users"]) -> dict[str, ContextConfig]:
+        """context_* -> the context that comes from a table."""
         return {f"context_{entry.name}": entry for entry in self.context if entry.table == table}
 
     @model_validator(mode="after")
     def _side_tables_are_used(self) -> Self:
         if self.item_table.files and self.domains:
             raise ValueError("item_table: with [[domains]] their mapping tables say what items are")
-        if bool(self.user_table.files) != bool(self.user_context):
+        if bool(self.user_table.files) != bool(self.context_of("users")):
             raise ValueError('user_table.files and a [[context]] with table = "users" need each other')
         return self
 

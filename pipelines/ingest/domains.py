@@ -8,10 +8,10 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest.columns import ColumnNeed
+from pipelines.ingest.columns import ColumnNeed, needs_of
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
-from pipelines.ingest.events import check_values
+from pipelines.ingest.events import check_values, roles
 from pipelines.ingest.files import find_files
 from pipelines.ingest.sections import ColumnConfig, DomainConfig
 from pipelines.ingest.sources import Survey, all_rows, columns_of, open_files
@@ -26,7 +26,19 @@ def open_domains(engine: Engine, config: IngestConfig, survey: Survey) -> tuple[
         DataError: as `open_events`; or a mapping has no level, or explains a category twice.
     """
     sources = {domain.name: _open_domain(engine, domain, config, survey) for domain in config.domains}
-    sources = _with_common_users(sources, config, survey)
+    # Users are of one type: text where one domain has text and the others could be.
+    text = {name for name, table in sources.items() if table.user_id.type().is_string()}
+    strict = [name for name in sources if name not in text and "user_id" not in survey.loose[name]]
+    if text and strict:
+        domain = next(domain for domain in config.domains if domain.name == strict[0])
+        problem = f"holds integers, but the users of the domain {min(text)} are text; name it in text_columns"
+        raise DataError(problem, file=", ".join(domain.files), column=domain.user)
+    if text:
+        sources = {
+            name: table.mutate(user_id=table.user_id.cast("string")) for name, table in sources.items()
+        }
+    else:
+        survey.loose["trajectories"] = set() if strict else {"user_id"}
     merged = engine.keep("trajectories", merge(list(sources.values())))
     before = sum(count_rows(engine, table) for table in sources.values())
     return merged, before - count_rows(engine, merged)
@@ -42,22 +54,6 @@ def merge(sources: Sequence[ir.Table]) -> ir.Table:
     return numbered.filter(numbered.place == 0).drop("place")
 
 
-def _with_common_users(
-    sources: dict[str, ir.Table], config: IngestConfig, survey: Survey
-) -> dict[str, ir.Table]:
-    """The domains with users of one type: text where one has text and the others could be."""
-    text = {name for name, table in sources.items() if table.user_id.type().is_string()}
-    strict = [name for name in sources if name not in text and "user_id" not in survey.loose[name]]
-    if text and strict:
-        domain = next(domain for domain in config.domains if domain.name == strict[0])
-        problem = f"holds integers, but the users of the domain {min(text)} are text; name it in text_columns"
-        raise DataError(problem, file=", ".join(domain.files), column=domain.user)
-    if not text:
-        survey.loose["trajectories"] = {"user_id"} if not strict else set()
-        return sources
-    return {name: table.mutate(user_id=table.user_id.cast("string")) for name, table in sources.items()}
-
-
 def _open_domain(engine: Engine, domain: DomainConfig, config: IngestConfig, survey: Survey) -> ir.Table:
     """One domain's events: user_id, request_id, timestamp, item_id, domain_id, ..., and the taxonomy.
 
@@ -67,11 +63,7 @@ def _open_domain(engine: Engine, domain: DomainConfig, config: IngestConfig, sur
     files = find_files(domain.files, f"events of the domain {domain.name}")
     where = f"domains.{domain.name}"
     present = columns_of(files, [domain.user, domain.item, domain.timestamp], config)
-    wanted = {
-        "user_id": ColumnNeed(f"{where}.user", domain.user, "key"),
-        "timestamp": ColumnNeed(f"{where}.timestamp", domain.timestamp, "time", domain.timestamp_unit),
-        "item_id": ColumnNeed(f"{where}.item", domain.item, "id"),
-    }
+    wanted = roles(where, domain)
     optional = {"scenario_id": domain.scenario, "action_id": domain.action, "_key": domain.key}
     wanted |= {
         name: ColumnNeed(f"{where}.{name.strip('_').removesuffix('_id')}", column, "id")
@@ -81,10 +73,9 @@ def _open_domain(engine: Engine, domain: DomainConfig, config: IngestConfig, sur
     entries: dict[str, ColumnConfig] = {
         feature.name: feature for feature in config.features if feature.side != "candidate"
     }
-    entries |= config.event_context
-    wanted |= {
-        name: ColumnNeed.of("features", entry) for name, entry in entries.items() if entry.source in present
-    }
+    entries |= config.context_of("events")
+    there = {name: entry for name, entry in entries.items() if entry.source in present}
+    wanted |= needs_of("features", there)
     table = open_files(engine, files, wanted, config, survey)
     survey.loose[domain.name] = table.loose & {"user_id"}
 

@@ -34,7 +34,7 @@ def encode(
     """
     names, passing = list(features), []
 
-    def kept(what: str, table: ir.Table) -> ir.Table:
+    def keep_for_now(what: str, table: ir.Table) -> ir.Table:
         if isinstance(table.op(), ops.DatabaseTable):
             return table
         passing.append(f"{name}_{what}")
@@ -43,7 +43,7 @@ def encode(
     table = raw
     for first in range(0, len(names), _AT_ONCE):
         some = names[first : first + _AT_ONCE]
-        table, stale = kept(f"from_{first}", table), passing[:-1]
+        table, stale = keep_for_now(f"from_{first}", table), passing[:-1]
         for old in stale:
             engine.drop(old)
             passing.remove(old)
@@ -52,15 +52,15 @@ def encode(
         coded |= {
             feature: _bags(narrow(engine, table, [feature]), feature, words[feature]) for feature in multi
         }
-        coded = {feature: kept(f"ids_of_{feature}", codes) for feature, codes in coded.items()}
-        table = _encoded(engine, table, coded, multi)
+        coded = {feature: keep_for_now(f"ids_of_{feature}", codes) for feature, codes in coded.items()}
+        table = _with_ids(engine, table, coded, multi)
     done = engine.keep(name, finish(table))
     for old in passing:
         engine.drop(old)
     return done
 
 
-def _encoded(
+def _with_ids(
     engine: Engine, table: ir.Table, coded: Mapping[str, ir.Table], multi: Collection[str]
 ) -> ir.Table:
     """The table with ids in place of the values of some columns; all tables are kept in the engine.

@@ -8,12 +8,12 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest.columns import ColumnNeed
+from pipelines.ingest.columns import ColumnNeed, needs_of
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.faults import number_of
 from pipelines.ingest.files import RawFiles
-from pipelines.ingest.sections import ImpressionsConfig, LabelConfig, RoleColumns
+from pipelines.ingest.sections import DomainConfig, ImpressionsConfig, LabelConfig, RoleColumns
 from pipelines.ingest.sources import RawTable, Survey, columns_of, open_files
 from pipelines.ingest.values import UNITS
 
@@ -37,13 +37,13 @@ def open_events(
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
     """
     named = {feature.name for feature in config.features}
-    wanted = _roles("events", config.events)
+    wanted = roles("events", config.events)
     wanted |= {
         entry.name: ColumnNeed.of("features" if entry.name in named else "events.taxonomy", entry)
         for entry in config.all_features
         if entry.side != "candidate" and entry.name not in (*given, "item_id")
     }
-    wanted |= {name: ColumnNeed.of("context", entry) for name, entry in config.event_context.items()}
+    wanted |= needs_of("context", config.context_of("events"))
     table = open_files(engine, files, wanted, config, survey)
     raw = engine.keep(EVENTS, _with_requests(table.table))
     survey.loose[EVENTS] = table.loose
@@ -75,9 +75,8 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
         numbers[f"numeric_{name}"] = ColumnNeed(f"impressions.numeric: {name}", name, "number")
     if columns.weight:
         numbers["weight"] = ColumnNeed("impressions.weight", columns.weight, "number")
-    wanted = _roles("impressions", columns) | numbers
-    wanted |= {name: ColumnNeed.of("features", entry) for name, entry in entries.items()}
-    wanted |= {name: ColumnNeed.of("context", entry) for name, entry in config.impression_context.items()}
+    wanted = roles("impressions", columns) | numbers | needs_of("features", entries)
+    wanted |= needs_of("context", config.context_of("impressions"))
     table = open_files(engine, files, wanted, config, survey)
     values = {name: table.table[name].cast("float32") for name in numbers}
     if config.domains:
@@ -93,12 +92,13 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
     return _with_labels(engine, raw, table, columns, list(numbers))
 
 
-def _roles(section: str, columns: RoleColumns) -> dict[str, ColumnNeed]:
+def roles(section: str, columns: RoleColumns | DomainConfig) -> dict[str, ColumnNeed]:
+    """The columns that say who did what, and when."""
     wanted = {
         "user_id": ColumnNeed(f"{section}.user", columns.user, "key"),
         "timestamp": ColumnNeed(f"{section}.timestamp", columns.timestamp, "time", columns.timestamp_unit),
     }
-    if columns.request:
+    if isinstance(columns, RoleColumns) and columns.request:
         wanted["request_id"] = ColumnNeed(f"{section}.request", columns.request, "key")
     return wanted | {"item_id": ColumnNeed(f"{section}.item", columns.item, "id")}
 
@@ -125,16 +125,16 @@ def check_values(
     found = engine.rows(raw.aggregate(rows=raw.count(), **times, **sums))[0]
     if not found["rows"]:
         raise DataError("has no rows; ingest needs some", file=table.label)
+
+    def is_given(cell: object) -> bool:
+        return cell not in (None, "", *nulls) and str(cell).strip().lower() != "nan"
+
     for name in required:
         if count := found[f"bad_{name}"]:
             problem = f"null in {int(count):,} of {found['rows']:,} rows; remove or fill them"
-            raise table.fault(name, problem, lambda cell: _is_given(cell, nulls))
+            raise table.fault(name, problem, is_given)
     if found["latest"] > _YEAR_5000 or found["earliest"] < 0:
         raise _odd_time(table, int(found["earliest"]), int(found["latest"]))
-
-
-def _is_given(cell: object, nulls: Collection[str]) -> bool:
-    return cell is not None and cell != "" and cell not in nulls and str(cell).strip().lower() != "nan"
 
 
 def _odd_time(table: RawTable, earliest: int, latest: int) -> DataError:
@@ -177,7 +177,10 @@ def _with_labels(
         value = raw[name]
         sums |= {f"_least_{name}": value.min(), f"_most_{name}": value.max()}
         if name in labels and labels[name].positive_from is None:
-            sums[f"_odd_{name}"] = _odd(value, labels[name]).cast("int64").sum()
+            odd = (value < 0) | (value > 1)
+            if labels[name].kind == "binary":
+                odd = (value != 0) & (value != 1)
+            sums[f"_odd_{name}"] = odd.cast("int64").sum()
     found = engine.rows(raw.aggregate(**sums))[0]
     for name in numbers:
         least, most = (float(found[f"_{end}_{name}"]) for end in ("least", "most"))
@@ -187,26 +190,20 @@ def _with_labels(
         if name == "weight" and least < 0:
             problem = f"{least:g} is negative, and a weight is at least 0; mend or leave out such rows"
             raise table.fault(name, problem, lambda cell: (number_of(cell) or 0) >= 0)
-        if odd := int(found.get(f"_odd_{name}", 0)):
-            share = f"{odd:,} of {int(found['_rows']):,} rows"
+        if count := int(found.get(f"_odd_{name}", 0)):
+            share = f"{count:,} of {int(found['_rows']):,} rows"
             label = labels[name]
             problem = _label_problem(name.removeprefix("label_"), label, f"{least:g} to {most:g}", share)
-            raise table.fault(name, problem, _is_binary if label.kind == "binary" else _is_probability)
-    return raw.mutate(**{name: _label(raw[name], label) for name, label in labels.items()})
-
-
-def _is_binary(cell: object) -> bool:
-    return (number_of(cell) or 0) in (0, 1)
-
-
-def _is_probability(cell: object) -> bool:
-    return 0 <= (number_of(cell) or 0) <= 1
-
-
-def _odd(value: ir.Value, label: LabelConfig) -> ir.BooleanValue:
-    if label.kind == "binary":
-        return (value != 0) & (value != 1)
-    return (value < 0) | (value > 1)
+            if label.kind == "binary":
+                raise table.fault(name, problem, lambda cell: (number_of(cell) or 0) in (0, 1))
+            raise table.fault(name, problem, lambda cell: 0 <= (number_of(cell) or 0) <= 1)
+    # As a 32-bit number, like the column: 4.1 is not at least the 64-bit 4.1.
+    reached = {
+        name: (raw[name] >= ibis.literal(label.positive_from).cast("float32")).cast("float32")
+        for name, label in labels.items()
+        if label.positive_from is not None
+    }
+    return raw.mutate(**reached)
 
 
 def _label_problem(task: str, label: LabelConfig, span: str, share: str) -> str:
@@ -219,10 +216,3 @@ def _label_problem(task: str, label: LabelConfig, span: str, share: str) -> str:
         f"holds {span}, but {key} is binary, 0 or 1 ({share} are neither): "
         f"say from which number on a row is positive, {positive}, or, where all lie in 0 to 1, {probable}"
     )
-
-
-def _label(value: ir.Value, label: LabelConfig) -> ir.Value:
-    if label.positive_from is None:
-        return value
-    # As a 32-bit number, like the column: 4.1 is not at least the 64-bit 4.1.
-    return (value >= ibis.literal(label.positive_from).cast("float32")).cast("float32")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import pyarrow.parquet as pq
 
@@ -42,31 +43,14 @@ def bad_cell(files: Sequence[RawFile], column: Column, cell: str, count: int) ->
     if count > 1:
         problem += f" ({count:,} such cells)"
     for file in files:
-        for row, value in _cells(file, need.column):
-            if _same(value, cell):
-                return DataError(f"{_unit(file)} {row}: {problem}", file=file.path, column=need.column)
+        for row, value in cells(file, need.column):
+            same = value is not None and str(value) == cell
+            if isinstance(value, float):  # the engine may spell it in another way
+                same = value == number_of(cell)
+            if same:
+                return DataError(f"{row}: {problem}", file=file.path, column=need.column)
     more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
     return DataError(problem, file=f"{files[0].path}{more}", column=need.column)
-
-
-def fault_of(
-    files: Sequence[RawFile], column: str, problem: str, label: str, fits: Callable[[object], bool]
-) -> DataError:
-    """The error about a column, with the place of the first cell that does not fit, if one is found.
-
-    None is found in a column that the names of folders hold, for example.
-
-    Args:
-        label: of all files.
-        fits: what a cell of Parquet, or the text of one of CSV, must be.
-    """
-    for file in files:
-        for row, value in _cells(file, column):
-            if not fits(value):
-                of = f" of {file.path}" if len(files) > 1 else ""
-                problem += f" (the first is in {_unit(file)} {row}{of})"
-                return DataError(problem, file=label, column=column)
-    return DataError(problem, file=label, column=column)
 
 
 def number_of(cell: object) -> float | None:
@@ -80,35 +64,23 @@ def number_of(cell: object) -> float | None:
         return None
 
 
-def _unit(file: RawFile) -> str:
-    return "line" if file.format == "CSV" else "row"
+def cells(file: RawFile, column: str) -> Iterator[tuple[str, object]]:
+    """The cells of one column with their places: `line 7` of CSV, else `row 7`.
 
-
-def _cells(file: RawFile, column: str) -> Iterator[tuple[int, object]]:
-    """(line or row, cell) of one column."""
+    There is none of a column that the names of folders hold, for example.
+    """
     if column not in file.columns:
         return
     if file.format == "CSV":
         place = file.columns.index(column)
         for line, row in _rows(file):
             if len(row) > place:
-                yield line, row[place]
+                yield f"line {line}", row[place]
         return
-    number = 0
     with pq.ParquetFile(file.path) as parquet:
-        for batch in parquet.iter_batches(columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield number, value
-                number += 1
-
-
-def _same(value: object, cell: str) -> bool:
-    if isinstance(value, float):
-        try:
-            return value == float(cell)
-        except ValueError:
-            return False
-    return value is not None and str(value) == cell
+        batches = (batch.column(0).to_pylist() for batch in parquet.iter_batches(columns=[column]))
+        for number, value in enumerate(chain.from_iterable(batches)):
+            yield f"row {number}", value
 
 
 def _rows(file: RawFile) -> Iterator[tuple[int, list[str]]]:
@@ -144,7 +116,11 @@ def check_rows(files: Sequence[RawFile]) -> None:
 
 def explain(text: str) -> TandemError | None:
     """An engine's error for the user; None where neither data nor machine can be at fault, but this code."""
-    line = _line(text)
+    # The one line of a message that says something: of a Java trace the last cause.
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
+    called = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
+    line = (causes[-1:] or called or lines or ["no reason given"])[0]
     if _OURS.search(line):
         return None
     if _DISK.search(text):
@@ -160,11 +136,3 @@ def explain(text: str) -> TandemError | None:
         return DataError(f"{problem}; mend it, or name the column in text_columns")
     problem = f"the engine cannot work with these tables: {line}"
     return DataError(f"{problem}; look at the names and types of their columns")
-
-
-def _line(text: str) -> str:
-    """The one line of a message that says something: of a Java trace the last cause."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
-    called = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
-    return (causes[-1:] or called or lines or ["no reason given"])[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,14 +32,7 @@ from pipelines.ingest.remarks import Span, lone_predictors, remarks, unused_sett
 from pipelines.ingest.report import Counts, full_report, preview_lines, report_lines
 from pipelines.ingest.requests import make_requests
 from pipelines.ingest.rows import BlockWriter, auto_buckets
-from pipelines.ingest.side_tables import (
-    DESCRIBED,
-    ITEMS,
-    USERS,
-    open_side_tables,
-    with_ids_only,
-    with_items,
-)
+from pipelines.ingest.side_tables import DESCRIBED, ITEMS, USERS, open_side_tables, with_ids_only, with_items
 from pipelines.ingest.sources import Survey, unread_settings
 from pipelines.ingest.vocabulary import (
     OlderVocabulary,
@@ -112,13 +106,10 @@ def ingest(
     check_target(out, overwrite)
     with staged(out, overwrite) as root:
         spill = root / "spill"
-        runner = connect(engine, config.engine, spill)
-        try:
+        with closing(connect(engine, config.engine, spill)) as runner:
             older = older_vocabularies(runner, config)
             raw = _open(runner, events, impressions, config, Survey())
             manifest = _write_log(runner, raw, older, root, config)
-        finally:
-            runner.close()
         remove_folder(spill, strict=True)
         write_manifest(root, manifest)
     return manifest
@@ -142,8 +133,10 @@ def preview(
     """
     _check_inputs(events, impressions, config)
     survey = Survey(measured=True)
-    with tempfile.TemporaryDirectory() as folder:
-        runner = connect(engine, config.engine, Path(folder) / "spill")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(connect(engine, config.engine, Path(folder) / "spill")) as runner,
+    ):
         try:
             older = older_vocabularies(runner, config)
             raw = _open(runner, events, impressions, config, survey)
@@ -151,7 +144,6 @@ def preview(
         finally:
             for line in preview_lines(survey):
                 say(line)
-            runner.close()
 
 
 def _check_inputs(events: Files | None, impressions: Files | None, config: IngestConfig) -> None:

@@ -80,34 +80,24 @@ def with_numbers(
     for name in NAMES:
         having = {key for key, table in given.items() if name in table.columns}
         text = {key for key in having if given[key][name].type().is_string()}
-        _check(name, text, having, older.get(name), source)
+        old = older.get(name)
+        if name == "user_id" and text and text != having:
+            some, other = (min(keys).removeprefix("raw_") for keys in (text, having - text))
+            problem = f"text in the {some} and integers in the {other}; name the user column in text_columns"
+            raise DataError(problem, file=source, column=name)
+        if old is not None and not text and old.rows > 1:
+            problem = "the older log's are text, the raw tables' are integers"
+            raise DataError(f"{problem}; name the column in text_columns", file=old.file, column="value")
         if not text:
             continue
         sources = [given[key] for key in (EVENTS, IMPRESSIONS) if key in text]
-        vocabulary = build(engine, name, sources, older.get(name))
+        vocabulary = build(engine, name, sources, old)
         infos[name] = write(engine, name, vocabulary, root)
-        given |= {key: _numbered(given[key], name, vocabulary.words) for key in text}
+        words = vocabulary.words.select(_word=vocabulary.words["value"], _code=vocabulary.words["id"])
+        for key in text:
+            joined = given[key].left_join(words, given[key][name] == words["_word"])
+            given[key] = joined.mutate(**{name: joined["_code"]}).select(*given[key].columns)
     if infos:
         kept = {EVENTS: _EVENTS, IMPRESSIONS: _SHOWN}
         given |= {key: engine.keep(name, given[key]) for key, name in kept.items() if key in given}
     return given, infos
-
-
-def _check(
-    name: str, text: set[str], tables: set[str], older: OlderVocabulary | None, source: str | None
-) -> None:
-    column = name.removesuffix("_id")
-    if name == "user_id" and text and text != tables:
-        some, other = (min(names).removeprefix("raw_") for names in (text, tables - text))
-        problem = f"text in the {some} and integers in the {other}; name the {column} column in text_columns"
-        raise DataError(problem, file=source, column=name)
-    if older is not None and not text and older.rows > 1:
-        problem = "the older log's are text, the raw tables' are integers; name the column in text_columns"
-        raise DataError(problem, file=older.file, column="value")
-
-
-def _numbered(table: ir.Table, name: str, words: ir.Table) -> ir.Table:
-    coded = words.select(_word=words["value"], _code=words["id"])
-    joined = table.left_join(coded, table[name] == coded["_word"])
-    others = [column for column in table.columns if column != name]
-    return joined.select(*others, **{name: joined["_code"]}).select(*table.columns)

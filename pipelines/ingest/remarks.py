@@ -94,10 +94,13 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
         if part.impressions is not None:
             found.update(_impressions(engine, part.impressions, events, config))
     if tables.items is not None:
-        found["items_that_the_item_table_lacks"] = _lacking(engine, tables.events, tables.items, "item_id")
+        found["items_that_the_item_table_lacks"] = _count_lacking(
+            engine, tables.events, tables.items, "item_id"
+        )
     if tables.users is not None:
         asking = tables.events if tables.impressions is None else tables.impressions
-        found["users_that_the_user_table_lacks"] = _lacking(engine, asking, tables.users, "user_id")
+        found["users_that_the_user_table_lacks"] = _count_lacking(engine, asking, tables.users, "user_id")
+    facts: dict[str, Any] = {}
     if tables.impressions is not None:
         had = tables.impressions.anti_join(tables.events.select("item_id").distinct(), "item_id")
         found["impressions_of_items_without_events"] = count_rows(engine, had)
@@ -105,15 +108,12 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
             task: (tables.impressions[f"label_{task}"] >= 0.5).cast("int64").sum() for task in config.tasks
         }
         sums = engine.rows(tables.impressions.aggregate(_rows=tables.impressions.count(), **labels))[0]
-        return {
-            "impressions": int(sums["_rows"]),
-            "labels": {task: int(sums[task] or 0) for task in config.tasks},
-            "remarks": dict(found),
-        }
-    return {"remarks": dict(found)}
+        counts = {task: int(sums[task] or 0) for task in config.tasks}
+        facts = {"impressions": int(sums["_rows"]), "labels": counts}
+    return facts | {"remarks": dict(found)}
 
 
-def _lacking(engine: Engine, table: ir.Table, known: ir.Table, key: str) -> int:
+def _count_lacking(engine: Engine, table: ir.Table, known: ir.Table, key: str) -> int:
     return count_rows(engine, table.select(key).distinct().anti_join(known, key))
 
 
@@ -121,7 +121,7 @@ def _impressions(engine: Engine, shown: ir.Table, events: ir.Table, config: Inge
     labels = [f"label_{task}" for task in config.tasks]
     offered = _spread(shown, [*REQUEST, "item_id"], labels)
     repeated = offered.filter(offered["_rows"] > 1)
-    asked = _spread(shown, REQUEST, ["timestamp", *config.impression_context])
+    asked = _spread(shown, REQUEST, ["timestamp", *config.context_of("impressions")])
     sums = engine.rows(
         repeated.aggregate(rows=(repeated["_rows"] - 1).sum(), differ=repeated["_differ"].cast("int64").sum())
     )[0]
@@ -224,16 +224,12 @@ def _columns(batches: list[pa.RecordBatch], context: list[str]) -> dict[str, Val
         columns |= {name: batch.column(name).take(owner) for name in context}
         columns |= {field.name: flat.field(field.name) for field in flat.type}
         for name in columns.keys() - {"_order", "weight"}:
-            parts.setdefault(name, []).append(_plain(columns[name]))
+            values = columns[name].to_numpy(zero_copy_only=False)
+            if pa.types.is_nested(columns[name].type):
+                # The ids of a multi-valued feature are one text.
+                values = np.array([str(ids) for ids in columns[name].to_pylist()], dtype=object)
+            parts.setdefault(name, []).append(values)
     return {name: np.concatenate(part) for name, part in parts.items()}
-
-
-def _plain(column: pa.Array) -> Values:
-    """Numbers as they are; the ids of a multi-valued feature as one text."""
-    if pa.types.is_nested(column.type):
-        return np.array([str(ids) for ids in column.to_pylist()], dtype=object)
-    values: Values = column.to_numpy(zero_copy_only=False)
-    return values
 
 
 def _alone(values: Values, label: Values, fits: Values) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any
 
 from ibis.expr import types as ir
@@ -43,13 +45,8 @@ class Counts:
 def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[str, Any]:
     """Totals, quantiles of the history length at the requests, and dropped rows by reason."""
     events, eligible = counts.tables.events, counts.requests.eligible
-    totals = engine.rows(
-        events.aggregate(
-            events=events.count(),
-            users=events.user_id.nunique(),
-            without=events.request_id.isnull().sum(),
-        )
-    )[0]
+    sums = {"events": events.count(), "users": events.user_id.nunique()}
+    totals = engine.rows(events.aggregate(**sums, without=events.request_id.isnull().sum()))[0]
     requests = engine.rows(eligible.aggregate(users=eligible.user_id.nunique(), requests=eligible.count()))[0]
     dropped = {"events_without_request": int(totals["without"])}
     report = {
@@ -60,12 +57,11 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
         "history_length": _lengths(engine, eligible, int(requests["requests"])),
         "event_items": counts.requests.attributes.items,
         "changing_items": dict(counts.requests.attributes.changing),
-        "dropped": dropped | _dropped(engine, counts, int(requests["requests"]), config),
+        "dropped": dropped | _count_dropped(engine, counts, int(requests["requests"]), config),
     }
     if config.request_protocol.draws_negatives:
-        report["positives_new_items"] = {
-            split: counts.requests.new_positives[split] for split in counts.splits
-        }
+        new = counts.requests.new_positives
+        report["positives_new_items"] = {split: new[split] for split in counts.splits}
     if config.vocabulary.log:
         report["new_values"] = {
             name: {"values": values, "occurrences": occurrences}
@@ -77,18 +73,14 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
 def _lengths(engine: Engine, eligible: ir.Table, requests: int) -> dict[str, int]:
     """Lower quantiles, from the number of requests of each length: engines interpolate differently."""
     lengths = eligible.group_by("history_end").aggregate(requests=eligible.count())
-    found = {row["history_end"]: row["requests"] for row in engine.rows(lengths)}
-    wanted = {f"p{q}": (requests - 1) * q // 100 + 1 for q in _QUANTILES}
-    quantiles, seen = dict.fromkeys(wanted, 0), 0
-    for length in sorted(found):
-        for name, rank in wanted.items():
-            if seen < rank <= seen + found[length]:
-                quantiles[name] = int(length)
-        seen += found[length]
-    return {**quantiles, "max": int(max(found, default=0))}
+    counts = sorted((int(row["history_end"]), int(row["requests"])) for row in engine.rows(lengths))
+    upto = list(accumulate(count for _, count in counts))
+    ranks = {f"p{q}": (requests - 1) * q // 100 + 1 for q in _QUANTILES}
+    quantiles = {name: counts[bisect_left(upto, rank)][0] for name, rank in ranks.items()}
+    return {**quantiles, "max": counts[-1][0]}
 
 
-def _dropped(engine: Engine, counts: Counts, requests: int, config: IngestConfig) -> dict[str, int]:
+def _count_dropped(engine: Engine, counts: Counts, requests: int, config: IngestConfig) -> dict[str, int]:
     every = counts.requests.every
     short = every.history_end < config.requests.min_history
     sums = engine.rows(every.aggregate(all=every.count(), short=short.cast("int64").sum()))[0]
@@ -132,14 +124,14 @@ def report_lines(manifest: LogManifest) -> list[str]:
     ]
     lines += [f"{name}: {info.rows:,} table rows" for name, info in manifest.features.items()]
     lines += [f"context {name}: {info.rows:,} table rows" for name, info in manifest.context.items()]
-    lines += _time_lines(manifest) + _new_lines(manifest) + remark_lines(manifest)
+    lines += _time_lines(manifest) + remark_lines(manifest)
     lines += lone_lines(manifest.report, manifest.features)
     lines += column_lines(manifest.columns, manifest.notes)
     return sorted(lines, key=lambda line: line.startswith("WARNING"))
 
 
 def _time_lines(manifest: LogManifest) -> list[str]:
-    """What changes, and what is new, as of the requests."""
+    """What changes, and what is new: as of the requests, and to the older log's vocabulary."""
     report = manifest.report
     lines = [
         f"{name}: changes in time for {count:,} of {report['event_items']:,} items;"
@@ -155,16 +147,12 @@ def _time_lines(manifest: LogManifest) -> list[str]:
             f"positives whose item no earlier event has: {counts}; no negative is new,"
             ' so a model can tell them apart (requests.new_items = "drop" leaves them out)'
         )
-    return lines
-
-
-def _new_lines(manifest: LogManifest) -> list[str]:
     vocabulary = manifest.ingest.get("vocabulary", {})
     fate = "added to" if vocabulary.get("extend") else "unknown to"
-    return [
+    return lines + [
         f"{name.replace('context_', 'context ')}: {new['values']:,} values in {new['occurrences']:,} places "
         f"{fate} the vocabulary of {vocabulary.get('log')}"
-        for name, new in manifest.report.get("new_values", {}).items()
+        for name, new in report.get("new_values", {}).items()
     ]
 
 
@@ -176,7 +164,7 @@ def column_lines(columns: Sequence[ColumnInfo], notes: Sequence[str]) -> list[st
         if any("CSV" in column.found for column in theirs):
             told = dict.fromkeys(f"{column.column} {column.read_as}" for column in theirs)
             lines.append(f"{table}, read from CSV: {', '.join(told)}")
-    return list(dict.fromkeys([*lines, *_noted(columns), *notes]))
+    return list(dict.fromkeys([*lines, *_column_notes(columns), *notes]))
 
 
 def preview_lines(survey: Survey) -> list[str]:
@@ -185,24 +173,21 @@ def preview_lines(survey: Survey) -> list[str]:
     for table in dict.fromkeys(column.table for column in survey.columns):
         theirs = [column for column in survey.columns if column.table == table]
         ranges = [survey.ranges.get((table, column.setting), (0, None, None)) for column in theirs]
-        cells = [
+        rows = [_HEAD]
+        rows += [
             (one.column, one.setting, one.found, one.read_as, f"{nulls:,}", _cut(one, least), _cut(one, most))
             for one, (nulls, least, most) in zip(theirs, ranges, strict=True)
         ]
-        lines += [f"{table}: {survey.rows.get(table, 0):,} rows", *_aligned([_HEAD, *cells])]
-    return lines + list(dict.fromkeys([*_noted(survey.columns), *survey.notes]))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines.append(f"{table}: {survey.rows.get(table, 0):,} rows")
+        for row in rows:
+            padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append(f"  {'  '.join(padded)}".rstrip())
+    return lines + list(dict.fromkeys([*_column_notes(survey.columns), *survey.notes]))
 
 
-def _noted(columns: Sequence[ColumnInfo]) -> list[str]:
+def _column_notes(columns: Sequence[ColumnInfo]) -> list[str]:
     return [f"{one.table}: {one.column} is read as {one.read_as}: {one.note}" for one in columns if one.note]
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _cut(column: ColumnInfo, value: object) -> str:

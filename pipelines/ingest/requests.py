@@ -129,43 +129,37 @@ def timed_requests(
     )
     timed = requests.inner_join(earlier, ["user_id", "timestamp"])
     timed = _with_user_context(timed, events, config).drop("seconds")
-    timed = _with_user_table(timed, tables.users, config)
-    return timed if "split" in timed.columns else timed.mutate(split=_split(timed, config))
-
-
-def _split(timed: ir.Table, config: IngestConfig) -> ir.Value:
+    if tables.users is not None:
+        # A user whom the table of users lacks has no value.
+        theirs = tables.users.rename(_user="user_id")
+        joined = timed.left_join(theirs, timed.user_id == theirs["_user"])
+        timed = joined.select(*timed.columns, **_known_or_nothing(joined, config.context_of("users")))
+    if "split" in timed.columns:
+        return timed
     if config.split is None:
         raise ValueError("a protocol without its own split needs the dates of one")
-    return ibis.cases(
+    split = ibis.cases(
         (timed.timestamp < config.split.validation_start, "train"),
         (timed.timestamp < config.split.test_start, "validation"),
         else_="test",
     )
+    return timed.mutate(split=split)
 
 
 def _with_user_context(timed: ir.Table, events: ir.Table, config: IngestConfig) -> ir.Table:
     """Adds context_* from the user's second number `seconds`, the last one before the request."""
-    if not config.event_context:
+    if not config.context_of("events"):
         return timed
-    names = list(config.event_context)
+    names = list(config.context_of("events"))
     grouped = events.group_by(["user_id", "timestamp"])
     states = grouped.aggregate(**{name: events[name].max() for name in names})
     number = ibis.row_number().over(group_by="user_id", order_by=states.timestamp) + 1
     states = states.mutate(seconds=number.cast("int64")).drop("timestamp")
     joined = timed.left_join(states, ["user_id", "seconds"], rname="{name}_right")
-    return joined.select(*timed.columns, **_known(joined, config.event_context))
+    return joined.select(*timed.columns, **_known_or_nothing(joined, config.context_of("events")))
 
 
-def _with_user_table(timed: ir.Table, users: ir.Table | None, config: IngestConfig) -> ir.Table:
-    """Adds context_* of the table of users; a user whom it lacks has no value."""
-    if users is None:
-        return timed
-    theirs = users.rename(_user="user_id")
-    joined = timed.left_join(theirs, timed.user_id == theirs["_user"])
-    return joined.select(*timed.columns, **_known(joined, config.user_context))
-
-
-def _known(joined: ir.Table, context: Mapping[str, ContextConfig]) -> dict[str, ir.Value]:
+def _known_or_nothing(joined: ir.Table, context: Mapping[str, ContextConfig]) -> dict[str, ir.Value]:
     """context_* with 0, or no ids at all, where there is no value."""
     return {
         name: ibis.coalesce(joined[name], no_ids()) if entry.multi else joined[name].fill_null(0)

@@ -49,14 +49,15 @@ class BlockWriter:
             self.engine.keep(_past(bucket), histories(events, offered, self.config, self.known))
 
     def rows(self, split: str) -> Iterator[pa.RecordBatch]:
-        """The rows of one split, in the columns of `arrow_schema` (and perhaps more)."""
-        offered = self.offered.filter(self.offered.split == split)
+        """The rows of one split, in the columns of `schema_of` (and perhaps more)."""
+        offered, size = self.offered.filter(self.offered.split == split), self.config.files.rows_per_group
         if self.config.files.layout == "request" and self.buckets > 1:
             yield from self._shuffled(offered)
             return
         for bucket in range(self.buckets):
             table = self._bucket(offered, bucket)
-            yield from self._stream(table.order_by([table.row_key, table.user_id]))
+            ordered = table.order_by([table.row_key, table.user_id])
+            yield from self.engine.stream(ordered, size)
 
     def _of(self, table: ir.Table, bucket: int) -> ir.Table:
         return table.filter(table.bucket == bucket) if self.buckets > 1 else table
@@ -66,31 +67,23 @@ class BlockWriter:
         past = self.engine.table(_past(bucket))
         return rows(past, self._of(offered, bucket), self.config, self.known)
 
-    def _stream(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
-        yield from self.engine.stream(table, self.config.files.rows_per_group)
-
     def _shuffled(self, offered: ir.Table) -> Iterator[pa.RecordBatch]:
         """Makes the request rows user by user, writes them into parts by their keys, and sorts each part."""
-        limits = self._limits(offered)
-        folder = self.spill / "parts"
-        folder.mkdir()
-        made = (
-            batch for bucket in range(self.buckets) for batch in self._stream(self._bucket(offered, bucket))
-        )
-        paths = _scatter(made, limits, folder, self.config.engine.memory_bytes // _WAITING)
-        for path in paths:
-            table = pq.read_table(path)
-            path.unlink()
-            table = table.sort_by([("row_key", "ascending"), ("user_id", "ascending")])
-            yield from table.to_batches(max_chunksize=self.config.files.rows_per_group)
-        folder.rmdir()
-
-    def _limits(self, offered: ir.Table) -> list[str]:
-        """The row keys that separate parts of about equal size."""
         keys = offered.select(row_key=row_key(offered, self.config))
         rank = ibis.ntile(self.buckets).over(order_by=keys.row_key)
         firsts = keys.mutate(part=rank).group_by("part").aggregate(first=ibis._.row_key.min())
-        return sorted(row["first"] for row in self.engine.rows(firsts))[1:]
+        # The row keys that separate parts of about equal size.
+        limits = sorted(row["first"] for row in self.engine.rows(firsts))[1:]
+        folder, size = self.spill / "parts", self.config.files.rows_per_group
+        folder.mkdir()
+        buckets = (self._bucket(offered, bucket) for bucket in range(self.buckets))
+        batches = (batch for table in buckets for batch in self.engine.stream(table, size))
+        for path in _scatter(batches, limits, folder, self.config.engine.memory_bytes // _WAITING):
+            table = pq.read_table(path)
+            path.unlink()
+            table = table.sort_by([("row_key", "ascending"), ("user_id", "ascending")])
+            yield from table.to_batches(max_chunksize=size)
+        folder.rmdir()
 
 
 def _past(bucket: int) -> str:
@@ -232,15 +225,13 @@ def _with_histories(blocks: ir.Table, past: ir.Table, config: IngestConfig) -> i
     if config.requests.min_history:
         return blocks.inner_join(past, "user_id")
     rows = blocks.left_join(past, "user_id", rname="{name}_right")
-    empty = {
-        name: ibis.coalesce(rows[name], _nothing(rows[name])) for name in past.columns if _is_history(name)
+    lists = {name: rows[name] for name in past.columns if _is_history(name)}
+    nothing = {
+        name: no_ids() if value.type().value_type.is_integer() else ibis.literal([], type=value.type())
+        for name, value in lists.items()
     }
-    return rows.select(*blocks.columns, num_behaviors=rows.num_behaviors.fill_null(0), **empty)
-
-
-def _nothing(lists: ir.Value) -> ir.Value:
-    kind = lists.type()
-    return no_ids() if kind.value_type.is_integer() else ibis.literal([], type=kind)
+    full = {name: ibis.coalesce(value, nothing[name]) for name, value in lists.items()}
+    return rows.select(*blocks.columns, num_behaviors=rows.num_behaviors.fill_null(0), **full)
 
 
 def _is_history(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -131,14 +131,15 @@ class LabelConfig(Settings):
         return self
 
 
-def _label(given: Any) -> Any:
-    return {"column": given} if isinstance(given, str) else given
+Label = Annotated[
+    LabelConfig, BeforeValidator(lambda given: {"column": given} if isinstance(given, str) else given)
+]
 
 
 class ImpressionsConfig(RoleColumns):
     """Which columns of the impressions table hold what: one row is one candidate of one request."""
 
-    labels: dict[Name, Annotated[LabelConfig, BeforeValidator(_label)]] = Field(
+    labels: dict[Name, Label] = Field(
         default_factory=lambda: {"click": LabelConfig(column="click")}, min_length=1
     )
     """For each task, its column of numbers or booleans, 0 or 1 unless declared otherwise."""

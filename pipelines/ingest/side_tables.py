@@ -8,7 +8,7 @@ import ibis
 from ibis.expr import types as ir
 
 from embeddings.errors import DataError
-from pipelines.ingest.columns import ColumnNeed
+from pipelines.ingest.columns import ColumnNeed, needs_of
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import RawFiles, find_files
@@ -30,15 +30,19 @@ def open_side_tables(engine: Engine, config: IngestConfig, survey: Survey) -> di
     tables = {}
     if config.item_table.files:
         files = find_files(config.item_table.files, "item table")
-        wanted = {
-            "item_id": ColumnNeed("item_table.item", config.item_table.item, "id"),
-            **_given(files, config),
-        }
+        present = columns_of(files, [config.item_table.item], config)
+        entries = [entry for entry in config.all_features if entry.side == "both" and entry.name != "item_id"]
+        given = needs_of("features", {entry.name: entry for entry in entries if entry.source in present})
+        if not given:
+            names = ", ".join(entry.source for entry in entries) or "there are none"
+            problem = f'has no column of a feature of items (taxonomy, side = "both": {names})'
+            raise DataError(problem, file=files.label)
+        wanted = {"item_id": ColumnNeed("item_table.item", config.item_table.item, "id"), **given}
         tables[ITEMS] = _open(engine, ITEMS, files, wanted, config, survey)
     if config.user_table.files:
         files = find_files(config.user_table.files, "user table")
         wanted = {"user_id": ColumnNeed("user_table.user", config.user_table.user, "key")}
-        wanted |= {name: ColumnNeed.of("context", entry) for name, entry in config.user_context.items()}
+        wanted |= needs_of("context", config.context_of("users"))
         tables[USERS] = _open(engine, USERS, files, wanted, config, survey)
     return tables
 
@@ -58,18 +62,6 @@ def with_ids_only(table: ir.Table) -> ir.Table:
     if "item_id" in table.columns:
         return table.filter(table.item_id > 0)
     return table.filter(table.user_id.notnull())
-
-
-def _given(files: RawFiles, config: IngestConfig) -> dict[str, ColumnNeed]:
-    """The features that the table of items gives: those of items whose column it has."""
-    present = columns_of(files, [config.item_table.item], config)
-    entries = [entry for entry in config.all_features if entry.side == "both" and entry.name != "item_id"]
-    given = {entry.name: ColumnNeed.of("features", entry) for entry in entries if entry.source in present}
-    if not given:
-        wanted = ", ".join(entry.source for entry in entries) or "there are none"
-        problem = f'has no column of a feature of items (taxonomy, side = "both": {wanted})'
-        raise DataError(problem, file=files.label)
-    return given
 
 
 def _open(

@@ -18,7 +18,7 @@ from embeddings.errors import DataError
 from pipelines.ingest.columns import CSV, NULL, Column, ColumnNeed, Target, decide, refuse
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
-from pipelines.ingest.faults import bad_cell, check_rows, fault_of
+from pipelines.ingest.faults import bad_cell, cells, check_rows
 from pipelines.ingest.files import RawFile, RawFiles, look
 from pipelines.ingest.values import convert, look_at, may_be_broken, of_text
 from trainer.log.schema import ColumnInfo
@@ -61,8 +61,18 @@ class RawTable:
     columns: Mapping[str, Column]
 
     def fault(self, name: str, problem: str, fits: Callable[[object], bool]) -> DataError:
-        """The error about a column, with the place of the first cell that does not fit, if one is found."""
-        return fault_of(self.files, self.columns[name].need.column, problem, self.label, fits)
+        """The error about a column, with the place of the first cell that does not fit, if one is found.
+
+        Args:
+            fits: what a cell of Parquet, or the text of one of CSV, must be.
+        """
+        column = self.columns[name].need.column
+        for file in self.files:
+            odd = next((place for place, cell in cells(file, column) if not fits(cell)), None)
+            if odd is not None:
+                of = f" of {file.path}" if len(self.files) > 1 else ""
+                return DataError(f"{problem} (the first is in {odd}{of})", file=self.label, column=column)
+        return DataError(problem, file=self.label, column=column)
 
 
 @dataclass(frozen=True)
@@ -90,15 +100,28 @@ def open_files(
     columns = decide(files, wants, config.text_columns, config.partition_columns)
     parts = _parts(engine, files, columns, config)
     facts = _facts(engine, parts, columns, files)
-    targets = _settled(files, columns, facts)
-    table = all_rows([_converted(part, columns, targets) for part in parts])
+    bad = [(column, fact) for column, fact in zip(columns, facts, strict=True) if fact.get("bad")]
+    refuse([bad_cell(files, column, fact["bad_least"], fact["bad"]) for column, fact in bad])
+    targets: list[Target] = [
+        column.target or ("string" if fact.get("wide") else "int64")
+        for column, fact in zip(columns, facts, strict=True)
+    ]
+    table = all_rows([_convert_part(part, columns, targets) for part in parts])
     told = list(zip(columns, targets, facts, strict=True))
-    survey.columns += [_understood(found.what, *one) for one in told]
-    survey.notes += [*found.notes, *_words(found.what, columns, facts), *_unused(found.what, files, wants)]
+    survey.columns += [_column_info(found.what, *one) for one in told]
+    survey.notes += [
+        *found.notes,
+        *_words(found.what, columns, facts),
+        *_unused_columns(found.what, files, wants),
+    ]
     survey.notes += _idle_units(columns)
     if survey.measured:
         _measure(engine, table, found.what, columns, survey)
-    values = {name: _list(engine, table[f"c{place}"], wants[place]) for place, name in enumerate(wanted)}
+    values = {name: table[f"c{place}"] for place, name in enumerate(wanted)}
+    for name, need in wanted.items():
+        if need.separator:
+            split = engine.split(values[name], need.separator)
+            values[name] = split.map(lambda part: part.strip()).filter(lambda part: part != "")
     loose = {
         name
         for name, (column, target, _) in zip(wanted, told, strict=True)
@@ -106,13 +129,6 @@ def open_files(
     }
     named = dict(zip(wanted, columns, strict=True))
     return RawTable(table.select(**values), loose, found.label, files, named)
-
-
-def _list(engine: Engine, cell: ir.Value, need: ColumnNeed) -> ir.Value:
-    if not need.separator:
-        return cell
-    parts = engine.split(cell, need.separator)
-    return parts.map(lambda part: part.strip()).filter(lambda part: part != "")
 
 
 def join_in_halves(parts: Sequence[Part], join: Callable[[Part, Part], Part]) -> Part:
@@ -182,7 +198,7 @@ def _cell(table: ir.Table, file: RawFile, name: str, config: IngestConfig) -> ir
     return of_text(cell, config.csv.nulls) if file.format == "CSV" else cell
 
 
-def _converted(part: _Part, columns: Sequence[Column], targets: Sequence[Target]) -> ir.Table:
+def _convert_part(part: _Part, columns: Sequence[Column], targets: Sequence[Target]) -> ir.Table:
     values = {}
     for place, (column, target) in enumerate(zip(columns, targets, strict=True)):
         cell, family = part.cells[place], part.families[place]
@@ -221,7 +237,12 @@ def _facts(
         raise
     if row.get("odd"):
         check_rows(files)
-    return [_of_column(row, place) for place in range(len(columns))]
+    facts: list[dict[str, Any]] = []
+    for place in range(len(columns)):
+        counts = ("bad", "wide", "cut", "known", "word")
+        facts.append({fact: int(row.get(f"{fact}{place}") or 0) for fact in counts})
+        facts[-1] |= {f"{fact}_least": row.get(f"{fact}{place}_least") for fact in ("bad", "wide", "word")}
+    return facts
 
 
 def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, ir.Value]:
@@ -238,22 +259,7 @@ def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, i
     return asked
 
 
-def _of_column(row: Mapping[str, Any], place: int) -> dict[str, Any]:
-    kinds = ("bad", "wide", "cut", "known", "word")
-    found: dict[str, Any] = {kind: int(row.get(f"{kind}{place}") or 0) for kind in kinds}
-    return found | {f"{kind}_least": row.get(f"{kind}{place}_least") for kind in ("bad", "wide", "word")}
-
-
-def _settled(
-    files: Sequence[RawFile], columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]
-) -> list[Target]:
-    told = list(zip(columns, facts, strict=True))
-    bad = [(column, fact) for column, fact in told if fact.get("bad")]
-    refuse([bad_cell(files, column, fact["bad_least"], fact["bad"]) for column, fact in bad])
-    return [column.target or ("string" if fact.get("wide") else "int64") for column, fact in told]
-
-
-def _understood(table: str, column: Column, target: Target, fact: Mapping[str, Any]) -> ColumnInfo:
+def _column_info(table: str, column: Column, target: Target, fact: Mapping[str, Any]) -> ColumnInfo:
     read_as = {"int64": "integers", "string": "text", "float64": "numbers"}.get(target, f"lists ({target})")
     note = ""
     # A column of words needs no reason; one that is nearly a column of numbers does.
@@ -299,7 +305,7 @@ def _idle_units(columns: Sequence[Column]) -> list[str]:
     ]
 
 
-def _unused(what: str, files: Sequence[RawFile], wanted: Sequence[ColumnNeed]) -> list[str]:
+def _unused_columns(what: str, files: Sequence[RawFile], wanted: Sequence[ColumnNeed]) -> list[str]:
     used = {need.column for need in wanted}
     names = [
         name or "without a name"

@@ -50,7 +50,9 @@ def look_at(
     if kind == "time":
         facts = _times(value, family, unit)
     elif kind == "number" and family == CSV:
-        number = ibis.ifelse(_is_integer(value), True, _is_number(value))
+        word = value.strip()
+        number = word.re_search(_NUMBER) | word.lower().isin(["true", "false", *_NO_NUMBER])
+        number = ibis.ifelse(_is_integer(value), True, number)
         facts = {"bad": _where(value, value.notnull() & ~number)}
     elif kind in ("key", "id"):
         facts = _ids(value, family, target)
@@ -102,11 +104,6 @@ def _where(value: ir.Value, condition: ir.Value) -> ir.StringValue:
 def _is_integer(text: ir.Value) -> ir.Value:
     """Whether text is an integer, and the only way to spell it: not 01, +1, 1e3, -0 or one with a blank."""
     return (text.try_cast("int64").cast("string") == text).fill_null(False)
-
-
-def _is_number(text: ir.Value) -> ir.Value:
-    word = text.strip()
-    return word.re_search(_NUMBER) | word.lower().isin(["true", "false", *_NO_NUMBER])
 
 
 def _times(value: ir.Value, family: str, unit: Unit) -> dict[str, ir.Value | None]:

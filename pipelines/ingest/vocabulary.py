@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 import ibis
-import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.expr import types as ir
 
@@ -17,9 +16,8 @@ from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
-from trainer.data.row_group import PARQUET_ERRORS
-from trainer.log.schema import FeatureInfo, LogManifest, Side, read_manifest
-from trainer.log.vocabulary_digest import spelled
+from trainer.log.schema import FeatureInfo, Side, read_manifest
+from trainer.log.vocabulary import spell, stream_values
 from trainer.sealed_folder import MANIFEST
 
 _BATCH = 1 << 16
@@ -68,35 +66,27 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
         return {}
     log = Path(config.vocabulary.log)
     manifest = read_manifest(log)
-    infos = _infos(manifest)
-    _check_features(log / MANIFEST, infos, column_shapes(config))
+    infos = manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
+    shapes, remedy = column_shapes(config), "ingest with that log's columns, or without its vocabulary"
+    for name in (*infos, *shapes):
+        problem = ""
+        if name not in shapes:
+            problem = f"has {_called(name)}, which this config does not ingest"
+        elif name not in infos:
+            problem = f"lacks {_called(name)}, which this config ingests"
+        elif (infos[name].multi, infos[name].side) != shapes[name]:
+            theirs, mine = _shape(infos[name].multi, infos[name].side), _shape(*shapes[name])
+            problem = f"has {_called(name)} as {theirs}, this config as {mine}"
+        if problem:
+            raise DataError(f"{problem}; {remedy}", file=log / MANIFEST)
     infos |= manifest.named
     return {name: _older(engine, log / "vocab" / f"{name}.parquet", infos[name]) for name in infos}
 
 
-def _infos(manifest: LogManifest) -> dict[str, FeatureInfo]:
-    return manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
-
-
-def _check_features(
-    file: Path, infos: Mapping[str, FeatureInfo], shapes: Mapping[str, tuple[bool, Side]]
-) -> None:
-    remedy = "ingest with that log's columns, or without its vocabulary"
-    for name in (*infos, *shapes):
-        if name not in shapes:
-            raise DataError(f"has {_called(name)}, which this config does not ingest; {remedy}", file=file)
-        if name not in infos:
-            raise DataError(f"lacks {_called(name)}, which this config ingests; {remedy}", file=file)
-        theirs, mine = _shape(infos[name].multi, infos[name].side), _shape(*shapes[name])
-        if theirs != mine:
-            problem = f"has {_called(name)} as {theirs}, this config as {mine}; {remedy}"
-            raise DataError(problem, file=file)
-
-
 def _called(name: str) -> str:
-    kind, word = (
-        ("context", name.removeprefix("context_")) if name.startswith("context_") else ("feature", name)
-    )
+    kind, word = "feature", name
+    if name.startswith("context_"):
+        kind, word = "context", name.removeprefix("context_")
     return f"the {kind} {word!r}"
 
 
@@ -108,17 +98,9 @@ def _older(engine: Engine, file: Path, info: FeatureInfo) -> OlderVocabulary:
     if not info.vocabulary:
         problem = "the manifest has no digest of this vocabulary, so nobody can tell what the ids stand for"
         raise DataError(f"{problem}; name a log that `tandemrec ingest` wrote", file=file)
-    content, rows = hashlib.sha256(), 1
-    for batch in _batches(file):
-        ids = batch.column("id").to_pylist()
-        if ids != list(range(rows, rows + len(ids))):
-            raise DataError(
-                "its ids do not count from 1; name a log that `tandemrec ingest` wrote", file=file
-            )
-        content.update(spelled(batch.column("value")))
-        rows += len(ids)
-    if content.hexdigest() != info.vocabulary or rows != info.rows:
-        problem = "is not the vocabulary in the log's manifest, so it was damaged or replaced"
+    rows = 1 + sum(len(values) for values in stream_values(file, info.vocabulary, of_log=True))
+    if rows != info.rows:
+        problem = f"has {rows} rows, unknown included, but the log's manifest says {info.rows}"
         raise DataError(f"{problem}; take another copy of that log", file=file)
     raw = look(file, ())
     found = engine.scan([raw])
@@ -128,20 +110,6 @@ def _older(engine: Engine, file: Path, info: FeatureInfo) -> OlderVocabulary:
     if different != rows - 1:
         raise DataError("has a value twice, or a null; name a log that `tandemrec ingest` wrote", file=file)
     return OlderVocabulary(file, table, rows)
-
-
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            names = parquet.schema_arrow.names
-            if "value" not in names or "id" not in names:
-                raise DataError(f"has the columns {', '.join(names)}, not value and id", file=file)
-            yield from parquet.iter_batches(_BATCH, columns=["value", "id"])
-    except FileNotFoundError as error:
-        problem = "missing, so nobody can tell what the log's ids stand for; take another copy of that log"
-        raise DataError(problem, file=file) from error
-    except PARQUET_ERRORS as error:
-        raise DataError(f"unreadable: {error}; take another copy of that log", file=file) from error
 
 
 def count_values(name: str, multi: bool, sources: Sequence[ir.Table], cutoff: int | None) -> ir.Table:
@@ -245,7 +213,7 @@ def write(
             writer = pq.ParquetWriter(path, batch.schema, compression="zstd", write_page_checksum=True)
         writer.write_batch(batch)
         rows += batch.num_rows
-        content.update(spelled(batch.column("value")))
+        content.update(spell(batch.column("value")))
     if writer is not None:
         writer.close()
     else:

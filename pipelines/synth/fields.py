@@ -60,9 +60,11 @@ def _interference(rng: np.random.Generator, seed: int, users: int) -> Draws:
     categories = rng.integers(1, CATEGORIES + 1, (users, _FAVOURITES))
     brands = rng.integers(1, BRANDS + 1, (users, _BRAND_FAVOURITES))
     history, shown = (
-        _items(
+        pairs(
             _loyal(rng, categories, _LOYALTY, CATEGORIES, size)[0],
+            "brand_id",
             _loyal(rng, brands, _BRAND_LOYALTY, BRANDS, size)[0],
+            BRANDS,
         )
         for size in (BEHAVIORS, CANDIDATES)
     )
@@ -78,34 +80,24 @@ def _decoupled(rng: np.random.Generator, seed: int, users: int) -> Draws:
     the favourite of it that is rarest among the relevant behaviors, so its class says nothing.
     """
     classes = brand_classes(seed)
-    of_class = np.stack([np.nonzero(classes == sign)[0] for sign in (-1, 1)])
+    of_class = np.stack([np.nonzero(classes == sign)[0] for sign in (-1, 1)])  # [2, 25], brands
     favourites = rng.integers(1, CATEGORIES + 1, (users, _FAVOURITES))
-    liked = of_class[:, rng.integers(0, BRANDS // 2, (users, _BRAND_FAVOURITES))].swapaxes(0, 1)
+    liked = of_class[:, rng.integers(0, BRANDS // 2, (users, _BRAND_FAVOURITES))].swapaxes(0, 1)  # [U, 2, 3]
     lean = rng.integers(0, 2, (users, _FAVOURITES))
     category, place = _loyal(rng, favourites, _LOYALTY, CATEGORIES, BEHAVIORS)
     side = np.take_along_axis(lean, place.clip(min=0), axis=1) ^ (rng.random(place.shape) > _LEANING)
     side = np.where(place < 0, rng.integers(0, 2, place.shape), side)
-    history = _items(category, _brands(rng, of_class, liked, side))
-    wanted, _ = _loyal(rng, favourites, _LOYALTY, CATEGORIES, CANDIDATES)
-    shown = _items(wanted, _rarest(rng, liked, wanted, history))
-    return history, shown, ages(rng, (users, BEHAVIORS))
-
-
-def _brands(rng: np.random.Generator, of_class: Ints, liked: Ints, side: Ints) -> Ints:
-    """Brands of the classes `side` [U, N]: 60 % of `liked` [U, 2, 3], else any of `of_class` [2, 25]."""
-    user = np.arange(side.shape[0])[:, None]
+    user = np.arange(users)[:, None]
     favourite = liked[user, side, rng.integers(0, _BRAND_FAVOURITES, side.shape)]
     other = of_class[side, rng.integers(0, BRANDS // 2, side.shape)]
-    return np.where(rng.random(side.shape) < _BRAND_LOYALTY, favourite, other)
-
-
-def _rarest(rng: np.random.Generator, liked: Ints, wanted: Ints, history: Mapping[str, Ints]) -> Ints:
-    """Candidates' brands [U, M]: of a random class, the liked brand rarest in their category `wanted`."""
-    user = np.arange(wanted.shape[0])[:, None]
-    options = liked[user, rng.integers(0, 2, wanted.shape)]
-    relevant = history["category_id"][:, None] == wanted[..., None]
-    held = (history["brand_id"][:, None, :, None] == options[:, :, None]) & relevant[..., None]
-    return np.take_along_axis(options, held.sum(axis=2).argmin(axis=2)[..., None], axis=2)[..., 0]
+    brand = np.where(rng.random(side.shape) < _BRAND_LOYALTY, favourite, other)
+    wanted, _ = _loyal(rng, favourites, _LOYALTY, CATEGORIES, CANDIDATES)
+    options = liked[user, rng.integers(0, 2, wanted.shape)]  # [U, M, 3], the favourites of a random class
+    relevant = category[:, None] == wanted[..., None]
+    held = (brand[:, None, :, None] == options[:, :, None]) & relevant[..., None]
+    rarest = np.take_along_axis(options, held.sum(axis=2).argmin(axis=2)[..., None], axis=2)[..., 0]
+    history, shown = pairs(category, "brand_id", brand, BRANDS), pairs(wanted, "brand_id", rarest, BRANDS)
+    return history, shown, ages(rng, (users, BEHAVIORS))
 
 
 def _loyal(
@@ -118,10 +110,6 @@ def _loyal(
     place = np.where(rng.random(place.shape) < loyalty, place, -1)
     chosen = np.take_along_axis(favourites, place.clip(min=0), axis=1)
     return np.where(place >= 0, chosen, rng.integers(1, ids + 1, place.shape)), place
-
-
-def _items(category: Ints, brand: Ints) -> dict[str, Ints]:
-    return pairs(category, "brand_id", brand, BRANDS)
 
 
 interference = OneRequestEach(

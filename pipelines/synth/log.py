@@ -46,7 +46,7 @@ class PlantedSplit:
     labels: npt.NDArray[np.float32]
 
     def rows(self) -> pa.RecordBatch:
-        """One row a user, in the columns of `trainer.log.schema.arrow_schema` with task `click`."""
+        """One row a user, in the columns of `trainer.log.schema.schema_of` with task `click`."""
         users, requests, shown = self.probability.shape
         columns: dict[str, pa.Array] = {"user_id": pa.array(self.user_id)}
         columns |= {f"history_{name}": nested(ids) for name, ids in self.history.items()}

@@ -109,11 +109,7 @@ def _opposite(rng: np.random.Generator, seed: int, users: int) -> Draws:
 
 
 pair = OneRequestEach(
-    {
-        "item_id": PAIR_CATEGORIES * NO_KIND + 1,
-        "category_id": PAIR_CATEGORIES + 1,
-        "kind_id": NO_KIND + 1,
-    },
+    {"item_id": PAIR_CATEGORIES * NO_KIND + 1, "category_id": PAIR_CATEGORIES + 1, "kind_id": NO_KIND + 1},
     _pair,
     lambda total: 2.5 * np.sign(total(_side_worth(1))) * np.sign(total(_side_worth(2))),
 )

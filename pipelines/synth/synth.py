@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import ConfigError
 from pipelines.console import table_lines
-from pipelines.synth.kinds import KINDS, Kind
-from pipelines.synth.log import Ints, PlantedLog
-from trainer.log.schema import FeatureInfo, LogManifest, schema_of
+from pipelines.synth.kinds import KINDS
+from trainer.log.schema import VOCABULARIES, FeatureInfo, LogManifest, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
 
 TRUTH = "truth.parquet"
@@ -38,12 +37,15 @@ def synth(
     Raises:
         ConfigError: there is no such kind. DataError: `out` must not be replaced.
     """
-    found = _kind(kind)
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(KINDS)}"
+        raise ConfigError(f"--kind {kind}: no such kind of planted log; {hint}")
     check_target(out, overwrite)  # before the work, not only after it
-    count = users or found.users
-    log = found.generate(seed, count)
+    planted, count = KINDS[kind], users or KINDS[kind].users
+    log = planted.generate(seed, count)
     oracle = {split: part.oracle().as_dict() for split, part in log.splits.items()}
-    facts = {"kind": kind, "seed": seed, "users": count, "history_length": found.history_length}
+    facts = {"kind": kind, "seed": seed, "users": count, "history_length": planted.history_length}
     manifest = LogManifest(
         features={name: FeatureInfo(rows=rows) for name, rows in log.features.items()},
         tasks=["click"],
@@ -52,42 +54,24 @@ def synth(
         ingest={"synth": facts},
         report={"oracle": oracle},
     )
-    manifest = _write(log, manifest, out, overwrite)
-    print("\n".join(_report(kind, out, manifest)), flush=True)
-    return manifest
-
-
-def _kind(name: str) -> Kind:
-    if name in KINDS:
-        return KINDS[name]
-    near = difflib.get_close_matches(name, KINDS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(KINDS)}"
-    raise ConfigError(f"--kind {name}: no such kind of planted log; {hint}")
-
-
-def _write(log: PlantedLog, manifest: LogManifest, out: Path, overwrite: bool) -> LogManifest:
-    schema = schema_of(manifest)
+    truth = pa.concat_tables(part.truth(split) for split, part in log.splits.items())
     with staged(out, overwrite) as root:
         splits = {
-            split: write_split([part.rows()], root, split, schema, _LAYOUT)
+            split: write_split([part.rows()], root, split, schema_of(manifest), _LAYOUT)
             for split, part in log.splits.items()
         }
-        _write_parquet(
-            pa.concat_tables(part.truth(split) for split, part in log.splits.items()), root / TRUTH
-        )
-        (root / "vocab").mkdir()
+        _write_parquet(truth, root / TRUTH)
+        (root / VOCABULARIES).mkdir()
         for name, rows in log.features.items():
+            # Ids stand for themselves; `count` is how often each occurs in the histories of the train split.
+            ids = np.arange(rows)
             counts = np.bincount(log.splits["train"].history[name].reshape(-1), minlength=rows)
-            _write_parquet(_vocabulary(counts), root / "vocab" / f"{name}.parquet")
+            table = pa.table({"value": ids, "id": ids, "count": counts})
+            _write_parquet(table, root / VOCABULARIES / f"{name}.parquet")
         manifest = manifest.model_copy(update={"splits": splits})
         write_manifest(root, manifest)
+    print("\n".join(_report(kind, out, manifest)), flush=True)
     return manifest
-
-
-def _vocabulary(counts: Ints) -> pa.Table:
-    """Ids stand for themselves; `count` is how often each occurs in the histories of the train split."""
-    ids = np.arange(counts.size)
-    return pa.table({"value": ids, "id": ids, "count": counts})
 
 
 def _write_parquet(table: pa.Table, path: Path) -> None:

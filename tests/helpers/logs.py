@@ -91,6 +91,22 @@ def enrich(rows: list[Row], seed: int) -> list[Row]:
     return rich
 
 
+def manifest_of(rich: bool = False, **changes: Any) -> LogManifest:
+    """What the manifest of `write_log` says before there are splits."""
+    facts: dict[str, Any] = {
+        "features": RICH if rich else INFOS,
+        "context": CONTEXT if rich else {},
+        "numeric": ["price"] if rich else [],
+        "weighted": rich,
+        "tasks": ["click", "buy"] if rich else ["click"],
+        "taxonomy": ["category_id"],
+        "splits": {},
+        "ingest": {},
+        "report": {},
+    }
+    return LogManifest(**facts | changes)
+
+
 def write_log(
     path: Path,
     splits: dict[str, list[Row]],
@@ -102,17 +118,7 @@ def write_log(
     extra = {name: FeatureInfo(rows=rows) for name, rows in (more or {}).items()}
     path.mkdir(parents=True)
     (path / "vocab").mkdir()
-    manifest = LogManifest(
-        features={**(RICH if rich else INFOS), **extra},
-        context=CONTEXT if rich else {},
-        numeric=["price"] if rich else [],
-        weighted=rich,
-        tasks=["click", "buy"] if rich else ["click"],
-        taxonomy=["category_id"],
-        splits={},
-        ingest={},
-        report={},
-    )
+    manifest = manifest_of(rich, features={**(RICH if rich else INFOS), **extra})
     schema = schema_of(manifest)
     infos = {
         split: write_split(

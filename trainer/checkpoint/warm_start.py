@@ -7,7 +7,6 @@ settled. Row 0, unknown, follows row 0. The dense optimizer starts fresh, as doe
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,9 +32,8 @@ from trainer.checkpoint.unsharded import (
     open_plain_tables,
     unshard,
 )
-from trainer.data.row_group import PARQUET_ERRORS
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.log.vocabulary_digest import spelled
+from trainer.log.vocabulary import read_values
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 
@@ -222,35 +219,20 @@ def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | Non
             )
         return None
     name = new.file.name
-    before, after = _read(source.path / "vocab" / name, digest), _read(new.file, new.info.vocabulary)
-    if before[0].type != after[0].type:
-        now, then = ("integers" if pa.types.is_integer(part[0].type) else "text" for part in (after, before))
+    before, after = _values(source.path / "vocab" / name, digest), _values(new.file, new.info.vocabulary)
+    if before.type != after.type:
+        now, then = ("integers" if pa.types.is_integer(part.type) else "text" for part in (after, before))
         problem = f"holds {now}, that of {source.path} {then}: none would be found; ingest both logs alike"
         raise DataError(problem, file=new.file)
-    found = pc.index_in(after[0], value_set=before[0])
-    old = pc.fill_null(pc.take(before[1], found), -1)
+    old = pc.fill_null(pc.add(pc.index_in(after, value_set=before), 1), -1)
     row_map = torch.full((new.info.rows,), -1, dtype=torch.int64)
     row_map[0] = 0
-    row_map[torch.tensor(after[1].to_numpy())] = torch.tensor(old.to_numpy())
+    row_map[1 : len(after) + 1] = torch.tensor(old.to_numpy())
     return row_map
 
 
-def _read(file: Path, digest: str) -> tuple[pa.Array, pa.Array]:
-    """Values and ids of a vocabulary."""
+def _values(file: Path, digest: str) -> pa.Array:
+    """The values of a vocabulary; the first one's row is 1."""
     if not digest:
         raise DataError("only one of the two logs says what its ids stand for; ingest both alike", file=file)
-    try:
-        table = pq.read_table(file, columns=["value", "id"], page_checksum_verification=True)
-    except FileNotFoundError:
-        raise DataError("missing, so nobody can tell what the ids stand for", file=file) from None
-    except PARQUET_ERRORS as error:
-        raise DataError(f"unreadable: {error}", file=file) from None
-    values, ids = (table.column(name).combine_chunks() for name in ("value", "id"))
-    content = hashlib.sha256()
-    for start in range(0, len(values), _ROWS_AT_ONCE):
-        content.update(spelled(values.slice(start, _ROWS_AT_ONCE)))
-    if content.hexdigest() != digest:
-        raise DataError("is not the vocabulary in the log's manifest, so it was damaged", file=file)
-    if pa.types.is_integer(values.type):
-        return values.cast(pa.int64()), ids.cast(pa.int64())
-    return values.cast(pa.large_string()), ids.cast(pa.int64())
+    return read_values(file, digest, of_log=True)

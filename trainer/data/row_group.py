@@ -16,10 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
+from trainer.log.arrow import PARQUET_ERRORS
 from trainer.log.schema import FeatureInfo
 
-# What pyarrow raises on a damaged file; a name that is no UTF-8 any more surfaces as a ValueError.
-PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
 # A list offset or count beyond this is damage, not data; it bounds what a bad file can make us allocate.
 LONGEST = 1 << 31
 

@@ -71,7 +71,8 @@ def cluster_history(vectors: Floats, groups: Ints, times: Ints, info: ClusterInf
         for value in np.unique(groups[chunk]):
             for members in split_to_cap(chunk[groups[chunk] == value], vectors, info.cap, rng):
                 label[members], clusters = clusters, clusters + 1
-                stands = members[_nearest_to_centre(vectors[members])]
+                distance = ((vectors[members] - vectors[members].mean(0)) ** 2).sum(1)
+                stands = members[distance.argmin()]
                 size[stands], time[stands] = members.size, int(times[members].mean())
     return HistoryClusters(label, size, time)
 
@@ -109,7 +110,3 @@ def k_means(vectors: Floats, count: int, rng: np.random.Generator) -> Ints:
             if (nearest == k).any():
                 centres[k] = vectors[nearest == k].mean(0)
     return nearest
-
-
-def _nearest_to_centre(vectors: Floats) -> int:
-    return int(((vectors - vectors.mean(0)) ** 2).sum(1).argmin())

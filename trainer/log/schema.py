@@ -2,7 +2,7 @@
 
     <log>/manifest.json             LogManifest, below
     <log>/manifest.sha256           digest of manifest.json itself
-    <log>/<split>/part-00000.parquet  rows of `arrow_schema`
+    <log>/<split>/part-00000.parquet  rows of `schema_of`
     <log>/vocab/<feature>.parquet   value, id, count (what the dense ids stand for)
 
 A block is one user's history and the requests made against it, so that the long history is stored
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -230,15 +229,7 @@ def _list_of(item: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", item, nullable=False))
 
 
-def arrow_schema(
-    features: Mapping[str, FeatureInfo],
-    tasks: Iterable[str],
-    *,
-    context: Mapping[str, FeatureInfo] | None = None,
-    numeric: Iterable[str] = (),
-    weighted: bool = False,
-    clustered: bool = False,
-) -> pa.Schema:
+def schema_of(manifest: LogManifest) -> pa.Schema:
     """The columns of a user block with N behaviors, R requests and C_r candidates in request r.
 
     Lists `history_*` have N items (oldest first, timestamps in unix seconds), `request_*` and `context_*`
@@ -252,30 +243,19 @@ def arrow_schema(
     def ids(info: FeatureInfo) -> pa.DataType:
         return _list_of(_list_of(pa.int64()) if info.multi else pa.int64())
 
-    requests, floats = _list_of(pa.int64()), _list_of(_list_of(pa.float32()))
+    features, requests = manifest.features, _list_of(pa.int64())
+    floats = _list_of(_list_of(pa.float32()))
     columns: list[tuple[str, pa.DataType]] = [("user_id", pa.int64())]
     columns += [(f"history_{name}", ids(info)) for name, info in features.items() if info.of_behaviors]
     columns += [("history_timestamp", _list_of(pa.int64()))]
-    columns += [(name, _list_of(pa.int64())) for name in CLUSTER_COLUMNS] if clustered else []
+    columns += [(name, _list_of(pa.int64())) for name in CLUSTER_COLUMNS] if manifest.clusters else []
     columns += [(f"request_{name}", requests) for name in REQUEST_COLUMNS]
-    columns += [(f"context_{name}", ids(info)) for name, info in (context or {}).items()]
+    columns += [(f"context_{name}", ids(info)) for name, info in manifest.context.items()]
     columns += [
         (f"candidate_{name}", _list_of(ids(info))) for name, info in features.items() if info.of_candidates
     ]
-    columns += [(f"numeric_{name}", floats) for name in numeric]
-    columns += [(f"label_{task}", floats) for task in tasks]
-    columns += [("weight", floats)] if weighted else []
+    columns += [(f"numeric_{name}", floats) for name in manifest.numeric]
+    columns += [(f"label_{task}", floats) for task in manifest.tasks]
+    columns += [("weight", floats)] if manifest.weighted else []
     columns += [(name, pa.int64()) for name in ("num_behaviors", "num_requests", "num_candidates")]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
-
-
-def schema_of(manifest: LogManifest) -> pa.Schema:
-    """`arrow_schema` of a log."""
-    return arrow_schema(
-        manifest.features,
-        manifest.tasks,
-        context=manifest.context,
-        numeric=manifest.numeric,
-        weighted=manifest.weighted,
-        clustered=manifest.clusters is not None,
-    )

@@ -63,7 +63,7 @@ def write_split(
 
     Args:
         tables: the rows in their final order, in pieces of any size.
-        schema: of `trainer.log.schema.arrow_schema`.
+        schema: of `trainer.log.schema.schema_of`.
         layout: rows in a row group, rows in a file (a multiple of the former).
     """
     rows_per_group, rows_per_file = layout
@@ -82,7 +82,7 @@ def write_split(
                 _count(group, totals)
                 # Asking for the next group only when this file has room leaves it to the next file.
                 group = next(groups, None) if rows < rows_per_file else None
-        files.append(_describe(path, root, rows))
+        files.append(FileInfo(path=path.relative_to(root).as_posix(), rows=rows, **entry_of(path)))
     return SplitInfo(files=files, **totals)
 
 
@@ -94,16 +94,13 @@ def write_manifest(root: Path, manifest: LogManifest) -> None:
 def _row_groups(batches: Iterable[pa.RecordBatch], size: int, schema: pa.Schema) -> Iterator[pa.Table]:
     waiting = schema.empty_table()
     for batch in batches:
-        waiting = pa.concat_tables([waiting, _conform(batch, schema)])
+        rows = pa.Table.from_batches([batch.select(schema.names)]).cast(schema)
+        waiting = pa.concat_tables([waiting, rows])
         while waiting.num_rows >= size:
             yield waiting.slice(0, size)
             waiting = waiting.slice(size)
     if waiting.num_rows:
         yield waiting
-
-
-def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_batches([batch.select(schema.names)]).cast(schema)
 
 
 def _count(group: pa.Table, totals: dict[str, int]) -> None:
@@ -113,11 +110,6 @@ def _count(group: pa.Table, totals: dict[str, int]) -> None:
     totals["positives"] += int(positives or 0)
     for name in ("requests", "candidates", "behaviors"):
         totals[name] += pc.sum(group[f"num_{name}"]).as_py()
-
-
-def _describe(path: Path, root: Path, rows: int) -> FileInfo:
-    name = path.relative_to(root).as_posix()
-    return FileInfo(path=name, rows=rows, **entry_of(path))
 
 
 def _publish(staging: Path, out: Path) -> None:

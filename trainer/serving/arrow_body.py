@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.row_group import PARQUET_ERRORS, Bags, Ints
-from trainer.log.arrow_types import is_list, is_text
+from trainer.data.row_group import Bags, Ints
+from trainer.log.arrow import PARQUET_ERRORS, is_list, is_text
 from trainer.serving.arrow_messages import check_messages
 from trainer.serving.checks import check_names
 from trainer.serving.form import RequestForm

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from trainer.data.row_group import Bags, Ints
-from trainer.log.arrow_types import is_text
+from trainer.log.arrow import is_text
 from trainer.serving.checks import check_request
 from trainer.serving.histories import known_user
 from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request, RequestError

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
-from trainer.data.row_group import PARQUET_ERRORS, Ints
+from trainer.data.row_group import Ints
 from trainer.data.rows import UserRows, read_rows
-from trainer.log.arrow_types import is_text
+from trainer.log.arrow import PARQUET_ERRORS, is_text
 from trainer.log.schema import VOCABULARIES, read_manifest
 from trainer.serving.request import History, RequestError
 from trainer.serving.vocabulary import Vocabulary, ids_of, read_vocabulary

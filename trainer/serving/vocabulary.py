@@ -6,19 +6,17 @@ compared, so that answers are exact.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from embeddings.errors import DataError
-from trainer.data.row_group import PARQUET_ERRORS, Ints
-from trainer.log.arrow_types import is_text
+from trainer.data.row_group import Ints
+from trainer.log.arrow import is_text
+from trainer.log.vocabulary import read_values, text_of
 from trainer.serving.request import RequestError
 from trainer.snapshot import Snapshot
 from trainer.snapshot.vocabularies import vocabulary_paths
@@ -76,53 +74,8 @@ class Vocabulary:
 
 
 def read_vocabulary(file: Path, digest: str, of_log: bool = False) -> Vocabulary:
-    """The vocabulary of a log or a snapshot, as `checked_values` has it, for look-ups."""
-    return Vocabulary(checked_values(file, digest, of_log))
-
-
-def checked_values(file: Path, digest: str, of_log: bool = False) -> pa.Array:
-    """The values of a vocabulary, in the order of their ids, which must be those that the digest is of.
-
-    Args:
-        digest: SHA-256 of its values, as a log's manifest has it.
-        of_log: the digest is of the log that the file lies in, not of a model, for messages.
-
-    Raises:
-        DataError: it is missing, damaged, or another one.
-    """
-    content, parts = hashlib.sha256(), []
-    for batch in _batches(file):
-        values = batch.column("value")
-        integers = pa.types.is_integer(values.type)
-        values = values.cast(pa.int64() if integers else pa.large_string())
-        # As `trainer.log.vocabulary_digest` spells them, without a Python object for each.
-        empty, end = pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string())
-        lines = pc.binary_join_element_wise(values.cast(pa.large_string()), empty, end)
-        content.update(_text(lines)[1])
-        parts.append(values)
-    values = pa.concat_arrays(parts) if parts else pa.array([], pa.int64())
-    if content.hexdigest() != digest:
-        problem = "is not the vocabulary that the model was trained with; take the one of its log"
-        if of_log:
-            problem = "is not the vocabulary in the log's manifest; take another copy of that log"
-        raise DataError(problem, file=file)
-    return values
-
-
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            first = 1
-            for batch in parquet.iter_batches(_CHUNK_ROWS, columns=["value", "id"]):
-                ids = batch.column("id").to_numpy(zero_copy_only=False)
-                if not np.array_equal(ids, np.arange(first, first + ids.size)):
-                    raise DataError("its ids do not count from 1", file=file)
-                first += ids.size
-                yield batch
-    except FileNotFoundError:
-        raise DataError("missing", file=file) from None
-    except (*PARQUET_ERRORS, KeyError) as error:
-        raise DataError(f"unreadable: {error}", file=file) from None
+    """The vocabulary of a log or a snapshot, for look-ups; see `read_values` for the arguments and errors."""
+    return Vocabulary(read_values(file, digest, of_log=of_log))
 
 
 def vocabularies_of(snapshot: Snapshot, log: Path | None) -> dict[str, Vocabulary]:
@@ -224,19 +177,11 @@ def check_text(values: pa.Array, place: str) -> None:
         raise RequestError(413, f"{place}: more than {_MOST_TEXT:,} bytes of text")
 
 
-def _text(values: pa.Array) -> tuple[Ints, memoryview]:
-    """Where each text of a large_string array begins and ends, from zero, and all bytes."""
-    _, offsets, data = values.buffers()
-    bounds = np.frombuffer(offsets, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
-    first, last = int(bounds[0]), int(bounds[-1])
-    return bounds - first, memoryview(b"" if data is None else data)[first:last]
-
-
 def _hashes(values: pa.Array) -> Hashes:
     """A hash of 64 bits for every text of a large_string array without nulls."""
     if not len(values):
         return np.zeros(0, dtype=np.uint64)
-    offsets, data = _text(values)
+    offsets, data = text_of(values)
     content = np.frombuffer(data, dtype=np.uint8)
     hashes = np.empty(len(values), dtype=np.uint64)
     start = 0

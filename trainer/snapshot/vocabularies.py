@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.data.row_group import PARQUET_ERRORS
+from trainer.log.arrow import PARQUET_ERRORS
 from trainer.sealed_folder import entry_of
 from trainer.snapshot.manifest import InputFeature, VocabularyFile
 

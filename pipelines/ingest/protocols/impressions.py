@@ -35,13 +35,13 @@ class Impressions(RequestProtocol):
         largest value counts.
         """
         shown = _shown(tables)
-        context = {name: shown[name].max() for name in config.impression_context}
+        context = {name: shown[name].max() for name in config.context_of("impressions")}
         return shown.group_by(REQUEST).aggregate(timestamp=shown.timestamp.min(), **context)
 
     def candidates(self, tables: Tables, asked: ir.Table, config: IngestConfig) -> ir.Table:
         """user_id, request_id, item_id, label_*, and what else an impression says of its candidate."""
         shown = _shown(tables).semi_join(asked, REQUEST)
-        return shown.drop("timestamp", *config.impression_context)
+        return shown.drop("timestamp", *config.context_of("impressions"))
 
 
 def _shown(tables: Tables) -> ir.Table:

@@ -96,7 +96,7 @@ class RequestProtocol(ABC):
         if self.needs_split and config.split is None:
             raise ValueError(f"protocol {name} splits by time: give split.validation and split.test")
         asking = [feature.name for feature in config.features if feature.side == "candidate"]
-        asking += [entry.name for entry in config.impression_context.values()]
+        asking += [entry.name for entry in config.context_of("impressions").values()]
         if asking and not self.reads_impressions:
             raise ValueError(f'{asking[0]!r} comes from impressions: use protocol = "impressions"')
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import pipelines.ingest.ingest as module
 from embeddings.errors import DataError
 from pipelines.ingest.ingest import IngestConfig, ingest, report_lines
-from trainer.log.schema import LogManifest, arrow_schema, read_manifest
+from trainer.log.schema import LogManifest, read_manifest, schema_of
 
 DAY = 86_400
 START = 1_483_228_800  # 2017-01-01
@@ -232,7 +232,7 @@ def test_splits_follow_request_time(made: tuple[list[Event], Path, LogManifest])
 
 def test_files_follow_schema_and_layout(made: tuple[list[Event], Path, LogManifest]) -> None:
     _, log, manifest = made
-    schema = arrow_schema(manifest.features, manifest.tasks)
+    schema = schema_of(manifest)
     for info in manifest.splits.values():
         assert [file.rows for file in info.files[:-1]] == [4] * (len(info.files) - 1)
         for file in info.files:

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from tests.helpers.logs import FEATURES, INFOS, Row, random_rows, write_log
+from tests.helpers.logs import FEATURES, INFOS, Row, manifest_of, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import Bags, FeatureIds
 from trainer.data.rows import Columns, UserRows, read_rows
-from trainer.log.schema import arrow_schema
+from trainer.log.schema import schema_of
 
 COLUMNS = Columns(INFOS, ["click"])
 
@@ -27,7 +27,7 @@ def good_rows() -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> Path:
-    table = pa.Table.from_pylist(rows, schema=arrow_schema(INFOS, ["click"]))
+    table = pa.Table.from_pylist(rows, schema=schema_of(manifest_of()))
     pq.write_table(table, path, row_group_size=2, write_page_checksum=True)
     return path
 
@@ -106,7 +106,7 @@ def test_labels_outside_0_to_1(tmp_path: Path, bad: float) -> None:
 
 
 def test_missing_column_wrong_type_and_null(tmp_path: Path) -> None:
-    table = pa.Table.from_pylist(good_rows(), schema=arrow_schema(INFOS, ["click"]))
+    table = pa.Table.from_pylist(good_rows(), schema=schema_of(manifest_of()))
     pq.write_table(table.drop_columns(["history_item_id"]), tmp_path / "a")
     with pytest.raises(DataError, match="column history_item_id: no such column"):
         read_rows(tmp_path / "a", 0, COLUMNS)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.helpers.logs import CONTEXT, RICH
+from tests.helpers.logs import CONTEXT, RICH, manifest_of
 from trainer.data.rows import Columns
-from trainer.log.schema import arrow_schema
+from trainer.log.clusters import ClusterInfo
+from trainer.log.schema import schema_of
 
 DOC = (Path(__file__).parents[3] / "docs" / "sequence_log.md").read_text(encoding="utf-8")
-SCHEMA = arrow_schema(RICH, ["click"], context=CONTEXT, numeric=["price"], weighted=True, clustered=True)
+SCHEMA = schema_of(manifest_of(rich=True, tasks=["click"], clusters=ClusterInfo(chunk=2, cap=1)))
 PATTERNS = {
     "feature": "|".join([*RICH, *CONTEXT]),
     "name": "price",

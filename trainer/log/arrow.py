@@ -1,8 +1,11 @@
-"""Kinds of Arrow types, whichever of Arrow's encodings they come in."""
+"""What Arrow has several of: encodings of one type, and errors of one damaged file."""
 
 from __future__ import annotations
 
 import pyarrow as pa
+
+# What pyarrow raises on a damaged file; a name that is no UTF-8 any more surfaces as a ValueError.
+PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
 
 
 def is_list(kind: pa.DataType) -> bool:
