@@ -48,6 +48,7 @@ help: ## this list
 	@echo "  OUT=runs/demo    where 'make train' writes"
 	@echo "  NPROC=2          ranks it trains on; with DEVICE=cuda one a GPU, at most 2"
 	@echo "  SMOKE=1          'make train' on a slice of the data, into runs/smoke"
+	@echo "  TEST_WORKERS=3   processes of 'make test'"
 	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too"
 	@echo "  STEPS=right      only some steps of 'make gpu-check'; BUDGET=600 is the seconds that it may take"
 

@@ -7,6 +7,7 @@ its name.
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,9 @@ def main(words: Sequence[str]) -> int:
         return 0
     name, *rest = words
     if name not in known:
-        raise ConfigError(f"{name!r} is not one of {', '.join(known)}; see `tandemrec bench --help`")
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see `tandemrec bench --help`"
+        raise ConfigError(f"{name!r} is not one of {', '.join(known)}; {hint}")
     folder = known[name].name == "__main__.py"
     subject = importlib.import_module(f"benchmarks.{name}.__main__" if folder else f"benchmarks.{name}")
     return subject.main(rest) or 0

@@ -152,7 +152,7 @@ def main(words: Sequence[str]) -> None:
     options.add_argument("--raw", type=Path, help="to measure: what was generated")
     options.add_argument("--memory-limit", default="1GB")
     options.add_argument("--vocabulary", type=Path)
-    options.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    options.overriding()
     given = options.read(words)
     if given.verb == "generate":
         generate(given.out, given.gigabytes, given.format, given.seed)

@@ -213,7 +213,7 @@ def add_options(options: Options) -> None:
     """Options that the comparisons of models share."""
     options.add_argument("--config", action="append", type=Path, default=[], help="a preset; repeatable")
     options.add_argument("--seeds", default="17", help="comma-separated")
-    options.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    options.overriding()
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--jobs", type=int, default=1, help="runs side by side")
     options.add_argument("--threads", type=int, default=1, help="of each run")

@@ -164,7 +164,7 @@ def plan(
     out: Annotated[Path | None, Option("--json", metavar="FILE", help="Keep the plan here.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print the sharding plan, each rank's memory and the bytes of a step."""
+    """Print the sharding plan, memory and step bytes."""
     from pipelines.plan.plan import PlanOptions
     from pipelines.plan.plan import plan as run
 
@@ -250,7 +250,7 @@ def export(
 def unshard(
     run_folder: RunFolder, out: Annotated[Path, Option("--out", metavar="DIR", help="The folder to write.")]
 ) -> None:
-    """Write a run's newest checkpoint as plain tables, for `train --init-from` or other programs."""
+    """Write a run's newest checkpoint as plain tables."""
     from pipelines.unshard import unshard as run
 
     run(run_folder, out)
@@ -267,7 +267,7 @@ def cluster(
     seed: Annotated[int, Option(min=0, help="Of k-means.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Add clusters of every history to a log, for configs/twin_v2.toml."""
+    """Add clusters of histories to a log (TWIN-V2)."""
     from pipelines.cluster import cluster as run
     from trainer.log.clusters import ClusterInfo
 
@@ -340,7 +340,7 @@ def serve(
 def bench(
     words: Annotated[list[str] | None, typer.Argument(metavar="[NAME] [OPTIONS]")] = None,
 ) -> None:
-    """Measure a part of the trainer beside its baseline; needs a clone of the repository."""
+    """Run a benchmark; needs a clone of the repository."""
     root = Path(__file__).resolve().parent.parent
     if not (root / "benchmarks" / "__main__.py").is_file():
         from embeddings.errors import ConfigError

@@ -1,6 +1,6 @@
 """The check of a GPU, step by step: whether all is right there, and how fast
 
-`python -m benchmarks.gpu report OUT` makes a page of its results. docs/gpu.md tells all of it.
+`tandemrec bench gpu report OUT` makes a page of its results. docs/gpu.md tells all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.gpu.runner import answer_of, run
 
 
 def _report(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.gpu report", description=write_page.__doc__)
+    parser = argparse.ArgumentParser("tandemrec bench gpu report", description=write_page.__doc__)
     parser.add_argument("out", type=Path, help="the folder with results.jsonl")
     parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "gpu", help="where the page goes")
     given = parser.parse_args(words)
@@ -29,7 +29,7 @@ def _report(words: Sequence[str]) -> int:
 
 
 def _check(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser("tandemrec bench gpu", description=__doc__)
     parser.add_argument("steps", nargs="*", metavar="STEP", help="names, or right, or speed; none: all")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument(

@@ -45,10 +45,21 @@ class Options(argparse.ArgumentParser):
         """
         self.add_argument("--repeats", type=_positive, default=repeats, help="measurements of each row")
         if config is not None:
-            self.add_argument("--config", type=Path, metavar="FILE", help="TOML")
-            self.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+            self.add_argument("--config", type=Path, metavar="FILE", help="TOML configuration")
+            self.overriding()
         self._needs_config = bool(config)
         return self
+
+    def overriding(self, group: argparse._ArgumentGroup | None = None) -> None:
+        """Add --set, to a group of options if there is one."""
+        (group or self).add_argument(
+            "--set",
+            action="append",
+            default=[],
+            dest="overrides",
+            metavar="KEY=VALUE",
+            help="override one key of the configuration; repeatable",
+        )
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The values of the options, with the command line itself as `command`; third parties fall silent.

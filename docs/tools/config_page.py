@@ -17,8 +17,10 @@ from typing import Any, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from docs.tools.links import escaped
 from pipelines.ingest.config import IngestConfig
 from trainer.config.toml import Settings, models_in
+from trainer.objectives.table import OBJECTIVES
 from trainer.run_config import Config
 
 _HEAD = """# Configuration: every key
@@ -36,6 +38,8 @@ _MODELS: tuple[tuple[str, str, type[Settings]], ...] = (
     ("Training", "For `tandemrec train`, `plan` and `bench`.", Config),
     ("Ingest", "For `tandemrec ingest`.", IngestConfig),
 )
+# Keys of text whose values are the names of a table, and whose meanings the docstrings there.
+_TABLES: dict[str, Mapping[str, Any]] = {"train.objective": OBJECTIVES}
 _WORDS = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text"}
 
 
@@ -86,9 +90,12 @@ def _sections(path: str, heading: str, model: type[Settings]) -> Iterator[str]:
                 continue
         default, values = _default(field), _values(schema["properties"][key])
         meaning = texts.get(key) or (_summary(inner) if inner is not None else "")
+        if table := _TABLES.get(f"{path}.{key}"):
+            values = ", ".join(f'`"{name}"`' for name in table)
+            meaning = " ".join([meaning, *(f"`{name}`: {_first_line(kind)}" for name, kind in table.items())])
         rows.append(f"| `{key}` | {default} | {values} | {_cell(meaning)} |")
     if heading:
-        yield f"\n### {heading}\n\n{inspect.cleandoc(model.__doc__ or '')}\n"
+        yield f"\n### {heading}\n\n{escaped(inspect.cleandoc(model.__doc__ or ''))}\n"
     if rows:
         yield "\n| key | default | values | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     for place, inner in below:
@@ -111,6 +118,11 @@ def _place(path: str, key: str, field: FieldInfo) -> str:
 def _summary(model: type[BaseModel]) -> str:
     """The first paragraph of a class's docstring, in one line."""
     return " ".join(inspect.cleandoc(model.__doc__ or "").partition("\n\n")[0].split())
+
+
+def _first_line(kind: object) -> str:
+    """The first line of the docstring of a function, or of what a `partial` calls."""
+    return (inspect.getdoc(getattr(kind, "func", kind)) or "").partition("\n")[0]
 
 
 def _default(field: FieldInfo) -> str:
@@ -155,7 +167,7 @@ def _bounds(entry: Mapping[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return escaped(text).replace("|", "\\|")
 
 
 if __name__ == "__main__":

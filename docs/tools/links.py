@@ -11,6 +11,7 @@ from posixpath import normpath
 _CODE = r"^(?P<fence>```+|~~~+).*?^(?P=fence)[^\n]*$|(?P<ticks>`+)[^`].*?(?P=ticks)"
 _START = r"""(?P<start>\]\(|\b(?:src|srcset|href)=")"""
 _LINK = re.compile(rf"{_CODE}|{_START}(?P<target>[^)\s\"]+)", re.MULTILINE | re.DOTALL)
+_TAG = re.compile(r"(?P<ticks>`+)[^`].*?(?P=ticks)|<(?=[a-zA-Z/!?])", re.DOTALL)
 _HEADING = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[^\n]*$|^#+ (?P<text>[^\n]*)$", re.MULTILINE | re.DOTALL
 )
@@ -37,6 +38,11 @@ def resolve(page: str, target: str) -> tuple[str, str]:
     """The file, by its path in the repository, and the anchor that a link of `page` leads to."""
     path, _, anchor = target.partition("#")
     return (normpath(str(PurePosixPath(page).parent / path)) if path else page), anchor
+
+
+def escaped(text: str) -> str:
+    """The same Markdown, in which `<name>` outside of code is text: both views would take it for HTML."""
+    return _TAG.sub(lambda match: match[0] if match["ticks"] else "&lt;", text)
 
 
 def anchors(text: str) -> set[str]:

@@ -21,7 +21,8 @@ from trainer.ranks.machine import memory_bytes
 
 Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
 Unit = Literal["s", "ms", "us", "ns"]
-# Names that the log, or a table on the way to it, uses for something else.
+# Names that the log, or a table on the way to it, uses for something else: no feature may have one. A column
+# that a protocol adds to a table of events has a name of these, or would replace a feature of that name.
 TAKEN = {"user_id", "item_id", "request_id", "timestamp", "split", "history_end", "candidates"}
 TAKEN |= {"place", "bucket", "row_key", "draw", "wanted", "count", "last", "weight", "size", "position"}
 TAKEN |= {"distance", "seconds", "num_candidates", "end"}
@@ -225,9 +226,9 @@ class RequestsConfig(Settings):
     negatives: int = Field(default=4, ge=1)
     """The candidates drawn beside each positive."""
     min_history: int = Field(default=50, ge=0)
-    """The earlier events that a request needs."""
+    """The earlier events that a request needs, whatever the protocol."""
     per_user: int = Field(default=0, ge=0)
-    """The requests that a user keeps in one split, drawn by chance; 0 = all (`time-split`)."""
+    """The requests that a user keeps in one split, drawn by chance; 0 = all."""
     exclude: Literal["user", "request"] = "user"
     """`user`: negatives are no item that the user ever has; `request`: no item of the request
     (`time-split`)."""
@@ -238,7 +239,8 @@ class RequestsConfig(Settings):
     (`leave-last`)."""
     new_items: Literal["keep", "drop"] = "keep"
     """Whether a positive whose item no earlier event has is asked (`keep`) or not (`drop`). Negatives are
-    items of earlier events, so that no negative is ever new."""
+    items of earlier events, so that no negative is ever new. `impressions` refuses
+    `drop`: its candidates are kept as shown."""
 
     @model_validator(mode="after")
     def _distances_are_distinct(self) -> Self:

@@ -9,8 +9,10 @@ import pytest
 from pydantic import Field
 
 from docs.tools.config_page import PAGE, document, texts_of
+from docs.tools.links import escaped
 from pipelines.ingest.config import IngestConfig
 from trainer.config.toml import Settings, models_in
+from trainer.objectives.table import OBJECTIVES
 from trainer.run_config import Config
 
 
@@ -91,6 +93,24 @@ def test_the_docstring_under_a_field_is_its_text() -> None:
     first = {"first": "The first key has a text of two lines.", "second": "`second` has one line."}
     assert texts_of(_Described) == first
     assert texts_of(_More) == first | {"bare": "A class below gives the text."}
+
+
+def test_names_of_a_table_are_the_values_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def second() -> None:
+        """The second objective.
+
+        More of it.
+        """
+
+    monkeypatch.setitem(OBJECTIVES, "second", second)  # type: ignore[arg-type]
+    (row,) = [line for line in document().splitlines() if line.startswith("| `objective`")]
+    assert '| `"bce"`, `"second"` |' in row
+    assert row.endswith("`bce`: Binary cross entropy. `second`: The second objective. |")
+
+
+def test_no_name_in_angle_brackets_is_html() -> None:
+    assert escaped("`a<b>` a<b> <b, c> 1 < 2 ``<d>``") == "`a<b>` a&lt;b> &lt;b, c> 1 < 2 ``<d>``"
+    assert escaped(document()) == document() and "groups.&lt;name>" in document()
 
 
 def test_the_page_has_defaults_and_bounds() -> None:

@@ -135,7 +135,8 @@ def rows(log: Path, split: str | None = None) -> list[Row]:
     return [row for file in files for row in pq.read_table(log / file.path).to_pylist()]
 
 
-def words(log: Path, feature: str) -> dict[Any, int]:
+def ids_of_values(log: Path, feature: str) -> dict[Any, int]:
+    """Raw value -> id, of a feature's vocabulary (of `user_id` and `request_id` too)."""
     table = pq.read_table(log / "vocab" / f"{feature}.parquet").to_pydict()
     return dict(zip(table["value"], table["id"], strict=True))
 
@@ -182,7 +183,7 @@ class Log:
             source, self.folder, self.config, impressions=given, overwrite=True
         )
         names = [*self.manifest.features, *(f"context_{name}" for name in self.manifest.context)]
-        self.words = {name: words(self.folder, name) for name in names}
+        self.ids = {name: ids_of_values(self.folder, name) for name in names}
         self.events = [self.encode(row) for row in raw]
         self.shown = [self.encode(row) for row in shown or []]
         self.rows = rows(self.folder)
@@ -190,7 +191,7 @@ class Log:
     def encode(self, row: Row) -> Row:
         coded = {**row, "category_id": row.get("category"), "context_city": row.get("city")}
         coded["context_page"] = row.get("page")
-        for name, ids in self.words.items():
+        for name, ids in self.ids.items():
             value = coded.get(name)
             multi = name == "tags"
             coded[name] = (

@@ -137,7 +137,7 @@ class TrainConfig(Settings):
     """Training stops after this number of steps. 0 means no limit. Schedules run to whichever end comes
     first, this one or that of the last epoch."""
     objective: str = "bce"
-    """What is trained, by its name in `trainer.objectives.table`: `bce` is binary cross entropy."""
+    """What is trained."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """The optimizer of the dense weights."""
     learning_rate: float = Field(1e-3, gt=0)

@@ -9,6 +9,7 @@ from trainer.objectives.losses import losses_of
 
 
 def bce(logits_CT: Tensor, labels_CT: Tensor, weight_CT: Tensor) -> Tensor:
+    """Binary cross entropy."""
     return F.binary_cross_entropy_with_logits(logits_CT, labels_CT, weight_CT, reduction="none")
 
 

@@ -71,7 +71,7 @@ class RequestProtocol(ABC):
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
-    """The keys of [requests] that the protocol reads besides those that every protocol reads."""
+    """The keys of [requests] that it reads. All read `min_history`, `per_user` and `new_items`, too."""
     needs_split: ClassVar[bool] = True
     """Whether the dates of [split] decide the splits; if not, `requests` gives a column `split`."""
     reads_impressions: ClassVar[bool] = False
@@ -89,7 +89,12 @@ class RequestProtocol(ABC):
 
     @abstractmethod
     def candidates(self, tables: Tables, asked: ir.Table, config: IngestConfig) -> ir.Table:
-        """user_id, request_id, item_id and label_*: one row for each candidate of the requests `asked`."""
+        """user_id, request_id, item_id and label_*: one row for each candidate of the requests `asked`.
+
+        `asked` has the columns of `requests`, and history_end, split and the context_* of users and events.
+        A column that a protocol adds to a table of events has a name of `TAKEN` (sections.py): another name
+        might be that of a feature.
+        """
 
     def check(self, name: str, config: IngestConfig) -> None:
         """Raises ValueError where the settings do not fit the protocol, which is called `name`."""

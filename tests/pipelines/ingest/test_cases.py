@@ -14,7 +14,7 @@ import pytest
 from embeddings.errors import DataError
 from pipelines.ingest.config import load_ingest_config
 from pipelines.ingest.ingest import ingest, report_lines
-from tests.helpers.rawlogs import rows, words
+from tests.helpers.rawlogs import ids_of_values, rows
 from trainer.log.schema import LogManifest
 
 CASES = Path(__file__).parent / "cases"
@@ -49,7 +49,7 @@ def test_ids_with_leading_zeros_stay_apart(tmp_path: Path) -> None:
     with (CASES / "leading_zeros.csv").open(newline="") as file:
         spelled = {row["item_id"] for row in csv.DictReader(file)}
     made(tmp_path / "log", "leading_zeros.csv", "time_split.toml")
-    assert words(tmp_path / "log", "item_id").keys() == spelled
+    assert ids_of_values(tmp_path / "log", "item_id").keys() == spelled
     assert len(spelled) == 40 > len({int(item) for item in spelled})
 
 
@@ -59,8 +59,8 @@ def test_a_candidate_has_the_category_that_was_known(tmp_path: Path) -> None:
         history[row["item_id"]].append((row["timestamp"], row["category"]))
     manifest = made(tmp_path / "log", "cat_changes.parquet", "time_split.toml")
     assert manifest.report["changing_items"] == {"category_id": 40}
-    items = {number: item for item, number in words(tmp_path / "log", "item_id").items()}
-    categories = words(tmp_path / "log", "category_id")
+    items = {number: item for item, number in ids_of_values(tmp_path / "log", "item_id").items()}
+    categories = ids_of_values(tmp_path / "log", "category_id")
     checked = 0
     for row in rows(tmp_path / "log"):
         for time, offered, theirs in zip(
@@ -89,8 +89,8 @@ def test_all_tags_of_an_item_arrive(tmp_path: Path) -> None:
     manifest = made(tmp_path / "log", "tags.parquet", "tags.toml")
     assert manifest.features["tags"].multi
     raw = {(row["user_id"], row["item_id"], row["timestamp"]): row["tags"] for row in table("tags.parquet")}
-    items = {number: item for item, number in words(tmp_path / "log", "item_id").items()}
-    tags = {number: tag for tag, number in words(tmp_path / "log", "tags").items()}
+    items = {number: item for item, number in ids_of_values(tmp_path / "log", "item_id").items()}
+    tags = {number: tag for tag, number in ids_of_values(tmp_path / "log", "tags").items()}
     seen = 0
     for row in rows(tmp_path / "log"):
         for item, time, ids in zip(

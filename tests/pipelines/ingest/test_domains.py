@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from embeddings.errors import ConfigError, DataError
 from pipelines.ingest.config import load_ingest_config
 from pipelines.ingest.ingest import IngestConfig, ingest
-from tests.helpers.rawlogs import DAY, START, Row, domains, rows, words
+from tests.helpers.rawlogs import DAY, START, Row, domains, ids_of_values, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 LEVELS = {
@@ -90,7 +90,7 @@ def test_domains_become_one_history(seed: int, tmp_path_factory: pytest.TempPath
     ads, content = domains(seed)
     write(folder, ads, content)
     manifest = ingest(None, folder / "log", plan(folder), overwrite=True)
-    ids = {name: words(folder / "log", name) for name in manifest.features}
+    ids = {name: ids_of_values(folder / "log", name) for name in manifest.features}
     assert set(ids["domain_id"]) == {"ads", "content"} and set(ids["l2_id"]) <= {"l2-a", "l2-b"}
     assert set(ids["scenario_id"]) == {"ads/feed", "content/feed", "content/video"}
     merged = expected(ads, content, ids)
@@ -135,10 +135,10 @@ def test_impressions_name_their_domain(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(shown), tmp_path / "shown.parquet")
     settings_ = plan(tmp_path, protocol="impressions", impressions={"domain": "ads"})
     ingest(None, tmp_path / "log", settings_, impressions=tmp_path / "shown.parquet")
-    ids = words(tmp_path / "log", "item_id")
+    ids = ids_of_values(tmp_path / "log", "item_id")
     (row,) = rows(tmp_path / "log")
     assert sorted(row["candidate_item_id"][0]) == sorted(ids[f"ads/{thing}"] for thing in (1, 2, 77))
-    domain = words(tmp_path / "log", "domain_id")["ads"]
+    domain = ids_of_values(tmp_path / "log", "domain_id")["ads"]
     # Nobody had item 77, but whose it is is known.
     assert row["candidate_domain_id"] == [[domain] * 3]
     with pytest.raises(ValueError, match=r"impressions\.domain must name one of the domains"):

@@ -75,7 +75,7 @@ def rows(log: Path, split: str | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def words(log: Path, feature: str) -> dict[Any, int]:
+def ids_of_values(log: Path, feature: str) -> dict[Any, int]:
     table = pq.read_table(log / "vocab" / f"{feature}.parquet").to_pydict()
     return dict(zip(table["value"], table["id"], strict=True))
 
@@ -91,7 +91,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], Path, L
 def test_a_column_of_nulls_has_an_empty_vocabulary(tmp_path: Path) -> None:
     events = [(*event[:5], None) for event in world(seed=6)]
     manifest = ingest(write(tmp_path / "events.parquet", events), tmp_path / "log", config())
-    assert manifest.features["type_id"].rows == 1 and words(tmp_path / "log", "type_id") == {}
+    assert manifest.features["type_id"].rows == 1 and ids_of_values(tmp_path / "log", "type_id") == {}
     assert {i for row in rows(tmp_path / "log") for i in row["history_type_id"]} == {0}
 
 
@@ -141,7 +141,7 @@ def test_a_request_sees_exactly_the_strictly_earlier_events(events: list[Event])
 
 
 def check_histories(events: list[Event], log: Path, expected: dict[tuple[int, int], tuple[int, int]]) -> None:
-    vocabularies = [words(log, name) for name in ("item_id", "category_id", "type_id")]
+    vocabularies = [ids_of_values(log, name) for name in ("item_id", "category_id", "type_id")]
     seen: dict[tuple[int, int], tuple[int, int]] = {}
     for row in rows(log):
         asked = list(
@@ -164,7 +164,7 @@ def check_histories(events: list[Event], log: Path, expected: dict[tuple[int, in
 
 def test_candidates_are_bought_items_and_others(made: tuple[list[Event], Path, LogManifest]) -> None:
     events, log, manifest = made
-    ids = words(log, "item_id")
+    ids = ids_of_values(log, "item_id")
     basket: dict[tuple[int, int | None], set[int]] = defaultdict(set)
     for event in events:
         basket[event[0], event[2]].add(ids[event[1]])
@@ -197,7 +197,7 @@ def test_negatives_follow_popularity(tmp_path: Path) -> None:
     late = config(requests={"negatives": 1, "min_history": 80}, split={"validation": "2017-01-02"})
     ingest(write(tmp_path / "events.parquet", past + asks), tmp_path / "log", late)
     log = tmp_path / "log"
-    item = words(log, "item_id")
+    item = ids_of_values(log, "item_id")
     drawn = Counter(
         candidate
         for row in rows(log)
@@ -275,7 +275,7 @@ def test_candidates_have_the_taxonomy_as_of_the_request(tmp_path: Path) -> None:
         (0, 4, 9, next(day), "w", 1),
     ]
     manifest = ingest(write(tmp_path / "events.parquet", events), tmp_path / "log", config())
-    ids = {name: words(tmp_path / "log", name) for name in ("item_id", "category_id", "type_id")}
+    ids = {name: ids_of_values(tmp_path / "log", name) for name in ("item_id", "category_id", "type_id")}
     found = {}
     for row in rows(tmp_path / "log"):
         asked = zip(row["request_id"], *(row[f"candidate_{name}"] for name in ids), strict=True)

@@ -20,7 +20,7 @@ from pipelines.ingest.engine import connect
 from pipelines.ingest.faults import explain
 from pipelines.ingest.ingest import ingest
 from pipelines.ingest.sections import EngineConfig
-from tests.helpers.rawlogs import config, rows, words
+from tests.helpers.rawlogs import config, ids_of_values, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 
@@ -54,7 +54,7 @@ def test_dozens_of_features_become_their_ids(tmp_path: Path) -> None:
     seen = last["num_behaviors"]
     assert seen > 3
     for name in names:
-        ids = words(tmp_path / "log", name)
+        ids = ids_of_values(tmp_path / "log", name)
         assert ids == {value: place + 1 for place, value in enumerate(sorted({*raw[name]} - {None}))}
         assert last[f"history_{name}"] == [ids.get(value, 0) for value in raw[name]][:seen], name
     assert last["history_tags"] == [[1, 2], [], [], [3], [1], *([[1]] * 7)][:seen]

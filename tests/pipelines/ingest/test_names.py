@@ -25,9 +25,9 @@ from tests.helpers.rawlogs import (
     as_parquet,
     config,
     events,
+    ids_of_values,
     impressions,
     rows,
-    words,
     write,
 )
 from trainer.log.schema import LogManifest, read_manifest
@@ -116,7 +116,10 @@ def test_users_and_requests_of_text_are_numbered_in_their_order(tmp_path: Path) 
         config("impressions", **SEPARATED),
         impressions=as_text(tmp_path / "i.csv", asked, SHOWN),
     )
-    users, requests = words(tmp_path / "log", "user_id"), words(tmp_path / "log", "request_id")
+    users, requests = (
+        ids_of_values(tmp_path / "log", "user_id"),
+        ids_of_values(tmp_path / "log", "request_id"),
+    )
     assert users == {f"u{user}": user for user in range(1, 8)}
     assert requests == {f"s{request}": request + 1 for request in range(6)}
     assert {name: info.rows for name, info in manifest.named.items()} == {"user_id": 8, "request_id": 7}
@@ -155,7 +158,7 @@ def test_numbers_of_users_go_on_from_an_older_log(tmp_path: Path) -> None:
     vocabulary = {"vocabulary": {"log": str(tmp_path / "old")}}
     new = with_text(raw, user_id="t") + with_text(raw[::2], user_id="u")
     manifest = next_days("new", tmp_path, new, NAMES, **vocabulary)
-    before, after = words(tmp_path / "old", "user_id"), words(tmp_path / "new", "user_id")
+    before, after = ids_of_values(tmp_path / "old", "user_id"), ids_of_values(tmp_path / "new", "user_id")
     assert list(after.values()) == list(range(1, len(after) + 1))
     assert after.items() >= before.items() and sorted(after)[: len(after) - len(before)] == [
         name for name in after if name not in before
@@ -175,7 +178,7 @@ def test_an_older_log_of_text_keeps_csv_text(tmp_path: Path) -> None:
     vocabulary = {"vocabulary": {"log": str(tmp_path / "old"), "extend": True}}
     new = next_days("new", tmp_path, raw, NAMES, **vocabulary)
     assert new.features["item_id"].rows == 2 * old.features["item_id"].rows - 1
-    assert {type(value) for value in words(tmp_path / "new", "item_id")} == {str}
+    assert {type(value) for value in ids_of_values(tmp_path / "new", "item_id")} == {str}
     assert "users are text" not in " ".join(new.notes)
     shutil.rmtree(tmp_path / "old")
     next_days("old", tmp_path, raw, NAMES)
@@ -198,7 +201,9 @@ def test_an_older_log_is_opened_by_its_exact_path(tmp_path: Path) -> None:
     vocabulary = {"vocabulary": {"log": str(tmp_path / "id=5[1]" / "old")}}
     manifest = next_days("new", tmp_path, events(), NAMES, **vocabulary)
     assert manifest.features == read_manifest(tmp_path / "id=5[1]" / "old").features
-    assert words(tmp_path / "new", "item_id") == words(tmp_path / "id=5[1]" / "old", "item_id")
+    assert ids_of_values(tmp_path / "new", "item_id") == ids_of_values(
+        tmp_path / "id=5[1]" / "old", "item_id"
+    )
     assert len({item for row in rows(tmp_path / "new") for item in row["history_item_id"]}) > 20
 
 
@@ -209,11 +214,11 @@ def test_impressions_of_csv_follow_the_events(tmp_path: Path) -> None:
     asked = as_text(tmp_path / "i.csv", shown, SHOWN)
     named = as_text(tmp_path / "e.csv", [*raw, raw[0] | {"item_id": "01001"}], EVENT)
     ingest(named, tmp_path / "log", plan, impressions=asked)
-    assert set(map(str, items)) | {"01001"} <= set(words(tmp_path / "log", "item_id"))
+    assert set(map(str, items)) | {"01001"} <= set(ids_of_values(tmp_path / "log", "item_id"))
     told = as_parquet(tmp_path / "e.parquet", with_text(raw, item_id=""), EVENT[:4])
     small_plan = config("impressions", features=[], context=[])
     ingest(told, tmp_path / "log", small_plan, impressions=asked, overwrite=True)
-    assert set(words(tmp_path / "log", "item_id")) >= set(map(str, items))
+    assert set(ids_of_values(tmp_path / "log", "item_id")) >= set(map(str, items))
     strict = write(tmp_path / "i.parquet", shown, SHOWN)
     with pytest.raises(DataError, match="item_id is string in the events and int64 in the impressions"):
         ingest(told, tmp_path / "log", small_plan, impressions=strict, overwrite=True)
@@ -240,11 +245,11 @@ def test_ids_of_domains_keep_their_spelling(tmp_path: Path) -> None:
         "engine": {"threads": 1, "memory_limit": "500MB"},
     }
     ingest(None, tmp_path / "log", IngestConfig.model_validate(tree))
-    assert set(words(tmp_path / "log", "item_id")) == {
+    assert set(ids_of_values(tmp_path / "log", "item_id")) == {
         f"{name}/{item}" for name in ("ads", "content") for item, _, _ in EVENTS
     }
-    assert words(tmp_path / "log", "category_id") == {"null-one": 1, "one": 2}
-    assert words(tmp_path / "log", "user_id") == {"07": 1, "7": 2, "8": 3}
+    assert ids_of_values(tmp_path / "log", "category_id") == {"null-one": 1, "one": 2}
+    assert ids_of_values(tmp_path / "log", "user_id") == {"07": 1, "7": 2, "8": 3}
 
 
 EVENTS = [("01", 0, "01"), ("1", 1, "1"), ("1e0", 2, ""), ("5", 6, "1"), ("5", 9, "1")]

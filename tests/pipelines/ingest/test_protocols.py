@@ -25,9 +25,9 @@ from tests.helpers.rawlogs import (
     as_parquet,
     config,
     events,
+    ids_of_values,
     impressions,
     rows,
-    words,
     write,
 )
 from trainer.log.schema import LogManifest, schema_of
@@ -164,7 +164,7 @@ def test_impressions_may_carry_item_attributes_of_their_own(tmp_path: Path) -> N
     ingest(
         write(tmp_path / "e.parquet", events()), tmp_path / "log", config("impressions"), impressions=given
     )
-    new = words(tmp_path / "log", "category_id")["new"]
+    new = ids_of_values(tmp_path / "log", "category_id")["new"]
     categories = [one for row in rows(tmp_path / "log") for one in row["candidate_category_id"]]
     assert {code for one in categories for code in one} == {new}
 
@@ -346,7 +346,7 @@ def test_what_impressions_leave_unknown_is_as_of_the_request(tmp_path: Path) -> 
     given = write(tmp_path / "i.parquet", shown, (*SHOWN, "category"))
     source = write(tmp_path / "e.parquet", raw)
     ingest(source, tmp_path / "log", config("impressions"), impressions=given)
-    ids = words(tmp_path / "log", "category_id")
+    ids = ids_of_values(tmp_path / "log", "category_id")
     found = {
         request: category
         for row in rows(tmp_path / "log")

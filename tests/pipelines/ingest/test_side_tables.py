@@ -12,7 +12,7 @@ import pytest
 from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.ingest import ingest, report_lines
-from tests.helpers.rawlogs import EVENT, SHOWN, config, events, impressions, rows, words, write
+from tests.helpers.rawlogs import EVENT, SHOWN, config, events, ids_of_values, impressions, rows, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 CATEGORY = {1000 + item: None if item % 5 == 0 else f"c{item % 4}" for item in range(1, 31)}
@@ -53,7 +53,10 @@ def test_side_tables_say_what_the_events_would(protocol: str, tmp_path: Path) ->
     source, given = sources(tmp_path)
     shown = given if protocol == "impressions" else None
     manifest = ingest(source, tmp_path / "log", plan(tmp_path, protocol), impressions=shown)
-    ids = {name: words(tmp_path / "log", name) for name in ("item_id", "category_id", "tags", "context_home")}
+    ids = {
+        name: ids_of_values(tmp_path / "log", name)
+        for name in ("item_id", "category_id", "tags", "context_home")
+    }
     raw = {code: item for item, code in ids["item_id"].items()}
     found = rows(tmp_path / "log")
     for row in found:

@@ -15,7 +15,7 @@ from embeddings.errors import DataError
 from pipelines.ingest import encode as ingest_encoding
 from pipelines.ingest.ingest import ingest
 from tests.helpers.opening import GOOD, Door, csv_events, parquet, text
-from tests.helpers.rawlogs import SHOWN, config, events, impressions, renew, rows, words, write
+from tests.helpers.rawlogs import SHOWN, config, events, ids_of_values, impressions, renew, rows, write
 
 pytestmark = [
     pytest.mark.slow,
@@ -96,7 +96,7 @@ def test_both_engines_continue_a_vocabulary_alike(tmp_path: Path, spark: Any) ->
     assert rows(tmp_path / "spark") == rows(tmp_path / "duckdb") != []
     assert (other.features, other.context, other.report) == (duckdb.features, duckdb.context, duckdb.report)
     assert duckdb.report["new_values"]["item_id"]["values"] > 0
-    assert words(tmp_path / "spark", "item_id") == words(tmp_path / "duckdb", "item_id")
+    assert ids_of_values(tmp_path / "spark", "item_id") == ids_of_values(tmp_path / "duckdb", "item_id")
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ from tests.helpers.rawlogs import (
     Row,
     config,
     events,
+    ids_of_values,
     impressions,
     rows,
-    words,
     write,
 )
 from trainer.log.schema import FeatureInfo, LogManifest, read_manifest
@@ -51,7 +51,7 @@ def infos(manifest: LogManifest) -> dict[str, FeatureInfo]:
 
 def values(log: Path, name: str) -> list[Any]:
     """In the order of their ids."""
-    return sorted(words(log, name), key=words(log, name).__getitem__)
+    return sorted(ids_of_values(log, name), key=ids_of_values(log, name).__getitem__)
 
 
 def raw_values(log: Log, name: str) -> Counter[Any]:
@@ -127,7 +127,7 @@ def test_unknown_items_have_attributes_of_their_own(old: Path, tmp_path: Path) -
     source, given = write(tmp_path / "e.parquet", raw), write(tmp_path / "i.parquet", shown, SHOWN)
     manifest = ingest(source, tmp_path / "log", plan, impressions=given)
     (row,) = rows(tmp_path / "log")
-    known = words(old, "category_id")
+    known = ids_of_values(old, "category_id")
     assert row["candidate_item_id"] == [[0, 0, 0]] and row["history_item_id"] == [0, 0, 0]
     assert sorted(row["candidate_category_id"][0]) == sorted(known[f"c{i}"] for i in (0, 1, 3))
     line = f"item_id: 3 values in 6 places unknown to the vocabulary of {old}"

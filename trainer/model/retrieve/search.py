@@ -135,7 +135,8 @@ class Search(nn.Module):
     def missed_share(cls, settings: Any, behaviors: float, candidates: int, requests: float) -> float:
         """The share of a block's behaviors that no candidate is expected to keep.
 
-        The default holds for searches that keep any K behaviors: as if each candidate chose by itself.
+        The default assumes that each candidate chooses K behaviors by itself. A search that keeps the same
+        ones for all candidates of a request overrides it, as `RecentSearch` does.
 
         Args:
             behaviors, candidates: of the block; requests: of the step, for each of its behaviors.

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pipelines.ingest.ingest import ingest, report_lines
 from pipelines.ingest.protocols.table import PROTOCOLS
 from tests.helpers.launching import ROOT
-from tests.helpers.rawlogs import EVENT, Row, config, events, rows, words, write
+from tests.helpers.rawlogs import EVENT, START, Row, config, events, ids_of_values, rows, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning")
 INGEST = ROOT / "pipelines/ingest"
@@ -49,7 +49,7 @@ def test_the_protocol_of_the_page_makes_a_request_of_every_visit(tmp_path: Path)
     source = write(tmp_path / "events.parquet", raw, (*EVENT, "visit"))
     settings = config("visits", events={"request": "visit"}, requests={"positives": 3})
     manifest = ingest(source, tmp_path / "log", settings)
-    items = words(tmp_path / "log", "item_id")
+    items = ids_of_values(tmp_path / "log", "item_id")
     expected = {
         (visit["user_id"], visit["visit"]): (visit["timestamp"], items[visit["item_id"]], len(earlier))
         for visit in raw
@@ -74,6 +74,32 @@ def test_the_protocol_of_the_page_makes_a_request_of_every_visit(tmp_path: Path)
     assert found == expected
     assert manifest.ingest["protocol"] == "visits"
     assert "requests.positives: the protocol visits does not use this setting" in report_lines(manifest)
+
+
+@pytest.mark.usefixtures("visits")
+def test_a_visit_of_several_rows_is_its_first_row_and_is_counted(tmp_path: Path) -> None:
+    """Neither the order of the file nor the numbers of the items decide which row is the first."""
+    one = {**events(3, users=1)[0], "user_id": 1}
+    raw: list[Row] = [
+        {**one, "item_id": item, "timestamp": START + 60 * place, "visit": visit}
+        for place, (item, visit) in enumerate([(5, 1), (9, 2), (4, 2), (7, 3)])
+    ]
+    source = write(tmp_path / "events.parquet", raw[::-1], (*EVENT, "visit"))
+    manifest = ingest(
+        source, tmp_path / "log", config("visits", events={"request": "visit"}, requests={"min_history": 1})
+    )
+    items = ids_of_values(tmp_path / "log", "item_id")
+    asked = {
+        request: (time, [item for item, label in zip(shown, labels, strict=True) if label])
+        for row in rows(tmp_path / "log")
+        for request, time, shown, labels in zip(
+            *(row[name] for name in ("request_id", "request_timestamp", "candidate_item_id", "label_click")),
+            strict=True,
+        )
+    }
+    assert asked == {2: (START + 60, [items[9]]), 3: (START + 180, [items[7]])}
+    assert manifest.report["remarks"]["visits_of_several_rows"] == 1
+    assert any(line.startswith("1 visits of several rows (the first row") for line in report_lines(manifest))
 
 
 @pytest.mark.usefixtures("visits")

@@ -98,6 +98,7 @@ print(json.dumps({
     "remarks": [line for line in remarks(unused, manifest, groups) if "every" in line],
     "quiet": not any("every" in line for line in remarks(config, manifest, groups)),
     "refused": refused,
+    "missed": config.model.search_kind.missed_share(config.model, 100.0, 50, 0.01),
     "kept": kept_behaviors(config.model, step_size(config.data, manifest)),
 }))
 """
@@ -148,3 +149,4 @@ def test_the_rest_of_the_project_knows_them_by_their_facts_alone(outcome: dict[s
     assert outcome["reason"] == 'search = "every_third" compares nothing'
     assert outcome["remarks"] == ["no effect in this configuration: model.every = 7"] and outcome["quiet"]
     assert isinstance(outcome["kept"], int) and outcome["kept"] > 0
+    assert outcome["missed"] == pytest.approx(0.97), "50 candidates keep the same 3 of 100 behaviors"
