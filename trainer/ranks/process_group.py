@@ -135,8 +135,12 @@ def _places() -> tuple[int, int, int, int]:
     Raises:
         ConfigError: they are no numbers, or do not fit together.
     """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    said = {name: os.environ.get(name, default) for name, default in alone.items()}
+    said = {
+        "RANK": os.environ.get("RANK", "0"),
+        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1"),
+    }
     if all(text.isdecimal() for text in said.values()):
         rank, world_size, local_rank, local_world_size = (int(text) for text in said.values())
         # Launchers made by hand often leave the last one out.
