@@ -1,4 +1,4 @@
-"""How fast a snapshot scores one user's candidates, beside other implementations and the HTTP server (serving.md)
+"""How fast a snapshot scores one user's candidates, beside other implementations and the server (serving.md)
 
 Score, split into search and ranking; other implementations of the same weights; the HTTP server, and how long
 it takes to start on large tables. All on one thread with random weights. Kinds run in turn, four times as

@@ -77,7 +77,6 @@ def _rate_and_eps(rate: float, eps: float) -> dict[str, float]:
     return {"lr": rate, "eps": eps}
 
 
-# By their names in `groups.<name>.optimizer`.
 ROW_OPTIMIZERS: dict[str, RowOptimizer] = {
     "rowwise_adagrad": RowOptimizer(
         "row-wise Adagrad", "row", RowWiseAdagrad, _rate_and_eps, _rowwise_adagrad
@@ -87,6 +86,7 @@ ROW_OPTIMIZERS: dict[str, RowOptimizer] = {
         "SGD", "none", torch.optim.SGD, lambda rate, eps: {"lr": rate}, lambda gradient, *_: gradient
     ),
 }
+"""The optimizers of rows, by their names in `groups.<name>.optimizer`."""
 
 
 @dataclass(frozen=True)

@@ -39,21 +39,25 @@ SEARCHES: dict[str, type[Search]] = {
     "simhash": HammingSearch,
     "soft": SoftSearch,
 }
+"""The searches, by their names in `model.search`."""
 SEQUENCES: dict[str, type[SequenceModel]] = {
     "attention": TargetAttention,
     "stacked": StackedTin,
     "collision": HashCollision,
     "sasrec": TargetDecoupledSasrec,
 }
+"""The sequence models, by their names in `model.sequence`."""
 HEADS: dict[str, type[Head]] = {
     "mlp": MlpHead,
     "dot": DotHead,
 }
+"""The heads, by their names in `model.head`."""
 AUXILIARIES: dict[str, type[Auxiliary] | None] = {
     "none": None,
     "softmax": SoftmaxLoss,
     "index": IndexLoss,
 }
+"""The auxiliary losses, by their names in `model.auxiliary`."""
 
 if TYPE_CHECKING:
     from trainer.config.model import BranchKeys as _BranchKeys

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Logits [C, T], labels [C, T] and weights [C, T] or [C, 1] -> what is added up for each task, weighted,
-# [X, T]: one row a candidate where an objective looks at candidates one by one. Where a label was not
-# observed, an objective is given the label 0 with the weight 0.
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Logits [C, T], labels [C, T] and weights [C, T] or [C, 1] -> what is added up for each task, weighted, [X, T].
+
+There is one row a candidate where an objective looks at candidates one by one. Where a label was not observed,
+an objective is given the label 0 with the weight 0.
+"""
 
 
 @dataclass(frozen=True)

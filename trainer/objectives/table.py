@@ -11,6 +11,7 @@ from trainer.objectives.losses import Objective
 OBJECTIVES: dict[str, Objective] = {
     "bce": bce,
 }
+"""The objectives, by their names in `train.objective`."""
 
 
 def objective_of(name: str) -> Objective:

@@ -14,3 +14,4 @@ PROTOCOLS: dict[str, RequestProtocol] = {
     "leave-last": LeaveLast(),
     "time-split": TimeSplit(),
 }
+"""The protocols, by their names in `protocol`."""
