@@ -1,7 +1,7 @@
 """What the site makes of docstrings before it reads them: one name an item, and `<name>` is text.
 
-A docstring may say `a: this; b: that` or `a, b: both` under `Args:` or `Attributes:`, which people read well and
-the parser takes for one name. mkdocs.yml names this file as an extension of griffe, which collects them.
+A docstring may say `a: this; b: that` or `a, b: both` under `Args:` or `Attributes:`, which people read well
+and the parser takes for one name. mkdocs.yml names this file as an extension of griffe, which collects them.
 """
 
 from __future__ import annotations
