@@ -37,7 +37,9 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )
     assert 'href="checkpoints.html"' in pages["start.html"]
     loop = pages["api/trainer/loop.html"]
-    assert "Starts without progress" in loop and "_note" not in loop
+    assert "Starts without progress" in loop and "def _note" in loop, "sources are shown"
+    private = re.compile(r'id="[\w.]+\._[a-z]')
+    assert not [name for name, page in pages.items() if private.search(page)]
     assert "&lt;query, key&gt; / sqrt(D)" in pages["api/trainer/model/retrieve.html"]
     assert "The objectives, by their names" in pages["api/trainer/objectives.html"]
     # What a browser would take for a tag that there is not, and signs that were escaped twice.
