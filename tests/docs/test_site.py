@@ -37,7 +37,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )
     assert 'href="checkpoints.html"' in pages["start.html"]
     loop = pages["api/trainer/loop.html"]
-    assert "Starts without progress" in loop and "def _note" in loop, "sources are shown"
+    assert "Attempts to train: a run that fails" in loop and "Source code in" in loop
     private = re.compile(r'id="[\w.]+\._[a-z]')
     assert not [name for name, page in pages.items() if private.search(page)]
     assert "&lt;query, key&gt; / sqrt(D)" in pages["api/trainer/model/retrieve.html"]
