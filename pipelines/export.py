@@ -261,6 +261,8 @@ def _report(version: Path, manifest: SnapshotManifest, parity: Parity, split: st
         f"snapshot {version}: step {manifest.step}, {whole:.1f} MB (tables {sizes['tables']:.1f}, search "
         f"{sizes['search']:.1f}); {kinds}"
     ]
+    missing = {name: part.reason for name, part in manifest.search.items() if part.reason}
+    lines += [f"no search part for {name}: {reason}" for name, reason in missing.items()]
     if manifest.base is not None:
         held = [(stored.held, stored.rows) for _, _, stored in manifest.matrices()]
         changed, rows = map(sum, zip(*held, strict=True))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Logits [C, T], labels [C, T], weights [C, T] or [C, 1] -> what is added up for each task, weighted, [X, T].
+"""Logits [C, T], labels [C, T] and weights [C, T] or [C, 1] -> weighted losses [X, T] to add up by task.
 
 There is one row a candidate where an objective looks at candidates one by one. Where a label was not
 observed, an objective is given the label 0 with the weight 0.

@@ -124,9 +124,12 @@ def test_stage_one_scores_follow_from_the_search_part(
     ("preset", "why"),
     [("eta", "simhash"), ("din", "keeps everything"), ("sdim", "collision"), ("tin", "keeps everything")],
 )
-def test_models_without_such_a_search_say_why(log: Path, tmp_path: Path, preset: str, why: str) -> None:
+def test_models_without_such_a_search_say_why(
+    log: Path, tmp_path: Path, preset: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     version = exported(save_run(tmp_path / "run", log, preset), tmp_path / "out")
     part = load_snapshot(version).manifest.search["main"]
+    assert f"no search part for main: {part.reason}\n" in capsys.readouterr().out
     assert why in part.reason and not part.tables and not (version / "search").exists()
     with pytest.raises(SnapshotError, match="has no search part"):
         load_search(version)
