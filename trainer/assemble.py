@@ -22,7 +22,7 @@ from embeddings.plan.file import SavedPlan, from_tree
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.plan.request import Cluster, PlanRequest
 from trainer.config.model import section_of
-from trainer.log.schema import FeatureInfo, LogManifest
+from trainer.log.schema import LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.settings import BranchConfig
 from trainer.model.sizes import Dimensions
@@ -59,19 +59,31 @@ class FormerPlan:
 
 
 def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGroup]:
-    """The config's groups with the table rows that the log's ids need; see `build_groups`."""
+    """The config's groups with the table rows that the log's ids need; see `build_groups`.
+
+    Raises:
+        ConfigError: as `build_groups`; or a group of kind `sequence` has a feature whose bags need not hold
+            exactly one id; or candidates cannot be grouped, or behaviors matched, by a branch's feature.
+    """
     items = {name: info.rows for name, info in manifest.features.items()}
     groups = build_groups(config, items, {name: info.rows for name, info in manifest.context.items()})
-    _check_sequences(groups, {**manifest.features, **manifest.context})
+    features = {**manifest.features, **manifest.context}
+    for group in groups.values():
+        for feature in group.features if group.kind == "sequence" else ():
+            info = features[feature]
+            if info.multi or info.side != "both":
+                side = f"has none on one side (side = {info.side!r})"
+                why = "has any number of ids" if info.multi else side
+                raise ConfigError(
+                    f'groups.{group.name}.kind = "sequence" needs one id in every bag, but feature '
+                    f'{feature!r} {why}; use kind = "bag", or name other groups.{group.name}.features'
+                )
     for name, branch in config.model.all_branches().items():
         _check_compared(name, branch, manifest)
     return groups
 
 
 def _check_compared(name: str, branch: BranchConfig, manifest: LogManifest) -> None:
-    """Raises:
-    ConfigError: candidates cannot be grouped, or behaviors matched, by the feature that a branch names.
-    """
     for key, (feature, needs) in branch.compared_features().items():
         where, info = f"{section_of(name)}.{key} = {feature!r}", manifest.features.get(feature)
         if info is None:
@@ -87,23 +99,6 @@ def _check_compared(name: str, branch: BranchConfig, manifest: LogManifest) -> N
                 f"{where}: a candidate has any number of its ids, but belongs to one group; name a feature "
                 "with one id"
             )
-
-
-def _check_sequences(groups: Mapping[str, TableGroup], features: Mapping[str, FeatureInfo]) -> None:
-    """Raises:
-    ConfigError: a group of kind `sequence` has a feature whose bags need not hold exactly one id.
-    """
-    for group in groups.values():
-        for feature in group.features if group.kind == "sequence" else ():
-            info = features[feature]
-            if info.multi or info.side != "both":
-                why = (
-                    "has any number of ids" if info.multi else f"has none on one side (side = {info.side!r})"
-                )
-                raise ConfigError(
-                    f'groups.{group.name}.kind = "sequence" needs one id in every bag, but feature '
-                    f'{feature!r} {why}; use kind = "bag", or name other groups.{group.name}.features'
-                )
 
 
 def count_numbers(config: Config, numeric: Sequence[str]) -> int:

@@ -20,11 +20,7 @@ from torch.nn import functional as F
 Dtype = Literal["fp32", "fp16", "int8"]
 # From narrow to wide.
 WIDTHS: tuple[Dtype, ...] = ("int8", "fp16", "fp32")
-TORCH_DTYPES: dict[Dtype, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "int8": torch.uint8,
-}
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.uint8}
 _SCALE_AND_SMALLEST = 8
 
 

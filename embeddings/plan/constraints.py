@@ -17,7 +17,6 @@ from embeddings.plan.traffic import Lookup
 # Column shards keep one row-wise accumulator each, so such state cannot be resharded; and row-wise bags are
 # padded on gloo. On a CPU, where memory is not the limit, whole tables do.
 _DEFAULT_SHARDING = {"cpu": ("table_wise",), "cuda": ("table_wise", "row_wise", "table_row_wise")}
-_DEFAULT_KERNELS = ("fused",)
 # FBGEMM's kernels of a GPU refuse wider rows (1.8: `max_embedding_dim` in
 # fbgemm_gpu/codegen/genscript/jinja_environment.py, checked by forward and backward for each table by itself,
 # so for each column shard). Those of a CPU know no such bound.
@@ -62,7 +61,7 @@ def _constraint(request: PlanRequest, group: TableGroup, table: TableSpec) -> Pa
             raise ConfigError(_too_wide(group, table))
     _check_data_parallel(group, name, sharding)
     # Data-parallel tables know no other kernel than `dense`, and only they may have it.
-    kernels = rule.kernels or (*_DEFAULT_KERNELS, *(["dense"] if "data_parallel" in sharding else []))
+    kernels = rule.kernels or ("fused", *(["dense"] if "data_parallel" in sharding else []))
     if request.rules.allow_unified_memory and not rule.kernels:
         kernels = (*kernels, *UNIFIED)
     lookup = request.lookups.get(name, Lookup(1, 1))

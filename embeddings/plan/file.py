@@ -132,15 +132,25 @@ def to_tree(saved: SavedPlan) -> dict[str, Any]:
     Raises:
         ConfigError: it has parts that have no JSON form here (key-value tables, cache statistics).
     """
+    modules: dict[str, dict[str, _Table]] = {}
+    for module, tables in saved.plan.plan.items():
+        modules[module] = {}
+        for table, sharding in tables.items():
+            spec, cache = sharding.sharding_spec, sharding.cache_params
+            if sharding.key_value_params is not None:
+                kernel = sharding.compute_kernel
+                raise ConfigError(f"table {table}: kernel {kernel} has no JSON form; use another")
+            if cache is not None and cache.stats is not None:
+                raise ConfigError(f"table {table}: cache statistics have no JSON form")
+            if spec is not None and not isinstance(spec, EnumerableShardingSpec):
+                raise ConfigError(f"table {table}: a {type(spec).__name__} has no JSON form")
+            modules[module][table] = _Table.model_validate(sharding)
     plan = _Plan(
         device=saved.device,
         world_size=saved.world_size,
         local_world_size=saved.local_world_size,
         tables=dict(saved.tables),
-        modules={
-            module: {table: _table(table, sharding) for table, sharding in tables.items()}
-            for module, tables in saved.plan.plan.items()
-        },
+        modules=modules,
     )
     return plan.model_dump(mode="json")
 
@@ -227,20 +237,6 @@ def check_fits(saved: SavedPlan, wanted: SavedPlan, modules: Mapping[str, str], 
 
 def _shape(shape: tuple[int, int, int]) -> str:
     return f"{shape[0]:,} rows x {shape[1]} ({shape[2]} bytes a weight)"
-
-
-def _table(table: str, sharding: ParameterSharding) -> _Table:
-    """Raises:
-    ConfigError: it has parts that have no JSON form here.
-    """
-    spec, cache = sharding.sharding_spec, sharding.cache_params
-    if sharding.key_value_params is not None:
-        raise ConfigError(f"table {table}: kernel {sharding.compute_kernel} has no JSON form; use another")
-    if cache is not None and cache.stats is not None:
-        raise ConfigError(f"table {table}: cache statistics have no JSON form")
-    if spec is not None and not isinstance(spec, EnumerableShardingSpec):
-        raise ConfigError(f"table {table}: a {type(spec).__name__} has no JSON form")
-    return _Table.model_validate(sharding)
 
 
 def _sharding(table: _Table) -> ParameterSharding:

@@ -246,10 +246,7 @@ class Enumerator(EmbeddingEnumerator):  # type: ignore[misc]
     """Lists the ways of all tables once, although the planner asks again."""
 
     def __init__(
-        self,
-        topology: Topology,
-        constraints: Mapping[str, ParameterConstraints],
-        tables: Mapping[str, Table],
+        self, topology: Topology, constraints: Mapping[str, ParameterConstraints], tables: Mapping[str, Table]
     ) -> None:
         super().__init__(
             topology=topology,

@@ -64,3 +64,13 @@ def path_in(tree: Any, location: Sequence[int | str]) -> str:
         elif isinstance(tree, dict) and place == len(location) - 1:
             path = f"{path}.{part}"
     return path.removeprefix(".")
+
+
+def with_unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads`; ValueError where it has a key twice."""
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ValueError(f"the key {key[:80]!r} occurs twice in an object")
+        tree[key] = value
+    return tree

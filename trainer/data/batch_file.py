@@ -69,12 +69,7 @@ def unpack(
             names = [f"{part}.{field.name}" for field in fields(kind)]
             present = any(name in tensors for name in names)
             plain[part] = kind(*(tensors[name] for name in names)) if present else None
-        batch = RequestBatch(
-            features=features,
-            context=context,
-            **plain,
-            step_candidates=candidates,
-        )
+        batch = RequestBatch(features=features, context=context, **plain, step_candidates=candidates)
         if batch.weight.numel() != candidates:
             raise SnapshotError(file, "its weights are not those of its candidates")
         return batch, tensors["scores"]

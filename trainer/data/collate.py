@@ -97,9 +97,16 @@ def collate(
     labels = _tensor([r.labels[at] for r, at in zip(rows, candidates, strict=True)])
     # The log's numbers, then the hard search's match counts: [C, X].
     numeric = [r.numeric[at] for r, at in zip(rows, candidates, strict=True)]
+    retrieval = None
     if past.retrievals:
         matches = [part.counts for part in past.retrievals]
         numeric = [np.concatenate(part, axis=1) for part in zip(numeric, matches, strict=True)]
+        placed = zip(past.retrievals, past.offsets[:-1], strict=True)
+        retrieval = Retrieval(
+            index=_tensor([np.where(part.index >= 0, part.index + at, -1) for part, at in placed]),
+            level=_tensor([part.level for part in past.retrievals]),
+            rank=_tensor([part.rank for part in past.retrievals]),
+        )
     context = None
     if columns.context:
         requests = _Side([r.context for r in rows], stretches.of_requests, counts.size)
@@ -118,7 +125,7 @@ def collate(
         weight=_tensor([r.weight[at] for r, at in zip(rows, candidates, strict=True)]),
         numeric=_tensor(numeric),
         context=context,
-        retrieval=_retrieval(past.retrievals, past.offsets) if past.retrievals else None,
+        retrieval=retrieval,
         step_candidates=step_candidates,
         clusters=past.clusters,
         sizes=Sizes(
@@ -263,15 +270,6 @@ def _jagged(keys: list[str], sides: Sequence[_Side]) -> tuple[KeyedJaggedTensor,
         length_per_key=held,
     )
     return kjt, tuple(most)
-
-
-def _retrieval(retrievals: Sequence[_BlockRetrieval], offsets: Ints) -> Retrieval:
-    each = zip(retrievals, offsets[:-1], strict=True)
-    return Retrieval(
-        index=_tensor([np.where(part.index >= 0, part.index + at, -1) for part, at in each]),
-        level=_tensor([part.level for part in retrievals]),
-        rank=_tensor([part.rank for part in retrievals]),
-    )
 
 
 def _tensor(parts: Sequence[npt.NDArray[np.generic]]) -> torch.Tensor:

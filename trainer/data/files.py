@@ -9,7 +9,7 @@ from pathlib import Path
 from embeddings.errors import DataError
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, read_plan, read_rows
-from trainer.log.schema import FileInfo, LogManifest
+from trainer.log.schema import LogManifest
 from trainer.sealed_folder import file_digest
 
 
@@ -37,9 +37,21 @@ def check_files(
         raise DataError(f"the log has no split {split!r}; it has {', '.join(manifest.splits)}", file=log)
     places: list[RowGroup] = []
     for number, entry in enumerate(manifest.splits[split].files):
+        file = log / entry.path
         if verify is not None and number % verify[1] == verify[0]:
-            _compare(log / entry.path, entry)
-        file, footer = log / entry.path, read_footer(log / entry.path)
+            try:
+                digest = file_digest(file)
+            except FileNotFoundError:
+                raise DataError("named in the manifest but missing; ingest again", file=file) from None
+            except OSError as error:
+                raise DataError(f"unreadable: {error}", file=file) from None
+            if digest != entry.sha256:
+                raise DataError(
+                    "does not match its SHA-256 in the manifest, so it was damaged or replaced; take another "
+                    "copy, or ingest again (data.verify = false reads it all the same)",
+                    file=file,
+                )
+        footer = read_footer(file)
         if footer.num_rows != entry.rows:
             problem = f"holds {footer.num_rows} rows, the manifest says {entry.rows}; ingest again"
             raise DataError(problem, file=file)
@@ -88,18 +100,3 @@ def without_bad(
             row_group=first.row_group,
         )
     return [place for place, flag in zip(places, bad, strict=True) if not flag]
-
-
-def _compare(file: Path, entry: FileInfo) -> None:
-    try:
-        digest = file_digest(file)
-    except FileNotFoundError:
-        raise DataError("named in the manifest but missing; ingest again", file=file) from None
-    except OSError as error:
-        raise DataError(f"unreadable: {error}", file=file) from None
-    if digest != entry.sha256:
-        raise DataError(
-            "does not match its SHA-256 in the manifest, so it was damaged or replaced; take another copy, "
-            "or ingest again (data.verify = false reads it all the same)",
-            file=file,
-        )

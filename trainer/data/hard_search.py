@@ -25,7 +25,6 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
 
 # What stands for "no node". The two differ, so that an unknown candidate never equals an unknown behavior.
 _NO_NODE_BEHAVIOR = -1

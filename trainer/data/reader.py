@@ -37,7 +37,7 @@ from trainer.data.collate import collate
 from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
-from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
+from trainer.data.rows import Columns, read_plan, read_rows
 from trainer.log.schema import LogManifest, read_manifest
 
 
@@ -213,9 +213,7 @@ class SequenceLogReader:
         """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
         footers = {file: read_footer(file) for file in {place.file for place in places}}
         plans = [read_plan(place.file, place.row_group, footers[place.file]) for place in places]
-        owners = deal(
-            [int(plan.candidates.sum()) + _visible_behaviors(plan) for plan in plans], self.world_size
-        )
+        owners = deal([plan.cost for plan in plans], self.world_size)
         decoders = [LazyRows(place, partial(self._decode, place, footers[place.file])) for place in places]
         if self._shared_decoding():
             owners = [ANYONE] * len(places)
@@ -242,14 +240,6 @@ class SequenceLogReader:
     def _decode(self, place: RowGroup, footer: pq.FileMetaData) -> WindowedRows:
         rows = read_rows(place.file, place.row_group, self.columns, footer)
         return with_windows(rows, self.config.history_length, self.config.ingestion_delay)
-
-
-def _visible_behaviors(plan: PlanRows) -> int:
-    """Behaviors of a row group that some request sees."""
-    if not plan.history_end.size:
-        return 0
-    starts = plan.request_offsets[:-1][np.diff(plan.request_offsets) > 0]
-    return int(np.maximum.reduceat(plan.history_end, starts).sum())
 
 
 def _columns(manifest: LogManifest, rows: dict[str, int] | None, config: DataConfig) -> Columns:

@@ -146,6 +146,14 @@ class PlanRows:
     history_end: Ints
     candidates: Ints
 
+    @property
+    def cost(self) -> int:
+        """What balances ranks: candidates, and behaviors that some request sees."""
+        if not self.history_end.size:
+            return 0
+        starts = self.request_offsets[:-1][np.diff(self.request_offsets) > 0]
+        return int(self.candidates.sum() + np.maximum.reduceat(self.history_end, starts).sum())
+
 
 def read_rows(
     file: Path, row_group: int, columns: Columns, footer: pq.FileMetaData | None = None
@@ -194,6 +202,21 @@ class _Decoder:
         group, features = self.group, columns.features.items()
         of_behaviors = {name: info for name, info in features if info.of_behaviors}
         of_candidates = {name: info for name, info in features if info.of_candidates}
+        labels = self._numbers([f"label_{task}" for task in columns.tasks])
+        for task, values in zip(columns.tasks, labels.T, strict=True):
+            if values.size and (values.min() < 0 or values.max() > 1):
+                problem = f"holds {values.min():g} to {values.max():g}, and a label is 0 to 1"
+                raise group.fail(f"{problem}; ingest the events again", f"label_{task}")
+        weight: Floats = np.broadcast_to(np.float32(1), labels.shape[:1])
+        if columns.weighted:
+            weight = self._numbers(["weight"])[:, 0]
+            if weight.size and weight.min() < 0:
+                raise group.fail(f"{weight.min()} is negative", "weight")
+        clusters = {}
+        for name in CLUSTER_COLUMNS if columns.chunk else ():
+            clusters[name] = group.flat(self._per_behavior(name), name, np.int64)
+            if clusters[name].size and clusters[name].min() < 0:
+                raise group.fail("holds negative numbers; cluster the log again", name)
         rows = UserRows(
             user_id=group.ints("user_id"),
             history_offsets=self.history_offsets,
@@ -208,10 +231,10 @@ class _Decoder:
                 "candidate", of_candidates, self.candidate_offsets, self._per_candidate
             ),
             context=group.features("context", columns.context, self.request_offsets, self._per_request),
-            labels=self._labels(columns.tasks),
+            labels=labels,
             numeric=self._numbers([f"numeric_{name}" for name in columns.numeric]),
-            weight=self._weight(columns.weighted),
-            **(self._clusters() if columns.chunk else {}),
+            weight=weight,
+            **clusters,
         )
         _check_time(group, rows)
         return rows
@@ -241,31 +264,6 @@ class _Decoder:
             if not np.isfinite(numbers[:, place]).all():
                 raise self.group.fail("holds NaN or infinity", name)
         return numbers
-
-    def _labels(self, tasks: Sequence[str]) -> Floats:
-        labels = self._numbers([f"label_{task}" for task in tasks])
-        for task, values in zip(tasks, labels.T, strict=True):
-            if values.size and (values.min() < 0 or values.max() > 1):
-                problem = f"holds {values.min():g} to {values.max():g}, and a label is 0 to 1"
-                raise self.group.fail(f"{problem}; ingest the events again", f"label_{task}")
-        return labels
-
-    def _weight(self, weighted: bool) -> Floats:
-        if not weighted:
-            return np.broadcast_to(np.float32(1), int(self.candidate_offsets[-1]))
-        weight = self._numbers(["weight"])[:, 0]
-        if weight.size and weight.min() < 0:
-            raise self.group.fail(f"{weight.min()} is negative", "weight")
-        return weight
-
-    def _clusters(self) -> dict[str, Ints]:
-        clusters = {}
-        for name in CLUSTER_COLUMNS:
-            values = self.group.flat(self._per_behavior(name), name, np.int64)
-            if values.size and values.min() < 0:
-                raise self.group.fail("holds negative numbers; cluster the log again", name)
-            clusters[name] = values
-        return clusters
 
 
 def _check_time(group: GroupColumns, rows: UserRows) -> None:

@@ -10,10 +10,9 @@ PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
 
 def is_list(kind: pa.DataType) -> bool:
     """Lists of any length or of a fixed one, and views of lists."""
-    types = pa.types
-    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
-    views = (types.is_list_view, types.is_large_list_view)
-    return any(test(kind) for test in (*lists, *views))
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return True
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def is_text(kind: pa.DataType) -> bool:

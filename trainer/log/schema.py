@@ -144,14 +144,11 @@ class LogManifest(Settings):
             )
 
     @model_validator(mode="after")
-    def _taxonomy_is_known(self) -> LogManifest:
+    def _check_together(self) -> LogManifest:
         unknown = [name for name in self.taxonomy if name not in self.features]
         if unknown:
             raise ValueError(f"taxonomy names features that the log does not have: {', '.join(unknown)}")
-        return self
-
-    @model_validator(mode="after")
-    def _splits_have_folders_of_their_own(self) -> LogManifest:
+        # Each split has a folder of its own.
         taken = [name for name in self.splits if name in (VOCABULARIES, MANIFEST, DIGEST)]
         if taken:
             raise ValueError(f"a split is called {taken[0]!r}, which is something else in a log")
@@ -202,10 +199,9 @@ def read_manifest(log: Path) -> LogManifest:
     if found != FORMAT:
         problem = f"format is {found!r}, expected {FORMAT!r}; name the folder that `tandemrec ingest` wrote"
         raise DataError(problem, file=path)
-    if raw.get("version") != VERSION:
-        problem = (
-            f"version {raw.get('version')!r} is unknown, only {VERSION} is read; ingest the events again"
-        )
+    version = raw.get("version")
+    if version != VERSION:
+        problem = f"version {version!r} is unknown, only {VERSION} is read; ingest the events again"
         raise DataError(problem, file=path)
     try:
         return LogManifest.model_validate(raw)

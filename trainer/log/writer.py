@@ -11,14 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.log.schema import (
-    SEAL,
-    FileInfo,
-    LogManifest,
-    SplitInfo,
-    is_sequence_log,
-    moved_away,
-)
+from trainer.log.schema import SEAL, FileInfo, LogManifest, SplitInfo, is_sequence_log, moved_away
 from trainer.sealed_folder import entry_of, exchange, publish, remove_folder, scratch, sync, sync_tree, voice
 
 
@@ -51,7 +44,13 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
             check_target(out, overwrite)
             yield staging
             check_target(out, overwrite)  # somebody else may have finished the same log meanwhile
-            _publish(staging, out)
+            sync_tree(staging)
+            if out.exists() and exchange(staging, out):
+                sync(out.parent)  # the older log is the one in `staging` now, and goes with it
+            else:
+                old = moved_away(staging)
+                publish(staging, out, aside=old, synced=True)
+                remove_folder(old)
     except OSError as error:
         raise DataError(f"cannot be made: {error}", file=out) from error
 
@@ -79,7 +78,12 @@ def write_split(
             while group is not None:
                 writer.write_table(group, row_group_size=rows_per_group)
                 rows += group.num_rows
-                _count(group, totals)
+                label = next(name for name in group.column_names if name.startswith("label_"))
+                positive = pc.greater_equal(pc.list_flatten(group[label], recursive=True), 0.5)
+                totals["rows"] += group.num_rows
+                totals["positives"] += int(pc.sum(positive).as_py() or 0)
+                for name in ("requests", "candidates", "behaviors"):
+                    totals[name] += pc.sum(group[f"num_{name}"]).as_py()
                 # Asking for the next group only when this file has room leaves it to the next file.
                 group = next(groups, None) if rows < rows_per_file else None
         files.append(FileInfo(path=path.relative_to(root).as_posix(), rows=rows, **entry_of(path)))
@@ -101,25 +105,6 @@ def _row_groups(batches: Iterable[pa.RecordBatch], size: int, schema: pa.Schema)
             waiting = waiting.slice(size)
     if waiting.num_rows:
         yield waiting
-
-
-def _count(group: pa.Table, totals: dict[str, int]) -> None:
-    label = next(name for name in group.column_names if name.startswith("label_"))
-    positives = pc.sum(pc.greater_equal(pc.list_flatten(group[label], recursive=True), 0.5)).as_py()
-    totals["rows"] += group.num_rows
-    totals["positives"] += int(positives or 0)
-    for name in ("requests", "candidates", "behaviors"):
-        totals[name] += pc.sum(group[f"num_{name}"]).as_py()
-
-
-def _publish(staging: Path, out: Path) -> None:
-    sync_tree(staging)
-    if out.exists() and exchange(staging, out):
-        sync(out.parent)  # the older log is the one in `staging` now, and goes with it
-        return
-    old = moved_away(staging)
-    publish(staging, out, aside=old, synced=True)
-    remove_folder(old)
 
 
 def _bring_back(staging: Path, out: Path) -> None:

@@ -147,10 +147,8 @@ def obstacle(machine: Machine, index: int = 0) -> tuple[str, str] | None:
         return both, "`make clean install DEVICE=cuda` (or DEVICE=cpu)"
     if machine.fbgemm != "cuda":
         unknown = "fbgemm is not installed, or does not say for which device it was built"
-        return (
-            unknown if machine.fbgemm == "unknown" else f"{CPU_FBGEMM} is the CPU build of fbgemm",
-            INSTALL_CUDA,
-        )
+        of_cpu = f"{CPU_FBGEMM} is the CPU build of fbgemm"
+        return unknown if machine.fbgemm == "unknown" else of_cpu, INSTALL_CUDA
     if not machine.gpus:
         why = f" ({machine.problem})" if machine.problem else ""
         return f"CUDA sees no GPU{why}", _remedy(machine.problem)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from trainer.data.row_group import Bags, Ints
 from trainer.log.arrow import PARQUET_ERRORS, is_list, is_text
+from trainer.log.schema import CLUSTER_COLUMNS
 from trainer.serving.arrow_messages import check_messages
 from trainer.serving.checks import check_names
 from trainer.serving.form import RequestForm
@@ -27,12 +28,6 @@ from trainer.serving.scorer import Answer
 from trainer.serving.vocabulary import Translation, Vocabulary, check_text
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
-# What there is one of for each behavior, and its column.
-_PER_BEHAVIOR = {
-    "timestamp": "history_timestamp",
-    "cluster_size": "cluster_size",
-    "cluster_time": "cluster_time",
-}
 
 
 def read_arrow(
@@ -107,7 +102,7 @@ def _checked_columns(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
             continue
         given = [name.removeprefix(part.prefix) for name in columns if name.startswith(part.prefix)]
         check_names([name for name in given if name != "timestamp"], part, f"columns {part.prefix}*")
-    known = ["user_id", "request_timestamp", *_PER_BEHAVIOR.values()]
+    known = ["user_id", "request_timestamp", "history_timestamp", *CLUSTER_COLUMNS]
     known += [f"{part.prefix}{name}" for part in needs.parts for name in part.known]
     there = set(columns)
     batch = batch.select([name for name in known if name in there])
@@ -160,7 +155,7 @@ class _ArrowForm(RequestForm):
         return self._integer("request_timestamp")
 
     def per_behavior(self, name: str) -> Ints | None:
-        column = _PER_BEHAVIOR[name]
+        column = "history_timestamp" if name == "timestamp" else name
         return self._ints(column, self._items(column)) if column in self._names else None
 
     def has(self, part: Part, name: str) -> bool:

@@ -105,9 +105,8 @@ def check_times(times: Ints, latest: int, place: str) -> None:
     if times.view(np.uint64).max() > latest:
         at = int(np.flatnonzero((times < 0) | (times > latest))[0])
         where = f"{place}[{at}]" if place.endswith("timestamp") else place
-        raise RequestError(
-            422, f"{where}: {times[at]} is no time in unix seconds{_unit_hint(int(times[at]))}"
-        )
+        problem = f"{times[at]} is no time in unix seconds{_unit_hint(int(times[at]))}"
+        raise RequestError(422, f"{where}: {problem}")
     falls = np.flatnonzero(times[1:] < times[:-1])
     if falls.size:
         raise RequestError(422, f"{place}[{falls[0] + 1}]: older than the one before; sort by time")
@@ -115,11 +114,8 @@ def check_times(times: Ints, latest: int, place: str) -> None:
 
 def _unit_hint(time: int) -> str:
     """What to divide by, for the units in use; each is what lies in this century."""
-    for factor, unit in (
-        (1_000, "milliseconds"),
-        (1_000_000, "microseconds"),
-        (1_000_000_000, "nanoseconds"),
-    ):
+    units = {1_000: "milliseconds", 1_000_000: "microseconds", 1_000_000_000: "nanoseconds"}
+    for factor, unit in units.items():
         if factor * 10**8 <= time < factor * 10**10:
             return f"; it looks like {unit}, so divide by {factor:,}"
     return "; it is before 1970" if time < 0 else "; it lies too far in the future"

@@ -19,8 +19,9 @@ from trainer.data.row_group import Ints
 from trainer.data.rows import UserRows, read_rows
 from trainer.log.arrow import PARQUET_ERRORS, is_text
 from trainer.log.schema import VOCABULARIES, read_manifest
+from trainer.log.vocabulary import read_values
 from trainer.serving.request import History, RequestError
-from trainer.serving.vocabulary import Vocabulary, ids_of, read_vocabulary
+from trainer.serving.vocabulary import Vocabulary, ids_of
 
 
 class HistoryStore(Mapping[int, History]):
@@ -39,8 +40,10 @@ class HistoryStore(Mapping[int, History]):
         # user id -> a row group, and the user's row in it
         self._places: dict[int, tuple[UserRows, int]] = {}
         named = self.manifest.named.get("user_id")
-        file = log / VOCABULARIES / "user_id.parquet"
-        self.users = None if named is None else read_vocabulary(file, named.vocabulary, of_log=True)
+        self.users: Vocabulary | None = None
+        if named is not None:
+            names = log / VOCABULARIES / "user_id.parquet"
+            self.users = Vocabulary(read_values(names, named.vocabulary, of_log=True))
         self._names: dict[str, tuple[Ints, pa.Array]] = {}
         data = DataConfig(log=log, clusters=bool(self.chunk))
         for split in ("train", "validation", "test"):

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import from_json as parsed
 
-from trainer.config.mistakes import path_in, words_of
+from trainer.config.mistakes import path_in, with_unique_keys, words_of
 from trainer.data.row_group import Bags, Ints
 from trainer.serving.checks import check_names
 from trainer.serving.form import RequestForm
@@ -138,7 +138,7 @@ def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
     if keys != sum(sizes):
         # An object may have a key twice, of which the parser kept the last: parsed again to tell.
         try:
-            json.loads(body, object_pairs_hook=_no_duplicates)
+            json.loads(body, object_pairs_hook=with_unique_keys)
         except (ValueError, RecursionError) as error:
             raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
     try:
@@ -156,14 +156,6 @@ def _objects(tree: Any) -> Iterator[dict[str, Any]]:
         requests = tree.get("requests")
         for value in (*tree.values(), *(requests if isinstance(requests, list) else ())):
             yield from _objects(value)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> None:
-    keys: set[str] = set()
-    for key, _ in pairs:
-        if key in keys:
-            raise ValueError(f"the key {key[:80]!r} occurs twice in an object")
-        keys.add(key)
 
 
 class JsonForm(RequestForm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +140,13 @@ class Scorer:
         started = self._searched = self.clock()
         batch = self.batch(requests, places=explain)
         inputs: dict[str, tuple[Behaviors, Any]] = {}
-        hooks = [self._note_inputs(name, branch, inputs) for name, branch in self.branches.items() if explain]
+
+        def note(name: str, _: object, given: tuple[Behaviors, Any]) -> None:
+            if given[1] is not None:
+                inputs[name] = given
+
+        sequences = {name: branch.sequence for name, branch in self.branches.items() if explain}
+        hooks = [each.register_forward_pre_hook(partial(note, name)) for name, each in sequences.items()]
         try:
             probabilities = self.snapshot.score(batch).numpy()
         finally:
@@ -164,16 +171,6 @@ class Scorer:
 
     def _note_searched(self, *_: object) -> None:
         self._searched = self.clock()
-
-    @staticmethod
-    def _note_inputs(name: str, branch: Branch, inputs: dict[str, tuple[Behaviors, Any]]) -> Any:
-        """Has the branch's sequence model note what it is given; returns the hook."""
-
-        def note(_: object, given: tuple[Behaviors, Any]) -> None:
-            if given[1] is not None:
-                inputs[name] = given
-
-        return branch.sequence.register_forward_pre_hook(note)
 
 
 def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:

@@ -73,11 +73,6 @@ class Vocabulary:
         return ids
 
 
-def read_vocabulary(file: Path, digest: str, of_log: bool = False) -> Vocabulary:
-    """The vocabulary of a log or a snapshot, for look-ups; see `read_values` for the arguments and errors."""
-    return Vocabulary(read_values(file, digest, of_log=of_log))
-
-
 def vocabularies_of(snapshot: Snapshot, log: Path | None) -> dict[str, Vocabulary]:
     """Feature -> vocabulary: those that a snapshot has with it, or else those of a log.
 
@@ -88,7 +83,8 @@ def vocabularies_of(snapshot: Snapshot, log: Path | None) -> dict[str, Vocabular
     files = {entry.feature: snapshot.path / entry.path for entry in manifest.vocabulary_files}
     if not files and log is not None:
         files = vocabulary_paths(log, manifest.inputs, manifest.vocabularies)
-    return {name: read_vocabulary(file, manifest.vocabularies[name]) for name, file in files.items()}
+    digests = manifest.vocabularies
+    return {name: Vocabulary(read_values(file, digests[name])) for name, file in files.items()}
 
 
 class Translation:

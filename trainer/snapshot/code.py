@@ -91,8 +91,9 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
     model = snapshot.model
     if _is_one_branch(model):
         path, module = "code/ranking.pt2", cast("nn.Module", _Ranking(model).eval())
-        given, expected = _ranked(snapshot)
-        sizes = ", ".join(f"{name} {_shape(part)}" for name, part in zip(_NAMES, given, strict=True))
+        named, expected = _ranked(snapshot)
+        given: tuple[Tensor, ...] = tuple(named.values())
+        sizes = ", ".join(f"{name} {_shape(part)}" for name, part in named.items())
         describes = f"stage two and head: {sizes} -> probabilities [candidates, tasks]"
     else:
         obstacle = model.head.compile_obstacle
@@ -118,17 +119,6 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
     return CodeFile(path=path, **entry_of(file), describes=describes)
 
 
-_NAMES = (
-    "attention of candidates",
-    "attention of kept behaviors",
-    "representation of candidates",
-    "representation of kept behaviors",
-    "position",
-    "age",
-    "mask",
-)
-
-
 def _shape(part: Tensor) -> str:
     sizes = ", ".join(map(str, ("candidates", *part.shape[1:])))
     return f"{str(part.dtype).removeprefix('torch.')} [{sizes}]"
@@ -144,21 +134,25 @@ def _is_one_branch(model: TwoStageModel) -> bool:
     return not (others or config.clusters or config.level or config.time_group)
 
 
-def _ranked(snapshot: Snapshot) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What `_Ranking` is given for the recorded requests, twice over, and the snapshot's own scores of it."""
+def _ranked(snapshot: Snapshot) -> tuple[dict[str, Tensor], Tensor]:
+    """What `_Ranking` is given for the recorded requests, twice over, and the snapshot's own scores of it.
+
+    The names are those of the description, in the order of the arguments.
+    """
     model, batch = snapshot.model, snapshot.recorded.batch
     retrieval, roles = model.retrieve(batch)["main"], model.config.roles
     groups = (roles.representation_target, roles.representation_behavior)
     rows = model.lookups({name: model.collections[name](batch.features) for name in groups})
     kept, n = retrieval.selection, batch.behaviors
-    given = (
-        retrieval.raw.query_CD,
-        retrieval.raw.key_ND[kept.index],
-        rows[groups[0]][n:],
-        rows[groups[1]][kept.index],
-        kept.marks.index("position"),
-        kept.marks.index("age"),
-        kept.mask,
-    )
+    given = {
+        "attention of candidates": retrieval.raw.query_CD,
+        "attention of kept behaviors": retrieval.raw.key_ND[kept.index],
+        "representation of candidates": rows[groups[0]][n:],
+        "representation of kept behaviors": rows[groups[1]][kept.index],
+        "position": kept.marks.index("position"),
+        "age": kept.marks.index("age"),
+        "mask": kept.mask,
+    }
     # A single candidate would be taken for a fixed size.
-    return tuple(torch.cat([part, part]) for part in given), snapshot.recorded.own.repeat(2, 1)
+    twice = {name: torch.cat([part, part]) for name, part in given.items()}
+    return twice, snapshot.recorded.own.repeat(2, 1)

@@ -6,13 +6,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import Dtype, row_bytes
-from trainer.config.mistakes import words_of
+from trainer.config.mistakes import with_unique_keys, words_of
 from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
 from trainer.run_config import Config
@@ -211,7 +211,7 @@ def read_manifest(path: Path) -> SnapshotManifest:
             if (path / name).is_symlink() or (path / name).stat().st_size > limit:
                 raise SnapshotError(path / name, f"larger than {limit:,} bytes, or no plain file")
         text = SEAL.read(path).decode()
-        tree = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        tree = json.loads(text, object_pairs_hook=with_unique_keys, parse_constant=_no_constant)
         manifest = SnapshotManifest.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
@@ -277,13 +277,6 @@ def _problem_of_files(manifest: SnapshotManifest) -> str:
             return f"{stem} has more rows than its file has room for"
     different = sorted(wanted ^ listed.keys())
     return f"{different[0]} is not listed, or should not be there" if different else ""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return tree
 
 
 def _no_constant(text: str) -> float:

@@ -80,17 +80,11 @@ class PartialModel:
         requests: RequestRows,
     ) -> None:
         self._ids, self._device = requests.ids, ranks.device
-        small = manifest.model_copy(
-            update={
-                part: {
-                    name: info.model_copy(update={"rows": requests.ids[name].numel()})
-                    if name in requests.ids
-                    else info
-                    for name, info in getattr(manifest, part).items()
-                }
-                for part in ("features", "context")
-            }
-        )
+        features, context = dict(manifest.features), dict(manifest.context)
+        for infos in (features, context):
+            for name in infos.keys() & requests.ids.keys():
+                infos[name] = infos[name].model_copy(update={"rows": requests.ids[name].numel()})
+        small = manifest.model_copy(update={"features": features, "context": context})
         tables = {name: TableConfig() for name in config.tables}
         sharded = build_sharded(config.model_copy(update={"tables": tables}), small, ranks).model
         self.model: DistributedModelParallel = sharded

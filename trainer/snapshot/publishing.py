@@ -15,25 +15,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from embeddings.errors import SnapshotError
-from trainer.sealed_folder import (
-    MANIFEST,
-    entry_of,
-    file_digest,
-    locked,
-    retire,
-    scratch,
-    sync,
-    write_text,
-)
+from trainer.sealed_folder import MANIFEST, entry_of, file_digest, locked, retire, scratch, sync, write_text
 from trainer.sealed_folder import publish as publish_folder
 from trainer.snapshot.loading import Chain, read_chain
-from trainer.snapshot.manifest import (
-    LATEST,
-    SEAL,
-    VERSION_NAME,
-    SnapshotFile,
-    SnapshotManifest,
-)
+from trainer.snapshot.manifest import LATEST, SEAL, VERSION_NAME, SnapshotFile, SnapshotManifest
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def write_rows(
     """
     rows, dim = shape
     row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
-    with TensorStream(_file(folder, stem), {name: row}) as stream:
+    with TensorStream(folder / f"{stem}.safetensors", {name: row}) as stream:
         for _, block in _blocks(folder / stem, name, dtype, source):
             stream.append(name, block)
     return StoredRows(rows=rows, dim=dim, dtype=dtype)
@@ -55,7 +55,7 @@ def write_changes(
     rows, dim = shape
     changed = []
     row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
-    with TensorStream(_file(folder, stem), {name: row}) as stream:
+    with TensorStream(folder / f"{stem}.safetensors", {name: row}) as stream:
         for first, block in _blocks(folder / stem, name, dtype, source):
             # Rows whose bytes differ; rows beyond the base are all different.
             known = base[first : first + block.shape[0]]
@@ -67,7 +67,7 @@ def write_changes(
     ids = torch.cat(changed)
     if ids.numel() * (_ID_BYTES + row_bytes(dim, dtype)) >= rows * row_bytes(dim, dtype):
         return write_rows(folder, stem, name, shape, dtype, source)
-    with TensorStream(_file(folder, f"{stem}.ids"), {_IDS: (torch.int64, ())}) as stream:
+    with TensorStream(folder / f"{stem}.ids.safetensors", {_IDS: (torch.int64, ())}) as stream:
         stream.append(_IDS, ids)
     return StoredRows(rows=rows, dim=dim, dtype=dtype, base_rows=base.shape[0], changed=ids.numel())
 
@@ -124,10 +124,6 @@ def _blocks(where: Path, name: str, dtype: Dtype, source: RowSource) -> Iterator
             except ValueError as error:
                 place = f"{name}, rows {first:,} to {first + len(rows) - 1:,}"
                 raise SnapshotError(where, f"{place}: {error}; choose a wider type") from None
-
-
-def _file(folder: Path, stem: str) -> Path:
-    return folder / f"{stem}.safetensors"
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:

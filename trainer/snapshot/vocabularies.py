@@ -34,24 +34,21 @@ def copy_vocabularies(part: Path, files: Mapping[str, Path]) -> tuple[Vocabulary
     """
     if files:
         (part / "vocab").mkdir()
-    found = []
+    copied = []
     for number, (feature, file) in enumerate(files.items()):
-        name = f"vocab/{number}.parquet"
-        _copy(file, part / name)
-        found.append(VocabularyFile(feature=feature, path=name, **entry_of(part / name)))
-    return tuple(found)
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
-            names = [name for name in parquet.schema_arrow.names if name in ("value", "id")]
-            schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
-            with pq.ParquetWriter(target, schema, compression="zstd", write_page_checksum=True) as writer:
-                for batch in parquet.iter_batches(_BATCH, columns=names):
-                    writer.write_batch(batch)
-    except FileNotFoundError:
-        raise DataError("missing; export with --no-vocabularies, or restore the log", file=source) from None
-    except PARQUET_ERRORS as error:
-        problem = f"unreadable: {error}; export with --no-vocabularies, or restore the log"
-        raise DataError(problem, file=source) from None
+        path = f"vocab/{number}.parquet"
+        try:
+            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                names = [name for name in parquet.schema_arrow.names if name in ("value", "id")]
+                schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
+                checked = {"compression": "zstd", "write_page_checksum": True}
+                with pq.ParquetWriter(part / path, schema, **checked) as writer:
+                    for batch in parquet.iter_batches(_BATCH, columns=names):
+                        writer.write_batch(batch)
+        except FileNotFoundError:
+            raise DataError("missing; export with --no-vocabularies, or restore the log", file=file) from None
+        except PARQUET_ERRORS as error:
+            problem = f"unreadable: {error}; export with --no-vocabularies, or restore the log"
+            raise DataError(problem, file=file) from None
+        copied.append(VocabularyFile(feature=feature, path=path, **entry_of(part / path)))
+    return tuple(copied)

@@ -23,8 +23,9 @@ from tests.helpers.logs import random_rows, write_log
 from tests.helpers.models import preset
 from tests.helpers.serving import ARROW, bodies, published, service_of, serving, snapshot_of, stream
 from trainer.log.schema import read_manifest
+from trainer.log.vocabulary import read_values
 from trainer.log.writer import write_manifest
-from trainer.serving.vocabulary import Vocabulary, read_vocabulary, vocabularies_of
+from trainer.serving.vocabulary import Vocabulary, vocabularies_of
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.vocabularies import copy_vocabularies
 
@@ -135,14 +136,14 @@ def test_wrong_and_damaged_vocabularies_are_refused(log: Path, snapshot: Snapsho
     ):
         pq.write_table(pa.table({"value": values, "id": ids}), file)
         with pytest.raises(DataError, match=message):
-            read_vocabulary(file, digest)
+            read_values(file, digest)
     file.write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match="unreadable"):
-        read_vocabulary(file, digest)
+        read_values(file, digest)
     with pytest.raises(DataError, match="missing"):
-        read_vocabulary(tmp_path / "nowhere", digest)
+        read_values(tmp_path / "nowhere", digest)
     (entry,) = copy_vocabularies(tmp_path, {"item_id": log / "vocab" / "item_id.parquet"})
-    assert read_vocabulary(tmp_path / entry.path, digest).values.to_pylist() == ITEMS
+    assert read_values(tmp_path / entry.path, digest).to_pylist() == ITEMS
 
 
 @given(st.lists(st.text(max_size=6), unique=True, max_size=40), st.lists(st.text(max_size=6), max_size=20))

@@ -203,8 +203,8 @@ def test_stage_two_is_a_function_of_what_was_kept(log: Path, preset: str, alone:
     if alone:
         with torch.no_grad():
             given, expected = _ranked(snapshot)
-            found = _Ranking(snapshot.model)(*given)
-            few = _Ranking(snapshot.model)(*(part[:3] for part in given))
+            found = _Ranking(snapshot.model)(*given.values())
+            few = _Ranking(snapshot.model)(*(part[:3] for part in given.values()))
         # Projections of fewer rows may round otherwise.
         assert torch.allclose(found, expected, rtol=0, atol=1e-6) and expected.std() > 1e-3
         assert torch.allclose(few, expected[:3], rtol=0, atol=1e-6)
