@@ -337,9 +337,7 @@ def serve(
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-def bench(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[NAME] [OPTIONS]")] = None,
-) -> None:
+def bench(words: Annotated[list[str] | None, typer.Argument(metavar="[NAME] [OPTIONS]")] = None) -> None:
     """Run a benchmark; needs a clone of the repository."""
     root = Path(__file__).resolve().parent.parent
     if not (root / "benchmarks" / "__main__.py").is_file():

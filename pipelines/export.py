@@ -32,12 +32,7 @@ from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_compiler, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
-from trainer.snapshot.manifest import (
-    BaseVersion,
-    InputFeature,
-    SnapshotManifest,
-    VocabularyFile,
-)
+from trainer.snapshot.manifest import BaseVersion, InputFeature, SnapshotManifest, VocabularyFile
 from trainer.snapshot.partial_model import PartialModel, rows_of_requests
 from trainer.snapshot.publishing import drafting, open_base, publish
 from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
@@ -232,11 +227,7 @@ def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeat
 
 
 def copy_wanted_vocabularies(
-    part: Path,
-    log: Path,
-    inputs: Mapping[str, InputFeature],
-    digests: Mapping[str, str],
-    wanted: bool | None,
+    part: Path, log: Path, inputs: Mapping[str, InputFeature], digests: Mapping[str, str], wanted: bool | None
 ) -> tuple[VocabularyFile, ...]:
     """The log's vocabularies, where they are wanted, or small and nobody said anything."""
     files = vocabulary_paths(log, inputs, digests)

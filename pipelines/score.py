@@ -20,12 +20,7 @@ _NAME_COLUMNS = {"user": "user_id", "request": "request_id"}
 
 
 def score(
-    snapshot: Path,
-    requests: Path,
-    split: str,
-    limit: int,
-    out: Path,
-    against: Path | None = None,
+    snapshot: Path, requests: Path, split: str, limit: int, out: Path, against: Path | None = None
 ) -> Path:
     """Score the first `limit` requests (0 = all) of a split of a sequence log into a Parquet file.
 

@@ -47,7 +47,14 @@ class Attributes:
 def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts: int) -> Attributes:
     """Collects the attributes of all items; those that change, for a part of the items at a time."""
     given = [] if tables.items is None else tables.items.columns
-    lacking = _features_to_look_up(engine, tables, config)
+    lacking = {entry.name: entry.multi for entry in config.all_features if entry.side == "both"}
+    del lacking["item_id"]
+    shown = tables.impressions
+    if shown is not None and (said := [name for name in lacking if name in shown.columns]):
+        # Left are the features that the impressions lack, or lack in some of their rows.
+        sums = {name: null_if_unknown(shown[name], lacking[name]).isnull().sum() for name in said}
+        unknown = engine.rows(shown.aggregate(**sums))[0]
+        lacking = {name: lacking[name] for name in lacking if name not in said or unknown[name]}
     multi = {name: several for name, several in lacking.items() if name not in given}
     events = tables.events
     values = {name: null_if_unknown(events[name], several) for name, several in multi.items()}
@@ -83,19 +90,6 @@ def item_attributes(engine: Engine, tables: Tables, config: IngestConfig, parts:
     return Attributes(
         lacking, spans.select("item_id", **fixed), states, changing, int(counts["_of"]), used, parts
     )
-
-
-def _features_to_look_up(engine: Engine, tables: Tables, config: IngestConfig) -> dict[str, bool]:
-    """The features of items that the impressions lack, or lack in some of their rows."""
-    names = {entry.name: entry.multi for entry in config.all_features if entry.side == "both"}
-    del names["item_id"]
-    shown = tables.impressions
-    said = [] if shown is None else [name for name in names if name in shown.columns]
-    if shown is None or not said:
-        return names
-    sums = {name: null_if_unknown(shown[name], names[name]).isnull().sum() for name in said}
-    unknown = engine.rows(shown.aggregate(**sums))[0]
-    return {name: several for name, several in names.items() if name not in said or unknown[name]}
 
 
 def _states(

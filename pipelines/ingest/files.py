@@ -1,8 +1,5 @@
-"""Finds the raw files and looks at their columns, before an engine opens any of them.
-
-A file is named by its path, a pattern or a folder. What is found here is a list of exact paths: the engines
-open these and nothing else, whatever characters they hold.
-"""
+"""Finds the raw files by paths, patterns and folders, and looks at their columns. The result are exact paths:
+the engines open these and nothing else, whatever characters they hold."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import glob
 import gzip
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
@@ -209,9 +206,14 @@ def _refuse_others(path: Path) -> None:
 
 def _look_at_text(path: Path, wanted: set[str], delimiter: str) -> RawFile:
     # Bytes that are no UTF-8 may stand anywhere in the first piece that is read; where, is told later.
+    start, quotes = [], 0
     with open_text(path, "surrogateescape") as lines:
-        # The header may hold quoted line ends, so that only the reader knows where it stops.
-        start = list(_first_lines(lines))
+        # The header may hold quoted line ends: it stops where the quotes are even.
+        for line in lines:
+            start.append(line)
+            quotes += line.count('"')
+            if quotes % 2 == 0 and line.strip():
+                break
     if "".join(start).startswith(_MAGIC.decode()):
         raise DataError("is a Parquet file; name it .parquet", file=path)
     if any("\udc80" <= sign <= "\udcff" for line in start for sign in line):
@@ -221,26 +223,15 @@ def _look_at_text(path: Path, wanted: set[str], delimiter: str) -> RawFile:
     if not start[0].strip():
         # The engines disagree about what comes after such a line.
         raise DataError("begins with a blank line; the first must hold the names of the columns", file=path)
-    headers = {sign: _header(path, start, sign) for sign in ([delimiter] if delimiter else DELIMITERS)}
+    headers = {}
+    for sign in [delimiter] if delimiter else DELIMITERS:
+        names = next((row for row in csv.reader(start, delimiter=sign) if row), [])
+        if _plain(path).endswith(".inter"):
+            names = [_RECBOLE.sub("", name) for name in names]
+        headers[sign] = tuple(names)
     chosen = max(headers, key=lambda sign: (len(wanted & set(headers[sign])), len(headers[sign])))
     packed = path.name.lower().endswith(".gz")
     return RawFile(path, "CSV", headers[chosen], {}, chosen, packed, folders_of(path))
-
-
-def _first_lines(lines: IO[str]) -> Iterator[str]:
-    quotes = 0
-    for line in lines:
-        yield line
-        quotes += line.count('"')
-        if quotes % 2 == 0 and line.strip():
-            return
-
-
-def _header(path: Path, start: Sequence[str], delimiter: str) -> tuple[str, ...]:
-    names = next((row for row in csv.reader(start, delimiter=delimiter) if row), [])
-    if _plain(path).endswith(".inter"):
-        names = [_RECBOLE.sub("", name) for name in names]
-    return tuple(names)
 
 
 def open_text(path: Path, errors: str = "strict") -> IO[str]:

@@ -42,7 +42,7 @@ from pipelines.ingest.vocabulary import (
     older_vocabularies,
     write,
 )
-from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo, schema_of
+from trainer.log.schema import FeatureInfo, LogManifest, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
 from trainer.sealed_folder import remove_folder
 
@@ -209,15 +209,19 @@ def _write_log(
         ingest=config.model_dump(mode="json"),
         report={},
     )
-    splits = _write_splits(engine, encoded, requests.offers, manifest, root, config)
+    known = {name: made.rows for name, made in encoded.vocabularies.items() if made.rows is not None}
+    events, buckets = encoded.tables.events, encoded.buckets
+    writer = BlockWriter(engine, events, requests.offers, config, buckets, root / "spill", known)
+    writer.prepare()
+    layout, schema = (config.files.rows_per_group, config.files.rows_per_file), schema_of(manifest)
+    splits = {split: write_split(writer.rows(split), root, split, schema, layout) for split in SPLITS}
     if not any(info.rows for info in splits.values()):
         problem = config.request_protocol.without_requests(config)
         if shows:
             problem += f" (the events are {times['events']}, the impressions {times['impressions']})"
         raise DataError(problem, file=raw.source)
     new = {name: made.new for name, made in encoded.vocabularies.items() if made.new}
-    counts = Counts(encoded.tables, requests, splits, raw.duplicates, new, times)
-    report = full_report(engine, counts, config)
+    report = full_report(engine, Counts(encoded.tables, requests, splits, raw.duplicates, new, times), config)
     report |= remarks(engine, encoded.tables, encoded.buckets, config) | {
         "unused_settings": unused_settings(config),
         "predicts_alone": lone_predictors(engine, requests.offers, config),
@@ -238,19 +242,21 @@ def _check_dates(times: Mapping[str, Span], raw: OpenTables, config: IngestConfi
 def _encode(
     engine: Engine, raw: OpenTables, older: Mapping[str, OlderVocabulary], root: Path, config: IngestConfig
 ) -> EncodedTables:
-    """Writes the vocabularies and gives the tables in their ids."""
     cutoff = config.split.validation_start if config.split else None
-    vocabularies, infos, multi = {}, {}, {}
+    vocabularies, infos, multi, extend = {}, {}, {}, config.vocabulary.extend
     for name, (multi[name], side) in column_shapes(config).items():
-        sources = _sources(engine, raw, name)
+        # The log says nothing of items that no event and no impression has.
+        keys = RAW_TABLES if name == "item_id" else tuple(raw.tables)
+        having = {key: table for key, table in raw.tables.items() if key in keys and name in table.columns}
+        kinds: dict[str, str] = {}
+        for key, table in having.items():
+            kinds.setdefault(str(table[name].type()), key.removeprefix("raw_"))
+        if len(kinds) > 1:
+            told = " and ".join(f"{kind} in the {key}" for kind, key in kinds.items())
+            raise DataError(f"{name} is {told}; cast one of them", file=raw.source)
+        sources = [narrow(engine, table, (name, "timestamp")) for table in having.values()]
         vocabularies[name] = build(
-            engine,
-            name,
-            sources,
-            older.get(name),
-            multi=multi[name],
-            cutoff=cutoff,
-            extend=config.vocabulary.extend,
+            engine, name, sources, older.get(name), multi=multi[name], cutoff=cutoff, extend=extend
         )
         infos[name] = write(engine, name, vocabularies[name], root, multi[name], side)
     words = {name: vocabulary.words for name, vocabulary in vocabularies.items()}
@@ -272,33 +278,3 @@ def _encode(
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
     return EncodedTables(tables, features, context, total, buckets, vocabularies)
-
-
-def _sources(engine: Engine, raw: OpenTables, name: str) -> list[ir.Table]:
-    """The column of the tables that have it, with the time; the events first."""
-    # The log says nothing of items that no event and no impression has.
-    keys = RAW_TABLES if name == "item_id" else tuple(raw.tables)
-    sources = {key: raw.tables[key] for key in keys if key in raw.tables and name in raw.tables[key].columns}
-    kinds: dict[str, str] = {}
-    for key, table in sources.items():
-        kinds.setdefault(str(table[name].type()), key.removeprefix("raw_"))
-    if len(kinds) > 1:
-        told = " and ".join(f"{kind} in the {key}" for kind, key in kinds.items())
-        raise DataError(f"{name} is {told}; cast one of them", file=raw.source)
-    return [narrow(engine, table, (name, "timestamp")) for table in sources.values()]
-
-
-def _write_splits(
-    engine: Engine,
-    encoded: EncodedTables,
-    offered: ir.Table,
-    manifest: LogManifest,
-    root: Path,
-    config: IngestConfig,
-) -> dict[str, SplitInfo]:
-    layout = (config.files.rows_per_group, config.files.rows_per_file)
-    known = {name: made.rows for name, made in encoded.vocabularies.items() if made.rows is not None}
-    spill, schema = root / "spill", schema_of(manifest)
-    writer = BlockWriter(engine, encoded.tables.events, offered, config, encoded.buckets, spill, known)
-    writer.prepare()
-    return {split: write_split(writer.rows(split), root, split, schema, layout) for split in SPLITS}

@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any
 
-from ibis.expr import types as ir
-
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
 from pipelines.ingest.protocols.protocol import Tables
@@ -49,12 +47,18 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
     totals = engine.rows(events.aggregate(**sums, without=events.request_id.isnull().sum()))[0]
     requests = engine.rows(eligible.aggregate(users=eligible.user_id.nunique(), requests=eligible.count()))[0]
     dropped = {"events_without_request": int(totals["without"])}
+    # Lower quantiles, from the number of requests of each length: engines interpolate differently.
+    by_length = engine.rows(eligible.group_by("history_end").aggregate(requests=eligible.count()))
+    lengths = sorted((int(row["history_end"]), int(row["requests"])) for row in by_length)
+    upto = list(accumulate(count for _, count in lengths))
+    ranks = {f"p{q}": (int(requests["requests"]) - 1) * q // 100 + 1 for q in _QUANTILES}
+    quantiles = {name: lengths[bisect_left(upto, rank)][0] for name, rank in ranks.items()}
     report = {
         "events": int(totals["events"]),
         "time": {table: {"first": span.first, "last": span.last} for table, span in counts.times.items()},
         "event_users": int(totals["users"]),
         "request_users": int(requests["users"]),
-        "history_length": _lengths(engine, eligible, int(requests["requests"])),
+        "history_length": {**quantiles, "max": lengths[-1][0]},
         "event_items": counts.requests.attributes.items,
         "changing_items": dict(counts.requests.attributes.changing),
         "dropped": dropped | _count_dropped(engine, counts, int(requests["requests"]), config),
@@ -68,16 +72,6 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
             for name, (values, occurrences) in counts.new.items()
         }
     return report
-
-
-def _lengths(engine: Engine, eligible: ir.Table, requests: int) -> dict[str, int]:
-    """Lower quantiles, from the number of requests of each length: engines interpolate differently."""
-    lengths = eligible.group_by("history_end").aggregate(requests=eligible.count())
-    counts = sorted((int(row["history_end"]), int(row["requests"])) for row in engine.rows(lengths))
-    upto = list(accumulate(count for _, count in counts))
-    ranks = {f"p{q}": (requests - 1) * q // 100 + 1 for q in _QUANTILES}
-    quantiles = {name: counts[bisect_left(upto, rank)][0] for name, rank in ranks.items()}
-    return {**quantiles, "max": counts[-1][0]}
 
 
 def _count_dropped(engine: Engine, counts: Counts, requests: int, config: IngestConfig) -> dict[str, int]:

@@ -1,7 +1,4 @@
-"""The requests of a protocol: their histories are counted, some are chosen, and get candidates.
-
-All functions take and give Ibis tables and run on any engine.
-"""
+"""The requests of a protocol, as Ibis tables of any engine: some are chosen by history and get candidates."""
 
 from __future__ import annotations
 
@@ -72,26 +69,18 @@ def make_requests(
         drawn = protocol.candidates(tables.of_buckets(first, end), some.drop("bucket"), config)
         candidates = engine.keep("candidates", drawn)
         if tables.past is not None:
-            new.update(_new_positives(engine, candidates, some, tables.past, config))
+            # Positives whose item no event before their request has.
+            chosen = candidates.filter(candidates[f"label_{config.task}"] > 0).select(*REQUEST, "item_id")
+            timed = chosen.inner_join(some.select(*REQUEST, "timestamp", "split"), REQUEST)
+            timed = timed.inner_join(tables.past.items, "item_id")
+            unseen = timed.filter(timed.since >= timed.timestamp)
+            counts = engine.rows(unseen.group_by("split").aggregate(rows=unseen.count()))
+            new.update({row["split"]: int(row["rows"]) for row in counts})
         full = with_attributes(engine, attributes, candidates, some, round_)
         offered = engine.append("offers", offers(some, full, config))
     for name in ("candidates", "past_events", "past_seconds"):
         engine.drop(name)
     return Requests(every, eligible, offered, attributes, new)
-
-
-def _new_positives(
-    engine: Engine, candidates: ir.Table, asked: ir.Table, past: Past, config: IngestConfig
-) -> dict[str, int]:
-    """split -> how many positives have an item that no event before their request has."""
-    chosen = candidates.filter(candidates[f"label_{config.task}"] > 0).select(*REQUEST, "item_id")
-    timed = chosen.inner_join(asked.select(*REQUEST, "timestamp", "split"), REQUEST)
-    timed = timed.inner_join(past.items, "item_id")
-    new = timed.filter(timed.since >= timed.timestamp)
-    return {
-        row["split"]: int(row["rows"])
-        for row in engine.rows(new.group_by("split").aggregate(rows=new.count()))
-    }
 
 
 def trial_users(requests: ir.Table, config: IngestConfig) -> ir.Table:
@@ -125,10 +114,18 @@ def timed_requests(
         "user_id",
         "timestamp",
         history_end=(so_far - seconds.happened).cast("int64"),
+        # The number of the last second before the request in which the user did something.
         seconds=(busy_so_far - busy).cast("int64"),
     )
     timed = requests.inner_join(earlier, ["user_id", "timestamp"])
-    timed = _with_user_context(timed, events, config).drop("seconds")
+    if context := config.context_of("events"):
+        grouped = events.group_by(["user_id", "timestamp"])
+        states = grouped.aggregate(**{name: events[name].max() for name in context})
+        number = ibis.row_number().over(group_by="user_id", order_by=states.timestamp) + 1
+        states = states.mutate(seconds=number.cast("int64")).drop("timestamp")
+        joined = timed.left_join(states, ["user_id", "seconds"], rname="{name}_right")
+        timed = joined.select(*timed.columns, **_known_or_nothing(joined, context))
+    timed = timed.drop("seconds")
     if tables.users is not None:
         # A user whom the table of users lacks has no value.
         theirs = tables.users.rename(_user="user_id")
@@ -144,19 +141,6 @@ def timed_requests(
         else_="test",
     )
     return timed.mutate(split=split)
-
-
-def _with_user_context(timed: ir.Table, events: ir.Table, config: IngestConfig) -> ir.Table:
-    """Adds context_* from the user's second number `seconds`, the last one before the request."""
-    if not config.context_of("events"):
-        return timed
-    names = list(config.context_of("events"))
-    grouped = events.group_by(["user_id", "timestamp"])
-    states = grouped.aggregate(**{name: events[name].max() for name in names})
-    number = ibis.row_number().over(group_by="user_id", order_by=states.timestamp) + 1
-    states = states.mutate(seconds=number.cast("int64")).drop("timestamp")
-    joined = timed.left_join(states, ["user_id", "seconds"], rname="{name}_right")
-    return joined.select(*timed.columns, **_known_or_nothing(joined, config.context_of("events")))
 
 
 def _known_or_nothing(joined: ir.Table, context: Mapping[str, ContextConfig]) -> dict[str, ir.Value]:

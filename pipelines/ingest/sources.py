@@ -113,8 +113,13 @@ def open_files(
         *found.notes,
         *_words(found.what, columns, facts),
         *_unused_columns(found.what, files, wants),
+        *(
+            f'{need.key}_unit = "{need.unit}" has no effect: the column {need.column} is '
+            f"{', '.join(dict.fromkeys(column.types))}, which has a unit of its own"
+            for need, column in zip(wants, columns, strict=True)
+            if need.kind == "time" and need.unit != "s" and column.has_own_unit
+        ),
     ]
-    survey.notes += _idle_units(columns)
     if survey.measured:
         _measure(engine, table, found.what, columns, survey)
     values = {name: table[f"c{place}"] for place, name in enumerate(wanted)}
@@ -293,16 +298,6 @@ def _words(what: str, columns: Sequence[Column], facts: Sequence[Mapping[str, An
             )
             told.append(f"{what}: {column.need.column}: {one}; {remedy}")
     return told
-
-
-def _idle_units(columns: Sequence[Column]) -> list[str]:
-    """Notes on units that were set for times whose type has a unit of its own."""
-    return [
-        f'{column.need.key}_unit = "{column.need.unit}" has no effect: the column {column.need.column} is '
-        f"{', '.join(dict.fromkeys(column.types))}, which has a unit of its own"
-        for column in columns
-        if column.need.kind == "time" and column.need.unit != "s" and column.has_own_unit
-    ]
 
 
 def _unused_columns(what: str, files: Sequence[RawFile], wanted: Sequence[ColumnNeed]) -> list[str]:

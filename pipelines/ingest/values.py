@@ -1,7 +1,4 @@
-"""The cells of one raw column as ingest wants them, and which of them do not fit.
-
-All functions take and give Ibis values and run on any engine.
-"""
+"""The cells of one raw column as ingest wants them (Ibis values of any engine), and which do not fit."""
 
 from __future__ import annotations
 

@@ -91,7 +91,12 @@ def generate(seed: int, users: int) -> PlantedLog:
     }
     shown = {split: _candidates(rng, shared, items, end) for split, end in ends.items()}
     logits = {split: _logits(seed, shared, items, ends[split], shown[split]) for split in ends}
-    bias = _bias(np.concatenate([logit.reshape(-1) for logit in logits.values()]))
+    everything = np.concatenate([logit.reshape(-1) for logit in logits.values()])
+    # b, by bisection: the mean probability is a third.
+    bias, high = -30.0, 30.0
+    for _ in range(60):
+        middle = (bias + high) / 2
+        bias, high = (bias, middle) if sigmoid(everything + middle).mean() > CLICKED else (middle, high)
     first = {"train": 0, "validation": len(DISTANCES["train"]), "test": len(DISTANCES["train"]) + 1}
     splits = {}
     for split, end in ends.items():
@@ -153,15 +158,6 @@ def _logits(seed: int, shared: World, items: Ints, end: Ints, shown: Ints) -> Fl
         target = {"category_id": shared.category[shown[:, request, :, None]]}
         z[:, request] += _STRENGTH * worth(seed, target, Behaviors(held, rank, rank)).sum(axis=-1)
     return z
-
-
-def _bias(logits: Floats) -> float:
-    """b, by bisection: the mean probability is a third."""
-    low, high = -30.0, 30.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if sigmoid(logits + middle).mean() > CLICKED else (middle, high)
-    return low
 
 
 class _Popular:

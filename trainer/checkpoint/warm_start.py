@@ -25,13 +25,7 @@ from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
 from trainer.checkpoint.compatible import log_fingerprint
 from trainer.checkpoint.save_load import find_to_use
-from trainer.checkpoint.unsharded import (
-    PlainManifest,
-    PlainTables,
-    Vocabulary,
-    open_plain_tables,
-    unshard,
-)
+from trainer.checkpoint.unsharded import PlainManifest, PlainTables, Vocabulary, open_plain_tables, unshard
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary import read_values
 from trainer.run_folder import RunFolder
@@ -169,8 +163,7 @@ def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
             raise CheckpointError(source.path, f"has no table {table}; it has {', '.join(known)}")
         if "__" in table and known[table].dim != weight.size()[1]:
             raise CheckpointError(
-                source.path,
-                f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}",
+                source.path, f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}"
             )
 
 

@@ -220,9 +220,7 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
     index = torch.where(mask, batch.window_end[:, None] - 1 - step[None, :], 0)
     request = torch.arange(batch.requests, device=length.device)
     marks = Marks(
-        torch.where(mask, rank, 0),
-        _ages(batch, request, index, mask),
-        no_level(index.shape, index.device),
+        torch.where(mask, rank, 0), _ages(batch, request, index, mask), no_level(index.shape, index.device)
     )
     counts = batch.host_sizes.candidates
     return Windows(index, mask, marks, None, batch.candidate_request, length, counts)

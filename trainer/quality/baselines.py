@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
 from trainer.data.blocks import with_windows
-from trainer.data.files import RowGroup, check_files
+from trainer.data.files import check_files
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import GroupColumns, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
@@ -249,9 +249,16 @@ def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: I
     tasks = len(manifest.tasks)
     of_users, of_items = _Sums(users, tasks), None if items is None else _Sums(items, tasks)
     total, count, candidates = np.zeros(tasks), np.zeros(tasks), 0
+    labels = [f"label_{task}" for task in manifest.tasks]
+    names = ["user_id", "num_candidates", *([] if items is None else ["candidate_item_id"]), *labels]
     for place in check_files(config.log, manifest, "train", None):
         try:
-            user, item, label = _row_group(place, manifest, items is not None)
+            group = read_group(place.file, place.row_group, names, None)
+            user = np.repeat(group.ints("user_id"), group.ints("num_candidates"))
+            label = np.stack([_of_candidates(group, name, np.float32, user.size) for name in labels], axis=1)
+            item = None
+            if items is not None:
+                item = _of_candidates(group, "candidate_item_id", np.int64, user.size)
         except DataError:
             # Training left it out too, and named it.
             if config.on_bad != "skip":
@@ -300,20 +307,6 @@ class _Sums:
         """[wanted, tasks], smoothed."""
         smoothed: Floats = (self.labels + STRENGTH * overall) / (self.counts + STRENGTH)
         return smoothed[self.place]
-
-
-def _row_group(
-    place: RowGroup, manifest: LogManifest, with_items: bool
-) -> tuple[Ints, Ints | None, npt.NDArray[np.float32]]:
-    """(user, item, labels) of the candidates of a row group."""
-    labels = [f"label_{task}" for task in manifest.tasks]
-    items = ["candidate_item_id"] if with_items else []
-    names = ["user_id", "num_candidates", *items, *labels]
-    group = read_group(place.file, place.row_group, names, None)
-    users = np.repeat(group.ints("user_id"), group.ints("num_candidates"))
-    label = np.stack([_of_candidates(group, name, np.float32, users.size) for name in labels], axis=1)
-    item = _of_candidates(group, "candidate_item_id", np.int64, users.size) if with_items else None
-    return users, item, label
 
 
 def _of_candidates(group: GroupColumns, name: str, dtype: type, count: int) -> npt.NDArray:  # type: ignore[type-arg]

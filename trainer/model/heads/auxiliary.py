@@ -86,7 +86,4 @@ class IndexLoss(Auxiliary):
         windows = behaviors.windows
         score_CX = index.index.over_windows(index.index.encode(behaviors.raw), windows)[:, 0]
         weight_CX = torch.where(behaviors.selection.mask, score_CX, 0.0)
-        return [
-            behaviors.target_CD,
-            pooled_windows(behaviors.value_SD, behaviors.place, windows, weight_CX),
-        ]
+        return [behaviors.target_CD, pooled_windows(behaviors.value_SD, behaviors.place, windows, weight_CX)]

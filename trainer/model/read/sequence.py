@@ -1,7 +1,4 @@
-"""Stage two (ESU): from kept behaviors and their weights to what the head is given.
-
-This file holds what sequence models have in common. Each sequence model has a file of its own.
-"""
+"""Stage two (ESU), from kept behaviors and weights to a head's input: what all sequence models share."""
 
 from __future__ import annotations
 

@@ -4,9 +4,8 @@ A search maps scores, marks or ids of a window to its columns. It runs without g
 precision: stage two computes the kept scores again with gradient, from the same vectors, by the same
 scorer. Half precision would rank by rounding, and each form of a product by another rounding.
 
-In training on a device that is not the CPU, no search asks a tensor for a number.
-
-This file holds what searches have in common. Each search has a file of its own.
+In training on a device that is not the CPU, no search asks a tensor for a number. Here is what all have in
+common; each search has a file of its own.
 """
 
 from __future__ import annotations
