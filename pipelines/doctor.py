@@ -1,5 +1,8 @@
 """Is this environment one that tandemrec can run in? Prints what is installed, names what is wrong.
-The checks are pure functions of data (versions, origins, owners); only `observe` looks at the real one."""
+
+The checks are pure functions of data (versions, origins, owners), so tests feed them broken
+environments; only `observe` looks at the real one.
+"""
 
 from __future__ import annotations
 

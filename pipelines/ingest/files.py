@@ -1,5 +1,8 @@
-"""Finds the raw files by paths, patterns and folders, and looks at their columns. The result are exact paths:
-the engines open these and nothing else, whatever characters they hold."""
+"""Finds the raw files and looks at their columns, before an engine opens any of them.
+
+A file is named by its path, a pattern or a folder. What is found here is a list of exact paths: the engines
+open these and nothing else, whatever characters they hold.
+"""
 
 from __future__ import annotations
 

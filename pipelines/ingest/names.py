@@ -1,5 +1,8 @@
-"""The types that raw tables must share. Users and requests whose names are text are numbered in the order of
-their names; the log keeps these in `vocab/`, as it keeps the values of features."""
+"""What the raw tables must have in common, and the numbers of users and requests whose names are text.
+
+A log stores users and requests as integers. Where the raw tables name them with text, they are numbered in
+the order of their names, and the log keeps the names in `vocab/`, as it keeps the values of features.
+"""
 
 from __future__ import annotations
 

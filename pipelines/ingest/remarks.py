@@ -1,5 +1,8 @@
-"""What is odd about the raw tables, counted, with one line for each: rows that nobody uses, that are there
-twice or that contradict one another, and columns that predict a label all alone."""
+"""What is odd about the raw tables, counted, with one line for each.
+
+They may hold rows that nobody uses, that are there twice or that contradict one another. A column may predict
+a label all alone: most often it holds the answer, which was known only after the request.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Saves while training goes on: tensors are copied, a thread writes the copy; the next save waits for it.
-What goes wrong there is raised by a later call on every rank alike, since its collectives tell them."""
+"""Saves while training goes on: the tensors are copied, a thread writes the copy.
+
+One save at a time: the next one waits for it. What goes wrong in the thread is raised by a later call on
+every rank alike, because a save's own collectives tell all ranks of it.
+"""
 
 from __future__ import annotations
 

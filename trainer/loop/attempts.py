@@ -1,6 +1,9 @@
-"""Attempts to train. Supervisors (torchrun, Slurm's requeue, Kubernetes) restart whatever failed, some for
-ever: so each attempt leaves a line in `starts.jsonl` of the run folder, and one too many from the same step
-is refused. An attempt that ends well removes the file."""
+"""Attempts to train: a run that fails, is restarted and fails again at the same step comes to an end.
+
+Supervisors (torchrun, Slurm's requeue, a Kubernetes job) restart whatever failed, some of them for ever. Each
+attempt leaves a line in `starts.jsonl` of the run folder. An attempt that ends well removes the file. An
+attempt that would be one too many from the same step is refused.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""What a run leaves aside, said once before its first step with what would use it: parts of the log, and
-settings without effect. What cannot be used at all is refused where it is read."""
+"""What a run leaves aside, said once before its first step: parts of the log, and settings without effect.
+
+Nothing a user gave is dropped in silence: what cannot be used at all is refused where it is read; what a
+configuration chooses not to use is named here, with what would use it.
+"""
 
 from __future__ import annotations
 

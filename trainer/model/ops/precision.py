@@ -1,5 +1,8 @@
-"""Single precision inside `torch.autocast`, which halves every matrix product, in an operator that promises
-float32 too. docs/training.md has a table of what stays float32."""
+"""Single precision inside `torch.autocast`: for searches, scores and sums over behaviors.
+
+Autocast halves every matrix product, in an operator that promises float32 too. What stays float32 and what
+does not is a table in docs/training.md.
+"""
 
 from __future__ import annotations
 
