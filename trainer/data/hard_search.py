@@ -110,12 +110,10 @@ def hierarchical_search(
 
     Raises ValueError if an argument is out of its range or a visible behavior is newer than its request.
     """
-    behaviors, minimum = time_history.size, domain_minimum or {}
-    depth, shape = levels_history.shape[0], (levels_history.shape[0], request_of_candidate.size)
-    if levels_history.shape != (depth, behaviors) or not 1 <= depth < 128:
-        raise ValueError(
-            f"levels_history has shape {levels_history.shape}, want [1 to 127 levels, {behaviors}]"
-        )
+    behaviors, history, minimum = time_history.size, levels_history.shape, domain_minimum or {}
+    if history != (history[0], behaviors) or not 1 <= history[0] < 128:
+        raise ValueError(f"levels_history has shape {history}, want [1 to 127 levels, {behaviors}]")
+    shape = (history[0], request_of_candidate.size)
     if levels_candidate.shape != shape:
         raise ValueError(f"levels_candidate has shape {levels_candidate.shape}, want {shape}")
     if min(levels_history.min(initial=0), levels_candidate.min(initial=0)) < 0:
