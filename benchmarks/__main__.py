@@ -7,13 +7,12 @@ its name.
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, hint_of
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -44,8 +43,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     name, *rest = words
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see `tandemrec bench --help`"
+        hint = hint_of(name, known, "see `tandemrec bench --help`")
         raise ConfigError(f"{name!r} is not one of {', '.join(known)}; {hint}")
     folder = known[name].name == "__main__.py"
     subject = importlib.import_module(f"benchmarks.{name}.__main__" if folder else f"benchmarks.{name}")

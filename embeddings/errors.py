@@ -10,6 +10,8 @@ TandemError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,9 @@ class SnapshotError(TandemError):
 
 class RankError(TandemError):
     """This rank cannot go on because another one, or the launcher, does not; starting again may help."""
+
+
+def hint_of(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of a message about a wrong name: the nearest known one, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingPlan
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, hint_of
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.sharded import leaves_ranks_empty
 from embeddings.plan.request import UNIFIED, Cluster, PlanRequest, TableRule
@@ -35,8 +33,7 @@ def constraints_of(request: PlanRequest) -> dict[str, ParameterConstraints]:
     names = [group.table_name(table.feature) for group in request.groups for table in group.tables]
     for name in request.rules.tables:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"tables: {', '.join(names)}"
+            hint = hint_of(name, names, f"tables: {', '.join(names)}")
             raise ConfigError(f"plan.tables.{name}: no such table; {hint}")
     return {
         group.table_name(table.feature): _constraint(request, group, table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, hint_of
 from pipelines.console import table_lines
 from pipelines.synth.kinds import KINDS
 from trainer.log.schema import VOCABULARIES, FeatureInfo, LogManifest, schema_of
@@ -38,8 +37,7 @@ def synth(
         ConfigError: there is no such kind. DataError: `out` must not be replaced.
     """
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(KINDS)}"
+        hint = hint_of(kind, KINDS, f"there are {', '.join(KINDS)}")
         raise ConfigError(f"--kind {kind}: no such kind of planted log; {hint}")
     check_target(out, overwrite)  # before the work, not only after it
     planted, count = KINDS[kind], users or KINDS[kind].users

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, hint_of
 from trainer.objectives.bce import bce
 from trainer.objectives.losses import Objective
 
@@ -20,6 +18,5 @@ def objective_of(name: str) -> Objective:
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(OBJECTIVES))}"
+    hint = hint_of(name, OBJECTIVES, f"known here: {', '.join(sorted(OBJECTIVES))}")
     raise ConfigError(f"train.objective = {name!r}: no such objective; {hint}")
