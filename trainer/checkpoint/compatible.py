@@ -33,9 +33,11 @@ PlanTree = Mapping[str, Any]
 
 def log_fingerprint(manifest: LogManifest) -> str:
     """What a log is to a run: its features, tasks and counts, whatever bytes or folder hold it."""
-    splits = {name: info.model_dump(exclude={"files"}) for name, info in manifest.splits.items()}
+    # What older logs do not say is left out where it says nothing, so that their fingerprints stay.
+    splits = {name: info.model_dump(exclude={"files", "labels"}) for name, info in manifest.splits.items()}
     tree = {
         **manifest.model_dump(include={"features", "context", "numeric", "weighted", "tasks"}),
+        **manifest.model_dump(include={"partial", "label_weights"}, exclude_defaults=True),
         "splits": splits,
     }
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
