@@ -16,10 +16,11 @@ import pytest
 from embeddings.errors import ConfigError
 from tests.helpers.checkpoints import newest
 from tests.helpers.launching import ROOT, SETTINGS, losses, overrides, tandemrec, train
-from tests.helpers.logs import small_log
+from tests.helpers.logs import manifest_of, small_log
 from trainer.assemble import check_same_rules
-from trainer.checkpoint.compatible import changed_settings, check_resumable
+from trainer.checkpoint.compatible import changed_settings, check_resumable, log_fingerprint
 from trainer.checkpoint.files import read_state
+from trainer.log.schema import LogManifest
 from trainer.run_config import Config, load_config
 
 DARE = Path(__file__).parents[3] / "configs" / "dare.toml"
@@ -35,6 +36,18 @@ def state(blocks: int = 0) -> dict[str, Any]:
 
 def changed(*words: str) -> Config:
     return load_config(DARE, words)
+
+
+def test_a_fingerprint_is_that_of_before_where_every_label_is_observed() -> None:
+    split = {"files": [], "rows": 1, "requests": 1, "candidates": 3, "positives": 2, "behaviors": 9}
+    tree = manifest_of(rich=True, splits={"train": split}).model_dump(mode="json")
+    older = LogManifest(**{name: tree[name] for name in tree if name not in ("partial", "label_weights")})
+    assert log_fingerprint(older) == "92bb30b499d189a430ee72f647bf1d8bba57e48009fdffa8665f29ecbbf614f4"
+    counted = {**split, "labels": {"click": {"observed": 3, "positives": 2}}}
+    assert log_fingerprint(manifest_of(rich=True, splits={"train": counted})) == log_fingerprint(older)
+    for name in ("partial", "label_weights"):
+        changed = manifest_of(rich=True, splits={"train": split}, **{name: ["buy"]})
+        assert log_fingerprint(changed) != log_fingerprint(older)
 
 
 @pytest.mark.parametrize(
