@@ -44,6 +44,7 @@ from embeddings.lookup.stored import Dtype, to_stored
 from pipelines.serve.app import Service, build_app
 from pipelines.serve.metrics import Metrics
 from trainer.assemble import build_model
+from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import Settings, load_settings
 from trainer.data.row_group import Bags
 from trainer.run_config import Config
@@ -153,10 +154,10 @@ def _scorer(
         tables["attention"] = attention[0]
     config, groups = _model(settings, settings.width, attention[1] if attention else 0, settings.rows)
     collections = {
-        name: PlainBagCollection(groups[name], {groups[name].table_name(_FEATURE): table})
+        name: PlainBagCollection(groups[name], {groups[name].table_name(groups[name].tables[0]): table})
         for name, table in tables.items()
     }
-    made = build_model(config, groups, collections, 1).eval().requires_grad_(False)
+    made = build_model(config, groups, collections, resolve_tasks({}, ["click"])).eval().requires_grad_(False)
     manifest = _Manifest(config, {_FEATURE: settings.rows})
     return Scorer(Snapshot(Path("synthetic"), manifest, made, _RECORDED))  # type: ignore[arg-type]
 

@@ -7,9 +7,10 @@ role (attention or representation, target or behavior) is the model's business, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from embeddings.errors import ConfigError
@@ -19,11 +20,28 @@ from embeddings.optimizers import FusedOptimizer
 
 @dataclass(frozen=True)
 class TableSpec:
-    """One embedding table: the ids of one feature, `rows` of them, each a vector of `dim` floats."""
+    """One embedding table: the ids of one feature, `rows` of them, each a vector of `dim` floats.
+
+    `set` names the set that it belongs to, see `EmbeddingSet`.
+    """
 
     feature: str
     rows: int
     dim: int
+    set: str = ""
+
+
+@dataclass(frozen=True)
+class EmbeddingSet:
+    """One complete copy of a group's tables: a table for each of its features (Multi-Embedding, section 3).
+
+    Attributes:
+        name: empty where the group has one set only.
+        owner: who trains it: `shared`, `task:NAME`, or `domain:ID`.
+    """
+
+    name: str = ""
+    owner: str = "shared"
 
 
 @dataclass(frozen=True)
@@ -32,8 +50,9 @@ class TableGroup:
 
     Attributes:
         name: the group's name in the config, part of every table's name.
-        tables: one per feature, in the order in which their vectors are concatenated.
-        fusion: how these vectors become one: `concat`, or their `sum` (tables of one width).
+        tables: one per feature, in the order in which their vectors are concatenated; where there are several
+            sets, all of one set, then all of the next, with the same features in the same order.
+        fusion: how the vectors of a set become one: `concat`, or their `sum` (tables of one width).
         optimizer: the fused optimizer of all its rows.
         first: the distribution of the first weights.
         sharding: sharding types the planner may use; empty means the device's default set.
@@ -41,6 +60,7 @@ class TableGroup:
         dtype: `fp32` or `fp16`, what the rows are kept in; lookups give float32 and state is float32.
         stochastic_rounding: whether an updated row becomes fp16 at random, in proportion, instead of to
             nearest; None = on a GPU, as FBGEMM's kernels do by default. A CPU rounds to nearest.
+        sets: in the order of their tables.
     """
 
     name: str
@@ -52,33 +72,88 @@ class TableGroup:
     dtype: str = "fp32"
     fusion: Literal["concat", "sum"] = "concat"
     stochastic_rounding: bool | None = None
+    sets: tuple[EmbeddingSet, ...] = (EmbeddingSet(),)
 
     def __post_init__(self) -> None:
-        if self.fusion == "sum" and len({table.dim for table in self.tables}) > 1:
-            dims = ", ".join(f"{table.feature} {table.dim}" for table in self.tables)
-            raise ConfigError(f'groups.{self.name}: fusion = "sum" needs tables of one width, not {dims}')
+        for each in self.sets:
+            tables = self._tables_of(each.name)
+            if self.fusion == "sum" and len({table.dim for table in tables}) > 1:
+                dims = ", ".join(f"{table.feature} {table.dim}" for table in tables)
+                raise ConfigError(f'groups.{self.name}: fusion = "sum" needs tables of one width, not {dims}')
 
     @property
     def features(self) -> list[str]:
-        return [table.feature for table in self.tables]
+        """Each feature once, in the order of the tables of a set."""
+        return list(dict.fromkeys(table.feature for table in self.tables))
+
+    @property
+    def set_names(self) -> list[str]:
+        return [each.name for each in self.sets]
+
+    @property
+    def keys(self) -> list[str]:
+        """One for each table, in their order: the names in a KeyedTensor.
+
+        TorchRec adds the table's name to a feature that several tables of a collection look up.
+        """
+        if len(self.sets) == 1:
+            return [table.feature for table in self.tables]
+        return [f"{table.feature}@{self.table_name(table)}" for table in self.tables]
 
     @property
     def width(self) -> int:
-        """Length of the fused vector of one bag."""
-        return sum(self.widths())
+        """Length of the fused vector of one bag, of all sets together."""
+        return sum(sum(self.of_set(name).widths()) for name in self.set_names)
 
-    def table_name(self, feature: str) -> str:
+    def table_name(self, table: TableSpec) -> str:
         """The table's name, unique over all groups."""
-        return f"{self.name}__{feature}"
+        if table.set:
+            return f"{self.name}/{table.set}/{table.feature}"
+        return f"{self.name}__{table.feature}"
+
+    def of_set(self, name: str) -> TableGroup:
+        """The group as if it had the tables of one set only; their names stay.
+
+        Raises:
+            KeyError: there is no such set.
+        """
+        if len(self.sets) == 1 and self.sets[0].name == name:
+            return self
+        for each in self.sets:
+            if each.name == name:
+                return replace(self, tables=self._tables_of(name), sets=(each,))
+        raise KeyError(name)
+
+    def columns(self, name: str) -> slice:
+        """Where the vector of a set is in the fused vector of one bag."""
+        before = 0
+        for each in self.set_names:
+            width = self.of_set(each).width
+            if each == name:
+                return slice(before, before + width)
+            before += width
+        raise KeyError(name)
 
     def widths(self) -> tuple[int, ...]:
-        """Widths of the parts of the fused vector: each feature's own, or the one that all share."""
+        """Widths of the parts of the fused vector: each feature's own, or the one that all share.
+
+        Of several sets, those of one after those of the other.
+        """
+        if len(self.sets) > 1:
+            return sum((self.of_set(name).widths() for name in self.set_names), ())
         dims = tuple(table.dim for table in self.tables)
         return dims[:1] if self.fusion == "sum" else dims
 
     def fuse(self, vector_BD: Tensor) -> Tensor:
-        """The features' vectors side by side, [B, sum of dims] -> [B, width]."""
+        """The vectors of all tables side by side, [B, sum of dims] -> [B, width]."""
         if self.fusion == "concat":
             return vector_BD
-        fused: Tensor = vector_BD.unflatten(1, (len(self.tables), -1)).sum(1)
-        return fused
+        sets = [self.of_set(name).tables for name in self.set_names]
+        parts = vector_BD.split([sum(table.dim for table in tables) for tables in sets], dim=1)
+        fused = [
+            part.unflatten(1, (len(tables), -1)).sum(1) for part, tables in zip(parts, sets, strict=True)
+        ]
+        return fused[0] if len(fused) == 1 else torch.cat(fused, dim=1)
+
+    def _tables_of(self, name: str) -> tuple[TableSpec, ...]:
+        return tuple(table for table in self.tables if table.set == name)

@@ -128,7 +128,7 @@ def _open(run: Path, which: str = "") -> _Run:
     groups, reader = resolve_groups(config, manifest), TableReader(path)
     for name, group in groups.items():
         for table in group.tables:
-            shape = reader.shape(reader.table(name, group.table_name(table.feature)))
+            shape = reader.shape(reader.table(name, group.table_name(table)))
             if shape != (table.rows, table.dim):
                 problem = f"{table.feature} of group {name} is {list(shape)}, its log and config say "
                 raise CheckpointError(path, f"{problem}{[table.rows, table.dim]}")
@@ -151,7 +151,7 @@ def _write(
     with closing(run.requests(_RECORDED_CANDIDATES).steps()) as steps:
         recorded = next(steps).batch
     found = rows_of_requests(_batches(recorded, run, parity_requests), run.groups, run.config)
-    tables = {g.table_name(t.feature): t.feature for g in run.groups.values() for t in g.tables}
+    tables = {g.table_name(t): t.feature for g in run.groups.values() for t in g.tables}
     source = Source(run.config, run.groups, run.reader)
     draft = Draft(part, source, dtypes, base, partial(found.watch, tables))
     dense = source.dense()

@@ -22,6 +22,7 @@ from embeddings.plan.file import SavedPlan, from_tree
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.plan.request import Cluster, PlanRequest
 from trainer.config.model import section_of
+from trainer.config.tasks import Task, resolve_tasks
 from trainer.log.schema import LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.settings import BranchConfig
@@ -66,7 +67,8 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
             exactly one id; or candidates cannot be grouped, or behaviors matched, by a branch's feature.
     """
     items = {name: info.rows for name, info in manifest.features.items()}
-    groups = build_groups(config, items, {name: info.rows for name, info in manifest.context.items()})
+    contexts = {name: info.rows for name, info in manifest.context.items()}
+    groups = build_groups(config, items, contexts, resolve_tasks(config.tasks, manifest.tasks))
     features = {**manifest.features, **manifest.context}
     for group in groups.values():
         for feature in group.features if group.kind == "sequence" else ():
@@ -115,14 +117,16 @@ def build_model(
     config: Config,
     groups: Mapping[str, TableGroup],
     collections: Mapping[str, nn.Module],
-    tasks: int,
+    tasks: Sequence[Task],
     numbers: int = 0,
 ) -> TwoStageModel:
     """The model around given lookups; its dense weights come from train.seed alone."""
     state = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
     levels = len(config.data.search.levels)
-    dimensions = Dimensions(groups, config.data.history_length, levels, config.train.seed)
+    of_domain = [t.rows for group in groups.values() for t in group.tables if t.feature == config.data.domain]
+    domains = max(of_domain, default=0)
+    dimensions = Dimensions(groups, config.data.history_length, levels, config.train.seed, domains)
     model = TwoStageModel(config.model, dimensions, collections, tasks, numbers)
     torch.set_rng_state(state)
     return model
@@ -143,10 +147,10 @@ def build_trainable(
     for name, group in groups.items():
         collections[name] = make_collection(group, device)
         attach_optimizer(collections[name], group.optimizer)
-    numbers = count_numbers(config, manifest.numeric)
+    numbers, tasks = count_numbers(config, manifest.numeric), resolve_tasks(config.tasks, manifest.tasks)
 
     def build() -> TwoStageModel:
-        return build_model(config, groups, collections, len(manifest.tasks), numbers)
+        return build_model(config, groups, collections, tasks, numbers)
 
     check_dense(build)
     return build(), groups

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, hint_of
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import TableGroup, TableSpec
+from embeddings.groups import EmbeddingSet, TableGroup, TableSpec
 from embeddings.optimizers import FusedOptimizer
-from trainer.config.model import section_of
+from trainer.config.model import CONTEXT_ROLES, OPTIONAL_ROLES, section_of
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
-from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig
+from trainer.config.tables import GroupConfig, GroupName, PlanConfig, SetConfig, TableConfig
+from trainer.config.tasks import Task, TaskConfig, TaskName
 from trainer.config.toml import Settings, load_settings
 from trainer.model.settings import BranchConfig, ModelConfig
 
@@ -30,6 +31,7 @@ class Config(Settings):
         default_factory=lambda: {"attention": GroupConfig(), "representation": GroupConfig()}
     )
     tables: dict[str, TableConfig] = Field(default_factory=dict)
+    tasks: dict[TaskName, TaskConfig] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
     comms: CommsConfig = CommsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -40,7 +42,7 @@ class Config(Settings):
         used = set()
         for branch, settings in self.model.all_branches().items():
             for role, group in settings.roles.model_dump().items():
-                if group not in self.groups and (group or role not in ("context", "cross")):
+                if group not in self.groups and (group or role not in OPTIONAL_ROLES):
                     known = ", ".join(sorted(self.groups))
                     raise ValueError(
                         f"{section_of(branch)}.roles.{role} names group {group!r}; defined groups: {known}"
@@ -86,7 +88,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def build_groups(
-    config: Config, item_rows: Mapping[str, int], context_rows: Mapping[str, int] | None = None
+    config: Config,
+    item_rows: Mapping[str, int],
+    context_rows: Mapping[str, int] | None = None,
+    tasks: Sequence[Task] = (),
 ) -> dict[str, TableGroup]:
     """The table groups of a run, with one table for each feature of a group.
 
@@ -94,7 +99,9 @@ def build_groups(
         config: the run's config.
         item_rows: feature of behaviors and candidates -> its rows in the log's manifest. A larger
             `tables.<feature>.rows` of the config counts instead.
-        context_rows: the same for the features of a request. Only the group of role `context` may have them.
+        context_rows: the same for the features of a request. Only groups of the roles `context` and
+            `prior_context` may have them.
+        tasks: of the run, for groups that have a set for each.
 
     Raises:
         ConfigError: a group or table names an unknown feature, a table is too small for the log's ids, or
@@ -112,14 +119,15 @@ def build_groups(
     sizes = {**rows, **{name: table.rows for name, table in config.tables.items() if table.rows}}
     groups = {}
     for name, group in config.groups.items():
-        allowed = (context_rows or {}) if name == config.model.roles.context else item_rows
-        groups[name] = _build_group(name, group, {feature: sizes[feature] for feature in allowed})
+        of_context = name in [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
+        allowed = (context_rows or {}) if of_context else item_rows
+        groups[name] = _build_group(name, group, {feature: sizes[feature] for feature in allowed}, tasks)
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
     return groups
 
 
-def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> TableGroup:
+def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int], tasks: Sequence[Task]) -> TableGroup:
     """One group: over the features that it names, or over all features of `rows`."""
     features = group.features or tuple(rows)
     if not features:
@@ -137,9 +145,38 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int]) -> Tabl
         raise ConfigError(f"groups.{name}.dim gives a width for {problem}")
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
-    tables = tuple(TableSpec(feature, rows[feature], dims[feature]) for feature in features)
     kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
-    return TableGroup(name, tables, optimizer, first, *kinds)
+    sets = _sets_of(name, group, tasks)
+    tables = tuple(
+        TableSpec(feature, rows[feature], settings.dim or dims[feature], set_.name)
+        for set_, settings in sets.items()
+        for feature in features
+    )
+    return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets))
+
+
+def _sets_of(name: str, group: GroupConfig, tasks: Sequence[Task]) -> dict[EmbeddingSet, SetConfig]:
+    """The sets of a group, and what was said of each."""
+    owned = [task.name for task in tasks if task.has_tower]
+    if group.sets == 1:
+        return {EmbeddingSet(): SetConfig()}
+    if isinstance(group.sets, int):
+        return {EmbeddingSet(str(number)): SetConfig() for number in range(group.sets)}
+    if group.sets == "tasks":
+        if "shared" in owned:
+            raise ConfigError(
+                f'groups.{name}.sets = "tasks" has a set called shared, as a task is: rename the task'
+            )
+        sets = {"shared": SetConfig(), **{task: SetConfig(owner=f"task:{task}") for task in owned}}
+    else:
+        sets = group.sets
+    for key, settings in sets.items():
+        kind, _, owner = settings.owner.partition(":")
+        if kind == "task" and owner not in owned:
+            where = f"groups.{name}.sets.{key}.owner = {settings.owner!r}"
+            known = hint_of(owner, owned, f"they are {', '.join(owned)}")
+            raise ConfigError(f"{where}: no task with a tower has that name; {known}")
+    return {EmbeddingSet(key, settings.owner): settings for key, settings in sets.items()}
 
 
 def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> None:

@@ -131,14 +131,15 @@ def lookups(
     kept = kept_behaviors(config.model, size, device)
     of_table = {}
     for name, group in groups.items():
-        for feature in group.features:
+        for table in group.tables:
+            feature = table.feature
             if feature in manifest.context and name == config.model.roles.context:
-                of_table[group.table_name(feature)] = Lookup(size.requests, size.requests)
+                of_table[group.table_name(table)] = Lookup(size.requests, size.requests)
                 continue
             behaviors = size.behaviors if name in early else kept if name in late else 0
             info = manifest.features[feature]
             ids = behaviors * info.of_behaviors + size.candidates * info.of_candidates
-            of_table[group.table_name(feature)] = Lookup(behaviors + size.candidates, ids)
+            of_table[group.table_name(table)] = Lookup(behaviors + size.candidates, ids)
     return of_table
 
 

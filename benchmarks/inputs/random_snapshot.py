@@ -20,6 +20,7 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype
 from trainer.assemble import build_model, feature_rows
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.run_config import Config
 from trainer.run_folder import versions
@@ -42,15 +43,17 @@ class _RandomSource:
     def dense(self) -> dict[str, Tensor]:
         collections = {}
         for name, group in self.groups.items():
-            empty = {group.table_name(table.feature): torch.empty(0) for table in group.tables}
+            empty = {group.table_name(table): torch.empty(0) for table in group.tables}
             collections[name] = PlainBagCollection(group, empty)
-        return dict(build_model(self.config, self.groups, collections, 1).state_dict())
+        tasks = resolve_tasks({}, ["click"])
+        return dict(build_model(self.config, self.groups, collections, tasks).state_dict())
 
-    def rows(self, group: str, feature: str) -> Iterator[tuple[int, Tensor]]:
-        (table,) = (table for table in self.groups[group].tables if table.feature == feature)
-        band = torch.randn(_BAND, table.dim) * 0.1
-        for first in range(0, table.rows, _BAND):
-            yield first, band[: table.rows - first]
+    def rows(self, group: str, table: str) -> Iterator[tuple[int, Tensor]]:
+        of_group = self.groups[group]
+        (spec,) = (spec for spec in of_group.tables if of_group.table_name(spec) == table)
+        band = torch.randn(_BAND, spec.dim) * 0.1
+        for first in range(0, spec.rows, _BAND):
+            yield first, band[: spec.rows - first]
 
 
 def measure_start(

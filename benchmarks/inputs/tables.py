@@ -15,7 +15,7 @@ def initialise_unsharded(model: nn.Module, groups: Mapping[str, TableGroup], see
     """Give plain, unsharded tables the weights they would start with under any plan."""
     for group in groups.values():
         for table in group.tables:
-            name = group.table_name(table.feature)
+            name = group.table_name(table)
             for parameter, weight in model.named_parameters():
                 if table_of(parameter) == name or parameter.endswith(f".{name}"):
                     initial_rows_(weight.data, table_seed(seed, name), group.first)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.heads.head import MlpHead
+from trainer.model.heads.head import Perceptron
 from trainer.model.ops.bags import rows_at
 from trainer.model.retrieve.score import AttentionVectors, MlpScorer
 from trainer.model.windows import Windows
@@ -39,9 +39,9 @@ class PlainDare(nn.Module):
         self.representation = nn.ModuleList(_table(count, dim) for count in rows.values())
         self.bias = nn.Parameter(torch.zeros(length + 1))
         self.position = nn.Parameter(torch.zeros(length + 1, width))
-        self.head = MlpHead(3 * width, _HIDDEN, 1)
+        self.head = Perceptron(3 * width, _HIDDEN, 1)
         self.k, self.published = k, published
-        self.auxiliary = MlpHead(3 * width, _AUXILIARY_HIDDEN, 1) if published else None
+        self.auxiliary = Perceptron(3 * width, _AUXILIARY_HIDDEN, 1) if published else None
 
     def forward(self, history: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """History [2, C, L], newest first, 0 = padding; target [2, C] -> logits [C, 1], auxiliary or None."""
@@ -62,7 +62,7 @@ class PlainDare(nn.Module):
         return main, self._logits(self.auxiliary, target_CD, score_CL, value_CLD)
 
     @staticmethod
-    def _logits(head: MlpHead, target_CD: Tensor, score_CX: Tensor, value_CXD: Tensor) -> Tensor:
+    def _logits(head: Perceptron, target_CD: Tensor, score_CX: Tensor, value_CXD: Tensor) -> Tensor:
         pooled_CD = (score_CX.softmax(1).unsqueeze(1) @ value_CXD).squeeze(1)
         logits: Tensor = head([target_CD, pooled_CD, target_CD * pooled_CD])
         return logits

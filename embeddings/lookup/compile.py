@@ -15,7 +15,7 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Emb
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embeddings.groups import TableGroup
+from embeddings.groups import TableGroup, TableSpec
 
 _DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 _TABLES_OF = {"bag": "embedding_bags", "sequence": "embeddings"}
@@ -25,7 +25,7 @@ def _described(group: TableGroup) -> list[dict[str, Any]]:
     """What TorchRec is told of each table, whatever the kind."""
     return [
         {
-            "name": group.table_name(table.feature),
+            "name": group.table_name(table),
             "num_embeddings": table.rows,
             "embedding_dim": table.dim,
             "feature_names": [table.feature],
@@ -74,12 +74,12 @@ def make_collection(group: TableGroup, device: torch.device) -> Collection:
     return kinds[group.kind](group, device)
 
 
-def weight_name(group: TableGroup, feature: str) -> str:
+def weight_name(group: TableGroup, table: TableSpec) -> str:
     """The name of a table's weights in the state dict of its collection."""
-    return f"{_TABLES_OF[group.kind]}.{group.table_name(feature)}.weight"
+    return f"{_TABLES_OF[group.kind]}.{group.table_name(table)}.weight"
 
 
 def side_by_side(found: Mapping[str, JaggedTensor], group: TableGroup) -> KeyedTensor:
     """Vectors of single ids, one jagged tensor a feature -> KeyedTensor [B, group.width], float32."""
-    values = torch.cat([found[feature].values() for feature in group.features], dim=1)
-    return KeyedTensor(group.features, [table.dim for table in group.tables], values.float())
+    values = torch.cat([found[key].values() for key in group.keys], dim=1)
+    return KeyedTensor(group.keys, [table.dim for table in group.tables], values.float())

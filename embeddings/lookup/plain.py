@@ -26,7 +26,7 @@ class PlainBagCollection(nn.Module):
         super().__init__()
         self.group = group
         for table in group.tables:
-            name = group.table_name(table.feature)
+            name = group.table_name(table)
             if trainable:
                 self.register_parameter(name, nn.Parameter(weights[name].clone()))
             else:
@@ -37,7 +37,7 @@ class PlainBagCollection(nn.Module):
         pooled = []
         for table in self.group.tables:
             bag = features[table.feature]
-            weight = getattr(self, self.group.table_name(table.feature))
+            weight = getattr(self, self.group.table_name(table))
             pooled.append(sum_bags(weight, bag.values(), bag.offsets().to(bag.values().dtype)))
         dims = [table.dim for table in self.group.tables]
-        return KeyedTensor(self.group.features, dims, torch.cat(pooled, dim=1))
+        return KeyedTensor(self.group.keys, dims, torch.cat(pooled, dim=1))

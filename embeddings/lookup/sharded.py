@@ -207,10 +207,10 @@ class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
 def _add_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -> None:
     """Give a module an optimizer for its data-parallel tables, if it has any, beside its fused ones."""
     replicated = {}
-    for feature in group.features:
-        table = module.module_sharding_plan[group.table_name(feature)]
+    for spec in group.tables:
+        table = module.module_sharding_plan[group.table_name(spec)]
         if table.sharding_type == ShardingType.DATA_PARALLEL.value:
-            name = weight_name(group, feature)
+            name = weight_name(group, spec)
             replicated[name] = module.get_parameter(name)
             # Marks it as taken care of, or it would be handed to the optimizer of the dense weights too.
             mark_as_updated(replicated[name], EmptyFusedOptimizer())

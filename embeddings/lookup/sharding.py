@@ -60,7 +60,7 @@ def shard(
             if isinstance(module, DistributedDataParallel):
                 # A function without annotations, since torch does not understand postponed ones.
                 module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
-    first = {group.table_name(t.feature): group.first for group in groups.values() for t in group.tables}
+    first = {group.table_name(t): group.first for group in groups.values() for t in group.tables}
     for name, weight in sharded.state_dict().items():
         table = table_of(name)
         if table in first:

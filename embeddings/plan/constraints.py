@@ -30,20 +30,20 @@ def constraints_of(request: PlanRequest) -> dict[str, ParameterConstraints]:
         ConfigError: a rule names an unknown table, or a kernel that is not allowed; or a table is too wide
             for a GPU in every way that it may lie.
     """
-    names = [group.table_name(table.feature) for group in request.groups for table in group.tables]
+    names = [group.table_name(table) for group in request.groups for table in group.tables]
     for name in request.rules.tables:
         if name not in names:
             hint = hint_of(name, names, f"tables: {', '.join(names)}")
             raise ConfigError(f"plan.tables.{name}: no such table; {hint}")
     return {
-        group.table_name(table.feature): _constraint(request, group, table)
+        group.table_name(table): _constraint(request, group, table)
         for group in request.groups
         for table in group.tables
     }
 
 
 def _constraint(request: PlanRequest, group: TableGroup, table: TableSpec) -> ParameterConstraints:
-    name, cluster = group.table_name(table.feature), request.cluster
+    name, cluster = group.table_name(table), request.cluster
     rule = request.rules.tables.get(name, TableRule())
     for kernel in rule.kernels:
         if kernel in UNIFIED and not request.rules.allow_unified_memory:
@@ -136,7 +136,7 @@ def check_rules(plan: ShardingPlan, request: PlanRequest, where: str) -> None:
     placed = {name: sharding for module in plan.plan.values() for name, sharding in module.items()}
     for group in request.groups:
         for table in group.tables:
-            name = group.table_name(table.feature)
+            name = group.table_name(table)
             sharding = placed[name]
             if sharding.compute_kernel in UNIFIED and not request.rules.allow_unified_memory:
                 raise ConfigError(
@@ -159,7 +159,7 @@ def check_rules(plan: ShardingPlan, request: PlanRequest, where: str) -> None:
 
 
 def _too_wide(group: TableGroup, table: TableSpec) -> str:
-    name = group.table_name(table.feature)
+    name = group.table_name(table)
     return (
         f"groups.{group.name}: feature {table.feature} has dim = {table.dim}, but lookups on a GPU (FBGEMM's "
         f"kernels) take rows of at most {WIDEST_ON_CUDA} numbers: make dim {WIDEST_ON_CUDA} or less, or cut "

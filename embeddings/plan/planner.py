@@ -224,8 +224,8 @@ def placements(saved: SavedPlan, groups: Iterable[TableGroup]) -> list[Placement
     placed = {name: sharding for tables in saved.plan.plan.values() for name, sharding in tables.items()}
     lines = []
     for group in groups:
-        for feature in group.features:
-            name = group.table_name(feature)
+        for table in group.tables:
+            name = group.table_name(table)
             sharding, (rows, dim, weight_bytes) = placed[name], saved.tables[name]
             kind, kernel, ranks = sharding.sharding_type, sharding.compute_kernel, tuple(sharding.ranks)
             lines.append(Placement(name, rows, dim, kind, kernel, ranks, weight_bytes))

@@ -43,7 +43,7 @@ class Report:
     @property
     def options(self) -> list[ShardingOption]:
         """In the order of the groups and their tables."""
-        names = [group.table_name(feature) for group in self.request.groups for feature in group.features]
+        names = [group.table_name(table) for group in self.request.groups for table in group.tables]
         return sorted(self.estimate.options, key=lambda option: names.index(option.name))
 
     def sent(self, option: ShardingOption, lookup: str, pooled: bool) -> Traffic:

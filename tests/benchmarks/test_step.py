@@ -20,6 +20,7 @@ from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.launching import ROOT, tandemrec
 from tests.helpers.models import draw, drawing
 from trainer.assemble import build_model, resolve_groups
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.rows import UserRows
 from trainer.model.frame import TwoStageModel
@@ -42,9 +43,10 @@ def drawn_model(config: Config, shape: Shape = SHAPE) -> tuple[TwoStageModel, di
     tables, collections = {}, {}
     for name, group in groups.items():
         drawn = {t.feature: torch.randn(t.rows, t.dim, generator=rng) for t in group.tables}
-        collections[name] = PlainBagCollection(group, {group.table_name(f): w for f, w in drawn.items()})
+        weights = {group.table_name(t): drawn[t.feature] for t in group.tables}
+        collections[name] = PlainBagCollection(group, weights)
         tables[name] = drawn
-    model = build_model(config, groups, collections, 1)
+    model = build_model(config, groups, collections, resolve_tasks({}, ["click"]))
     for part in (model.head, model.branches):
         draw(part, rng)
     return model.eval(), tables

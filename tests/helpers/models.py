@@ -15,6 +15,7 @@ from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import Shape, random_rows, write_log
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
@@ -107,10 +108,10 @@ def model_of(config: Config) -> TwoStageModel:
     """The model over plain, trainable tables; time tables are drawn, for they start from zero."""
     manifest = read_manifest(config.data.log)
     groups = resolve_groups(config, manifest)
-    weights = {g.table_name(t.feature): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
+    weights = {g.table_name(t): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
     collections = {name: PlainBagCollection(group, weights, True) for name, group in groups.items()}
     numbers = count_numbers(config, manifest.numeric)
-    model = build_model(config, groups, collections, len(manifest.tasks), numbers)
+    model = build_model(config, groups, collections, resolve_tasks(config.tasks, manifest.tasks), numbers)
     initialise_unsharded(model, groups, config.train.seed)
     rng = drawing(3)
     for name, parameter in model.named_parameters():

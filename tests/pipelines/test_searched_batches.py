@@ -17,6 +17,7 @@ from tests.helpers.logs import CONTEXT, FEATURES, RICH, enrich, random_rows, sma
 from tests.trainer.model.test_frame import model_of
 from trainer.assemble import build_model, resolve_groups
 from trainer.config.sections import DataConfig, SearchConfig
+from trainer.config.tasks import resolve_tasks
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.objectives.bce import loss_sum
@@ -133,9 +134,9 @@ def test_context_numbers_and_one_sided_features_train(tmp_path: Path) -> None:
     manifest = read_manifest(log)
     groups = resolve_groups(config, manifest)
     assert groups["context"].features == list(CONTEXT) and groups["attention"].features == list(RICH)
-    weights = {g.table_name(t.feature): torch.randn(t.rows, t.dim) for g in groups.values() for t in g.tables}
+    weights = {g.table_name(t): torch.randn(t.rows, t.dim) for g in groups.values() for t in g.tables}
     collections = {name: PlainBagCollection(group, weights, trainable=True) for name, group in groups.items()}
-    model = build_model(config, groups, collections, 2, numbers=1)
+    model = build_model(config, groups, collections, resolve_tasks({}, ["click", "like"]), numbers=1)
     batch = next(iter(SequenceLogReader(config.data, "train", None).steps())).batch
     logits = model(batch).logits
     assert logits.shape == (batch.candidates, 2)

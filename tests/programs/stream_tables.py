@@ -47,7 +47,7 @@ def main(path: Path, out: Path, dtype: str, rows: int, dim: int) -> None:
     torch.set_num_threads(1)
     group = TableGroup("attention", (TableSpec("item_id", rows, dim),))
     source = Source(Config(), {"attention": group}, TableReader(path))
-    next(source.rows("attention", "item_id"))
+    next(source.rows("attention", "attention__item_id"))
     growth = Growth()
     growth.start()
     Draft(out, source, {"attention": dtype}).write_tables()  # type: ignore[dict-item]

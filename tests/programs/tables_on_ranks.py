@@ -230,7 +230,7 @@ def train_plain(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]], 
 
 
 def plain_tables(group: TableGroup) -> PlainBagCollection:
-    weights = {group.table_name(t.feature): torch.empty(t.rows, t.dim) for t in group.tables}
+    weights = {group.table_name(t): torch.empty(t.rows, t.dim) for t in group.tables}
     return PlainBagCollection(group, weights, trainable=True)
 
 
@@ -256,9 +256,9 @@ def rows_difference(
 ) -> float:
     """Of the rows on this rank."""
     worst = 0.0
-    for feature in group.features:
-        expected = plain.get_parameter(f"collections.{group.name}.{group.table_name(feature)}").detach()
-        weight = state[f"collections.{group.name}.{weight_name(group, feature)}"]
+    for table in group.tables:
+        expected = plain.get_parameter(f"collections.{group.name}.{group.table_name(table)}").detach()
+        weight = state[f"collections.{group.name}.{weight_name(group, table)}"]
         places = [(weight, (0, 0))]
         if isinstance(weight, ShardedTensor):
             places = [(s.tensor, s.metadata.shard_offsets) for s in weight.local_shards()]

@@ -15,6 +15,7 @@ from tests.helpers.launching import ROOT, launched
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.programs.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
+from trainer.config.tasks import resolve_tasks
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.model.frame import TwoStageModel
@@ -22,6 +23,7 @@ from trainer.quality.evaluate import score_split
 from trainer.quality.scored import Scored
 from trainer.run_config import Config
 
+ONE_TASK = resolve_tasks({}, ["click"])
 # twin_v2 needs a clustered log and has tests of its own.
 PRESETS = sorted(
     path.stem
@@ -52,9 +54,9 @@ def model_of(config: Config, log: Path) -> tuple[TwoStageModel, dict[str, int]]:
     manifest = read_manifest(log)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dense_init": "default"})})
     groups = resolve_groups(config, manifest)
-    weights = {g.table_name(t.feature): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
+    weights = {g.table_name(t): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
     collections = {name: PlainBagCollection(group, weights, True) for name, group in groups.items()}
-    model = build_model(config, groups, collections, 1, count_numbers(config, manifest.numeric))
+    model = build_model(config, groups, collections, ONE_TASK, count_numbers(config, manifest.numeric))
     initialise_unsharded(model, groups, config.train.seed)
     rng = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -145,7 +147,7 @@ def test_a_model_built_without_memory_takes_over_all_weights(preset: str, log: P
     numbers = count_numbers(config, read_manifest(log).numeric)
     other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 999})})
     with torch.device("meta"):
-        loaded = build_model(other, groups, dict(model.collections.items()), 1, numbers)
+        loaded = build_model(other, groups, dict(model.collections.items()), ONE_TASK, numbers)
     dense = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("collections.")}
     loaded.load_state_dict({**model.state_dict(), **dense}, assign=True)
     batch = next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from embeddings.errors import CheckpointError, ConfigError
 from embeddings.optimizers import ROW_OPTIMIZERS
 from trainer.assemble import flat_settings
@@ -56,7 +58,7 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
             f"this run was trained on another log than data.log = {config.data.log} (features or counts "
             "differ, so ids may mean other things); name another --out"
         )
-    before, now = dict(flat_settings(state["config"])), dict(flat_settings(config.model_dump(mode="json")))
+    before, now = _settings_of(state), dict(flat_settings(config.model_dump(mode="json")))
     fixed = []
     for key in {**before, **now}:
         section = key.split(".")[0]
@@ -74,6 +76,18 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or name another --out"
             )
+
+
+def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint; a key that its version did not know has its default, with no effect.
+
+    What this version cannot take at all stays as it was written.
+    """
+    try:
+        given = Config.model_validate(state["config"]).model_dump(mode="json")
+    except ValidationError:
+        given = state["config"]
+    return dict(flat_settings(given))
 
 
 def changed_settings(state: Mapping[str, Any], config: Config) -> list[str]:

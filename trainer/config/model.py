@@ -16,6 +16,11 @@ from trainer.config.toml import Settings
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
+# Roles that no group need serve, and those of them that groups over features of requests serve.
+OPTIONAL_ROLES = ("cross", "context", "prior", "prior_context")
+CONTEXT_ROLES = ("context", "prior_context")
+
+
 class RolesConfig(Settings):
     """Which table group serves each of the roles (DARE, section 3; TWIN names one group four times)."""
 
@@ -32,6 +37,10 @@ class RolesConfig(Settings):
     features). Empty means none."""
     context: str = ""
     """A group over the log's context features. Its vectors go to the head. Empty means none."""
+    prior: str = ""
+    """A group over features of candidates that only gates of the head `experts` read. Empty means none."""
+    prior_context: str = ""
+    """The same over the log's context features."""
 
     def used(self) -> set[str]:
         """The groups named."""

@@ -65,6 +65,9 @@ class DataConfig(Settings):
     over the ranks, see docs/cluster.md. The steps and the positions in the log are the same either way."""
     shuffle_row_groups: PositiveInt = 64
     """Blocks are shuffled within this number of row groups."""
+    domain: str = ""
+    """The feature, of candidates or of requests and with exactly one id, that says which domain a candidate
+    is from. Empty means that there is one domain only."""
     ingestion_delay: int = Field(0, ge=0)
     """The number of seconds before a request in which behaviors are not yet visible to it."""
     verify: bool = True

@@ -33,6 +33,16 @@ _IGNORED_BY_KERNELS = {
 }
 
 
+class SetConfig(Settings):
+    """One set of a group: a complete copy of its tables, with rows of its own."""
+
+    owner: str = Field("shared", pattern=r"^(shared|task:[a-z][a-z0-9_]*|domain:[0-9]+)$")
+    """Who trains the set: `shared` is everybody, `task:NAME` one task, and `domain:ID` one domain of
+    data.domain."""
+    dim: Dim | None = None
+    """The width of the set's vectors. Not set means that of the group."""
+
+
 class GroupConfig(Settings):
     """One table group. If the section is left out, there are two groups, `attention` and `representation`."""
 
@@ -44,6 +54,11 @@ class GroupConfig(Settings):
     fusion: Literal["concat", "sum"] = "concat"
     """How a behavior's vector is made of the vectors of its features: `concat` puts them side by side, `sum`
     adds them up."""
+    sets: Annotated[int, Field(ge=1, le=64)] | Literal["tasks"] | dict[GroupName, SetConfig] = 1
+    """How many complete and independent copies of its tables the group has, for a group that serves the
+    representation (Multi-Embedding). They are looked up together. `tasks` means one shared set, and one for
+    each task, which that task owns (STEM). A table names the sets one by one, see
+    [groups.<name>.sets.<name>]."""
     optimizer: RowOptimizerName = "rowwise_adagrad"
     """The optimizer of the rows, which the backward pass updates (see docs/tables.md)."""
     learning_rate: float = Field(0.05, gt=0)
@@ -80,6 +95,10 @@ class GroupConfig(Settings):
 
     @model_validator(mode="after")
     def _check_together(self) -> GroupConfig:
+        if self.sets == {}:
+            raise ValueError("sets names no set: give one or more, or a number")
+        if self.kind == "sequence" and self.sets != 1:
+            raise ValueError('sets are for kind = "bag": TorchRec looks up no feature twice in sequences')
         if self.kind == "sequence":
             for kind in self.sharding:
                 if kind in _BAGS_ONLY:

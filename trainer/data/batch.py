@@ -35,6 +35,7 @@ class Sizes:
         one_id: every bag of every feature holds exactly one id.
         clusters: most clusters that a request may see; 0 where the batch has none.
         labelled: every candidate has a label of every task, so that none is NaN.
+        observed: candidates that have a label, of each task.
     """
 
     windows: tuple[int, ...]
@@ -44,6 +45,7 @@ class Sizes:
     one_id: bool
     clusters: int = 0
     labelled: bool = True
+    observed: tuple[int, ...] = ()
 
     @staticmethod
     def of(batch: RequestBatch) -> Sizes:
@@ -63,6 +65,7 @@ class Sizes:
             bool((lengths == 1).all()),
             most,
             not bool(batch.labels.isnan().any()),
+            tuple((~batch.labels.isnan()).sum(0).tolist()),
         )
 
     def longest(self, newest: int = 0) -> int:
@@ -138,12 +141,16 @@ class RequestBatch(Movable):
         seen: int64 [R], how many it may see, at most L, before a hard search or clusters cut the history.
         user_id, request_id: int64 [R], names of the request (grouping key of GAUC).
         candidate_request: int64 [C], ascending: which request a candidate belongs to.
-        labels: float32 [C, T]; weight: float32 [C], a candidate's weight in the loss.
+        labels: float32 [C, T], of the tasks; NaN where a task was not observed.
+        weight: float32 [C], a candidate's weight in the loss.
         numeric: float32 [C, X], the log's numbers and the hard search's match counts.
         context: KJT of stride R, or None where the log has no context features.
         retrieval: of a hard search, or None where a request sees its whole window.
         step_candidates: candidates of all ranks in this step, so that a mean over ranks is exact.
         clusters: of the histories, or None where the log has none or the model asks for none.
+        task_weight: float32 [C, T], a candidate's weight in the loss of each task, besides `weight`; None
+            where the log has none.
+        domain: int64 [C], or None where data.domain names none.
         sizes: counts of the parts above, on the host; None where they are not counted yet (see `host_sizes`).
             Whoever copies a batch with other windows, candidates or bags sets None.
     """
@@ -164,6 +171,8 @@ class RequestBatch(Movable):
     retrieval: Retrieval | None
     step_candidates: int
     clusters: Clusters | None = None
+    task_weight: Tensor | None = None
+    domain: Tensor | None = None
     sizes: Sizes | None = None
 
     @property

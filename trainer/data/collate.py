@@ -136,6 +136,7 @@ def collate(
             features.length_per_key() == [features.stride()] * len(bags) and max(bags, default=1) <= 1,
             past.most_clusters,
             not bool(labels.isnan().any()),
+            tuple((~labels.isnan()).sum(0).tolist()),
         ),
     )
 

@@ -66,7 +66,7 @@ class Lookups(nn.Module):
         vectors = {}
         for name, keyed in pooled.items():
             group = self.groups[name]
-            vectors[name] = group.fuse(vectors_in_order(keyed, group.features))
+            vectors[name] = group.fuse(vectors_in_order(keyed, group.keys))
             if self._cuts is not None and torch.is_grad_enabled():
                 outside = vectors[name].detach().requires_grad_()
                 self._cuts.append(Cut(name, vectors[name], outside))

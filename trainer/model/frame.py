@@ -11,7 +11,7 @@ collections, and looks into no tensor. The trace does not enter those modules; a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.lookup.jagged import select_bags
+from trainer.config.tasks import Task
 from trainer.data.batch import RequestBatch
 from trainer.model.border import Lookups
 from trainer.model.branch import Branch, at_least_one_row
+from trainer.model.heads.head import HeadInput, HeadSizes
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.search import Retrieval
 from trainer.model.settings import ModelConfig
@@ -34,12 +36,15 @@ class Prediction(NamedTuple):
     """What the model says of C candidates and T tasks.
 
     Attributes:
-        logits: float32 [C, T].
+        logits: float32 [C, T], log odds of each task's probability.
         auxiliary: logits [C, T] of the auxiliary head while training, else None.
+        base, experts: of `trainer.model.heads.head.HeadOutput`.
     """
 
     logits: Tensor
     auxiliary: Tensor | None
+    base: Tensor | None = None
+    experts: Tensor | None = None
 
 
 class Retrievals(NamedTuple):
@@ -125,12 +130,13 @@ class Pooling(nn.Module):
         retrievals: Retrievals,
         first: Mapping[str, Tensor],
         late: Mapping[str, Tensor],
-    ) -> tuple[list[Tensor], Branch, Behaviors]:
-        """-> what the head is given, each [C, width]; the main branch and what its first expert read.
+    ) -> tuple[HeadInput, Branch, Behaviors]:
+        """-> what the head is given; the main branch and what its first expert read.
 
         `first`: of all behaviors and candidates, and of the context; `late`: of `retrievals.bags`.
         """
         parts: list[Tensor] = []
+        beside: list[Tensor] = []
         read: dict[str, Behaviors] = {}
         branches = retrievals.branches.named()
         # Rows of each group: target [C, D], behaviors [S, D].
@@ -153,10 +159,10 @@ class Pooling(nn.Module):
                 read.setdefault(name, behaviors)
                 parts += expert.sequence(behaviors, weight_CHK)
         if self.numbers:
-            parts.append(batch.numeric.sign() * batch.numeric.abs().log1p())
+            beside.append(batch.numeric.sign() * batch.numeric.abs().log1p())
         if self.context:
-            parts.append(first[self.context][batch.candidate_request])
-        return parts, branches["main"], read["main"]
+            beside.append(first[self.context][batch.candidate_request])
+        return HeadInput({"": parts}, beside), branches["main"], read["main"]
 
 
 class TwoStageModel(nn.Module):
@@ -167,7 +173,7 @@ class TwoStageModel(nn.Module):
         dimensions: groups, L, levels of the hard search, seed.
         collections: group name -> module that maps a KJT of stride B to a KeyedTensor of [B, width];
             an EmbeddingBagCollection in training, plain tables when scoring.
-        tasks: T.
+        tasks: what it predicts, T in number.
         numbers: X, numeric features of a candidate; they reach the head as sign(x) log(1 + |x|).
     """
 
@@ -176,7 +182,7 @@ class TwoStageModel(nn.Module):
         config: ModelConfig,
         dimensions: Dimensions,
         collections: Mapping[str, nn.Module],
-        tasks: int,
+        tasks: Sequence[Task],
         numbers: int = 0,
     ) -> None:
         super().__init__()
@@ -191,11 +197,11 @@ class TwoStageModel(nn.Module):
             sum(expert.sequence.output_width for expert in branch.experts) for branch in branches.values()
         ]
         beside = numbers + (groups[roles.context].width if roles.context else 0)
-        self.head = config.head_kind.build(config, widths, beside, tasks)
+        self.head = config.head_kind.build(config, HeadSizes({"": widths}, beside, tasks))
         self.auxiliary = None
         if config.auxiliary_kind is not None:
             width = groups[roles.representation_target].width
-            self.auxiliary = config.auxiliary_kind.build(config, width, tasks)
+            self.auxiliary = config.auxiliary_kind.build(config, width, len(tasks))
         if config.dense_init == "normal":
             # Everything dense without "bias" in its name, scales and slopes too (DARE's code).
             with torch.no_grad():
@@ -209,12 +215,12 @@ class TwoStageModel(nn.Module):
         if self.late:
             # A collection takes from the bags those of its own features.
             late = self.lookups({name: self.collections[name](retrievals.bags) for name in self.late})
-        parts, main, behaviors = self.pooling(batch, retrievals, first, late)
-        logits = self.head(parts)
+        given, main, behaviors = self.pooling(batch, retrievals, first, late)
+        output = self.head(given)
         auxiliary = None
         if self.auxiliary is not None and self.training:
             auxiliary = self.auxiliary(main, behaviors)
-        return Prediction(logits, auxiliary)
+        return Prediction(output.logits, auxiliary, output.base, output.experts)
 
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Selection]:

@@ -17,13 +17,14 @@ class Dimensions:
 
     Attributes:
         groups: the resolved table groups; history_length: L; levels: of the hard search while reading.
-        seed: of fixed random projections.
+        seed: of fixed random projections; domains: ids that a domain may have, 0 where there is none.
     """
 
     groups: Mapping[str, TableGroup]
     history_length: int
     levels: int
     seed: int
+    domains: int = 0
 
 
 class BranchSizes:

@@ -13,7 +13,7 @@ from embeddings.errors import SnapshotError
 from embeddings.private import compile_package
 from trainer.model.branch import Branch
 from trainer.model.frame import TwoStageModel
-from trainer.model.heads.head import Head
+from trainer.model.heads.head import Head, HeadInput, HeadOutput
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.score import AttentionVectors
 from trainer.model.time import Marks
@@ -32,8 +32,8 @@ class _Probabilities(nn.Module):
         self.head = head
 
     def forward(self, parts_CW: Tensor) -> Tensor:
-        logits: Tensor = self.head([parts_CW])
-        return logits.sigmoid()
+        output: HeadOutput = self.head(HeadInput({"": [parts_CW]}, []))
+        return output.logits.sigmoid()
 
 
 class _Ranking(nn.Module):
@@ -69,8 +69,8 @@ class _Ranking(nn.Module):
         encoded, value_SD = branch.scorer.encode(raw), value_CKD.flatten(0, 1)
         behaviors = Behaviors(windows, raw, encoded, selection, False, target_CD, value_SD, place_CK)
         parts = branch.sequence(behaviors, branch.weigh(behaviors))
-        logits: Tensor = self.head(parts)
-        return logits.sigmoid()
+        output: HeadOutput = self.head(HeadInput({"": parts}, []))
+        return output.logits.sigmoid()
 
 
 def check_compiler(root: Path) -> None:

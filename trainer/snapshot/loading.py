@@ -15,6 +15,7 @@ from embeddings.errors import ConfigError, DataError, SnapshotError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from trainer.assemble import build_model, count_numbers
+from trainer.config.tasks import labels_of, resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
 from trainer.log.schema import FeatureInfo
@@ -277,11 +278,12 @@ def _load(path: Path) -> Snapshot:
         name: chain.rows(stem, name) for stem, name, _ in manifest.matrices() if stem.startswith("tables/")
     }
     collections = {name: PlainBagCollection(group, tables) for name, group in groups.items()}
-    numbers = count_numbers(manifest.config, manifest.numeric)
+    numbers, given = count_numbers(manifest.config, manifest.numeric), manifest.config.tasks
+    tasks = resolve_tasks(given, labels_of(given, manifest.tasks))
     # Sizes in the config cost nothing until the tensors turn out to have them.
     with torch.device("meta"):
         model = _fitted_to_config(
-            path, lambda: build_model(manifest.config, groups, collections, len(manifest.tasks), numbers)
+            path, lambda: build_model(manifest.config, groups, collections, tasks, numbers)
         )
     # Copies, because a matrix product over a mapped file's unaligned memory rounds differently.
     dense = {name: tensor.clone() for name, tensor in read_tensors(path, DENSE).items()}

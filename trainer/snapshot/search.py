@@ -22,10 +22,14 @@ from trainer.snapshot.manifest import SearchPart
 
 @dataclass(frozen=True)
 class Part:
-    """One matrix to write: a table's rows [rows, width], times `projection` [width, dim] if there is one."""
+    """One matrix to write: a table's rows [rows, width], times `projection` [width, dim] if there is one.
+
+    `table` is the name of the table.
+    """
 
     side: Literal["key", "query"]
     group: str
+    table: str
     feature: str
     rows: int
     dim: int
@@ -95,9 +99,9 @@ def _parts(
         maps = dense[f"{prefix}.weight"].split([table.dim for table in attended], dim=1)
     elif settings.projection == "feature":
         maps = [dense[f"{prefix}.maps.{i}.weight"] for i in range(len(attended))]
-    return [
-        Part(side, group.name, table.feature, table.rows, table.dim, None)
-        if weight is None
-        else Part(side, group.name, table.feature, table.rows, weight.shape[0], weight.T)
-        for table, weight in zip(attended, maps, strict=True)
-    ]
+    parts = []
+    for table, weight in zip(attended, maps, strict=True):
+        dim, projection = (table.dim, None) if weight is None else (weight.shape[0], weight.T)
+        name = group.table_name(table)
+        parts.append(Part(side, group.name, name, table.feature, table.rows, dim, projection))
+    return parts

@@ -58,9 +58,9 @@ class Source:
         """Everything but tables, under the names of the model's state dict."""
         return {n: self.reader.whole(n) for n in self.reader.names() if not n.startswith("collections.")}
 
-    def rows(self, group: str, feature: str) -> Iterator[tuple[int, Tensor]]:
-        """A table as (first row, rows)."""
-        return self.reader.bands(self.reader.table(group, self.groups[group].table_name(feature)))
+    def rows(self, group: str, table: str) -> Iterator[tuple[int, Tensor]]:
+        """A table of a group, by its name, as (first row, rows)."""
+        return self.reader.bands(self.reader.table(group, table))
 
 
 @dataclass
@@ -80,9 +80,9 @@ class Draft:
         for name, group in self.source.groups.items():
             entries = []
             for place, table in enumerate(group.tables):
-                key = group.table_name(table.feature)
+                key = group.table_name(table)
                 shape = table.rows, table.dim
-                rows = partial(self._table_rows, name, table.feature, key)
+                rows = partial(self._table_rows, name, key)
                 stored = self._write(table_stem(name, place), key, shape, self.dtypes[name], rows)
                 entries.append(SnapshotTable(feature=table.feature, **stored.model_dump()))
             tables[name] = tuple(entries)
@@ -122,14 +122,14 @@ class Draft:
             return write_rows(self.folder, stem, name, shape, dtype, rows)
         return write_changes(self.folder, stem, name, shape, dtype, rows, self.base.rows(stem, name))
 
-    def _table_rows(self, group: str, feature: str, table: str) -> Iterator[tuple[int, Tensor]]:
-        for first, band in self.source.rows(group, feature):
+    def _table_rows(self, group: str, table: str) -> Iterator[tuple[int, Tensor]]:
+        for first, band in self.source.rows(group, table):
             if self.watch is not None:
                 self.watch(table, first, band)
             yield first, band
 
     def _part_rows(self, part: Part) -> Iterator[tuple[int, Tensor]]:
-        for first, band in self.source.rows(part.group, part.feature):
+        for first, band in self.source.rows(part.group, part.table):
             yield first, part.of(band)
 
 

@@ -92,7 +92,7 @@ def test_bags_and_sequences_are_one_on_single_ids(
         vectors = model(bags)
         (vectors * weigh).sum().backward()
         state = model.state_dict()
-        rows = [whole_tensor(state[f"collections.g.{weight_name(group, feature)}"]) for feature in ROWS]
+        rows = [whole_tensor(state[f"collections.g.{weight_name(group, table)}"]) for table in group.tables]
         found[kind] = (vectors.detach(), *rows)
     assert torch.equal(found["bag"][0], found["sequence"][0])
     for bag, sequence in zip(found["bag"][1:], found["sequence"][1:], strict=True):

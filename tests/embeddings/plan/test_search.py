@@ -29,7 +29,7 @@ def task(
     model = nn.Module()
     model.g = make_collection(group, torch.device("meta"))
     attach_optimizer(model.g, FusedOptimizer())
-    lookups = {group.table_name(spec.feature): Lookup(1000, 1000) for spec in specs}
+    lookups = {group.table_name(spec): Lookup(1000, 1000) for spec in specs}
     return PlanRequest(
         model, (group,), Cluster("cuda", 8, 8, hbm, 500 * GB), lookups=lookups, say=LINES.append
     )

@@ -75,7 +75,7 @@ def task_of(
     model = nn.Module()
     model.g = make_collection(group, torch.device("meta"))
     attach_optimizer(model.g, group.optimizer)
-    asked = {group.table_name(feature): Lookup(100_000, 100_000) for feature in group.features}
+    asked = {group.table_name(table): Lookup(100_000, 100_000) for table in group.tables}
     cluster = Cluster(device, world, min(world, 8), hbm, 500 * GB)
     return PlanRequest(model, (group,), cluster, lookups=asked, **given)
 

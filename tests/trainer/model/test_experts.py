@@ -13,7 +13,8 @@ from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.logs import FEATURES, random_rows, write_log
 from tests.trainer.model.test_frame import batch_of, config
 from trainer.assemble import build_model
-from trainer.config.model import RolesConfig
+from trainer.config.model import OPTIONAL_ROLES, RolesConfig
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.model.branch import Branch, Expert
 from trainer.model.frame import TwoStageModel
@@ -52,14 +53,14 @@ def model_with(
     """The same weights whoever is there: a number for each name."""
     settings = config(log, lookup=lookup)
     groups = build_groups(settings, FEATURES)
-    roles = dict.fromkeys(RolesConfig().model_dump(exclude={"cross", "context"}), "other")
+    roles = dict.fromkeys(RolesConfig().model_dump(exclude=set(OPTIONAL_ROLES)), "other")
     groups |= build_groups(
         config(log, groups={"other": {"dim": 12, "init_scale": 1.0}}, roles=roles), FEATURES
     )
-    weights = {g.table_name(t.feature): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
+    weights = {g.table_name(t): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
     collections = {name: PlainBagCollection(group, weights, True) for name, group in groups.items()}
     monkeypatch.setattr("trainer.model.frame.Branch", type("Some", (TwoExperts,), {"chosen": chosen}))
-    model = build_model(settings, groups, collections, 1)
+    model = build_model(settings, groups, collections, resolve_tasks({}, ["click"]))
     initialise_unsharded(model, groups, 1)
     for name, parameter in model.branches.named_parameters():
         nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
@@ -70,7 +71,7 @@ def run(model: TwoStageModel, batch: RequestBatch) -> tuple[list[Tensor], int]:
     """What the head is given, and how often the search ran; then a backward pass that all take part in."""
     parts: list[Tensor] = []
     searches = []
-    model.pooling.register_forward_hook(lambda _, __, found: parts.extend(found[0]))
+    model.pooling.register_forward_hook(lambda _, __, found: parts.extend(found[0].parts))
     model.branches["main"].search.register_forward_hook(lambda *_: searches.append(1))
     model(batch).logits.square().sum().backward()
     return parts, len(searches)

@@ -16,9 +16,11 @@ from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from trainer.assemble import build_model
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.frame import TwoStageModel
+from trainer.model.heads.head import HeadInput
 from trainer.objectives.bce import loss_sum
 from trainer.objectives.losses import rank_loss
 from trainer.run_config import Config, build_groups
@@ -47,9 +49,9 @@ def config(
 def model_of(config: Config, trainable: bool = True) -> tuple[TwoStageModel, dict[str, TableGroup]]:
     """Plain tables with trained-looking time tables (zeros would hide mistakes)."""
     groups = build_groups(config, FEATURES)
-    weights = {g.table_name(t.feature): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
+    weights = {g.table_name(t): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
     collections = {name: PlainBagCollection(group, weights, trainable) for name, group in groups.items()}
-    model = build_model(config, groups, collections, 1)
+    model = build_model(config, groups, collections, resolve_tasks({}, ["click"]))
     initialise_unsharded(model, groups, config.train.seed)
     rng = torch.Generator().manual_seed(3)
     main = model.branches["main"]
@@ -76,9 +78,9 @@ def one_sample(
         tables = model.collections[group.name]
         rows = [
             nn.functional.embedding(
-                batch.features[f].values()[bag : bag + 1], getattr(tables, group.table_name(f))
+                batch.features[t.feature].values()[bag : bag + 1], getattr(tables, group.table_name(t))
             )[0]
-            for f in group.features
+            for t in group.tables
         ]
         return torch.stack(rows).sum(0) if group.fusion == "sum" else torch.cat(rows)
 
@@ -108,7 +110,7 @@ def one_sample(
                 + time["position"][times[i][0]]
                 + time["age"][times[i][1]]
             )
-    return model.head([x[None] for x in (target, pooled, target * pooled)])[0]
+    return model.head(HeadInput({"": [x[None] for x in (target, pooled, target * pooled)]}, [])).logits[0]
 
 
 CASES = {
@@ -155,7 +157,7 @@ def test_bag_collection_equals_plain_tables(tmp_path: Path) -> None:
     groups = build_groups(settings, FEATURES)
     group = groups["attention"]
     fbgemm = make_collection(group, torch.device("cpu"))
-    weights = {group.table_name(t.feature): torch.randn(t.rows, t.dim) for t in group.tables}
+    weights = {group.table_name(t): torch.randn(t.rows, t.dim) for t in group.tables}
     fbgemm.load_state_dict({f"embedding_bags.{name}.weight": w for name, w in weights.items()})
     ids = torch.stack([torch.randint(0, rows, (50,)) for rows in FEATURES.values()])
     kjt = one_id_bags(list(FEATURES), ids)

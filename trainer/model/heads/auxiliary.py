@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.model.heads.head import MlpHead
+from trainer.model.heads.head import Perceptron
 from trainer.model.read.sequence import Behaviors
 from trainer.model.windows import pooled_windows
 
@@ -21,7 +21,7 @@ class Auxiliary(nn.Module):
 
     def __init__(self, width: int, model: Any, tasks: int) -> None:
         super().__init__()
-        self.head = MlpHead(width, model.auxiliary_hidden, tasks, model.norm)
+        self.head = Perceptron(width, model.auxiliary_hidden, tasks, model.norm)
 
     @classmethod
     def build(cls, model: Any, width: int, tasks: int) -> Auxiliary:

@@ -2,17 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config.model import ModelKeys, Width
+from trainer.config.tasks import Task
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """What is known of C candidates when the head is asked.
+
+    Attributes:
+        sets: set of the representation -> parts, each [C, *], of the branches that read it; one set without a
+            name unless the config asks for several.
+        beside: what else is known of a candidate, each [C, *]: its numbers and the context.
+        prior: [C, P], vectors that only gates read; domain: int64 [C].
+    """
+
+    sets: Mapping[str, list[Tensor]]
+    beside: list[Tensor]
+    prior: Tensor | None = None
+    domain: Tensor | None = None
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Everything but the prior and the domain: the parts of all sets, then what is beside."""
+        return [*(part for parts in self.sets.values() for part in parts), *self.beside]
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """What a head is built from besides its settings.
+
+    Attributes:
+        sets: set -> widths of what each branch gives; owners: set -> `shared`, `task:NAME` or `domain:ID`.
+        beside: of all else that is known of a candidate; prior: P, 0 without a prior.
+        domains: ids that a domain may have, 0 where candidates have no domain.
+        tasks: those that need a tower, T in number.
+    """
+
+    sets: Mapping[str, Sequence[int]]
+    beside: int
+    tasks: Sequence[Task]
+    owners: Mapping[str, str] = field(default_factory=dict)
+    prior: int = 0
+    domains: int = 0
+
+    @property
+    def width(self) -> int:
+        """Of `HeadInput.parts` side by side."""
+        return sum(sum(widths) for widths in self.sets.values()) + self.beside
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a head gives for each candidate, see `HeadOutput.of`."""
+        jrc = any(task.settings.rank == "jrc" for task in self.tasks)
+        return len(self.tasks) * (2 if jrc else 1)
+
+
+class HeadOutput(NamedTuple):
+    """What a head says of C candidates.
+
+    Attributes:
+        logits: float32 [C, T], log odds of each task.
+        base: [C, T], the logit of the negative class, for objectives that train two logits a task (JRC): that
+            of the positive class is `logits` + `base`. None where no task has such an objective.
+        experts: [C, E, d], what the shared experts of the first layer give, for their covariance; None where
+            nobody asks for it.
+    """
+
+    logits: Tensor
+    base: Tensor | None = None
+    experts: Tensor | None = None
+
+    @classmethod
+    def of(cls, output: Tensor, tasks: int) -> HeadOutput:
+        """`output`: [C, T] or [C, 2 T], see `HeadSizes.outputs`."""
+        if output.shape[1] == tasks:
+            return cls(output)
+        return cls(output[:, :tasks], output[:, tasks:])
 
 
 class Head(nn.Module):
-    """Maps the branches' parts to logits, and says what must be known of it.
+    """Maps what the branches give to logits, and says what must be known of it.
 
     Attributes:
         keys: the settings class of a model, or a subclass of it with the keys that this head adds.
@@ -24,12 +101,8 @@ class Head(nn.Module):
     compile_obstacle: ClassVar[str] = "needs its parts one by one"
 
     @classmethod
-    def build(cls, model: Any, widths: Sequence[int], beside: int, tasks: int) -> Head:
-        """The head of a model with these settings.
-
-        Args:
-            widths: of what each branch gives; beside: of all else that is known of a candidate; tasks: T.
-        """
+    def build(cls, model: Any, sizes: HeadSizes) -> Head:
+        """The head of a model with these settings."""
         raise NotImplementedError
 
     @classmethod
@@ -37,9 +110,34 @@ class Head(nn.Module):
         """What is wrong with a model that has this head; empty if nothing is."""
         return ""
 
-    def forward(self, parts: list[Tensor]) -> Tensor:
-        """Parts, each [C, *], those of the branches first -> logits [C, T]."""
+    def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
+
+
+class Perceptron(nn.Module):
+    """A normalisation, then Linear and PReLU layers, then one linear map.
+
+    Args:
+        width: of all parts together; hidden: widths of the layers; outputs: numbers that it gives.
+        norm: `layer` is the same in any company: training, evaluation, ranks and serving agree without
+            running statistics. `batch` is the BatchNorm1d of DARE's code, whose statistics each rank takes of
+            its own part of the batch, so that two ranks no longer equal one.
+    """
+
+    def __init__(
+        self, width: int, hidden: Sequence[int], outputs: int, norm: Literal["layer", "batch"] = "layer"
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width)]
+        for size in hidden:
+            layers += [nn.Linear(width, size), nn.PReLU()]
+            width = size
+        self.layers = nn.Sequential(*layers, nn.Linear(width, outputs))
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        """Parts, each [C, *] -> [C, outputs]."""
+        output: Tensor = self.layers(torch.cat(parts, dim=1))
+        return output
 
 
 class MlpKeys(ModelKeys):
@@ -50,35 +148,24 @@ class MlpKeys(ModelKeys):
 
 
 class MlpHead(Head):
-    """A normalisation, then Linear and PReLU layers, then one linear output a task.
-
-    Args:
-        width: of all parts together; hidden: widths of the layers; tasks: T.
-        norm: `layer` is the same in any company: training, evaluation, ranks and serving agree without
-            running statistics. `batch` is the BatchNorm1d of DARE's code, whose statistics each rank takes of
-            its own part of the batch, so that two ranks no longer equal one.
-    """
+    """One `Perceptron` over all parts, whose last map has one output a task (shared bottom)."""
 
     keys = MlpKeys
     compile_obstacle = ""
 
     @classmethod
-    def build(cls, model: Any, widths: Sequence[int], beside: int, tasks: int) -> MlpHead:
-        return cls(sum(widths) + beside, model.hidden, tasks, model.norm)
+    def build(cls, model: Any, sizes: HeadSizes) -> MlpHead:
+        return cls(sizes, model.hidden, model.norm)
 
     def __init__(
-        self, width: int, hidden: Sequence[int], tasks: int, norm: Literal["layer", "batch"] = "layer"
+        self, sizes: HeadSizes, hidden: Sequence[int], norm: Literal["layer", "batch"] = "layer"
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width)]
-        for size in hidden:
-            layers += [nn.Linear(width, size), nn.PReLU()]
-            width = size
-        self.layers = nn.Sequential(*layers, nn.Linear(width, tasks))
+        self.tasks = len(sizes.tasks)
+        self.layers = Perceptron(sizes.width, hidden, sizes.outputs, norm).layers
 
-    def forward(self, parts: list[Tensor]) -> Tensor:
-        logits: Tensor = self.layers(torch.cat(parts, dim=1))
-        return logits
+    def forward(self, given: HeadInput) -> HeadOutput:
+        return HeadOutput.of(self.layers(torch.cat(given.parts, dim=1)), self.tasks)
 
 
 class DotHead(Head):
@@ -86,27 +173,29 @@ class DotHead(Head):
 
     Args:
         width: D of user and item; beside: width of what else is known of the candidate; tasks: T.
+        outputs: T, or 2 T where some task trains two logits.
     """
 
     compile_obstacle = "is one product"
 
     @classmethod
-    def build(cls, model: Any, widths: Sequence[int], beside: int, tasks: int) -> DotHead:
-        return cls(sum(widths) // 2, beside, tasks)
+    def build(cls, model: Any, sizes: HeadSizes) -> DotHead:
+        (widths,) = sizes.sets.values()
+        return cls(sum(widths) // 2, sizes.beside, len(sizes.tasks), sizes.outputs)
 
     @classmethod
     def problem(cls, model: Any) -> str:
         fits = model.sequence_kind.two_towers and not model.branches
         return "" if fits else 'head = "dot" goes with sequence = "sasrec" and no further branches'
 
-    def __init__(self, width: int, beside: int, tasks: int) -> None:
+    def __init__(self, width: int, beside: int, tasks: int, outputs: int) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(tasks))
-        self.item = nn.Linear(width + beside, tasks)
+        self.tasks = tasks
+        self.scale = nn.Parameter(torch.ones(outputs))
+        self.item = nn.Linear(width + beside, outputs)
 
-    def forward(self, parts: list[Tensor]) -> Tensor:
-        """[user [C, D], item [C, D], whatever is beside] -> logits [C, T]."""
-        user, *item = parts
+    def forward(self, given: HeadInput) -> HeadOutput:
+        """The parts of the one set are user [C, D] and item [C, D]."""
+        user, *item = given.parts
         product_C1 = (user * item[0]).sum(1, keepdim=True) * user.shape[1] ** -0.5
-        logits: Tensor = product_C1 * self.scale + self.item(torch.cat(item, dim=1))
-        return logits
+        return HeadOutput.of(product_C1 * self.scale + self.item(torch.cat(item, dim=1)), self.tasks)

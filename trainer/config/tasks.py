@@ -1,0 +1,123 @@
+"""The section tasks of the trainer's configuration: what a model predicts, and how each task is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from embeddings.errors import ConfigError, hint_of
+from trainer.config.model import Width
+from trainer.config.toml import Settings
+
+# A task's name is part of the names of modules, tensors, columns and files.
+TaskName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
+
+
+class TaskConfig(Settings):
+    """One task. If there is no section, every label of the log is a task, and their losses are averaged."""
+
+    label: str = ""
+    """The label of the log that the task predicts. Empty means the label of the task's own name."""
+    mask: str = ""
+    """An expression over labels of the log, such as `click == 1`. Where it is not true the task is not
+    observed: such a candidate has no part in its loss and its metrics. Empty means no such condition."""
+    loss: str = "bce"
+    """The objective of single candidates, `bce` or `focal`. `none` means that the task is not trained by
+    itself, but only as a part of a `product`."""
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """The factor of the task's loss in the total."""
+    mean: Literal["step", "domain"] = "step"
+    """How the losses of candidates become one: `step` is their mean over all observed candidates of a step,
+    `domain` is the sum over domains of the means of each domain (Crocodile), see data.domain."""
+    rank: str = "none"
+    """A ranking loss beside `loss`: `pair`, `list`, `listce` or `jrc`. `none` means none."""
+    bce_weight: float = Field(0.5, ge=0, le=1)
+    """With `rank`, the share of `loss`. The ranking loss has the rest."""
+    pairs: Literal["step", "request", "domain"] = "step"
+    """Which candidates the ranking loss compares: all of a `step`, on whatever rank they are, those of one
+    `request`, or those of one `domain` in a step."""
+    product: tuple[TaskName, ...] = ()
+    """Other tasks. The task then has no tower of its own: its probability is the product of theirs, on all
+    candidates (ESMM)."""
+    tower: tuple[Width, ...] | None = None
+    """The widths of the layers of the task's tower, for a head with towers. Not set means model.hidden."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TaskConfig:
+        if self.product and self.tower is not None:
+            raise ValueError("a task with a product has no tower: leave tower out")
+        if len(self.product) == 1:
+            raise ValueError("a product needs two tasks or more")
+        if self.loss == "none" and self.rank != "none":
+            raise ValueError(f'rank = "{self.rank}" is trained beside a loss: set loss = "bce"')
+        return self
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of a run: its place among the tasks is its column in labels [C, T] and logits [C, T].
+
+    Attributes:
+        name: of the task; label: of the log; settings: as they were given, or the defaults.
+        weight: of its loss in the total. Without a section [tasks] that is 1 / T.
+    """
+
+    name: str
+    label: str
+    settings: TaskConfig
+    weight: float
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether the head gives its logit, and no product of others."""
+        return not self.settings.product
+
+
+def resolve_tasks(configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> tuple[Task, ...]:
+    """The tasks of a run, in the order of the config, or of the log where the config has none.
+
+    Args:
+        configs: the section [tasks]; labels: those that the log has.
+
+    Raises:
+        ConfigError: a task names a label that the log does not have, or a product names no task with a tower.
+    """
+    if not configs:
+        return tuple(Task(label, label, TaskConfig(), 1 / len(labels)) for label in labels)
+    tasks = []
+    for name, settings in configs.items():
+        label = settings.label or name
+        if label not in labels:
+            key = f"tasks.{name}.label = {label!r}" if settings.label else f"tasks.{name}"
+            raise ConfigError(f"{key}: the log has no such label; {_known(label, labels)}")
+        tasks.append(Task(name, label, settings, settings.weight))
+    towers = [task.name for task in tasks if task.has_tower]
+    for task in tasks:
+        for part in task.settings.product:
+            if part not in towers:
+                problem = f"names {part!r}, which is no task with a tower"
+                raise ConfigError(f"tasks.{task.name}.product {problem}; {_known(part, towers)}")
+    return tuple(tasks)
+
+
+def labels_of(configs: Mapping[str, TaskConfig], names: Sequence[str]) -> list[str]:
+    """The labels that tasks of these names predict, where no log is at hand.
+
+    Args:
+        configs: the section [tasks] that they were resolved with.
+    """
+    if not configs:
+        return list(names)
+    return [settings.label or name for name, settings in configs.items()]
+
+
+def names_of(tasks: Iterable[Task]) -> list[str]:
+    """The names of tasks, in their order."""
+    return [task.name for task in tasks]
+
+
+def _known(name: str, known: Sequence[str]) -> str:
+    return hint_of(name, known, f"it has {', '.join(known)}")
