@@ -13,7 +13,7 @@ from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.logs import FEATURES, random_rows, write_log
 from tests.trainer.model.test_frame import batch_of, config
 from trainer.assemble import build_model
-from trainer.config.model import RolesConfig
+from trainer.config.model import OPTIONAL_ROLES, RolesConfig
 from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.model.branch import Branch, Expert
@@ -53,7 +53,7 @@ def model_with(
     """The same weights whoever is there: a number for each name."""
     settings = config(log, lookup=lookup)
     groups = build_groups(settings, FEATURES)
-    roles = dict.fromkeys(RolesConfig().model_dump(exclude={"cross", "context"}), "other")
+    roles = dict.fromkeys(RolesConfig().model_dump(exclude=set(OPTIONAL_ROLES)), "other")
     groups |= build_groups(
         config(log, groups={"other": {"dim": 12, "init_scale": 1.0}}, roles=roles), FEATURES
     )
