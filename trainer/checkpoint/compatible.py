@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from embeddings.errors import CheckpointError, ConfigError
 from embeddings.optimizers import ROW_OPTIMIZERS
 from trainer.assemble import flat_settings
@@ -31,9 +33,11 @@ PlanTree = Mapping[str, Any]
 
 def log_fingerprint(manifest: LogManifest) -> str:
     """What a log is to a run: its features, tasks and counts, whatever bytes or folder hold it."""
-    splits = {name: info.model_dump(exclude={"files"}) for name, info in manifest.splits.items()}
+    # What older logs do not say is left out where it says nothing, so that their fingerprints stay.
+    splits = {name: info.model_dump(exclude={"files", "labels"}) for name, info in manifest.splits.items()}
     tree = {
         **manifest.model_dump(include={"features", "context", "numeric", "weighted", "tasks"}),
+        **manifest.model_dump(include={"partial", "label_weights"}, exclude_defaults=True),
         "splits": splits,
     }
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
@@ -54,7 +58,7 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
             f"this run was trained on another log than data.log = {config.data.log} (features or counts "
             "differ, so ids may mean other things); name another --out"
         )
-    before, now = dict(flat_settings(state["config"])), dict(flat_settings(config.model_dump(mode="json")))
+    before, now = _settings_of(state), dict(flat_settings(config.model_dump(mode="json")))
     fixed = []
     for key in {**before, **now}:
         section = key.split(".")[0]
@@ -72,6 +76,18 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or name another --out"
             )
+
+
+def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint; a key that its version did not know has its default, with no effect.
+
+    What this version cannot take at all stays as it was written.
+    """
+    try:
+        given = Config.model_validate(state["config"]).model_dump(mode="json")
+    except ValidationError:
+        given = state["config"]
+    return dict(flat_settings(given))
 
 
 def changed_settings(state: Mapping[str, Any], config: Config) -> list[str]:
