@@ -30,7 +30,7 @@ def vectors(seed: int, interaction: int) -> dict[str, Floats]:
 
 
 def worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
-    """sum_k sum_{(i, j) in pairs_k} <v^k_i, v^k_j> / sqrt(24), over the behaviors; i is theirs, j the candidate's.
+    """sum_k sum_{(i, j) in pairs_k} <v^k_i, v^k_j> / (2 sqrt(24)); field i is the behavior's, j the candidate's.
 
     With x = sum_j worth_j, near N(0, 1): label ~ Bernoulli(sigmoid(-1 + 2.5 x)). The sum of two interactions
     of rank 4 over six fields. As in an XOR no field says anything alone: its vectors have mean 0. Whatever

@@ -2,8 +2,17 @@
 
 Items 1 to 200 are in histories, items 201 to 300 are shown. A history is 20 items, each drawn uniformly; ages
 are uniform over 90 days and say nothing. Item j of a history has a vector a_j ~ N(0, I) and a shown item c a
-vector b_c, uniform on the unit sphere, both of rank 4. A user's vector is u = sum_j a_j / sqrt(20), and the
-affinity x = <u, b_c> is close to N(0, 1). What follows says how a kind's tasks read these vectors.
+vector b_c, uniform on the unit sphere, both of rank 4 (the mean of a over either half of the items is 0). A
+user's vector is u = sum_j a_j / sqrt(20), and the affinity x = <u, b_c> is close to N(0, 1).
+
+    agree      click ~ Bernoulli(sigmoid(-1 + 2 x)), like ~ Bernoulli(sigmoid(-1 + 2 s x)). s = 1 for the half
+               of the users who have read items 1 to 100 only, and -1 for the others, who have read the rest:
+               the tasks want one user vector, or opposite ones (STEM's case, section 3).
+    domains    click, of two domains that listen to either half of the rank; see `listened`.
+    funnel     click and, where there was one, conversion; `ctcvr` is their product, observed of all (ESMM);
+               see `_funnel_logits`.
+    sparse_*   click ~ Bernoulli(sigmoid(b + 2 x)), with b such that 25, 5 or 1 % of the candidates have one
+               (ranking losses beside binary cross entropy, section 4).
 """
 
 from __future__ import annotations
@@ -35,7 +44,7 @@ def vectors(seed: int) -> Floats:
 
 def affinity(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     """<a_j, b_c> / sqrt(20); x is the sum of it over the behaviors."""
-    return _products(seed, target, seen).sum(axis=-1)
+    return np.asarray(_products(seed, target, seen).sum(axis=-1))
 
 
 def _products(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
@@ -121,6 +130,11 @@ def _domains(rng: np.random.Generator, seed: int, users: int) -> Draws:
 
 
 def _funnel_logits(total: Callable[[Worth], Floats]) -> dict[str, Floats]:
+    """P(click) = sigmoid(-2.5 + 2 x1), P(conversion | click) = sigmoid(-1.5 + 2 (0.8 x1 + 0.6 x2)).
+
+    x1 and x2 are the affinities of either half of the rank. What is clicked converts more often than what is
+    not would: whoever learns from clicks alone sees a selection.
+    """
     x, y = total(_part(0)), total(_part(1))
     return {"click": -2.5 + STRENGTH * x, "conversion": -1.5 + STRENGTH * (0.8 * x + 0.6 * y)}
 
