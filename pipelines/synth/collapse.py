@@ -30,12 +30,12 @@ def vectors(seed: int, interaction: int) -> dict[str, Floats]:
 
 
 def worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
-    """sum_k sum_{(i, j) in pairs_k} <v^k_i, v^k_j> / (2 sqrt(24)); field i is the behavior's, j the candidate's.
+    """sum_k sum_{(a, b) in pairs_k} <v^k_a, v^k_b> / (2 sqrt(24)); field a is the user's, b the candidate's.
 
     With x = sum_j worth_j, near N(0, 1): label ~ Bernoulli(sigmoid(-1 + 2.5 x)). The sum of two interactions
     of rank 4 over six fields. As in an XOR no field says anything alone: its vectors have mean 0. Whatever
     meets the topic, of which there are three, can gain no more than two dimensions from it; that is the
-    dimensional collapse of a single embedding that Multi-Embedding is about (section 3).
+    dimensional collapse of a single embedding that Multi-Embedding is about (arXiv 2310.04400).
     """
     total: Floats = np.zeros(seen.age.shape)
     for interaction, pairs in enumerate(INTERACTIONS):

@@ -7,12 +7,12 @@ user's vector is u = sum_j a_j / sqrt(20), and the affinity x = <u, b_c> is clos
 
     agree      click ~ Bernoulli(sigmoid(-1 + 2 x)), like ~ Bernoulli(sigmoid(-1 + 2 s x)). s = 1 for the half
                of the users who have read items 1 to 100 only, and -1 for the others, who have read the rest:
-               the tasks want one user vector, or opposite ones (STEM's case, section 3).
+               the tasks want one user vector, or opposite ones (STEM's case).
     domains    click, of two domains that listen to either half of the rank; see `listened`.
     funnel     click and, where there was one, conversion; `ctcvr` is their product, observed of all (ESMM);
                see `_funnel_logits`.
     sparse_*   click ~ Bernoulli(sigmoid(b + 2 x)), with b such that 25, 5 or 1 % of the candidates have one
-               (ranking losses beside binary cross entropy, section 4).
+               (ranking losses beside binary cross entropy, arXiv 2403.14144).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_tasks_of_agree_want_one_user_vector_or_opposite_ones() -> None:
     z = {task: logit(p[:, 0]) for task, p in part.probabilities.items()}
     assert z["click"] == pytest.approx(-1 + 2 * x) and z["like"] == pytest.approx(-1 + 2 * sign * x)
     assert 0.4 < segment.mean() < 0.6
-    # Whoever scores `like` with what `click` wants is right for one half of the users and wrong for the other.
+    # Whoever scores `like` with what `click` wants is right for half of the users and wrong for the others.
     labels, clicks = part.labels["like"][:, 0], part.probabilities["click"][:, 0]
     half = [auc(clicks[segment == s].reshape(-1), labels[segment == s].reshape(-1)) for s in (0, 1)]
     assert half[0] > 0.8 and half[1] < 0.2
