@@ -151,7 +151,7 @@ def metrics(value: float) -> Metrics:
 def test_what_counts_as_better() -> None:
     def seen(values: list[float], **settings: Any) -> list[bool]:
         given, best = EarlyStoppingConfig(patience=2, **settings), Best()
-        return [best.update(given, metrics(value), n) for n, value in enumerate(values)]
+        return [best.update(given, {"click": metrics(value)}, n) for n, value in enumerate(values)]
 
     nan = float("nan")
     assert seen([nan, 0.5, nan, 0.6, 0.6]) == [False, True, False, True, False]
@@ -160,7 +160,7 @@ def test_what_counts_as_better() -> None:
     best, given = Best(), EarlyStoppingConfig(patience=2)
     ends = []
     for value in (nan, nan):
-        best.update(given, metrics(value), 1)
+        best.update(given, {"click": metrics(value)}, 1)
         ends.append(best.over(given))
     assert ends == [False, True] and not best.over(EarlyStoppingConfig())
 
