@@ -32,7 +32,7 @@ _COMPARED = {"auc": ("AUC", 1), "gauc": ("GAUC", 1), "logloss": ("logloss", -1)}
 _TITLES = {"auc": "AUC", "logloss": "logloss", "pcoc": "PCOC"}
 # PCOC outside of this is worth a sentence, if the split has enough positives to tell.
 _CALIBRATED = (0.8, 1.25)
-# Values out of scale that a sentence names.
+# What a sentence lists.
 _MOST_NAMED = 5
 
 
@@ -157,7 +157,7 @@ def domains_table(task: str, domains: Mapping[str, Metrics], feature: str) -> li
     mean = f"mean of {len(over.metrics)} domains"
     rows.append([mean, "", "", number(over.mean("auc")), "", number(over.mean("logloss")), ""])
     worst = ", ".join(_worst(over, metric) for metric in COMPARED if over.metrics)
-    left_out = ", ".join(f"{name} ({reason})" for name, reason in over.left_out.items())
+    left_out = _listed([f"{name} ({reason})" for name, reason in over.left_out.items()])
     return [
         *table_lines(head, rows),
         *hidden,
@@ -191,12 +191,12 @@ def domain_matrices(measured: SplitMetrics, feature: str) -> list[str]:
                 columns[task]["worst of domains"] = number(over[task].value(worst, metric))
                 columns[task]["which is"] = worst or "-"
         lines += ["", *_matrix(f"{name_of} by {feature}", columns), *hidden]
-    reasons = [
-        f"{task} in {name} ({reason})" for task, own in over.items() for name, reason in own.left_out.items()
-    ]
-    more = f", and {len(reasons) - _MOST_DOMAINS} more" if len(reasons) > _MOST_DOMAINS else ""
-    left_out = f"not in the mean and not the worst: {', '.join(reasons[:_MOST_DOMAINS])}{more}"
-    return [*lines, *([left_out] if reasons else [])]
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for task, found in over.items():
+        for place in found.left_out.items():
+            tasks.setdefault(place, []).append(task)
+    reasons = [f"{name} of {', '.join(names)} ({reason})" for (name, reason), names in tasks.items()]
+    return [*lines, *([f"not in the mean and not the worst: {_listed(reasons)}"] if reasons else [])]
 
 
 def balance_table(pairs: Mapping[Pair, Mapping[str, Stratum]]) -> list[str]:
@@ -221,6 +221,11 @@ def balance_table(pairs: Mapping[Pair, Mapping[str, Stratum]]) -> list[str]:
     elif len(pairs) > 1:
         lines.append(f"of {len(pairs)} pairs of tasks, this one has most comparable candidates")
     return lines
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _MOST_NAMED} more" if len(words) > _MOST_NAMED else ""
+    return ", ".join(words[:_MOST_NAMED]) + more
 
 
 def _largest(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
@@ -313,9 +318,7 @@ def _scales(domains: Mapping[str, Mapping[str, Metrics]]) -> Iterator[str]:
         if _out_of_scale(own)
     ]
     if off:
-        named = [words for _, words in sorted(off, reverse=True)]
-        more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
-        yield f"by domain, PCOC is {', '.join(named[:_MOST_NAMED])}{more}"
+        yield f"by domain, PCOC is {_listed([words for _, words in sorted(off, reverse=True)])}"
 
 
 def _out_of_scale(metrics: Metrics) -> bool:

@@ -220,7 +220,7 @@ def test_five_tasks_in_three_domains_fit_on_a_screen() -> None:
         assert f"{own.auc:.4f} ± {own.auc_ci:.4f}" in line
     for title in ("AUC", "logloss", "PCOC"):
         assert f"\n\n{title} by domain_id" in text
-    assert "buy in 2 (all labels are 0)" in text and "\nworst of domains" in text
+    assert "2 of buy, like, share, click_and_buy (all labels are 0)" in text and "\nworst of domains" in text
     assert "of 10 pairs of tasks" in text
 
 
