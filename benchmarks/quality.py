@@ -95,7 +95,7 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
         trainer.run(ResumePoint(None, {}, []))
     metrics, end = trainer.metrics_of_validation, trainer.at
     assert metrics is not None
-    auc = next(iter(metrics.values())).auc
+    auc = next(iter(metrics.tasks.values())).auc
     return {
         "blocks": blocks,
         "seed": seed,
@@ -113,7 +113,7 @@ class _TargetTrainer(NonSavingTrainer):
 
     def stop_at(self, target: float) -> None:
         metrics = self.metrics_of_validation
-        self.stopped = metrics is not None and next(iter(metrics.values())).auc >= target
+        self.stopped = metrics is not None and next(iter(metrics.tasks.values())).auc >= target
 
 
 class _Beginning(SequenceLogReader):

@@ -38,11 +38,14 @@ class Baselines:
         candidates: their names and labels, in the order of `Scored.in_order`; their scores have no meaning.
         scores: task -> baseline -> [n].
         missing: what could not be computed, and why.
+        positives: [n, T], positives of each task that training has of the candidate's user, see `balance`;
+            None where that is not known.
     """
 
     candidates: Scored
     scores: Mapping[str, Mapping[str, Floats]]
     missing: Sequence[str]
+    positives: Floats | None = None
 
     def metrics(self, scored: Scored | None = None) -> dict[str, dict[str, dict[str, Any]]]:
         """Task -> baseline -> metrics by the names of `trainer.quality.metrics.Metrics`.
@@ -95,7 +98,7 @@ def baselines(reader: SequenceLogReader) -> Baselines:
             counts = {"popularity": np.append(popularity, 0.0)[items.clip(max=popularity.size)], **counts}
         except DataError as error:
             missing.append(f"item popularity: {error}")
-    rates, problems = _rates(reader, manifest, read["user_id"], items)
+    rates, positives, problems = _rates(reader, manifest, read["user_id"], items)
     scores = {
         task: {name: values[order] for name, values in {**rates.get(task, {}), **counts}.items()}
         for task in manifest.tasks
@@ -103,20 +106,21 @@ def baselines(reader: SequenceLogReader) -> Baselines:
     user, request, candidate = (read[name] for name in ("user_id", "request_id", "candidate"))
     nothing, tasks = np.full(user.size, -1), tuple(manifest.tasks)
     candidates = Scored(label, label, user, request, candidate, nothing, nothing, tasks)
-    return Baselines(candidates.part(order), scores, [*missing, *problems])
+    of_users = None if positives is None else positives[order]
+    return Baselines(candidates.part(order), scores, [*missing, *problems], of_users)
 
 
 def _rates(
     reader: SequenceLogReader, manifest: LogManifest, users: Ints, items: Ints | None
-) -> tuple[dict[str, dict[str, Floats]], list[str]]:
-    """Task -> scores that training's labels decide, and what is missing of them.
+) -> tuple[dict[str, dict[str, Floats]], Floats | None, list[str]]:
+    """Task -> scores that training's labels decide; the users' positives; and what is missing of them.
 
     Training's files may be gone by the time a model is measured: then nothing else is the worse for it.
     """
     try:
         rates = label_rates(reader.config, manifest, users, items)
     except DataError as error:
-        return {}, [f"label rates: {error}"]
+        return {}, None, [f"label rates: {error}"]
     of_tasks: dict[str, dict[str, Floats]] = {}
     missing = []
     for task, name in enumerate(manifest.tasks):
@@ -133,7 +137,8 @@ def _rates(
         missing.append(
             "label rates of items and users: training would be measured on the labels they are made of"
         )
-    return of_tasks, missing
+        return of_tasks, None, missing
+    return of_tasks, rates.positives, missing
 
 
 def by_baseline(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -221,11 +226,13 @@ class LabelRates:
     Attributes:
         overall: [T], NaN where training has no label of a task; by_user, by_item: [n, T], drawn towards
             `overall` (by_item is that where a log has no items).
+        positives: [n, T], the labels of the candidate's user, summed.
     """
 
     overall: Floats
     by_user: Floats
     by_item: Floats
+    positives: Floats
 
     @property
     def by_both(self) -> Floats:
@@ -275,7 +282,7 @@ def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: I
     overall = np.divide(total, count, out=np.full(tasks, np.nan), where=count > 0)
     by_user = of_users.rates(overall)
     by_item = np.broadcast_to(overall, by_user.shape) if of_items is None else of_items.rates(overall)
-    return LabelRates(overall, by_user, by_item)
+    return LabelRates(overall, by_user, by_item, of_users.labels[of_users.place])
 
 
 def _log_odds(rate: Floats) -> Floats:
