@@ -29,6 +29,7 @@ from trainer.assemble import (
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.checkpoint.warm_start import check_source, fill, open_source
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
@@ -246,6 +247,7 @@ def open_split(
         config.data,
         split,
         rows,
+        tasks=resolve_tasks(config.tasks, read_manifest(config.data.log).tasks),
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=seed,
