@@ -249,6 +249,7 @@ def open_split(
         config.data,
         split,
         rows,
+        tasks=resolve_tasks(config.tasks, read_manifest(config.data.log).tasks),
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=seed,

@@ -16,6 +16,7 @@ from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
 from trainer.data.blocks import with_windows
 from trainer.data.files import check_files
+from trainer.data.labels import TaskLabels
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import GroupColumns, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
@@ -101,10 +102,10 @@ def baselines(reader: SequenceLogReader) -> Baselines:
     rates, positives, problems = _rates(reader, manifest, read["user_id"], items)
     scores = {
         task: {name: values[order] for name, values in {**rates.get(task, {}), **counts}.items()}
-        for task in manifest.tasks
+        for task in reader.columns.tasks
     }
     user, request, candidate = (read[name] for name in ("user_id", "request_id", "candidate"))
-    nothing, tasks = np.full(user.size, -1), tuple(manifest.tasks)
+    nothing, tasks = np.full(user.size, -1), tuple(reader.columns.tasks)
     candidates = Scored(label, label, user, request, candidate, nothing, nothing, tasks)
     of_users = None if positives is None else positives[order]
     return Baselines(candidates.part(order), scores, [*missing, *problems], of_users)
@@ -118,12 +119,12 @@ def _rates(
     Training's files may be gone by the time a model is measured: then nothing else is the worse for it.
     """
     try:
-        rates = label_rates(reader.config, manifest, users, items)
+        rates = label_rates(reader.config, manifest, reader.columns.labels, users, items)
     except DataError as error:
         return {}, None, [f"label rates: {error}"]
     of_tasks: dict[str, dict[str, Floats]] = {}
     missing = []
-    for task, name in enumerate(manifest.tasks):
+    for task, name in enumerate(reader.columns.tasks):
         if np.isnan(rates.overall[task]):
             missing.append(f"label rates of {name}: training has no label of it")
             continue
@@ -162,7 +163,8 @@ def _read(
         for name in {"item_id", *counted.values()}
         if name in single and single[name].of_candidates
     }
-    columns = replace(Columns.of(manifest, wanted), numeric=(), weighted=False)
+    labels = replace(reader.columns.labels, weights=())
+    columns = replace(Columns.of(manifest, wanted), labels=labels, numeric=(), weighted=False)
     parts: list[dict[str, npt.NDArray[Any]]] = []
     for place in reader.row_groups:
         rows = read_rows(place.file, place.row_group, columns)
@@ -242,30 +244,37 @@ class LabelRates:
         return rates
 
 
-def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: Ints | None) -> LabelRates:
+def label_rates(
+    config: DataConfig, manifest: LogManifest, labels: TaskLabels, users: Ints, items: Ints | None
+) -> LabelRates:
     """Rates of the training split for candidates of these users and items; one pass over it.
 
     Memory follows the candidates asked for, whatever the size of the training split.
 
     Args:
-        users: [n]; items: [n] ids, None where candidates have none.
+        labels: of the tasks; users: [n]; items: [n] ids, None where candidates have none.
 
     Raises:
         DataError: the training split is empty, missing or malformed.
     """
-    tasks = len(manifest.tasks)
+    tasks = len(labels.tasks)
     of_users, of_items = _Sums(users, tasks), None if items is None else _Sums(items, tasks)
     total, count, candidates = np.zeros(tasks), np.zeros(tasks), 0
-    labels = [f"label_{task}" for task in manifest.tasks]
-    names = ["user_id", "num_candidates", *([] if items is None else ["candidate_item_id"]), *labels]
+    read = {f"label_{name}": name for name in labels.labels}
+    names = ["user_id", "num_candidates", *([] if items is None else ["candidate_item_id"]), *read]
     for place in check_files(config.log, manifest, "train", None):
         try:
             group = read_group(place.file, place.row_group, names, None)
             user = np.repeat(group.ints("user_id"), group.ints("num_candidates"))
-            label = np.stack([_of_candidates(group, name, np.float32, user.size) for name in labels], axis=1)
+            found = {
+                label: group.labels(_of_candidates(group, name, user.size), name, label in labels.partial)
+                for name, label in read.items()
+            }
+            label = labels.of_tasks(found, user.size)
             item = None
             if items is not None:
-                item = _of_candidates(group, "candidate_item_id", np.int64, user.size)
+                name = "candidate_item_id"
+                item = group.flat(_of_candidates(group, name, user.size), name, np.int64)
         except DataError:
             # Training left it out too, and named it.
             if config.on_bad != "skip":
@@ -316,10 +325,10 @@ class _Sums:
         return smoothed[self.place]
 
 
-def _of_candidates(group: GroupColumns, name: str, dtype: type, count: int) -> npt.NDArray:  # type: ignore[type-arg]
+def _of_candidates(group: GroupColumns, name: str, count: int) -> pa.Array:
+    """A column of candidates, flattened."""
     _, requests = group.lists(name)
     _, values = group.unnest(requests, name)
-    flat = group.flat(values, name, dtype)
-    if flat.size != count:
-        raise group.fail(f"has {flat.size} values for {count} candidates", name)
-    return flat
+    if len(values) != count:
+        raise group.fail(f"has {len(values)} values for {count} candidates", name)
+    return values

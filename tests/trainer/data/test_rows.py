@@ -17,7 +17,7 @@ from trainer.data.row_group import Bags, FeatureIds
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.schema import schema_of
 
-COLUMNS = Columns(INFOS, ["click"])
+COLUMNS = Columns.of(manifest_of())
 
 
 def good_rows() -> list[Row]:
