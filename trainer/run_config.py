@@ -48,6 +48,7 @@ class Config(Settings):
                         f"{section_of(branch)}.roles.{role} names group {group!r}; defined groups: {known}"
                     )
             used |= settings.roles.used()
+            self._check_sets(branch, settings)
             self._check_data(branch, settings)
         unused = set(self.groups) - used
         if unused:
@@ -55,6 +56,35 @@ class Config(Settings):
                 f"group {sorted(unused)[0]!r} serves no role; remove it or name it in model.roles"
             )
         return self
+
+    def _check_sets(self, branch: str, settings: BranchConfig) -> None:
+        """Raise an error if several sets serve anything but the representation of all branches."""
+        whole = self.model.roles.representation_target
+        given = self.groups[whole].sets
+        for name, each in given.items() if isinstance(given, dict) else ():
+            if each.owner.startswith("domain:") and not self.data.domain:
+                raise ValueError(
+                    f"groups.{whole}.sets.{name}.owner = {each.owner!r}: there are no domains; name the "
+                    "feature that has them with data.domain"
+                )
+        for role, name in settings.roles.model_dump().items():
+            group = self.groups.get(name)
+            if group is not None and group.sets != 1:
+                where = f"{section_of(branch)}.roles.{role} = {name!r}: groups.{name}.sets"
+                if not role.startswith("representation"):
+                    raise ValueError(
+                        f"{where} are for the representation; give the role {role} a group without sets"
+                    )
+                if name != whole:
+                    raise ValueError(
+                        f"{where} are for the group of all representation roles, which is {whole!r} for "
+                        "model.roles.representation_target; name one group for all of them"
+                    )
+            elif role.startswith("representation") and self.groups[whole].sets != 1:
+                raise ValueError(
+                    f"{section_of(branch)}.roles.{role} = {name!r}, but groups.{whole} has several sets and "
+                    f"so serves all representation roles of all branches; name {whole!r} here"
+                )
 
     def _check_data(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if the reader does not deliver what a branch works on."""
@@ -121,13 +151,16 @@ def build_groups(
     for name, group in config.groups.items():
         of_context = name in [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
         allowed = (context_rows or {}) if of_context else item_rows
-        groups[name] = _build_group(name, group, {feature: sizes[feature] for feature in allowed}, tasks)
+        own = {feature: sizes[feature] for feature in allowed}
+        groups[name] = _build_group(name, group, own, tasks, rows.get(config.data.domain, 0))
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
     return groups
 
 
-def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int], tasks: Sequence[Task]) -> TableGroup:
+def _build_group(
+    name: str, group: GroupConfig, rows: Mapping[str, int], tasks: Sequence[Task], domains: int
+) -> TableGroup:
     """One group: over the features that it names, or over all features of `rows`."""
     features = group.features or tuple(rows)
     if not features:
@@ -146,7 +179,7 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int], tasks: 
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
     kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
-    sets = _sets_of(name, group, tasks)
+    sets = _sets_of(name, group, tasks, domains)
     tables = tuple(
         TableSpec(feature, rows[feature], settings.dim or dims[feature], set_.name)
         for set_, settings in sets.items()
@@ -155,8 +188,10 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int], tasks: 
     return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets))
 
 
-def _sets_of(name: str, group: GroupConfig, tasks: Sequence[Task]) -> dict[EmbeddingSet, SetConfig]:
-    """The sets of a group, and what was said of each."""
+def _sets_of(
+    name: str, group: GroupConfig, tasks: Sequence[Task], domains: int
+) -> dict[EmbeddingSet, SetConfig]:
+    """The sets of a group, and what was said of each; `domains`: ids that a domain may have."""
     owned = [task.name for task in tasks if task.has_tower]
     if group.sets == 1:
         return {EmbeddingSet(): SetConfig()}
@@ -172,10 +207,12 @@ def _sets_of(name: str, group: GroupConfig, tasks: Sequence[Task]) -> dict[Embed
         sets = group.sets
     for key, settings in sets.items():
         kind, _, owner = settings.owner.partition(":")
+        where = f"groups.{name}.sets.{key}.owner = {settings.owner!r}"
         if kind == "task" and owner not in owned:
-            where = f"groups.{name}.sets.{key}.owner = {settings.owner!r}"
             known = hint_of(owner, owned, f"they are {', '.join(owned)}")
             raise ConfigError(f"{where}: no task with a tower has that name; {known}")
+        if kind == "domain" and int(owner) >= domains:
+            raise ConfigError(f"{where}: the ids of data.domain are below {domains}")
     return {EmbeddingSet(key, settings.owner): settings for key, settings in sets.items()}
 
 
