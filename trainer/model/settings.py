@@ -225,6 +225,8 @@ class ModelConfig(BranchConfig, _ModelKeys):
         sequences = _names(SEQUENCES, "on_windows", False)
         others = [branch.search for branch in self.branches.values() if branch.search_kind.auxiliary]
         other = min(others, default="")
+        priors = [(self.roles.prior, self.roles.prior_context)]
+        priors += [(branch.roles.prior, branch.roles.prior_context) for branch in self.branches.values()]
         problems = {
             'branches.main: the section [model] is the branch "main" itself': "main" in self.branches,
             'auxiliary needs lookup = "full": it reads every behavior of the window': (
@@ -242,6 +244,9 @@ class ModelConfig(BranchConfig, _ModelKeys):
             'twice: use norm = "layer"': (
                 self.norm == "batch"
                 and any(branch.attention_owner for branch in self.all_branches().values())
+            ),
+            "branches: the prior goes to the head, so model.roles alone names prior and prior_context": (
+                len(set(priors)) > 1
             ),
             f'branches: search = "{other}" is only trained in the main branch': bool(other),
         }
