@@ -73,6 +73,13 @@ class FileInfo(Settings):
         return self
 
 
+class LabelInfo(Settings):
+    """How many candidates of a split have a label, and of how many it is >= 0.5."""
+
+    observed: int = Field(ge=0)
+    positives: int = Field(ge=0)
+
+
 class SplitInfo(Settings):
     """The files of one split and their totals; `positives` counts candidates whose first label is >= 0.5."""
 
@@ -82,6 +89,8 @@ class SplitInfo(Settings):
     candidates: int = Field(ge=0)
     positives: int = Field(ge=0)
     behaviors: int = Field(ge=0)
+    labels: dict[str, LabelInfo] = Field(default_factory=dict)
+    """Of each label; a log that was made before these were counted has none."""
 
 
 class ColumnInfo(Settings):
@@ -116,6 +125,11 @@ class LogManifest(Settings):
     """How histories were clustered, if they were (`tandemrec cluster`)."""
     tasks: list[str]
     """The labels that a candidate has."""
+    partial: list[str] = Field(default_factory=list)
+    """The labels that only a part of the candidates has: where one was not observed it is null (NaN means the
+    same). The other labels are never null."""
+    label_weights: list[str] = Field(default_factory=list)
+    """The labels with a sample weight of their own, which counts beside the weight of the candidate."""
     taxonomy: list[str]
     """The features that classify items, from coarse to fine."""
     named: dict[str, FeatureInfo] = Field(default_factory=dict)
@@ -148,6 +162,9 @@ class LogManifest(Settings):
         unknown = [name for name in self.taxonomy if name not in self.features]
         if unknown:
             raise ValueError(f"taxonomy names features that the log does not have: {', '.join(unknown)}")
+        for field, names in (("partial", self.partial), ("label_weights", self.label_weights)):
+            if unknown := [name for name in names if name not in self.tasks]:
+                raise ValueError(f"{field} names labels that the log does not have: {', '.join(unknown)}")
         # Each split has a folder of its own.
         taken = [name for name in self.splits if name in (VOCABULARIES, MANIFEST, DIGEST)]
         if taken:
@@ -221,26 +238,26 @@ def is_sequence_log(path: Path) -> bool:
     return isinstance(raw, dict) and raw.get("format") == FORMAT
 
 
-def _list_of(item: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.field("element", item, nullable=False))
+def _list_of(item: pa.DataType, nullable: bool = False) -> pa.DataType:
+    return pa.list_(pa.field("element", item, nullable=nullable))
 
 
 def schema_of(manifest: LogManifest) -> pa.Schema:
     """The columns of a user block with N behaviors, R requests and C_r candidates in request r.
 
     Lists `history_*` have N items (oldest first, timestamps in unix seconds), `request_*` and `context_*`
-    have R (by time); `candidate_*`, `numeric_*`, `label_*` and `weight` are R lists of C_r items. Where a
-    feature is multi-valued an item is itself a list of ids. Request r sees `history[:end_r]`, end_r =
+    have R (by time); `candidate_*`, `numeric_*`, `label_*`, `weight` and `weight_*` are R lists of C_r items.
+    Where a feature is multi-valued an item is itself a list of ids. Request r sees `history[:end_r]`, end_r =
     `request_history_end[r]`. `cluster_*` have N items where histories are clustered. `num_*` and
-    `request_num_candidates` repeat lengths, so that a reader can plan without decoding the ids. Nothing is
-    nullable.
+    `request_num_candidates` repeat lengths, so that a reader can plan without decoding the ids. Only the
+    items of partial labels are nullable.
     """
 
     def ids(info: FeatureInfo) -> pa.DataType:
         return _list_of(_list_of(pa.int64()) if info.multi else pa.int64())
 
     features, requests = manifest.features, _list_of(pa.int64())
-    floats = _list_of(_list_of(pa.float32()))
+    floats, known_or_null = (_list_of(_list_of(pa.float32(), nullable)) for nullable in (False, True))
     columns: list[tuple[str, pa.DataType]] = [("user_id", pa.int64())]
     columns += [(f"history_{name}", ids(info)) for name, info in features.items() if info.of_behaviors]
     columns += [("history_timestamp", _list_of(pa.int64()))]
@@ -251,7 +268,10 @@ def schema_of(manifest: LogManifest) -> pa.Schema:
         (f"candidate_{name}", _list_of(ids(info))) for name, info in features.items() if info.of_candidates
     ]
     columns += [(f"numeric_{name}", floats) for name in manifest.numeric]
-    columns += [(f"label_{task}", floats) for task in manifest.tasks]
+    columns += [
+        (f"label_{task}", known_or_null if task in manifest.partial else floats) for task in manifest.tasks
+    ]
     columns += [("weight", floats)] if manifest.weighted else []
+    columns += [(f"weight_{task}", floats) for task in manifest.label_weights]
     columns += [(name, pa.int64()) for name in ("num_behaviors", "num_requests", "num_candidates")]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])

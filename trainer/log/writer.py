@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
-from trainer.log.schema import SEAL, FileInfo, LogManifest, SplitInfo, is_sequence_log, moved_away
+from trainer.log.schema import (
+    SEAL,
+    FileInfo,
+    LabelInfo,
+    LogManifest,
+    SplitInfo,
+    is_sequence_log,
+    moved_away,
+)
 from trainer.sealed_folder import entry_of, exchange, publish, remove_folder, scratch, sync, sync_tree, voice
 
 
@@ -67,7 +76,9 @@ def write_split(
     """
     rows_per_group, rows_per_file = layout
     files: list[FileInfo] = []
-    totals = dict.fromkeys(("rows", "requests", "candidates", "positives", "behaviors"), 0)
+    totals = dict.fromkeys(("rows", "requests", "candidates", "behaviors"), 0)
+    tasks = [name.removeprefix("label_") for name in schema.names if name.startswith("label_")]
+    labels = {task: Counter(observed=0, positives=0) for task in tasks}
     groups = _row_groups(tables, rows_per_group, schema)
     for first in groups:
         path = root / split / f"part-{len(files):05d}.parquet"
@@ -78,16 +89,24 @@ def write_split(
             while group is not None:
                 writer.write_table(group, row_group_size=rows_per_group)
                 rows += group.num_rows
-                label = next(name for name in group.column_names if name.startswith("label_"))
-                positive = pc.greater_equal(pc.list_flatten(group[label], recursive=True), 0.5)
                 totals["rows"] += group.num_rows
-                totals["positives"] += int(pc.sum(positive).as_py() or 0)
+                for task, counts in labels.items():
+                    counts.update(_count_labels(group[f"label_{task}"]))
                 for name in ("requests", "candidates", "behaviors"):
                     totals[name] += pc.sum(group[f"num_{name}"]).as_py()
                 # Asking for the next group only when this file has room leaves it to the next file.
                 group = next(groups, None) if rows < rows_per_file else None
         files.append(FileInfo(path=path.relative_to(root).as_posix(), rows=rows, **entry_of(path)))
-    return SplitInfo(files=files, **totals)
+    found = {task: LabelInfo(**counts) for task, counts in labels.items()}
+    return SplitInfo(files=files, positives=found[tasks[0]].positives, labels=found, **totals)
+
+
+def _count_labels(lists: pa.ChunkedArray) -> dict[str, int]:
+    """How many candidates have a label, which is neither null nor NaN, and of how many it is >= 0.5."""
+    values = pc.list_flatten(lists, recursive=True)
+    missing = pc.sum(pc.is_null(values, nan_is_null=True)).as_py() or 0
+    positives = pc.sum(pc.greater_equal(values, 0.5)).as_py() or 0
+    return {"observed": len(values) - missing, "positives": positives}
 
 
 def write_manifest(root: Path, manifest: LogManifest) -> None:

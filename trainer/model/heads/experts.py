@@ -51,6 +51,10 @@ class ExpertsHead(Head):
     def reads_prior(cls, model: Any) -> bool:
         return reads_prior(model)
 
+    @classmethod
+    def reads_domain(cls, model: Any) -> bool:
+        return "domain" in (model.mixer.per, model.towers.per)
+
     def __init__(self, model: Any, sizes: HeadSizes) -> None:
         super().__init__()
         experts, towers, tasks = model.experts, model.towers, [f"task:{task.name}" for task in sizes.tasks]

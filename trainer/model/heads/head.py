@@ -117,6 +117,11 @@ class Head(nn.Module):
         """Whether this head looks at `HeadInput.prior`."""
         return False
 
+    @classmethod
+    def reads_domain(cls, model: Any) -> bool:
+        """Whether settings have it look at `HeadInput.domain`, besides for sets that domains own."""
+        return False
+
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
 
