@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,19 @@ def write_log(
     splits: dict[str, list[Row]],
     layout: tuple[int, int] = (3, 6),
     rich: bool = False,
-    more: dict[str, int] | None = None,
+    more: Mapping[str, int | FeatureInfo] | None = None,
+    **facts: Any,
 ) -> Path:
-    """Write rows as a sequence log; `layout` is rows a group and rows a file, `more` further features."""
-    extra = {name: FeatureInfo(rows=rows) for name, rows in (more or {}).items()}
+    """Write rows as a sequence log; `layout` is rows a group and rows a file, `more` further features.
+
+    `facts` are more that the manifest says.
+    """
+    extra = {
+        name: FeatureInfo(rows=rows) if isinstance(rows, int) else rows for name, rows in (more or {}).items()
+    }
     path.mkdir(parents=True)
     (path / "vocab").mkdir()
-    manifest = manifest_of(rich, features={**(RICH if rich else INFOS), **extra})
+    manifest = manifest_of(rich, features={**(RICH if rich else INFOS), **extra}, **facts)
     schema = schema_of(manifest)
     infos = {
         split: write_split(
