@@ -14,6 +14,7 @@ import numpy as np
 
 from pipelines.start import open_split
 from tests.helpers.launching import ROOT
+from tests.helpers.presets import renamed
 from trainer.assemble import build_sharded, feature_rows
 from trainer.log.schema import read_manifest
 from trainer.loop.pipeline import Pipeline
@@ -37,7 +38,7 @@ def small_config(preset: str, log: Path) -> Config:
     path = ROOT / f"configs/{preset}.toml"
     groups = load_config(path).groups
     dims = [f"groups.{name}.{key}" for name in groups for key in ("dim=8", "init_scale=0.7", "eps=0.01")]
-    return load_config(path, [f"data.log={log}", *SMALL, *dims])
+    return load_config(path, [f"data.log={log}", *SMALL, *dims, *renamed(preset, log)])
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.inputs.tables import initialise_unsharded
 from embeddings.lookup.plain import PlainBagCollection
-from tests.helpers.launching import ROOT, launched
+from tests.helpers.launching import launched
 from tests.helpers.logs import Shape, random_rows, write_log
+from tests.helpers.presets import PRESETS, of_tasks
 from tests.programs.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.config.tasks import resolve_tasks
@@ -23,14 +24,7 @@ from trainer.model.branch import Reading
 from trainer.model.frame import TwoStageModel
 from trainer.quality.evaluate import score_split
 from trainer.quality.scored import Scored
-from trainer.run_config import Config, load_config
-
-# twin_v2 needs a clustered log and has tests of its own.
-PRESETS = sorted(
-    path.stem
-    for path in (ROOT / "configs").glob("*.toml")
-    if "extends" in path.read_text() and path.stem != "twin_v2"
-)
+from trainer.run_config import Config
 
 
 def preset_log(path: Path) -> Path:
@@ -63,9 +57,9 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Preset -> the log that it is tried on: one of several tasks if it has a tower for each."""
     folder = tmp_path_factory.mktemp("presets")
     one, several = preset_log(folder / "one"), log_of_tasks(folder / "several")
-    heads = {preset: load_config(ROOT / f"configs/{preset}.toml").model.head_kind for preset in PRESETS}
-    assert sum(head.takes_towers for head in heads.values()) >= 11
-    return {preset: several if head.takes_towers else one for preset, head in heads.items()}
+    found = {preset: several if of_tasks(preset) else one for preset in PRESETS}
+    assert set(found.values()) == {one, several}
+    return found
 
 
 @pytest.fixture
