@@ -3,7 +3,8 @@
     DIR/manifest.json             format, step, tables, size and SHA-256 of every file
     DIR/manifest.sha256           of manifest.json itself
     DIR/tables/<table>.safetensors  `weight` [rows, dim], and the optimizer's `accumulator`, [rows] for
-                                  row-wise Adagrad, [rows, dim] for Adagrad, none for SGD
+                                  row-wise Adagrad, [rows, dim] for Adagrad, none for SGD; the tables of a
+                                  set lie in a folder of their own, as their names say
     DIR/dense.safetensors         every other weight, by its name in the model
     DIR/vocab/<feature>.parquet   what the rows stand for, where the log says
 
@@ -26,12 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embeddings.errors import CheckpointError
+from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.checkpoint.tensors import TableReader
 from trainer.config.toml import Settings
-from trainer.log.names import FileName, InnerPath, name_problem
+from trainer.log.names import FileName, InnerPath, path_problem
 from trainer.log.schema import FeatureInfo
 from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, scratch
 
@@ -54,12 +56,15 @@ class PlainFile(Settings):
 
 
 class PlainManifest(Settings):
-    """What a folder of plain tables holds; `vocabularies` as in the log: feature -> digest, or empty."""
+    """What a folder of plain tables holds; `vocabularies` as in the log: feature -> digest, or empty.
+
+    Version 2 has tables of sets. Without any it stays 1, which older versions of this software read.
+    """
 
     format: Literal["tandemrec.plain-tables"] = "tandemrec.plain-tables"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     step: int = Field(ge=0)
-    tables: dict[FileName, PlainTable]
+    tables: dict[InnerPath, PlainTable]
     dense: dict[str, tuple[int, ...]]
     vocabularies: dict[FileName, str]
     rows: dict[str, int]
@@ -121,13 +126,16 @@ def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
     state, reader = checkpoint_files.read_state(path), TableReader(path)
     tables = {}
     for weight in reader.names():
-        name = table_of(weight)
-        if "__" not in name:
+        name = TableName.of(table_of(weight))
+        if name is None:
             # No collection holds it.
             continue
-        if problem := name_problem(name):
-            raise CheckpointError(path, f"the name of the table {name!r} {problem}")
-        tables[name] = _write_table(reader, part / "tables" / f"{name}.safetensors", name, weight)
+        table = table_of(weight)
+        if problem := path_problem(table):
+            raise CheckpointError(path, f"the name of the table {table!r} {problem}")
+        file = part / "tables" / f"{table}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tables[table] = _write_table(reader, file, name, weight)
     dense = {name: reader.whole(name) for name in reader.names() if table_of(name) not in tables}
     save_file(dense, part / "dense.safetensors")
     used = {name: features[name] for name in sorted({table.feature for table in tables.values()})}
@@ -137,6 +145,7 @@ def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
             shutil.copyfile(entry.file, part / "vocab" / entry.file.name)
     files = sorted(p for p in part.rglob("*") if p.is_file())
     manifest = PlainManifest(
+        version=2 if any("/" in name for name in tables) else 1,
         step=state["step"],
         tables=tables,
         dense={name: tuple(tensor.shape) for name, tensor in dense.items()},
@@ -149,12 +158,11 @@ def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
     return manifest
 
 
-def _write_table(reader: TableReader, file: Path, name: str, weight: str) -> PlainTable:
-    group, feature = name.split("__", 1)
+def _write_table(reader: TableReader, file: Path, name: TableName, weight: str) -> PlainTable:
     rows, dim = reader.shape(weight)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (reader.dtype(weight), (dim,))}
     # Only the first accumulator is the optimizers' own; FBGEMM's others are counters.
-    accumulator = f"optim.state.fused.{weight}.{name}.momentum1"
+    accumulator = f"optim.state.fused.{weight}.{table_of(weight)}.momentum1"
     kind: Literal["", "row", "weight"] = ""
     if accumulator in reader:
         size = reader.shape(accumulator)
@@ -169,7 +177,7 @@ def _write_table(reader: TableReader, file: Path, name: str, weight: str) -> Pla
         elif kind:
             for _, band in reader.bands(accumulator):
                 stream.append("accumulator", band)
-    return PlainTable(feature=feature, group=group, rows=rows, dim=dim, accumulator=kind)
+    return PlainTable(feature=name.feature, group=name.group, rows=rows, dim=dim, accumulator=kind)
 
 
 def open_plain_tables(path: Path, check: bool = True) -> PlainTables:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError, DataError, TandemError
+from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
 from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
@@ -117,6 +118,8 @@ def fill(
     _check_tables(model, source)
     _fill_dense(model, source, set(tables.values()))
     known, lines = vocabularies(manifest, log / "vocab"), []
+    if left := [table for table in source.manifest.tables if table not in tables]:
+        lines.append(f"not taken over, since this model has no such tables: {', '.join(left)}")
     maps: dict[str, Tensor | None] = {}
     for table, name in tables.items():
         entry = source.manifest.tables[table]
@@ -159,9 +162,16 @@ def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
     known = source.manifest.tables
     for name, weight in model.items():
         table = table_of(name)
-        if "__" in table and table not in known:
-            raise CheckpointError(source.path, f"has no table {table}; it has {', '.join(known)}")
-        if "__" in table and known[table].dim != weight.size()[1]:
+        wanted = TableName.of(table)
+        if wanted is None:
+            continue
+        if table not in known:
+            problem = f"has no table {table}; it has {', '.join(known)}"
+            if wanted.set:
+                # From one table they would start alike, and a mean over sets keeps them alike for good.
+                problem += "; a table of a set starts from that of the same set of the same group, no other"
+            raise CheckpointError(source.path, problem)
+        if known[table].dim != weight.size()[1]:
             raise CheckpointError(
                 source.path, f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}"
             )

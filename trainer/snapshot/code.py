@@ -68,8 +68,8 @@ class _Ranking(nn.Module):
         selection = Selection(place_CK, mask_CK, marks)
         encoded, value_SD = branch.scorer.encode(raw), value_CKD.flatten(0, 1)
         behaviors = Behaviors(windows, raw, encoded, selection, False, target_CD, value_SD, place_CK)
-        parts = branch.sequence(behaviors, branch.weigh(behaviors))
-        output: HeadOutput = self.head(HeadInput({"": parts}, []))
+        sets = branch.read(behaviors, branch.weigh(behaviors))
+        output: HeadOutput = self.head(HeadInput(sets, []))
         return output.logits.sigmoid()
 
 
@@ -130,7 +130,8 @@ def _is_one_branch(model: TwoStageModel) -> bool:
     assert isinstance(branch, Branch)
     if branch.search is None or branch.search.keeps_all:
         return False
-    others = config.branches or config.roles.cross or config.roles.context or model.numbers
+    roles = config.roles
+    others = config.branches or roles.cross or model.numbers or model.of_requests or roles.prior
     return not (others or config.clusters or config.level or config.time_group)
 
 

@@ -81,6 +81,38 @@ def test_what_orders_the_data_may_change_between_epochs_only() -> None:
         check_resumable(state(), changed("data.history_length=9"), "a")
 
 
+SETS = "groups.representation.sets={one = {}, other = {dim = 8}}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            [SETS],
+            ["groups.representation.sets={other = {dim = 8}, one = {}}"],
+            "groups.representation.sets = 'one, other', now it is 'other, one'; set it back",
+        ),
+        ([SETS], ["groups.representation.sets=2"], "groups.representation.sets = 'one, other', now it is ''"),
+        (["groups.representation.sets=2"], [], "groups.representation.sets = 2, now it is 1"),
+        ([SETS], [SETS.replace("8", "4")], "groups.representation.sets.other.dim = 8, now it is 4"),
+        (["tasks={a = {}, b = {}}"], ["tasks={b = {}, a = {}}"], "tasks = 'a, b', now it is 'b, a'"),
+        (["tasks={a = {}}"], ["tasks.a.label=b"], "tasks.a.label = '', now it is 'b'"),
+    ],
+)
+def test_sets_and_tasks_stay_in_their_order(before: list[str], after: list[str], message: str) -> None:
+    """Each has columns of the head's input or output, which names alone do not tell apart."""
+    given = state() | {"config": changed(*before).model_dump(mode="json")}
+    check_resumable(given, changed(*before), "a")
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(given, changed(*after), "a")
+    assert message in str(caught.value)
+
+
+def test_how_a_task_is_trained_may_change() -> None:
+    given = state() | {"config": changed("tasks.a.weight=2").model_dump(mode="json")}
+    check_resumable(given, changed("tasks.a.weight=3", "tasks.a.loss=focal"), "a")
+
+
 @pytest.mark.parametrize("word", ["plan.file=x", "train.epochs=9", "groups.attention.learning_rate=1"])
 def test_these_leave_a_plan_as_it_is(word: str) -> None:
     check_same_rules(state()["config"], changed(word), "here")
