@@ -135,7 +135,7 @@ def _open(run: Path, which: str = "") -> _Run:
         for table in group.tables:
             shape = reader.shape(reader.table(name, group.table_name(table)))
             if shape != (table.rows, table.dim):
-                problem = f"{table.feature} of group {name} is {list(shape)}, its log and config say "
+                problem = f"table {group.table_name(table)} is {list(shape)}, its log and config say "
                 raise CheckpointError(path, f"{problem}{[table.rows, table.dim]}")
     split = "validation" if manifest.holds("validation") else "train"
     if split == "train":

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, model_validator
+from torch import nn
 
 from embeddings.errors import ConfigError, hint_of
 from embeddings.first_rows import FirstWeights
@@ -152,9 +153,10 @@ def build_groups(
         of_context = name in [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
         allowed = (context_rows or {}) if of_context else item_rows
         own = {feature: sizes[feature] for feature in allowed}
-        groups[name] = _build_group(name, group, own, tasks, rows.get(config.data.domain, 0))
+        groups[name] = _build_group(name, group, own, tasks, sizes.get(config.data.domain, 0))
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
+    _check_model(config, groups)
     return groups
 
 
@@ -179,7 +181,7 @@ def _build_group(
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
     kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
-    sets = _sets_of(name, group, tasks, domains)
+    sets = sets_of(name, group, tasks, domains)
     tables = tuple(
         TableSpec(feature, rows[feature], settings.dim or dims[feature], set_.name)
         for set_, settings in sets.items()
@@ -188,10 +190,17 @@ def _build_group(
     return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets))
 
 
-def _sets_of(
+def sets_of(
     name: str, group: GroupConfig, tasks: Sequence[Task], domains: int
 ) -> dict[EmbeddingSet, SetConfig]:
-    """The sets of a group, and what was said of each; `domains`: ids that a domain may have."""
+    """The sets of a group, and what was said of each.
+
+    Args:
+        name: of the group; tasks: of the run; domains: ids that a domain may have.
+
+    Raises:
+        ConfigError: a set's owner is no task with a tower or no domain.
+    """
     owned = [task.name for task in tasks if task.has_tower]
     if group.sets == 1:
         return {EmbeddingSet(): SetConfig()}
@@ -213,7 +222,31 @@ def _sets_of(
             raise ConfigError(f"{where}: no task with a tower has that name; {known}")
         if kind == "domain" and int(owner) >= domains:
             raise ConfigError(f"{where}: the ids of data.domain are below {domains}")
+    for key in sets:
+        # Sets name modules, and a module's attributes are taken.
+        if hasattr(nn.ModuleDict(), key):
+            raise ConfigError(
+                f"groups.{name}.sets: PyTorch keeps the name {key!r} for itself; give the set, or the task "
+                "that owns it, another name"
+            )
     return {EmbeddingSet(key, settings.owner): settings for key, settings in sets.items()}
+
+
+def _check_model(config: Config, groups: Mapping[str, TableGroup]) -> None:
+    model, domain = config.model, config.data.domain
+    sets = groups[model.roles.representation_behavior].sets
+    if model.auxiliary_kind is not None and all(each.owner != "shared" for each in sets):
+        raise ConfigError(
+            f'model.auxiliary = "{model.auxiliary}" is a loss of all tasks, which reads the shared sets, but '
+            f"all sets of groups.{model.roles.representation_behavior} have owners: add one that is shared"
+        )
+    tables = {feature for group in groups.values() for feature in group.features}
+    reads = model.head_kind.reads_domain(model) or any(each.owner.startswith("domain:") for each in sets)
+    if domain and domain not in tables and reads:
+        raise ConfigError(
+            f"data.domain = {domain!r}: the model reads it, but no group has a table of it, so a service "
+            f"would not be given it; add it to the features of a group. Tables: {', '.join(sorted(tables))}"
+        )
 
 
 def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> None:
@@ -225,9 +258,11 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
                 f"model.roles: {stage}_target ({target}) and {stage}_behavior ({behavior}) need tables of "
                 f"equal widths in equal order, not {groups[target].widths()} and {groups[behavior].widths()}"
             )
-    problem = branch.sequence_kind.width_problem(branch, groups[roles.representation_behavior].width)
-    if problem:
-        raise ConfigError(problem)
+    representation = groups[roles.representation_behavior]
+    for name in representation.set_names:
+        problem = branch.sequence_kind.width_problem(branch, representation.of_set(name).width)
+        if problem:
+            raise ConfigError(problem)
     attention = groups[roles.attention_behavior].features
     if branch.attend and groups[roles.attention_behavior].fusion == "sum":
         raise ConfigError(

@@ -130,9 +130,10 @@ class _Untrained(Source):
         state = model_of(self.config).state_dict()
         return {name: part for name, part in state.items() if not name.startswith("collections.")}
 
-    def rows(self, group: str, feature: str) -> Iterator[tuple[int, torch.Tensor]]:
-        (table,) = (table for table in self.groups[group].tables if table.feature == feature)
-        yield 0, torch.randn(table.rows, table.dim, generator=drawing(table.rows)) * 0.5
+    def rows(self, group: str, table: str) -> Iterator[tuple[int, torch.Tensor]]:
+        of_group = self.groups[group]
+        (spec,) = (spec for spec in of_group.tables if of_group.table_name(spec) == table)
+        yield 0, torch.randn(spec.rows, spec.dim, generator=drawing(spec.rows)) * 0.5
 
 
 def bodies(manifest: LogManifest, rows: Sequence[Row]) -> list[tuple[tuple[int, int], dict[str, Any]]]:

@@ -139,6 +139,7 @@ class BranchConfig(_BranchKeys):
             "head_dim": self.projection == "heads",
             "time_dim": self.time_target == "target" and self.time == "bias" and marks,
             "time_group": self.time_target != "shared",
+            "attention_owner": self.searches,
         }
         search = _keys_of(self.search_kind) if self.searches or self.newest else set()
         return {key for key, used in uses.items() if used} | search | _keys_of(self.sequence_kind)
@@ -224,6 +225,8 @@ class ModelConfig(BranchConfig, _ModelKeys):
         sequences = _names(SEQUENCES, "on_windows", False)
         others = [branch.search for branch in self.branches.values() if branch.search_kind.auxiliary]
         other = min(others, default="")
+        priors = [(self.roles.prior, self.roles.prior_context)]
+        priors += [(branch.roles.prior, branch.roles.prior_context) for branch in self.branches.values()]
         problems = {
             'branches.main: the section [model] is the branch "main" itself': "main" in self.branches,
             'auxiliary needs lookup = "full": it reads every behavior of the window': (
@@ -237,6 +240,14 @@ class ModelConfig(BranchConfig, _ModelKeys):
             ),
             self.auxiliary_kind.problem(self) if self.auxiliary_kind is not None else "": True,
             self.head_kind.problem(self): True,
+            'attention_owner runs the head twice, so that running statistics of norm = "batch" would count '
+            'twice: use norm = "layer"': (
+                self.norm == "batch"
+                and any(branch.attention_owner for branch in self.all_branches().values())
+            ),
+            "branches: the prior goes to the head, so model.roles alone names prior and prior_context": (
+                len(set(priors)) > 1
+            ),
             f'branches: search = "{other}" is only trained in the main branch': bool(other),
         }
         _refuse(problems)
@@ -262,7 +273,7 @@ HEAD_KEYS = [key for key in _ModelKeys.model_fields if key not in ModelKeys.mode
 # Keys of a branch that only some kinds look at.
 _KINDS: list[type[Search] | type[SequenceModel]] = [*SEARCHES.values(), *SEQUENCES.values()]
 CONDITIONAL_KEYS = set[str]().union(*(_keys_of(kind) for kind in _KINDS))
-CONDITIONAL_KEYS |= {"score_hidden", "heads", "head_dim", "time_dim", "time_group"}
+CONDITIONAL_KEYS |= {"score_hidden", "heads", "head_dim", "time_dim", "time_group", "attention_owner"}
 
 
 def _names(table: Mapping[str, Any], fact: str, value: bool) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from trainer.data.labels import TaskLabels
 from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import Columns, UserRows
 from trainer.log.schema import FeatureInfo
-from trainer.model.branch import Branch
-from trainer.model.read.sequence import Behaviors
+from trainer.model.branch import Branch, Reading
+from trainer.model.windows import Selection
 from trainer.serving.checks import visible_behaviors
 from trainer.serving.request import Needs, Request
 from trainer.serving.vocabulary import Vocabulary
@@ -143,22 +142,20 @@ class Scorer:
         """
         started = self._searched = self.clock()
         batch = self.batch(requests, places=explain)
-        inputs: dict[str, tuple[Behaviors, Any]] = {}
-
-        def note(name: str, _: object, given: tuple[Behaviors, Any]) -> None:
-            if given[1] is not None:
-                inputs[name] = given
-
-        sequences = {name: branch.sequence for name, branch in self.branches.items() if explain}
-        hooks = [each.register_forward_pre_hook(partial(note, name)) for name, each in sequences.items()]
+        read: dict[str, Reading] = {}
+        pooling = self.snapshot.model.pooling
+        hook = pooling.register_forward_hook(lambda _, __, pooled: read.update(pooled.of_branch))
         try:
             probabilities = self.snapshot.score(batch).numpy()
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
         ended = self.clock()
         skipped = np.repeat([r.skipped for r in requests], [r.count for r in requests]).tolist()
-        explained = {name: _explanations(batch, skipped, *given) for name, given in inputs.items()}
+        explained = {
+            name: _explanations(batch, skipped, each.behaviors.selection, each.weight_CHK)
+            for name, each in read.items()
+            if explain and each.weight_CHK is not None
+        }
         answers, begin = [], 0
         for request in requests:
             own = slice(begin, begin + request.count)
@@ -244,14 +241,13 @@ def _joined_features(
 
 
 def _explanations(
-    batch: RequestBatch, skipped: Sequence[int], behaviors: Behaviors, weight_CHK: torch.Tensor
+    batch: RequestBatch, skipped: Sequence[int], kept: Selection, weight_CHK: torch.Tensor
 ) -> list[Explanation]:
     """For each candidate, the heaviest of the behaviors it kept; with several heads, by their mean weight.
 
     Args:
         skipped: [C], behaviors that were sent before those that the candidate's request holds.
     """
-    kept = behaviors.selection
     place = batch.features[_PLACE].values()
     weight = weight_CHK.mean(1).masked_fill(~kept.mask, -torch.inf)
     best = weight.topk(min(MOST_EXPLAINED, weight.shape[1]), dim=1)

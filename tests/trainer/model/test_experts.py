@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def model_with(
-    log: Path, sets: Any, lookup: str = "selected", **model: Any
+    log: Path, sets: Any, lookup: str = "selected", tasks: Sequence[str] = ("click",), **model: Any
 ) -> tuple[TwoStageModel, RequestBatch]:
     """The same weights of a set whoever is there."""
     representation = {"dim": 8, "init_scale": 1.0, "sets": sets}
@@ -38,21 +39,22 @@ def model_with(
         lookup=lookup,
         **model,
     )
-    groups = build_groups(settings, FEATURES)
+    resolved = resolve_tasks({}, tasks)
+    groups = build_groups(settings, FEATURES, tasks=resolved)
     weights = {g.table_name(t): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
     collections = {name: PlainBagCollection(group, weights, True) for name, group in groups.items()}
-    model = build_model(settings, groups, collections, resolve_tasks({}, ["click"]))
-    initialise_unsharded(model, groups, 1)
-    for name, parameter in model.branches.named_parameters():
+    made = build_model(settings, groups, collections, resolved)
+    initialise_unsharded(made, groups, 1)
+    for name, parameter in made.branches.named_parameters():
         nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
-    return model, batch_of(settings)
+    return made, batch_of(settings)
 
 
 def run(model: TwoStageModel, batch: RequestBatch) -> tuple[dict[str, list[Tensor]], dict[str, int]]:
     """What the head is given, and how often whom was called; then a backward pass that all take part in."""
     parts: dict[str, list[Tensor]] = {}
     calls: dict[str, int] = {}
-    model.pooling.register_forward_hook(lambda _, __, found: parts.update(found.given.sets))
+    model.pooling.register_forward_hook(lambda _, __, found: parts.update(found.given[0].sets))
     once = {"search": model.branches["main"].search, **model.collections}
     for name, module in once.items():
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))

@@ -110,6 +110,11 @@ class Head(nn.Module):
         """What is wrong with a model that has this head; empty if nothing is."""
         return ""
 
+    @classmethod
+    def reads_domain(cls, model: Any) -> bool:
+        """Whether settings have it look at `HeadInput.domain`, besides for sets that domains own."""
+        return False
+
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
 
