@@ -369,6 +369,32 @@ def test_the_print_counts_with_what_is_sent(log: Path, capsys: pytest.CaptureFix
     assert [row[2] for row in forward] == [row[2] for row in plain]
 
 
+def test_sets_share_a_line_and_their_ids_are_counted_once(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--world-size", "4", "--hbm", "141GB", "--behaviors-per-step", "5000000"]
+    rule = ["--set", 'plan.tables.representation/1/item_id.sharding=["table_wise"]']
+
+    def printed(sets: int, *more: str) -> tuple[list[str], float]:
+        given = words(log, groups__representation__sets=sets, groups__representation__sharding=["row_wise"])
+        assert main(["plan", *given, *sizes, *more, "--json", str(tmp_path / "plan.json")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (row,) = (line.split() for line in lines if line.startswith("full, bag"))
+        return lines, float(row[2].replace(",", "")) * {"MB": 1, "GB": 1000}[row[3]]
+
+    one, several = printed(1), printed(3)
+    names = [line.split()[0] for line in several[0] if line.startswith("representation/")]
+    assert "representation/{0,1,2}/item_id" in names and "representation/1/item_id" not in names
+    assert several[1] == one[1]
+    mixed = printed(3, *rule)
+    names = [line.split()[0] for line in mixed[0] if line.startswith("representation/")]
+    assert "representation/{0,2}/item_id" in names and "representation/1/item_id" in names
+    assert mixed[1] > several[1]
+    placed = json.loads((tmp_path / "plan.json").read_text())["modules"]["collections.representation"]
+    assert placed["representation/1/item_id"]["sharding_type"] == "table_wise"
+    assert placed["representation/0/item_id"]["sharding_type"] == "row_wise"
+
+
 def test_what_would_make_it_fit_is_tried_and_named(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     billions = words(
         log, tables__item_id__rows=ITEMS, groups__attention__dim=4, groups__representation__dim=64
