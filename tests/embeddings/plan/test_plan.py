@@ -43,8 +43,8 @@ from launch.cli import main
 from pipelines.plan.plan import parse_size
 from pipelines.plan.report import spans
 from tests.helpers.launching import SETTINGS, losses, overrides, tandemrec
-from tests.helpers.logs import small_log
-from trainer.assemble import build_trainable
+from tests.helpers.logs import Shape, enrich, random_rows, small_log, write_log
+from trainer.assemble import build_trainable, resolve_groups
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.run_config import load_config
@@ -531,6 +531,27 @@ def test_lookups_are_the_bags_that_the_model_asks_for(log: Path, lookup: str) ->
     said = lookups(config, groups, manifest, size, lookup, "cuda")
     assert said["representation__item_id"].bags == pytest.approx(asked["representation"], rel=0.05)
     assert asked["representation"] >= fewer
+
+
+def test_sets_are_asked_alike_and_priors_for_candidates_or_requests(tmp_path: Path) -> None:
+    rows = {"train": enrich(random_rows(5, Shape(users=4)), seed=1)}
+    log = write_log(tmp_path / "log", rows, rich=True)
+    manifest, features = read_manifest(log), 'features = ["item_id"]'
+    given = [
+        f"data.log={log}",
+        f"groups.attention={{{features}}}",
+        f"groups.representation={{sets = 2, {features}}}",
+        f"groups.near={{{features}}}",
+        'groups.asking={features = ["city"]}',
+        "model.roles.prior=near",
+        "model.roles.prior_context=asking",
+    ]
+    config = load_config(Path("configs/dare.toml"), given)
+    groups = resolve_groups(config, manifest)
+    size = StepSize(100, 40, 10, ((100, 40),), "as given")
+    said = lookups(config, groups, manifest, size, "full")
+    assert said["representation/0/item_id"] == said["representation/1/item_id"] == Lookup(140, 140)
+    assert said["near__item_id"] == Lookup(40, 40) and said["asking__city"] == Lookup(10, 10)
 
 
 def test_candidates_of_a_block_are_taken_to_keep_much_in_common() -> None:
