@@ -114,9 +114,7 @@ class TableGroup:
 
     def table_name(self, table: TableSpec) -> str:
         """The table's name, unique over all groups."""
-        if table.set:
-            return f"{self.name}/{table.set}/{table.feature}"
-        return f"{self.name}__{table.feature}"
+        return str(TableName(self.name, table.set, table.feature))
 
     def of_set(self, name: str) -> TableGroup:
         """The group as if it had the tables of one set only; their names stay.
@@ -167,11 +165,14 @@ class TableGroup:
 
 
 class TableName(NamedTuple):
-    """What the name of a table says, see `TableGroup.table_name`; `set` is empty without sets."""
+    """What the name of a table says; `set` is empty without sets."""
 
     group: str
     set: str
     feature: str
+
+    def __str__(self) -> str:
+        return "/".join(self) if self.set else f"{self.group}__{self.feature}"
 
     @classmethod
     def of(cls, name: str) -> TableName | None:

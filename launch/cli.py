@@ -90,7 +90,11 @@ def fetch(out: Annotated[Path, Option("--out", metavar="DIR", help="Where to put
 def synth(
     out: Annotated[Path, Option(metavar="LOG", help="The sequence log to write.")],
     kind: Annotated[
-        str, Option(help="relevance, xor, profiles, interference, decoupled, far, pair or opposite.")
+        str,
+        Option(
+            help="relevance, xor, profiles, interference, decoupled, far, pair or opposite; of several tasks "
+            "or domains agree, domains and funnel; sparse_25, sparse_5, sparse_1 or collapse."
+        ),
     ] = "relevance",
     seed: Annotated[int, Option(min=0, help="Of every random draw.")] = 7,
     users: Annotated[int, Option(min=0, help="To train on; 0: the kind's own number.")] = 0,

@@ -153,7 +153,7 @@ def build_groups(
         of_context = name in [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
         allowed = (context_rows or {}) if of_context else item_rows
         own = {feature: sizes[feature] for feature in allowed}
-        groups[name] = _build_group(name, group, own, tasks, rows.get(config.data.domain, 0))
+        groups[name] = _build_group(name, group, own, tasks, sizes.get(config.data.domain, 0))
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
     _check_model(config, groups)
@@ -181,7 +181,7 @@ def _build_group(
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
     kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
-    sets = _sets_of(name, group, tasks, domains)
+    sets = sets_of(name, group, tasks, domains)
     tables = tuple(
         TableSpec(feature, rows[feature], settings.dim or dims[feature], set_.name)
         for set_, settings in sets.items()
@@ -190,10 +190,17 @@ def _build_group(
     return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets))
 
 
-def _sets_of(
+def sets_of(
     name: str, group: GroupConfig, tasks: Sequence[Task], domains: int
 ) -> dict[EmbeddingSet, SetConfig]:
-    """The sets of a group, and what was said of each; `domains`: ids that a domain may have."""
+    """The sets of a group, and what was said of each.
+
+    Args:
+        name: of the group; tasks: of the run; domains: ids that a domain may have.
+
+    Raises:
+        ConfigError: a set's owner is no task with a tower or no domain.
+    """
     owned = [task.name for task in tasks if task.has_tower]
     if group.sets == 1:
         return {EmbeddingSet(): SetConfig()}

@@ -22,6 +22,7 @@ from pipelines.serve.metrics import Metrics
 from tests.helpers.logs import Row
 from tests.helpers.models import drawing, model_of
 from trainer.assemble import feature_rows, resolve_groups
+from trainer.config.tasks import names_of, resolve_tasks
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.run_config import Config
@@ -67,13 +68,14 @@ def snapshot_of(config: Config, path: Path = Path("snapshot/v00000001")) -> Snap
     """A model with first weights over plain tables, and its first batch as recorded requests."""
     manifest, rows = read_manifest(config.data.log), rows_of(config)
     model = model_of(config).eval().requires_grad_(False)
-    batch = next(iter(SequenceLogReader(config.data, "train", rows).steps())).batch
+    tasks = resolve_tasks(config.tasks, manifest.tasks)
+    batch = next(iter(SequenceLogReader(config.data, "train", rows, tasks=tasks).steps())).batch
     described = Described(
         config,
         rows,
         tuple(batch.features.keys()),
         tuple(batch.context.keys()) if batch.context is not None else (),
-        tuple(manifest.tasks),
+        tuple(names_of(tasks)),
         tuple(manifest.numeric),
         {},
         inputs_of(manifest, batch),

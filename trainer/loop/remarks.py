@@ -130,7 +130,7 @@ def _of_rest(config: Config) -> list[str]:
     if not train.early_stopping.on:
         unused += [
             f"train.early_stopping.{key} (train.early_stopping.patience is 0)"
-            for key in ("metric", "min_delta")
+            for key in ("metric", "task", "min_delta")
             if _changed(train.early_stopping, key)
         ]
     if train.warmup and train.warmup_steps is not None and train.warmup != _TYPICAL_WARMUP:

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from embeddings.errors import ConfigError
+from trainer.config.tasks import named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.blocks import Block, LazyRows, with_windows
 from trainer.data.collate import collate
+from trainer.data.domain import DomainColumn
 from trainer.data.files import RowGroup
+from trainer.data.labels import TaskLabels
 from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import Columns, UserRows
 from trainer.log.schema import FeatureInfo
@@ -93,10 +96,11 @@ class Scorer:
             )
         self.columns = Columns(
             features=_infos(self.needs.candidates.known, self.needs),
-            tasks=manifest.tasks,
+            labels=TaskLabels(named_tasks(manifest.config.tasks, manifest.tasks), ()),
             context=_infos(self.needs.context.known, self.needs),
             numeric=manifest.numeric,
             chunk=chunk if self.data.clusters else 0,
+            domain=_domain_of(self.data.domain, self.needs),
         )
         # `trainer.serving.versions` sets them: requests may hold raw values of these features.
         self.vocabularies: Mapping[str, Vocabulary] = {}
@@ -174,6 +178,14 @@ def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:
     return {name: FeatureInfo(rows=needs.rows.get(name, 1)) for name in names}
 
 
+def _domain_of(feature: str, needs: Needs) -> DomainColumn | None:
+    """The domain of candidates, where requests carry it: so it is wherever the model reads it."""
+    of_requests = feature in needs.context.known
+    if not feature or feature not in (*needs.context.known, *needs.candidates.needed):
+        return None
+    return DomainColumn(feature, of_requests, needs.rows[feature])
+
+
 def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
     """Every request as a user row of its own."""
     histories = [request.history for request in requests]
@@ -187,6 +199,8 @@ def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
         for name in ("cluster_size", "cluster_time"):
             clusters[name] = np.concatenate([getattr(history, name) for history in histories])
     numeric = [[request.numeric[name] for request in requests] for name in columns.numeric]
+    candidates = _joined_features([request.candidates for request in requests], counts, columns.features)
+    context = _joined_features([r.context for r in requests], np.ones_like(counts), columns.context)
     return UserRows.of_counts(
         behaviors=behaviors,
         requests=np.ones_like(counts),
@@ -196,10 +210,11 @@ def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
         history_time=np.concatenate([history.time for history in histories]),
         request_time=np.array([request.time for request in requests]),
         history_end=np.array([np.searchsorted(request.history.time, request.time) for request in requests]),
-        candidates=_joined_features([request.candidates for request in requests], counts, columns.features),
-        context=_joined_features([r.context for r in requests], np.ones_like(counts), columns.context),
+        candidates=candidates,
+        context=context,
         labels=np.zeros((int(counts.sum()), len(columns.tasks)), dtype=np.float32),
         numeric=np.stack([np.concatenate(each) for each in numeric], axis=1) if numeric else None,
+        domain=columns.domain.of_candidates(candidates, context, counts) if columns.domain else None,
         **clusters,
     )
 
