@@ -58,6 +58,16 @@ class Config(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_towers(self) -> Config:
+        for name, task in self.tasks.items():
+            if task.tower is not None and not self.model.head_kind.takes_towers:
+                raise ValueError(
+                    f'tasks.{name}.tower: model.head = "{self.model.head}" has no tower for each task; set '
+                    'model.head = "experts", or leave tower out'
+                )
+        return self
+
     def _check_sets(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if several sets serve anything but the representation of all branches."""
         whole = self.model.roles.representation_target
