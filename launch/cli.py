@@ -79,11 +79,17 @@ def doctor() -> None:
 
 
 @app.command()
-def fetch(out: Annotated[Path, Option("--out", metavar="DIR", help="Where to put the data.")]) -> None:
-    """Download the Complete Journey demo data as an event log."""
-    from pipelines.fetch import fetch as run
+def fetch(
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Where to put the data.")],
+    what: Annotated[
+        Literal["demo", "multi-task"], Option(help="Only events, or also candidates with several labels.")
+    ] = "demo",
+) -> None:
+    """Download the Complete Journey data as raw tables."""
+    from pipelines.fetch.fetch import fetch as run
 
-    typer.echo(f"events: {run(out)}")
+    for table in run(out, what=what):
+        typer.echo(f"{table.stem}: {table}")
 
 
 @app.command()

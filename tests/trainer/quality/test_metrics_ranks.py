@@ -49,11 +49,16 @@ def on_ranks(world_size: int, job: Callable[..., Any], *arguments: Any) -> list[
 
 
 def _evaluate(run: Path, _: Path) -> Any:
-    return evaluate(run, "test")["tasks"]["click"]
+    entry = evaluate(run, "test")
+    of_domains = {
+        f"{d}/{n}": v for d, own in entry["by_domain"].items() for n, v in own["tasks"]["click"].items()
+    }
+    return {**entry["tasks"]["click"], **of_domains, "mean": entry["over_domains"]["mean_auc"]}
 
 
 def _train(log: Path, run: Path, sharding: str, _: Path) -> None:
     settings = {**SETTINGS, "data.log": str(log), "data.sharding": sharding, "train.epochs": 2}
+    settings["data.domain"] = "category_id"
     train(ROOT / "configs/dare.toml", run, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
@@ -99,6 +104,7 @@ def test_evaluate_finds_the_same_on_1_2_and_4_ranks(run: Path, tmp_path: Path) -
     found = {world: on_ranks(world, _evaluate, run, tmp_path / f"e{world}") for world in WORLDS}
     one = found[1][0]
     assert one["samples"] > 100 and 0 < one["positives"] < one["samples"] and one["groups"] > 10
+    assert sum(one[f"{domain}/samples"] for domain in range(9)) == one["samples"] and 0 < one["mean"] < 1
     for world in WORLDS:
         for metrics in found[world]:
             assert metrics == found[world][0], "ranks disagree"
