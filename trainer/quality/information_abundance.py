@@ -30,9 +30,10 @@ def information_abundance(table: Tensor | ShardedTensor) -> float:
 def _gram(table: Tensor | ShardedTensor) -> Tensor:
     """E^T E of a table E [rows, K], [K, K]: float64, for it has the squares of the singular values."""
     rows, width = table.size()
-    shards, sharded = list(local_shards(table)), isinstance(table, ShardedTensor)
+    shards = list(local_shards(table))
     gram_KK = torch.zeros(width, width, dtype=torch.float64, device=_device_of(shards))
-    if sharded and any(shard.shard_sizes[1] < width for shard in table.metadata().shards_metadata):
+    parts = table.metadata().shards_metadata if isinstance(table, ShardedTensor) else []
+    if any(part.shard_sizes[1] < width for part in parts):
         # Columns of a row lie on several ranks.
         for band_RK in _bands(shards, rows, gram_KK):
             gram_KK += band_RK.T @ band_RK
@@ -40,7 +41,7 @@ def _gram(table: Tensor | ShardedTensor) -> Tensor:
     for shard in shards:
         for part_RK in shard.tensor.detach().split(_BAND):
             gram_KK += part_RK.double().T @ part_RK.double()
-    if sharded:
+    if isinstance(table, ShardedTensor):
         dist.all_reduce(gram_KK)
     return gram_KK
 
