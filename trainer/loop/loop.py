@@ -225,7 +225,7 @@ class Trainer:
         metrics = self._measure(self.validation_reader)
         self.at.validated = self.at.step
         self.log.write(self.at.step, "validation", metrics.entry())
-        self.say(f"validation after step {self.at.step}: {metrics.text()}")
+        self.say(f"validation after step {self.at.step}:{metrics.text()}")
         # Whether this validation is the best so far, or the last.
         stopping, best = self.config.train.early_stopping, self.at.best
         if stopping.on:

@@ -25,16 +25,18 @@ _TYPICAL_WARMUP = 0.08
 def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGroup]) -> list[str]:
     """One line for each kind of thing that this run will not use."""
     used, search = {feature for group in groups.values() for feature in group.features}, config.data.search
+    # Losses and metrics read the domain, whether or not the model has a table of it.
+    read = {*used, config.data.domain}
     lines = []
     if left := [f"tables.{name}" for name in config.tables if name not in used]:
         lines.append(f"no effect: {', '.join(left)}; no group has a table of that feature")
-    if left := [name for name in manifest.context if name not in used]:
+    if left := [name for name in manifest.context if name not in read]:
         names = ", ".join(f'"{name}"' for name in left)
         lines.append(
             f"not used: {_counted(left, 'context feature')} of the log; for the model to see them, set "
             f'groups.context.features = [{names}] and model.roles.context = "context"'
         )
-    if left := [name for name in manifest.features if name not in {*used, *search.levels, search.domain}]:
+    if left := [name for name in manifest.features if name not in {*read, *search.levels, search.domain}]:
         lines.append(
             f"not used: {_counted(left, 'feature')} of the log; name them in groups.<name>.features (left "
             "out, a group has all of them)"
