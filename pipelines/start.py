@@ -28,6 +28,7 @@ from trainer.assemble import (
 )
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
+from trainer.checkpoint.same_tasks import check_same_tasks
 from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import pinning
@@ -121,7 +122,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         say(f"refused checkpoint: {reason}")
     if resume.path is not None:
         check_resumable(resume.state, config, fingerprint)
-        if changed := changed_settings(resume.state, config):
+        of_tasks = check_same_tasks(resume.state, config, manifest.tasks)
+        if changed := [*changed_settings(resume.state, config), *of_tasks]:
             say(f"settings that differ from those of {resume.path.name}: {', '.join(changed)}")
     step = resume.state.get("step", 0)
     note_start(folder, config, step, checking=checking)
