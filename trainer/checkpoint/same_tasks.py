@@ -11,8 +11,8 @@ from embeddings.errors import ConfigError
 from trainer.config.tasks import Task, TaskConfig, names_of, resolve_tasks
 from trainer.run_config import Config
 
-# How a task is trained; the next step does it in the new way. The rest of a section says what the task is.
-_MAY_CHANGE = ("loss", "weight", "mean", "rank", "bce_weight", "pairs")
+# What a task is. The rest of its section says how it is trained, which the next step does in the new way.
+_IDENTITY = ("label", "mask", "product", "tower")
 _ADVICE = "set it back, or name another --out"
 
 
@@ -65,7 +65,7 @@ def check_same_tasks(state: Mapping[str, Any], config: Config, labels: Sequence[
 
 def _identity(task: Task) -> dict[str, Any]:
     """What a task is, by the keys of its section."""
-    settings = task.settings.model_dump(exclude=set(_MAY_CHANGE))
+    settings = task.settings.model_dump(include=set(_IDENTITY))
     two_logits = {"rank": "jrc" if task.settings.rank == "jrc" else "another than jrc"}
     return {**settings, "label": task.label, **two_logits}
 
@@ -76,8 +76,9 @@ def _mean_the_same(old: Task, new: Task) -> bool:
 
 
 def _differences(old: Task, new: Task) -> list[str]:
-    pairs = {key: (getattr(old.settings, key), getattr(new.settings, key)) for key in _MAY_CHANGE}
-    pairs["weight"] = old.weight, new.weight
+    was, now = (
+        {**task.settings.model_dump(exclude=set(_IDENTITY)), "weight": task.weight} for task in (old, new)
+    )
     return [
-        f"tasks.{new.name}.{key} = {now!r} (was {was!r})" for key, (was, now) in pairs.items() if was != now
+        f"tasks.{new.name}.{key} = {now[key]!r} (was {was[key]!r})" for key in now if was[key] != now[key]
     ]
