@@ -22,6 +22,7 @@ from trainer.assemble import (
     build_sharded,
     build_trainable,
     cluster_of,
+    count_domains,
     feature_rows,
     plan_request,
     resolve_groups,
@@ -29,6 +30,7 @@ from trainer.assemble import (
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.checkpoint.warm_start import check_source, fill, open_source
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
@@ -37,7 +39,7 @@ from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
-from trainer.objectives.table import objective_of
+from trainer.objectives.of_tasks import trained_tasks
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
 from trainer.run_folder import RunFolder
@@ -127,7 +129,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     if config.train.early_stopping.on and not manifest.holds("validation"):
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     groups = resolve_groups(config, manifest)
-    objective_of(config.train.objective)
+    tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
+    trained_tasks(tasks, config.train.objective, count_domains(config, groups))
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)

@@ -281,7 +281,7 @@ def test_the_plain_loop_trains_on_the_device_as_on_the_cpu(log: Path) -> None:
             step, whole, _ = made(config, device)
             loop = Pipeline("none", whole, step, device)  # type: ignore[arg-type]
             read = (Step(batch.pin_memory(), counted=True, after=Cursor()) for batch in batches)
-            losses = [plain(loss) for _, loss in loop.train(read)]
+            losses = [plain(tally.total) for _, tally in loop.train(read)]
         found.append((losses, [plain(weight).detach() for weight in whole.parameters()]))
         # The guard reads the answer of a step in the next one, and of the last step at the end.
         late = {"trainer/ranks/host_copy.py": len(batches)}

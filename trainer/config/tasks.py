@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -24,16 +24,18 @@ class TaskConfig(Settings):
     mask: str = ""
     """An expression over labels of the log, such as `click == 1`. Where it is not true the task is not
     observed: such a candidate has no part in its loss and its metrics. Empty means no such condition."""
-    loss: str = "bce"
-    """The objective of single candidates, `bce` or `focal`. `none` means that the task is not trained by
+    loss: str = ""
+    """The loss of each candidate. Empty means train.objective. `none` means that the task is not trained by
     itself, but only as a part of a `product`."""
+    gamma: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """With `loss = "focal"`, how much less a candidate counts that the model is sure of. Not set means 2."""
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     """The factor of the task's loss in the total."""
     mean: Literal["step", "domain"] = "step"
     """How the losses of candidates become one: `step` is their mean over all observed candidates of a step,
     `domain` is the sum over domains of the means of each domain (Crocodile), see data.domain."""
     rank: str = "none"
-    """A ranking loss beside `loss`: `pair`, `list`, `listce` or `jrc`. `none` means none."""
+    """A loss beside `loss` that compares candidates. `none` means none."""
     bce_weight: float = Field(0.5, ge=0, le=1)
     """With `rank`, the share of `loss`. The ranking loss has the rest."""
     pairs: Literal["step", "request", "domain"] = "step"
@@ -53,6 +55,10 @@ class TaskConfig(Settings):
             raise ValueError("a product needs two tasks or more")
         if self.loss == "none" and self.rank != "none":
             raise ValueError(f'rank = "{self.rank}" is trained beside a loss: set loss = "bce"')
+        if self.rank == "none" and (self.pairs, self.bce_weight) != ("step", 0.5):
+            raise ValueError(
+                'pairs and bce_weight belong to a ranking loss: set rank = "pair", or leave them out'
+            )
         return self
 
 
@@ -63,12 +69,14 @@ class Task:
     Attributes:
         name: of the task; label: of the log; settings: as they were given, or the defaults.
         weight: of its loss in the total. Without a section [tasks] that is 1 / T.
+        partial: not every candidate is observed, for its label is not there or its mask is not true.
     """
 
     name: str
     label: str
     settings: TaskConfig
     weight: float
+    partial: bool = False
 
     @property
     def has_tower(self) -> bool:
@@ -76,24 +84,28 @@ class Task:
         return not self.settings.product
 
 
-def resolve_tasks(configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> tuple[Task, ...]:
+def resolve_tasks(
+    configs: Mapping[str, TaskConfig], labels: Sequence[str], partial: Collection[str] = ()
+) -> tuple[Task, ...]:
     """The tasks of a run, in the order of the config, or of the log where the config has none.
 
     Args:
         configs: the section [tasks]; labels: those that the log has.
+        partial: of these, those that only a part of the candidates has. It matters to training alone.
 
     Raises:
         ConfigError: a task names a label that the log does not have, or a product names no task with a tower.
     """
     if not configs:
-        return tuple(Task(label, label, TaskConfig(), 1 / len(labels)) for label in labels)
+        weight = 1 / max(1, len(labels))
+        return tuple(Task(label, label, TaskConfig(), weight, label in partial) for label in labels)
     tasks = []
     for name, settings in configs.items():
         label = settings.label or name
         if label not in labels:
             key = f"tasks.{name}.label = {label!r}" if settings.label else f"tasks.{name}"
             raise ConfigError(f"{key}: the log has no such label; {_known(label, labels)}")
-        tasks.append(Task(name, label, settings, settings.weight))
+        tasks.append(Task(name, label, settings, settings.weight, bool(settings.mask) or label in partial))
     towers = [task.name for task in tasks if task.has_tower]
     for task in tasks:
         for part in task.settings.product:

@@ -110,6 +110,13 @@ class Head(nn.Module):
         """What is wrong with a model that has this head; empty if nothing is."""
         return ""
 
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """The weights that no loss but this task's reaches: its tower, its gates and the experts of its own.
+
+        In a step in which nobody observed the task they stay as they are. None unless the head says so.
+        """
+        return []
+
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
 
