@@ -29,6 +29,7 @@ from trainer.data.batch import Clusters, RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.loop.pipeline import Pipeline
 from trainer.model.union import most_kept
+from trainer.objectives.table import RANKINGS
 from trainer.quality.evaluate import _rows
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, load_config
@@ -211,6 +212,17 @@ def test_bags_of_several_ids_cost_one_wait(tmp_path: Path) -> None:
     assert not batch.host_sizes.one_id and strides[1] < strides[0]
     assert by_file(device.waits)["embeddings/lookup/jagged.py"] == 1
     del device.waits[next(line for line in device.waits if line.startswith("embeddings/lookup/jagged.py"))]
+    assert not too_many(device.waits), device.waits
+
+
+@pytest.mark.parametrize("rank", RANKINGS)
+@pytest.mark.parametrize("pairs", ["step", "request"])
+def test_losses_of_several_tasks_wait_for_nothing(rank: str, pairs: str, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", {"train": enrich(random_rows(3), 3)}, rich=True)
+    tasks = [f"tasks.click.rank={rank}", f"tasks.click.pairs={pairs}", "tasks.buy.loss=focal"]
+    few = ['groups.attention.features=["item_id"]', 'groups.representation.features=["item_id"]']
+    config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, *tasks, *few])
+    _, device, _ = both(config)
     assert not too_many(device.waits), device.waits
 
 
