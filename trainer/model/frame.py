@@ -219,6 +219,7 @@ class TwoStageModel(nn.Module):
         numbers: int = 0,
     ) -> None:
         super().__init__()
+        self.tasks, self.domains = tuple(tasks), dimensions.domains
         self.config, self.numbers, groups, roles = config, numbers, dimensions.groups, config.roles
         self.collections = nn.ModuleDict(collections)
         self.lookups = Lookups(groups)
