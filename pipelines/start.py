@@ -29,10 +29,12 @@ from trainer.assemble import (
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.checkpoint.warm_start import check_source, fill, open_source
+from trainer.config.tasks import names_of, resolve_tasks
 from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
+from trainer.loop.early_stopping import watched
 from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
@@ -126,6 +128,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     note_start(folder, config, step, checking=checking)
     if config.train.early_stopping.on and not manifest.holds("validation"):
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
+    watched(config.train.early_stopping, names_of(resolve_tasks(config.tasks, manifest.tasks)))
     groups = resolve_groups(config, manifest)
     objective_of(config.train.objective)
     kind_for(config.train.pipeline, ranks.device)
@@ -246,6 +249,7 @@ def open_split(
         config.data,
         split,
         rows,
+        tasks=resolve_tasks(config.tasks, read_manifest(config.data.log).tasks),
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=seed,

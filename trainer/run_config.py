@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, model_validator
+from torch import nn
 
 from embeddings.errors import ConfigError, hint_of
 from embeddings.first_rows import FirstWeights
@@ -55,6 +56,16 @@ class Config(Settings):
             raise ValueError(
                 f"group {sorted(unused)[0]!r} serves no role; remove it or name it in model.roles"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_towers(self) -> Config:
+        for name, task in self.tasks.items():
+            if task.tower is not None and not self.model.head_kind.takes_towers:
+                raise ValueError(
+                    f'tasks.{name}.tower: model.head = "{self.model.head}" has no tower for each task; set '
+                    'model.head = "experts", or leave tower out'
+                )
         return self
 
     def _check_sets(self, branch: str, settings: BranchConfig) -> None:
@@ -155,6 +166,7 @@ def build_groups(
         groups[name] = _build_group(name, group, own, tasks, sizes.get(config.data.domain, 0))
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
+    _check_model(config, groups)
     return groups
 
 
@@ -220,7 +232,31 @@ def sets_of(
             raise ConfigError(f"{where}: no task with a tower has that name; {known}")
         if kind == "domain" and int(owner) >= domains:
             raise ConfigError(f"{where}: the ids of data.domain are below {domains}")
+    for key in sets:
+        # Sets name modules, and a module's attributes are taken.
+        if hasattr(nn.ModuleDict(), key):
+            raise ConfigError(
+                f"groups.{name}.sets: PyTorch keeps the name {key!r} for itself; give the set, or the task "
+                "that owns it, another name"
+            )
     return {EmbeddingSet(key, settings.owner): settings for key, settings in sets.items()}
+
+
+def _check_model(config: Config, groups: Mapping[str, TableGroup]) -> None:
+    model, domain = config.model, config.data.domain
+    sets = groups[model.roles.representation_behavior].sets
+    if model.auxiliary_kind is not None and all(each.owner != "shared" for each in sets):
+        raise ConfigError(
+            f'model.auxiliary = "{model.auxiliary}" is a loss of all tasks, which reads the shared sets, but '
+            f"all sets of groups.{model.roles.representation_behavior} have owners: add one that is shared"
+        )
+    tables = {feature for group in groups.values() for feature in group.features}
+    reads = model.head_kind.reads_domain(model) or any(each.owner.startswith("domain:") for each in sets)
+    if domain and domain not in tables and reads:
+        raise ConfigError(
+            f"data.domain = {domain!r}: the model reads it, but no group has a table of it, so a service "
+            f"would not be given it; add it to the features of a group. Tables: {', '.join(sorted(tables))}"
+        )
 
 
 def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> None:
@@ -232,9 +268,11 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
                 f"model.roles: {stage}_target ({target}) and {stage}_behavior ({behavior}) need tables of "
                 f"equal widths in equal order, not {groups[target].widths()} and {groups[behavior].widths()}"
             )
-    problem = branch.sequence_kind.width_problem(branch, groups[roles.representation_behavior].width)
-    if problem:
-        raise ConfigError(problem)
+    representation = groups[roles.representation_behavior]
+    for name in representation.set_names:
+        problem = branch.sequence_kind.width_problem(branch, representation.of_set(name).width)
+        if problem:
+            raise ConfigError(problem)
     attention = groups[roles.attention_behavior].features
     if branch.attend and groups[roles.attention_behavior].fusion == "sum":
         raise ConfigError(

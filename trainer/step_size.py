@@ -114,8 +114,9 @@ def lookups(
     """Bags and ids of every table in one step, over all ranks.
 
     Mirrors `TwoStageModel`: attention groups are looked up for all N + C; representation groups for those as
-    well (`full`) or for the S kept behaviors and the candidates (`selected`), all sets alike; a prior for
-    candidates alone; the context for R requests. Multi-valued features count as one id a bag.
+    well (`full`) or for the S kept behaviors and the candidates (`selected`), all sets of a group alike; a
+    prior for candidates alone, unless it serves another role too; groups of the context for R requests.
+    Multi-valued features count as one id a bag.
 
     Args:
         lookup: `full` or `selected`, whatever `config.model.lookup` says; device: see `kept_behaviors`.

@@ -14,6 +14,7 @@ from benchmarks.gpu.measure import difference, host_waits
 from tests.helpers.models import model_of
 from tests.programs.preset_steps import small_config
 from trainer.assemble import feature_rows, resolve_groups
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
@@ -75,8 +76,9 @@ def compare_devices(config: Config, device: torch.device) -> tuple[Row, Counter[
 
 
 def batch_of(config: Config) -> RequestBatch:
-    rows = feature_rows(resolve_groups(config, read_manifest(Path(config.data.log))))
-    return next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
+    manifest = read_manifest(Path(config.data.log))
+    rows, tasks = feature_rows(resolve_groups(config, manifest)), resolve_tasks(config.tasks, manifest.tasks)
+    return next(iter(SequenceLogReader(config.data, "train", rows, tasks=tasks, seed=1).steps())).batch
 
 
 def _learn(model: TwoStageModel, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -121,8 +121,9 @@ def model_of(config: Config) -> TwoStageModel:
 
 
 def batch_of(config: Config) -> RequestBatch:
-    rows = feature_rows(resolve_groups(config, read_manifest(config.data.log)))
-    return next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
+    manifest = read_manifest(config.data.log)
+    rows, tasks = feature_rows(resolve_groups(config, manifest)), resolve_tasks(config.tasks, manifest.tasks)
+    return next(iter(SequenceLogReader(config.data, "train", rows, tasks=tasks, seed=1).steps())).batch
 
 
 def stage_one(model: TwoStageModel, batch: RequestBatch) -> dict[str, Retrieval]:

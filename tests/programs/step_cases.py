@@ -41,12 +41,15 @@ SMALL = [
     "groups.attention.dim=8", "groups.representation.dim=8", "groups.representation.init_scale=0.7",
 ]  # fmt: skip
 CONTEXT = ['groups.user.features=["city","segments"]', "groups.user.dim=4", 'model.roles.context="user"']
+# The head runs twice, for two tasks.
+SETS = ["groups.representation.sets=3", "model.attention_owner=buy"]
 # The first of two lookups needs only some of the log's features.
 FEW = ['groups.attention.features=["category_id","tags"]', 'model.attend=["tags"]']
 MODELS = {
     "selected": [],
     "full": ["model.lookup=full"],
     "context, few features": [*CONTEXT, *FEW],
+    "sets, attention of one task": SETS,
     "auxiliary, batch norm": [
         "model.lookup=full",
         "model.auxiliary=softmax",

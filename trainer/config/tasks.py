@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from embeddings.errors import ConfigError, hint_of
+from trainer.config.label_mask import LabelMask
 from trainer.config.model import Width
 from trainer.config.toml import Settings
 
@@ -22,8 +23,10 @@ class TaskConfig(Settings):
     label: str = ""
     """The label of the log that the task predicts. Empty means the label of the task's own name."""
     mask: str = ""
-    """An expression over labels of the log, such as `click == 1`. Where it is not true the task is not
-    observed: such a candidate has no part in its loss and its metrics. Empty means no such condition."""
+    """An expression over labels of the log, such as `click == 1`. Where it is not true, or a label that it
+    names was not observed, the task is not observed: such a candidate has no part in its loss and its
+    metrics. It compares labels with numbers, and has `and`, `or`, `not` and parentheses. Empty means no
+    condition."""
     loss: str = "bce"
     """The objective of single candidates, `bce` or `focal`. `none` means that the task is not trained by
     itself, but only as a part of a `product`."""
@@ -45,10 +48,21 @@ class TaskConfig(Settings):
     tower: tuple[Width, ...] | None = None
     """The widths of the layers of the task's tower, for a head with towers. Not set means model.hidden."""
 
+    @field_validator("mask")
+    @classmethod
+    def _is_a_mask(cls, text: str) -> str:
+        if text:
+            LabelMask.parse(text)
+        return text
+
     @model_validator(mode="after")
     def _check_together(self) -> TaskConfig:
         if self.product and self.tower is not None:
             raise ValueError("a task with a product has no tower: leave tower out")
+        if self.product and self.rank == "jrc":
+            raise ValueError(
+                'rank = "jrc" trains two logits of a tower, and a product has none: use another rank'
+            )
         if len(self.product) == 1:
             raise ValueError("a product needs two tasks or more")
         if self.loss == "none" and self.rank != "none":
@@ -63,17 +77,24 @@ class Task:
     Attributes:
         name: of the task; label: of the log; settings: as they were given, or the defaults.
         weight: of its loss in the total. Without a section [tasks] that is 1 / T.
+        mask: the compiled `settings.mask`, None where that is empty.
     """
 
     name: str
     label: str
     settings: TaskConfig
     weight: float
+    mask: LabelMask | None = None
 
     @property
     def has_tower(self) -> bool:
         """Whether the head gives its logit, and no product of others."""
         return not self.settings.product
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the log that it needs: its own, and those that its mask names."""
+        return tuple(dict.fromkeys((self.label, *(self.mask.labels if self.mask else ()))))
 
 
 def resolve_tasks(configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> tuple[Task, ...]:
@@ -83,7 +104,8 @@ def resolve_tasks(configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> t
         configs: the section [tasks]; labels: those that the log has.
 
     Raises:
-        ConfigError: a task names a label that the log does not have, or a product names no task with a tower.
+        ConfigError: a task or its mask names a label that the log does not have, or a product names no task
+            with a tower.
     """
     if not configs:
         return tuple(Task(label, label, TaskConfig(), 1 / len(labels)) for label in labels)
@@ -93,7 +115,10 @@ def resolve_tasks(configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> t
         if label not in labels:
             key = f"tasks.{name}.label = {label!r}" if settings.label else f"tasks.{name}"
             raise ConfigError(f"{key}: the log has no such label; {_known(label, labels)}")
-        tasks.append(Task(name, label, settings, settings.weight))
+        mask = LabelMask.parse(settings.mask) if settings.mask else None
+        if mask is not None and (problem := mask.unknown(labels)):
+            raise ConfigError(f"tasks.{name}.mask = {settings.mask!r}: {problem}")
+        tasks.append(Task(name, label, settings, settings.weight, mask))
     towers = [task.name for task in tasks if task.has_tower]
     for task in tasks:
         for part in task.settings.product:
@@ -104,14 +129,25 @@ def resolve_tasks(configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> t
 
 
 def labels_of(configs: Mapping[str, TaskConfig], names: Sequence[str]) -> list[str]:
-    """The labels that tasks of these names predict, where no log is at hand.
+    """The labels that tasks of these names predict, and those that their masks name, without a log at hand.
 
     Args:
         configs: the section [tasks] that they were resolved with.
     """
     if not configs:
         return list(names)
-    return [settings.label or name for name, settings in configs.items()]
+    own = [settings.label or name for name, settings in configs.items()]
+    masks = [LabelMask.parse(settings.mask).labels for settings in configs.values() if settings.mask]
+    return list(dict.fromkeys([*own, *sum(masks, ())]))
+
+
+def named_tasks(configs: Mapping[str, TaskConfig], names: Sequence[str]) -> tuple[Task, ...]:
+    """The tasks of a trained model, where the log that it was trained on is not at hand.
+
+    Args:
+        configs: the section [tasks] of its config; names: of its tasks.
+    """
+    return resolve_tasks(configs, labels_of(configs, names))
 
 
 def names_of(tasks: Iterable[Task]) -> list[str]:

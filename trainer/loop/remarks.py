@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from embeddings.groups import TableGroup
+from trainer.config.model import CONTEXT_ROLES
 from trainer.config.toml import Settings
 from trainer.log.schema import LogManifest
 from trainer.model.settings import CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
@@ -58,8 +59,9 @@ def _one_sided(config: Config, manifest: LogManifest) -> list[str]:
     needs: dict[str, set[str]] = {}
     for branch in config.model.all_branches().values():
         for role, group in branch.roles.model_dump().items():
-            if group and role != "context":
-                needs.setdefault(group, set()).add("candidate" if role.endswith("_target") else "history")
+            if group and role not in CONTEXT_ROLES:
+                of_candidates = role.endswith("_target") or role == "prior"
+                needs.setdefault(group, set()).add("candidate" if of_candidates else "history")
     return [
         f"{feature} in groups.{name}"
         for name, sides in needs.items()
@@ -128,7 +130,7 @@ def _of_rest(config: Config) -> list[str]:
     if not train.early_stopping.on:
         unused += [
             f"train.early_stopping.{key} (train.early_stopping.patience is 0)"
-            for key in ("metric", "min_delta")
+            for key in ("metric", "task", "min_delta")
             if _changed(train.early_stopping, key)
         ]
     if train.warmup and train.warmup_steps is not None and train.warmup != _TYPICAL_WARMUP:

@@ -48,6 +48,13 @@ class Reading(NamedTuple):
     behaviors: Behaviors
     weight_CHK: Tensor | None
 
+    def parts(self, stopped: bool = False) -> dict[str, list[Tensor]]:
+        """Set -> parts, each [C, *]; `stopped`: no gradient of theirs reaches the weights."""
+        weight_CHK = self.weight_CHK
+        if stopped and weight_CHK is not None:
+            weight_CHK = weight_CHK.detach()
+        return self.branch.read(self.behaviors, weight_CHK)
+
 
 class Branch(nn.Module):
     """Stage one and its experts, built from settings; see `trainer.model.settings.BranchConfig`.

@@ -11,7 +11,7 @@ collections, and looks into no tensor. The trace does not enter those modules; a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from trainer.data.batch import RequestBatch
 from trainer.model.border import Lookups
 from trainer.model.branch import Branch, Reading, at_least_one_row
 from trainer.model.heads.head import HeadInput, HeadSizes
+from trainer.model.heads.owned import OwnedAttention
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.search import Retrieval
 from trainer.model.settings import ModelConfig
@@ -126,10 +127,12 @@ class Pooled(NamedTuple):
     """Stage two's result for all branches.
 
     Attributes:
-        given: what the head is given; of_branch: name -> what stage two of the branch read.
+        given: what the head is given, in each of its runs, see `trainer.model.heads.owned`: one run where
+            there are no gradients.
+        of_branch: name -> what stage two of the branch read.
     """
 
-    given: HeadInput
+    given: list[HeadInput]
     of_branch: dict[str, Reading]
 
 
@@ -138,11 +141,12 @@ class Pooling(nn.Module):
 
     Args:
         roles: of the model; numbers: whether candidates have any.
+        runs: of each run of the head, the branches whose weights pass no gradient on.
     """
 
-    def __init__(self, roles: RolesConfig, numbers: bool) -> None:
+    def __init__(self, roles: RolesConfig, numbers: bool, runs: Sequence[Set[str]] = (frozenset(),)) -> None:
         super().__init__()
-        self.roles, self.numbers = roles, numbers
+        self.roles, self.numbers, self.runs = roles, numbers, runs
 
     def forward(
         self,
@@ -152,7 +156,6 @@ class Pooling(nn.Module):
         late: Mapping[str, Tensor],
     ) -> Pooled:
         """`first`: of all behaviors and candidates, and of requests; `late`: of `retrievals.bags`."""
-        sets: dict[str, list[Tensor]] = {}
         of_branch: dict[str, Reading] = {}
         branches = retrievals.branches.named()
         # Rows of each group: target [C, D], behaviors [S, D].
@@ -172,8 +175,16 @@ class Pooling(nn.Module):
             target_CD, value_SD = rows[roles.representation_target][0], rows[roles.representation_behavior][1]
             behaviors = Behaviors(**vars(retrieval), target_CD=target_CD, value_SD=value_SD, place=place)
             of_branch[name] = Reading(branch, behaviors, branch.weigh(retrieval))
-            for set_, parts in branch.read(*of_branch[name][1:]).items():
-                sets.setdefault(set_, []).extend(parts)
+        read: dict[tuple[str, bool], dict[str, list[Tensor]]] = {}
+        runs = self.runs if torch.is_grad_enabled() else self.runs[:1]
+        of_runs: list[dict[str, list[Tensor]]] = [{} for _ in runs]
+        for stopped, sets in zip(runs, of_runs, strict=True):
+            for name, reading in of_branch.items():
+                stops = name in stopped
+                if (name, stops) not in read:
+                    read[name, stops] = reading.parts(stops)
+                for set_, parts in read[name, stops].items():
+                    sets.setdefault(set_, []).extend(parts)
         beside, prior = [], []
         if self.numbers:
             beside.append(batch.numeric.sign() * batch.numeric.abs().log1p())
@@ -184,7 +195,7 @@ class Pooling(nn.Module):
         if self.roles.prior_context:
             prior.append(first[self.roles.prior_context][batch.candidate_request])
         prior_CP = torch.cat(prior, dim=1) if prior else None
-        return Pooled(HeadInput(sets, beside, prior_CP, batch.domain), of_branch)
+        return Pooled([HeadInput(sets, beside, prior_CP, batch.domain) for sets in of_runs], of_branch)
 
 
 class TwoStageModel(nn.Module):
@@ -220,13 +231,16 @@ class TwoStageModel(nn.Module):
         )
         self.late += self.alone
         self.of_requests = list(dict.fromkeys(filter(None, (roles.context, roles.prior_context))))
-        self.pooling = Pooling(roles, numbers > 0)
-        self.head = config.head_kind.build(config, head_sizes(roles, branches, dimensions, tasks, numbers))
+        towers = [task for task in tasks if task.has_tower]
+        owners = {name: branch.settings.attention_owner for name, branch in branches.items()}
+        self.owned = OwnedAttention(owners, [task.name for task in towers])
+        self.pooling = Pooling(roles, numbers > 0, self.owned.runs)
+        self.head = config.head_kind.build(config, head_sizes(roles, branches, dimensions, towers, numbers))
         self.auxiliary = None
         if config.auxiliary_kind is not None:
             main = branches["main"]
             width = sum(main.widths[name] for name in main.shared_sets)
-            self.auxiliary = config.auxiliary_kind.build(config, width, len(tasks))
+            self.auxiliary = config.auxiliary_kind.build(config, width, len(towers))
         if config.dense_init == "normal":
             # Everything dense without "bias" in its name, scales and slopes too (DARE's code).
             with torch.no_grad():
@@ -248,11 +262,14 @@ class TwoStageModel(nn.Module):
                 }
             )
         pooled = self.pooling(batch, retrievals, first, late)
-        output = self.head(pooled.given)
+        if torch.is_grad_enabled() and len(self.owned.runs) > 1:
+            output = self.owned([self.head(pooled.given[run]) for run in range(len(self.owned.runs))])
+        else:
+            output = self.head(pooled.given[0])
         auxiliary = None
         if self.auxiliary is not None and self.training:
             main = pooled.of_branch["main"]
-            auxiliary = self.auxiliary(main.branch, main.behaviors)
+            auxiliary = self.auxiliary(main.branch, main.behaviors, self.owned.live("main"))
         return Prediction(output.logits, auxiliary, output.base, output.experts)
 
     @torch.no_grad()
@@ -281,7 +298,7 @@ def head_sizes(
     tasks: Sequence[Task],
     numbers: int,
 ) -> HeadSizes:
-    """What the head is built from; `roles` are those of the model, `numbers`: X."""
+    """What the head is built from; `roles` are those of the model, `tasks` have towers, `numbers`: X."""
     sets: dict[str, list[int]] = {}
     for branch in branches.values():
         for expert in branch.experts:
@@ -293,7 +310,7 @@ def head_sizes(
     return HeadSizes(
         sets,
         numbers + context,
-        [task for task in tasks if task.has_tower],
+        tasks,
         {each.name: each.owner for each in groups[roles.representation_behavior].sets},
         prior + prior_context,
         dimensions.domains,

@@ -15,7 +15,7 @@ from embeddings.errors import ConfigError, DataError, SnapshotError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from trainer.assemble import build_model, count_numbers
-from trainer.config.tasks import Task, labels_of, resolve_tasks
+from trainer.config.tasks import Task, named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
 from trainer.log.schema import FeatureInfo
@@ -268,9 +268,8 @@ def _load(path: Path) -> Snapshot:
     for entry in manifest.listed().values():
         if not entry.path.startswith("tables/"):
             check_file(path, entry)
-    given = manifest.config.tasks
     try:
-        tasks = resolve_tasks(given, labels_of(given, manifest.tasks))
+        tasks = named_tasks(manifest.config.tasks, manifest.tasks)
         groups = {name: _group(name, manifest, tasks) for name in manifest.groups}
     except ConfigError as error:
         raise SnapshotError(path / MANIFEST, str(error)) from None
@@ -309,7 +308,7 @@ def _recorded(path: Path, manifest: SnapshotManifest) -> RecordedRequests:
     own = tensors.pop(OWN, None)
     batch, trained = unpack(path, tensors, (manifest.recorded_features, manifest.recorded_context))
     problem = batch.problem(manifest.features, manifest.config.data.history_length)
-    problem = problem or _problem_of_bags(batch, manifest)
+    problem = problem or _problem_of_bags(batch, manifest) or _problem_of_domains(batch, manifest)
     if own is None or own.dtype != trained.dtype or own.shape != trained.shape:
         problem = problem or "lacks the snapshot's own scores"
     if problem:
@@ -333,6 +332,17 @@ def _problem_of_bags(batch: RequestBatch, manifest: SnapshotManifest) -> str:
         ):
             return f"{name} is not what its inputs say"
     return ""
+
+
+def _problem_of_domains(batch: RequestBatch, manifest: SnapshotManifest) -> str:
+    """What is wrong with the domains of candidates, where the model may read them; empty if nothing is."""
+    rows = manifest.features.get(manifest.config.data.domain)
+    if rows is None:
+        return ""
+    if batch.domain is None:
+        return "lacks the domains of its candidates"
+    outside = bool(((batch.domain < 0) | (batch.domain >= rows)).any())
+    return f"domains lie outside the table of {rows} rows" if outside else ""
 
 
 def _fitted_to_config(path: Path, make: Callable[[], _T]) -> _T:

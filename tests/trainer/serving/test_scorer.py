@@ -168,10 +168,13 @@ def arrow_column(side: str, name: str, values: list[object]) -> object:
     return pa.array(values, kind)
 
 
-@pytest.mark.parametrize("name", ["dare", "dare_search", "sim_hard", "twin_hard", "eta", "din"])
-def test_explained_behaviors_are_those_kept_with_their_weights(name: str, log: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "sets"),
+    [("dare", 1), ("dare", 3), ("dare_search", 1), ("sim_hard", 1), ("twin_hard", 1), ("eta", 1), ("din", 1)],
+)
+def test_explained_behaviors_are_those_kept_with_their_weights(name: str, sets: int, log: Path) -> None:
     """Places lead back to the history, whatever the data path left out: ids there are the kept ids."""
-    config = preset(name, log)
+    config = preset(name, log, *([f"groups.representation.sets={sets}"] if sets > 1 else []))
     rows = taxonomy_rows()
     plain, serving = snapshot_of(config), Serving(snapshot_of(config))
     named = list(asked(serving, config, rows))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.model.heads.head import Perceptron
+from trainer.model.heads.owned import columns
 from trainer.model.read.sequence import Behaviors
 from trainer.model.windows import pooled_windows
 
@@ -48,12 +50,20 @@ class Auxiliary(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, branch: Any, behaviors: Behaviors) -> Tensor:
-        """-> logits [C, T]; `branch`: the main one, and what it read."""
+    def forward(self, branch: Any, behaviors: Behaviors, live: Sequence[bool]) -> Tensor:
+        """-> logits [C, T].
+
+        Args:
+            branch: the main one; behaviors: what it read.
+            live: of each task, whether its loss reaches the weights.
+        """
         behaviors = branch.shared(behaviors.with_whole_windows())
         weight = self.weigh(branch, behaviors)
         logits: Tensor = self.head(self.parts(branch, behaviors, weight))
-        return logits
+        if all(live):
+            return logits
+        stopped: Tensor = self.head(self.parts(branch, behaviors, weight.detach()))
+        return columns([stopped, logits], [int(each) for each in live])
 
 
 class SoftmaxLoss(Auxiliary):

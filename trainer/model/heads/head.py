@@ -95,10 +95,12 @@ class Head(nn.Module):
         keys: the settings class of a model, or a subclass of it with the keys that this head adds.
         compile_obstacle: why an export cannot compile it; empty if it is one function of the concatenated
             parts.
+        takes_towers: whether each task has a tower of its own, as `tasks.<name>.tower` describes it.
     """
 
     keys: ClassVar[type[ModelKeys]] = ModelKeys
     compile_obstacle: ClassVar[str] = "needs its parts one by one"
+    takes_towers: ClassVar[bool] = False
 
     @classmethod
     def build(cls, model: Any, sizes: HeadSizes) -> Head:
@@ -110,8 +112,22 @@ class Head(nn.Module):
         """What is wrong with a model that has this head; empty if nothing is."""
         return ""
 
+    @classmethod
+    def reads_prior(cls, model: Any) -> bool:
+        """Whether this head looks at `HeadInput.prior`."""
+        return False
+
+    @classmethod
+    def reads_domain(cls, model: Any) -> bool:
+        """Whether settings have it look at `HeadInput.domain`, besides for sets that domains own."""
+        return False
+
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
+
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """Those that the loss of this task alone reaches. They rest while nobody observes the task."""
+        return []
 
 
 class Perceptron(nn.Module):
