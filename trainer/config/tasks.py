@@ -61,10 +61,6 @@ class TaskConfig(Settings):
     def _check_together(self) -> TaskConfig:
         if self.product and self.tower is not None:
             raise ValueError("a task with a product has no tower: leave tower out")
-        if self.product and self.rank == "jrc":
-            raise ValueError(
-                'rank = "jrc" trains two logits of a tower, and a product has none: use another rank'
-            )
         if len(self.product) == 1:
             raise ValueError("a product needs two tasks or more")
         if self.loss == "none" and self.rank != "none":
