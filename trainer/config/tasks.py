@@ -126,8 +126,8 @@ def resolve_tasks(
         mask = LabelMask.parse(settings.mask) if settings.mask else None
         if mask is not None and (problem := mask.unknown(labels)):
             raise ConfigError(f"tasks.{name}.mask = {settings.mask!r}: {problem}")
-        part = mask is not None or label in partial
-        tasks.append(Task(name, label, settings, settings.weight, mask, part))
+        in_part = mask is not None or label in partial
+        tasks.append(Task(name, label, settings, settings.weight, mask, in_part))
     towers = [task.name for task in tasks if task.has_tower]
     for task in tasks:
         for part in task.settings.product:
