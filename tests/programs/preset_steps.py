@@ -53,8 +53,8 @@ def main() -> None:
             rows = feature_rows(sharded.groups)
             reader = open_split(config, "train", rows, ranks, seed=3)
             losses = []
-            for done, loss in pipeline.train(islice(reader.steps(), STEPS)):
-                losses.append(float(sum_over_ranks(loss)) / done.batch.step_candidates)
+            for done, tally in pipeline.train(islice(reader.steps(), STEPS)):
+                losses.append(float(sum_over_ranks(tally.total)) / done.batch.step_candidates)
             scored = score_split(sharded.model, open_split(config, "validation", rows, ranks), ranks.device)
             order = np.lexsort([scored.candidate, scored.request_id])
             found[preset] = {"losses": losses, "scores": scored.score[order].tolist()}

@@ -30,6 +30,7 @@ from trainer.data.batch import Clusters, RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.loop.pipeline import Pipeline
 from trainer.model.union import most_kept
+from trainer.objectives.table import RANKINGS
 from trainer.quality.evaluate import _rows
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, load_config
@@ -226,6 +227,17 @@ def test_bags_of_several_ids_cost_one_wait(tmp_path: Path) -> None:
     assert not too_many(device.waits), device.waits
 
 
+@pytest.mark.parametrize("rank", RANKINGS)
+@pytest.mark.parametrize("pairs", ["step", "request"])
+def test_losses_of_several_tasks_wait_for_nothing(rank: str, pairs: str, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", {"train": enrich(random_rows(3), 3)}, rich=True)
+    tasks = [f"tasks.click.rank={rank}", f"tasks.click.pairs={pairs}", "tasks.buy.loss=focal"]
+    few = ['groups.attention.features=["item_id"]', 'groups.representation.features=["item_id"]']
+    config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, *tasks, *few])
+    _, device, _ = both(config)
+    assert not too_many(device.waits), device.waits
+
+
 @pytest.mark.parametrize("preset", ["dare", "din", "td_sasrec", "twin_v2"])
 def test_scores_of_an_evaluation_leave_the_device_by_one_wait_each(preset: str, log: Path) -> None:
     config = small_config(preset, log)
@@ -293,7 +305,7 @@ def test_the_plain_loop_trains_on_the_device_as_on_the_cpu(log: Path) -> None:
             step, whole, _ = made(config, device)
             loop = Pipeline("none", whole, step, device)  # type: ignore[arg-type]
             read = (Step(batch.pin_memory(), counted=True, after=Cursor()) for batch in batches)
-            losses = [plain(loss) for _, loss in loop.train(read)]
+            losses = [plain(tally.total) for _, tally in loop.train(read)]
         found.append((losses, [plain(weight).detach() for weight in whole.parameters()]))
         # The guard reads the answer of a step in the next one, and of the last step at the end.
         late = {"trainer/ranks/host_copy.py": len(batches)}
