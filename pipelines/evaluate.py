@@ -58,17 +58,22 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
                 for name in next(iter(slices.values()))
             },
         }
-        if pairs:
-            of_pairs = {"/".join(pair): strata for pair, strata in pairs.items()}
+        if len(scored.tasks) > 1:
+            # Written where there are none, too, or those of an earlier evaluation would stay.
             entries[f"{split}_by_balance"] = {
-                pair: {name: stratum.entry() for name, stratum in strata.items()}
-                for pair, strata in of_pairs.items()
+                "/".join(pair): {name: stratum.entry() for name, stratum in strata.items()}
+                for pair, strata in pairs.items()
             }
         folder.update_summary(entries)
         size = (
             f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests by {scored.users:,} users"
         )
-        lines = [f"{split}: {size}", *without(beside.missing)]
+        missing = [*beside.missing]
+        if len(scored.tasks) > 1 and not pairs:
+            missing.append(
+                "metrics by feedback balance: they are of another split than training, by its labels"
+            )
+        lines = [f"{split}: {size}", *without(missing)]
         lines += report(measured, table, slices, pairs, feature, data.domain)
         of_quality = remarks(split, measured, table, feature)
         lines += [*([""] if of_quality else []), *of_quality, *of_names]

@@ -126,6 +126,9 @@ def test_evaluate_and_export_know_tasks_masks_and_domains(
         assert sum(part["stratum"]["candidates"] for part in parts.values()) == len(every)
         assert all(list(part["tasks"]) == pair.split("/") for part in parts.values())
     assert "of 3 pairs of tasks" in said and "\n\nPCOC by city" in said
+    evaluate(made / "run", "train")
+    assert "left out: metrics by feedback balance: they are of another split" in capfd.readouterr().out
+    assert summary(made)["train_by_balance"] == {} and summary(made)["test_by_balance"] == strata
     export(made / "run", made / "snapshot")
     said = capfd.readouterr().out
     for task in TASKS:
