@@ -118,7 +118,7 @@ def resolve_tasks(configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> t
         mask = LabelMask.parse(settings.mask) if settings.mask else None
         if mask is not None and (problem := mask.unknown(labels)):
             raise ConfigError(f"tasks.{name}.mask = {settings.mask!r}: {problem}")
-        tasks.append(Task(name, label, settings, settings.weight, mask))
+        tasks.append(Task(name, label, settings, settings.weight, mask=mask))
     towers = [task.name for task in tasks if task.has_tower]
     for task in tasks:
         for part in task.settings.product:
