@@ -48,7 +48,7 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
         beside = baselines(reader)
         table, feature = beside.metrics(scored), counted_feature(restored.manifest)
         slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
-        pairs = {} if beside.positives is None else by_balance(scored, beside.positives)
+        pairs = by_balance(scored, beside.positives, split)
         entries = {
             split: entry,
             f"{split}_step": restored.step,
@@ -58,8 +58,7 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
                 for name in next(iter(slices.values()))
             },
         }
-        if len(scored.tasks) > 1:
-            # Written where there are none, too, or those of an earlier evaluation would stay.
+        if pairs:
             entries[f"{split}_by_balance"] = {
                 "/".join(pair): {name: stratum.entry() for name, stratum in strata.items()}
                 for pair, strata in pairs.items()
@@ -68,12 +67,7 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
         size = (
             f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests by {scored.users:,} users"
         )
-        missing = [*beside.missing]
-        if len(scored.tasks) > 1 and not pairs:
-            missing.append(
-                "metrics by feedback balance: they are of another split than training, by its labels"
-            )
-        lines = [f"{split}: {size}", *without(missing)]
+        lines = [f"{split}: {size}", *without(beside.missing)]
         lines += report(measured, table, slices, pairs, feature, data.domain)
         of_quality = remarks(split, measured, table, feature)
         lines += [*([""] if of_quality else []), *of_quality, *of_names]
