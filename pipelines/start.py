@@ -22,6 +22,7 @@ from trainer.assemble import (
     build_sharded,
     build_trainable,
     cluster_of,
+    count_domains,
     feature_rows,
     plan_request,
     resolve_groups,
@@ -41,7 +42,7 @@ from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
-from trainer.objectives.table import objective_of
+from trainer.objectives.of_tasks import trained_tasks
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
 from trainer.run_folder import RunFolder
@@ -141,7 +142,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     watched(config.train.early_stopping, names_of(resolve_tasks(config.tasks, manifest.tasks)))
     groups = resolve_groups(config, manifest)
-    objective_of(config.train.objective)
+    tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
+    trained_tasks(tasks, config.train.objective, count_domains(config, groups))
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)

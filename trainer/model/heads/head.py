@@ -124,6 +124,13 @@ class Head(nn.Module):
         """What is wrong with a model that has this head; empty if nothing is."""
         return ""
 
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """The weights that no loss but this task's reaches: its tower, its gates and the experts of its own.
+
+        In a step in which nobody observed the task they stay as they are. None unless the head says so.
+        """
+        return []
+
     @classmethod
     def reads_prior(cls, model: Any) -> bool:
         """Whether this head looks at `HeadInput.prior`."""
@@ -141,10 +148,6 @@ class Head(nn.Module):
 
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
-
-    def own_parameters(self, task: str) -> list[nn.Parameter]:
-        """Those that the loss of this task alone reaches. They rest while nobody observes the task."""
-        return []
 
 
 class Perceptron(nn.Module):
