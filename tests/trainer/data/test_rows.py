@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from tests.helpers.logs import FEATURES, INFOS, Row, manifest_of, random_rows, write_log
+from tests.helpers.logs import FEATURES, Row, manifest_of, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import Bags, FeatureIds
