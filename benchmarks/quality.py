@@ -24,6 +24,7 @@ from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import one_thread
 from trainer.assemble import build_sharded, feature_rows
 from trainer.checkpoint.save_load import ResumePoint
+from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings, load_settings
 from trainer.data.prefetch import Closable
 from trainer.data.reader import Cursor, SequenceLogReader, Step
@@ -83,9 +84,10 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
     manifest = read_manifest(config.data.log)
     sharded = build_sharded(config, manifest, ranks, training=True)
     rows = feature_rows(sharded.groups)
-    reader = SequenceLogReader(config.data, "train", rows, seed=seed)
+    tasks = resolve_tasks(config.tasks, manifest.tasks)
+    reader = SequenceLogReader(config.data, "train", rows, tasks=tasks, seed=seed)
     # The looks are all alike, whatever the blocks.
-    validation = _Beginning(base, rows, settings.candidates)
+    validation = _Beginning(base, rows, tasks, settings.candidates)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = RunFolder(Path(folder))
         trainer = _TargetTrainer(
@@ -95,7 +97,7 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
         trainer.run(ResumePoint(None, {}, []))
     metrics, end = trainer.metrics_of_validation, trainer.at
     assert metrics is not None
-    auc = next(iter(metrics.values())).auc
+    auc = next(iter(metrics.tasks.values())).auc
     return {
         "blocks": blocks,
         "seed": seed,
@@ -113,15 +115,15 @@ class _TargetTrainer(NonSavingTrainer):
 
     def stop_at(self, target: float) -> None:
         metrics = self.metrics_of_validation
-        self.stopped = metrics is not None and next(iter(metrics.values())).auc >= target
+        self.stopped = metrics is not None and next(iter(metrics.tasks.values())).auc >= target
 
 
 class _Beginning(SequenceLogReader):
     """The first steps of the validation split, held in memory."""
 
-    def __init__(self, config: Config, rows: dict[str, int], candidates: int) -> None:
-        super().__init__(config.data, "validation", rows)
-        reader = SequenceLogReader(config.data, "validation", rows)
+    def __init__(self, config: Config, rows: dict[str, int], tasks: Sequence[Task], candidates: int) -> None:
+        super().__init__(config.data, "validation", rows, tasks=tasks)
+        reader = SequenceLogReader(config.data, "validation", rows, tasks=tasks)
         held = first_steps(reader, lambda steps: sum(s.batch.candidates for s in steps) >= candidates)
         self._held = held.all
 

@@ -21,6 +21,7 @@ from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, round
 from benchmarks.inputs.tables import initialise_unsharded
 from trainer.assemble import build_trainable, feature_rows
 from trainer.config.sections import DataConfig
+from trainer.config.tasks import resolve_tasks
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.objectives.bce import loss_sum
@@ -123,7 +124,8 @@ def _step_seconds(config: Config, steps: int = 30) -> Seconds:
     manifest = read_manifest(config.data.log)
     model, groups = build_trainable(config, manifest, torch.device("cpu"))
     initialise_unsharded(model, groups, config.train.seed)
-    reader = SequenceLogReader(config.data, "train", feature_rows(groups), seed=1)
+    tasks = resolve_tasks(config.tasks, manifest.tasks)
+    reader = SequenceLogReader(config.data, "train", feature_rows(groups), tasks=tasks, seed=1)
     batches = [step.batch for step in first_steps(reader, lambda held: len(held) == steps).all]
     warm, measured = batches[:5], batches[5:] or batches
     for batch in warm:

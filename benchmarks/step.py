@@ -28,6 +28,7 @@ from benchmarks.inputs.cells import DARE_KINDS, Cell, Kind, config_of
 from benchmarks.inputs.synthetic import Draws, as_batch, padded, row_per_sample, zipf_share
 from benchmarks.rivals.plain_models import PlainDare, PlainMlpScorer, plain_loss
 from trainer.assemble import build_sharded, feature_rows
+from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import Settings, load_settings
 from trainer.data.batch import pinning
 from trainer.data.reader import Cursor, SequenceLogReader, Step
@@ -169,7 +170,8 @@ class _Loops:
         self._models: dict[str, Any] = {}
         rows = feature_rows(build_sharded(config, self._manifest, ranks).groups)
         seed, prepare = config.train.seed, pinning(ranks.device)
-        reader = SequenceLogReader(config.data, "train", rows, seed=seed, prepare=prepare)
+        tasks = resolve_tasks(config.tasks, self._manifest.tasks)
+        reader = SequenceLogReader(config.data, "train", rows, tasks=tasks, seed=seed, prepare=prepare)
         self._held: Sequence[Step] = first_steps(reader, lambda steps: len(steps) == _STEPS).all
 
     def facts(self) -> dict[str, int]:

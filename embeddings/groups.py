@@ -8,7 +8,7 @@ role (attention or representation, target or behavior) is the model's business, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,8 +75,15 @@ class TableGroup:
     sets: tuple[EmbeddingSet, ...] = (EmbeddingSet(),)
 
     def __post_init__(self) -> None:
-        for each in self.sets:
-            tables = self._tables_of(each.name)
+        # A vector of a bag is cut into those of the sets by this order, and manifests come from anywhere.
+        of_sets = [self._tables_of(each.name) for each in self.sets]
+        features = [[table.feature for table in tables] for tables in of_sets]
+        if self.tables != sum(of_sets, ()) or any(each != features[0] for each in features):
+            raise ConfigError(
+                f"groups.{self.name}: each of its sets ({', '.join(self.set_names)}) must have a table of "
+                "every feature, one set after the other, the features in one order"
+            )
+        for tables in of_sets:
             if self.fusion == "sum" and len({table.dim for table in tables}) > 1:
                 dims = ", ".join(f"{table.feature} {table.dim}" for table in tables)
                 raise ConfigError(f'groups.{self.name}: fusion = "sum" needs tables of one width, not {dims}')
@@ -107,9 +114,7 @@ class TableGroup:
 
     def table_name(self, table: TableSpec) -> str:
         """The table's name, unique over all groups."""
-        if table.set:
-            return f"{self.name}/{table.set}/{table.feature}"
-        return f"{self.name}__{table.feature}"
+        return str(TableName(self.name, table.set, table.feature))
 
     def of_set(self, name: str) -> TableGroup:
         """The group as if it had the tables of one set only; their names stay.
@@ -157,3 +162,22 @@ class TableGroup:
 
     def _tables_of(self, name: str) -> tuple[TableSpec, ...]:
         return tuple(table for table in self.tables if table.set == name)
+
+
+class TableName(NamedTuple):
+    """What the name of a table says; `set` is empty without sets."""
+
+    group: str
+    set: str
+    feature: str
+
+    def __str__(self) -> str:
+        return "/".join(self) if self.set else f"{self.group}__{self.feature}"
+
+    @classmethod
+    def of(cls, name: str) -> TableName | None:
+        """None where no table is called that."""
+        if name.count("/") == 2:
+            return cls(*name.split("/"))
+        group, mark, feature = name.partition("__")
+        return cls(group, "", feature) if mark else None

@@ -8,8 +8,8 @@ first. The releases in use are torch 2.13 and TorchRec 1.8.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -123,6 +123,27 @@ def fused_optimizer(collection: nn.Module) -> Any:
 def set_fused_optimizer(collection: nn.Module, optimizer: Any) -> None:
     """Have a sharded collection show another optimizer."""
     cast(Any, collection)._optim = optimizer
+
+
+def features_on(sharding: Any, rank: int) -> list[str]:
+    """The features of the tables that a sharding has on a rank, one for each table, in the kernels' order."""
+    return [
+        name for group in sharding._grouped_embedding_configs_per_rank[rank] for name in group.feature_names()
+    ]
+
+
+@contextmanager
+def exchanging_by(collection: nn.Module, shardings: Sequence[Any]) -> Iterator[None]:
+    """Within this context a sharded collection of bags makes its exchange of ids as these shardings say.
+
+    It is made when ids come for the first time.
+    """
+    module = cast(Any, collection)
+    own, module._embedding_shardings = module._embedding_shardings, list(shardings)
+    try:
+        yield
+    finally:
+        module._embedding_shardings = own
 
 
 def topology_of(estimator: Any) -> Any:

@@ -79,18 +79,28 @@ def doctor() -> None:
 
 
 @app.command()
-def fetch(out: Annotated[Path, Option("--out", metavar="DIR", help="Where to put the data.")]) -> None:
-    """Download the Complete Journey demo data as an event log."""
-    from pipelines.fetch import fetch as run
+def fetch(
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Where to put the data.")],
+    what: Annotated[
+        Literal["demo", "multi-task"], Option(help="Only events, or also candidates with several labels.")
+    ] = "demo",
+) -> None:
+    """Download the Complete Journey data as raw tables."""
+    from pipelines.fetch.fetch import fetch as run
 
-    typer.echo(f"events: {run(out)}")
+    for table in run(out, what=what):
+        typer.echo(f"{table.stem}: {table}")
 
 
 @app.command()
 def synth(
     out: Annotated[Path, Option(metavar="LOG", help="The sequence log to write.")],
     kind: Annotated[
-        str, Option(help="relevance, xor, profiles, interference, decoupled, far, pair or opposite.")
+        str,
+        Option(
+            help="relevance, xor, profiles, interference, decoupled, far, pair or opposite; of several tasks "
+            "or domains agree, domains and funnel; sparse_25, sparse_5, sparse_1 or collapse."
+        ),
     ] = "relevance",
     seed: Annotated[int, Option(min=0, help="Of every random draw.")] = 7,
     users: Annotated[int, Option(min=0, help="To train on; 0: the kind's own number.")] = 0,

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.console import quiet_third_parties
-from pipelines.quality_report import baselines_key, remarks, slices_table, task_table, without
+from pipelines.quality_report import baselines_key, remarks, report, without
 from pipelines.score import write_named_scores
 from pipelines.start import open_split
 from trainer.checkpoint.restore import restore
+from trainer.quality.balance import by_balance
 from trainer.quality.baselines import baselines, by_baseline, counted_feature
 from trainer.quality.evaluate import score_split, shared_metrics
 from trainer.quality.metrics import entry_of
@@ -38,15 +39,16 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
         restored.manifest.require(split)
         reader = open_split(restored.config, split, restored.rows, ranks)
         scored = score_split(restored.sharded.model, reader, ranks.device)
-        metrics = shared_metrics(scored)
-        entry = entry_of(metrics)
+        measured = shared_metrics(scored, reader.config)
+        entry = measured.entry()
         if not ranks.speaks:
             return entry
-        log = restored.config.data.log
-        of_names = write_named_scores(scored, folder.scores(split), log, restored.manifest)
+        data = restored.config.data
+        of_names = write_named_scores(scored, folder.scores(split), data.log, restored.manifest)
         beside = baselines(reader)
         table, feature = beside.metrics(scored), counted_feature(restored.manifest)
         slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
+        pairs = {} if beside.positives is None else by_balance(scored, beside.positives)
         entries = {
             split: entry,
             f"{split}_step": restored.step,
@@ -56,14 +58,19 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
                 for name in next(iter(slices.values()))
             },
         }
+        if pairs:
+            of_pairs = {"/".join(pair): strata for pair, strata in pairs.items()}
+            entries[f"{split}_by_balance"] = {
+                pair: {name: stratum.entry() for name, stratum in strata.items()}
+                for pair, strata in of_pairs.items()
+            }
         folder.update_summary(entries)
         size = (
             f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests by {scored.users:,} users"
         )
         lines = [f"{split}: {size}", *without(beside.missing)]
-        for task, own in metrics.items():
-            lines += ["", *task_table(task, own, table[task], feature), "", *slices_table(task, slices[task])]
-        of_quality = remarks(split, metrics, table, feature)
+        lines += report(measured, table, slices, pairs, feature, data.domain)
+        of_quality = remarks(split, measured, table, feature)
         lines += [*([""] if of_quality else []), *of_quality, *of_names]
         print("\n".join(lines), flush=True)
     return entry

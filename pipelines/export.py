@@ -20,6 +20,7 @@ from pipelines.export_parity import Parity, compare
 from trainer.assemble import feature_rows, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.tensors import TableReader
+from trainer.config.tasks import Task, names_of, resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
@@ -63,7 +64,11 @@ class _Run:
         """The split that scores are compared on, in steps of the run's size or of another."""
         changes = {} if candidates is None else {"batch_candidates": candidates}
         data = self.config.data.model_copy(update=changes)
-        return SequenceLogReader(data, self.split, feature_rows(self.groups))
+        return SequenceLogReader(data, self.split, feature_rows(self.groups), tasks=self.tasks)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return resolve_tasks(self.config.tasks, self.manifest.tasks)
 
 
 def export(
@@ -130,7 +135,7 @@ def _open(run: Path, which: str = "") -> _Run:
         for table in group.tables:
             shape = reader.shape(reader.table(name, group.table_name(table)))
             if shape != (table.rows, table.dim):
-                problem = f"{table.feature} of group {name} is {list(shape)}, its log and config say "
+                problem = f"table {group.table_name(table)} is {list(shape)}, its log and config say "
                 raise CheckpointError(path, f"{problem}{[table.rows, table.dim]}")
     split = "validation" if manifest.holds("validation") else "train"
     if split == "train":
@@ -169,7 +174,7 @@ def _write(
         step=run.step,
         score_bound=bounds[0],
         mean_bound=bounds[1],
-        tasks=tuple(run.manifest.tasks),
+        tasks=tuple(names_of(run.tasks)),
         numeric=tuple(run.manifest.numeric),
         features=feature_rows(run.groups),
         inputs=inputs,

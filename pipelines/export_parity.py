@@ -16,8 +16,23 @@ from trainer.model.windows import Selection
 from trainer.quality.evaluate import score_requests
 from trainer.quality.metrics import number
 from trainer.quality.ranking import auc
+from trainer.quality.scored import Scored
 from trainer.snapshot import Snapshot
 from trainer.snapshot.partial_model import PartialModel
+
+
+@dataclass(frozen=True)
+class TaskParity:
+    """One task of a `Parity`.
+
+    Attributes:
+        worst, mean: absolute difference of probabilities.
+        auc: by the trainer and by the snapshot, of the candidates with a label.
+    """
+
+    worst: float
+    mean: float
+    auc: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,7 @@ class Parity:
     """Attributes:
     requests, candidates: compared.
     worst, mean: absolute difference of probabilities; equal: share of candidates that are bit-equal.
-    auc: task -> AUC by the trainer and by the snapshot.
+    tasks: by name.
     overlap: branch -> share of the behaviors kept by the trainer's search that the snapshot's keeps too.
     """
 
@@ -34,7 +49,7 @@ class Parity:
     worst: float = 0.0
     mean: float = 0.0
     equal: float = 1.0
-    auc: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tasks: Mapping[str, TaskParity] = field(default_factory=dict)
     overlap: Mapping[str, float] = field(default_factory=dict)
 
     def lines(self, split: str) -> list[str]:
@@ -47,11 +62,14 @@ class Parity:
         ]
         # On the first task's line: what the search keeps belongs to all of them.
         kept = "".join(f"; {share:.4%} of the search's top K kept ({n})" for n, share in self.overlap.items())
-        for task, (before, after) in self.auc.items():
-            name = f" of {task}" if len(self.auc) > 1 else ""
-            values = f"{number(before, 6)} by the trainer, {number(after, 6)} by the snapshot"
-            missing = "; all of these labels are alike" if math.isnan(before) else ""
-            lines.append(f"AUC{name} {values}{missing}{kept if len(lines) == 1 else ''}")
+        for task, own in self.tasks.items():
+            before, after = own.auc
+            several = len(self.tasks) > 1
+            line = f"AUC of {task}" if several else "AUC"
+            line += f" {number(before, 6)} by the trainer, {number(after, 6)} by the snapshot"
+            line += "; all of these labels are alike" if math.isnan(before) else ""
+            line += f"; largest difference {own.worst:.3g}, mean {own.mean:.3g}" if several else ""
+            lines.append(f"{line}{kept if len(lines) == 1 else ''}")
         return lines
 
 
@@ -80,12 +98,22 @@ def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader
         worst=float(difference.max()),
         mean=float(difference.mean()),
         equal=float((first.score == second.score).all(axis=1).mean()),
-        auc={
-            task: (auc(first.score[:, t], first.label[:, t]), auc(second.score[:, t], first.label[:, t]))
+        tasks={
+            task: TaskParity(
+                float(difference[:, t].max()),
+                float(difference[:, t].mean()),
+                (_auc(first, t), _auc(second, t)),
+            )
             for t, task in enumerate(first.tasks)
         },
         overlap={name: both / max(all_, 1) for name, (both, all_) in counts.items()},
     )
+
+
+def _auc(scored: Scored, task: int) -> float:
+    """Of the candidates that have a label of the task."""
+    part = scored.observed(task)
+    return auc(part.score[:, task], part.label[:, task])
 
 
 def _pairs(kept: Selection) -> Tensor:

@@ -7,11 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines.console import table_lines
+from trainer.quality.balance import FACTOR, Pair, Stratum, most_comparable
+from trainer.quality.domains import COMPARED, OverDomains, SplitMetrics
 from trainer.quality.metrics import Metrics, number
 from trainer.quality.ranking import RANKS
 
 # Baseline -> its numbers; of one task.
 Table = Mapping[str, Mapping[str, Any]]
+# More tasks than these get one table for all of them instead of tables for each.
+_MOST_TASKS = 2
+# The largest domains are shown; summary.json has all of them.
+_MOST_DOMAINS = 12
 
 _MODEL = "trained model"
 _REMEDY = (
@@ -22,8 +28,12 @@ _REMEDY = (
 _PROBABLE = ("logloss", "ne", "pcoc", "ece")
 # A model is compared with baselines by these, and by whether more is better.
 _COMPARED = {"auc": ("AUC", 1), "gauc": ("GAUC", 1), "logloss": ("logloss", -1)}
+# What tables of all tasks show by domain.
+_TITLES = {"auc": "AUC", "logloss": "logloss", "pcoc": "PCOC"}
 # PCOC outside of this is worth a sentence, if the split has enough positives to tell.
 _CALIBRATED = (0.8, 1.25)
+# What a sentence lists.
+_MOST_NAMED = 5
 
 
 def title(baseline: str, feature: str) -> str:
@@ -48,21 +58,29 @@ def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[
     rows = []
     for name, row in entries.items():
         others = (number(row[each]) if each in row else "-" for each in names)
-        known = row["auc_ci"] > 0 and not math.isnan(row["auc"])
-        auc = number(row["auc"]) + (f" ± {number(row['auc_ci'])}" if known else "")
-        rows.append([name, auc, *others])
+        rows.append([name, _with_interval(row["auc"], row["auc_ci"]), *others])
     lines = table_lines([*head, "logloss", "NE", "PCOC", "ECE"], rows)
     share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
     lines.append(
-        f"{share}; GAUC, HR and NDCG over the {metrics.groups:,} requests with both classes, "
-        f"user GAUC over {metrics.users:,} users"
+        f"{share} of {metrics.samples:,} labelled; GAUC, HR and NDCG over the {metrics.groups:,} requests "
+        f"with both classes, user GAUC over {metrics.users:,} users"
     )
-    best = _best(table, "auc", 1)
-    if best is not None and not math.isnan(metrics.auc) and "auc_lead" in table[best]:
-        lead, half = table[best]["auc_lead"], table[best]["auc_lead_ci"]
-        interval = "" if math.isnan(half) else f" ± {number(half)}"
-        lines.append(f"AUC of the trained model less that of {title(best, feature)}: {lead:+.4f}{interval}")
+    if best := _lead(metrics, table, feature):
+        lines.append("AUC of the trained model less that of {}: {}".format(*best))
     return lines
+
+
+def _with_interval(value: float, half: float) -> str:
+    return number(value) + (f" ± {number(half)}" if half > 0 and not math.isnan(value) else "")
+
+
+def _lead(metrics: Metrics, table: Table, feature: str) -> tuple[str, str] | None:
+    """The best baseline by AUC, and by how much the model leads; None where nothing can be compared."""
+    best = _best(table, "auc", 1)
+    if best is None or math.isnan(metrics.auc) or "auc_lead" not in table[best]:
+        return None
+    lead, half = table[best]["auc_lead"], table[best]["auc_lead_ci"]
+    return title(best, feature), f"{lead:+.4f}" + ("" if math.isnan(half) else f" ± {number(half)}")
 
 
 def shown_rank(metrics: Metrics) -> int:
@@ -81,16 +99,165 @@ def slices_table(task: str, slices: Mapping[str, Metrics]) -> list[str]:
     return table_lines(head, rows)
 
 
-def remarks(
-    split: str, metrics: Mapping[str, Metrics], tables: Mapping[str, Table], feature: str
+def report(
+    measured: SplitMetrics,
+    tables: Mapping[str, Table],
+    slices: Mapping[str, Mapping[str, Metrics]],
+    pairs: Mapping[Pair, Mapping[str, Stratum]],
+    feature: str,
+    domain: str,
 ) -> list[str]:
+    """All tables of a split: of each task beside its baselines, or of all tasks where they are several.
+
+    Args:
+        tables: by task; slices: by task, then by history; pairs: see `by_balance`.
+        feature: what `category_count` counts; domain: the feature of domains.
+    """
+    lines = []
+    if len(measured.tasks) <= _MOST_TASKS:
+        for task, own in measured.tasks.items():
+            lines += [
+                "",
+                *task_table(task, own, tables[task], feature),
+                "",
+                *slices_table(task, slices[task]),
+            ]
+            if measured.domains:
+                lines += ["", *domains_table(task, measured.of_task(task), domain)]
+    else:
+        lines += ["", *tasks_table(measured.tasks, tables, feature)]
+        auc = {task: {name: part.auc for name, part in own.items()} for task, own in slices.items()}
+        lines += ["", *_matrix("AUC by behaviors seen", {t: _shown(own) for t, own in auc.items()})]
+        lines += domain_matrices(measured, domain) if measured.domains else []
+    return [*lines, *(["", *balance_table(pairs)] if pairs else [])]
+
+
+def tasks_table(metrics: Mapping[str, Metrics], tables: Mapping[str, Table], feature: str) -> list[str]:
+    """A line a task: the model, and by how much it leads the task's best baseline."""
+    head = ["task", "labelled", "positive", "AUC", "GAUC", "logloss", "PCOC"]
+    rows = []
+    for task, own in metrics.items():
+        best = _lead(own, tables[task], feature) or ("-", "-")
+        numbers = map(number, (own.gauc, own.logloss, own.pcoc))
+        counts = f"{own.samples:,}", f"{own.positives:,}"
+        rows.append([task, *counts, _with_interval(own.auc, own.auc_ci), *numbers, *best])
+    return table_lines([*head, "best baseline", "AUC lead"], rows)
+
+
+def domains_table(task: str, domains: Mapping[str, Metrics], feature: str) -> list[str]:
+    """Metrics of one task by domain, the largest domains first; then what they come to."""
+    head = [f"{task}, by {feature}", "candidates", "positive", "AUC", "GAUC", "logloss", "PCOC"]
+    shown, hidden = _largest({name: own.samples for name, own in domains.items()})
+    rows = []
+    for name in shown:
+        own = domains[name]
+        counts, auc = (f"{own.samples:,}", f"{own.positives:,}"), _with_interval(own.auc, own.auc_ci)
+        rows.append([name, *counts, auc, *map(number, (own.gauc, own.logloss, own.pcoc))])
+    over = OverDomains.of(domains)
+    mean = f"mean of {len(over.metrics)} domains"
+    rows.append([mean, "", "", number(over.mean("auc")), "", number(over.mean("logloss")), ""])
+    worst = ", ".join(_worst(over, metric) for metric in COMPARED if over.metrics)
+    left_out = _listed([f"{name} ({reason})" for name, reason in over.left_out.items()])
+    return [
+        *table_lines(head, rows),
+        *hidden,
+        *([f"worst domain: {worst}"] if worst else []),
+        *([f"not in the mean and not the worst: {left_out}"] if left_out else []),
+    ]
+
+
+def _worst(over: OverDomains, metric: str) -> str:
+    name = over.worst(metric)
+    value, half = over.value(name, metric), over.value(name, "auc_ci") if metric == "auc" else math.nan
+    return f"{name} by {_TITLES[metric]} ({_with_interval(value, half)})"
+
+
+def domain_matrices(measured: SplitMetrics, feature: str) -> list[str]:
+    """AUC, logloss and PCOC of all tasks by domain, each with an empty line before it."""
+    over = measured.over_domains()
+    largest = {name: max(m.samples for m in own.values()) for name, own in measured.domains.items()}
+    shown, hidden = _largest(largest)
+    lines = []
+    for metric, name_of in _TITLES.items():
+        columns: dict[str, dict[str, str]] = {}
+        for task in measured.tasks:
+            own = {name: measured.domains[name][task] for name in shown}
+            columns[task] = _shown({name: getattr(part, metric) for name, part in own.items()})
+            if metric == "auc":
+                columns[task] = {name: _with_interval(part.auc, part.auc_ci) for name, part in own.items()}
+            if metric in COMPARED:
+                worst = over[task].worst(metric)
+                columns[task]["mean of domains"] = number(over[task].mean(metric))
+                columns[task]["worst of domains"] = number(over[task].value(worst, metric))
+                columns[task]["which is"] = worst or "-"
+        lines += ["", *_matrix(f"{name_of} by {feature}", columns), *hidden]
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for task, found in over.items():
+        for place in found.left_out.items():
+            tasks.setdefault(place, []).append(task)
+    reasons = [f"{name} of {', '.join(names)} ({reason})" for (name, reason), names in tasks.items()]
+    return [*lines, *([f"not in the mean and not the worst: {_listed(reasons)}"] if reasons else [])]
+
+
+def balance_table(pairs: Mapping[Pair, Mapping[str, Stratum]]) -> list[str]:
+    """Metrics by feedback balance of the pair of tasks with most candidates of comparable feedback."""
+    pair = most_comparable(pairs)
+    if all(set(strata) == {"neither"} for strata in pairs.values()):
+        return ["by feedback balance: none, since no user of this split has a positive in training"]
+    head = [f"{pair[0]} and {pair[1]}, by feedback balance", "users", "candidates"]
+    rows = []
+    for name, stratum in pairs[pair].items():
+        numbers = []
+        for task in pair:
+            own = stratum.metrics[task]
+            numbers += [f"{own.positives:,}", _with_interval(own.auc, own.auc_ci)]
+        rows.append([name, f"{stratum.users:,}", f"{stratum.candidates:,}", *numbers])
+    lines = table_lines([*head, *(f"{task} {what}" for task in pair for what in ("positive", "AUC"))], rows)
+    lines.append(
+        f"comparable: neither number of a user's positives in training is above {FACTOR:g} times the other"
+    )
+    if "comparable" not in pairs[pair]:
+        lines.append("no user of this split gave two tasks comparable feedback in training")
+    elif len(pairs) > 1:
+        lines.append(f"of {len(pairs)} pairs of tasks, this one has most comparable candidates")
+    return lines
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _MOST_NAMED} more" if len(words) > _MOST_NAMED else ""
+    return ", ".join(words[:_MOST_NAMED]) + more
+
+
+def _largest(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """-> (the names with the largest sizes, a line about the others if there are any)."""
+    names = sorted(sizes, key=lambda name: -sizes[name])
+    others = len(names) - _MOST_DOMAINS
+    hidden = [f"and {others:,} smaller domains, see summary.json"] if others > 0 else []
+    return names[:_MOST_DOMAINS], hidden
+
+
+def _shown(values: Mapping[str, float]) -> dict[str, str]:
+    return {name: number(value) for name, value in values.items()}
+
+
+def _matrix(corner: str, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A table with a column a task; all columns have the same rows."""
+    names = next(iter(columns.values()))
+    return table_lines(
+        [corner, *columns], [[name, *(own[name] for own in columns.values())] for name in names]
+    )
+
+
+def remarks(split: str, measured: SplitMetrics, tables: Mapping[str, Table], feature: str) -> list[str]:
     """Plain sentences: what is empty and why, baselines that beat the model, predictions out of scale."""
     wrong = [
         f"{split}, {task}: {words}"
-        for task, own in metrics.items()
+        for task, own in measured.tasks.items()
         for words in [*_lost(own, tables[task], feature), *_scale(own)]
     ]
-    return [*_empty(split, metrics), *wrong, *([_REMEDY] if wrong else [])]
+    wrong += [f"{split}: {words}" for words in _scales(measured.domains)]
+    unnamed = [measured.unnamed] if measured.unnamed else []
+    return [*unnamed, *_empty(split, measured.tasks), *wrong, *([_REMEDY] if wrong else [])]
 
 
 def _empty(split: str, metrics: Mapping[str, Metrics]) -> Iterator[str]:
@@ -137,11 +304,28 @@ def _lost(metrics: Metrics, table: Table, feature: str) -> Iterator[str]:
 
 
 def _scale(metrics: Metrics) -> Iterator[str]:
-    pcoc, low, high = metrics.pcoc, *_CALIBRATED
+    if _out_of_scale(metrics):
+        pcoc = metrics.pcoc
+        yield f"PCOC is {pcoc:.2f}: the predictions add up to {pcoc:.2f} times the labels"
+
+
+def _scales(domains: Mapping[str, Mapping[str, Metrics]]) -> Iterator[str]:
+    """One sentence about all domains, the farthest off first."""
+    off = [
+        (abs(math.log(max(own.pcoc, 1e-9))), f"{own.pcoc:.2f} in {domain} ({task})")
+        for domain, metrics in domains.items()
+        for task, own in metrics.items()
+        if _out_of_scale(own)
+    ]
+    if off:
+        yield f"by domain, PCOC is {_listed([words for _, words in sorted(off, reverse=True)])}"
+
+
+def _out_of_scale(metrics: Metrics) -> bool:
+    low, high = _CALIBRATED
     # Three standard errors of a count: what chance alone may do to few positives is no remark.
     chance = 3 / math.sqrt(max(metrics.rate * metrics.samples, 1)) if metrics.samples else math.inf
-    if not low <= pcoc <= high and abs(pcoc - 1) > chance:
-        yield f"PCOC is {pcoc:.2f}: the predictions add up to {pcoc:.2f} times the labels"
+    return not low <= metrics.pcoc <= high and abs(metrics.pcoc - 1) > chance
 
 
 def baselines_key(split: str) -> str:

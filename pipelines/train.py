@@ -21,7 +21,6 @@ from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Position, Trainer
 from trainer.quality.baselines import baselines, by_baseline, counted_feature
-from trainer.quality.metrics import entry_of
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config
 from trainer.run_folder import versions
@@ -133,7 +132,7 @@ def _conclude(
         }
         lines: list[str] = []
         if metrics is not None and trainer.validation_reader is not None:
-            entries |= {"validation": entry_of(metrics), "validation_step": step}
+            entries |= {"validation": metrics.entry(), "validation_step": step}
             try:
                 beside = baselines(trainer.validation_reader)
             except (TandemError, OSError, MemoryError) as error:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, hint_of
 from embeddings.groups import TableGroup
 from embeddings.lookup.caches import with_prefetch
 from embeddings.lookup.compile import make_collection
@@ -68,7 +68,8 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
     """
     items = {name: info.rows for name, info in manifest.features.items()}
     contexts = {name: info.rows for name, info in manifest.context.items()}
-    groups = build_groups(config, items, contexts, resolve_tasks(config.tasks, manifest.tasks))
+    tasks = resolve_tasks(config.tasks, manifest.tasks)
+    groups = build_groups(config, items, contexts, tasks)
     features = {**manifest.features, **manifest.context}
     for group in groups.values():
         for feature in group.features if group.kind == "sequence" else ():
@@ -82,7 +83,15 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
                 )
     for name, branch in config.model.all_branches().items():
         _check_compared(name, branch, manifest)
+        _check_owner(name, branch.attention_owner, [task.name for task in tasks if task.has_tower])
     return groups
+
+
+def _check_owner(branch: str, owner: str, tasks: Sequence[str]) -> None:
+    if owner and owner not in tasks:
+        where = f"{section_of(branch)}.attention_owner = {owner!r}"
+        known = hint_of(owner, tasks, f"they are {', '.join(tasks)}")
+        raise ConfigError(f"{where}: no task with a tower has that name; {known}")
 
 
 def _check_compared(name: str, branch: BranchConfig, manifest: LogManifest) -> None:

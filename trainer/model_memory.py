@@ -17,6 +17,7 @@ from trainer.step_size import StepSize
 _TIMES_TRAINED = 4
 # Part of a tensor's name -> the settings that its size comes from; the first that fits.
 _SETTINGS = (
+    ("head.layers.", "model.hidden, model.experts.hidden, groups.<name>.dim"),
     ("head.", "model.hidden, groups.<name>.dim"),
     ("auxiliary", "model.auxiliary_hidden"),
     ("time", "data.history_length, model.time_dim"),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, model_validator
+from torch import nn
 
 from embeddings.errors import ConfigError, hint_of
 from embeddings.first_rows import FirstWeights
@@ -48,6 +49,7 @@ class Config(Settings):
                         f"{section_of(branch)}.roles.{role} names group {group!r}; defined groups: {known}"
                     )
             used |= settings.roles.used()
+            self._check_sets(branch, settings)
             self._check_data(branch, settings)
         unused = set(self.groups) - used
         if unused:
@@ -55,6 +57,45 @@ class Config(Settings):
                 f"group {sorted(unused)[0]!r} serves no role; remove it or name it in model.roles"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_towers(self) -> Config:
+        for name, task in self.tasks.items():
+            if task.tower is not None and not self.model.head_kind.takes_towers:
+                raise ValueError(
+                    f'tasks.{name}.tower: model.head = "{self.model.head}" has no tower for each task; set '
+                    'model.head = "experts", or leave tower out'
+                )
+        return self
+
+    def _check_sets(self, branch: str, settings: BranchConfig) -> None:
+        """Raise an error if several sets serve anything but the representation of all branches."""
+        whole = self.model.roles.representation_target
+        given = self.groups[whole].sets
+        for name, each in given.items() if isinstance(given, dict) else ():
+            if each.owner.startswith("domain:") and not self.data.domain:
+                raise ValueError(
+                    f"groups.{whole}.sets.{name}.owner = {each.owner!r}: there are no domains; name the "
+                    "feature that has them with data.domain"
+                )
+        for role, name in settings.roles.model_dump().items():
+            group = self.groups.get(name)
+            if group is not None and group.sets != 1:
+                where = f"{section_of(branch)}.roles.{role} = {name!r}: groups.{name}.sets"
+                if not role.startswith("representation"):
+                    raise ValueError(
+                        f"{where} are for the representation; give the role {role} a group without sets"
+                    )
+                if name != whole:
+                    raise ValueError(
+                        f"{where} are for the group of all representation roles, which is {whole!r} for "
+                        "model.roles.representation_target; name one group for all of them"
+                    )
+            elif role.startswith("representation") and self.groups[whole].sets != 1:
+                raise ValueError(
+                    f"{section_of(branch)}.roles.{role} = {name!r}, but groups.{whole} has several sets and "
+                    f"so serves all representation roles of all branches; name {whole!r} here"
+                )
 
     def _check_data(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if the reader does not deliver what a branch works on."""
@@ -121,13 +162,17 @@ def build_groups(
     for name, group in config.groups.items():
         of_context = name in [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
         allowed = (context_rows or {}) if of_context else item_rows
-        groups[name] = _build_group(name, group, {feature: sizes[feature] for feature in allowed}, tasks)
+        own = {feature: sizes[feature] for feature in allowed}
+        groups[name] = _build_group(name, group, own, tasks, sizes.get(config.data.domain, 0))
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
+    _check_model(config, groups)
     return groups
 
 
-def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int], tasks: Sequence[Task]) -> TableGroup:
+def _build_group(
+    name: str, group: GroupConfig, rows: Mapping[str, int], tasks: Sequence[Task], domains: int
+) -> TableGroup:
     """One group: over the features that it names, or over all features of `rows`."""
     features = group.features or tuple(rows)
     if not features:
@@ -146,7 +191,7 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int], tasks: 
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
     first = FirstWeights(group.init, group.init_scale)
     kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
-    sets = _sets_of(name, group, tasks)
+    sets = sets_of(name, group, tasks, domains)
     tables = tuple(
         TableSpec(feature, rows[feature], settings.dim or dims[feature], set_.name)
         for set_, settings in sets.items()
@@ -155,8 +200,17 @@ def _build_group(name: str, group: GroupConfig, rows: Mapping[str, int], tasks: 
     return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets))
 
 
-def _sets_of(name: str, group: GroupConfig, tasks: Sequence[Task]) -> dict[EmbeddingSet, SetConfig]:
-    """The sets of a group, and what was said of each."""
+def sets_of(
+    name: str, group: GroupConfig, tasks: Sequence[Task], domains: int
+) -> dict[EmbeddingSet, SetConfig]:
+    """The sets of a group, and what was said of each.
+
+    Args:
+        name: of the group; tasks: of the run; domains: ids that a domain may have.
+
+    Raises:
+        ConfigError: a set's owner is no task with a tower or no domain.
+    """
     owned = [task.name for task in tasks if task.has_tower]
     if group.sets == 1:
         return {EmbeddingSet(): SetConfig()}
@@ -172,11 +226,37 @@ def _sets_of(name: str, group: GroupConfig, tasks: Sequence[Task]) -> dict[Embed
         sets = group.sets
     for key, settings in sets.items():
         kind, _, owner = settings.owner.partition(":")
+        where = f"groups.{name}.sets.{key}.owner = {settings.owner!r}"
         if kind == "task" and owner not in owned:
-            where = f"groups.{name}.sets.{key}.owner = {settings.owner!r}"
             known = hint_of(owner, owned, f"they are {', '.join(owned)}")
             raise ConfigError(f"{where}: no task with a tower has that name; {known}")
+        if kind == "domain" and int(owner) >= domains:
+            raise ConfigError(f"{where}: the ids of data.domain are below {domains}")
+    for key in sets:
+        # Sets name modules, and a module's attributes are taken.
+        if hasattr(nn.ModuleDict(), key):
+            raise ConfigError(
+                f"groups.{name}.sets: PyTorch keeps the name {key!r} for itself; give the set, or the task "
+                "that owns it, another name"
+            )
     return {EmbeddingSet(key, settings.owner): settings for key, settings in sets.items()}
+
+
+def _check_model(config: Config, groups: Mapping[str, TableGroup]) -> None:
+    model, domain = config.model, config.data.domain
+    sets = groups[model.roles.representation_behavior].sets
+    if model.auxiliary_kind is not None and all(each.owner != "shared" for each in sets):
+        raise ConfigError(
+            f'model.auxiliary = "{model.auxiliary}" is a loss of all tasks, which reads the shared sets, but '
+            f"all sets of groups.{model.roles.representation_behavior} have owners: add one that is shared"
+        )
+    tables = {feature for group in groups.values() for feature in group.features}
+    reads = model.head_kind.reads_domain(model) or any(each.owner.startswith("domain:") for each in sets)
+    if domain and domain not in tables and reads:
+        raise ConfigError(
+            f"data.domain = {domain!r}: the model reads it, but no group has a table of it, so a service "
+            f"would not be given it; add it to the features of a group. Tables: {', '.join(sorted(tables))}"
+        )
 
 
 def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> None:
@@ -188,9 +268,11 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
                 f"model.roles: {stage}_target ({target}) and {stage}_behavior ({behavior}) need tables of "
                 f"equal widths in equal order, not {groups[target].widths()} and {groups[behavior].widths()}"
             )
-    problem = branch.sequence_kind.width_problem(branch, groups[roles.representation_behavior].width)
-    if problem:
-        raise ConfigError(problem)
+    representation = groups[roles.representation_behavior]
+    for name in representation.set_names:
+        problem = branch.sequence_kind.width_problem(branch, representation.of_set(name).width)
+        if problem:
+            raise ConfigError(problem)
     attention = groups[roles.attention_behavior].features
     if branch.attend and groups[roles.attention_behavior].fusion == "sum":
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +20,9 @@ from trainer.run_config import Config, load_config
 from trainer.sealed_folder import locked, naming, remove_folder, write_text
 
 _CONFIG = "config.toml"
+# Of each domain the board has these curves, and none where there are more domains.
+_OF_DOMAINS = ("auc", "logloss", "pcoc")
+_MOST_DOMAINS = 20
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchx", "pyarrow", "numpy")
 
 
@@ -147,20 +150,42 @@ class MetricsLog:
         """One line: step, split and the values in full precision.
 
         Values may hold those of every task under `tasks`; on the board they are `SPLIT/TASK/NAME`, where
-        there are several tasks.
+        there are several tasks. For `by_domain` and `over_domains` see `SplitMetrics.entry` and `on_board`.
         """
         if self._file is None or self._board is None:
             return
         with naming(self._file.name):
             self._file.write(json.dumps(jsonable({"step": step, "split": split, **values})) + "\n")
             self._file.flush()
-        tasks: Mapping[str, Mapping[str, float]] = values.get("tasks", {})
-        named = {name: value for name, value in values.items() if name != "tasks"}
-        if len(tasks) > 1:
-            named |= {f"{task}/{name}": value for task, own in tasks.items() for name, value in own.items()}
         with naming(self._board.log_dir):
-            for name, value in named.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
+            for tag, value in on_board(split, values):
+                self._board.add_scalar(tag, value, step)
+
+
+def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The curves of TensorBoard, with their tags: `SPLIT/NAME` and `SPLIT/TASK/NAME`.
+
+    What is said over all domains has tags like these. Domains have a few curves each, `SPLIT by
+    domain/DOMAIN/...`, unless there are so many that nobody would look at them.
+    """
+    domains: Mapping[str, Mapping[str, Any]] = values.get("by_domain", {})
+    whole = {key: value for key, value in values.items() if key not in ("by_domain", "over_domains")}
+    for entry in (whole, values.get("over_domains", {})):
+        yield from _curves(split, entry)
+    for domain, entry in domains.items() if len(domains) <= _MOST_DOMAINS else ():
+        yield from _curves(f"{split} by domain/{domain}", entry, _OF_DOMAINS)
+
+
+def _curves(
+    prefix: str, entry: Mapping[str, Any], names: Collection[str] = ()
+) -> Iterator[tuple[str, float]]:
+    """The numbers of an entry, and of each task where it has several; only `names`, if there are any."""
+    tasks: Mapping[str, Mapping[str, Any]] = entry.get("tasks", {})
+    parts = {"": entry, **({f"{task}/": own for task, own in tasks.items()} if len(tasks) > 1 else {})}
+    for part, own in parts.items():
+        for name, value in own.items():
+            if isinstance(value, int | float) and (name in names or not names):
+                yield f"{prefix}/{part}{name}", value
 
 
 def _step_of(line: str) -> int:

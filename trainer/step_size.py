@@ -14,6 +14,7 @@ from itertools import islice
 from embeddings.errors import DataError
 from embeddings.groups import TableGroup
 from embeddings.plan.traffic import Lookup
+from trainer.config.model import CONTEXT_ROLES
 from trainer.config.sections import DataConfig
 from trainer.data.blocks import LazyRows, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
@@ -113,7 +114,8 @@ def lookups(
     """Bags and ids of every table in one step, over all ranks.
 
     Mirrors `TwoStageModel`: attention groups are looked up for all N + C; representation groups for those as
-    well (`full`) or for the S kept behaviors and the candidates (`selected`); the context for R requests.
+    well (`full`) or for the S kept behaviors and the candidates (`selected`), all sets of a group alike; a
+    prior for candidates alone, unless it serves another role too; groups of the context for R requests.
     Multi-valued features count as one id a bag.
 
     Args:
@@ -129,11 +131,12 @@ def lookups(
     # Groups that are looked up before the search, and those after it.
     early, late = (early | represent, set()) if lookup == "full" else (early, represent - early)
     kept = kept_behaviors(config.model, size, device)
+    of_requests = [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
     of_table = {}
     for name, group in groups.items():
         for table in group.tables:
             feature = table.feature
-            if feature in manifest.context and name == config.model.roles.context:
+            if feature in manifest.context and name in of_requests:
                 of_table[group.table_name(table)] = Lookup(size.requests, size.requests)
                 continue
             behaviors = size.behaviors if name in early else kept if name in late else 0

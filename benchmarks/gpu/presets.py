@@ -14,6 +14,7 @@ from benchmarks.gpu.measure import difference, host_waits
 from tests.helpers.models import model_of
 from tests.programs.preset_steps import small_config
 from trainer.assemble import feature_rows, resolve_groups
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
@@ -22,8 +23,8 @@ from trainer.objectives.bce import loss_sum
 from trainer.run_config import Config
 
 _LOGITS, _GRADIENTS = 1e-4, 1e-2
-# It needs a log with clusters.
-_LEFT_OUT = ("twin_v2",)
+# They need a log with clusters, with conversions, or with domains.
+_LEFT_OUT = ("twin_v2", "esmm", "crocodile")
 
 
 def preset_names() -> list[str]:
@@ -75,8 +76,9 @@ def compare_devices(config: Config, device: torch.device) -> tuple[Row, Counter[
 
 
 def batch_of(config: Config) -> RequestBatch:
-    rows = feature_rows(resolve_groups(config, read_manifest(Path(config.data.log))))
-    return next(iter(SequenceLogReader(config.data, "train", rows, seed=1).steps())).batch
+    manifest = read_manifest(Path(config.data.log))
+    rows, tasks = feature_rows(resolve_groups(config, manifest)), resolve_tasks(config.tasks, manifest.tasks)
+    return next(iter(SequenceLogReader(config.data, "train", rows, tasks=tasks, seed=1).steps())).batch
 
 
 def _learn(model: TwoStageModel, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:

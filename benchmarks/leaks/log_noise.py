@@ -105,11 +105,8 @@ class Noise:
 
 def only_request(row: Row, at: int) -> Row:
     """The row with only one of its requests."""
-    per_request = ("request_", "candidate_", "context_", "numeric_", "label_")
-    new = {
-        name: [value[at]] if name.startswith(per_request) or name == "weight" else value
-        for name, value in row.items()
-    }
+    per_request = ("request_", "candidate_", "context_", "numeric_", "label_", "weight")
+    new = {name: [value[at]] if name.startswith(per_request) else value for name, value in row.items()}
     return {**new, "num_requests": 1, "num_candidates": row["request_num_candidates"][at]}
 
 

@@ -148,7 +148,9 @@ def same_batch(one: RequestBatch, other: RequestBatch) -> bool:
 
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        # A label that was not observed is NaN, which equals nothing.
+        filled = [part.nan_to_num(-1.0) if part.is_floating_point() else part for part in (one, other)]
+        return one.dtype == other.dtype and torch.equal(*filled)
     if isinstance(one, KeyedJaggedTensor):
         parts = [(kjt.keys(), kjt.stride(), kjt.values(), kjt.lengths()) for kjt in (one, other)]
         return all(same(a, b) for a, b in zip(*parts, strict=True))

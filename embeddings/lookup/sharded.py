@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from embeddings.groups import TableGroup
 from embeddings.lookup.compile import BagCollection, SequenceCollection, side_by_side, weight_name
 from embeddings.lookup.replicated import ReplicatedOptimizer
+from embeddings.lookup.shared_ids import SharedIds
 from embeddings.private import fused_optimizer, lookups, mark_as_updated, set_fused_optimizer
 
 # Types whose bags are reduced over ranks.
@@ -55,10 +57,13 @@ class Exchange:
         padded: give every rank as many bags as the one that has most, by empty ones, where bags are reduced
             over ranks. None: on CPUs, where gloo's all-gather, the backward of that reduction, takes tensors
             of one size only. NCCL takes others, as one reduction or broadcast a rank instead of one in all.
+        once: send a feature's ids to a rank once, however many tables there look them up; False: as often,
+            which is TorchRec's way.
     """
 
     distinct: bool | None = None
     padded: bool | None = None
+    once: bool = True
 
 
 DEFAULT_EXCHANGE = Exchange()
@@ -150,7 +155,13 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
     """KJT of this rank's stride B -> KeyedTensor [B, width]; strides may differ from rank to rank."""
 
     def __init__(
-        self, module: BagCollection, strides: Strides, padded: bool, device: torch.device, **given: Any
+        self,
+        module: BagCollection,
+        strides: Strides,
+        padded: bool,
+        device: torch.device,
+        once: bool = True,
+        **given: Any,
     ) -> None:
         super().__init__(module=module, device=device, **given)
         admit_empty_shards(lookups(self))
@@ -158,6 +169,9 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
         reduced = any(table.sharding_type in _REDUCED for table in plan)
         self._pads = reduced and padded and given["env"].world_size > 1
         self._strides = strides
+        self._shared: SharedIds | None = None
+        if once and len(module.group.sets) > 1:
+            self._shared = SharedIds(self, given["env"], device, given["qcomm_codecs_registry"])
         _add_replicated(self, module.group)
 
     def create_context(self) -> _Context:
@@ -167,13 +181,25 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
         if self._pads:
             ctx.bags = features.stride()
             features = with_empty_bags(features, self._strides.largest(features))
-        return super().input_dist(ctx, features)
+        with self._shared.exchanging() if self._shared else nullcontext():
+            return super().input_dist(ctx, features)
+
+    def prefetch(self, dist_input: KJTList, *rest: Any, **named: Any) -> None:
+        super().prefetch(self._repeated(dist_input), *rest, **named)
+
+    def compute(self, ctx: _Context, dist_input: KJTList) -> list[Tensor]:
+        vectors: list[Tensor] = super().compute(ctx, self._repeated(dist_input))
+        return vectors
 
     def output_dist(self, ctx: _Context, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
         return self._own(ctx, super().output_dist(ctx, output))
 
     def compute_and_output_dist(self, ctx: _Context, input: KJTList) -> LazyAwaitable[KeyedTensor]:
-        return self._own(ctx, super().compute_and_output_dist(ctx, input))
+        return self._own(ctx, super().compute_and_output_dist(ctx, self._repeated(input)))
+
+    def _repeated(self, received: KJTList) -> KJTList:
+        """Ids as often as tables look them up."""
+        return self._shared.repeated(received) if self._shared else received
 
     def _own(self, ctx: _Context, vectors: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
         """The vectors without those of the bags that `with_empty_bags` added."""
@@ -227,7 +253,7 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
 
     def __init__(self, codecs: Any = None, exchange: Exchange = DEFAULT_EXCHANGE) -> None:
         super().__init__(qcomm_codecs_registry=codecs)
-        self._strides, self._padded = Strides(), exchange.padded
+        self._strides, self._padded, self._once = Strides(), exchange.padded, exchange.once
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         offered: list[str] = super().sharding_types("cuda")
@@ -247,6 +273,7 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
             self._strides,
             where.type == "cpu" if self._padded is None else self._padded,
             where,
+            self._once,
             table_name_to_parameter_sharding=params,
             env=env,
             fused_params=self.fused_params,

@@ -11,6 +11,9 @@ every bag (a zero where the id is elsewhere) to every rank: (W-1) 4 B. `table_ro
 L ranks of one node, which hold the rows: lengths L (1 - 1/W) 4 B; `grid_shard` for each of its S column
 shards, a node each. (`TwSparseFeaturesDist`, `RwSparseFeaturesDist`, `TwRwSparseFeaturesDist`.)
 
+Tables that are sharded in one way and look one feature up, as those of several sets do, have its ids sent
+to a rank once (`embeddings.lookup.shared_ids`): so some tables send ids for the others, and these send none.
+
 *Vectors of bags.* `table_wise` and `column_wise` owners send every bag's vector home, (W-1)/W B D f
 (`PooledEmbeddingsAllToAll`). With `row_wise` any rank might hold a part of any bag, so each rank fills a
 [B, D] block, zeros where it has nothing, and a reduce-scatter adds the blocks up: each rank sends the parts
@@ -36,7 +39,11 @@ its bags to B.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from embeddings.groups import TableGroup
+from embeddings.lookup.shared_ids import Placed, senders
 
 LENGTH_BYTES, ID_BYTES = 4, 8
 
@@ -65,6 +72,27 @@ class Traffic:
         return Traffic(self.ids + other.ids, self.forward + other.forward, self.backward + other.backward)
 
 
+def sending_ids(
+    options: Iterable[tuple[str, str, Iterable[int]]], groups: Iterable[TableGroup]
+) -> dict[str, bool]:
+    """Whether a table has its feature's ids sent; else it reads those that are sent for other sets.
+
+    Args:
+        options: name of a table, how it is sharded, and the ranks of its shards.
+    """
+    placed = {name: (sharding, frozenset(ranks)) for name, sharding, ranks in options}
+    found: dict[str, bool] = {}
+    for group in groups:
+        alike: dict[str, list[Placed]] = {}
+        for table in group.tables:
+            name = group.table_name(table)
+            sharding, ranks = placed[name]
+            alike.setdefault(sharding, []).append(Placed(name, table.feature, ranks))
+        sending = {name for tables in alike.values() for name in senders(tables)}
+        found |= {each.table: each.table in sending for tables in alike.values() for each in tables}
+    return found
+
+
 def traffic(
     shape: tuple[int, int],
     sharding: str,
@@ -74,6 +102,7 @@ def traffic(
     local_world_size: int,
     pooled: bool,
     wire: tuple[int, int] = (4, 4),
+    sends_ids: bool = True,
 ) -> Traffic:
     """Bytes that leave ranks in one step for one table; see the top of this file for the derivation.
 
@@ -83,6 +112,7 @@ def traffic(
         shards: column shards; 1 unless the table is cut into columns.
         pooled: through an EmbeddingBagCollection, else through an EmbeddingCollection.
         wire: bytes of a float sent forward and backward (2 with quantized communication in half precision).
+        sends_ids: see `sending_ids`.
     """
     rows, dim = shape
     if sharding == "data_parallel":
@@ -102,5 +132,5 @@ def traffic(
     holders = {"row_wise": world_size, "table_row_wise": local_world_size, "grid_shard": local_world_size}
     copies = shards if sharding in ("column_wise", "table_column_wise", "grid_shard") else 1
     lengths = holders.get(sharding, 1) * lookup.bags * LENGTH_BYTES
-    ids = away * copies * (lengths + lookup.ids * ID_BYTES)
+    ids = away * copies * (lengths + lookup.ids * ID_BYTES) * sends_ids
     return Traffic(ids, floats * wire[0], floats * wire[1])

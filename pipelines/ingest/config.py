@@ -23,6 +23,7 @@ from pipelines.ingest.sections import (
     FilesConfig,
     ImpressionsConfig,
     ItemTableConfig,
+    LabelConfig,
     Name,
     RequestsConfig,
     SplitConfig,
@@ -93,6 +94,11 @@ class IngestConfig(Settings):
         """The label columns of the log."""
         return self.request_protocol.tasks(self)
 
+    @property
+    def labels(self) -> dict[str, LabelConfig]:
+        """What the impressions say of each label; a label that a protocol makes is always observed."""
+        return dict(self.impressions.labels) if self.request_protocol.reads_impressions else {}
+
     def context_of(self, table: Literal["events", "impressions", "users"]) -> dict[str, ContextConfig]:
         """context_* -> the context that comes from a table."""
         return {f"context_{entry.name}": entry for entry in self.context if entry.table == table}
@@ -111,6 +117,7 @@ class IngestConfig(Settings):
         names.update(TAKEN - {"item_id"})
         names.update(f"context_{entry.name}" for entry in self.context)
         names.update(f"label_{task}" for task in self.tasks)
+        names.update(f"weight_{task}" for task, label in self.labels.items() if label.weight)
         names.update(f"numeric_{name}" for name in self.impressions.numeric)
         clash = [name for name, times in names.items() if times > 1]
         if clash:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import ibis
@@ -52,9 +53,11 @@ def open_events(
 
 
 def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, survey: Survey) -> ir.Table:
-    """The impressions as user_id, request_id, timestamp, item_id, label_*, weight, numeric_*, context_*.
+    """The impressions as user_id, request_id, timestamp, item_id, their numbers, and context_*.
 
-    Features of the item are there as far as the table has their columns.
+    The numbers are label_*, numeric_*, weight and weight_* (of a label). A label that is declared partial is
+    null where it was not observed, and its weight is 0 where it has none there. Features of the item are
+    there if the table has their columns.
 
     Raises:
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
@@ -67,18 +70,19 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
         if entry.name != "item_id"
         and (entry.side == "candidate" or (entry.side == "both" and entry.source in present))
     }
-    numbers = {
-        f"label_{task}": ColumnNeed(f"impressions.labels: {task}", label.column, "number")
-        for task, label in columns.labels.items()
-    }
-    for name in columns.numeric:
-        numbers[f"numeric_{name}"] = ColumnNeed(f"impressions.numeric: {name}", name, "number")
-    if columns.weight:
-        numbers["weight"] = ColumnNeed("impressions.weight", columns.weight, "number")
+    numbers = _number_needs(columns)
     wanted = roles("impressions", columns) | numbers | needs_of("features", entries)
     wanted |= needs_of("context", config.context_of("impressions"))
     table = open_files(engine, files, wanted, config, survey)
     values = {name: table.table[name].cast("float32") for name in numbers}
+    may_lack = {
+        f"{kind}_{task}"
+        for task, label in columns.labels.items()
+        for kind in ("label", "weight")
+        if label.partial and f"{kind}_{task}" in numbers
+    }
+    for name in may_lack:
+        values[name] = ibis.ifelse(values[name].isnan(), ibis.null("float32"), values[name])
     if config.domains:
         # In the spelling that items have in the merged events.
         values["item_id"] = ibis.literal(f"{columns.domain}/") + table.table.item_id.cast("string")
@@ -87,9 +91,28 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
         values["domain_id"] = ibis.literal(columns.domain)
     raw = engine.keep(IMPRESSIONS, _with_requests(table.table.mutate(**values)))
     survey.loose[IMPRESSIONS] = table.loose
-    required = [*_KEYS, *(["request_id"] if columns.request else []), *numbers]
+    required = [*_KEYS, *(["request_id"] if columns.request else [])]
+    required += [name for name in numbers if name not in may_lack]
     check_values(engine, raw, table, required, config.csv.nulls)
     return _with_labels(engine, raw, table, columns, list(numbers))
+
+
+def _number_needs(columns: ImpressionsConfig) -> dict[str, ColumnNeed]:
+    """label_*, numeric_*, weight and weight_*."""
+    labels = columns.labels
+    needs = {
+        f"label_{task}": ColumnNeed(f"impressions.labels: {task}", label.column, "number")
+        for task, label in labels.items()
+    }
+    for name in columns.numeric:
+        needs[f"numeric_{name}"] = ColumnNeed(f"impressions.numeric: {name}", name, "number")
+    if columns.weight:
+        needs["weight"] = ColumnNeed("impressions.weight", columns.weight, "number")
+    return needs | {
+        f"weight_{task}": ColumnNeed(f"impressions.labels.{task}.weight", label.weight, "number")
+        for task, label in labels.items()
+        if label.weight
+    }
 
 
 def roles(section: str, columns: RoleColumns | DomainConfig) -> dict[str, ColumnNeed]:
@@ -132,6 +155,8 @@ def check_values(
     for name in required:
         if count := found[f"bad_{name}"]:
             problem = f"null in {int(count):,} of {found['rows']:,} rows; remove or fill them"
+            if table.columns[name].need.is_label:
+                problem += ", or declare the label with partial = true if it was not observed there"
             raise table.fault(name, problem, is_given)
     if found["latest"] > _YEAR_5000 or found["earliest"] < 0:
         raise _odd_time(table, int(found["earliest"]), int(found["latest"]))
@@ -165,13 +190,15 @@ def _with_labels(
     """The impressions with labels of 0 to 1; what training would refuse is refused here.
 
     Args:
-        raw: its numbers are neither null nor NaN; table: the files that it was made of.
-        numbers: label_*, numeric_* and weight.
+        raw: its numbers are neither null nor NaN, except partial labels and their weights, which may be null;
+            table: the files that it was made of.
+        numbers: label_*, numeric_*, weight and weight_*.
 
     Raises:
-        DataError: a number is infinite, a weight negative, or a label not of its declared kind.
+        DataError: a number is infinite, a weight negative or lacking, or a label not of its declared kind.
     """
     labels = {f"label_{task}": label for task, label in columns.labels.items()}
+    weights = {f"weight_{task}": f"label_{task}" for task in columns.labels if f"weight_{task}" in numbers}
     sums: dict[str, ir.Value] = {"_rows": raw.count()}
     for name in numbers:
         value = raw[name]
@@ -181,29 +208,41 @@ def _with_labels(
             if labels[name].kind == "binary":
                 odd = (value != 0) & (value != 1)
             sums[f"_odd_{name}"] = odd.cast("int64").sum()
+        if name in weights:
+            sums[f"_lacks_{name}"] = (value.isnull() & raw[weights[name]].notnull()).cast("int64").sum()
     found = engine.rows(raw.aggregate(**sums))[0]
     for name in numbers:
-        least, most = (float(found[f"_{end}_{name}"]) for end in ("least", "most"))
+        # Of a label that no row has, and of its weight, there is no number at all.
+        least, most = (float(found[f"_{end}_{name}"] or 0) for end in ("least", "most"))
         if max(abs(least), abs(most)) == float("inf"):
             problem = f"holds infinity ({least:g} to {most:g}); remove or mend such rows"
-            raise table.fault(name, problem, lambda cell: abs(number_of(cell) or 0) < float("inf"))
-        if name == "weight" and least < 0:
+            raise table.fault(name, problem, lambda cell: abs(_number_or_zero(cell)) < float("inf"))
+        if (name == "weight" or name in weights) and least < 0:
             problem = f"{least:g} is negative, and a weight is at least 0; mend or leave out such rows"
-            raise table.fault(name, problem, lambda cell: (number_of(cell) or 0) >= 0)
-        if count := int(found.get(f"_odd_{name}", 0)):
+            raise table.fault(name, problem, lambda cell: _number_or_zero(cell) >= 0)
+        if count := int(found.get(f"_lacks_{name}") or 0):
+            problem = f"null in {count:,} rows that have the label it weighs; fill them"
+            raise DataError(problem, file=table.label, column=table.columns[name].need.column)
+        if count := int(found.get(f"_odd_{name}") or 0):
             share = f"{count:,} of {int(found['_rows']):,} rows"
             label = labels[name]
             problem = _label_problem(name.removeprefix("label_"), label, f"{least:g} to {most:g}", share)
             if label.kind == "binary":
-                raise table.fault(name, problem, lambda cell: (number_of(cell) or 0) in (0, 1))
-            raise table.fault(name, problem, lambda cell: 0 <= (number_of(cell) or 0) <= 1)
+                raise table.fault(name, problem, lambda cell: _number_or_zero(cell) in (0, 1))
+            raise table.fault(name, problem, lambda cell: 0 <= _number_or_zero(cell) <= 1)
     # As a 32-bit number, like the column: 4.1 is not at least the 64-bit 4.1.
     reached = {
         name: (raw[name] >= ibis.literal(label.positive_from).cast("float32")).cast("float32")
         for name, label in labels.items()
         if label.positive_from is not None
     }
-    return raw.mutate(**reached)
+    return raw.mutate(**reached, **{name: raw[name].fill_null(0) for name in weights})
+
+
+def _number_or_zero(cell: object) -> float:
+    """The number of a cell; 0, which every label and weight may be, where it holds none or NaN."""
+    number = number_of(cell)
+    return 0.0 if number is None or math.isnan(number) else number
 
 
 def _label_problem(task: str, label: LabelConfig, span: str, share: str) -> str:

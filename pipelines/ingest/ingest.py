@@ -201,6 +201,8 @@ def _write_log(
         numeric=list(config.impressions.numeric) if shows else [],
         weighted=shows and bool(config.impressions.weight),
         tasks=list(config.tasks),
+        partial=[task for task, label in config.labels.items() if label.partial],
+        label_weights=[task for task, label in config.labels.items() if label.weight],
         taxonomy=list(config.events.levels),
         named=named,
         columns=raw.survey.columns,

@@ -7,7 +7,7 @@ a label all alone: most often it holds the answer, which was known only after th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import reduce
@@ -104,12 +104,14 @@ def remarks(engine: Engine, tables: Tables, buckets: int, config: IngestConfig) 
     if tables.impressions is not None:
         had = tables.impressions.anti_join(tables.events.select("item_id").distinct(), "item_id")
         found["impressions_of_items_without_events"] = count_rows(engine, had)
-        labels = {
-            task: (tables.impressions[f"label_{task}"] >= 0.5).cast("int64").sum() for task in config.tasks
-        }
-        sums = engine.rows(tables.impressions.aggregate(_rows=tables.impressions.count(), **labels))[0]
+        labels = {task: tables.impressions[f"label_{task}"] for task in config.tasks}
+        positive = {task: (label >= 0.5).cast("int64").sum() for task, label in labels.items()}
+        partial = {f"_has_{task}": labels[task].count() for task, one in config.labels.items() if one.partial}
+        asked = tables.impressions.aggregate(_rows=tables.impressions.count(), **positive, **partial)
+        sums = engine.rows(asked)[0]
         counts = {task: int(sums[task] or 0) for task in config.tasks}
         facts = {"impressions": int(sums["_rows"]), "labels": counts}
+        facts["observed"] = {name.removeprefix("_has_"): int(sums[name]) for name in partial}
     return facts | {"remarks": dict(found)}
 
 
@@ -157,9 +159,13 @@ def remark_lines(manifest: LogManifest) -> list[str]:
         if count
     ]
     for task, positives in report.get("labels", {}).items():
-        rows = report["impressions"]
-        lines.append(f"label {task}: {positives:,} of {rows:,} impressions are positive")
-        if positives in (0, rows):
+        rows, of = report["impressions"], ""
+        if task in report.get("observed", {}):
+            rows, of = report["observed"][task], f" (of {rows:,}) in which it was observed"
+        lines.append(f"label {task}: {positives:,} of {rows:,} impressions{of} are positive")
+        if not rows:
+            lines.append(f"WARNING: label {task} was observed nowhere: nothing can be learnt from it")
+        elif positives in (0, rows):
             lines.append(f"WARNING: label {task} has one class only: nothing can be learnt from it")
     everything = manifest.features | {f"context {name}": info for name, info in manifest.context.items()}
     lines += [
@@ -199,22 +205,26 @@ def lone_predictors(engine: Engine, offered: ir.Table, config: IngestConfig) -> 
     sample = train.select("candidates", *context, _key=key)
     if total > _ROWS:
         sample = sample.filter(sample["_key"] < f"{(_ROWS << 32) // total:08x}")
-    found = _columns(list(engine.stream(sample, 1024)), context)
+    weights = {"weight", *(f"weight_{task}" for task, label in config.labels.items() if label.weight)}
+    found = _columns(list(engine.stream(sample, 1024)), context, weights)
     if not found:
         return []
     fits = found.pop("_key") == 0
-    labels = {task: found.pop(f"label_{task}") >= 0.5 for task in config.tasks}
+    labels = {task: found.pop(f"label_{task}") for task in config.tasks}
+    has = {task: ~np.isnan(label) for task, label in labels.items()}
     odd: list[dict[str, Any]] = []
     for name, values in found.items():
         for task, label in labels.items():
-            value = _alone(values, label, fits)
+            value = _alone(values[has[task]], label[has[task]] >= 0.5, fits[has[task]])
             if value > _TOO_GOOD:
                 odd.append({"column": name.removeprefix("numeric_"), "task": task, "auc": round(value, 4)})
     return sorted(odd, key=lambda one: (one["task"], one["column"]))
 
 
-def _columns(batches: list[pa.RecordBatch], context: list[str]) -> dict[str, Values]:
-    """name -> one value a candidate; `_key` is the half that its request belongs to."""
+def _columns(
+    batches: list[pa.RecordBatch], context: list[str], weights: Collection[str]
+) -> dict[str, Values]:
+    """name -> one value a candidate, weights left out; `_key` is the half that its request belongs to."""
     parts: dict[str, list[Values]] = {}
     for batch in batches:
         lists = batch.column("candidates")
@@ -222,8 +232,9 @@ def _columns(batches: list[pa.RecordBatch], context: list[str]) -> dict[str, Val
         halves = [int(key[-1], 16) % 2 for key in batch.column("_key").to_pylist()]
         columns = {"_key": pa.array(halves, pa.int8()).take(owner)}
         columns |= {name: batch.column(name).take(owner) for name in context}
-        columns |= {field.name: flat.field(field.name) for field in flat.type}
-        for name in columns.keys() - {"_order", "weight"}:
+        names = [field.name for field in flat.type if not field.name.startswith("_")]
+        columns |= {name: flat.field(name) for name in names if name not in weights}
+        for name in columns:
             values = columns[name].to_numpy(zero_copy_only=False)
             if pa.types.is_nested(columns[name].type):
                 # The ids of a multi-valued feature are one text.

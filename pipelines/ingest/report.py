@@ -109,6 +109,7 @@ def report_lines(manifest: LogManifest) -> list[str]:
             f"{name:<10} {info.rows:>9,} rows ({layout}) {info.requests:>11,} requests"
             f" {info.candidates:>12,} candidates {info.positives:>11,} positives{of}"
         )
+    lines += _label_lines(manifest)
     lengths = ", ".join(f"{name} {value:,}" for name, value in report["history_length"].items())
     lines.append(f"history length at request: {lengths}")
     lines += [
@@ -122,6 +123,21 @@ def report_lines(manifest: LogManifest) -> list[str]:
     lines += lone_lines(manifest.report, manifest.features)
     lines += column_lines(manifest.columns, manifest.notes)
     return sorted(lines, key=lambda line: line.startswith("WARNING"))
+
+
+def _label_lines(manifest: LogManifest) -> list[str]:
+    """How many candidates of each split have a label, where there are several or not all have it."""
+    lines = []
+    for task in manifest.tasks if len(manifest.tasks) > 1 or manifest.partial else ():
+        counts = {name: info.labels[task] for name, info in manifest.splits.items() if info.requests}
+        told = (f"{name} {one.positives:,} of {one.observed:,}" for name, one in counts.items())
+        lines.append(f"label {task}, positives of the observed: {', '.join(told)}")
+        lines += [
+            f"WARNING: label {task} was observed nowhere in the split {name}"
+            for name, one in counts.items()
+            if not one.observed
+        ]
+    return lines
 
 
 def _time_lines(manifest: LogManifest) -> list[str]:

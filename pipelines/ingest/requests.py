@@ -168,12 +168,20 @@ def offers(asked: ir.Table, candidates: ir.Table, config: IngestConfig) -> ir.Ta
     Args:
         candidates: user_id, request_id, item_id, label_*, and all that the log says of a candidate.
     """
+    # Engines disagree whether a null comes first, so that equal items are told apart by having the label.
+    lacks = {f"_lacks_{task}": f"label_{task}" for task, label in config.labels.items() if label.partial}
     # Without a shuffle a model could tell a positive by its place in the list.
     order = digest(config.seed, "candidate", candidates.user_id, candidates.request_id, candidates.item_id)
     names = [feature.name for feature in config.all_features if feature.side != "history"]
     names += [name for name in candidates.columns if name not in (*REQUEST, *names)]
     nested = candidates.group_by(REQUEST).aggregate(
-        candidates=ibis.struct({"_order": order, **{name: candidates[name] for name in names}}).collect(),
+        candidates=ibis.struct(
+            {
+                "_order": order,
+                **{name: candidates[label].isnull() for name, label in lacks.items()},
+                **{name: candidates[name] for name in names},
+            }
+        ).collect(),
         num_candidates=candidates.count(),
     )
     nested = nested.mutate(candidates=nested.candidates.sort())

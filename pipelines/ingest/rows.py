@@ -247,7 +247,7 @@ def _each(items: ir.Value, field: str, known: Mapping[str, int]) -> ir.Value:
 
 def _candidate_fields(offered: ir.Table) -> list[str]:
     kind = offered.candidates.type().value_type
-    return [name for name in kind.names if name != "_order"]
+    return [name for name in kind.names if not name.startswith("_")]
 
 
 def _column(name: str) -> str:

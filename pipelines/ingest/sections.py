@@ -124,6 +124,12 @@ class LabelConfig(Settings):
     """`binary`: 0 or 1 (or false and true); `probability`: anything from 0 to 1."""
     positive_from: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """For a column of other numbers (ratings, say): the label is 1 from this number on."""
+    partial: bool = False
+    """Whether the label was observed in a part of the rows only: it is null, or NaN, in the others. Without
+    this, such a row is refused."""
+    weight: str = ""
+    """The column of this label's weight in the loss, at least 0, beside the candidate's own; it may be null
+    where the label is. Empty: all have 1."""
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:

@@ -57,7 +57,8 @@ def _attempts(config: Config, cluster: Cluster, table: str) -> Iterator[list[Att
         (f'plan.tables.{table}.sharding = ["{kind}"]', with_plan(tables=rules[kind]), cluster)
         for kind in kinds
     ]
-    group = max((name for name in config.groups if table.startswith(f"{name}__")), key=len)
+    starts = [name for name in config.groups if table.startswith((f"{name}__", f"{name}/"))]
+    group = max(starts, key=len)
     yield [(f'groups.{group}.dtype = "fp16"', with_group(dtype="fp16"), cluster)]
     dim = config.groups[group].dim
     if isinstance(dim, int):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torchrec.distributed.planner.types import ShardingOption
 
+from embeddings.groups import TableName
 from embeddings.plan.bandwidths import TORCHREC
 from embeddings.plan.constraints import rounding_of
 from embeddings.plan.memory import RankMemory, TableNeed, gigabytes, memory_of_ranks
 from embeddings.plan.planner import PlanEstimate
 from embeddings.plan.request import Cluster, PlanRequest
-from embeddings.plan.traffic import Lookup, Traffic, traffic
+from embeddings.plan.traffic import Lookup, Traffic, sending_ids, traffic
 from embeddings.private import critical_path
 from pipelines.console import table_lines
 from trainer.step_size import StepSize
@@ -54,7 +56,24 @@ class Report:
         rows = {"column_wise": 1, "table_column_wise": 1, "grid_shard": ranks[1]}
         shards = len(option.shards) // rows[kind] if kind in rows else 1
         lookups, wire = self.lookups[lookup][option.name], self.request.comms.wire
-        return traffic((table.rows, table.dim), kind, shards, lookups, *ranks, pooled, wire)
+        sends = self.sends_ids[option.name]
+        # No feature is looked up twice in sequences, so several sets are bags.
+        pooled = pooled or self.of_sets(option)
+        return traffic((table.rows, table.dim), kind, shards, lookups, *ranks, pooled, wire, sends)
+
+    @cached_property
+    def sends_ids(self) -> dict[str, bool]:
+        """Whether ids are sent for a table, and not for another one of its feature."""
+        placed = [
+            (each.name, each.sharding_type, [shard.rank for shard in each.shards])
+            for each in self.estimate.options
+        ]
+        return sending_ids(placed, self.request.groups)
+
+    def of_sets(self, option: ShardingOption) -> bool:
+        """Whether a table is one of several sets."""
+        name = TableName.of(option.name)
+        return name is not None and bool(name.set)
 
 
 def report_lines(report: Report) -> list[str]:
@@ -70,6 +89,8 @@ def waste_lines(report: Report) -> list[str]:
     for option in report.options:
         table = report.estimate.tables[option.name]
         bag, sequence = (report.sent(option, report.lookup, pooled).total for pooled in (True, False))
+        if report.of_sets(option):
+            continue
         if table.pooled and option.sharding_type == "row_wise" and bag > _WASTE * sequence:
             lines += [
                 f"warning: {option.name} ({table.rows:,} rows) is row-wise through bags on "
@@ -126,7 +147,7 @@ def _tables(report: Report) -> list[str]:
              option.sharding_type, option.compute_kernel, height, spans(ranks))
         )  # fmt: skip
     head = ("table", "rows", "dim", "weights", "sharding", "kernel", "rows a rank", "ranks")
-    lines = table_lines(head, rows)
+    lines = table_lines(head, sets_together(rows))
     for group in report.request.groups:
         if group.dtype == "fp16":
             how = "stochastically" if rounding_of(group, report.cluster.device) else "to nearest"
@@ -190,11 +211,31 @@ def _by_table(report: Report) -> list[str]:
     for option in report.options:
         bag, sequence = (report.sent(option, report.lookup, pooled).total for pooled in (True, False))
         now = "bag" if report.estimate.tables[option.name].pooled else "sequence"
-        ratio = f"{bag / sequence:.2f}" if sequence else "-"
+        possible = sequence > 0 and not report.of_sets(option)
+        other = (gigabytes(sequence), f"{bag / sequence:.2f}") if possible else ("-", "-")
         bags = f"{report.lookups[report.lookup][option.name].bags:,}"
-        rows.append((option.name, now, bags, gigabytes(bag), gigabytes(sequence), ratio))
+        rows.append((option.name, now, bags, gigabytes(bag), *other))
     head = ("table", "collection", "bags", "sent as bag", "as sequence", "bag / sequence")
-    return [f"the same by table, lookup = {report.lookup}", *table_lines(head, rows)]
+    lines = [f"the same by table, lookup = {report.lookup}", *table_lines(head, sets_together(rows))]
+    if not all(report.sends_ids.values()):
+        lines.append("ids of a feature reach a rank once for all sets, and count for the first of its tables")
+    return lines
+
+
+def sets_together(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """One line for the tables of a feature that differ in nothing but their set; rows begin with a name."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        parts = TableName.of(name)
+        if parts is None or not parts.set:
+            alike[(name, "", *cells)] = []
+        else:
+            alike.setdefault((parts.group, parts.feature, *cells), []).append(parts.set)
+    lines = []
+    for (group, feature, *cells), sets in alike.items():
+        each = f"{{{','.join(sets)}}}" if len(sets) > 1 else "".join(sets)
+        lines.append((f"{group}/{each}/{feature}" if sets else group, *cells))
+    return lines
 
 
 def _time(report: Report) -> list[str]:

@@ -255,4 +255,5 @@ def _add_page(app: FastAPI, service: Service) -> None:
         histories = service.versions.histories
         if histories is None or user_id not in histories:
             raise RequestError(404, f"no stored history of user {str(user_id)[:20]}")
-        return await service.in_thread(user_body, histories, user_id, service.limits)
+        tasks = service.versions.scorer.columns.labels.tasks
+        return await service.in_thread(user_body, histories, user_id, tasks, service.limits)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import heapq
+import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
 from pydantic import BaseModel
 
-from trainer.data.row_group import Bags, Ints
+from trainer.config.tasks import Task
+from trainer.data.labels import TaskLabels
+from trainer.data.row_group import Bags, Floats, Ints
 from trainer.serving.histories import HistoryStore, as_user, known_user
 from trainer.serving.request import Limits
 
@@ -34,13 +38,13 @@ class UsersBody(BaseModel):
 
 
 class RequestLine(BaseModel):
-    """A logged request, in the form of a body's request, and its labels by task."""
+    """A logged request, in the form of a body's request, and its labels by task; None: not observed."""
 
     time: int
     candidates: dict[str, list[int] | list[list[int]]]
     context: dict[str, list[int]]
     numeric: dict[str, list[float]]
-    labels: dict[str, list[float]]
+    labels: dict[str, list[float | None]]
 
 
 class UserBody(BaseModel):
@@ -82,11 +86,12 @@ def users_body(histories: HistoryStore | None, name: str | None = None) -> Users
     return UsersBody(total=len(histories), users=lines)
 
 
-def user_body(histories: HistoryStore, user: int, limits: Limits) -> UserBody:
-    """The newest behaviors that a model may read; KeyError for an unknown user."""
+def user_body(histories: HistoryStore, user: int, tasks: Sequence[Task], limits: Limits) -> UserBody:
+    """The newest behaviors that a model may read, and labels of its tasks; KeyError for an unknown user."""
     history, manifest = histories[user], histories.manifest
     rows, logged = histories.requests(user)
     logged = logged[-_MOST_REQUESTS:]
+    wanted = TaskLabels.of(manifest, tasks)
     requests = []
     for r in logged:
         part = slice(*rows.candidate_offsets[r : r + 2].tolist())
@@ -95,7 +100,7 @@ def user_body(histories: HistoryStore, user: int, limits: Limits) -> UserBody:
             candidates={name: _lists(bags.part(part)) for name, bags in rows.candidates.items()},
             context={n: bags.part(slice(r, r + 1)).values.tolist() for n, bags in rows.context.items()},
             numeric={name: rows.numeric[part, x].tolist() for x, name in enumerate(manifest.numeric)},
-            labels={task: rows.labels[part, t].tolist() for t, task in enumerate(manifest.tasks)},
+            labels=_labels(wanted, dict(zip(manifest.tasks, rows.labels[part].T, strict=True))),
         )
         requests.append(request)
     features = {name: _first_ids(bags)[-limits.history :] for name, bags in history.features.items()}
@@ -115,6 +120,20 @@ def user_body(histories: HistoryStore, user: int, limits: Limits) -> UserBody:
         names=names,
         taxonomy=manifest.taxonomy,
     )
+
+
+def _labels(wanted: TaskLabels, of_log: Mapping[str, Floats]) -> dict[str, list[float | None]]:
+    """Labels of the tasks by their names, from those of the log.
+
+    Args:
+        of_log: label -> [candidates].
+    """
+    count = next(iter(of_log.values())).size
+    columns = wanted.of_tasks(of_log, count).T.tolist()
+    return {
+        task: [None if math.isnan(label) else label for label in column]
+        for task, column in zip(wanted.names, columns, strict=True)
+    }
 
 
 def _lists(bags: Bags) -> list[int] | list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from pipelines.synth import fields, orders, relevance, temporal
+from pipelines.synth import collapse, factors, fields, orders, relevance, temporal
 from pipelines.synth.log import PlantedLog, Worth
 
 
@@ -36,4 +36,11 @@ KINDS: Final = {
     "far": Kind(temporal.far, temporal.far_worth, 10_000, temporal.OLD + temporal.RECENT),
     "pair": Kind(orders.pair, orders.pair_worth, 15_000, orders.PAIR_BEHAVIORS),
     "opposite": Kind(orders.opposite, orders.opposite_worth, 15_000, orders.OPPOSITE_BEHAVIORS),
+    "agree": Kind(factors.agree, factors.affinity, 10_000, factors.BEHAVIORS),
+    "domains": Kind(factors.domains, factors.listened, 10_000, factors.BEHAVIORS),
+    "funnel": Kind(factors.funnel, factors.affinity, 10_000, factors.BEHAVIORS),
+    "sparse_25": Kind(factors.sparse_25, factors.affinity, 10_000, factors.BEHAVIORS),
+    "sparse_5": Kind(factors.sparse_5, factors.affinity, 10_000, factors.BEHAVIORS),
+    "sparse_1": Kind(factors.sparse_1, factors.affinity, 10_000, factors.BEHAVIORS),
+    "collapse": Kind(collapse.collapse, collapse.worth, 10_000, collapse.BEHAVIORS),
 }

@@ -14,13 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from trainer.log.schema import Side
 from trainer.quality.metrics import Metrics, group_keys, measure
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.float32]
 
 START: Final = 1_700_000_000  # unix seconds
 DAY: Final = 86_400
+FUNNEL_END: Final = "ctcvr"  # click-through and conversion, observed of every candidate
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class PlantedSplit:
         history: feature -> ids [U, N], oldest first; history_time: [U, N], unix seconds.
         request_id, request_time, history_end: [U, R]; request r sees history[:, :history_end[r]].
         candidates: feature -> ids [U, R, M].
-        probability: float64 [U, R, M], P(label = 1); labels: float32 [U, R, M], one draw from it.
+        probabilities: task -> float64 [U, R, M], P(label = 1 | it is observed).
+        labels: task -> float32 [U, R, M], one draw from it; NaN where it was not observed.
+        segment: [U], which kind of user each one is, where the law of the labels tells kinds apart.
     """
 
     user_id: Ints
@@ -42,11 +47,17 @@ class PlantedSplit:
     request_time: Ints
     history_end: Ints
     candidates: Mapping[str, Ints]
-    probability: Floats
-    labels: npt.NDArray[np.float32]
+    probabilities: Mapping[str, Floats]
+    labels: Mapping[str, Labels]
+    segment: Ints | None = None
+
+    @property
+    def probability(self) -> Floats:
+        """[U, R, M], of the first task."""
+        return next(iter(self.probabilities.values()))
 
     def rows(self) -> pa.RecordBatch:
-        """One row a user, in the columns of `trainer.log.schema.schema_of` with task `click`."""
+        """One row a user, in the columns of `trainer.log.schema.schema_of`."""
         users, requests, shown = self.probability.shape
         columns: dict[str, pa.Array] = {"user_id": pa.array(self.user_id)}
         columns |= {f"history_{name}": nested(ids) for name, ids in self.history.items()}
@@ -56,7 +67,7 @@ class PlantedSplit:
         columns["request_history_end"] = nested(self.history_end)
         columns["request_num_candidates"] = nested(np.full((users, requests), shown))
         columns |= {f"candidate_{name}": nested(ids) for name, ids in self.candidates.items()}
-        columns["label_click"] = nested(self.labels)
+        columns |= {f"label_{task}": nested(labels) for task, labels in self.labels.items()}
         sizes = {
             "behaviors": self.history_time.shape[1],
             "requests": requests,
@@ -68,24 +79,38 @@ class PlantedSplit:
     def truth(self, split: str) -> pa.Table:
         """One row a candidate: split, user_id, request_id, candidate (its place in the request), probability.
 
-        The keys are those of the scores that `trainer.quality.scored.write_scores` keeps.
+        The keys are those of the scores that `trainer.quality.scored.write_scores` keeps. `probability` is of
+        the first task; where there are several, each has its `probability_<task>` too. `segment` is of the
+        user, where users have one.
         """
         user, request, place = self._keys()
-        return pa.table(
-            {
-                "split": pa.array([split] * user.size).cast(pa.string()),
-                "user_id": user,
-                "request_id": request,
-                "candidate": place,
-                "probability": self.probability.reshape(-1),
-            }
-        )
+        columns: dict[str, Any] = {
+            "split": pa.array([split] * user.size).cast(pa.string()),
+            "user_id": user,
+            "request_id": request,
+            "candidate": place,
+            "probability": self.probability.reshape(-1),
+        }
+        if len(self.probabilities) > 1:
+            columns |= {f"probability_{task}": p.reshape(-1) for task, p in self.probabilities.items()}
+        if self.segment is not None:
+            segment = np.broadcast_to(self.segment[:, None, None], self.probability.shape)
+            columns["segment"] = segment.reshape(-1)
+        return pa.table(columns)
 
-    def oracle(self) -> Metrics:
-        """What scoring with the true probabilities achieves; no model does better but by chance."""
+    def oracles(self) -> dict[str, Metrics]:
+        """What scoring with the true probabilities achieves, for each task, over its observed candidates.
+
+        No model does better but by chance.
+        """
         user, request, _ = self._keys()
-        groups, users = group_keys(user, request), group_keys(user)
-        return measure(self.probability.reshape(-1), self.labels.reshape(-1), groups, users)
+        metrics = {}
+        for task, labels in self.labels.items():
+            y = labels.reshape(-1)
+            seen = ~np.isnan(y)
+            groups, users = group_keys(user[seen], request[seen]), group_keys(user[seen])
+            metrics[task] = measure(self.probabilities[task].reshape(-1)[seen], y[seen], groups, users)
+        return metrics
 
     def _keys(self) -> tuple[Ints, Ints, Ints]:
         shape = self.probability.shape
@@ -120,7 +145,7 @@ class PlantedLog:
     """A whole log.
 
     Attributes:
-        features: name -> rows (largest id + 1; id 0 is never used), of behaviors and candidates alike.
+        features: name -> rows (largest id + 1; id 0 is never used), of behaviors, candidates or both.
         taxonomy: the features that classify items, coarse to fine.
         splits: `train`, `validation`, `test`.
     """
@@ -128,6 +153,24 @@ class PlantedLog:
     features: Mapping[str, int]
     taxonomy: tuple[str, ...]
     splits: Mapping[str, PlantedSplit]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The labels that a candidate has, the first one first."""
+        return list(self.splits["train"].labels)
+
+    @property
+    def partial(self) -> list[str]:
+        """The labels that only a part of the candidates has."""
+        parts = self.splits.values()
+        return [task for task in self.tasks if any(np.isnan(part.labels[task]).any() for part in parts)]
+
+    def side(self, feature: str) -> Side:
+        """What carries a feature: behaviors, candidates or both."""
+        part = self.splits["train"]
+        if feature in part.history:
+            return "both" if feature in part.candidates else "history"
+        return "candidate"
 
 
 def nested(values: npt.NDArray[np.generic]) -> pa.Array:
@@ -150,7 +193,7 @@ def sums(
     """sum_j worth_j -> [U, M], of candidates [U, M] over whole histories [U, N], oldest first."""
     rank = np.broadcast_to(np.arange(age.shape[1], 0, -1), age.shape)
     seen = Behaviors(history, rank, age)
-    places = range(shown["item_id"].shape[1])
+    places = range(next(iter(shown.values())).shape[1])
     targets = ({name: ids[:, m, None] for name, ids in shown.items()} for m in places)
     return np.stack([worth(seed, target, seen).sum(axis=1) for target in targets], axis=1)
 
@@ -170,7 +213,7 @@ def ages(rng: np.random.Generator, shape: tuple[int, ...]) -> Ints:
     return -np.sort(-rng.integers(3_600, 90 * DAY, shape), axis=1)
 
 
-def draw_labels(rng: np.random.Generator, probability: Floats) -> npt.NDArray[np.float32]:
+def draw_labels(rng: np.random.Generator, probability: Floats) -> Labels:
     """Bernoulli draws."""
     return (rng.random(probability.shape) < probability).astype(np.float32)
 
@@ -192,20 +235,32 @@ class OneRequestEach:
     Attributes:
         features: as in `PlantedLog`.
         draw: (rng, seed, number of users) -> histories, candidates and ages.
-        logit: gives the logits [U, M]; it is handed a function that computes sum_j worth_j -> [U, M].
+        logit: gives the logits [U, M] of a click, or those of every task by its name; it is handed a function
+            that computes sum_j worth_j -> [U, M].
+        taxonomy: as in `PlantedLog`.
+        funnel: a task is observed where the one before it happened, and `FUNNEL_END` says whether all did.
+        segment: histories -> [U], see `PlantedSplit`.
     """
 
     features: Mapping[str, int]
     draw: Callable[[np.random.Generator, int, int], Draws]
-    logit: Callable[[Callable[[Worth], Floats]], Floats]
+    logit: Callable[[Callable[[Worth], Floats]], Floats | Mapping[str, Floats]]
+    taxonomy: tuple[str, ...] = ("category_id",)
+    funnel: bool = False
+    segment: Callable[[Mapping[str, Ints]], Ints] | None = None
 
     def __call__(self, seed: int, users: int) -> PlantedLog:
         """The log of a seed with `users` users to train on."""
         rng, splits = np.random.default_rng([seed, 1]), {}
         for split, (first, count) in split_users(users).items():
             history, shown, age = self.draw(rng, seed, count)
-            probability = sigmoid(self.logit(partial(sums, seed, shown, history, age)))
+            logits = self.logit(partial(sums, seed, shown, history, age))
+            by_task = logits if isinstance(logits, Mapping) else {"click": logits}
+            probabilities = {task: sigmoid(logit)[:, None, :] for task, logit in by_task.items()}
             request_time = START + 365 * DAY + rng.integers(0, 30 * DAY, (count, 1))
+            labels = {task: draw_labels(rng, p) for task, p in probabilities.items()}
+            if self.funnel:
+                probabilities, labels = _funnel(probabilities, labels)
             splits[split] = PlantedSplit(
                 user_id=np.arange(first, first + count),
                 history=history,
@@ -214,7 +269,21 @@ class OneRequestEach:
                 request_time=request_time,
                 history_end=np.full((count, 1), age.shape[1]),
                 candidates={name: ids[:, None, :] for name, ids in shown.items()},
-                probability=probability[:, None, :],
-                labels=draw_labels(rng, probability)[:, None, :],
+                probabilities=probabilities,
+                labels=labels,
+                segment=self.segment(history) if self.segment else None,
             )
-        return PlantedLog(self.features, ("category_id",), splits)
+        return PlantedLog(self.features, self.taxonomy, splits)
+
+
+def _funnel(
+    probabilities: Mapping[str, Floats], draws: Mapping[str, Labels]
+) -> tuple[dict[str, Floats], dict[str, Labels]]:
+    """Tasks of which each is only observed where the one before it happened, and the end of the funnel."""
+    labels: dict[str, Labels] = {}
+    reached = np.ones_like(next(iter(draws.values())))
+    for task, drawn in draws.items():
+        labels[task] = np.where(reached > 0, drawn, np.nan).astype(np.float32)
+        reached = reached * drawn
+    through = np.prod(list(probabilities.values()), axis=0)
+    return {**probabilities, FUNNEL_END: through}, {**labels, FUNNEL_END: reached}

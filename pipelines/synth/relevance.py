@@ -110,8 +110,8 @@ def generate(seed: int, users: int) -> PlantedLog:
             request_time=when[:, end],
             history_end=np.tile(end, (users, 1)),
             candidates=_features(shared, shown[split]),
-            probability=probability,
-            labels=draw_labels(rng, probability),
+            probabilities={"click": probability},
+            labels={"click": draw_labels(rng, probability)},
         )
     return PlantedLog({"item_id": ITEMS + 1, "category_id": CATEGORIES + 1}, ("category_id",), splits)
 

@@ -14,6 +14,7 @@ from pipelines.console import table_lines
 from pipelines.synth.kinds import KINDS
 from trainer.log.schema import VOCABULARIES, FeatureInfo, LogManifest, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
+from trainer.quality.metrics import entry_of
 
 TRUTH = "truth.parquet"
 _LAYOUT = (256, 4096)  # rows a row group (some MB) and a file
@@ -25,8 +26,9 @@ def synth(
     """Write a planted log at `out`, with `<out>/truth.parquet`, and print what an oracle achieves on it.
 
     The same arguments write the same bytes. The truth has one row a candidate: split, user_id, request_id,
-    candidate and probability, keyed like the scores that `evaluate` keeps. The manifest repeats the
-    arguments under `ingest` and the oracle's metrics under `report`.
+    candidate and probability, keyed like the scores that `evaluate` keeps; see `PlantedSplit.truth` for logs
+    of several tasks. The manifest repeats the arguments under `ingest` and the oracle's metrics under
+    `report`: `oracle` is of the first task, and `oracles` of every task where there are several.
 
     Args:
         kind: one of `pipelines.synth.kinds.KINDS`.
@@ -42,15 +44,19 @@ def synth(
     check_target(out, overwrite)  # before the work, not only after it
     planted, count = KINDS[kind], users or KINDS[kind].users
     log = planted.generate(seed, count)
-    oracle = {split: part.oracle().as_dict() for split, part in log.splits.items()}
+    oracles = {split: part.oracles() for split, part in log.splits.items()}
+    report = {"oracle": {split: metrics[log.tasks[0]].as_dict() for split, metrics in oracles.items()}}
+    if len(log.tasks) > 1:
+        report["oracles"] = {split: entry_of(metrics)["tasks"] for split, metrics in oracles.items()}
     facts = {"kind": kind, "seed": seed, "users": count, "history_length": planted.history_length}
     manifest = LogManifest(
-        features={name: FeatureInfo(rows=rows) for name, rows in log.features.items()},
-        tasks=["click"],
+        features={name: FeatureInfo(rows=rows, side=log.side(name)) for name, rows in log.features.items()},
+        tasks=log.tasks,
+        partial=log.partial,
         taxonomy=list(log.taxonomy),
         splits={},
         ingest={"synth": facts},
-        report={"oracle": oracle},
+        report=report,
     )
     truth = pa.concat_tables(part.truth(split) for split, part in log.splits.items())
     with staged(out, overwrite) as root:
@@ -61,9 +67,11 @@ def synth(
         _write_parquet(truth, root / TRUTH)
         (root / VOCABULARIES).mkdir()
         for name, rows in log.features.items():
-            # Ids stand for themselves; `count` is how often each occurs in the histories of the train split.
-            ids = np.arange(rows)
-            counts = np.bincount(log.splits["train"].history[name].reshape(-1), minlength=rows)
+            # Ids stand for themselves; `count` is how often each occurs in the histories of the train split,
+            # or among its candidates where behaviors do not have the feature.
+            ids, train = np.arange(rows), log.splits["train"]
+            occur = train.history[name] if name in train.history else train.candidates[name]
+            counts = np.bincount(occur.reshape(-1), minlength=rows)
             table = pa.table({"value": ids, "id": ids, "count": counts})
             _write_parquet(table, root / VOCABULARIES / f"{name}.parquet")
         manifest = manifest.model_copy(update={"splits": splits})
@@ -77,19 +85,15 @@ def _write_parquet(table: pa.Table, path: Path) -> None:
 
 
 def _report(kind: str, out: Path, manifest: LogManifest) -> list[str]:
-    head = ["oracle on", "requests", "candidates", "clicked", "AUC", "GAUC", "logloss"]
+    head = ["oracle on", "requests", "candidates", "task", "rate", "AUC", "GAUC", "logloss"]
     rows = []
     for split, info in manifest.splits.items():
-        oracle: dict[str, Any] = manifest.report["oracle"][split]
-        rows.append(
-            [
-                split,
-                f"{info.requests:,}",
-                f"{info.candidates:,}",
-                f"{info.positives / info.candidates:.4f}",
-                *(f"{oracle[name]:.5f}" for name in ("auc", "gauc", "logloss")),
-            ]
-        )
+        first = {manifest.tasks[0]: manifest.report["oracle"][split]}
+        by_task: dict[str, Any] = manifest.report.get("oracles", {}).get(split, first)
+        for task, oracle in by_task.items():
+            shown = [f"{oracle[name]:.5f}" for name in ("auc", "gauc", "logloss")]
+            candidates = f"{oracle['samples']:,}"  # that the task was observed of
+            rows.append([split, f"{info.requests:,}", candidates, task, f"{oracle['rate']:.4f}", *shown])
     facts = manifest.ingest["synth"]
     ids = ", ".join(f"{name} {info.rows:,}" for name, info in manifest.features.items())
     return [

@@ -17,6 +17,14 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.stats import _calculate_critical_path
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.sharding import (
+    cw_sharding,
+    dp_sharding,
+    grid_sharding,
+    rw_sharding,
+    tw_sharding,
+    twrw_sharding,
+)
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embeddings import private
@@ -151,6 +159,21 @@ def test_sharded_collections_have_lookups_and_an_optimizer(kind: type[nn.Module]
     assert "self._lookups" in inspect.getsource(kind)
     assert "return self._optim" in inspect.getsource(kind.fused_optimizer.fget)  # type: ignore[attr-defined]
     assert private.lookups(nn.Linear(1, 1)) == ()
+
+
+def test_bags_make_their_exchange_of_ids_from_their_shardings_when_ids_come() -> None:
+    bags = ShardedEmbeddingBagCollection
+    assert "self._embedding_shardings" in inspect.getsource(bags._create_input_dist)
+    assert "self._create_input_dist(features.keys())" in inspect.getsource(bags.input_dist)
+    for kind in (
+        tw_sharding.BaseTwEmbeddingSharding,
+        rw_sharding.BaseRwEmbeddingSharding,
+        twrw_sharding.BaseTwRwEmbeddingSharding,
+        grid_sharding.BaseGridEmbeddingSharding,
+        dp_sharding.BaseDpEmbeddingSharding,
+    ):
+        assert "self._grouped_embedding_configs_per_rank" in inspect.getsource(kind.__init__)
+    assert issubclass(cw_sharding.BaseCwEmbeddingSharding, tw_sharding.BaseTwEmbeddingSharding)
 
 
 def test_the_planner_has_the_parts_that_are_replaced() -> None:

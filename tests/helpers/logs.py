@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,28 @@ def enrich(rows: list[Row], seed: int) -> list[Row]:
     return rich
 
 
+# What `observed_in_part` makes of the labels of `enrich`, for `write_log`.
+IN_PART: dict[str, Any] = {"partial": ["buy"], "label_weights": ["buy"]}
+
+
+def observed_in_part(rows: list[Row], seed: int) -> list[Row]:
+    """Rich rows whose label `buy` was observed for some candidates only, and has weights of its own."""
+    rng = np.random.default_rng(seed)
+
+    def part(labels: list[float]) -> list[float | None]:
+        return [(label, None, math.nan)[int(rng.choice(3, p=(0.6, 0.2, 0.2)))] for label in labels]
+
+    found = []
+    for row in rows:
+        weights = [
+            rng.uniform(0, 2, count).astype(np.float32).tolist() for count in row["request_num_candidates"]
+        ]
+        found.append(
+            {**row, "label_buy": [part(labels) for labels in row["label_buy"]], "weight_buy": weights}
+        )
+    return found
+
+
 def manifest_of(rich: bool = False, **changes: Any) -> LogManifest:
     """What the manifest of `write_log` says before there are splits."""
     facts: dict[str, Any] = {
@@ -112,13 +136,20 @@ def write_log(
     splits: dict[str, list[Row]],
     layout: tuple[int, int] = (3, 6),
     rich: bool = False,
-    more: dict[str, int] | None = None,
+    more: Mapping[str, int | FeatureInfo] | None = None,
+    **facts: Any,
 ) -> Path:
-    """Write rows as a sequence log; `layout` is rows a group and rows a file, `more` further features."""
-    extra = {name: FeatureInfo(rows=rows) for name, rows in (more or {}).items()}
+    """Write rows as a sequence log.
+
+    Args:
+        layout: rows a group and rows a file; more: further features; facts: of the manifest.
+    """
+    extra = {
+        name: FeatureInfo(rows=rows) if isinstance(rows, int) else rows for name, rows in (more or {}).items()
+    }
     path.mkdir(parents=True)
     (path / "vocab").mkdir()
-    manifest = manifest_of(rich, features={**(RICH if rich else INFOS), **extra})
+    manifest = manifest_of(rich, features={**(RICH if rich else INFOS), **extra}, **facts)
     schema = schema_of(manifest)
     infos = {
         split: write_split(

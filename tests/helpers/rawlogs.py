@@ -31,6 +31,7 @@ KINDS = {
     "importance": pa.float64(),
 }
 EVENT = ("user_id", "item_id", "timestamp", "category", "action", "tags", "city")
+PARTIAL = {"click": "click", "buy": {"column": "buy", "partial": True, "weight": "worth"}}
 BEHAVIOR = ("item_id", "category_id", "action", "tags", "timestamp")
 SHOWN = ("user_id", "request", "item_id", "timestamp", "click", "buy", "price", "importance", "page", "slot")
 
@@ -97,6 +98,20 @@ def impressions(seed: int = 0, users: int = 7, requests: int = 6, items: int = 3
                 )
     random.shuffle(found)
     return found
+
+
+def partly_known() -> list[Row]:
+    """For the labels `PARTIAL`: a third of the rows has no `buy`, null or NaN, and some are there twice."""
+    unknown = [None, float("nan")]
+    shown = [
+        {**row, "buy": float(row["buy"]) if place % 3 else unknown[place % 2], "worth": place % 5 / 2}
+        for place, row in enumerate(impressions())
+    ]
+    for row in shown:
+        if row["buy"] is None:
+            row["worth"] = None
+    # The same item twice in a request: once with its label and once without.
+    return shown + [{**row, "buy": None if place % 2 else row["buy"]} for place, row in enumerate(shown[:8])]
 
 
 def config(protocol: str, **changes: Any) -> IngestConfig:

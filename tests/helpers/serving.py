@@ -22,6 +22,7 @@ from pipelines.serve.metrics import Metrics
 from tests.helpers.logs import Row
 from tests.helpers.models import drawing, model_of
 from trainer.assemble import feature_rows, resolve_groups
+from trainer.config.tasks import names_of, resolve_tasks
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.run_config import Config
@@ -67,13 +68,14 @@ def snapshot_of(config: Config, path: Path = Path("snapshot/v00000001")) -> Snap
     """A model with first weights over plain tables, and its first batch as recorded requests."""
     manifest, rows = read_manifest(config.data.log), rows_of(config)
     model = model_of(config).eval().requires_grad_(False)
-    batch = next(iter(SequenceLogReader(config.data, "train", rows).steps())).batch
+    tasks = resolve_tasks(config.tasks, manifest.tasks)
+    batch = next(iter(SequenceLogReader(config.data, "train", rows, tasks=tasks).steps())).batch
     described = Described(
         config,
         rows,
         tuple(batch.features.keys()),
         tuple(batch.context.keys()) if batch.context is not None else (),
-        tuple(manifest.tasks),
+        tuple(names_of(tasks)),
         tuple(manifest.numeric),
         {},
         inputs_of(manifest, batch),
@@ -128,9 +130,10 @@ class _Untrained(Source):
         state = model_of(self.config).state_dict()
         return {name: part for name, part in state.items() if not name.startswith("collections.")}
 
-    def rows(self, group: str, feature: str) -> Iterator[tuple[int, torch.Tensor]]:
-        (table,) = (table for table in self.groups[group].tables if table.feature == feature)
-        yield 0, torch.randn(table.rows, table.dim, generator=drawing(table.rows)) * 0.5
+    def rows(self, group: str, table: str) -> Iterator[tuple[int, torch.Tensor]]:
+        of_group = self.groups[group]
+        (spec,) = (spec for spec in of_group.tables if of_group.table_name(spec) == table)
+        yield 0, torch.randn(spec.rows, spec.dim, generator=drawing(spec.rows)) * 0.5
 
 
 def bodies(manifest: LogManifest, rows: Sequence[Row]) -> list[tuple[tuple[int, int], dict[str, Any]]]:

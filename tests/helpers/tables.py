@@ -1,12 +1,18 @@
-"""Tables without sharding: the slow references that sharded ones are compared with."""
+"""Tables without sharding, the slow references of sharded ones; and groups of several sets."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from embeddings.groups import EmbeddingSet, TableGroup, TableSpec
 from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
+
+FEATURES = {"item": 9, "shop": 4}
 
 
 def whole_tensor(weight: Tensor | ShardedTensor) -> Tensor:
@@ -25,3 +31,14 @@ def to_float(stored: Tensor) -> Tensor:
         rows: Tensor = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored.contiguous())
         return rows
     return stored.float()
+
+
+def sets_of(dims: Sequence[Sequence[int]], **given: Any) -> TableGroup:
+    """A group of tables over `FEATURES`: a set for each of `dims`, which has a width for each feature."""
+    sets = tuple(EmbeddingSet(str(place)) for place in range(len(dims)))
+    tables = tuple(
+        TableSpec(feature, rows, dim, each.name)
+        for each, widths in zip(sets, dims, strict=True)
+        for (feature, rows), dim in zip(FEATURES.items(), widths, strict=True)
+    )
+    return TableGroup("g", tables, sets=sets, **given)

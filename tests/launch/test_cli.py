@@ -70,7 +70,7 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
 
         return called
 
-    pipeline("fetch", fetch=note("fetch", Path("d/events.parquet")))
+    pipeline("fetch.fetch", fetch=note("fetch", [Path("d/events.parquet")]))
     pipeline(
         "ingest.ingest",
         ingest=note("ingest", "manifest"),
@@ -95,7 +95,7 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
     ):
         assert main(line.split()) == 0, line
     assert calls == {
-        "fetch": (Path("d"),),
+        "fetch": (Path("d"), "demo"),
         "ingest": (Path("e.parquet"), Path("log"), (Path("i.toml"), ["users=9"]), True),
         "plan": (Path("c.toml"), ["model.k=5"], (8, "141GB")),
         "evaluate": (Path("r"), "test", "", "cpu"),

@@ -41,12 +41,24 @@ SMALL = [
     "groups.attention.dim=8", "groups.representation.dim=8", "groups.representation.init_scale=0.7",
 ]  # fmt: skip
 CONTEXT = ['groups.user.features=["city","segments"]', "groups.user.dim=4", 'model.roles.context="user"']
+# The head runs twice, for two tasks.
+SETS = ["groups.representation.sets=3", "model.attention_owner=buy"]
+# Gates that read a prior of candidates and of requests, over sets of which a task owns one.
+PRIOR = [
+    'groups.representation.sets="tasks"', 'groups.known.features=["item_id","band"]', "groups.known.dim=4",
+    'groups.user.features=["city"]', "groups.user.dim=4", 'model.roles.prior="known"',
+    'model.roles.prior_context="user"', "model.head=experts", "model.experts.hidden=[8]",
+    "model.experts.own=1", "model.experts.foreign=stopped", "model.mixer.kind=softmax",
+    "model.mixer.gate=prior",
+]  # fmt: skip
 # The first of two lookups needs only some of the log's features.
 FEW = ['groups.attention.features=["category_id","tags"]', 'model.attend=["tags"]']
 MODELS = {
     "selected": [],
     "full": ["model.lookup=full"],
     "context, few features": [*CONTEXT, *FEW],
+    "sets, attention of one task": SETS,
+    "sets of tasks, prior": PRIOR,
     "auxiliary, batch norm": [
         "model.lookup=full",
         "model.auxiliary=softmax",

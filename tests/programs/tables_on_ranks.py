@@ -22,13 +22,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.inputs.tables import initialise_unsharded
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import TableGroup, TableSpec
+from embeddings.groups import EmbeddingSet, TableGroup, TableSpec
 from embeddings.lookup.compile import make_collection, weight_name
 from embeddings.lookup.jagged import one_id_bags, select_bags, vectors_in_order
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from embeddings.lookup.sharded import DEFAULT_EXCHANGE, Exchange
 from embeddings.lookup.sharding import attach_optimizer, shard
+from embeddings.lookup.shards import local_shards
 from embeddings.optimizers import FusedOptimizer
 from embeddings.plan.planner import make_plan
 from embeddings.plan.request import PlanRequest
@@ -37,6 +38,7 @@ from trainer.assemble import cluster_of
 from trainer.ranks.process_group import Ranks, process_group
 
 ROWS = {"item": 23, "tag": 7}
+SETS = ("a", "b", "c")
 STEPS, SEED = 4, 5
 OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], torch.optim.Optimizer]] = {
     "rowwise_adagrad": lambda weights: RowWiseAdagrad(weights, lr=0.1, eps=1e-3),
@@ -88,8 +90,14 @@ def case_of(
     *,
     max_gradient: float = 0.0,
     dtype: str = "fp32",
+    sets: tuple[str, ...] = ("",),
 ) -> Case:
-    tables = tuple(TableSpec(feature, rows, 8) for feature, rows in ROWS.items())
+    # Sets are of two widths, in turn.
+    tables = tuple(
+        TableSpec(feature, rows, (8, 16)[place % 2], name)
+        for place, name in enumerate(sets)
+        for feature, rows in ROWS.items()
+    )
     fused = FusedOptimizer(optimizer, 0.1, 1e-3, max_gradient)
     first = FirstWeights(scale=1.0)
     groups = {
@@ -97,6 +105,7 @@ def case_of(
         name: TableGroup(
             name, tables, fused, first, (sharding,), kind, dtype,
             stochastic_rounding=False if dtype == "fp16" else None,
+            sets=tuple(map(EmbeddingSet, sets)),
         )
         for name in ("all", "chosen")
     }  # fmt: skip
@@ -114,6 +123,16 @@ def cases() -> Iterator[tuple[str, Case]]:
                 yield f"{place} {way.forward} {way.backward}", case_of(kind, sharding, "adagrad", way)
             for optimizer in OPTIMIZERS if sharding != "data_parallel" else ():
                 yield f"{place} {optimizer} clipped", case_of(kind, sharding, optimizer, max_gradient=0.02)
+
+
+def set_cases() -> Iterator[tuple[str, Case]]:
+    """Three sets of two widths, whose tables look the same features up."""
+    for sharding in TYPES["bag"]:
+        yield f"sets {sharding}", case_of("bag", sharding, "rowwise_adagrad", sets=SETS)
+    for sharding in ("table_wise", "row_wise"):
+        yield f"sets {sharding} half", case_of("bag", sharding, "rowwise_adagrad", dtype="fp16", sets=SETS)
+        clipped = case_of("bag", sharding, "adagrad", max_gradient=0.02, sets=SETS)
+        yield f"sets {sharding} clipped", clipped
 
 
 def distinct_cases() -> Iterator[tuple[str, Case]]:
@@ -137,13 +156,14 @@ def cases_of_nccl() -> Iterator[tuple[str, Case]]:
 class TwoLookups(nn.Module):
     """What the model does: one group looks up all bags, another one some of them in another order."""
 
-    def __init__(self, collections: Mapping[str, nn.Module]) -> None:
+    def __init__(self, collections: Mapping[str, nn.Module], groups: Mapping[str, TableGroup]) -> None:
         super().__init__()
+        self.keys = {name: group.keys for name, group in groups.items()}
         self.collections = nn.ModuleDict(collections)
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
         found = self.collections["all"](part.bags), self.collections["chosen"](part.chosen)
-        return vectors_in_order(found[0], list(ROWS)), vectors_in_order(found[1], list(ROWS))
+        return vectors_in_order(found[0], self.keys["all"]), vectors_in_order(found[1], self.keys["chosen"])
 
 
 @dataclass(frozen=True)
@@ -188,7 +208,7 @@ def train_sharded(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]]
     for name, group in case.groups.items():
         collections[name] = make_collection(group, torch.device("meta"))
         attach_optimizer(collections[name], group.optimizer)
-    model, groups = TwoLookups(collections), case.groups.values()
+    model, groups = TwoLookups(collections, case.groups), case.groups.values()
     plan = make_plan(PlanRequest(model, tuple(groups), cluster_of(ranks))).plan
     planned = {table.sharding_type for module in plan.plan.values() for table in module.values()}
     assert planned == set(case.group.sharding)
@@ -208,7 +228,7 @@ def train_sharded(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]]
 def train_plain(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]], nn.Module]:
     """The same on plain tables, with the bags of all ranks."""
     limit = case.group.optimizer.max_gradient
-    plain = TwoLookups({name: plain_tables(group) for name, group in case.groups.items()})
+    plain = TwoLookups({name: plain_tables(group) for name, group in case.groups.items()}, case.groups)
     initialise_unsharded(plain, case.groups, SEED)
     name = case.group.optimizer.name
     by_columns = name == "rowwise_adagrad" and case.group.sharding[0] in BY_COLUMNS
@@ -227,6 +247,32 @@ def train_plain(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]], 
             part.loss(vectors).backward()
         optimizer.step()
     return found, plain
+
+
+def moved_without_gradient(case: Case, ranks: Ranks) -> dict[str, float]:
+    """Steps that train the first set alone, after steps that train all -> largest change of its rows and of
+    all others."""
+    _, sharded = train_sharded(case, ranks)
+    before = {name: _own_parts(weight) for name, weight in sharded.state_dict().items()}
+    own = case.group.columns(SETS[0])
+    for step in range(STEPS):
+        part = part_of(case.group.kind, step, ranks.rank, case.group.width).to(ranks.device)
+        vectors = [each.clone() for each in sharded(part)]
+        # What a model does that stops the gradient of a task at the sets of another one.
+        for each in vectors:
+            each[:, own.stop :] = each[:, own.stop :].detach()
+        part.loss((vectors[0], vectors[1])).backward()
+        sharded.fused_optimizer.step()
+    moved = {True: 0.0, False: 0.0}
+    for name, weight in sharded.state_dict().items():
+        of_first = f"/{SETS[0]}/" in name
+        for part_before, part_now in zip(before[name], _own_parts(weight), strict=True):
+            moved[of_first] = max(moved[of_first], largest(part_before - part_now))
+    return {"own": moved[True], "foreign": moved[False]}
+
+
+def _own_parts(weight: Tensor | ShardedTensor) -> list[Tensor]:
+    return [part.tensor.clone() for part in local_shards(weight)]
 
 
 def plain_tables(group: TableGroup) -> PlainBagCollection:
@@ -271,10 +317,14 @@ def rows_difference(
 def main(out: Path, device: str = "") -> None:
     """`device`: `cuda` for a GPU a rank; left out, whatever the process group takes."""
     with process_group(timeout_s=60, **({"device": device} if device else {})) as ranks:
-        wanted = [*cases(), *(cases_of_nccl() if device == "cuda" else ())]
+        wanted = [*cases(), *set_cases(), *(cases_of_nccl() if device == "cuda" else ())]
         found = {name: differences(case, ranks) for name, case in wanted}
         with unique_indices_on_cpu() as calls:
             found |= {name: differences(case, ranks) for name, case in distinct_cases()}
+        for sharding in TYPES["bag"]:
+            for optimizer in OPTIMIZERS:
+                case = case_of("bag", sharding, optimizer, sets=SETS)
+                found[f"isolated {sharding} {optimizer}"] = moved_without_gradient(case, ranks)
         # Two groups in each of the steps; GPUs have the kernel.
         assert ranks.device.type == "cuda" or len(calls) == 2 * STEPS * sum(1 for _ in distinct_cases())
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))

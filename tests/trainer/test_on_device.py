@@ -21,9 +21,10 @@ from embeddings.errors import DataError
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import enrich, random_rows, write_log
 from tests.helpers.models import batch_of, model_of
+from tests.helpers.presets import PRESETS
 from tests.helpers.stand_in import CUDA, MixedDevices, OnDevice, StandIn, moved
 from tests.programs.preset_steps import SMALL, small_config
-from tests.trainer.test_presets import PRESETS, preset_log
+from tests.trainer.test_presets import preset_log
 from trainer.config.sections import DataConfig
 from trainer.data.batch import Clusters, RequestBatch
 from trainer.data.reader import Cursor, Step
@@ -45,7 +46,9 @@ RANKED_EXACTLY = {
 }
 # Kernels that forward pass, loss and backward pass start, look-ups in plain tables among them.
 LAUNCHES = {
+    "ame": 309,
     "best": 343,
+    "crocodile": 323,
     "dare": 223,
     "dare_paper": 293,
     "dare_pointwise": 223,
@@ -53,11 +56,20 @@ LAUNCHES = {
     "din": 163,
     "dpe": 204,
     "dsi_tin": 315,
+    "esmm": 283,
     "eta": 237,
+    "mmoe": 252,
+    "multi_embedding": 287,
+    "multi_embedding_twin": 639,
+    "pepnet": 291,
+    "ple": 348,
     "sdim": 158,
+    "shared_bottom": 240,
     "sim_hard": 236,
     "sim_soft": 325,
     "stacked_tin": 283,
+    "stem": 303,
+    "stem_twin": 591,
     "td_sasrec": 233,
     "tdpe": 236,
     "tin": 188,

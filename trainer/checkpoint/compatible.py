@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from embeddings.errors import CheckpointError, ConfigError
+from embeddings.groups import TableName
 from embeddings.optimizers import ROW_OPTIMIZERS
 from trainer.assemble import flat_settings
 from trainer.log.schema import LogManifest
@@ -26,6 +27,8 @@ _ORDER = (
     "data.on_bad",
     "train.seed",
 )
+# What a task is; how it is trained may change.
+_TASK_SETTINGS_THAT_STAY = (".label", ".product", ".tower")
 _GROUP_SETTINGS_THAT_MAY_CHANGE = (".learning_rate", ".sharding", ".stochastic_rounding")
 # Written by `embeddings.plan.file`: its "modules" are module -> table -> {"sharding_type", "shards", ...}.
 PlanTree = Mapping[str, Any]
@@ -63,13 +66,20 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
     for key in {**before, **now}:
         section = key.split(".")[0]
         shapes_table = section == "groups" and not key.endswith(_GROUP_SETTINGS_THAT_MAY_CHANGE)
-        if section in ("model", "tables") or shapes_table:
+        of_task = section == "tasks" and key.endswith(_TASK_SETTINGS_THAT_STAY)
+        if section in ("model", "tables") or shapes_table or of_task:
             fixed.append(key)
     if state["cursor"]["blocks"]:
         fixed += _ORDER
     if any(branch.position for branch in config.model.all_branches().values()):
         # There is a number for each place in the history.
         fixed.append("data.history_length")
+    names, names_now = _names(state["config"]), _names(config.model_dump(mode="json"))
+    for key in {**names, **names_now}:
+        if names.get(key, []) != names_now.get(key, []):
+            before[key], now[key] = ", ".join(names.get(key, [])), ", ".join(names_now.get(key, []))
+            # Before the single keys that then differ, too.
+            fixed.insert(0, key)
     for key in fixed:
         if before.get(key) != now.get(key):
             raise ConfigError(
@@ -88,6 +98,13 @@ def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError:
         given = state["config"]
     return dict(flat_settings(given))
+
+
+def _names(settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The tasks, and the sets of each group that names them, in their order, by which columns go."""
+    groups = {f"groups.{name}.sets": group.get("sets") for name, group in settings["groups"].items()}
+    sets = {key: list(named) for key, named in groups.items() if isinstance(named, Mapping)}
+    return {"tasks": list(settings.get("tasks", {})), **sets}
 
 
 def changed_settings(state: Mapping[str, Any], config: Config) -> list[str]:
@@ -132,7 +149,8 @@ def check_reshardable(path: Path, state: Mapping[str, Any], now: PlanTree) -> No
     groups = state["config"]["groups"]
     before, after = _tables(state.get("plan", {})), _tables(now)
     for table in sorted(before.keys() & after.keys()):
-        optimizer = groups.get(table.split("__")[0], {}).get("optimizer", "")
+        name = TableName.of(table)
+        optimizer = groups.get(name.group, {}).get("optimizer", "") if name else ""
         types = [str(entry.get("sharding_type")) for entry in (before[table], after[table])]
         if _columns(before[table]) == _columns(after[table]) or not optimizer:
             continue

@@ -3,7 +3,8 @@
     DIR/manifest.json             format, step, tables, size and SHA-256 of every file
     DIR/manifest.sha256           of manifest.json itself
     DIR/tables/<table>.safetensors  `weight` [rows, dim], and the optimizer's `accumulator`, [rows] for
-                                  row-wise Adagrad, [rows, dim] for Adagrad, none for SGD
+                                  row-wise Adagrad, [rows, dim] for Adagrad, none for SGD; the tables of a
+                                  set lie in a folder of their own, as their names say
     DIR/dense.safetensors         every other weight, by its name in the model
     DIR/vocab/<feature>.parquet   what the rows stand for, where the log says
 
@@ -14,7 +15,7 @@ the largest shard, not the table; of a table that is cut into columns, those sha
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embeddings.errors import CheckpointError
+from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.checkpoint.tensors import TableReader
 from trainer.config.toml import Settings
-from trainer.log.names import FileName, InnerPath, name_problem
+from trainer.log.names import FileName, InnerPath, path_problem
 from trainer.log.schema import FeatureInfo
 from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, scratch
 
@@ -54,17 +56,22 @@ class PlainFile(Settings):
 
 
 class PlainManifest(Settings):
-    """What a folder of plain tables holds; `vocabularies` as in the log: feature -> digest, or empty."""
+    """What a folder of plain tables holds; `vocabularies` as in the log: feature -> digest, or empty.
+
+    Version 2 has tables of sets. Without any it stays 1, which older versions of this software read.
+    """
 
     format: Literal["tandemrec.plain-tables"] = "tandemrec.plain-tables"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     step: int = Field(ge=0)
-    tables: dict[FileName, PlainTable]
+    tables: dict[InnerPath, PlainTable]
     dense: dict[str, tuple[int, ...]]
     vocabularies: dict[FileName, str]
     rows: dict[str, int]
     config: dict[str, Any]
     files: dict[InnerPath, PlainFile]
+    tasks: tuple[str, ...] | None = None
+    """The tasks with towers, in the order of the head's rows; None: written before these were kept."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,13 @@ class Vocabulary:
 Vocabularies = Mapping[str, Vocabulary]
 
 
-def unshard(path: Path, out: Path, features: Vocabularies) -> PlainManifest:
+def unshard(path: Path, out: Path, features: Vocabularies, tasks: Sequence[str]) -> PlainManifest:
     """Write a verified checkpoint as plain tables; one process, no process group.
 
     Args:
         path: the checkpoint; out: must not exist.
         features: of the run's log, by the name that its tables have.
+        tasks: the run's tasks with towers, in their order.
 
     Raises:
         CheckpointError: `out` is there already or cannot be written.
@@ -110,24 +118,27 @@ def unshard(path: Path, out: Path, features: Vocabularies) -> PlainManifest:
     try:
         with scratch(out.absolute().parent, out.name) as part:
             (part / "tables").mkdir()
-            manifest = _write(path, part, features)
+            manifest = _write(path, part, features, tuple(tasks))
             publish(part, out.absolute())
     except OSError as error:
         raise CheckpointError(out, f"cannot be written: {error.strerror} ({error.filename})") from None
     return manifest
 
 
-def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
+def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...]) -> PlainManifest:
     state, reader = checkpoint_files.read_state(path), TableReader(path)
     tables = {}
     for weight in reader.names():
-        name = table_of(weight)
-        if "__" not in name:
+        name = TableName.of(table_of(weight))
+        if name is None:
             # No collection holds it.
             continue
-        if problem := name_problem(name):
-            raise CheckpointError(path, f"the name of the table {name!r} {problem}")
-        tables[name] = _write_table(reader, part / "tables" / f"{name}.safetensors", name, weight)
+        table = table_of(weight)
+        if problem := path_problem(table):
+            raise CheckpointError(path, f"the name of the table {table!r} {problem}")
+        file = part / "tables" / f"{table}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tables[table] = _write_table(reader, file, name, weight)
     dense = {name: reader.whole(name) for name in reader.names() if table_of(name) not in tables}
     save_file(dense, part / "dense.safetensors")
     used = {name: features[name] for name in sorted({table.feature for table in tables.values()})}
@@ -137,24 +148,25 @@ def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
             shutil.copyfile(entry.file, part / "vocab" / entry.file.name)
     files = sorted(p for p in part.rglob("*") if p.is_file())
     manifest = PlainManifest(
+        version=2 if any("/" in name for name in tables) else 1,
         step=state["step"],
         tables=tables,
         dense={name: tuple(tensor.shape) for name, tensor in dense.items()},
         vocabularies={name: entry.info.vocabulary for name, entry in used.items()},
         rows={name: entry.info.rows for name, entry in used.items()},
         config=state["config"],
+        tasks=tasks,
         files={str(file.relative_to(part)): PlainFile(**entry_of(file)) for file in files},
     )
     SEAL.write(part, manifest.model_dump_json(indent=1))
     return manifest
 
 
-def _write_table(reader: TableReader, file: Path, name: str, weight: str) -> PlainTable:
-    group, feature = name.split("__", 1)
+def _write_table(reader: TableReader, file: Path, name: TableName, weight: str) -> PlainTable:
     rows, dim = reader.shape(weight)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (reader.dtype(weight), (dim,))}
     # Only the first accumulator is the optimizers' own; FBGEMM's others are counters.
-    accumulator = f"optim.state.fused.{weight}.{name}.momentum1"
+    accumulator = f"optim.state.fused.{weight}.{table_of(weight)}.momentum1"
     kind: Literal["", "row", "weight"] = ""
     if accumulator in reader:
         size = reader.shape(accumulator)
@@ -169,7 +181,7 @@ def _write_table(reader: TableReader, file: Path, name: str, weight: str) -> Pla
         elif kind:
             for _, band in reader.bands(accumulator):
                 stream.append("accumulator", band)
-    return PlainTable(feature=feature, group=group, rows=rows, dim=dim, accumulator=kind)
+    return PlainTable(feature=name.feature, group=name.group, rows=rows, dim=dim, accumulator=kind)
 
 
 def open_plain_tables(path: Path, check: bool = True) -> PlainTables:

@@ -99,6 +99,9 @@ class BranchKeys(Settings):
     """The orders of `stacked`, or the blocks of `sasrec`."""
     hash_bits: int = Field(3, ge=1, le=4096)
     """The bits of one signature of `collision`, or all bits that `simhash` compares."""
+    attention_owner: str = ""
+    """The task whose loss alone trains the attention weights of the kept behaviors, and so the attention's
+    tables. The other tasks read the weights without gradient. Empty means that all tasks train them."""
     roles: RolesConfig = RolesConfig()
     """The table groups that serve the model, see [model.roles]."""
 

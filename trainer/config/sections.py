@@ -117,8 +117,10 @@ class EarlyStoppingConfig(Settings):
     """When training ends because validation no longer gets better; the best checkpoint is kept."""
 
     metric: Literal["auc", "gauc", "logloss"] = "auc"
-    """The metric that is watched. It is that of the log's first task on the validation split, see
-    docs/evaluation.md."""
+    """The metric that is watched, on the validation split, see docs/evaluation.md."""
+    task: str = ""
+    """The task whose metric is watched. Empty means the first one. `*` means the mean over all tasks that
+    have the metric."""
     patience: int = Field(0, ge=0)
     """The number of validations in a row that may bring no gain. 0 means that training never stops early."""
     min_delta: float = Field(0.0, ge=0, allow_inf_nan=False)

@@ -129,7 +129,8 @@ class TableConfig(Settings):
 
 
 class PlanTableConfig(Settings):
-    """One table's own rule. The table is named as the plan prints it, `<group>__<feature>`.
+    """One table's own rule. The table is named as the plan prints it, `<group>__<feature>`, or
+    `<group>/<set>/<feature>` in quotes where the group has several sets.
 
     What is not set is as for the table's group.
     """

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from embeddings.errors import ConfigError, hint_of
+from trainer.config.label_mask import LabelMask
 from trainer.config.model import Width
 from trainer.config.toml import Settings
 
@@ -22,8 +23,10 @@ class TaskConfig(Settings):
     label: str = ""
     """The label of the log that the task predicts. Empty means the label of the task's own name."""
     mask: str = ""
-    """An expression over labels of the log, such as `click == 1`. Where it is not true the task is not
-    observed: such a candidate has no part in its loss and its metrics. Empty means no such condition."""
+    """An expression over labels of the log, such as `click == 1`. Where it is not true, or a label that it
+    names was not observed, the task is not observed: such a candidate has no part in its loss and its
+    metrics. It compares labels with numbers, and has `and`, `or`, `not` and parentheses. Empty means no
+    condition."""
     loss: str = ""
     """The loss of each candidate. Empty means train.objective. `none` means that the task is not trained by
     itself, but only as a part of a `product`."""
@@ -47,6 +50,13 @@ class TaskConfig(Settings):
     tower: tuple[Width, ...] | None = None
     """The widths of the layers of the task's tower, for a head with towers. Not set means model.hidden."""
 
+    @field_validator("mask")
+    @classmethod
+    def _is_a_mask(cls, text: str) -> str:
+        if text:
+            LabelMask.parse(text)
+        return text
+
     @model_validator(mode="after")
     def _check_together(self) -> TaskConfig:
         if self.product and self.tower is not None:
@@ -69,6 +79,7 @@ class Task:
     Attributes:
         name: of the task; label: of the log; settings: as they were given, or the defaults.
         weight: of its loss in the total. Without a section [tasks] that is 1 / T.
+        mask: the compiled `settings.mask`, None where that is empty.
         partial: not every candidate is observed, for its label is not there or its mask is not true.
     """
 
@@ -76,12 +87,18 @@ class Task:
     label: str
     settings: TaskConfig
     weight: float
+    mask: LabelMask | None = None
     partial: bool = False
 
     @property
     def has_tower(self) -> bool:
         """Whether the head gives its logit, and no product of others."""
         return not self.settings.product
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the log that it needs: its own, and those that its mask names."""
+        return tuple(dict.fromkeys((self.label, *(self.mask.labels if self.mask else ()))))
 
 
 def resolve_tasks(
@@ -94,18 +111,23 @@ def resolve_tasks(
         partial: of these, those that only a part of the candidates has. It matters to training alone.
 
     Raises:
-        ConfigError: a task names a label that the log does not have, or a product names no task with a tower.
+        ConfigError: a task or its mask names a label that the log does not have, or a product names no task
+            with a tower.
     """
     if not configs:
         weight = 1 / max(1, len(labels))
-        return tuple(Task(label, label, TaskConfig(), weight, label in partial) for label in labels)
+        return tuple(Task(label, label, TaskConfig(), weight, partial=label in partial) for label in labels)
     tasks = []
     for name, settings in configs.items():
         label = settings.label or name
         if label not in labels:
             key = f"tasks.{name}.label = {label!r}" if settings.label else f"tasks.{name}"
             raise ConfigError(f"{key}: the log has no such label; {_known(label, labels)}")
-        tasks.append(Task(name, label, settings, settings.weight, bool(settings.mask) or label in partial))
+        mask = LabelMask.parse(settings.mask) if settings.mask else None
+        if mask is not None and (problem := mask.unknown(labels)):
+            raise ConfigError(f"tasks.{name}.mask = {settings.mask!r}: {problem}")
+        in_part = mask is not None or label in partial
+        tasks.append(Task(name, label, settings, settings.weight, mask, in_part))
     towers = [task.name for task in tasks if task.has_tower]
     for task in tasks:
         for part in task.settings.product:
@@ -116,14 +138,25 @@ def resolve_tasks(
 
 
 def labels_of(configs: Mapping[str, TaskConfig], names: Sequence[str]) -> list[str]:
-    """The labels that tasks of these names predict, where no log is at hand.
+    """The labels that tasks of these names predict, and those that their masks name, without a log at hand.
 
     Args:
         configs: the section [tasks] that they were resolved with.
     """
     if not configs:
         return list(names)
-    return [settings.label or name for name, settings in configs.items()]
+    own = [settings.label or name for name, settings in configs.items()]
+    masks = [LabelMask.parse(settings.mask).labels for settings in configs.values() if settings.mask]
+    return list(dict.fromkeys([*own, *sum(masks, ())]))
+
+
+def named_tasks(configs: Mapping[str, TaskConfig], names: Sequence[str]) -> tuple[Task, ...]:
+    """The tasks of a trained model, where the log that it was trained on is not at hand.
+
+    Args:
+        configs: the section [tasks] of its config; names: of its tasks.
+    """
+    return resolve_tasks(configs, labels_of(configs, names))
 
 
 def names_of(tasks: Iterable[Task]) -> list[str]:

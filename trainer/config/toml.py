@@ -40,7 +40,7 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 # Verb -> the keys that only its config has, and what the user should give instead.
 _VERBS: dict[str, tuple[set[str], str]] = {
     "train": (
-        {"data", "model", "groups", "tables", "train", "comms", "checkpoint", "plan"},
+        {"data", "model", "groups", "tables", "tasks", "train", "comms", "checkpoint", "plan"},
         "one with [data], [model] and [train], such as configs/dare.toml",
     ),
     "ingest": (

@@ -210,6 +210,8 @@ class RequestBatch(Movable):
             any(size != r for size in sizes)
             or self.labels.shape[:1] != (c,)
             or self.numeric.shape[:1] != (c,)
+            or (self.task_weight is not None and self.task_weight.shape != self.labels.shape)
+            or (self.domain is not None and self.domain.shape != (c,))
         ):
             return "its parts differ in length"
         if c and (request.min() < 0 or request.max() >= r or (request.diff() < 0).any()):

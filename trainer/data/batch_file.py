@@ -28,6 +28,8 @@ _BATCH_TENSORS = {
     "weight": (torch.float32, 1),
     "numeric": (torch.float32, 2),
 }
+# Those that a batch may lack.
+_OPTIONAL = {"task_weight": (torch.float32, 2), "domain": (torch.int64, 1)}
 _NESTED = {"retrieval": (Retrieval, 2), "clusters": (Clusters, 1)}
 _BAGS = {"ids": torch.int64, "counts": torch.int32}
 
@@ -35,6 +37,7 @@ _BAGS = {"ids": torch.int64, "counts": torch.int32}
 def pack(batch: RequestBatch) -> dict[str, Tensor]:
     """A batch as named tensors, for a safetensors file."""
     tensors = {name: getattr(batch, name) for name in _BATCH_TENSORS}
+    tensors |= {name: part for name in _OPTIONAL if (part := getattr(batch, name)) is not None}
     for part, kjt in (("features", batch.features), ("context", batch.context)):
         if kjt is not None:
             tensors |= {f"{part}.ids": kjt.values(), f"{part}.counts": kjt.lengths().to(torch.int32)}
@@ -62,6 +65,7 @@ def unpack(
         raise SnapshotError(file, problem)
     try:
         plain: dict[str, Any] = {name: tensors[name] for name in _BATCH_TENSORS}
+        plain |= {name: tensors[name] for name in _OPTIONAL if name in tensors}
         requests, candidates = plain["request_time"].numel(), plain["candidate_request"].numel()
         features = _bags(tensors, "features", keys[0], plain["behavior_time"].numel() + candidates)
         context = _bags(tensors, "context", keys[1], requests) if keys[1] else None
@@ -80,6 +84,7 @@ def unpack(
 def _problem(tensors: Mapping[str, Tensor], context: bool) -> str:
     """Which tensor is missing, superfluous or of another kind; empty if none is."""
     wanted = {**_BATCH_TENSORS, "scores": (torch.float32, 2)}
+    wanted |= {name: kind for name, kind in _OPTIONAL.items() if name in tensors}
     for part in ("features", "context") if context else ("features",):
         wanted |= {f"{part}.{name}": (dtype, 1) for name, dtype in _BAGS.items()}
     for part, (kind, dims) in _NESTED.items():

@@ -59,6 +59,11 @@ class _Stretches:
     spans: list[slice]
     candidates: list[slice]
 
+    @property
+    def placed(self) -> list[tuple[UserRows, slice]]:
+        """Each block's row group, and its candidates there."""
+        return list(zip(self.rows, self.candidates, strict=True))
+
 
 class _Histories(NamedTuple):
     """The behaviors that a batch holds, N in all.
@@ -94,9 +99,11 @@ def collate(
         _Side([r.candidates for r in rows], candidates, total),
     ]
     features, bags = _jagged(list(columns.features), sides)
-    labels = _tensor([r.labels[at] for r, at in zip(rows, candidates, strict=True)])
+    labels = _tensor([r.labels[at] for r, at in stretches.placed])
+    task_weight = [r.task_weight[at] for r, at in stretches.placed if r.task_weight is not None]
+    domain = [r.domain[at] for r, at in stretches.placed if r.domain is not None]
     # The log's numbers, then the hard search's match counts: [C, X].
-    numeric = [r.numeric[at] for r, at in zip(rows, candidates, strict=True)]
+    numeric = [r.numeric[at] for r, at in stretches.placed]
     retrieval = None
     if past.retrievals:
         matches = [part.counts for part in past.retrievals]
@@ -122,12 +129,14 @@ def collate(
         request_id=torch.from_numpy(name),
         candidate_request=torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
         labels=labels,
-        weight=_tensor([r.weight[at] for r, at in zip(rows, candidates, strict=True)]),
+        weight=_tensor([r.weight[at] for r, at in stretches.placed]),
         numeric=_tensor(numeric),
         context=context,
         retrieval=retrieval,
         step_candidates=step_candidates,
         clusters=past.clusters,
+        task_weight=_tensor(task_weight) if task_weight else None,
+        domain=_tensor(domain) if domain else None,
         sizes=Sizes(
             tuple((past.end - past.start).tolist()),
             tuple(past.start.tolist()),

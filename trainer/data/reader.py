@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.errors import ConfigError, DataError
 from trainer.config.sections import DataConfig
+from trainer.config.tasks import Task
 from trainer.data.batch import Movable, RequestBatch
 from trainer.data.blocks import (
     ANYONE,
@@ -88,6 +89,7 @@ class SequenceLogReader:
         config: windows, block and batch sizes.
         split: `train`, `validation` or `test`.
         rows: feature -> embedding rows; ids outside raise DataError. None reads all features of the log.
+        tasks: of the run, whose labels are read; None means every label of the log.
         rank, world_size: this reader's share.
         seed: of the shuffle; None reads in stored order.
         share: sums an array over all ranks; needed with several ranks where bad row groups are skipped.
@@ -100,7 +102,8 @@ class SequenceLogReader:
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
-        ConfigError: the hard search names a feature that it cannot match on.
+        ConfigError: the hard search names a feature that it cannot match on, or `data.domain` one that is no
+            candidate's domain.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class SequenceLogReader:
         split: str,
         rows: dict[str, int] | None,
         *,
+        tasks: Sequence[Task] | None = None,
         rank: int = 0,
         world_size: int = 1,
         seed: int | None = None,
@@ -123,7 +127,7 @@ class SequenceLogReader:
         self.rank, self.world_size = rank, world_size
         self._own_row_groups = own_row_groups
         manifest = read_manifest(config.log)
-        self.columns = _columns(manifest, rows, config)
+        self.columns = _columns(manifest, rows, tasks, config)
         whole = config.verify and config.on_bad == "fail"
         with together():
             self.row_groups = check_files(config.log, manifest, split, (rank, world_size) if whole else None)
@@ -246,7 +250,9 @@ class SequenceLogReader:
         return with_windows(rows, self.config.history_length, self.config.ingestion_delay)
 
 
-def _columns(manifest: LogManifest, rows: dict[str, int] | None, config: DataConfig) -> Columns:
+def _columns(
+    manifest: LogManifest, rows: dict[str, int] | None, tasks: Sequence[Task] | None, config: DataConfig
+) -> Columns:
     search = config.search
     wanted = [*search.levels, *([search.domain] if search.domain else [])]
     for name in wanted:
@@ -262,7 +268,7 @@ def _columns(manifest: LogManifest, rows: dict[str, int] | None, config: DataCon
         rows = {**{name: manifest.features[name].rows for name in wanted}, **rows}
         # The log's order of features, whatever the config's: a batch's keys do not depend on it.
         rows = {name: rows[name] for name in [*manifest.features, *manifest.context, *rows] if name in rows}
-    columns = Columns.of(manifest, rows)
+    columns = Columns.of(manifest, rows, tasks, config.domain)
     if not config.clusters:
         return columns
     if manifest.clusters is None:

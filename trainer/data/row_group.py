@@ -94,7 +94,9 @@ class FeatureIds(Mapping[str, Bags]):
     multi: Mapping[str, Bags]
 
     def __getitem__(self, name: str) -> Bags:
-        return self.multi[name] if name in self.multi else Bags(self.ids[self.single.index(name)])
+        if name not in self.single:
+            return self.multi[name]
+        return Bags(self.ids[self.single.index(name)])
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.single, *self.multi])
@@ -125,6 +127,20 @@ class GroupColumns:
     def flat(self, values: pa.Array, name: str, dtype: type) -> npt.NDArray:  # type: ignore[type-arg]
         if values.null_count:
             raise self.fail("holds nulls inside its lists", name)
+        return self._numbers(values, name, dtype)
+
+    def labels(self, values: pa.Array, name: str, partial: bool) -> Floats:
+        """Labels as float32; where a partial one was not observed, it is null or NaN, and NaN here."""
+        labels: Floats = self._numbers(values, name, np.float32)
+        if not partial and np.isnan(labels).any():
+            raise self.fail(
+                "holds nulls or NaN, and the log's manifest does not say that the label is partial; ingest "
+                "the events again with `partial = true` for it, if only a part of the candidates has it",
+                name,
+            )
+        return labels
+
+    def _numbers(self, values: pa.Array, name: str, dtype: type) -> npt.NDArray:  # type: ignore[type-arg]
         kind = values.type
         exact = pa.types.is_signed_integer(kind) or kind in (pa.uint8(), pa.uint16(), pa.uint32())
         if not (exact or (dtype is np.float32 and pa.types.is_floating(kind))):

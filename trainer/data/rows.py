@@ -6,7 +6,7 @@ Ids are checked here, because a sharded table silently maps a bad id to row 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
+from trainer.config.tasks import Task
+from trainer.data.domain import DomainColumn
+from trainer.data.labels import TaskLabels
 from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, Ints, offsets_of, read_group
 from trainer.log.schema import CLUSTER_COLUMNS, FeatureInfo, LogManifest
 
@@ -25,23 +28,36 @@ class Columns:
 
     Attributes:
         features, context: as in the log's manifest, with `rows` of the model's tables.
-        tasks, numeric: names of labels and numbers; weighted: whether candidates have a weight.
+        labels: of the tasks; numeric: names of numbers; weighted: whether candidates have a weight.
         chunk: behaviors of a chunk whose clusters are read; 0 = no clusters.
+        domain: None = candidates have none.
     """
 
     features: Mapping[str, FeatureInfo]
-    tasks: Sequence[str]
+    labels: TaskLabels
     context: Mapping[str, FeatureInfo] = field(default_factory=dict)
     numeric: Sequence[str] = ()
     weighted: bool = False
     chunk: int = 0
+    domain: DomainColumn | None = None
 
     @staticmethod
-    def of(manifest: LogManifest, rows: Mapping[str, int] | None = None) -> Columns:
-        """All columns of a log; `rows` gives the table rows of features the model uses, and reads only those.
+    def of(
+        manifest: LogManifest,
+        rows: Mapping[str, int] | None = None,
+        tasks: Sequence[Task] | None = None,
+        domain: str = "",
+    ) -> Columns:
+        """The columns of a log.
+
+        Args:
+            rows: the table rows of features the model uses, and only those are read; None means all.
+            tasks: whose labels are read; None means all labels.
+            domain: the feature that is a candidate's domain, read whether the model uses it or not.
 
         Raises:
             DataError: the model needs a feature that the log lacks.
+            ConfigError: the domain is no single feature of candidates or requests.
         """
         known = {**manifest.features, **manifest.context}
         lacking = sorted(set(rows or ()) - set(known))
@@ -53,13 +69,22 @@ class Columns:
                 return dict(infos)
             return {n: info.model_copy(update={"rows": rows[n]}) for n, info in infos.items() if n in rows}
 
+        column = DomainColumn.of(manifest, domain) if domain else None
+        if column is not None and rows is not None and domain in rows:
+            column = replace(column, rows=rows[domain])
         return Columns(
             used(manifest.features),
-            manifest.tasks,
+            TaskLabels.of(manifest, tasks),
             used(manifest.context),
             manifest.numeric,
             manifest.weighted,
+            domain=column,
         )
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks."""
+        return self.labels.names
 
     def names(self) -> list[str]:
         names = ["user_id", "history_timestamp", *PLAN_COLUMNS, "request_id", "request_timestamp"]
@@ -67,7 +92,9 @@ class Columns:
         names += [f"history_{name}" for name, info in self.features.items() if info.of_behaviors]
         names += [f"candidate_{name}" for name, info in self.features.items() if info.of_candidates]
         names += [f"context_{name}" for name in self.context] + [f"numeric_{name}" for name in self.numeric]
-        return names + [f"label_{task}" for task in self.tasks] + (["weight"] if self.weighted else [])
+        names += self.labels.columns + (["weight"] if self.weighted else [])
+        # The domain may be a feature that is read anyway.
+        return list(dict.fromkeys(names + ([self.domain.name] if self.domain else [])))
 
 
 PLAN_COLUMNS = ("request_history_end", "request_num_candidates")
@@ -84,7 +111,9 @@ class UserRows:
         request_id, request_time, history_end: [requests]; history_end counts from the row's first behavior.
         candidate_offsets: [requests + 1] into the candidates.
         candidates, context: ids of the candidates and of the requests.
-        labels: [candidates, tasks]; numeric: [candidates, numbers]; weight: [candidates].
+        labels: [candidates, T], of the tasks, NaN where a task was not observed.
+        numeric: [candidates, numbers]; weight: [candidates].
+        task_weight: [candidates, T]; None where no label has weights. domain: [candidates]; None = not read.
         cluster_size, cluster_time: [behaviors], of the cluster that a behavior stands for; None = not read.
     """
 
@@ -104,6 +133,8 @@ class UserRows:
     weight: Floats
     cluster_size: Ints | None = None
     cluster_time: Ints | None = None
+    task_weight: Floats | None = None
+    domain: Ints | None = None
 
     @staticmethod
     def of_counts(
@@ -202,21 +233,17 @@ class _Decoder:
         group, features = self.group, columns.features.items()
         of_behaviors = {name: info for name, info in features if info.of_behaviors}
         of_candidates = {name: info for name, info in features if info.of_candidates}
-        labels = self._numbers([f"label_{task}" for task in columns.tasks])
-        for task, values in zip(columns.tasks, labels.T, strict=True):
-            if values.size and (values.min() < 0 or values.max() > 1):
-                problem = f"holds {values.min():g} to {values.max():g}, and a label is 0 to 1"
-                raise group.fail(f"{problem}; ingest the events again", f"label_{task}")
+        labels, task_weight = self._labels(columns.labels)
         weight: Floats = np.broadcast_to(np.float32(1), labels.shape[:1])
         if columns.weighted:
-            weight = self._numbers(["weight"])[:, 0]
-            if weight.size and weight.min() < 0:
-                raise group.fail(f"{weight.min()} is negative", "weight")
+            weight = self._weights("weight")
         clusters = {}
         for name in CLUSTER_COLUMNS if columns.chunk else ():
             clusters[name] = group.flat(self._per_behavior(name), name, np.int64)
             if clusters[name].size and clusters[name].min() < 0:
                 raise group.fail("holds negative numbers; cluster the log again", name)
+        candidates = group.features("candidate", of_candidates, self.candidate_offsets, self._per_candidate)
+        context = group.features("context", columns.context, self.request_offsets, self._per_request)
         rows = UserRows(
             user_id=group.ints("user_id"),
             history_offsets=self.history_offsets,
@@ -227,13 +254,13 @@ class _Decoder:
             request_time=group.flat(self._request_times, "request_timestamp", np.int64),
             history_end=self._request_values("request_history_end"),
             candidate_offsets=self.candidate_offsets,
-            candidates=group.features(
-                "candidate", of_candidates, self.candidate_offsets, self._per_candidate
-            ),
-            context=group.features("context", columns.context, self.request_offsets, self._per_request),
+            candidates=candidates,
+            context=context,
             labels=labels,
             numeric=self._numbers([f"numeric_{name}" for name in columns.numeric]),
             weight=weight,
+            task_weight=task_weight,
+            domain=self._domain(columns.domain, candidates, context),
             **clusters,
         )
         _check_time(group, rows)
@@ -256,6 +283,39 @@ class _Decoder:
 
     def _request_values(self, name: str) -> Ints:
         return self.group.flat(self._per_request(name), name, np.int64)
+
+    def _labels(self, wanted: TaskLabels) -> tuple[Floats, Floats | None]:
+        """Labels and sample weights of the tasks, see `UserRows`."""
+        found = {}
+        for label in wanted.labels:
+            name, partial = f"label_{label}", label in wanted.partial
+            found[label] = values = self.group.labels(self._per_candidate(name), name, partial)
+            # A comparison with NaN is false.
+            if ((values < 0) | (values > 1)).any():
+                problem = f"holds {np.nanmin(values):g} to {np.nanmax(values):g}, and a label is 0 to 1"
+                raise self.group.fail(f"{problem}; ingest the events again", name)
+        weights = {label: self._weights(f"weight_{label}") for label in wanted.weights}
+        count = int(self.candidate_offsets[-1])
+        return wanted.of_tasks(found, count), wanted.weights_of_tasks(weights, count)
+
+    def _weights(self, name: str) -> Floats:
+        weight = self._numbers([name])[:, 0]
+        if weight.size and weight.min() < 0:
+            raise self.group.fail(f"{weight.min()} is negative", name)
+        return weight
+
+    def _domain(
+        self, column: DomainColumn | None, candidates: FeatureIds, context: FeatureIds
+    ) -> Ints | None:
+        """The domain of each candidate; the feature need not be one that the model reads."""
+        if column is None:
+            return None
+        info = {column.feature: FeatureInfo(rows=column.rows)}
+        if column.of_requests and column.feature not in context:
+            context = self.group.features("context", info, self.request_offsets, self._per_request)
+        elif not column.of_requests and column.feature not in candidates:
+            candidates = self.group.features("candidate", info, self.candidate_offsets, self._per_candidate)
+        return column.of_candidates(candidates, context, np.diff(self.candidate_offsets))
 
     def _numbers(self, names: Sequence[str]) -> Floats:
         numbers = np.zeros((int(self.candidate_offsets[-1]), len(names)), dtype=np.float32)

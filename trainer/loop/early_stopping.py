@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from embeddings.errors import ConfigError, hint_of
 from trainer.config.sections import EarlyStoppingConfig
 from trainer.quality.metrics import Metrics
 
+EVERY_TASK = "*"
 _LOWER_IS_BETTER = {"logloss"}
 
 
@@ -23,9 +29,13 @@ class Best:
     step: int = -1
     fruitless: int = 0
 
-    def update(self, config: EarlyStoppingConfig, metrics: Metrics, step: int) -> bool:
-        """Take a validation into account; -> whether it is the best. One without a value is never."""
-        value = float(getattr(metrics, config.metric))
+    def update(self, config: EarlyStoppingConfig, metrics: Mapping[str, Metrics], step: int) -> bool:
+        """Take a validation into account; -> whether it is the best. One without a value is never.
+
+        Args:
+            metrics: by task.
+        """
+        value = value_of(config, metrics)
         sign = -1 if config.metric in _LOWER_IS_BETTER else 1
         better = math.isfinite(value)
         if better and self.value is not None:
@@ -39,3 +49,42 @@ class Best:
     def over(self, config: EarlyStoppingConfig) -> bool:
         """Whether training has gone on for long enough without a better validation."""
         return config.on and self.fruitless >= config.patience
+
+
+def watched(config: EarlyStoppingConfig, tasks: Collection[str]) -> tuple[str, ...]:
+    """The tasks whose metric counts.
+
+    Raises:
+        ConfigError: there is no task of that name.
+    """
+    if config.task == EVERY_TASK:
+        return tuple(tasks)
+    if config.task and config.task not in tasks:
+        hint = hint_of(config.task, tasks, f'it is one of {", ".join(tasks)}, or "*" for the mean over them')
+        raise ConfigError(f"train.early_stopping.task = {config.task!r}: no such task; {hint}")
+    return (config.task or next(iter(tasks)),)
+
+
+def value_of(config: EarlyStoppingConfig, metrics: Mapping[str, Metrics]) -> float:
+    """The metric of the watched task, or its mean over tasks; NaN if no watched task has it.
+
+    A task lacks a metric by its labels alone, so that the same tasks are in every mean of one split.
+    """
+    values = [float(getattr(metrics[task], config.metric)) for task in watched(config, metrics)]
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def changed_watch(before: Mapping[str, Any], now: EarlyStoppingConfig, tasks: Collection[str]) -> str:
+    """Why the best validation of an earlier start means nothing now; empty if it still does.
+
+    Args:
+        before: the whole config of that start, as a checkpoint keeps it.
+    """
+    if not now.on:
+        return "train.early_stopping is off now"
+    earlier = EarlyStoppingConfig(**before["train"].get("early_stopping", {}))
+    if earlier.metric != now.metric:
+        return f"train.early_stopping.metric was {earlier.metric}"
+    first = watched(earlier, before.get("tasks") or tasks)
+    return "" if first == watched(now, tasks) else f"train.early_stopping watched {' and '.join(first)}"

@@ -17,13 +17,13 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
 from trainer.data.reader import Cursor, SequenceLogReader
-from trainer.loop.early_stopping import Best
+from trainer.loop.early_stopping import Best, changed_watch, watched
 from trainer.loop.interrupts import Interrupts
 from trainer.loop.pipeline import Pipeline, remark_on
 from trainer.loop.progress import Progress
 from trainer.objectives.step_loss import Tally
+from trainer.quality.domains import SplitMetrics
 from trainer.quality.evaluate import score_split, shared_metrics
-from trainer.quality.metrics import Metrics, entry_of, one_line
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
 from trainer.run_config import Config
 from trainer.run_folder import MetricsLog, RunFolder
@@ -90,8 +90,8 @@ class Trainer:
         if remark := remark_on(config.train.pipeline, self.pipeline):
             say(remark)
         self.at = Position()
-        self.metrics_of_validation: dict[str, Metrics] | None = None  # of every task
-        self._best_metrics: dict[str, Metrics] | None = None
+        self.metrics_of_validation: SplitMetrics | None = None
+        self._best_metrics: SplitMetrics | None = None
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
@@ -226,25 +226,24 @@ class Trainer:
             return
         metrics = self._measure(self.validation_reader)
         self.at.validated = self.at.step
-        self.log.write(self.at.step, "validation", entry_of(metrics))
-        self.say(f"validation after step {self.at.step}: {one_line(metrics)}")
-        # By the first task: whether this validation is the best so far, or the last.
+        self.log.write(self.at.step, "validation", metrics.entry())
+        self.say(f"validation after step {self.at.step}:{metrics.text()}")
+        # Whether this validation is the best so far, or the last.
         stopping, best = self.config.train.early_stopping, self.at.best
         if stopping.on:
-            task, first = next(iter(metrics.items()))
-            self._best_due = best.update(stopping, first, self.at.step)
+            self._best_due = best.update(stopping, metrics.tasks, self.at.step)
             if self._best_due:
                 self._best_metrics = metrics
             if self.ended_early:
                 value = "none" if best.value is None else f"{best.value:.4f} after step {best.step:,}"
                 self.say(
-                    f"no better {stopping.metric} of {task} in {best.fruitless} validation(s): training "
-                    f"ends; best: {value}"
+                    f"no better {stopping.metric} of {' and '.join(watched(stopping, metrics.tasks))} in "
+                    f"{best.fruitless} validation(s): training ends; best: {value}"
                 )
         # Time that no step has taken.
         self.meter.take_time()
 
-    def kept_validation(self) -> tuple[dict[str, Metrics] | None, int]:
+    def kept_validation(self) -> tuple[SplitMetrics | None, int]:
         """Metrics of the checkpoint that `evaluate` and `export` take, and its step; collective.
 
         Where that is the best one, and an earlier start has measured it, its weights are loaded and stay.
@@ -263,9 +262,9 @@ class Trainer:
             return self._measure(reader), step
         return self._best_metrics, best.step
 
-    def _measure(self, reader: SequenceLogReader) -> dict[str, Metrics]:
+    def _measure(self, reader: SequenceLogReader) -> SplitMetrics:
         with self.pipeline.paused():
-            metrics = shared_metrics(score_split(self.model, reader, self.ranks.device))
+            metrics = shared_metrics(score_split(self.model, reader, self.ranks.device), reader.config)
         self.metrics_of_validation = metrics
         return metrics
 
@@ -320,9 +319,7 @@ class Trainer:
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         # Older checkpoints know of no best.
         best, now = Best(**state.get("best", {})), self.config.train.early_stopping
-        before = state["config"]["train"].get("early_stopping", {}).get("metric", now.metric)
-        if best != Best() and not (now.on and before == now.metric):
-            why = f"train.early_stopping.metric was {before}" if now.on else "train.early_stopping is off now"
+        if best != Best() and (why := changed_watch(state["config"], now, self.train_reader.columns.tasks)):
             self.say(f"{why}: the best validation so far, after step {best.step:,}, is no longer kept")
             best = Best()
         self.at = Position(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from trainer.data.batch import RequestBatch
 from trainer.model.ops.bags import rows_at
-from trainer.model.read.sequence import SequenceModel
+from trainer.model.read.sequence import Behaviors, SequenceModel
 from trainer.model.retrieve.score import WEIGHTS, AttentionVectors, Scorer, build_scorer
 from trainer.model.retrieve.search import Query, Retrieval, Search
 from trainer.model.settings import BranchConfig
@@ -25,30 +26,66 @@ class Expert:
 
     Attributes:
         sequence: the model; target, behavior: groups of the candidates' and the behaviors' vectors.
+        set: its name, empty where the groups have one set only; width: of its vectors.
     """
 
     sequence: SequenceModel
     target: str
     behavior: str
+    set: str
+    width: int
+
+
+class Reading(NamedTuple):
+    """What stage two of a branch read.
+
+    Attributes:
+        branch: that read; behaviors: with the vectors of all sets.
+        weight_CHK: their attention weights, None without a scorer.
+    """
+
+    branch: Branch
+    behaviors: Behaviors
+    weight_CHK: Tensor | None
+
+    def parts(self, stopped: bool = False) -> dict[str, list[Tensor]]:
+        """Set -> parts, each [C, *]; `stopped`: no gradient of theirs reaches the weights."""
+        weight_CHK = self.weight_CHK
+        if stopped and weight_CHK is not None:
+            weight_CHK = weight_CHK.detach()
+        return self.branch.read(self.behaviors, weight_CHK)
 
 
 class Branch(nn.Module):
     """Stage one and its experts, built from settings; see `trainer.model.settings.BranchConfig`.
 
-    Several experts may read what a branch keeps; settings give each branch one. The modules of both stages
-    lie side by side here, under the names that they have in every checkpoint.
+    Every set of the representation has an expert; all of them read what the one stage one keeps. The modules
+    of both stages lie side by side here, under the names that they have in every checkpoint.
 
     Attributes:
+        sequence: the model of the one set; with named sets there are `sequences.<SET>` instead.
+        widths: set -> D, in the order in which vectors lie side by side; owners: set -> who trains it;
+            shared_sets: those that no task and no domain owns.
         scorer, search: None where the sequence model works on windows; cross: None without cross features.
         columns: the attended columns of the attention vectors; None = all.
     """
 
     def __init__(self, settings: BranchConfig, dimensions: Dimensions) -> None:
         super().__init__()
-        sizes = BranchSizes(settings, settings.newest, dimensions)
+        roles = settings.roles
+        sets = dimensions.groups[roles.representation_behavior].sets
+        of_sets = {each.name: BranchSizes(settings, settings.newest, dimensions, each.name) for each in sets}
+        sizes = of_sets[sets[0].name]
         self.settings, self.columns = settings, sizes.columns
         # Checkpoints and first weights depend on this order.
-        self.sequence = settings.sequence_kind.build(settings, sizes)
+        models = {name: settings.sequence_kind.build(settings, of_set) for name, of_set in of_sets.items()}
+        if "" in models:
+            self.sequence = models[""]
+        else:
+            self.sequences = nn.ModuleDict(models)
+        self.widths = {name: of_set.representation.width for name, of_set in of_sets.items()}
+        self.owners = {each.name: each.owner for each in sets}
+        self.shared_sets = [name for name, owner in self.owners.items() if owner == "shared"]
         self.scorer: Scorer | None = None
         self.search: Search | None = None
         if settings.searches:
@@ -61,7 +98,13 @@ class Branch(nn.Module):
     def experts(self) -> list[Expert]:
         """Stage two: who reads what stage one keeps."""
         roles = self.settings.roles
-        return [Expert(self.sequence, roles.representation_target, roles.representation_behavior)]
+        groups = roles.representation_target, roles.representation_behavior
+        experts = []
+        for name, width in self.widths.items():
+            model = self.sequences[name] if name else self.sequence
+            assert isinstance(model, SequenceModel)
+            experts.append(Expert(model, *groups, name, width))
+        return experts
 
     def retrieve(self, batch: RequestBatch, vectors: Mapping[str, Tensor], windows: Windows) -> Retrieval:
         """Which K behaviors each candidate keeps.
@@ -87,6 +130,34 @@ class Branch(nn.Module):
         else:
             score_CHK = self.scorer.of_kept(retrieval.vectors, retrieval.selection)
         return WEIGHTS[self.settings.weights](score_CHK, retrieval.selection.mask[:, None])
+
+    def read(
+        self, behaviors: Behaviors, weight_CHK: Tensor | None, sets: Collection[str] | None = None
+    ) -> dict[str, list[Tensor]]:
+        """Stage two: set -> parts, each [C, *].
+
+        Args:
+            behaviors: with the vectors of the sets side by side; sets: their names, None = all.
+        """
+        experts = [expert for expert in self.experts if sets is None or expert.set in sets]
+        if len(experts) == 1:
+            (expert,) = experts
+            return {expert.set: expert.sequence(behaviors, weight_CHK)}
+        models, widths = zip(*((expert.sequence, expert.width) for expert in experts), strict=True)
+        parts = models[0].read_sets(models, widths, behaviors, weight_CHK)
+        return {expert.set: own for expert, own in zip(experts, parts, strict=True)}
+
+    def shared(self, behaviors: Behaviors) -> Behaviors:
+        """The same with the vectors of the shared sets alone."""
+        if len(self.shared_sets) == len(self.widths):
+            return behaviors
+        of_sets = dict(zip(self.widths, behaviors.by_set(list(self.widths.values())), strict=True))
+        kept = [of_sets[name] for name in self.shared_sets]
+        return replace(
+            behaviors,
+            target_CD=torch.cat([each.target_CD for each in kept], dim=1),
+            value_SD=torch.cat([each.value_SD for each in kept], dim=1),
+        )
 
     def _attention_vectors(self, batch: RequestBatch, vectors: Mapping[str, Tensor]) -> AttentionVectors:
         n, roles = batch.behaviors, self.settings.roles

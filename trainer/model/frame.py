@@ -11,7 +11,7 @@ collections, and looks into no tensor. The trace does not enter those modules; a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.lookup.jagged import select_bags
+from trainer.config.model import RolesConfig
 from trainer.config.tasks import Task
 from trainer.data.batch import RequestBatch
 from trainer.model.border import Lookups
-from trainer.model.branch import Branch, at_least_one_row
-from trainer.model.heads.head import HeadInput, HeadSizes
+from trainer.model.branch import Branch, Reading, at_least_one_row
+from trainer.model.heads.head import HeadInput, HeadOutput, HeadSizes
+from trainer.model.heads.owned import OwnedAttention
+from trainer.model.heads.products import with_products
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.search import Retrieval
 from trainer.model.settings import ModelConfig
@@ -55,12 +58,14 @@ class Retrievals(NamedTuple):
         bags: KJT of the behaviors that any branch kept and maybe others, then the candidates: what is looked
             up for stage two. None where all of them were looked up already.
         place_N: where each of the batch's behaviors is among `bags`; None: behavior n is at n.
+        candidates: KJT of the candidates alone, for a prior that is looked up for nothing else.
     """
 
     branches: Branches
     of_branch: dict[str, Retrieval]
     bags: KeyedJaggedTensor | None
     place_N: Tensor | None
+    candidates: KeyedJaggedTensor | None
 
 
 class Branches(nn.ModuleDict):
@@ -68,15 +73,20 @@ class Branches(nn.ModuleDict):
 
     Args:
         branches: by name; history_length: L.
-        selects: behaviors are looked up again, as far as they are kept.
+        selects: behaviors are looked up again, as far as they are kept; alone: candidates without behaviors.
         pads: some others are too, see `trainer.model.union`; None: where the device is not the CPU.
     """
 
     def __init__(
-        self, branches: Mapping[str, Branch], history_length: int, selects: bool, pads: bool | None = None
+        self,
+        branches: Mapping[str, Branch],
+        history_length: int,
+        selects: bool,
+        alone: bool = False,
+        pads: bool | None = None,
     ) -> None:
         super().__init__(branches)
-        self.history_length, self.selects, self.pads = history_length, selects, pads
+        self.history_length, self.selects, self.alone, self.pads = history_length, selects, alone, pads
 
     def named(self) -> dict[str, Branch]:
         """Name -> branch."""
@@ -91,10 +101,12 @@ class Branches(nn.ModuleDict):
             if looks_at not in windows:
                 windows[looks_at] = windows_of(batch, self.history_length, *looks_at)
             retrievals[name] = branch.retrieve(batch, vectors, windows[looks_at])
+        device, one_id = batch.behavior_time.device, batch.host_sizes.one_id
+        candidate_C = batch.behaviors + torch.arange(batch.candidates, device=device)
+        alone = select_bags(batch.features, candidate_C, one_id) if self.alone else None
         if not self.selects:
-            return Retrievals(self, retrievals, None, None)
+            return Retrievals(self, retrievals, None, None, alone)
         kept = [each.windows if each.whole else each.selection for each in retrievals.values()]
-        device = batch.behavior_time.device
         if device.type != "cpu" if self.pads is None else self.pads:
             # More behaviors than were kept are looked up again, so that the host need not wait.
             most = []
@@ -104,25 +116,38 @@ class Branches(nn.ModuleDict):
                 most.append((branch.settings.newest, k))
             rows = padded_union(kept, batch.behaviors, most_kept(batch.host_sizes, most))
             if rows is None:
-                return Retrievals(self, retrievals, batch.features, None)
+                return Retrievals(self, retrievals, batch.features, None, alone)
         else:
             rows = union_of(kept, batch.behaviors)
         behavior_S, place_N = rows
-        candidates = batch.behaviors + torch.arange(batch.candidates, device=device)
-        bags = select_bags(batch.features, torch.cat([behavior_S, candidates]), batch.host_sizes.one_id)
-        return Retrievals(self, retrievals, bags, place_N)
+        bags = select_bags(batch.features, torch.cat([behavior_S, candidate_C]), one_id)
+        return Retrievals(self, retrievals, bags, place_N, alone)
+
+
+class Pooled(NamedTuple):
+    """Stage two's result for all branches.
+
+    Attributes:
+        given: what the head is given, in each of its runs, see `trainer.model.heads.owned`: one run where
+            there are no gradients.
+        of_branch: name -> what stage two of the branch read.
+    """
+
+    given: list[HeadInput]
+    of_branch: dict[str, Reading]
 
 
 class Pooling(nn.Module):
     """Stage two of all branches, and what the head is given besides.
 
     Args:
-        context: the group of context features, empty without them; numbers: whether candidates have any.
+        roles: of the model; numbers: whether candidates have any.
+        runs: of each run of the head, the branches whose weights pass no gradient on.
     """
 
-    def __init__(self, context: str, numbers: bool) -> None:
+    def __init__(self, roles: RolesConfig, numbers: bool, runs: Sequence[Set[str]] = (frozenset(),)) -> None:
         super().__init__()
-        self.context, self.numbers = context, numbers
+        self.roles, self.numbers, self.runs = roles, numbers, runs
 
     def forward(
         self,
@@ -130,39 +155,48 @@ class Pooling(nn.Module):
         retrievals: Retrievals,
         first: Mapping[str, Tensor],
         late: Mapping[str, Tensor],
-    ) -> tuple[HeadInput, Branch, Behaviors]:
-        """-> what the head is given; the main branch and what its first expert read.
-
-        `first`: of all behaviors and candidates, and of the context; `late`: of `retrievals.bags`.
-        """
-        parts: list[Tensor] = []
-        beside: list[Tensor] = []
-        read: dict[str, Behaviors] = {}
+    ) -> Pooled:
+        """`first`: of all behaviors and candidates, and of requests; `late`: of `retrievals.bags`."""
+        of_branch: dict[str, Reading] = {}
         branches = retrievals.branches.named()
         # Rows of each group: target [C, D], behaviors [S, D].
         rows: dict[str, tuple[Tensor, Tensor]] = {}
         # Not a set: ranks exchange the gradients of these slices, all in the same order.
         groups = [group for branch in branches.values() for group in representation_of(branch)]
+        groups += [self.roles.prior] if self.roles.prior else []
         for name in dict.fromkeys(groups):
             vectors = late[name] if name in late else first[name]
             count = vectors.shape[0] - batch.candidates
             rows[name] = vectors[count:], at_least_one_row(vectors[:count])
         for name, branch in branches.items():
-            retrieval = retrievals.of_branch[name]
-            weight_CHK = branch.weigh(retrieval)
-            for expert in branch.experts:
-                place = retrieval.index
-                if expert.behavior in late and retrievals.place_N is not None:
-                    place = retrievals.place_N[place]
-                target_CD, value_SD = rows[expert.target][0], rows[expert.behavior][1]
-                behaviors = Behaviors(**vars(retrieval), target_CD=target_CD, value_SD=value_SD, place=place)
-                read.setdefault(name, behaviors)
-                parts += expert.sequence(behaviors, weight_CHK)
+            retrieval, roles = retrievals.of_branch[name], branch.settings.roles
+            place = retrieval.index
+            if roles.representation_behavior in late and retrievals.place_N is not None:
+                place = retrievals.place_N[place]
+            target_CD, value_SD = rows[roles.representation_target][0], rows[roles.representation_behavior][1]
+            behaviors = Behaviors(**vars(retrieval), target_CD=target_CD, value_SD=value_SD, place=place)
+            of_branch[name] = Reading(branch, behaviors, branch.weigh(retrieval))
+        read: dict[tuple[str, bool], dict[str, list[Tensor]]] = {}
+        runs = self.runs if torch.is_grad_enabled() else self.runs[:1]
+        of_runs: list[dict[str, list[Tensor]]] = [{} for _ in runs]
+        for stopped, sets in zip(runs, of_runs, strict=True):
+            for name, reading in of_branch.items():
+                stops = name in stopped
+                if (name, stops) not in read:
+                    read[name, stops] = reading.parts(stops)
+                for set_, parts in read[name, stops].items():
+                    sets.setdefault(set_, []).extend(parts)
+        beside, prior = [], []
         if self.numbers:
             beside.append(batch.numeric.sign() * batch.numeric.abs().log1p())
-        if self.context:
-            beside.append(first[self.context][batch.candidate_request])
-        return HeadInput({"": parts}, beside), branches["main"], read["main"]
+        if self.roles.context:
+            beside.append(first[self.roles.context][batch.candidate_request])
+        if self.roles.prior:
+            prior.append(rows[self.roles.prior][0])
+        if self.roles.prior_context:
+            prior.append(first[self.roles.prior_context][batch.candidate_request])
+        prior_CP = torch.cat(prior, dim=1) if prior else None
+        return Pooled([HeadInput(sets, beside, prior_CP, batch.domain) for sets in of_runs], of_branch)
 
 
 class TwoStageModel(nn.Module):
@@ -192,17 +226,23 @@ class TwoStageModel(nn.Module):
         self.lookups = Lookups(groups)
         branches = {name: Branch(branch, dimensions) for name, branch in config.all_branches().items()}
         self.first, self.late = first_and_late(config.lookup == "full", branches.values())
-        self.branches = Branches(branches, dimensions.history_length, selects=bool(self.late))
-        self.pooling = Pooling(roles.context, numbers > 0)
-        widths = [
-            sum(expert.sequence.output_width for expert in branch.experts) for branch in branches.values()
-        ]
-        beside = numbers + (groups[roles.context].width if roles.context else 0)
-        self.head = config.head_kind.build(config, HeadSizes({"": widths}, beside, tasks))
+        # A prior that serves no other role is looked up for candidates alone.
+        self.alone = [roles.prior] if roles.prior and roles.prior not in [*self.first, *self.late] else []
+        self.branches = Branches(
+            branches, dimensions.history_length, selects=bool(self.late), alone=bool(self.alone)
+        )
+        self.late += self.alone
+        self.of_requests = list(dict.fromkeys(filter(None, (roles.context, roles.prior_context))))
+        towers = [task for task in tasks if task.has_tower]
+        owners = {name: branch.settings.attention_owner for name, branch in branches.items()}
+        self.owned = OwnedAttention(owners, [task.name for task in towers])
+        self.pooling = Pooling(roles, numbers > 0, self.owned.runs)
+        self.head = config.head_kind.build(config, head_sizes(roles, branches, dimensions, towers, numbers))
         self.auxiliary = None
         if config.auxiliary_kind is not None:
-            width = groups[roles.representation_target].width
-            self.auxiliary = config.auxiliary_kind.build(config, width, len(tasks))
+            main = branches["main"]
+            width = sum(main.widths[name] for name in main.shared_sets)
+            self.auxiliary = config.auxiliary_kind.build(config, width, len(towers))
         if config.dense_init == "normal":
             # Everything dense without "bias" in its name, scales and slopes too (DARE's code).
             with torch.no_grad():
@@ -215,12 +255,25 @@ class TwoStageModel(nn.Module):
         late = {}
         if self.late:
             # A collection takes from the bags those of its own features.
-            late = self.lookups({name: self.collections[name](retrievals.bags) for name in self.late})
-        given, main, behaviors = self.pooling(batch, retrievals, first, late)
-        output = self.head(given)
+            late = self.lookups(
+                {
+                    name: self.collections[name](
+                        retrievals.candidates if name in self.alone else retrievals.bags
+                    )
+                    for name in self.late
+                }
+            )
+        pooled = self.pooling(batch, retrievals, first, late)
+        if torch.is_grad_enabled() and len(self.owned.runs) > 1:
+            output = self.owned([self.head(pooled.given[run]) for run in range(len(self.owned.runs))])
+        else:
+            output = self.head(pooled.given[0])
+        output = with_products(output, self.tasks)
         auxiliary = None
         if self.auxiliary is not None and self.training:
-            auxiliary = self.auxiliary(main, behaviors)
+            main = pooled.of_branch["main"]
+            of_towers = self.auxiliary(main.branch, main.behaviors, self.owned.live("main"))
+            auxiliary = with_products(HeadOutput(of_towers), self.tasks).logits
         return Prediction(output.logits, auxiliary, output.base, output.experts)
 
     @torch.no_grad()
@@ -237,10 +290,35 @@ class TwoStageModel(nn.Module):
         """What each branch kept, and the vectors that were looked up for it."""
         # All are started before any is waited for.
         pooled = {name: self.collections[name](batch.features) for name in self.first}
-        if self.config.roles.context:
-            pooled[self.config.roles.context] = self.collections[self.config.roles.context](batch.context)
+        pooled |= {name: self.collections[name](batch.context) for name in self.of_requests}
         vectors = self.lookups(pooled)
         return self.branches(batch, vectors), vectors
+
+
+def head_sizes(
+    roles: RolesConfig,
+    branches: Mapping[str, Branch],
+    dimensions: Dimensions,
+    tasks: Sequence[Task],
+    numbers: int,
+) -> HeadSizes:
+    """What the head is built from; `roles` are those of the model, `tasks` have towers, `numbers`: X."""
+    sets: dict[str, list[int]] = {}
+    for branch in branches.values():
+        for expert in branch.experts:
+            sets.setdefault(expert.set, []).append(expert.sequence.output_width)
+    groups = dimensions.groups
+    context, prior, prior_context = (
+        groups[name].width if name else 0 for name in (roles.context, roles.prior, roles.prior_context)
+    )
+    return HeadSizes(
+        sets,
+        numbers + context,
+        tasks,
+        {each.name: each.owner for each in groups[roles.representation_behavior].sets},
+        prior + prior_context,
+        dimensions.domains,
+    )
 
 
 def representation_of(branch: Branch) -> list[str]:

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.model import BranchKeys, ModelKeys
 from trainer.model.heads.auxiliary import Auxiliary, IndexLoss, SoftmaxLoss
+from trainer.model.heads.experts import ExpertsHead
 from trainer.model.heads.head import DotHead, Head, MlpHead
 from trainer.model.read.collision import HashCollision
 from trainer.model.read.sasrec import TargetDecoupledSasrec
@@ -50,6 +51,7 @@ SEQUENCES: dict[str, type[SequenceModel]] = {
 HEADS: dict[str, type[Head]] = {
     "mlp": MlpHead,
     "dot": DotHead,
+    "experts": ExpertsHead,
 }
 """The heads, by their names in `model.head`."""
 AUXILIARIES: dict[str, type[Auxiliary] | None] = {
@@ -70,8 +72,9 @@ if TYPE_CHECKING:
 else:
 
     def _bases(kinds, base):
-        """The settings classes of all kinds, what they extend last."""
-        return (*dict.fromkeys(kind.keys for kind in kinds if kind.keys is not base), base)
+        """The settings classes of all kinds, but those that another one extends."""
+        keys = dict.fromkeys([*(kind.keys for kind in kinds), base])
+        return tuple(each for each in keys if all(each is k or not issubclass(k, each) for k in keys))
 
     class _BranchKeys(*_bases([*SEARCHES.values(), *SEQUENCES.values()], BranchKeys)):
         """The keys of all searches and sequence models."""
@@ -139,6 +142,7 @@ class BranchConfig(_BranchKeys):
             "head_dim": self.projection == "heads",
             "time_dim": self.time_target == "target" and self.time == "bias" and marks,
             "time_group": self.time_target != "shared",
+            "attention_owner": self.searches,
         }
         search = _keys_of(self.search_kind) if self.searches or self.newest else set()
         return {key for key, used in uses.items() if used} | search | _keys_of(self.sequence_kind)
@@ -180,7 +184,8 @@ class ModelConfig(BranchConfig, _ModelKeys):
     """The two-stage model: its main branch is described by the section itself."""
 
     head: _Head = "mlp"
-    """The head: an `mlp`, or the `dot` product of user and item (with `sequence = "sasrec"`)."""
+    """The head: an `mlp`, the `dot` product of user and item (with `sequence = "sasrec"`), or `experts` over
+    sets of the representation, with a mixer and a tower for each task (see [model.experts])."""
     auxiliary: _Auxiliary = "none"
     """A second loss, of a head on the main branch's whole window. `softmax` takes the softmax of scores over
     the window (DARE's code). `index` takes the raw scores of the index that `search = "soft"` uses (SIM)."""
@@ -224,6 +229,8 @@ class ModelConfig(BranchConfig, _ModelKeys):
         sequences = _names(SEQUENCES, "on_windows", False)
         others = [branch.search for branch in self.branches.values() if branch.search_kind.auxiliary]
         other = min(others, default="")
+        priors = [(self.roles.prior, self.roles.prior_context)]
+        priors += [(branch.roles.prior, branch.roles.prior_context) for branch in self.branches.values()]
         problems = {
             'branches.main: the section [model] is the branch "main" itself': "main" in self.branches,
             'auxiliary needs lookup = "full": it reads every behavior of the window': (
@@ -237,6 +244,18 @@ class ModelConfig(BranchConfig, _ModelKeys):
             ),
             self.auxiliary_kind.problem(self) if self.auxiliary_kind is not None else "": True,
             self.head_kind.problem(self): True,
+            "roles.prior and roles.prior_context are read by no gate; gates of the prior come with head = "
+            '"experts" and mixer.gate = "prior", towers.gated or towers.gate_inputs': (
+                bool(self.roles.prior or self.roles.prior_context) and not self.head_kind.reads_prior(self)
+            ),
+            'attention_owner runs the head twice, so that running statistics of norm = "batch" would count '
+            'twice: use norm = "layer"': (
+                self.norm == "batch"
+                and any(branch.attention_owner for branch in self.all_branches().values())
+            ),
+            "branches: the prior goes to the head, so model.roles alone names prior and prior_context": (
+                len(set(priors)) > 1
+            ),
             f'branches: search = "{other}" is only trained in the main branch': bool(other),
         }
         _refuse(problems)
@@ -262,7 +281,7 @@ HEAD_KEYS = [key for key in _ModelKeys.model_fields if key not in ModelKeys.mode
 # Keys of a branch that only some kinds look at.
 _KINDS: list[type[Search] | type[SequenceModel]] = [*SEARCHES.values(), *SEQUENCES.values()]
 CONDITIONAL_KEYS = set[str]().union(*(_keys_of(kind) for kind in _KINDS))
-CONDITIONAL_KEYS |= {"score_hidden", "heads", "head_dim", "time_dim", "time_group"}
+CONDITIONAL_KEYS |= {"score_hidden", "heads", "head_dim", "time_dim", "time_group", "attention_owner"}
 
 
 def _names(table: Mapping[str, Any], fact: str, value: bool) -> str:

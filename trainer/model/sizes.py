@@ -32,16 +32,16 @@ class BranchSizes:
 
     Args:
         settings: of the branch; newest: behaviors that its windows are cut to, 0 = whole windows.
-        dimensions: of the model.
+        dimensions: of the model; of_set: the name of the set of the representation.
 
     Attributes:
         attended, width: widths of the attended features, and their sum.
         columns: of the attended features in the attention vectors; None = all.
-        representation: the group of the behaviors' representation.
+        representation: the group of the behaviors' representation, with the tables of the set alone.
         seed: of fixed random projections; longest: most behaviors of a window.
     """
 
-    def __init__(self, settings: BranchKeys, newest: int, dimensions: Dimensions) -> None:
+    def __init__(self, settings: BranchKeys, newest: int, dimensions: Dimensions, of_set: str = "") -> None:
         self.settings, self.dimensions = settings, dimensions
         attention = dimensions.groups[settings.roles.attention_behavior]
         self.attended = attention.widths()
@@ -53,7 +53,7 @@ class BranchSizes:
             self.columns = [columns[feature] for feature in settings.attend]
             self.attended = tuple(part.stop - part.start for part in self.columns)
         self.width = sum(self.attended)
-        self.representation = dimensions.groups[settings.roles.representation_behavior]
+        self.representation = dimensions.groups[settings.roles.representation_behavior].of_set(of_set)
         self.seed, self.longest = dimensions.seed, newest or dimensions.history_length
 
     def target_groups(self) -> int:

@@ -12,7 +12,7 @@ Which feature groups the targets is a setting; what production systems use is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -146,6 +146,9 @@ class TimeEncoding(_MarkTables):
 
     The encoding of a weighted sum of behaviors is the weighted sum of their encodings, so `pooled` never
     builds one vector a behavior.
+
+    Several sets of the representation have encodings of their own, all built alike. Where the vectors of all
+    sets lie side by side, those of the others are given as `beside`: they take one pass together.
     """
 
     def __init__(self, rows: Mapping[str, int], width: int, form: Form = "shared", groups: int = 1) -> None:
@@ -156,11 +159,13 @@ class TimeEncoding(_MarkTables):
         )
         self.targets = nn.Parameter(torch.zeros(groups, width)) if form == "target" and rows else None
 
-    def target(self, target_CD: Tensor, group_C: Tensor) -> Tensor:
+    def target(self, target_CD: Tensor, group_C: Tensor, beside: Sequence[TimeEncoding] = ()) -> Tensor:
         """Add the target's own encoding."""
         if self.targets is not None:
-            return target_CD + F.embedding(group_C, self.targets)
-        for name, table in self.tables.items():
+            targets = _side_by_side([self.targets, *(each.targets for each in beside)])
+            return target_CD + F.embedding(group_C, targets)
+        for name in self.tables:
+            table = self._table(name, beside)
             if self.form == "joint":
                 target_CD = target_CD + F.embedding(group_C * self.rows[name], table)
             else:
@@ -168,7 +173,14 @@ class TimeEncoding(_MarkTables):
         return target_CD
 
     def pooled(
-        self, pooled_CD: Tensor, weight_CK: Tensor, marks: Marks, group_C: Tensor, *, many: bool = False
+        self,
+        pooled_CD: Tensor,
+        weight_CK: Tensor,
+        marks: Marks,
+        group_C: Tensor,
+        *,
+        many: bool = False,
+        beside: Sequence[TimeEncoding] = (),
     ) -> Tensor:
         """Add sum_k weight[c, k] * encoding[k] to each pooled vector.
 
@@ -176,7 +188,7 @@ class TimeEncoding(_MarkTables):
         multiplied with the whole table, in single precision as `weighted_bags` adds up.
         """
         for name, index in self._indices(marks, group_C):
-            table = self.tables[name]
+            table = self._table(name, beside)
             if self.form != "joint" and (many or table.shape[0] <= _FEW_MARKS):
                 by_mark_CM = weight_CK.new_zeros(index.shape[0], table.shape[0]).scatter_add(
                     1, index, weight_CK
@@ -205,6 +217,9 @@ class TimeEncoding(_MarkTables):
             score = score + score_CM.gather(1, marks.index(name))
         return score
 
+    def _table(self, name: str, beside: Sequence[TimeEncoding]) -> Tensor:
+        return _side_by_side([self.tables[name], *(each.tables[name] for each in beside)])
+
     def _indices(self, marks: Marks, group_C: Tensor) -> Iterator[tuple[str, Tensor]]:
         """int64 rows of each table."""
         for name, count in self.rows.items():
@@ -212,3 +227,9 @@ class TimeEncoding(_MarkTables):
                 yield name, group_rows(getattr(marks, name), group_C, count)
             else:
                 yield name, marks.index(name)
+
+
+def _side_by_side(tables: Sequence[Tensor | None]) -> Tensor:
+    """[rows, D] of each -> [rows, sum of D]."""
+    there = [table for table in tables if table is not None]
+    return there[0] if len(there) == 1 else torch.cat(there, dim=1)

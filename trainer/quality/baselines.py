@@ -16,6 +16,7 @@ from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
 from trainer.data.blocks import with_windows
 from trainer.data.files import check_files
+from trainer.data.labels import TaskLabels
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import GroupColumns, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
@@ -38,11 +39,14 @@ class Baselines:
         candidates: their names and labels, in the order of `Scored.in_order`; their scores have no meaning.
         scores: task -> baseline -> [n].
         missing: what could not be computed, and why.
+        positives: [n, T], positives of each task that training has of the candidate's user, see `balance`;
+            None where that is not known.
     """
 
     candidates: Scored
     scores: Mapping[str, Mapping[str, Floats]]
     missing: Sequence[str]
+    positives: Floats | None = None
 
     def metrics(self, scored: Scored | None = None) -> dict[str, dict[str, dict[str, Any]]]:
         """Task -> baseline -> metrics by the names of `trainer.quality.metrics.Metrics`.
@@ -95,31 +99,32 @@ def baselines(reader: SequenceLogReader) -> Baselines:
             counts = {"popularity": np.append(popularity, 0.0)[items.clip(max=popularity.size)], **counts}
         except DataError as error:
             missing.append(f"item popularity: {error}")
-    rates, problems = _rates(reader, manifest, read["user_id"], items)
+    rates, positives, problems = _rates(reader, manifest, read["user_id"], items)
     scores = {
         task: {name: values[order] for name, values in {**rates.get(task, {}), **counts}.items()}
-        for task in manifest.tasks
+        for task in reader.columns.tasks
     }
     user, request, candidate = (read[name] for name in ("user_id", "request_id", "candidate"))
-    nothing, tasks = np.full(user.size, -1), tuple(manifest.tasks)
+    nothing, tasks = np.full(user.size, -1), tuple(reader.columns.tasks)
     candidates = Scored(label, label, user, request, candidate, nothing, nothing, tasks)
-    return Baselines(candidates.part(order), scores, [*missing, *problems])
+    of_users = None if positives is None else positives[order]
+    return Baselines(candidates.part(order), scores, [*missing, *problems], of_users)
 
 
 def _rates(
     reader: SequenceLogReader, manifest: LogManifest, users: Ints, items: Ints | None
-) -> tuple[dict[str, dict[str, Floats]], list[str]]:
-    """Task -> scores that training's labels decide, and what is missing of them.
+) -> tuple[dict[str, dict[str, Floats]], Floats | None, list[str]]:
+    """Task -> scores that training's labels decide; the users' positives; and what is missing of them.
 
     Training's files may be gone by the time a model is measured: then nothing else is the worse for it.
     """
     try:
-        rates = label_rates(reader.config, manifest, users, items)
+        rates = label_rates(reader.config, manifest, reader.columns.labels, users, items)
     except DataError as error:
-        return {}, [f"label rates: {error}"]
+        return {}, None, [f"label rates: {error}"]
     of_tasks: dict[str, dict[str, Floats]] = {}
     missing = []
-    for task, name in enumerate(manifest.tasks):
+    for task, name in enumerate(reader.columns.tasks):
         if np.isnan(rates.overall[task]):
             missing.append(f"label rates of {name}: training has no label of it")
             continue
@@ -133,7 +138,8 @@ def _rates(
         missing.append(
             "label rates of items and users: training would be measured on the labels they are made of"
         )
-    return of_tasks, missing
+        return of_tasks, None, missing
+    return of_tasks, rates.positives, missing
 
 
 def by_baseline(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -157,7 +163,8 @@ def _read(
         for name in {"item_id", *counted.values()}
         if name in single and single[name].of_candidates
     }
-    columns = replace(Columns.of(manifest, wanted), numeric=(), weighted=False)
+    labels = replace(reader.columns.labels, weights=())
+    columns = replace(Columns.of(manifest, wanted), labels=labels, numeric=(), weighted=False)
     parts: list[dict[str, npt.NDArray[Any]]] = []
     for place in reader.row_groups:
         rows = read_rows(place.file, place.row_group, columns)
@@ -221,11 +228,13 @@ class LabelRates:
     Attributes:
         overall: [T], NaN where training has no label of a task; by_user, by_item: [n, T], drawn towards
             `overall` (by_item is that where a log has no items).
+        positives: [n, T], the labels of the candidate's user, summed.
     """
 
     overall: Floats
     by_user: Floats
     by_item: Floats
+    positives: Floats
 
     @property
     def by_both(self) -> Floats:
@@ -235,30 +244,37 @@ class LabelRates:
         return rates
 
 
-def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: Ints | None) -> LabelRates:
+def label_rates(
+    config: DataConfig, manifest: LogManifest, labels: TaskLabels, users: Ints, items: Ints | None
+) -> LabelRates:
     """Rates of the training split for candidates of these users and items; one pass over it.
 
     Memory follows the candidates asked for, whatever the size of the training split.
 
     Args:
-        users: [n]; items: [n] ids, None where candidates have none.
+        labels: of the tasks; users: [n]; items: [n] ids, None where candidates have none.
 
     Raises:
         DataError: the training split is empty, missing or malformed.
     """
-    tasks = len(manifest.tasks)
+    tasks = len(labels.tasks)
     of_users, of_items = _Sums(users, tasks), None if items is None else _Sums(items, tasks)
     total, count, candidates = np.zeros(tasks), np.zeros(tasks), 0
-    labels = [f"label_{task}" for task in manifest.tasks]
-    names = ["user_id", "num_candidates", *([] if items is None else ["candidate_item_id"]), *labels]
+    read = {f"label_{name}": name for name in labels.labels}
+    names = ["user_id", "num_candidates", *([] if items is None else ["candidate_item_id"]), *read]
     for place in check_files(config.log, manifest, "train", None):
         try:
             group = read_group(place.file, place.row_group, names, None)
             user = np.repeat(group.ints("user_id"), group.ints("num_candidates"))
-            label = np.stack([_of_candidates(group, name, np.float32, user.size) for name in labels], axis=1)
+            found = {
+                label: group.labels(_of_candidates(group, name, user.size), name, label in labels.partial)
+                for name, label in read.items()
+            }
+            label = labels.of_tasks(found, user.size)
             item = None
             if items is not None:
-                item = _of_candidates(group, "candidate_item_id", np.int64, user.size)
+                name = "candidate_item_id"
+                item = group.flat(_of_candidates(group, name, user.size), name, np.int64)
         except DataError:
             # Training left it out too, and named it.
             if config.on_bad != "skip":
@@ -275,7 +291,7 @@ def label_rates(config: DataConfig, manifest: LogManifest, users: Ints, items: I
     overall = np.divide(total, count, out=np.full(tasks, np.nan), where=count > 0)
     by_user = of_users.rates(overall)
     by_item = np.broadcast_to(overall, by_user.shape) if of_items is None else of_items.rates(overall)
-    return LabelRates(overall, by_user, by_item)
+    return LabelRates(overall, by_user, by_item, of_users.labels[of_users.place])
 
 
 def _log_odds(rate: Floats) -> Floats:
@@ -309,10 +325,10 @@ class _Sums:
         return smoothed[self.place]
 
 
-def _of_candidates(group: GroupColumns, name: str, dtype: type, count: int) -> npt.NDArray:  # type: ignore[type-arg]
+def _of_candidates(group: GroupColumns, name: str, count: int) -> pa.Array:
+    """A column of candidates, flattened."""
     _, requests = group.lists(name)
     _, values = group.unnest(requests, name)
-    flat = group.flat(values, name, dtype)
-    if flat.size != count:
-        raise group.fail(f"has {flat.size} values for {count} candidates", name)
-    return flat
+    if len(values) != count:
+        raise group.fail(f"has {len(values)} values for {count} candidates", name)
+    return values

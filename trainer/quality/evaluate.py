@@ -14,10 +14,11 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.agreement import from_rank_0
 from embeddings.private import detach
+from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.model.windows import places_in_groups
-from trainer.quality.metrics import Metrics
+from trainer.quality.domains import SplitMetrics, measure_split
 from trainer.quality.scored import KEYS, Scored
 from trainer.ranks.host_copy import Unloading
 from trainer.ranks.process_group import gather_rows
@@ -38,7 +39,8 @@ def score_split(
 
     Returns:
         On rank 0 all candidates in the order of their names, the same whatever the number of ranks; on the
-        others none. They lie in main memory: 8 bytes a task and candidate, 40 more for the names.
+        others none. They lie in main memory: 8 bytes a task and candidate, 40 more for the names, and 8 for
+        the domain.
     """
     if pipelined is None:
         pipelined = device.type == "cuda" and isinstance(model, DistributedModelParallel)
@@ -59,7 +61,8 @@ def score_split(
                     values.add(value)
                     keys.add(key)
     model.train(was_training)
-    no_values, no_keys = torch.zeros(0, 2 * len(reader.columns.tasks)), torch.zeros(0, len(KEYS)).long()
+    width = len(KEYS) + bool(reader.config.domain)
+    no_values, no_keys = torch.zeros(0, 2 * len(reader.columns.tasks)), torch.zeros(0, width).long()
     all_values = gather_rows(torch.cat([no_values, *values.all()]))
     all_keys = gather_rows(torch.cat([no_keys, *keys.all()]))
     return _scored(all_values, all_keys, reader.columns.tasks).in_order()
@@ -95,9 +98,9 @@ def _pipelined(
         detach(pipeline)
 
 
-def shared_metrics(scored: Scored) -> dict[str, Metrics]:
-    """Metrics by task of what `score_split` returned, on every rank; rank 0 computes them, collective."""
-    return from_rank_0(scored.all_metrics, slow=True)
+def shared_metrics(scored: Scored, config: DataConfig) -> SplitMetrics:
+    """Metrics of what `score_split` returned, on every rank; rank 0 computes them, collective."""
+    return from_rank_0(lambda: measure_split(scored, config.log, config.domain), slow=True)
 
 
 def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogReader, limit: int) -> Scored:
@@ -124,11 +127,11 @@ def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
     if "item_id" in batch.features.keys():  # noqa: SIM118 - no dict
         item = batch.features["item_id"].values()[batch.behaviors :]
     named = [batch.user_id[request], batch.request_id[request], within, item, batch.seen[request]]
-    keys = torch.stack(named, dim=1)
+    keys = torch.stack(named if batch.domain is None else [*named, batch.domain], dim=1)
     return torch.cat([score_CT, batch.labels], dim=1), keys
 
 
 def _scored(values: Tensor, keys: Tensor, tasks: Sequence[str]) -> Scored:
     score, label = values.cpu().numpy().reshape(values.shape[0], 2, values.shape[1] // 2).transpose(1, 0, 2)
-    user, request, candidate, item, history = keys.cpu().numpy().T
-    return Scored(score, label, user, request, candidate, item, history, tuple(tasks))
+    user, request, candidate, item, history, *domain = keys.cpu().numpy().T
+    return Scored(score, label, user, request, candidate, item, history, tuple(tasks), *domain)

@@ -156,12 +156,3 @@ def entry_of(metrics: Mapping[str, Metrics]) -> dict[str, Any]:
 def number(value: float, digits: int = 4) -> str:
     """A dash stands for a metric that has no meaning here."""
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def one_line(metrics: Mapping[str, Metrics]) -> str:
-    """All tasks of one validation; names are said only where there are several."""
-    return "; ".join(
-        f"{f'{task}: ' if len(metrics) > 1 else ''}AUC {number(m.auc)}  GAUC {number(m.gauc)}  "
-        f"logloss {number(m.logloss)}  PCOC {number(m.pcoc, 3)}"
-        for task, m in metrics.items()
-    )

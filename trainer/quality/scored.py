@@ -33,6 +33,7 @@ class Scored:
         item_id: int64 [n], the candidate's id in the log's vocabulary; -1 where the log has no such feature.
         history: int64 [n], behaviors that the request saw, at most L.
         tasks: names of the T tasks; numbers where nothing is known of them.
+        domain: int64 [n], the candidate's id of `data.domain`; None where the run has no domains.
     """
 
     score: Floats
@@ -43,6 +44,7 @@ class Scored:
     item_id: Ints
     history: Ints
     tasks: tuple[str, ...] = ()
+    domain: Ints | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -89,16 +91,20 @@ class Scored:
     def part(self, chosen: npt.NDArray[np.bool_] | Ints) -> Scored:
         """Only the chosen candidates, by a mask or by their places."""
         parts = {name: getattr(self, name)[chosen] for name in ("score", "label", *KEYS)}
-        return replace(self, **parts)
+        return replace(self, **parts, domain=None if self.domain is None else self.domain[chosen])
 
 
 def write_scores(scored: Scored, path: Path, names: Mapping[str, pa.Array] | None = None) -> None:
     """One Parquet row a candidate: its numbers, and `score_<task>` and `label_<task>` of every task.
 
+    A label that was not observed is NaN. A column `domain` is there where candidates have domains.
+
     Args:
         names: further columns, first of all.
     """
     columns: dict[str, Any] = {**(names or {}), **{name: getattr(scored, name) for name in KEYS}}
+    if scored.domain is not None:
+        columns["domain"] = scored.domain
     for place, task in enumerate(scored.tasks):
         columns[f"score_{task}"] = scored.score[:, place]
         columns[f"label_{task}"] = scored.label[:, place]
@@ -119,13 +125,14 @@ def read_scores(path: Path) -> Scored:
         score = [table.column(f"score_{task}").to_numpy() for task in tasks]
         label = [table.column(f"label_{task}").to_numpy() for task in tasks]
         keys = [table.column(name).to_numpy() for name in KEYS]
+        domain = table.column("domain").to_numpy() if "domain" in table.column_names else None
     except (OSError, pa.ArrowException, KeyError) as error:
         raise DataError(f"{what}: {error}", file=path) from None
     if not tasks:
         raise DataError(f"{what}: no column is called score_<task>", file=path)
     user, request, candidate, item, history = keys
     score_NT, label_NT = np.stack(score, axis=1), np.stack(label, axis=1)
-    return Scored(score_NT, label_NT, user, request, candidate, item, history, tuple(tasks))
+    return Scored(score_NT, label_NT, user, request, candidate, item, history, tuple(tasks), domain)
 
 
 def compare_scores(some: Scored, all_scores: Scored) -> tuple[float, float]:

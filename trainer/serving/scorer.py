@@ -5,23 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from embeddings.errors import ConfigError
+from trainer.config.tasks import named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.blocks import Block, LazyRows, with_windows
 from trainer.data.collate import collate
+from trainer.data.domain import DomainColumn
 from trainer.data.files import RowGroup
+from trainer.data.labels import TaskLabels
 from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import Columns, UserRows
 from trainer.log.schema import FeatureInfo
-from trainer.model.branch import Branch
-from trainer.model.read.sequence import Behaviors
+from trainer.model.branch import Branch, Reading
+from trainer.model.windows import Selection
 from trainer.serving.checks import visible_behaviors
 from trainer.serving.request import Needs, Request
 from trainer.serving.vocabulary import Vocabulary
@@ -94,10 +96,11 @@ class Scorer:
             )
         self.columns = Columns(
             features=_infos(self.needs.candidates.known, self.needs),
-            tasks=manifest.tasks,
+            labels=TaskLabels(named_tasks(manifest.config.tasks, manifest.tasks), ()),
             context=_infos(self.needs.context.known, self.needs),
             numeric=manifest.numeric,
             chunk=chunk if self.data.clusters else 0,
+            domain=_domain_of(self.data.domain, self.needs),
         )
         # `trainer.serving.versions` sets them: requests may hold raw values of these features.
         self.vocabularies: Mapping[str, Vocabulary] = {}
@@ -139,22 +142,20 @@ class Scorer:
         """
         started = self._searched = self.clock()
         batch = self.batch(requests, places=explain)
-        inputs: dict[str, tuple[Behaviors, Any]] = {}
-
-        def note(name: str, _: object, given: tuple[Behaviors, Any]) -> None:
-            if given[1] is not None:
-                inputs[name] = given
-
-        sequences = {name: branch.sequence for name, branch in self.branches.items() if explain}
-        hooks = [each.register_forward_pre_hook(partial(note, name)) for name, each in sequences.items()]
+        read: dict[str, Reading] = {}
+        pooling = self.snapshot.model.pooling
+        hook = pooling.register_forward_hook(lambda _, __, pooled: read.update(pooled.of_branch))
         try:
             probabilities = self.snapshot.score(batch).numpy()
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
         ended = self.clock()
         skipped = np.repeat([r.skipped for r in requests], [r.count for r in requests]).tolist()
-        explained = {name: _explanations(batch, skipped, *given) for name, given in inputs.items()}
+        explained = {
+            name: _explanations(batch, skipped, each.behaviors.selection, each.weight_CHK)
+            for name, each in read.items()
+            if explain and each.weight_CHK is not None
+        }
         answers, begin = [], 0
         for request in requests:
             own = slice(begin, begin + request.count)
@@ -177,6 +178,14 @@ def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:
     return {name: FeatureInfo(rows=needs.rows.get(name, 1)) for name in names}
 
 
+def _domain_of(feature: str, needs: Needs) -> DomainColumn | None:
+    """The domain of candidates, where requests carry it: so it is wherever the model reads it."""
+    of_requests = feature in needs.context.known
+    if not feature or feature not in (*needs.context.known, *needs.candidates.needed):
+        return None
+    return DomainColumn(feature, of_requests, needs.rows[feature])
+
+
 def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
     """Every request as a user row of its own."""
     histories = [request.history for request in requests]
@@ -190,6 +199,8 @@ def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
         for name in ("cluster_size", "cluster_time"):
             clusters[name] = np.concatenate([getattr(history, name) for history in histories])
     numeric = [[request.numeric[name] for request in requests] for name in columns.numeric]
+    candidates = _joined_features([request.candidates for request in requests], counts, columns.features)
+    context = _joined_features([r.context for r in requests], np.ones_like(counts), columns.context)
     return UserRows.of_counts(
         behaviors=behaviors,
         requests=np.ones_like(counts),
@@ -199,10 +210,11 @@ def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
         history_time=np.concatenate([history.time for history in histories]),
         request_time=np.array([request.time for request in requests]),
         history_end=np.array([np.searchsorted(request.history.time, request.time) for request in requests]),
-        candidates=_joined_features([request.candidates for request in requests], counts, columns.features),
-        context=_joined_features([r.context for r in requests], np.ones_like(counts), columns.context),
+        candidates=candidates,
+        context=context,
         labels=np.zeros((int(counts.sum()), len(columns.tasks)), dtype=np.float32),
         numeric=np.stack([np.concatenate(each) for each in numeric], axis=1) if numeric else None,
+        domain=columns.domain.of_candidates(candidates, context, counts) if columns.domain else None,
         **clusters,
     )
 
@@ -229,14 +241,13 @@ def _joined_features(
 
 
 def _explanations(
-    batch: RequestBatch, skipped: Sequence[int], behaviors: Behaviors, weight_CHK: torch.Tensor
+    batch: RequestBatch, skipped: Sequence[int], kept: Selection, weight_CHK: torch.Tensor
 ) -> list[Explanation]:
     """For each candidate, the heaviest of the behaviors it kept; with several heads, by their mean weight.
 
     Args:
         skipped: [C], behaviors that were sent before those that the candidate's request holds.
     """
-    kept = behaviors.selection
     place = batch.features[_PLACE].values()
     weight = weight_CHK.mean(1).masked_fill(~kept.mask, -torch.inf)
     best = weight.topk(min(MOST_EXPLAINED, weight.shape[1]), dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ from embeddings.errors import ConfigError, DataError, SnapshotError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from trainer.assemble import build_model, count_numbers
-from trainer.config.tasks import labels_of, resolve_tasks
+from trainer.config.tasks import Task, named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
 from trainer.log.schema import FeatureInfo
 from trainer.model.frame import Prediction, TwoStageModel
+from trainer.run_config import sets_of
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot.manifest import (
     DENSE,
@@ -267,19 +268,16 @@ def _load(path: Path) -> Snapshot:
     for entry in manifest.listed().values():
         if not entry.path.startswith("tables/"):
             check_file(path, entry)
-    groups = {}
-    for name, described in manifest.groups.items():
-        specs = tuple(TableSpec(table.feature, table.rows, table.dim) for table in described)
-        try:
-            groups[name] = TableGroup(name, specs, fusion=manifest.config.groups[name].fusion)
-        except ConfigError as error:
-            raise SnapshotError(path / MANIFEST, str(error)) from None
+    try:
+        tasks = named_tasks(manifest.config.tasks, manifest.tasks)
+        groups = {name: _group(name, manifest, tasks) for name in manifest.groups}
+    except ConfigError as error:
+        raise SnapshotError(path / MANIFEST, str(error)) from None
     tables = {
         name: chain.rows(stem, name) for stem, name, _ in manifest.matrices() if stem.startswith("tables/")
     }
     collections = {name: PlainBagCollection(group, tables) for name, group in groups.items()}
-    numbers, given = count_numbers(manifest.config, manifest.numeric), manifest.config.tasks
-    tasks = resolve_tasks(given, labels_of(given, manifest.tasks))
+    numbers = count_numbers(manifest.config, manifest.numeric)
     # Sizes in the config cost nothing until the tensors turn out to have them.
     with torch.device("meta"):
         model = _fitted_to_config(
@@ -292,12 +290,25 @@ def _load(path: Path) -> Snapshot:
     return Snapshot(path, manifest, model.eval(), _recorded(path, manifest))
 
 
+def _group(name: str, manifest: SnapshotManifest, tasks: Sequence[Task]) -> TableGroup:
+    """A group with the tables that the manifest describes and the sets that its config says.
+
+    Raises:
+        ConfigError: these contradict each other.
+    """
+    config = manifest.config
+    sets = tuple(sets_of(name, config.groups[name], tasks, manifest.features.get(config.data.domain, 0)))
+    tables = manifest.groups[name]
+    specs = tuple(TableSpec(table.feature, table.rows, table.dim, table.set) for table in tables)
+    return TableGroup(name, specs, fusion=config.groups[name].fusion, sets=sets)
+
+
 def _recorded(path: Path, manifest: SnapshotManifest) -> RecordedRequests:
     tensors = read_tensors(path, RECORDED)
     own = tensors.pop(OWN, None)
     batch, trained = unpack(path, tensors, (manifest.recorded_features, manifest.recorded_context))
     problem = batch.problem(manifest.features, manifest.config.data.history_length)
-    problem = problem or _problem_of_bags(batch, manifest)
+    problem = problem or _problem_of_bags(batch, manifest) or _problem_of_domains(batch, manifest)
     if own is None or own.dtype != trained.dtype or own.shape != trained.shape:
         problem = problem or "lacks the snapshot's own scores"
     if problem:
@@ -321,6 +332,17 @@ def _problem_of_bags(batch: RequestBatch, manifest: SnapshotManifest) -> str:
         ):
             return f"{name} is not what its inputs say"
     return ""
+
+
+def _problem_of_domains(batch: RequestBatch, manifest: SnapshotManifest) -> str:
+    """What is wrong with the domains of candidates, where the model may read them; empty if nothing is."""
+    rows = manifest.features.get(manifest.config.data.domain)
+    if rows is None:
+        return ""
+    if batch.domain is None:
+        return "lacks the domains of its candidates"
+    outside = bool(((batch.domain < 0) | (batch.domain >= rows)).any())
+    return f"domains lie outside the table of {rows} rows" if outside else ""
 
 
 def _fitted_to_config(path: Path, make: Callable[[], _T]) -> _T:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import SnapshotError
+from embeddings.groups import TableName
 from embeddings.lookup.stored import Dtype, row_bytes
 from trainer.config.mistakes import with_unique_keys, words_of
 from trainer.config.tables import GroupName
@@ -74,9 +75,10 @@ class StoredRows(Settings):
 
 
 class SnapshotTable(StoredRows):
-    """One table of a group."""
+    """One table of a group; `set` is empty unless the group has several of them."""
 
     feature: str
+    set: str = Field("", pattern=r"^[a-z0-9_]*$", max_length=200)
 
 
 class SearchTable(StoredRows):
@@ -180,7 +182,8 @@ class SnapshotManifest(Settings):
         """Every matrix as (stem of its files, name of its tensor, description)."""
         for group, tables in self.groups.items():
             for place, table in enumerate(tables):
-                yield table_stem(group, place), f"{group}__{table.feature}", table
+                name = TableName(group, table.set, table.feature)
+                yield table_stem(group, place), str(name), table
         for branch, part in self.search.items():
             for place, entry in enumerate(part.tables):
                 yield search_stem(branch, place), f"{entry.side}__{entry.feature}", entry
@@ -191,7 +194,7 @@ class SnapshotManifest(Settings):
 
 
 def table_stem(group: str, place: int) -> str:
-    """Where the table of a group's feature number `place` lies; features may have any names, files not."""
+    """Where a group's table number `place` lies; features may have any names, files not."""
     return f"tables/{group}.{place}"
 
 

@@ -52,8 +52,9 @@ def rows_of_requests(
 ) -> RequestRows:
     """Find the ids of some requests."""
     rows = {table.feature: table.rows for group in groups.values() for table in group.tables}
-    # Id 0 has a meaning of its own, and groups of candidates are told by their ids: those stay as they are.
-    grouping = {branch.time_group for branch in config.model.all_branches().values()}
+    # Id 0 has a meaning of its own, and what ids tell apart (groups of candidates in time, domains that have
+    # modules of their own) stays as it is.
+    grouping = {branch.time_group for branch in config.model.all_branches().values()} | {config.data.domain}
     ids = {f: torch.arange(n if f in grouping else 1) for f, n in rows.items()}
     for batch in batches:
         for kjt in (batch.features, batch.context):

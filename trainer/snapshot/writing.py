@@ -84,7 +84,7 @@ class Draft:
                 shape = table.rows, table.dim
                 rows = partial(self._table_rows, name, key)
                 stored = self._write(table_stem(name, place), key, shape, self.dtypes[name], rows)
-                entries.append(SnapshotTable(feature=table.feature, **stored.model_dump()))
+                entries.append(SnapshotTable(feature=table.feature, set=table.set, **stored.model_dump()))
             tables[name] = tuple(entries)
         return tables
 

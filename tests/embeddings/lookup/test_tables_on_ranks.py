@@ -80,6 +80,25 @@ def test_rounded_communications_stay_near_and_have_an_effect(found: Found, kind:
     assert 1.5 * forward["first"] < both["first"] < 16e-3 and both["rows"] < 4e-2
 
 
+@pytest.mark.parametrize("sharding", TYPES["bag"])
+def test_several_sets_are_looked_up_and_trained_as_plain_tables_are(found: Found, sharding: str) -> None:
+    """Sets of two widths, whose tables all look the same features up; gradients are bounded as ever."""
+    for case in (f"sets {sharding}", f"sets {sharding} clipped"):
+        if case in found:
+            assert found[case]["first"] == 0.0
+            assert found[case]["trained"] < 2e-6 and found[case]["rows"] < 1e-6
+    if f"sets {sharding} half" in found:
+        assert 0 < found[f"sets {sharding} half"]["rows"] < 4e-3
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+@pytest.mark.parametrize("sharding", TYPES["bag"])
+def test_a_set_without_a_gradient_stays_bit_for_bit(found: Found, sharding: str, optimizer: str) -> None:
+    """Its rows are looked up and go through the fused update as those of the other sets do."""
+    moved = found[f"isolated {sharding} {optimizer}"]
+    assert moved["own"] > 1e-3 and moved["foreign"] == 0.0
+
+
 @pytest.mark.gpu2
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_do_the_same(tmp_path: Path) -> None:

@@ -44,8 +44,9 @@ def test_config_overrides_and_errors(tmp_path: Path) -> None:
 def test_every_protocol_has_a_ready_config() -> None:
     found = {path.stem: load_ingest_config(path) for path in CONFIGS.glob("ingest_*.toml")}
     protocols = {loaded.protocol for loaded in found.values()}
-    assert protocols == {"impressions", "leave-last", "time-split"} and len(found) == 4
+    assert protocols == {"impressions", "leave-last", "time-split"} and len(found) == 5
     assert found["ingest_impressions"].tasks == ("click", "buy")
+    assert found["ingest_multi_task"].labels["redeemed"].partial
     assert found["ingest_leave_last"].requests.distances[:2] == (3, 8)
     assert len(found["ingest_leave_last"].requests.distances) == 19
     assert [domain.name for domain in found["ingest_domains"].domains] == ["ads", "content"]

@@ -15,7 +15,19 @@ from embeddings.errors import DataError
 from pipelines.ingest import encode as ingest_encoding
 from pipelines.ingest.ingest import ingest
 from tests.helpers.opening import GOOD, Door, csv_events, parquet, text
-from tests.helpers.rawlogs import SHOWN, config, events, ids_of_values, impressions, renew, rows, write
+from tests.helpers.rawlogs import (
+    PARTIAL,
+    SHOWN,
+    as_parquet,
+    config,
+    events,
+    ids_of_values,
+    impressions,
+    partly_known,
+    renew,
+    rows,
+    write,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,6 +92,21 @@ def test_both_engines_write_the_same_rows(
     other = ingest(source, tmp_path / "spark", plan, impressions=shown, engine="spark")
     assert rows(tmp_path / "spark") == rows(tmp_path / "duckdb") != []
     assert (other.features, other.context, other.report) == (duckdb.features, duckdb.context, duckdb.report)
+
+
+def test_both_engines_write_the_same_partial_labels(tmp_path: Path, spark: Any) -> None:
+    del spark
+    source = write(tmp_path / "events.parquet", events())
+    given = as_parquet(tmp_path / "shown.parquet", partly_known(), (*SHOWN, "worth"))
+    plan = config("impressions", impressions={"labels": PARTIAL}, engine=ENGINE)
+    duckdb = ingest(source, tmp_path / "duckdb", plan, impressions=given)
+    other = ingest(source, tmp_path / "spark", plan, impressions=given, engine="spark")
+    assert rows(tmp_path / "spark") == rows(tmp_path / "duckdb") != []
+    found = {one for row in rows(tmp_path / "spark") for labels in row["label_buy"] for one in labels}
+    assert found == {None, 0.0, 1.0}
+    labels = {split: info.labels for split, info in duckdb.splits.items()}
+    assert {split: info.labels for split, info in other.splits.items()} == labels
+    assert (other.partial, other.label_weights, other.report) == (["buy"], ["buy"], duckdb.report)
 
 
 def test_both_engines_continue_a_vocabulary_alike(tmp_path: Path, spark: Any) -> None:

@@ -16,10 +16,11 @@ import pytest
 from embeddings.errors import ConfigError
 from tests.helpers.checkpoints import newest
 from tests.helpers.launching import ROOT, SETTINGS, losses, overrides, tandemrec, train
-from tests.helpers.logs import small_log
+from tests.helpers.logs import manifest_of, small_log
 from trainer.assemble import check_same_rules
-from trainer.checkpoint.compatible import changed_settings, check_resumable
+from trainer.checkpoint.compatible import changed_settings, check_resumable, log_fingerprint
 from trainer.checkpoint.files import read_state
+from trainer.log.schema import LogManifest
 from trainer.run_config import Config, load_config
 
 DARE = Path(__file__).parents[3] / "configs" / "dare.toml"
@@ -35,6 +36,18 @@ def state(blocks: int = 0) -> dict[str, Any]:
 
 def changed(*words: str) -> Config:
     return load_config(DARE, words)
+
+
+def test_a_fingerprint_is_that_of_before_where_every_label_is_observed() -> None:
+    split = {"files": [], "rows": 1, "requests": 1, "candidates": 3, "positives": 2, "behaviors": 9}
+    tree = manifest_of(rich=True, splits={"train": split}).model_dump(mode="json")
+    older = LogManifest(**{name: tree[name] for name in tree if name not in ("partial", "label_weights")})
+    assert log_fingerprint(older) == "92bb30b499d189a430ee72f647bf1d8bba57e48009fdffa8665f29ecbbf614f4"
+    counted = {**split, "labels": {"click": {"observed": 3, "positives": 2}}}
+    assert log_fingerprint(manifest_of(rich=True, splits={"train": counted})) == log_fingerprint(older)
+    for name in ("partial", "label_weights"):
+        changed = manifest_of(rich=True, splits={"train": split}, **{name: ["buy"]})
+        assert log_fingerprint(changed) != log_fingerprint(older)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +79,38 @@ def test_what_orders_the_data_may_change_between_epochs_only() -> None:
     # A model that knows places in the history has a number for each.
     with pytest.raises(ConfigError, match=r"data.history_length = 500, now it is 9"):
         check_resumable(state(), changed("data.history_length=9"), "a")
+
+
+SETS = "groups.representation.sets={one = {}, other = {dim = 8}}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            [SETS],
+            ["groups.representation.sets={other = {dim = 8}, one = {}}"],
+            "groups.representation.sets = 'one, other', now it is 'other, one'; set it back",
+        ),
+        ([SETS], ["groups.representation.sets=2"], "groups.representation.sets = 'one, other', now it is ''"),
+        (["groups.representation.sets=2"], [], "groups.representation.sets = 2, now it is 1"),
+        ([SETS], [SETS.replace("8", "4")], "groups.representation.sets.other.dim = 8, now it is 4"),
+        (["tasks={a = {}, b = {}}"], ["tasks={b = {}, a = {}}"], "tasks = 'a, b', now it is 'b, a'"),
+        (["tasks={a = {}}"], ["tasks.a.label=b"], "tasks.a.label = '', now it is 'b'"),
+    ],
+)
+def test_sets_and_tasks_stay_in_their_order(before: list[str], after: list[str], message: str) -> None:
+    """Each has columns of the head's input or output, which names alone do not tell apart."""
+    given = state() | {"config": changed(*before).model_dump(mode="json")}
+    check_resumable(given, changed(*before), "a")
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(given, changed(*after), "a")
+    assert message in str(caught.value)
+
+
+def test_how_a_task_is_trained_may_change() -> None:
+    given = state() | {"config": changed("tasks.a.weight=2").model_dump(mode="json")}
+    check_resumable(given, changed("tasks.a.weight=3", "tasks.a.loss=focal"), "a")
 
 
 @pytest.mark.parametrize("word", ["plan.file=x", "train.epochs=9", "groups.attention.learning_rate=1"])

@@ -20,8 +20,10 @@ from tests.helpers.logs import FEATURES, small_log
 from tests.helpers.tables import whole_tensor
 from tests.trainer.test_ranks import parameters
 from trainer.assemble import build_sharded
+from trainer.checkpoint.dense_start import TaskHeads
 from trainer.checkpoint.unsharded import open_plain_tables
 from trainer.checkpoint.warm_start import fill, open_source, unshard_run
+from trainer.config.tasks import resolve_tasks
 from trainer.log.schema import read_manifest
 from trainer.log.writer import write_manifest
 from trainer.ranks.process_group import Ranks, process_group
@@ -84,7 +86,8 @@ def filled(
     optimizer = make_optimizer(sharded.model, config.train)
     tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
     with open_source(source, source.parent / "scratch.tmp") as tables:
-        lines = fill(tensors, tables, config.data.log, manifest, carry)
+        heads = TaskHeads.of(config.model, resolve_tasks(config.tasks, manifest.tasks))
+        lines = fill(tensors, tables, config.data.log, manifest, heads, carry)
     assert not (source.parent / "scratch.tmp").exists()
     state = tensors["optim"]["state"][STATE.split(".state.", 1)[1].rsplit(f".{TABLE}.m", 1)[0]]
     accumulator = state[f"{TABLE}.momentum1"].local_shards()[0].tensor
@@ -119,6 +122,40 @@ def test_the_same_vocabulary_gives_the_same_bits(
             assert torch.equal(tensor, trained[name]), name
     assert float(trained[STATE].sum()) > 0
     assert not filled(config(other), plain, ranks, carry=False)[0][STATE].any()
+
+
+def test_sets_are_unsharded_and_start_those_of_their_own_names(
+    old: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """No set starts from another one, nor from the one table that a run without sets has."""
+    log = old / "log"
+    several = config(log, groups__representation__sets=2)
+    train_run(several, tmp_path / "run", ranks)
+    manifest, trained = unshard_run(tmp_path / "run", tmp_path / "plain"), parameters(tmp_path / "run")
+    assert manifest.version == 2 and unshard_run(old / "run", tmp_path / "one").version == 1
+    name = "representation/1/item_id"
+    weight = f"model.collections.representation.embedding_bags.{name}.weight"
+    assert manifest.tables[name].feature == "item_id" and manifest.tables[name].group == "representation"
+    saved = open_plain_tables(tmp_path / "plain").table(name)
+    assert torch.equal(saved["weight"], trained[weight])
+    tensors = filled_tables(several, tmp_path / "plain", ranks)
+    assert all(torch.equal(tensors[key], trained[f"model.{key}"]) for key in tensors)
+    for changed, source in (
+        (several, old / "run"),
+        (config(log, groups__representation__sets=3), tmp_path / "plain"),
+    ):
+        with pytest.raises(CheckpointError, match="a table of a set starts from that of the same set"):
+            filled_tables(changed, source, ranks)
+
+
+def filled_tables(config: Config, source: Path, ranks: Ranks) -> dict[str, torch.Tensor]:
+    manifest = read_manifest(config.data.log)
+    sharded = build_sharded(config, manifest, ranks)
+    optimizer = make_optimizer(sharded.model, config.train)
+    tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
+    with open_source(source, source.parent / "scratch.tmp") as tables:
+        fill(tensors, tables, config.data.log, manifest, carry=True)
+    return {name: whole_tensor(tensor) for name, tensor in sharded.model.state_dict().items()}
 
 
 def test_rows_follow_their_values_into_another_vocabulary(

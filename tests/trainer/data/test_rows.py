@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from embeddings.errors import DataError
-from tests.helpers.logs import FEATURES, INFOS, Row, manifest_of, random_rows, write_log
+from tests.helpers.logs import FEATURES, Row, manifest_of, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import Bags, FeatureIds
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.schema import schema_of
 
-COLUMNS = Columns(INFOS, ["click"])
+COLUMNS = Columns.of(manifest_of())
 
 
 def good_rows() -> list[Row]:
@@ -239,4 +239,5 @@ def test_a_part_of_bags_is_a_copy_with_the_same_ids() -> None:
     for features in (FeatureIds(["a"], ids[None], {}), FeatureIds([], ids[:0][None], {"a": bags})):
         part = features["a"].part(slice(0, 2))
         assert part.values.dtype == np.int64 and not np.shares_memory(part.values, ids)
+        assert "a" in features and "b" not in features
     assert Bags.of_lengths(ids[:0], []).size == 0

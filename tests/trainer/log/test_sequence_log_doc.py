@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_every_column_is_documented_and_nothing_else() -> None:
 
 
 def test_the_reader_reads_what_the_schema_declares() -> None:
-    columns = Columns(RICH, ["click"], CONTEXT, ["price"], True, chunk=5)
+    columns = replace(Columns.of(manifest_of(rich=True, **FACTS)), chunk=5)
     planned = {"num_behaviors", "num_requests", "num_candidates"}
     assert set(columns.names()) == set(schema_of(manifest_of(rich=True, **FACTS)).names) - planned
 

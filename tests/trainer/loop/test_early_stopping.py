@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -20,7 +21,7 @@ from tests.helpers.launching import SETTINGS, overrides, tandemrec
 from tests.helpers.logs import random_rows, small_log, write_log
 from trainer.checkpoint import files as checkpoint_files
 from trainer.config.sections import EarlyStoppingConfig, TrainConfig
-from trainer.loop.early_stopping import Best
+from trainer.loop.early_stopping import Best, changed_watch, watched
 from trainer.quality.metrics import Metrics
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config, load_config
@@ -151,7 +152,7 @@ def metrics(value: float) -> Metrics:
 def test_what_counts_as_better() -> None:
     def seen(values: list[float], **settings: Any) -> list[bool]:
         given, best = EarlyStoppingConfig(patience=2, **settings), Best()
-        return [best.update(given, metrics(value), n) for n, value in enumerate(values)]
+        return [best.update(given, {"click": metrics(value)}, n) for n, value in enumerate(values)]
 
     nan = float("nan")
     assert seen([nan, 0.5, nan, 0.6, 0.6]) == [False, True, False, True, False]
@@ -160,9 +161,47 @@ def test_what_counts_as_better() -> None:
     best, given = Best(), EarlyStoppingConfig(patience=2)
     ends = []
     for value in (nan, nan):
-        best.update(given, metrics(value), 1)
+        best.update(given, {"click": metrics(value)}, 1)
         ends.append(best.over(given))
     assert ends == [False, True] and not best.over(EarlyStoppingConfig())
+
+
+def test_a_named_task_or_the_mean_over_tasks_decides() -> None:
+    nan = float("nan")
+    tasks = {"click": [0.5, 0.6, 0.7], "buy": [0.7, 0.8, 0.6], "like": [nan, nan, nan]}
+
+    def seen(task: str) -> list[bool]:
+        given, best = EarlyStoppingConfig(patience=2, task=task), Best()
+        each = [{name: metrics(values[n]) for name, values in tasks.items()} for n in range(3)]
+        return [best.update(given, one, n) for n, one in enumerate(each)]
+
+    assert seen("") == seen("click") == [True, True, True]
+    assert seen("buy") == [True, True, False] and seen("like") == [False, False, False]
+    # A task whose labels are all alike has no AUC, and is no part of the mean.
+    assert seen("*") == [True, True, False]
+    for name, hint in (("buyy", "did you mean 'buy'?"), ("x", 'one of click, buy, like, or "*" for the')):
+        with pytest.raises(ConfigError, match=re.escape(hint)):
+            watched(EarlyStoppingConfig(task=name), list(tasks))
+
+
+def test_an_unknown_task_is_refused_before_the_first_step(tmp_path: Path, log: Path) -> None:
+    given = words(log, train__early_stopping__task="clack")[1::2]
+    with pytest.raises(ConfigError, match=r"task = 'clack': no such task; did you mean 'click'\?"):
+        pipelines.train.check(CONFIG, tmp_path / "run", given)
+
+
+def test_the_best_means_nothing_where_another_task_is_watched() -> None:
+    def changed(before: dict[str, Any], now: dict[str, Any], tasks: dict[str, Any] | None = None) -> str:
+        earlier = {"train": {"early_stopping": {"patience": 2, **before}}, "tasks": tasks or {}}
+        return changed_watch(earlier, EarlyStoppingConfig(**{"patience": 2, **now}), ["click", "buy"])
+
+    assert changed({}, {}) == changed({}, {"task": "click"}) == changed({"task": "*"}, {"task": "*"}) == ""
+    assert changed({"task": "click"}, {"task": "buy"}) == "train.early_stopping watched click"
+    assert changed({"task": "*"}, {}) == "train.early_stopping watched click and buy"
+    # The first task is another one since.
+    assert changed({}, {}, {"buy": {}, "click": {}}) == "train.early_stopping watched buy"
+    assert changed({}, {"metric": "gauc"}) == "train.early_stopping.metric was auc"
+    assert changed({}, {"patience": 0}) == "train.early_stopping is off now"
 
 
 def test_it_needs_validations(tmp_path: Path, log: Path) -> None:

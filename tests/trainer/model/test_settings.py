@@ -40,6 +40,8 @@ def toml_lines(place: str, value: Any) -> Iterator[str]:
         yield from toml_lines(f"{place}.{key}" if place else key, inner)
 
 
+EXPERTS = {"head": "experts"}
+SOFTMAX = {"kind": "softmax"}
 BRANCH_REFUSALS = [
     *(
         ({"clusters": True, **other}, 'clusters goes with search = "dot" or "all"')
@@ -103,6 +105,45 @@ MODEL_REFUSALS = [
         'branches: search = "soft" is only trained in the main branch',
     ),
     ({**SOFT, "branches": {"other": {}}}, 'branches: search = "soft" is only trained in the main branch'),
+    ({**EXPERTS, "norm": "batch"}, 'norm = "batch" goes with head = "mlp"'),
+    *(
+        (
+            {**EXPERTS, "experts": {"hidden": [], **other}},
+            "experts.hidden = [] passes on what an expert reads",
+        )
+        for other in ({"net": "cross"}, {"layers": 2})
+    ),
+    *(
+        (
+            {**EXPERTS, "experts": {"foreign": foreign}},
+            f'experts.foreign = "{foreign}" is about experts of tasks',
+        )
+        for foreign in ("stopped", "hidden")
+    ),
+    *(
+        ({**EXPERTS, "experts": {key: value}}, f"experts.{key} is only used by the covariance loss")
+        for key, value in {"covariance_over": "step", "covariance_rows": 64}.items()
+    ),
+    *(
+        (
+            {**EXPERTS, "mixer": {"kind": "sum", key: value}},
+            f'mixer.{key} is about gates, and mixer.kind = "sum"',
+        )
+        for key, value in {"axis": "element", "gate": "prior", "hidden": [8], "per": "domain"}.items()
+    ),
+    *(
+        ({**EXPERTS, **sections}, f"{key} needs a group that is the prior: set roles.prior")
+        for key, sections in {
+            'mixer.gate = "prior"': {"mixer": {**SOFTMAX, "gate": "prior"}},
+            "towers.gated = true": {"towers": {"gated": True}},
+            "towers.gate_inputs = true": {"towers": {"gate_inputs": True}},
+        }.items()
+    ),
+    *(
+        ({"roles": {role: "attention"}, **other}, "roles.prior and roles.prior_context are read by no gate")
+        for role in ("prior", "prior_context")
+        for other in ({}, EXPERTS, {**EXPERTS, "mixer": SOFTMAX})
+    ),
 ]
 
 
@@ -124,6 +165,10 @@ def test_models_that_cannot_be_are_refused(model: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     "model",
     [
+        {**EXPERTS, "experts": {"hidden": [], "covariance": 0.1, "covariance_rows": 8, "shared": 2}},
+        {**EXPERTS, "experts": {"own": 1, "foreign": "stopped"}, "mixer": {**SOFTMAX, "axis": "element"}},
+        {**EXPERTS, "mixer": {**SOFTMAX, "gate": "prior"}, "roles": {"prior": "attention"}},
+        {**EXPERTS, "towers": {"gated": True}, "roles": {"prior_context": "attention"}},
         {"search": "hard", "match": "category_id"},
         {"time_target": "joint", **GROUPED},
         {**SASREC, "heads": 2, "head": "dot"},
@@ -180,6 +225,14 @@ def test_branches_take_from_the_model_what_they_do_not_set() -> None:
     assert (other.roles.attention_target, other.roles.attention_behavior) == ("attention", "representation")
     again = Config.model_validate(Config(model=model).model_dump(mode="json")).model
     assert again == model
+
+
+def test_towers_of_tasks_need_a_head_that_has_them() -> None:
+    towers = {"tasks": {"click": {"tower": [8]}}}
+    message = 'tasks.click.tower: model.head = "mlp" has no tower for each task'
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        made({"head": "mlp"}, **towers)
+    assert made(EXPERTS, **towers).tasks["click"].tower == (8,)
 
 
 RECENT = {"search": "recent", "k": 7, "clusters": False}

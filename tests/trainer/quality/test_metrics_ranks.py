@@ -19,6 +19,7 @@ from pipelines.train import train
 from tests.helpers.launching import ROOT, SETTINGS, losses
 from tests.helpers.logs import Shape, random_rows, small_log, write_log
 from tests.trainer.data.test_reader_kill import LIMIT_S, free_port, running
+from trainer.config.sections import DataConfig
 from trainer.quality.evaluate import shared_metrics
 from trainer.quality.scored import Scored
 from trainer.ranks.process_group import gather_rows, process_group
@@ -48,15 +49,20 @@ def on_ranks(world_size: int, job: Callable[..., Any], *arguments: Any) -> list[
 
 
 def _evaluate(run: Path, _: Path) -> Any:
-    return evaluate(run, "test")["tasks"]["click"]
+    entry = evaluate(run, "test")
+    of_domains = {
+        f"{d}/{n}": v for d, own in entry["by_domain"].items() for n, v in own["tasks"]["click"].items()
+    }
+    return {**entry["tasks"]["click"], **of_domains, "mean": entry["over_domains"]["mean_auc"]}
 
 
 def _train(log: Path, run: Path, sharding: str, _: Path) -> None:
     settings = {**SETTINGS, "data.log": str(log), "data.sharding": sharding, "train.epochs": 2}
+    settings["data.domain"] = "category_id"
     train(ROOT / "configs/dare.toml", run, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
-def _measure(_: Path) -> Any:
+def _measure(log: Path, _: Path) -> Any:
     """Metrics of 997 synthetic candidates of which every rank holds some, the last rank none."""
     rng = np.random.default_rng(5)
     score = rng.uniform(size=(997, 1)).astype(np.float32).round(3)
@@ -66,11 +72,13 @@ def _measure(_: Path) -> Any:
         holders = max(1, ranks.world_size - 1)
         mine = np.arange(997) % holders == ranks.rank
         floats = gather_rows(torch.from_numpy(np.concatenate([score, label], axis=1)[mine])).numpy()
-        names = np.stack([user, request, np.arange(997), user, user], axis=1)
+        names = np.stack([user, request, np.arange(997), user, user, user % 3], axis=1)
         keys = gather_rows(torch.from_numpy(names[mine])).numpy()
         assert len(floats) == len(keys) == (997 if ranks.speaks else 0 if ranks.world_size > 1 else 997)
-        scored = Scored(floats[:, :1], floats[:, 1:], *keys.T, ("click",)).in_order()
-        return shared_metrics(scored)["click"].as_dict()
+        *keys, domain = keys.T
+        scored = Scored(floats[:, :1], floats[:, 1:], *keys, ("click",), domain).in_order()
+        measured = shared_metrics(scored, DataConfig(log=log, domain="nowhere"))
+        return {**measured.tasks["click"].as_dict(), **measured.entry()["by_domain"]}
 
 
 def _refuse(_: Path) -> Any:
@@ -96,6 +104,7 @@ def test_evaluate_finds_the_same_on_1_2_and_4_ranks(run: Path, tmp_path: Path) -
     found = {world: on_ranks(world, _evaluate, run, tmp_path / f"e{world}") for world in WORLDS}
     one = found[1][0]
     assert one["samples"] > 100 and 0 < one["positives"] < one["samples"] and one["groups"] > 10
+    assert sum(one[f"{domain}/samples"] for domain in range(9)) == one["samples"] and 0 < one["mean"] < 1
     for world in WORLDS:
         for metrics in found[world]:
             assert metrics == found[world][0], "ranks disagree"
@@ -106,9 +115,13 @@ def test_evaluate_finds_the_same_on_1_2_and_4_ranks(run: Path, tmp_path: Path) -
 
 
 def test_metrics_of_given_scores_are_bit_equal_on_1_2_and_4_ranks(tmp_path: Path) -> None:
-    found = [metrics for world in WORLDS for metrics in on_ranks(world, _measure, tmp_path / f"m{world}")]
+    log = small_log(tmp_path / "log")
+    found = [
+        metrics for world in WORLDS for metrics in on_ranks(world, _measure, log, tmp_path / f"m{world}")
+    ]
     assert found == [found[0]] * sum(WORLDS)
     assert found[0]["samples"] == 997 and 0.7 < found[0]["auc"] < 0.95
+    assert sum(found[0][domain]["samples"] for domain in "012") == 997
 
 
 def test_an_error_of_rank_0_is_one_on_every_rank(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from pipelines.quality_report import remarks, slices_table, task_table
 from trainer.quality.baselines import Baselines, _Sums
-from trainer.quality.metrics import entry_of, one_line
+from trainer.quality.domains import SplitMetrics
+from trainer.quality.metrics import entry_of
 from trainer.quality.scored import Scored
 
 TASKS = ("click", "buy")
@@ -53,14 +54,15 @@ def test_baselines_are_measured_on_the_same_candidates() -> None:
 
 def test_a_task_without_any_label_is_said_and_no_crash() -> None:
     nothing = scored(np.ones(60, dtype=bool))
-    metrics = nothing.all_metrics()
+    measured = SplitMetrics(nothing.all_metrics())
+    metrics = measured.tasks
     assert metrics["buy"].samples == 0 and math.isnan(metrics["buy"].auc)
     assert entry_of(metrics)["tasks"]["buy"]["samples"] == 0
-    assert "buy: AUC -  GAUC -  logloss -" in one_line(metrics)
+    assert "buy: AUC -  GAUC -  logloss -" in measured.text()
     table = Baselines(nothing, {task: {"item_rate": np.full(60, 0.5)} for task in TASKS}, []).metrics(nothing)
     assert task_table("buy", metrics["buy"], table["buy"], "item_id")
     assert slices_table("buy", nothing.by_history(task=1))
-    lines = remarks("test", metrics, table, "item_id")
+    lines = remarks("test", measured, table, "item_id")
     assert "test, buy: all metrics are empty, since no candidate has a label" in lines
 
 

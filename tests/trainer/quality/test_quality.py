@@ -18,6 +18,7 @@ from embeddings.errors import DataError
 from pipelines.quality_report import remarks, shown_rank, slices_table, task_table
 from tests.helpers.launching import ROOT, SETTINGS, overrides, tandemrec
 from tests.helpers.logs import Row, Shape, enrich, random_rows, write_log
+from trainer.quality.domains import SplitMetrics
 from trainer.quality.metrics import Metrics, measure
 from trainer.quality.scored import Scored, compare_scores, read_scores, write_scores
 
@@ -245,23 +246,25 @@ WORSE = {"auc": 0.2, "auc_ci": 0.01, "gauc": 0.2, "auc_lead": 0.3, "auc_lead_ci"
 def test_a_model_that_loses_is_told_so_with_both_values() -> None:
     own = measured()
     table = {"popularity": WORSE, "item_rate": BETTER, "mean_label": {**WORSE, "logloss": 0.1}}
-    said = remarks("test", {"click": own, "buy": own}, {"click": {"popularity": WORSE}, "buy": table}, "c")
+    said = remarks(
+        "test", SplitMetrics({"click": own, "buy": own}), {"click": {"popularity": WORSE}, "buy": table}, "c"
+    )
     assert said[:2] == [
         f"test, buy: the trained model loses to `item rate`: AUC {own.auc:.4f} against 0.8000 "
         f"(-0.3000 ± 0.0200), GAUC {own.gauc:.4f} against 0.7000",
         f"test, buy: the trained model loses to `mean label`: logloss {own.logloss:.4f} against 0.1000",
     ]
     assert len(said) == 3 and said[2].startswith("what may help: more steps (train.epochs")
-    assert remarks("test", {"click": own}, {"click": {"popularity": WORSE}}, "c") == []
+    assert remarks("test", SplitMetrics({"click": own}), {"click": {"popularity": WORSE}}, "c") == []
     even = {"auc": own.auc + 0.01, "auc_lead": -0.01, "auc_lead_ci": 0.02}
-    (first, _) = remarks("test", {"click": own}, {"click": {"popularity": even}}, "c")
+    (first, _) = remarks("test", SplitMetrics({"click": own}), {"click": {"popularity": even}}, "c")
     assert first.startswith("test, click: the trained model is no better than `item popularity`: AUC")
 
 
 def test_predictions_out_of_scale_are_told() -> None:
     for scale, told in ((1.0, False), (1.2, False), (2.47, True), (0.4, True)):
         own = measured(scale)
-        said = remarks("validation", {"click": own}, {"click": {}}, "c")
+        said = remarks("validation", SplitMetrics({"click": own}), {"click": {}}, "c")
         assert bool(said) == told, (scale, said)
         if told:
             assert said[0] == (
@@ -272,7 +275,7 @@ def test_predictions_out_of_scale_are_told() -> None:
 
 def test_an_empty_metric_and_its_reason_are_told_once_for_all_tasks() -> None:
     single = measured(width=1)
-    said = remarks("test", {"click": single, "buy": single}, {"click": {}, "buy": {}}, "c")
+    said = remarks("test", SplitMetrics({"click": single, "buy": single}), {"click": {}, "buy": {}}, "c")
     assert said == ["test, click and buy: GAUC, HR and NDCG are empty, since no request holds both classes"]
     lines = task_table("click", single, {}, "c")
     assert lines[2].split()[5:7] == ["-", f"{single.gauc_user:.4f}"] and math.isnan(single.gauc)

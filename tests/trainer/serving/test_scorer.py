@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from embeddings.errors import ConfigError
-from tests.helpers.launching import ROOT
 from tests.helpers.logs import Row, Shape, enrich, random_rows, write_log
 from tests.helpers.models import GROUPS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows, preset
+from tests.helpers.presets import PRESETS
 from tests.helpers.serving import bodies, model_body, reference, rows_of, snapshot_of, stream
 from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import ClusterInfo, cluster_history
@@ -36,11 +36,6 @@ from trainer.serving.request import Limits, Request
 from trainer.serving.scorer import Scorer as Serving
 from trainer.serving.window_search import _score, per_window
 
-PRESETS = sorted(
-    path.stem
-    for path in (ROOT / "configs").glob("*.toml")
-    if "extends" in path.read_text() and path.stem != "twin_v2"
-)
 TAXONOMY = {"department_id": 3, "type_id": 9}
 
 
@@ -168,10 +163,13 @@ def arrow_column(side: str, name: str, values: list[object]) -> object:
     return pa.array(values, kind)
 
 
-@pytest.mark.parametrize("name", ["dare", "dare_search", "sim_hard", "twin_hard", "eta", "din"])
-def test_explained_behaviors_are_those_kept_with_their_weights(name: str, log: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "sets"),
+    [("dare", 1), ("dare", 3), ("dare_search", 1), ("sim_hard", 1), ("twin_hard", 1), ("eta", 1), ("din", 1)],
+)
+def test_explained_behaviors_are_those_kept_with_their_weights(name: str, sets: int, log: Path) -> None:
     """Places lead back to the history, whatever the data path left out: ids there are the kept ids."""
-    config = preset(name, log)
+    config = preset(name, log, *([f"groups.representation.sets={sets}"] if sets > 1 else []))
     rows = taxonomy_rows()
     plain, serving = snapshot_of(config), Serving(snapshot_of(config))
     named = list(asked(serving, config, rows))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.model.heads.head import Perceptron
+from trainer.model.heads.owned import columns
 from trainer.model.read.sequence import Behaviors
 from trainer.model.windows import pooled_windows
 
 
 class Auxiliary(nn.Module):
     """Logits of a small head over what is made of the whole window.
+
+    All tasks train it together, so of several sets of the representation it reads those that are shared.
 
     Args:
         width: of all parts together; model: its settings; tasks: T.
@@ -25,7 +29,7 @@ class Auxiliary(nn.Module):
 
     @classmethod
     def build(cls, model: Any, width: int, tasks: int) -> Auxiliary:
-        """`width`: D of the representation."""
+        """`width`: D of the shared sets of the representation together."""
         raise NotImplementedError
 
     @classmethod
@@ -33,19 +37,33 @@ class Auxiliary(nn.Module):
         """What is wrong with a model that has this loss; empty if nothing is."""
         return ""
 
-    def parts(self, branch: Any, behaviors: Behaviors) -> list[Tensor]:
+    def weigh(self, branch: Any, behaviors: Behaviors) -> Tensor:
+        """Weights of the behaviors of every window, [C, *, X]."""
+        raise NotImplementedError
+
+    def parts(self, branch: Any, behaviors: Behaviors, weight: Tensor) -> list[Tensor]:
         """What the head is given.
 
         Args:
             branch: the main `trainer.model.branch.Branch`, which stands above this module.
-            behaviors: the whole window of every candidate.
+            behaviors: the whole window of every candidate, in the shared sets; weight: of `weigh`.
         """
         raise NotImplementedError
 
-    def forward(self, branch: Any, behaviors: Behaviors) -> Tensor:
-        """-> logits [C, T]; `branch`: the main one, and what it read."""
-        logits: Tensor = self.head(self.parts(branch, behaviors.with_whole_windows()))
-        return logits
+    def forward(self, branch: Any, behaviors: Behaviors, live: Sequence[bool]) -> Tensor:
+        """-> logits [C, T].
+
+        Args:
+            branch: the main one; behaviors: what it read.
+            live: of each task, whether its loss reaches the weights.
+        """
+        behaviors = branch.shared(behaviors.with_whole_windows())
+        weight = self.weigh(branch, behaviors)
+        logits: Tensor = self.head(self.parts(branch, behaviors, weight))
+        if all(live):
+            return logits
+        stopped: Tensor = self.head(self.parts(branch, behaviors, weight.detach()))
+        return columns([stopped, logits], [int(each) for each in live])
 
 
 class SoftmaxLoss(Auxiliary):
@@ -60,10 +78,13 @@ class SoftmaxLoss(Auxiliary):
         fits = model.sequence == "attention" and model.heads == 1
         return "" if fits else 'auxiliary = "softmax" needs sequence = "attention" with one head'
 
-    def parts(self, branch: Any, behaviors: Behaviors) -> list[Tensor]:
-        weight_CHX = branch.weigh(behaviors)
-        parts: list[Tensor] = branch.sequence(behaviors, weight_CHX)
-        return parts
+    def weigh(self, branch: Any, behaviors: Behaviors) -> Tensor:
+        weight_CHX: Tensor = branch.weigh(behaviors)
+        return weight_CHX
+
+    def parts(self, branch: Any, behaviors: Behaviors, weight: Tensor) -> list[Tensor]:
+        sets: dict[str, list[Tensor]] = branch.read(behaviors, weight, branch.shared_sets)
+        return [part for parts in sets.values() for part in parts]
 
 
 class IndexLoss(Auxiliary):
@@ -81,9 +102,11 @@ class IndexLoss(Auxiliary):
         fits = model.search_kind.auxiliary == "index"
         return "" if fits else 'auxiliary = "index" goes with search = "soft", and search = "soft" with it'
 
-    def parts(self, branch: Any, behaviors: Behaviors) -> list[Tensor]:
-        index: Any = branch.search
-        windows = behaviors.windows
-        score_CX = index.index.over_windows(index.index.encode(behaviors.raw), windows)[:, 0]
-        weight_CX = torch.where(behaviors.selection.mask, score_CX, 0.0)
-        return [behaviors.target_CD, pooled_windows(behaviors.value_SD, behaviors.place, windows, weight_CX)]
+    def weigh(self, branch: Any, behaviors: Behaviors) -> Tensor:
+        index = branch.search.index
+        score_CX: Tensor = index.over_windows(index.encode(behaviors.raw), behaviors.windows)[:, 0]
+        return torch.where(behaviors.selection.mask, score_CX, 0.0)
+
+    def parts(self, branch: Any, behaviors: Behaviors, weight: Tensor) -> list[Tensor]:
+        pooled = pooled_windows(behaviors.value_SD, behaviors.place, behaviors.windows, weight)
+        return [behaviors.target_CD, pooled]

@@ -88,6 +88,18 @@ class HeadOutput(NamedTuple):
         return cls(output[:, :tasks], output[:, tasks:])
 
 
+class TaskWeights(NamedTuple):
+    """Which weights of a head belong to tasks; those of a module `task_<name>` belong to that task anyway.
+
+    Attributes:
+        rows: names of weights with a row for each task, or with as many for the logits and then for the base.
+        mixing: parts of names of weights whose meaning depends on what other tasks there are.
+    """
+
+    rows: tuple[str, ...] = ()
+    mixing: tuple[str, ...] = ()
+
+
 class Head(nn.Module):
     """Maps what the branches give to logits, and says what must be known of it.
 
@@ -95,10 +107,12 @@ class Head(nn.Module):
         keys: the settings class of a model, or a subclass of it with the keys that this head adds.
         compile_obstacle: why an export cannot compile it; empty if it is one function of the concatenated
             parts.
+        takes_towers: whether each task has a tower of its own, as `tasks.<name>.tower` describes it.
     """
 
     keys: ClassVar[type[ModelKeys]] = ModelKeys
     compile_obstacle: ClassVar[str] = "needs its parts one by one"
+    takes_towers: ClassVar[bool] = False
 
     @classmethod
     def build(cls, model: Any, sizes: HeadSizes) -> Head:
@@ -116,6 +130,21 @@ class Head(nn.Module):
         In a step in which nobody observed the task they stay as they are. None unless the head says so.
         """
         return []
+
+    @classmethod
+    def reads_prior(cls, model: Any) -> bool:
+        """Whether this head looks at `HeadInput.prior`."""
+        return False
+
+    @classmethod
+    def reads_domain(cls, model: Any) -> bool:
+        """Whether settings have it look at `HeadInput.domain`, besides for sets that domains own."""
+        return False
+
+    @classmethod
+    def weights_of_tasks(cls, model: Any) -> TaskWeights:
+        """Of a head with these settings; by it a run with other tasks can start from this one's weights."""
+        return TaskWeights()
 
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
@@ -164,6 +193,12 @@ class MlpHead(Head):
     def build(cls, model: Any, sizes: HeadSizes) -> MlpHead:
         return cls(sizes, model.hidden, model.norm)
 
+    @classmethod
+    def weights_of_tasks(cls, model: Any) -> TaskWeights:
+        # Behind the norm and two modules a layer.
+        last = f"layers.{1 + 2 * len(model.hidden)}"
+        return TaskWeights(rows=(f"{last}.weight", f"{last}.bias"))
+
     def __init__(
         self, sizes: HeadSizes, hidden: Sequence[int], norm: Literal["layer", "batch"] = "layer"
     ) -> None:
@@ -194,6 +229,10 @@ class DotHead(Head):
     def problem(cls, model: Any) -> str:
         fits = model.sequence_kind.two_towers and not model.branches
         return "" if fits else 'head = "dot" goes with sequence = "sasrec" and no further branches'
+
+    @classmethod
+    def weights_of_tasks(cls, model: Any) -> TaskWeights:
+        return TaskWeights(rows=("scale", "item.weight", "item.bias"))
 
     def __init__(self, width: int, beside: int, tasks: int, outputs: int) -> None:
         super().__init__()

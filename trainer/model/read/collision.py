@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from trainer.config.model import BranchKeys
 from trainer.model.ops.signs import random_planes, sign_bits
-from trainer.model.read.sequence import Behaviors, TargetPooling
+from trainer.model.read.sequence import Behaviors, TargetPooling, split_parts
 from trainer.model.sizes import BranchSizes
 
 # Most buckets of one window: a number for each bucket and each of 500 behaviors takes 131 MB.
@@ -121,8 +122,18 @@ class HashCollision(TargetPooling):
         return member_WBX @ F.embedding(behaviors.place, behaviors.value_SD)
 
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
-        unit_WBD = F.normalize(self.bucket_sums(behaviors), dim=2, eps=1e-6)
-        wanted_CM = self.buckets(behaviors.raw.query_CD)
+        return self.read_sets([self], [self.width], behaviors, weight_CHK)[0]
+
+    @classmethod
+    def read_sets(
+        cls, models: Sequence[Any], widths: Sequence[int], behaviors: Behaviors, weight_CHK: Tensor | None
+    ) -> list[list[Tensor]]:
+        """Buckets are the same for all sets, so rows of all of them are summed up in one pass."""
+        first: HashCollision = models[0]
+        sums_WBD = first.bucket_sums(behaviors)
+        units = [F.normalize(part, dim=2, eps=1e-6) for part in sums_WBD.split(list(widths), dim=2)]
+        unit_WBD = units[0] if len(units) == 1 else torch.cat(units, dim=2)
+        wanted_CM = first.buckets(behaviors.raw.query_CD)
         row_CM = behaviors.windows.of_candidate[:, None] * unit_WBD.shape[1] + wanted_CM
         pooled_CD = F.embedding_bag(row_CM, unit_WBD.flatten(0, 1), mode="mean")
-        return self.parts(behaviors.target_CD, pooled_CD)
+        return split_parts(first.parts(behaviors.target_CD, pooled_CD), widths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,10 +15,11 @@ from trainer.model.sizes import BranchSizes
 
 @dataclass(frozen=True)
 class Behaviors(Retrieval):
-    """What stage one keeps of a batch, with one set of the representation.
+    """What stage one keeps of a batch, with its representation.
 
     Attributes:
-        target_CD: of the candidates; value_SD: of the looked-up behaviors, S at least 1.
+        target_CD: of the candidates; value_SD: of the looked-up behaviors, S at least 1. The vectors of
+            several sets lie side by side.
         place: int64, the row of `value_SD` of each behavior of `index`.
     """
 
@@ -34,6 +35,16 @@ class Behaviors(Retrieval):
     def with_whole_windows(self) -> Behaviors:
         """As if every candidate kept its whole window; all of the batch's behaviors must be looked up."""
         return replace(self, selection=self.windows.of_candidates(), whole=True, place=self.windows.index)
+
+    def by_set(self, widths: Sequence[int]) -> list[Behaviors]:
+        """The same with the vectors of one set each; `widths`: D of each set."""
+        if len(widths) == 1:
+            return [self]
+        parts = (part.split(list(widths), dim=1) for part in (self.target_CD, self.value_SD))
+        return [
+            replace(self, target_CD=target_CD, value_SD=value_SD)
+            for target_CD, value_SD in zip(*parts, strict=True)
+        ]
 
 
 class SequenceModel(nn.Module):
@@ -89,6 +100,20 @@ class SequenceModel(nn.Module):
         """-> parts, each [C, *]."""
         raise NotImplementedError
 
+    @classmethod
+    def read_sets(
+        cls, models: Sequence[Any], widths: Sequence[int], behaviors: Behaviors, weight_CHK: Tensor | None
+    ) -> list[list[Tensor]]:
+        """The parts of several sets, each read by a model of its own. All models are built alike.
+
+        This is the plain form, one set after the other. A kind that pools by the same weights whatever it
+        pools may read the vectors of all sets at once, to the same numbers up to rounding.
+
+        Args:
+            widths: D of each set, whose vectors lie side by side in `behaviors`.
+        """
+        return [model(own, weight_CHK) for model, own in zip(models, behaviors.by_set(widths), strict=True)]
+
 
 class TargetPooling(SequenceModel):
     """What models that pool behaviors into one vector h have in common: the head's [v_t ; h ; v_t * h].
@@ -108,3 +133,10 @@ class TargetPooling(SequenceModel):
     def parts(self, target_CD: Tensor, pooled_CD: Tensor) -> list[Tensor]:
         parts = [target_CD, pooled_CD]
         return [*parts, target_CD * pooled_CD] if self.target_aware else parts
+
+
+def split_parts(parts: Sequence[Tensor], widths: Sequence[int]) -> list[list[Tensor]]:
+    """Parts [C, sum of widths] of all sets -> those of each set."""
+    if len(widths) == 1:
+        return [list(parts)]
+    return [list(each) for each in zip(*(part.split(list(widths), dim=1) for part in parts), strict=True)]

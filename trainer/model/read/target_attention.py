@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.ops.bags import weighted_bags
-from trainer.model.read.sequence import Behaviors, TargetPooling
+from trainer.model.read.sequence import Behaviors, TargetPooling, split_parts
 from trainer.model.retrieve.score import FeatureProjection
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
@@ -58,23 +58,57 @@ class TargetAttention(TargetPooling):
                 self.unite.weight.copy_(torch.eye(width).repeat(1, heads) / heads)
 
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
-        assert weight_CHK is not None
-        target_CD, value_SD = behaviors.target_CD, behaviors.value_SD
-        if self.target is not None and self.value is not None:
-            target_CD, value_SD = self.target(target_CD), self.value(value_SD)
-        target_CD = self.time.target(target_CD, behaviors.group_C)
-        pooled = [self._pooled(value_SD, weight_CHK[:, head], behaviors) for head in range(self.heads)]
-        if self.heads == 1:
-            return self.parts(target_CD, pooled[0])
-        # W^V leaves the sum as well: it is applied to what each head pooled.
-        maps = zip(pooled, self.per_head.weight.chunk(self.heads), strict=True)
-        united_CD = self.unite(torch.cat([F.linear(each, weight) for each, weight in maps], dim=1))
-        return self.parts(target_CD, united_CD)
+        return self.read_sets([self], [self.width], behaviors, weight_CHK)[0]
 
-    def _pooled(self, value_SD: Tensor, weight_CK: Tensor, behaviors: Behaviors) -> Tensor:
-        if behaviors.whole:
-            pooled_CD = pooled_windows(value_SD, behaviors.place, behaviors.windows, weight_CK)
-        else:
-            pooled_CD = weighted_bags(value_SD, behaviors.place, weight_CK)
-        marks, group_C = behaviors.selection.marks, behaviors.group_C
-        return self.time.pooled(pooled_CD, weight_CK, marks, group_C, many=behaviors.whole)
+    @classmethod
+    def read_sets(
+        cls, models: Sequence[Any], widths: Sequence[int], behaviors: Behaviors, weight_CHK: Tensor | None
+    ) -> list[list[Tensor]]:
+        """Weights are the same for all sets, so rows of all of them are added up in one pass."""
+        assert weight_CHK is not None
+        first: TargetAttention = models[0]
+        times = [model.time for model in models[1:]]
+        target_CD, value_SD = behaviors.target_CD, behaviors.value_SD
+        if first.target is not None and first.value is not None:
+            target_CD = _each([model.target for model in models], target_CD, widths)
+            value_SD = _each([model.value for model in models], value_SD, widths)
+        target_CD = first.time.target(target_CD, behaviors.group_C, times)
+        pooled = [
+            _pooled(first.time, times, value_SD, weight_CHK[:, head], behaviors)
+            for head in range(first.heads)
+        ]
+        united_CD = pooled[0]
+        if first.heads > 1:
+            of_sets = zip(*(part.split(list(widths), dim=1) for part in pooled), strict=True)
+            united = [model.united(of_set) for model, of_set in zip(models, of_sets, strict=True)]
+            united_CD = united[0] if len(united) == 1 else torch.cat(united, dim=1)
+        return split_parts(first.parts(target_CD, united_CD), widths)
+
+    def united(self, pooled: Sequence[Tensor]) -> Tensor:
+        """What each head pooled, [C, D] -> [C, D]. W^V leaves the sum as well: it is applied here."""
+        maps = zip(pooled, self.per_head.weight.chunk(self.heads), strict=True)
+        united_CD: Tensor = self.unite(torch.cat([F.linear(each, weight) for each, weight in maps], dim=1))
+        return united_CD
+
+
+def _each(maps: Sequence[nn.Module], vector_ND: Tensor, widths: Sequence[int]) -> Tensor:
+    """Each set's vectors by its own map."""
+    if len(maps) == 1:
+        return maps[0](vector_ND)  # type: ignore[no-any-return]
+    parts = vector_ND.split(list(widths), dim=1)
+    return torch.cat([map_(part) for map_, part in zip(maps, parts, strict=True)], dim=1)
+
+
+def _pooled(
+    time: TimeEncoding,
+    beside: Sequence[TimeEncoding],
+    value_SD: Tensor,
+    weight_CK: Tensor,
+    behaviors: Behaviors,
+) -> Tensor:
+    if behaviors.whole:
+        pooled_CD = pooled_windows(value_SD, behaviors.place, behaviors.windows, weight_CK)
+    else:
+        pooled_CD = weighted_bags(value_SD, behaviors.place, weight_CK)
+    marks, group_C = behaviors.selection.marks, behaviors.group_C
+    return time.pooled(pooled_CD, weight_CK, marks, group_C, many=behaviors.whole, beside=beside)

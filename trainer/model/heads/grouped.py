@@ -1,0 +1,77 @@
+"""Several linear maps at once: of experts that have inputs of one width, or of domains."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.model.ops.bags import rows_at
+
+
+class GroupedLinear(nn.Module):
+    """E linear maps of one shape, each with an input of its own: one product of matrices for all.
+
+    Parameters are those of E `nn.Linear`, one after the other, and start as theirs do: `weight` [E, out, in],
+    `bias` [E, out].
+    """
+
+    def __init__(self, count: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, outputs, width))
+        self.bias = nn.Parameter(torch.empty(count, outputs))
+        bound = 1 / math.sqrt(width)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x_ECW: Tensor) -> Tensor:
+        """[E, C, in] -> [E, C, out]."""
+        if len(self.weight) == 1:  # to the bit as nn.Linear
+            return F.linear(x_ECW[0], self.weight[0], self.bias[0])[None]
+        return torch.baddbmm(self.bias[:, None], x_ECW, self.weight.transpose(1, 2))
+
+
+class DomainLinear(nn.Module):
+    """A linear map for each of N domains: parameters as of `GroupedLinear`, chosen by the candidate's domain.
+
+    Every domain's parameters take part in every step, whoever is in the batch.
+    """
+
+    def __init__(self, domains: int, width: int, outputs: int) -> None:
+        super().__init__()
+        maps = GroupedLinear(domains, width, outputs)
+        self.weight, self.bias = maps.weight, maps.bias
+
+    def forward(self, x_CW: Tensor, domain_C: Tensor) -> Tensor:
+        """[C, in] -> [C, out]."""
+        if len(self.weight) <= x_CW.shape[1]:
+            return self.of_all(x_CW, domain_C)
+        return self.gathered(x_CW, domain_C)
+
+    def of_all(self, x_CW: Tensor, domain_C: Tensor) -> Tensor:
+        """By the maps of all domains, of which each candidate takes its own: [C, N, out] numbers between."""
+        all_CX = F.linear(x_CW, self.weight.flatten(0, 1), self.bias.flatten())
+        all_CNO = all_CX.unflatten(1, self.bias.shape)
+        own_C1O = domain_C[:, None, None].expand(-1, 1, all_CNO.shape[2])
+        out_CO: Tensor = all_CNO.gather(1, own_C1O).squeeze(1)
+        return out_CO
+
+    def gathered(self, x_CW: Tensor, domain_C: Tensor) -> Tensor:
+        """By a copy of its map for each candidate: [C, out, in] numbers between."""
+        weight_COW = rows_at(self.weight.flatten(1), domain_C).unflatten(1, self.weight.shape[1:])
+        out_CO1 = torch.baddbmm(rows_at(self.bias, domain_C)[:, :, None], weight_COW, x_CW[:, :, None])
+        out_CO: Tensor = out_CO1.squeeze(2)
+        return out_CO
+
+
+def linear(width: int, outputs: int, domains: int = 0) -> nn.Module:
+    """One linear map, or one a domain."""
+    return DomainLinear(domains, width, outputs) if domains else nn.Linear(width, outputs)
+
+
+def applied(layer: nn.Module, x_CW: Tensor, domain_C: Tensor | None) -> Tensor:
+    """What a map of `linear` makes of candidates."""
+    out: Tensor = layer(x_CW, domain_C) if isinstance(layer, DomainLinear) else layer(x_CW)
+    return out

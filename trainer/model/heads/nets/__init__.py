@@ -1,0 +1,1 @@
+"""Nets of the experts of the head `experts`, one file each."""

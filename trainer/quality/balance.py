@@ -1,0 +1,94 @@
+"""Metrics by feedback balance: how similar the amounts of positive feedback are that a user gave two tasks.
+
+STEM (Su et al. 2024) splits samples by the relative amount of positive feedback among tasks, and claims that
+models with shared embeddings lose most where the amounts are comparable. Its groups are not published in a
+form that we know, so these are ours: a user has n_a and n_b positives of two tasks in the training split, and
+is `comparable` if neither number is more than twice the other. Labels of the measured split have no part in
+it: strata by those would decide what is measured in them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.quality.metrics import Metrics, entry_of
+from trainer.quality.ranking import Floats, Ints
+from trainer.quality.scored import Scored
+
+FACTOR = 2.0
+"""Two numbers of positives are comparable if neither is more than so many times the other."""
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The candidates of the users of one stratum.
+
+    Attributes:
+        candidates, users: of the split, whether or not they have labels of the two tasks.
+        metrics: of the two tasks, by name.
+    """
+
+    candidates: int
+    users: int
+    metrics: Mapping[str, Metrics]
+
+    def entry(self) -> dict[str, Any]:
+        """As files hold it."""
+        return {"stratum": {"candidates": self.candidates, "users": self.users}, **entry_of(self.metrics)}
+
+
+Pair = tuple[str, str]
+"""The names of two tasks, in the order of the tasks."""
+
+
+def strata_of(pair: Pair) -> tuple[str, str, str, str]:
+    """The names of the strata of two tasks, by the numbers of `strata`."""
+    return "comparable", f"more {pair[0]}", f"more {pair[1]}", "neither"
+
+
+def strata(first: Floats, second: Floats) -> Ints:
+    """The stratum of each user from the numbers of positives of two tasks, [n] each.
+
+    0: neither number is more than `FACTOR` times the other; 1: there are more of the first task; 2: of the
+    second; 3: there is none of both, as of every user that training does not have.
+    """
+    more_first, more_second = first > FACTOR * second, second > FACTOR * first
+    numbers: Ints = np.select([more_first, more_second, first + second == 0], [1, 2, 3], 0)
+    return numbers
+
+
+def by_balance(scored: Scored, positives: Floats) -> dict[Pair, dict[str, Stratum]]:
+    """Pair of tasks -> stratum -> its metrics: of each pair a partition of the split.
+
+    Strata without a candidate are left out.
+
+    Args:
+        positives: [n, T], positives of each task that training has of the candidate's user.
+    """
+    pairs = {}
+    for at in itertools.combinations(range(len(scored.tasks)), 2):
+        pair = scored.tasks[at[0]], scored.tasks[at[1]]
+        number = strata(positives[:, at[0]], positives[:, at[1]])
+        found = {}
+        for place, name in enumerate(strata_of(pair)):
+            part = scored.part(number == place)
+            if candidates := part.candidate.size:
+                metrics = {scored.tasks[task]: part.metrics(task) for task in at}
+                found[name] = Stratum(candidates, part.users, metrics)
+        pairs[pair] = found
+    return pairs
+
+
+def most_comparable(pairs: Mapping[Pair, Mapping[str, Stratum]]) -> Pair:
+    """The pair with most candidates of users whose feedback is comparable, the first of several such."""
+
+    def comparable(pair: Pair) -> int:
+        stratum = pairs[pair].get("comparable")
+        return stratum.candidates if stratum else 0
+
+    return max(pairs, key=comparable)

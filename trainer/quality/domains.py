@@ -1,0 +1,176 @@
+"""Metrics by domain: each domain on its own, the worst of them, and the mean over them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embeddings.errors import DataError
+from trainer.log.schema import VOCABULARIES, read_manifest
+from trainer.log.vocabulary import read_values
+from trainer.quality.metrics import Metrics, entry_of, first_and_all, number
+from trainer.quality.ranking import Ints
+from trainer.quality.scored import Scored
+
+# What domains are compared by, and whether more of it is better.
+COMPARED = {"auc": 1, "logloss": -1}
+
+
+@dataclass(frozen=True)
+class OverDomains:
+    """What the domains of a split come to, of one task. Only domains with both classes are compared.
+
+    Attributes:
+        metrics: domain -> metrics, of those that are compared; left_out: the others, and why.
+    """
+
+    metrics: dict[str, Metrics]
+    left_out: dict[str, str]
+
+    @staticmethod
+    def of(domains: Mapping[str, Metrics]) -> OverDomains:
+        compared = {name: own for name, own in domains.items() if not math.isnan(own.auc)}
+        others = {name: own for name, own in domains.items() if name not in compared}
+        reasons = {
+            name: f"all labels are {own.rate:g}" if own.samples else "no candidate has a label"
+            for name, own in others.items()
+        }
+        return OverDomains(compared, reasons)
+
+    def worst(self, metric: str) -> str | None:
+        """The domain with the worst value of a metric of `COMPARED`, the first one of several such."""
+        sign = COMPARED[metric]
+        return min(self.metrics, key=lambda name: sign * getattr(self.metrics[name], metric), default=None)
+
+    def value(self, domain: str | None, metric: str) -> float:
+        """A metric of one of the domains; NaN of none."""
+        return math.nan if domain is None else float(getattr(self.metrics[domain], metric))
+
+    def mean(self, metric: str) -> float:
+        """The mean over domains, each of them once, whatever its size; NaN if none is compared."""
+        values = [getattr(own, metric) for own in self.metrics.values()]
+        return float(np.mean(values)) if values else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"compared": len(self.metrics)}
+        for metric in COMPARED:
+            worst = self.worst(metric)
+            values[f"mean_{metric}"] = self.mean(metric)
+            values[f"worst_{metric}"] = self.value(worst, metric)
+            values[f"worst_{metric}_domain"] = worst
+        return {**values, "left_out": self.left_out}
+
+
+@dataclass(frozen=True)
+class SplitMetrics:
+    """All metrics of a split.
+
+    Attributes:
+        tasks: task -> metrics of the whole split.
+        domains: domain -> task -> metrics of that domain; empty where candidates have no domain.
+        unnamed: why domains are called by their numbers, although the log has names; empty if they are not.
+    """
+
+    tasks: dict[str, Metrics]
+    domains: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    unnamed: str = ""
+
+    def of_task(self, task: str) -> dict[str, Metrics]:
+        """Domain -> metrics of one task."""
+        return {domain: metrics[task] for domain, metrics in self.domains.items()}
+
+    def over_domains(self) -> dict[str, OverDomains]:
+        """By task; empty where candidates have no domain."""
+        return {task: OverDomains.of(self.of_task(task)) for task in self.tasks if self.domains}
+
+    def entry(self) -> dict[str, Any]:
+        """As files hold it: metrics of the first task, those of every task under `tasks`.
+
+        With domains also `by_domain`, which has such an entry for each, and `over_domains`.
+        """
+        entry = entry_of(self.tasks)
+        if self.domains:
+            entry["by_domain"] = {domain: entry_of(own) for domain, own in self.domains.items()}
+            entry["over_domains"] = first_and_all(
+                {t: own.as_dict() for t, own in self.over_domains().items()}
+            )
+        return entry
+
+    def text(self) -> str:
+        """What stands behind a colon on a terminal: a task a line where there are more than two."""
+        over, width = self.over_domains(), max(map(len, self.tasks))
+        lines = []
+        for task, own in self.tasks.items():
+            line = f"AUC {number(own.auc)}  GAUC {number(own.gauc)}  logloss {number(own.logloss)}  "
+            line += f"PCOC {number(own.pcoc, 3)}"
+            if task in over and len(over[task].metrics) > 1:
+                worst = over[task].worst("auc")
+                value = number(over[task].value(worst, "auc"))
+                line += f"  worst of {len(over[task].metrics)} domains {value} ({worst})"
+            lines.append(line)
+        if len(lines) == 1:
+            return f" {lines[0]}"
+        if len(lines) == 2:
+            return ";".join(f" {task}: {line}" for task, line in zip(self.tasks, lines, strict=True))
+        return "".join(f"\n  {task:<{width}}  {line}" for task, line in zip(self.tasks, lines, strict=True))
+
+
+def measure_split(scored: Scored, log: Path, feature: str) -> SplitMetrics:
+    """Metrics of every task, and of every domain where candidates have one.
+
+    Args:
+        log: whose vocabulary has names of domains; feature: `data.domain`.
+    """
+    if scored.domain is None:
+        return SplitMetrics(scored.all_metrics())
+    names, problem = domain_names(log, feature, scored.domain)
+    return SplitMetrics(scored.all_metrics(), by_domain(scored, names), problem)
+
+
+def by_domain(scored: Scored, names: Mapping[int, str]) -> dict[str, dict[str, Metrics]]:
+    """Domain -> task -> metrics, by ascending number of the domain: a partition of the split."""
+    if scored.domain is None or not scored.domain.size:
+        return {}
+    order = np.argsort(scored.domain, kind="stable")
+    domains, starts = np.unique(scored.domain[order], return_index=True)
+    parts = np.split(order, starts[1:])
+    return {
+        names.get(domain, str(domain)): scored.part(part).all_metrics()
+        for domain, part in zip(domains.tolist(), parts, strict=True)
+    }
+
+
+def domain_names(log: Path, feature: str, domains: Ints) -> tuple[dict[int, str], str]:
+    """-> (the names of these domains in the log's vocabulary, what was in the way or nothing).
+
+    Domains are called by their numbers where the log has no vocabulary of them or it cannot be read.
+    """
+    numbers = np.unique(domains).tolist()
+    manifest = read_manifest(log)
+    info = {**manifest.features, **manifest.context}.get(feature)
+    if info is None or not info.vocabulary:
+        return {number: str(number) for number in numbers}, ""
+    try:
+        values = read_values(log / VOCABULARIES / f"{feature}.parquet", info.vocabulary, of_log=True)
+    except DataError as error:
+        return {number: str(number) for number in numbers}, f"domains have no names: {error}"
+    # Ids of a vocabulary count from 1.
+    inside = (number for number in numbers if 0 < number <= len(values))
+    known = {number: _printable(values[number - 1].as_py()) for number in inside}
+    return _distinct({number: known.get(number, "unknown") for number in numbers}), ""
+
+
+def _printable(value: object) -> str:
+    return "".join(sign if sign.isprintable() else "?" for sign in str(value)) or "(empty)"
+
+
+def _distinct(names: Mapping[int, str]) -> dict[int, str]:
+    """The same names, with the number behind those that several domains have."""
+    count = Counter(names.values())
+    return {n: name if count[name] == 1 else f"{name} ({n})" for n, name in names.items()}
