@@ -146,6 +146,10 @@ class Head(nn.Module):
         """Of a head with these settings; by it a run with other tasks can start from this one's weights."""
         return TaskWeights()
 
+    def own_sets(self, task: str) -> list[str]:
+        """The sets that no loss but this task's reaches."""
+        return []
+
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
 
