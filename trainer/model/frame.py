@@ -250,6 +250,13 @@ class TwoStageModel(nn.Module):
                     if not name.startswith("collections.") and "bias" not in name:
                         parameter.normal_(0.0, 0.01)
 
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """The dense weights that no loss but this task's reaches: of the head, and of what reads its sets."""
+        sets = self.head.own_sets(task)
+        experts = [expert for branch in self.branches.named().values() for expert in branch.experts]
+        own = [expert.sequence for expert in experts if expert.set in sets]
+        return [*self.head.own_parameters(task), *(weight for each in own for weight in each.parameters())]
+
     def forward(self, batch: RequestBatch) -> Prediction:
         retrievals, first = self._stage_one(batch)
         late = {}

@@ -149,6 +149,10 @@ class Head(nn.Module):
         """
         return TaskWeights(mixing=(".gates.",))
 
+    def own_sets(self, task: str) -> list[str]:
+        """The sets that no loss but this task's reaches."""
+        return []
+
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
 
