@@ -543,6 +543,8 @@ def test_sets_are_asked_alike_and_priors_for_candidates_or_requests(tmp_path: Pa
         f"groups.representation={{sets = 2, {features}}}",
         f"groups.near={{{features}}}",
         'groups.asking={features = ["city"]}',
+        "model.head=experts",
+        "model.mixer={kind = 'softmax', gate = 'prior'}",
         "model.roles.prior=near",
         "model.roles.prior_context=asking",
     ]
