@@ -35,19 +35,20 @@ from embeddings.lookup.rounding import Comms
 from embeddings.lookup.sharding import attach_optimizer
 from embeddings.optimizers import FusedOptimizer
 from embeddings.plan.file import SavedPlan, from_tree, to_tree
-from embeddings.plan.memory import memory_of_ranks
+from embeddings.plan.memory import TableNeed, memory_of_ranks
 from embeddings.plan.planner import DoesNotFit, offline_plan, read_plan, saved_plan
 from embeddings.plan.request import Cluster, PlanRequest, PlanRules, TableRule
 from embeddings.plan.traffic import Lookup
 from launch.cli import main
 from pipelines.plan.plan import parse_size
+from pipelines.plan.remedies import remedies
 from pipelines.plan.report import spans
 from tests.helpers.launching import SETTINGS, losses, overrides, tandemrec
 from tests.helpers.logs import Shape, enrich, random_rows, small_log, write_log
 from trainer.assemble import build_trainable, resolve_groups
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
-from trainer.run_config import load_config
+from trainer.run_config import Config, load_config
 from trainer.step_size import StepSize, kept_behaviors, lookups, step_size
 
 GB = 10**9
@@ -572,3 +573,18 @@ def test_candidates_of_a_block_are_taken_to_keep_much_in_common() -> None:
     assert padded == [2000 * 20, 80 * 25 * 20, 20 * 1000, 1000]
     assert kept[1] == round(20_000 * (1 - 0.98**100)) < 2000 * 20
     assert [kept[2], kept[3]] == [2000, 1000]
+
+
+def test_remedies_know_the_group_of_a_set(log: Path) -> None:
+    config = load_config(Path("configs/dare.toml"), ["groups.representation.sets=2", f"data.log={log}"])
+    cluster, tried = Cluster("cpu", 2, 2, 0, GB), []
+    need = TableNeed("representation/1/item_id", GB, GB, "table_wise")
+
+    def build(changed: Config, _: Cluster) -> PlanRequest:
+        tried.append(changed)
+        raise ConfigError("does not fit either")
+
+    lines = remedies(config, cluster, [need], build)
+    assert "no single change" in lines[0]
+    assert any("representation/1/item_id" in each.plan.tables for each in tried)
+    assert any(each.groups["representation"].dtype == "fp16" for each in tried)
