@@ -85,8 +85,8 @@ class Job:
 
     def train(self, steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
         """Each step and the sum of its loss over ranks."""
-        for step, loss in self.pipeline.train(steps):
-            yield step, float(sum_over_ranks(loss))
+        for step, tally in self.pipeline.train(steps):
+            yield step, float(sum_over_ranks(tally.total))
 
     def digests(self) -> list[str]:
         """Of all weights, buffers and optimizer states that lie on each rank."""

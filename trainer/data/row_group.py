@@ -94,7 +94,9 @@ class FeatureIds(Mapping[str, Bags]):
     multi: Mapping[str, Bags]
 
     def __getitem__(self, name: str) -> Bags:
-        return self.multi[name] if name not in self.single else Bags(self.ids[self.single.index(name)])
+        if name not in self.single:
+            return self.multi[name]
+        return Bags(self.ids[self.single.index(name)])
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.single, *self.multi])

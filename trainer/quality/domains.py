@@ -103,7 +103,7 @@ class SplitMetrics:
         return entry
 
     def text(self) -> str:
-        """For a terminal, a task a line where there are more than two."""
+        """What stands behind a colon on a terminal: a task a line where there are more than two."""
         over, width = self.over_domains(), max(map(len, self.tasks))
         lines = []
         for task, own in self.tasks.items():
@@ -115,9 +115,9 @@ class SplitMetrics:
                 line += f"  worst of {len(over[task].metrics)} domains {value} ({worst})"
             lines.append(line)
         if len(lines) == 1:
-            return lines[0]
+            return f" {lines[0]}"
         if len(lines) == 2:
-            return "; ".join(f"{task}: {line}" for task, line in zip(self.tasks, lines, strict=True))
+            return ";".join(f" {task}: {line}" for task, line in zip(self.tasks, lines, strict=True))
         return "".join(f"\n  {task:<{width}}  {line}" for task, line in zip(self.tasks, lines, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections import Counter
 from pathlib import Path
@@ -45,6 +46,19 @@ def test_a_label_that_was_not_observed_is_null_in_the_log(tmp_path: Path) -> Non
     train = manifest.splits["train"].labels["buy"]
     told = f"label buy, positives of the observed: train {train.positives} of {train.observed},"
     assert any(line.startswith(told) for line in lines)
+
+
+def test_a_partial_label_of_csv_is_that_of_parquet(tmp_path: Path) -> None:
+    raw, names = partly_known(), (*SHOWN, "worth")
+    with (tmp_path / "i.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(raw)  # None is an empty cell, NaN the word nan
+    plan = config("impressions", impressions={"labels": PARTIAL})
+    source = write(tmp_path / "e.parquet", events())
+    for given in (tmp_path / "i.csv", as_parquet(tmp_path / "i.parquet", raw, names)):
+        ingest(source, tmp_path / given.suffix, plan, impressions=given)
+    assert rows(tmp_path / ".csv") == rows(tmp_path / ".parquet") != []
 
 
 LACKING: dict[str, tuple[Any, dict[str, Any], str]] = {

@@ -239,4 +239,5 @@ def test_a_part_of_bags_is_a_copy_with_the_same_ids() -> None:
     for features in (FeatureIds(["a"], ids[None], {}), FeatureIds([], ids[:0][None], {"a": bags})):
         part = features["a"].part(slice(0, 2))
         assert part.values.dtype == np.int64 and not np.shares_memory(part.values, ids)
+        assert "a" in features and "b" not in features
     assert Bags.of_lengths(ids[:0], []).size == 0
