@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from tests.helpers.logs import random_rows, write_log
 from tests.helpers.models import draw, drawing
 from tests.trainer.model.test_experts import model_with
 from trainer.assemble import resolve_groups
+from trainer.config.tasks import Task, TaskConfig, resolve_tasks
+from trainer.data.batch import RequestBatch
 from trainer.log.schema import read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.run_config import Config, load_config
 
 TASKS = ("click", "like", "buy")
+THREE = resolve_tasks({}, TASKS)
 SEVERAL = {"shared": {}, "mine": {"owner": "task:like"}}
 RECENT = {"recent": {"search": "recent", "k": 2, "attention_owner": "buy"}}
 
@@ -28,8 +32,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_log(tmp_path_factory.mktemp("owner") / "log", {"train": random_rows(7)})
 
 
-def built(log: Path, sets: Any = 1, **model: Any) -> tuple[TwoStageModel, Any]:
-    made, batch = model_with(log, sets, tasks=TASKS, **model)
+def built(
+    log: Path, sets: Any = 1, tasks: Sequence[Task] = THREE, **model: Any
+) -> tuple[TwoStageModel, RequestBatch]:
+    made, batch = model_with(log, sets, tasks=tasks, **model)
     draw(made.head, drawing(2))
     return made, batch
 
@@ -86,6 +92,22 @@ def test_the_auxiliary_loss_keeps_to_the_owner_too(log: Path) -> None:
     assert torch.equal(auxiliary, free.train()(batch).auxiliary)
     for task, name in enumerate(TASKS):
         assert (reach(model, auxiliary[:, task], "tables") > 0) == (name == "like")
+
+
+def test_a_product_reaches_attention_through_the_part_that_owns_it(log: Path) -> None:
+    given = {name: TaskConfig() for name in TASKS}
+    given |= {
+        "with": TaskConfig(label="buy", product=("like", "click")),
+        "without": TaskConfig(label="buy", product=("click", "buy")),
+    }
+    model, batch = built(log, tasks=resolve_tasks(given, TASKS), attention_owner="like")
+    free, _ = built(log, tasks=resolve_tasks(given, TASKS))
+    logits = model(batch).logits
+    assert torch.equal(logits, free(batch).logits) and logits.shape[1] == 5
+    of_parts = logits[:, :2].sigmoid().prod(1)
+    assert torch.allclose(logits[:, 3].sigmoid(), of_parts, atol=1e-6)
+    reached = [reach(model, logits[:, task], "main") > 0 for task in range(5)]
+    assert reached == [False, True, False, True, False]
 
 
 def test_scoring_runs_the_head_once(log: Path) -> None:
