@@ -18,6 +18,7 @@ from trainer.assemble import resolve_groups
 from trainer.config.tasks import Task, TaskConfig, resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.log.schema import read_manifest
+from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
 from trainer.run_config import Config, load_config
 
@@ -84,8 +85,9 @@ def test_each_branch_may_have_an_owner_of_its_own(log: Path) -> None:
     assert reach(model, logits[:, 0], "tables") == 0
 
 
-def test_the_auxiliary_loss_keeps_to_the_owner_too(log: Path) -> None:
-    settings = {"lookup": "full", "auxiliary": "softmax"}
+@pytest.mark.parametrize("kind", [{"auxiliary": "softmax"}, {"auxiliary": "index", "search": "soft"}])
+def test_the_auxiliary_loss_keeps_to_the_owner_too(log: Path, kind: dict[str, str]) -> None:
+    settings = {"lookup": "full", **kind}
     model, batch = built(log, attention_owner="like", **settings)
     free, _ = built(log, **settings)
     auxiliary = model.train()(batch).auxiliary
@@ -128,6 +130,15 @@ def test_an_owner_that_is_no_task_is_refused(log: Path, tmp_path: Path) -> None:
         ConfigError, match=r"model\.attention_owner = 'clik': no task with a tower .* 'click'"
     ):
         resolve_groups(load_config(path), read_manifest(log))
+
+
+@pytest.mark.parametrize("sequence", ["attention", "collision"])
+def test_an_owner_of_weights_that_are_not_there_is_said(log: Path, tmp_path: Path, sequence: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f'[data]\nlog = "{log}"\n[model]\nattention_owner = "click"\nsequence = "{sequence}"\n')
+    settings, manifest = load_config(path), read_manifest(log)
+    said = "\n".join(remarks(settings, manifest, resolve_groups(settings, manifest)))
+    assert ("model.attention_owner = 'click'" in said) == (sequence == "collision")
 
 
 def test_running_statistics_are_refused_for_they_would_count_twice() -> None:
