@@ -8,12 +8,13 @@ import pyarrow as pa
 
 from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
+from trainer.config.tasks import labels_of, named_tasks
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import VOCABULARIES, LogManifest, read_manifest
 from trainer.log.vocabulary import read_values
 from trainer.quality.evaluate import score_requests
 from trainer.quality.scored import Scored, compare_scores, read_scores, write_scores
-from trainer.snapshot import load_snapshot
+from trainer.snapshot import Snapshot, load_snapshot
 
 # Column of a file of scores -> whose names it has.
 _NAME_COLUMNS = {"user": "user_id", "request": "request_id"}
@@ -26,7 +27,8 @@ def score(
 
     Args:
         snapshot: a version's folder or the folder of versions.
-        requests: a sequence log. Its ids must be of the vocabulary the model was trained with.
+        requests: a sequence log. Its ids must be of the vocabulary the model was trained with. It needs no
+            labels: those that it lacks are NaN in the file.
         against: scores of `tandemrec evaluate` to compare with; a difference above the snapshot's own bounds
             is an error.
 
@@ -38,16 +40,13 @@ def score(
     loaded.self_check()
     manifest = read_manifest(requests)
     manifest.require(split)
-    config = loaded.manifest.config.data.model_copy(update={"log": requests})
-    reader = SequenceLogReader(config, split, loaded.manifest.features)
-    mine = (list(reader.columns.tasks), reader.numeric_names())
-    wanted = (list(loaded.manifest.tasks), loaded.numeric_names())
+    reader, left_out = open_requests(loaded, requests, split)
+    mine, wanted = reader.numeric_names(), loaded.numeric_names()
     if mine != wanted:
-        problem = f"has tasks and numbers {mine}, the snapshot was trained with {wanted}"
-        raise DataError(problem, file=requests)
+        raise DataError(f"has numbers {mine}, the snapshot was trained with {wanted}", file=requests)
     loaded.check_vocabularies({**reader.columns.features, **reader.columns.context}, requests)
     scored = score_requests(loaded.score, reader, limit)
-    remarks = write_named_scores(scored, out, requests, manifest)
+    remarks = [*left_out, *write_named_scores(scored, out, requests, manifest)]
     size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests"
     print(f"{size} scored by {loaded.path} -> {out}", *remarks, sep="\n")
     if against is not None:
@@ -61,6 +60,26 @@ def score(
             problem = f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}"
             raise SnapshotError(loaded.path, problem)
     return out
+
+
+def open_requests(loaded: Snapshot, log: Path, split: str) -> tuple[SequenceLogReader, list[str]]:
+    """A reader of requests for a snapshot, and remarks on what it does without.
+
+    A task is known by its name, whatever labels the log has and in whatever order.
+    """
+    described, manifest = loaded.manifest, read_manifest(log)
+    data = described.config.data.model_copy(update={"log": log})
+    tasks = named_tasks(described.config.tasks, described.tasks)
+    remarks = []
+    if lacking := [
+        name for name in labels_of(described.config.tasks, described.tasks) if name not in manifest.tasks
+    ]:
+        remarks.append(f"the log has no label {', '.join(lacking)}: labels of the tasks that need it are NaN")
+    # Where the model reads the domain, it is one of its features.
+    if data.domain and data.domain not in {*described.features, *manifest.features, *manifest.context}:
+        remarks.append(f"the log has no feature {data.domain}: the scores have no domain")
+        data = data.model_copy(update={"domain": ""})
+    return SequenceLogReader(data, split, described.features, tasks=tasks), remarks
 
 
 def write_named_scores(scored: Scored, path: Path, log: Path, manifest: LogManifest) -> list[str]:

@@ -22,12 +22,15 @@ from trainer.assemble import (
     build_sharded,
     build_trainable,
     cluster_of,
+    count_domains,
     feature_rows,
     plan_request,
     resolve_groups,
 )
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
+from trainer.checkpoint.dense_start import TaskHeads
+from trainer.checkpoint.same_tasks import check_same_tasks
 from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.tasks import names_of, resolve_tasks
 from trainer.data.batch import pinning
@@ -39,7 +42,7 @@ from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
-from trainer.objectives.table import objective_of
+from trainer.objectives.of_tasks import trained_tasks
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
 from trainer.run_folder import RunFolder
@@ -72,6 +75,12 @@ class Start:
     train: SequenceLogReader
     validation: SequenceLogReader | None
 
+    @property
+    def heads(self) -> TaskHeads:
+        """The tasks that the model gives logits of."""
+        tasks = resolve_tasks(self.config.tasks, self.manifest.tasks)
+        return TaskHeads.of(self.config.model, tasks)
+
     def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
         """The model with everything that trains it, still with its first weights; collective."""
         plan = to_tree(sharded.plan)
@@ -92,13 +101,15 @@ class Start:
         if self.resume.path is not None or not self.config.train.init_from:
             return
         path, carry = Path(self.config.train.init_from), self.config.train.init_optimizer == "carry"
-        log = self.config.data.log
+        log, heads = self.config.data.log, self.heads
         with open_source(path, scratch) as source:
             lines: list[str] = []
 
             def filled(tensors: dict[str, Any]) -> None:
                 # Ranks read different rows of large files, some for longer than a collective waits.
-                every = from_every_rank(lambda: fill(tensors, source, log, self.manifest, carry), slow=True)
+                every = from_every_rank(
+                    lambda: fill(tensors, source, log, self.manifest, heads, carry), slow=True
+                )
                 lines.extend(every[0])
 
             trainer.load(filled)
@@ -122,7 +133,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         say(f"refused checkpoint: {reason}")
     if resume.path is not None:
         check_resumable(resume.state, config, fingerprint)
-        if changed := changed_settings(resume.state, config):
+        of_tasks = check_same_tasks(resume.state, config, manifest.tasks)
+        if changed := [*changed_settings(resume.state, config), *of_tasks]:
             say(f"settings that differ from those of {resume.path.name}: {', '.join(changed)}")
     step = resume.state.get("step", 0)
     note_start(folder, config, step, checking=checking)
@@ -130,7 +142,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     watched(config.train.early_stopping, names_of(resolve_tasks(config.tasks, manifest.tasks)))
     groups = resolve_groups(config, manifest)
-    objective_of(config.train.objective)
+    tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
+    trained_tasks(tasks, config.train.objective, count_domains(config, groups))
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)
@@ -166,7 +179,7 @@ def try_out(start: Start, say: Say) -> None:
         say(f"tables of {size / 1e9:,.1f} GB were planned, not built")
         source = start.config.train.init_from
         if source and start.resume.path is None:
-            from_rank_0(lambda: check_source(built[0], Path(source)))
+            from_rank_0(lambda: check_source(built[0], start.heads, Path(source)))
     if start.validation is not None:
         _first(start.validation)
     if start.manifest.holds("test"):

@@ -117,6 +117,11 @@ def count_numbers(config: Config, numeric: Sequence[str]) -> int:
     return len(numeric) + len(config.data.search.count_names)
 
 
+def count_domains(config: Config, groups: Mapping[str, TableGroup]) -> int:
+    """Ids that a domain may have, 0 where candidates have none, or where it has no table."""
+    return feature_rows(groups).get(config.data.domain, 0)
+
+
 def feature_rows(groups: Mapping[str, TableGroup]) -> dict[str, int]:
     """Feature -> rows of its tables: the bound that the reader checks ids against."""
     return {table.feature: table.rows for group in groups.values() for table in group.tables}
@@ -133,8 +138,7 @@ def build_model(
     state = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
     levels = len(config.data.search.levels)
-    of_domain = [t.rows for group in groups.values() for t in group.tables if t.feature == config.data.domain]
-    domains = max(of_domain, default=0)
+    domains = count_domains(config, groups)
     dimensions = Dimensions(groups, config.data.history_length, levels, config.train.seed, domains)
     model = TwoStageModel(config.model, dimensions, collections, tasks, numbers)
     torch.set_rng_state(state)
@@ -156,7 +160,8 @@ def build_trainable(
     for name, group in groups.items():
         collections[name] = make_collection(group, device)
         attach_optimizer(collections[name], group.optimizer)
-    numbers, tasks = count_numbers(config, manifest.numeric), resolve_tasks(config.tasks, manifest.tasks)
+    numbers = count_numbers(config, manifest.numeric)
+    tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
 
     def build() -> TwoStageModel:
         return build_model(config, groups, collections, tasks, numbers)

@@ -23,8 +23,8 @@ from trainer.objectives.bce import loss_sum
 from trainer.run_config import Config
 
 _LOGITS, _GRADIENTS = 1e-4, 1e-2
-# It needs a log with clusters.
-_LEFT_OUT = ("twin_v2",)
+# They need a log with clusters, with conversions, or with domains.
+_LEFT_OUT = ("twin_v2", "esmm", "crocodile")
 
 
 def preset_names() -> list[str]:

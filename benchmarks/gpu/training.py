@@ -34,13 +34,13 @@ class Job:
 
     def train(self, steps: Iterable[Step]) -> list[float]:
         """The sum of every step's loss."""
-        return [float(loss) for _, loss in self.pipeline.train(steps)]
+        return [float(tally.total) for _, tally in self.pipeline.train(steps)]
 
     def train_and_pause(self, steps: Iterable[Step], after: int | None) -> list[float]:
         """The same with an evaluation after so many steps, which the pipeline is told of before."""
         losses: list[float] = []
-        for _, loss in self.pipeline.train(steps, [None] if after is None else [after, None]):
-            losses.append(float(loss))
+        for _, tally in self.pipeline.train(steps, [None] if after is None else [after, None]):
+            losses.append(float(tally.total))
             if len(losses) == after:
                 self.scores()
         return losses

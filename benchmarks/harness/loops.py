@@ -17,7 +17,7 @@ from trainer.checkpoint.save_load import ResumePoint
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.loop.loop import Trainer
-from trainer.objectives.bce import loss_sum
+from trainer.objectives.step_loss import StepLoss
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config
 from trainer.run_folder import RunFolder
@@ -50,7 +50,10 @@ def bare_step(model: DistributedModelParallel, optimizer: Any, given: RequestBat
     """One step of that loop."""
     batch = given.to(device, non_blocking=True)
     optimizer.zero_grad()
-    total = loss_sum(model(batch).logits, batch.labels, batch.weight)
+    shell = model.module
+    # The losses of the same tasks, in the default objective.
+    losses = StepLoss(shell.tasks, domains=shell.domains)
+    total = losses.of(Step(batch, True, Cursor()), model(batch), shell.config.auxiliary_weight).total()
     (total / batch.step_candidates).backward()
     optimizer.step()
 

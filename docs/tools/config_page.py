@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from docs.tools.links import escaped
 from pipelines.ingest.config import IngestConfig
 from trainer.config.toml import Settings, models_in
-from trainer.objectives.table import OBJECTIVES
+from trainer.objectives.table import OBJECTIVES, RANKINGS
 from trainer.run_config import Config
 
 _HEAD = """# Configuration: every key
@@ -39,7 +39,13 @@ _MODELS: tuple[tuple[str, str, type[Settings]], ...] = (
     ("Ingest", "For `tandemrec ingest`.", IngestConfig),
 )
 # Keys of text whose values are the names of a table, and whose meanings the docstrings there.
-_TABLES: dict[str, Mapping[str, Any]] = {"train.objective": OBJECTIVES}
+_TABLES: dict[str, Mapping[str, Any]] = {
+    "train.objective": OBJECTIVES,
+    "tasks.<name>.loss": OBJECTIVES,
+    "tasks.<name>.rank": RANKINGS,
+}
+# Values besides, which the text under the field explains.
+_BESIDE = {"tasks.<name>.loss": ("", "none"), "tasks.<name>.rank": ("none",)}
 _WORDS = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text"}
 
 
@@ -91,7 +97,7 @@ def _sections(path: str, heading: str, model: type[Settings]) -> Iterator[str]:
         default, values = _default(field), _values(schema["properties"][key])
         meaning = texts.get(key) or (_summary(inner) if inner is not None else "")
         if table := _TABLES.get(f"{path}.{key}"):
-            values = ", ".join(f'`"{name}"`' for name in table)
+            values = ", ".join(f'`"{name}"`' for name in (*_BESIDE.get(f"{path}.{key}", ()), *table))
             meaning = " ".join([meaning, *(f"`{name}`: {_first_line(kind)}" for name, kind in table.items())])
         rows.append(f"| `{key}` | {default} | {values} | {_cell(meaning)} |")
     if heading:
@@ -121,8 +127,10 @@ def _summary(model: type[BaseModel]) -> str:
 
 
 def _first_line(kind: object) -> str:
-    """The first line of the docstring of a function, or of what a `partial` calls."""
-    return (inspect.getdoc(getattr(kind, "func", kind)) or "").partition("\n")[0]
+    """The first line of the docstring of a function, or of what a `partial` or an entry of a table calls."""
+    for name in ("func", "losses", "values"):
+        kind = getattr(kind, name, kind)
+    return (inspect.getdoc(kind) or "").partition("\n")[0]
 
 
 def _default(field: FieldInfo) -> str:

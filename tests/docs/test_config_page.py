@@ -12,6 +12,7 @@ from docs.tools.config_page import PAGE, document, texts_of
 from docs.tools.links import escaped
 from pipelines.ingest.config import IngestConfig
 from trainer.config.toml import Settings, models_in
+from trainer.objectives.losses import Objective
 from trainer.objectives.table import OBJECTIVES
 from trainer.run_config import Config
 
@@ -102,10 +103,13 @@ def test_names_of_a_table_are_the_values_of_its_key(monkeypatch: pytest.MonkeyPa
         More of it.
         """
 
-    monkeypatch.setitem(OBJECTIVES, "second", second)  # type: ignore[arg-type]
-    (row,) = [line for line in document().splitlines() if line.startswith("| `objective`")]
-    assert '| `"bce"`, `"second"` |' in row
-    assert row.endswith("`bce`: Binary cross entropy. `second`: The second objective. |")
+    monkeypatch.setitem(OBJECTIVES, "second", Objective(second))  # type: ignore[arg-type]
+    lines = document().splitlines()
+    (row,) = [line for line in lines if line.startswith("| `objective`")]
+    assert '| `"bce"`, `"focal"`, `"second"` |' in row
+    assert "`bce`: Binary cross entropy." in row and row.endswith("`second`: The second objective. |")
+    (row,) = [line for line in lines if line.startswith("| `loss`")]
+    assert '| `""`, `"none"`, `"bce"`, `"focal"`, `"second"` |' in row
 
 
 def test_no_name_in_angle_brackets_is_html() -> None:

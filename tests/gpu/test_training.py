@@ -44,7 +44,7 @@ def test_two_ranks_train_on_a_gpu_each_as_one_does(check: Check, tmp_path: Path)
     log = small_log(check)
     files = [tmp_path / f"{ranks}.json" for ranks in (1, 2)]
     for ranks, out in enumerate(files, 1):
-        done = launched("tests.programs.preset_steps", str(log), str(out), "dare", ranks=ranks, timeout=200)
+        done = launched("tests.programs.preset_steps", str(out), f"dare@{log}", ranks=ranks, timeout=200)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     one, two = (json_losses(out) for out in files)
     assert one == pytest.approx(two, rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def write_log(
     splits: dict[str, list[Row]],
     layout: tuple[int, int] = (3, 6),
     rich: bool = False,
-    more: dict[str, int] | None = None,
+    more: Mapping[str, int | FeatureInfo] | None = None,
     **facts: Any,
 ) -> Path:
     """Write rows as a sequence log.
@@ -143,7 +144,9 @@ def write_log(
     Args:
         layout: rows a group and rows a file; more: further features; facts: of the manifest.
     """
-    extra = {name: FeatureInfo(rows=rows) for name, rows in (more or {}).items()}
+    extra = {
+        name: FeatureInfo(rows=rows) if isinstance(rows, int) else rows for name, rows in (more or {}).items()
+    }
     path.mkdir(parents=True)
     (path / "vocab").mkdir()
     manifest = manifest_of(rich, features={**(RICH if rich else INFOS), **extra}, **facts)

@@ -14,6 +14,7 @@ from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import Shape, random_rows, write_log
+from tests.helpers.presets import renamed
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
@@ -101,7 +102,7 @@ def preset(name: str, log: Path, *overrides: str) -> Config:
     dims = [
         f"groups.{group}.{key}" for group in load_config(path).groups for key in ("dim=8", "init_scale=0.7")
     ]
-    return load_config(path, [f"data.log={log}", *SMALL, *dims, *overrides])
+    return load_config(path, [f"data.log={log}", *SMALL, *dims, *renamed(name, log), *overrides])
 
 
 def model_of(config: Config) -> TwoStageModel:

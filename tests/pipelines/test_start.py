@@ -16,6 +16,7 @@ from launch.cli import main
 from tests.helpers.launching import ROOT, SETTINGS, overrides
 from tests.helpers.logs import Shape, enrich, random_rows, small_log, write_log
 from tests.helpers.models import batch_of, model_of, preset
+from tests.helpers.presets import renamed
 from trainer.assemble import resolve_groups
 from trainer.checkpoint.warm_start import unshard_run
 from trainer.config.sections import TrainConfig
@@ -219,7 +220,7 @@ def test_presets_have_no_settings_without_effect(log: Path) -> None:
     for name in sorted(path.stem for path in (ROOT / "configs").glob("*.toml")):
         if "extends" not in (ROOT / f"configs/{name}.toml").read_text():
             continue
-        config = load_config(ROOT / f"configs/{name}.toml", [f"data.log={log}"])
+        config = load_config(ROOT / f"configs/{name}.toml", [f"data.log={log}", *renamed(name, log)])
         clusters = ClusterInfo(chunk=9, cap=3) if config.data.clusters else None
         had = manifest.model_copy(update={"clusters": clusters})
         assert not remarks(config, had, resolve_groups(config, had)), name

@@ -52,12 +52,12 @@ def run(ranks: Ranks, log: Path, kind: str, *overrides: str) -> dict[str, Any]:
         with pipeline.paused():
             scores.append(score_split(sharded.model, validation, ranks.device).score[:, 0].tolist())
 
-    for _, loss in pipeline.train(train.steps(), repeat(EVERY)):
-        losses.append(float(loss))
+    for _, tally in pipeline.train(train.steps(), repeat(EVERY)):
+        losses.append(float(tally.total))
         if len(losses) % EVERY == 0:
             measure()
     stopped = pipeline.train(train.steps())
-    losses += [float(next(stopped)[1]) for _ in range(2)]
+    losses += [float(next(stopped)[1].total) for _ in range(2)]
     stopped.close()
     measure()
     kernels = {placed.table: placed.kernel for placed in sharded.placements}

@@ -51,8 +51,8 @@ def good_run(made: Job) -> dict[str, Any]:
     validation = open_split(made.config, "validation", feature_rows(made.sharded.groups), made.ranks)
     losses: list[float] = []
     scores, ahead = [], []
-    for _, loss in made.pipeline.train(made.reader.steps(), repeat(2)):
-        losses.append(float(loss))
+    for _, tally in made.pipeline.train(made.reader.steps(), repeat(2)):
+        losses.append(float(tally.total))
         if len(losses) % 2 == 0:
             ahead.append(made.pipeline.ahead)
             with made.pipeline.paused():

@@ -1,6 +1,6 @@
 """Run on every rank: some training steps of several presets in one process group; losses go to a file.
 
-torchrun --nproc-per-node N -m tests.programs.preset_steps LOG OUT.json PRESET...
+torchrun --nproc-per-node N -m tests.programs.preset_steps OUT.json PRESET@LOG...
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 
 from pipelines.start import open_split
 from tests.helpers.launching import ROOT
+from tests.helpers.presets import renamed
 from trainer.assemble import build_sharded, feature_rows
 from trainer.log.schema import read_manifest
 from trainer.loop.pipeline import Pipeline
@@ -37,15 +38,14 @@ def small_config(preset: str, log: Path) -> Config:
     path = ROOT / f"configs/{preset}.toml"
     groups = load_config(path).groups
     dims = [f"groups.{name}.{key}" for name in groups for key in ("dim=8", "init_scale=0.7", "eps=0.01")]
-    return load_config(path, [f"data.log={log}", *SMALL, *dims])
+    return load_config(path, [f"data.log={log}", *SMALL, *dims, *renamed(preset, log)])
 
 
 def main() -> None:
-    log, out, presets = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    manifest, found = read_manifest(log), {}
+    out, presets, found = Path(sys.argv[1]), [pair.split("@") for pair in sys.argv[2:]], {}
     with process_group(60) as ranks:
-        for preset in presets:
-            config = small_config(preset, log)
+        for preset, log in presets:
+            manifest, config = read_manifest(Path(log)), small_config(preset, Path(log))
             sharded = build_sharded(config, manifest, ranks)
             optimizer = make_optimizer(sharded.model, config.train)
             step = TrainStep(config, sharded.model, optimizer, ranks.world_size, Guard(ranks, out.parent))
@@ -53,11 +53,11 @@ def main() -> None:
             rows = feature_rows(sharded.groups)
             reader = open_split(config, "train", rows, ranks, seed=3)
             losses = []
-            for done, loss in pipeline.train(islice(reader.steps(), STEPS)):
-                losses.append(float(sum_over_ranks(loss)) / done.batch.step_candidates)
+            for done, tally in pipeline.train(islice(reader.steps(), STEPS)):
+                losses.append(float(sum_over_ranks(tally.total)) / done.batch.step_candidates)
             scored = score_split(sharded.model, open_split(config, "validation", rows, ranks), ranks.device)
             order = np.lexsort([scored.candidate, scored.request_id])
-            found[preset] = {"losses": losses, "scores": scored.score[order, 0].tolist()}
+            found[preset] = {"losses": losses, "scores": scored.score[order].tolist()}
         if ranks.rank == 0:
             out.write_text(json.dumps(found))
 

@@ -43,6 +43,14 @@ SMALL = [
 CONTEXT = ['groups.user.features=["city","segments"]', "groups.user.dim=4", 'model.roles.context="user"']
 # The head runs twice, for two tasks.
 SETS = ["groups.representation.sets=3", "model.attention_owner=buy"]
+# Gates that read a prior of candidates and of requests, over sets of which a task owns one.
+PRIOR = [
+    'groups.representation.sets="tasks"', 'groups.known.features=["item_id","band"]', "groups.known.dim=4",
+    'groups.user.features=["city"]', "groups.user.dim=4", 'model.roles.prior="known"',
+    'model.roles.prior_context="user"', "model.head=experts", "model.experts.hidden=[8]",
+    "model.experts.own=1", "model.experts.foreign=stopped", "model.mixer.kind=softmax",
+    "model.mixer.gate=prior",
+]  # fmt: skip
 # The first of two lookups needs only some of the log's features.
 FEW = ['groups.attention.features=["category_id","tags"]', 'model.attend=["tags"]']
 MODELS = {
@@ -50,6 +58,7 @@ MODELS = {
     "full": ["model.lookup=full"],
     "context, few features": [*CONTEXT, *FEW],
     "sets, attention of one task": SETS,
+    "sets of tasks, prior": PRIOR,
     "auxiliary, batch norm": [
         "model.lookup=full",
         "model.auxiliary=softmax",
@@ -75,8 +84,8 @@ class Job:
 
     def train(self, steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
         """Each step and the sum of its loss over ranks."""
-        for step, loss in self.pipeline.train(steps):
-            yield step, float(sum_over_ranks(loss))
+        for step, tally in self.pipeline.train(steps):
+            yield step, float(sum_over_ranks(tally.total))
 
     def digests(self) -> list[str]:
         """Of all weights, buffers and optimizer states that lie on each rank."""

@@ -21,14 +21,16 @@ from embeddings.errors import DataError
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import enrich, random_rows, write_log
 from tests.helpers.models import batch_of, model_of
+from tests.helpers.presets import PRESETS
 from tests.helpers.stand_in import CUDA, MixedDevices, OnDevice, StandIn, moved
 from tests.programs.preset_steps import SMALL, small_config
-from tests.trainer.test_presets import PRESETS, preset_log
+from tests.trainer.test_presets import preset_log
 from trainer.config.sections import DataConfig
 from trainer.data.batch import Clusters, RequestBatch
 from trainer.data.reader import Cursor, Step
 from trainer.loop.pipeline import Pipeline
 from trainer.model.union import most_kept
+from trainer.objectives.table import RANKINGS
 from trainer.quality.evaluate import _rows
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, load_config
@@ -44,7 +46,9 @@ RANKED_EXACTLY = {
 }
 # Kernels that forward pass, loss and backward pass start, look-ups in plain tables among them.
 LAUNCHES = {
+    "ame": 309,
     "best": 343,
+    "crocodile": 323,
     "dare": 223,
     "dare_paper": 293,
     "dare_pointwise": 223,
@@ -52,11 +56,20 @@ LAUNCHES = {
     "din": 163,
     "dpe": 204,
     "dsi_tin": 315,
+    "esmm": 283,
     "eta": 237,
+    "mmoe": 252,
+    "multi_embedding": 287,
+    "multi_embedding_twin": 639,
+    "pepnet": 291,
+    "ple": 348,
     "sdim": 158,
+    "shared_bottom": 240,
     "sim_hard": 236,
     "sim_soft": 325,
     "stacked_tin": 283,
+    "stem": 303,
+    "stem_twin": 591,
     "td_sasrec": 233,
     "tdpe": 236,
     "tin": 188,
@@ -214,6 +227,17 @@ def test_bags_of_several_ids_cost_one_wait(tmp_path: Path) -> None:
     assert not too_many(device.waits), device.waits
 
 
+@pytest.mark.parametrize("rank", RANKINGS)
+@pytest.mark.parametrize("pairs", ["step", "request"])
+def test_losses_of_several_tasks_wait_for_nothing(rank: str, pairs: str, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", {"train": enrich(random_rows(3), 3)}, rich=True)
+    tasks = [f"tasks.click.rank={rank}", f"tasks.click.pairs={pairs}", "tasks.buy.loss=focal"]
+    few = ['groups.attention.features=["item_id"]', 'groups.representation.features=["item_id"]']
+    config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, *tasks, *few])
+    _, device, _ = both(config)
+    assert not too_many(device.waits), device.waits
+
+
 @pytest.mark.parametrize("preset", ["dare", "din", "td_sasrec", "twin_v2"])
 def test_scores_of_an_evaluation_leave_the_device_by_one_wait_each(preset: str, log: Path) -> None:
     config = small_config(preset, log)
@@ -281,7 +305,7 @@ def test_the_plain_loop_trains_on_the_device_as_on_the_cpu(log: Path) -> None:
             step, whole, _ = made(config, device)
             loop = Pipeline("none", whole, step, device)  # type: ignore[arg-type]
             read = (Step(batch.pin_memory(), counted=True, after=Cursor()) for batch in batches)
-            losses = [plain(loss) for _, loss in loop.train(read)]
+            losses = [plain(tally.total) for _, tally in loop.train(read)]
         found.append((losses, [plain(weight).detach() for weight in whole.parameters()]))
         # The guard reads the answer of a step in the next one, and of the last step at the end.
         late = {"trainer/ranks/host_copy.py": len(batches)}

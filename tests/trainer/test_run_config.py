@@ -21,10 +21,11 @@ PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml") if "extends" in pa
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_load_and_resolve(preset: str) -> None:
     config = load_config(CONFIGS / f"{preset}.toml")
-    groups = build_groups(config, ROWS)
+    rows = {**ROWS, "domain_id": 4} if config.data.domain else ROWS
+    groups = build_groups(config, rows)
     named = set().union(*(branch.roles.used() for branch in config.model.all_branches().values()))
     assert named == set(groups)
-    assert all(group.features == list(ROWS) for group in groups.values())
+    assert all(group.features == list(rows) for group in groups.values())
     again = Config.model_validate(config.model_dump(mode="json"))
     assert again == config
 

@@ -15,7 +15,7 @@ the largest shard, not the table; of a table that is cut into columns, those sha
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +70,8 @@ class PlainManifest(Settings):
     rows: dict[str, int]
     config: dict[str, Any]
     files: dict[InnerPath, PlainFile]
+    tasks: tuple[str, ...] | None = None
+    """The tasks with towers, in the order of the head's rows; None: written before these were kept."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,13 @@ class Vocabulary:
 Vocabularies = Mapping[str, Vocabulary]
 
 
-def unshard(path: Path, out: Path, features: Vocabularies) -> PlainManifest:
+def unshard(path: Path, out: Path, features: Vocabularies, tasks: Sequence[str]) -> PlainManifest:
     """Write a verified checkpoint as plain tables; one process, no process group.
 
     Args:
         path: the checkpoint; out: must not exist.
         features: of the run's log, by the name that its tables have.
+        tasks: the run's tasks with towers, in their order.
 
     Raises:
         CheckpointError: `out` is there already or cannot be written.
@@ -115,14 +118,14 @@ def unshard(path: Path, out: Path, features: Vocabularies) -> PlainManifest:
     try:
         with scratch(out.absolute().parent, out.name) as part:
             (part / "tables").mkdir()
-            manifest = _write(path, part, features)
+            manifest = _write(path, part, features, tuple(tasks))
             publish(part, out.absolute())
     except OSError as error:
         raise CheckpointError(out, f"cannot be written: {error.strerror} ({error.filename})") from None
     return manifest
 
 
-def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
+def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...]) -> PlainManifest:
     state, reader = checkpoint_files.read_state(path), TableReader(path)
     tables = {}
     for weight in reader.names():
@@ -152,6 +155,7 @@ def _write(path: Path, part: Path, features: Vocabularies) -> PlainManifest:
         vocabularies={name: entry.info.vocabulary for name, entry in used.items()},
         rows={name: entry.info.rows for name, entry in used.items()},
         config=state["config"],
+        tasks=tasks,
         files={str(file.relative_to(part)): PlainFile(**entry_of(file)) for file in files},
     )
     SEAL.write(part, manifest.model_dump_json(indent=1))

@@ -25,8 +25,10 @@ from embeddings.lookup.sharding import table_of
 from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
 from trainer.checkpoint.compatible import log_fingerprint
+from trainer.checkpoint.dense_start import TaskHeads, fill_dense, tower_names
 from trainer.checkpoint.save_load import find_to_use
 from trainer.checkpoint.unsharded import PlainManifest, PlainTables, Vocabulary, open_plain_tables, unshard
+from trainer.config.tasks import resolve_tasks
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary import read_values
 from trainer.run_folder import RunFolder
@@ -60,7 +62,8 @@ def unshard_run(run: Path, out: Path) -> PlainManifest:
             found.path,
             f"was trained on another log than {config.data.log} is by now, so its rows have no names",
         )
-    return unshard(found.path, out, vocabularies(manifest, config.data.log / "vocab"))
+    tasks = tower_names(resolve_tasks(config.tasks, manifest.tasks))
+    return unshard(found.path, out, vocabularies(manifest, config.data.log / "vocab"), tasks)
 
 
 @contextmanager
@@ -97,13 +100,18 @@ def open_source(path: Path, scratch: Path) -> Iterator[PlainTables]:
 
 
 def fill(
-    tensors: Mapping[str, Any], source: PlainTables, log: Path, manifest: LogManifest, carry: bool
+    tensors: Mapping[str, Any],
+    source: PlainTables,
+    log: Path,
+    manifest: LogManifest,
+    heads: TaskHeads,
+    carry: bool,
 ) -> list[str]:
     """Put the source's weights into a model's tensors, this rank's shards of them.
 
     Args:
         tensors: the state dict of a new run (`model`, `optim`), filled in place.
-        source: whose weights; log, manifest: what the new run trains on.
+        source: whose weights; log, manifest: what the new run trains on; heads: of its tasks.
         carry: fill the rows' optimizer accumulators too.
 
     Returns:
@@ -116,8 +124,8 @@ def fill(
     model: Mapping[str, Any] = tensors["model"]
     tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
     _check_tables(model, source)
-    _fill_dense(model, source, set(tables.values()))
-    known, lines = vocabularies(manifest, log / "vocab"), []
+    dense = {name: weight for name, weight in model.items() if name not in set(tables.values())}
+    known, lines = vocabularies(manifest, log / "vocab"), fill_dense(dense, source, heads)
     if left := [table for table in source.manifest.tables if table not in tables]:
         lines.append(f"not taken over, since this model has no such tables: {', '.join(left)}")
     maps: dict[str, Tensor | None] = {}
@@ -142,7 +150,7 @@ def fill(
     return lines
 
 
-def check_source(model: nn.Module, path: Path) -> None:
+def check_source(model: nn.Module, heads: TaskHeads, path: Path) -> None:
     """Whether a model could start with weights from there, without reading all of them; one process.
 
     Raises:
@@ -154,7 +162,8 @@ def check_source(model: nn.Module, path: Path) -> None:
     source, weights = open_plain_tables(path), model.state_dict()
     _check_tables(weights, source)
     tables = {name for name in weights if table_of(name) in source.manifest.tables}
-    _fill_dense({name: torch.empty_like(w, device="meta") for name, w in weights.items()}, source, tables)
+    dense = {name: weight for name, weight in weights.items() if name not in tables}
+    fill_dense({name: torch.empty_like(w, device="meta") for name, w in dense.items()}, source, heads)
 
 
 def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
@@ -175,22 +184,6 @@ def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
             raise CheckpointError(
                 source.path, f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}"
             )
-
-
-def _fill_dense(model: Mapping[str, Any], source: PlainTables, tables: set[str]) -> None:
-    """Copy the dense weights, which all must be there in their shape."""
-    dense = source.dense()
-    for name, weight in model.items():
-        if name in tables:
-            continue
-        if name not in dense or dense[name].shape != weight.shape:
-            found = f"is {tuple(dense[name].shape)}" if name in dense else "is not there"
-            raise CheckpointError(
-                source.path,
-                f"dense weight {name} {found}, this model's is {tuple(weight.shape)}: the [model] section, "
-                "the groups' widths and the log's features must be those it was trained with",
-            )
-        weight.copy_(dense[name])
 
 
 def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor | None, rows: int) -> None:

@@ -142,7 +142,7 @@ class TrainConfig(Settings):
     """Training stops after this number of steps. 0 means no limit. Schedules run to whichever end comes
     first, this one or that of the last epoch."""
     objective: str = "bce"
-    """What is trained."""
+    """The loss of each candidate, for tasks that name none."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """The optimizer of the dense weights."""
     learning_rate: float = Field(1e-3, gt=0)

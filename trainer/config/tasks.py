@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -27,16 +27,18 @@ class TaskConfig(Settings):
     names was not observed, the task is not observed: such a candidate has no part in its loss and its
     metrics. It compares labels with numbers, and has `and`, `or`, `not` and parentheses. Empty means no
     condition."""
-    loss: str = "bce"
-    """The objective of single candidates, `bce` or `focal`. `none` means that the task is not trained by
+    loss: str = ""
+    """The loss of each candidate. Empty means train.objective. `none` means that the task is not trained by
     itself, but only as a part of a `product`."""
+    gamma: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """With `loss = "focal"`, how much less a candidate counts that the model is sure of. Not set means 2."""
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     """The factor of the task's loss in the total."""
     mean: Literal["step", "domain"] = "step"
     """How the losses of candidates become one: `step` is their mean over all observed candidates of a step,
     `domain` is the sum over domains of the means of each domain (Crocodile), see data.domain."""
     rank: str = "none"
-    """A ranking loss beside `loss`: `pair`, `list`, `listce` or `jrc`. `none` means none."""
+    """A loss beside `loss` that compares candidates. `none` means none."""
     bce_weight: float = Field(0.5, ge=0, le=1)
     """With `rank`, the share of `loss`. The ranking loss has the rest."""
     pairs: Literal["step", "request", "domain"] = "step"
@@ -59,14 +61,14 @@ class TaskConfig(Settings):
     def _check_together(self) -> TaskConfig:
         if self.product and self.tower is not None:
             raise ValueError("a task with a product has no tower: leave tower out")
-        if self.product and self.rank == "jrc":
-            raise ValueError(
-                'rank = "jrc" trains two logits of a tower, and a product has none: use another rank'
-            )
         if len(self.product) == 1:
             raise ValueError("a product needs two tasks or more")
         if self.loss == "none" and self.rank != "none":
             raise ValueError(f'rank = "{self.rank}" is trained beside a loss: set loss = "bce"')
+        if self.rank == "none" and (self.pairs, self.bce_weight) != ("step", 0.5):
+            raise ValueError(
+                'pairs and bce_weight belong to a ranking loss: set rank = "pair", or leave them out'
+            )
         return self
 
 
@@ -78,6 +80,7 @@ class Task:
         name: of the task; label: of the log; settings: as they were given, or the defaults.
         weight: of its loss in the total. Without a section [tasks] that is 1 / T.
         mask: the compiled `settings.mask`, None where that is empty.
+        partial: not every candidate is observed, for its label is not there or its mask is not true.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Task:
     settings: TaskConfig
     weight: float
     mask: LabelMask | None = None
+    partial: bool = False
 
     @property
     def has_tower(self) -> bool:
@@ -97,18 +101,22 @@ class Task:
         return tuple(dict.fromkeys((self.label, *(self.mask.labels if self.mask else ()))))
 
 
-def resolve_tasks(configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> tuple[Task, ...]:
+def resolve_tasks(
+    configs: Mapping[str, TaskConfig], labels: Sequence[str], partial: Collection[str] = ()
+) -> tuple[Task, ...]:
     """The tasks of a run, in the order of the config, or of the log where the config has none.
 
     Args:
         configs: the section [tasks]; labels: those that the log has.
+        partial: of these, those that only a part of the candidates has. It matters to training alone.
 
     Raises:
         ConfigError: a task or its mask names a label that the log does not have, or a product names no task
             with a tower.
     """
     if not configs:
-        return tuple(Task(label, label, TaskConfig(), 1 / len(labels)) for label in labels)
+        weight = 1 / max(1, len(labels))
+        return tuple(Task(label, label, TaskConfig(), weight, partial=label in partial) for label in labels)
     tasks = []
     for name, settings in configs.items():
         label = settings.label or name
@@ -118,7 +126,8 @@ def resolve_tasks(configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> t
         mask = LabelMask.parse(settings.mask) if settings.mask else None
         if mask is not None and (problem := mask.unknown(labels)):
             raise ConfigError(f"tasks.{name}.mask = {settings.mask!r}: {problem}")
-        tasks.append(Task(name, label, settings, settings.weight, mask))
+        in_part = mask is not None or label in partial
+        tasks.append(Task(name, label, settings, settings.weight, mask, in_part))
     towers = [task.name for task in tasks if task.has_tower]
     for task in tasks:
         for part in task.settings.product:

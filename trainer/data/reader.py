@@ -61,6 +61,7 @@ class Step(Movable):
         after: the cursor once the step is done.
         last: it is the last one of its epoch.
         sources: the row groups that the batch came from.
+        shares: candidates of each rank, 0 where its part does not count; empty where there is one rank.
     """
 
     batch: RequestBatch
@@ -68,6 +69,7 @@ class Step(Movable):
     after: Cursor
     last: bool = False
     sources: tuple[RowGroup, ...] = ()
+    shares: tuple[int, ...] = ()
 
     # TorchRec's pipelines read the ids of a later step from what they carry, by the names of the attributes
     # that the model's forward pass reads them from.
@@ -166,13 +168,15 @@ class SequenceLogReader:
                 costs, owners = [block.cost for block in blocks], [block.owner for block in blocks]
                 ranks = deal(costs, self.world_size, owners)
                 mine = [block for block, rank in zip(blocks, ranks, strict=True) if rank == self.rank]
-                total = sum([block.candidates for block in blocks])
+                shares = [0] * self.world_size
+                for block, rank in zip(blocks, ranks, strict=True):
+                    shares[rank] += block.candidates
                 used = mine or blocks[:1]
-                batch = collate(used, self.config, self.columns, total)
+                batch = collate(used, self.config, self.columns, sum(shares))
                 if self._prepare is not None:
                     batch = self._prepare(batch)
                 sources = tuple({block.rows.place: None for block in used})
-                yield Step(batch, bool(mine), after, last, sources)
+                yield Step(batch, bool(mine), after, last, sources, tuple(shares))
 
     def _global_steps(
         self, cursor: Cursor, pool: Executor | None

@@ -21,6 +21,7 @@ from trainer.loop.early_stopping import Best, changed_watch, watched
 from trainer.loop.interrupts import Interrupts
 from trainer.loop.pipeline import Pipeline, remark_on
 from trainer.loop.progress import Progress
+from trainer.objectives.step_loss import Tally
 from trainer.quality.domains import SplitMetrics
 from trainer.quality.evaluate import score_split, shared_metrics
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
@@ -145,10 +146,10 @@ class Trainer:
             closing(self.pipeline.train(islice(steps, left), stretches)) as trained,
         ):
             self._set_rates()
-            for step, loss in trained:
+            for step, tally in trained:
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
                 self.at.candidates += step.batch.step_candidates
-                self.meter.add(loss, step.batch.step_candidates)
+                self.meter.add(tally, step.batch.step_candidates)
                 if self.at.step % config.log_every == 0:
                     self._report()
                 if every and self.at.step % every == 0:
@@ -210,12 +211,13 @@ class Trainer:
         self.pipeline.settle()
         wall, cpu = meter.take_time()
         self.at.wall_s, self.at.cpu_s = self.at.wall_s + wall, self.at.cpu_s + cpu
-        mean = float(sum_over_ranks(meter.loss)) / meter.candidates
+        losses = self.step.losses.report(*meter.sums())
         rate = meter.candidates / max(wall, 1e-9)
-        values = {"loss": mean, "samples": self.at.candidates, "samples_per_s": rate}
         dense, tables = self._rate_factors()
-        self.log.write(self.at.step, "train", {**values, "rate_factor": dense, "table_rate_factor": tables})
-        text = f"step {self.at.step}  loss {mean:.4f}  {rate:,.0f} samples/s"
+        speed = {"samples": self.at.candidates, "samples_per_s": rate}
+        rates = {"rate_factor": dense, "table_rate_factor": tables}
+        self.log.write(self.at.step, "train", {**losses, **speed, **rates})
+        text = f"step {self.at.step}  loss {losses['loss']:.4f}  {rate:,.0f} samples/s"
         self.bar.show(self._progress(), text, last=self._progress() >= 1)
         meter.restart()
 
@@ -337,21 +339,28 @@ class _Meter:
     """What was trained since the last report.
 
     Attributes:
-        loss: sum over this rank's candidates; candidates: of all ranks.
+        candidates: of all ranks.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device)
+        self._device, self._sums = device, list[torch.Tensor]()
         self.candidates = 0
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
-    def add(self, loss: torch.Tensor, candidates: int) -> None:
-        self.loss += loss
+    def add(self, tally: Tally, candidates: int) -> None:
+        if self._sums:
+            self._sums = [self._sums[0] + tally.values, self._sums[1] + tally.counts]
+        else:
+            self._sums = [tally.values, tally.counts]
         self.candidates += candidates
 
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and counts of the tallies of all steps and ranks; collective."""
+        values, counts = (sum_over_ranks(part.to(self._device)) for part in self._sums)
+        return values, counts
+
     def restart(self) -> None:
-        self.loss.zero_()
-        self.candidates = 0
+        self._sums, self.candidates = [], 0
 
     def take_time(self) -> tuple[float, float]:
         """Wall and CPU seconds of this process since the last call."""

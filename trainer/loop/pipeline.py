@@ -26,11 +26,12 @@ from embeddings.errors import ConfigError, RankError
 from embeddings.lookup.caches import fills_caches, forget_prefetched, unlocked
 from embeddings.private import detach
 from trainer.data.reader import Step
+from trainer.objectives.step_loss import Tally
 from trainer.ranks.process_group import tells_of_a_lost_rank
 from trainer.update.step import TrainStep
 
-# A step that has been trained, and this rank's part of its loss' sum.
-TrainedStep = tuple[Step, Tensor]
+# A step that has been trained, and what it adds to the report on this rank.
+TrainedStep = tuple[Step, Tally]
 Forward = Callable[[Step], tuple[Tensor, TrainedStep]]
 
 
@@ -160,8 +161,8 @@ class Pipeline:
             self._inner.attach(sparse_dist=False)
 
     def _forward(self, step: Step) -> tuple[Tensor, TrainedStep]:
-        loss, counted = self._step.forward(step)
-        return loss, (step, counted)
+        loss, tally = self._step.forward(step)
+        return loss, (step, tally)
 
 
 def _read(steps: Iterator[Step]) -> Iterator[Step]:

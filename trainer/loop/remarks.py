@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from embeddings.groups import TableGroup
 from trainer.config.model import CONTEXT_ROLES
+from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import Settings
 from trainer.log.schema import LogManifest
 from trainer.model.settings import CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
@@ -50,7 +51,7 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
         lines.append(
             "not used: the log's clusters of behaviors; data.clusters and model.clusters search them"
         )
-    lines += _splits(config, manifest)
+    lines += [*_of_tasks(config, manifest), *_splits(config, manifest)]
     if left := [*_of_model(config.model), *_of_rest(config)]:
         lines.append(f"no effect in this configuration: {'; '.join(left)}")
     return lines
@@ -70,6 +71,23 @@ def _one_sided(config: Config, manifest: LogManifest) -> list[str]:
         for feature in config.groups[name].features or manifest.features
         if feature in manifest.features and sides == {_OTHER.get(manifest.features[feature].side)}
     ]
+
+
+def _of_tasks(config: Config, manifest: LogManifest) -> Iterable[str]:
+    """Labels that no task looks at, and tasks that training cannot observe."""
+    tasks = resolve_tasks(config.tasks, manifest.tasks)
+    used = {label for task in tasks for label in task.labels}
+    if left := [label for label in manifest.tasks if label not in used]:
+        yield f"not used: {_counted(left, 'label')} of the log; a section [tasks.{left[0]}] makes it a task"
+    # Of logs that were made before labels could be missing, nothing is counted.
+    found = manifest.splits["train"].labels if "train" in manifest.splits else {}
+    never = {label for label, counts in found.items() if not counts.observed}
+    for task in tasks:
+        if missing := [label for label in task.labels if label in never]:
+            yield (
+                f"task {task.name} is not trained: no candidate of the training split has the label "
+                f"{' or '.join(missing)}"
+            )
 
 
 def _splits(config: Config, manifest: LogManifest) -> Iterable[str]:

@@ -64,8 +64,8 @@ class Branch(nn.Module):
 
     Attributes:
         sequence: the model of the one set; with named sets there are `sequences.<SET>` instead.
-        widths: set -> D, in the order in which vectors lie side by side; shared_sets: those that no task and
-            no domain owns.
+        widths: set -> D, in the order in which vectors lie side by side; owners: set -> who trains it;
+            shared_sets: those that no task and no domain owns.
         scorer, search: None where the sequence model works on windows; cross: None without cross features.
         columns: the attended columns of the attention vectors; None = all.
     """
@@ -84,7 +84,8 @@ class Branch(nn.Module):
         else:
             self.sequences = nn.ModuleDict(models)
         self.widths = {name: of_set.representation.width for name, of_set in of_sets.items()}
-        self.shared_sets = [each.name for each in sets if each.owner == "shared"]
+        self.owners = {each.name: each.owner for each in sets}
+        self.shared_sets = [name for name, owner in self.owners.items() if owner == "shared"]
         self.scorer: Scorer | None = None
         self.search: Search | None = None
         if settings.searches:

@@ -24,8 +24,9 @@ from trainer.config.tasks import Task
 from trainer.data.batch import RequestBatch
 from trainer.model.border import Lookups
 from trainer.model.branch import Branch, Reading, at_least_one_row
-from trainer.model.heads.head import HeadInput, HeadSizes
+from trainer.model.heads.head import HeadInput, HeadOutput, HeadSizes
 from trainer.model.heads.owned import OwnedAttention
+from trainer.model.heads.products import with_products
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.search import Retrieval
 from trainer.model.settings import ModelConfig
@@ -219,6 +220,7 @@ class TwoStageModel(nn.Module):
         numbers: int = 0,
     ) -> None:
         super().__init__()
+        self.tasks, self.domains = tuple(tasks), dimensions.domains
         self.config, self.numbers, groups, roles = config, numbers, dimensions.groups, config.roles
         self.collections = nn.ModuleDict(collections)
         self.lookups = Lookups(groups)
@@ -266,10 +268,12 @@ class TwoStageModel(nn.Module):
             output = self.owned([self.head(pooled.given[run]) for run in range(len(self.owned.runs))])
         else:
             output = self.head(pooled.given[0])
+        output = with_products(output, self.tasks)
         auxiliary = None
         if self.auxiliary is not None and self.training:
             main = pooled.of_branch["main"]
-            auxiliary = self.auxiliary(main.branch, main.behaviors, self.owned.live("main"))
+            of_towers = self.auxiliary(main.branch, main.behaviors, self.owned.live("main"))
+            auxiliary = with_products(HeadOutput(of_towers), self.tasks).logits
         return Prediction(output.logits, auxiliary, output.base, output.experts)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What an objective is, and the losses of a batch by one.
+"""What a loss of single candidates is, and what all losses share.
 
 A label that is NaN was not observed: its candidate has no loss, no gradient and no part in the count of that
 task.
@@ -6,57 +6,64 @@ task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Logits [C, T], labels [C, T] and weights [C, T] or [C, 1] -> weighted losses [X, T] to add up by task.
-
-There is one row a candidate where an objective looks at candidates one by one. Where a label was not
-observed, an objective is given the label 0 with the weight 0.
-"""
+GAMMA = 2.0
 
 
 @dataclass(frozen=True)
-class Losses:
-    """The losses of one rank's part of a step.
+class Points:
+    """Candidates one by one, and the labels of T tasks.
 
     Attributes:
-        terms_XT: of an objective; labels_CT: NaN where not observed.
+        logits: [C, T]; labels: [C, T], 0 where not observed.
+        weight: [C, T] or [C, 1], 0 where not observed.
+        gamma: of an objective that has it.
+        sums: [X, S, T], what `Objective.sums` asked for, added up over the candidates of all ranks; X is 1,
+            or C where each domain has sums of its own. None where nothing was asked for.
     """
 
-    terms_XT: Tensor
-    labels_CT: Tensor
-
-    def total(self) -> Tensor:
-        """The mean over tasks of their sums, scalar."""
-        return self.terms_XT.sum() / self.terms_XT.shape[1]
-
-    def sums(self, tasks: Sequence[str]) -> dict[str, Tensor]:
-        """Task -> the sum of its losses, scalar."""
-        return dict(zip(tasks, self.terms_XT.sum(0).unbind(), strict=True))
-
-    def counts(self, tasks: Sequence[str]) -> dict[str, Tensor]:
-        """Task -> how many candidates have a label, scalar."""
-        return dict(zip(tasks, (~self.labels_CT.isnan()).sum(0).unbind(), strict=True))
+    logits: Tensor
+    labels: Tensor
+    weight: Tensor
+    gamma: float = GAMMA
+    sums: Tensor | None = None
 
 
-def losses_of(
-    objective: Objective, logits_CT: Tensor, labels_CT: Tensor, weight_C: Tensor, labelled: bool = False
-) -> Losses:
-    """The losses of a batch, in the order of its tasks.
+@dataclass(frozen=True)
+class Objective:
+    """A loss that looks at candidates one by one.
 
-    Args:
-        labelled: no label is NaN, as the host knows of most batches; then the device need not look.
+    Attributes:
+        losses: points -> their losses [C, T], times their weights; 0 where a weight is 0. The gradients of
+            all ranks add up to the gradient of the sum over all ranks.
+        sums: points -> [C, S, T], numbers that `losses` needs added up over all candidates, without gradient.
+        gamma: it reads tasks.NAME.gamma.
     """
-    labels, weight = labels_CT, weight_C[:, None]
-    if not labelled:
-        weight = weight * ~labels.isnan()
-        labels = labels.nan_to_num(0.0, torch.inf, -torch.inf)
-    return Losses(objective(logits_CT, labels, weight), labels_CT)
+
+    losses: Callable[[Points], Tensor]
+    sums: Callable[[Points], Tensor] | None = None
+    gamma: bool = False
+
+
+def observed(labels_CT: Tensor, weight_CT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> labels and weights, 0 where a label is not observed, and where it is, bool; all [C, T].
+
+    What else is not finite stays: the check of a step would not see it otherwise.
+    """
+    known = ~labels_CT.isnan()
+    return labels_CT.nan_to_num(0.0, torch.inf, -torch.inf), weight_CT * known, known
+
+
+def by_group(numbers: Tensor, group_C: Tensor | None, groups: int) -> Tensor:
+    """Add up numbers [C, ...] by group -> [groups, ...]; all are of one group where `group_C` is None."""
+    if group_C is None:
+        return numbers.sum(0, keepdim=True)
+    return numbers.new_zeros(groups, *numbers.shape[1:]).index_add(0, group_C, numbers)
 
 
 def rank_loss(total: Tensor, step_candidates: int, world_size: int, counted: bool) -> Tensor:

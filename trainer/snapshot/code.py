@@ -13,7 +13,8 @@ from embeddings.errors import SnapshotError
 from embeddings.private import compile_package
 from trainer.model.branch import Branch
 from trainer.model.frame import TwoStageModel
-from trainer.model.heads.head import Head, HeadInput, HeadOutput
+from trainer.model.heads.head import HeadInput, HeadOutput
+from trainer.model.heads.products import with_products
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.score import AttentionVectors
 from trainer.model.time import Marks
@@ -27,13 +28,13 @@ _ALLOWED_DIFFERENCE = 1e-6
 
 
 class _Probabilities(nn.Module):
-    def __init__(self, head: Head) -> None:
+    def __init__(self, model: TwoStageModel) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.tasks = model.head, model.tasks
 
     def forward(self, parts_CW: Tensor) -> Tensor:
         output: HeadOutput = self.head(HeadInput({"": [parts_CW]}, []))
-        return output.logits.sigmoid()
+        return with_products(output, self.tasks).logits.sigmoid()
 
 
 class _Ranking(nn.Module):
@@ -46,7 +47,7 @@ class _Ranking(nn.Module):
         super().__init__()
         branch = model.branches["main"]
         assert isinstance(branch, Branch)
-        self.branch, self.head = branch, model.head
+        self.branch, self.head, self.tasks = branch, model.head, model.tasks
 
     def forward(
         self,
@@ -70,7 +71,7 @@ class _Ranking(nn.Module):
         behaviors = Behaviors(windows, raw, encoded, selection, False, target_CD, value_SD, place_CK)
         sets = branch.read(behaviors, branch.weigh(behaviors))
         output: HeadOutput = self.head(HeadInput(sets, []))
-        return output.logits.sigmoid()
+        return with_products(output, self.tasks).logits.sigmoid()
 
 
 def check_compiler(root: Path) -> None:
@@ -101,7 +102,7 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
             problem = f'--aoti compiles head = "mlp"; head = "{model.config.head}" {obstacle}'
             raise SnapshotError(folder, problem)
         width = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear)).in_features
-        path, module = "code/head.pt2", _Probabilities(model.head).eval()
+        path, module = "code/head.pt2", _Probabilities(model).eval()
         given = (torch.randn(7, width, generator=torch.Generator().manual_seed(0)),)
         expected = module(*given)
         describes = f"head and sigmoid: parts {_shape(given[0])} -> probabilities [candidates, tasks]"
@@ -132,6 +133,9 @@ def _is_one_branch(model: TwoStageModel) -> bool:
         return False
     roles = config.roles
     others = config.branches or roles.cross or model.numbers or model.of_requests or roles.prior
+    of_domains = any(owner.startswith("domain:") for owner in branch.owners.values())
+    if of_domains or config.head_kind.reads_domain(config):
+        return False
     return not (others or config.clusters or config.level or config.time_group)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -19,8 +20,9 @@ from trainer.config.sections import TrainConfig
 from trainer.data.reader import Step
 from trainer.model.border import Cut
 from trainer.model.frame import TwoStageModel
-from trainer.objectives.losses import losses_of, rank_loss
-from trainer.objectives.table import objective_of
+from trainer.objectives.covariance import covariance_of
+from trainer.objectives.losses import rank_loss
+from trainer.objectives.step_loss import StepLoss, Tally
 from trainer.run_config import Config
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
 from trainer.update.rules.summed import Summed
@@ -119,6 +121,7 @@ class TrainStep:
             measuring what these cost. One that reads late needs the fused dense optimizer.
 
     Attributes:
+        losses: what the step trains by.
         number: of the newest step, for messages; a run that goes on sets it.
     """
 
@@ -140,8 +143,20 @@ class TrainStep:
         norms = [module for module in shell.modules() if isinstance(module, BatchNorm)]
         self._statistics = [buffer for module in norms for buffer in module.buffers()]
         self._statistics_before: list[Tensor] = []
-        self._objective, self._rule = objective_of(config.train.objective), Summed()
-        self.number = 0
+        rank = dist.get_rank() if world_size > 1 else 0
+        self.losses = StepLoss(
+            shell.tasks,
+            config.train.objective,
+            shell.domains,
+            covariance_of(config.model),
+            world_size,
+            rank,
+        )
+        # Weights that only one task reaches.
+        towers = [task.name for task in shell.tasks if task.has_tower]
+        self._own = {name: shell.head.own_parameters(name) for name in towers}
+        self._silent: Collection[str] = ()
+        self._rule, self.number = Summed(), 0
         self._step: Step | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
@@ -154,9 +169,9 @@ class TrainStep:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
-    def forward(self, step: Step) -> tuple[Tensor, Tensor]:
-        """-> what to call backward on, and this rank's part of the main loss' sum (0 where the batch does not
-        count), both scalar. The step is on the device."""
+    def forward(self, step: Step) -> tuple[Tensor, Tally]:
+        """-> what to call backward on, scalar, and what the step adds to the report. The step is on the
+        device."""
         self._step, self.number, batch = step, self.number + 1, step.batch
         bf16 = self._config.precision == "bf16"
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=bf16), ExitStack() as opened:
@@ -164,19 +179,10 @@ class TrainStep:
                 self._statistics_before = [buffer.clone() for buffer in self._statistics]
                 self._cuts = opened.enter_context(self._lookups.cut())
             prediction = self._model(batch)
-
-        def loss(logits: Tensor) -> Tensor:
-            labelled = batch.host_sizes.labelled
-            return self._rule.loss(
-                losses_of(self._objective, logits.float(), batch.labels, batch.weight, labelled)
-            )
-
-        trained = total = loss(prediction.logits)
-        if prediction.auxiliary is not None:
-            trained = total + self._auxiliary_weight * loss(prediction.auxiliary)
+        losses = self.losses.of(step, prediction, self._auxiliary_weight)
+        trained, self._silent = self._rule.loss(losses), losses.silent
         self._loss = trained.detach()
-        counted = total.detach() if step.counted else torch.zeros_like(total)
-        return rank_loss(trained, batch.step_candidates, self._world_size, step.counted), counted
+        return rank_loss(trained, batch.step_candidates, self._world_size, step.counted), losses.tally
 
     def step(self) -> None:
         """Update all weights, or none.
@@ -192,6 +198,10 @@ class TrainStep:
             if cuts:
                 with record_function("## tables ##"):
                     torch.autograd.backward([cut.inside for cut in cuts], gradients)
+        for task in self._silent:
+            # A gradient of zero would not do: Adam moves on by what it remembers.
+            for weight in self._own[task]:
+                weight.grad = None
         with record_function("## optimizer ##"):
             self._optimizer.step()
 

@@ -20,8 +20,10 @@ from tests.helpers.logs import FEATURES, small_log
 from tests.helpers.tables import whole_tensor
 from tests.trainer.test_ranks import parameters
 from trainer.assemble import build_sharded
+from trainer.checkpoint.dense_start import TaskHeads
 from trainer.checkpoint.unsharded import open_plain_tables
 from trainer.checkpoint.warm_start import fill, open_source, unshard_run
+from trainer.config.tasks import resolve_tasks
 from trainer.log.schema import read_manifest
 from trainer.log.writer import write_manifest
 from trainer.ranks.process_group import Ranks, process_group
@@ -84,7 +86,8 @@ def filled(
     optimizer = make_optimizer(sharded.model, config.train)
     tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
     with open_source(source, source.parent / "scratch.tmp") as tables:
-        lines = fill(tensors, tables, config.data.log, manifest, carry)
+        heads = TaskHeads.of(config.model, resolve_tasks(config.tasks, manifest.tasks))
+        lines = fill(tensors, tables, config.data.log, manifest, heads, carry)
     assert not (source.parent / "scratch.tmp").exists()
     state = tensors["optim"]["state"][STATE.split(".state.", 1)[1].rsplit(f".{TABLE}.m", 1)[0]]
     accumulator = state[f"{TABLE}.momentum1"].local_shards()[0].tensor

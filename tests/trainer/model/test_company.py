@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.helpers.model_references import search_reference
 from tests.helpers.models import BEHAVIORS, GROUPS, MARK_ROWS, draw, drawing, drawn_windows
+from tests.helpers.presets import PRESETS, of_tasks
 from tests.programs.preset_steps import small_config
 from tests.trainer.model.retrieve.test_search import walk
 from tests.trainer.serving.test_scorer import clustered
-from tests.trainer.test_presets import PRESETS, model_of
+from tests.trainer.test_presets import model_of
 from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.model.frame import TwoStageModel
@@ -85,7 +86,7 @@ def clustered_log(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clustered(tmp_path_factory.mktemp("clustered") / "log", rows)
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, "twin_v2"])
+@pytest.mark.parametrize("preset", [preset for preset in (*PRESETS, "twin_v2") if not of_tasks(preset)])
 def test_copies_are_kept_alike_alone_in_company_and_by_a_server(
     preset: str, log: Path, request: pytest.FixtureRequest
 ) -> None:

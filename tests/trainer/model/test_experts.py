@@ -198,3 +198,29 @@ def test_every_set_must_suit_the_sequence_model(log: Path) -> None:
     sasrec = {"sequence": "sasrec", "time_group": "category_id", "heads": 3}
     with pytest.raises(ConfigError, match="heads = 3 does not divide the representation's width 16"):
         model_with(log, {"a": {"dim": 12}, "b": {}}, **sasrec)
+
+
+def test_with_a_mean_of_experts_the_order_of_sets_changes_no_prediction(log: Path) -> None:
+    """Of the whole model; experts lie in the order of their sets."""
+    order = {"c": 2, "a": 0, "b": 1}
+    one, batch = model_with(log, {"a": {}, "b": {}, "c": {}}, head="experts", hidden=[8])
+    other, _ = model_with(log, {name: {} for name in order}, head="experts", hidden=[8])
+    given = dict(one.named_parameters())
+    with torch.no_grad():
+        for number, norm in enumerate(
+            given[f"head.layers.0.banks.shared.48.norms.{n}.weight"] for n in range(3)
+        ):
+            norm.fill_(number + 0.5)
+        for key, parameter in other.named_parameters():
+            moved = given[key]
+            if ".norms." in key:
+                place = int(key.split(".norms.")[1][0])
+                moved = given[key.replace(f".norms.{place}.", f".norms.{[*order.values()][place]}.")]
+            elif ".banks." in key:
+                moved = moved[list(order.values())]
+            parameter.copy_(moved)
+    assert torch.allclose(other(batch).logits, one(batch).logits, atol=1e-6)
+    assert one(batch).logits.std() > 1e-3
+    with torch.no_grad():
+        given["head.layers.0.banks.shared.48.layers.0.weight"][0] *= 2
+    assert not torch.allclose(other(batch).logits, one(batch).logits, atol=1e-4)

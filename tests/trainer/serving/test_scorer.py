@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from embeddings.errors import ConfigError
-from tests.helpers.launching import ROOT
 from tests.helpers.logs import Row, Shape, enrich, random_rows, write_log
 from tests.helpers.models import GROUPS, MARK_ROWS, draw, drawing, drawn_vectors, drawn_windows, preset
+from tests.helpers.presets import PRESETS
 from tests.helpers.serving import bodies, model_body, reference, rows_of, snapshot_of, stream
 from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import ClusterInfo, cluster_history
@@ -36,11 +36,6 @@ from trainer.serving.request import Limits, Request
 from trainer.serving.scorer import Scorer as Serving
 from trainer.serving.window_search import _score, per_window
 
-PRESETS = sorted(
-    path.stem
-    for path in (ROOT / "configs").glob("*.toml")
-    if "extends" in path.read_text() and path.stem != "twin_v2"
-)
 TAXONOMY = {"department_id": 3, "type_id": 9}
 
 

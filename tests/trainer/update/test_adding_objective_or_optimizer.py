@@ -13,6 +13,7 @@ from embeddings.optimizers import ROW_OPTIMIZERS
 from tests.embeddings.test_optimizers import check_record
 from tests.helpers.launching import SETTINGS, losses, overrides
 from tests.helpers.logs import small_log
+from trainer.objectives.losses import Objective
 from trainer.objectives.table import OBJECTIVES
 from trainer.run_config import load_config
 
@@ -51,12 +52,13 @@ def test_an_objective_is_one_file_and_one_line(
 ) -> None:
     heading = "Adding an objective"
     (line,) = re.findall(r"The line in the table is `(.*?),?`", section(heading))
-    (entry,) = eval(f"{{{line}}}", code(heading)).items()
+    (entry,) = eval(f"{{{line}}}", {**code(heading), "Objective": Objective}).items()
     monkeypatch.setitem(OBJECTIVES, *entry)
     plain = losses_of_run(log, tmp_path / "plain")
-    focal = losses_of_run(log, tmp_path / "focal", **{"train.objective": "focal"})
-    # The same logits at first: every candidate of the focal loss counts less.
-    assert len(focal) == len(plain) == 3 and 0 < focal[0] < plain[0]
+    brier = losses_of_run(log, tmp_path / "brier", **{"train.objective": "brier"})
+    of_task = losses_of_run(log, tmp_path / "task", **{"tasks.click.loss": "brier"})
+    # The same logits at first: an error of d costs d^2, and by the cross entropy -log(1 - d).
+    assert len(brier) == len(plain) == 3 and 0 < brier[0] < plain[0] and of_task == brier
 
 
 def test_a_row_optimizer_is_one_record(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

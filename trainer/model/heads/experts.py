@@ -171,13 +171,9 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
         for section in ("mixer", "towers"):
             if getattr(model, section).per == "domain":
                 yield f'model.{section}.per = "domain" needs data.domain, the feature that says the domain'
-        if any(owner.startswith("domain:") for owner in owners):
-            yield "a set of a domain needs data.domain, the feature that says the domain of a candidate"
     for name, owner, _ in sets:
         if owner.startswith("task:") and not experts.own:
             yield f"set {name!r} belongs to {owner}, but tasks have no experts: set model.experts.own"
-        if owner.startswith("domain:") and sizes.domains and int(owner[7:]) >= sizes.domains:
-            yield f"set {name!r} belongs to {owner}, but domains are 0 to {sizes.domains - 1}"
     without = [task.name for task in sizes.tasks if f"task:{task.name}" not in owners]
     every_domain = sizes.domains and {f"domain:{number}" for number in range(sizes.domains)} <= set(owners)
     if SHARED not in owners and ((without and not every_domain) or experts.layers > 1):

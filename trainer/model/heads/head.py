@@ -88,6 +88,18 @@ class HeadOutput(NamedTuple):
         return cls(output[:, :tasks], output[:, tasks:])
 
 
+class TaskWeights(NamedTuple):
+    """Which weights of a head belong to tasks; those of a module `task_<name>` belong to that task anyway.
+
+    Attributes:
+        rows: names of weights with a row for each task, or with as many for the logits and then for the base.
+        mixing: parts of names of weights whose meaning depends on what other tasks there are.
+    """
+
+    rows: tuple[str, ...] = ()
+    mixing: tuple[str, ...] = ()
+
+
 class Head(nn.Module):
     """Maps what the branches give to logits, and says what must be known of it.
 
@@ -112,6 +124,13 @@ class Head(nn.Module):
         """What is wrong with a model that has this head; empty if nothing is."""
         return ""
 
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """The weights that no loss but this task's reaches: its tower, its gates and the experts of its own.
+
+        In a step in which nobody observed the task they stay as they are. None unless the head says so.
+        """
+        return []
+
     @classmethod
     def reads_prior(cls, model: Any) -> bool:
         """Whether this head looks at `HeadInput.prior`."""
@@ -122,12 +141,13 @@ class Head(nn.Module):
         """Whether settings have it look at `HeadInput.domain`, besides for sets that domains own."""
         return False
 
+    @classmethod
+    def weights_of_tasks(cls, model: Any) -> TaskWeights:
+        """Of a head with these settings; by it a run with other tasks can start from this one's weights."""
+        return TaskWeights()
+
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError
-
-    def own_parameters(self, task: str) -> list[nn.Parameter]:
-        """Those that the loss of this task alone reaches. They rest while nobody observes the task."""
-        return []
 
 
 class Perceptron(nn.Module):
@@ -173,6 +193,12 @@ class MlpHead(Head):
     def build(cls, model: Any, sizes: HeadSizes) -> MlpHead:
         return cls(sizes, model.hidden, model.norm)
 
+    @classmethod
+    def weights_of_tasks(cls, model: Any) -> TaskWeights:
+        # Behind the norm and two modules a layer.
+        last = f"layers.{1 + 2 * len(model.hidden)}"
+        return TaskWeights(rows=(f"{last}.weight", f"{last}.bias"))
+
     def __init__(
         self, sizes: HeadSizes, hidden: Sequence[int], norm: Literal["layer", "batch"] = "layer"
     ) -> None:
@@ -203,6 +229,10 @@ class DotHead(Head):
     def problem(cls, model: Any) -> str:
         fits = model.sequence_kind.two_towers and not model.branches
         return "" if fits else 'head = "dot" goes with sequence = "sasrec" and no further branches'
+
+    @classmethod
+    def weights_of_tasks(cls, model: Any) -> TaskWeights:
+        return TaskWeights(rows=("scale", "item.weight", "item.bias"))
 
     def __init__(self, width: int, beside: int, tasks: int, outputs: int) -> None:
         super().__init__()

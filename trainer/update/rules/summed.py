@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from trainer.model.border import Cut
-from trainer.objectives.losses import Losses
+from trainer.objectives.step_loss import Losses
 
 
 class Summed:

@@ -466,12 +466,6 @@ TWO = {"a": [8], "b": [4]}
             sizes_of(TWO),
             'model.mixer.per = "domain" needs data.domain',
         ),
-        ({}, sizes_of(TWO, owners={"b": "domain:1"}), "a set of a domain needs data.domain"),
-        (
-            {},
-            sizes_of(TWO, owners={"b": "domain:3"}, domains=3),
-            "'b' belongs to domain:3, but domains are 0 to 2",
-        ),
         (
             {},
             sizes_of(TWO, owners={"b": "task:buy"}),

@@ -1,0 +1,156 @@
+"""Run under torchrun: losses of a step whose candidates lie on several ranks, beside those of one rank.
+
+torchrun --nproc-per-node N -m tests.programs.loss_cases LOG FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipelines.console import quiet_third_parties
+from tests.helpers.steps import DOMAINS, Drawn, drawn, tasks_of
+from tests.programs.step_cases import job
+from trainer.config.tasks import Task, resolve_tasks
+from trainer.model.heads.head import Head, HeadInput, HeadOutput, HeadSizes, MlpKeys
+from trainer.model.settings import HEADS
+from trainer.objectives.covariance import Covariance
+from trainer.objectives.losses import rank_loss
+from trainer.objectives.step_loss import StepLoss
+from trainer.ranks.process_group import Ranks, gather_rows, process_group, sum_over_ranks
+
+COUNT = 30
+RANKED: list[dict[str, Any]] = [
+    {"rank": rank, "pairs": pairs, "mean": mean}
+    for rank in ("pair", "list", "listce", "jrc")
+    for pairs, mean in (("step", "step"), ("request", "step"), ("domain", "step"), ("domain", "domain"))
+]
+CASES: dict[str, tuple[Task, ...]] = {
+    "plain": resolve_tasks({}, ["a", "b"]),
+    "partial": tasks_of({}, {"weight": 0.3}, {"loss": "none"}, {"product": ("a", "c")}),
+    "focal, domains": tasks_of({"loss": "focal", "mean": "domain"}, {"loss": "focal", "gamma": 1.5}, {}),
+    **{", ".join(each.values()): tasks_of({}, each) for each in RANKED},
+}
+# How many requests the first rank has, of four: some, and none.
+CUTS = (2, 0)
+
+
+def of_step(
+    of: StepLoss, given: Drawn, shares: tuple[int, ...], counted: bool, world_size: int
+) -> tuple[Any, dict[str, Tensor]]:
+    """Losses, and the gradients that they have once ranks are averaged."""
+    losses = given.losses(of, given.step(COUNT, counted, shares))
+    rank_loss(losses.total(), COUNT, world_size, counted).backward()
+    parts = {name: getattr(given, name) for name in ("logits", "base", "auxiliary", "experts")}
+    gradients = {name: (part * 0 if part.grad is None else part.grad) for name, part in parts.items()}
+    return losses, {name: part / world_size for name, part in gradients.items()}
+
+
+def case(
+    tasks: tuple[Task, ...], cut: int, missing: float, unobserved: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """How far this step of several ranks is from that of one; `unobserved`: tasks without any label."""
+    covariance = Covariance(0.1, "step")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    whole = drawn(7, COUNT, len(tasks), missing)
+    whole.labels[:, list(unobserved)] = torch.nan
+    alone = StepLoss(tasks, "bce", DOMAINS, covariance)
+    one, expected = of_step(alone, whole, (), True, 1)
+    first = int((whole.request < cut).sum())
+    shares = (first, COUNT - first)
+    rows = slice(0, first) if rank == 0 else slice(first, COUNT)
+    counted = shares[rank] > 0
+    # A rank without candidates computes some of another.
+    mine = whole.part(rows if counted else slice(0, 9))
+    together = StepLoss(tasks, "bce", DOMAINS, covariance, world_size, rank)
+    losses, found = of_step(together, mine, shares, counted, world_size)
+    assert counted or all((part == 0).all() for part in found.values())
+    far = 0.0
+    for name, part in found.items():
+        every = gather_rows((part if counted else part[:0]).contiguous())
+        if rank == 0:
+            far = max(far, float((every - expected[name]).abs().max() / (expected[name].abs().max() + 1e-9)))
+    report = together.report(sum_over_ranks(losses.tally.values), sum_over_ranks(losses.tally.counts))
+    return {
+        "far": far,
+        "report": report,
+        "expected": alone.report(one.tally.values, one.tally.counts),
+        "silent": [sorted(losses.silent), sorted(one.silent)],
+    }
+
+
+class Towers(Head):
+    """A tower of its own for each task."""
+
+    keys = MlpKeys
+
+    @classmethod
+    def build(cls, model: Any, sizes: HeadSizes) -> Towers:
+        return cls(sizes)
+
+    def __init__(self, sizes: HeadSizes) -> None:
+        super().__init__()
+        towers = {task.name: nn.Linear(sizes.width, 1) for task in sizes.tasks}
+        self.towers = nn.ModuleDict(towers)
+
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        return list(self.towers[task].parameters())
+
+    def forward(self, given: HeadInput) -> HeadOutput:
+        inputs = torch.cat(given.parts, dim=1)
+        return HeadOutput(torch.cat([tower(inputs) for tower in self.towers.values()], dim=1))
+
+
+def unobserved_steps(log: Path, folder: Path, ranks: Ranks) -> list[list[str]]:
+    """Towers that each of five steps changes: buy is observed on no rank in the last three."""
+    mask = ["tasks.click.label=click", "tasks.buy.mask=click >= 0", "data.batch_candidates=24"]
+    with mock.patch.dict(HEADS, mlp=Towers):
+        made = job(ranks, log, folder, "none", *mask)
+    towers = made.sharded.model.module.head.towers
+    steps = list(made.reader.steps())[:5]
+    for step in steps[2:]:
+        step.batch.labels[:, 1] = torch.nan
+        step.batch.sizes = None
+    changed, before = [], {name: tower.weight.detach().clone() for name, tower in towers.items()}
+    for _ in made.train(iter(steps)):
+        after = {name: tower.weight.detach().clone() for name, tower in towers.items()}
+        changed.append([name for name in towers if not torch.equal(before[name], after[name])])
+        before = after
+    return changed
+
+
+def main(log: Path, folder: Path) -> None:
+    quiet_third_parties()
+    torch.manual_seed(0)
+    found: dict[str, Any] = {}
+    with process_group(60) as ranks:
+        if ranks.world_size == 1:
+            changed = unobserved_steps(log, folder, ranks)
+            (folder / "report.json").write_text(json.dumps(changed))
+            return
+        for name, tasks in CASES.items():
+            for cut in CUTS:
+                missing = 0.0 if name == "plain" else 0.3
+                found[f"{name}, {cut}"] = case(tasks, cut, missing)
+        never = tasks_of({"rank": "pair"}, {"loss": "focal"})
+        found["never observed"] = case(never, 2, 0.3, [0])
+        # What no other rank need be asked for is not.
+        silence = mock.Mock(side_effect=AssertionError("a collective"))
+        with mock.patch.object(dist, "all_reduce", silence), mock.patch.object(dist, "all_gather", silence):
+            part = drawn(7, COUNT, 2, 0.0)
+            of = StepLoss(CASES["plain"], "bce", 0, Covariance(0.1), ranks.world_size, ranks.rank)
+            part.losses(of, part.step(2 * COUNT, True, (COUNT, COUNT))).total().backward()
+        found = {"cases": found, "changed": unobserved_steps(log, folder, ranks)}
+        if ranks.rank == 0:
+            (folder / "report.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,56 @@
+"""What a run says of labels and tasks before its first step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.launching import ROOT
+from tests.helpers.logs import IN_PART, enrich, observed_in_part, random_rows, write_log
+from trainer.assemble import resolve_groups
+from trainer.log.schema import read_manifest
+from trainer.loop.remarks import remarks
+from trainer.run_config import load_config
+
+CLICK = "tasks.click.weight=1"
+
+
+def said(log: Path, *words: str) -> list[str]:
+    config, manifest = (
+        load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *words]),
+        read_manifest(log),
+    )
+    lines = remarks(config, manifest, resolve_groups(config, manifest))
+    return [line for line in lines if "label" in line or "task" in line or "context" in line]
+
+
+@pytest.mark.parametrize(("place", "value"), [("all", None), ("all", math.nan), ("some", None)])
+def test_labels_without_a_task_and_tasks_without_a_label_are_said(
+    tmp_path: Path, place: str, value: float | None
+) -> None:
+    rows = observed_in_part(enrich(random_rows(3), 3), 3)
+    if place == "all":
+        rows = [{**row, "label_buy": [[value for _ in part] for part in row["label_buy"]]} for row in rows]
+    log = write_log(tmp_path / "log", {"train": rows}, rich=True, **IN_PART)
+    never = "no candidate of the training split has the label buy"
+    context = said(log)[:1]
+    assert context[0].startswith("not used: 2 context features (city, segments)")
+    assert said(log) == context + ([f"task buy is not trained: {never}"] if place == "all" else [])
+    unused = "not used: 1 label (buy) of the log; a section [tasks.buy] makes it a task"
+    assert said(log, CLICK) == [*context, unused]
+    # A mask looks at a label, too.
+    masked = said(log, "tasks.click.mask=buy == 0")
+    assert masked == context + ([f"task click is not trained: {never}"] if place == "all" else [])
+    # A domain is read, though no table has it.
+    assert said(log, "data.domain=city")[0].startswith("not used: 1 context feature (segments)")
+
+
+def test_an_older_log_counts_no_labels(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", {"train": random_rows(3)})
+    manifest = read_manifest(log)
+    splits = {name: split.model_copy(update={"labels": {}}) for name, split in manifest.splits.items()}
+    config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}"])
+    older = manifest.model_copy(update={"splits": splits})
+    assert not [line for line in remarks(config, older, resolve_groups(config, older)) if "task" in line]

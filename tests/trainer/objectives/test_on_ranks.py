@@ -1,0 +1,69 @@
+"""Losses of a step whose candidates lie on two ranks: those of one rank."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.launching import launched
+from tests.helpers.logs import Shape, enrich, random_rows, write_log
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = enrich(random_rows(8, Shape(users=12)), seed=1)
+    return write_log(tmp_path_factory.mktemp("log") / "log", {"train": rows}, rich=True)
+
+
+def reported(log: Path, folder: Path, ranks: int) -> Any:
+    done = launched("tests.programs.loss_cases", str(log), str(folder), ranks=ranks)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def of_two(log: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found: dict[str, Any] = reported(log, tmp_path_factory.mktemp("two"), 2)
+    return found
+
+
+@pytest.fixture
+def found(of_two: dict[str, Any]) -> dict[str, Any]:
+    cases: dict[str, Any] = of_two["cases"]
+    return cases
+
+
+def numbers(report: dict[str, Any]) -> dict[str, float]:
+    tasks = {
+        f"{task}/{name}": value
+        for task, own in report.get("tasks", {}).items()
+        for name, value in own.items()
+    }
+    return {**{name: value for name, value in report.items() if name != "tasks"}, **tasks}
+
+
+def test_gradients_and_reports_of_two_ranks_are_those_of_one(found: dict[str, Any]) -> None:
+    assert len(found) == 2 * (3 + 16) + 1
+    for name, each in found.items():
+        assert each["far"] < 1e-6, name
+        one, two = numbers(each["expected"]), numbers(each["report"])
+        assert one == pytest.approx(two, rel=1e-5, nan_ok=True), name
+
+
+def test_all_ranks_know_what_nobody_observed(found: dict[str, Any]) -> None:
+    never = found["never observed"]
+    tasks = never["report"]["tasks"]
+    assert never["silent"] == [["a"], ["a"]] and math.isnan(tasks["a"]["pair"]) and tasks["b"]["loss"] > 0
+    assert all(each["silent"] == [[], []] for name, each in found.items() if name != "never observed")
+
+
+def test_a_task_that_nobody_observed_in_a_step_leaves_its_tower_alone(
+    of_two: dict[str, Any], log: Path, tmp_path: Path
+) -> None:
+    """On one rank and on two, after steps that Adam remembers."""
+    both, one = ["click", "buy"], ["click"]
+    assert of_two["changed"] == reported(log, tmp_path, 1) == [both, both, one, one, one]

@@ -1,0 +1,113 @@
+"""The dense weights of a run that starts from another one's, whose tasks may be others.
+
+A task is known by its name: what belongs to it is taken over where the other run has a task of that name, and
+keeps its first weights where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from embeddings.errors import CheckpointError
+from trainer.checkpoint.unsharded import PlainTables
+from trainer.config.tasks import Task, names_of
+from trainer.model.heads.head import TaskWeights
+from trainer.model.settings import ModelConfig
+
+_HEAD = "head."
+# How modules of a task are called.
+_MODULE = "task_"
+
+
+@dataclass(frozen=True)
+class TaskHeads:
+    """Tasks with towers, in the order of a head's rows, and which weights are theirs; see `TaskWeights`."""
+
+    names: tuple[str, ...]
+    weights: TaskWeights = field(default_factory=TaskWeights)
+
+    @staticmethod
+    def of(model: ModelConfig, tasks: Iterable[Task]) -> TaskHeads:
+        return TaskHeads(tower_names(tasks), model.head_kind.weights_of_tasks(model))
+
+
+def tower_names(tasks: Iterable[Task]) -> tuple[str, ...]:
+    """The tasks that a head gives logits of, in the order of its rows."""
+    return tuple(names_of(task for task in tasks if task.has_tower))
+
+
+def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHeads) -> list[str]:
+    """Copy the source's dense weights into a model's.
+
+    Args:
+        weights: all of the model that no table has, filled in place; heads: of the model.
+
+    Returns:
+        Lines that say which tasks were not there, and what was left aside.
+
+    Raises:
+        CheckpointError: a weight that no task accounts for is missing, or has another shape.
+    """
+    dense, before = source.dense(), source.manifest.tasks
+    # Folders of earlier versions do not say which tasks they have: then these are taken to be the same.
+    other = before is not None and tuple(before) != heads.names
+    kept: list[str] = []
+    for name, weight in weights.items():
+        old = dense.get(name)
+        if other and before is not None and old is not None and _is_row_wise(name, heads):
+            if _fill_rows_of_tasks(weight, old, heads.names, before):
+                continue
+        elif old is not None and old.shape == weight.shape and not (other and _mixes(name, heads)):
+            weight.copy_(old)
+            continue
+        elif other and before is not None and (_mixes(name, heads) or _is_new(name, before)):
+            kept.append(name)
+            continue
+        found = f"is {tuple(old.shape)}" if old is not None else "is not there"
+        raise CheckpointError(
+            source.path,
+            f"dense weight {name} {found}, this model's is {tuple(weight.shape)}: the [model] section, the "
+            "groups' widths and the log's features must be those it was trained with",
+        )
+    return _lines(heads, before, kept) if other and before is not None else []
+
+
+def _is_row_wise(name: str, heads: TaskHeads) -> bool:
+    return name.removeprefix(_HEAD) in heads.weights.rows and name.startswith(_HEAD)
+
+
+def _mixes(name: str, heads: TaskHeads) -> bool:
+    return name.startswith(_HEAD) and any(part in name for part in heads.weights.mixing)
+
+
+def _is_new(name: str, before: Sequence[str]) -> bool:
+    """Whether a weight is in a module of a task that the source did not have."""
+    modules = [part for part in name.split(".") if part.startswith(_MODULE)]
+    return any(part.removeprefix(_MODULE) not in before for part in modules)
+
+
+def _fill_rows_of_tasks(weight: Tensor, old: Tensor, now: Sequence[str], before: Sequence[str]) -> bool:
+    """Copy the rows of the tasks that both have; False where the two differ in more than their tasks."""
+    # One logit of each task, or two.
+    halves = weight.shape[0] // len(now), old.shape[0] // len(before)
+    if old.shape[1:] != weight.shape[1:] or old.shape[0] not in (len(before), 2 * len(before)):
+        return False
+    for half in range(min(halves)):
+        for place, task in enumerate(now):
+            if task in before:
+                weight[half * len(now) + place].copy_(old[half * len(before) + before.index(task)])
+    return True
+
+
+def _lines(heads: TaskHeads, before: Sequence[str], kept: Sequence[str]) -> list[str]:
+    lines = []
+    if new := [task for task in heads.names if task not in before]:
+        lines.append(f"tasks: {', '.join(new)} not there before, with first weights in the head")
+    if gone := [task for task in before if task not in heads.names]:
+        lines.append(f"tasks: {', '.join(gone)} left out")
+    if mixing := [name for name in kept if _mixes(name, heads)]:
+        lines.append(f"first weights, since they weigh what other tasks have: {', '.join(mixing)}")
+    return lines

@@ -1,0 +1,80 @@
+"""Crocodile's loss (arXiv 2405.12706): experts shall not repeat each other, dimension by dimension.
+
+Of O [B, E, d], what E shared experts give for B candidates,
+
+    L = (1 / d^2) sum over p < q of | (O_p - mean)^T (O_q - mean) / (B - 1) |_1
+
+where | |_1 adds up the entries of a d x d matrix. Only pairs of two different experts count: an expert's
+covariance with itself is its variance, which shall not vanish. The division by B - 1 is ours; without it the
+factor of the loss would depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """How the loss is taken.
+
+    Attributes:
+        factor: of the loss in the total.
+        over: `rank`: each rank takes the covariance over its own candidates, and these losses are averaged;
+            `step`: over those of all ranks, exactly.
+        rows: so many candidates at most, the first ones, of each rank or of the step; 0 = all.
+    """
+
+    factor: float
+    over: Literal["rank", "step"] = "rank"
+    rows: int = 0
+
+    def value(self, experts_BEd: Tensor, shares: Sequence[int] = (), rank: int = 0) -> Tensor:
+        """This rank's part of the loss, scalar: parts and gradients add up over ranks; may be collective.
+
+        Args:
+            experts_BEd: this rank's.
+            shares: candidates of each rank in this step, 0 where they do not count; empty = one rank.
+            rank: this one. Where its own share is 0 its part is of no meaning.
+        """
+        if self.over == "rank" or len(shares) < 2:
+            rows = experts_BEd[: self.rows] if self.rows else experts_BEd
+            ranks = max(1, sum(share > 0 for share in shares))
+            return _loss(rows, rows.mean(0), rows.shape[0], shared=False) / ranks
+        firsts = [0, *accumulate(shares)]
+        limit = min(self.rows, firsts[-1]) if self.rows else firsts[-1]
+        mine = experts_BEd[: max(0, min(shares[rank], limit - firsts[rank]))]
+        mean = mine.detach().sum(0)
+        dist.all_reduce(mean)
+        # With the mean of all its gradient is zero: the deviations of all ranks add up to nothing.
+        return _loss(mine, mean / limit, limit, shared=True) + experts_BEd.sum() * 0
+
+
+def covariance_of(model: Any) -> Covariance | None:
+    """The loss that a model's settings ask for, None where they ask for none."""
+    experts = getattr(model, "experts", None)
+    if experts is None or not getattr(experts, "covariance", 0.0):
+        return None
+    return Covariance(experts.covariance, experts.covariance_over, experts.covariance_rows)
+
+
+def _loss(rows_BEd: Tensor, mean_Ed: Tensor, count: int, shared: bool) -> Tensor:
+    """`count`: B of all ranks where the covariance is `shared`."""
+    _, experts, width = rows_BEd.shape
+    centred = (rows_BEd - mean_Ed).flatten(1)
+    # One product gives all pairs [E, d, E, d].
+    products = (centred.T @ centred / max(1, count - 1)).view(experts, width, experts, width)
+    whole = products.detach()
+    if shared:
+        whole = whole.clone()
+        dist.all_reduce(whole)
+    pairs = torch.ones(experts, experts, device=rows_BEd.device).triu(1)[:, None, :, None]
+    # sign(x) x is |x|; with the sign of the sum over ranks the parts of ranks add up to its size.
+    return (whole.sign() * pairs * products).sum() / width**2

@@ -1,0 +1,83 @@
+"""Which losses the tasks of a run have, by their names in the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from embeddings.errors import ConfigError
+from trainer.config.tasks import Task
+from trainer.objectives.losses import GAMMA, Objective
+from trainer.objectives.ranking import Ranking
+from trainer.objectives.table import objective_of, ranking_of
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A task with its losses.
+
+    Attributes:
+        column: its place among all tasks.
+        name, objective: of its loss of single candidates; ranking: beside it, or None.
+        gamma: see `trainer.objectives.losses.Objective`.
+    """
+
+    task: Task
+    column: int
+    name: str
+    objective: Objective
+    gamma: float
+    ranking: Ranking | None
+
+    @property
+    def share(self) -> float:
+        """Of the loss of single candidates; the ranking loss has the rest."""
+        return 1.0 if self.ranking is None else self.task.settings.bce_weight
+
+    @property
+    def by_domain(self) -> bool:
+        """Whether each domain has a mean of its own."""
+        return self.task.settings.mean == "domain"
+
+    @property
+    def ranked_by_domain(self) -> bool:
+        """The same of the ranking loss, for which only pairs within a domain are of one domain."""
+        return self.ranking is not None and self.by_domain and self.task.settings.pairs == "domain"
+
+
+def trained_tasks(tasks: Sequence[Task], default: str, domains: int) -> list[Trained]:
+    """The tasks that have a loss of their own, in their order.
+
+    Args:
+        default: `train.objective`; domains: ids that a domain may have, 0 where candidates have no domain.
+
+    Raises:
+        ConfigError: a task names a loss that there is not, or one that cannot be had.
+    """
+    objective_of(default)
+    products = [task for task in tasks if task.settings.loss != "none"]
+    trained = []
+    for column, task in enumerate(tasks):
+        settings, where = task.settings, f"tasks.{task.name}"
+        name = settings.loss or default
+        if settings.loss == "none":
+            if not any(task.name in each.settings.product for each in products):
+                problem = "nothing trains the task; give it a loss, or name it in a product"
+                raise ConfigError(f'{where}.loss = "none": {problem}')
+            continue
+        objective = objective_of(name, f"{where}.loss" if settings.loss else "train.objective")
+        if settings.gamma is not None and not objective.gamma:
+            raise ConfigError(f'{where}.gamma is for loss = "focal", and the loss is {name!r}; leave it out')
+        ranking = None
+        if settings.rank != "none":
+            ranking = ranking_of(settings.rank, f"{where}.rank")
+            if ranking.two_logits and settings.product:
+                problem = "needs a logit for each class, which a product has not; name another"
+                raise ConfigError(f"{where}.rank = {settings.rank!r} {problem}")
+        for key in ("mean", "pairs"):
+            if getattr(settings, key) == "domain" and not domains:
+                problem = "candidates have no domain; name its feature in data.domain, and give it a table"
+                raise ConfigError(f'{where}.{key} = "domain": {problem} in some group')
+        gamma = GAMMA if settings.gamma is None else settings.gamma
+        trained.append(Trained(task, column, name, objective, gamma, ranking))
+    return trained
