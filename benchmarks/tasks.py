@@ -59,12 +59,10 @@ def model_of(preset: Path, log: Path, overrides: Sequence[str]) -> Model:
     manifest = read_manifest(log)
     model, groups = build_trainable(config, manifest, torch.device("meta"))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    roles = config.model.roles
-    shared = {roles.attention_target, roles.attention_behavior}
-    # Rows weigh as much as there are of them: the width that one set of this many numbers would have.
-    own = {roles.representation_target, roles.representation_behavior, roles.prior} - shared - {""}
-    numbers = sum(table.rows * table.dim for name in own for table in groups[name].tables)
-    rows = sum({t.feature: t.rows for t in groups[roles.representation_target].tables}.values())
+    # The width that one set would have with as many numbers. A prior does not count: it says nothing itself.
+    tables = groups[config.model.roles.representation_target].tables
+    numbers = sum(table.rows * table.dim for table in tables)
+    rows = sum({table.feature: table.rows for table in tables}.values())
     tasks = {
         task.name: (f"tasks.{task.name}.label={task.label}", f"tasks.{task.name}.mask={task.settings.mask}")
         for task in resolve_tasks(config.tasks, manifest.tasks)
