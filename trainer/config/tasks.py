@@ -63,6 +63,8 @@ class TaskConfig(Settings):
             raise ValueError("a task with a product has no tower: leave tower out")
         if len(self.product) == 1:
             raise ValueError("a product needs two tasks or more")
+        if len(set(self.product)) < len(self.product):
+            raise ValueError(f"product names a task twice: {', '.join(self.product)}")
         if self.loss == "none" and self.rank != "none":
             raise ValueError(f'rank = "{self.rank}" is trained beside a loss: set loss = "bce"')
         if self.rank == "none" and (self.pairs, self.bce_weight) != ("step", 0.5):

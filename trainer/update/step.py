@@ -154,7 +154,7 @@ class TrainStep:
         )
         # Weights that only one task reaches.
         towers = [task.name for task in shell.tasks if task.has_tower]
-        self._own = {name: shell.head.own_parameters(name) for name in towers}
+        self._own = {name: shell.own_parameters(name) for name in towers}
         self._silent: Collection[str] = ()
         self._rule, self.number = Summed(), 0
         self._step: Step | None = None
