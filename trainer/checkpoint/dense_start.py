@@ -44,6 +44,19 @@ def tower_names(tasks: Iterable[Task]) -> tuple[str, ...]:
     return tuple(names_of(task for task in tasks if task.has_tower))
 
 
+def sets_of_new_tasks(tables: Iterable[str], source: PlainTables, heads: TaskHeads) -> set[str]:
+    """Those of the tables that lie in a set called as a task that the source does not have, so nor they.
+
+    They keep their first weights, as the task's tower does. A table is named `group/set/feature`.
+    """
+    before = source.manifest.tasks
+    if before is None or heads.names is None:
+        return set()
+    new = {task for task in heads.names if task not in before}
+    parts = {table: table.split("/") for table in tables if table not in source.manifest.tables}
+    return {table for table, names in parts.items() if len(names) == 3 and names[1] in new}
+
+
 def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHeads) -> list[str]:
     """Copy the source's dense weights into a model's.
 
@@ -78,7 +91,10 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
             f"dense weight {name} {found}, this model's is {tuple(weight.shape)}: the [model] section, the "
             "groups' widths and the log's features must be those it was trained with",
         )
-    return [] if before is None or now is None else _lines(now, before, [n for n in kept if _mixes(n, heads)])
+    if before is None or now is None:
+        return []
+    mixing = {_module_of(name, part): None for part in heads.weights.mixing for name in kept if part in name}
+    return _lines(now, before, list(mixing))
 
 
 def _is_row_wise(name: str, heads: TaskHeads) -> bool:
@@ -87,6 +103,12 @@ def _is_row_wise(name: str, heads: TaskHeads) -> bool:
 
 def _mixes(name: str, heads: TaskHeads) -> bool:
     return name.startswith(_HEAD) and any(part in name for part in heads.weights.mixing)
+
+
+def _module_of(name: str, part: str) -> str:
+    """The name of a weight up to the module that follows `part` of it."""
+    before, _, after = name.partition(part)
+    return f"{before}{part}{after.split('.')[0]}"
 
 
 def _is_new(name: str, before: Sequence[str]) -> bool:
@@ -111,7 +133,7 @@ def _fill_rows_of_tasks(weight: Tensor, old: Tensor, now: Sequence[str], before:
 def _lines(now: Sequence[str], before: Sequence[str], mixing: Sequence[str]) -> list[str]:
     lines = []
     if new := [task for task in now if task not in before]:
-        lines.append(f"tasks: {', '.join(new)} not there before, with first weights in the head")
+        lines.append(f"tasks: {', '.join(new)} not there before, with first weights of their own")
     if gone := [task for task in before if task not in now]:
         lines.append(f"tasks: {', '.join(gone)} left out")
     if mixing:

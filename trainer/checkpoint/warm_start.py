@@ -25,7 +25,7 @@ from embeddings.lookup.sharding import table_of
 from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
 from trainer.checkpoint.compatible import log_fingerprint
-from trainer.checkpoint.dense_start import TaskHeads, fill_dense, tower_names
+from trainer.checkpoint.dense_start import TaskHeads, fill_dense, sets_of_new_tasks, tower_names
 from trainer.checkpoint.save_load import find_to_use
 from trainer.checkpoint.unsharded import PlainManifest, PlainTables, Vocabulary, open_plain_tables, unshard
 from trainer.config.tasks import resolve_tasks
@@ -123,7 +123,7 @@ def fill(
         CheckpointError: a table or dense weight is missing, or has another width or shape.
         DataError: a vocabulary is missing or damaged, or holds values of another type.
     """
-    model: Mapping[str, Any] = tensors["model"]
+    model = _known_to(source, tensors["model"], heads)
     tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
     _check_tables(model, source)
     dense = {name: weight for name, weight in model.items() if name not in set(tables.values())}
@@ -161,11 +161,18 @@ def check_source(model: nn.Module, heads: TaskHeads, path: Path) -> None:
     if (path / "checkpoints").is_dir():
         find_to_use(path / "checkpoints", "newest", alone=True)
         return
-    source, weights = open_plain_tables(path), model.state_dict()
+    source = open_plain_tables(path)
+    weights = _known_to(source, model.state_dict(), heads)
     _check_tables(weights, source)
     tables = {name for name in weights if table_of(name) in source.manifest.tables}
     dense = {name: weight for name, weight in weights.items() if name not in tables}
     fill_dense({name: torch.empty_like(w, device="meta") for name, w in dense.items()}, source, heads)
+
+
+def _known_to(source: PlainTables, model: Mapping[str, Any], heads: TaskHeads) -> dict[str, Any]:
+    """The weights of a model without the tables of tasks that the source does not have."""
+    new = sets_of_new_tasks(map(table_of, model), source, heads)
+    return {name: weight for name, weight in model.items() if table_of(name) not in new}
 
 
 def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
