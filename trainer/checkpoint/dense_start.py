@@ -6,12 +6,14 @@ keeps its first weights where not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor
 
 from embeddings.errors import CheckpointError
+from embeddings.groups import TableGroup
 from trainer.checkpoint.unsharded import PlainTables
 from trainer.config.tasks import Task, names_of
 from trainer.model.heads.head import TaskWeights
@@ -20,18 +22,38 @@ from trainer.model.settings import ModelConfig
 _HEAD = "head."
 # How modules of a task are called.
 _MODULE = "task_"
+# What is before the name of a set in the names of its modules, and before that of a task in an owner's.
+_SETS, _OWNER = "sequences", "task:"
 
 
 @dataclass(frozen=True)
 class TaskHeads:
-    """Tasks with towers, in the order of a head's rows, and which weights are theirs; see `TaskWeights`."""
+    """Tasks with towers, in the order of a head's rows, and which weights are theirs.
+
+    Attributes:
+        weights: of the head, see `TaskWeights`; sets: a task's own set of the representation -> the task.
+    """
 
     names: tuple[str, ...]
     weights: TaskWeights = field(default_factory=TaskWeights)
+    sets: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: ModelConfig, tasks: Iterable[Task]) -> TaskHeads:
-        return TaskHeads(tower_names(tasks), model.head_kind.weights_of_tasks(model))
+    def of(
+        model: ModelConfig, tasks: Iterable[Task], groups: Mapping[str, TableGroup] = MappingProxyType({})
+    ) -> TaskHeads:
+        owned = {
+            each.name: each.owner.removeprefix(_OWNER)
+            for group in groups.values()
+            for each in group.sets
+            if each.owner.startswith(_OWNER)
+        }
+        return TaskHeads(tower_names(tasks), model.head_kind.weights_of_tasks(model), owned)
+
+    def new_sets(self, source: PlainTables) -> set[str]:
+        """The sets of tasks that the source did not have; none where it does not say which it had."""
+        before = source.manifest.tasks
+        return set() if before is None else {name for name, task in self.sets.items() if task not in before}
 
 
 def tower_names(tasks: Iterable[Task]) -> tuple[str, ...]:
@@ -55,6 +77,7 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
     # Folders of earlier versions do not say which tasks they have: then these are taken to be the same.
     other = before is not None and tuple(before) != heads.names
     kept: list[str] = []
+    new_sets = heads.new_sets(source)
     for name, weight in weights.items():
         old = dense.get(name)
         if other and before is not None and old is not None and _is_row_wise(name, heads):
@@ -63,7 +86,7 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
         elif old is not None and old.shape == weight.shape and not (other and _mixes(name, heads)):
             weight.copy_(old)
             continue
-        elif other and before is not None and (_mixes(name, heads) or _is_new(name, before)):
+        elif other and before is not None and (_mixes(name, heads) or _is_new(name, before, new_sets)):
             kept.append(name)
             continue
         found = f"is {tuple(old.shape)}" if old is not None else "is not there"
@@ -83,10 +106,12 @@ def _mixes(name: str, heads: TaskHeads) -> bool:
     return name.startswith(_HEAD) and any(part in name for part in heads.weights.mixing)
 
 
-def _is_new(name: str, before: Sequence[str]) -> bool:
-    """Whether a weight is in a module of a task that the source did not have."""
-    modules = [part for part in name.split(".") if part.startswith(_MODULE)]
-    return any(part.removeprefix(_MODULE) not in before for part in modules)
+def _is_new(name: str, before: Sequence[str], new_sets: Collection[str]) -> bool:
+    """Whether a weight is in a module of a task that the source did not have, or of such a task's set."""
+    parts = name.split(".")
+    modules = [part for part in parts if part.startswith(_MODULE)]
+    of_set = _SETS in parts and parts[parts.index(_SETS) + 1] in new_sets
+    return of_set or any(part.removeprefix(_MODULE) not in before for part in modules)
 
 
 def _fill_rows_of_tasks(weight: Tensor, old: Tensor, now: Sequence[str], before: Sequence[str]) -> bool:
