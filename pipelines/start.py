@@ -108,7 +108,7 @@ class Start:
             def filled(tensors: dict[str, Any]) -> None:
                 # Ranks read different rows of large files, some for longer than a collective waits.
                 every = from_every_rank(
-                    lambda: fill(tensors, source, log, self.manifest, heads, carry), slow=True
+                    lambda: fill(tensors, source, log, self.manifest, carry, heads), slow=True
                 )
                 lines.extend(every[0])
 
@@ -143,7 +143,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     watched(config.train.early_stopping, names_of(resolve_tasks(config.tasks, manifest.tasks)))
     groups = resolve_groups(config, manifest)
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
-    trained_tasks(tasks, config.train.objective, count_domains(config, groups))
+    trained_tasks(tasks, config.train.objective, count_domains(config, groups), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)

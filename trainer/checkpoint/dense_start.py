@@ -28,13 +28,14 @@ _SETS, _OWNER = "sequences", "task:"
 
 @dataclass(frozen=True)
 class TaskHeads:
-    """Tasks with towers, in the order of a head's rows, and which weights are theirs.
+    """Which weights of a head are whose.
 
     Attributes:
-        weights: of the head, see `TaskWeights`; sets: a task's own set of the representation -> the task.
+        names: tasks with towers, in the order of the head's rows; None: those of the source, whatever it has.
+        weights: see there; sets: a task's own set of the representation -> the task.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] | None = None
     weights: TaskWeights = field(default_factory=TaskWeights)
     sets: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,21 +74,24 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
     Raises:
         CheckpointError: a weight that no task accounts for is missing, or has another shape.
     """
-    dense, before = source.dense(), source.manifest.tasks
+    dense, before, now = source.dense(), source.manifest.tasks, heads.names
     # Folders of earlier versions do not say which tasks they have: then these are taken to be the same.
-    other = before is not None and tuple(before) != heads.names
+    if before is None or now is None or before == now:
+        before = now = None
     kept: list[str] = []
     new_sets = heads.new_sets(source)
     for name, weight in weights.items():
         old = dense.get(name)
-        if other and before is not None and old is not None and _is_row_wise(name, heads):
-            if _fill_rows_of_tasks(weight, old, heads.names, before):
+        if before is not None and now is not None and old is not None and _is_row_wise(name, heads):
+            if _fill_rows_of_tasks(weight, old, now, before):
                 continue
-        elif old is not None and old.shape == weight.shape and not (other and _mixes(name, heads)):
-            weight.copy_(old)
-            continue
-        elif other and before is not None and (_mixes(name, heads) or _is_new(name, before, new_sets)):
+        elif before is not None and (
+            _mixes(name, heads) or (old is None and _is_new(name, before, new_sets))
+        ):
             kept.append(name)
+            continue
+        elif old is not None and old.shape == weight.shape:
+            weight.copy_(old)
             continue
         found = f"is {tuple(old.shape)}" if old is not None else "is not there"
         raise CheckpointError(
@@ -95,7 +99,7 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
             f"dense weight {name} {found}, this model's is {tuple(weight.shape)}: the [model] section, the "
             "groups' widths and the log's features must be those it was trained with",
         )
-    return _lines(heads, before, kept) if other and before is not None else []
+    return [] if before is None or now is None else _lines(now, before, [n for n in kept if _mixes(n, heads)])
 
 
 def _is_row_wise(name: str, heads: TaskHeads) -> bool:
@@ -127,12 +131,12 @@ def _fill_rows_of_tasks(weight: Tensor, old: Tensor, now: Sequence[str], before:
     return True
 
 
-def _lines(heads: TaskHeads, before: Sequence[str], kept: Sequence[str]) -> list[str]:
+def _lines(now: Sequence[str], before: Sequence[str], mixing: Sequence[str]) -> list[str]:
     lines = []
-    if new := [task for task in heads.names if task not in before]:
+    if new := [task for task in now if task not in before]:
         lines.append(f"tasks: {', '.join(new)} not there before, with first weights in the head")
-    if gone := [task for task in before if task not in heads.names]:
+    if gone := [task for task in before if task not in now]:
         lines.append(f"tasks: {', '.join(gone)} left out")
-    if mixing := [name for name in kept if _mixes(name, heads)]:
+    if mixing:
         lines.append(f"first weights, since they weigh what other tasks have: {', '.join(mixing)}")
     return lines

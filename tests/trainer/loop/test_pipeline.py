@@ -75,7 +75,7 @@ def test_lookups_before_the_search_are_pipelined_and_no_others(found: dict[int, 
         "selected": ["attention"],
         "full": ["attention", "representation"],
         "context, few features": ["attention", "user"],
-        "sets, attention of one task": ["attention"],
+        "sets, attention of one task, product": ["attention", "representation"],
         "sets of tasks, prior": ["attention", "user"],
         "auxiliary, batch norm": ["attention", "representation"],
     }
@@ -130,6 +130,19 @@ def test_the_batch_is_kept_for_replay_and_its_files_are_named(found: dict[int, F
     assert kept["sources"] == bad["sources"] and bad["sources"]
     for file, row_group in bad["sources"]:
         assert file in bad["messages"][0] and str(row_group) in bad["messages"][0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_no_task_changes_a_bit_of_what_another_owns(found: dict[int, Found], ranks: int, layers: int) -> None:
+    """STEM's isolation after a fused step, of rows and optimizer states, wherever they lie."""
+
+    def changed(foreign: str) -> dict[str, set[str]]:
+        by_task = found[ranks]["changed"][f"{foreign}, {layers}"]
+        return {task: {name.split("/")[1] for name in names} for task, names in by_task.items()}
+
+    assert changed("stopped") == {"click": {"shared", "click"}, "buy": {"shared", "buy"}}
+    assert all(names == {"shared", "click", "buy"} for names in changed("open").values())
 
 
 def norm(gradients: dict[str, list[float]]) -> float:
