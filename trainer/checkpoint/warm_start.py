@@ -25,7 +25,7 @@ from embeddings.lookup.sharding import table_of
 from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
 from trainer.checkpoint.compatible import log_fingerprint
-from trainer.checkpoint.dense_start import TaskHeads, fill_dense, sets_of_new_tasks, tower_names
+from trainer.checkpoint.dense_start import TaskHeads, fill_dense, tower_names
 from trainer.checkpoint.save_load import find_to_use
 from trainer.checkpoint.unsharded import PlainManifest, PlainTables, Vocabulary, open_plain_tables, unshard
 from trainer.config.tasks import resolve_tasks
@@ -123,11 +123,12 @@ def fill(
         CheckpointError: a table or dense weight is missing, or has another width or shape.
         DataError: a vocabulary is missing or damaged, or holds values of another type.
     """
-    model = _known_to(source, tensors["model"], heads)
+    model: Mapping[str, Any] = tensors["model"]
     tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
-    _check_tables(model, source)
-    dense = {name: weight for name, weight in model.items() if name not in set(tables.values())}
-    known, lines = vocabularies(manifest, log / "vocab"), fill_dense(dense, source, heads)
+    new = _check_tables(model, source, heads)
+    known, lines = vocabularies(manifest, log / "vocab"), fill_dense(_dense(model), source, heads)
+    if new:
+        lines.append(f"tables with first weights, of sets of new tasks: {', '.join(new)}")
     if left := [table for table in source.manifest.tables if table not in tables]:
         lines.append(f"not taken over, since this model has no such tables: {', '.join(left)}")
     maps: dict[str, Tensor | None] = {}
@@ -161,27 +162,31 @@ def check_source(model: nn.Module, heads: TaskHeads, path: Path) -> None:
     if (path / "checkpoints").is_dir():
         find_to_use(path / "checkpoints", "newest", alone=True)
         return
-    source = open_plain_tables(path)
-    weights = _known_to(source, model.state_dict(), heads)
-    _check_tables(weights, source)
-    tables = {name for name in weights if table_of(name) in source.manifest.tables}
-    dense = {name: weight for name, weight in weights.items() if name not in tables}
-    fill_dense({name: torch.empty_like(w, device="meta") for name, w in dense.items()}, source, heads)
+    source, weights = open_plain_tables(path), model.state_dict()
+    _check_tables(weights, source, heads)
+    dense = _dense(weights).items()
+    fill_dense({name: torch.empty_like(weight, device="meta") for name, weight in dense}, source, heads)
 
 
-def _known_to(source: PlainTables, model: Mapping[str, Any], heads: TaskHeads) -> dict[str, Any]:
-    """The weights of a model without the tables of tasks that the source does not have."""
-    new = sets_of_new_tasks(map(table_of, model), source, heads)
-    return {name: weight for name, weight in model.items() if table_of(name) not in new}
+def _dense(model: Mapping[str, Any]) -> dict[str, Any]:
+    """All weights that no table has."""
+    return {name: weight for name, weight in model.items() if TableName.of(table_of(name)) is None}
 
 
-def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
-    """Every table of the model must be there in its width."""
-    known = source.manifest.tables
+def _check_tables(model: Mapping[str, Any], source: PlainTables, heads: TaskHeads) -> list[str]:
+    """Every table of the model must be there in its width, but those of a new task's own set.
+
+    Returns:
+        The latter.
+    """
+    known, new, new_sets = source.manifest.tables, [], heads.new_sets(source)
     for name, weight in model.items():
         table = table_of(name)
         wanted = TableName.of(table)
         if wanted is None:
+            continue
+        if table not in known and wanted.set in new_sets:
+            new.append(table)
             continue
         if table not in known:
             problem = f"has no table {table}; it has {', '.join(known)}"
@@ -193,6 +198,7 @@ def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
             raise CheckpointError(
                 source.path, f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}"
             )
+    return new
 
 
 def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor | None, rows: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embeddings.errors import CheckpointError
-from trainer.checkpoint.dense_start import TaskHeads, fill_dense, sets_of_new_tasks
+from trainer.checkpoint.dense_start import TaskHeads, fill_dense
 from trainer.config.tasks import TaskConfig, resolve_tasks
 from trainer.model.heads.head import DotHead, Head, HeadSizes, MlpHead
 
@@ -112,25 +112,12 @@ def test_modules_of_tasks_go_by_name_and_gates_over_them_start_anew(experts: int
     taken = {"head.layers.0.banks.shared.weight", "head.towers.task_b.weight"}
     for name, weight in new.items():
         assert torch.equal(weight, old[name] if name in taken else first[name]), name
-    gates = ", ".join(f"head.layers.0.mixer.gates.task_{name}" for name in "bc")
+    gates = ", ".join(f"head.layers.0.mixer.gates.task_{name}.weight" for name in "bc")
     assert lines == [
         "tasks: c not there before, with first weights of their own",
         "tasks: a left out",
         f"first weights, since they weigh what other tasks have: {gates}",
     ]
-
-
-def test_tables_of_a_new_task_start_anew_and_no_others() -> None:
-    tables = ["a__item", "r/shared/item", "r/b/item", "r/c/item", "r/c/brand"]
-    source = source_of({}, ["a", "b"])
-    source.manifest.tables = {"a__item": None, "r/shared/item": None}
-    assert sets_of_new_tasks(tables, source, TaskHeads(("b", "c"))) == {"r/c/item", "r/c/brand"}
-    # One that the source has, and where nothing is known of the tasks.
-    source.manifest.tables["r/c/item"] = None
-    assert sets_of_new_tasks(tables, source, TaskHeads(("b", "c"))) == {"r/c/brand"}
-    assert sets_of_new_tasks(tables, source, TaskHeads()) == set()
-    source.manifest.tasks = None
-    assert sets_of_new_tasks(tables, source, TaskHeads(("b", "c"))) == set()
 
 
 @pytest.mark.parametrize("hidden", [(5,), (5, 3)])
