@@ -183,6 +183,11 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
     if SHARED not in owners and ((without and not every_domain) or experts.layers > 1):
         who = "layers above the first" if experts.layers > 1 else f"task {without[0]!r}"
         yield f'all sets have owners, so {who} would have nothing to read: add a set with owner = "shared"'
+    if SHARED not in owners and without and model.mixer.kind == "softmax" and model.mixer.gate == "sets":
+        yield (
+            f"the gate of task {without[0]!r} reads shared sets and those of the task, and there are none: set "
+            'model.mixer.gate = "prior", or add a set with owner = "shared"'
+        )
     count = owners.count(SHARED) * experts.shared
     if experts.covariance and count < 2:
         yield (
