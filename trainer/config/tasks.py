@@ -36,7 +36,8 @@ class TaskConfig(Settings):
     """The factor of the task's loss in the total."""
     mean: Literal["step", "domain"] = "step"
     """How the losses of candidates become one: `step` is their mean over all observed candidates of a step,
-    `domain` is the sum over domains of the means of each domain (Crocodile), see data.domain."""
+    `domain` is the sum over domains of the means of each domain (Crocodile), see data.domain. The ranking
+    loss follows where `pairs` is `domain`, too."""
     rank: str = "none"
     """A loss beside `loss` that compares candidates. `none` means none."""
     bce_weight: float = Field(0.5, ge=0, le=1)

@@ -76,8 +76,8 @@ def trained_tasks(tasks: Sequence[Task], default: str, domains: int) -> list[Tra
                 raise ConfigError(f"{where}.rank = {settings.rank!r} {problem}")
         for key in ("mean", "pairs"):
             if getattr(settings, key) == "domain" and not domains:
-                problem = "candidates have no domain; name its feature in data.domain, and give it a table"
-                raise ConfigError(f'{where}.{key} = "domain": {problem} in some group')
+                problem = "candidates have no domain; name the feature that says it in data.domain"
+                raise ConfigError(f'{where}.{key} = "domain": {problem}')
         gamma = GAMMA if settings.gamma is None else settings.gamma
         trained.append(Trained(task, column, name, objective, gamma, ranking))
     return trained
