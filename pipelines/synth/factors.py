@@ -5,9 +5,10 @@ are uniform over 90 days and say nothing. Item j of a history has a vector a_j ~
 vector b_c, uniform on the unit sphere, both of rank 4 (the mean of a over either half of the items is 0). A
 user's vector is u = sum_j a_j / sqrt(20), and the affinity x = <u, b_c> is close to N(0, 1).
 
-    agree      click ~ Bernoulli(sigmoid(-1 + 2 x)), like ~ Bernoulli(sigmoid(-1 + 2 s x)). s = 1 for the half
-               of the users who have read items 1 to 100 only, and -1 for the others, who have read the rest:
-               the tasks want one user vector, or opposite ones (STEM's case).
+    agree      click ~ Bernoulli(sigmoid(-1 + 2 <u, b_c>)), like ~ Bernoulli(sigmoid(-1 + 2 <u', b_c>)). Half
+               of the users have read items 1 to 100 only, and both tasks want one vector of them: u' = u. The
+               others have read the rest, and the tasks want orthogonal vectors: u' is u after a quarter turn
+               (STEM's case).
     domains    click, of two domains that listen to either half of the rank; see `listened`.
     funnel     click and, where there was one, conversion; `ctcvr` is their product, observed of all (ESMM);
                see `_funnel_logits`.
@@ -54,15 +55,22 @@ def _products(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     return np.asarray(product * BEHAVIORS**-0.5)
 
 
-def disputes(item: Ints) -> Ints:
-    """1 for items of histories that tasks of `agree` read in opposite ways, those above 100; else 0."""
+def disputed(item: Ints) -> Ints:
+    """1 for items of histories that the tasks of `agree` read differently, those above 100; else 0."""
     return (item > READ // 2).astype(np.int64)
 
 
+def turned(vector: Floats) -> Floats:
+    """A quarter turn in each plane of two columns, (x, y) -> (-y, x), of [..., RANK]: it is orthogonal."""
+    x, y = vector[..., ::2], vector[..., 1::2]
+    return np.stack([-y, x], axis=-1).reshape(vector.shape)
+
+
 def _liked(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
-    """`affinity` with the sign turned for disputed items."""
-    sign = 1.0 - 2.0 * disputes(seen.ids["item_id"])
-    return affinity(seed, target, seen) * sign
+    """`affinity` with the vectors of disputed items turned."""
+    item, of_item = seen.ids["item_id"], vectors(seed)
+    read = np.where(disputed(item)[..., None] == 1, turned(of_item)[item], of_item[item])
+    return np.asarray((read * of_item[target["item_id"]]).sum(axis=-1) * BEHAVIORS**-0.5)
 
 
 def _part(half: int) -> Worth:
@@ -150,7 +158,7 @@ agree = OneRequestEach(
     _halves,
     lambda total: {"click": -1 + STRENGTH * total(affinity), "like": -1 + STRENGTH * total(_liked)},
     taxonomy=(),
-    segment=lambda history: disputes(history["item_id"][:, 0]),
+    segment=lambda history: disputed(history["item_id"][:, 0]),
 )
 domains = OneRequestEach(
     FEATURES | {"domain_id": max(LISTENS) + 1},

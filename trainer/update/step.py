@@ -151,6 +151,7 @@ class TrainStep:
             covariance_of(config.model),
             world_size,
             rank,
+            config.train.mean,
         )
         # Weights that only one task reaches.
         towers = [task.name for task in shell.tasks if task.has_tower]

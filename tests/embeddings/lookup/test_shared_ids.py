@@ -16,20 +16,31 @@ from embeddings.lookup.shared_ids import Placed, SharedIds, senders
 from tests.helpers.launching import launched
 from tests.programs.shared_ids import SEEDS
 
-PLACES = st.tuples(st.sampled_from("fg"), st.frozensets(st.integers(0, 3), min_size=1))
+Places = list[tuple[str, list[int]]]
+PLACES = st.tuples(st.sampled_from("fg"), st.lists(st.integers(0, 3), min_size=1, max_size=4))
 
 
-@given(st.lists(PLACES, max_size=8))
-def test_every_rank_gets_each_feature_that_it_needs(places: list[tuple[str, frozenset[int]]]) -> None:
-    placed = [Placed(f"t{i}", feature, ranks) for i, (feature, ranks) in enumerate(places)]
-    chosen = [each for each in placed if each.table in senders(placed)]
+@given(st.lists(PLACES, max_size=8), st.sampled_from(["cpu", "cuda"]))
+def test_every_rank_gets_each_feature_it_needs(places: Places, device: str) -> None:
+    placed = [Placed(f"t{i}", feature, tuple(ranks)) for i, (feature, ranks) in enumerate(places)]
+    chosen = [each for each in placed if each.table in senders(placed, device)]
 
     def reached(tables: list[Placed]) -> set[tuple[str, int]]:
         return {(each.feature, rank) for each in tables for rank in each.ranks}
 
     assert reached(chosen) == reached(placed)
     # Where tables lie alike, one of them is enough.
-    assert len(chosen) <= len({(each.feature, each.ranks) for each in placed})
+    if device == "cpu":
+        assert len(chosen) <= len({(each.feature, frozenset(each.ranks)) for each in placed})
+
+
+def test_a_gpu_is_not_waited_for() -> None:
+    """Ids are repeated as they are, or all tables have their own: a permutation asks for their number."""
+    in_turn = [Placed(f"{s}/{f}", f, (0, 1)) for s in "abc" for f in "fg"]
+    assert senders(in_turn, "cuda") == senders(in_turn, "cpu") == ["a/f", "a/g"]
+    apart = [*in_turn[:2], Placed("b/f", "f", (1,)), Placed("b/g", "g", (0,))]
+    assert senders(apart, "cpu") == ["a/f", "a/g"]
+    assert senders(apart, "cuda") == [each.table for each in apart]
 
 
 @given(st.permutations(["f", "f", "g", "g", "g"]), st.booleans())

@@ -128,7 +128,7 @@ def test_a_seed_decides_every_byte(tmp_path: Path, kind: str) -> None:
     assert [name for name in same if same[name] == other[name]] == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in USERS if kind != "funnel"])
+@pytest.mark.parametrize("kind", USERS)
 def test_the_log_passes_the_readers_checks_and_labels_are_draws_of_the_truth(
     logs: dict[str, Path], kind: str
 ) -> None:

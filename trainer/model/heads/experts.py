@@ -179,7 +179,8 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
         if owner.startswith("task:") and not experts.own:
             yield f"set {name!r} belongs to {owner}, but tasks have no experts: set model.experts.own"
     without = [task.name for task in sizes.tasks if f"task:{task.name}" not in owners]
-    if SHARED not in owners and (without or experts.layers > 1):
+    every_domain = sizes.domains and {f"domain:{number}" for number in range(sizes.domains)} <= set(owners)
+    if SHARED not in owners and ((without and not every_domain) or experts.layers > 1):
         who = "layers above the first" if experts.layers > 1 else f"task {without[0]!r}"
         yield f'all sets have owners, so {who} would have nothing to read: add a set with owner = "shared"'
     count = owners.count(SHARED) * experts.shared
