@@ -143,7 +143,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     watched(config.train.early_stopping, names_of(resolve_tasks(config.tasks, manifest.tasks)))
     groups = resolve_groups(config, manifest)
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
-    trained_tasks(tasks, config.train.objective, count_domains(config, groups), config.train.mean)
+    trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)

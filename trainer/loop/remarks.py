@@ -153,6 +153,13 @@ def _of_rest(config: Config) -> list[str]:
         unused.append('data.shuffle_row_groups (data.order is "stored")')
     if data.on_bad == "fail" and _changed(data, "max_bad"):
         unused.append('data.max_bad (data.on_bad is "fail")')
+    if _changed(train, "objective") and config.tasks and all(task.loss for task in config.tasks.values()):
+        unused.append("train.objective (every task names a loss of its own)")
+    unused += [
+        f'tasks.{name}.mean = "domain" for the ranking loss (its pairs are not those of a domain)'
+        for name, task in config.tasks.items()
+        if task.mean == "domain" and task.rank != "none" and task.pairs != "domain"
+    ]
     if train.init_optimizer != "carry" and not train.init_from:
         unused.append("train.init_optimizer (train.init_from is empty)")
     if not train.early_stopping.on:
