@@ -134,7 +134,7 @@ def _fill_rows_of_tasks(weight: Tensor, old: Tensor, now: Sequence[str], before:
 def _lines(now: Sequence[str], before: Sequence[str], mixing: Sequence[str]) -> list[str]:
     lines = []
     if new := [task for task in now if task not in before]:
-        lines.append(f"tasks: {', '.join(new)} not there before, with first weights in the head")
+        lines.append(f"tasks: {', '.join(new)} not there before, with first weights of their own")
     if gone := [task for task in before if task not in now]:
         lines.append(f"tasks: {', '.join(gone)} left out")
     if mixing:
