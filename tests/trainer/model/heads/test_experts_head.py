@@ -473,7 +473,7 @@ TWO = {"a": [8], "b": [4]}
         ),
         (
             {"experts": {"own": 1}},
-            sizes_of(TWO, owners={"a": "domain:0", "b": "task:buy"}, domains=1),
+            sizes_of(TWO, owners={"a": "domain:0", "b": "task:buy"}, domains=2),
             "all sets have owners, so task 'click' would have nothing to read",
         ),
         (
