@@ -77,9 +77,9 @@ class Start:
 
     @property
     def heads(self) -> TaskHeads:
-        """The tasks that the model gives logits of."""
+        """The tasks that the model gives logits of, and what is theirs."""
         tasks = resolve_tasks(self.config.tasks, self.manifest.tasks)
-        return TaskHeads.of(self.config.model, tasks)
+        return TaskHeads.of(self.config.model, tasks, self.groups)
 
     def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
         """The model with everything that trains it, still with its first weights; collective."""
