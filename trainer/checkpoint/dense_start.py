@@ -6,8 +6,9 @@ keeps its first weights where not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from trainer.model.heads.head import TaskWeights
 from trainer.model.settings import ModelConfig
 
 _HEAD = "head."
-# How modules of a task are called.
-_MODULE = "task_"
+# How modules of a task, or of a set with its name, are called before its name.
+_MODULES = ("task_", "set_")
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,10 @@ class TaskHeads:
     """Which weights of a head are whose.
 
     Attributes:
-        names: tasks with towers, in the order of the head's rows; None: those of the source, whatever it has.
-        weights: see there.
+        names: tasks with towers, in the order of the head's rows; weights: see there.
     """
 
-    names: tuple[str, ...] | None = None
+    names: tuple[str, ...]
     weights: TaskWeights = field(default_factory=TaskWeights)
 
     @staticmethod
@@ -50,9 +50,7 @@ def sets_of_new_tasks(tables: Iterable[str], source: PlainTables, heads: TaskHea
     They keep their first weights, as the task's tower does. A table is named `group/set/feature`.
     """
     before = source.manifest.tasks
-    if before is None or heads.names is None:
-        return set()
-    new = {task for task in heads.names if task not in before}
+    new = set() if before is None else set(heads.names).difference(before)
     parts = {table: table.split("/") for table in tables if table not in source.manifest.tables}
     return {table for table, names in parts.items() if len(names) == 3 and names[1] in new}
 
@@ -69,17 +67,17 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
     Raises:
         CheckpointError: a weight that no task accounts for is missing, or has another shape.
     """
-    dense, before, now = source.dense(), source.manifest.tasks, heads.names
+    dense, now = source.dense(), heads.names
     # Folders of earlier versions do not say which tasks they have: then these are taken to be the same.
-    if before is None or now is None or before == now:
-        before = now = None
+    before = None if source.manifest.tasks == now else source.manifest.tasks
+    new = [] if before is None else [task for task in now if task not in before]
     kept: list[str] = []
     for name, weight in weights.items():
         old = dense.get(name)
-        if before is not None and now is not None and old is not None and _is_row_wise(name, heads):
+        if before is not None and old is not None and _is_row_wise(name, heads):
             if _fill_rows_of_tasks(weight, old, now, before):
                 continue
-        elif before is not None and (_mixes(name, heads) or (old is None and _is_new(name, before))):
+        elif before is not None and (_mixes(name, heads) or (old is None and _is_new(name, new))):
             kept.append(name)
             continue
         elif old is not None and old.shape == weight.shape:
@@ -91,7 +89,7 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
             f"dense weight {name} {found}, this model's is {tuple(weight.shape)}: the [model] section, the "
             "groups' widths and the log's features must be those it was trained with",
         )
-    if before is None or now is None:
+    if before is None:
         return []
     mixing = {_module_of(name, part): None for part in heads.weights.mixing for name in kept if part in name}
     return _lines(now, before, list(mixing))
@@ -111,10 +109,13 @@ def _module_of(name: str, part: str) -> str:
     return f"{before}{part}{after.split('.')[0]}"
 
 
-def _is_new(name: str, before: Sequence[str]) -> bool:
-    """Whether a weight is in a module of a task that the source did not have."""
-    modules = [part for part in name.split(".") if part.startswith(_MODULE)]
-    return any(part.removeprefix(_MODULE) not in before for part in modules)
+def _is_new(name: str, new: Collection[str]) -> bool:
+    """Whether a weight is in a module of one of these tasks, or of a set with its name."""
+    parts = name.split(".")
+    modules = {f"{kind}{task}" for kind in _MODULES for task in new}
+    # A branch has its sequence models by set.
+    after = {part for before, part in pairwise(parts) if before == "sequences"}
+    return not modules.isdisjoint(parts) or not after.isdisjoint(new)
 
 
 def _fill_rows_of_tasks(weight: Tensor, old: Tensor, now: Sequence[str], before: Sequence[str]) -> bool:
