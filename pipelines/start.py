@@ -108,7 +108,7 @@ class Start:
             def filled(tensors: dict[str, Any]) -> None:
                 # Ranks read different rows of large files, some for longer than a collective waits.
                 every = from_every_rank(
-                    lambda: fill(tensors, source, log, self.manifest, carry, heads), slow=True
+                    lambda: fill(tensors, source, log, self.manifest, heads, carry), slow=True
                 )
                 lines.extend(every[0])
 

@@ -35,7 +35,6 @@ from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 
 _ROWS_AT_ONCE = 1 << 16
-_ALL_HEADS = TaskHeads()
 
 
 def vocabularies(manifest: LogManifest, folder: Path) -> dict[str, Vocabulary]:
@@ -105,16 +104,15 @@ def fill(
     source: PlainTables,
     log: Path,
     manifest: LogManifest,
+    heads: TaskHeads,
     carry: bool,
-    heads: TaskHeads = _ALL_HEADS,
 ) -> list[str]:
     """Put the source's weights into a model's tensors, this rank's shards of them.
 
     Args:
         tensors: the state dict of a new run (`model`, `optim`), filled in place.
-        source: whose weights; log, manifest: what the new run trains on.
+        source: whose weights; log, manifest: what the new run trains on; heads: of its tasks.
         carry: fill the rows' optimizer accumulators too.
-        heads: of the new run; by default it has the tasks of the source.
 
     Returns:
         Lines that say what was found.

@@ -87,7 +87,7 @@ def filled(
     tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
     with open_source(source, source.parent / "scratch.tmp") as tables:
         heads = TaskHeads.of(config.model, resolve_tasks(config.tasks, manifest.tasks))
-        lines = fill(tensors, tables, config.data.log, manifest, carry, heads)
+        lines = fill(tensors, tables, config.data.log, manifest, heads, carry)
     assert not (source.parent / "scratch.tmp").exists()
     state = tensors["optim"]["state"][STATE.split(".state.", 1)[1].rsplit(f".{TABLE}.m", 1)[0]]
     accumulator = state[f"{TABLE}.momentum1"].local_shards()[0].tensor
