@@ -27,8 +27,6 @@ _ORDER = (
     "data.on_bad",
     "train.seed",
 )
-# What a task is; how it is trained may change.
-_TASK_SETTINGS_THAT_STAY = (".label", ".product", ".tower")
 _GROUP_SETTINGS_THAT_MAY_CHANGE = (".learning_rate", ".sharding", ".stochastic_rounding")
 # Written by `embeddings.plan.file`: its "modules" are module -> table -> {"sharding_type", "shards", ...}.
 PlanTree = Mapping[str, Any]
@@ -66,8 +64,7 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
     for key in {**before, **now}:
         section = key.split(".")[0]
         shapes_table = section == "groups" and not key.endswith(_GROUP_SETTINGS_THAT_MAY_CHANGE)
-        of_task = section == "tasks" and key.endswith(_TASK_SETTINGS_THAT_STAY)
-        if section in ("model", "tables") or shapes_table or of_task:
+        if section in ("model", "tables") or shapes_table:
             fixed.append(key)
     if state["cursor"]["blocks"]:
         fixed += _ORDER
@@ -101,10 +98,9 @@ def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names(settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The tasks, and the sets of each group that names them, in their order, by which columns go."""
+    """The sets of each group that names them, in their order, by which columns go."""
     groups = {f"groups.{name}.sets": group.get("sets") for name, group in settings["groups"].items()}
-    sets = {key: list(named) for key, named in groups.items() if isinstance(named, Mapping)}
-    return {"tasks": list(settings.get("tasks", {})), **sets}
+    return {key: list(named) for key, named in groups.items() if isinstance(named, Mapping)}
 
 
 def changed_settings(state: Mapping[str, Any], config: Config) -> list[str]:

@@ -185,8 +185,8 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
         yield f'all sets have owners, so {who} would have nothing to read: add a set with owner = "shared"'
     if SHARED not in owners and without and model.mixer.kind == "softmax" and model.mixer.gate == "sets":
         yield (
-            f"the gate of task {without[0]!r} reads shared sets and those of the task, and there are none: set "
-            'model.mixer.gate = "prior", or add a set with owner = "shared"'
+            f"the gate of task {without[0]!r} reads shared sets and those of the task, and there are none: "
+            'set model.mixer.gate = "prior", or add a set with owner = "shared"'
         )
     count = owners.count(SHARED) * experts.shared
     if experts.covariance and count < 2:

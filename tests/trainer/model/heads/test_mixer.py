@@ -1,4 +1,4 @@
-"""Laws of mixers: a weighted sum over the experts that a consumer sees, whose gradients the mask lets through."""
+"""Laws of mixers: a weighted sum of the experts that a consumer sees, with gradients as the mask says."""
 
 from __future__ import annotations
 
