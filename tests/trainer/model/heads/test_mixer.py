@@ -1,4 +1,4 @@
-"""Laws of mixers: a weighted sum over the experts that a consumer sees, whose gradients the mask lets through."""
+"""Laws of mixers: a weighted sum over the experts that a consumer sees; the mask lets gradients through."""
 
 from __future__ import annotations
 
