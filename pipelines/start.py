@@ -77,9 +77,9 @@ class Start:
 
     @property
     def heads(self) -> TaskHeads:
-        """The tasks that the model gives logits of."""
+        """The tasks that the model gives logits of, and what is theirs."""
         tasks = resolve_tasks(self.config.tasks, self.manifest.tasks)
-        return TaskHeads.of(self.config.model, tasks)
+        return TaskHeads.of(self.config.model, tasks, self.groups)
 
     def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
         """The model with everything that trains it, still with its first weights; collective."""
@@ -108,7 +108,7 @@ class Start:
             def filled(tensors: dict[str, Any]) -> None:
                 # Ranks read different rows of large files, some for longer than a collective waits.
                 every = from_every_rank(
-                    lambda: fill(tensors, source, log, self.manifest, carry, heads), slow=True
+                    lambda: fill(tensors, source, log, self.manifest, heads, carry), slow=True
                 )
                 lines.extend(every[0])
 
@@ -143,7 +143,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     watched(config.train.early_stopping, names_of(resolve_tasks(config.tasks, manifest.tasks)))
     groups = resolve_groups(config, manifest)
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
-    trained_tasks(tasks, config.train.objective, count_domains(config, groups), config.train.mean)
+    trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)

@@ -126,7 +126,7 @@ def test_a_run_with_other_tasks_starts_from_the_tables_and_heads_of_this(
     given = load_config(Path("configs/dare.toml"), overrides(words)[1::2])
     trained(given, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "tasks: buy not there before, with first weights in the head" in said
+    assert "tasks: buy not there before, with first weights of their own" in said
     assert "tasks: bought, sold left out" in said
     old, new = parameters(made / "run"), parameters(tmp_path / "run")
     head = [name for name in new if "head.layers" in name and name.endswith(".weight")]

@@ -108,15 +108,18 @@ class Towers(Head):
         return HeadOutput(torch.cat([tower(inputs) for tower in self.towers.values()], dim=1))
 
 
-TWO_TASKS = ["tasks.click.label=click", "tasks.buy.mask=click >= 0", "data.batch_candidates=24"]
+TWO_TASKS = ["tasks.click.rank=pair", "tasks.buy.mask=click >= 0", "data.batch_candidates=24"]
 STEM = [
     "model.head=experts", "model.experts.own=1", "model.experts.foreign=stopped",
     "model.mixer.kind=softmax", "groups.representation.sets=tasks",
 ]  # fmt: skip
 
 
-def unobserved_steps(log: Path, folder: Path, ranks: Ranks, *overrides: str) -> list[list[str]]:
-    """Weights and states that each of five steps changes: buy is observed on no rank in the last three."""
+def unobserved_steps(log: Path, folder: Path, ranks: Ranks, *overrides: str) -> dict[str, Any]:
+    """Weights and states that each of five steps changes: buy is observed on no rank in the last three.
+
+    Beside them the losses of the steps, added up over ranks.
+    """
     with mock.patch.dict(HEADS, mlp=Towers):
         made = job(ranks, log, folder, "none", *TWO_TASKS, *overrides)
 
@@ -128,15 +131,16 @@ def unobserved_steps(log: Path, folder: Path, ranks: Ranks, *overrides: str) -> 
     for step in steps[2:]:
         step.batch.labels[:, 1] = torch.nan
         step.batch.sizes = None
-    changed, before = [], state()
-    for _ in made.train(iter(steps)):
+    changed, losses, before = [], [], state()
+    for _, loss in made.train(iter(steps)):
+        losses.append(loss)
         after = state()
         mine = [name for name in after if not torch.equal(before[name], after[name])]
         every: list[Any] = [None] * ranks.world_size
         dist.all_gather_object(every, mine)
         changed.append(sorted({name for names in every for name in names}))
         before = after
-    return changed
+    return {"changed": changed, "losses": losses}
 
 
 def main(log: Path, folder: Path) -> None:
@@ -144,12 +148,12 @@ def main(log: Path, folder: Path) -> None:
     torch.manual_seed(0)
     found: dict[str, Any] = {}
     with process_group(60) as ranks:
-        changed = {
+        steps = {
             "towers": unobserved_steps(log, folder, ranks),
             "sets": unobserved_steps(log, folder, ranks, *STEM),
         }
         if ranks.world_size == 1:
-            (folder / "report.json").write_text(json.dumps({"changed": changed}))
+            (folder / "report.json").write_text(json.dumps({"steps": steps}))
             return
         for name, tasks in CASES.items():
             for cut in CUTS:
@@ -164,7 +168,7 @@ def main(log: Path, folder: Path) -> None:
             of = StepLoss(CASES["plain"], "bce", 0, Covariance(0.1), ranks.world_size, ranks.rank)
             part.losses(of, part.step(2 * COUNT, True, (COUNT, COUNT))).total().backward()
         if ranks.rank == 0:
-            (folder / "report.json").write_text(json.dumps({"cases": found, "changed": changed}))
+            (folder / "report.json").write_text(json.dumps({"cases": found, "steps": steps}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -244,31 +243,6 @@ def gradients_of_one_step(made: Job, scale: float = 1.0) -> dict[str, Any]:
     return {"gradients": gradients, "tables": tables}
 
 
-def changed_by_task(made: Job) -> dict[str, list[str]]:
-    """Task -> tables of the representation of which a step on its loss alone changes rows or states."""
-    step = next(iter(made.reader.steps()))
-    tasks, found = ("click", "buy"), {}
-    for column, task in enumerate(tasks):
-        before = _rows_and_states(made)
-        # Tables are updated in the backward pass itself.
-        made.sharded.model(step.batch).logits[:, column].square().sum().backward()
-        changed: list[Any] = [None] * made.ranks.world_size
-        now = _rows_and_states(made)
-        dist.all_gather_object(changed, [name for name in now if now[name] != before[name]])
-        found[task] = sorted({name for each in changed for name in each})
-    return found
-
-
-def _rows_and_states(made: Job) -> dict[str, str]:
-    trees = [made.sharded.model.state_dict(), made.sharded.model.fused_optimizer.state_dict()]
-    found: dict[str, str] = {}
-    for name, tensor in local_tensors(trees):
-        if match := re.search(r"representation/\w+/\w+", name):
-            sha = hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
-            found[match[0]] = found.get(match[0], "") + sha
-    return found
-
-
 def precision(made: Job) -> dict[str, Any]:
     """Losses, and the types of what the lookups give and of the weights' gradients."""
     types: set[str] = set()
@@ -306,13 +280,6 @@ def main() -> None:
         }
         found["precision"] = {
             kind: precision(made("no", f"train.precision={kind}")) for kind in ("fp32", "bf16")
-        }
-        found["changed"] = {
-            f"{foreign}, {layers}": changed_by_task(
-                made("no", *PRIOR, even, f"model.experts.foreign={foreign}", f"model.experts.layers={layers}")
-            )
-            for foreign in ("stopped", "open")
-            for layers in (1, 2)
         }
         if ranks.rank == 0:
             out.write_text(json.dumps(found))

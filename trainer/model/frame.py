@@ -209,6 +209,9 @@ class TwoStageModel(nn.Module):
             an EmbeddingBagCollection in training, plain tables when scoring.
         tasks: what it predicts, T in number.
         numbers: X, numeric features of a candidate; they reach the head as sign(x) log(1 + |x|).
+
+    Attributes:
+        domains: ids that a domain may have, for losses: more than 0 even where no group has a table of it.
     """
 
     def __init__(

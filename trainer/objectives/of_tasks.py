@@ -76,8 +76,8 @@ def trained_tasks(tasks: Sequence[Task], default: str, domains: int, mean: str =
         given = {f"{where}.mean" if settings.mean else "train.mean": by_domain}
         for key, asked in {**given, f"{where}.pairs": settings.pairs == "domain"}.items():
             if asked and not domains:
-                problem = "candidates have no domain; name its feature in data.domain, and give it a table"
-                raise ConfigError(f'{key} = "domain": {problem} in some group')
+                problem = "candidates have no domain; name the feature that says it in data.domain"
+                raise ConfigError(f'{key} = "domain": {problem}')
         gamma = GAMMA if settings.gamma is None else settings.gamma
         trained.append(Trained(task, column, name, objective, gamma, ranking, by_domain))
     return trained

@@ -10,11 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from embeddings.lookup.jagged import one_id_bags
+from embeddings.lookup.sharded import ShardedBags
 from embeddings.lookup.shared_ids import Placed, SharedIds, senders
+from tests.embeddings.lookup.test_tables import sharded
 from tests.helpers.launching import launched
+from tests.helpers.tables import FEATURES, sets_of
 from tests.programs.shared_ids import SEEDS
+from trainer.ranks.process_group import process_group
 
 Places = list[tuple[str, list[int]]]
 PLACES = st.tuples(st.sampled_from("fg"), st.lists(st.integers(0, 3), min_size=1, max_size=4))
@@ -53,6 +58,27 @@ def test_ids_are_repeated_in_the_order_of_the_tables(wanted: list[str], whole: b
     expected = [{"f": [1, 2, 3], "g": [4, 5, 6]}[key] for key in found.keys()]  # noqa: SIM118 - no dict
     assert found.values().view(-1, 3).tolist() == expected
     assert found.lengths().tolist() == [1] * 3 * len(expected) and found.stride() == 3
+
+
+def test_what_pipelines_call_gets_ids_for_all_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache is filled ahead with the ids that are then looked up."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        ShardedEmbeddingBagCollection,
+        "prefetch",
+        lambda _, dist_input, **__: seen.append(dist_input[0].keys()),
+    )
+    bags = one_id_bags(list(FEATURES), torch.tensor([[1, 2], [3, 0]]))
+    with process_group() as ranks:
+        model = sharded(sets_of([[8, 8], [4, 4]]), ranks)
+        (module,) = (each for each in model.modules() if isinstance(each, ShardedBags))
+        context = module.create_context()
+        received = module.input_dist(context, bags).wait().wait()
+        assert received[0].keys() == list(FEATURES)
+        module.prefetch(dist_input=received, forward_stream=None, ctx=context)
+        assert seen == [[*FEATURES, *FEATURES]]
+        vectors = module.compute_and_output_dist(context, received).wait().values()
+        assert torch.equal(vectors, model(bags))
 
 
 @pytest.fixture(scope="module")

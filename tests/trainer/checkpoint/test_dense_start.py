@@ -81,7 +81,7 @@ def test_each_task_has_the_rows_of_its_name(
                 )
                 assert torch.equal(halves[half, place], wanted), (name, task)
     fresh, gone = [t for t in now if t not in before], [t for t in before if t not in now]
-    said = [f"tasks: {t} not there before, with first weights in the head" for t in fresh]
+    said = [f"tasks: {t} not there before, with first weights of their own" for t in fresh]
     assert lines == said + [f"tasks: {t} left out" for t in gone]
 
 
@@ -114,7 +114,7 @@ def test_modules_of_tasks_go_by_name_and_gates_over_them_start_anew(experts: int
         assert torch.equal(weight, old[name] if name in taken else first[name]), name
     gates = ", ".join(f"head.layers.0.mixer.gates.task_{name}.weight" for name in "bc")
     assert lines == [
-        "tasks: c not there before, with first weights in the head",
+        "tasks: c not there before, with first weights of their own",
         "tasks: a left out",
         f"first weights, since they weigh what other tasks have: {gates}",
     ]

@@ -132,19 +132,6 @@ def test_the_batch_is_kept_for_replay_and_its_files_are_named(found: dict[int, F
         assert file in bad["messages"][0] and str(row_group) in bad["messages"][0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_no_task_changes_a_bit_of_what_another_owns(found: dict[int, Found], ranks: int, layers: int) -> None:
-    """STEM's isolation after a fused step, of rows and optimizer states, wherever they lie."""
-
-    def changed(foreign: str) -> dict[str, set[str]]:
-        by_task = found[ranks]["changed"][f"{foreign}, {layers}"]
-        return {task: {name.split("/")[1] for name in names} for task, names in by_task.items()}
-
-    assert changed("stopped") == {"click": {"shared", "click"}, "buy": {"shared", "buy"}}
-    assert all(names == {"shared", "click", "buy"} for names in changed("open").values())
-
-
 def norm(gradients: dict[str, list[float]]) -> float:
     return math.sqrt(sum(x * x for gradient in gradients.values() for x in gradient))
 

@@ -84,7 +84,8 @@ def labels_of(row: Row, task: str) -> list[float]:
 def test_it_is_training_that_decides_and_the_split_that_is_measured(tmp_path: Path) -> None:
     """From rows, one user at a time: numbers of positives, strata and AUC of each."""
     train, test = (enrich(random_rows(seed, Shape(users=users)), seed) for seed, users in ((1, 30), (2, 40)))
-    log = write_log(tmp_path / "log", {"train": train, "test": test}, rich=True)
+    # A file holds users in any order, and candidates are measured in that of their names.
+    log = write_log(tmp_path / "log", {"train": train, "test": test[::-1]}, rich=True)
     beside = baselines(SequenceLogReader(DataConfig(log=log), "test", None))
     assert beside.positives is not None
     candidates = beside.candidates
@@ -112,7 +113,7 @@ def test_it_is_training_that_decides_and_the_split_that_is_measured(tmp_path: Pa
         {**row, **{f"label_{t}": [[1 - y for y in part] for part in row[f"label_{t}"]] for t in pair}}
         for row in test
     ]
-    other = write_log(tmp_path / "other", {"train": train, "test": turned}, rich=True)
+    other = write_log(tmp_path / "other", {"train": train, "test": turned[::-1]}, rich=True)
     again = baselines(SequenceLogReader(DataConfig(log=other), "test", None))
     np.testing.assert_array_equal(again.positives, beside.positives)
 
