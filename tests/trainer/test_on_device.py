@@ -48,7 +48,7 @@ RANKED_EXACTLY = {
 LAUNCHES = {
     "ame": 309,
     "best": 343,
-    "crocodile": 372,
+    "crocodile": 374,
     "dare": 223,
     "dare_paper": 293,
     "dare_pointwise": 223,
@@ -61,7 +61,7 @@ LAUNCHES = {
     "mmoe": 252,
     "multi_embedding": 287,
     "multi_embedding_twin": 639,
-    "pepnet": 291,
+    "pepnet": 293,
     "ple": 348,
     "sdim": 158,
     "shared_bottom": 240,

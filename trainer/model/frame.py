@@ -102,8 +102,7 @@ class Branches(nn.ModuleDict):
                 windows[looks_at] = windows_of(batch, self.history_length, *looks_at)
             retrievals[name] = branch.retrieve(batch, vectors, windows[looks_at])
         device, one_id = batch.behavior_time.device, batch.host_sizes.one_id
-        candidate_C = batch.behaviors + torch.arange(batch.candidates, device=device)
-        alone = select_bags(batch.features, candidate_C, one_id) if self.alone else None
+        alone = select_bags(batch.features, _bags_of_candidates(batch), one_id) if self.alone else None
         if not self.selects:
             return Retrievals(self, retrievals, None, None, alone)
         kept = [each.windows if each.whole else each.selection for each in retrievals.values()]
@@ -120,8 +119,14 @@ class Branches(nn.ModuleDict):
         else:
             rows = union_of(kept, batch.behaviors)
         behavior_S, place_N = rows
-        bags = select_bags(batch.features, torch.cat([behavior_S, candidate_C]), one_id)
+        bag_S = torch.cat([behavior_S, _bags_of_candidates(batch)])
+        bags = select_bags(batch.features, bag_S, one_id)
         return Retrievals(self, retrievals, bags, place_N, alone)
+
+
+def _bags_of_candidates(batch: RequestBatch) -> Tensor:
+    """Where the candidates are among the bags of a batch, int64 [C]."""
+    return batch.behaviors + torch.arange(batch.candidates, device=batch.behavior_time.device)
 
 
 class Pooled(NamedTuple):

@@ -179,11 +179,13 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
         if owner.startswith("task:") and not experts.own:
             yield f"set {name!r} belongs to {owner}, but tasks have no experts: set model.experts.own"
     without = [task.name for task in sizes.tasks if f"task:{task.name}" not in owners]
-    every_domain = sizes.domains and {f"domain:{number}" for number in range(sizes.domains)} <= set(owners)
+    of_domains = {f"domain:{number}" for number in range(sizes.domains)}
+    every_domain = sizes.domains and of_domains <= set(owners)
     if SHARED not in owners and ((without and not every_domain) or experts.layers > 1):
         who = "layers above the first" if experts.layers > 1 else f"task {without[0]!r}"
         yield f'all sets have owners, so {who} would have nothing to read: add a set with owner = "shared"'
-    if SHARED not in owners and without and model.mixer.kind == "softmax" and model.mixer.gate == "sets":
+    reads_sets = model.mixer.kind == "softmax" and model.mixer.gate == "sets"
+    if SHARED not in owners and without and reads_sets:
         yield (
             f"the gate of task {without[0]!r} reads shared sets and those of the task, and there are none: "
             'set model.mixer.gate = "prior", or add a set with owner = "shared"'

@@ -131,7 +131,8 @@ class HashCollision(TargetPooling):
         """Buckets are the same for all sets, so rows of all of them are summed up in one pass."""
         first: HashCollision = models[0]
         sums_WBD = first.bucket_sums(behaviors)
-        units = [F.normalize(part, dim=2, eps=1e-6) for part in sums_WBD.split(list(widths), dim=2)]
+        parts = [sums_WBD] if len(widths) == 1 else sums_WBD.split(list(widths), dim=2)
+        units = [F.normalize(part, dim=2, eps=1e-6) for part in parts]
         unit_WBD = units[0] if len(units) == 1 else torch.cat(units, dim=2)
         wanted_CM = first.buckets(behaviors.raw.query_CD)
         row_CM = behaviors.windows.of_candidate[:, None] * unit_WBD.shape[1] + wanted_CM

@@ -79,8 +79,8 @@ class TargetAttention(TargetPooling):
         ]
         united_CD = pooled[0]
         if first.heads > 1:
-            of_sets = zip(*(part.split(list(widths), dim=1) for part in pooled), strict=True)
-            united = [model.united(of_set) for model, of_set in zip(models, of_sets, strict=True)]
+            of_sets = zip(models, split_parts(pooled, widths), strict=True)
+            united = [model.united(of_set) for model, of_set in of_sets]
             united_CD = united[0] if len(united) == 1 else torch.cat(united, dim=1)
         return split_parts(first.parts(target_CD, united_CD), widths)
 

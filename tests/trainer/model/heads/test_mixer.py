@@ -1,4 +1,4 @@
-"""Laws of mixers: a weighted sum of the experts that a consumer sees, with gradients as the mask says."""
+"""Laws of mixers: a weighted sum over the experts that a consumer sees; the mask lets gradients through."""
 
 from __future__ import annotations
 
