@@ -211,7 +211,7 @@ class Trainer:
         self.pipeline.settle()
         wall, cpu = meter.take_time()
         self.at.wall_s, self.at.cpu_s = self.at.wall_s + wall, self.at.cpu_s + cpu
-        losses = self.step.losses.report(*meter.sums())
+        losses = self.step.losses.report(*meter.sums(), meter.candidates)
         rate = meter.candidates / max(wall, 1e-9)
         dense, tables = self._rate_factors()
         speed = {"samples": self.at.candidates, "samples_per_s": rate}
@@ -349,15 +349,15 @@ class _Meter:
 
     def add(self, tally: Tally, candidates: int) -> None:
         if self._sums:
-            self._sums = [self._sums[0] + tally.values, self._sums[1] + tally.counts]
+            self._sums = [before + now for before, now in zip(self._sums, tally, strict=True)]
         else:
-            self._sums = [tally.values, tally.counts]
+            self._sums = list(tally)
         self.candidates += candidates
 
-    def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and counts of the tallies of all steps and ranks; collective."""
-        values, counts = (sum_over_ranks(part.to(self._device)) for part in self._sums)
-        return values, counts
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Values, counts and total of the tallies of all steps and ranks; collective."""
+        values, counts, total = (sum_over_ranks(part.to(self._device)) for part in self._sums)
+        return values, counts, total
 
     def restart(self) -> None:
         self._sums, self.candidates = [], 0

@@ -234,11 +234,17 @@ class StepLoss:
         reached = {name for task in heard for name in (task.name, *task.settings.product)}
         return [task.name for task in self._all if task.has_tower and task.name not in reached]
 
-    def report(self, values: Tensor, counts: Tensor) -> dict[str, Any]:
+    def report(
+        self, values: Tensor, counts: Tensor, total: Tensor | None = None, candidates: int = 0
+    ) -> dict[str, Any]:
         """What was trained in many steps, of the tallies of all ranks added up.
 
         `loss` adds up the losses of all tasks with their weights. What nobody observed is NaN, and no part
         of it.
+
+        Args:
+            total: of the tallies, too, with the candidates of these steps. It is rounded as it always was,
+                and taken for `loss` where every candidate counts for every task.
         """
         sizes = [part.size for part in self._parts]
         stretches = zip(values.double().cpu().split(sizes), counts.cpu().split(sizes), strict=True)
@@ -255,12 +261,13 @@ class StepLoss:
                 mixed = sum(share * _or_zero(mean) for share, mean in shares)
                 own = {"loss": mixed, **terms, "negative_gradient": means[place, "gradient"]}
             tasks[task.task.name] = own
-        of_tasks = [
-            task.task.weight * _or_zero(tasks[task.task.name]["loss"]) for task in self.tasks.values()
-        ]
-        report: dict[str, Any] = {**next(iter(tasks.values())), "loss": sum(of_tasks)}
+        loss = sum(task.task.weight * _or_zero(tasks[task.task.name]["loss"]) for task in self.tasks.values())
+        by_domain = any(task.by_domain for task in self.tasks.values())
+        if total is not None and not (self._partial or self._ranked or by_domain):
+            loss = float(total) / candidates
+        report: dict[str, Any] = {**next(iter(tasks.values())), "loss": loss}
         if len(tasks) > 1:
-            report = {"loss": sum(of_tasks), "tasks": tasks}
+            report = {"loss": loss, "tasks": tasks}
         if self._covariance is not None:
             report["covariance"] = means[-1, "covariance"]
         return report
