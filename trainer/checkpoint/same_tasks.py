@@ -66,7 +66,7 @@ def check_same_tasks(state: Mapping[str, Any], config: Config, labels: Sequence[
 def _identity(task: Task) -> dict[str, Any]:
     """What a task is, by the keys of its section."""
     settings = task.settings.model_dump(include=set(_IDENTITY))
-    two_logits = {"rank": "jrc" if task.settings.rank == "jrc" else "another than jrc"}
+    two_logits = {"rank": task.settings.rank if task.two_logits else "of one logit"}
     return {**settings, "label": task.label, **two_logits}
 
 

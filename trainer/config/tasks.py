@@ -13,6 +13,8 @@ from trainer.config.label_mask import LabelMask
 from trainer.config.model import Width
 from trainer.config.toml import Settings
 
+# Ranking losses that train two logits a task, of those in `trainer.objectives.table`, which stands above.
+TWO_LOGITS = frozenset({"jrc"})
 # A task's name is part of the names of modules, tensors, columns and files.
 TaskName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
 
@@ -95,6 +97,11 @@ class Task:
     def has_tower(self) -> bool:
         """Whether the head gives its logit, and no product of others."""
         return not self.settings.product
+
+    @property
+    def two_logits(self) -> bool:
+        """Whether its loss trains a logit for each class, where others train their difference alone."""
+        return self.settings.rank in TWO_LOGITS
 
     @property
     def labels(self) -> tuple[str, ...]:

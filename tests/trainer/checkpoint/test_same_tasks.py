@@ -40,7 +40,7 @@ def differences(before: list[str], now: list[str]) -> list[str]:
         (
             [CLICK, BUY],
             ["tasks.click.rank=jrc", BUY],
-            "rank = 'another than jrc', now it is 'jrc'",
+            "rank = 'of one logit', now it is 'jrc'",
         ),
         (
             [CLICK, BUY, "tasks.both.label=buy", 'tasks.both.product=["click", "buy"]'],

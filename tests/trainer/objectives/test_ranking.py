@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.config.tasks import TWO_LOGITS
 from trainer.objectives import pair as pair_module
 from trainer.objectives.pair import _add_pairs, pair
 from trainer.objectives.ranking import Compared
@@ -116,3 +117,7 @@ def test_a_candidate_of_weight_two_stands_for_two(name: str) -> None:
         own=slice(0, 10),
     )
     assert torch.allclose(weighted, RANKINGS[name].values(copied), rtol=1e-12)
+
+
+def test_tasks_know_which_ranking_losses_train_two_logits() -> None:
+    assert {name for name, ranking in RANKINGS.items() if ranking.two_logits} == TWO_LOGITS

@@ -61,8 +61,8 @@ class HeadSizes:
     @property
     def outputs(self) -> int:
         """Numbers that a head gives for each candidate, see `HeadOutput.of`."""
-        jrc = any(task.settings.rank == "jrc" for task in self.tasks)
-        return len(self.tasks) * (2 if jrc else 1)
+        two = any(task.two_logits for task in self.tasks)
+        return len(self.tasks) * (2 if two else 1)
 
 
 class HeadOutput(NamedTuple):
