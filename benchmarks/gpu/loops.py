@@ -92,7 +92,7 @@ class Loops:
 
     def losses(self, way: Way) -> list[float]:
         """Of one further round over the steps."""
-        return [float(loss) for _, loss in self.pipeline(way).train(self.steps)]
+        return [float(tally.total) for _, tally in self.pipeline(way).train(self.steps)]
 
     def bare(self) -> Row:
         """What TorchRec's documentation does and no more."""

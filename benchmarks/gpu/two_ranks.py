@@ -88,4 +88,4 @@ def pad(model: nn.Module, padded: bool) -> None:
 def _loss(loops: Loops, ranks: Ranks) -> float:
     """Over all ranks, of the last of some first steps."""
     last = deque(loops.pipeline(Way("none")).train(loops.steps), maxlen=1)
-    return float(sum_over_ranks(last[0][1].to(ranks.device)))
+    return float(sum_over_ranks(last[0][1].total.to(ranks.device)))
