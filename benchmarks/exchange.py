@@ -111,7 +111,7 @@ def measure(log: Path, length: int, lookup: str, ranks: Ranks) -> Counts:
     counts: Counter[str] = Counter()
     # The bags that the late lookup is asked for.
     sharded.model.module.branches.register_forward_hook(
-        lambda _, __, out: counts.update(late=0 if out.selected is None else out.selected.stride())
+        lambda _, __, out: counts.update(late=0 if out.bags is None else out.bags.stride())
     )
     reader = open_split(config, "train", feature_rows(sharded.groups), ranks, seed=SEED)
     with closing(reader.steps()) as steps:

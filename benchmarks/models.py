@@ -108,6 +108,17 @@ def keep(out: Path, record: Record) -> None:
 def run_all(
     log: Path, overrides: Sequence[str], given: Any, command: Sequence[str], extra: str = ""
 ) -> list[Record]:
+    """Make a run of each preset and seed, see `run_jobs`."""
+    jobs = [make_job(preset, log, overrides, seed) for preset in given.config for seed in seeds_of(given)]
+    return run_jobs(jobs, given, command, extra)
+
+
+def seeds_of(given: Any) -> list[int]:
+    """What `--seeds` names."""
+    return [int(seed) for seed in given.seeds.split(",")]
+
+
+def run_jobs(jobs: Sequence[Job], given: Any, command: Sequence[str], extra: str = "") -> list[Record]:
     """Make the runs that are not there yet, `given.jobs` of them side by side; returns all, in order.
 
     Args:
@@ -116,8 +127,6 @@ def run_all(
         extra: a JSON file in the run folder whose entries join the record.
     """
     out, at_once, threads = given.out, given.jobs, given.threads
-    seeds = [int(seed) for seed in given.seeds.split(",")]
-    jobs = [make_job(preset, log, overrides, seed) for preset in given.config for seed in seeds]
     out.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in jobs if job.name not in results(out)]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there already", flush=True)

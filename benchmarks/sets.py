@@ -1,11 +1,11 @@
 """Several sets of tables, beside one set that is as wide as all of them together
 
-Made-up steps of the trainer's DARE (item and category, L behaviors, K kept), held in memory. "look-up" is
-what the tables cost: exchange of ids, look-up of the kept behaviors and the candidates, exchange of vectors,
-and the same backward with the update of the rows. "step" is a whole step of the trainer. On two ranks (gloo)
-only look-ups are measured, with each feature's ids sent to a rank once, and for each of its tables, which is
-TorchRec's way. All ways run in turn; a ratio is the median of the rounds' ratios of processor seconds, of
-both ranks together.
+Made-up steps of the trainer's DARE (item and category, L behaviors, K kept), held in memory, with the head
+`experts`: an expert for each set, and their mean (Multi-Embedding). "look-up" is what the representation's
+tables cost: exchange of ids, look-up of kept behaviors and candidates, exchange of vectors, and the same
+backward with the update of the rows; on two ranks (gloo) also with a feature's ids sent for each of its
+tables, which is TorchRec's way. "step" is a whole step of the trainer. All ways run in turn; a ratio is the
+median of the rounds' ratios of processor seconds, of both ranks together.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ COLUMNS = {
 }
 
 
+# Sets, and whether ids are sent once -> what is measured.
+Ways = dict[tuple[int, bool], Callable[[], Seconds]]
+
+
 class SetsBench(Settings):
     """The settings of the steps.
 
@@ -67,7 +71,7 @@ class SetsBench(Settings):
         items, length, users: rows of the item table, L, users of a step.
         widths: of a feature's tables, all sets together; sets: how many there are.
         sharding: of the tables of both groups, on two ranks.
-        model: more keys of the section [model], such as a head.
+        model: more keys of the section [model]; the head has an expert for each set, whose mean it takes.
     """
 
     seed: int = Field(7, ge=0)
@@ -78,7 +82,7 @@ class SetsBench(Settings):
     sets: tuple[PositiveInt, ...] = (1, 4)
     steps: PositiveInt = 4
     sharding: tuple[str, ...] = ("table_wise", "row_wise")
-    model: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=lambda: {"head": "experts"})
 
 
 class Lookup(nn.Module):
@@ -156,7 +160,7 @@ def measure_one_rank(settings: SetsBench, repeats: int, report: Report) -> None:
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
         for width in settings.widths:
             for what in ("look-up", "step"):
-                ways = {}
+                ways: Ways = {}
                 for sets in settings.sets:
                     config = config_with_sets(settings, width, sets)
                     steps, manifest = steps_of(settings, config)
@@ -170,38 +174,40 @@ def measure_one_rank(settings: SetsBench, repeats: int, report: Report) -> None:
 
 
 def run_rank(settings: SetsBench, repeats: int, folder: Path) -> None:
-    """Be one of two ranks; each writes what it took and sent."""
+    """Be one of two ranks; the first writes what both took and sent."""
     found: list[dict[str, Any]] = []
-    with process_group(300) as ranks:
+    with process_group(300) as ranks, tempfile.TemporaryDirectory() as own:
         for sharding in settings.sharding:
             for width in settings.widths:
-                ways: dict[tuple[int, bool], Callable[[], Seconds]] = {}
+                case = f"2 ranks, {sharding}, width {width}"
+                lookups: Ways = {}
+                steps: Ways = {}
                 sent: dict[tuple[int, bool], list[int]] = {}
                 for sets in settings.sets:
+                    config = config_with_sets(settings, width, sets, sharding)
+                    held, manifest = steps_of(settings, config, ranks.rank)
+                    steps[sets, True] = step_way(config, manifest, held, ranks, Path(own))
                     for once in (True, False) if sets > 1 else (True,):
-                        config = config_with_sets(settings, width, sets, sharding)
-                        steps, manifest = steps_of(settings, config, ranks.rank)
-                        bags = kept_bags(steps, config.model.k, settings.seed)
-                        ways[sets, once] = lookup_way(config, manifest, bags, ranks, once)
+                        bags = kept_bags(held, config.model.k, settings.seed)
+                        lookups[sets, once] = lookup_way(config, manifest, bags, ranks, once)
                         with CollectiveCounter() as exchanged:
-                            ways[sets, once]()
+                            lookups[sets, once]()
                         sent[sets, once] = [exchanged.bytes_of(floats=floats) for floats in (False, True)]
-                taken = rounds(ways, repeats)
-                for way, each in taken.items():
-                    bytes_ = torch.tensor(sent[way], dtype=torch.float64)
-                    cpu = torch.tensor([seconds.cpu for seconds in each], dtype=torch.float64)
-                    dist.all_reduce(bytes_)
-                    dist.all_reduce(cpu)
-                    found.append(
-                        {
-                            "case": f"2 ranks, {sharding}, width {width}, look-up",
-                            "way": way,
-                            "cpu": cpu.tolist(),
-                            "bytes": bytes_.tolist(),
-                        }
-                    )
+                for what, ways in (("look-up", lookups), ("step", steps)):
+                    for way, each in rounds(ways, repeats).items():
+                        cpu = _of_both([seconds.cpu for seconds in each])
+                        bytes_ = _of_both(sent[way]) if what == "look-up" else []
+                        found.append({"case": f"{case}, {what}", "way": way, "cpu": cpu, "bytes": bytes_})
     if ranks.speaks:
         (folder / "found.json").write_text(json.dumps(found))
+
+
+def _of_both(numbers: Sequence[float]) -> list[float]:
+    """The sums over all ranks."""
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    sums: list[float] = total.tolist()
+    return sums
 
 
 def _add(
@@ -216,11 +222,13 @@ def _add(
         name = f"{sets} set{'s' if sets > 1 else ''}{'' if once else ', ids for each table'}"
         row: Row = {"case": case, "name": name}
         row |= spread([1000 * value / settings.steps for value in each], "cpu_ms")
-        if sent:
+        if sent.get((sets, once)):
             ids, floats = (value / settings.steps / 1e6 for value in sent[sets, once])
             row |= {"ids_mb": ids, "floats_mb": floats}
         rows.append(row)
-    columns = COLUMNS if sent else {key: form for key, form in COLUMNS.items() if "MB" not in key}
+    columns = (
+        COLUMNS if any(sent.values()) else {key: form for key, form in COLUMNS.items() if "MB" not in key}
+    )
     report.table({case: "{name}"} | {key: form for key, form in columns.items() if key}, rows)
     report.rows += rows
     one = seconds[settings.sets[0], True]

@@ -48,7 +48,7 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
         beside = baselines(reader)
         table, feature = beside.metrics(scored), counted_feature(restored.manifest)
         slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
-        pairs = {} if beside.positives is None else by_balance(scored, beside.positives)
+        pairs = by_balance(scored, beside.positives, split)
         entries = {
             split: entry,
             f"{split}_step": restored.step,
@@ -59,10 +59,9 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
             },
         }
         if pairs:
-            of_pairs = {"/".join(pair): strata for pair, strata in pairs.items()}
             entries[f"{split}_by_balance"] = {
-                pair: {name: stratum.entry() for name, stratum in strata.items()}
-                for pair, strata in of_pairs.items()
+                "/".join(pair): {name: stratum.entry() for name, stratum in strata.items()}
+                for pair, strata in pairs.items()
             }
         folder.update_summary(entries)
         size = (

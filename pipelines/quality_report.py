@@ -202,22 +202,24 @@ def domain_matrices(measured: SplitMetrics, feature: str) -> list[str]:
 def balance_table(pairs: Mapping[Pair, Mapping[str, Stratum]]) -> list[str]:
     """Metrics by feedback balance of the pair of tasks with most candidates of comparable feedback."""
     pair = most_comparable(pairs)
-    if all(set(strata) == {"neither"} for strata in pairs.values()):
-        return ["by feedback balance: none, since no user of this split has a positive in training"]
-    head = [f"{pair[0]} and {pair[1]}, by feedback balance", "users", "candidates"]
+    head = [" and ".join(pair), "users", "candidates"]
     rows = []
     for name, stratum in pairs[pair].items():
-        numbers = []
-        for task in pair:
-            own = stratum.metrics[task]
-            numbers += [f"{own.positives:,}", _with_interval(own.auc, own.auc_ci)]
-        rows.append([name, f"{stratum.users:,}", f"{stratum.candidates:,}", *numbers])
-    lines = table_lines([*head, *(f"{task} {what}" for task in pair for what in ("positive", "AUC"))], rows)
+        own = [stratum.metrics[task] for task in pair]
+        numbers = [[_with_interval(m.auc, m.auc_ci), _with_interval(m.gauc, m.gauc_ci)] for m in own]
+        rows.append([name, f"{stratum.users:,}", f"{stratum.candidates:,}", *numbers[0], *numbers[1]])
+    lines = table_lines([*head, *(f"{task} {what}" for task in pair for what in ("AUC", "GAUC"))], rows)
+    counted_in = next(iter(pairs[pair].values())).counted_in
     lines.append(
-        f"comparable: neither number of a user's positives in training is above {FACTOR:g} times the other"
+        f"by feedback balance; comparable: neither number of a user's positives in {counted_in} is above "
+        f"{FACTOR:g} times the other"
     )
+    if counted_in != "train":
+        lines.append(
+            "training has no positive of these users: in strata by measured labels only GAUC means something"
+        )
     if "comparable" not in pairs[pair]:
-        lines.append("no user of this split gave two tasks comparable feedback in training")
+        lines.append("no user's feedback on two tasks is comparable")
     elif len(pairs) > 1:
         lines.append(f"of {len(pairs)} pairs of tasks, this one has most comparable candidates")
     return lines

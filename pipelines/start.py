@@ -77,9 +77,9 @@ class Start:
 
     @property
     def heads(self) -> TaskHeads:
-        """The tasks that the model gives logits of."""
+        """The tasks that the model gives logits of, and what is theirs."""
         tasks = resolve_tasks(self.config.tasks, self.manifest.tasks)
-        return TaskHeads.of(self.config.model, tasks)
+        return TaskHeads.of(self.config.model, tasks, self.groups)
 
     def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
         """The model with everything that trains it, still with its first weights; collective."""
@@ -143,7 +143,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     watched(config.train.early_stopping, names_of(resolve_tasks(config.tasks, manifest.tasks)))
     groups = resolve_groups(config, manifest)
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
-    trained_tasks(tasks, config.train.objective, count_domains(config, groups))
+    trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)

@@ -117,9 +117,10 @@ def count_numbers(config: Config, numeric: Sequence[str]) -> int:
     return len(numeric) + len(config.data.search.count_names)
 
 
-def count_domains(config: Config, groups: Mapping[str, TableGroup]) -> int:
-    """Ids that a domain may have, 0 where candidates have none, or where it has no table."""
-    return feature_rows(groups).get(config.data.domain, 0)
+def count_domains(config: Config, manifest: LogManifest) -> int:
+    """Ids that a domain may have, whether or not there is a table of it; 0 where candidates have none."""
+    info = {**manifest.context, **manifest.features}.get(config.data.domain)
+    return info.rows if info is not None else 0
 
 
 def feature_rows(groups: Mapping[str, TableGroup]) -> dict[str, int]:
@@ -138,7 +139,7 @@ def build_model(
     state = torch.get_rng_state()
     torch.manual_seed(config.train.seed)
     levels = len(config.data.search.levels)
-    domains = count_domains(config, groups)
+    domains = feature_rows(groups).get(config.data.domain, 0)
     dimensions = Dimensions(groups, config.data.history_length, levels, config.train.seed, domains)
     model = TwoStageModel(config.model, dimensions, collections, tasks, numbers)
     torch.set_rng_state(state)
@@ -164,7 +165,9 @@ def build_trainable(
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
 
     def build() -> TwoStageModel:
-        return build_model(config, groups, collections, tasks, numbers)
+        model = build_model(config, groups, collections, tasks, numbers)
+        model.domains = count_domains(config, manifest)
+        return model
 
     check_dense(build)
     return build(), groups

@@ -17,7 +17,10 @@ from trainer.step_size import StepSize
 _TIMES_TRAINED = 4
 # Part of a tensor's name -> the settings that its size comes from; the first that fits.
 _SETTINGS = (
-    ("head.layers.", "model.hidden, model.experts.hidden, groups.<name>.dim"),
+    (".mixer.gates.", "model.mixer.hidden, model.experts.hidden, groups.<name>.dim"),
+    (".banks.", "model.experts.hidden, groups.<name>.dim"),
+    ("gate", "model.towers.gate_hidden, model.hidden, groups.<name>.dim"),
+    ("head.towers.", "model.hidden, tasks.<name>.tower, model.experts.hidden"),
     ("head.", "model.hidden, groups.<name>.dim"),
     ("auxiliary", "model.auxiliary_hidden"),
     ("time", "data.history_length, model.time_dim"),

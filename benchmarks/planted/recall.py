@@ -74,7 +74,7 @@ def kept_behaviors(model: nn.Module, batch: RequestBatch) -> tuple[Tensor, Tenso
     searched = inner.retrieve(batch).items()
     # A model of whole windows searches nothing: each candidate keeps all of its window.
     kept = [
-        each.windows.of_candidates() if inner.branches[name].sequence.on_windows else each.selection
+        each.selection if inner.branches[name].settings.searches else each.windows.of_candidates()
         for name, each in searched
     ]
     count = batch.candidates

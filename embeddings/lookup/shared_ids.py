@@ -12,7 +12,7 @@ feature are in a group. So neither a vector nor an update changes, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -26,28 +26,47 @@ from embeddings.private import exchanging_by, features_on
 
 
 class Placed(NamedTuple):
-    """A table of a group, the feature that it looks up, and the ranks that hold some of it."""
+    """A table of a group, the feature that it looks up, and the ranks of its shards."""
 
     table: str
     feature: str
-    ranks: frozenset[int]
+    ranks: tuple[int, ...]
 
 
-def senders(placed: Iterable[Placed]) -> list[str]:
+def senders(placed: Sequence[Placed], device: str) -> list[str]:
     """The tables for which ids are sent, so that all tables have theirs.
 
+    Where the tables of a rank do not look up its features in turn, repeating ids takes a permutation, for
+    which the host must know how many there are. It does not wait for a GPU to say so: all tables are named.
+
     Args:
-        placed: tables of one group that are sharded in one way.
+        placed: tables of one group that are sharded in one way, in their order; device: `cpu` or `cuda`.
     """
+    if device != "cpu" and not _in_turn(placed):
+        return [each.table for each in placed]
     reached: dict[str, set[int]] = {}
     sending = []
     # Those on most ranks first, for they may spare others.
     for each in sorted(placed, key=lambda each: -len(each.ranks)):
         ranks = reached.setdefault(each.feature, set())
-        if not each.ranks <= ranks:
+        if not ranks.issuperset(each.ranks):
             sending.append(each.table)
-            ranks |= each.ranks
+            ranks.update(each.ranks)
     return sending
+
+
+def _in_turn(placed: Sequence[Placed]) -> bool:
+    """Whether each rank has tables of all its features in one order, then again, and so on."""
+    features: dict[int, list[str]] = {}
+    for each in placed:
+        for rank in each.ranks:
+            features.setdefault(rank, []).append(each.feature)
+    return all(found == _turns(list(dict.fromkeys(found)), found) for found in features.values())
+
+
+def _turns(once: list[str], wanted: list[str]) -> list[str]:
+    """As many times `once` as `wanted` has room for."""
+    return once * (len(wanted) // max(len(once), 1))
 
 
 class SharedIds:
@@ -64,11 +83,11 @@ class SharedIds:
         self._shardings, self._wanted = [], []
         for infos in collection.sharding_type_to_sharding_infos.values():
             placed = [
-                Placed(info.embedding_config.name, feature, frozenset(info.param_sharding.ranks))
+                Placed(info.embedding_config.name, feature, tuple(info.param_sharding.ranks))
                 for info in infos
                 for feature in info.embedding_config.feature_names
             ]
-            sending = set(senders(placed))
+            sending = set(senders(placed, device.type))
             make = collection.create_embedding_bag_sharding
             given: dict[str, Any] = {"permute_embeddings": True, "qcomm_codecs_registry": codecs}
             self._wanted.append(features_on(make(infos, env, device, **given), env.rank))
@@ -88,11 +107,9 @@ def _repeated(ids: KeyedJaggedTensor, wanted: list[str]) -> KeyedJaggedTensor:
     keys = ids.keys()
     if keys == wanted:
         return ids
-    times = len(wanted) // max(len(keys), 1)
-    if wanted != keys * times:
+    if wanted != _turns(keys, wanted):
         return ids.permute([keys.index(feature) for feature in wanted])
-    # A permutation asks how many ids a feature has, for which the host would wait.
-    lengths = ids.length_per_key_or_none()
+    times, lengths = len(wanted) // len(keys), ids.length_per_key_or_none()
     return KeyedJaggedTensor(
         keys=wanted,
         values=ids.values().repeat(times),

@@ -73,14 +73,14 @@ class Traffic:
 
 
 def sending_ids(
-    options: Iterable[tuple[str, str, Iterable[int]]], groups: Iterable[TableGroup]
+    options: Iterable[tuple[str, str, Iterable[int]]], groups: Iterable[TableGroup], device: str
 ) -> dict[str, bool]:
     """Whether a table has its feature's ids sent; else it reads those that are sent for other sets.
 
     Args:
-        options: name of a table, how it is sharded, and the ranks of its shards.
+        options: name of a table, how it is sharded, and the ranks of its shards; device: `cpu` or `cuda`.
     """
-    placed = {name: (sharding, frozenset(ranks)) for name, sharding, ranks in options}
+    placed = {name: (sharding, tuple(ranks)) for name, sharding, ranks in options}
     found: dict[str, bool] = {}
     for group in groups:
         alike: dict[str, list[Placed]] = {}
@@ -88,7 +88,7 @@ def sending_ids(
             name = group.table_name(table)
             sharding, ranks = placed[name]
             alike.setdefault(sharding, []).append(Placed(name, table.feature, ranks))
-        sending = {name for tables in alike.values() for name in senders(tables)}
+        sending = {name for tables in alike.values() for name in senders(tables, device)}
         found |= {each.table: each.table in sending for tables in alike.values() for each in tables}
     return found
 

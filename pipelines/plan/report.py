@@ -68,7 +68,7 @@ class Report:
             (each.name, each.sharding_type, [shard.rank for shard in each.shards])
             for each in self.estimate.options
         ]
-        return sending_ids(placed, self.request.groups)
+        return sending_ids(placed, self.request.groups, self.cluster.device)
 
     def of_sets(self, option: ShardingOption) -> bool:
         """Whether a table is one of several sets."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipelines.console import quiet_third_parties
 from tests.helpers.steps import DOMAINS, Drawn, drawn, tasks_of
-from tests.programs.step_cases import job
+from tests.programs.step_cases import job, local_tensors
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.model.heads.head import Head, HeadInput, HeadOutput, HeadSizes, MlpKeys
 from trainer.model.settings import HEADS
@@ -108,22 +108,39 @@ class Towers(Head):
         return HeadOutput(torch.cat([tower(inputs) for tower in self.towers.values()], dim=1))
 
 
-def unobserved_steps(log: Path, folder: Path, ranks: Ranks) -> list[list[str]]:
-    """Towers that each of five steps changes: buy is observed on no rank in the last three."""
-    mask = ["tasks.click.label=click", "tasks.buy.mask=click >= 0", "data.batch_candidates=24"]
+TWO_TASKS = ["tasks.click.rank=pair", "tasks.buy.mask=click >= 0", "data.batch_candidates=24"]
+STEM = [
+    "model.head=experts", "model.experts.own=1", "model.experts.foreign=stopped",
+    "model.mixer.kind=softmax", "groups.representation.sets=tasks",
+]  # fmt: skip
+
+
+def unobserved_steps(log: Path, folder: Path, ranks: Ranks, *overrides: str) -> dict[str, Any]:
+    """Weights and states that each of five steps changes: buy is observed on no rank in the last three.
+
+    Beside them the losses of the steps, added up over ranks.
+    """
     with mock.patch.dict(HEADS, mlp=Towers):
-        made = job(ranks, log, folder, "none", *mask)
-    towers = made.sharded.model.module.head.towers
+        made = job(ranks, log, folder, "none", *TWO_TASKS, *overrides)
+
+    def state() -> dict[str, Tensor]:
+        trees = [made.sharded.model.state_dict(), made.optimizer.state_dict()]
+        return {name: tensor.detach().clone() for name, tensor in local_tensors(trees)}
+
     steps = list(made.reader.steps())[:5]
     for step in steps[2:]:
         step.batch.labels[:, 1] = torch.nan
         step.batch.sizes = None
-    changed, before = [], {name: tower.weight.detach().clone() for name, tower in towers.items()}
-    for _ in made.train(iter(steps)):
-        after = {name: tower.weight.detach().clone() for name, tower in towers.items()}
-        changed.append([name for name in towers if not torch.equal(before[name], after[name])])
+    changed, losses, before = [], [], state()
+    for _, loss in made.train(iter(steps)):
+        losses.append(loss)
+        after = state()
+        mine = [name for name in after if not torch.equal(before[name], after[name])]
+        every: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(every, mine)
+        changed.append(sorted({name for names in every for name in names}))
         before = after
-    return changed
+    return {"changed": changed, "losses": losses}
 
 
 def main(log: Path, folder: Path) -> None:
@@ -131,9 +148,12 @@ def main(log: Path, folder: Path) -> None:
     torch.manual_seed(0)
     found: dict[str, Any] = {}
     with process_group(60) as ranks:
+        steps = {
+            "towers": unobserved_steps(log, folder, ranks),
+            "sets": unobserved_steps(log, folder, ranks, *STEM),
+        }
         if ranks.world_size == 1:
-            changed = unobserved_steps(log, folder, ranks)
-            (folder / "report.json").write_text(json.dumps(changed))
+            (folder / "report.json").write_text(json.dumps({"steps": steps}))
             return
         for name, tasks in CASES.items():
             for cut in CUTS:
@@ -147,9 +167,8 @@ def main(log: Path, folder: Path) -> None:
             part = drawn(7, COUNT, 2, 0.0)
             of = StepLoss(CASES["plain"], "bce", 0, Covariance(0.1), ranks.world_size, ranks.rank)
             part.losses(of, part.step(2 * COUNT, True, (COUNT, COUNT))).total().backward()
-        found = {"cases": found, "changed": unobserved_steps(log, folder, ranks)}
         if ranks.rank == 0:
-            (folder / "report.json").write_text(json.dumps(found))
+            (folder / "report.json").write_text(json.dumps({"cases": found, "steps": steps}))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def forecast(sharding: str, ranks: Ranks) -> dict[str, float]:
     attach_optimizer(model.all, group.optimizer)
     saved = make_plan(PlanRequest(model, (group,), cluster_of(ranks)))
     placed = [(line.table, line.sharding, line.ranks) for line in placements(saved, [group])]
-    sends = sending_ids(placed, [group])
+    sends = sending_ids(placed, [group], "cpu")
     # As many ids in one half of the rows as in the other, for row-wise ranks.
     last = [rows - 1 for rows in tables.ROWS.values()]
     bags = one_id_bags(list(tables.ROWS), torch.tensor([[0] * 6 + [end] * 6 for end in last]))

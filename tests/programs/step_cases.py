@@ -41,8 +41,12 @@ SMALL = [
     "groups.attention.dim=8", "groups.representation.dim=8", "groups.representation.init_scale=0.7",
 ]  # fmt: skip
 CONTEXT = ['groups.user.features=["city","segments"]', "groups.user.dim=4", 'model.roles.context="user"']
-# The head runs twice, for two tasks.
-SETS = ["groups.representation.sets=3", "model.attention_owner=buy"]
+# The head and the one of the auxiliary loss run twice; one task is the product of two others.
+SETS = [
+    "groups.representation.sets=3", "model.attention_owner=given", "model.lookup=full",
+    "model.auxiliary=softmax", 'tasks.click.label="click"', 'tasks.given.label="buy"',
+    'tasks.given.loss="none"', 'tasks.buy.product=["click","given"]',
+]  # fmt: skip
 # Gates that read a prior of candidates and of requests, over sets of which a task owns one.
 PRIOR = [
     'groups.representation.sets="tasks"', 'groups.known.features=["item_id","band"]', "groups.known.dim=4",
@@ -57,7 +61,7 @@ MODELS = {
     "selected": [],
     "full": ["model.lookup=full"],
     "context, few features": [*CONTEXT, *FEW],
-    "sets, attention of one task": SETS,
+    "sets, attention of one task, product": SETS,
     "sets of tasks, prior": PRIOR,
     "auxiliary, batch norm": [
         "model.lookup=full",

@@ -48,6 +48,16 @@ def build(preset: str, log: Path, ranks: Ranks, **settings: Any) -> None:
             r"largest tensor is head.*\[65536, 65536\], 17.18 GB: make model.h",
         ),
         (
+            "multi_embedding",
+            {"model__experts__hidden": [65_536] * 20},
+            r"largest tensor is head.*\[\d, 65536, 65536\], .*: make model.experts.hidden",
+        ),
+        (
+            "stem",
+            {"model__mixer__hidden": [65_536] * 30},
+            r"largest tensor is head.*: make model.mixer.hidden",
+        ),
+        (
             "tdpe",
             {"data__history_length": 1_000_000, "model__time_dim": 65_536},
             r"largest tensor is .*1000001.*: make data.history_length, model.time_dim smaller",

@@ -48,7 +48,7 @@ RANKED_EXACTLY = {
 LAUNCHES = {
     "ame": 309,
     "best": 343,
-    "crocodile": 323,
+    "crocodile": 372,
     "dare": 223,
     "dare_paper": 293,
     "dare_pointwise": 223,
@@ -56,7 +56,7 @@ LAUNCHES = {
     "din": 163,
     "dpe": 204,
     "dsi_tin": 315,
-    "esmm": 283,
+    "esmm": 291,
     "eta": 237,
     "mmoe": 252,
     "multi_embedding": 287,

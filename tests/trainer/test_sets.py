@@ -53,8 +53,8 @@ def test_named_sets_have_owners_and_widths_of_their_own() -> None:
             "model.roles.attention_target = 'attention': groups.attention.sets are",
         ),
         (
-            ["groups.representation.sets=2", "model.roles.prior=representation"],
-            "model.roles.prior = 'representation': groups.representation.sets are for the representation",
+            ["groups.representation.sets=2", "model.roles.cross=representation"],
+            "model.roles.cross = 'representation': groups.representation.sets are for the representation",
         ),
         (
             ["groups.representation.sets=2", "groups.other={}", "model.roles.representation_behavior=other"],

@@ -155,6 +155,11 @@ def test_a_config_names_the_task_of_a_bad_mask() -> None:
         tasks_of("tasks.buy.mask=click = 1")
 
 
+def test_a_product_has_each_factor_once() -> None:
+    with pytest.raises(ConfigError, match=r"tasks\.both: product names a task twice: click, click"):
+        tasks_of('tasks.both.product=["click", "click"]')
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

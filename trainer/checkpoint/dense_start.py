@@ -6,12 +6,14 @@ keeps its first weights where not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor
 
 from embeddings.errors import CheckpointError
+from embeddings.groups import TableGroup
 from trainer.checkpoint.unsharded import PlainTables
 from trainer.config.tasks import Task, names_of
 from trainer.model.heads.head import TaskWeights
@@ -20,18 +22,39 @@ from trainer.model.settings import ModelConfig
 _HEAD = "head."
 # How modules of a task are called.
 _MODULE = "task_"
+# What is before the name of a set in the names of its modules, and before that of a task in an owner's.
+_SETS, _OWNER = "sequences", "task:"
 
 
 @dataclass(frozen=True)
 class TaskHeads:
-    """Tasks with towers, in the order of a head's rows, and which weights are theirs; see `TaskWeights`."""
+    """Which weights of a head are whose.
 
-    names: tuple[str, ...]
+    Attributes:
+        names: tasks with towers, in the order of the head's rows; None: those of the source, whatever it has.
+        weights: see there; sets: a task's own set of the representation -> the task.
+    """
+
+    names: tuple[str, ...] | None = None
     weights: TaskWeights = field(default_factory=TaskWeights)
+    sets: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: ModelConfig, tasks: Iterable[Task]) -> TaskHeads:
-        return TaskHeads(tower_names(tasks), model.head_kind.weights_of_tasks(model))
+    def of(
+        model: ModelConfig, tasks: Iterable[Task], groups: Mapping[str, TableGroup] = MappingProxyType({})
+    ) -> TaskHeads:
+        owned = {
+            each.name: each.owner.removeprefix(_OWNER)
+            for group in groups.values()
+            for each in group.sets
+            if each.owner.startswith(_OWNER)
+        }
+        return TaskHeads(tower_names(tasks), model.head_kind.weights_of_tasks(model), owned)
+
+    def new_sets(self, source: PlainTables) -> set[str]:
+        """The sets of tasks that the source did not have; none where it does not say which it had."""
+        before = source.manifest.tasks
+        return set() if before is None else {name for name, task in self.sets.items() if task not in before}
 
 
 def tower_names(tasks: Iterable[Task]) -> tuple[str, ...]:
@@ -51,20 +74,24 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
     Raises:
         CheckpointError: a weight that no task accounts for is missing, or has another shape.
     """
-    dense, before = source.dense(), source.manifest.tasks
+    dense, before, now = source.dense(), source.manifest.tasks, heads.names
     # Folders of earlier versions do not say which tasks they have: then these are taken to be the same.
-    other = before is not None and tuple(before) != heads.names
+    if before is None or now is None or before == now:
+        before = now = None
     kept: list[str] = []
+    new_sets = heads.new_sets(source)
     for name, weight in weights.items():
         old = dense.get(name)
-        if other and before is not None and old is not None and _is_row_wise(name, heads):
-            if _fill_rows_of_tasks(weight, old, heads.names, before):
+        if before is not None and now is not None and old is not None and _is_row_wise(name, heads):
+            if _fill_rows_of_tasks(weight, old, now, before):
                 continue
-        elif old is not None and old.shape == weight.shape and not (other and _mixes(name, heads)):
-            weight.copy_(old)
-            continue
-        elif other and before is not None and (_mixes(name, heads) or _is_new(name, before)):
+        elif before is not None and (
+            _mixes(name, heads) or (old is None and _is_new(name, before, new_sets))
+        ):
             kept.append(name)
+            continue
+        elif old is not None and old.shape == weight.shape:
+            weight.copy_(old)
             continue
         found = f"is {tuple(old.shape)}" if old is not None else "is not there"
         raise CheckpointError(
@@ -72,7 +99,7 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
             f"dense weight {name} {found}, this model's is {tuple(weight.shape)}: the [model] section, the "
             "groups' widths and the log's features must be those it was trained with",
         )
-    return _lines(heads, before, kept) if other and before is not None else []
+    return [] if before is None or now is None else _lines(now, before, [n for n in kept if _mixes(n, heads)])
 
 
 def _is_row_wise(name: str, heads: TaskHeads) -> bool:
@@ -83,10 +110,12 @@ def _mixes(name: str, heads: TaskHeads) -> bool:
     return name.startswith(_HEAD) and any(part in name for part in heads.weights.mixing)
 
 
-def _is_new(name: str, before: Sequence[str]) -> bool:
-    """Whether a weight is in a module of a task that the source did not have."""
-    modules = [part for part in name.split(".") if part.startswith(_MODULE)]
-    return any(part.removeprefix(_MODULE) not in before for part in modules)
+def _is_new(name: str, before: Sequence[str], new_sets: Collection[str]) -> bool:
+    """Whether a weight is in a module of a task that the source did not have, or of such a task's set."""
+    parts = name.split(".")
+    modules = [part for part in parts if part.startswith(_MODULE)]
+    of_set = _SETS in parts and parts[parts.index(_SETS) + 1] in new_sets
+    return of_set or any(part.removeprefix(_MODULE) not in before for part in modules)
 
 
 def _fill_rows_of_tasks(weight: Tensor, old: Tensor, now: Sequence[str], before: Sequence[str]) -> bool:
@@ -102,12 +131,12 @@ def _fill_rows_of_tasks(weight: Tensor, old: Tensor, now: Sequence[str], before:
     return True
 
 
-def _lines(heads: TaskHeads, before: Sequence[str], kept: Sequence[str]) -> list[str]:
+def _lines(now: Sequence[str], before: Sequence[str], mixing: Sequence[str]) -> list[str]:
     lines = []
-    if new := [task for task in heads.names if task not in before]:
-        lines.append(f"tasks: {', '.join(new)} not there before, with first weights in the head")
-    if gone := [task for task in before if task not in heads.names]:
+    if new := [task for task in now if task not in before]:
+        lines.append(f"tasks: {', '.join(new)} not there before, with first weights of their own")
+    if gone := [task for task in before if task not in now]:
         lines.append(f"tasks: {', '.join(gone)} left out")
-    if mixing := [name for name in kept if _mixes(name, heads)]:
+    if mixing:
         lines.append(f"first weights, since they weigh what other tasks have: {', '.join(mixing)}")
     return lines

@@ -58,11 +58,11 @@ class PlainFile(Settings):
 class PlainManifest(Settings):
     """What a folder of plain tables holds; `vocabularies` as in the log: feature -> digest, or empty.
 
-    Version 2 has tables of sets. Without any it stays 1, which older versions of this software read.
+    Version 2 says the tasks and may have tables of sets; 1 is still read.
     """
 
     format: Literal["tandemrec.plain-tables"] = "tandemrec.plain-tables"
-    version: Literal[1, 2] = 1
+    version: Literal[1, 2] = 2
     step: int = Field(ge=0)
     tables: dict[InnerPath, PlainTable]
     dense: dict[str, tuple[int, ...]]
@@ -148,7 +148,6 @@ def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...
             shutil.copyfile(entry.file, part / "vocab" / entry.file.name)
     files = sorted(p for p in part.rglob("*") if p.is_file())
     manifest = PlainManifest(
-        version=2 if any("/" in name for name in tables) else 1,
         step=state["step"],
         tables=tables,
         dense={name: tuple(tensor.shape) for name, tensor in dense.items()},

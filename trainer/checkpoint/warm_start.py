@@ -123,9 +123,10 @@ def fill(
     """
     model: Mapping[str, Any] = tensors["model"]
     tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
-    _check_tables(model, source)
-    dense = {name: weight for name, weight in model.items() if name not in set(tables.values())}
-    known, lines = vocabularies(manifest, log / "vocab"), fill_dense(dense, source, heads)
+    new = _check_tables(model, source, heads)
+    known, lines = vocabularies(manifest, log / "vocab"), fill_dense(_dense(model), source, heads)
+    if new:
+        lines.append(f"tables with first weights, of sets of new tasks: {', '.join(new)}")
     if left := [table for table in source.manifest.tables if table not in tables]:
         lines.append(f"not taken over, since this model has no such tables: {', '.join(left)}")
     maps: dict[str, Tensor | None] = {}
@@ -160,19 +161,30 @@ def check_source(model: nn.Module, heads: TaskHeads, path: Path) -> None:
         find_to_use(path / "checkpoints", "newest", alone=True)
         return
     source, weights = open_plain_tables(path), model.state_dict()
-    _check_tables(weights, source)
-    tables = {name for name in weights if table_of(name) in source.manifest.tables}
-    dense = {name: weight for name, weight in weights.items() if name not in tables}
-    fill_dense({name: torch.empty_like(w, device="meta") for name, w in dense.items()}, source, heads)
+    _check_tables(weights, source, heads)
+    dense = _dense(weights).items()
+    fill_dense({name: torch.empty_like(weight, device="meta") for name, weight in dense}, source, heads)
 
 
-def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
-    """Every table of the model must be there in its width."""
-    known = source.manifest.tables
+def _dense(model: Mapping[str, Any]) -> dict[str, Any]:
+    """All weights that no table has."""
+    return {name: weight for name, weight in model.items() if TableName.of(table_of(name)) is None}
+
+
+def _check_tables(model: Mapping[str, Any], source: PlainTables, heads: TaskHeads) -> list[str]:
+    """Every table of the model must be there in its width, but those of a new task's own set.
+
+    Returns:
+        The latter.
+    """
+    known, new, new_sets = source.manifest.tables, [], heads.new_sets(source)
     for name, weight in model.items():
         table = table_of(name)
         wanted = TableName.of(table)
         if wanted is None:
+            continue
+        if table not in known and wanted.set in new_sets:
+            new.append(table)
             continue
         if table not in known:
             problem = f"has no table {table}; it has {', '.join(known)}"
@@ -184,6 +196,7 @@ def _check_tables(model: Mapping[str, Any], source: PlainTables) -> None:
             raise CheckpointError(
                 source.path, f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}"
             )
+    return new
 
 
 def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor | None, rows: int) -> None:

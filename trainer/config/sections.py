@@ -143,6 +143,10 @@ class TrainConfig(Settings):
     first, this one or that of the last epoch."""
     objective: str = "bce"
     """The loss of each candidate, for tasks that name none."""
+    mean: Literal["step", "domain"] = "step"
+    """How the losses of a task's candidates become one: `step` is their mean over all observed candidates of
+    a step, `domain` is the sum over domains of the means of each domain (Crocodile), see data.domain. A
+    ranking loss follows where its `pairs` is `domain`, too."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """The optimizer of the dense weights."""
     learning_rate: float = Field(1e-3, gt=0)

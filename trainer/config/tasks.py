@@ -34,9 +34,8 @@ class TaskConfig(Settings):
     """With `loss = "focal"`, how much less a candidate counts that the model is sure of. Not set means 2."""
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     """The factor of the task's loss in the total."""
-    mean: Literal["step", "domain"] = "step"
-    """How the losses of candidates become one: `step` is their mean over all observed candidates of a step,
-    `domain` is the sum over domains of the means of each domain (Crocodile), see data.domain."""
+    mean: Literal["", "step", "domain"] = ""
+    """How the losses of candidates become one, see train.mean. Empty means as that says."""
     rank: str = "none"
     """A loss beside `loss` that compares candidates. `none` means none."""
     bce_weight: float = Field(0.5, ge=0, le=1)
@@ -63,6 +62,8 @@ class TaskConfig(Settings):
             raise ValueError("a task with a product has no tower: leave tower out")
         if len(self.product) == 1:
             raise ValueError("a product needs two tasks or more")
+        if len(set(self.product)) < len(self.product):
+            raise ValueError(f"product names a task twice: {', '.join(self.product)}")
         if self.loss == "none" and self.rank != "none":
             raise ValueError(f'rank = "{self.rank}" is trained beside a loss: set loss = "bce"')
         if self.rank == "none" and (self.pairs, self.bce_weight) != ("step", 0.5):

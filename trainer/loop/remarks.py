@@ -21,6 +21,8 @@ _SPLITS = ("train", "validation", "test")
 _OTHER = {"candidate": "history", "history": "candidate"}
 # What the presets say; whoever sets steps beside it has said enough.
 _TYPICAL_WARMUP = 0.08
+# Measuring so many domains may take longer than scoring their candidates.
+_MANY_DOMAINS = 1000
 
 
 def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGroup]) -> list[str]:
@@ -50,6 +52,12 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
     if manifest.clusters is not None and not config.data.clusters:
         lines.append(
             "not used: the log's clusters of behaviors; data.clusters and model.clusters search them"
+        )
+    info = {**manifest.features, **manifest.context}.get(config.data.domain)
+    if info is not None and info.rows > _MANY_DOMAINS:
+        lines.append(
+            f'data.domain = "{config.data.domain}" has {info.rows:,} ids, and a validation measures each '
+            "that it has; name a feature with fewer, or validate seldom"
         )
     lines += [*_of_tasks(config, manifest), *_splits(config, manifest)]
     if left := [*_of_model(config.model), *_of_rest(config)]:
@@ -145,6 +153,13 @@ def _of_rest(config: Config) -> list[str]:
         unused.append('data.shuffle_row_groups (data.order is "stored")')
     if data.on_bad == "fail" and _changed(data, "max_bad"):
         unused.append('data.max_bad (data.on_bad is "fail")')
+    if _changed(train, "objective") and config.tasks and all(task.loss for task in config.tasks.values()):
+        unused.append("train.objective (every task names a loss of its own)")
+    unused += [
+        f'tasks.{name}.mean = "domain" for the ranking loss (its pairs are not those of a domain)'
+        for name, task in config.tasks.items()
+        if task.mean == "domain" and task.rank != "none" and task.pairs != "domain"
+    ]
     if train.init_optimizer != "carry" and not train.init_from:
         unused.append("train.init_optimizer (train.init_from is empty)")
     if not train.early_stopping.on:

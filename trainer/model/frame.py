@@ -26,7 +26,7 @@ from trainer.model.border import Lookups
 from trainer.model.branch import Branch, Reading, at_least_one_row
 from trainer.model.heads.head import HeadInput, HeadOutput, HeadSizes
 from trainer.model.heads.owned import OwnedAttention
-from trainer.model.heads.products import with_products
+from trainer.model.heads.products import Products
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.search import Retrieval
 from trainer.model.settings import ModelConfig
@@ -209,6 +209,9 @@ class TwoStageModel(nn.Module):
             an EmbeddingBagCollection in training, plain tables when scoring.
         tasks: what it predicts, T in number.
         numbers: X, numeric features of a candidate; they reach the head as sign(x) log(1 + |x|).
+
+    Attributes:
+        domains: ids that a domain may have, for losses: more than 0 even where no group has a table of it.
     """
 
     def __init__(
@@ -238,6 +241,7 @@ class TwoStageModel(nn.Module):
         self.owned = OwnedAttention(owners, [task.name for task in towers])
         self.pooling = Pooling(roles, numbers > 0, self.owned.runs)
         self.head = config.head_kind.build(config, head_sizes(roles, branches, dimensions, towers, numbers))
+        self.products = Products(tasks) if len(towers) < len(tasks) else None
         self.auxiliary = None
         if config.auxiliary_kind is not None:
             main = branches["main"]
@@ -249,6 +253,13 @@ class TwoStageModel(nn.Module):
                 for name, parameter in self.named_parameters():
                     if not name.startswith("collections.") and "bias" not in name:
                         parameter.normal_(0.0, 0.01)
+
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """The dense weights that no loss but this task's reaches: of the head, and of what reads its sets."""
+        sets = self.head.own_sets(task)
+        experts = [expert for branch in self.branches.named().values() for expert in branch.experts]
+        own = [expert.sequence for expert in experts if expert.set in sets]
+        return [*self.head.own_parameters(task), *(weight for each in own for weight in each.parameters())]
 
     def forward(self, batch: RequestBatch) -> Prediction:
         retrievals, first = self._stage_one(batch)
@@ -268,12 +279,14 @@ class TwoStageModel(nn.Module):
             output = self.owned([self.head(pooled.given[run]) for run in range(len(self.owned.runs))])
         else:
             output = self.head(pooled.given[0])
-        output = with_products(output, self.tasks)
+        if self.products is not None:
+            output = self.products(output)
         auxiliary = None
         if self.auxiliary is not None and self.training:
             main = pooled.of_branch["main"]
-            of_towers = self.auxiliary(main.branch, main.behaviors, self.owned.live("main"))
-            auxiliary = with_products(HeadOutput(of_towers), self.tasks).logits
+            auxiliary = self.auxiliary(main.branch, main.behaviors, self.owned.live("main"))
+            if self.products is not None:
+                auxiliary = self.products(HeadOutput(auxiliary)).logits
         return Prediction(output.logits, auxiliary, output.base, output.experts)
 
     @torch.no_grad()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -29,7 +28,7 @@ class Covariance:
         factor: of the loss in the total.
         over: `rank`: each rank takes the covariance over its own candidates, and these losses are averaged;
             `step`: over those of all ranks, exactly.
-        rows: so many candidates at most, the first ones, of each rank or of the step; 0 = all.
+        rows: so many candidates of each rank at most, the first ones; 0 = all.
     """
 
     factor: float
@@ -44,17 +43,16 @@ class Covariance:
             shares: candidates of each rank in this step, 0 where they do not count; empty = one rank.
             rank: this one. Where its own share is 0 its part is of no meaning.
         """
+        rows = experts_BEd[: self.rows] if self.rows else experts_BEd
         if self.over == "rank" or len(shares) < 2:
-            rows = experts_BEd[: self.rows] if self.rows else experts_BEd
             ranks = max(1, sum(share > 0 for share in shares))
             return _loss(rows, rows.mean(0), rows.shape[0], shared=False) / ranks
-        firsts = [0, *accumulate(shares)]
-        limit = min(self.rows, firsts[-1]) if self.rows else firsts[-1]
-        mine = experts_BEd[: max(0, min(shares[rank], limit - firsts[rank]))]
-        mean = mine.detach().sum(0)
+        rows = rows[: shares[rank]]
+        count = sum(min(share, self.rows or share) for share in shares)
+        mean = rows.detach().sum(0)
         dist.all_reduce(mean)
-        # With the mean of all its gradient is zero: the deviations of all ranks add up to nothing.
-        return _loss(mine, mean / limit, limit, shared=True) + experts_BEd.sum() * 0
+        # The mean need have no gradient: the deviations of all ranks from it add up to nothing.
+        return _loss(rows, mean / count, count, shared=True) + experts_BEd.sum() * 0
 
 
 def covariance_of(model: Any) -> Covariance | None:

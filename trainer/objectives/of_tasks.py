@@ -20,6 +20,7 @@ class Trained:
         column: its place among all tasks.
         name, objective: of its loss of single candidates; ranking: beside it, or None.
         gamma: see `trainer.objectives.losses.Objective`.
+        by_domain: each domain has a mean of its own.
     """
 
     task: Task
@@ -28,6 +29,7 @@ class Trained:
     objective: Objective
     gamma: float
     ranking: Ranking | None
+    by_domain: bool
 
     @property
     def share(self) -> float:
@@ -35,21 +37,17 @@ class Trained:
         return 1.0 if self.ranking is None else self.task.settings.bce_weight
 
     @property
-    def by_domain(self) -> bool:
-        """Whether each domain has a mean of its own."""
-        return self.task.settings.mean == "domain"
-
-    @property
     def ranked_by_domain(self) -> bool:
         """The same of the ranking loss, for which only pairs within a domain are of one domain."""
         return self.ranking is not None and self.by_domain and self.task.settings.pairs == "domain"
 
 
-def trained_tasks(tasks: Sequence[Task], default: str, domains: int) -> list[Trained]:
+def trained_tasks(tasks: Sequence[Task], default: str, domains: int, mean: str = "step") -> list[Trained]:
     """The tasks that have a loss of their own, in their order.
 
     Args:
         default: `train.objective`; domains: ids that a domain may have, 0 where candidates have no domain.
+        mean: `train.mean`.
 
     Raises:
         ConfigError: a task names a loss that there is not, or one that cannot be had.
@@ -74,10 +72,12 @@ def trained_tasks(tasks: Sequence[Task], default: str, domains: int) -> list[Tra
             if ranking.two_logits and settings.product:
                 problem = "needs a logit for each class, which a product has not; name another"
                 raise ConfigError(f"{where}.rank = {settings.rank!r} {problem}")
-        for key in ("mean", "pairs"):
-            if getattr(settings, key) == "domain" and not domains:
-                problem = "candidates have no domain; name its feature in data.domain, and give it a table"
-                raise ConfigError(f'{where}.{key} = "domain": {problem} in some group')
+        by_domain = (settings.mean or mean) == "domain"
+        given = {f"{where}.mean" if settings.mean else "train.mean": by_domain}
+        for key, asked in {**given, f"{where}.pairs": settings.pairs == "domain"}.items():
+            if asked and not domains:
+                problem = "candidates have no domain; name the feature that says it in data.domain"
+                raise ConfigError(f'{key} = "domain": {problem}')
         gamma = GAMMA if settings.gamma is None else settings.gamma
-        trained.append(Trained(task, column, name, objective, gamma, ranking))
+        trained.append(Trained(task, column, name, objective, gamma, ranking, by_domain))
     return trained

@@ -80,7 +80,7 @@ class StepLoss:
     Args:
         tasks: of the run; objective: `train.objective`; domains: ids that a domain may have, 0 without.
         covariance: of the model's experts, or None.
-        world_size, rank: of this process.
+        world_size, rank: of this process; mean: `train.mean`.
 
     Raises:
         ConfigError: see `trained_tasks`.
@@ -94,9 +94,10 @@ class StepLoss:
         covariance: Covariance | None = None,
         world_size: int = 1,
         rank: int = 0,
+        mean: str = "step",
     ) -> None:
         self._all = tuple(tasks)
-        self.tasks = dict(enumerate(trained_tasks(tasks, objective, domains)))
+        self.tasks = dict(enumerate(trained_tasks(tasks, objective, domains, mean)))
         self._domains, self._covariance = domains, covariance
         self._world_size, self._rank = world_size, rank
         # Tasks with the same loss are computed together.

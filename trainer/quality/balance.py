@@ -1,10 +1,14 @@
 """Metrics by feedback balance: how similar the amounts of positive feedback are that a user gave two tasks.
 
-STEM (Su et al. 2024) splits samples by the relative amount of positive feedback among tasks, and claims that
-models with shared embeddings lose most where the amounts are comparable. Its groups are not published in a
-form that we know, so these are ours: a user has n_a and n_b positives of two tasks in the training split, and
-is `comparable` if neither number is more than twice the other. Labels of the measured split have no part in
-it: strata by those would decide what is measured in them.
+STEM (arXiv 2308.13537) splits samples by the relative amount of positive feedback among tasks, and claims
+that models with shared embeddings lose most where the amounts are comparable. The edges of its groups are
+not known to us, so these are ours: a user has n_a and n_b positives of two tasks, and is `comparable` if
+neither number is more than twice the other.
+
+Positives are counted in the training split, so that the labels that are measured have no part in where a
+user belongs. Where training has none of these users (each user is in one split), they are counted in the
+measured split itself, and this is said: AUC, logloss and PCOC of a stratum then depend on the choice, GAUC
+hardly does.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.quality.metrics import Metrics, entry_of
+from trainer.quality.metrics import Metrics, entry_of, group_keys
 from trainer.quality.ranking import Floats, Ints
 from trainer.quality.scored import Scored
 
@@ -30,16 +34,19 @@ class Stratum:
 
     Attributes:
         candidates, users: of the split, whether or not they have labels of the two tasks.
+        counted_in: the split whose labels decide.
         metrics: of the two tasks, by name.
     """
 
     candidates: int
     users: int
+    counted_in: str
     metrics: Mapping[str, Metrics]
 
     def entry(self) -> dict[str, Any]:
         """As files hold it."""
-        return {"stratum": {"candidates": self.candidates, "users": self.users}, **entry_of(self.metrics)}
+        size = {"candidates": self.candidates, "users": self.users, "counted_in": self.counted_in}
+        return {"stratum": size, **entry_of(self.metrics)}
 
 
 Pair = tuple[str, str]
@@ -55,21 +62,25 @@ def strata(first: Floats, second: Floats) -> Ints:
     """The stratum of each user from the numbers of positives of two tasks, [n] each.
 
     0: neither number is more than `FACTOR` times the other; 1: there are more of the first task; 2: of the
-    second; 3: there is none of both, as of every user that training does not have.
+    second; 3: there is none of both.
     """
     more_first, more_second = first > FACTOR * second, second > FACTOR * first
     numbers: Ints = np.select([more_first, more_second, first + second == 0], [1, 2, 3], 0)
     return numbers
 
 
-def by_balance(scored: Scored, positives: Floats) -> dict[Pair, dict[str, Stratum]]:
+def by_balance(scored: Scored, trained: Floats | None, split: str) -> dict[Pair, dict[str, Stratum]]:
     """Pair of tasks -> stratum -> its metrics: of each pair a partition of the split.
 
     Strata without a candidate are left out.
 
     Args:
-        positives: [n, T], positives of each task that training has of the candidate's user.
+        trained: [n, T], positives of each task that training has of the candidate's user; None: not known.
+        split: its name.
     """
+    counted_in, positives = "train", trained
+    if positives is None or not positives.any():
+        counted_in, positives = split, _own_positives(scored)
     pairs = {}
     for at in itertools.combinations(range(len(scored.tasks)), 2):
         pair = scored.tasks[at[0]], scored.tasks[at[1]]
@@ -79,9 +90,16 @@ def by_balance(scored: Scored, positives: Floats) -> dict[Pair, dict[str, Stratu
             part = scored.part(number == place)
             if candidates := part.candidate.size:
                 metrics = {scored.tasks[task]: part.metrics(task) for task in at}
-                found[name] = Stratum(candidates, part.users, metrics)
+                found[name] = Stratum(candidates, part.users, counted_in, metrics)
         pairs[pair] = found
     return pairs
+
+
+def _own_positives(scored: Scored) -> Floats:
+    """[n, T], positives that the split itself has of the candidate's user."""
+    users = group_keys(scored.user_id)
+    sums = [np.bincount(users, column)[users] for column in np.nan_to_num(scored.label).T]
+    return np.stack(sums, axis=1)
 
 
 def most_comparable(pairs: Mapping[Pair, Mapping[str, Stratum]]) -> Pair:

@@ -21,7 +21,7 @@ from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import GroupColumns, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.quality.metrics import calibration_metrics, first_and_all, group_keys
+from trainer.quality.metrics import calibration_metrics, group_keys
 from trainer.quality.ranking import Floats, Ints, auc_influence, half_width, ranking_metrics
 from trainer.quality.scored import Scored
 
@@ -143,9 +143,19 @@ def _rates(
 
 
 def by_baseline(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """`Baselines.metrics` as files hold them: baseline -> the first task and all of them."""
-    names = next(iter(table.values()))
-    return {name: first_and_all({task: rows[name] for task, rows in table.items()}) for name in names}
+    """`Baselines.metrics` as files hold them: baseline -> the first task and all of them.
+
+    A task may lack a baseline that others have, such as rates of a task of which training has no label.
+    """
+    first, *_ = table.values()
+    names = dict.fromkeys(name for rows in table.values() for name in rows)
+    return {
+        name: {
+            **first.get(name, {}),
+            "tasks": {task: rows[name] for task, rows in table.items() if name in rows},
+        }
+        for name in names
+    }
 
 
 def counted_feature(manifest: LogManifest) -> str:

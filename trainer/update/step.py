@@ -151,10 +151,11 @@ class TrainStep:
             covariance_of(config.model),
             world_size,
             rank,
+            config.train.mean,
         )
         # Weights that only one task reaches.
         towers = [task.name for task in shell.tasks if task.has_tower]
-        self._own = {name: shell.head.own_parameters(name) for name in towers}
+        self._own = {name: shell.own_parameters(name) for name in towers}
         self._silent: Collection[str] = ()
         self._rule, self.number = Summed(), 0
         self._step: Step | None = None

@@ -43,8 +43,8 @@ from launch.cli import main
 from pipelines.plan.plan import parse_size
 from pipelines.plan.report import spans
 from tests.helpers.launching import SETTINGS, losses, overrides, tandemrec
-from tests.helpers.logs import Shape, enrich, random_rows, small_log, write_log
-from trainer.assemble import build_trainable, resolve_groups
+from tests.helpers.logs import small_log
+from trainer.assemble import build_trainable
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.run_config import load_config
@@ -369,32 +369,6 @@ def test_the_print_counts_with_what_is_sent(log: Path, capsys: pytest.CaptureFix
     assert [row[2] for row in forward] == [row[2] for row in plain]
 
 
-def test_sets_share_a_line_and_their_ids_are_counted_once(
-    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = ["--world-size", "4", "--hbm", "141GB", "--behaviors-per-step", "5000000"]
-    rule = ["--set", 'plan.tables.representation/1/item_id.sharding=["table_wise"]']
-
-    def printed(sets: int, *more: str) -> tuple[list[str], float]:
-        given = words(log, groups__representation__sets=sets, groups__representation__sharding=["row_wise"])
-        assert main(["plan", *given, *sizes, *more, "--json", str(tmp_path / "plan.json")]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        (row,) = (line.split() for line in lines if line.startswith("full, bag"))
-        return lines, float(row[2].replace(",", "")) * {"MB": 1, "GB": 1000}[row[3]]
-
-    one, several = printed(1), printed(3)
-    names = [line.split()[0] for line in several[0] if line.startswith("representation/")]
-    assert "representation/{0,1,2}/item_id" in names and "representation/1/item_id" not in names
-    assert several[1] == one[1]
-    mixed = printed(3, *rule)
-    names = [line.split()[0] for line in mixed[0] if line.startswith("representation/")]
-    assert "representation/{0,2}/item_id" in names and "representation/1/item_id" in names
-    assert mixed[1] > several[1]
-    placed = json.loads((tmp_path / "plan.json").read_text())["modules"]["collections.representation"]
-    assert placed["representation/1/item_id"]["sharding_type"] == "table_wise"
-    assert placed["representation/0/item_id"]["sharding_type"] == "row_wise"
-
-
 def test_what_would_make_it_fit_is_tried_and_named(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     billions = words(
         log, tables__item_id__rows=ITEMS, groups__attention__dim=4, groups__representation__dim=64
@@ -531,27 +505,6 @@ def test_lookups_are_the_bags_that_the_model_asks_for(log: Path, lookup: str) ->
     said = lookups(config, groups, manifest, size, lookup, "cuda")
     assert said["representation__item_id"].bags == pytest.approx(asked["representation"], rel=0.05)
     assert asked["representation"] >= fewer
-
-
-def test_sets_are_asked_alike_and_priors_for_candidates_or_requests(tmp_path: Path) -> None:
-    rows = {"train": enrich(random_rows(5, Shape(users=4)), seed=1)}
-    log = write_log(tmp_path / "log", rows, rich=True)
-    manifest, features = read_manifest(log), 'features = ["item_id"]'
-    given = [
-        f"data.log={log}",
-        f"groups.attention={{{features}}}",
-        f"groups.representation={{sets = 2, {features}}}",
-        f"groups.near={{{features}}}",
-        'groups.asking={features = ["city"]}',
-        "model.roles.prior=near",
-        "model.roles.prior_context=asking",
-    ]
-    config = load_config(Path("configs/dare.toml"), given)
-    groups = resolve_groups(config, manifest)
-    size = StepSize(100, 40, 10, ((100, 40),), "as given")
-    said = lookups(config, groups, manifest, size, "full")
-    assert said["representation/0/item_id"] == said["representation/1/item_id"] == Lookup(140, 140)
-    assert said["near__item_id"] == Lookup(40, 40) and said["asking__city"] == Lookup(10, 10)
 
 
 def test_candidates_of_a_block_are_taken_to_keep_much_in_common() -> None:

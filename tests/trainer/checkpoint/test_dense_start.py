@@ -14,7 +14,7 @@ from torch import Tensor
 from embeddings.errors import CheckpointError
 from trainer.checkpoint.dense_start import TaskHeads, fill_dense
 from trainer.config.tasks import TaskConfig, resolve_tasks
-from trainer.model.heads.head import DotHead, Head, HeadSizes, MlpHead, TaskWeights
+from trainer.model.heads.head import DotHead, Head, HeadSizes, MlpHead
 
 WIDTH = 6
 
@@ -81,16 +81,15 @@ def test_each_task_has_the_rows_of_its_name(
                 )
                 assert torch.equal(halves[half, place], wanted), (name, task)
     fresh, gone = [t for t in now if t not in before], [t for t in before if t not in now]
-    said = [f"tasks: {t} not there before, with first weights in the head" for t in fresh]
+    said = [f"tasks: {t} not there before, with first weights of their own" for t in fresh]
     assert lines == said + [f"tasks: {t} left out" for t in gone]
 
 
 def test_the_same_tasks_or_unknown_ones_are_taken_as_they_lie() -> None:
-    for known in (["a", "b"], None):
+    heads = heads_of("mlp", ["a", "b"])
+    for known, asked in ((["a", "b"], heads), (None, heads), (["c", "d"], TaskHeads())):
         old, new = head_of("mlp", ["a", "b"]), head_of("mlp", ["a", "b"])
-        assert (
-            fill_dense(weights_of(new), source_of(weights_of(old), known), heads_of("mlp", ["a", "b"])) == []
-        )
+        assert fill_dense(weights_of(new), source_of(weights_of(old), known), asked) == []
         for name, weight in weights_of(new).items():
             assert torch.equal(weight, weights_of(old)[name])
 
@@ -108,14 +107,14 @@ def test_modules_of_tasks_go_by_name_and_gates_over_them_start_anew(experts: int
     """A gate of as many experts would weigh those of other tasks."""
     old, new = towers(["a", "b"], 2), towers(["b", "c"], experts)
     first = {name: tensor.clone() for name, tensor in new.items()}
-    heads = TaskHeads(("b", "c"), TaskWeights(mixing=("mixer.gates.",)))
+    heads = TaskHeads(("b", "c"), Head.weights_of_tasks(None))
     lines = fill_dense(new, source_of(old, ["a", "b"]), heads)
     taken = {"head.layers.0.banks.shared.weight", "head.towers.task_b.weight"}
     for name, weight in new.items():
         assert torch.equal(weight, old[name] if name in taken else first[name]), name
     gates = ", ".join(f"head.layers.0.mixer.gates.task_{name}.weight" for name in "bc")
     assert lines == [
-        "tasks: c not there before, with first weights in the head",
+        "tasks: c not there before, with first weights of their own",
         "tasks: a left out",
         f"first weights, since they weigh what other tasks have: {gates}",
     ]

@@ -37,7 +37,6 @@ def differences(before: list[str], now: list[str]) -> list[str]:
         ),
         ([CLICK, BUY], [CLICK, MASKED], "tasks.buy.mask = '', now it is 'click == 1 and buy >= 0'"),
         ([CLICK, MASKED], [CLICK, "tasks.buy.mask=click == 0 and buy >= 0"], "tasks.buy.mask = 'click == 1"),
-        ([CLICK, BUY], [CLICK, "tasks.buy.tower=[8]"], "tasks.buy.tower = None, now it is (8,)"),
         (
             [CLICK, BUY],
             ["tasks.click.rank=jrc", BUY],
@@ -80,6 +79,13 @@ def test_the_labels_of_the_log_may_be_spelled_out() -> None:
     assert differences([], [CLICK, "tasks.buy.weight=0.5"]) == ["tasks.click.weight = 1.0 (was 0.5)"]
     said = ["tasks.click.weight = 0.5 (was 1.0)", "tasks.buy.weight = 0.5 (was 1.0)"]
     assert differences([CLICK, BUY], []) == said
+
+
+def test_towers_stay() -> None:
+    tree = load_config(DARE, [CLICK]).model_dump(mode="json")
+    tree["tasks"]["click"]["tower"] = [8]
+    with pytest.raises(ConfigError, match=r"tasks\.click\.tower = \(8,\), now it is None"):
+        check_same_tasks({"config": tree}, load_config(DARE, [CLICK]), LABELS)
 
 
 def test_tasks_of_another_version_are_refused() -> None:

@@ -20,6 +20,7 @@ SETTINGS: dict[str, Any] = {
     "groups__representation__sets": 3,
     "groups__representation__sharding": ["row_wise"],
     "model__lookup": "full",
+    "train__pipeline": "sparse_dist",
 }
 
 

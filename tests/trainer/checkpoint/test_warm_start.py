@@ -132,7 +132,7 @@ def test_sets_are_unsharded_and_start_those_of_their_own_names(
     several = config(log, groups__representation__sets=2)
     train_run(several, tmp_path / "run", ranks)
     manifest, trained = unshard_run(tmp_path / "run", tmp_path / "plain"), parameters(tmp_path / "run")
-    assert manifest.version == 2 and unshard_run(old / "run", tmp_path / "one").version == 1
+    assert manifest.version == 2
     name = "representation/1/item_id"
     weight = f"model.collections.representation.embedding_bags.{name}.weight"
     assert manifest.tables[name].feature == "item_id" and manifest.tables[name].group == "representation"
@@ -148,13 +148,45 @@ def test_sets_are_unsharded_and_start_those_of_their_own_names(
             filled_tables(changed, source, ranks)
 
 
+def test_a_new_tasks_set_starts_anew_beside_those_of_old_ones(
+    old: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """STEM with one task more: its tables and their sequence model are its own, as its tower is."""
+    form: dict[str, Any] = {
+        "tasks__click__weight": 1.0,
+        "groups__representation__sets": "tasks",
+        "model__head": "experts",
+        "model__experts__own": 1,
+    }
+    train_run(config(old / "log", **form), tmp_path / "run", ranks)
+    trained = parameters(tmp_path / "run")
+    more = config(old / "log", **form, tasks__again__label="click")
+    tensors = filled_tables(more, tmp_path / "run", ranks)
+    first = build_sharded(more, read_manifest(more.data.log), ranks).model.state_dict()
+    tables = [name for name in tensors if "/" in name]
+    assert len(tables) == 6
+    for name in [*tables, *(name for name in tensors if ".sequences." in name)]:
+        new = "/again/" in name or ".sequences.again." in name
+        assert torch.equal(tensors[name], whole_tensor(first[name]) if new else trained[f"model.{name}"]), (
+            name
+        )
+    # What no task owns must be there.
+    shared = config(old / "log", **{**form, "groups__representation__sets": 2})
+    with pytest.raises(
+        CheckpointError, match=r"has no table representation/0/category_id; it has .* no other"
+    ):
+        filled_tables(shared, tmp_path / "run", ranks)
+
+
 def filled_tables(config: Config, source: Path, ranks: Ranks) -> dict[str, torch.Tensor]:
     manifest = read_manifest(config.data.log)
     sharded = build_sharded(config, manifest, ranks)
     optimizer = make_optimizer(sharded.model, config.train)
     tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
     with open_source(source, source.parent / "scratch.tmp") as tables:
-        fill(tensors, tables, config.data.log, manifest, carry=True)
+        tasks = resolve_tasks(config.tasks, manifest.tasks)
+        heads = TaskHeads.of(config.model, tasks, sharded.groups)
+        fill(tensors, tables, config.data.log, manifest, True, heads)
     return {name: whole_tensor(tensor) for name, tensor in sharded.model.state_dict().items()}
 
 

@@ -21,7 +21,7 @@ from tests.helpers.launching import SETTINGS, overrides, tandemrec
 from tests.helpers.logs import random_rows, small_log, write_log
 from trainer.checkpoint import files as checkpoint_files
 from trainer.config.sections import EarlyStoppingConfig, TrainConfig
-from trainer.loop.early_stopping import Best, changed_watch, watched
+from trainer.loop.early_stopping import Best, changed_watch, value_of, watched
 from trainer.quality.metrics import Metrics
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config, load_config
@@ -179,6 +179,8 @@ def test_a_named_task_or_the_mean_over_tasks_decides() -> None:
     assert seen("buy") == [True, True, False] and seen("like") == [False, False, False]
     # A task whose labels are all alike has no AUC, and is no part of the mean.
     assert seen("*") == [True, True, False]
+    first = {name: metrics(values[0]) for name, values in tasks.items()}
+    assert value_of(EarlyStoppingConfig(task="*"), first) == pytest.approx(0.6)
     for name, hint in (("buyy", "did you mean 'buy'?"), ("x", 'one of click, buy, like, or "*" for the')):
         with pytest.raises(ConfigError, match=re.escape(hint)):
             watched(EarlyStoppingConfig(task=name), list(tasks))

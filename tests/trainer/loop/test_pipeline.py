@@ -75,7 +75,7 @@ def test_lookups_before_the_search_are_pipelined_and_no_others(found: dict[int, 
         "selected": ["attention"],
         "full": ["attention", "representation"],
         "context, few features": ["attention", "user"],
-        "sets, attention of one task": ["attention"],
+        "sets, attention of one task, product": ["attention", "representation"],
         "sets of tasks, prior": ["attention", "user"],
         "auxiliary, batch norm": ["attention", "representation"],
     }

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import IN_PART, enrich, observed_in_part, random_rows, write_log
 from trainer.assemble import resolve_groups
-from trainer.log.schema import read_manifest
+from trainer.log.schema import FeatureInfo, read_manifest
 from trainer.loop.remarks import remarks
 from trainer.run_config import load_config
 
@@ -45,6 +45,20 @@ def test_labels_without_a_task_and_tasks_without_a_label_are_said(
     assert masked == context + ([f"task click is not trained: {never}"] if place == "all" else [])
     # A domain is read, though no table has it.
     assert said(log, "data.domain=city")[0].startswith("not used: 1 context feature (segments)")
+
+
+def test_a_domain_with_very_many_values_is_said(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", {"train": random_rows(3)})
+    context = {"shop": FeatureInfo(rows=1001), "page": FeatureInfo(rows=1000)}
+    manifest = read_manifest(log).model_copy(update={"context": context})
+    config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}"])
+    groups = resolve_groups(config, manifest)
+    lines = {}
+    for domain in ("shop", "page"):
+        data = config.data.model_copy(update={"domain": domain})
+        found = remarks(config.model_copy(update={"data": data}), manifest, groups)
+        lines[domain] = [line for line in found if line.startswith("data.domain")]
+    assert not lines["page"] and lines["shop"][0].startswith('data.domain = "shop" has 1,001 ids, and a ')
 
 
 def test_an_older_log_counts_no_labels(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from tests.helpers.logs import random_rows, write_log
 from tests.helpers.models import draw, drawing
 from tests.trainer.model.test_experts import model_with
 from trainer.assemble import resolve_groups
+from trainer.config.tasks import Task, TaskConfig, resolve_tasks
+from trainer.data.batch import RequestBatch
 from trainer.log.schema import read_manifest
+from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
 from trainer.run_config import Config, load_config
 
 TASKS = ("click", "like", "buy")
+THREE = resolve_tasks({}, TASKS)
 SEVERAL = {"shared": {}, "mine": {"owner": "task:like"}}
 RECENT = {"recent": {"search": "recent", "k": 2, "attention_owner": "buy"}}
 
@@ -28,8 +33,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_log(tmp_path_factory.mktemp("owner") / "log", {"train": random_rows(7)})
 
 
-def built(log: Path, sets: Any = 1, **model: Any) -> tuple[TwoStageModel, Any]:
-    made, batch = model_with(log, sets, tasks=TASKS, **model)
+def built(
+    log: Path, sets: Any = 1, tasks: Sequence[Task] = THREE, **model: Any
+) -> tuple[TwoStageModel, RequestBatch]:
+    made, batch = model_with(log, sets, tasks=tasks, **model)
     draw(made.head, drawing(2))
     return made, batch
 
@@ -78,14 +85,31 @@ def test_each_branch_may_have_an_owner_of_its_own(log: Path) -> None:
     assert reach(model, logits[:, 0], "tables") == 0
 
 
-def test_the_auxiliary_loss_keeps_to_the_owner_too(log: Path) -> None:
-    settings = {"lookup": "full", "auxiliary": "softmax"}
+@pytest.mark.parametrize("kind", [{"auxiliary": "softmax"}, {"auxiliary": "index", "search": "soft"}])
+def test_the_auxiliary_loss_keeps_to_the_owner_too(log: Path, kind: dict[str, str]) -> None:
+    settings = {"lookup": "full", **kind}
     model, batch = built(log, attention_owner="like", **settings)
     free, _ = built(log, **settings)
     auxiliary = model.train()(batch).auxiliary
     assert torch.equal(auxiliary, free.train()(batch).auxiliary)
     for task, name in enumerate(TASKS):
         assert (reach(model, auxiliary[:, task], "tables") > 0) == (name == "like")
+
+
+def test_a_product_reaches_attention_through_the_part_that_owns_it(log: Path) -> None:
+    given = {name: TaskConfig() for name in TASKS}
+    given |= {
+        "with": TaskConfig(label="buy", product=("like", "click")),
+        "without": TaskConfig(label="buy", product=("click", "buy")),
+    }
+    model, batch = built(log, tasks=resolve_tasks(given, TASKS), attention_owner="like")
+    free, _ = built(log, tasks=resolve_tasks(given, TASKS))
+    logits = model(batch).logits
+    assert torch.equal(logits, free(batch).logits) and logits.shape[1] == 5
+    of_parts = logits[:, :2].sigmoid().prod(1)
+    assert torch.allclose(logits[:, 3].sigmoid(), of_parts, atol=1e-6)
+    reached = [reach(model, logits[:, task], "main") > 0 for task in range(5)]
+    assert reached == [False, True, False, True, False]
 
 
 def test_scoring_runs_the_head_once(log: Path) -> None:
@@ -106,6 +130,15 @@ def test_an_owner_that_is_no_task_is_refused(log: Path, tmp_path: Path) -> None:
         ConfigError, match=r"model\.attention_owner = 'clik': no task with a tower .* 'click'"
     ):
         resolve_groups(load_config(path), read_manifest(log))
+
+
+@pytest.mark.parametrize("sequence", ["attention", "collision"])
+def test_an_owner_of_weights_that_are_not_there_is_said(log: Path, tmp_path: Path, sequence: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f'[data]\nlog = "{log}"\n[model]\nattention_owner = "click"\nsequence = "{sequence}"\n')
+    settings, manifest = load_config(path), read_manifest(log)
+    said = "\n".join(remarks(settings, manifest, resolve_groups(settings, manifest)))
+    assert ("model.attention_owner = 'click'" in said) == (sequence == "collision")
 
 
 def test_running_statistics_are_refused_for_they_would_count_twice() -> None:

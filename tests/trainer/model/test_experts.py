@@ -16,11 +16,12 @@ from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.logs import FEATURES, random_rows, write_log
 from tests.trainer.model.test_frame import batch_of, config
 from trainer.assemble import build_model
-from trainer.config.tasks import resolve_tasks
+from trainer.config.tasks import Task, resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.model.frame import TwoStageModel
 from trainer.run_config import build_groups
 
+ONE_TASK = resolve_tasks({}, ["click"])
 SETS = {"one": {}, "other": {"dim": 12}}
 
 
@@ -30,7 +31,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def model_with(
-    log: Path, sets: Any, lookup: str = "selected", tasks: Sequence[str] = ("click",), **model: Any
+    log: Path, sets: Any, lookup: str = "selected", tasks: Sequence[Task] = ONE_TASK, **model: Any
 ) -> tuple[TwoStageModel, RequestBatch]:
     """The same weights of a set whoever is there."""
     representation = {"dim": 8, "init_scale": 1.0, "sets": sets}
@@ -40,11 +41,10 @@ def model_with(
         lookup=lookup,
         **model,
     )
-    resolved = resolve_tasks({}, tasks)
-    groups = build_groups(settings, FEATURES, tasks=resolved)
+    groups = build_groups(settings, FEATURES, tasks=tasks)
     weights = {g.table_name(t): torch.empty(t.rows, t.dim) for g in groups.values() for t in g.tables}
     collections = {name: PlainBagCollection(group, weights, True) for name, group in groups.items()}
-    made = build_model(settings, groups, collections, resolved)
+    made = build_model(settings, groups, collections, tasks)
     initialise_unsharded(made, groups, 1)
     for name, parameter in made.branches.named_parameters():
         nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))

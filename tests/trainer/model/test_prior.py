@@ -15,6 +15,7 @@ from tests.helpers.models import batch_of, model_of
 from trainer.assemble import resolve_groups
 from trainer.data.batch import RequestBatch
 from trainer.log.schema import read_manifest
+from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
 from trainer.model.heads.head import HeadInput
 from trainer.run_config import Config
@@ -137,3 +138,11 @@ def test_a_domain_that_the_model_reads_needs_a_table(log: Path) -> None:
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"domain": "band"})})
     with pytest.raises(ConfigError, match=r"data\.domain = 'band': the model reads it, but no group has a"):
         resolve_groups(settings, read_manifest(log))
+
+
+@pytest.mark.parametrize(("feature", "without_effect"), [("band", False), ("action", True)])
+def test_a_prior_wants_features_of_candidates(log: Path, feature: str, without_effect: bool) -> None:
+    settings = config(log, {"known": {**KNOWN, "features": [feature]}}, {"prior": "known"})
+    manifest = read_manifest(log)
+    said = "\n".join(remarks(settings, manifest, resolve_groups(settings, manifest)))
+    assert (f"{feature} in groups.known" in said) == without_effect

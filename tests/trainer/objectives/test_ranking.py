@@ -52,7 +52,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_that_looks_at_all_pairs_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without asking the device how many positives there are."""
     given = compared(4, group=torch.arange(30) % 3)
-    sides = given.positive, given.negative
+    sides = slice(0, 30), slice(0, 30)
     found = []
     for on_host in (True, False):
         monkeypatch.setattr(pair_module, "_compresses", lambda _, on_host=on_host: on_host)

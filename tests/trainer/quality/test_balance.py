@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from pipelines.quality_report import balance_table
@@ -62,7 +63,7 @@ def test_strata_of_every_pair_are_a_partition(count: int, seed: int) -> None:
     some = scored(count, seed=seed)
     # Users have the same numbers in all their candidates.
     positives = np.random.default_rng(seed).integers(0, 5, (count // 6 + 1, 3))[some.user_id].astype(float)
-    pairs = by_balance(some, positives)
+    pairs = by_balance(some, positives, "test")
     assert list(pairs) == [("click", "buy"), ("click", "like"), ("buy", "like")]
     for pair, found in pairs.items():
         assert sum(stratum.candidates for stratum in found.values()) == count
@@ -83,12 +84,13 @@ def labels_of(row: Row, task: str) -> list[float]:
 def test_it_is_training_that_decides_and_the_split_that_is_measured(tmp_path: Path) -> None:
     """From rows, one user at a time: numbers of positives, strata and AUC of each."""
     train, test = (enrich(random_rows(seed, Shape(users=users)), seed) for seed, users in ((1, 30), (2, 40)))
-    log = write_log(tmp_path / "log", {"train": train, "test": test}, rich=True)
+    # A file holds users in any order, and candidates are measured in that of their names.
+    log = write_log(tmp_path / "log", {"train": train, "test": test[::-1]}, rich=True)
     beside = baselines(SequenceLogReader(DataConfig(log=log), "test", None))
     assert beside.positives is not None
     candidates = beside.candidates
     score = np.random.default_rng(0).uniform(size=candidates.label.shape).astype(np.float32)
-    ((pair, found),) = by_balance(replace(candidates, score=score), beside.positives).items()
+    ((pair, found),) = by_balance(replace(candidates, score=score), beside.positives, "test").items()
     assert pair == ("click", "buy")
     own = {row["user_id"]: [sum(labels_of(row, task)) for task in pair] for row in train}
     of_strata: dict[str, list[int]] = defaultdict(list)
@@ -111,12 +113,41 @@ def test_it_is_training_that_decides_and_the_split_that_is_measured(tmp_path: Pa
         {**row, **{f"label_{t}": [[1 - y for y in part] for part in row[f"label_{t}"]] for t in pair}}
         for row in test
     ]
-    other = write_log(tmp_path / "other", {"train": train, "test": turned}, rich=True)
+    other = write_log(tmp_path / "other", {"train": train, "test": turned[::-1]}, rich=True)
     again = baselines(SequenceLogReader(DataConfig(log=other), "test", None))
     np.testing.assert_array_equal(again.positives, beside.positives)
 
 
-def test_training_is_not_split_by_the_labels_that_are_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", [None, np.zeros((60, 3))])
+def test_where_training_has_none_of_the_users_the_split_itself_is_counted(trained: Any) -> None:
+    some = scored(60)
+    pairs = by_balance(some, trained, "test")
+    own = np.stack([np.nansum(some.label[some.user_id == user], axis=0) for user in some.user_id])
+    expected = by_balance(some, own, "test")
+    for pair, found in pairs.items():
+        assert list(found) == list(expected[pair])
+        for name, stratum in found.items():
+            assert stratum.counted_in == "test" and expected[pair][name].counted_in == "train"
+            assert repr(stratum.metrics) == repr(expected[pair][name].metrics)
+    assert "only GAUC" in balance_table(pairs)[-2]
+
+
+def test_strata_by_measured_labels_bend_calibration_and_not_the_order_within_requests() -> None:
+    """Users are all alike to the model, which knows the truth; only chance decides where they belong."""
+    rng, users = np.random.default_rng(0), 6000
+    user, place = np.repeat(np.arange(users), 8), np.arange(8 * users)
+    odds = rng.normal(0, 1.5, (place.size, 2)) + rng.normal(-1, 1, (users, 2))[user]
+    truth = expit(odds)
+    label = (rng.uniform(size=truth.shape) < truth).astype(np.float32)
+    some = Scored(truth.astype(np.float32), label, user, user, place % 8, place, place, TASKS[:2])
+    (found,) = by_balance(some, None, "test").values()
+    parts = [found[name].metrics["click"] for name in ("comparable", "more click", "more buy")]
+    whole = some.metrics()
+    assert all(abs(part.gauc - whole.gauc) < 1.5 * part.gauc_ci < 0.03 for part in parts)
+    assert parts[1].pcoc < 0.9 and parts[2].pcoc > 1.5 and whole.pcoc == pytest.approx(1, abs=0.02)
+
+
+def test_training_itself_is_counted_in_itself(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", {"train": enrich(random_rows(1), 1)}, rich=True)
     beside = baselines(SequenceLogReader(DataConfig(log=log), "train", None))
     assert beside.positives is None and "labels they are made of" in beside.missing[-1]
@@ -126,12 +157,15 @@ def test_what_a_person_is_told() -> None:
     some = scored(600)
     positives = np.tile([[4.0, 4.0, 1.0]], (600, 1))
     positives[:120] = 0
-    lines = balance_table(by_balance(some, positives))
-    assert lines[0].startswith("click and buy, by feedback balance") and "of 3 pairs of tasks" in lines[-1]
+    lines = balance_table(by_balance(some, positives, "test"))
+    assert lines[0].startswith("click and buy ") and "of 3 pairs of tasks" in lines[-1]
+    assert "positives in train is above 2 times the other" in lines[-2] and max(map(len, lines)) <= 120
     own = some.part(np.arange(600) >= 120).metrics(0)
     (line,) = (line for line in lines if line.startswith("comparable  "))
-    assert line.split()[1:3] == ["80", "480"] and f"{own.auc:.4f} ± {own.auc_ci:.4f}" in line
+    assert line.split()[1:3] == ["80", "480"]
+    assert f"{own.auc:.4f} ± {own.auc_ci:.4f}  {own.gauc:.4f} ± {own.gauc_ci:.4f}" in line
     positives = np.tile([[4.0, 1.0, 0.0]], (600, 1))
-    assert balance_table(by_balance(some, positives))[-1].startswith("no user of this split gave two tasks")
-    (line,) = balance_table(by_balance(some, np.zeros((600, 3))))
-    assert line == "by feedback balance: none, since no user of this split has a positive in training"
+    assert (
+        balance_table(by_balance(some, positives, "test"))[-1]
+        == "no user's feedback on two tasks is comparable"
+    )

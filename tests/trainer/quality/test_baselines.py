@@ -14,6 +14,7 @@ from scipy.special import expit, logit
 
 from tests.helpers.logs import INFOS, Row, Shape, enrich, random_rows, write_log
 from trainer.config.sections import DataConfig
+from trainer.config.tasks import TaskConfig, resolve_tasks
 from trainer.data.reader import SequenceLogReader
 from trainer.quality.baselines import STRENGTH, Baselines, baselines, by_baseline
 from trainer.quality.ranking import auc
@@ -178,3 +179,24 @@ def test_a_damaged_row_group_of_training_is_left_out_only_where_training_left_it
     whole = of(write_log(tmp_path / "rest", {**splits, "train": splits["train"][3:]}, rich=True))
     for name, score in whole.scores["buy"].items():
         np.testing.assert_array_equal(rest.scores["buy"][name], score)
+
+
+def test_a_task_that_training_never_observed_lacks_rates_and_others_have_theirs(
+    log: Path, splits: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    """The masked task comes first; its candidates of the measured split are still ranked by counts."""
+    never = [
+        {**row, "label_click": [[0.0] * len(part) for part in row["label_click"]]} for row in splits["train"]
+    ]
+    other = write_log(tmp_path / "log", {**splits, "train": never}, rich=True)
+    given = {"conversion": TaskConfig(label="buy", mask="click == 1"), "buy": TaskConfig()}
+    reader = SequenceLogReader(DataConfig(log=other), "test", None, tasks=resolve_tasks(given, list(TASKS)))
+    found = baselines(reader)
+    assert found.missing == ["label rates of conversion: training has no label of it"]
+    table = by_baseline(found.metrics())
+    assert table["item_rate"].keys() == {"tasks"} and list(table["item_rate"]["tasks"]) == ["buy"]
+    assert list(table["popularity"]["tasks"]) == ["conversion", "buy"]
+    clicked = found.candidates.part(~np.isnan(found.candidates.label[:, 0]))
+    observed = ~np.isnan(found.candidates.label[:, 0])
+    own = auc(found.scores["conversion"]["popularity"][observed], clicked.label[:, 0])
+    assert table["popularity"]["auc"] == own and 20 < observed.sum() < observed.size

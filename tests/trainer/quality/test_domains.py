@@ -203,7 +203,7 @@ def told(scored: Scored, scale: float = 1.0) -> list[str]:
     rates = {task: {"item_rate": np.linspace(0, 1, count)} for task in scored.tasks}
     tables = Baselines(scored, rates, []).metrics(scored)
     slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
-    pairs = by_balance(scored, np.ones((count, len(scored.tasks))))
+    pairs = by_balance(scored, np.ones((count, len(scored.tasks))), "test")
     lines = report(measured, tables, slices, pairs, "type", "domain_id")
     return [*lines, *remarks("test", measured, tables, "type")]
 

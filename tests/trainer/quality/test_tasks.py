@@ -1,4 +1,4 @@
-"""A run of three tasks, one of them masked, in domains: what is measured, wherever metrics are told."""
+"""A run of ESMM's three tasks in domains, one masked: what is measured, wherever metrics are told."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ SEVERAL = {
     "tasks.click.weight": 0.5,
     "tasks.conversion.label": "buy",
     "tasks.conversion.mask": "click == 1",
-    "tasks.buy.weight": 0.5,
+    "tasks.conversion.loss": "none",
+    "tasks.buy.product": ["click", "conversion"],
     "data.domain": "city",
     "train.max_steps": 4,
     "train.validate_every": 2,
@@ -97,6 +98,8 @@ def test_evaluate_and_export_know_tasks_masks_and_domains(
     test, places = rows(3, 16), np.lexsort((scored.candidate, scored.request_id, scored.user_id))
     every = [(row, r) for row in test for r, n in enumerate(row["request_num_candidates"]) for _ in range(n)]
     assert places.tolist() == list(range(len(every))) and scored.domain is not None
+    # A task without a loss of its own is measured, and so is the product of both.
+    np.testing.assert_allclose(scored.score[:, 2], scored.score[:, 0] * scored.score[:, 1], rtol=1e-5)
     assert scored.domain.tolist() == [row["context_city"][r] for row, r in every]
     click = np.concatenate([part for row in test for part in row["label_click"]])
     buy = np.concatenate([part for row in test for part in row["label_buy"]])
@@ -125,6 +128,7 @@ def test_evaluate_and_export_know_tasks_masks_and_domains(
     for pair, parts in strata.items():
         assert sum(part["stratum"]["candidates"] for part in parts.values()) == len(every)
         assert all(list(part["tasks"]) == pair.split("/") for part in parts.values())
+        assert {part["stratum"]["counted_in"] for part in parts.values()} == {"train"}
     assert "of 3 pairs of tasks" in said and "\n\nPCOC by city" in said
     export(made / "run", made / "snapshot")
     said = capfd.readouterr().out

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embeddings.errors import SnapshotError
-from tests.helpers.logs import small_log
+from tests.helpers.logs import Shape, enrich, random_rows, small_log, write_log
 from tests.helpers.snapshots import exported, save_run
 from trainer.sealed_folder import MANIFEST
 from trainer.snapshot.code import _is_one_branch, _ranked, _Ranking
@@ -131,3 +131,26 @@ def test_stage_two_of_several_sets_is_a_function_of_what_was_kept(version: Path)
         given, expected = _ranked(snapshot)
         found = _Ranking(snapshot.model)(*given.values())
     assert torch.allclose(found, expected, rtol=0, atol=1e-6) and expected.std() > 1e-3
+
+
+def test_sets_of_tasks_find_their_tasks_again(tmp_path: Path) -> None:
+    """STEM's form: a set for each task, and experts that read their own one."""
+    rows = {
+        split: enrich(random_rows(seed, Shape(users=8)), seed)
+        for seed, split in enumerate(("train", "validation"))
+    }
+    log = write_log(tmp_path / "log", rows, rich=True)
+    words = [
+        "groups.representation.sets=tasks",
+        'groups.representation.features=["item_id"]',
+        "model.head=experts",
+        'model.experts={own = 1, foreign = "stopped"}',
+        'model.mixer={kind = "softmax"}',
+    ]
+    run = save_run(tmp_path / "run", log, "dare", *words)
+    snapshot = load_snapshot(exported(run, tmp_path / "out", parity_requests=3))
+    assert snapshot.self_check() == 0.0 and snapshot.manifest.tasks == ("click", "buy")
+    group = snapshot.model.lookups.groups["representation"]
+    owners = {"shared": "shared", "click": "task:click", "buy": "task:buy"}
+    assert {each.name: each.owner for each in group.sets} == owners
+    assert [table.set for table in snapshot.manifest.groups["representation"]] == [*owners]

@@ -115,10 +115,14 @@ class ExpertsHead(Head):
             # The mixture goes to the task's experts of the next layer.
             if key in layer.mixer.gates and last - number <= hides + 1:
                 modules.append(layer.mixer.gates[key])
-        if self.foreign == "stopped" or (self.foreign == "hidden" and last == 0):
-            own = [_gate_key(name) for name, stream in self.sets.items() if stream.owner == f"task:{task}"]
-            modules += [self.input_gates[name] for name in own if name in self.input_gates]
+        own = [_gate_key(name) for name in self.own_sets(task)]
+        modules += [self.input_gates[name] for name in own if name in self.input_gates]
         return [parameter for module in modules for parameter in module.parameters()]
+
+    def own_sets(self, task: str) -> list[str]:
+        if self.foreign == "open" or (self.foreign == "hidden" and len(self.layers) > 1):
+            return []
+        return [name for name, stream in self.sets.items() if stream.owner == f"task:{task}"]
 
     @torch.no_grad()
     def gate_reports(self, given: HeadInput) -> dict[str, GateReport]:
@@ -179,6 +183,11 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
     if SHARED not in owners and ((without and not every_domain) or experts.layers > 1):
         who = "layers above the first" if experts.layers > 1 else f"task {without[0]!r}"
         yield f'all sets have owners, so {who} would have nothing to read: add a set with owner = "shared"'
+    if SHARED not in owners and without and model.mixer.kind == "softmax" and model.mixer.gate == "sets":
+        yield (
+            f"the gate of task {without[0]!r} reads shared sets and those of the task, and there are none: set "
+            'model.mixer.gate = "prior", or add a set with owner = "shared"'
+        )
     count = owners.count(SHARED) * experts.shared
     if experts.covariance and count < 2:
         yield (

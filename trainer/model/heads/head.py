@@ -143,8 +143,15 @@ class Head(nn.Module):
 
     @classmethod
     def weights_of_tasks(cls, model: Any) -> TaskWeights:
-        """Of a head with these settings; by it a run with other tasks can start from this one's weights."""
-        return TaskWeights()
+        """Of a head with these settings; by it a run with other tasks can start from this one's weights.
+
+        A gate may weigh experts of all tasks, unless a head says that its own do not.
+        """
+        return TaskWeights(mixing=(".gates.",))
+
+    def own_sets(self, task: str) -> list[str]:
+        """The sets that no loss but this task's reaches."""
+        return []
 
     def forward(self, given: HeadInput) -> HeadOutput:
         raise NotImplementedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.config.tasks import Task
@@ -46,3 +46,14 @@ def with_products(output: HeadOutput, tasks: Sequence[Task]) -> HeadOutput:
             bases.append(output.base[:, towers.index(task.name)] if has else torch.zeros_like(parts[0]))
     base_CT = torch.stack(bases, dim=1) if bases else None
     return output._replace(logits=torch.stack(columns, dim=1), base=base_CT)
+
+
+class Products(nn.Module):
+    """`with_products` for the tasks of a model: a module, so that TorchRec's trace does not enter it."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+
+    def forward(self, output: HeadOutput) -> HeadOutput:
+        return with_products(output, self.tasks)

@@ -473,8 +473,13 @@ TWO = {"a": [8], "b": [4]}
         ),
         (
             {"experts": {"own": 1}},
-            sizes_of(TWO, owners={"a": "domain:0", "b": "task:buy"}, domains=1),
+            sizes_of(TWO, owners={"a": "domain:0", "b": "task:buy"}, domains=2),
             "all sets have owners, so task 'click' would have nothing to read",
+        ),
+        (
+            {"mixer": {"kind": "softmax"}},
+            sizes_of(TWO, owners={"a": "domain:0", "b": "domain:1"}, domains=2),
+            "the gate of task 'click' reads shared sets and those of the task, and there are none",
         ),
         (
             {"experts": {"own": 1, "layers": 2}},
