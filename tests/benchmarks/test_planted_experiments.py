@@ -16,7 +16,7 @@ from benchmarks.planted.experiments.run import log_of, section
 from benchmarks.planted.experiments.table import EXPERIMENTS
 from pipelines.synth.kinds import KINDS
 from pipelines.synth.synth import synth
-from trainer.assemble import resolve_groups
+from trainer.assemble import build_trainable
 from trainer.log.schema import read_manifest
 from trainer.model.heads.grouped import GroupedLinear
 from trainer.objectives.covariance import Covariance
@@ -40,7 +40,8 @@ def test_every_model_of_an_experiment_fits_its_log(name: str, small: dict[str, P
     log = small[experiment.kind]
     for overrides in experiment.models.values():
         config = load_config(BASE, [*experiment.overrides, *overrides, f"data.log={log}"])
-        assert resolve_groups(config, read_manifest(log))["representation"].tables
+        model, groups = build_trainable(config, read_manifest(log), torch.device("meta"))
+        assert groups["representation"].tables and list(model.branches) == ["main"]
 
 
 def test_one_run_from_the_log_to_its_values(small: dict[str, Path], tmp_path: Path) -> None:
