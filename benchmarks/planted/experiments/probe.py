@@ -43,6 +43,8 @@ def trained(out: Path, overrides: list[str], tied: bool) -> Measured:
     with one_interaction() if tied else plainly(), redirect_stdout(said), redirect_stderr(said):
         with gradients_of_negatives() as negatives:
             train(BASE, out, overrides)
+        if "steps" not in RunFolder(out).read_summary():
+            raise SystemExit("training was asked to stop; the same command makes this run again")
         with process_group() as ranks:
             restored = restore(RunFolder(out), ranks)
             reader = open_split(restored.config, SPLIT, restored.rows, ranks)
