@@ -30,6 +30,7 @@ EXPERIMENT = Experiment(
     kind="domains",
     paper="Crocodile (arXiv 2405.12706)",
     overrides=[
+        "train.early_stopping.patience=4",
         'data.domain="domain_id"',
         'model.towers.per="domain"',
         'groups.representation.features=["item_id"]',
@@ -42,21 +43,21 @@ EXPERIMENT = Experiment(
             'tail = {owner = "domain:2"}}',
         ],
         "crocodile, alpha = 0": _CROCODILE,
-        "crocodile, alpha = 5": [*_CROCODILE, "model.experts.covariance=5"],
+        "crocodile, alpha = 4": [*_CROCODILE, "model.experts.covariance=4"],
     },
     measure=_measure,
     claims={
         "the covariance is 10 times lower": lambda v: (
-            10 * v["crocodile, alpha = 5"]["covariance"] <= v["crocodile, alpha = 0"]["covariance"]
+            10 * v["crocodile, alpha = 4"]["covariance"] <= v["crocodile, alpha = 0"]["covariance"]
         ),
         "the tail is below that of tables of each domain": lambda v: (
-            v["crocodile, alpha = 5"]["tail"] < v["tables of each domain"]["tail"]
+            v["crocodile, alpha = 4"]["tail"] < v["tables of each domain"]["tail"]
         ),
-        "the head is below that of tables of each domain": lambda v: (
-            v["crocodile, alpha = 5"]["head"] <= v["tables of each domain"]["head"]
+        "the head is no higher than that of tables of each domain": lambda v: (
+            v["crocodile, alpha = 4"]["head"] <= v["tables of each domain"]["head"]
         ),
         "the tail is below that without the covariance loss": lambda v: (
-            v["crocodile, alpha = 5"]["tail"] < v["crocodile, alpha = 0"]["tail"]
+            v["crocodile, alpha = 4"]["tail"] < v["crocodile, alpha = 0"]["tail"]
         ),
     },
 )
