@@ -5,6 +5,10 @@
 
 The log is written to OUT/<kind>-<log seed> unless it is there. Runs are made and resumed as
 `tandemrec bench models` does it. The section of this title in benchmarks/planted/README.md is replaced.
+
+    tandemrec bench planted --experiment agree --seeds 1,2,3,4,5 --out runs/planted
+
+Experiments with several tasks, sets or domains, see benchmarks/planted/experiments.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ README = Path(__file__).with_name("README.md")
 INTRODUCTION = """# Planted logs
 
 Models on logs whose labels were drawn from known probabilities (`tandemrec synth`; the equations are in
-`trainer/data/planted/`). *Signal kept*: the share of the planted weight that lies in the behaviors which the
+`pipelines/synth/`). *Signal kept*: the share of the planted weight that lies in the behaviors which the
 search keeps, over candidates with at least three relevant behaviors. *Recall*: the relevant behaviors kept,
 of at most K. Both on the test split, ± is the standard deviation over seeds.
 """
@@ -115,6 +119,11 @@ def shown_words(words: Sequence[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> None:
+    if "--experiment" in words:
+        from benchmarks.planted.experiments.run import main as experiments
+
+        experiments(words)
+        return
     options = Options("planted", __doc__)
     add_options(options)
     options.add_argument("--kind", default="relevance")
