@@ -96,6 +96,17 @@ def _of_tasks(config: Config, manifest: LogManifest) -> Iterable[str]:
                 f"task {task.name} is not trained: no candidate of the training split has the label "
                 f"{' or '.join(missing)}"
             )
+    observed = {label: counts.observed for label, counts in found.items()}
+    by_name = {task.name: task for task in tasks}
+    for task in tasks:
+        first = by_name[task.settings.product[0]] if task.settings.product else task
+        known, wanted = observed.get(task.label, 0), observed.get(first.label, 0)
+        if 0 < known < wanted:
+            yield (
+                f"tasks.{task.name}: a product is to be known on all candidates of {first.name}, with the "
+                f"label 0 where a factor did not happen, but {task.label} was observed on {known:,} of "
+                f"{wanted:,}; if the log has such a label, set tasks.{task.name}.label"
+            )
 
 
 def _splits(config: Config, manifest: LogManifest) -> Iterable[str]:

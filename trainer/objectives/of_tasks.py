@@ -61,7 +61,7 @@ def trained_tasks(tasks: Sequence[Task], default: str, domains: int, mean: str =
         if settings.loss == "none":
             if not any(task.name in each.settings.product for each in products):
                 problem = "nothing trains the task; give it a loss, or name it in a product"
-                raise ConfigError(f'{where}.loss = "none": {problem}')
+                raise ConfigError(f'{where}.loss = "none": {problem} (weight = 0 only measures it)')
             continue
         objective = objective_of(name, f"{where}.loss" if settings.loss else "train.objective")
         if settings.gamma is not None and not objective.gamma:

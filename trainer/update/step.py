@@ -62,9 +62,12 @@ def make_optimizer(
     def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         if config.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=0.0, fused=fused or None)
-        # Biases, scales and slopes are not decayed: zero is nothing they should be drawn to.
-        matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-        others = [parameter for parameter in parameters if parameter.dim() <= 1]
+        # Biases, scales and slopes are not decayed: zero is nothing they should be drawn to. The biases of
+        # several experts stand in one matrix.
+        biases = {id(weight) for name, weight in weights.items() if name.endswith("bias")}
+        decayed = [each.dim() > 1 and id(each) not in biases for each in parameters]
+        matrices = [each for each, decays in zip(parameters, decayed, strict=True) if decays]
+        others = [each for each, decays in zip(parameters, decayed, strict=True) if not decays]
         groups = [(matrices, config.weight_decay), (others, 0.0)]
         return torch.optim.AdamW(
             [{"params": chosen, "weight_decay": decay} for chosen, decay in groups if chosen],

@@ -68,3 +68,14 @@ def test_an_older_log_counts_no_labels(tmp_path: Path) -> None:
     config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}"])
     older = manifest.model_copy(update={"splits": splits})
     assert not [line for line in remarks(config, older, resolve_groups(config, older)) if "task" in line]
+
+
+def test_a_product_whose_label_is_known_of_few_candidates_is_said(tmp_path: Path) -> None:
+    """ESMM's product is about all candidates; a label of clicked ones would undo that."""
+    rows = observed_in_part(enrich(random_rows(3), 3), 3)
+    log = write_log(tmp_path / "log", {"train": rows, "validation": rows[:3]}, rich=True, **IN_PART)
+    parts = ["tasks.click.weight=1", "tasks.of_clicks.label=buy", "tasks.of_clicks.loss=none"]
+    product = 'tasks.buy.product=["click","of_clicks"]'
+    (line,) = [line for line in said(log, *parts, product) if "product" in line]
+    assert "tasks.buy: a product is to be known on all candidates of click" in line
+    assert not [line for line in said(log, *parts, product, "tasks.buy.label=click") if "product" in line]

@@ -71,14 +71,18 @@ def test_tables_and_dense_weights_get_their_own_rates() -> None:
     assert model.fused_optimizer.steps == 2
 
 
-def test_weight_decay_draws_matrices_only() -> None:
+@pytest.mark.parametrize("experts", [False, True])
+def test_weight_decay_draws_matrices_only(experts: bool) -> None:
+    """The biases of several experts are a matrix, and no more decayed than others."""
     model = Fake()
+    if experts:
+        model.bias = torch.nn.Parameter(torch.ones(3, 2))
     optimizer = make_optimizer(model, TrainConfig(optimizer="adamw", weight_decay=0.5, learning_rate=0.1))
     assert torch.equal(model.matrix.detach(), torch.ones(2, 2))
     for parameter in (model.matrix, model.bias):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    assert torch.equal(model.bias.detach(), torch.ones(2))
+    assert torch.equal(model.bias.detach(), torch.ones_like(model.bias))
     assert torch.allclose(model.matrix.detach(), torch.full((2, 2), 0.95))
 
 
