@@ -55,6 +55,27 @@ Say = Callable[[str], None]
 _SMALL = 1 << 30
 
 
+def check_watched(config: Config, manifest: LogManifest) -> None:
+    """Whether validation can tell when to stop.
+
+    Raises:
+        ConfigError: early stopping watches a task that is not there, or of which validation has no label.
+    """
+    tasks = {task.name: task for task in resolve_tasks(config.tasks, manifest.tasks)}
+    names = watched(config.train.early_stopping, names_of(tasks.values()))
+    # Of logs that were made before labels could be missing, nothing is counted.
+    counted = manifest.splits["validation"].labels if manifest.holds("validation") else {}
+    unknown = [
+        name for name in names if tasks[name].label in counted and not counted[tasks[name].label].observed
+    ]
+    if config.train.early_stopping.on and len(unknown) == len(names):
+        label = tasks[unknown[0]].label
+        raise ConfigError(
+            f"train.early_stopping watches {unknown[0]}, and no candidate of the validation split has its "
+            f"label {label}; name another task with train.early_stopping.task"
+        )
+
+
 @dataclass(frozen=True)
 class Start:
     """A run before its tables are placed.
@@ -140,7 +161,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     note_start(folder, config, step, checking=checking)
     if config.train.early_stopping.on and not manifest.holds("validation"):
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
-    watched(config.train.early_stopping, names_of(resolve_tasks(config.tasks, manifest.tasks)))
+    check_watched(config, manifest)
     groups = resolve_groups(config, manifest)
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
     trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)

@@ -268,6 +268,10 @@ def _load(path: Path) -> Snapshot:
     for entry in manifest.listed().values():
         if not entry.path.startswith("tables/"):
             check_file(path, entry)
+    named = tuple(manifest.config.tasks) or tuple(manifest.tasks)
+    if tuple(manifest.tasks) != named:
+        order = f"{', '.join(manifest.tasks)}, and its config has {', '.join(named)}"
+        raise SnapshotError(path / MANIFEST, f"its tasks are {order}: take another copy")
     try:
         tasks = named_tasks(manifest.config.tasks, manifest.tasks)
         groups = {name: _group(name, manifest, tasks) for name in manifest.groups}

@@ -18,7 +18,7 @@ from embeddings.errors import CheckpointError, ConfigError, DataError
 from pipelines.evaluate import evaluate
 from pipelines.export import export
 from tests.helpers.launching import SETTINGS, overrides, tandemrec
-from tests.helpers.logs import random_rows, small_log, write_log
+from tests.helpers.logs import enrich, random_rows, small_log, write_log
 from trainer.checkpoint import files as checkpoint_files
 from trainer.config.sections import EarlyStoppingConfig, TrainConfig
 from trainer.loop.early_stopping import Best, changed_watch, value_of, watched
@@ -190,6 +190,18 @@ def test_an_unknown_task_is_refused_before_the_first_step(tmp_path: Path, log: P
     given = words(log, train__early_stopping__task="clack")[1::2]
     with pytest.raises(ConfigError, match=r"task = 'clack': no such task; did you mean 'click'\?"):
         pipelines.train.check(CONFIG, tmp_path / "run", given)
+
+
+def test_a_task_that_validation_does_not_observe_cannot_be_watched(tmp_path: Path) -> None:
+    """It would never get better, and training would end as soon as patience allows."""
+    rows = {"train": enrich(random_rows(5), 5), "validation": enrich(random_rows(6), 6)}
+    for row in rows["validation"]:
+        row["label_buy"] = [[None for _ in labels] for labels in row["label_buy"]]
+    log = write_log(tmp_path / "log", rows, rich=True, partial=["buy"])
+    given = words(log, train__early_stopping__task="buy")[1::2]
+    with pytest.raises(ConfigError, match="watches buy, and no candidate of the validation split has its"):
+        pipelines.train.check(CONFIG, tmp_path / "run", given)
+    pipelines.train.check(CONFIG, tmp_path / "run", words(log, train__early_stopping__task="*")[1::2])
 
 
 def test_the_best_means_nothing_where_another_task_is_watched() -> None:

@@ -133,6 +133,19 @@ def test_stage_two_of_several_sets_is_a_function_of_what_was_kept(version: Path)
     assert torch.allclose(found, expected, rtol=0, atol=1e-6) and expected.std() > 1e-3
 
 
+def test_tasks_that_change_places_are_refused(tmp_path: Path) -> None:
+    """Scores are told apart by the names in the manifest, and computed by those in its config."""
+    rows = {"train": enrich(random_rows(5), 5), "validation": enrich(random_rows(6), 6)}
+    log = write_log(tmp_path / "log", rows, rich=True)
+    run = save_run(tmp_path / "run", log, "dare", "tasks={click = {}, buy = {}}")
+    version = exported(run, tmp_path / "out", parity_requests=1)
+    assert load_snapshot(version).manifest.tasks == ("click", "buy")
+    tree = json.loads((version / MANIFEST).read_text())
+    SEAL.write(version, json.dumps({**tree, "tasks": ["buy", "click"]}))
+    with pytest.raises(SnapshotError, match="its tasks are buy, click, and its config has click, buy"):
+        load_snapshot(version)
+
+
 def test_sets_of_tasks_find_their_tasks_again(tmp_path: Path) -> None:
     """STEM's form: a set for each task, and experts that read their own one."""
     rows = {
