@@ -74,7 +74,9 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
     names, names_now = _names(state["config"]), _names(config.model_dump(mode="json"))
     for key in {**names, **names_now}:
         if names.get(key, []) != names_now.get(key, []):
-            before[key], now[key] = ", ".join(names.get(key, [])), ", ".join(names_now.get(key, []))
+            # The other one has a number or a word instead of names.
+            before[key] = ", ".join(names[key]) if key in names else before.get(key)
+            now[key] = ", ".join(names_now[key]) if key in names_now else now.get(key)
             # Before the single keys that then differ, too.
             fixed.insert(0, key)
     for key in fixed:

@@ -53,6 +53,8 @@ def trained_tasks(tasks: Sequence[Task], default: str, domains: int, mean: str =
         ConfigError: a task names a loss that there is not, or one that cannot be had.
     """
     objective_of(default)
+    if not any(task.weight for task in tasks):
+        raise ConfigError("tasks: all of them have weight = 0, so nothing is trained; give one a weight")
     products = [task for task in tasks if task.settings.loss != "none"]
     trained = []
     for column, task in enumerate(tasks):

@@ -40,7 +40,16 @@ def gradients(given: Drawn, loss: Tensor) -> Tensor:
     return torch.stack([parts[0] * 0 if part is None else part for part in found])
 
 
-@given(st.lists(TASKS, min_size=1, max_size=3), st.integers(0, 99), st.integers(1, 16), st.data())
+def trains_something(chosen: list[dict[str, Any]]) -> bool:
+    return any(task["weight"] for task in chosen)
+
+
+@given(
+    st.lists(TASKS, min_size=1, max_size=3).filter(trains_something),
+    st.integers(0, 99),
+    st.integers(1, 16),
+    st.data(),
+)
 @settings(max_examples=40, deadline=None)
 def test_a_step_is_what_loops_over_candidates_and_pairs_say(
     chosen: list[dict[str, Any]], seed: int, count: int, data: st.DataObject
@@ -157,6 +166,7 @@ def test_gradients_of_negatives_vanish_with_the_positives_under_bce_alone() -> N
 @pytest.mark.parametrize(
     ("problem", "task"),
     [
+        (r"tasks: all of them have weight = 0", {"weight": 0}),
         (r"tasks.a.loss = 'focl': no such objective; did you mean 'focal'", {"loss": "focl"}),
         (r"tasks.a.rank = 'pairs': no such ranking loss; did you mean 'pair'", {"rank": "pairs"}),
         (r"tasks.a.rank = 'infonce': .* known here: jrc, list, listce, pair", {"rank": "infonce"}),
