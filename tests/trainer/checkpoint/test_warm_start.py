@@ -186,7 +186,7 @@ def filled_tables(config: Config, source: Path, ranks: Ranks) -> dict[str, torch
     with open_source(source, source.parent / "scratch.tmp") as tables:
         tasks = resolve_tasks(config.tasks, manifest.tasks)
         heads = TaskHeads.of(config.model, tasks, sharded.groups)
-        fill(tensors, tables, config.data.log, manifest, True, heads)
+        fill(tensors, tables, config.data.log, manifest, heads, carry=True)
     return {name: whole_tensor(tensor) for name, tensor in sharded.model.state_dict().items()}
 
 
