@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,8 @@ from trainer.checkpoint.compatible import changed_settings, check_resumable, che
 from trainer.checkpoint.dense_start import TaskHeads
 from trainer.checkpoint.same_tasks import check_same_tasks
 from trainer.checkpoint.warm_start import check_source, fill, open_source
-from trainer.config.tasks import names_of, resolve_tasks
+from trainer.config.sections import EarlyStoppingConfig
+from trainer.config.tasks import Task, names_of, resolve_tasks
 from trainer.data.batch import pinning
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
@@ -55,24 +56,20 @@ Say = Callable[[str], None]
 _SMALL = 1 << 30
 
 
-def check_watched(config: Config, manifest: LogManifest) -> None:
+def check_watched(config: EarlyStoppingConfig, tasks: Sequence[Task], manifest: LogManifest) -> None:
     """Whether validation can tell when to stop.
 
     Raises:
         ConfigError: early stopping watches a task that is not there, or of which validation has no label.
     """
-    tasks = {task.name: task for task in resolve_tasks(config.tasks, manifest.tasks)}
-    names = watched(config.train.early_stopping, names_of(tasks.values()))
+    names = watched(config, names_of(tasks))
+    labels = [task.label for task in tasks if task.name in names]
     # Of logs that were made before labels could be missing, nothing is counted.
     counted = manifest.splits["validation"].labels if manifest.holds("validation") else {}
-    unknown = [
-        name for name in names if tasks[name].label in counted and not counted[tasks[name].label].observed
-    ]
-    if config.train.early_stopping.on and len(unknown) == len(names):
-        label = tasks[unknown[0]].label
+    if config.on and all(label in counted and not counted[label].observed for label in labels):
         raise ConfigError(
-            f"train.early_stopping watches {unknown[0]}, and no candidate of the validation split has its "
-            f"label {label}; name another task with train.early_stopping.task"
+            f"train.early_stopping watches {names[0]}, and no candidate of the validation split has its "
+            f"label {labels[0]}; name another task with train.early_stopping.task"
         )
 
 
@@ -161,9 +158,9 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     note_start(folder, config, step, checking=checking)
     if config.train.early_stopping.on and not manifest.holds("validation"):
         raise ConfigError("train.early_stopping needs validation requests, and the log has none")
-    check_watched(config, manifest)
-    groups = resolve_groups(config, manifest)
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
+    check_watched(config.train.early_stopping, tasks, manifest)
+    groups = resolve_groups(config, manifest)
     trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
