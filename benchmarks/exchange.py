@@ -7,9 +7,6 @@ is given it. These are counts, not times: a busy machine gives the same.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +23,7 @@ import torch.distributed as dist
 from benchmarks.harness.collectives import CollectiveCounter
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
+from benchmarks.harness.two_ranks import RANKS, add_rank_of, start_ranks
 from embeddings.plan.planner import offline_plan
 from embeddings.plan.request import Cluster
 from embeddings.plan.traffic import Traffic
@@ -41,7 +39,7 @@ from trainer.update.guard import Guard
 from trainer.update.step import TrainStep, make_optimizer
 
 ROOT = Path(__file__).parent.parent
-LOOKUPS, STEPS, RANKS, SEED = ("full", "selected"), 5, 2, 0
+LOOKUPS, STEPS, SEED = ("full", "selected"), 5, 0
 USERS, REQUESTS, CANDIDATES, ITEMS, CATEGORIES = 80, 8, 20, 100_000, 300
 Counts = dict[str, float]
 COLUMNS = {
@@ -162,7 +160,7 @@ def run_rank(folder: Path, lengths: Sequence[int]) -> None:
 def main(words: Sequence[str]) -> None:
     options = Options("exchange", __doc__)
     options.add_argument("--lengths", default="1000,10000", metavar="L,L", help="of the histories")
-    options.add_argument("--rank-of", type=Path, help="be one of the ranks, with its logs in this folder")
+    add_rank_of(options)
     given = options.read(words)
     lengths = [int(length) for length in given.lengths.split(",")]
     if given.rank_of:
@@ -172,14 +170,7 @@ def main(words: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for length in lengths:
             write_log(Path(folder) / str(length), length)
-        ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        subprocess.run(
-            [sys.executable, *ranks, "-m", "benchmarks", "exchange", "--rank-of", folder, *words],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-            timeout=600,
-        )
+        start_ranks("exchange", Path(folder), words, 600)
         report.rows = json.loads((Path(folder) / "counts.json").read_text())
     shown = [_shown(row) for row in report.rows]
     report.table(COLUMNS, shown)

@@ -229,16 +229,24 @@ def add_options(options: Options) -> None:
     options.add_argument("--one", type=Path, help="make one run only, of this preset, in this process")
 
 
-def main(words: Sequence[str]) -> None:
-    options = Options("models", __doc__)
-    add_options(options)
+def read_options(options: Options, words: Sequence[str]) -> Any | None:
+    """The values of `add_options` and `--log`; None where this process was to make one run, and has."""
     options.add_argument("--log", type=Path)
     given = options.read(words)
     if given.one:
         run_one(given)
-        return
+        return None
     if not given.config or not given.log:
         options.error("name at least one --config, and a --log")
+    return given
+
+
+def main(words: Sequence[str]) -> None:
+    options = Options("models", __doc__)
+    add_options(options)
+    given = read_options(options, words)
+    if given is None:
+        return
     report = Report(given, "Models", n=len(given.seeds.split(",")))
     report.rows = run_all(given.log.absolute(), given.overrides, given, own_command("models"))
     show(report, report.rows)

@@ -11,9 +11,6 @@ median of the rounds' ratios of processor seconds, of both ranks together.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,6 +28,7 @@ from benchmarks.harness.loops import trainer_loop
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import Seconds, one_thread, rounds, seconds_of, spread
+from benchmarks.harness.two_ranks import add_rank_of, start_ranks
 from benchmarks.inputs.cells import Cell, config_of
 from benchmarks.inputs.synthetic import Draws, as_batch
 from embeddings.groups import TableGroup
@@ -47,8 +45,7 @@ from trainer.log.schema import LogManifest
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config
 
-ROOT = Path(__file__).parent.parent
-RANKS, GROUP = 2, "representation"
+GROUP = "representation"
 COLUMNS = {
     "": "{name}",
     "n": "{n}",
@@ -242,7 +239,7 @@ def _add(
 @one_thread()
 def main(words: Sequence[str]) -> None:
     options = Options("sets", __doc__).measuring(config=False)
-    options.add_argument("--rank-of", type=Path, help="be one of two ranks, and write into this folder")
+    add_rank_of(options)
     given = options.read(words)
     settings = load_settings(SetsBench, given.config, given.overrides)
     if given.rank_of:
@@ -252,14 +249,7 @@ def main(words: Sequence[str]) -> None:
     report.facts = {"settings": settings.model_dump(mode="json"), "repeats": given.repeats}
     measure_one_rank(settings, given.repeats, report)
     with tempfile.TemporaryDirectory() as folder:
-        ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        subprocess.run(
-            [sys.executable, *ranks, "-m", "benchmarks", "sets", "--rank-of", folder, *words],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-            timeout=1800,
-        )
+        start_ranks("sets", Path(folder), words, 1800)
         found = json.loads((Path(folder) / "found.json").read_text())
     for case in dict.fromkeys(each["case"] for each in found):
         of_case = {(each["way"][0], each["way"][1]): each for each in found if each["case"] == case}

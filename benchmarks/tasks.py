@@ -26,8 +26,8 @@ from benchmarks.models import (
     environment_line,
     make_job,
     mean,
+    read_options,
     run_jobs,
-    run_one,
     seeds_of,
 )
 
@@ -103,7 +103,6 @@ def cells_of(
 def main(words: Sequence[str]) -> None:
     options = Options("tasks", __doc__)
     add_options(options)
-    options.add_argument("--log", type=Path)
     options.add_argument(
         "--control",
         type=Path,
@@ -111,12 +110,9 @@ def main(words: Sequence[str]) -> None:
         help="preset of the single-task models",
     )
     options.add_argument("--split", default="test", choices=("validation", "test"))
-    given = options.read(words)
-    if given.one:
-        run_one(given)
+    given = read_options(options, words)
+    if given is None:
         return
-    if not given.config or not given.log:
-        options.error("name at least one --config, and a --log")
     log, seeds = given.log.absolute(), seeds_of(given)
     models = [model_of(preset, log, given.overrides) for preset in given.config]
     own = {m.preset: [make_job(m.preset, log, given.overrides, seed) for seed in seeds] for m in models}

@@ -192,29 +192,41 @@ def purchases(
         "not_bought": int(others.size),
         "not_found": int(chosen.size * draw.others - others.size),
     }
-
+    item = np.concatenate([bought.item, others])
+    time = time[np.concatenate([number, number[slots]])]
     # The bought ones, and then one line beside each of the others.
     both = bought.take(np.concatenate([np.arange(chosen.size), slots]))
-    was_bought = np.arange(chosen.size + slots.size) < chosen.size
-    item = np.concatenate([bought.item, others])
+    was_bought = np.arange(item.size) < chosen.size
     packages = was_bought & ~_is_measured(products, item)
-    labels = {
-        "bought": pa.array(was_bought),
-        "discounted": pa.array(was_bought & both.discount),
-        "on_discount": pa.array(both.discount, mask=~was_bought),
-        "several": pa.array(both.quantity > 1, mask=~packages),
-        "with_coupon": pa.array(both.coupon, mask=~was_bought),
-        "redeemed": pa.nulls(item.size, pa.bool_()),
-    }
-    table = {
-        "user_id": both.user,
-        "request_id": both.basket,
-        "timestamp": time[np.concatenate([number, number[slots]])],
-        "item_id": item,
-        "domain": pa.array(["purchase"] * item.size, pa.string()),
-        "shown_as": shown.tell(shown.find(both.place, item)),
-    }
-    return pa.table(table | labels), counts
+    shown_as = shown.tell(shown.find(both.place, item))
+    return _table(both, item, time, was_bought, packages, shown_as), counts
+
+
+def _table(
+    beside: Lines, item: Ints, time: Ints, was_bought: Flags, packages: Flags, shown_as: pa.Array
+) -> pa.Table:
+    """Candidates as impressions have them.
+
+    Args:
+        beside: the bought line that each candidate is, or stands beside.
+        packages: those that were bought, and whose quantity is a number of packages.
+    """
+    return pa.table(
+        {
+            "user_id": beside.user,
+            "request_id": beside.basket,
+            "timestamp": time,
+            "item_id": item,
+            "domain": pa.array(["purchase"] * item.size, pa.string()),
+            "shown_as": shown_as,
+            "bought": pa.array(was_bought),
+            "discounted": pa.array(was_bought & beside.discount),
+            "on_discount": pa.array(beside.discount, mask=~was_bought),
+            "several": pa.array(beside.quantity > 1, mask=~packages),
+            "with_coupon": pa.array(beside.coupon, mask=~was_bought),
+            "redeemed": pa.nulls(item.size, pa.bool_()),
+        }
+    )
 
 
 def _is_measured(products: pa.Table, item: Ints) -> Flags:

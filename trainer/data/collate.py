@@ -100,20 +100,14 @@ def collate(
     ]
     features, bags = _jagged(list(columns.features), sides)
     labels = _tensor([r.labels[at] for r, at in stretches.placed])
+    observed = ~labels.isnan()
     task_weight = [r.task_weight[at] for r, at in stretches.placed if r.task_weight is not None]
     domain = [r.domain[at] for r, at in stretches.placed if r.domain is not None]
     # The log's numbers, then the hard search's match counts: [C, X].
     numeric = [r.numeric[at] for r, at in stretches.placed]
-    retrieval = None
     if past.retrievals:
         matches = [part.counts for part in past.retrievals]
         numeric = [np.concatenate(part, axis=1) for part in zip(numeric, matches, strict=True)]
-        placed = zip(past.retrievals, past.offsets[:-1], strict=True)
-        retrieval = Retrieval(
-            index=_tensor([np.where(part.index >= 0, part.index + at, -1) for part, at in placed]),
-            level=_tensor([part.level for part in past.retrievals]),
-            rank=_tensor([part.rank for part in past.retrievals]),
-        )
     context = None
     if columns.context:
         requests = _Side([r.context for r in rows], stretches.of_requests, counts.size)
@@ -132,7 +126,7 @@ def collate(
         weight=_tensor([r.weight[at] for r, at in stretches.placed]),
         numeric=_tensor(numeric),
         context=context,
-        retrieval=retrieval,
+        retrieval=_retrieval(past),
         step_candidates=step_candidates,
         clusters=past.clusters,
         task_weight=_tensor(task_weight) if task_weight else None,
@@ -144,9 +138,21 @@ def collate(
             bags,
             features.length_per_key() == [features.stride()] * len(bags) and max(bags, default=1) <= 1,
             past.most_clusters,
-            not bool(labels.isnan().any()),
-            tuple((~labels.isnan()).sum(0).tolist()),
+            bool(observed.all()),
+            tuple(observed.sum(0).tolist()),
         ),
+    )
+
+
+def _retrieval(past: _Histories) -> Retrieval | None:
+    """What a hard search kept of all blocks, as places in the batch; None without one."""
+    if not past.retrievals:
+        return None
+    placed = zip(past.retrievals, past.offsets[:-1], strict=True)
+    return Retrieval(
+        index=_tensor([np.where(part.index >= 0, part.index + at, -1) for part, at in placed]),
+        level=_tensor([part.level for part in past.retrievals]),
+        rank=_tensor([part.rank for part in past.retrievals]),
     )
 
 
