@@ -36,7 +36,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(
     log: Path, sets: Any = 1, tasks: Sequence[Task] = THREE, **model: Any
 ) -> tuple[TwoStageModel, RequestBatch]:
-    made, batch = model_with(log, sets, tasks=tasks, **model)
+    owners = {"head": "experts", "experts": {"own": 1}} if sets == SEVERAL else {}
+    made, batch = model_with(log, sets, tasks=tasks, **owners, **model)
     draw(made.head, drawing(2))
     return made, batch
 

@@ -36,6 +36,7 @@ class ExpertsHead(Head):
     keys = ExpertsKeys
     compile_obstacle = "needs its sets one by one"
     takes_towers = True
+    takes_owners = True
 
     @classmethod
     def build(cls, model: Any, sizes: HeadSizes) -> ExpertsHead:
@@ -184,6 +185,11 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
     if SHARED not in owners and ((without and not every_domain) or experts.layers > 1):
         who = "layers above the first" if experts.layers > 1 else f"task {without[0]!r}"
         yield f'all sets have owners, so {who} would have nothing to read: add a set with owner = "shared"'
+    if experts.own and without and SHARED not in owners:
+        yield (
+            f"model.experts.own = {experts.own}: task {without[0]!r} would have no experts of its own, for it "
+            'owns no set and none is shared: leave own out, or add a set with owner = "shared"'
+        )
     reads_sets = model.mixer.kind == "softmax" and model.mixer.gate == "sets"
     if SHARED not in owners and without and reads_sets:
         yield (

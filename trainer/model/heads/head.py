@@ -108,11 +108,15 @@ class Head(nn.Module):
         compile_obstacle: why an export cannot compile it; empty if it is one function of the concatenated
             parts.
         takes_towers: whether each task has a tower of its own, as `tasks.<name>.tower` describes it.
+        takes_sets: whether it reads more than one set; takes_owners: whether owners of sets mean anything to
+            it.
     """
 
     keys: ClassVar[type[ModelKeys]] = ModelKeys
     compile_obstacle: ClassVar[str] = "needs its parts one by one"
     takes_towers: ClassVar[bool] = False
+    takes_sets: ClassVar[bool] = True
+    takes_owners: ClassVar[bool] = False
 
     @classmethod
     def build(cls, model: Any, sizes: HeadSizes) -> Head:
@@ -226,6 +230,7 @@ class DotHead(Head):
     """
 
     compile_obstacle = "is one product"
+    takes_sets = False
 
     @classmethod
     def build(cls, model: Any, sizes: HeadSizes) -> DotHead:
