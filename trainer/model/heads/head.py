@@ -146,6 +146,11 @@ class Head(nn.Module):
         return False
 
     @classmethod
+    def gives_experts(cls, model: Any) -> bool:
+        """Whether settings have it give `HeadOutput.experts` in training."""
+        return False
+
+    @classmethod
     def weights_of_tasks(cls, model: Any) -> TaskWeights:
         """Of a head with these settings; by it a run with other tasks can start from this one's weights.
 
