@@ -51,6 +51,7 @@ class Config(Settings):
             used |= settings.roles.used()
             self._check_sets(branch, settings)
             self._check_data(branch, settings)
+        self._check_owners()
         unused = set(self.groups) - used
         if unused:
             raise ValueError(
@@ -81,21 +82,41 @@ class Config(Settings):
         for role, name in settings.roles.model_dump().items():
             group = self.groups.get(name)
             if group is not None and group.sets != 1:
-                where = f"{section_of(branch)}.roles.{role} = {name!r}: groups.{name}.sets"
+                where = f"groups.{name}.sets: {section_of(branch)}.roles.{role} is {name!r}, and several sets"
                 if not role.startswith("representation"):
                     raise ValueError(
-                        f"{where} are for the representation; give the role {role} a group without sets"
+                        f"{where} serve the representation alone; leave groups.{name}.sets out, or name "
+                        "another group, one without sets, for that role"
                     )
                 if name != whole:
                     raise ValueError(
-                        f"{where} are for the group of all representation roles, which is {whole!r} for "
-                        "model.roles.representation_target; name one group for all of them"
+                        f"{where} serve all representation roles, but model.roles.representation_target is "
+                        f"{whole!r}; name one group for all of them"
                     )
             elif role.startswith("representation") and self.groups[whole].sets != 1:
                 raise ValueError(
-                    f"{section_of(branch)}.roles.{role} = {name!r}, but groups.{whole} has several sets and "
-                    f"so serves all representation roles of all branches; name {whole!r} here"
+                    f"groups.{whole}.sets: several sets serve all representation roles of all branches, but "
+                    f"{section_of(branch)}.roles.{role} is {name!r}; name {whole!r} there"
                 )
+
+    def _check_owners(self) -> None:
+        """Raise an error if the head does not read several sets, or takes no notice of who owns one."""
+        head, name = self.model.head_kind, self.model.roles.representation_behavior
+        sets, where = self.groups[name].sets, f"groups.{name}.sets"
+        if sets != 1 and not head.takes_sets:
+            raise ValueError(
+                f'{where}: model.head = "{self.model.head}" reads one set; leave sets out, or set model.head '
+                '= "experts"'
+            )
+        owned = [f'{where} = "tasks"'] if sets == "tasks" else []
+        for key, each in sets.items() if isinstance(sets, dict) else ():
+            owned += [f"{where}.{key}.owner = {each.owner!r}"] if each.owner != "shared" else []
+        if owned and not head.takes_owners:
+            raise ValueError(
+                f'{owned[0]}: model.head = "{self.model.head}" puts all sets side by side, whoever owns '
+                'them, so that every task would train them; set model.head = "experts", or give sets no '
+                f"owner, as {where} = 4 does"
+            )
 
     def _check_data(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if the reader does not deliver what a branch works on."""

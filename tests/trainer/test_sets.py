@@ -16,6 +16,9 @@ ROWS = {"item_id": 100, "category_id": 10}
 TASKS = {"click": {}, "buy": {}, "both": {"product": ("click", "buy")}}
 
 
+EXPERTS = "model.head=experts"
+
+
 def config(*words: str) -> Config:
     return load_config(CONFIGS / "dare.toml", words)
 
@@ -28,7 +31,7 @@ def test_a_number_makes_so_many_shared_sets() -> None:
 
 
 def test_each_task_with_a_tower_owns_a_set() -> None:
-    given = config("groups.representation.sets=tasks")
+    given = config("groups.representation.sets=tasks", EXPERTS)
     settings = Config.model_validate({"tasks": TASKS}).tasks
     tasks = resolve_tasks(settings, ["click", "buy", "both"])
     group = build_groups(given, ROWS, tasks=tasks)["representation"]
@@ -38,7 +41,7 @@ def test_each_task_with_a_tower_owns_a_set() -> None:
 
 def test_named_sets_have_owners_and_widths_of_their_own() -> None:
     sets = '{all = {}, own = {owner = "task:click", dim = 4}, far = {owner = "domain:9"}}'
-    given = config(f"groups.representation.sets={sets}", "data.domain=category_id")
+    given = config(f"groups.representation.sets={sets}", "data.domain=category_id", EXPERTS)
     tasks = resolve_tasks({}, ["click"])
     group = build_groups(given, ROWS, tasks=tasks)["representation"]
     assert [each.owner for each in group.sets] == ["shared", "task:click", "domain:9"]
@@ -50,19 +53,23 @@ def test_named_sets_have_owners_and_widths_of_their_own() -> None:
     [
         (
             ["groups.attention.sets=2"],
-            "model.roles.attention_target = 'attention': groups.attention.sets are",
+            "groups.attention.sets: model.roles.attention_target is 'attention', and several sets serve the "
+            "representation alone; leave groups.attention.sets out, or name another group",
         ),
         (
             ["groups.representation.sets=2", "model.roles.cross=representation"],
-            "model.roles.cross = 'representation': groups.representation.sets are for the representation",
+            "groups.representation.sets: model.roles.cross is 'representation', and several sets serve the "
+            "representation alone",
         ),
         (
             ["groups.representation.sets=2", "groups.other={}", "model.roles.representation_behavior=other"],
-            "model.roles.representation_behavior = 'other', but groups.representation has several sets",
+            "groups.representation.sets: several sets serve all representation roles of all branches, but "
+            "model.roles.representation_behavior is 'other'; name 'representation' there",
         ),
         (
             ["groups.other.sets=2", "model.roles.representation_behavior=other"],
-            "groups.other.sets are for the group of all representation roles, which is 'representation'",
+            "groups.other.sets: model.roles.representation_behavior is 'other', and several sets serve all "
+            "representation roles, but model.roles.representation_target is 'representation'",
         ),
         (
             [
@@ -71,7 +78,8 @@ def test_named_sets_have_owners_and_widths_of_their_own() -> None:
                 "model.branches.recent.roles.representation_target=other",
                 "model.branches.recent.roles.representation_behavior=other",
             ],
-            "model.branches.recent.roles.representation_target = 'other', but groups.representation has",
+            "groups.representation.sets: several sets serve all representation roles of all branches, but "
+            "model.branches.recent.roles.representation_target is 'other'",
         ),
         (
             ["groups.representation.sets=2", "groups.representation.kind=sequence"],
@@ -82,6 +90,27 @@ def test_named_sets_have_owners_and_widths_of_their_own() -> None:
         (
             ['groups.representation.sets={far = {owner = "domain:3"}}'],
             "groups.representation.sets.far.owner = 'domain:3': there are no domains; name the feature",
+        ),
+        (
+            ["groups.representation.sets=tasks"],
+            'groups.representation.sets = "tasks": model.head = "mlp" puts all sets side by side, whoever '
+            'owns them, so that every task would train them; set model.head = "experts", or give sets no '
+            "owner, as groups.representation.sets = 4 does",
+        ),
+        (
+            ['groups.representation.sets={all = {}, own = {owner = "task:click"}}'],
+            "groups.representation.sets.own.owner = 'task:click': model.head = \"mlp\" puts all sets side",
+        ),
+        (
+            ['groups.representation.sets={far = {owner = "domain:3"}}', "data.domain=category_id"],
+            "groups.representation.sets.far.owner = 'domain:3': model.head = \"mlp\" puts all sets side",
+        ),
+        (
+            [
+                "groups.representation.sets=2",
+                *("model.head=dot", "model.sequence=sasrec", "model.time_group=category_id"),
+            ],
+            'groups.representation.sets: model.head = "dot" reads one set; leave sets out',
         ),
     ],
 )
@@ -111,5 +140,5 @@ def test_sets_that_cannot_work_are_refused(words: list[str], message: str) -> No
 def test_owners_that_are_not_there_are_refused(words: list[str], message: str) -> None:
     tasks = resolve_tasks(Config.model_validate({"tasks": TASKS}).tasks, ["click", "buy", "both"])
     with pytest.raises(ConfigError) as caught:
-        build_groups(config(*words), ROWS, tasks=tasks)
+        build_groups(config(*words, EXPERTS), ROWS, tasks=tasks)
     assert message in str(caught.value)

@@ -38,7 +38,7 @@ class SetConfig(Settings):
 
     owner: str = Field("shared", pattern=r"^(shared|task:[a-z][a-z0-9_]*|domain:[0-9]+)$")
     """Who trains the set: `shared` is everybody, `task:NAME` one task, and `domain:ID` one domain of
-    data.domain."""
+    data.domain. Owners other than `shared` are for `model.head = "experts"`."""
     dim: Dim | None = None
     """The width of the set's vectors. Not set means that of the group."""
 
@@ -56,8 +56,9 @@ class GroupConfig(Settings):
     adds them up."""
     sets: Annotated[int, Field(ge=1, le=64)] | Literal["tasks"] | dict[GroupName, SetConfig] = 1
     """How many complete and independent copies of its tables the group has, for a group that serves the
-    representation (Multi-Embedding). They are looked up together. `tasks` means one shared set, and one for
-    each task, which that task owns (STEM). A table names the sets one by one, see
+    representation (Multi-Embedding). They are looked up together, and the heads `mlp` and `experts` read
+    them. `tasks` means one shared set, and one for each task, which that task owns (STEM), with
+    `model.head = "experts"`. A table names the sets one by one, see
     [groups.<name>.sets.<name>]."""
     optimizer: RowOptimizerName = "rowwise_adagrad"
     """The optimizer of the rows, which the backward pass updates (see docs/tables.md)."""

@@ -106,6 +106,11 @@ class Branch(nn.Module):
             experts.append(Expert(model, *groups, name, width))
         return experts
 
+    @property
+    def of_attention(self) -> list[nn.Module]:
+        """What makes scores, of both stages, and nothing else."""
+        return [each for each in (self.scorer, self.search, self.cross) if each is not None]
+
     def retrieve(self, batch: RequestBatch, vectors: Mapping[str, Tensor], windows: Windows) -> Retrieval:
         """Which K behaviors each candidate keeps.
 

@@ -243,7 +243,8 @@ class TwoStageModel(nn.Module):
         self.of_requests = list(dict.fromkeys(filter(None, (roles.context, roles.prior_context))))
         towers = [task for task in tasks if task.has_tower]
         owners = {name: branch.settings.attention_owner for name, branch in branches.items()}
-        self.owned = OwnedAttention(owners, [task.name for task in towers])
+        gives_experts = config.head_kind.gives_experts(config)
+        self.owned = OwnedAttention(owners, [task.name for task in towers], gives_experts)
         self.pooling = Pooling(roles, numbers > 0, self.owned.runs)
         self.head = config.head_kind.build(config, head_sizes(roles, branches, dimensions, towers, numbers))
         self.products = Products(tasks) if len(towers) < len(tasks) else None
@@ -260,10 +261,14 @@ class TwoStageModel(nn.Module):
                         parameter.normal_(0.0, 0.01)
 
     def own_parameters(self, task: str) -> list[nn.Parameter]:
-        """The dense weights that no loss but this task's reaches: of the head, and of what reads its sets."""
+        """The dense weights that no loss but this task's reaches: of the head, of what reads its sets, and of
+        the attention that it owns."""
         sets = self.head.own_sets(task)
         experts = [expert for branch in self.branches.named().values() for expert in branch.experts]
-        own = [expert.sequence for expert in experts if expert.set in sets]
+        own: list[nn.Module] = [expert.sequence for expert in experts if expert.set in sets]
+        for branch in self.branches.named().values():
+            if branch.settings.attention_owner == task:
+                own += branch.of_attention
         return [*self.head.own_parameters(task), *(weight for each in own for weight in each.parameters())]
 
     def forward(self, batch: RequestBatch) -> Prediction:

@@ -66,13 +66,18 @@ def covariance_of(model: Any) -> Covariance | None:
 def _loss(rows_BEd: Tensor, mean_Ed: Tensor, count: int, shared: bool) -> Tensor:
     """`count`: B of all ranks where the covariance is `shared`."""
     _, experts, width = rows_BEd.shape
-    centred = (rows_BEd - mean_Ed).flatten(1)
-    # One product gives all pairs [E, d, E, d].
-    products = (centred.T @ centred / max(1, count - 1)).view(experts, width, experts, width)
-    whole = products.detach()
-    if shared:
-        whole = whole.clone()
-        dist.all_reduce(whole)
-    pairs = torch.ones(experts, experts, device=rows_BEd.device).triu(1)[:, None, :, None]
+    later = (rows_BEd - mean_Ed).flatten(1)
+    if experts < 2:
+        return later.sum() * 0
+    # Expert p with all that come after it: no pair is computed twice, and none of an expert with itself.
+    blocks = []
+    for after in range(experts - 1, 0, -1):
+        own, later = later.split([width, after * width], dim=1)
+        blocks.append((own.T @ later).flatten())
+    products = torch.cat(blocks) / max(1, count - 1)
+    if not shared:
+        return products.abs().sum() / width**2
+    whole = products.detach().clone()
+    dist.all_reduce(whole)
     # sign(x) x is |x|; with the sign of the sum over ranks the parts of ranks add up to its size.
-    return (whole.sign() * pairs * products).sum() / width**2
+    return (whole.sign() * products).sum() / width**2

@@ -82,6 +82,7 @@ def test_what_orders_the_data_may_change_between_epochs_only() -> None:
 
 
 SETS = "groups.representation.sets={one = {}, other = {dim = 8}}"
+EXPERTS = "model.head=experts"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,11 @@ SETS = "groups.representation.sets={one = {}, other = {dim = 8}}"
             "groups.representation.sets = 'one, other', now it is 'other, one'; set it back",
         ),
         ([SETS], ["groups.representation.sets=2"], "groups.representation.sets = 'one, other', now it is 2"),
-        (['groups.representation.sets="tasks"'], [SETS], "sets = 'tasks', now it is 'one, other'; set it"),
+        (
+            [EXPERTS, 'groups.representation.sets="tasks"'],
+            [EXPERTS, SETS],
+            "sets = 'tasks', now it is 'one, other'; set it",
+        ),
         (["groups.representation.sets=2"], [], "groups.representation.sets = 2, now it is 1"),
         ([SETS], [SETS.replace("8", "4")], "groups.representation.sets.other.dim = 8, now it is 4"),
     ],

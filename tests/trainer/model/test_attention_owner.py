@@ -36,7 +36,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(
     log: Path, sets: Any = 1, tasks: Sequence[Task] = THREE, **model: Any
 ) -> tuple[TwoStageModel, RequestBatch]:
-    made, batch = model_with(log, sets, tasks=tasks, **model)
+    owners = {"head": "experts", "experts": {"own": 1}} if sets == SEVERAL else {}
+    made, batch = model_with(log, sets, tasks=tasks, **owners, **model)
     draw(made.head, drawing(2))
     return made, batch
 
@@ -53,7 +54,7 @@ def reach(model: TwoStageModel, logit: Tensor, what: str) -> float:
     rest = [n for n in named if not any(n in names for names in own.values()) and "auxiliary" not in n]
     parts = [named[name] for name in ([*rest] if what == "rest" else own[what])]
     found = torch.autograd.grad(logit.square().sum(), parts, retain_graph=True, allow_unused=True)
-    return max(float(g.abs().max()) for g in found if g is not None)
+    return max((float(g.abs().max()) for g in found if g is not None), default=0.0)
 
 
 @pytest.mark.parametrize("sets", [1, SEVERAL])
@@ -110,6 +111,60 @@ def test_a_product_reaches_attention_through_the_part_that_owns_it(log: Path) ->
     assert torch.allclose(logits[:, 3].sigmoid(), of_parts, atol=1e-6)
     reached = [reach(model, logits[:, task], "main") > 0 for task in range(5)]
     assert reached == [False, True, False, True, False]
+
+
+def reached_by(model: TwoStageModel, losses: Sequence[Tensor]) -> list[set[str]]:
+    """Of each loss, the dense parameters that it moves."""
+    named = {n: p for n, p in model.named_parameters() if not n.startswith("collections.")}
+    found = []
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, [*named.values()], retain_graph=True, allow_unused=True)
+        pairs = zip(named, gradients, strict=True)
+        found.append({name for name, gradient in pairs if gradient is not None and gradient.abs().max() > 0})
+    return found
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"projection": "heads", "heads": 2},
+        {"score": "mlp"},
+        {"search": "soft", "auxiliary": "index", "lookup": "full"},
+        {"branches": RECENT, "sequence": "stacked"},
+    ],
+)
+def test_a_task_that_rests_lets_all_that_it_alone_trains_rest(log: Path, model: dict[str, Any]) -> None:
+    """Towers, experts and sets of its own, and the attention that it owns: none moves by Adam's memory."""
+    made, batch = built(log, SEVERAL, attention_owner="like", **model)
+    for branch in made.branches.named().values():
+        for parts in branch.of_attention:
+            draw(parts, drawing(5))
+    prediction = made.train()(batch)
+    losses = [prediction.logits[:, t].square().sum() for t in range(len(TASKS))]
+    if prediction.auxiliary is not None:
+        losses = [each + prediction.auxiliary[:, t].square().sum() for t, each in enumerate(losses)]
+    reached = reached_by(made, losses)
+    names = {id(parameter): name for name, parameter in made.named_parameters()}
+    for task, alone in enumerate(reached):
+        others = set.union(*(each for place, each in enumerate(reached) if place != task))
+        own = {names[id(parameter)] for parameter in made.own_parameters(TASKS[task])}
+        assert own & others == set() and alone - others <= own
+    assert any(".scorer." in names[id(p)] or ".search." in names[id(p)] for p in made.own_parameters("like"))
+
+
+@pytest.mark.parametrize("owners", [{"like": RECENT}, {"like": {}}, {"click": RECENT}])
+def test_the_covariance_of_experts_reaches_no_owned_attention(log: Path, owners: dict[str, Any]) -> None:
+    """Nor where every task owns the attention of some branch, or there is no other task."""
+    (owner, branches), *_ = owners.items()
+    tasks = resolve_tasks({}, [owner, "buy"] if branches else [owner])
+    kind = {"head": "experts", "experts": {"shared": 2, "covariance": 0.1}}
+    model, batch = built(log, tasks=tasks, attention_owner=owner, branches=branches, **kind)
+    prediction = model.train()(batch)
+    for what in ["main", "tables", *branches]:
+        assert reach(model, prediction.logits, what) > 0
+        assert reach(model, prediction.experts, what) == 0
+    assert reach(model, prediction.experts, "rest") > 0
 
 
 def test_scoring_runs_the_head_once(log: Path) -> None:

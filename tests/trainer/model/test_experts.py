@@ -176,7 +176,8 @@ def test_the_gradient_of_one_set_reaches_no_other(log: Path, lookup: str) -> Non
 def test_the_auxiliary_loss_reads_shared_sets_alone(log: Path) -> None:
     """Else every task's loss would train what another owns."""
     sets = {"shared": {}, "click": {"owner": "task:click"}, "more": {"dim": 12}}
-    model, batch = model_with(log, sets, "full", auxiliary="softmax")
+    owners = {"head": "experts", "experts": {"own": 1}}
+    model, batch = model_with(log, sets, "full", auxiliary="softmax", **owners)
     model.train()(batch).auxiliary.square().sum().backward()
     for name in sets:
         reached = any(p.grad is not None and p.grad.abs().max() > 0 for p in of_set(model, name).values())
@@ -186,7 +187,7 @@ def test_the_auxiliary_loss_reads_shared_sets_alone(log: Path) -> None:
 
 def test_sets_without_a_shared_one_leave_nothing_to_the_auxiliary_loss(log: Path) -> None:
     with pytest.raises(ConfigError, match=r'model\.auxiliary = "softmax" is a loss of all tasks'):
-        model_with(log, {"mine": {"owner": "task:click"}}, "full", auxiliary="softmax")
+        model_with(log, {"mine": {"owner": "task:click"}}, "full", auxiliary="softmax", head="experts")
 
 
 def test_a_set_is_called_like_no_attribute_of_a_module(log: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.objectives.covariance import Covariance, covariance_of
 
@@ -50,6 +51,21 @@ def test_an_experts_own_variance_is_no_part_of_it() -> None:
     alone = outputs(3, experts=1)
     value = Covariance(1.0).value(alone)
     assert value.item() == 0 and (torch.autograd.grad(value, alone)[0] == 0).all()
+
+
+def test_no_pair_of_experts_is_computed_twice() -> None:
+    """Multiply-adds of the matrix products, and the numbers that they give: those of pairs p < q."""
+    given, found = outputs(5, rows=8, experts=6, width=4), []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            found.extend([out.numel()] if func is torch.ops.aten.mm.default else [])
+            return out
+
+    with Products():
+        Covariance(1.0).value(given)
+    assert sum(found) == 6 * 5 // 2 * 4**2
 
 
 def test_the_first_rows_may_do_and_one_row_has_no_covariance() -> None:

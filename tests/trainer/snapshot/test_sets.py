@@ -19,7 +19,7 @@ from trainer.snapshot.code import _is_one_branch, _ranked, _Ranking
 from trainer.snapshot.loading import load_search, load_snapshot
 from trainer.snapshot.manifest import SEAL
 
-SETS = 'groups.representation.sets={all = {}, slim = {dim = 4}, own = {owner = "task:click"}}'
+SETS = "groups.representation.sets={all = {}, slim = {dim = 4}, own = {}}"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,11 @@ def test_sets_are_stored_and_score_as_the_trainer_does(run: Path, version: Path)
         for feature in ("item_id", "category_id")
     ]
     group = snapshot.model.lookups.groups["representation"]
-    assert [each.owner for each in group.sets] == ["shared", "shared", "task:click"]
+    assert [(each.name, each.owner) for each in group.sets] == [
+        ("all", "shared"),
+        ("slim", "shared"),
+        ("own", "shared"),
+    ]
     assert {table.set for table in snapshot.manifest.groups["attention"]} == {""}
     stored = dict(snapshot.model.collections["representation"].named_buffers())
     assert not torch.equal(stored["representation/all/item_id"], stored["representation/own/item_id"])
@@ -119,7 +123,7 @@ def test_owners_of_domains_meet_their_own_ids_when_export_compares(log: Path, tm
     """The trainer's model over few rows numbers ids anew, but no domains."""
     owner = '{all = {}, far = {owner = "domain:99"}}'
     words = [f"groups.representation.sets={owner}", "data.domain=item_id", "tables.item_id.rows=100"]
-    run = save_run(tmp_path / "run", log, "dare", *words)
+    run = save_run(tmp_path / "run", log, "dare", *words, "model.head=experts")
     assert load_snapshot(exported(run, tmp_path / "out", parity_requests=1)).self_check() == 0.0
 
 

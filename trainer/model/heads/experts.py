@@ -36,6 +36,7 @@ class ExpertsHead(Head):
     keys = ExpertsKeys
     compile_obstacle = "needs its sets one by one"
     takes_towers = True
+    takes_owners = True
 
     @classmethod
     def build(cls, model: Any, sizes: HeadSizes) -> ExpertsHead:
@@ -55,10 +56,14 @@ class ExpertsHead(Head):
     def reads_domain(cls, model: Any) -> bool:
         return "domain" in (model.mixer.per, model.towers.per)
 
+    @classmethod
+    def gives_experts(cls, model: Any) -> bool:
+        return bool(model.experts.covariance > 0)
+
     def __init__(self, model: Any, sizes: HeadSizes) -> None:
         super().__init__()
         experts, towers, tasks = model.experts, model.towers, [f"task:{task.name}" for task in sizes.tasks]
-        self.foreign, self.covariance, self.tasks = experts.foreign, experts.covariance > 0, tasks
+        self.foreign, self.covariance, self.tasks = experts.foreign, self.gives_experts(model), tasks
         self.sets = {name: Stream(owner, width) for name, owner, width in _sets_of(sizes)}
         self.input_gates = nn.ModuleDict()
         if towers.gate_inputs:
@@ -184,6 +189,11 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
     if SHARED not in owners and ((without and not every_domain) or experts.layers > 1):
         who = "layers above the first" if experts.layers > 1 else f"task {without[0]!r}"
         yield f'all sets have owners, so {who} would have nothing to read: add a set with owner = "shared"'
+    if experts.own and without and SHARED not in owners:
+        yield (
+            f"model.experts.own = {experts.own}: task {without[0]!r} would have no experts of its own, since "
+            'it owns no set and none is shared: leave own out, or add a set with owner = "shared"'
+        )
     reads_sets = model.mixer.kind == "softmax" and model.mixer.gate == "sets"
     if SHARED not in owners and without and reads_sets:
         yield (

@@ -108,11 +108,15 @@ class Head(nn.Module):
         compile_obstacle: why an export cannot compile it; empty if it is one function of the concatenated
             parts.
         takes_towers: whether each task has a tower of its own, as `tasks.<name>.tower` describes it.
+        takes_sets: whether it reads more than one set; takes_owners: whether owners of sets mean anything to
+            it.
     """
 
     keys: ClassVar[type[ModelKeys]] = ModelKeys
     compile_obstacle: ClassVar[str] = "needs its parts one by one"
     takes_towers: ClassVar[bool] = False
+    takes_sets: ClassVar[bool] = True
+    takes_owners: ClassVar[bool] = False
 
     @classmethod
     def build(cls, model: Any, sizes: HeadSizes) -> Head:
@@ -139,6 +143,11 @@ class Head(nn.Module):
     @classmethod
     def reads_domain(cls, model: Any) -> bool:
         """Whether settings have it look at `HeadInput.domain`, besides for sets that domains own."""
+        return False
+
+    @classmethod
+    def gives_experts(cls, model: Any) -> bool:
+        """Whether settings have it give `HeadOutput.experts` in training."""
         return False
 
     @classmethod
@@ -226,6 +235,7 @@ class DotHead(Head):
     """
 
     compile_obstacle = "is one product"
+    takes_sets = False
 
     @classmethod
     def build(cls, model: Any, sizes: HeadSizes) -> DotHead:

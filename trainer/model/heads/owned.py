@@ -20,18 +20,22 @@ class OwnedAttention(nn.Module):
     Args:
         owners: branch -> the task that owns its attention weights, empty = all tasks do.
         tasks: names of those with a tower.
+        experts: whether the head gives experts for a loss that is no task's, their covariance.
 
     Attributes:
-        runs: of each run, the branches whose weights pass no gradient on; the last has the most of them.
+        runs: of each run, the branches whose weights pass no gradient on; the last has the most of them, and
+            with `experts` all that are owned, if that takes a run of its own.
         of_task: the run of each task.
     """
 
-    def __init__(self, owners: Mapping[str, str], tasks: Sequence[str]) -> None:
+    def __init__(self, owners: Mapping[str, str], tasks: Sequence[str], experts: bool = False) -> None:
         super().__init__()
         stopped = [
             frozenset(branch for branch, owner in owners.items() if owner not in ("", task)) for task in tasks
         ]
-        self.runs = sorted(set(stopped), key=lambda branches: (len(branches), sorted(branches)))
+        owned = frozenset(branch for branch, owner in owners.items() if owner)
+        every = {*stopped, owned} if experts else set(stopped)
+        self.runs = sorted(every, key=lambda branches: (len(branches), sorted(branches)))
         self.of_task = [self.runs.index(branches) for branches in stopped]
 
     def live(self, branch: str) -> list[bool]:
@@ -41,7 +45,8 @@ class OwnedAttention(nn.Module):
     def forward(self, outputs: Sequence[HeadOutput]) -> HeadOutput:
         """What the runs gave -> each task's own columns.
 
-        The covariance of experts is no task's loss: it takes those of the last run.
+        The covariance of experts is no task's loss: it takes those of the last run, which reach no owned
+        attention.
         """
         bases = [output.base for output in outputs if output.base is not None]
         logits_CT = columns([output.logits for output in outputs], self.of_task)

@@ -477,6 +477,11 @@ TWO = {"a": [8], "b": [4]}
             "all sets have owners, so task 'click' would have nothing to read",
         ),
         (
+            {"experts": {"own": 1}},
+            sizes_of(TWO, owners={"a": "domain:0", "b": "domain:1"}, domains=2),
+            "model.experts.own = 1: task 'click' would have no experts of its own",
+        ),
+        (
             {"mixer": {"kind": "softmax"}},
             sizes_of(TWO, owners={"a": "domain:0", "b": "domain:1"}, domains=2),
             "the gate of task 'click' reads shared sets and those of the task, and there are none",
