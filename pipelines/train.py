@@ -22,7 +22,7 @@ from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Position, Trainer
 from trainer.quality.baselines import baselines, by_baseline, counted_feature
 from trainer.ranks.process_group import Ranks, process_group
-from trainer.run_config import Config, load_config
+from trainer.run_config import Config, load_config, of_files
 from trainer.run_folder import versions
 
 
@@ -32,7 +32,7 @@ def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool
     `profiled`: also a trace of some steps and a table of where their time went, see `pipelines.profile`.
     """
     settings = _settings(config, overrides)
-    with process_group(settings.train.timeout_s, settings.train.device) as ranks:
+    with process_group(settings.train.timeout_s, settings.train.device) as ranks, of_files(config, overrides):
         run(settings, out, ranks, profiled=profiled)
 
 
@@ -43,7 +43,7 @@ def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
         TandemError: what training would raise.
     """
     settings = _settings(config, overrides)
-    with process_group(settings.train.timeout_s, settings.train.device) as ranks:
+    with process_group(settings.train.timeout_s, settings.train.device) as ranks, of_files(config, overrides):
         say = _say(ranks)
         try_out(open_start(settings, out, ranks, say, checking=True), say)
         say(f"{config} and {settings.data.log} fit together; {out} can be trained on {ranks.device}")

@@ -6,6 +6,7 @@ Every run, checkpoint and snapshot holds the resolved config as data.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -19,7 +20,7 @@ from trainer.config.model import CONTEXT_ROLES, OPTIONAL_ROLES, section_of
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
 from trainer.config.tables import GroupConfig, GroupName, PlanConfig, SetConfig, TableConfig
 from trainer.config.tasks import Task, TaskConfig, TaskName
-from trainer.config.toml import Settings, load_settings
+from trainer.config.toml import Settings, Sources, load_settings, naming
 from trainer.model.settings import BranchConfig, ModelConfig
 
 
@@ -147,6 +148,11 @@ class Config(Settings):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file; see `trainer.config.toml.load_settings` for the errors."""
     return load_settings(Config, path, overrides)
+
+
+def of_files(path: Path, overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
+    """Have errors about keys of a config name the file or the override that set them."""
+    return naming(Sources.read(path, overrides), Config)
 
 
 def build_groups(

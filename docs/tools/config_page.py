@@ -19,7 +19,8 @@ from pydantic.fields import FieldInfo
 
 from docs.tools.links import escaped
 from pipelines.ingest.config import IngestConfig
-from trainer.config.toml import Settings, models_in
+from trainer.config.mistakes import models_in
+from trainer.config.toml import Settings
 from trainer.objectives.table import OBJECTIVES, RANKINGS
 from trainer.run_config import Config
 

@@ -15,11 +15,12 @@ from pydantic import (
     model_validator,
 )
 
+from trainer.config.mistakes import NAME
 from trainer.config.toml import Settings
 from trainer.log.schema import Side
 from trainer.ranks.machine import memory_bytes
 
-Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
+Name = Annotated[str, StringConstraints(pattern=NAME)]
 Unit = Literal["s", "ms", "us", "ns"]
 # Names that the log, or a table on the way to it, uses for something else: no feature may have one. A column
 # that a protocol adds to a table of events has a name of these, or would replace a feature of that name.

@@ -22,7 +22,7 @@ from trainer.assemble import build_trainable, fit_caches, plan_request
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.ranks.device import DeviceName
-from trainer.run_config import Config, load_config
+from trainer.run_config import Config, load_config, of_files
 from trainer.sealed_folder import write_text
 from trainer.step_size import StepSize, lookups, step_size
 
@@ -63,7 +63,8 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
     cluster = cluster_of(options, settings.train.device)
     manifest = read_manifest(settings.data.log)
     size = step_size(settings.data, manifest, options.behaviors or None)
-    request = _request(settings, manifest, cluster, size)
+    with of_files(config, overrides):
+        request = _request(settings, manifest, cluster, size)
     try:
         found = offline_plan(request)
     except DoesNotFit as problem:

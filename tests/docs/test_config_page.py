@@ -11,7 +11,8 @@ from pydantic import Field
 from docs.tools.config_page import PAGE, document, texts_of
 from docs.tools.links import escaped
 from pipelines.ingest.config import IngestConfig
-from trainer.config.toml import Settings, models_in
+from trainer.config.mistakes import models_in
+from trainer.config.toml import Settings
 from trainer.objectives.losses import Objective
 from trainer.objectives.table import OBJECTIVES
 from trainer.run_config import Config

@@ -8,10 +8,15 @@ import pytest
 
 from embeddings.errors import ConfigError
 from pipelines.ingest.config import load_ingest_config
-from trainer.run_config import Config, build_groups, load_config
+from trainer.run_config import Config, build_groups, load_config, of_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS = {"item_id": 100, "category_id": 10}
+DIM = "groups.representation.dim"
+OWNER = 'must be "shared", "task:NAME" or "domain:ID"'
+SETS = "groups.representation.sets"
+NAME = "must be a name: a small letter first, then small letters, digits and _"
+FORMS = "must be a whole number, 'tasks' or a table of keys, such as { key = \"value\" }"
 ROLES = ("attention_target", "attention_behavior", "representation_target", "representation_behavior")
 
 
@@ -95,6 +100,90 @@ def test_a_mistake_of_the_file_names_the_file(tmp_path: Path) -> None:
     assert message.startswith(f"{path}: unknown key 'data.") and message.count("known here: ") == 1
     assert "train.epochs: must be a whole number (given: 'many')" in message
     assert message.endswith("; --set model.k=0: model.k: must be greater than or equal to 1 (given: 0)")
+
+
+def test_a_mistake_in_a_file_that_another_one_extends_names_that_file(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    low = tmp_path / "base" / "low.toml"
+    low.write_text("[model]\nk = 0\n[train]\nepochs = 0\n[data]\nrecent = -1\n")
+    path = tmp_path / "top.toml"
+    path.write_text('extends = "base/low.toml"\n[train]\nepochs = -1\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["data.recent=-2"])
+    at_least = "must be greater than or equal to"
+    assert str(caught.value) == (
+        f"--set data.recent=-2: data.recent: {at_least} 0 (given: -2); "
+        f"{low} (which {path} extends): model.k: {at_least} 1 (given: 0); "
+        f"{path}: train.epochs: must be greater than 0 (given: -1)"
+    )
+
+
+def test_what_contradicts_an_override_blames_that_override_alone() -> None:
+    others = ["model.k=7", "data.recent=3", "train.seed=1"]
+    for needed in ("tasks.click.tower=[3]", "model.level=true", "model.clusters=true", "groups.x.dim=4"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(CONFIGS / "dare.toml", [*others[:2], needed, others[2]])
+        assert str(caught.value).startswith(f"--set {needed}: ")
+    # Both are needed for it.
+    both = ['groups.representation.sets={far = {owner = "domain:3"}}', "data.domain="]
+    with pytest.raises(ConfigError, match=r"^--set groups\.\S+ = \{owner = \"domain:3\"\}\}: groups"):
+        load_config(CONFIGS / "dare.toml", [*others, *both])
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIGS / "crocodile.toml", [*others, *both])
+    assert str(caught.value).startswith(f"--set {both[0]} --set {both[1]}: groups.representation.sets.far")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tasks=click", "tasks: has a section for each name: write [tasks.click] (given: 'click')"),
+        ('tasks=["click", "buy"]', "tasks: has a section for each name: write [tasks.click]"),
+        ("tasks=[{}]", "tasks: has a section for each name: write [tasks.NAME]"),
+        ("tasks.My-Task.weight=1", f"tasks.My-Task: {NAME}"),
+        ("groups.Rep.dim=8", f"groups.Rep: {NAME}"),
+        ("model.branches.Long.k=3", f"model.branches.Long: {NAME}"),
+        ('tasks.both.product=["Click", "buy"]', f"tasks.both.product.0: {NAME} (given: 'Click')"),
+        (f"{SETS}.All.dim=8", f"{SETS}.All: {NAME}"),
+        (f"{SETS}=four", f"{SETS}: {FORMS} (given: 'four')"),
+        (f"{SETS}=1.5", f"{SETS}: {FORMS} (given: 1.5)"),
+        (f"{SETS}=true", f"{SETS}: {FORMS} (given: True)"),
+        (f'{SETS}=["a", "b"]', f"{SETS}: {FORMS}"),
+        (f"{SETS}=65", f"{SETS}: must be less than or equal to 64 (given: 65)"),
+        (f"{SETS}.a=3", f"{SETS}.a: must be a section, a table of keys (given: 3)"),
+        (f"{SETS}.a.dim=5", f"{SETS}.a.dim: must be a multiple of 4 (given: 5)"),
+        (f"{SETS}.a.ownr=x", f"unknown key '{SETS}.a.ownr'; did you mean '{SETS}.a.owner'?"),
+        (
+            f"{SETS}.a.owner=me",
+            f'{SETS}.a.owner: must be "shared", "task:NAME" or "domain:ID" (given: \'me\')',
+        ),
+        (f"{DIM}.item_id=3", f"{DIM}.item_id: must be a multiple of 4 (given: 3)"),
+    ],
+)
+def test_a_value_of_several_forms_or_names_is_refused_in_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIGS / "base/common.toml", ["model.k=7", override, "train.seed=1"])
+    assert str(caught.value) == f"--set {override}: {message}"
+
+
+def test_errors_about_the_log_name_where_their_key_stands(tmp_path: Path) -> None:
+    (tmp_path / "low.toml").write_text("[tables.itm]\nrows = 5\n")
+    path = tmp_path / "top.toml"
+    text = '[groups.attention]\nfeatures = ["x"]\n[groups.representation]\n'
+    path.write_text(f'extends = "low.toml"\n{text}')
+    cases = {
+        (): f"{tmp_path / 'low.toml'} (which {path} extends): tables.itm: the log has no such feature",
+        ("tables.item.rows=3",): "tables.itm",
+        ("tables={}",): f"{path}: groups.attention.features: the log has no feature 'x'",
+        ("tables={}", 'groups.attention.features=["y"]'): '--set groups.attention.features=["y"]: groups.att',
+    }
+    for overrides, message in cases.items():
+        with pytest.raises(ConfigError) as caught, of_files(path, overrides):
+            build_groups(load_config(path, overrides), ROWS)
+        assert message in str(caught.value)
+        assert str(caught.value).count(str(path)) <= 1
+    # What begins with no key of a config stays.
+    with pytest.raises(ConfigError, match=r"^plan\.json: bad$"), of_files(path):
+        raise ConfigError("plan.json: bad")
 
 
 def test_the_config_of_another_verb_is_one_sentence() -> None:

@@ -9,12 +9,13 @@ from pydantic import AfterValidator, Field, PositiveInt, StringConstraints, mode
 from embeddings.optimizers import ROW_OPTIMIZERS, known_optimizer
 from embeddings.plan.bandwidths import KNOWN, Bandwidths
 from embeddings.plan.request import PlanRules, TableRule
+from trainer.config.mistakes import NAME, OWNER
 from trainer.config.toml import Settings
 
 # FBGEMM's kernels work on four floats at a time.
 Dim = Annotated[int, Field(ge=4, le=4096, multiple_of=4)]
 # Group names become names of modules, tensors and files.
-GroupName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
+GroupName = Annotated[str, StringConstraints(pattern=NAME)]
 
 RowOptimizerName = Annotated[
     str, AfterValidator(known_optimizer), Field(json_schema_extra={"enum": [*ROW_OPTIMIZERS]})
@@ -36,7 +37,7 @@ _IGNORED_BY_KERNELS = {
 class SetConfig(Settings):
     """One set of a group: a complete copy of its tables, with rows of its own."""
 
-    owner: str = Field("shared", pattern=r"^(shared|task:[a-z][a-z0-9_]*|domain:[0-9]+)$")
+    owner: str = Field("shared", pattern=OWNER)
     """Who trains the set: `shared` is everybody, `task:NAME` one task, and `domain:ID` one domain of
     data.domain. Owners other than `shared` are for `model.head = "experts"`."""
     dim: Dim | None = None
@@ -54,7 +55,7 @@ class GroupConfig(Settings):
     fusion: Literal["concat", "sum"] = "concat"
     """How a behavior's vector is made of the vectors of its features: `concat` puts them side by side, `sum`
     adds them up."""
-    sets: Annotated[int, Field(ge=1, le=64)] | Literal["tasks"] | dict[GroupName, SetConfig] = 1
+    sets: Annotated[int, Field(ge=1, le=64, strict=True)] | Literal["tasks"] | dict[GroupName, SetConfig] = 1
     """How many complete and independent copies of its tables the group has, for a group that serves the
     representation (Multi-Embedding). They are looked up together, and the heads `mlp` and `experts` read
     them. `tasks` means one shared set, and one for each task, which that task owns (STEM), with

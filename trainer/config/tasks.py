@@ -10,13 +10,14 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from embeddings.errors import ConfigError, hint_of
 from trainer.config.label_mask import LabelMask
+from trainer.config.mistakes import NAME
 from trainer.config.model import Width
 from trainer.config.toml import Settings
 
 # Ranking losses that train two logits a task, of those in `trainer.objectives.table`, which stands above.
 TWO_LOGITS = frozenset({"jrc"})
 # A task's name is part of the names of modules, tensors, columns and files.
-TaskName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]*$")]
+TaskName = Annotated[str, StringConstraints(pattern=NAME)]
 
 
 class TaskConfig(Settings):

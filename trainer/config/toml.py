@@ -8,19 +8,18 @@ message names the file, or the override, and the key.
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 import tomllib
-import types
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from embeddings.errors import ConfigError
-from trainer.config.mistakes import words_of
+from trainer.config.mistakes import explain, is_key, problems_of
 
 
 class Settings(BaseModel):
@@ -34,8 +33,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-# Names of forms: pydantic puts them into the place of a value that may have several forms.
-_FORM = re.compile(r"constrained-\w+|(dict|list|tuple|set)\[.*\]")
+# The key that a message begins with.
+_KEY = re.compile(r"[a-z]\w*(\.[\w-]+)*(?=[: ])")
 SettingsType = TypeVar("SettingsType", bound=Settings)
 # Verb -> the keys that only its config has, and what the user should give instead.
 _VERBS: dict[str, tuple[set[str], str]] = {
@@ -52,6 +51,70 @@ _VERBS: dict[str, tuple[set[str], str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where the settings of a config come from, for messages.
+
+    Attributes:
+        files: the file and those that it extends, nearest first, each with its own keys.
+        overrides: `section.key=value`, in their order.
+    """
+
+    files: tuple[tuple[Path, Mapping[str, Any]], ...] = ()
+    overrides: tuple[str, ...] = ()
+
+    @staticmethod
+    def read(path: Path | None, overrides: Sequence[str] = ()) -> Sources:
+        """Raises:
+        ConfigError: a file is missing or no TOML.
+        """
+        return Sources(() if path is None else tuple(_read(path, ())), tuple(overrides))
+
+    def tree(self, overrides: Sequence[str] | None = None) -> dict[str, Any]:
+        """The settings as one tree; `overrides`: others than all of them.
+
+        Raises:
+            ConfigError: an override is none.
+        """
+        tree: dict[str, Any] = {}
+        for _, own in reversed(self.files):
+            tree = _over(own, tree)
+        tree = copy.deepcopy(tree)
+        for override in self.overrides if overrides is None else overrides:
+            _apply(tree, override)
+        return tree
+
+    def place_of(self, location: Sequence[Any]) -> str:
+        """The override, or else the file, that set what is at a place; the first file if none did."""
+        if at_place := self.override_at(location):
+            return at_place
+        return self.file_of(location)
+
+    def override_at(self, location: Sequence[Any], *, inside: bool = True) -> str:
+        """The last override that set what is at a place, or around it, or something in it; empty if none did.
+
+        Args:
+            inside: whether those count that set something in it.
+        """
+        place = [str(part) for part in location]
+        for override in reversed(self.overrides):
+            key = override.partition("=")[0].strip().split(".")
+            same = all(a == b for a, b in zip(key, place, strict=False))
+            if place and same and (inside or len(key) <= len(place)):
+                return f"--set {override}"
+        return ""
+
+    def file_of(self, location: Sequence[Any]) -> str:
+        """The file that set what is at a place, the first one if several or none have a part in it."""
+        holding = [path for path, own in self.files if _holds(own, location)]
+        if not holding:
+            return str(self.files[0][0]) if self.files else "--set"
+        first = self.files[0][0]
+        whole = len(holding) == 1 or not _is_section(dict(self.files)[holding[0]], location)
+        found = holding[0] if whole else first
+        return str(first) if found == first else f"{found} (which {first} extends)"
+
+
 def load_settings(
     model: type[SettingsType], path: Path | None, overrides: Sequence[str] = ()
 ) -> SettingsType:
@@ -60,65 +123,92 @@ def load_settings(
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown, or a value is wrong.
     """
-    tree = {} if path is None else _read(path, ())
+    sources = Sources.read(path, overrides)
+    tree = sources.tree(())
     wanted = next((verb for verb, (keys, _) in _VERBS.items() if keys.issubset(model.model_fields)), "")
     for verb, (keys, _) in _VERBS.items():
         # The file holds nothing but keys of another verb's config.
         if wanted and tree and keys.issuperset(tree) and not set(tree).intersection(model.model_fields):
             mistake = f"this is a config of `{verb}`; `{wanted}` wants {_VERBS[wanted][1]}"
             raise ConfigError(f"{path}: {mistake}")
-    whole = copy.deepcopy(tree)
-    for override in overrides:
-        _apply(whole, override)
-    problems = _problems(model, whole)
+    whole = sources.tree()
+    problems = problems_of(model, whole)
     if not problems:
         return model.model_validate(whole)
-    sources = [_override_of(problem["loc"], overrides) or str(path or "--set") for problem in problems]
-    if path is not None and overrides:
-        of_file = [(problem["loc"], problem["msg"]) for problem in _problems(model, tree)]
-        for i, problem in enumerate(problems):
-            if (problem["loc"], problem["msg"]) in of_file:
-                sources[i] = str(path)
     # All problems in one line, behind the file or the overrides that have them. The keys of a section are
     # listed once, even where several unknown keys are in it.
     lines: dict[str, list[str]] = {}
     listed = set[str]()
-    for problem, source in zip(problems, sources, strict=True):
-        line = _explain(model, problem)
+    for problem in problems:
+        line = explain(model, problem)
         short, _, known = line.partition("; known here: ")
+        source = _source_of(problem, model, sources)
         lines.setdefault(source, []).append(short if known in listed else line)
         listed |= {known} - {""}
     raise ConfigError("; ".join(f"{source}: {'; '.join(texts)}" for source, texts in lines.items()))
 
 
-def _override_of(location: Sequence[Any], overrides: Sequence[str]) -> str:
-    """The last override that set something at this place, or all overrides if none of them did."""
-    place = [str(part) for part in location]
-    at_place = []
-    for override in overrides:
-        key = override.partition("=")[0].strip().split(".")
-        # One of the two is the other, or a section around it.
-        if place and all(a == b for a, b in zip(key, place, strict=False)):
-            at_place.append(override)
-    return " ".join(f"--set {each}" for each in (at_place[-1:] or overrides))
+@contextmanager
+def naming(sources: Sources, model: type[BaseModel]) -> Iterator[None]:
+    """Have errors about a key of the config name the file or the override that set it.
 
-
-def _problems(model: type[Settings], tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """One problem for each place. If a value may have several forms, it is that of the nearest form."""
-    problems: dict[tuple[Any, ...], dict[str, Any]] = {}
+    They come from where the settings are held against a log: what `load_settings` refuses has its place.
+    """
     try:
-        model.model_validate(tree)
-    except ValidationError as error:
-        for raw in error.errors():
-            place = tuple(part for part in raw["loc"] if not _FORM.fullmatch(str(part)))
-            other = problems.get(place)
-            if other is None or other["type"].endswith("_type") > raw["type"].endswith("_type"):
-                problems[place] = {**raw, "loc": place}
-    return list(problems.values())
+        yield
+    except ConfigError as error:
+        begins = _KEY.match(str(error))
+        key = begins[0].split(".") if begins else []
+        if type(error) is not ConfigError or not sources.files or not is_key(model, key):
+            raise
+        raise ConfigError(f"{sources.place_of(key)}: {error}") from error.__cause__
 
 
-def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's tree over that of the file it extends; `extending` are the files that extend this one."""
+def _source_of(problem: Mapping[str, Any], model: type[Settings], sources: Sources) -> str:
+    """The file that has a problem without any override, or the overrides without which there is none."""
+    location, overrides = problem["loc"], sources.overrides
+    if at_place := sources.override_at(location, inside=False):
+        return at_place
+
+    def there(others: Sequence[str]) -> bool:
+        # The sections that these others need may be missing, which is another problem.
+        with suppress(ConfigError):
+            found = problems_of(model, sources.tree(others))
+            return any((each["loc"], each["msg"]) == (location, problem["msg"]) for each in found)
+        return False
+
+    if sources.files and (not overrides or there(())):
+        return sources.file_of(location)
+    needed = [
+        place for place in range(len(overrides)) if not there(overrides[:place] + overrides[place + 1 :])
+    ]
+    if needed:
+        return " ".join(f"--set {overrides[place]}" for place in needed)
+    # Several set it alike, so that none alone is to blame.
+    return " ".join(f"--set {override}" for override in overrides) or "--set"
+
+
+def _holds(tree: Mapping[str, Any], location: Sequence[Any]) -> bool:
+    value: Any = tree
+    for part in location:
+        # A list or a value of this file is all that there is of it.
+        if not isinstance(value, Mapping):
+            return True
+        if part not in value:
+            return False
+        value = value[part]
+    return bool(location)
+
+
+def _is_section(tree: Mapping[str, Any], location: Sequence[Any]) -> bool:
+    value: Any = tree
+    for part in location:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return isinstance(value, Mapping)
+
+
+def _read(path: Path, extending: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The file's tree and those of the files that it extends; `extending`: the files that extend this one."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -127,17 +217,18 @@ def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     base = tree.pop("extends", None)
+    yield path, tree
     if base is None:
-        return tree
+        return
     if not isinstance(base, str):
         raise ConfigError(f'{path}: extends must be the path of one file, such as "base/common.toml"')
     chain = (*extending, path.resolve())
     if (path.parent / base).resolve() in chain:
         raise ConfigError(f"{path}: extends {base}, which leads back to itself")
-    return _over(tree, _read(path.parent / base, chain))
+    yield from _read(path.parent / base, chain)
 
 
-def _over(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+def _over(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """`base`, with the values of `tree` in their places."""
     merged = dict(base)
     for key, value in tree.items():
@@ -165,59 +256,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if set(parsed) != {"value"}:
         raise ConfigError(f"--set ...={text}: give one value on one line")
     tree[last] = parsed["value"]
-
-
-def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(model, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        elsewhere = _only_place(model, location[-1])
-        full = elsewhere or (".".join([*location[:-1], near[0]]) if near else "")
-        hint = f"did you mean {full!r}?" if full else f"known here: {', '.join(sorted(known))}"
-        return f"unknown key {name!r}; {hint}"
-    message = words_of(problem)
-    given = problem.get("input")
-    shown = f" (given: {given!r})" if name and isinstance(given, str | int | float | bool) else ""
-    return f"{name}: {message}{shown}" if name else message
-
-
-def _only_place(model: type[BaseModel], key: str) -> str:
-    """The full name of a key of another section, or "" if no section or several of one depth have it.
-
-    Sections with names of the user's choice, such as groups, do not count.
-    """
-    level: list[tuple[str, type[BaseModel]]] = [("", model)]
-    while level:
-        names = [f"{path}{key}" for path, section in level if key in section.model_fields]
-        if names:
-            return names[0] if len(names) == 1 else ""
-        level = [
-            (f"{path}{name}.", field.annotation)
-            for path, section in level
-            for name, field in section.model_fields.items()
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ]
-    return ""
-
-
-def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """The keys of the section at a place. What is no key on the way is a name that the user chose."""
-    for part in location:
-        if field := model.model_fields.get(part):
-            inner = next(models_in(field.annotation), None)
-            if inner is None:
-                return []
-            model = inner
-    return list(model.model_fields)
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The pydantic models named in a (possibly nested) type annotation."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        if issubclass(annotation, BaseModel):
-            yield annotation
-        return
-    for part in typing.get_args(annotation):
-        yield from models_in(part)

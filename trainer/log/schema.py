@@ -20,7 +20,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import ConfigError, DataError
-from trainer.config.mistakes import words_of
+from trainer.config.mistakes import problems_of, words_of
 from trainer.config.toml import Settings
 from trainer.log.clusters import ClusterInfo
 from trainer.log.names import FileName, path_problem
@@ -223,9 +223,9 @@ def read_manifest(log: Path) -> LogManifest:
     try:
         return LogManifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = problems_of(LogManifest, raw)[0]
         place = ".".join(str(part) for part in first["loc"])
-        problem = f"{place or 'manifest'}: {words_of(dict(first))}; ingest the events again"
+        problem = f"{place or 'manifest'}: {words_of(first)}; ingest the events again"
         raise DataError(problem, file=path) from error
 
 

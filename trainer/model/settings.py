@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from trainer.config.mistakes import NAME
 from trainer.config.model import BranchKeys, ModelKeys
 from trainer.model.heads.auxiliary import Auxiliary, IndexLoss, SoftmaxLoss
 from trainer.model.heads.experts import ExpertsHead
@@ -189,9 +190,7 @@ class ModelConfig(BranchConfig, _ModelKeys):
     auxiliary: _Auxiliary = "none"
     """A second loss, of a head on the main branch's whole window. `softmax` takes the softmax of scores over
     the window (DARE's code). `index` takes the raw scores of the index that `search = "soft"` uses (SIM)."""
-    branches: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], BranchConfig] = Field(
-        default_factory=dict
-    )
+    branches: dict[Annotated[str, Field(pattern=NAME)], BranchConfig] = Field(default_factory=dict)
     """Further branches by name, whose outputs go to the same head. They take from [model] whatever they do
     not set. A recent window module is a branch with `search = "recent"`. DSI-TIN is two branches that attend
     to different features."""

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from embeddings.errors import SnapshotError
 from embeddings.groups import TableName
 from embeddings.lookup.stored import Dtype, row_bytes
-from trainer.config.mistakes import with_unique_keys, words_of
+from trainer.config.mistakes import problems_of, with_unique_keys, words_of
 from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
 from trainer.run_config import Config
@@ -216,11 +216,11 @@ def read_manifest(path: Path) -> SnapshotManifest:
         text = SEAL.read(path).decode()
         tree = json.loads(text, object_pairs_hook=with_unique_keys, parse_constant=_no_constant)
         manifest = SnapshotManifest.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
+    except ValidationError:
+        first = problems_of(SnapshotManifest, tree)[0]
         place = ".".join(map(str, first["loc"]))
         advice = "; export the run again with this software" if place == "version" else ""
-        raise SnapshotError(file, f"{place}: {words_of(dict(first))}{advice}") from None
+        raise SnapshotError(file, f"{place}: {words_of(first)}{advice}") from None
     except (OSError, ValueError, RecursionError, OverflowError) as error:
         raise SnapshotError(file, f"unreadable: {error}") from None
     problem = _problem(manifest)
