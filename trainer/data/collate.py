@@ -16,7 +16,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.config.sections import DataConfig
-from trainer.data.batch import Clusters, RequestBatch, Retrieval, Sizes
+from trainer.data.batch import Clusters, RequestBatch, Retrieval, Sizes, label_counts
 from trainer.data.blocks import Block, Selection, newest_behaviors
 from trainer.data.clusters import ClusteredBlock, join_clusters
 from trainer.data.hard_search import hierarchical_search
@@ -144,8 +144,7 @@ def collate(
             bags,
             features.length_per_key() == [features.stride()] * len(bags) and max(bags, default=1) <= 1,
             past.most_clusters,
-            not bool(labels.isnan().any()),
-            tuple((~labels.isnan()).sum(0).tolist()),
+            *label_counts(labels, counts),
         ),
     )
 
