@@ -228,11 +228,13 @@ def test_bags_of_several_ids_cost_one_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", RANKINGS)
-@pytest.mark.parametrize("pairs", ["step", "request"])
+@pytest.mark.parametrize("pairs", ["step", "request", "domain"])
 def test_losses_of_several_tasks_wait_for_nothing(rank: str, pairs: str, tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", {"train": enrich(random_rows(3), 3)}, rich=True)
     tasks = [f"tasks.click.rank={rank}", f"tasks.click.pairs={pairs}", "tasks.buy.loss=focal"]
     few = ['groups.attention.features=["item_id"]', 'groups.representation.features=["item_id"]']
+    if pairs == "domain":
+        few[1:] = ['groups.representation.features=["item_id", "category_id"]', "data.domain=category_id"]
     config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, *tasks, *few])
     _, device, _ = both(config)
     assert not too_many(device.waits), device.waits

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -23,7 +25,7 @@ from torchrec.streamable import Pipelineable
 
 @dataclass(frozen=True)
 class Sizes:
-    """Counts that decide the shapes of a forward pass, as integers on the host.
+    """Counts that decide the shapes of a forward pass and its losses, as integers on the host.
 
     A forward pass that read such a number from a tensor would wait for the device each time. So `collate`
     counts them once, from arrays in main memory, and they travel with the batch.
@@ -35,7 +37,8 @@ class Sizes:
         one_id: every bag of every feature holds exactly one id.
         clusters: most clusters that a request may see; 0 where the batch has none.
         labelled: every candidate has a label of every task, so that none is NaN.
-        observed: candidates that have a label, of each task.
+        observed: candidates that have a label, of each task; positives: those with a label from 0.5 on.
+        pairs: of a positive and a negative of one request, of each task.
     """
 
     windows: tuple[int, ...]
@@ -46,6 +49,8 @@ class Sizes:
     clusters: int = 0
     labelled: bool = True
     observed: tuple[int, ...] = ()
+    positives: tuple[int, ...] = ()
+    pairs: tuple[int, ...] = ()
 
     @staticmethod
     def of(batch: RequestBatch) -> Sizes:
@@ -57,21 +62,44 @@ class Sizes:
             for start, end, seen in zip(*(part.tolist() for part in parts), strict=True):
                 seen_S = (clusters.size[start:end] > 0) & (clusters.until[start:end] <= seen)
                 most = max(most, int(seen_S.sum()))
+        candidates = torch.bincount(batch.candidate_request, minlength=batch.requests).tolist()
         return Sizes(
             tuple((batch.window_end - batch.window_start).tolist()),
             tuple(batch.window_start.tolist()),
-            tuple(torch.bincount(batch.candidate_request, minlength=batch.requests).tolist()),
+            tuple(candidates),
             tuple(lengths.amax(1).tolist() if lengths.numel() else [0] * lengths.shape[0]),
             bool((lengths == 1).all()),
             most,
-            not bool(batch.labels.isnan().any()),
-            tuple((~batch.labels.isnan()).sum(0).tolist()),
+            *label_counts(batch.labels, candidates),
         )
 
     def longest(self, newest: int = 0) -> int:
         """Behaviors of the longest window, of which only the newest so many count; 0 = all do."""
         longest = max(self.windows, default=0)
         return min(longest, newest) if newest else longest
+
+
+class LabelCounts(NamedTuple):
+    """The part of `Sizes` that labels decide."""
+
+    labelled: bool
+    observed: tuple[int, ...]
+    positives: tuple[int, ...]
+    pairs: tuple[int, ...]
+
+
+def label_counts(labels_CT: Tensor, candidates: npt.ArrayLike) -> LabelCounts:
+    """Of labels, NaN where not observed; `candidates`: [R], of each request."""
+    labels, sizes = labels_CT.cpu().numpy(), np.asarray(candidates, dtype=np.int64)
+    end, none = np.cumsum(sizes), np.zeros((1, labels.shape[1]), dtype=np.int64)
+    # NaN is neither.
+    positive, negative = (
+        np.concatenate([none, chosen.cumsum(0)]) for chosen in (labels >= 0.5, labels < 0.5)
+    )
+    pairs = ((positive[end] - positive[end - sizes]) * (negative[end] - negative[end - sizes])).sum(0)
+    observed = positive[-1] + negative[-1]
+    labelled = bool((observed == labels.shape[0]).all())
+    return LabelCounts(labelled, *(tuple(each.tolist()) for each in (observed, positive[-1], pairs)))
 
 
 class Movable(Pipelineable):  # type: ignore[misc]
@@ -152,7 +180,7 @@ class RequestBatch(Movable):
             where the log has none.
         domain: int64 [C], or None where data.domain names none.
         sizes: counts of the parts above, on the host; None where they are not counted yet (see `host_sizes`).
-            Whoever copies a batch with other windows, candidates or bags sets None.
+            Whoever copies a batch with other windows, candidates, labels or bags sets None.
     """
 
     features: KeyedJaggedTensor

@@ -16,7 +16,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.config.sections import DataConfig
-from trainer.data.batch import Clusters, RequestBatch, Retrieval, Sizes
+from trainer.data.batch import Clusters, RequestBatch, Retrieval, Sizes, label_counts
 from trainer.data.blocks import Block, Selection, newest_behaviors
 from trainer.data.clusters import ClusteredBlock, join_clusters
 from trainer.data.hard_search import hierarchical_search
@@ -100,7 +100,6 @@ def collate(
     ]
     features, bags = _jagged(list(columns.features), sides)
     labels = _tensor([r.labels[at] for r, at in stretches.placed])
-    observed = ~labels.isnan()
     task_weight = [r.task_weight[at] for r, at in stretches.placed if r.task_weight is not None]
     domain = [r.domain[at] for r, at in stretches.placed if r.domain is not None]
     # The log's numbers, then the hard search's match counts: [C, X].
@@ -138,8 +137,7 @@ def collate(
             bags,
             features.length_per_key() == [features.stride()] * len(bags) and max(bags, default=1) <= 1,
             past.most_clusters,
-            bool(observed.all()),
-            tuple(observed.sum(0).tolist()),
+            *label_counts(labels, counts),
         ),
     )
 

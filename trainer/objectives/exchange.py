@@ -46,6 +46,17 @@ def sum_on_hosts(counts: Sequence[int]) -> list[int]:
     return summed
 
 
+def on_all_hosts(counts: Sequence[int], ranks: int) -> list[list[int]]:
+    """Equally many counts of each rank, in the order of ranks, that every host knows of itself; collective.
+
+    No device is waited for.
+    """
+    own = torch.tensor(counts, dtype=torch.int64)
+    parts = [torch.empty_like(own) for _ in range(ranks)]
+    dist.all_gather(parts, own)
+    return [part.tolist() for part in parts]
+
+
 def of_all_ranks(own: Tensor, shares: Sequence[int], rank: int) -> tuple[Tensor, slice]:
     """The rows [n_r, ...] of all ranks in their order, and where those of this rank are; collective.
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from trainer.objectives.exchange import of_all_ranks
+from trainer.objectives.exchange import of_all_ranks, on_all_hosts
 from trainer.objectives.given import Entry, Given, Term
 from trainer.objectives.of_tasks import Trained
-from trainer.objectives.ranking import Compared
+from trainer.objectives.ranking import Compared, HostCounts
 
 
 def ranked(task: Trained, place: int, compared: Compared, given: Given) -> Callable[[], Term]:
@@ -63,10 +63,42 @@ def compared_of(
             domain = every_domain
     groups = {"step": (None, 1), "request": (batch.candidate_request, batch.requests)}
     groups["domain"] = domain, given.domains
+    counts: dict[int, HostCounts] = {}
+    if not _may_look(logits_CT.device):
+        counts = _host_counts(tasks, wide if shared else {}, given)
     return {
-        place: _compared(rows[place], own[place], *groups[task.task.settings.pairs])
+        place: _compared(rows[place], own[place], *groups[task.task.settings.pairs], counts.get(place))
         for place, task in tasks.items()
     }
+
+
+def _may_look(device: torch.device) -> bool:
+    """Whether the host may ask how many positives there are, for which it need not wait."""
+    return device.type == "cpu"
+
+
+def _host_counts(
+    tasks: Mapping[int, Trained], wide: Mapping[int, Trained], given: Given
+) -> dict[int, HostCounts]:
+    """Of each task by its place; collective where some of them are `wide`: compared with other ranks'."""
+    sizes, found = given.step.batch.host_sizes, dict[int, HostCounts]()
+    for place, task in tasks.items():
+        positives, observed = sizes.positives[task.column], sizes.observed[task.column]
+        pairs = sizes.pairs[task.column] if task.task.settings.pairs == "request" else None
+        found[place] = HostCounts((0, positives, 0), (0, observed - positives, 0), pairs)
+    if wide:
+        mine = [count for place in wide for count in (found[place].positives[1], found[place].negatives[1])]
+        every = on_all_hosts(mine if given.step.counted else [0] * len(mine), len(given.step.shares))
+        if given.step.counted:
+            for at, place in enumerate(wide):
+                positives_R, negatives_R = ([counts[2 * at + side] for counts in every] for side in (0, 1))
+                found[place] = HostCounts(_around(positives_R, given.rank), _around(negatives_R, given.rank))
+    return found
+
+
+def _around(counts: Sequence[int], rank: int) -> tuple[int, int, int]:
+    """Of the ranks before one, of itself, and of those after it."""
+    return sum(counts[:rank]), counts[rank], sum(counts[rank + 1 :])
 
 
 def _columns(task: Trained, logits_CT: Tensor, base_CT: Tensor | None, given: Given) -> Tensor:
@@ -83,6 +115,9 @@ def _columns(task: Trained, logits_CT: Tensor, base_CT: Tensor | None, given: Gi
     return torch.stack(columns, dim=1)
 
 
-def _compared(rows: Tensor, own: slice, group: Tensor | None, groups: int) -> Compared:
+def _compared(
+    rows: Tensor, own: slice, group: Tensor | None, groups: int, counts: HostCounts | None
+) -> Compared:
     logits, labels, weight, *base = rows.unbind(1)
-    return Compared(logits, base[0] if base else None, labels.detach(), weight.detach(), group, groups, own)
+    known = labels.detach(), weight.detach()
+    return Compared(logits, base[0] if base else None, *known, group, groups, own, counts)

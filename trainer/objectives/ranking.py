@@ -18,6 +18,20 @@ from trainer.objectives.losses import by_group
 
 
 @dataclass(frozen=True)
+class HostCounts:
+    """What the host knows of the candidates that are compared, and would wait for if it asked the device.
+
+    Attributes:
+        positives, negatives: on ranks before this one, on this one, and on those after it.
+        pairs: of a positive and a negative of one group, where groups are this rank's requests; else None.
+    """
+
+    positives: tuple[int, int, int]
+    negatives: tuple[int, int, int]
+    pairs: int | None = None
+
+
+@dataclass(frozen=True)
 class Compared:
     """N candidates of one task, which are compared within groups.
 
@@ -27,6 +41,7 @@ class Compared:
         weight: [N].
         group: int64 [N], from 0 to groups - 1; None where all are of one group.
         own: the part of them that is this rank's. The others come from other ranks: without gradient.
+        counts: None on a CPU, where the host may look at the labels.
     """
 
     logits: Tensor
@@ -36,6 +51,7 @@ class Compared:
     group: Tensor | None
     groups: int
     own: slice
+    counts: HostCounts | None = None
 
     @cached_property
     def positive(self) -> Tensor:

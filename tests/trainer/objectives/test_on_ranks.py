@@ -66,7 +66,7 @@ def numbers(report: dict[str, Any]) -> dict[str, float]:
 
 
 def test_gradients_and_reports_of_two_ranks_are_those_of_one(found: dict[str, Any]) -> None:
-    assert len(found) == 2 * (3 + 16) + 1
+    assert len(found) == 2 * (3 + 16 + 4) + 1
     for name, each in found.items():
         assert each["far"] < 1e-6, name
         one, two = numbers(each["expected"]), numbers(each["report"])

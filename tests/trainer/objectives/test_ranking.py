@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.config.tasks import TWO_LOGITS
+from trainer.data.batch import label_counts
 from trainer.objectives import pair as pair_module
-from trainer.objectives.pair import _add_pairs, pair
-from trainer.objectives.ranking import Compared
+from trainer.objectives.pair import pair
+from trainer.objectives.ranking import Compared, HostCounts
 from trainer.objectives.table import RANKINGS
 
 
@@ -50,17 +54,65 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(gradients(pair(whole), whole)[0], gradient, rtol=1e-12)
 
 
-def test_a_device_that_looks_at_all_pairs_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without asking the device how many positives there are."""
-    given = compared(4, group=torch.arange(30) % 3)
-    sides = slice(0, 30), slice(0, 30)
+@given(
+    requests=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    within=st.sampled_from(["step", "request", "domain"]),
+    positives=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    chunks=st.sampled_from([3, 1000]),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_pairs_by_counts_are_those_that_a_look_finds(
+    requests: list[int], within: str, positives: float, chunks: int, seed: int, data: st.DataObject
+) -> None:
+    """A GPU compares what a CPU compares, though nobody asks it how many positives there are."""
+    count, random = sum(requests), torch.Generator().manual_seed(seed)
+    request = torch.tensor([at for at, size in enumerate(requests) for _ in range(size)], dtype=torch.int64)
+    domain = torch.randint(3, (count,), generator=random)
+    group, groups = {"step": (None, 1), "request": (request, len(requests)), "domain": (domain, 3)}[within]
+    looked = compared(seed, count, positives)
+    labels = torch.where(torch.rand(count, generator=random) < 0.2, torch.nan, looked.labels)
+    weight = torch.randint(3, (count,), generator=random).double()
+    cut = sorted(data.draw(st.tuples(*[st.integers(0, count)] * 2)))
+    own = slice(0, count) if within == "request" else slice(*cut)
+    looked = replace(looked, labels=labels, weight=weight, group=group, groups=groups, own=own)
+    parts = labels[: own.start], labels[own], labels[own.stop :]
+    positive, negative = (
+        [int(side.sum()) for side in of] for of in zip(*((y >= 0.5, y < 0.5) for y in parts), strict=True)
+    )
+    pairs = label_counts(labels[:, None], requests).pairs[0] if within == "request" else None
+    counted = replace(looked, counts=HostCounts(tuple(positive), tuple(negative), pairs))
     found = []
-    for on_host in (True, False):
-        monkeypatch.setattr(pair_module, "_compresses", lambda _, on_host=on_host: on_host)
-        value, gradient = (torch.zeros(30, dtype=torch.float64) for _ in range(2))
-        _add_pairs(given, given.logits.detach(), sides, value, gradient)
-        found.append(torch.stack([value, gradient]))
-    assert torch.allclose(*found, rtol=1e-12) and (found[0] != 0).any()
+    with mock.patch.multiple(pair_module, _CHUNK=chunks, _CHUNK_ON_DEVICE=chunks):
+        for each in (looked, counted):
+            values = pair(each)
+            found.append((values, gradients(values, each)[0]))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-12)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-12, atol=1e-15)
+
+
+def test_by_counts_no_pair_of_two_requests_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a candidate that is neither: the cost is that of the pairs there are."""
+    looked_at: list[int] = []
+    softplus = pair_module.F.softplus
+
+    def note(numbers: Tensor) -> Tensor:
+        looked_at.append(numbers.numel())
+        return softplus(numbers)
+
+    given = compared(7, 40, group=torch.arange(40) // 8)
+    labels = given.labels.index_fill(0, torch.arange(0, 40, 8), torch.nan)
+    sizes = label_counts(labels[:, None], [8] * 5)
+    positives, pairs = sizes.positives[0], sizes.pairs[0]
+    negatives = sizes.observed[0] - positives
+    counts = HostCounts((0, positives, 0), (0, negatives, 0), pairs)
+    monkeypatch.setattr(pair_module.F, "softplus", note)
+    pair(replace(given, labels=labels, counts=counts))
+    assert looked_at == [pairs] and pairs < positives * negatives
+    looked_at.clear()
+    pair(replace(given, labels=labels, group=None, groups=1, counts=replace(counts, pairs=None)))
+    assert looked_at == [positives * negatives]
 
 
 @pytest.mark.parametrize("name", ["pair", "list", "jrc"])
