@@ -40,23 +40,32 @@ class ExpertBank(nn.Module):
         width, self.each = fields + beside, each
         normed = experts.norm == "layer"
         self.norms = nn.ModuleList(nn.LayerNorm(width) if normed else nn.Identity() for _ in range(inputs))
-        self.net = EXPERTS[net].build(experts, inputs * each, width, fields)
+        kind = EXPERTS[net]
+        self.net = kind.build(experts, inputs * (1 if kind.alike else each), width, fields)
+        self.alike = kind.alike
         self.activates = experts.activation == "relu"
         before, layers = self.net.outputs, []
         for after in experts.hidden:
             layers.append(GroupedLinear(inputs * each, before, after))
             before = after
-        self.layers = nn.ModuleList(layers)
+        self.layers: Iterable[Any] = nn.ModuleList(layers)
 
     def forward(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Inputs, each [C, width] -> what each expert gives, [C, d]: those of the first input first."""
         x_SCW = torch.stack([norm(x) for norm, x in zip(self.norms, inputs, strict=True)])
-        x_ECW = self.net(x_SCW if self.each == 1 else x_SCW.repeat_interleave(self.each, dim=0))
-        for layer in self.layers:
-            x_ECW = layer(x_ECW)
+        if self.alike:
+            # One for all experts of an input, up to their first layer.
+            x_ECW = self.net(x_SCW)
+        else:
+            x_ECW = self.net(x_SCW[:, None].expand(-1, self.each, -1, -1).flatten(0, 1))
+        for number, layer in enumerate(self.layers):
+            x_ECW = layer(x_ECW) if number else layer.of_shared(x_ECW)
             x_ECW = x_ECW.relu() if self.activates else x_ECW
-        each: Sequence[Tensor] = x_ECW.unbind(0)
-        return each
+        every: Sequence[Tensor] = x_ECW.unbind(0)
+        if len(every) == len(self.norms):
+            # There was no layer in which they part.
+            every = [x_CW for x_CW in every for _ in range(self.each)]
+        return every
 
 
 class ExpertLayer(nn.Module):

@@ -21,6 +21,7 @@ from trainer.model.heads.expert_settings import ExpertsKeys, problems_of, reads_
 from trainer.model.heads.head import Head, HeadInput, HeadOutput, HeadSizes
 from trainer.model.heads.mixer import SHARED, key_of
 from trainer.model.heads.towers import PriorGate, Tower
+from trainer.model.ops.precision import full
 
 
 class GateReport(NamedTuple):
@@ -104,7 +105,7 @@ class ExpertsHead(Head):
         logits = [self.towers[key_of(task)](mixtures[task], given.prior, given.domain) for task in self.tasks]
         output = HeadOutput.of(torch.stack(logits, dim=2).flatten(1), len(self.tasks))
         if self.covariance and self.training:
-            return output._replace(experts=torch.stack(shared, dim=1))
+            return output._replace(experts=full(torch.stack(shared, dim=1)))
         return output
 
     def own_parameters(self, task: str) -> list[nn.Parameter]:

@@ -32,6 +32,21 @@ class GroupedLinear(nn.Module):
             return F.linear(x_ECW[0], self.weight[0], self.bias[0])[None]
         return torch.baddbmm(self.bias[:, None], x_ECW, self.weight.transpose(1, 2))
 
+    def of_shared(self, x_SCW: Tensor) -> Tensor:
+        """The same where E / S maps, one after the other, read each of S inputs: [S, C, in] -> [E, C, out].
+
+        No input is copied for its maps. Values are those of `forward` but for rounding (1e-6).
+        """
+        inputs = x_SCW.shape[0]
+        if len(self.weight) == inputs:
+            return self.forward(x_SCW)
+        weight_SXW, bias_SX = (
+            part.unflatten(0, (inputs, -1)).flatten(1, 2) for part in (self.weight, self.bias)
+        )
+        out_SCX = torch.baddbmm(bias_SX[:, None], x_SCW, weight_SXW.transpose(1, 2))
+        out_ECO: Tensor = out_SCX.unflatten(2, (-1, self.bias.shape[1])).transpose(1, 2).flatten(0, 1)
+        return out_ECO
+
 
 class DomainLinear(nn.Module):
     """A linear map for each of N domains: parameters as of `GroupedLinear`, chosen by the candidate's domain.

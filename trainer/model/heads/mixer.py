@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.heads.grouped import applied, linear
+from trainer.model.ops.precision import full
 
 SHARED = "shared"
 
@@ -61,7 +62,7 @@ class Gate(nn.Module):
         x = self.norm(read_CW)
         for number, layer in enumerate(self.layers):
             x = applied(layer, x.relu() if number else x, domain_C)
-        logits_CVX: Tensor = x.unflatten(1, (self.experts, -1))
+        logits_CVX: Tensor = full(x).unflatten(1, (self.experts, -1))
         if present_CV is not None:
             logits_CVX = logits_CVX.masked_fill(~present_CV[:, :, None], -torch.inf)
         return logits_CVX.softmax(1)
@@ -69,6 +70,8 @@ class Gate(nn.Module):
 
 class Mixer(nn.Module):
     """Maps what P experts give, each [C, d], to a vector [C, d] for each consumer.
+
+    Weights and sums are in single precision, also where autocast halves products.
 
     Args:
         model: the section [model]; producers: the owner of each expert.
@@ -114,7 +117,7 @@ class Mixer(nn.Module):
         for consumer, row in self.rows.items():
             if row not in seen:
                 # The whole mask of gradients is this `detach`.
-                each = [outputs[number] if live else outputs[number].detach() for number, live in row]
+                each = [full(outputs[number] if live else outputs[number].detach()) for number, live in row]
                 seen[row] = torch.stack(each, dim=1)
             if self.kind == "softmax":
                 present_CV = self._present(row, domain_C)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.heads.grouped import applied, linear
+from trainer.model.ops.precision import full
 
 
 class PriorGate(nn.Module):
@@ -24,9 +25,9 @@ class PriorGate(nn.Module):
         self.factors = nn.Linear(hidden, outputs)
 
     def forward(self, prior_CP: Tensor, x_CW: Tensor) -> Tensor:
-        """-> [C, outputs]."""
+        """-> float32 [C, outputs]."""
         hidden = self.hidden(torch.cat([prior_CP, x_CW.detach()], dim=1)).relu()
-        factors: Tensor = self.factors(hidden)
+        factors = full(self.factors(hidden))
         return 2 * factors.sigmoid()
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.models import draw, drawing
 from trainer.model.heads.expert_layer import ExpertBank
 from trainer.model.heads.expert_settings import ExpertsConfig
 from trainer.model.heads.grouped import DomainLinear, GroupedLinear, applied, linear
+from trainer.model.heads.nets import cin
 from trainer.model.heads.nets.table import EXPERTS
 
 sizes = st.integers(1, 5)
@@ -30,6 +37,80 @@ def test_grouped_maps_are_linear_maps_one_by_one(
     assert torch.allclose(maps(x_ECW), slow, atol=1e-6)
     if count == 1:
         assert torch.equal(maps(x_ECW), slow)
+
+
+@given(inputs=sizes, each=sizes, candidates=st.integers(0, 5), width=sizes, outputs=sizes)
+def test_maps_of_one_input_are_maps_of_its_copies(
+    inputs: int, each: int, candidates: int, width: int, outputs: int
+) -> None:
+    rng = drawing(inputs * each + candidates)
+    maps = draw(GroupedLinear(inputs * each, width, outputs), rng)
+    x_SCW = torch.randn(inputs, candidates, width, generator=rng).requires_grad_()
+    fast, slow = maps.of_shared(x_SCW), maps(x_SCW.repeat_interleave(each, dim=0))
+    assert fast.shape == slow.shape and torch.allclose(fast, slow, atol=1e-6)
+    if each == 1:
+        assert torch.equal(fast, slow)
+    of_inputs = [torch.autograd.grad(form.square().sum(), x_SCW)[0] for form in (fast, slow)]
+    assert torch.allclose(*of_inputs, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor that an operator made; views make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("net", ["mlp", "fm"])
+def test_experts_of_one_input_read_it_where_it_lies(net: str) -> None:
+    """No copy of a wide input for each of its experts."""
+    bank = ExpertBank(ExpertsConfig(net=net, hidden=(3,), field=10), net, 1, 8, 40, 0)
+    with Largest() as largest:
+        bank([torch.randn(50, 40)])
+    assert largest.numbers <= 50 * (40 + 6)
+
+
+@given(
+    experts=st.integers(1, 2),
+    candidates=st.integers(1, 9),
+    cells=st.integers(1, 400),
+    maps=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+)
+def test_maps_of_few_candidates_at_once_are_those_of_all(
+    experts: int, candidates: int, cells: int, maps: list[int]
+) -> None:
+    settings = ExpertsConfig(net="cin", field=2, maps=tuple(maps))
+    net = draw(EXPERTS["cin"].build(settings, experts, 7, 6), drawing(experts))
+    x_ECW = torch.randn(experts, candidates, 7, generator=drawing(cells)).requires_grad_()
+    found = []
+    for limit in (1 << 26, cells):
+        with mock.patch.object(cin, "CELLS", limit):
+            out = net(x_ECW)
+            leaves = [x_ECW, *net.parameters()]
+            found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+            with torch.no_grad():
+                assert torch.allclose(net(x_ECW), out, atol=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+def test_maps_hold_no_more_products_than_fit() -> None:
+    settings = ExpertsConfig(net="cin", field=2, maps=(4, 4))
+    net = EXPERTS["cin"].build(settings, 1, 8, 8)
+    x_ECW = torch.randn(1, 64, 8).requires_grad_()
+    held: list[int] = []
+    with mock.patch.object(cin, "CELLS", 512), Largest() as largest:
+        with saved_tensors_hooks(lambda part: held.append(part.numel()) or part, lambda part: part):
+            out = net(x_ECW)
+        out.sum().backward()
+    # 16 pairs of maps and fields a layer, 2 layers, 2 elements: 8 candidates at once.
+    assert largest.numbers <= max(512, 64 * 16) and max(held) <= 64 * 16
 
 
 def gradients(out: Tensor, module: nn.Module) -> list[Tensor]:
