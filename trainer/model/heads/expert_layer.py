@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.heads.grouped import GroupedLinear
-from trainer.model.heads.head import HeadInput, HeadSizes
+from trainer.model.heads.head import HeadSizes
 from trainer.model.heads.mixer import SHARED, Mixer, key_of
 from trainer.model.heads.nets.table import EXPERTS
+from trainer.model.ops.by_group import Groups
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ class ExpertLayer(nn.Module):
         self.mixer = Mixer(model, self.producers, widths, self.width, sizes.domains)
 
     def forward(
-        self, streams: Sequence[Tensor], beside_CX: Tensor | None, given: HeadInput
+        self,
+        streams: Sequence[Tensor],
+        beside_CX: Tensor | None,
+        prior_CP: Tensor | None = None,
+        domain: Groups | None = None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """-> what each expert gives, [C, d], and consumer -> mixture [C, d]."""
         inputs = [joined([stream, beside_CX]) for stream in streams]
@@ -126,8 +131,8 @@ class ExpertLayer(nn.Module):
             outputs += banks[width]([inputs[number] for number in numbers])
         reads = {}
         for consumer in self.mixer.rows if self.mixer.gates else ():
-            reads[consumer] = self._gate_input(consumer, streams, beside_CX, given.prior)
-        return outputs, self.mixer(outputs, reads, given.domain)
+            reads[consumer] = self._gate_input(consumer, streams, beside_CX, prior_CP)
+        return outputs, self.mixer(outputs, reads, domain)
 
     def _streams_of(self, *owners: str) -> list[int]:
         return [number for number, stream in enumerate(self.streams) if stream.owner in owners]

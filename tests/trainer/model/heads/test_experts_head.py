@@ -192,7 +192,7 @@ def test_only_shared_experts_of_the_first_layer_are_said_for_their_covariance() 
     settings = stacked(STEM, 2)
     settings["experts"] |= {"covariance": 0.1, "shared": 2, "hidden": [5]}
     head, given = head_of(sizes, **settings), drawn_input(sizes)
-    outputs, _ = head.layers[0]([torch.cat(parts, 1) for parts in given.sets.values()], None, given)
+    outputs, _ = head.layers[0]([torch.cat(parts, 1) for parts in given.sets.values()], None)
     found = head(given).experts
     assert found is not None and torch.equal(found, torch.stack(outputs[:2], 1)) and found.shape == (7, 2, 5)
     assert head.eval()(given).experts is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,8 @@ from trainer.model.heads.expert_settings import ExpertsConfig
 from trainer.model.heads.grouped import DomainLinear, GroupedLinear, applied, linear
 from trainer.model.heads.nets import cin
 from trainer.model.heads.nets.table import EXPERTS
+from trainer.model.ops import by_group
+from trainer.model.ops.by_group import Groups, Layout
 
 sizes = st.integers(1, 5)
 
@@ -113,27 +116,55 @@ def test_maps_hold_no_more_products_than_fit() -> None:
     assert largest.numbers <= max(512, 64 * 16) and max(held) <= 64 * 16
 
 
-def gradients(out: Tensor, module: nn.Module) -> list[Tensor]:
-    return list(torch.autograd.grad(out.square().sum(), list(module.parameters()), retain_graph=True))
-
-
-@given(domains=sizes, candidates=st.integers(0, 6), width=sizes, outputs=sizes)
+@given(
+    domains=st.integers(1, 9),
+    candidates=st.integers(0, 30),
+    width=sizes,
+    outputs=sizes,
+    block=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
 def test_maps_of_domains_are_chosen_candidate_by_candidate(
-    domains: int, candidates: int, width: int, outputs: int
+    domains: int, candidates: int, width: int, outputs: int, block: int, seed: int
 ) -> None:
-    rng = drawing(domains * candidates + width)
-    maps = DomainLinear(domains, width, outputs)
-    x_CW = torch.randn(candidates, width, generator=rng)
-    domain_C = torch.randint(0, domains, (candidates,), generator=rng)
-    slow = [maps.weight[d] @ x + maps.bias[d] for x, d in zip(x_CW, domain_C.tolist(), strict=True)]
-    forms = maps.of_all(x_CW, domain_C), maps.gathered(x_CW, domain_C), applied(maps, x_CW, domain_C)
+    """Both forms, also where domains are missing, or have more than a block or less."""
+    rng = drawing(seed)
+    maps = draw(DomainLinear(domains, width, outputs), rng)
+    x_CW = torch.randn(candidates, width, generator=rng).requires_grad_()
+    some = torch.randint(0, domains, (2,), generator=rng)[torch.randint(0, 2, (candidates,), generator=rng)]
+    every = torch.randint(0, domains, (candidates,), generator=rng)
+    groups = Groups(some if seed % 2 else every, domains)
+    assert isinstance(applied(linear(width, outputs, domains), x_CW, groups), Tensor)
+    rows = [maps.weight[d] @ x + maps.bias[d] for x, d in zip(x_CW, groups.of_row.tolist(), strict=True)]
+    slow = torch.stack(rows) if rows else x_CW.new_zeros(0, outputs) + maps.bias[:0].sum()
+    with mock.patch.object(by_group, "_BLOCK", block):
+        layouts = by_group.stretches(groups), by_group.blocks(groups)
+    forms = [by_group.linear_by_layout(x_CW, maps.weight, maps.bias, layout) for layout in layouts]
+    forms += [maps(x_CW, groups), by_group.plain_linear_by_group(x_CW, maps.weight, maps.bias, groups)]
     for fast in forms:
         assert fast.shape == (candidates, outputs)
-        if slow:
-            assert torch.allclose(fast, torch.stack(slow), atol=1e-5)
-            for a, b in zip(gradients(fast, maps), gradients(torch.stack(slow), maps), strict=True):
-                assert torch.allclose(a, b, atol=1e-4)
-        assert all(gradient is not None for gradient in gradients(fast, maps)), "all domains take part"
+        assert torch.allclose(fast, slow, atol=1e-5)
+        leaves = [*maps.parameters(), x_CW]
+        found, expected = (
+            torch.autograd.grad(form.square().sum(), leaves, retain_graph=True, allow_unused=True)
+            for form in (fast, slow)
+        )
+        assert all(gradient is not None for gradient in found), "all domains take part"
+        if rows:
+            both = zip(found, expected, strict=True)
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in both)
+    for layout in layouts:
+        assert torch.equal(layout.source[layout.place], torch.arange(candidates))
+
+
+@pytest.mark.parametrize("form", [by_group.stretches, by_group.blocks])
+def test_many_domains_cost_no_more_than_one(form: Callable[[Groups], Layout]) -> None:
+    """The largest tensor between is no multiple of N times C."""
+    maps, x_CW = DomainLinear(100, 8, 8), torch.randn(1000, 8).requires_grad_()
+    groups = Groups(torch.arange(1000) % 100, 100)
+    with Largest() as largest:
+        by_group.linear_by_layout(x_CW, maps.weight, maps.bias, form(groups)).sum().backward()
+    assert largest.numbers <= 2 * (1000 * 8 + 100 * 8 * 8)
 
 
 def test_one_domain_is_a_linear_map() -> None:
