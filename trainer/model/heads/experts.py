@@ -8,7 +8,7 @@ Shared bottom, MMoE, PLE, Multi-Embedding, STEM, Crocodile and PEPNet are settin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from embeddings.errors import ConfigError
 from trainer.model.heads.expert_layer import ExpertLayer, Stream, joined
-from trainer.model.heads.expert_settings import ExpertsKeys, problems_of, reads_prior
+from trainer.model.heads.expert_settings import ExpertsKeys, problems_of, reads_prior, unread_keys
 from trainer.model.heads.head import Head, HeadInput, HeadOutput, HeadSizes
 from trainer.model.heads.mixer import SHARED, key_of
 from trainer.model.heads.towers import PriorGate, Tower
@@ -57,6 +57,10 @@ class ExpertsHead(Head):
     @classmethod
     def reads_domain(cls, model: Any) -> bool:
         return "domain" in (model.mixer.per, model.towers.per)
+
+    @classmethod
+    def unread_keys(cls, model: Any, owners: Collection[str]) -> list[str]:
+        return list(unread_keys(model, owners))
 
     @classmethod
     def gives_experts(cls, model: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -146,6 +146,15 @@ class Head(nn.Module):
     def reads_domain(cls, model: Any) -> bool:
         """Whether settings have it look at `HeadInput.domain`, besides for sets that domains own."""
         return False
+
+    @classmethod
+    def unread_keys(cls, model: Any, owners: Collection[str]) -> list[str]:
+        """Keys of this head that were given and have no effect, each with its reason.
+
+        Args:
+            owners: of the sets of the representation.
+        """
+        return []
 
     @classmethod
     def gives_experts(cls, model: Any) -> bool:
