@@ -60,7 +60,9 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
             "that it has; name a feature with fewer, or validate seldom"
         )
     lines += [*_of_tasks(config, manifest), *_splits(config, manifest)]
-    if left := [*_of_model(config.model), *_of_rest(config)]:
+    owners = [each.owner for each in groups[config.model.roles.representation_behavior].sets]
+    unread = config.model.head_kind.unread_keys(config.model, owners)
+    if left := [*_of_model(config.model), *unread, *_of_rest(config)]:
         lines.append(f"no effect in this configuration: {'; '.join(left)}")
     return lines
 
