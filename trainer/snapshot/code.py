@@ -74,10 +74,22 @@ class _Ranking(nn.Module):
         return with_products(output, self.tasks).logits.sigmoid()
 
 
-def check_compiler(root: Path) -> None:
-    """Raises SnapshotError where there is no C++ compiler."""
+def check_code(root: Path, model: TwoStageModel) -> None:
+    """Raises SnapshotError where there is no C++ compiler, or nothing of the model to compile.
+
+    Args:
+        root: the folder of snapshots; model: on any device, also the meta device.
+    """
     if shutil.which("g++") is None:
         raise SnapshotError(root, "--aoti compiles C++ and finds no g++; install it or export without --aoti")
+    obstacle = model.head.compile_obstacle
+    if obstacle and not _is_one_branch(model):
+        head = f'head = "{model.config.head}"'
+        raise SnapshotError(
+            root,
+            f'--aoti compiles head = "mlp" of such a model, and {head} {obstacle}; export without --aoti '
+            "(docs/snapshots.md says which models it compiles whole)",
+        )
 
 
 @torch.no_grad()
@@ -86,8 +98,11 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
 
     AOTInductor compiles. Any number of candidates; all other sizes are fixed.
 
+    Args:
+        snapshot: of a model that `check_code` lets pass.
+
     Raises:
-        SnapshotError: the model has neither, or the compiled one computes something else.
+        SnapshotError: the compiled one computes something else.
     """
     model = snapshot.model
     if _is_one_branch(model):
@@ -97,10 +112,6 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
         sizes = ", ".join(f"{name} {_shape(part)}" for name, part in named.items())
         describes = f"stage two and head: {sizes} -> probabilities [candidates, tasks]"
     else:
-        obstacle = model.head.compile_obstacle
-        if obstacle:
-            problem = f'--aoti compiles head = "mlp"; head = "{model.config.head}" {obstacle}'
-            raise SnapshotError(folder, problem)
         width = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear)).in_features
         path, module = "code/head.pt2", _Probabilities(model).eval()
         given = (torch.randn(7, width, generator=torch.Generator().manual_seed(0)),)
