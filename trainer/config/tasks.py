@@ -74,18 +74,18 @@ class TaskConfig(Settings):
         given = self._given()
         if self.loss == "none" and (keys := [key for key in _OF_LOSS if key in given]):
             raise ValueError(
-                f'loss = "none" leaves training to a product, so {" and ".join(keys)} would have no effect: '
-                "leave loss or these out"
+                f'loss = "none" leaves training to a product, so {" and ".join(keys)} would have no '
+                "effect: leave loss or these out"
             )
         if self.rank == "none" and (keys := [key for key in _OF_RANK if key in given]):
             raise ValueError(
-                f'without a ranking loss {" and ".join(keys)} would have no effect: set rank = "pair", or leave '
-                "them out"
+                f"{' and '.join(keys)} belong to a ranking loss, which the task has not: set "
+                'rank = "pair", or leave them out'
             )
         return self
 
     def _given(self) -> set[str]:
-        """The keys that somebody set; of a config that was written with all of its keys, those they changed."""
+        """The keys that somebody set; of a config that was written whole, those that they changed."""
         fields = type(self).model_fields
         whole = {key for key, field in fields.items() if field.default is not None} <= self.model_fields_set
         return {
@@ -170,8 +170,8 @@ def _no_such_label(name: str, settings: TaskConfig, labels: Sequence[str]) -> st
         return f"tasks.{name}.label = {settings.label!r}: the log has no such label; {hint}"
     near = hint_of(name, labels, "")
     return (
-        f"tasks.{name}: the log has no such label; {f'{near} Otherwise ' if near else ''}set tasks.{name}.label "
-        f"to the one that the task predicts; {known}"
+        f"tasks.{name}: the log has no such label; {f'{near} Otherwise ' if near else ''}set "
+        f"tasks.{name}.label to the one that the task predicts; {known}"
     )
 
 
@@ -187,12 +187,15 @@ def _no_factor(name: str, part: str, configs: Mapping[str, TaskConfig], labels: 
     """Why the product of a task cannot have a part, and what it can have."""
     others = [task for task, settings in configs.items() if not settings.product]
     if part == name:
-        return f"which is the task itself; name the tasks whose probabilities it multiplies: {', '.join(others)}"
+        return (
+            f"which is the task itself; name the tasks whose probabilities it multiplies: {', '.join(others)}"
+        )
     if part in configs:
         return f"which is a product itself; name its factors instead: {', '.join(configs[part].product)}"
     if part in labels:
         return f"which is a label of the log and no task; add a section [tasks.{part}]"
-    return f"which is no task; {hint_of(part, others, f'it may name {", ".join(others)}')}"
+    known = f"it may name {', '.join(others)}"
+    return f"which is no task; {hint_of(part, others, known)}"
 
 
 def labels_of(configs: Mapping[str, TaskConfig], names: Sequence[str]) -> list[str]:
@@ -220,4 +223,3 @@ def named_tasks(configs: Mapping[str, TaskConfig], names: Sequence[str]) -> tupl
 def names_of(tasks: Iterable[Task]) -> list[str]:
     """The names of tasks, in their order."""
     return [task.name for task in tasks]
-

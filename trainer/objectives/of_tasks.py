@@ -86,10 +86,12 @@ def trained_tasks(tasks: Sequence[Task], default: str, domains: int, mean: str =
 def _untrained(task: Task, tasks: Sequence[Task]) -> str:
     """Why nothing trains a task without a loss of its own, and what to do; empty if a product does."""
     if task.settings.product:
-        return "the task is a product, which no other one trains; leave loss out, or set weight = 0 to measure it"
+        return "a product trains others by its own loss alone; leave loss out, or set weight = 0"
     products = [each for each in tasks if task.name in each.settings.product]
     if not products:
-        return "nothing trains the task; give it a loss, or name it in a product (weight = 0 only measures it)"
+        return (
+            "nothing trains the task; give it a loss, or name it in a product (weight = 0 only measures it)"
+        )
     silent = next((f"tasks.{each.name}.weight = 0" for each in products if not each.weight), "")
     if all(not each.weight for each in products):
         return f"only a product trains the task, and {silent}; give one of them a weight"
