@@ -14,7 +14,7 @@ from embeddings.private import compile_package
 from trainer.model.branch import Branch
 from trainer.model.frame import TwoStageModel
 from trainer.model.heads.head import HeadInput, HeadOutput
-from trainer.model.heads.products import with_products
+from trainer.model.heads.products import Products
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.score import AttentionVectors
 from trainer.model.time import Marks
@@ -30,11 +30,12 @@ _ALLOWED_DIFFERENCE = 1e-6
 class _Probabilities(nn.Module):
     def __init__(self, model: TwoStageModel) -> None:
         super().__init__()
-        self.head, self.tasks = model.head, model.tasks
+        self.head, self.products = model.head, Products(model.tasks)
 
     def forward(self, parts_CW: Tensor) -> Tensor:
         output: HeadOutput = self.head(HeadInput({"": [parts_CW]}, []))
-        return with_products(output, self.tasks).logits.sigmoid()
+        all_tasks: HeadOutput = self.products(output)
+        return all_tasks.logits.sigmoid()
 
 
 class _Ranking(nn.Module):
@@ -47,7 +48,7 @@ class _Ranking(nn.Module):
         super().__init__()
         branch = model.branches["main"]
         assert isinstance(branch, Branch)
-        self.branch, self.head, self.tasks = branch, model.head, model.tasks
+        self.branch, self.head, self.products = branch, model.head, Products(model.tasks)
 
     def forward(
         self,
@@ -71,7 +72,8 @@ class _Ranking(nn.Module):
         behaviors = Behaviors(windows, raw, encoded, selection, False, target_CD, value_SD, place_CK)
         sets = branch.read(behaviors, branch.weigh(behaviors))
         output: HeadOutput = self.head(HeadInput(sets, []))
-        return with_products(output, self.tasks).logits.sigmoid()
+        all_tasks: HeadOutput = self.products(output)
+        return all_tasks.logits.sigmoid()
 
 
 def check_code(root: Path, model: TwoStageModel) -> None:

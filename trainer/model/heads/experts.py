@@ -190,7 +190,8 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
                 yield f'model.{section}.per = "domain" needs data.domain, the feature that says the domain'
     for name, owner, _ in sets:
         if owner.startswith("task:") and not experts.own:
-            yield f"set {name!r} belongs to {owner}, but tasks have no experts: set model.experts.own"
+            key = f"groups.{model.roles.representation_target}.sets.{name}.owner = {owner!r}"
+            yield f"{key}: tasks have no experts that could read the set; set model.experts.own = 1"
     without = [task.name for task in sizes.tasks if f"task:{task.name}" not in owners]
     of_domains = {f"domain:{number}" for number in range(sizes.domains)}
     every_domain = sizes.domains and of_domains <= set(owners)

@@ -494,7 +494,7 @@ TWO = {"a": [8], "b": [4]}
         (
             {},
             sizes_of(TWO, owners={"b": "task:buy"}),
-            "set 'b' belongs to task:buy, but tasks have no experts",
+            "groups.representation.sets.b.owner = 'task:buy': tasks have no experts that could read the set",
         ),
         (
             {"experts": {"own": 1}},
