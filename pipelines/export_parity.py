@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.model.windows import Selection
+from trainer.quality.domains import UNOBSERVED
 from trainer.quality.evaluate import score_requests
 from trainer.quality.metrics import number
 from trainer.quality.ranking import auc
@@ -28,11 +29,13 @@ class TaskParity:
     Attributes:
         worst, mean: absolute difference of probabilities.
         auc: by the trainer and by the snapshot, of the candidates with a label.
+        alike: why there is no AUC, where there is none.
     """
 
     worst: float
     mean: float
     auc: tuple[float, float]
+    alike: str = "all of these labels are alike"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Parity:
             several = len(self.tasks) > 1
             line = f"AUC of {task}" if several else "AUC"
             line += f" {number(before, 6)} by the trainer, {number(after, 6)} by the snapshot"
-            line += "; all of these labels are alike" if math.isnan(before) else ""
+            line += f"; {own.alike}" if math.isnan(before) else ""
             line += f"; largest difference {own.worst:.3g}, mean {own.mean:.3g}" if several else ""
             lines.append(f"{line}{kept if len(lines) == 1 else ''}")
         return [*lines, *([f"not bit-equal, since {self.reason}"] if self.reason and self.equal < 1 else [])]
@@ -105,6 +108,7 @@ def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader
                 float(difference[:, t].max()),
                 float(difference[:, t].mean()),
                 (_auc(first, t), _auc(second, t)),
+                **({} if first.observed(t).candidate.size else {"alike": UNOBSERVED}),
             )
             for t, task in enumerate(first.tasks)
         },

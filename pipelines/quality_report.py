@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipelines.console import table_lines
 from trainer.quality.balance import FACTOR, Pair, Stratum, most_comparable
-from trainer.quality.domains import COMPARED, OverDomains, SplitMetrics
+from trainer.quality.domains import COMPARED, UNOBSERVED, OverDomains, SplitMetrics
 from trainer.quality.metrics import Metrics, number
 from trainer.quality.ranking import RANKS
 
@@ -114,8 +115,10 @@ def report(
         feature: what `category_count` counts; domain: the feature of domains.
     """
     lines = []
+    # What is empty is told in a sentence, see `remarks`.
+    observed = {task: own for task, own in measured.tasks.items() if own.samples}
     if len(measured.tasks) <= _MOST_TASKS:
-        for task, own in measured.tasks.items():
+        for task, own in observed.items():
             lines += [
                 "",
                 *task_table(task, own, tables[task], feature),
@@ -126,9 +129,12 @@ def report(
                 lines += ["", *domains_table(task, measured.of_task(task), domain)]
     else:
         lines += ["", *tasks_table(measured.tasks, tables, feature)]
-        auc = {task: {name: part.auc for name, part in own.items()} for task, own in slices.items()}
-        lines += ["", *_matrix("AUC by behaviors seen", {t: _shown(own) for t, own in auc.items()})]
-        lines += domain_matrices(measured, domain) if measured.domains else []
+        auc = {task: {name: part.auc for name, part in slices[task].items()} for task in observed}
+        if observed:
+            lines += ["", *_matrix("AUC by behaviors seen", {t: _shown(own) for t, own in auc.items()})]
+        if observed and measured.domains:
+            lines += domain_matrices(replace(measured, tasks=observed), domain)
+    pairs = {pair: strata for pair, strata in pairs.items() if observed.keys() >= set(pair)}
     return [*lines, *(["", *balance_table(pairs)] if pairs else [])]
 
 
@@ -278,7 +284,7 @@ def _empty(split: str, metrics: Mapping[str, Metrics]) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for task, own in metrics.items():
         if not own.samples:
-            reason = "all metrics are empty, since no candidate has a label"
+            reason = f"all metrics are empty, since {UNOBSERVED}"
         elif math.isnan(own.auc):
             reason = f"AUC, GAUC, HR, NDCG and NE are empty, since all labels are {own.rate:g}"
         elif not own.groups:

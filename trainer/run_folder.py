@@ -165,8 +165,8 @@ class MetricsLog:
 def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The curves of TensorBoard, with their tags: `SPLIT/NAME` and `SPLIT/TASK/NAME`.
 
-    What is said over all domains has tags like these. Domains have a few curves each, `SPLIT by
-    domain/DOMAIN/...`, unless there are so many that nobody would look at them.
+    A metric without a value has no point. What is said over all domains has tags like these. Domains have a
+    few curves each, `SPLIT by domain/DOMAIN/...`, unless there are so many that nobody would look at them.
     """
     domains: Mapping[str, Mapping[str, Any]] = values.get("by_domain", {})
     whole = {key: value for key, value in values.items() if key not in ("by_domain", "over_domains")}
@@ -184,7 +184,8 @@ def _curves(
     parts = {"": entry, **({f"{task}/": own for task, own in tasks.items()} if len(tasks) > 1 else {})}
     for part, own in parts.items():
         for name, value in own.items():
-            if isinstance(value, int | float) and (name in names or not names):
+            shown = isinstance(value, int | float) and not math.isnan(value)
+            if shown and (name in names or not names):
                 yield f"{prefix}/{part}{name}", value
 
 

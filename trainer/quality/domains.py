@@ -22,6 +22,7 @@ from trainer.quality.scored import Scored
 COMPARED = {"auc": 1, "logloss": -1}
 # A domain with fewer positives or negatives is not compared: the worst of many small ones is worst by chance.
 FEWEST = 20
+UNOBSERVED = "no candidate has a label"
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ class OverDomains:
 def _not_compared(own: Metrics) -> str:
     """Why a domain is neither the worst nor in the mean; empty where it may be."""
     if not own.samples:
-        return "no candidate has a label"
+        return UNOBSERVED
     if math.isnan(own.auc):
         return f"all labels are {own.rate:g}"
     negatives = own.samples - own.positives
     few, what = min((own.positives, "positives"), (negatives, "negatives"))
-    return f"only {few} {what}, fewer than {FEWEST}" if few < FEWEST else ""
+    return f"only {few} {what[:-1] if few == 1 else what}, fewer than {FEWEST}" if few < FEWEST else ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,9 @@ class SplitMetrics:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = []
         for task, *cells in table:
+            if task in self.tasks and not self.tasks[task].samples:
+                lines.append(f"{task:<{widths[0]}}  {UNOBSERVED}")
+                continue
             numbers = "  ".join(
                 f"{cell:>{width}}" for cell, width in zip(cells[:4], widths[1:5], strict=True)
             )
