@@ -124,7 +124,9 @@ class SplitMetrics:
             rows.append((task, *values, worst))
         names = ("AUC", "GAUC", "logloss", "PCOC", "worst domain's AUC")
         if len(rows) == 1:
-            _, *single, worst = rows[0]
+            task, *single, worst = rows[0]
+            if not self.tasks[task].samples:
+                return f" {UNOBSERVED}"
             line = "  ".join(f"{name} {value}" for name, value in zip(names, single, strict=False))
             return f" {line}" + (f"  {names[-1]} {worst}" if worst else "")
         table: list[tuple[str, ...]] = [("task", *names), *rows]
