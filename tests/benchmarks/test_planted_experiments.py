@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.planted.experiments.collapse import abundance
 from benchmarks.planted.experiments.experiment import Experiment, Measured
-from benchmarks.planted.experiments.probe import BASE, covariance, one_interaction, trained
+from benchmarks.planted.experiments.probe import BASE, one_interaction, relation, trained
 from benchmarks.planted.experiments.run import log_of, section
 from benchmarks.planted.experiments.table import EXPERIMENTS
 from pipelines.synth.kinds import KINDS
@@ -70,8 +70,15 @@ def test_covariance_is_that_of_the_loss() -> None:
     outputs = [torch.randn(30, 3, 4, dtype=torch.float64) for _ in range(2)]
     loss = Covariance(1.0).value(torch.cat(outputs))
     # The loss adds up three pairs, of which this is the mean.
-    assert covariance(outputs) == pytest.approx(float(loss) / 3)
-    assert np.isnan(covariance([outputs[0][:, :1]]))
+    covariance, correlation = relation(outputs)
+    assert covariance == pytest.approx(float(loss) / 3)
+    assert np.isnan(relation([outputs[0][:, :1]])).all()
+    # Experts that give a tenth have a hundredth of the covariance, and the same correlation; an element that
+    # never changes has none.
+    small = [torch.cat([each / 10, torch.zeros_like(each[:, :, :1])], dim=2) for each in outputs]
+    width = outputs[0].shape[2]
+    whole = width**2 / (width + 1) ** 2
+    assert relation(small) == pytest.approx((covariance / 100 * whole, correlation))
 
 
 def test_one_interaction_is_the_first_experts_for_all() -> None:

@@ -11,7 +11,7 @@ def _measure(of: Measured) -> Values:
     assert domain is not None
     named = {"head": HEAD, "tail": TAIL}
     losses = {name: of.logloss("click", domain == number) for name, number in named.items()}
-    return losses | {"covariance": of.covariance}
+    return losses | {"covariance": of.covariance, "correlation": of.correlation}
 
 
 _CROCODILE = [

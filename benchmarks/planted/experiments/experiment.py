@@ -23,7 +23,8 @@ class Measured:
 
     Attributes:
         scored: its candidates; truth: the columns of the log's truth, in the same order.
-        covariance: mean |covariance| of an element of one expert and one of another; NaN with one expert.
+        covariance, correlation: their mean size, of an element of one expert and one of another; NaN with one
+            expert.
         tables: the representation's tables, table -> [rows, dim], without the row of the unknown id.
         negatives: of each step of the training, the norm of the loss's gradient with respect to the logits of
             the candidates without a click.
@@ -32,6 +33,7 @@ class Measured:
     scored: Scored
     truth: Mapping[str, npt.NDArray[np.generic]]
     covariance: float
+    correlation: float
     tables: Mapping[str, Floats]
     negatives: Sequence[float]
 
