@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from embeddings.errors import CheckpointError, ConfigError, SnapshotError
 from embeddings.groups import TableGroup
 from embeddings.lookup.stored import WIDTHS, Dtype
 from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
-from trainer.assemble import feature_rows, resolve_groups
+from trainer.assemble import build_trainable, feature_rows, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.tensors import TableReader
 from trainer.config.tasks import Task, names_of, resolve_tasks
@@ -31,7 +33,7 @@ from trainer.run_config import Config
 from trainer.run_folder import RunFolder, versions
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot import Snapshot, load_snapshot
-from trainer.snapshot.code import check_compiler, write_code
+from trainer.snapshot.code import check_code, write_code
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
 from trainer.snapshot.manifest import BaseVersion, InputFeature, SnapshotManifest, VocabularyFile
 from trainer.snapshot.partial_model import PartialModel, rows_of_requests
@@ -101,12 +103,14 @@ def export(
             it stays. CheckpointError: the run has no usable checkpoint.
     """
     quiet_third_parties()
-    if aoti:
-        check_compiler(out)
     with process_group(device=device or RunFolder(run).read_config().train.device) as ranks:
         if ranks.world_size > 1:
             raise ConfigError("export runs in one process; start it without torchrun")
         opened = _open(run, which)
+        if aoti:
+            # Before the tables are written, which takes long where they are large.
+            model, _ = build_trainable(opened.config, opened.manifest, torch.device("meta"))
+            check_code(out, model)
         base = open_base(out, since) if since else None
         if base is not None and len(base.versions) >= LONGEST_CHAIN:
             raise SnapshotError(base.path, f"builds on {LONGEST_CHAIN - 1} others; export without --since")

@@ -35,6 +35,7 @@ from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.sections import EarlyStoppingConfig
 from trainer.config.tasks import Task, names_of, resolve_tasks
 from trainer.data.batch import pinning
+from trainer.data.observed import observed_lines
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
@@ -150,7 +151,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     for reason in resume.refused:
         say(f"refused checkpoint: {reason}")
     if resume.path is not None:
-        check_resumable(resume.state, config, fingerprint)
+        check_resumable(resume.state, config, fingerprint, manifest.tasks)
         of_tasks = check_same_tasks(resume.state, config, manifest.tasks)
         if changed := [*changed_settings(resume.state, config), *of_tasks]:
             say(f"settings that differ from those of {resume.path.name}: {', '.join(changed)}")
@@ -171,6 +172,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     for problem in [*train.skipped, *(validation.skipped if validation else [])]:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
     for line in remarks(config, manifest, groups):
+        say(line)
+    for line in from_rank_0(lambda: list(observed_lines(train, manifest)), slow=True):
         say(line)
     for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
         say(line)

@@ -11,7 +11,7 @@ from typing import Any
 from embeddings.agreement import from_rank_0
 from embeddings.errors import TandemError
 from embeddings.plan.planner import Placement
-from pipelines.console import quiet_third_parties
+from pipelines.console import quiet_third_parties, table_lines
 from pipelines.profile import StepProfile
 from pipelines.quality_report import baselines_key, remarks, without
 from pipelines.start import open_start, try_out
@@ -158,17 +158,14 @@ def _conclude(
 
 def plan_lines(placed: Sequence[Placement], world_size: int) -> list[str]:
     """The sharding plan as an aligned table, with the megabytes each rank holds."""
-    head = f"{'table':<34} {'rows':>13} {'dim':>4} {'MB':>9}  {'sharding':<12} {'kernel':<8} ranks"
-    lines = [f"sharding plan for {world_size} rank(s)", head]
+    head, rows = ("table", "rows", "dim", "MB", "sharding", "kernel", "ranks"), []
     held = [0.0] * world_size
     for entry in placed:
-        where = ",".join(map(str, entry.ranks))
-        lines.append(
-            f"{entry.table:<34} {entry.rows:>13,} {entry.dim:>4} {entry.megabytes:>9.2f}  "
-            f"{entry.sharding:<12} {entry.kernel:<8} {where}"
-        )
+        numbers = f"{entry.rows:,}", str(entry.dim), f"{entry.megabytes:.2f}"
+        rows.append((entry.table, *numbers, entry.sharding, entry.kernel, ",".join(map(str, entry.ranks))))
         for rank in entry.ranks:
             held[rank] += entry.megabytes / len(entry.ranks)
+    lines = [f"sharding plan for {world_size} rank(s)", *table_lines(head, rows)]
     lines.append(
         "weights per rank (MB): " + "  ".join(f"{rank}: {size:.2f}" for rank, size in enumerate(held))
     )

@@ -23,6 +23,7 @@ from embeddings.plan.planner import Placement, check_plan, make_plan, placements
 from embeddings.plan.request import Cluster, PlanRequest
 from trainer.config.model import section_of
 from trainer.config.tasks import Task, resolve_tasks
+from trainer.data.domain import DomainColumn
 from trainer.log.schema import LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.settings import BranchConfig
@@ -69,6 +70,9 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
     items = {name: info.rows for name, info in manifest.features.items()}
     contexts = {name: info.rows for name, info in manifest.context.items()}
     tasks = resolve_tasks(config.tasks, manifest.tasks)
+    if config.data.domain:
+        # Before a group or a gate misses it.
+        DomainColumn.of(manifest, config.data.domain)
     groups = build_groups(config, items, contexts, tasks)
     features = {**manifest.features, **manifest.context}
     for group in groups.values():
@@ -118,9 +122,13 @@ def count_numbers(config: Config, numeric: Sequence[str]) -> int:
 
 
 def count_domains(config: Config, manifest: LogManifest) -> int:
-    """Ids that a domain may have, whether or not there is a table of it; 0 where candidates have none."""
+    """Ids that a domain may have, whether or not there is a table of it; 0 where candidates have none.
+
+    Where `tables.<feature>.rows` asks for more rows than the log has ids, there may be as many.
+    """
     info = {**manifest.context, **manifest.features}.get(config.data.domain)
-    return info.rows if info is not None else 0
+    table = config.tables.get(config.data.domain)
+    return max(info.rows, (table.rows if table is not None else None) or 0) if info is not None else 0
 
 
 def feature_rows(groups: Mapping[str, TableGroup]) -> dict[str, int]:

@@ -19,7 +19,10 @@ from tests.helpers.models import batch_of, model_of, preset
 from tests.helpers.presets import renamed
 from trainer.assemble import resolve_groups
 from trainer.checkpoint.warm_start import unshard_run
-from trainer.config.sections import TrainConfig
+from trainer.config.sections import DataConfig, TrainConfig
+from trainer.config.tasks import Task, TaskConfig, resolve_tasks
+from trainer.data.observed import observed_lines, unobserved
+from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import ClusterInfo
 from trainer.log.schema import read_manifest
 from trainer.loop.remarks import remarks
@@ -54,6 +57,10 @@ def trained(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("trained") / "run"
     pipelines.train.train(CONFIG, run, words(log))
     return run
+
+
+def tasks_of(given: dict[str, dict[str, Any]]) -> tuple[Task, ...]:
+    return resolve_tasks({name: TaskConfig(**settings) for name, settings in given.items()}, ["click"])
 
 
 def broken(log: Path, to: Path) -> Path:
@@ -220,10 +227,52 @@ def test_presets_have_no_settings_without_effect(log: Path) -> None:
     for name in sorted(path.stem for path in (ROOT / "configs").glob("*.toml")):
         if "extends" not in (ROOT / f"configs/{name}.toml").read_text():
             continue
-        config = load_config(ROOT / f"configs/{name}.toml", [f"data.log={log}", *renamed(name, log)])
+        # With two tasks, since some settings are about several.
+        given = [word for word in renamed(name, log) if not word.startswith("tasks.")]
+        config = load_config(ROOT / f"configs/{name}.toml", [f"data.log={log}", *given])
         clusters = ClusterInfo(chunk=9, cap=3) if config.data.clusters else None
-        had = manifest.model_copy(update={"clusters": clusters})
+        had = manifest.model_copy(update={"clusters": clusters, "tasks": ["click", "conversion"]})
         assert not remarks(config, had, resolve_groups(config, had)), name
+
+
+def test_what_keeps_tasks_apart_is_said_to_do_nothing_for_one(log: Path) -> None:
+    given = [f"data.log={log}", "model.attention_owner=click"]
+    config, manifest = load_config(ROOT / "configs/stem.toml", given), read_manifest(log)
+    (line,) = remarks(config, manifest, resolve_groups(config, manifest))
+    why = "(click is the only task with a tower)"
+    assert line == (
+        f'no effect in this configuration: groups.representation.sets = "tasks" {why}; '
+        f'model.experts.foreign = "stopped" {why}; '
+        f"model.attention_owner = 'click' {why}"
+    )
+
+
+def test_a_domain_that_the_log_lacks_is_named_before_what_reads_it(log: Path) -> None:
+    config = load_config(ROOT / "configs/crocodile.toml", [f"data.log={log}"])
+    with pytest.raises(TandemError) as caught:
+        resolve_groups(config, read_manifest(log))
+    assert str(caught.value) == (
+        "data.domain = 'domain_id': the log has no such feature; set data.domain to the one of candidates "
+        "or of requests that says where a candidate was shown: they have item_id, category_id"
+    )
+
+
+def test_a_task_that_no_candidate_of_train_trains_is_said(log: Path) -> None:
+    given = tasks_of({"never": {"label": "click", "mask": "click > 0 and click < 0.5"}, "click": {}})
+    reader = SequenceLogReader(DataConfig(log=log), "train", None, tasks=given)
+    manifest = read_manifest(log)
+    some, line = observed_lines(reader, manifest)
+    assert some.startswith("tasks that only a part of the ") and "never at most " in some
+    assert line == (
+        "tasks.never: no candidate of train is observed (mask = 'click > 0 and click < 0.5') and weighs more "
+        "than 0, so the task is not trained"
+    )
+    assert unobserved(reader, most=0) == ([reader.columns.labels.tasks[0]], 0, False)
+    alone = SequenceLogReader(DataConfig(log=log), "train", None, tasks=given[:1])
+    with pytest.raises(TandemError, match="no candidate of the split train is observed by a task"):
+        list(observed_lines(alone, manifest))
+    plain = SequenceLogReader(DataConfig(log=log), "train", None)
+    assert not list(observed_lines(plain, manifest))
 
 
 SIDES = [

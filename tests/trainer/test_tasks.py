@@ -15,6 +15,7 @@ from embeddings.errors import ConfigError
 from tests.helpers.launching import ROOT
 from trainer.config.label_mask import LabelMask, MaskError
 from trainer.config.tasks import TaskConfig, labels_of, named_tasks, names_of, resolve_tasks
+from trainer.objectives.of_tasks import trained_tasks
 from trainer.run_config import load_config
 
 LABELS = ("click", "buy", "watch")
@@ -160,6 +161,10 @@ def test_a_product_has_each_factor_once() -> None:
         tasks_of('tasks.both.product=["click", "click"]')
 
 
+FACTORS = ["tasks.click.weight=1", "tasks.buy.weight=1", "tasks.both.label=watch"]
+BOTH = 'tasks.both.product=["click", "{}"]'
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -170,6 +175,27 @@ def test_a_product_has_each_factor_once() -> None:
         (["tasks.buy.mask=x == 1"], r"tasks\.buy\.mask = .*no label 'x'.*it has click, buy, watch"),
         (["tasks.click.weight=1", "tasks.bought.label=byu"], r"tasks\.bought\.label = 'byu'.*'buy'"),
         (["tasks.clik.weight=1"], r"tasks\.clik: the log has no such label; did you mean 'click'"),
+        (
+            ["tasks.sold.weight=1"],
+            r"tasks\.sold: the log has no such label; set tasks\.sold\.label to the one that the "
+            "task predicts; it has click, buy, watch",
+        ),
+        (
+            ["tasks.sold.label=buy", "tasks.watch.mask=sold == 1"],
+            r"tasks\.watch\.mask = 'sold == 1': sold is a task, and a mask compares labels of "
+            "the log: write buy",
+        ),
+        ([*FACTORS, 'tasks.watch.product=["click", "watch"]'], "'watch', which is the task itself; name"),
+        (
+            [*FACTORS, 'tasks.watch.product=["click", "buy"]', BOTH.format("watch")],
+            r"tasks\.both\.product names 'watch', which is a product itself; name its factors .*: click, buy",
+        ),
+        (
+            ["tasks.click.weight=1", BOTH.format("buy"), "tasks.both.label=watch"],
+            r"tasks\.both\.product names 'buy', which is a label of the log and no task; .*\[tasks\.buy\]",
+        ),
+        ([*FACTORS, BOTH.format("by")], r"names 'by', which is no task; did you mean 'buy'\?"),
+        ([*FACTORS, BOTH.format("other")], "names 'other', which is no task; it may name click, buy"),
     ],
 )
 def test_labels_that_the_log_lacks_are_named(words: list[str], message: str) -> None:
@@ -187,3 +213,48 @@ def test_tasks_say_which_labels_they_need() -> None:
     # Where only the names are known, as in a snapshot.
     assert named_tasks(configs, names_of(tasks)) == tasks
     assert named_tasks({}, ["a", "b"]) == resolve_tasks({}, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"loss": "none", "weight": 1.0}, "so weight would have no effect"),
+        ({"loss": "none", "mean": "step", "gamma": 2.0}, "so gamma and mean would have no effect"),
+        ({"bce_weight": 0.5}, "bce_weight belong to a ranking loss, which the task has not"),
+        ({"product": ["a", "b"], "pairs": "step"}, "pairs belong to a ranking loss"),
+    ],
+)
+def test_what_a_task_would_not_look_at_is_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        TaskConfig.model_validate(settings)
+
+
+def test_a_config_that_was_written_whole_is_read_again() -> None:
+    for settings in ({"loss": "none"}, {}, {"rank": "pair", "bce_weight": 0.5}):
+        task = TaskConfig.model_validate(settings)
+        for without_none in (False, True):
+            tree = task.model_dump(mode="json", exclude_none=without_none)
+            assert TaskConfig.model_validate(tree) == task
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (
+            {"a": {"loss": "none"}, "b": {}},
+            r'tasks\.a\.loss = "none": nothing trains the task; give it a loss',
+        ),
+        (
+            {"a": {"loss": "none"}, "b": {}, "p": {"product": ["a", "b"], "weight": 0}},
+            r'tasks\.a\.loss = "none": only a product trains the task, and tasks\.p\.weight = 0; give',
+        ),
+        (
+            {"a": {}, "b": {}, "p": {"product": ["a", "b"], "loss": "none"}},
+            r'tasks\.p\.loss = "none": a product trains others by its own loss alone; leave loss out, or set',
+        ),
+    ],
+)
+def test_a_task_that_nothing_trains_names_the_culprit(given: dict[str, Any], problem: str) -> None:
+    configs = {name: TaskConfig.model_validate(settings) for name, settings in given.items()}
+    with pytest.raises(ConfigError, match=problem):
+        trained_tasks(resolve_tasks(configs, list(configs)), "bce", 0)

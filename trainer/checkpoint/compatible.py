@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from embeddings.errors import CheckpointError, ConfigError
 from embeddings.groups import TableName
 from embeddings.optimizers import ROW_OPTIMIZERS
 from trainer.assemble import flat_settings
+from trainer.config.tasks import resolve_tasks
 from trainer.log.schema import LogManifest
-from trainer.run_config import Config
+from trainer.run_config import Config, sets_of
 
 # Another value of these would make a position inside an epoch mean other blocks.
 _ORDER = (
@@ -44,12 +46,14 @@ def log_fingerprint(manifest: LogManifest) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) -> None:
+def check_resumable(
+    state: Mapping[str, Any], config: Config, fingerprint: str, labels: Sequence[str] = ()
+) -> None:
     """Refuse to continue a run as something else.
 
     Args:
         state: of the checkpoint (`config`, `log`, `cursor`).
-        config: of this start; fingerprint: of this start's log.
+        config: of this start; fingerprint: of this start's log; labels: that the log has.
 
     Raises:
         ConfigError: the log, the model or the tables differ, or, in the middle of an epoch, what orders it.
@@ -79,7 +83,10 @@ def check_resumable(state: Mapping[str, Any], config: Config, fingerprint: str) 
             now[key] = ", ".join(names_now[key]) if key in names_now else now.get(key)
             # Before the single keys that then differ, too.
             fixed.insert(0, key)
+    alike = [f"groups.{name}.sets" for name in _same_sets(state, config, labels)]
     for key in fixed:
+        if key in alike or key.startswith(tuple(f"{sets}." for sets in alike)):
+            continue
         if before.get(key) != now.get(key):
             raise ConfigError(
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
@@ -97,6 +104,35 @@ def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError:
         given = state["config"]
     return dict(flat_settings(given))
+
+
+def _same_sets(state: Mapping[str, Any], config: Config, labels: Sequence[str]) -> list[str]:
+    """The groups that have the same sets as before, however these are written."""
+    with suppress(ConfigError, ValidationError):
+        before, now = (_sets(each, labels) for each in (Config.model_validate(state["config"]), config))
+        return [name for name, sets in now.items() if before.get(name) == sets]
+    return []
+
+
+def _sets(config: Config, labels: Sequence[str]) -> dict[str, Any]:
+    """The sets of each group one by one, in their order, with owner and width."""
+    tasks = resolve_tasks(config.tasks, labels)
+    rows = {
+        each.owner
+        for group in config.groups.values()
+        if isinstance(group.sets, dict)
+        for each in group.sets.values()
+    }
+    domains = 1 + max(
+        (int(owner.removeprefix("domain:")) for owner in rows if owner.startswith("domain:")), default=0
+    )
+    return {
+        name: [
+            (each, settings.dim or group.dim)
+            for each, settings in sets_of(name, group, tasks, domains).items()
+        ]
+        for name, group in config.groups.items()
+    }
 
 
 def _names(settings: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -95,7 +95,7 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
             continue
         found = f"is {tuple(old.shape)}" if old is not None else "is not there"
         raise CheckpointError(
-            source.path,
+            source.name,
             f"dense weight {name} {found}, this model's is {tuple(weight.shape)}: the [model] section, the "
             "groups' widths and the log's features must be those it was trained with",
         )

@@ -46,7 +46,7 @@ def check_same_tasks(state: Mapping[str, Any], config: Config, labels: Sequence[
             "[tasks] back, or name another --out (train.init_from starts it with this run's weights)"
         )
     for old, new in zip(before, now, strict=True):
-        was, is_now = _identity(old), _identity(new)
+        was, is_now = _identity(old, config), _identity(new, config)
         for key, value in was.items():
             if is_now[key] != value and not (key == "mask" and _mean_the_same(old, new)):
                 raise ConfigError(
@@ -63,9 +63,11 @@ def check_same_tasks(state: Mapping[str, Any], config: Config, labels: Sequence[
     return [line for old, new in zip(before, now, strict=True) for line in _differences(old, new)]
 
 
-def _identity(task: Task) -> dict[str, Any]:
-    """What a task is, by the keys of its section."""
+def _identity(task: Task, config: Config) -> dict[str, Any]:
+    """What a task is, by the keys of its section; `config`: whose model is that of before, too."""
     settings = task.settings.model_dump(include=set(_IDENTITY))
+    if task.has_tower and settings["tower"] is None and config.model.head_kind.takes_towers:
+        settings["tower"] = getattr(config.model, "hidden", None)
     two_logits = {"rank": task.settings.rank if task.two_logits else "of one logit"}
     return {**settings, "label": task.label, **two_logits}
 

@@ -76,10 +76,20 @@ class PlainManifest(Settings):
 
 @dataclass(frozen=True)
 class PlainTables:
-    """A verified folder; tables are memory-mapped when asked for."""
+    """A verified folder; tables are memory-mapped when asked for.
+
+    Attributes:
+        given: the run that it was written from, where that is what the user named.
+    """
 
     path: Path
     manifest: PlainManifest
+    given: Path | None = None
+
+    @property
+    def name(self) -> Path:
+        """What the user gave, for messages: the run, where the folder was written from one."""
+        return self.path if self.given is None else self.given
 
     def table(self, name: str) -> dict[str, Tensor]:
         """`weight`, and `accumulator` where there is one; memory-mapped."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def open_source(path: Path, scratch: Path) -> Iterator[PlainTables]:
 
     found = from_rank_0(prepare, slow=True)
     try:
-        yield open_plain_tables(found, check=False)
+        yield replace(open_plain_tables(found, check=False), given=path)
         dist.barrier()
     finally:
         if dist.get_rank() == 0:
@@ -191,10 +192,10 @@ def _check_tables(model: Mapping[str, Any], source: PlainTables, heads: TaskHead
             if wanted.set:
                 # From one table they would start alike, and a mean over sets keeps them alike for good.
                 problem += "; a table of a set starts from that of the same set of the same group, no other"
-            raise CheckpointError(source.path, problem)
+            raise CheckpointError(source.name, problem)
         if known[table].dim != weight.size()[1]:
             raise CheckpointError(
-                source.path, f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}"
+                source.name, f"table {table} is {known[table].dim} wide, the config says {weight.size()[1]}"
             )
     return new
 
@@ -222,7 +223,7 @@ def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | Non
     if new.info.vocabulary == digest:
         if not digest and new.info.rows != rows:
             raise CheckpointError(
-                source.path,
+                source.name,
                 f"neither log says what the ids of {feature!r} stand for, and they have {rows} and "
                 f"{new.info.rows} rows; ingest both with `tandemrec ingest`",
             )
@@ -231,7 +232,7 @@ def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | Non
     before, after = _values(source.path / "vocab" / name, digest), _values(new.file, new.info.vocabulary)
     if before.type != after.type:
         now, then = ("integers" if pa.types.is_integer(part.type) else "text" for part in (after, before))
-        problem = f"holds {now}, that of {source.path} {then}: none would be found; ingest both logs alike"
+        problem = f"holds {now}, that of {source.name} {then}: none would be found; ingest both logs alike"
         raise DataError(problem, file=new.file)
     old = pc.fill_null(pc.add(pc.index_in(after, value_set=before), 1), -1)
     row_map = torch.full((new.info.rows,), -1, dtype=torch.int64)

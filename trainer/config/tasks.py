@@ -16,6 +16,8 @@ from trainer.config.toml import Settings
 
 # Ranking losses that train two logits a task, of those in `trainer.objectives.table`, which stands above.
 TWO_LOGITS = frozenset({"jrc"})
+# What a task's own loss looks at, and its ranking loss.
+_OF_LOSS, _OF_RANK = ("weight", "gamma", "mean"), ("bce_weight", "pairs")
 # A task's name is part of the names of modules, tensors, columns and files.
 TaskName = Annotated[str, StringConstraints(pattern=NAME)]
 
@@ -62,18 +64,33 @@ class TaskConfig(Settings):
     @model_validator(mode="after")
     def _check_together(self) -> TaskConfig:
         if self.product and self.tower is not None:
-            raise ValueError("a task with a product has no tower: leave tower out")
+            raise ValueError("a task with a product has no tower: leave tower or product out")
         if len(self.product) == 1:
-            raise ValueError("a product needs two tasks or more")
+            raise ValueError(f"product names {self.product[0]} alone, and needs two tasks or more")
         if len(set(self.product)) < len(self.product):
             raise ValueError(f"product names a task twice: {', '.join(self.product)}")
         if self.loss == "none" and self.rank != "none":
             raise ValueError(f'rank = "{self.rank}" is trained beside a loss: set loss = "bce"')
-        if self.rank == "none" and (self.pairs, self.bce_weight) != ("step", 0.5):
+        given = self._given()
+        if self.loss == "none" and (keys := [key for key in _OF_LOSS if key in given]):
             raise ValueError(
-                'pairs and bce_weight belong to a ranking loss: set rank = "pair", or leave them out'
+                f'loss = "none" leaves training to a product, so {" and ".join(keys)} would have no '
+                "effect: leave loss or these out"
+            )
+        if self.rank == "none" and (keys := [key for key in _OF_RANK if key in given]):
+            raise ValueError(
+                f"{' and '.join(keys)} belong to a ranking loss, which the task has not: set "
+                'rank = "pair", or leave them out'
             )
         return self
+
+    def _given(self) -> set[str]:
+        """The keys that somebody set; of a config that was written whole, those that they changed."""
+        fields = type(self).model_fields
+        whole = {key for key, field in fields.items() if field.default is not None} <= self.model_fields_set
+        return {
+            key for key in self.model_fields_set if not whole or getattr(self, key) != fields[key].default
+        }
 
 
 @dataclass(frozen=True)
@@ -130,10 +147,9 @@ def resolve_tasks(
     for name, settings in configs.items():
         label = settings.label or name
         if label not in labels:
-            key = f"tasks.{name}.label = {label!r}" if settings.label else f"tasks.{name}"
-            raise ConfigError(f"{key}: the log has no such label; {_known(label, labels)}")
+            raise ConfigError(_no_such_label(name, settings, labels))
         mask = LabelMask.parse(settings.mask) if settings.mask else None
-        if mask is not None and (problem := mask.unknown(labels)):
+        if mask is not None and (problem := _unknown(mask, configs, labels)):
             raise ConfigError(f"tasks.{name}.mask = {settings.mask!r}: {problem}")
         in_part = mask is not None or label in partial
         tasks.append(Task(name, label, settings, settings.weight, mask, in_part))
@@ -141,9 +157,45 @@ def resolve_tasks(
     for task in tasks:
         for part in task.settings.product:
             if part not in towers:
-                problem = f"names {part!r}, which is no task with a tower"
-                raise ConfigError(f"tasks.{task.name}.product {problem}; {_known(part, towers)}")
+                problem = _no_factor(task.name, part, configs, labels)
+                raise ConfigError(f"tasks.{task.name}.product names {part!r}, {problem}")
     return tuple(tasks)
+
+
+def _no_such_label(name: str, settings: TaskConfig, labels: Sequence[str]) -> str:
+    """What is wrong with the label of a task, and what it may be."""
+    known = f"it has {', '.join(labels)}"
+    if settings.label:
+        hint = hint_of(settings.label, labels, known)
+        return f"tasks.{name}.label = {settings.label!r}: the log has no such label; {hint}"
+    near = hint_of(name, labels, "")
+    return (
+        f"tasks.{name}: the log has no such label; {f'{near} Otherwise ' if near else ''}set "
+        f"tasks.{name}.label to the one that the task predicts; {known}"
+    )
+
+
+def _unknown(mask: LabelMask, configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> str:
+    """What is wrong with the labels that a mask names; empty if nothing is."""
+    for name in mask.labels:
+        if name not in labels and name in configs and (label := configs[name].label) in labels:
+            return f"{name} is a task, and a mask compares labels of the log: write {label}"
+    return mask.unknown(labels)
+
+
+def _no_factor(name: str, part: str, configs: Mapping[str, TaskConfig], labels: Sequence[str]) -> str:
+    """Why the product of a task cannot have a part, and what it can have."""
+    others = [task for task, settings in configs.items() if not settings.product]
+    if part == name:
+        return (
+            f"which is the task itself; name the tasks whose probabilities it multiplies: {', '.join(others)}"
+        )
+    if part in configs:
+        return f"which is a product itself; name its factors instead: {', '.join(configs[part].product)}"
+    if part in labels:
+        return f"which is a label of the log and no task; add a section [tasks.{part}]"
+    known = f"it may name {', '.join(others)}"
+    return f"which is no task; {hint_of(part, others, known)}"
 
 
 def labels_of(configs: Mapping[str, TaskConfig], names: Sequence[str]) -> list[str]:
@@ -171,7 +223,3 @@ def named_tasks(configs: Mapping[str, TaskConfig], names: Sequence[str]) -> tupl
 def names_of(tasks: Iterable[Task]) -> list[str]:
     """The names of tasks, in their order."""
     return [task.name for task in tasks]
-
-
-def _known(name: str, known: Sequence[str]) -> str:
-    return hint_of(name, known, f"it has {', '.join(known)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from embeddings.groups import TableGroup
-from trainer.config.model import CONTEXT_ROLES
+from trainer.config.model import CONTEXT_ROLES, section_of
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import Settings
 from trainer.log.schema import LogManifest
@@ -60,7 +60,11 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
             "that it has; name a feature with fewer, or validate seldom"
         )
     lines += [*_of_tasks(config, manifest), *_splits(config, manifest)]
-    if left := [*_of_model(config.model), *_of_rest(config)]:
+    owners = [each.owner for each in groups[config.model.roles.representation_behavior].sets]
+    unread = config.model.head_kind.unread_keys(config.model, owners)
+    alone = [task.name for task in resolve_tasks(config.tasks, manifest.tasks) if task.has_tower]
+    of_one = _of_one_task(config, alone[0]) if len(alone) == 1 else []
+    if left := [*_of_model(config.model), *unread, *_of_rest(config), *of_one]:
         lines.append(f"no effect in this configuration: {'; '.join(left)}")
     return lines
 
@@ -146,6 +150,21 @@ def _of_model(model: ModelConfig) -> list[str]:
     return unused
 
 
+def _of_one_task(config: Config, task: str) -> list[str]:
+    """What keeps tasks apart, where there is one."""
+    why, model = f"({task} is the only task with a tower)", config.model
+    left = [
+        f'groups.{name}.sets = "tasks" {why}' for name, each in config.groups.items() if each.sets == "tasks"
+    ]
+    foreign = getattr(getattr(model, "experts", None), "foreign", "open")
+    if foreign != "open" and model.head_kind.takes_towers:
+        left.append(f'model.experts.foreign = "{foreign}" {why}')
+    for branch, settings in model.all_branches().items():
+        if settings.attention_owner:
+            left.append(f"{section_of(branch)}.attention_owner = {settings.attention_owner!r} {why}")
+    return left
+
+
 def _of_rest(config: Config) -> list[str]:
     data, train = config.data, config.train
     search = data.search
@@ -166,6 +185,9 @@ def _of_rest(config: Config) -> list[str]:
         unused.append('data.max_bad (data.on_bad is "fail")')
     if _changed(train, "objective") and config.tasks and all(task.loss for task in config.tasks.values()):
         unused.append("train.objective (every task names a loss of its own)")
+    means = [task.mean or task.loss == "none" for task in config.tasks.values()]
+    if _changed(train, "mean") and means and all(means):
+        unused.append("train.mean (every task has a mean of its own, or no loss)")
     unused += [
         f'tasks.{name}.mean = "domain" for the ranking loss (its pairs are not those of a domain)'
         for name, task in config.tasks.items()

@@ -55,15 +55,13 @@ def trained_tasks(tasks: Sequence[Task], default: str, domains: int, mean: str =
     objective_of(default)
     if not any(task.weight for task in tasks):
         raise ConfigError("tasks: all of them have weight = 0, so nothing is trained; give one a weight")
-    products = [task for task in tasks if task.settings.loss != "none"]
     trained = []
     for column, task in enumerate(tasks):
         settings, where = task.settings, f"tasks.{task.name}"
         name = settings.loss or default
         if settings.loss == "none":
-            if not any(task.name in each.settings.product for each in products):
-                problem = "nothing trains the task; give it a loss, or name it in a product"
-                raise ConfigError(f'{where}.loss = "none": {problem} (weight = 0 only measures it)')
+            if problem := _untrained(task, tasks):
+                raise ConfigError(f'{where}.loss = "none": {problem}')
             continue
         objective = objective_of(name, f"{where}.loss" if settings.loss else "train.objective")
         if settings.gamma is not None and not objective.gamma:
@@ -83,3 +81,18 @@ def trained_tasks(tasks: Sequence[Task], default: str, domains: int, mean: str =
         gamma = GAMMA if settings.gamma is None else settings.gamma
         trained.append(Trained(task, column, name, objective, gamma, ranking, by_domain))
     return trained
+
+
+def _untrained(task: Task, tasks: Sequence[Task]) -> str:
+    """Why nothing trains a task without a loss of its own, and what to do; empty if a product does."""
+    if task.settings.product:
+        return "a product trains others by its own loss alone; leave loss out, or set weight = 0"
+    products = [each for each in tasks if task.name in each.settings.product]
+    if not products:
+        return (
+            "nothing trains the task; give it a loss, or name it in a product (weight = 0 only measures it)"
+        )
+    silent = next((f"tasks.{each.name}.weight = 0" for each in products if not each.weight), "")
+    if all(not each.weight for each in products):
+        return f"only a product trains the task, and {silent}; give one of them a weight"
+    return ""

@@ -142,8 +142,8 @@ def _counted(given: Compared, sides: _Sides) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _places(there_N: Tensor, side: slice, count: int) -> Tensor:
     """[count], where a mask is true within a slice, ascending."""
-    first: Tensor = there_N[side].argsort(descending=True, stable=True)[:count]
-    return first + side.start
+    place: Tensor = there_N[side].argsort(descending=True, stable=True)[:count] + side.start
+    return place
 
 
 def _within_requests(

@@ -20,11 +20,13 @@ from trainer.quality.scored import Scored
 
 # What domains are compared by, and whether more of it is better.
 COMPARED = {"auc": 1, "logloss": -1}
+# A domain with fewer positives or negatives is not compared: the worst of many small ones is worst by chance.
+FEWEST = 20
 
 
 @dataclass(frozen=True)
 class OverDomains:
-    """What the domains of a split come to, of one task. Only domains with both classes are compared.
+    """What the domains of a split come to, of one task. Domains with enough of both classes are compared.
 
     Attributes:
         metrics: domain -> metrics, of those that are compared; left_out: the others, and why.
@@ -35,12 +37,8 @@ class OverDomains:
 
     @staticmethod
     def of(domains: Mapping[str, Metrics]) -> OverDomains:
-        compared = {name: own for name, own in domains.items() if not math.isnan(own.auc)}
-        others = {name: own for name, own in domains.items() if name not in compared}
-        reasons = {
-            name: f"all labels are {own.rate:g}" if own.samples else "no candidate has a label"
-            for name, own in others.items()
-        }
+        reasons = {name: reason for name, own in domains.items() if (reason := _not_compared(own))}
+        compared = {name: own for name, own in domains.items() if name not in reasons}
         return OverDomains(compared, reasons)
 
     def worst(self, metric: str) -> str | None:
@@ -65,6 +63,17 @@ class OverDomains:
             values[f"worst_{metric}"] = self.value(worst, metric)
             values[f"worst_{metric}_domain"] = worst
         return {**values, "left_out": self.left_out}
+
+
+def _not_compared(own: Metrics) -> str:
+    """Why a domain is neither the worst nor in the mean; empty where it may be."""
+    if not own.samples:
+        return "no candidate has a label"
+    if math.isnan(own.auc):
+        return f"all labels are {own.rate:g}"
+    negatives = own.samples - own.positives
+    few, what = min((own.positives, "positives"), (negatives, "negatives"))
+    return f"only {few} {what}, fewer than {FEWEST}" if few < FEWEST else ""
 
 
 @dataclass(frozen=True)
@@ -103,22 +112,31 @@ class SplitMetrics:
         return entry
 
     def text(self) -> str:
-        """What stands behind a colon on a terminal: a task a line where there are more than two."""
-        over, width = self.over_domains(), max(map(len, self.tasks))
-        lines = []
+        """What stands behind a colon on a terminal: a table with a line a task where there are several."""
+        over, rows = self.over_domains(), []
         for task, own in self.tasks.items():
-            line = f"AUC {number(own.auc)}  GAUC {number(own.gauc)}  logloss {number(own.logloss)}  "
-            line += f"PCOC {number(own.pcoc, 3)}"
-            if task in over and len(over[task].metrics) > 1:
-                worst = over[task].worst("auc")
-                value = number(over[task].value(worst, "auc"))
-                line += f"  worst of {len(over[task].metrics)} domains {value} ({worst})"
-            lines.append(line)
-        if len(lines) == 1:
-            return f" {lines[0]}"
-        if len(lines) == 2:
-            return ";".join(f" {task}: {line}" for task, line in zip(self.tasks, lines, strict=True))
-        return "".join(f"\n  {task:<{width}}  {line}" for task, line in zip(self.tasks, lines, strict=True))
+            worst, compared = "", len(over[task].metrics) if task in over else 0
+            if compared > 1:
+                name = over[task].worst("auc")
+                worst = f"{number(over[task].value(name, 'auc'))} of {compared} ({name})"
+            values = (number(own.auc), number(own.gauc), number(own.logloss), number(own.pcoc, 3))
+            rows.append((task, *values, worst))
+        names = ("AUC", "GAUC", "logloss", "PCOC", "worst domain's AUC")
+        if len(rows) == 1:
+            _, *single, worst = rows[0]
+            line = "  ".join(f"{name} {value}" for name, value in zip(names, single, strict=False))
+            return f" {line}" + (f"  {names[-1]} {worst}" if worst else "")
+        table: list[tuple[str, ...]] = [("task", *names), *rows]
+        if not any(row[-1] for row in rows):
+            table = [row[:-1] for row in table]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for task, *cells in table:
+            numbers = "  ".join(
+                f"{cell:>{width}}" for cell, width in zip(cells[:4], widths[1:5], strict=True)
+            )
+            lines.append("  ".join([f"{task:<{widths[0]}}", numbers, *cells[4:]]).rstrip())
+        return "".join(f"\n  {line}" for line in lines)
 
 
 def measure_split(scored: Scored, log: Path, feature: str) -> SplitMetrics:

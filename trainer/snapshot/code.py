@@ -14,7 +14,7 @@ from embeddings.private import compile_package
 from trainer.model.branch import Branch
 from trainer.model.frame import TwoStageModel
 from trainer.model.heads.head import HeadInput, HeadOutput
-from trainer.model.heads.products import with_products
+from trainer.model.heads.products import Products
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.score import AttentionVectors
 from trainer.model.time import Marks
@@ -30,11 +30,12 @@ _ALLOWED_DIFFERENCE = 1e-6
 class _Probabilities(nn.Module):
     def __init__(self, model: TwoStageModel) -> None:
         super().__init__()
-        self.head, self.tasks = model.head, model.tasks
+        self.head, self.products = model.head, Products(model.tasks)
 
     def forward(self, parts_CW: Tensor) -> Tensor:
         output: HeadOutput = self.head(HeadInput({"": [parts_CW]}, []))
-        return with_products(output, self.tasks).logits.sigmoid()
+        all_tasks: HeadOutput = self.products(output)
+        return all_tasks.logits.sigmoid()
 
 
 class _Ranking(nn.Module):
@@ -47,7 +48,7 @@ class _Ranking(nn.Module):
         super().__init__()
         branch = model.branches["main"]
         assert isinstance(branch, Branch)
-        self.branch, self.head, self.tasks = branch, model.head, model.tasks
+        self.branch, self.head, self.products = branch, model.head, Products(model.tasks)
 
     def forward(
         self,
@@ -71,13 +72,26 @@ class _Ranking(nn.Module):
         behaviors = Behaviors(windows, raw, encoded, selection, False, target_CD, value_SD, place_CK)
         sets = branch.read(behaviors, branch.weigh(behaviors))
         output: HeadOutput = self.head(HeadInput(sets, []))
-        return with_products(output, self.tasks).logits.sigmoid()
+        all_tasks: HeadOutput = self.products(output)
+        return all_tasks.logits.sigmoid()
 
 
-def check_compiler(root: Path) -> None:
-    """Raises SnapshotError where there is no C++ compiler."""
+def check_code(root: Path, model: TwoStageModel) -> None:
+    """Raises SnapshotError where there is no C++ compiler, or nothing of the model to compile.
+
+    Args:
+        root: the folder of snapshots; model: on any device, also the meta device.
+    """
     if shutil.which("g++") is None:
         raise SnapshotError(root, "--aoti compiles C++ and finds no g++; install it or export without --aoti")
+    obstacle = model.head.compile_obstacle
+    if obstacle and not _is_one_branch(model):
+        head = f'head = "{model.config.head}"'
+        raise SnapshotError(
+            root,
+            f'--aoti compiles head = "mlp" of such a model, and {head} {obstacle}; export without --aoti '
+            "(docs/snapshots.md says which models it compiles whole)",
+        )
 
 
 @torch.no_grad()
@@ -86,8 +100,11 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
 
     AOTInductor compiles. Any number of candidates; all other sizes are fixed.
 
+    Args:
+        snapshot: of a model that `check_code` lets pass.
+
     Raises:
-        SnapshotError: the model has neither, or the compiled one computes something else.
+        SnapshotError: the compiled one computes something else.
     """
     model = snapshot.model
     if _is_one_branch(model):
@@ -97,10 +114,6 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
         sizes = ", ".join(f"{name} {_shape(part)}" for name, part in named.items())
         describes = f"stage two and head: {sizes} -> probabilities [candidates, tasks]"
     else:
-        obstacle = model.head.compile_obstacle
-        if obstacle:
-            problem = f'--aoti compiles head = "mlp"; head = "{model.config.head}" {obstacle}'
-            raise SnapshotError(folder, problem)
         width = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear)).in_features
         path, module = "code/head.pt2", _Probabilities(model).eval()
         given = (torch.randn(7, width, generator=torch.Generator().manual_seed(0)),)

@@ -352,6 +352,8 @@ def _problem_of_domains(batch: RequestBatch, manifest: SnapshotManifest) -> str:
 def _fitted_to_config(path: Path, make: Callable[[], _T]) -> _T:
     try:
         return make()
+    except ConfigError as error:
+        raise SnapshotError(path / MANIFEST, f"its config contradicts itself: {error}") from None
     except (RuntimeError, KeyError, ValueError, AssertionError, TypeError, IndexError) as error:
         raise SnapshotError(path / DENSE, f"does not fit the config: {_line(error)}") from None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.planted.experiments.experiment import Floats, Measured
+from benchmarks.planted.experiments.experiment import Floats, Measured, logloss_of
 from pipelines.start import open_split
 from pipelines.synth.synth import TRUTH
 from pipelines.train import train
@@ -50,9 +50,12 @@ def trained(out: Path, overrides: list[str], tied: bool) -> Measured:
             reader = open_split(restored.config, SPLIT, restored.rows, ranks)
             with experts_of_first_layer() as outputs:
                 scored = score_split(restored.sharded.model, reader, ranks.device)
+            seen = open_split(restored.config, "train", restored.rows, ranks)
+            on_train = score_split(restored.sharded.model, seen, ranks.device)
+            learned = {task: logloss_of(on_train, task) for task in on_train.tasks}
             tables = representation(restored.sharded.model)
     truth = truth_of(scored, restored.config.data.log)
-    return Measured(scored, truth, *relation(outputs), tables, negatives)
+    return Measured(scored, truth, *relation(outputs), tables, negatives, learned)
 
 
 def truth_of(scored: Scored, log: Path) -> dict[str, npt.NDArray[np.generic]]:

@@ -112,6 +112,26 @@ def test_sets_stay_in_their_order(before: list[str], after: list[str], message: 
     assert message in str(caught.value)
 
 
+OF_TASKS = 'groups.representation.sets={shared = {}, click = {owner = "task:click"}}'
+
+
+def test_the_same_sets_may_be_written_in_another_way() -> None:
+    width = changed().groups["representation"].dim
+    spelled = [OF_TASKS, OF_TASKS.replace("shared = {}", f"shared = {{dim = {width}}}")]
+    ways = ["groups.representation.sets=tasks", *spelled]
+    for before in ways:
+        given = state() | {"config": changed(before).model_dump(mode="json")}
+        for after in ways:
+            check_resumable(given, changed(after), "a", ["click"])
+        with pytest.raises(ConfigError, match=r"groups\.representation\.sets"):
+            check_resumable(
+                given, changed(OF_TASKS.replace("shared = {}", "shared = {dim = 4}")), "a", ["click"]
+            )
+        # Another owner of the same set.
+        with pytest.raises(ConfigError, match=r"groups\.representation\.sets"):
+            check_resumable(given, changed(OF_TASKS.replace('owner = "task:click"', "")), "a", ["click"])
+
+
 def test_how_a_task_is_trained_may_change() -> None:
     given = state() | {"config": changed("tasks.a.weight=2").model_dump(mode="json")}
     check_resumable(given, changed("tasks.a.weight=3", "tasks.a.loss=focal"), "a")

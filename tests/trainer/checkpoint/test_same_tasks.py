@@ -93,3 +93,11 @@ def test_tasks_of_another_version_are_refused() -> None:
     tree["tasks"]["click"]["curve"] = 1
     with pytest.raises(ConfigError, match="tasks of another version"):
         check_same_tasks({"config": tree}, load_config(DARE, [CLICK]), LABELS)
+
+
+def test_a_tower_that_is_spelled_out_is_the_same() -> None:
+    with_towers = ["model.head=experts", "model.hidden=[8, 4]", CLICK, BUY]
+    spelled = [*with_towers, "tasks.buy.tower=[8, 4]"]
+    assert differences(with_towers, spelled) == differences(spelled, with_towers) == []
+    with pytest.raises(ConfigError, match=r"tasks\.buy\.tower = \(8, 4\), now it is \(8,\)"):
+        differences(with_towers, [*with_towers, "tasks.buy.tower=[8]"])

@@ -218,6 +218,10 @@ def test_a_run_starts_from_another_and_then_keeps_to_itself(
     said = capsys.readouterr().out
     assert f"weights from {old / 'run'}, step 4" in said and "56 of 59 values carried over" in said
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
+    other = {**start, "groups__representation__dim": 16}
+    with pytest.raises(CheckpointError) as caught:
+        train_run(config(newer, **other), tmp_path / "other", ranks)
+    assert str(caught.value).startswith(f"{old / 'run'}: ")
     gone = {**start, "train__init_from": str(tmp_path / "gone"), "train__max_steps": 6}
     train_run(config(newer, **gone), tmp_path / "run", ranks)
     assert "resumed from" in capsys.readouterr().out

@@ -190,10 +190,12 @@ def test_an_owner_that_is_no_task_is_refused(log: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sequence", ["attention", "collision"])
 def test_an_owner_of_weights_that_are_not_there_is_said(log: Path, tmp_path: Path, sequence: str) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(f'[data]\nlog = "{log}"\n[model]\nattention_owner = "click"\nsequence = "{sequence}"\n')
+    model = f'[model]\nattention_owner = "click"\nsequence = "{sequence}"\nhead = "experts"\n'
+    path.write_text(f'[data]\nlog = "{log}"\n{model}[model.towers]\ngate_hidden = 9\n')
     settings, manifest = load_config(path), read_manifest(log)
     said = "\n".join(remarks(settings, manifest, resolve_groups(settings, manifest)))
     assert ("model.attention_owner = 'click'" in said) == (sequence == "collision")
+    assert "model.towers.gate_hidden = 9 (model.towers has no gates)" in said
 
 
 def test_running_statistics_are_refused_for_they_would_count_twice() -> None:

@@ -111,6 +111,18 @@ def test_the_worst_domain_and_the_mean_are_those_of_domains_with_both_classes() 
             assert own[f"mean_{metric}"] == pytest.approx(np.mean(list(values.values())))
 
 
+def test_a_domain_of_few_positives_is_never_the_worst() -> None:
+    scored = drawn(tasks=2, count=1000)
+    assert scored.domain is not None
+    few = np.flatnonzero(scored.domain == 1)[:30]
+    scored.domain[few], scored.label[few, 0] = 7, np.arange(30) < 3
+    # As bad as can be.
+    scored.score[few, 0] = 1 - scored.label[few, 0]
+    over = OverDomains.of(SplitMetrics({}, by_domain(scored, {})).of_task("click"))
+    assert over.left_out == {"7": "only 3 positives, fewer than 20"}
+    assert over.worst("auc") != "7" and over.worst("logloss") != "7"
+
+
 def test_a_task_without_a_comparable_domain_says_why() -> None:
     scored = drawn(tasks=2)
     scored.label[:, 1] = np.nan

@@ -237,3 +237,17 @@ def test_machine_code_computes_what_the_model_does(
     file.write_bytes(content)
     with pytest.raises(SnapshotError, match=r"pt2: does not match"):
         load_snapshot(tmp_path / "out")
+
+
+def test_what_cannot_be_compiled_is_said_before_tables_are_written(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate that reads a prior is no function of what a search kept, and experts are several networks."""
+    words = ["model.head=experts", 'model.mixer={kind = "softmax", gate = "prior"}', "groups.near.dim=4"]
+    run = save_run(tmp_path / "run", log, "dare", *words, "model.roles.prior=near")
+    monkeypatch.setattr(shutil, "which", lambda _: "g++")
+    monkeypatch.setattr("pipelines.export._write", lambda *_: pytest.fail("tables were written"))
+    with pytest.raises(SnapshotError, match='head = "experts" needs its sets one by one') as error:
+        export(run, tmp_path / "out", aoti=True)
+    assert str(error.value).startswith(f"{tmp_path / 'out'}: ")
+    assert not list(tmp_path.glob("out/*"))

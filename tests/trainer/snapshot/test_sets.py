@@ -150,6 +150,39 @@ def test_tasks_that_change_places_are_refused(tmp_path: Path) -> None:
         load_snapshot(version)
 
 
+def test_a_config_without_its_domain_names_the_snapshot(log: Path, tmp_path: Path) -> None:
+    words = [
+        "model.head=experts",
+        'model.mixer={kind = "softmax", per = "domain"}',
+        "data.domain=category_id",
+    ]
+    run = save_run(tmp_path / "run", log, "dare", *words)
+    version = exported(run, tmp_path / "out", parity_requests=1)
+    tree = json.loads((version / MANIFEST).read_text())
+    tree["config"]["data"]["domain"] = ""
+    SEAL.write(version, json.dumps(tree))
+    with pytest.raises(SnapshotError) as caught:
+        load_snapshot(version)
+    assert str(caught.value).startswith(
+        f"{version / MANIFEST}: its config contradicts itself: model.mixer.per"
+    )
+
+
+def test_a_manifest_with_a_bad_set_is_refused_in_one_sentence(version: Path) -> None:
+    before = (version / MANIFEST).read_text()
+    tree = json.loads(before)
+    tree["config"]["groups"]["representation"]["sets"] = "four"
+    try:
+        SEAL.write(version, json.dumps(tree))
+        with pytest.raises(SnapshotError) as caught:
+            load_snapshot(version)
+    finally:
+        SEAL.write(version, before)
+    assert str(caught.value).startswith(
+        f"{version / MANIFEST}: config.groups.representation.sets: must be a whole number, 'tasks' or a table"
+    )
+
+
 def test_sets_of_tasks_find_their_tasks_again(tmp_path: Path) -> None:
     """STEM's form: a set for each task, and experts that read their own one."""
     rows = {

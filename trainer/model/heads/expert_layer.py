@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.heads.grouped import GroupedLinear
-from trainer.model.heads.head import HeadInput, HeadSizes
+from trainer.model.heads.head import HeadSizes
 from trainer.model.heads.mixer import SHARED, Mixer, key_of
 from trainer.model.heads.nets.table import EXPERTS
+from trainer.model.ops.by_group import Groups
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,32 @@ class ExpertBank(nn.Module):
         width, self.each = fields + beside, each
         normed = experts.norm == "layer"
         self.norms = nn.ModuleList(nn.LayerNorm(width) if normed else nn.Identity() for _ in range(inputs))
-        self.net = EXPERTS[net].build(experts, inputs * each, width, fields)
+        kind = EXPERTS[net]
+        self.net = kind.build(experts, inputs * (1 if kind.alike else each), width, fields)
+        self.alike = kind.alike
         self.activates = experts.activation == "relu"
         before, layers = self.net.outputs, []
         for after in experts.hidden:
             layers.append(GroupedLinear(inputs * each, before, after))
             before = after
-        self.layers = nn.ModuleList(layers)
+        self.layers: Iterable[Any] = nn.ModuleList(layers)
 
     def forward(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Inputs, each [C, width] -> what each expert gives, [C, d]: those of the first input first."""
         x_SCW = torch.stack([norm(x) for norm, x in zip(self.norms, inputs, strict=True)])
-        x_ECW = self.net(x_SCW if self.each == 1 else x_SCW.repeat_interleave(self.each, dim=0))
-        for layer in self.layers:
-            x_ECW = layer(x_ECW)
+        if self.alike:
+            # One for all experts of an input, up to their first layer.
+            x_ECW = self.net(x_SCW)
+        else:
+            x_ECW = self.net(x_SCW[:, None].expand(-1, self.each, -1, -1).flatten(0, 1))
+        for number, layer in enumerate(self.layers):
+            x_ECW = layer(x_ECW) if number else layer.of_shared(x_ECW)
             x_ECW = x_ECW.relu() if self.activates else x_ECW
-        each: Sequence[Tensor] = x_ECW.unbind(0)
-        return each
+        every: Sequence[Tensor] = x_ECW.unbind(0)
+        if len(every) == len(self.norms):
+            # There was no layer in which they part.
+            every = [x_CW for x_CW in every for _ in range(self.each)]
+        return every
 
 
 class ExpertLayer(nn.Module):
@@ -107,7 +117,11 @@ class ExpertLayer(nn.Module):
         self.mixer = Mixer(model, self.producers, widths, self.width, sizes.domains)
 
     def forward(
-        self, streams: Sequence[Tensor], beside_CX: Tensor | None, given: HeadInput
+        self,
+        streams: Sequence[Tensor],
+        beside_CX: Tensor | None,
+        prior_CP: Tensor | None = None,
+        domain: Groups | None = None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """-> what each expert gives, [C, d], and consumer -> mixture [C, d]."""
         inputs = [joined([stream, beside_CX]) for stream in streams]
@@ -117,8 +131,8 @@ class ExpertLayer(nn.Module):
             outputs += banks[width]([inputs[number] for number in numbers])
         reads = {}
         for consumer in self.mixer.rows if self.mixer.gates else ():
-            reads[consumer] = self._gate_input(consumer, streams, beside_CX, given.prior)
-        return outputs, self.mixer(outputs, reads, given.domain)
+            reads[consumer] = self._gate_input(consumer, streams, beside_CX, prior_CP)
+        return outputs, self.mixer(outputs, reads, domain)
 
     def _streams_of(self, *owners: str) -> list[int]:
         return [number for number, stream in enumerate(self.streams) if stream.owner in owners]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field
@@ -117,6 +118,50 @@ def reads_prior(model: Any) -> bool:
     """Whether any gate reads the prior."""
     of_mixer = model.mixer.kind == "softmax" and model.mixer.gate == "prior"
     return bool(of_mixer or model.towers.gated or model.towers.gate_inputs)
+
+
+def _why_unread(model: Any, owners: Collection[str]) -> dict[str, str]:
+    """Keys that not every net or kind reads, `section.key` -> why this model does not; empty where it does.
+
+    A net says itself which keys it reads, see `Net.reads`.
+    """
+    experts, mixer, towers = model.experts, model.mixer, model.towers
+    of_nets = {key for net in EXPERTS.values() for key in net.reads} - EXPERTS[experts.net].reads
+    net, kind = f'model.experts.net is "{experts.net}"', f'model.mixer.kind is "{mixer.kind}"'
+    shares = any(not owner.startswith("task:") for owner in owners)
+    gates = towers.gated or towers.gate_inputs
+    return {
+        **{f"experts.{key}": net for key in of_nets},
+        "experts.activation": "" if experts.hidden else "model.experts.hidden is empty",
+        "experts.shared": "" if shares else "tasks own all sets",
+        "experts.foreign": "" if experts.own else "model.experts.own is 0",
+        **{
+            f"experts.{key}": "" if experts.covariance else "model.experts.covariance is 0"
+            for key in ("covariance_over", "covariance_rows")
+        },
+        **{
+            f"mixer.{key}": "" if mixer.kind == "softmax" else kind
+            for key in ("axis", "gate", "hidden", "per")
+        },
+        "towers.gate_hidden": "" if gates else "model.towers has no gates",
+    }
+
+
+def unread_keys(model: Any, owners: Collection[str]) -> Iterator[str]:
+    """Keys of the three sections that were given and that nothing reads, each with its value and the reason.
+
+    Values that contradict each other are refused before that, see `problems_of`. Where a section has every
+    key, as in the config of a run folder, they were not all given by somebody: then those count that differ
+    from their default.
+    """
+    for key, why in _why_unread(model, owners).items():
+        name, _, field = key.partition(".")
+        section, fields = getattr(model, name), type(getattr(model, name)).model_fields
+        whole = section.model_fields_set == set(fields)
+        value = getattr(section, field)
+        if why and field in section.model_fields_set and not (whole and value == fields[field].default):
+            shown = json.dumps(value)
+            yield f"model.{key} = {shown} ({why})"
 
 
 def problems_of(model: Any) -> Iterator[str]:

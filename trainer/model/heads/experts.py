@@ -8,7 +8,7 @@ Shared bottom, MMoE, PLE, Multi-Embedding, STEM, Crocodile and PEPNet are settin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from embeddings.errors import ConfigError
 from trainer.model.heads.expert_layer import ExpertLayer, Stream, joined
-from trainer.model.heads.expert_settings import ExpertsKeys, problems_of, reads_prior
+from trainer.model.heads.expert_settings import ExpertsKeys, problems_of, reads_prior, unread_keys
 from trainer.model.heads.head import Head, HeadInput, HeadOutput, HeadSizes
 from trainer.model.heads.mixer import SHARED, key_of
 from trainer.model.heads.towers import PriorGate, Tower
+from trainer.model.ops.by_group import Groups
+from trainer.model.ops.precision import full
 
 
 class GateReport(NamedTuple):
@@ -57,12 +59,17 @@ class ExpertsHead(Head):
         return "domain" in (model.mixer.per, model.towers.per)
 
     @classmethod
+    def unread_keys(cls, model: Any, owners: Collection[str]) -> list[str]:
+        return list(unread_keys(model, owners))
+
+    @classmethod
     def gives_experts(cls, model: Any) -> bool:
         return bool(model.experts.covariance > 0)
 
     def __init__(self, model: Any, sizes: HeadSizes) -> None:
         super().__init__()
         experts, towers, tasks = model.experts, model.towers, [f"task:{task.name}" for task in sizes.tasks]
+        self.domains = sizes.domains
         self.foreign, self.covariance, self.tasks = experts.foreign, self.gives_experts(model), tasks
         self.sets = {name: Stream(owner, width) for name, owner, width in _sets_of(sizes)}
         self.input_gates = nn.ModuleDict()
@@ -94,17 +101,18 @@ class ExpertsHead(Head):
                 x_CW = x_CW * self.input_gates[_gate_key(name)](given.prior, x_CW)
             streams.append(x_CW)
         beside_CX = joined(given.beside) if given.beside else None
+        domain = None if given.domain is None else Groups(given.domain, self.domains)
         shared: list[Tensor] = []
         mixtures: dict[str, Tensor] = {}
         for layer in self._layers():
-            outputs, mixtures = layer(streams, beside_CX, given)
+            outputs, mixtures = layer(streams, beside_CX, given.prior, domain)
             if not shared:
                 shared = [x for x, owner in zip(outputs, layer.producers, strict=True) if owner == SHARED]
             streams, beside_CX = list(mixtures.values()), None
-        logits = [self.towers[key_of(task)](mixtures[task], given.prior, given.domain) for task in self.tasks]
+        logits = [self.towers[key_of(task)](mixtures[task], given.prior, domain) for task in self.tasks]
         output = HeadOutput.of(torch.stack(logits, dim=2).flatten(1), len(self.tasks))
         if self.covariance and self.training:
-            return output._replace(experts=torch.stack(shared, dim=1))
+            return output._replace(experts=full(torch.stack(shared, dim=1)))
         return output
 
     def own_parameters(self, task: str) -> list[nn.Parameter]:
@@ -182,7 +190,8 @@ def _unfit(model: Any, sizes: HeadSizes) -> Iterable[str]:
                 yield f'model.{section}.per = "domain" needs data.domain, the feature that says the domain'
     for name, owner, _ in sets:
         if owner.startswith("task:") and not experts.own:
-            yield f"set {name!r} belongs to {owner}, but tasks have no experts: set model.experts.own"
+            key = f"groups.{model.roles.representation_target}.sets.{name}.owner = {owner!r}"
+            yield f"{key}: tasks have no experts that could read the set; set model.experts.own = 1"
     without = [task.name for task in sizes.tasks if f"task:{task.name}" not in owners]
     of_domains = {f"domain:{number}" for number in range(sizes.domains)}
     every_domain = sizes.domains and of_domains <= set(owners)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.ops.bags import rows_at
+from trainer.model.ops.by_group import Groups, linear_by_group
 
 
 class GroupedLinear(nn.Module):
@@ -32,11 +32,27 @@ class GroupedLinear(nn.Module):
             return F.linear(x_ECW[0], self.weight[0], self.bias[0])[None]
         return torch.baddbmm(self.bias[:, None], x_ECW, self.weight.transpose(1, 2))
 
+    def of_shared(self, x_SCW: Tensor) -> Tensor:
+        """The same where E / S maps, one after the other, read each of S inputs: [S, C, in] -> [E, C, out].
+
+        No input is copied for its maps. Values are those of `forward` but for rounding (1e-6).
+        """
+        inputs = x_SCW.shape[0]
+        if len(self.weight) == inputs:
+            return self.forward(x_SCW)
+        weight_SXW, bias_SX = (
+            part.unflatten(0, (inputs, -1)).flatten(1, 2) for part in (self.weight, self.bias)
+        )
+        out_SCX = torch.baddbmm(bias_SX[:, None], x_SCW, weight_SXW.transpose(1, 2))
+        out_ECO: Tensor = out_SCX.unflatten(2, (-1, self.bias.shape[1])).transpose(1, 2).flatten(0, 1)
+        return out_ECO
+
 
 class DomainLinear(nn.Module):
     """A linear map for each of N domains: parameters as of `GroupedLinear`, chosen by the candidate's domain.
 
-    Every domain's parameters take part in every step, whoever is in the batch.
+    Every domain's parameters take part in every step, whoever is in the batch. The cost is that of one map
+    for all candidates, however many domains there are.
     """
 
     def __init__(self, domains: int, width: int, outputs: int) -> None:
@@ -44,26 +60,9 @@ class DomainLinear(nn.Module):
         maps = GroupedLinear(domains, width, outputs)
         self.weight, self.bias = maps.weight, maps.bias
 
-    def forward(self, x_CW: Tensor, domain_C: Tensor) -> Tensor:
+    def forward(self, x_CW: Tensor, domain: Groups) -> Tensor:
         """[C, in] -> [C, out]."""
-        if len(self.weight) <= x_CW.shape[1]:
-            return self.of_all(x_CW, domain_C)
-        return self.gathered(x_CW, domain_C)
-
-    def of_all(self, x_CW: Tensor, domain_C: Tensor) -> Tensor:
-        """By the maps of all domains, of which each candidate takes its own: [C, N, out] numbers between."""
-        all_CX = F.linear(x_CW, self.weight.flatten(0, 1), self.bias.flatten())
-        all_CNO = all_CX.unflatten(1, self.bias.shape)
-        own_C1O = domain_C[:, None, None].expand(-1, 1, all_CNO.shape[2])
-        out_CO: Tensor = all_CNO.gather(1, own_C1O).squeeze(1)
-        return out_CO
-
-    def gathered(self, x_CW: Tensor, domain_C: Tensor) -> Tensor:
-        """By a copy of its map for each candidate: [C, out, in] numbers between."""
-        weight_COW = rows_at(self.weight.flatten(1), domain_C).unflatten(1, self.weight.shape[1:])
-        out_CO1 = torch.baddbmm(rows_at(self.bias, domain_C)[:, :, None], weight_COW, x_CW[:, :, None])
-        out_CO: Tensor = out_CO1.squeeze(2)
-        return out_CO
+        return linear_by_group(x_CW, self.weight, self.bias, domain)
 
 
 def linear(width: int, outputs: int, domains: int = 0) -> nn.Module:
@@ -71,7 +70,7 @@ def linear(width: int, outputs: int, domains: int = 0) -> nn.Module:
     return DomainLinear(domains, width, outputs) if domains else nn.Linear(width, outputs)
 
 
-def applied(layer: nn.Module, x_CW: Tensor, domain_C: Tensor | None) -> Tensor:
+def applied(layer: nn.Module, x_CW: Tensor, domain: Groups | None) -> Tensor:
     """What a map of `linear` makes of candidates."""
-    out: Tensor = layer(x_CW, domain_C) if isinstance(layer, DomainLinear) else layer(x_CW)
+    out: Tensor = layer(x_CW, domain) if isinstance(layer, DomainLinear) else layer(x_CW)
     return out

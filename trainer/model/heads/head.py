@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config.model import ModelKeys, Width
 from trainer.config.tasks import Task
+from trainer.model.ops.precision import full
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class HeadOutput(NamedTuple):
 
     Attributes:
         logits: float32 [C, T], log odds of each task.
-        base: [C, T], the logit of the negative class, for objectives that train two logits a task (JRC): that
-            of the positive class is `logits` + `base`. None where no task has such an objective.
-        experts: [C, E, d], what the shared experts of the first layer give, for their covariance; None where
-            nobody asks for it.
+        base: float32 [C, T], the logit of the negative class, for objectives that train two logits a task
+            (JRC): that of the positive class is `logits` + `base`. None where no task has such an objective.
+        experts: float32 [C, E, d], what the shared experts of the first layer give, for their covariance;
+            None where nobody asks for it.
     """
 
     logits: Tensor
@@ -82,7 +83,8 @@ class HeadOutput(NamedTuple):
 
     @classmethod
     def of(cls, output: Tensor, tasks: int) -> HeadOutput:
-        """`output`: [C, T] or [C, 2 T], see `HeadSizes.outputs`."""
+        """`output`: [C, T] or [C, 2 T], see `HeadSizes.outputs`; may be in half precision."""
+        output = full(output)
         if output.shape[1] == tasks:
             return cls(output)
         return cls(output[:, :tasks], output[:, tasks:])
@@ -144,6 +146,15 @@ class Head(nn.Module):
     def reads_domain(cls, model: Any) -> bool:
         """Whether settings have it look at `HeadInput.domain`, besides for sets that domains own."""
         return False
+
+    @classmethod
+    def unread_keys(cls, model: Any, owners: Collection[str]) -> list[str]:
+        """Keys of this head that were given and have no effect, each with its reason.
+
+        Args:
+            owners: of the sets of the representation.
+        """
+        return []
 
     @classmethod
     def gives_experts(cls, model: Any) -> bool:

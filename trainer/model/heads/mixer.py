@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.heads.grouped import applied, linear
+from trainer.model.ops.by_group import Groups
+from trainer.model.ops.precision import full
 
 SHARED = "shared"
 
@@ -56,12 +58,12 @@ class Gate(nn.Module):
         widths = [*sizes, experts * elements]
         self.layers = nn.ModuleList(linear(before, after, domains) for before, after in pairwise(widths))
 
-    def forward(self, read_CW: Tensor, domain_C: Tensor | None, present_CV: Tensor | None) -> Tensor:
+    def forward(self, read_CW: Tensor, domain: Groups | None, present_CV: Tensor | None) -> Tensor:
         """-> [C, V, 1 or d]; experts that are not `present_CV` have no weight."""
         x = self.norm(read_CW)
         for number, layer in enumerate(self.layers):
-            x = applied(layer, x.relu() if number else x, domain_C)
-        logits_CVX: Tensor = x.unflatten(1, (self.experts, -1))
+            x = applied(layer, x.relu() if number else x, domain)
+        logits_CVX: Tensor = full(x).unflatten(1, (self.experts, -1))
         if present_CV is not None:
             logits_CVX = logits_CVX.masked_fill(~present_CV[:, :, None], -torch.inf)
         return logits_CVX.softmax(1)
@@ -69,6 +71,8 @@ class Gate(nn.Module):
 
 class Mixer(nn.Module):
     """Maps what P experts give, each [C, d], to a vector [C, d] for each consumer.
+
+    Weights and sums are in single precision, also where autocast halves products.
 
     Args:
         model: the section [model]; producers: the owner of each expert.
@@ -105,7 +109,7 @@ class Mixer(nn.Module):
             )
 
     def forward(
-        self, outputs: Sequence[Tensor], reads: Mapping[str, Tensor], domain_C: Tensor | None
+        self, outputs: Sequence[Tensor], reads: Mapping[str, Tensor], domain: Groups | None
     ) -> dict[str, Tensor]:
         """Consumer -> [C, d]. `reads`: what each gate reads."""
         seen: dict[Any, Tensor] = {}
@@ -114,24 +118,25 @@ class Mixer(nn.Module):
         for consumer, row in self.rows.items():
             if row not in seen:
                 # The whole mask of gradients is this `detach`.
-                each = [outputs[number] if live else outputs[number].detach() for number, live in row]
+                each = [full(outputs[number] if live else outputs[number].detach()) for number, live in row]
                 seen[row] = torch.stack(each, dim=1)
             if self.kind == "softmax":
-                present_CV = self._present(row, domain_C)
-                weight_CVX = self.gates[key_of(consumer)](reads[consumer], domain_C, present_CV)
+                present_CV = self._present(row, domain)
+                weight_CVX = self.gates[key_of(consumer)](reads[consumer], domain, present_CV)
                 mixtures[consumer] = (weight_CVX * seen[row]).sum(1)
                 continue
             if row not in mixed:
-                mixed[row] = self._added(seen[row], self._present(row, domain_C))
+                mixed[row] = self._added(seen[row], self._present(row, domain))
             mixtures[consumer] = mixed[row]
         return mixtures
 
-    def _present(self, row: Sequence[tuple[int, bool]], domain_C: Tensor | None) -> Tensor | None:
+    def _present(self, row: Sequence[tuple[int, bool]], domain: Groups | None) -> Tensor | None:
         """Which of a row's experts are everybody's or the candidate's own domain's, [C, V]; None: all."""
         owners = [self.domain_of[number] for number, _ in row]
         if all(owner is None for owner in owners):
             return None
-        assert domain_C is not None
+        assert domain is not None
+        domain_C = domain.of_row
         everybody = torch.ones_like(domain_C, dtype=torch.bool)
         return torch.stack([everybody if owner is None else domain_C == owner for owner in owners], dim=1)
 

@@ -28,32 +28,29 @@ def product_log_odds(logits: Sequence[Tensor]) -> Tensor:
         return held_C - torch.stack(fails).logsumexp(0)
 
 
-def with_products(output: HeadOutput, tasks: Sequence[Task]) -> HeadOutput:
+class Products(nn.Module):
     """What a head says of tasks with a tower -> the same of all tasks, in their order.
 
-    A task with a product has the base 0 where there are bases: it has no logit of a negative class.
+    A task with a product has the base 0 where there are bases: it has no logit of a negative class. It is a
+    module, so that TorchRec's trace does not enter it.
     """
-    if all(task.has_tower for task in tasks):
-        return output
-    towers = [task.name for task in tasks if task.has_tower]
-    logits = dict(zip(towers, output.logits.unbind(1), strict=True))
-    columns, bases = [], []
-    for task in tasks:
-        parts = [logits[name] for name in task.settings.product or (task.name,)]
-        columns.append(product_log_odds(parts) if task.settings.product else parts[0].float())
-        if output.base is not None:
-            has = task.has_tower
-            bases.append(output.base[:, towers.index(task.name)] if has else torch.zeros_like(parts[0]))
-    base_CT = torch.stack(bases, dim=1) if bases else None
-    return output._replace(logits=torch.stack(columns, dim=1), base=base_CT)
-
-
-class Products(nn.Module):
-    """`with_products` for the tasks of a model: a module, so that TorchRec's trace does not enter it."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
 
     def forward(self, output: HeadOutput) -> HeadOutput:
-        return with_products(output, self.tasks)
+        tasks = self.tasks
+        if all(task.has_tower for task in tasks):
+            return output
+        towers = [task.name for task in tasks if task.has_tower]
+        logits = dict(zip(towers, output.logits.unbind(1), strict=True))
+        columns, bases = [], []
+        for task in tasks:
+            parts = [logits[name] for name in task.settings.product or (task.name,)]
+            columns.append(product_log_odds(parts) if task.settings.product else parts[0].float())
+            if output.base is not None:
+                has = task.has_tower
+                bases.append(output.base[:, towers.index(task.name)] if has else torch.zeros_like(parts[0]))
+        base_CT = torch.stack(bases, dim=1) if bases else None
+        return output._replace(logits=torch.stack(columns, dim=1), base=base_CT)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.heads.grouped import applied, linear
+from trainer.model.ops.by_group import Groups
+from trainer.model.ops.precision import full
 
 
 class PriorGate(nn.Module):
@@ -24,9 +26,9 @@ class PriorGate(nn.Module):
         self.factors = nn.Linear(hidden, outputs)
 
     def forward(self, prior_CP: Tensor, x_CW: Tensor) -> Tensor:
-        """-> [C, outputs]."""
+        """-> float32 [C, outputs]."""
         hidden = self.hidden(torch.cat([prior_CP, x_CW.detach()], dim=1)).relu()
-        factors: Tensor = self.factors(hidden)
+        factors = full(self.factors(hidden))
         return 2 * factors.sigmoid()
 
 
@@ -50,7 +52,7 @@ class Tower(nn.Module):
         self.slopes = nn.ModuleList(nn.PReLU() for _ in hidden)
         self.gate = PriorGate(gate[0], width, gate[1], sum(self.widths)) if gate else None
 
-    def forward(self, x_CD: Tensor, prior_CP: Tensor | None, domain_C: Tensor | None) -> Tensor:
+    def forward(self, x_CD: Tensor, prior_CP: Tensor | None, domain: Groups | None) -> Tensor:
         """-> [C, outputs]."""
         factors: Sequence[Tensor] = ()
         if self.gate is not None:
@@ -60,5 +62,5 @@ class Tower(nn.Module):
         for number, layer in enumerate(self.layers):
             if number:
                 x = self.slopes[number - 1](x)
-            x = applied(layer, factors[number] * x if factors else x, domain_C)
+            x = applied(layer, factors[number] * x if factors else x, domain)
         return x

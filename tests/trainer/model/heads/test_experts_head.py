@@ -192,7 +192,7 @@ def test_only_shared_experts_of_the_first_layer_are_said_for_their_covariance() 
     settings = stacked(STEM, 2)
     settings["experts"] |= {"covariance": 0.1, "shared": 2, "hidden": [5]}
     head, given = head_of(sizes, **settings), drawn_input(sizes)
-    outputs, _ = head.layers[0]([torch.cat(parts, 1) for parts in given.sets.values()], None, given)
+    outputs, _ = head.layers[0]([torch.cat(parts, 1) for parts in given.sets.values()], None)
     found = head(given).experts
     assert found is not None and torch.equal(found, torch.stack(outputs[:2], 1)) and found.shape == (7, 2, 5)
     assert head.eval()(given).experts is None
@@ -442,6 +442,31 @@ def test_half_precision_gives_finite_logits() -> None:
     )
 
 
+@pytest.mark.parametrize("gate", [{"kind": "softmax"}, {"kind": "mean"}, {"kind": "sum"}])
+def test_half_precision_weighs_and_adds_up_in_single(gate: dict[str, str]) -> None:
+    """Mixtures are exactly those of what the experts gave; what leaves the head is float32."""
+    tasks = tasks_of("click", "buy", buy={"rank": "jrc"})
+    sizes = sizes_of({name: [8] for name in "012"}, tasks, prior=4)
+    settings = {"experts": {"hidden": [5], "covariance": 0.1}, "mixer": gate, "towers": {"gated": True}}
+    head, given = head_of(sizes, **settings), drawn_input(sizes)
+    layer: Any = head.layers[0]
+    seen: dict[str, Any] = {}
+    layer.register_forward_hook(lambda _, __, found: seen.update(layer=found))
+    for key, part in layer.mixer.gates.items():
+        part.register_forward_hook(lambda _, __, weight, key=key: seen.update({key: weight}))
+    head.towers["task_buy"].gate.register_forward_hook(lambda _, __, found: seen.update(factors=found))  # type: ignore[union-attr]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = head(given)
+    outputs, mixtures = seen["layer"]
+    stacked_CVD = torch.stack(outputs, 1).float()
+    assert outputs[0].dtype == torch.bfloat16, "products are halved"
+    weights = {"mean": 1 / 3, "sum": 1.0}
+    weight = seen["task_buy"] if gate["kind"] == "softmax" else weights[gate["kind"]]
+    assert torch.allclose(mixtures["task:buy"], (weight * stacked_CVD).sum(1), atol=1e-6)
+    every = [output.logits, output.base, output.experts, mixtures["task:buy"], seen["factors"]]
+    assert all(part.dtype == torch.float32 for part in every)
+
+
 def test_one_model_for_every_section() -> None:
     """What is set is what is built: no key is dropped."""
     model = model_with(experts={"net": "cross", "crosses": 3, "hidden": [9, 5]}, mixer={"kind": "sum"})
@@ -469,7 +494,7 @@ TWO = {"a": [8], "b": [4]}
         (
             {},
             sizes_of(TWO, owners={"b": "task:buy"}),
-            "set 'b' belongs to task:buy, but tasks have no experts",
+            "groups.representation.sets.b.owner = 'task:buy': tasks have no experts that could read the set",
         ),
         (
             {"experts": {"own": 1}},

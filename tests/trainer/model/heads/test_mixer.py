@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.helpers.heads import model_with
 from tests.helpers.models import draw, drawing
 from trainer.model.heads.mixer import SHARED, Mixer, key_of, sees, trains
+from trainer.model.ops.by_group import Groups
 
 OWNERS = (SHARED, "task:click", "task:buy", "domain:0", "domain:1")
 CONSUMERS = {SHARED: 3, "task:click": 3, "task:buy": 3}
@@ -43,7 +44,7 @@ def test_mixtures_are_those_of_each_candidate_alone(
     outputs = [torch.randn(CANDIDATES, WIDTH, generator=rng).requires_grad_() for _ in producers]
     reads = {consumer: torch.randn(CANDIDATES, width, generator=rng) for consumer, width in CONSUMERS.items()}
     domain_C = torch.randint(0, DOMAINS, (CANDIDATES,), generator=rng)
-    mixtures = mixer(outputs, reads, domain_C)
+    mixtures = mixer(outputs, reads, Groups(domain_C, DOMAINS))
     for consumer, found_CD in mixtures.items():
         visible = [p for p, owner in enumerate(producers) if sees(consumer, owner, foreign)]
         for c, domain in enumerate(domain_C.tolist()):

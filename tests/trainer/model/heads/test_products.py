@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.heads import tasks_of
 from trainer.model.heads.head import HeadOutput
-from trainer.model.heads.products import product_log_odds, with_products
+from trainer.model.heads.products import Products, product_log_odds
 
 logits = st.floats(-80, 80, width=32)
 
@@ -63,8 +63,8 @@ def test_half_precision_around_it_changes_nothing() -> None:
 def test_products_take_their_place_among_the_tasks() -> None:
     tasks = tasks_of("both", "click", "buy", both={"product": ("click", "buy")})
     output = HeadOutput(torch.tensor([[0.5, -1.0]]), torch.tensor([[7.0, 8.0]]))
-    found = with_products(output, tasks)
+    found = Products(tasks)(output)
     p = output.logits.sigmoid().prod()
     assert torch.allclose(found.logits, torch.tensor([[float(torch.logit(p)), 0.5, -1.0]]), atol=1e-6)
     assert found.base is not None and found.base.tolist() == [[0.0, 7.0, 8.0]]
-    assert with_products(output, tasks[1:]) is output
+    assert Products(tasks[1:])(output) is output

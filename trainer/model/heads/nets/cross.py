@@ -14,6 +14,8 @@ class CrossNet(Net):
     """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, with the full matrix W. The layers behind it are DCNv2's stacked
     form."""
 
+    reads = frozenset({"crosses"})
+
     @classmethod
     def build(cls, experts: Any, count: int, width: int, fields: int) -> CrossNet:
         return cls(count, width, experts.crosses)

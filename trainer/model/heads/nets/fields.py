@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from embeddings.errors import ConfigError
+from trainer.model.ops.precision import full
 
 
 def count_fields(net: str, width: int, field: int) -> int:
@@ -23,6 +24,6 @@ def count_fields(net: str, width: int, field: int) -> int:
 
 
 def fields_of(x_ECW: Tensor, count: int, field: int) -> Tensor:
-    """[E, C, width] -> [E, C, F, field], of the first columns."""
-    field_ECFK: Tensor = x_ECW[..., : count * field].unflatten(2, (count, field))
+    """[E, C, width] -> [E, C, F, field], of the first columns; in single precision at least."""
+    field_ECFK: Tensor = full(x_ECW[..., : count * field]).unflatten(2, (count, field))
     return field_ECFK

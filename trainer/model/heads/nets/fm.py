@@ -14,6 +14,9 @@ from trainer.model.heads.nets.net import Net
 class FmNet(Net):
     """What an expert reads, and <f_i, f_j> of all pairs i < j of its set's fields."""
 
+    alike = True
+    reads = frozenset({"field"})
+
     @classmethod
     def build(cls, experts: Any, count: int, width: int, fields: int) -> FmNet:
         return cls(width, count_fields("fm", fields, experts.field), experts.field)

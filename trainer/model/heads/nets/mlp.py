@@ -12,6 +12,8 @@ from trainer.model.heads.nets.net import Net
 class MlpNet(Net):
     """What an expert reads goes to its layers as it is."""
 
+    alike = True
+
     @classmethod
     def build(cls, experts: Any, count: int, width: int, fields: int) -> MlpNet:
         net = cls()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,9 +12,14 @@ class Net(nn.Module):
 
     Attributes:
         outputs: the width of what it gives.
+        alike: it has no parameters, so that all experts of one input get the same from it. Then `count` and E
+            are the inputs.
+        reads: the keys of [model.experts] that it reads, of those that not every net does.
     """
 
     outputs: int
+    alike: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def build(cls, experts: Any, count: int, width: int, fields: int) -> Net:
