@@ -1,4 +1,4 @@
-"""`bench tasks`: the control of a preset is, for each task, a model with that task alone and as wide as all sets."""
+"""`bench tasks`: a preset's control is, for each task, a model with that task alone, as wide as all sets."""
 
 from __future__ import annotations
 
