@@ -1,4 +1,4 @@
-"""Paired differences of metrics: differences of the metrics themselves, as sure as drawing users again says."""
+"""Paired differences of metrics: those of the metrics themselves, with what other users would change."""
 
 from __future__ import annotations
 

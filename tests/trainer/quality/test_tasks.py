@@ -137,3 +137,8 @@ def test_evaluate_and_export_know_tasks_masks_and_domains(
         (line,) = (line for line in said.splitlines() if line.startswith(f"AUC of {task} "))
         assert f" {found['validation']['tasks'][task]['auc']:.6f} by the trainer" in line
         assert "; largest difference " in line
+    why = "since the snapshot's tables of attention are fp16, see --dtype and --attention-dtype"
+    assert said.splitlines()[-1] == f"not bit-equal, {why}" and "100.00% bit-equal" not in said
+    export(made / "run", made / "exact", attention_dtype="fp32")
+    said = capfd.readouterr().out
+    assert "100.00% bit-equal" in said and "not bit-equal" not in said
