@@ -32,7 +32,7 @@ from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.lookup.shards import local_shards
 from embeddings.optimizers import FusedOptimizer
 from embeddings.plan.planner import make_plan
-from embeddings.plan.request import PlanRequest
+from embeddings.plan.request import PlanRequest, PlanRules, TableRule
 from tests.programs.unique_indices import unique_indices_on_cpu
 from trainer.assemble import cluster_of
 from trainer.ranks.process_group import Ranks, process_group
@@ -75,6 +75,7 @@ class Case:
     groups: dict[str, TableGroup]
     comms: Comms = AS_THEY_ARE
     exchange: Exchange = DEFAULT_EXCHANGE
+    rules: PlanRules = PlanRules()
 
     @property
     def group(self) -> TableGroup:
@@ -133,6 +134,19 @@ def set_cases() -> Iterator[tuple[str, Case]]:
         yield f"sets {sharding} half", case_of("bag", sharding, "rowwise_adagrad", dtype="fp16", sets=SETS)
         clipped = case_of("bag", sharding, "adagrad", max_gradient=0.02, sets=SETS)
         yield f"sets {sharding} clipped", clipped
+    yield "sets mixed", each_table_otherwise(case_of("bag", "row_wise", "rowwise_adagrad", sets=SETS))
+
+
+def each_table_otherwise(case: Case) -> Case:
+    """The same, where neighbors of one collection lie otherwise: four types in turn, those of `Case.group`."""
+    types = ("row_wise", "table_wise", "data_parallel", "table_row_wise")
+    groups = {name: replace(group, sharding=types) for name, group in case.groups.items()}
+    rules = {
+        group.table_name(table): TableRule(sharding=(types[place % len(types)],))
+        for group in groups.values()
+        for place, table in enumerate(group.tables)
+    }
+    return replace(case, groups=groups, rules=PlanRules(tables=rules))
 
 
 def distinct_cases() -> Iterator[tuple[str, Case]]:
@@ -209,7 +223,7 @@ def train_sharded(case: Case, ranks: Ranks) -> tuple[list[tuple[Tensor, Tensor]]
         collections[name] = make_collection(group, torch.device("meta"))
         attach_optimizer(collections[name], group.optimizer)
     model, groups = TwoLookups(collections, case.groups), case.groups.values()
-    plan = make_plan(PlanRequest(model, tuple(groups), cluster_of(ranks))).plan
+    plan = make_plan(PlanRequest(model, tuple(groups), cluster_of(ranks), case.rules)).plan
     planned = {table.sharding_type for module in plan.plan.values() for table in module.values()}
     assert planned == set(case.group.sharding)
     sharded = shard(model, case.groups, plan, ranks.device, SEED, case.comms, case.exchange)
