@@ -58,7 +58,7 @@ def test_a_task_without_any_label_is_said_and_no_crash() -> None:
     metrics = measured.tasks
     assert metrics["buy"].samples == 0 and math.isnan(metrics["buy"].auc)
     assert entry_of(metrics)["tasks"]["buy"]["samples"] == 0
-    assert measured.text().splitlines()[-1].split() == ["buy", *"no candidate has a label".split()]
+    assert measured.text().splitlines()[-1].split() == ["buy", "no", "candidate", "has", "a", "label"]
     assert SplitMetrics({"buy": metrics["buy"]}).text() == " no candidate has a label"
     table = Baselines(nothing, {task: {"item_rate": np.full(60, 0.5)} for task in TASKS}, []).metrics(nothing)
     assert task_table("buy", metrics["buy"], table["buy"], "item_id")
