@@ -75,8 +75,9 @@ def control_jobs(
 ) -> dict[str, list[Job]]:
     """Task -> one job a seed, of a model for that task alone with the width of `model`."""
     jobs = {}
+    of_all = [override for override in overrides if not override.startswith("tasks.")]
     for task, alone in model.tasks.items():
-        every = (*overrides, *alone, f"groups.representation.dim={model.width}")
+        every = (*of_all, *alone, f"groups.representation.dim={model.width}")
         jobs[task] = [make_job(control, log, every, seed) for seed in seeds]
     return jobs
 

@@ -48,7 +48,7 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
         beside = baselines(reader)
         table, feature = beside.metrics(scored), counted_feature(restored.manifest)
         slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
-        pairs = by_balance(scored, beside.positives, split)
+        pairs = by_balance(scored, beside.positives, split, reader.columns.labels.tasks)
         entries = {
             split: entry,
             f"{split}_step": restored.step,

@@ -42,6 +42,7 @@ class Parity:
     worst, mean: absolute difference of probabilities; equal: share of candidates that are bit-equal.
     tasks: by name.
     overlap: branch -> share of the behaviors kept by the trainer's search that the snapshot's keeps too.
+    reason: why scores may differ, where that is known.
     """
 
     requests: int = 0
@@ -51,6 +52,7 @@ class Parity:
     equal: float = 1.0
     tasks: Mapping[str, TaskParity] = field(default_factory=dict)
     overlap: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
 
     def lines(self, split: str) -> list[str]:
         """For a terminal."""
@@ -70,7 +72,7 @@ class Parity:
             line += "; all of these labels are alike" if math.isnan(before) else ""
             line += f"; largest difference {own.worst:.3g}, mean {own.mean:.3g}" if several else ""
             lines.append(f"{line}{kept if len(lines) == 1 else ''}")
-        return lines
+        return [*lines, *([f"not bit-equal, since {self.reason}"] if self.reason and self.equal < 1 else [])]
 
 
 def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader, limit: int) -> Parity:
@@ -107,7 +109,18 @@ def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader
             for t, task in enumerate(first.tasks)
         },
         overlap={name: both / max(all_, 1) for name, (both, all_) in counts.items()},
+        reason=_reason(snapshot, trainer.device),
     )
+
+
+def _reason(snapshot: Snapshot, device: torch.device) -> str:
+    """Why the scores of a snapshot differ from those made on `device`; empty where they should not."""
+    kinds = {name: tables[0].dtype for name, tables in snapshot.manifest.groups.items()}
+    narrow = {name: kind for name, kind in kinds.items() if kind != "fp32"}
+    reasons = [f"the snapshot's tables of {name} are {kind}" for name, kind in narrow.items()]
+    if device.type != "cpu":
+        reasons.append(f"the trainer's scores are from {device.type}, which rounds otherwise than a CPU")
+    return " and ".join(reasons) + (", see --dtype and --attention-dtype" if narrow else "")
 
 
 def _auc(scored: Scored, task: int) -> float:

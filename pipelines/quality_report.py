@@ -154,16 +154,26 @@ def domains_table(task: str, domains: Mapping[str, Metrics], feature: str) -> li
         counts, auc = (f"{own.samples:,}", f"{own.positives:,}"), _with_interval(own.auc, own.auc_ci)
         rows.append([name, *counts, auc, *map(number, (own.gauc, own.logloss, own.pcoc))])
     over = OverDomains.of(domains)
-    mean = f"mean of {len(over.metrics)} domains"
-    rows.append([mean, "", "", number(over.mean("auc")), "", number(over.mean("logloss")), ""])
-    worst = ", ".join(_worst(over, metric) for metric in COMPARED if over.metrics)
-    left_out = _listed([f"{name} ({reason})" for name, reason in over.left_out.items()])
+    if several := len(over.metrics) > 1:
+        mean = f"mean of {len(over.metrics)} domains"
+        rows.append([mean, "", "", number(over.mean("auc")), "", number(over.mean("logloss")), ""])
+    worst = ", ".join(_worst(over, metric) for metric in COMPARED)
+    left_out = [f"{name} ({reason})" for name, reason in over.left_out.items()]
     return [
         *table_lines(head, rows),
         *hidden,
-        *([f"worst domain: {worst}"] if worst else []),
-        *([f"not in the mean and not the worst: {left_out}"] if left_out else []),
+        *([f"worst domain: {worst}"] if several else []),
+        *([_not_compared(left_out)] if left_out and _in_several(domains) else []),
     ]
+
+
+def _in_several(domains: Mapping[str, Metrics]) -> bool:
+    """Whether a task was observed in more than one domain: else there is nothing to compare."""
+    return sum(own.samples > 0 for own in domains.values()) > 1
+
+
+def _not_compared(domains: Sequence[str]) -> str:
+    return f"not in the mean and not the worst: {_listed(domains)}"
 
 
 def _worst(over: OverDomains, metric: str) -> str:
@@ -185,18 +195,19 @@ def domain_matrices(measured: SplitMetrics, feature: str) -> list[str]:
             columns[task] = _shown({name: getattr(part, metric) for name, part in own.items()})
             if metric == "auc":
                 columns[task] = {name: _with_interval(part.auc, part.auc_ci) for name, part in own.items()}
-            if metric in COMPARED:
-                worst = over[task].worst(metric)
-                columns[task]["mean of domains"] = number(over[task].mean(metric))
+            if metric in COMPARED and any(len(found.metrics) > 1 for found in over.values()):
+                worst = over[task].worst(metric) if len(over[task].metrics) > 1 else None
+                mean = math.nan if worst is None else over[task].mean(metric)
+                columns[task]["mean of domains"] = number(mean)
                 columns[task]["worst of domains"] = number(over[task].value(worst, metric))
                 columns[task]["which is"] = worst or "-"
         lines += ["", *_matrix(f"{name_of} by {feature}", columns), *hidden]
     tasks: dict[tuple[str, str], list[str]] = {}
     for task, found in over.items():
-        for place in found.left_out.items():
+        for place in found.left_out.items() if _in_several(measured.of_task(task)) else ():
             tasks.setdefault(place, []).append(task)
     reasons = [f"{name} of {', '.join(names)} ({reason})" for (name, reason), names in tasks.items()]
-    return [*lines, *([f"not in the mean and not the worst: {_listed(reasons)}"] if reasons else [])]
+    return [*lines, *([_not_compared(reasons)] if reasons else [])]
 
 
 def balance_table(pairs: Mapping[Pair, Mapping[str, Stratum]]) -> list[str]:
@@ -257,7 +268,7 @@ def remarks(split: str, measured: SplitMetrics, tables: Mapping[str, Table], fea
         for task, own in measured.tasks.items()
         for words in [*_lost(own, tables[task], feature), *_scale(own)]
     ]
-    wrong += [f"{split}: {words}" for words in _scales(measured.domains)]
+    wrong += [f"{split}: {words}" for words in _scales(measured)]
     unnamed = [measured.unnamed] if measured.unnamed else []
     return [*unnamed, *_empty(split, measured.tasks), *wrong, *([_REMEDY] if wrong else [])]
 
@@ -289,12 +300,19 @@ def _best(table: Table, metric: str, sign: int) -> str | None:
 def _lost(metrics: Metrics, table: Table, feature: str) -> Iterator[str]:
     """One sentence for each baseline that is the best one by some metric, and better than the model."""
     lost: dict[tuple[str, bool], list[str]] = {}
+    values = metrics.as_dict()
     for metric, (word, sign) in _COMPARED.items():
-        best, own = _best(table, metric, sign), metrics.as_dict()[metric]
+        best, own = _best(table, metric, sign), values[metric]
         if best is None or not sign * own < sign * table[best][metric]:
             continue
-        half = table[best].get("auc_lead_ci", math.nan) if metric == "auc" else math.nan
-        lead = table[best].get("auc_lead", math.nan)
+        lead, half = own - table[best][metric], table[best].get(f"{metric}_lead_ci")
+        if half is None:
+            # Unpaired, for want of the model's scores: too wide where both err on the same users.
+            of_both = [row.get(f"{metric}_ci", math.nan) for row in (values, table[best])]
+            half = math.hypot(*of_both)
+        if metric == "logloss" and math.isnan(half) and all(even for _, even in lost):
+            # It may be chance, and no other metric says that it is not.
+            continue
         far = "" if math.isnan(half) else f" ({lead:+.4f} ± {half:.4f})"
         # Where chance alone may have made the difference, neither of the two is better.
         lost.setdefault((best, abs(lead) <= half), []).append(
@@ -311,13 +329,13 @@ def _scale(metrics: Metrics) -> Iterator[str]:
         yield f"PCOC is {pcoc:.2f}: the predictions add up to {pcoc:.2f} times the labels"
 
 
-def _scales(domains: Mapping[str, Mapping[str, Metrics]]) -> Iterator[str]:
-    """One sentence about all domains, the farthest off first."""
+def _scales(measured: SplitMetrics) -> Iterator[str]:
+    """One sentence about all domains, the farthest off first; a task in a single domain has its own."""
     off = [
         (abs(math.log(max(own.pcoc, 1e-9))), f"{own.pcoc:.2f} in {domain} ({task})")
-        for domain, metrics in domains.items()
-        for task, own in metrics.items()
-        if _out_of_scale(own)
+        for task in measured.tasks
+        for domain, own in measured.of_task(task).items()
+        if _in_several(measured.of_task(task)) and _out_of_scale(own)
     ]
     if off:
         yield f"by domain, PCOC is {_listed([words for _, words in sorted(off, reverse=True)])}"

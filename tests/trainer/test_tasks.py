@@ -218,10 +218,10 @@ def test_tasks_say_which_labels_they_need() -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"loss": "none", "weight": 1.0}, "so weight would have no effect"),
+        ({"loss": "none", "weight": 2.0}, "so weight would have no effect"),
         ({"loss": "none", "mean": "step", "gamma": 2.0}, "so gamma and mean would have no effect"),
-        ({"bce_weight": 0.5}, "bce_weight belong to a ranking loss, which the task has not"),
-        ({"product": ["a", "b"], "pairs": "step"}, "pairs belong to a ranking loss"),
+        ({"bce_weight": 0.7}, "bce_weight belong to a ranking loss, which the task has not"),
+        ({"product": ["a", "b"], "pairs": "request"}, "pairs belong to a ranking loss"),
     ],
 )
 def test_what_a_task_would_not_look_at_is_refused(settings: dict[str, Any], problem: str) -> None:
@@ -234,6 +234,9 @@ def test_a_config_that_was_written_whole_is_read_again() -> None:
         task = TaskConfig.model_validate(settings)
         for without_none in (False, True):
             tree = task.model_dump(mode="json", exclude_none=without_none)
+            assert TaskConfig.model_validate(tree) == task
+            # A version before had fewer keys.
+            del tree["gamma" if "gamma" in tree else "mask"]
             assert TaskConfig.model_validate(tree) == task
 
 

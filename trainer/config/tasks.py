@@ -85,12 +85,9 @@ class TaskConfig(Settings):
         return self
 
     def _given(self) -> set[str]:
-        """The keys that somebody set; of a config that was written whole, those that they changed."""
+        """The keys that somebody changed. The config of a run folder has all keys that its version knew."""
         fields = type(self).model_fields
-        whole = {key for key, field in fields.items() if field.default is not None} <= self.model_fields_set
-        return {
-            key for key in self.model_fields_set if not whole or getattr(self, key) != fields[key].default
-        }
+        return {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
 
 
 @dataclass(frozen=True)

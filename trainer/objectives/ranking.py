@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from trainer.model.ops.bags import rows_at
 from trainer.objectives.losses import by_group
 
 
@@ -76,7 +77,8 @@ class Compared:
 
     def of_group(self, numbers: Tensor) -> Tensor:
         """[groups] -> [N] or [1]: to each candidate what its group has."""
-        return numbers if self.group is None else numbers[self.group]
+        # numbers[group] would have a gradient that several threads add up in no fixed order.
+        return numbers if self.group is None else rows_at(numbers, self.group)
 
     def own_sums(self, numbers: Tensor) -> Tensor:
         """[N] -> [groups], of this rank's candidates only; the others give their gradient and no value."""

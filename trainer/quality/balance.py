@@ -14,12 +14,13 @@ hardly does.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from trainer.config.tasks import Task
 from trainer.quality.metrics import Metrics, entry_of, group_keys
 from trainer.quality.ranking import Floats, Ints
 from trainer.quality.scored import Scored
@@ -69,7 +70,9 @@ def strata(first: Floats, second: Floats) -> Ints:
     return numbers
 
 
-def by_balance(scored: Scored, trained: Floats | None, split: str) -> dict[Pair, dict[str, Stratum]]:
+def by_balance(
+    scored: Scored, trained: Floats | None, split: str, tasks: Sequence[Task] = ()
+) -> dict[Pair, dict[str, Stratum]]:
     """Pair of tasks -> stratum -> its metrics: of each pair a partition of the split.
 
     Strata without a candidate are left out.
@@ -77,12 +80,15 @@ def by_balance(scored: Scored, trained: Floats | None, split: str) -> dict[Pair,
     Args:
         trained: [n, T], positives of each task that training has of the candidate's user; None: not known.
         split: its name.
+        tasks: the T tasks, to leave out pairs that are `of_one_feedback`; empty: every pair is measured.
     """
     counted_in, positives = "train", trained
     if positives is None or not positives.any():
         counted_in, positives = split, _own_positives(scored)
     pairs = {}
     for at in itertools.combinations(range(len(scored.tasks)), 2):
+        if tasks and of_one_feedback(tasks[at[0]], tasks[at[1]]):
+            continue
         pair = scored.tasks[at[0]], scored.tasks[at[1]]
         number = strata(positives[:, at[0]], positives[:, at[1]])
         found = {}
@@ -93,6 +99,15 @@ def by_balance(scored: Scored, trained: Floats | None, split: str) -> dict[Pair,
                 found[name] = Stratum(candidates, part.users, counted_in, metrics)
         pairs[pair] = found
     return pairs
+
+
+def of_one_feedback(first: Task, second: Task) -> bool:
+    """Whether two tasks have the same label, or one is a product and the other a factor of it.
+
+    Then their positives say nothing about how users divide their feedback.
+    """
+    factor = first.name in second.settings.product or second.name in first.settings.product
+    return factor or first.label == second.label
 
 
 def _own_positives(scored: Scored) -> Floats:

@@ -21,8 +21,9 @@ from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import GroupColumns, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.schema import LogManifest, read_manifest
+from trainer.quality.leads import estimates, leads
 from trainer.quality.metrics import calibration_metrics, group_keys
-from trainer.quality.ranking import Floats, Ints, auc_influence, half_width, ranking_metrics
+from trainer.quality.ranking import Floats, Ints, ranking_metrics
 from trainer.quality.scored import Scored
 
 # These are probabilities, the others only an order.
@@ -52,25 +53,24 @@ class Baselines:
         """Task -> baseline -> metrics by the names of `trainer.quality.metrics.Metrics`.
 
         Args:
-            scored: a model's scores of the same candidates: then also `auc_lead`, by how much the model's
-                AUC is higher, and `auc_lead_ci`, half of its 95 % interval.
+            scored: a model's scores of the same candidates: then also how it compares, see `leads`.
         """
         table: dict[str, dict[str, dict[str, Any]]] = {}
         for task, (name, scores) in enumerate(self.scores.items()):
             part, observed = self.candidates.observed(task), ~np.isnan(self.candidates.label[:, task])
             groups, users = group_keys(part.user_id, part.request_id), group_keys(part.user_id)
             label = part.label[:, task]
-            model = None if scored is None else auc_influence(scored.score[observed, task], label)
+            model = None
+            if scored is not None:
+                model = estimates(scored.score[observed, task], label, groups, users, probable=True)
             table[name] = {}
             for baseline, of_all in scores.items():
-                score = of_all[observed]
+                score, probable = of_all[observed], baseline in RATES
                 values: dict[str, Any] = {**ranking_metrics(score, label, groups, users)}
-                if baseline in RATES:
+                if probable:
                     values |= calibration_metrics(score, label)
                 if model is not None:
-                    value, influence = auc_influence(score, label)
-                    values["auc_lead"] = model[0] - value
-                    values["auc_lead_ci"] = half_width(model[1] - influence, users)
+                    values |= leads(model, estimates(score, label, groups, users, probable))
                 table[name][baseline] = values
         return table
 

@@ -96,11 +96,16 @@ def calibration_metrics(scores: npt.ArrayLike, labels: npt.ArrayLike) -> dict[st
 
 def logloss(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """Mean binary cross entropy in nats; probabilities are kept 1e-7 away from 0 and 1."""
+    losses = candidate_losses(scores, labels)
+    return float(losses.mean()) if losses.size else math.nan
+
+
+def candidate_losses(scores: npt.ArrayLike, labels: npt.ArrayLike) -> Floats:
+    """The binary cross entropy of each candidate, [n], see `logloss`."""
     p, y = _probabilities(scores, labels)
-    if not y.size:
-        return math.nan
     p = p.clip(1e-7, 1 - 1e-7)
-    return float(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean())
+    losses: Floats = -(y * np.log(p) + (1 - y) * np.log1p(-p))
+    return losses
 
 
 def calibration_error(scores: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 20) -> float:

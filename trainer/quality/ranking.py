@@ -161,13 +161,22 @@ class Ranked:
             return math.nan
         return float(np.average(self.values[self.both], weights=self.sizes[self.both]))
 
+    def gauc_influence(self) -> Floats:
+        """[groups], what each adds to the error of `gauc`."""
+        weight = np.where(self.both, self.sizes, 0)
+        influence: Floats = weight * np.nan_to_num(self.values - self.gauc()) / max(weight.sum(), 1)
+        return influence
+
+    def of_groups(self, keys: Ints) -> Ints:
+        """[groups] from [n], a key of the candidates that all of a group share."""
+        shared: Ints = keys[self.order[self.ties.group_starts]]
+        return shared
+
     def gauc_half_width(self, clusters: Ints) -> float:
         """Half of the 95 % interval of `gauc`; `clusters` of the candidates, in their given order."""
         if not self.both.any():
             return math.nan
-        weight = np.where(self.both, self.sizes, 0)
-        influence = weight * np.nan_to_num(self.values - self.gauc()) / weight.sum()
-        return half_width(influence, clusters[self.order[self.ties.group_starts]])
+        return half_width(self.gauc_influence(), self.of_groups(clusters))
 
     def at(self, k: int) -> tuple[float, float]:
         """-> (HR@k, NDCG@k): means over the groups with both classes, each of them once.

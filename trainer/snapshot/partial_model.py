@@ -80,7 +80,7 @@ class PartialModel:
         dense: Mapping[str, Tensor],
         requests: RequestRows,
     ) -> None:
-        self._ids, self._device = requests.ids, ranks.device
+        self._ids, self.device = requests.ids, ranks.device
         features, context = dict(manifest.features), dict(manifest.context)
         for infos in (features, context):
             for name in infos.keys() & requests.ids.keys():
@@ -108,13 +108,13 @@ class PartialModel:
     @torch.no_grad()
     def score(self, batch: RequestBatch) -> Tensor:
         """Probabilities, float32 [C, T]."""
-        scores: Tensor = self.model(self.renumbered(batch).to(self._device)).logits.sigmoid().cpu()
+        scores: Tensor = self.model(self.renumbered(batch).to(self.device)).logits.sigmoid().cpu()
         return scores
 
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Selection]:
         """What each branch's search keeps; behaviors are those of the batch as it was."""
-        found: dict[str, Selection] = self.model.module.search(self.renumbered(batch).to(self._device))
+        found: dict[str, Selection] = self.model.module.search(self.renumbered(batch).to(self.device))
         return found
 
     def _renumber(self, kjt: KeyedJaggedTensor) -> KeyedJaggedTensor:

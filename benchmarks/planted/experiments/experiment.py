@@ -23,24 +23,33 @@ class Measured:
 
     Attributes:
         scored: its candidates; truth: the columns of the log's truth, in the same order.
-        covariance: mean |covariance| of an element of one expert and one of another; NaN with one expert.
+        covariance, correlation: their mean size, of an element of one expert and one of another; NaN with one
+            expert.
         tables: the representation's tables, table -> [rows, dim], without the row of the unknown id.
         negatives: of each step of the training, the norm of the loss's gradient with respect to the logits of
             the candidates without a click.
+        learned: task -> logloss on the training split, of the checkpoint that is measured.
     """
 
     scored: Scored
     truth: Mapping[str, npt.NDArray[np.generic]]
     covariance: float
+    correlation: float
     tables: Mapping[str, Floats]
     negatives: Sequence[float]
+    learned: Values = field(default_factory=dict)
 
     def logloss(self, task: str, where: npt.NDArray[np.bool_] | None = None) -> float:
         """Of the observed candidates, or of those `where` it is asked for."""
-        place = self.scored.tasks.index(task)
-        score, label = self.scored.score[:, place], self.scored.label[:, place]
-        chosen = ~np.isnan(label) if where is None else ~np.isnan(label) & where
-        return logloss(score[chosen], label[chosen])
+        return logloss_of(self.scored, task, where)
+
+
+def logloss_of(scored: Scored, task: str, where: npt.NDArray[np.bool_] | None = None) -> float:
+    """Of the observed candidates of a split, or of those `where` it is asked for."""
+    place = scored.tasks.index(task)
+    score, label = scored.score[:, place], scored.label[:, place]
+    chosen = ~np.isnan(label) if where is None else ~np.isnan(label) & where
+    return logloss(score[chosen], label[chosen])
 
 
 @dataclass(frozen=True)

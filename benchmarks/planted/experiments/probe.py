@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.planted.experiments.experiment import Floats, Measured
+from benchmarks.planted.experiments.experiment import Floats, Measured, logloss_of
 from pipelines.start import open_split
 from pipelines.synth.synth import TRUTH
 from pipelines.train import train
@@ -50,9 +50,12 @@ def trained(out: Path, overrides: list[str], tied: bool) -> Measured:
             reader = open_split(restored.config, SPLIT, restored.rows, ranks)
             with experts_of_first_layer() as outputs:
                 scored = score_split(restored.sharded.model, reader, ranks.device)
+            seen = open_split(restored.config, "train", restored.rows, ranks)
+            on_train = score_split(restored.sharded.model, seen, ranks.device)
+            learned = {task: logloss_of(on_train, task) for task in on_train.tasks}
             tables = representation(restored.sharded.model)
     truth = truth_of(scored, restored.config.data.log)
-    return Measured(scored, truth, covariance(outputs), tables, negatives)
+    return Measured(scored, truth, *relation(outputs), tables, negatives, learned)
 
 
 def truth_of(scored: Scored, log: Path) -> dict[str, npt.NDArray[np.generic]]:
@@ -120,16 +123,24 @@ def experts_of_first_layer() -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def covariance(outputs: list[Tensor]) -> float:
-    """Mean |covariance| of an element of one expert and one of another; NaN with one expert."""
+def relation(outputs: list[Tensor]) -> tuple[float, float]:
+    """Mean |covariance| and mean |correlation| of an element of one expert and one of another.
+
+    Experts that give less have less covariance, with the same correlation. Elements that never change have
+    none. NaN with one expert.
+    """
     rows_CED = torch.cat(outputs).double()
     centred = rows_CED - rows_CED.mean(0)
-    count, experts = rows_CED.shape[:2]
-    crossed = [
-        float((centred[:, p].T @ centred[:, q]).abs().mean()) / (count - 1)
-        for p, q in combinations(range(experts), 2)
-    ]
-    return float(np.mean(crossed)) if crossed else float("nan")
+    deviation_ED = rows_CED.std(0)
+    crossed, correlated = [], []
+    for p, q in combinations(range(rows_CED.shape[1]), 2):
+        both = centred[:, p].T @ centred[:, q] / (rows_CED.shape[0] - 1)
+        scale = deviation_ED[p, :, None] * deviation_ED[q]
+        crossed.append(float(both.abs().mean()))
+        correlated.append(float((both[scale > 0] / scale[scale > 0]).abs().mean()))
+    if not crossed:
+        return float("nan"), float("nan")
+    return float(np.mean(crossed)), float(np.mean(correlated))
 
 
 def representation(model: nn.Module) -> dict[str, Floats]:

@@ -5,6 +5,11 @@
 Each seed has a log of its own, and models that start from it. A finished run is one line of
 OUT/<experiment>.jsonl, and is not made again. The experiment's section in benchmarks/planted/README.md is
 replaced; --image draws the gradients of negatives of the runs that are there.
+
+    tandemrec bench planted --experiment collapse --users 40000 --set train.epochs=4 --out runs/planted
+
+To seek causes: --set and --users change all models of an experiment, --model chooses some of them. What they
+give is printed, with the logloss on what was learned from, and no section is replaced.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -28,6 +34,7 @@ from benchmarks.models import environment_line, keep, mean
 from benchmarks.planted.experiments.experiment import ByModel, Experiment
 from benchmarks.planted.experiments.probe import SPLIT, trained
 from benchmarks.planted.experiments.table import EXPERIMENTS
+from embeddings.errors import ConfigError, hint_of
 from pipelines.synth.synth import synth
 from trainer.log.schema import is_sequence_log, read_manifest
 from trainer.run_folder import versions
@@ -35,12 +42,33 @@ from trainer.run_folder import versions
 Record = dict[str, Any]
 
 
-def log_of(experiment: Experiment, seed: int, out: Path) -> Path:
+@dataclass(frozen=True)
+class Change:
+    """What is other than an experiment says.
+
+    Attributes:
+        settings: overrides of all models; users: to train on, 0 = the experiment's own.
+        models: those that are trained, empty = all.
+    """
+
+    settings: tuple[str, ...] = ()
+    users: int = 0
+    models: tuple[str, ...] = ()
+
+    def same_as(self, record: Record) -> bool:
+        """Whether a finished run had these settings and users."""
+        return [*self.settings] == record.get("settings", []) and self.users == record.get("users", 0)
+
+
+NONE = Change()
+
+
+def log_of(experiment: Experiment, seed: int, out: Path, users: int = 0) -> Path:
     """The log of an experiment and a seed, written if it is not there."""
-    log = (out / f"{experiment.kind}-{seed}").absolute()
+    log = (out / (f"{experiment.kind}-{seed}" + (f"-{users}" if users else ""))).absolute()
     if not is_sequence_log(log):
         with redirect_stdout(StringIO()):
-            synth(log, experiment.kind, seed, experiment.users)
+            synth(log, experiment.kind, seed, users or experiment.users)
     return log
 
 
@@ -50,9 +78,12 @@ def records_of(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def run_one(experiment: Experiment, model: str, seed: int, log: Path, out: Path) -> Record:
+def run_one(
+    experiment: Experiment, model: str, seed: int, log: Path, out: Path, change: Change = NONE
+) -> Record:
     """Train and measure one model; its run folder does not stay."""
-    overrides = [*experiment.overrides, *experiment.models[model], f"data.log={log}", f"train.seed={seed}"]
+    overrides = [*experiment.overrides, *experiment.models[model], *change.settings]
+    overrides += [f"data.log={log}", f"train.seed={seed}"]
     folder, started = out / "run", (time.perf_counter(), time.process_time())
     shutil.rmtree(folder, ignore_errors=True)
     of = trained(folder, overrides, tied=model in experiment.tied)
@@ -60,7 +91,10 @@ def run_one(experiment: Experiment, model: str, seed: int, log: Path, out: Path)
     return {
         "model": model,
         "seed": seed,
+        "settings": list(change.settings),
+        "users": change.users,
         "values": dict(experiment.measure(of)),
+        "learned": dict(of.learned),
         "negatives": list(of.negatives),
         "wall_s": time.perf_counter() - started[0],
         "cpu_s": time.process_time() - started[1],
@@ -69,21 +103,28 @@ def run_one(experiment: Experiment, model: str, seed: int, log: Path, out: Path)
     }
 
 
-def run_all(name: str, seeds: Sequence[int], out: Path) -> list[Record]:
+def run_all(name: str, seeds: Sequence[int], out: Path, change: Change = NONE) -> list[Record]:
     """Make the runs of an experiment that are not there yet; returns those of the seeds."""
     experiment, folder = EXPERIMENTS[name], out / name
+    models = [model for model in experiment.models if not change.models or model in change.models]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
-    done = {(record["model"], record["seed"]) for record in records_of(path)}
+    done = {(record["model"], record["seed"]) for record in records_of(path) if change.same_as(record)}
     for seed in seeds:
-        for model in experiment.models:
+        for model in models:
             if (model, seed) in done:
                 continue
-            record = run_one(experiment, model, seed, log_of(experiment, seed, out), folder)
+            log = log_of(experiment, seed, out, change.users)
+            record = run_one(experiment, model, seed, log, folder, change)
             keep(folder, record)
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in record["values"].items())
+            learned = {f"{task} on train": value for task, value in record["learned"].items()}
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in {**record["values"], **learned}.items())
             print(f"{name}, seed {seed}, {model}: {shown} ({record['cpu_s']:.0f} s)", flush=True)
-    return [each for each in records_of(path) if each["seed"] in seeds and each["model"] in experiment.models]
+    return [
+        each
+        for each in records_of(path)
+        if each["seed"] in seeds and each["model"] in models and change.same_as(each)
+    ]
 
 
 def by_seed(records: Sequence[Record]) -> Iterator[ByModel]:
@@ -127,7 +168,8 @@ def draw(out: Path, image: Path) -> None:
 
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
     for panel, rate in zip(panels, ("25", "5", "1"), strict=True):
-        records = records_of(out / f"sparse_{rate}" / "results.jsonl")
+        finished = records_of(out / f"sparse_{rate}" / "results.jsonl")
+        records = [record for record in finished if NONE.same_as(record)]
         for model in EXPERIMENTS[f"sparse_{rate}"].models:
             each = [record["negatives"] for record in records if record["model"] == model]
             if not each:
@@ -149,14 +191,25 @@ def main(words: Sequence[str]) -> None:
     options.add_argument("--experiment", action="append", required=True, choices=list(EXPERIMENTS))
     options.add_argument("--seeds", default="1,2,3,4,5", help="comma-separated")
     options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of all models")
+    options.add_argument("--users", type=int, default=0, help="to train on, 0 = the experiment's own")
+    options.add_argument("--model", action="append", default=[], help="train this model only; repeatable")
     options.add_argument("--image", type=Path, metavar="FILE.png", help="draw the gradients of negatives")
     options.add_argument("--readme", type=Path, default=README, help="where the tables go")
     given = options.read(words)
     torch.set_num_threads(1)
     seeds = [int(seed) for seed in given.seeds.split(",")]
+    change = Change(tuple(given.set), given.users, tuple(given.model))
+    known = [model for name in given.experiment for model in EXPERIMENTS[name].models]
+    for model in change.models:
+        if model not in known:
+            raise ConfigError(f"--model {model}: {hint_of(model, known, 'there are ' + '; '.join(known))}")
     report = Report(given, "Planted experiments", n=len(seeds))
     for name in given.experiment:
-        records = run_all(name, seeds, given.out)
+        records = run_all(name, seeds, given.out, change)
+        if change != NONE:
+            report.rows += records
+            continue
         lines = section(name, records, given.out)
         lines += [
             environment_line(records, 1),

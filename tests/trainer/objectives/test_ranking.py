@@ -173,3 +173,19 @@ def test_a_candidate_of_weight_two_stands_for_two(name: str) -> None:
 
 def test_tasks_know_which_ranking_losses_train_two_logits() -> None:
     assert {name for name, ranking in RANKINGS.items() if ranking.two_logits} == TWO_LOGITS
+
+
+def test_threads_do_not_change_the_gradient_of_what_a_group_has() -> None:
+    """A gradient that several threads add up by themselves is another one in most of these tries."""
+    count, groups, random = 100_000, 50, torch.Generator().manual_seed(0)
+    group, factor = torch.randint(groups, (count,), generator=random), torch.randn(count, generator=random)
+    given = replace(compared(count=count), group=group, groups=groups)
+    threads, found = torch.get_num_threads(), list[Tensor]()
+    try:
+        for number in (1, *[2] * 10):
+            torch.set_num_threads(number)
+            of_groups = torch.zeros(groups, requires_grad=True)
+            found += torch.autograd.grad((given.of_group(of_groups) * factor).sum(), of_groups)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)

@@ -123,7 +123,8 @@ def test_metrics_of_a_baseline_and_the_models_lead(log: Path) -> None:
         for name, row in table[task].items():
             own = auc(found.scores[task][name], label[:, place])
             assert row["auc"] == own and row["auc_lead"] == auc(score[:, place], label[:, place]) - own
-            assert 0 < row["auc_lead_ci"] < 0.2
+            assert 0 < row["auc_lead_ci"] < 0.2 and 0 < row["gauc_lead_ci"] < 0.4
+            assert ("logloss_lead_ci" in row) == (name in names[:3])
             assert ("logloss" in row) == (name in names[:3]), "an order is no probability"
         assert table[task]["mean_label"]["auc"] == 0.5 and table[task]["mean_label"]["auc_ci"] == 0
     kept = json.loads(json.dumps(jsonable(by_baseline(table))))

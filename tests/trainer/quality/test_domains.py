@@ -267,6 +267,26 @@ def test_a_domain_out_of_scale_is_told_although_the_whole_is_not() -> None:
     assert 0.8 < other.metrics(0).pcoc < 1.25
 
 
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_a_task_of_one_domain_is_compared_with_no_other(tasks: int) -> None:
+    scored = drawn(count=6000, tasks=tasks)
+    assert scored.domain is not None
+    scored.label[scored.domain != 0, 1:] = np.nan
+    score = scored.score.copy()
+    score[:, 1:] /= 4
+    lines = told(replace(scored, score=score))
+    text = "\n".join(lines)
+    assert "not in the mean" not in text and "by domain, PCOC" not in text
+    assert "test, buy: PCOC is 0.2" in text
+    if tasks == 2:
+        assert text.count("\nmean of 3 domains") == text.count("\nworst domain: ") == 1
+    else:
+        assert re_line(text, "which is").split()[-3:] == ["-"] * 3
+    scored.label[scored.domain != 0, 0] = np.nan
+    text = "\n".join(told(scored))
+    assert "mean of" not in text and "worst" not in text and "which is" not in text
+
+
 def test_metrics_travel_between_ranks() -> None:
     measured = SplitMetrics(drawn().all_metrics(), by_domain(drawn(), {}))
     with process_group():

@@ -95,7 +95,12 @@ def _refuse(_: Path) -> Any:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("metrics")
-    log = small_log(folder / "log", seed=1, users=40)
+    # Domains of the test split are large enough to be compared.
+    splits = {
+        "train": random_rows(1, Shape(users=40)),
+        "test": random_rows(2, Shape(users=20, candidates=20)),
+    }
+    log = write_log(folder / "log", {**splits, "validation": splits["train"][:20]})
     on_ranks(1, _train, log, folder / "run", "steps", folder / "trained")
     return folder / "run"
 

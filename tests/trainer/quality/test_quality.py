@@ -253,7 +253,7 @@ def test_a_model_that_loses_is_told_so_with_both_values() -> None:
     )
     assert said[:2] == [
         f"test, buy: the trained model loses to `item rate`: AUC {own.auc:.4f} against 0.8000 "
-        f"(-0.3000 ± 0.0200), GAUC {own.gauc:.4f} against 0.7000",
+        f"({own.auc - 0.8:+.4f} ± 0.0200), GAUC {own.gauc:.4f} against 0.7000",
         f"test, buy: the trained model loses to `mean label`: logloss {own.logloss:.4f} against 0.1000",
     ]
     assert len(said) == 3 and said[2].startswith("what may help: more steps (train.epochs")
@@ -261,6 +261,17 @@ def test_a_model_that_loses_is_told_so_with_both_values() -> None:
     even = {"auc": own.auc + 0.01, "auc_lead": -0.01, "auc_lead_ci": 0.02}
     (first, _) = remarks("test", SplitMetrics({"click": own}), {"click": {"popularity": even}}, "c")
     assert first.startswith("test, click: the trained model is no better than `item popularity`: AUC")
+    # Without the model's scores the interval is that of two independent values.
+    near = {"gauc": own.gauc + 0.001, "gauc_ci": 0.01, "logloss": own.logloss - 0.001}
+    told = remarks("validation", SplitMetrics({"click": own}), {"click": {"item_rate": near}}, "c")
+    half = math.hypot(own.gauc_ci, 0.01)
+    assert told[0] == (
+        f"validation, click: the trained model is no better than `item rate`: GAUC {own.gauc:.4f} against "
+        f"{own.gauc + 0.001:.4f} (-0.0010 ± {half:.4f})"
+    )
+    far = {"logloss": own.logloss - 0.1, "logloss_lead_ci": 0.05}
+    told = remarks("test", SplitMetrics({"click": own}), {"click": {"item_rate": far}}, "c")
+    assert "loses to `item rate`: logloss" in told[0] and told[0].endswith("(+0.1000 ± 0.0500)")
 
 
 def test_predictions_out_of_scale_are_told() -> None:
