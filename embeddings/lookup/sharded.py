@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ def admit_empty_shards(kernels: Iterable[nn.Module]) -> None:
 
     No id ever asks for such a table on this rank; but the kernels look at its size (fbgemm 1.8):
       * one goes on to the next table until it finds rows, so behind an empty last table it reads whatever
-        lies in memory there: one row more is announced than there are;
+        lies in memory there, and one takes an empty table for the next table once more, whose gradients and
+        rows it then reads as wide as the empty one is: one row is announced of every empty table;
       * without a single weight they take themselves for kernels of a GPU: one row is kept that no table has.
 
     Kernels of a GPU are left alone. As their sources read (fbgemm 1.8, nothing was tried): whether they are
@@ -126,8 +128,9 @@ def admit_empty_shards(kernels: Iterable[nn.Module]) -> None:
             if not isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen) or not kernel.use_cpu:
                 continue
             rows = [rows for rows, *_ in kernel.embedding_specs]
-            if rows[-1] == 0:
-                kernel.hash_size_cumsum[-1] += 1
+            first = [0, *accumulate(max(each, 1) for each in rows)]
+            announced = [*(first[table] for table in kernel.feature_table_map), first[-1]]
+            kernel.hash_size_cumsum.copy_(torch.tensor(announced))
             if not any(rows):
                 weights = kernel.weights_host
                 kernel.weights_host = nn.Parameter(torch.zeros(kernel.max_D, dtype=weights.dtype))

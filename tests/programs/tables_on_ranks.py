@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ class Case:
     groups: dict[str, TableGroup]
     comms: Comms = AS_THEY_ARE
     exchange: Exchange = DEFAULT_EXCHANGE
-    rules: PlanRules = PlanRules()
+    rules: PlanRules = field(default_factory=PlanRules)
 
     @property
     def group(self) -> TableGroup:
@@ -138,7 +138,7 @@ def set_cases() -> Iterator[tuple[str, Case]]:
 
 
 def each_table_otherwise(case: Case) -> Case:
-    """The same, where neighbors of one collection lie otherwise: four types in turn, those of `Case.group`."""
+    """The same, where the tables of a collection lie by four types in turn."""
     types = ("row_wise", "table_wise", "data_parallel", "table_row_wise")
     groups = {name: replace(group, sharding=types) for name, group in case.groups.items()}
     rules = {

@@ -99,7 +99,11 @@ def fill_dense(weights: Mapping[str, Tensor], source: PlainTables, heads: TaskHe
             f"dense weight {name} {found}, this model's is {tuple(weight.shape)}: the [model] section, the "
             "groups' widths and the log's features must be those it was trained with",
         )
-    return [] if before is None or now is None else _lines(now, before, [n for n in kept if _mixes(n, heads)])
+    if before is None or now is None:
+        return []
+    # A gate has many weights, so that the modules are named which hold them.
+    mixing = dict.fromkeys(_before(name, heads) for name in kept if _mixes(name, heads))
+    return _lines(now, before, list(mixing))
 
 
 def _is_row_wise(name: str, heads: TaskHeads) -> bool:
@@ -108,6 +112,12 @@ def _is_row_wise(name: str, heads: TaskHeads) -> bool:
 
 def _mixes(name: str, heads: TaskHeads) -> bool:
     return name.startswith(_HEAD) and any(part in name for part in heads.weights.mixing)
+
+
+def _before(name: str, heads: TaskHeads) -> str:
+    """The module that holds all weights of that kind."""
+    part = next(part for part in heads.weights.mixing if part in name)
+    return name[: name.index(part) + len(part)].rstrip(".")
 
 
 def _is_new(name: str, before: Sequence[str], new_sets: Collection[str]) -> bool:

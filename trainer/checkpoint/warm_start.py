@@ -191,7 +191,10 @@ def _check_tables(model: Mapping[str, Any], source: PlainTables, heads: TaskHead
             problem = f"has no table {table}; it has {', '.join(known)}"
             if wanted.set:
                 # From one table they would start alike, and a mean over sets keeps them alike for good.
-                problem += "; a table of a set starts from that of the same set of the same group, no other"
+                problem += (
+                    "; a table of a set starts from that of the same set of the same group, no other: name "
+                    f"groups.{wanted.group}.sets as they are there, or train without train.init_from"
+                )
             raise CheckpointError(source.name, problem)
         if known[table].dim != weight.size()[1]:
             raise CheckpointError(

@@ -82,8 +82,8 @@ def test_rounded_communications_stay_near_and_have_an_effect(found: Found, kind:
 
 @pytest.mark.parametrize("sharding", [*TYPES["bag"], "mixed"])
 def test_several_sets_are_looked_up_and_trained_as_plain_tables_are(found: Found, sharding: str) -> None:
-    """Sets of two widths, whose tables all look the same features up, lying alike or each otherwise ("mixed");
-    gradients are bounded as ever."""
+    """Sets of two widths, whose tables all look the same features up, which lie alike or in turn
+    ("mixed"); gradients are bounded as ever."""
     for case in (f"sets {sharding}", f"sets {sharding} clipped"):
         if case in found:
             assert found[case]["first"] == 0.0

@@ -173,7 +173,9 @@ def test_a_new_tasks_set_starts_anew_beside_those_of_old_ones(
     # What no task owns must be there.
     shared = config(old / "log", **{**form, "groups__representation__sets": 2})
     with pytest.raises(
-        CheckpointError, match=r"has no table representation/0/category_id; it has .* no other"
+        CheckpointError,
+        match=r"has no table representation/0/category_id; it has .* no other: name "
+        r"groups\.representation\.sets as they are there, or train without train\.init_from",
     ):
         filled_tables(shared, tmp_path / "run", ranks)
 

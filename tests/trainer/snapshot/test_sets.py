@@ -137,6 +137,22 @@ def test_stage_two_of_several_sets_is_a_function_of_what_was_kept(version: Path)
     assert torch.allclose(found, expected, rtol=0, atol=1e-6) and expected.std() > 1e-3
 
 
+@pytest.mark.parametrize("preset", ["esmm", "stem", "ame"])
+def test_stage_two_of_experts_is_a_function_of_what_was_kept(log: Path, preset: str, tmp_path: Path) -> None:
+    """The same for towers, gates and products of tasks."""
+    tasks = (
+        "tasks={a = {label = 'click'}, b = {label = 'click'}, both = {label = 'click', product = ['a', 'b']}}"
+    )
+    run = save_run(tmp_path / "run", log, preset, tasks, "model.k=4")
+    snapshot = load_snapshot(exported(run, tmp_path / "out"))
+    assert _is_one_branch(snapshot.model)
+    with torch.no_grad():
+        given, expected = _ranked(snapshot)
+        found = _Ranking(snapshot.model)(*given.values())
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6) and expected.std() > 1e-3
+    assert torch.allclose(found[:, 2], found[:, 0] * found[:, 1], atol=1e-6)
+
+
 def test_tasks_that_change_places_are_refused(tmp_path: Path) -> None:
     """Scores are told apart by the names in the manifest, and computed by those in its config."""
     rows = {"train": enrich(random_rows(5), 5), "validation": enrich(random_rows(6), 6)}
