@@ -17,6 +17,7 @@ from embeddings.groups import TableGroup
 from embeddings.plan.file import read_plan_file, to_tree
 from embeddings.plan.planner import DoesNotFit, check_plan, offline_plan
 from embeddings.plan.request import keep_quiet
+from pipelines.task_lines import task_lines
 from trainer.assemble import (
     ShardedModel,
     build_sharded,
@@ -35,7 +36,7 @@ from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.sections import EarlyStoppingConfig
 from trainer.config.tasks import Task, names_of, resolve_tasks
 from trainer.data.batch import pinning
-from trainer.data.observed import observed_lines
+from trainer.data.observed import unobserved_lines
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
@@ -173,7 +174,9 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
     for line in remarks(config, manifest, groups):
         say(line)
-    for line in from_rank_0(lambda: list(observed_lines(train, manifest)), slow=True):
+    for line in task_lines(config, manifest, train):
+        say(line)
+    for line in from_rank_0(lambda: list(unobserved_lines(train, manifest)), slow=True):
         say(line)
     for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
         say(line)

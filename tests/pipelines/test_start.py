@@ -13,6 +13,7 @@ import torch
 import pipelines.train
 from embeddings.errors import TandemError
 from launch.cli import main
+from pipelines.task_lines import task_lines
 from tests.helpers.launching import ROOT, SETTINGS, overrides
 from tests.helpers.logs import Shape, enrich, random_rows, small_log, write_log
 from tests.helpers.models import batch_of, model_of, preset
@@ -21,7 +22,7 @@ from trainer.assemble import resolve_groups
 from trainer.checkpoint.warm_start import unshard_run
 from trainer.config.sections import DataConfig, TrainConfig
 from trainer.config.tasks import Task, TaskConfig, resolve_tasks
-from trainer.data.observed import observed_lines, unobserved
+from trainer.data.observed import unobserved, unobserved_lines
 from trainer.data.reader import SequenceLogReader
 from trainer.log.clusters import ClusterInfo
 from trainer.log.schema import read_manifest
@@ -261,8 +262,7 @@ def test_a_task_that_no_candidate_of_train_trains_is_said(log: Path) -> None:
     given = tasks_of({"never": {"label": "click", "mask": "click > 0 and click < 0.5"}, "click": {}})
     reader = SequenceLogReader(DataConfig(log=log), "train", None, tasks=given)
     manifest = read_manifest(log)
-    some, line = observed_lines(reader, manifest)
-    assert some.startswith("tasks that only a part of the ") and "never at most " in some
+    (line,) = unobserved_lines(reader, manifest)
     assert line == (
         "tasks.never: no candidate of train is observed (mask = 'click > 0 and click < 0.5') and weighs more "
         "than 0, so the task is not trained"
@@ -270,9 +270,34 @@ def test_a_task_that_no_candidate_of_train_trains_is_said(log: Path) -> None:
     assert unobserved(reader, most=0) == ([reader.columns.labels.tasks[0]], 0, False)
     alone = SequenceLogReader(DataConfig(log=log), "train", None, tasks=given[:1])
     with pytest.raises(TandemError, match="no candidate of the split train is observed by a task"):
-        list(observed_lines(alone, manifest))
+        list(unobserved_lines(alone, manifest))
     plain = SequenceLogReader(DataConfig(log=log), "train", None)
-    assert not list(observed_lines(plain, manifest))
+    assert not list(unobserved_lines(plain, manifest))
+
+
+def test_the_tasks_of_a_run_are_a_table(log: Path) -> None:
+    """One line a task: what it predicts, by which loss, and from how many candidates."""
+    given = {
+        "a": {"label": "click", "rank": "pair", "bce_weight": 0.7, "pairs": "request", "mean": "domain"},
+        "b": {"label": "click", "mask": "click == 1", "loss": "none"},
+        "p": {"label": "click", "product": ["a", "b"], "weight": 0.5},
+    }
+    reader = SequenceLogReader(DataConfig(log=log), "train", None, tasks=tasks_of(given))
+    config, manifest = load_config(CONFIG, ["data.domain=action"]), read_manifest(log)
+    head, _, *rows, by_domain = task_lines(config, manifest, reader)
+    count = f"{reader.candidates:,}"
+    assert head.split("  ")[0] == "task" and head.endswith(f"of {count} candidates")
+    assert [[cell.strip() for cell in row.split("  ") if cell.strip()] for row in rows] == [
+        ["a", "click", "0.7 bce + 0.3 pair by request", "1", count],
+        ["b", "click where click == 1", "that of products", "-", f"at most {count}"],
+        ["p", "click = a x b", "bce", "0.5", count],
+    ]
+    assert by_domain == (
+        'mean = "domain": the loss of a is the sum of the means of the domains in a step, each alike; '
+        "candidates without action are a domain, too"
+    )
+    alone = SequenceLogReader(DataConfig(log=log), "train", None)
+    assert not list(task_lines(load_config(CONFIG), manifest, alone))
 
 
 SIDES = [

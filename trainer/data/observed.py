@@ -55,21 +55,13 @@ def unobserved(reader: SequenceLogReader, most: int = MOST_ROW_GROUPS) -> Unobse
     return Unobserved(never, candidates, looked == len(reader.row_groups))
 
 
-def observed_lines(reader: SequenceLogReader, manifest: LogManifest) -> Iterator[str]:
-    """Lines that say of how many candidates of the training split each task learns, as far as that is known.
+def unobserved_lines(reader: SequenceLogReader, manifest: LogManifest) -> Iterator[str]:
+    """A line for each task that no candidate of the training split trains, as far as that is known.
 
     Raises:
         ConfigError: no candidate of the split counts for any task.
     """
     tasks, counted = reader.columns.labels.tasks, manifest.splits[reader.split].labels
-    some = [
-        f"{task.name} {'at most ' if task.mask else ''}{counted[task.label].observed:,}"
-        for task in tasks
-        if task.label in counted and (task.mask is not None or task.label in reader.columns.labels.partial)
-    ]
-    if some:
-        whom = f"of the {reader.candidates:,} candidates of {reader.split}"
-        yield f"tasks that only a part {whom} observes: {', '.join(some)}"
     never, candidates, whole = unobserved(reader)
     if never and whole and len(never) == len(tasks):
         raise ConfigError(

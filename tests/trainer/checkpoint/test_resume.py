@@ -119,17 +119,19 @@ def test_the_same_sets_may_be_written_in_another_way() -> None:
     width = changed().groups["representation"].dim
     spelled = [OF_TASKS, OF_TASKS.replace("shared = {}", f"shared = {{dim = {width}}}")]
     ways = ["groups.representation.sets=tasks", *spelled]
+    narrow = OF_TASKS.replace("shared = {}", "shared = {dim = 4}")
+    of_nobody = OF_TASKS.replace('owner = "task:click"', "")
+
+    def with_sets(word: str) -> Config:
+        return changed("model.head=experts", "model.experts.own=1", word)
+
     for before in ways:
-        given = state() | {"config": changed(before).model_dump(mode="json")}
+        given = state() | {"config": with_sets(before).model_dump(mode="json")}
         for after in ways:
-            check_resumable(given, changed(after), "a", ["click"])
-        with pytest.raises(ConfigError, match=r"groups\.representation\.sets"):
-            check_resumable(
-                given, changed(OF_TASKS.replace("shared = {}", "shared = {dim = 4}")), "a", ["click"]
-            )
-        # Another owner of the same set.
-        with pytest.raises(ConfigError, match=r"groups\.representation\.sets"):
-            check_resumable(given, changed(OF_TASKS.replace('owner = "task:click"', "")), "a", ["click"])
+            check_resumable(given, with_sets(after), "a", ["click"])
+        for other in (narrow, of_nobody):
+            with pytest.raises(ConfigError, match=r"groups\.representation\.sets"):
+                check_resumable(given, with_sets(other), "a", ["click"])
 
 
 def test_how_a_task_is_trained_may_change() -> None:
