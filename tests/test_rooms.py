@@ -24,7 +24,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("export", "export_parity"),
         *("score", "serve", "unshard"),
         *("plan", "cluster", "ingest", "synth", "fetch", "doctor"),
-        *("start", "console"),
+        *("start", "task_lines", "console"),
     ),
     "trainer": (
         *("serving", "snapshot"),

@@ -13,7 +13,7 @@ from trainer.run_config import Config, build_groups, load_config, of_files
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS = {"item_id": 100, "category_id": 10}
 DIM = "groups.representation.dim"
-OWNER = 'must be "shared", "task:NAME" or "domain:ID"'
+OWNER = 'must be "shared", "task:NAME" or "domain:ID" with the number of an id'
 SETS = "groups.representation.sets"
 NAME = "must be a name: a small letter first, then small letters, digits and _"
 FORMS = "must be a whole number, 'tasks' or a table of keys, such as { key = \"value\" }"
@@ -154,7 +154,7 @@ def test_what_contradicts_an_override_blames_that_override_alone() -> None:
         (f"{SETS}.a.ownr=x", f"unknown key '{SETS}.a.ownr'; did you mean '{SETS}.a.owner'?"),
         (
             f"{SETS}.a.owner=me",
-            f'{SETS}.a.owner: must be "shared", "task:NAME" or "domain:ID" (given: \'me\')',
+            f"{SETS}.a.owner: {OWNER} (given: 'me')",
         ),
         (f"{DIM}.item_id=3", f"{DIM}.item_id: must be a multiple of 4 (given: 3)"),
     ],

@@ -240,6 +240,17 @@ def test_a_config_that_was_written_whole_is_read_again() -> None:
             assert TaskConfig.model_validate(tree) == task
 
 
+def test_a_product_without_its_label_is_told_the_labels_of_all_candidates() -> None:
+    product = TaskConfig(product=("click", "buy"))
+    configs = {"click": TaskConfig(), "buy": TaskConfig(), "buys": product}
+    with pytest.raises(ConfigError) as caught:
+        resolve_tasks(configs, ["click", "buy", "ctcvr"], ["buy"])
+    assert str(caught.value) == (
+        "tasks.buys: the log has no such label; set tasks.buys.label to one that is known where a factor did "
+        "not happen, too; all candidates have click, ctcvr"
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [

@@ -16,7 +16,7 @@ NAME = "^[a-z][a-z0-9_]*$"
 OWNER = "^(shared|task:[a-z][a-z0-9_]*|domain:[0-9]+)$"
 _PATTERNS = {
     NAME: "must be a name: a small letter first, then small letters, digits and _",
-    OWNER: 'must be "shared", "task:NAME" or "domain:ID"',
+    OWNER: 'must be "shared", "task:NAME" or "domain:ID" with the number of an id',
 }
 _WORDS = {
     "missing": "missing, and it is needed",

@@ -144,7 +144,7 @@ def resolve_tasks(
     for name, settings in configs.items():
         label = settings.label or name
         if label not in labels:
-            raise ConfigError(_no_such_label(name, settings, labels))
+            raise ConfigError(_no_such_label(name, settings, labels, partial))
         mask = LabelMask.parse(settings.mask) if settings.mask else None
         if mask is not None and (problem := _unknown(mask, configs, labels)):
             raise ConfigError(f"tasks.{name}.mask = {settings.mask!r}: {problem}")
@@ -159,9 +159,18 @@ def resolve_tasks(
     return tuple(tasks)
 
 
-def _no_such_label(name: str, settings: TaskConfig, labels: Sequence[str]) -> str:
+def _no_such_label(
+    name: str, settings: TaskConfig, labels: Sequence[str], partial: Collection[str] = ()
+) -> str:
     """What is wrong with the label of a task, and what it may be."""
     known = f"it has {', '.join(labels)}"
+    whole = [label for label in labels if label not in partial]
+    if settings.product and whole:
+        key = f"tasks.{name}.label = {settings.label!r}" if settings.label else f"tasks.{name}"
+        return (
+            f"{key}: the log has no such label; set tasks.{name}.label to one that is known where a factor "
+            f"did not happen, too; all candidates have {', '.join(whole)}"
+        )
     if settings.label:
         hint = hint_of(settings.label, labels, known)
         return f"tasks.{name}.label = {settings.label!r}: the log has no such label; {hint}"
