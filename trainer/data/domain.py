@@ -35,11 +35,9 @@ class DomainColumn:
         if info is None:
             known = [name for name, each in manifest.features.items() if each.of_candidates]
             known += manifest.context
-            hint = hint_of(feature, known, f"they have {', '.join(known)}")
-            raise ConfigError(
-                f"data.domain = {feature!r}: the log has no such feature; set data.domain to the one of "
-                f"candidates or of requests that says where a candidate was shown: {hint}"
-            )
+            wanted = "set data.domain to the one of candidates or of requests that says where a candidate was"
+            hint = hint_of(feature, known, f"{wanted} shown: they have {', '.join(known)}")
+            raise ConfigError(f"data.domain = {feature!r}: the log has no such feature; {hint}")
         if not info.of_candidates:
             raise ConfigError(
                 f"data.domain = {feature!r}: only behaviors have this feature; name one of candidates or of "

@@ -160,7 +160,7 @@ def _of_one_task(config: Config, task: str) -> list[str]:
     if foreign != "open" and model.head_kind.takes_towers:
         left.append(f'model.experts.foreign = "{foreign}" {why}')
     for branch, settings in model.all_branches().items():
-        if settings.attention_owner:
+        if settings.attention_owner and "attention_owner" in settings.keys_with_effect():
             left.append(f"{section_of(branch)}.attention_owner = {settings.attention_owner!r} {why}")
     return left
 

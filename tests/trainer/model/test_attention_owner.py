@@ -194,7 +194,8 @@ def test_an_owner_of_weights_that_are_not_there_is_said(log: Path, tmp_path: Pat
     path.write_text(f'[data]\nlog = "{log}"\n{model}[model.towers]\ngate_hidden = 9\n')
     settings, manifest = load_config(path), read_manifest(log)
     said = "\n".join(remarks(settings, manifest, resolve_groups(settings, manifest)))
-    assert ("model.attention_owner = 'click'" in said) == (sequence == "collision")
+    assert said.count("model.attention_owner = 'click'") == 1
+    assert ("(click is the only task with a tower)" in said) == (sequence == "attention")
     assert "model.towers.gate_hidden = 9 (model.towers has no gates)" in said
 
 

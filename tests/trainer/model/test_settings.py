@@ -196,9 +196,9 @@ def test_their_neighbours_are_accepted(model: dict[str, Any]) -> None:
         ({"auxiliary_weight": 0}, "model.auxiliary_weight: .*greater than 0"),
         ({"attend": "item_id"}, r'model.attend: must be a list, such as \["a", "b"\]'),
         ({"time_in": ["score"]}, "model.time_in.0: .*'scores' or 'values'"),
-        ({"branches": {"Wide": {}}}, "model.branches.Wide.*: must match the pattern"),
+        ({"branches": {"Wide": {}}}, "model.branches.Wide: must be a name: a small letter"),
         ({"branches": {"other": 5}}, "model.branches.other: must be a section, a table of keys"),
-        ({"branches": 5}, "model.branches: must be a table of keys"),
+        ({"branches": 5}, r"model.branches: has a section for each name: write \[model.branches.NAME\]"),
         (
             {"branches": {"other": {"atend": []}}},
             "unknown key 'model.branches.other.atend'; did you mean 'model.branches.other.attend'?",
@@ -280,7 +280,7 @@ ROLE = {"roles": {"attention_target": "nope"}}
             {"groups": {"attention": {}, "representation": {}, "idle": {}}},
             "group 'idle' serves no role; remove it or name it in model.roles",
         ),
-        ({}, {"groups": {"Bad": {}}}, "groups.Bad.*: must match the pattern"),
+        ({}, {"groups": {"Bad": {}}}, "groups.Bad: must be a name: a small letter"),
     ],
 )
 def test_roles_and_groups_that_do_not_fit_are_named(
