@@ -169,7 +169,8 @@ def test_memory_follows_the_largest_shard_not_the_table(tmp_path: Path, dtype: s
     done = launched("tests.programs.stream_tables", *words)
     assert done.returncode == 0, done.stderr
     grown, whole, shard = int(done.stdout) * 1024, rows * dim * 4, rows * dim * 4 // shards
-    assert grown < 8 * shard < whole / 3, f"{grown:,} bytes for shards of {shard:,}"
+    # Five to eight shards, as threads and the allocator have it; one copy of the table would be 32.
+    assert grown < 10 * shard < whole / 3, f"{grown:,} bytes for shards of {shard:,}"
     from trainer.snapshot.manifest import StoredRows
     from trainer.snapshot.rows import read_rows
 
