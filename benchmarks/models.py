@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -81,15 +82,16 @@ def run_one(given: Any) -> None:
 
 
 def results(out: Path) -> dict[str, Record]:
-    """Finished runs by name. A line that a kill has cut short does not count."""
-    records: dict[str, Record] = {}
-    path = out / RESULTS
+    """Finished runs by name."""
+    return {record["name"]: record for record in records_of(out / RESULTS)}
+
+
+def records_of(path: Path) -> list[Record]:
+    """The lines of a file of results. One that a kill has cut short does not count."""
+    records: list[Record] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        records[record["name"]] = record
+        with suppress(ValueError):
+            records.append(json.loads(line))
     return records
 
 
@@ -247,7 +249,7 @@ def main(words: Sequence[str]) -> None:
     given = read_options(options, words)
     if given is None:
         return
-    report = Report(given, "Models", n=len(given.seeds.split(",")))
+    report = Report(given, "Models", n=len(seeds_of(given)))
     report.rows = run_all(given.log.absolute(), given.overrides, given, own_command("models"))
     show(report, report.rows)
     report.line(environment_line(report.rows, given.jobs))

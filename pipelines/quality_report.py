@@ -340,8 +340,9 @@ def _scales(measured: SplitMetrics) -> Iterator[str]:
     off = [
         (abs(math.log(max(own.pcoc, 1e-9))), f"{own.pcoc:.2f} in {domain} ({task})")
         for task in measured.tasks
-        for domain, own in measured.of_task(task).items()
-        if _in_several(measured.of_task(task)) and _out_of_scale(own)
+        if _in_several(domains := measured.of_task(task))
+        for domain, own in domains.items()
+        if _out_of_scale(own)
     ]
     if off:
         yield f"by domain, PCOC is {_listed([words for _, words in sorted(off, reverse=True)])}"

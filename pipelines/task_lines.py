@@ -28,17 +28,13 @@ def task_lines(config: Config, manifest: LogManifest, train: SequenceLogReader) 
         yield from table_lines(
             ["task", "label", "loss", "weight", f"of {train.candidates:,} candidates"], rows
         )
-    by_domain = [task.name for task in tasks if _by_domain(task, config)]
+    by_domain = [task.name for task in tasks if task.means_by_domain(config.train.mean)]
     if by_domain:
         who = "the loss" if len(by_domain) == len(tasks) else f"the loss of {', '.join(by_domain)}"
         yield (
             f'mean = "domain": {who} is the sum of the means of the domains in a step, each alike; '
             f"candidates without {config.data.domain} are a domain, too"
         )
-
-
-def _by_domain(task: Task, config: Config) -> bool:
-    return task.settings.loss != "none" and (task.settings.mean or config.train.mean) == "domain"
 
 
 def _learned(task: Task) -> str:

@@ -113,6 +113,10 @@ class Task:
         """Whether the head gives its logit, and no product of others."""
         return not self.settings.product
 
+    def means_by_domain(self, default: str) -> bool:
+        """Whether each domain has a mean of its own in the task's loss; `default`: `train.mean`."""
+        return self.settings.loss != "none" and (self.settings.mean or default) == "domain"
+
     @property
     def two_logits(self) -> bool:
         """Whether its loss trains a logit for each class, where others train their difference alone."""

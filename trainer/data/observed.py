@@ -33,14 +33,16 @@ def unobserved(reader: SequenceLogReader, most: int = MOST_ROW_GROUPS) -> Unobse
     """
     columns = reader.columns
     labels = columns.labels
-    open_ = [task for task in labels.tasks if task.mask is not None or task.label in labels.partial]
-    if labels.weights or columns.weighted:
-        open_ = list(labels.tasks)
+    weighs = bool(labels.weights) or columns.weighted
+    open_ = [
+        column
+        for column, task in enumerate(labels.tasks)
+        if weighs or task.mask is not None or task.label in labels.partial
+    ]
     found, candidates, looked = np.zeros(len(labels.tasks), dtype=bool), 0, 0
-    places = {task.name: place for place, task in enumerate(labels.tasks)}
     few = Columns({}, labels, weighted=columns.weighted)
     for place in reader.row_groups[:most]:
-        if all(found[places[task.name]] for task in open_):
+        if found[open_].all():
             break
         looked += 1
         # A bad row group is an error of the reader's, not of these words.
@@ -51,7 +53,7 @@ def unobserved(reader: SequenceLogReader, most: int = MOST_ROW_GROUPS) -> Unobse
                 counts &= rows.task_weight > 0
             found |= counts.any(axis=0)
             candidates += len(rows.labels)
-    never = [task for task in open_ if not found[places[task.name]]]
+    never = [labels.tasks[column] for column in open_ if not found[column]]
     return Unobserved(never, candidates, looked == len(reader.row_groups))
 
 

@@ -6,11 +6,11 @@ configuration chooses not to use is named here, with what would use it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from embeddings.groups import TableGroup
 from trainer.config.model import CONTEXT_ROLES, section_of
-from trainer.config.tasks import resolve_tasks
+from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings
 from trainer.log.schema import LogManifest
 from trainer.model.settings import CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
@@ -59,10 +59,11 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
             f'data.domain = "{config.data.domain}" has {info.rows:,} ids, and a validation measures each '
             "that it has; name a feature with fewer, or validate seldom"
         )
-    lines += [*_of_tasks(config, manifest), *_splits(config, manifest)]
+    tasks = resolve_tasks(config.tasks, manifest.tasks)
+    lines += [*_of_tasks(tasks, manifest), *_splits(config, manifest)]
     owners = [each.owner for each in groups[config.model.roles.representation_behavior].sets]
     unread = config.model.head_kind.unread_keys(config.model, owners)
-    alone = [task.name for task in resolve_tasks(config.tasks, manifest.tasks) if task.has_tower]
+    alone = [task.name for task in tasks if task.has_tower]
     of_one = _of_one_task(config, alone[0]) if len(alone) == 1 else []
     if left := [*_of_model(config.model), *unread, *_of_rest(config), *of_one]:
         lines.append(f"no effect in this configuration: {'; '.join(left)}")
@@ -85,9 +86,8 @@ def _one_sided(config: Config, manifest: LogManifest) -> list[str]:
     ]
 
 
-def _of_tasks(config: Config, manifest: LogManifest) -> Iterable[str]:
+def _of_tasks(tasks: Sequence[Task], manifest: LogManifest) -> Iterable[str]:
     """Labels that no task looks at, and tasks that training cannot observe."""
-    tasks = resolve_tasks(config.tasks, manifest.tasks)
     used = {label for task in tasks for label in task.labels}
     if left := [label for label in manifest.tasks if label not in used]:
         yield f"not used: {_counted(left, 'label')} of the log; a section [tasks.{left[0]}] makes it a task"

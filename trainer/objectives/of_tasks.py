@@ -72,7 +72,7 @@ def trained_tasks(tasks: Sequence[Task], default: str, domains: int, mean: str =
             if ranking.two_logits and settings.product:
                 problem = "needs a logit for each class, which a product has not; name another"
                 raise ConfigError(f"{where}.rank = {settings.rank!r} {problem}")
-        by_domain = (settings.mean or mean) == "domain"
+        by_domain = task.means_by_domain(mean)
         given = {f"{where}.mean" if settings.mean else "train.mean": by_domain}
         for key, asked in {**given, f"{where}.pairs": settings.pairs == "domain"}.items():
             if asked and not domains:
@@ -92,7 +92,7 @@ def _untrained(task: Task, tasks: Sequence[Task]) -> str:
         return (
             "nothing trains the task; give it a loss, or name it in a product (weight = 0 only measures it)"
         )
-    silent = next((f"tasks.{each.name}.weight = 0" for each in products if not each.weight), "")
-    if all(not each.weight for each in products):
+    if not any(each.weight for each in products):
+        silent = f"tasks.{products[0].name}.weight = 0"
         return f"only a product trains the task, and {silent}; give one of them a weight"
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def trained(out: Path, overrides: list[str], tied: bool) -> Measured:
         tied: all experts use the weights of the first one.
     """
     said = io.StringIO()
-    with one_interaction() if tied else plainly(), redirect_stdout(said), redirect_stderr(said):
+    with one_interaction() if tied else nullcontext(), redirect_stdout(said), redirect_stderr(said):
         with gradients_of_negatives() as negatives:
             train(BASE, out, overrides)
         if "steps" not in RunFolder(out).read_summary():
@@ -67,11 +67,6 @@ def truth_of(scored: Scored, log: Path) -> dict[str, npt.NDArray[np.generic]]:
     if not np.array_equal(columns["user_id"], scored.user_id):
         raise SystemExit("the scored candidates are not those of the log's truth")
     return columns
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -3,8 +3,8 @@
     tandemrec bench planted --experiment agree --experiment domains --seeds 1,2,3,4,5 --out runs/planted
 
 Each seed has a log of its own, and models that start from it. A finished run is one line of
-OUT/<experiment>.jsonl, and is not made again. The experiment's section in benchmarks/planted/README.md is
-replaced; --image draws the gradients of negatives of the runs that are there.
+OUT/<experiment>/results.jsonl, and is not made again. The experiment's section in
+benchmarks/planted/README.md is replaced; --image draws the gradients of negatives of the runs that are there.
 
     tandemrec bench planted --experiment collapse --users 40000 --set train.epochs=4 --out runs/planted
 
@@ -14,7 +14,6 @@ give is printed, with the logloss on what was learned from, and no section is re
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import shutil
@@ -24,13 +23,12 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, markdown
-from benchmarks.models import environment_line, keep, mean
+from benchmarks.models import RESULTS, Record, environment_line, keep, mean, records_of, seeds_of
 from benchmarks.planted.experiments.experiment import ByModel, Experiment
 from benchmarks.planted.experiments.probe import SPLIT, trained
 from benchmarks.planted.experiments.table import EXPERIMENTS
@@ -38,8 +36,6 @@ from embeddings.errors import ConfigError, hint_of
 from pipelines.synth.synth import synth
 from trainer.log.schema import is_sequence_log, read_manifest
 from trainer.run_folder import versions
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,12 +68,6 @@ def log_of(experiment: Experiment, seed: int, out: Path, users: int = 0) -> Path
     return log
 
 
-def records_of(path: Path) -> list[Record]:
-    """Finished runs. A line that a kill has cut short does not count."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def run_one(
     experiment: Experiment, model: str, seed: int, log: Path, out: Path, change: Change = NONE
 ) -> Record:
@@ -108,7 +98,7 @@ def run_all(name: str, seeds: Sequence[int], out: Path, change: Change = NONE) -
     experiment, folder = EXPERIMENTS[name], out / name
     models = [model for model in experiment.models if not change.models or model in change.models]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.jsonl"
+    path = folder / RESULTS
     done = {(record["model"], record["seed"]) for record in records_of(path) if change.same_as(record)}
     for seed in seeds:
         for model in models:
@@ -168,7 +158,7 @@ def draw(out: Path, image: Path) -> None:
 
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
     for panel, rate in zip(panels, ("25", "5", "1"), strict=True):
-        finished = records_of(out / f"sparse_{rate}" / "results.jsonl")
+        finished = records_of(out / f"sparse_{rate}" / RESULTS)
         records = [record for record in finished if NONE.same_as(record)]
         for model in EXPERIMENTS[f"sparse_{rate}"].models:
             each = [record["negatives"] for record in records if record["model"] == model]
@@ -198,7 +188,7 @@ def main(words: Sequence[str]) -> None:
     options.add_argument("--readme", type=Path, default=README, help="where the tables go")
     given = options.read(words)
     torch.set_num_threads(1)
-    seeds = [int(seed) for seed in given.seeds.split(",")]
+    seeds = seeds_of(given)
     change = Change(tuple(given.set), given.users, tuple(given.model))
     known = [model for name in given.experiment for model in EXPERIMENTS[name].models]
     for model in change.models:
