@@ -20,7 +20,10 @@ from tests.helpers.logs import CONTEXT, FEATURES, RICH, Row, Shape, enrich, rand
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.row_group import read_footer
 from trainer.data.rows import PlanRows, UserRows, read_plan, read_rows
+from trainer.log.schema import read_manifest
+from trainer.log.writer import write_manifest
 
 Sample = tuple[Any, ...]
 
@@ -166,6 +169,28 @@ def test_errors_reach_the_consumer_through_the_prefetching_thread(tmp_path: Path
     log = write_log(tmp_path / "log", {"train": rows})
     with pytest.raises(DataError, match="id 60 lies outside the table of 60 rows"):
         list(reader(log, prefetch=2).steps())
+
+
+def test_row_groups_are_counted_by_the_manifest_or_in_older_logs_by_the_footers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = write_log(tmp_path / "log", {"train": random_rows(5)}, layout=(2, 4))
+    opened: list[str] = []
+
+    def spy(file: Path) -> Any:
+        opened.append(file.name)
+        return read_footer(file)
+
+    monkeypatch.setattr("trainer.data.files.read_footer", spy)
+    places = reader(log, verify=False).row_groups
+    assert len(places) > 2 and not opened
+    manifest = read_manifest(log)
+    split = manifest.splits["train"]
+    uncounted = [file.model_copy(update={"row_groups": 0}) for file in split.files]
+    older = split.model_copy(update={"files": uncounted})
+    write_manifest(log, manifest.model_copy(update={"splits": {"train": older}}))
+    assert reader(log, verify=False).row_groups == places
+    assert sorted(opened) == sorted({place.file.name for place in places})
 
 
 def test_ranks_share_a_step_evenly(tmp_path: Path) -> None:
