@@ -24,6 +24,7 @@ from trainer.quality.baselines import baselines, by_baseline, counted_feature
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config, of_files
 from trainer.run_folder import versions
+from trainer.storage import place
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
@@ -53,7 +54,7 @@ def _settings(config: Path, overrides: Sequence[str]) -> Config:
     settings = load_config(config, overrides)
     # Kept in the run, which other commands may read from another folder.
     here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
-    file = settings.plan.file and str(Path(settings.plan.file).absolute())
+    file = settings.plan.file and str(place(settings.plan.file).absolute())
     placed = settings.plan.model_copy(update={"file": file})
     quiet_third_parties()
     return settings.model_copy(update={"data": here, "plan": placed})

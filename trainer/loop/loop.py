@@ -299,6 +299,7 @@ class Trainer:
             "order": self.train_reader.order,
             "config": self.config.model_dump(mode="json"),
         }
+        from_rank_0(self.log.keep)
         self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
         self.interrupts.restart_clock()
         # Time that no step has taken.

@@ -25,6 +25,7 @@ from trainer.quality.leads import estimates, leads
 from trainer.quality.metrics import calibration_metrics, group_keys
 from trainer.quality.ranking import Floats, Ints, ranking_metrics
 from trainer.quality.scored import Scored
+from trainer.storage.ranges import parquet_source
 
 # These are probabilities, the others only an order.
 RATES = ("mean_label", "item_rate", "user_item_rate")
@@ -199,7 +200,7 @@ def item_counts(log: Path) -> Floats:
     """Occurrences of every item id before the validation period, from the log's vocabulary."""
     file = log / "vocab" / "item_id.parquet"
     try:
-        table = pq.read_table(file, columns=["id", "count"])
+        table = pq.read_table(parquet_source(file), columns=["id", "count"])
     except (FileNotFoundError, pa.ArrowException) as error:
         raise DataError(f"the popularity baseline needs the log's vocabulary: {error}", file=file) from None
     ids, counts = table.column("id").to_numpy(), table.column("count").to_numpy()

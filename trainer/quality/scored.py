@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from embeddings.errors import DataError
 from trainer.quality.metrics import Metrics, group_keys, measure
 from trainer.sealed_folder import replacing
+from trainer.storage.ranges import parquet_source
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -120,7 +121,7 @@ def read_scores(path: Path) -> Scored:
     """
     what = "holds no scores of `tandemrec evaluate`"
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = pq.read_table(parquet_source(path), page_checksum_verification=True)
         tasks = [name.removeprefix("score_") for name in table.column_names if name.startswith("score_")]
         score = [table.column(f"score_{task}").to_numpy() for task in tasks]
         label = [table.column(f"label_{task}").to_numpy() for task in tasks]
