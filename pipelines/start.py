@@ -244,7 +244,8 @@ def _build(start: Start) -> None:
     own = start.config.plan.model_copy(update=other)
     config = start.config.model_copy(update={"plan": own})
     former = start.resume.former_plan
-    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former)
+    new = start.resume.path is None
+    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former, first_rows=new)
     trainer = start.trainer(sharded, keep_quiet)
     trainer.resume(start.resume)
     scratch = Path(from_rank_0(tempfile.mkdtemp))

@@ -234,8 +234,10 @@ class CheckpointConfig(Settings):
     step."""
     keep: PositiveInt = 2
     """The number of newest checkpoints that are kept."""
-    mode: Literal["async", "sync"] = "async"
-    """`async` copies the tensors and writes them while training goes on. `sync` writes them first."""
+    mode: Literal["auto", "async", "sync"] = "auto"
+    """`async` copies the tensors and writes them while training goes on. `sync` writes them first, and needs
+    no memory for a copy. `auto` means `async` where the copy fits into the memory that is free at the first
+    save, and `sync` otherwise; it says which."""
     on_error: Literal["stop", "continue"] = "stop"
     """What happens when a save fails during training. `stop` ends the run; `continue` tries again when the
     next save is due. The save at the end always stops."""

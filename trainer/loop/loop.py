@@ -95,7 +95,7 @@ class Trainer:
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
-        self.saver = Saver(folder.checkpoints, config.checkpoint, say)
+        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = self._best_due = False
 
