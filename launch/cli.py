@@ -36,6 +36,7 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, Option("--run", metavar="RUN", help="A run folder written by `train`.")]
 Dtype = Literal["fp32", "fp16", "int8"]
+Search = Literal["none", "vectors"]
 Checkpoint = Annotated[
     str,
     Option(
@@ -248,11 +249,14 @@ def export(
     ] = None,
     checkpoint: Checkpoint = "",
     device: Device = None,
+    search: Annotated[
+        Search, Option(help="For a retrieval service: add the vectors that are projected from tables.")
+    ] = "none",
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    rest = (parity_requests, aoti, vocabularies, checkpoint, device)
+    rest = (parity_requests, aoti, vocabularies, checkpoint, device, search)
     run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
 
 
