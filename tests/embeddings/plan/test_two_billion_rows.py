@@ -55,8 +55,8 @@ def test_row_wise() -> None:
     # 125,000,000 rows x 2 tables x 4 B.
     state = 1_000_000_000
     assert [(m.weights, m.optimizer) for m in held] == [(weights, state)] * 16
-    # A rank's ids: of each of its bags one in 16 rows lies here, from 16 ranks, so as many as a rank has bags:
-    # (25,128 + 2,504) x 8 B. Vectors leave as blocks of all bags of all ranks, 402,048 x 16 x 4 B and
+    # One in 16 ids of all ranks lies here, as many as a rank has bags: (25,128 + 2,504) x 8 B. Vectors leave
+    # as blocks of all bags of all ranks, 402,048 x 16 x 4 B and
     # 40,064 x 128 x 4 B; TorchRec leaves out the 16th of it that comes home.
     ids = (25_128 + 2_504) * 8
     vectors = (402_048 * 16 + 40_064 * 128) * 4
@@ -77,7 +77,7 @@ def test_table_row_wise() -> None:
 
 
 def test_column_wise() -> None:
-    """Parts of 4 and of 8 columns, 32 of them, two on a rank; each part has a state of its own for all rows."""
+    """4 parts of 4 columns and 16 of 8; each part has a state of its own for all rows."""
     held = planned("column_wise", hbm=192)
     # 2,000,000,000 rows x (16 + 128) columns x 4 B are 1,152 GB, whoever has them.
     assert sum(m.weights for m in held) == 1_152 * GB
@@ -111,7 +111,7 @@ def test_uvm(kernel: str) -> None:
     if kernel == "fused_uvm":
         assert {m.buffers for m in held} == {step}
     else:
-        # A fifth of the rows on the device, 14.4 GB of weights and 0.2 GB of state; FBGEMM's map of rows, 4 B for
-        # each of 250,000,000, and 16 B for each of a fifth of them: 1 GB and 0.8 GB.
+        # A fifth of the rows on the device, 14.4 GB of weights and 0.2 GB of state; FBGEMM's map of rows, 4 B
+        # for each of 250,000,000, and 16 B for each of a fifth of them: 1 GB and 0.8 GB.
         cache = 14_400_000_000 + 200_000_000 + 1_000_000_000 + 800_000_000
         assert {m.buffers for m in held} == {step + cache}
