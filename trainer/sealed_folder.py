@@ -98,14 +98,16 @@ class Seal:
         except OSError as error:
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
 
-    def check(self, file: Path, size: int, digest: str) -> None:
-        """Compare a file with its entry in the manifest.
+    def check(
+        self, file: Path, size: int, digest: str, digest_of: Callable[[Path], str] = file_digest
+    ) -> None:
+        """Compare a file with its entry in the manifest; `digest_of` reads it.
 
         Raises:
             Exception: of this kind: it cannot be read, or differs.
         """
         try:
-            same = file.stat().st_size == size and file_digest(file) == digest
+            same = file.stat().st_size == size and digest_of(file) == digest
         except OSError as error:
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
         if not same:

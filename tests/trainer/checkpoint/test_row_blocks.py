@@ -97,9 +97,9 @@ def test_small_tensors_are_written_as_ever(tmp_path: Path) -> None:
 
 def test_neither_a_save_nor_a_load_holds_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    whole = torch.randn(200_000, 8)
+    whole = torch.randn(6 << 15, 8)
     with process_group():
-        tensors = {"table": sharded(whole, 100_000, 8)}
+        tensors = {"table": sharded(whole, 3 << 15, 8)}
         planner = BlockPlanner(1 << 18)
         dcp.save(tensors, storage_writer=HashedWriter(tmp_path), planner=planner)
         planner.set_up_planner(tensors)
