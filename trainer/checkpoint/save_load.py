@@ -136,10 +136,10 @@ def find(folder: Path, alone: bool = False) -> ResumePoint:
         CheckpointError: there are checkpoints, but none verifies.
     """
     refused: list[str] = []
-    good: set[Path] = set()
+    seen: dict[Path, CheckpointError | None] = {}
     for path in _answer(alone, partial(files.checkpoints, folder)):
         try:
-            _verify_chain(path, alone, good)
+            _verify_chain(path, alone, seen)
         except CheckpointError as error:
             refused.append(str(error))
         else:
@@ -214,28 +214,38 @@ def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str,
     files.publish(part, final)
 
 
-def _verify_chain(path: Path, alone: bool, good: set[Path] | None = None) -> None:
+def _verify_chain(path: Path, alone: bool, seen: dict[Path, CheckpointError | None] | None = None) -> None:
     """Check a checkpoint and all that it builds on, all ranks together where this one is not alone.
 
     Args:
-        good: those that were checked before; more are added.
+        seen: those whose own files were looked at before, and what is wrong there; more are added.
 
     Raises:
         CheckpointError: one of them is damaged, or is not the one that was built on; on all ranks.
     """
-    good, here = set() if good is None else good, path
-    while here not in good:
+    seen = {} if seen is None else seen
+    here: Path | None = path
+    while here is not None:
         try:
-            _verify(here, alone)
-            good.add(here)
+            if here not in seen:
+                seen[here] = _problem(here, alone)
+            if (problem := seen[here]) is not None:
+                raise problem
             base = _answer(alone, partial(_next_link, here))
         except CheckpointError as error:
             if here == path:
                 raise
             raise CheckpointError(path, f"builds on {here.name}, which is of no use: {error}") from None
-        if base is None:
-            return
         here = base
+
+
+def _problem(path: Path, alone: bool) -> CheckpointError | None:
+    """What is wrong with the files of a checkpoint; on all ranks."""
+    try:
+        _verify(path, alone)
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def _next_link(path: Path) -> Path | None:
