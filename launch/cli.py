@@ -36,6 +36,7 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, Option("--run", metavar="RUN", help="A run folder written by `train`.")]
 Dtype = Literal["fp32", "fp16", "int8"]
+Search = Literal["none", "vectors"]
 Checkpoint = Annotated[
     str,
     Option(
@@ -219,12 +220,18 @@ def train(
 
 @app.command()
 def evaluate(
-    run_folder: RunFolder, split: Split = "test", checkpoint: Checkpoint = "", device: Device = None
+    run_folder: RunFolder,
+    split: Split = "test",
+    checkpoint: Checkpoint = "",
+    device: Device = None,
+    sample: Annotated[
+        int, Option(min=0, help="About so many candidates at most, those of some users; 0: all.")
+    ] = 0,
 ) -> None:
     """Measure a trained run: AUC, log loss, calibration."""
     from pipelines.evaluate import evaluate as run
 
-    run(run_folder, split, checkpoint, device)
+    run(run_folder, split, checkpoint, device, sample)
 
 
 @app.command()
@@ -248,11 +255,14 @@ def export(
     ] = None,
     checkpoint: Checkpoint = "",
     device: Device = None,
+    search: Annotated[
+        Search, Option(help="For a retrieval service: add the vectors that are projected from tables.")
+    ] = "none",
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    rest = (parity_requests, aoti, vocabularies, checkpoint, device)
+    rest = (parity_requests, aoti, vocabularies, checkpoint, device, search)
     run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
 
 

@@ -182,6 +182,10 @@ class TrainConfig(Settings):
     """The number of steps between two lines of metrics.jsonl."""
     validate_every: int = Field(0, ge=0)
     """The number of steps between two validations. 0 means only one at the end."""
+    validate_candidates: int = Field(500_000, ge=0)
+    """About the largest number of candidates that a validation in training scores. Of a larger validation
+    split it scores a sample of whole users, which is the same at every validation and on any number of ranks.
+    0 means the whole split, whatever its size. `tandemrec evaluate` always takes the whole split."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     """When training ends before its last step, see [train.early_stopping]. It needs `validate_every`."""
     init_from: str = ""

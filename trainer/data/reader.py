@@ -40,7 +40,8 @@ from trainer.data.collate import collate
 from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
-from trainer.data.rows import Columns, read_plan, read_rows
+from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
+from trainer.data.sample import Sample
 from trainer.log.schema import LogManifest, read_manifest
 
 
@@ -110,8 +111,12 @@ class SequenceLogReader:
             take longer than others.
         prepare: changes every batch last, in the thread that read it where `config.prefetch` is set. Its
             errors reach the consumer as those of reading do.
+        limit: about so many candidates are read at most, see `trainer.data.sample`; 0 = the whole split.
         own_row_groups: what `data.sharding = "auto"` means: each rank decodes row groups of its own where
             that spreads well; else every rank all of them. The same on all ranks.
+
+    Attributes:
+        row_groups: that are read; candidates: of the whole split; sample: what is read of it, None = all.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
@@ -132,6 +137,7 @@ class SequenceLogReader:
         share: Callable[[Sequence[int]], list[int]] = list,
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
         prepare: Callable[[RequestBatch], RequestBatch] | None = None,
+        limit: int = 0,
         own_row_groups: bool = False,
     ) -> None:
         self._prepare = prepare
@@ -157,6 +163,9 @@ class SequenceLogReader:
         self.candidates = manifest.splits[split].candidates
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
+        self.sample = Sample.of(self.candidates, len(self.row_groups), limit)
+        if self.sample is not None:
+            self.row_groups = self.sample.places(self.row_groups)
         files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
         rows_read = [files, [(place.file.name, place.row_group) for place in left_out]]
         # Digest of the split's rows and their order: what a position inside an epoch refers to.
@@ -248,7 +257,7 @@ class SequenceLogReader:
     def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[LazyRows]]:
         """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
         footers = {file: read_footer(file) for file in {place.file for place in places}}
-        plans = [read_plan(place.file, place.row_group, footers[place.file]) for place in places]
+        plans = [self._plan(place, footers[place.file]) for place in places]
         owners = deal([plan.cost for plan in plans], self.world_size)
         decoders = [LazyRows(place, partial(self._decode, place, footers[place.file])) for place in places]
         if self._shared_decoding():
@@ -261,11 +270,19 @@ class SequenceLogReader:
             owners = [ANYONE] * len(places)
             blocks = [block._replace(owner=ANYONE) for block in blocks]
         mine = (self.rank, ANYONE)
-        decoders = [decoder for decoder, owner in zip(decoders, owners, strict=True) if owner in mine]
+        # Of row groups without a block, nothing is decoded.
+        used = {id(block.rows) for block in blocks}
+        decoders = [each for each, owner in zip(decoders, owners, strict=True) if owner in mine]
+        decoders = [each for each in decoders if id(each) in used]
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch, number]).permutation(len(blocks))
             blocks = [blocks[i] for i in order.tolist()]
         return blocks, decoders
+
+    def _plan(self, place: RowGroup, footer: pq.FileMetaData) -> PlanRows:
+        if self.sample is None:
+            return read_plan(place.file, place.row_group, footer)
+        return self.sample.of_plan(read_plan(place.file, place.row_group, footer, True))
 
     def _shared_decoding(self) -> bool:
         """Whether every rank decodes every row group, whatever blocks they hold."""
