@@ -23,7 +23,7 @@ from typing import Any
 
 from embeddings.errors import CheckpointError
 from trainer.log.names import path_problem
-from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, remove_folder, sweep, sync
+from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, file_digest, remove_folder, sweep, sync
 from trainer.sealed_folder import publish as publish_folder
 from trainer.sealed_folder import retire as retire_folder
 from trainer.storage import is_remote
@@ -47,6 +47,16 @@ def step_of(path: Path) -> int:
     match = _NAME.search(path.name)
     assert match is not None
     return int(match[1])
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
+def manifest_digest(path: Path) -> str:
+    """What a delta calls a checkpoint by, besides its name: the SHA-256 of its manifest."""
+    return file_digest(path / MANIFEST)
 
 
 def new_part(folder: Path, step: int) -> Path:
@@ -205,18 +215,23 @@ def choose(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> 
 def retire(folder: Path, final: Path, keep: int, best: int = -1) -> None:
     """Delete all but the newest `keep` checkpoints up to `final`; damaged ones don't count as kept.
 
-    That of step `best` stays besides.
+    That of step `best` stays besides, and so do those that a kept one builds on.
     """
-    good = 0
+    good, needed = 0, set[str]()
     for old in checkpoints(folder):
-        if step_of(old) > step_of(final) or (best >= 0 and step_of(old) == best and good >= keep):
-            continue
-        if good < keep:
+        kept = step_of(old) > step_of(final) or good < keep or (best >= 0 and step_of(old) == best)
+        if step_of(old) <= step_of(final) and good < keep:
             with suppress(CheckpointError):
                 read_manifest(old)
                 good += 1
-            continue
-        retire_folder(old, old.name, strict=True)
+        if kept or old.name in needed:
+            # One that cannot be read builds on nothing that could be loaded with it.
+            with suppress(CheckpointError):
+                base = read_state(old).get("base")
+                needed |= {base["name"]} if isinstance(base, dict) else set()
+        else:
+            # A delta is deleted before what it builds on, so that what is left is never half a chain.
+            retire_folder(old, old.name, strict=True)
 
 
 def _object(file: Path, text: bytes) -> dict[str, Any]:

@@ -245,6 +245,9 @@ class CheckpointConfig(Settings):
     """`async` copies the tensors and writes them while training goes on. `sync` writes them first, and needs
     no memory for a copy. `auto` means `async` where the copy fits into the memory that is free at the first
     save, and `sync` otherwise; it says which."""
+    full_every: PositiveInt = 1
+    """Every how many saves one is full. The saves between write only the rows of the tables that were looked
+    up since the save before, and build on it. 1 means that every save is full."""
     on_error: Literal["stop", "continue"] = "stop"
     """What happens when a save fails during training. `stop` ends the run; `continue` tries again when the
     next save is due. The save at the end always stops."""

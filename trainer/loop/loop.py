@@ -13,6 +13,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
+from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
@@ -95,7 +96,8 @@ class Trainer:
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
-        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size)
+        touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
+        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = self._best_due = False
 
@@ -286,6 +288,7 @@ class Trainer:
         """Have `fill` write into the tensors of model and optimizer, and take them up."""
         tensors = self._tensors()
         fill(tensors)
+        self.saver.follow(None)
         self.model.load_state_dict(tensors["model"])
         self.optimizer.load_state_dict(tensors["optim"])
 
@@ -344,6 +347,7 @@ class Trainer:
             best=best,
         )
         self.saver.saved = self.step.number = self.at.step
+        self.saver.follow(path, state.get("base", {}).get("links", 0))
         self.say(f"resumed from {path}")
 
 
