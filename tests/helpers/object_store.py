@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -80,5 +79,5 @@ def served(name: str = "tandem-tests") -> Iterator[Store]:
             ).close()
             yield Store(address, name)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.communicate()

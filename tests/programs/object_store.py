@@ -1,11 +1,12 @@
 """A server of S3's protocol (moto) that fails as it is told to: `python -m tests.programs.object_store`.
 
-It prints its port. `POST /-/faults` takes a JSON list of rules, each {"method", "path", "kind", "count", "skip"}:
-requests of that method whose path and query the regular expression finds, after `skip` of them, `count` times.
-`GET /-/seen` answers with what was asked for: [method, path and query, range, bytes answered], and forgets it.
+It prints its port. `POST /-/faults` takes a JSON list of rules, each {"method", "path", "kind", "count",
+"skip"}: requests of that method whose path and query the regular expression finds, after `skip` of them,
+`count` times. `GET /-/seen` answers with what was asked for, and forgets it: [method, path and query, range,
+bytes answered].
 
-Kinds: `error:STATUS:CODE`, `slow:SECONDS`, `truncated` (half of a body), `reset` (no answer at all), `hold` (no
-answer until the client has gone).
+Kinds: `error:STATUS:CODE`, `slow:SECONDS`, `truncated` (half of a body), `reset` (no answer at all), `hold`
+(no answer until the client has gone).
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Faulty:
         if kind == "error":
             body = f"<Error><Code>{words[1]}</Code><Message>told to fail</Message></Error>".encode()
             sent = b"" if method == "HEAD" else body
-            start(f"{words[0]} FAULT", [("Content-Type", "application/xml"), ("Content-Length", str(len(sent)))])
+            start(
+                f"{words[0]} FAULT", [("Content-Type", "application/xml"), ("Content-Length", str(len(sent)))]
+            )
             return [sent]
         if kind in ("reset", "hold"):
             connection: socket.socket = environ["werkzeug.socket"]
