@@ -125,6 +125,26 @@ def set_fused_optimizer(collection: nn.Module, optimizer: Any) -> None:
     cast(Any, collection)._optim = optimizer
 
 
+@contextmanager
+def rows_left_unset() -> Iterator[None]:
+    """Within this context TorchRec's kernels are made without drawing first weights for their rows.
+
+    TorchRec draws them when it makes a kernel, and again as each table's `init_fn` says.
+    """
+    # Imported here, since it compiles functions, which whoever only talks to other ranks need not wait for.
+    from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
+
+    kinds: list[Any] = [BaseBatchedEmbedding, BaseBatchedEmbeddingBag]
+    before = [kind.init_parameters for kind in kinds]
+    for kind in kinds:
+        kind.init_parameters = lambda _: None
+    try:
+        yield
+    finally:
+        for kind, method in zip(kinds, before, strict=True):
+            kind.init_parameters = method
+
+
 def features_on(sharding: Any, rank: int) -> list[str]:
     """The features of the tables that a sharding has on a rank, one for each table, in the kernels' order."""
     return [

@@ -220,12 +220,18 @@ def train(
 
 @app.command()
 def evaluate(
-    run_folder: RunFolder, split: Split = "test", checkpoint: Checkpoint = "", device: Device = None
+    run_folder: RunFolder,
+    split: Split = "test",
+    checkpoint: Checkpoint = "",
+    device: Device = None,
+    sample: Annotated[
+        int, Option(min=0, help="About so many candidates at most, those of some users; 0: all.")
+    ] = 0,
 ) -> None:
     """Measure a trained run: AUC, log loss, calibration."""
     from pipelines.evaluate import evaluate as run
 
-    run(run_folder, split, checkpoint, device)
+    run(run_folder, split, checkpoint, device, sample)
 
 
 @app.command()

@@ -20,13 +20,16 @@ from trainer.ranks.process_group import process_group
 from trainer.run_folder import RunFolder
 
 
-def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None = None) -> Mapping[str, Any]:
+def evaluate(
+    run: Path, split: str, which: str = "", device: DeviceName | None = None, sample: int = 0
+) -> Mapping[str, Any]:
     """Measure a run on every request of `split`; prints tables, extends summary.json, keeps the scores.
 
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.
 
     Args:
         which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`; device: None = as the run trained.
+        sample: about so many candidates are scored at most, those of some users; 0 = all.
 
     Returns:
         What summary.json holds of the split: metrics of the first task, and of every task under `tasks`.
@@ -37,9 +40,9 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
     with process_group(settings.timeout_s, device or settings.device) as ranks:
         restored = restore(folder, ranks, which)
         restored.manifest.require(split)
-        reader = open_split(restored.config, split, restored.rows, ranks)
+        reader = open_split(restored.config, split, restored.rows, ranks, limit=sample)
         scored = score_split(restored.sharded.model, reader, ranks.device)
-        measured = shared_metrics(scored, reader.config)
+        measured = shared_metrics(scored, reader)
         entry = measured.entry()
         if not ranks.speaks:
             return entry
@@ -67,6 +70,8 @@ def evaluate(run: Path, split: str, which: str = "", device: DeviceName | None =
         size = (
             f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests by {scored.users:,} users"
         )
+        if measured.sampled:
+            size += f", a sample of the split's {reader.candidates:,} candidates"
         lines = [f"{split}: {size}", *without(beside.missing)]
         lines += report(measured, table, slices, pairs, feature, data.domain)
         of_quality = remarks(split, measured, table, feature)

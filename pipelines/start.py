@@ -167,7 +167,9 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)
-    validation = open_split(config, "validation", rows, ranks) if manifest.holds("validation") else None
+    validation = None
+    if manifest.holds("validation"):
+        validation = open_split(config, "validation", rows, ranks, limit=config.train.validate_candidates)
     if resume.path is not None:
         check_same_order(resume.path, resume.state, train.order, config.data.log)
     for problem in [*train.skipped, *(validation.skipped if validation else [])]:
@@ -176,6 +178,13 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         say(line)
     for line in task_lines(config, manifest, train):
         say(line)
+    if validation is not None and validation.sample is not None:
+        count, drawn = config.train.validate_candidates, validation.sample
+        say(
+            f"validation: about {count:,} of {validation.candidates:,} candidates, those of "
+            f"{drawn.users:.1%} of the users in {drawn.row_groups:,} row groups, the same each time "
+            "(train.validate_candidates = 0 takes all)"
+        )
     for line in from_rank_0(lambda: list(unobserved_lines(train, manifest)), slow=True):
         say(line)
     for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
@@ -244,7 +253,8 @@ def _build(start: Start) -> None:
     own = start.config.plan.model_copy(update=other)
     config = start.config.model_copy(update={"plan": own})
     former = start.resume.former_plan
-    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former)
+    new = start.resume.path is None
+    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former, first_rows=new)
     trainer = start.trainer(sharded, keep_quiet)
     trainer.resume(start.resume)
     scratch = Path(from_rank_0(tempfile.mkdtemp))
@@ -279,9 +289,13 @@ def check_writable(out: Path) -> None:
 
 
 def open_split(
-    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None
+    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None, limit: int = 0
 ) -> SequenceLogReader:
-    """This rank's reader of a split; shuffled where a seed is given. Collective."""
+    """This rank's reader of a split; shuffled where a seed is given. Collective.
+
+    Args:
+        limit: about so many candidates are read at most; 0 = the whole split.
+    """
     return SequenceLogReader(
         config.data,
         split,
@@ -293,5 +307,6 @@ def open_split(
         share=sum_counts,
         together=unhurried,
         prepare=pinning(ranks.device),
+        limit=limit,
         own_row_groups=ranks.device.type == "cuda",
     )

@@ -78,7 +78,14 @@ def run(
     say = _say(ranks)
     start = open_start(config, out, ranks, say)
     folder, resume = start.folder, start.resume
-    sharded = build_sharded(config, start.manifest, ranks, training=True, former=resume.former_plan)
+    sharded = build_sharded(
+        config,
+        start.manifest,
+        ranks,
+        training=True,
+        former=resume.former_plan,
+        first_rows=resume.path is None,
+    )
     if sharded.origin:
         say(sharded.origin)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))

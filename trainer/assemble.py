@@ -187,12 +187,14 @@ def build_sharded(
     ranks: Ranks,
     training: bool = False,
     former: FormerPlan | None = None,
+    first_rows: bool = True,
 ) -> ShardedModel:
     """Plan, shard and initialise; collective over all ranks.
 
     Args:
         training: the plan weighs what a step of training asks of the tables, and may come from `plan.file`.
         former: the plan of the checkpoint that training goes on from; it is taken again where it still suits.
+        first_rows: compute the tables' first weights; False: a checkpoint fills every row right after.
     """
     model, groups = build_trainable(config, manifest, torch.device("meta"))
     size = step_size(config.data, manifest) if training else None
@@ -207,7 +209,9 @@ def build_sharded(
     if training:
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
         origin = "\n".join(filter(None, (origin, line)))
-    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, request.comms)
+    sharded = shard(
+        model, groups, plan.plan, ranks.device, config.train.seed, request.comms, first_rows=first_rows
+    )
     return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin)
 
 

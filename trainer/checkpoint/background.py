@@ -23,12 +23,15 @@ from embeddings.errors import CheckpointError
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.staging import StagedCopy, device_of
 from trainer.config.sections import CheckpointConfig
+from trainer.ranks.machine import free_memory_bytes
 from trainer.ranks.process_group import tells_of_a_lost_rank
 
 # How long a save under way may still take when training has failed; and when that was because of a lost rank,
 # which the save most likely needs, too.
 _GRACE_S, _LOST_S = 60.0, 2.0
 _WORTH_SAYING_S = 1.0
+# What must be free for a copy, over its size: training itself takes more now and then.
+_MARGIN = 1.1
 
 
 class Saver:
@@ -39,18 +42,23 @@ class Saver:
 
     Args:
         folder: the run's `checkpoints` folder; say: prints a line on rank 0.
+        local_ranks: that share this machine's memory.
 
     Attributes:
         saved: step of the newest checkpoint known to be in place, resumed from or written; -1 = none.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, say: Callable[[str], None], local_ranks: int = 1
+    ) -> None:
         self.folder, self.config, self.say = folder, config, say
         timeout = datetime.timedelta(minutes=config.timeout_minutes)
         # Of its own, so that its collectives cannot mix with those of the steps.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self.saved = -1
-        self._copy, self._roomy = StagedCopy(), False
+        self._copy, self._roomy, self._local_ranks = StagedCopy(), False, local_ranks
+        # `async` or `sync`; empty: the first save is to find out.
+        self._mode = "" if config.mode == "auto" else config.mode
         self._running: _Save | None = None
 
     def __enter__(self) -> Saver:
@@ -80,19 +88,15 @@ class Saver:
         """
         self.settle()
         device = device_of(tensors)
-        if self.config.mode == "async":
-            if not self._roomy:
-                # All ranks hear of one that has no memory, for which they would else wait in the save.
-                from_every_rank(lambda: self._make_room(tensors), self._group)
-                self._roomy = True
-            elif not self._copy.fits(tensors):
-                self._make_room(tensors)
-            tensors = self._copy.take(tensors)
+        if not self._mode:
+            self._choose(tensors)
+        if self._mode == "async":
+            tensors = self._staged(tensors)
         write = partial(
             checkpoint.save, self.folder, step, tensors, state, self.config.keep, best, self._group
         )
         self._running = save = _Save(self.folder, step, write, device)
-        if self.config.mode == "async":
+        if self._mode == "async":
             save.start()
         else:
             save.run()
@@ -123,12 +127,46 @@ class Saver:
         else:
             self.say(f"not saved, training goes on: {save.problem}")
 
+    def _choose(self, tensors: Mapping[str, Any]) -> None:
+        """Take `async` where every rank has free memory for the copy, else `sync`; collective."""
+        copy, free = StagedCopy.bytes_of(tensors), free_memory_bytes() // self._local_ranks
+        places = from_every_rank(lambda: (copy * _MARGIN <= free, copy, free), self._group)
+        # The rank that is worst off speaks for all.
+        fits, copy, free = min(places, key=lambda place: (place[0], place[2] - place[1]))
+        rank, self._mode = places.index((fits, copy, free)), "async" if fits else "sync"
+        sizes = f"a copy of {_size(copy)} for a save in the background, and {_size(free)} are free"
+        what = "training goes on during a save" if fits else "training waits for each save"
+        self.say(f'checkpoint.mode = "auto": {self._mode}, {what}; rank {rank} needs {sizes}')
+
+    def _staged(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A copy of the tensors; themselves where `auto` finds no memory for one after all."""
+        if not self._roomy:
+            try:
+                # All ranks hear of one that has no memory, for which they would else wait in the save.
+                from_every_rank(lambda: self._make_room(tensors), self._group)
+            except CheckpointError as error:
+                if self.config.mode != "auto":
+                    raise
+                self._copy.close()
+                self._mode = "sync"
+                self.say(f'checkpoint.mode = "auto": sync, training waits for each save; {error.problem}')
+                return tensors
+            self._roomy = True
+        elif not self._copy.fits(tensors):
+            self._make_room(tensors)
+        copied: Mapping[str, Any] = self._copy.take(tensors)
+        return copied
+
     def _make_room(self, tree: Mapping[str, Any]) -> None:
         try:
             self._copy.make_room(tree)
         except (MemoryError, RuntimeError) as error:
             why = f"no host memory for a copy of this rank's shards ({' '.join(str(error).split())})"
             raise CheckpointError(self.folder, f'{why}; checkpoint.mode = "sync" needs none') from None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 class _Save(threading.Thread):

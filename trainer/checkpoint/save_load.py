@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
-from torch.distributed.checkpoint.planner import WriteItemType
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
@@ -29,6 +28,7 @@ from embeddings.lookup.shards import local_shards, tensors_of
 from trainer.assemble import FormerPlan
 from trainer.checkpoint import files
 from trainer.checkpoint.files import Entries, read_state, verify
+from trainer.checkpoint.row_blocks import BlockPlanner, PieceReader
 from trainer.checkpoint.writer import HashedWriter
 from trainer.sealed_folder import remove_folder
 
@@ -177,8 +177,8 @@ def _answer(alone: bool, compute: Callable[[], Result]) -> Result:
 def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = True) -> None:
     """Fill a state dict in place from a verified checkpoint, whatever plan or world size wrote it."""
     try:
-        dcp.load(tensors, checkpoint_id=path, no_dist=not distributed)
-    except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
+        dcp.load(tensors, storage_reader=PieceReader(path), no_dist=not distributed)
+    except (RuntimeError, ValueError, OSError, BadZipFile, dcp.api.CheckpointException) as error:
         raise CheckpointError(path, f"does not fit this configuration: {_reason(error)}") from None
 
 
@@ -186,7 +186,7 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group) -> Entries:
     """This rank's files, synced; -> their manifest entries."""
     writer = HashedWriter(part)
     try:
-        dcp.save(dict(tensors), storage_writer=writer, planner=_NoEmptyShards(), process_group=group)
+        dcp.save(dict(tensors), storage_writer=writer, planner=BlockPlanner(), process_group=group)
     except (Exception, dcp.api.CheckpointException) as error:
         if dist.get_rank(group) not in getattr(error, "failures", {dist.get_rank(group): None}):
             # DCP raises on all ranks; those whose fault it is can say why.
@@ -196,25 +196,6 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group) -> Entries:
         reason = _reason(writer.files.problem or error)
         raise CheckpointError(part, f"writing {sizes}: {reason}") from None
     return writer.files.entries
-
-
-class _NoEmptyShards(DefaultSavePlanner):
-    """Leaves out row shards without rows.
-
-    DCP knows a shard by where it begins, and the next shard begins in the same place: DCP took such a pair
-    for two copies of one shard and kept only one of them.
-    """
-
-    def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        items = [
-            item
-            for item in plan.items
-            if item.type != WriteItemType.SHARD
-            or item.tensor_data is None
-            or 0 not in item.tensor_data.chunk.sizes
-        ]
-        return replace(plan, items=items)
 
 
 def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str, Any]) -> None:

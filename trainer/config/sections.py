@@ -182,6 +182,10 @@ class TrainConfig(Settings):
     """The number of steps between two lines of metrics.jsonl."""
     validate_every: int = Field(0, ge=0)
     """The number of steps between two validations. 0 means only one at the end."""
+    validate_candidates: int = Field(500_000, ge=0)
+    """About the largest number of candidates that a validation in training scores. Of a larger validation
+    split it scores a sample of whole users, which is the same at every validation and on any number of ranks.
+    0 means the whole split, whatever its size. `tandemrec evaluate` always takes the whole split."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     """When training ends before its last step, see [train.early_stopping]. It needs `validate_every`."""
     init_from: str = ""
@@ -234,8 +238,10 @@ class CheckpointConfig(Settings):
     step."""
     keep: PositiveInt = 2
     """The number of newest checkpoints that are kept."""
-    mode: Literal["async", "sync"] = "async"
-    """`async` copies the tensors and writes them while training goes on. `sync` writes them first."""
+    mode: Literal["auto", "async", "sync"] = "auto"
+    """`async` copies the tensors and writes them while training goes on. `sync` writes them first, and needs
+    no memory for a copy. `auto` means `async` where the copy fits into the memory that is free at the first
+    save, and `sync` otherwise; it says which."""
     on_error: Literal["stop", "continue"] = "stop"
     """What happens when a save fails during training. `stop` ends the run; `continue` tries again when the
     next save is due. The save at the end always stops."""

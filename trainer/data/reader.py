@@ -3,7 +3,8 @@
 Row groups are shuffled by (seed, epoch), blocks within windows of row groups; the stream of blocks is cut
 into steps by cost, and each step's blocks are dealt to the ranks. The plan needs lengths only, so every rank
 computes the same one: all end an epoch together, no block is dropped or read twice, and a position is one
-number (blocks consumed in this epoch) that means the same at another world size or number of workers.
+number (blocks consumed in this epoch) that means the same at another world size or number of workers. What
+came before it need not be planned again, since a cursor says in which window of row groups it lies.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -38,16 +40,28 @@ from trainer.data.collate import collate
 from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
-from trainer.data.rows import Columns, read_plan, read_rows
+from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
+from trainer.data.sample import Sample
 from trainer.log.schema import LogManifest, read_manifest
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A position in the data: blocks of epoch `epoch` consumed by all ranks together."""
+    """A position in the data: blocks of epoch `epoch` consumed by all ranks together.
+
+    The other attributes say where to find it without a plan of what came before; they are no part of what it
+    means. Cursors of older checkpoints lack them, and everything up to the position is planned again.
+
+    Attributes:
+        window: the window of row groups that it lies in; before: the blocks of all windows before that one.
+        plan: `SequenceLogReader.plan` of the reader that made it; another one may cut other blocks.
+    """
 
     epoch: int = 0
     blocks: int = 0
+    window: int = field(default=0, compare=False)
+    before: int = field(default=0, compare=False)
+    plan: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -97,8 +111,12 @@ class SequenceLogReader:
             take longer than others.
         prepare: changes every batch last, in the thread that read it where `config.prefetch` is set. Its
             errors reach the consumer as those of reading do.
+        limit: about so many candidates are read at most, see `trainer.data.sample`; 0 = the whole split.
         own_row_groups: what `data.sharding = "auto"` means: each rank decodes row groups of its own where
             that spreads well; else every rank all of them. The same on all ranks.
+
+    Attributes:
+        row_groups: that are read; candidates: of the whole split; sample: what is read of it, None = all.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
@@ -119,6 +137,7 @@ class SequenceLogReader:
         share: Callable[[Sequence[int]], list[int]] = list,
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
         prepare: Callable[[RequestBatch], RequestBatch] | None = None,
+        limit: int = 0,
         own_row_groups: bool = False,
     ) -> None:
         self._prepare = prepare
@@ -144,10 +163,21 @@ class SequenceLogReader:
         self.candidates = manifest.splits[split].candidates
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
+        self.sample = Sample.of(self.candidates, len(self.row_groups), limit)
+        if self.sample is not None:
+            self.row_groups = self.sample.places(self.row_groups)
         files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
         rows_read = [files, [(place.file.name, place.row_group) for place in left_out]]
         # Digest of the split's rows and their order: what a position inside an epoch refers to.
         self.order = hashlib.sha256(json.dumps(rows_read).encode()).hexdigest()
+        # Digest of all that decides which blocks each window of row groups holds, and in what order.
+        cut = [
+            config.history_length,
+            config.requests_per_block,
+            config.block_limit,
+            config.shuffle_row_groups,
+        ]
+        self.plan = hashlib.sha256(json.dumps([self.order, self.seed, *cut]).encode()).hexdigest()[:16]
 
     def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
         """The steps of one epoch from `cursor` on, prepared ahead by threads as the config says."""
@@ -183,44 +213,51 @@ class SequenceLogReader:
     ) -> Iterator[tuple[list[Block], Cursor, bool]]:
         """Cut the stream of blocks into steps of all ranks: blocks, cursor after them, the last ones."""
         pending: list[Block] = []
-        candidates, behaviors, consumed = 0, 0, cursor.blocks
+        candidates, behaviors, consumed, window = 0, 0, cursor.blocks, cursor
         most = self.config.batch_behaviors
-        for block in self._blocks(cursor, pool):
+        for window, block in self._blocks(cursor, pool):
             full = candidates >= self.config.batch_candidates or (most and behaviors + block.behaviors > most)
             if pending and full:
-                yield pending, Cursor(cursor.epoch, consumed), False
+                yield pending, replace(window, blocks=consumed), False
                 pending, candidates, behaviors = [], 0, 0
             pending.append(block)
             consumed += 1
             candidates, behaviors = candidates + block.candidates, behaviors + block.behaviors
         if pending:
-            yield pending, Cursor(cursor.epoch, consumed), True
+            yield pending, replace(window, blocks=consumed), True
 
-    def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[Block]:
-        """Blocks from the cursor on, in order; the next window is decoded while this one is consumed."""
+    def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[tuple[Cursor, Block]]:
+        """Blocks from the cursor on, in order, each with the position where its window of row groups begins.
+
+        The next window is decoded while this one is consumed.
+        """
         ready: list[Block] = []
-        consumed, size, places = 0, self.config.shuffle_row_groups, self.row_groups
+        size, places = self.config.shuffle_row_groups, self.row_groups
         if self.seed is not None:
             order = np.random.default_rng([self.seed, cursor.epoch]).permutation(len(places))
             places = [places[i] for i in order]
-        for number, start in enumerate(range(0, len(places), size)):
-            blocks, decoders = self._open(places[start : start + size], cursor.epoch, number)
-            consumed, skipped = consumed + len(blocks), cursor.blocks - consumed
+        first, consumed = (cursor.window, cursor.before) if cursor.plan == self.plan else (0, 0)
+        at = cursor
+        for number in range(first, -(-len(places) // size)):
+            blocks, decoders = self._open(places[number * size : (number + 1) * size], cursor.epoch, number)
+            before = consumed
+            consumed, skipped = before + len(blocks), max(0, cursor.blocks - before)
             if skipped >= len(blocks):
                 continue
             if pool is not None:
                 for decoder in decoders:
                     decoder.start(pool)
-            yield from ready
-            ready = blocks[max(0, skipped) :]
+            yield from zip(repeat(at), ready)
+            at = Cursor(cursor.epoch, before, number, before, self.plan)
+            ready = blocks[skipped:]
             # Drop these references now, or the window stays in memory one window longer.
             del blocks, decoders
-        yield from ready
+        yield from zip(repeat(at), ready)
 
     def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[LazyRows]]:
         """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
         footers = {file: read_footer(file) for file in {place.file for place in places}}
-        plans = [read_plan(place.file, place.row_group, footers[place.file]) for place in places]
+        plans = [self._plan(place, footers[place.file]) for place in places]
         owners = deal([plan.cost for plan in plans], self.world_size)
         decoders = [LazyRows(place, partial(self._decode, place, footers[place.file])) for place in places]
         if self._shared_decoding():
@@ -233,11 +270,19 @@ class SequenceLogReader:
             owners = [ANYONE] * len(places)
             blocks = [block._replace(owner=ANYONE) for block in blocks]
         mine = (self.rank, ANYONE)
-        decoders = [decoder for decoder, owner in zip(decoders, owners, strict=True) if owner in mine]
+        # Of row groups without a block, nothing is decoded.
+        used = {id(block.rows) for block in blocks}
+        decoders = [each for each, owner in zip(decoders, owners, strict=True) if owner in mine]
+        decoders = [each for each in decoders if id(each) in used]
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch, number]).permutation(len(blocks))
             blocks = [blocks[i] for i in order.tolist()]
         return blocks, decoders
+
+    def _plan(self, place: RowGroup, footer: pq.FileMetaData) -> PlanRows:
+        if self.sample is None:
+            return read_plan(place.file, place.row_group, footer)
+        return self.sample.of_plan(read_plan(place.file, place.row_group, footer, True))
 
     def _shared_decoding(self) -> bool:
         """Whether every rank decodes every row group, whatever blocks they hold."""

@@ -64,6 +64,8 @@ class FileInfo(Settings):
     rows: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    row_groups: int = Field(default=0, ge=0)
+    """A log that was made before these were counted has 0, and its readers open each file to count them."""
 
     @model_validator(mode="after")
     def _stays_inside(self) -> FileInfo:

@@ -95,7 +95,7 @@ class Trainer:
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
-        self.saver = Saver(folder.checkpoints, config.checkpoint, say)
+        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = self._best_due = False
 
@@ -227,7 +227,8 @@ class Trainer:
         metrics = self._measure(self.validation_reader)
         self.at.validated = self.at.step
         self.log.write(self.at.step, "validation", metrics.entry())
-        self.say(f"validation after step {self.at.step}:{metrics.text()}")
+        sampled = "" if metrics.sampled is None else " ({:,} of {:,} candidates)".format(*metrics.sampled)
+        self.say(f"validation after step {self.at.step}{sampled}:{metrics.text()}")
         # Whether this validation is the best so far, or the last.
         stopping, best = self.config.train.early_stopping, self.at.best
         if stopping.on:
@@ -264,9 +265,14 @@ class Trainer:
 
     def _measure(self, reader: SequenceLogReader) -> SplitMetrics:
         with self.pipeline.paused():
-            metrics = shared_metrics(score_split(self.model, reader, self.ranks.device), reader.config)
+            metrics = shared_metrics(score_split(self.model, reader, self.ranks.device), reader)
         self.metrics_of_validation = metrics
         return metrics
+
+    def _sample(self) -> dict[str, Any] | None:
+        """What validations score of the split, None = all of it."""
+        sample = self.validation_reader and self.validation_reader.sample
+        return asdict(sample) if sample else None
 
     def _progress(self) -> float:
         return progress_of(self.config.train, self.at.step, self.at.candidates, self.train_reader.candidates)
@@ -297,6 +303,7 @@ class Trainer:
             "log": self.log_fingerprint,
             "plan": self.plan,
             "order": self.train_reader.order,
+            "sample": self._sample(),
             "config": self.config.model_dump(mode="json"),
         }
         self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
@@ -319,7 +326,11 @@ class Trainer:
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         # Older checkpoints know of no best.
         best, now = Best(**state.get("best", {})), self.config.train.early_stopping
-        if best != Best() and (why := changed_watch(state["config"], now, self.train_reader.columns.tasks)):
+        why = changed_watch(state["config"], now, self.train_reader.columns.tasks)
+        # Older checkpoints have measured the whole split.
+        if not why and state.get("sample") != self._sample():
+            why = "validations score other candidates since (train.validate_candidates)"
+        if best != Best() and why:
             self.say(f"{why}: the best validation so far, after step {best.step:,}, is no longer kept")
             best = Best()
         self.at = Position(

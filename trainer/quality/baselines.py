@@ -191,6 +191,9 @@ def _read(
         for name, feature in counted.items():
             if feature in wanted and single[feature].of_behaviors:
                 part[name] = past_counts(rows, feature, reader.config.ingestion_delay)
+        if reader.sample is not None:
+            kept = reader.sample.holds(part["user_id"])
+            part = {name: values[kept] for name, values in part.items()}
         parts.append(part)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -85,11 +85,13 @@ class SplitMetrics:
         tasks: task -> metrics of the whole split.
         domains: domain -> task -> metrics of that domain; empty where candidates have no domain.
         unnamed: why domains are called by their numbers, although the log has names; empty if they are not.
+        sampled: (candidates that were scored, those of the split) where they are a sample of it.
     """
 
     tasks: dict[str, Metrics]
     domains: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     unnamed: str = ""
+    sampled: tuple[int, int] | None = None
 
     def of_task(self, task: str) -> dict[str, Metrics]:
         """Domain -> metrics of one task."""
@@ -102,9 +104,12 @@ class SplitMetrics:
     def entry(self) -> dict[str, Any]:
         """As files hold it: metrics of the first task, those of every task under `tasks`.
 
-        With domains also `by_domain`, which has such an entry for each, and `over_domains`.
+        With domains also `by_domain`, which has such an entry for each, and `over_domains`; of a sample also
+        `sampled`.
         """
         entry = entry_of(self.tasks)
+        if self.sampled:
+            entry["sampled"] = dict(zip(("candidates", "of"), self.sampled, strict=True))
         if self.domains:
             entry["by_domain"] = {domain: entry_of(own) for domain, own in self.domains.items()}
             entry["over_domains"] = first_and_all(

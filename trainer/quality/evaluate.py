@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.agreement import from_rank_0
+from embeddings.errors import DataError
 from embeddings.private import detach
-from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.model.windows import places_in_groups
@@ -98,9 +99,27 @@ def _pipelined(
         detach(pipeline)
 
 
-def shared_metrics(scored: Scored, config: DataConfig) -> SplitMetrics:
-    """Metrics of what `score_split` returned, on every rank; rank 0 computes them, collective."""
-    return from_rank_0(lambda: measure_split(scored, config.log, config.domain), slow=True)
+def shared_metrics(scored: Scored, reader: SequenceLogReader) -> SplitMetrics:
+    """Metrics of what `score_split` returned, on every rank; rank 0 computes them, collective.
+
+    Raises:
+        DataError: no user of the split belongs to a sample of this size.
+    """
+
+    def measured() -> SplitMetrics:
+        count = scored.candidate.size
+        if reader.sample is None:
+            return measure_split(scored, reader.config.log, reader.config.domain)
+        if not count:
+            raise DataError(
+                f"a sample of {reader.split} is so small that it holds no user; raise "
+                "train.validate_candidates, or --sample",
+                file=reader.config.log,
+            )
+        of_sample = measure_split(scored, reader.config.log, reader.config.domain)
+        return replace(of_sample, sampled=(count, reader.candidates))
+
+    return from_rank_0(measured, slow=True)
 
 
 def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogReader, limit: int) -> Scored:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,8 @@ def _measure(log: Path, _: Path) -> Any:
         assert len(floats) == len(keys) == (997 if ranks.speaks else 0 if ranks.world_size > 1 else 997)
         *keys, domain = keys.T
         scored = Scored(floats[:, :1], floats[:, 1:], *keys, ("click",), domain).in_order()
-        measured = shared_metrics(scored, DataConfig(log=log, domain="nowhere"))
+        reader = SimpleNamespace(config=DataConfig(log=log, domain="nowhere"), sample=None)
+        measured = shared_metrics(scored, reader)  # type: ignore[arg-type]
         return {**measured.tasks["click"].as_dict(), **measured.entry()["by_domain"]}
 
 
