@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from embeddings.errors import DataError
 from trainer.quality.metrics import Metrics, group_keys
 from trainer.quality.runs import Merged
-from trainer.quality.scored import KEYS, Key, Scored, Scores, columns_of, numbers_of, scored_of, tasks_of
-from trainer.quality.streamed import Part, assess
+from trainer.quality.scored import KEYS, Key, Scored, Scores, numbers_of, scored_of, tasks_of
+from trainer.quality.streamed import Assessment, Part, assess
 
 # Candidates that are measured in memory: 230 bytes each, a gigabyte.
 IN_MEMORY = 1 << 22
@@ -58,7 +61,10 @@ class ScoreFiles(Scores):
                 found |= self._gathered(key, numbers).metrics_by(key, tasks)
                 continue
             (number,) = numbers
-            found[number] = {self.tasks[task]: self._assess(task, key, number) for task in tasks}
+            found[number] = {
+                self.tasks[task]: self._assess(task, lambda part: key(part) == number).metrics()  # noqa: B023
+                for task in tasks
+            }
         return dict(sorted(found.items()))
 
     def _gathered(self, key: Key, numbers: Sequence[int]) -> Scored:
@@ -66,18 +72,25 @@ class ScoreFiles(Scores):
         parts = [chunk.part(np.isin(key(chunk), numbers)) for chunk in self.chunks()]
         return joined(parts)
 
-    def _assess(self, task: int, key: Key, number: int) -> Metrics:
+    def assessed(self, task: int) -> Assessment:
+        """All candidates of a task, with what each user adds to errors."""
+        return self._assess(task, lambda part: np.ones(part.size, dtype=np.bool_))
+
+    def _assess(self, task: int, chosen: Callable[[Scored], npt.NDArray[np.bool_]]) -> Assessment:
         def parts() -> Iterator[Part]:
             for chunk in self.chunks():
-                yield part_of(chunk.part(key(chunk) == number).observed(task), task)
+                yield part_of(chunk.part(chosen(chunk)).observed(task), task)
 
-        return assess(parts, True, self._scratch).metrics()
+        return assess(parts, True, self._scratch)
 
 
 def joined(parts: Sequence[Scored]) -> Scored:
     """The candidates of all parts, one after another."""
-    columns = [columns_of(part) for part in parts]
-    return scored_of({name: np.concatenate([each[name] for each in columns]) for name in columns[0]})
+    names = ["score", "label", *KEYS, *(["domain"] if parts[0].domain is not None else [])]
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in names
+    }
+    return replace(parts[0], **columns)
 
 
 def part_of(chunk: Scored, task: int) -> Part:

@@ -256,37 +256,5 @@ def numbers_of(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in (*KEYS, "domain") or name.startswith(("score_", "label_"))]
 
 
-def compare_scores(some: Scored, all_scores: Scored) -> tuple[float, float]:
-    """Find every candidate of `some` in `all_scores`.
-
-    Tasks are compared by name, or by place where one side has numbers only.
-
-    Returns:
-        The largest absolute difference (infinite if a candidate is missing), and the share of candidates
-        whose scores are bit-equal.
-
-    Raises:
-        DataError: the tasks are not the same.
-    """
-    known_tasks, numbered = all_scores.tasks, _numbered(len(some.tasks))
-    if sorted(some.tasks) == sorted(known_tasks):
-        score = all_scores.score[:, [known_tasks.index(task) for task in some.tasks]]
-    elif len(some.tasks) == len(known_tasks) and numbered in (tuple(some.tasks), tuple(known_tasks)):
-        score = all_scores.score
-    else:
-        names = ", ".join(known_tasks), ", ".join(some.tasks)
-        raise DataError(f"scores of {names[0]} cannot be compared with those of {names[1]}")
-    if not some.candidate.size or not all_scores.candidate.size:
-        return float("inf"), 0.0
-    keys = [np.r_[getattr(all_scores, name), getattr(some, name)] for name in KEYS[:3]]
-    known, wanted = np.split(group_keys(*keys), [all_scores.candidate.size])
-    order = np.argsort(known, kind="stable")
-    place = order[np.searchsorted(known[order], wanted).clip(max=order.size - 1)]
-    if (known[place] != wanted).any():
-        return float("inf"), 0.0
-    other = score[place]
-    return float(np.abs(some.score - other).max()), float((some.score == other).all(axis=1).mean())
-
-
 def _numbered(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))

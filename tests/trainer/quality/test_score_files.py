@@ -64,7 +64,7 @@ def spilled(scored: Scored, folder: Path, ranks: int, size: int, seed: int) -> l
     return files
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     ranks=st.integers(1, 3),
