@@ -7,7 +7,6 @@ as its parameter is; switches are named, so that they get no `--no-` form.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
@@ -17,55 +16,22 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from launch.options import (
+    At,
+    Cache,
+    Checkpoint,
+    ConfigFile,
+    Device,
+    Dtype,
+    Overrides,
+    Overwrite,
+    RunFolder,
+    Search,
+    Snapshot,
+    Split,
+    Version,
+)
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"tandemrec {importlib.metadata.version('tandemrec')}")
-        raise typer.Exit()
-
-
-Version = Annotated[
-    bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
-]
-
-
-def At(*names: str, **options: Any) -> Any:
-    """An option that is a place: a path, or an address such as s3://bucket/log."""
-    return Option(*names, parser=_place, **options)
-
-
-def _place(text: str) -> Path:
-    from trainer.storage import place
-
-    return place(text)
-
-
-ConfigFile = Annotated[Path, At("--config", metavar="FILE", help="TOML configuration.")]
-Overrides = Annotated[
-    list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
-]
-RunFolder = Annotated[Path, At("--run", metavar="RUN", help="A run folder written by `train`.")]
-Dtype = Literal["fp32", "fp16", "int8"]
-Search = Literal["none", "vectors"]
-Checkpoint = Annotated[
-    str,
-    Option(
-        "--checkpoint",
-        metavar="newest|best|STEP",
-        help="Default: the best if train.early_stopping looked for one, else the newest.",
-        show_default=False,
-    ),
-]
-Device = Annotated[
-    Literal["auto", "cpu", "cuda"] | None,
-    Option("--device", help="Where to compute; the default: the run's train.device.", show_default=False),
-]
-Split = Annotated[str, Option("--split", help="Which split of the log: train, validation or test.")]
-Snapshot = Annotated[Path, At("--snapshot", metavar="SNAP", help="A snapshot by `export`.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing log.")]
 
 app = typer.Typer(
     name="tandemrec",
@@ -317,11 +283,12 @@ def score(
     against: Annotated[
         Path | None, At(metavar="FILE", help="Scores kept by `evaluate` to compare with.")
     ] = None,
+    cache: Cache = None,
 ) -> None:
     """Score requests with a snapshot, without the trainer."""
     from pipelines.score import score as run
 
-    run(snapshot, requests, split, limit, out, against)
+    run(snapshot, requests, split, limit, out, against, cache)
 
 
 @app.command()
@@ -356,6 +323,7 @@ def serve(
     vocabulary: Annotated[
         Path | None, At(metavar="LOG", help="Whose values requests may name where the snapshot has none.")
     ] = None,
+    cache: Cache = None,
 ) -> None:
     """Serve a snapshot over HTTP, with a page to look at."""
     from pipelines.serve.load import LoadLimits
@@ -366,7 +334,19 @@ def serve(
     limits = Limits(max_body, max_requests, max_history, max_candidates, max_bag, max_ids, max_json)
     load = LoadLimits(max_connections, max_in_flight, client_seconds)
     batching = BatchSettings(batch_window_ms / 1000, batch_requests, waiting=max_waiting, threads=threads)
-    run(snapshot, host, port, histories, limits, batching, load, poll_seconds, reload_token_file, vocabulary)
+    run(
+        snapshot,
+        host,
+        port,
+        histories,
+        limits,
+        batching,
+        load,
+        poll_seconds,
+        reload_token_file,
+        vocabulary,
+        cache=cache,
+    )
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

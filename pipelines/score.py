@@ -18,14 +18,20 @@ from trainer.quality.compare import compare_scores
 from trainer.quality.evaluate import score_in_order
 from trainer.quality.score_files import ScoreFiles
 from trainer.quality.scored import Scored, write_scores
-from trainer.snapshot import Snapshot, load_snapshot
+from trainer.snapshot import Snapshot, fetched, load_snapshot
 
 # Column of a file of scores -> whose names it has.
 _NAME_COLUMNS = {"user": "user_id", "request": "request_id"}
 
 
 def score(
-    snapshot: Path, requests: Path, split: str, limit: int, out: Path, against: Path | None = None
+    snapshot: Path,
+    requests: Path,
+    split: str,
+    limit: int,
+    out: Path,
+    against: Path | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """Score the first `limit` requests (0 = all) of a split of a sequence log into a Parquet file.
 
@@ -35,12 +41,13 @@ def score(
             labels: those that it lacks are NaN in the file.
         against: scores of `tandemrec evaluate` to compare with; a difference above the snapshot's own bounds
             is an error.
+        cache: where a snapshot in an object store is fetched to; None: the user's caches.
 
     Raises:
         SnapshotError: the snapshot is corrupt, or scores differ. DataError: the log is malformed.
     """
     quiet_third_parties()
-    loaded = load_snapshot(snapshot)
+    loaded = load_snapshot(fetched(snapshot, cache))
     loaded.self_check()
     manifest = read_manifest(requests)
     manifest.require(split)

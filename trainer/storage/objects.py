@@ -70,9 +70,16 @@ def unfinished(folder: Path, mark: str, seconds: float) -> list[Path]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of an object, which is fetched in pieces, several at a time."""
+    """SHA-256 of an object, of which nothing is kept."""
+    sha = hashlib.sha256()
+    for piece in pieces(path, path.stat().st_size):
+        sha.update(piece)
+    return sha.hexdigest()
+
+
+def pieces(path: Path, size: int) -> Iterator[bytes]:
+    """The content of an object, fetched in pieces, several at a time."""
     store, root = store_of(path)
-    size, sha = path.stat().st_size, hashlib.sha256()
 
     def piece(start: int) -> bytes:
         content: bytes = store.cat_file(root, start=start, end=min(start + PIECE, size))
@@ -83,10 +90,9 @@ def digest(path: Path) -> str:
         for start in range(0, size, PIECE):
             waiting.append(pool.submit(piece, start))
             if len(waiting) == PIECES:
-                sha.update(waiting.popleft().result())
+                yield waiting.popleft().result()
         for left in waiting:
-            sha.update(left.result())
-    return sha.hexdigest()
+            yield left.result()
 
 
 @contextmanager
@@ -104,6 +110,16 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def create(path: Path) -> bool:
+    """Make an empty object -> whether there was none; a store without conditional writes always says so."""
+    store, root = store_of(path)
+    try:
+        store.pipe_file(root, b"", mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
 @contextmanager
 def uploading(path: Path) -> Iterator[Path]:
     """A local file to write, which becomes the object once the body has succeeded."""
@@ -117,6 +133,19 @@ def upload(file: Path, path: Path) -> None:
     """Write a local file to a store."""
     with file.open("rb") as content, writing(path) as target:
         shutil.copyfileobj(content, target, PART)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder, local or remote, into a new local one; where there is none, nothing."""
+    for name in sizes(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source / name, target / name)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, local or remote, into a local one."""
+    with source.open("rb") as content, target.open("wb") as file:
+        shutil.copyfileobj(content, file, PIECE)
 
 
 def remove(folder: Path, first: Sequence[str], *, strict: bool = False) -> None:

@@ -102,7 +102,7 @@ class _Fetched(io.RawIOBase):
 
 
 def parquet_source(file: Path) -> Any:
-    """What pyarrow reads a small file as a whole from: its path, or of a remote file its content by pieces."""
+    """What pyarrow reads a small file as a whole from: its path, or the content of an object, by pieces."""
     if not is_remote(file):
         return file
     store, path = store_of(file)
