@@ -117,7 +117,8 @@ class SequenceLogReader:
             that spreads well; else every rank all of them. The same on all ranks.
 
     Attributes:
-        row_groups: that are read; candidates: of the whole split; sample: what is read of it, None = all.
+        row_groups: that are read; candidates: of the whole split; sample: what is read of it, None = all;
+            expected: the candidates that are read, about.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
@@ -169,6 +170,7 @@ class SequenceLogReader:
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
         self.sample = Sample.of(self.candidates, len(self.row_groups), limit)
+        self.expected = self.candidates if self.sample is None else limit
         if self.sample is not None:
             self.row_groups = self.sample.places(self.row_groups)
         files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
