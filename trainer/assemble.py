@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, build_groups
 from trainer.sealed_folder import voice
 from trainer.step_size import StepSize, lookups, step_size
+from trainer.storage import place
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def build_sharded(
         check_step(config, size, cluster.world_size, cluster.memory)
     request = plan_request(config, manifest, (model, groups), cluster, size)
     if training and config.plan.file:
-        plan, origin = read_plan(Path(config.plan.file), request), ""
+        plan, origin = read_plan(place(config.plan.file), request), ""
     else:
         plan, origin = _plan(config, request, former)
     if training:

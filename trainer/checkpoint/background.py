@@ -185,7 +185,7 @@ class Saver:
 
     def _link(self, step: int) -> tuple[Link | None, bool]:
         """What a delta would build on, and whether there is no checkpoint of this step yet."""
-        new = not (self.folder / files.final_name(step)).exists()
+        new = not files.of_step(self.folder, step)
         if self._base is None or not new or self._links + 1 >= self.config.full_every:
             return None, new
         try:

@@ -31,6 +31,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem, WriteItem, WriteItemType
 from torch.futures import Future
 
+from trainer.checkpoint.store_files import StoreFiles
+
 # Bytes of a chunk at most, unless one row has more.
 BLOCK_BYTES = 1 << 26
 # Bytes that are read at once.
@@ -108,7 +110,8 @@ class PieceReader(FileSystemReader):
     """Reads large chunks piece by piece."""
 
     def __init__(self, path: Any, piece_bytes: int = PIECE_BYTES) -> None:
-        super().__init__(path)
+        super().__init__("")
+        self.fs, self.path = StoreFiles(), path
         self._piece_bytes = piece_bytes
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

@@ -9,7 +9,6 @@ snapshots are what may come from elsewhere.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,6 +32,7 @@ from trainer.checkpoint.files import Entries, read_state, verify
 from trainer.checkpoint.row_blocks import BlockPlanner
 from trainer.checkpoint.writer import HashedWriter
 from trainer.sealed_folder import remove_folder
+from trainer.storage import is_remote
 
 __all__ = ["ResumePoint", "find", "find_to_use", "load_tensors", "read_state", "save", "verify"]
 
@@ -67,13 +67,13 @@ def save(
     """
     final = folder / files.final_name(step)
 
-    def new_folder() -> Path | None:
-        if final.exists():
+    def new_folder() -> tuple[Path, bool]:
+        for there in files.of_step(folder, step):
             with suppress(CheckpointError):
-                _verify_chain(final, alone=True)
+                _verify_chain(there, alone=True)
                 # This step's checkpoint is there and good.
-                return None
-        return folder / f"{final.name}.tmp-{os.urandom(4).hex()}"
+                return there, True
+        return files.new_part(folder, step), False
 
     def of_this_save(action: Callable[[], Result]) -> Callable[[], Result]:
         """The action, with its failure as that of this save."""
@@ -89,9 +89,10 @@ def save(
 
         return attempt
 
-    part = from_rank_0(new_folder, group)
-    if part is None:
-        return final
+    part, done = from_rank_0(new_folder, group)
+    if done:
+        return part
+    final = files.final_of(part)
     try:
         from_rank_0(of_this_save(lambda: files.prepare(folder, part)), group)
         written = from_every_rank(of_this_save(lambda: _write(part, tensors, group, delta)), group)
@@ -201,7 +202,9 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | 
             return {}
         wanted = sum(shard.tensor.nbytes for whole in tensors_of(tensors) for shard in local_shards(whole))
         wanted += sum(shard.count * shard.row_bytes for shard in shards)
-        sizes = f"{wanted / 1e6:,.1f} MB with {shutil.disk_usage(part.parent).free / 1e6:,.1f} MB free"
+        sizes = f"{wanted / 1e6:,.1f} MB"
+        if not is_remote(part):
+            sizes += f" with {shutil.disk_usage(part.parent).free / 1e6:,.1f} MB free"
         reason = _reason(writer.files.problem or error)
         raise CheckpointError(part, f"writing {sizes}: {reason}") from None
 

@@ -24,7 +24,7 @@ from trainer.loop.pipeline import Pipeline, remark_on
 from trainer.loop.progress import Progress
 from trainer.objectives.step_loss import Tally
 from trainer.quality.domains import SplitMetrics
-from trainer.quality.evaluate import score_split, shared_metrics
+from trainer.quality.evaluate import scored_split, shared_metrics
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
 from trainer.run_config import Config
 from trainer.run_folder import MetricsLog, RunFolder
@@ -266,8 +266,9 @@ class Trainer:
         return self._best_metrics, best.step
 
     def _measure(self, reader: SequenceLogReader) -> SplitMetrics:
-        with self.pipeline.paused():
-            metrics = shared_metrics(score_split(self.model, reader, self.ranks.device), reader)
+        device, folder = self.ranks.device, self.folder.path
+        with self.pipeline.paused(), scored_split(self.model, reader, device, folder) as scores:
+            metrics = shared_metrics(scores, reader)
         self.metrics_of_validation = metrics
         return metrics
 
@@ -309,6 +310,7 @@ class Trainer:
             "sample": self._sample(),
             "config": self.config.model_dump(mode="json"),
         }
+        from_rank_0(self.log.keep)
         self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
         self.interrupts.restart_clock()
         # Time that no step has taken.
