@@ -29,7 +29,21 @@ def obstacle() -> str | None:
     if missing:
         return f"{', '.join(missing)} not found (Debian: apt-get install util-linux iproute2 mount hostname)"
     tried = subprocess.run(
-        ["unshare", "--mount", "--net", "--pid", "--uts", "--fork", "ip", "link", "add", "name", "probe", "type", "bridge"],
+        [
+            "unshare",
+            "--mount",
+            "--net",
+            "--pid",
+            "--uts",
+            "--fork",
+            "ip",
+            "link",
+            "add",
+            "name",
+            "probe",
+            "type",
+            "bridge",
+        ],
         capture_output=True,
         text=True,
         timeout=20,
@@ -117,9 +131,15 @@ class Machine:
             raise RuntimeError(f"{self.name}: {command} -> {done.returncode}: {done.stdout}{done.stderr}")
         return done
 
-    def start(self, *command: str, env: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen[str]:
+    def start(
+        self, *command: str, env: Mapping[str, str] | None = None, **more: Any
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.words(command), env={**os.environ, **(env or {})}, text=True, stdin=subprocess.DEVNULL, **more
+            self.words(command),
+            env={**os.environ, **(env or {})},
+            text=True,
+            stdin=subprocess.DEVNULL,
+            **more,
         )
 
     def close(self) -> None:

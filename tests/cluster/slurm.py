@@ -87,7 +87,11 @@ class Slurm:
     def _start(self, name: str) -> None:
         machine, log = self._apart.machines[name], str(self._logs / f"munged-{name}.log")
         machine.run("mkdir", "-p", "/run/munge", "/run/slurmd", "/run/slurmctld")
-        files = [f"--pid-file=/run/munge/{name}.pid", "--seed-file=/run/munge/seed", f"--key-file={self._key}"]
+        files = [
+            f"--pid-file=/run/munge/{name}.pid",
+            "--seed-file=/run/munge/seed",
+            f"--key-file={self._key}",
+        ]
         machine.run("munged", "--force", *files, f"--log-file={log}", "--num-threads=2")
         daemon = "slurmctld" if name == HEAD else "slurmd"
         machine.run(daemon, "-L", str(self._logs / f"{daemon}-{name}.log"))
