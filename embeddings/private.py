@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -113,6 +113,40 @@ def lookups(module: nn.Module) -> Iterable[nn.Module]:
     """The kernels of a sharded collection, which keeps them in a plain list; none of another module."""
     kernels: Iterable[nn.Module] = getattr(module, "_lookups", ())
     return kernels
+
+
+class KernelTable(NamedTuple):
+    """A table of a kernel, on this rank.
+
+    Attributes:
+        row, column: of the whole table, where its shard begins; rows: of the shard.
+        features: that look it up, whose ids stand one after the other.
+    """
+
+    name: str
+    row: int
+    column: int
+    rows: int
+    features: int
+
+
+def kernel_tables(kernel: nn.Module) -> list[KernelTable]:
+    """The tables of a kernel that updates rows in the backward pass, in the order of its ids.
+
+    Empty for any other module: also for data-parallel tables, whose kernel leaves the update to others.
+    """
+    # Imported here, since it takes seconds, which whoever only talks to other ranks need not wait for.
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+
+    inner = getattr(kernel, "_emb_module", None)
+    if not isinstance(inner, SplitTableBatchedEmbeddingBagsCodegen):
+        return []
+    found = []
+    for table in cast(Any, kernel)._config.embedding_tables:
+        place = table.local_metadata.shard_offsets if table.local_metadata is not None else (0, 0)
+        row, column = place
+        found.append(KernelTable(table.name, row, column, table.local_rows, table.num_features()))
+    return found
 
 
 def fused_optimizer(collection: nn.Module) -> Any:

@@ -34,6 +34,7 @@ from trainer.run_folder import RunFolder, versions
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_code, write_code
+from trainer.snapshot.fetching import beside
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
 from trainer.snapshot.manifest import BaseVersion, InputFeature, SearchPart, SnapshotManifest, VocabularyFile
 from trainer.snapshot.partial_model import PartialModel, rows_of_requests
@@ -120,6 +121,7 @@ def export(
             raise SnapshotError(base.path, f"builds on {LONGEST_CHAIN - 1} others; export without --since")
         dtypes = group_dtypes(opened.config, dtype, attention_dtype)
         with drafting(out) as part:
+            base = None if base is None else beside(base, part)
             manifest, parity = _write(
                 part, opened, dtypes, base, ranks, parity_requests, vocabularies, search
             )

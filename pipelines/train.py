@@ -21,10 +21,12 @@ from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Position, Trainer
 from trainer.needs.run_needs import Run, check_disk, disk_needs, free_disk
-from trainer.quality.baselines import baselines, by_baseline, counted_feature
+from trainer.quality.baseline_files import baselines_of
+from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config, of_files
 from trainer.run_folder import RunFolder, versions
+from trainer.storage import place
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
@@ -54,7 +56,7 @@ def _settings(config: Path, overrides: Sequence[str]) -> Config:
     settings = load_config(config, overrides)
     # Kept in the run, which other commands may read from another folder.
     here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
-    file = settings.plan.file and str(Path(settings.plan.file).absolute())
+    file = settings.plan.file and str(place(settings.plan.file).absolute())
     placed = settings.plan.model_copy(update={"file": file})
     quiet_third_parties()
     return settings.model_copy(update={"data": here, "plan": placed})
@@ -156,14 +158,15 @@ def _conclude(
         if metrics is not None and trainer.validation_reader is not None:
             entries |= {"validation": metrics.entry(), "validation_step": step}
             try:
-                beside = baselines(trainer.validation_reader)
+                with baselines_of(trainer.validation_reader, folder.path) as beside:
+                    table, missing = beside.metrics(), beside.missing
             except (TandemError, OSError, MemoryError) as error:
                 # Training is over and saved by now: this is said, and is no failure.
                 lines = [f"no baselines beside the validation: {error}"]
             else:
-                table, feature = beside.metrics(), counted_feature(manifest)
+                feature = counted_feature(manifest)
                 entries[baselines_key("validation")] = by_baseline(table)
-                lines = [*without(beside.missing), *remarks("validation", metrics, table, feature)]
+                lines = [*without(missing), *remarks("validation", metrics, table, feature)]
         folder.update_summary(entries)
         return lines
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +32,13 @@ from trainer.model.frame import TwoStageModel
 from trainer.model.settings import BranchConfig
 from trainer.model.sizes import Dimensions
 from trainer.needs.model_memory import check_dense, check_step
+from trainer.needs.run_needs import Run, check_memory, memory_needs
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, build_groups
-from trainer.needs.run_needs import Run, check_memory, memory_needs
 from trainer.sealed_folder import voice
 from trainer.step_size import StepSize, lookups, step_size
+from trainer.storage import place
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def build_sharded(
         check_step(config, size, cluster.world_size, cluster.memory)
     request = plan_request(config, manifest, (model, groups), cluster, size)
     if training and config.plan.file:
-        plan, origin = read_plan(Path(config.plan.file), request), ""
+        plan, origin = read_plan(place(config.plan.file), request), ""
     else:
         plan, origin = _plan(config, request, former)
     lines: list[str] = []

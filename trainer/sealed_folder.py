@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.storage import is_remote, local, objects
-from trainer.storage import voice as voices
 
-exchange, naming, Voice, voice = local.exchange, local.naming, voices.Voice, voices.voice
+exchange, naming, Voice, voice = local.exchange, local.naming, local.Voice, local.voice
 _LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 _NO_SYNC_OF_FOLDERS = _LACKING | {errno.EISDIR, errno.EACCES, errno.EPERM, errno.EBADF}
 _NO_SYNC_OF_FILES = _LACKING | {errno.EBADF}
@@ -43,6 +42,8 @@ MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
+    if is_remote(path):
+        return objects.digest(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -100,7 +100,7 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
         "plan": (Path("c.toml"), ["model.k=5"], (8, "141GB")),
         "evaluate": (Path("r"), "test", "", "cpu"),
         "export": (Path("r"), Path("snap"), "fp32", "fp16", "", 0, 1000, False, None, "", None),
-        "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None),
+        "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None, None),
     }
     assert capsys.readouterr().out.splitlines() == ["events: d/events.parquet", "report of manifest"]
 

@@ -31,9 +31,10 @@ class TensorStream:
     Args:
         path: the file to write.
         layout: name of a tensor -> type and shape of a row, in the order in which the tensors are written.
-        rows: of every tensor; None = not known yet, which works for a single tensor: then the header is
-            written at the end, and the file read once more for its digest.
+        rows: of every tensor, or of each by its name; None = not known yet, which works for a single tensor:
+            then the header is written at the end, and the file read once more for its digest.
         alignment: of the place where the first tensor begins.
+        notes: what the header says besides.
 
     Attributes:
         entry: size and digest of the file as manifests list them, once it is closed.
@@ -43,10 +44,11 @@ class TensorStream:
         self,
         path: Path,
         layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        rows: int | None = None,
+        rows: int | Mapping[str, int] | None = None,
         alignment: int = 64,
+        notes: Mapping[str, str] | None = None,
     ) -> None:
-        self.rows = 0
+        self.rows, self._notes = 0, dict(notes or {})
         self._path, self._layout, self._known = path, layout, rows
         # Room for as many rows as there can be.
         room = 8 + len(self._header(_MOST_ROWS if rows is None else rows))
@@ -90,13 +92,15 @@ class TensorStream:
             self._digest.update(content)
             self._size += len(content)
 
-    def _padded_header(self, rows: int) -> bytes:
+    def _padded_header(self, rows: int | Mapping[str, int]) -> bytes:
         header = self._header(rows).ljust(self._begin - 8)
         return len(header).to_bytes(8, "little") + header
 
-    def _header(self, rows: int) -> bytes:
-        entries, end = {}, 0
+    def _header(self, rows: int | Mapping[str, int]) -> bytes:
+        entries: dict[str, Any] = {"__metadata__": self._notes} if self._notes else {}
+        end = 0
         for name, (dtype, row) in self._layout.items():
-            begin, end = end, end + torch.Size((rows, *row)).numel() * dtype.itemsize
-            entries[name] = {"dtype": TYPE_NAMES[dtype], "shape": (rows, *row), "data_offsets": [begin, end]}
+            shape = (rows if isinstance(rows, int) else rows[name], *row)
+            begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+            entries[name] = {"dtype": TYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
         return json.dumps(entries).encode()

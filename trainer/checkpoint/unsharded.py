@@ -14,7 +14,7 @@ the largest shard, not the table; of a table that is cut into columns, those sha
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,9 @@ from trainer.config.toml import Settings
 from trainer.log.names import FileName, InnerPath, path_problem
 from trainer.log.schema import FeatureInfo
 from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, scratch
+from trainer.storage import is_remote
+from trainer.storage.fetched import cache_of, drop_old, fetch
+from trainer.storage.objects import copy_file
 
 SEAL = Seal(CheckpointError, "unshard again", names_file=True)
 
@@ -155,7 +158,7 @@ def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...
     (part / "vocab").mkdir()
     for entry in used.values():
         if entry.info.vocabulary:
-            shutil.copyfile(entry.file, part / "vocab" / entry.file.name)
+            copy_file(entry.file, part / "vocab" / entry.file.name)
     files = sorted(p for p in part.rglob("*") if p.is_file())
     manifest = PlainManifest(
         step=state["step"],
@@ -206,6 +209,22 @@ def open_plain_tables(path: Path, check: bool = True) -> PlainTables:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(path / MANIFEST, f"unreadable: {reason}; unshard again") from None
+    if is_remote(path):
+        return PlainTables(_fetched(path, manifest), manifest, path)
     for name, entry in manifest.files.items() if check else ():
         SEAL.check(path / name, entry.bytes, entry.sha256)
     return PlainTables(path, manifest)
+
+
+def _fetched(path: Path, manifest: PlainManifest) -> Path:
+    """The files in a folder of this machine, where they are mapped."""
+    local = cache_of(path)
+    wanted = {name: (entry.bytes, entry.sha256) for name, entry in manifest.files.items()}
+    known = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]
+    try:
+        fetch(path, wanted, local / known, CheckpointError)
+        drop_old(local, {known})
+    except OSError as error:
+        problem = f"cannot be fetched to {local}: {error.strerror} ({error.filename})"
+        raise CheckpointError(path, problem) from None
+    return local / known

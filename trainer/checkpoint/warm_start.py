@@ -34,6 +34,7 @@ from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary import read_values
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
+from trainer.storage import is_remote
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -93,8 +94,12 @@ def open_source(path: Path, scratch: Path) -> Iterator[PlainTables]:
 
     found = from_rank_0(prepare, slow=True)
     try:
-        yield replace(open_plain_tables(found, check=False), given=path)
+        tables = replace(open_plain_tables(found, check=False), given=path)
+        yield tables
         dist.barrier()
+        if is_remote(found):
+            # They were fetched for this alone, by whichever rank of this machine came first.
+            remove_folder(tables.path)
     finally:
         if dist.get_rank() == 0:
             remove_folder(scratch)

@@ -43,6 +43,7 @@ from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.sample import Sample
 from trainer.log.schema import LogManifest, read_manifest
+from trainer.storage import is_remote
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class SequenceLogReader:
             that spreads well; else every rank all of them. The same on all ranks.
 
     Attributes:
-        row_groups: that are read; candidates: of the whole split; sample: what is read of it, None = all.
+        row_groups: that are read; candidates: of the whole split; sample: what is read of it, None = all;
+            expected: the candidates that are read, about.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
@@ -147,9 +149,13 @@ class SequenceLogReader:
         self._own_row_groups = own_row_groups
         manifest = read_manifest(config.log)
         self.columns = _columns(manifest, rows, tasks, config)
-        whole = config.verify and config.on_bad == "fail"
+        by_digest = not is_remote(config.log) if config.verify == "auto" else config.verify
+        whole = by_digest and config.on_bad == "fail"
         with together():
-            self.row_groups = check_files(config.log, manifest, split, (rank, world_size) if whole else None)
+            self.row_groups = check_files(
+                *(config.log, manifest, split, (rank, world_size) if whole else None),
+                sized=bool(config.verify) and config.on_bad == "fail",
+            )
         self.skipped: list[DataError] = []
         left_out: list[RowGroup] = []
         if config.on_bad == "skip":
@@ -164,6 +170,7 @@ class SequenceLogReader:
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
         self.sample = Sample.of(self.candidates, len(self.row_groups), limit)
+        self.expected = self.candidates if self.sample is None else limit
         if self.sample is not None:
             self.row_groups = self.sample.places(self.row_groups)
         files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]

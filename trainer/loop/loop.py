@@ -13,6 +13,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
+from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
@@ -23,7 +24,7 @@ from trainer.loop.pipeline import Pipeline, remark_on
 from trainer.loop.progress import Progress
 from trainer.objectives.step_loss import Tally
 from trainer.quality.domains import SplitMetrics
-from trainer.quality.evaluate import score_split, shared_metrics
+from trainer.quality.evaluate import scored_split, shared_metrics
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
 from trainer.run_config import Config
 from trainer.run_folder import MetricsLog, RunFolder
@@ -95,7 +96,8 @@ class Trainer:
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
-        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size)
+        touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
+        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = self._best_due = False
 
@@ -264,8 +266,9 @@ class Trainer:
         return self._best_metrics, best.step
 
     def _measure(self, reader: SequenceLogReader) -> SplitMetrics:
-        with self.pipeline.paused():
-            metrics = shared_metrics(score_split(self.model, reader, self.ranks.device), reader)
+        device, folder = self.ranks.device, self.folder.path
+        with self.pipeline.paused(), scored_split(self.model, reader, device, folder) as scores:
+            metrics = shared_metrics(scores, reader)
         self.metrics_of_validation = metrics
         return metrics
 
@@ -286,6 +289,7 @@ class Trainer:
         """Have `fill` write into the tensors of model and optimizer, and take them up."""
         tensors = self._tensors()
         fill(tensors)
+        self.saver.follow(None)
         self.model.load_state_dict(tensors["model"])
         self.optimizer.load_state_dict(tensors["optim"])
 
@@ -306,6 +310,7 @@ class Trainer:
             "sample": self._sample(),
             "config": self.config.model_dump(mode="json"),
         }
+        from_rank_0(self.log.keep)
         self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
         self.interrupts.restart_clock()
         # Time that no step has taken.
@@ -343,6 +348,7 @@ class Trainer:
             best=best,
         )
         self.saver.saved = self.step.number = self.at.step
+        self.saver.follow(path, state.get("base", {}).get("links", 0))
         self.say(f"resumed from {path}")
 
 

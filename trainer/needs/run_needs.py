@@ -181,7 +181,7 @@ def disk_needs(run: Run, room: int | None, there: int = 0) -> list[Need]:
         room: free bytes; None = not known; there: checkpoints that are there already.
     """
     config, one = run.config.checkpoint, run.checkpoint
-    every = getattr(config, "full_every", 1)
+    every = config.full_every
     kept = config.keep + 1 + run.config.train.early_stopping.on
     if every == 1:
         rest, parts = max(kept - there, 1) * one, {}
@@ -295,13 +295,16 @@ def check_disk(needs: Sequence[Need], new: bool) -> list[str]:
 
 
 def free_disk(folder: Path) -> int | None:
-    """Free bytes where a folder is, or is to be; None where a file system does not say."""
+    """Free bytes where a folder is, or is to be; None where nobody says."""
+    if not isinstance(folder, type(Path())):
+        # An object store has no bounds.
+        return None
     place = folder.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
     try:
         return shutil.disk_usage(place).free
-    except (OSError, TypeError, ValueError, NotImplementedError):
+    except OSError:
         return None
 
 

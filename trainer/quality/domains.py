@@ -16,7 +16,7 @@ from trainer.log.schema import VOCABULARIES, read_manifest
 from trainer.log.vocabulary import read_values
 from trainer.quality.metrics import Metrics, entry_of, first_and_all, number
 from trainer.quality.ranking import Ints
-from trainer.quality.scored import Scored
+from trainer.quality.scored import Scored, Scores
 
 # What domains are compared by, and whether more of it is better.
 COMPARED = {"auc": 1, "logloss": -1}
@@ -150,29 +150,31 @@ class SplitMetrics:
         return "".join(f"\n  {line}" for line in lines)
 
 
-def measure_split(scored: Scored, log: Path, feature: str) -> SplitMetrics:
+def measure_split(scored: Scores, log: Path, feature: str) -> SplitMetrics:
     """Metrics of every task, and of every domain where candidates have one.
 
     Args:
-        log: whose vocabulary has names of domains; feature: `data.domain`.
+        log: whose vocabulary has names of domains; feature: `data.domain`, empty without domains.
     """
-    if scored.domain is None:
-        return SplitMetrics(scored.all_metrics())
-    names, problem = domain_names(log, feature, scored.domain)
-    return SplitMetrics(scored.all_metrics(), by_domain(scored, names), problem)
+    whole = scored.all_metrics()
+    if not feature:
+        return SplitMetrics(whole)
+    numbered = _by_number(scored)
+    names, problem = domain_names(log, feature, np.array(list(numbered), dtype=np.int64))
+    return SplitMetrics(whole, {names.get(n, str(n)): own for n, own in numbered.items()}, problem)
 
 
-def by_domain(scored: Scored, names: Mapping[int, str]) -> dict[str, dict[str, Metrics]]:
+def by_domain(scored: Scores, names: Mapping[int, str]) -> dict[str, dict[str, Metrics]]:
     """Domain -> task -> metrics, by ascending number of the domain: a partition of the split."""
-    if scored.domain is None or not scored.domain.size:
-        return {}
-    order = np.argsort(scored.domain, kind="stable")
-    domains, starts = np.unique(scored.domain[order], return_index=True)
-    parts = np.split(order, starts[1:])
-    return {
-        names.get(domain, str(domain)): scored.part(part).all_metrics()
-        for domain, part in zip(domains.tolist(), parts, strict=True)
-    }
+    return {names.get(number, str(number)): own for number, own in _by_number(scored).items()}
+
+
+def _by_number(scored: Scores) -> dict[int, dict[str, Metrics]]:
+    def domain(part: Scored) -> Ints:
+        assert part.domain is not None
+        return part.domain
+
+    return scored.metrics_by(domain, range(len(scored.tasks)))
 
 
 def domain_names(log: Path, feature: str, domains: Ints) -> tuple[dict[int, str], str]:

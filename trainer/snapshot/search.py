@@ -3,9 +3,9 @@
 A behavior's vector is a linear function of its features' rows, so it is the concatenation (or, behind a
 projection to heads, the sum) of one part a feature. Without a projection each part is a row of the attention
 table, and that table is named, not written again. Behind one it is a row of a matrix that is computed once at
-export, where that is asked for: the attention row times the feature's part of the projection.
-Combinations of features need no matrix of their own. What scores in this software reads none of them: it looks
-rows up and projects those.
+export, where that is asked for: the attention row times the feature's part of the projection. Combinations of
+features need no matrix of their own. What scores in this software reads none of them: it looks rows up and
+projects those.
 """
 
 from __future__ import annotations

@@ -6,10 +6,13 @@ folder counts once its manifest is there, which is written last and deleted firs
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -18,6 +21,8 @@ from trainer.storage.places import is_remote, store_of
 
 # Bytes of a part of an upload, of which there may be 10,000; one of them is in memory.
 PART = 1 << 26
+# Bytes of a piece of a download, and pieces under way.
+PIECE, PIECES = 1 << 24, 4
 # Requests under way at once, of one process.
 AT_ONCE = 16
 Item = TypeVar("Item")
@@ -45,11 +50,49 @@ def listed(folder: Path) -> list[Path]:
     return []
 
 
-def modified(folder: Path) -> float:
-    """When the newest object of a remote folder was written, in seconds; 0 where none says so."""
+def unfinished(folder: Path, mark: str, seconds: float) -> list[Path]:
+    """The folders directly in a remote one that lack the file `mark` and are older than so many seconds."""
     store, root = store_of(folder)
-    times = [info.get("LastModified") for info in store.find(root, detail=True).values()]
-    return max((time.timestamp() for time in times if time), default=0.0)
+    prefix = root.rstrip("/") + "/"
+    newest: dict[str, float] = {}
+    finished: set[str] = set()
+    for path, info in store.find(root, detail=True).items():
+        name, _, file = path.removeprefix(prefix).partition("/")
+        if file == mark:
+            finished.add(name)
+        if file:
+            written = info.get("LastModified") or info.get("created")
+            # What has no time is as good as new.
+            age = written.timestamp() if written else time.time()
+            newest[name] = max(newest.get(name, 0.0), age)
+    old = time.time() - seconds
+    return [folder / name for name, written in newest.items() if name not in finished and written < old]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of an object, of which nothing is kept."""
+    sha = hashlib.sha256()
+    for piece in pieces(path, path.stat().st_size):
+        sha.update(piece)
+    return sha.hexdigest()
+
+
+def pieces(path: Path, size: int) -> Iterator[bytes]:
+    """The content of an object, fetched in pieces, several at a time."""
+    store, root = store_of(path)
+
+    def piece(start: int) -> bytes:
+        content: bytes = store.cat_file(root, start=start, end=min(start + PIECE, size))
+        return content
+
+    with ThreadPoolExecutor(PIECES, "fetch") as pool:
+        waiting: deque[Future[bytes]] = deque()
+        for start in range(0, size, PIECE):
+            waiting.append(pool.submit(piece, start))
+            if len(waiting) == PIECES:
+                yield waiting.popleft().result()
+        for left in waiting:
+            yield left.result()
 
 
 @contextmanager
@@ -67,6 +110,16 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def create(path: Path) -> bool:
+    """Make an empty object -> whether there was none; a store without conditional writes always says so."""
+    store, root = store_of(path)
+    try:
+        store.pipe_file(root, b"", mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
 @contextmanager
 def uploading(path: Path) -> Iterator[Path]:
     """A local file to write, which becomes the object once the body has succeeded."""
@@ -80,6 +133,19 @@ def upload(file: Path, path: Path) -> None:
     """Write a local file to a store."""
     with file.open("rb") as content, writing(path) as target:
         shutil.copyfileobj(content, target, PART)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder, local or remote, into a new local one; where there is none, nothing."""
+    for name in sizes(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source / name, target / name)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, local or remote, into a local one."""
+    with source.open("rb") as content, target.open("wb") as file:
+        shutil.copyfileobj(content, file, PIECE)
 
 
 def remove(folder: Path, first: Sequence[str], *, strict: bool = False) -> None:

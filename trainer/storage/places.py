@@ -47,12 +47,7 @@ def place(given: str | Path) -> Path:
     if match is None:
         return Path(given) if isinstance(given, str) else given
     protocol, host, rest = match[1].lower(), match[2], match[3]
-    if _SECRET.search(cast(str, given)):
-        raise ConfigError(
-            f"{without_secrets(cast(str, given))}: an address with credentials in it would end up in logs "
-            "and configs; leave them out, and give them by AWS_PROFILE, the other variables of AWS, or "
-            "~/.aws (see docs/object_storage.md)"
-        )
+    refuse_secrets(cast(str, given))
     if protocol == "file":
         return Path(host + rest)
     if protocol in _STORES and not host:
@@ -79,6 +74,16 @@ def _remote(address: str, protocol: str) -> Path:
     except ValueError as error:
         raise ConfigError(f"{address}: is no place that can be read or written ({error})") from None
     return cast(Path, found)
+
+
+def refuse_secrets(text: str) -> None:
+    """Raises ConfigError where an address in a text has credentials in it."""
+    if "://" in text and _SECRET.search(text):
+        raise ConfigError(
+            f"{without_secrets(text)}: credentials in an address would end up in logs and configs; leave "
+            "them out, and give them by AWS_PROFILE, the other variables of AWS, or ~/.aws (see "
+            "docs/object_storage.md)"
+        )
 
 
 def is_remote(path: Path) -> bool:

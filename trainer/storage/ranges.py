@@ -99,3 +99,11 @@ class _Fetched(io.RawIOBase):
             else:
                 raise OSError(errno.EIO, f"byte {self._at} was not fetched")
         return done
+
+
+def parquet_source(file: Path) -> Any:
+    """What pyarrow reads a small file as a whole from: its path, or the content of an object, by pieces."""
+    if not is_remote(file):
+        return file
+    store, path = store_of(file)
+    return store.open(path, "rb", block_size=_MOST, cache_type="readahead")

@@ -18,6 +18,8 @@ import fsspec
 import s3fs
 from botocore import exceptions as boto
 from s3fs.core import S3File, set_custom_error_handler
+from upath.implementations.cloud import S3Path
+from upath.registry import get_upath_class, register_implementation
 
 # Of one request, with random waits of up to 1, 2, 4, 8 and 16 s between them (botocore's mode "standard").
 # AWS_MAX_ATTEMPTS, or max_attempts of the profile, says otherwise.
@@ -154,10 +156,20 @@ class ObjectStore(s3fs.S3FileSystem):  # type: ignore[misc]
         return _File(self, path, mode, block_size=size, cache_type=kind, **options)
 
 
+class StorePath(S3Path):
+    """A place in S3."""
+
+    def rmdir(self, recursive: bool = False) -> None:
+        """As of pathlib, which deletes empty folders only: there are none in a store. UPath's deletes all."""
+        raise OSError(errno.ENOTEMPTY, "a store has no empty folders", str(self))
+
+
 def register() -> None:
     """Have `s3://` mean `ObjectStore` in this process."""
     for protocol in ("s3", "s3a"):
         fsspec.register_implementation(protocol, ObjectStore, clobber=True)
+        if get_upath_class(protocol) is not StorePath:
+            register_implementation(protocol, StorePath, clobber=True)
     set_custom_error_handler(lambda error: isinstance(error, _TRANSIENT))
 
 

@@ -59,6 +59,7 @@ def test_any_shards_in_any_blocks_come_back_in_any_shards(
     with process_group():
         saved = {"table": sharded(whole, *cuts[0]), "state": sharded(row, *cuts[0]), "plain": plain}
         write(folder, saved, block)
+        (folder / "state.json").write_text("{}")
         zero = torch.zeros_like
         target = {"table": sharded(zero(whole), *cuts[1]), "state": sharded(zero(row), *cuts[1])}
         target["plain"] = zero(plain)

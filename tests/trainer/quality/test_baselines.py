@@ -16,8 +16,9 @@ from tests.helpers.logs import INFOS, Row, Shape, enrich, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.config.tasks import TaskConfig, resolve_tasks
 from trainer.data.reader import SequenceLogReader
-from trainer.quality.baselines import STRENGTH, Baselines, baselines, by_baseline
+from trainer.quality.baselines import Baselines, baselines, by_baseline
 from trainer.quality.ranking import auc
+from trainer.quality.rates import STRENGTH
 from trainer.run_folder import jsonable
 
 TASKS = ("click", "buy")
