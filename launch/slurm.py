@@ -31,7 +31,7 @@ _FIELDS = ("job", "state", "name", "node", "why")
 # It makes srun give each task a terminal of its own, for which progress bars then draw, into a file.
 # Python's own buffering is off by PYTHONUNBUFFERED, which the script sets, too.
 _TERMINAL = "export SLURM_UNBUFFEREDIO=1\n"
-# At the end of its time a job gets SIGTERM, and no script of it runs after that which could start it again. If
+# At the end of its time a job gets SIGTERM, and after that no script of it runs that could start it again. If
 # the signal is asked for earlier, only the ranks get it: they save, and the script goes on to --max_retries.
 # Slurm may send it up to a minute before that.
 _BEFORE_TIMEOUT_S = 120

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,3 +152,7 @@ def slurm(nodes: Sequence[str] = ("node-a", "node-b"), **settings: str) -> Itera
                 for log in sorted(folder.glob("slurm*.log")):
                     error.add_note(f"--- {log.name}\n{log.read_text(encoding='utf-8')[-3000:]}")
                 raise
+
+
+if __name__ == "__main__":
+    sys.exit(obstacle())
