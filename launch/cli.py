@@ -29,13 +29,27 @@ def _show_version(wanted: bool) -> None:
 Version = Annotated[
     bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
 ]
-ConfigFile = Annotated[Path, Option("--config", metavar="FILE", help="TOML configuration.")]
+
+
+def At(*names: str, **options: Any) -> Any:
+    """An option that is a place: a path, or an address such as s3://bucket/log."""
+    return Option(*names, parser=_place, **options)
+
+
+def _place(text: str) -> Path:
+    from trainer.storage import place
+
+    return place(text)
+
+
+ConfigFile = Annotated[Path, At("--config", metavar="FILE", help="TOML configuration.")]
 Overrides = Annotated[
     list[str] | None,
     Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
 ]
-RunFolder = Annotated[Path, Option("--run", metavar="RUN", help="A run folder written by `train`.")]
+RunFolder = Annotated[Path, At("--run", metavar="RUN", help="A run folder written by `train`.")]
 Dtype = Literal["fp32", "fp16", "int8"]
+Search = Literal["none", "vectors"]
 Checkpoint = Annotated[
     str,
     Option(
@@ -50,7 +64,7 @@ Device = Annotated[
     Option("--device", help="Where to compute; the default: the run's train.device.", show_default=False),
 ]
 Split = Annotated[str, Option("--split", help="Which split of the log: train, validation or test.")]
-Snapshot = Annotated[Path, Option("--snapshot", metavar="SNAP", help="A snapshot by `export`.")]
+Snapshot = Annotated[Path, At("--snapshot", metavar="SNAP", help="A snapshot by `export`.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing log.")]
 
 app = typer.Typer(
@@ -80,7 +94,7 @@ def doctor() -> None:
 
 @app.command()
 def fetch(
-    out: Annotated[Path, Option("--out", metavar="DIR", help="Where to put the data.")],
+    out: Annotated[Path, At("--out", metavar="DIR", help="Where to put the data.")],
     what: Annotated[
         Literal["demo", "multi-task"], Option(help="Only events, or also candidates with several labels.")
     ] = "demo",
@@ -94,7 +108,7 @@ def fetch(
 
 @app.command()
 def synth(
-    out: Annotated[Path, Option(metavar="LOG", help="The sequence log to write.")],
+    out: Annotated[Path, At(metavar="LOG", help="The sequence log to write.")],
     kind: Annotated[
         str,
         Option(
@@ -115,16 +129,16 @@ def synth(
 @app.command()
 def ingest(
     config: ConfigFile,
-    out: Annotated[Path | None, Option(metavar="LOG", help="The sequence log to write.")] = None,
+    out: Annotated[Path | None, At(metavar="LOG", help="The sequence log to write.")] = None,
     events: Annotated[
         list[Path] | None,
-        Option(metavar="FILE", help="Raw events: a file, folder or quoted pattern; repeatable."),
+        At(metavar="FILE", help="Raw events: a file, folder or quoted pattern; repeatable."),
     ] = None,
     impressions: Annotated[
-        list[Path] | None, Option(metavar="FILE", help="Shown candidates with labels; repeatable.")
+        list[Path] | None, At(metavar="FILE", help="Shown candidates with labels; repeatable.")
     ] = None,
     vocabulary: Annotated[
-        Path | None, Option(metavar="LOG", help="Keep the ids of this older log; new values are unknown.")
+        Path | None, At(metavar="LOG", help="Keep the ids of this older log; new values are unknown.")
     ] = None,
     extend: Annotated[
         bool, Option("--extend-vocabulary", help="New values get new ids after the older log's.")
@@ -171,7 +185,7 @@ def plan(
     behaviors: Annotated[
         int, Option("--behaviors-per-step", min=0, help="Of all ranks; 0: estimate from the log.")
     ] = 0,
-    out: Annotated[Path | None, Option("--json", metavar="FILE", help="Keep the plan here.")] = None,
+    out: Annotated[Path | None, At("--json", metavar="FILE", help="Keep the plan here.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Print the sharding plan, memory and step bytes."""
@@ -185,13 +199,13 @@ def plan(
 @app.command()
 def train(
     config: ConfigFile,
-    out: Annotated[Path, Option(metavar="RUN", help="The run folder; resumed if it exists.")],
+    out: Annotated[Path, At(metavar="RUN", help="The run folder; resumed if it exists.")],
     plan_file: Annotated[
-        Path | None, Option("--plan", metavar="FILE", help="Place the tables as `plan --json` did.")
+        Path | None, At("--plan", metavar="FILE", help="Place the tables as `plan --json` did.")
     ] = None,
     overrides: Overrides = None,
     init_from: Annotated[
-        Path | None, Option(metavar="DIR|RUN", help="Start a new run with the weights of another one.")
+        Path | None, At(metavar="DIR|RUN", help="Start a new run with the weights of another one.")
     ] = None,
     more: Annotated[
         list[str] | None,
@@ -236,7 +250,7 @@ def evaluate(
 @app.command()
 def export(
     run_folder: RunFolder,
-    out: Annotated[Path, Option(metavar="SNAP", help="The snapshot folder to write.")],
+    out: Annotated[Path, At(metavar="SNAP", help="The snapshot folder to write.")],
     dtype: Annotated[Dtype, Option(help="How tables of representation are stored.")] = "fp32",
     attention_dtype: Annotated[Dtype, Option(help="How tables of attention are stored.")] = "fp16",
     since: Annotated[str, Option(metavar="BASE", help="Write only rows that differ from this version.")] = "",
@@ -254,17 +268,20 @@ def export(
     ] = None,
     checkpoint: Checkpoint = "",
     device: Device = None,
+    search: Annotated[
+        Search, Option(help="For a retrieval service: add the vectors that are projected from tables.")
+    ] = "none",
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    rest = (parity_requests, aoti, vocabularies, checkpoint, device)
+    rest = (parity_requests, aoti, vocabularies, checkpoint, device, search)
     run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
 
 
 @app.command()
 def unshard(
-    run_folder: RunFolder, out: Annotated[Path, Option("--out", metavar="DIR", help="The folder to write.")]
+    run_folder: RunFolder, out: Annotated[Path, At("--out", metavar="DIR", help="The folder to write.")]
 ) -> None:
     """Write a run's newest checkpoint as plain tables."""
     from pipelines.unshard import unshard as run
@@ -274,9 +291,9 @@ def unshard(
 
 @app.command()
 def cluster(
-    log: Annotated[Path, Option(metavar="LOG", help="A sequence log.")],
-    snapshot: Annotated[Path, Option(metavar="SNAP", help="Whose attention vectors are clustered.")],
-    out: Annotated[Path, Option(metavar="LOG", help="The log to write, with clusters.")],
+    log: Annotated[Path, At(metavar="LOG", help="A sequence log.")],
+    snapshot: Annotated[Path, At(metavar="SNAP", help="Whose attention vectors are clustered.")],
+    out: Annotated[Path, At(metavar="LOG", help="The log to write, with clusters.")],
     chunk: Annotated[int, Option(min=1, help="Behaviors clustered together.")] = 500,
     cap: Annotated[int, Option(min=1, help="Most behaviors of a cluster.")] = 20,
     group_by: Annotated[str, Option(metavar="FEATURE", help="No cluster mixes values of this feature.")] = "",
@@ -293,12 +310,12 @@ def cluster(
 @app.command()
 def score(
     snapshot: Snapshot,
-    requests: Annotated[Path, Option(metavar="LOG", help="A sequence log.")],
-    out: Annotated[Path, Option(metavar="FILE", help="Scores to write, Parquet.")],
+    requests: Annotated[Path, At(metavar="LOG", help="A sequence log.")],
+    out: Annotated[Path, At(metavar="FILE", help="Scores to write, Parquet.")],
     split: Split = "test",
     limit: Annotated[int, Option(min=0, help="At most so many requests; 0: all.")] = 0,
     against: Annotated[
-        Path | None, Option(metavar="FILE", help="Scores kept by `evaluate` to compare with.")
+        Path | None, At(metavar="FILE", help="Scores kept by `evaluate` to compare with.")
     ] = None,
 ) -> None:
     """Score requests with a snapshot, without the trainer."""
@@ -313,7 +330,7 @@ def serve(
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0: any free one.")] = 8000,
     histories: Annotated[
-        Path | None, Option(metavar="LOG", help="A sequence log whose users requests may name.")
+        Path | None, At(metavar="LOG", help="A sequence log whose users requests may name.")
     ] = None,
     max_body: Annotated[int, Option(min=1, help="Bytes of a body.")] = 64 << 20,
     max_json: Annotated[int, Option(min=1, help="Bytes of a JSON body.")] = 8 << 20,
@@ -334,10 +351,10 @@ def serve(
     poll_seconds: Annotated[float, Option(min=0, help="Look for a newer version; 0: never.")] = 5.0,
     threads: Annotated[int, Option(min=1, help="Of the model.")] = 1,
     reload_token_file: Annotated[
-        Path | None, Option(metavar="FILE", help="Holds the token of POST /reload; else it is off.")
+        Path | None, At(metavar="FILE", help="Holds the token of POST /reload; else it is off.")
     ] = None,
     vocabulary: Annotated[
-        Path | None, Option(metavar="LOG", help="Whose values requests may name where the snapshot has none.")
+        Path | None, At(metavar="LOG", help="Whose values requests may name where the snapshot has none.")
     ] = None,
 ) -> None:
     """Serve a snapshot over HTTP, with a page to look at."""
@@ -372,6 +389,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; `arguments` defaults to the process's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if any("://" in word for word in words):
+            from trainer.storage import refuse_secrets
+
+            refuse_secrets(" ".join(words))  # errors and logs would repeat them
         # The command itself: called as an app, Typer puts an exception hook of its own in place of ours.
         command = typer.main.get_command(app)
         with reporting_thread_errors(debug="--debug" in words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 from trainer.step_size import step_size
+from trainer.storage import is_remote, place
 from trainer.update.schedule import schedule_remarks
 
 Say = Callable[[str], None]
@@ -120,7 +122,7 @@ class Start:
         """Give a new run the weights that `train.init_from` names, if any; collective."""
         if self.resume.path is not None or not self.config.train.init_from:
             return
-        path, carry = Path(self.config.train.init_from), self.config.train.init_optimizer == "carry"
+        path, carry = place(self.config.train.init_from), self.config.train.init_optimizer == "carry"
         log, heads = self.config.data.log, self.heads
         with open_source(path, scratch) as source:
             lines: list[str] = []
@@ -212,7 +214,7 @@ def try_out(start: Start, say: Say) -> None:
         say(f"tables of {size / 1e9:,.1f} GB were planned, not built")
         source = start.config.train.init_from
         if source and start.resume.path is None:
-            from_rank_0(lambda: check_source(built[0], start.heads, Path(source)))
+            from_rank_0(lambda: check_source(built[0], start.heads, place(source)))
     if start.validation is not None:
         _first(start.validation)
     if start.manifest.holds("test"):
@@ -224,7 +226,7 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
     config, ranks = start.config, start.ranks
     cluster, size = cluster_of(ranks), step_size(config.data, start.manifest)
     if config.plan.file:
-        file = Path(config.plan.file)
+        file = place(config.plan.file)
         saved = read_plan_file(file)
         if ranks.world_size == 1:
             places = saved.world_size, saved.local_world_size
@@ -253,7 +255,8 @@ def _build(start: Start) -> None:
     own = start.config.plan.model_copy(update=other)
     config = start.config.model_copy(update={"plan": own})
     former = start.resume.former_plan
-    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former)
+    new = start.resume.path is None
+    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former, first_rows=new)
     trainer = start.trainer(sharded, keep_quiet)
     trainer.resume(start.resume)
     scratch = Path(from_rank_0(tempfile.mkdtemp))
@@ -277,14 +280,22 @@ def check_writable(out: Path) -> None:
     """Raises:
     ConfigError: no run can be written there.
     """
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
+    if is_remote(out):
+        probe = out / f"writable-{uuid.uuid4().hex[:12]}.tmp"
+        try:
+            probe.write_bytes(b"?")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        return
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"--out {out}: {place} cannot be written ({error.strerror})") from None
+        raise ConfigError(f"--out {out}: {folder} cannot be written ({error.strerror})") from None
 
 
 def open_split(

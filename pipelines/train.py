@@ -25,6 +25,7 @@ from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config, of_files
 from trainer.run_folder import versions
+from trainer.storage import place
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
@@ -54,7 +55,7 @@ def _settings(config: Path, overrides: Sequence[str]) -> Config:
     settings = load_config(config, overrides)
     # Kept in the run, which other commands may read from another folder.
     here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
-    file = settings.plan.file and str(Path(settings.plan.file).absolute())
+    file = settings.plan.file and str(place(settings.plan.file).absolute())
     placed = settings.plan.model_copy(update={"file": file})
     quiet_third_parties()
     return settings.model_copy(update={"data": here, "plan": placed})
@@ -79,7 +80,14 @@ def run(
     say = _say(ranks)
     start = open_start(config, out, ranks, say)
     folder, resume = start.folder, start.resume
-    sharded = build_sharded(config, start.manifest, ranks, training=True, former=resume.former_plan)
+    sharded = build_sharded(
+        config,
+        start.manifest,
+        ranks,
+        training=True,
+        former=resume.former_plan,
+        first_rows=resume.path is None,
+    )
     if sharded.origin:
         say(sharded.origin)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, build_groups
 from trainer.sealed_folder import voice
 from trainer.step_size import StepSize, lookups, step_size
+from trainer.storage import place
 
 
 @dataclass(frozen=True)
@@ -187,12 +187,14 @@ def build_sharded(
     ranks: Ranks,
     training: bool = False,
     former: FormerPlan | None = None,
+    first_rows: bool = True,
 ) -> ShardedModel:
     """Plan, shard and initialise; collective over all ranks.
 
     Args:
         training: the plan weighs what a step of training asks of the tables, and may come from `plan.file`.
         former: the plan of the checkpoint that training goes on from; it is taken again where it still suits.
+        first_rows: compute the tables' first weights; False: a checkpoint fills every row right after.
     """
     model, groups = build_trainable(config, manifest, torch.device("meta"))
     size = step_size(config.data, manifest) if training else None
@@ -201,13 +203,15 @@ def build_sharded(
         check_step(config, size, cluster.world_size, cluster.memory)
     request = plan_request(config, manifest, (model, groups), cluster, size)
     if training and config.plan.file:
-        plan, origin = read_plan(Path(config.plan.file), request), ""
+        plan, origin = read_plan(place(config.plan.file), request), ""
     else:
         plan, origin = _plan(config, request, former)
     if training:
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
         origin = "\n".join(filter(None, (origin, line)))
-    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, request.comms)
+    sharded = shard(
+        model, groups, plan.plan, ranks.device, config.train.seed, request.comms, first_rows=first_rows
+    )
     return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin)
 
 

@@ -17,7 +17,7 @@ from embeddings.lookup.rounding import AS_THEY_ARE, Comms, codecs_of
 from embeddings.lookup.sharded import DEFAULT_EXCHANGE, BagSharder, Exchange, SequenceSharder
 from embeddings.lookup.shards import local_shards
 from embeddings.optimizers import FusedOptimizer
-from embeddings.private import update_in_backward
+from embeddings.private import rows_left_unset, update_in_backward
 
 
 def sharders(
@@ -46,22 +46,26 @@ def shard(
     seed: int,
     comms: Comms = AS_THEY_ARE,
     exchange: Exchange = DEFAULT_EXCHANGE,
+    first_rows: bool = True,
 ) -> DistributedModelParallel:
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
+
+    With `first_rows` false they hold anything, because a checkpoint is about to fill every row.
 
     Forward must go through the returned module, or the dense weights of the ranks drift apart. The module
     keeps `comms`, so that a step can fit the scale to its gradients.
     """
-    sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=sharders(comms, exchange), init_parameters=True
-    )
+    with rows_left_unset():
+        sharded = DistributedModelParallel(
+            model, device=device, plan=plan, sharders=sharders(comms, exchange), init_parameters=True
+        )
     if device.type == "cpu" and dist.get_world_size() > 2:
         for module in sharded.modules():
             if isinstance(module, DistributedDataParallel):
                 # A function without annotations, since torch does not understand postponed ones.
                 module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
     first = {group.table_name(t): group.first for group in groups.values() for t in group.tables}
-    for name, weight in sharded.state_dict().items():
+    for name, weight in sharded.state_dict().items() if first_rows else ():
         table = table_of(name)
         if table in first:
             for part in local_shards(weight):

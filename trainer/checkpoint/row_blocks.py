@@ -16,7 +16,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem, WriteItem, WriteItemType
 from torch.futures import Future
+
+from trainer.checkpoint.store_files import StoreFiles
 
 # Bytes of a chunk at most, unless one row has more.
 BLOCK_BYTES = 1 << 26
@@ -108,7 +110,8 @@ class PieceReader(FileSystemReader):
     """Reads large chunks piece by piece."""
 
     def __init__(self, path: Any, piece_bytes: int = PIECE_BYTES) -> None:
-        super().__init__(path)
+        super().__init__("")
+        self.fs, self.path = StoreFiles(), path
         self._piece_bytes = piece_bytes
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -149,7 +152,7 @@ def _find(stream: Any, offset: int, length: int) -> _Saved | None:
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         order = archive.read(records["byteorder"]) if "byteorder" in records else b""
     file.seek(0)
-    like = torch.load(file, map_location="meta", weights_only=True)
+    like = torch.load(cast(IO[bytes], file), map_location="meta", weights_only=True)
     info = records.get("data/0")
     plain = like.is_contiguous() and like.storage_offset() == 0 and order in (b"", sys.byteorder.encode())
     if not plain or info is None or (info.compress_type, info.file_size) != (zipfile.ZIP_STORED, like.nbytes):
@@ -175,7 +178,7 @@ def _read(stream: Any, saved: _Saved, item: ReadItem, target: Tensor, piece_byte
     for start in range(0, count, at_once):
         rows = min(at_once, count - start)
         raw = buffer[: rows * row_bytes]
-        _fill(stream, memoryview(raw.numpy()))
+        _fill(stream, raw.numpy().data)
         piece = raw.view(saved.dtype).view(rows, *row)
         for dim, (begin, length) in enumerate(zip(others, lengths, strict=True), 1):
             piece = piece.narrow(dim, begin, length)

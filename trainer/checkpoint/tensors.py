@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from embeddings.errors import CheckpointError
-from trainer.checkpoint.row_blocks import BLOCK_BYTES, PieceReader
+from embeddings.lookup.sharding import table_of
+from trainer.checkpoint.chain import ChainReader
+from trainer.checkpoint.row_blocks import BLOCK_BYTES
 
 _MODEL = "model."
 
@@ -27,12 +29,13 @@ class TensorReader:
     """The tensors of a checkpoint: the model's under the names of its state dict, others as they are saved.
 
     Args:
-        path: a checkpoint that `trainer.checkpoint.save_load` has verified; its metadata is unpickled.
+        path: a checkpoint that `trainer.checkpoint.save_load` has verified, with all that it builds on where
+            it holds touched rows only; its metadata is unpickled.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._reader = PieceReader(path)
+        self._reader = ChainReader(path)
         try:
             metadata = self._reader.read_metadata()
         except (OSError, ValueError, RuntimeError) as error:
@@ -96,6 +99,18 @@ class TensorReader:
         _, *row = self._entry(name).size
         begin, size = torch.Size([start, *(0 for _ in row)]), torch.Size([stop - start, *row])
         return self._read(name, ChunkStorageMetadata(begin, size))
+
+    def touched_since(self, name: str, step: int) -> Iterator[Tensor] | None:
+        """The rows of a table that may have changed since an earlier checkpoint, where the chain knows them.
+
+        Args:
+            name: of the table's weights; step: of the earlier checkpoint.
+
+        Returns:
+            Ascending row ids, int64, some at once, each once. Rows that came back to what they were may be
+            among them. None: the chain does not reach back to a checkpoint of that step.
+        """
+        return self._reader.touched_since(table_of(name), self._entry(name).size[0], step)
 
     def _saved_name(self, name: str) -> str:
         return name if name in self._tensors else f"{_MODEL}{name}"

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from trainer.config.places import PlaceSetting
 from trainer.config.toml import Settings
 
 
@@ -41,8 +42,8 @@ class SearchConfig(Settings):
 class DataConfig(Settings):
     """What is read and how it is cut into steps."""
 
-    log: Path = Path("log")
-    """The folder of the sequence log."""
+    log: PlaceSetting = Path("log")
+    """The folder of the sequence log, here or in an object store, see docs/object_storage.md."""
     history_length: int = Field(500, ge=1, le=1_000_000)
     """L, the number of behaviors that a request may see. With `search` it is the number that the search looks
     through."""
@@ -70,9 +71,11 @@ class DataConfig(Settings):
     is from. Empty means that there is one domain only."""
     ingestion_delay: int = Field(0, ge=0)
     """The number of seconds before a request in which behaviors are not yet visible to it."""
-    verify: bool = True
+    verify: Literal["auto"] | bool = "auto"
     """Whether every file is compared with the manifest's SHA-256 before the first step. The ranks share the
-    work."""
+    work. `auto` does so for a log in a folder. Of a log in an object store it compares the sizes only, since
+    all of it would have to be fetched once more; damage to a page is found when the page is read, by its
+    checksum."""
     on_bad: Literal["fail", "skip"] = "fail"
     """What happens at a damaged or malformed row group. `fail` ends the run; `skip` leaves the row group out,
     counts it and reports it."""
@@ -238,8 +241,13 @@ class CheckpointConfig(Settings):
     step."""
     keep: PositiveInt = 2
     """The number of newest checkpoints that are kept."""
-    mode: Literal["async", "sync"] = "async"
-    """`async` copies the tensors and writes them while training goes on. `sync` writes them first."""
+    mode: Literal["auto", "async", "sync"] = "auto"
+    """`async` copies the tensors and writes them while training goes on. `sync` writes them first, and needs
+    no memory for a copy. `auto` means `async` where the copy fits into the memory that is free at the first
+    save, and `sync` otherwise; it says which."""
+    full_every: PositiveInt = 1
+    """Every how many saves one is full. The saves between write only the rows of the tables that were looked
+    up since the save before, and build on it. 1 means that every save is full."""
     on_error: Literal["stop", "continue"] = "stop"
     """What happens when a save fails during training. `stop` ends the run; `continue` tries again when the
     next save is due. The save at the end always stops."""

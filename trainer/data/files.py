@@ -13,6 +13,8 @@ from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, read_plan, read_rows
 from trainer.log.schema import FileInfo, LogManifest
 from trainer.sealed_folder import file_digest
+from trainer.storage import is_remote
+from trainer.storage.objects import sizes
 
 # Files that are looked at together.
 _AT_A_TIME = 16
@@ -27,13 +29,14 @@ class RowGroup:
 
 
 def check_files(
-    log: Path, manifest: LogManifest, split: str, verify: tuple[int, int] | None
+    log: Path, manifest: LogManifest, split: str, verify: tuple[int, int] | None, sized: bool = False
 ) -> list[RowGroup]:
     """All row groups of a split, in stored order.
 
     Args:
         verify: (rank, world size): every world-size-th file is compared with the manifest's SHA-256 here;
             None compares only row counts.
+        sized: compare the sizes of files in a store, which come with their names.
 
     Raises:
         DataError: the split is unknown or empty, or a file is missing, unreadable or not the one written.
@@ -41,13 +44,22 @@ def check_files(
     if split not in manifest.splits:
         raise DataError(f"the log has no split {split!r}; it has {', '.join(manifest.splits)}", file=log)
     files = list(enumerate(manifest.splits[split].files))
+    there = _sizes(log / split) if is_remote(log) else {}
 
     def row_groups(numbered: tuple[int, FileInfo]) -> int:
         number, entry = numbered
         file = log / entry.path
+        size = there.get(file.name)
+        if is_remote(log) and size is None:
+            raise DataError("named in the manifest but missing; ingest again", file=file)
+        if sized and size not in (None, entry.bytes):
+            problem = (
+                f"has {size:,} bytes, the manifest says {entry.bytes:,}; take another copy, or ingest again"
+            )
+            raise DataError(problem, file=file)
         if verify is not None and number % verify[1] == verify[0]:
             _check_digest(file, entry)
-        return _row_groups(file, entry)
+        return _row_groups(file, entry, size)
 
     # Mostly a wait for the disk or the network, or digests, which leave Python's lock to others.
     with ThreadPoolExecutor(_AT_A_TIME, "check") as pool:
@@ -81,12 +93,19 @@ def _check_digest(file: Path, entry: FileInfo) -> None:
         )
 
 
-def _row_groups(file: Path, entry: FileInfo) -> int:
+def _sizes(folder: Path) -> dict[str, int]:
+    try:
+        return sizes(folder)
+    except OSError as error:
+        raise DataError(f"cannot be listed: {error.strerror or error}", file=folder) from None
+
+
+def _row_groups(file: Path, entry: FileInfo, size: int | None) -> int:
     """How many there are: as the manifest says of a file of that size, else as its footer says."""
     if entry.row_groups:
         # What is wrong with a file that has no size is told by whoever opens it.
         with suppress(OSError):
-            if file.stat().st_size == entry.bytes:
+            if (file.stat().st_size if size is None else size) == entry.bytes:
                 return entry.row_groups
     footer = read_footer(file)
     if footer.num_rows != entry.rows:

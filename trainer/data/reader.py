@@ -43,6 +43,7 @@ from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.sample import Sample
 from trainer.log.schema import LogManifest, read_manifest
+from trainer.storage import is_remote
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,13 @@ class SequenceLogReader:
         self._own_row_groups = own_row_groups
         manifest = read_manifest(config.log)
         self.columns = _columns(manifest, rows, tasks, config)
-        whole = config.verify and config.on_bad == "fail"
+        by_digest = not is_remote(config.log) if config.verify == "auto" else config.verify
+        whole = by_digest and config.on_bad == "fail"
         with together():
-            self.row_groups = check_files(config.log, manifest, split, (rank, world_size) if whole else None)
+            self.row_groups = check_files(
+                *(config.log, manifest, split, (rank, world_size) if whole else None),
+                sized=bool(config.verify) and config.on_bad == "fail",
+            )
         self.skipped: list[DataError] = []
         left_out: list[RowGroup] = []
         if config.on_bad == "skip":

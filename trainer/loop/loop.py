@@ -13,6 +13,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
+from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
@@ -95,7 +96,8 @@ class Trainer:
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
-        self.saver = Saver(folder.checkpoints, config.checkpoint, say)
+        touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
+        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = self._best_due = False
 
@@ -287,6 +289,7 @@ class Trainer:
         """Have `fill` write into the tensors of model and optimizer, and take them up."""
         tensors = self._tensors()
         fill(tensors)
+        self.saver.follow(None)
         self.model.load_state_dict(tensors["model"])
         self.optimizer.load_state_dict(tensors["optim"])
 
@@ -307,6 +310,7 @@ class Trainer:
             "sample": self._sample(),
             "config": self.config.model_dump(mode="json"),
         }
+        from_rank_0(self.log.keep)
         self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
         self.interrupts.restart_clock()
         # Time that no step has taken.
@@ -344,6 +348,7 @@ class Trainer:
             best=best,
         )
         self.saver.saved = self.step.number = self.at.step
+        self.saver.follow(path, state.get("base", {}).get("links", 0))
         self.say(f"resumed from {path}")
 
 

@@ -24,6 +24,7 @@ from trainer.quality.ranking import Floats, Ints, ranking_metrics
 from trainer.quality.rates import RateTable, rate_table
 from trainer.quality.runs import ORDER, Columns, joined
 from trainer.quality.scored import Scored, Scores
+from trainer.storage.ranges import parquet_source
 
 # These are probabilities, the others only an order.
 RATES = ("mean_label", "item_rate", "user_item_rate")
@@ -239,7 +240,7 @@ def item_counts(log: Path) -> Floats:
     """Occurrences of every item id before the validation period, from the log's vocabulary."""
     file = log / "vocab" / "item_id.parquet"
     try:
-        table = pq.read_table(file, columns=["id", "count"])
+        table = pq.read_table(parquet_source(file), columns=["id", "count"])
     except (FileNotFoundError, pa.ArrowException) as error:
         raise DataError(f"the popularity baseline needs the log's vocabulary: {error}", file=file) from None
     ids, counts = table.column("id").to_numpy(), table.column("count").to_numpy()

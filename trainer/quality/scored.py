@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from embeddings.errors import DataError
 from trainer.quality.metrics import Metrics, group_keys, measure
 from trainer.sealed_folder import replacing
+from trainer.storage.ranges import parquet_source
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -245,7 +246,7 @@ def read_scores(path: Path) -> Scored:
         DataError: missing or not such a file.
     """
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = pq.read_table(parquet_source(path), page_checksum_verification=True)
         return scored_of({name: table.column(name).to_numpy() for name in numbers_of(table.column_names)})
     except (OSError, pa.ArrowException, KeyError) as error:
         raise DataError(f"holds no scores of `tandemrec evaluate`: {error}", file=path) from None

@@ -32,6 +32,28 @@ def memory_bytes(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
     return min(size for size in limits if size > 0)
 
 
+def free_memory_bytes(
+    process: Path = _PROCESS, groups: Path = _GROUPS, machine: Path = Path("/proc/meminfo")
+) -> int:
+    """Bytes that the processes of this control group may take besides what is taken already.
+
+    What files occupy of memory without being looked at counts as free, since the system gives it back.
+    """
+    lines = (line.split() for line in _text(machine).splitlines())
+    free = [1024 * int(words[1]) for words in lines if words[:1] == ["MemAvailable:"]]
+    versions = (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    )
+    for controller, limit, usage, idle in versions:
+        for folder in _folders(controller, process, groups):
+            if allowed := _number(folder / limit):
+                statistics = (line.split() for line in _text(folder / "memory.stat").splitlines())
+                files = sum(int(words[1]) for words in statistics if words[:1] == [idle])
+                free.append(max(0, allowed - _number(folder / usage) + files))
+    return min(free, default=memory_bytes(process, groups))
+
+
 def cores(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
     """Cores that this process may keep busy: those it may run on, or its share of time; at least one.
 

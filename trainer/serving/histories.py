@@ -22,6 +22,7 @@ from trainer.log.schema import VOCABULARIES, read_manifest
 from trainer.log.vocabulary import read_values
 from trainer.serving.request import History, RequestError
 from trainer.serving.vocabulary import Vocabulary, ids_of
+from trainer.storage.ranges import parquet_source
 
 
 class HistoryStore(Mapping[int, History]):
@@ -90,7 +91,8 @@ class HistoryStore(Mapping[int, History]):
         if feature not in self._names:
             # Arrays, in the order of the ids: objects of a large vocabulary would take gigabytes.
             try:
-                table = pq.read_table(self.log / VOCABULARIES / f"{feature}.parquet", columns=["value", "id"])
+                file = self.log / VOCABULARIES / f"{feature}.parquet"
+                table = pq.read_table(parquet_source(file), columns=["value", "id"])
                 table = table.sort_by("id").combine_chunks()
                 self._names[feature] = table.column("id").to_numpy().astype(np.int64), table.column("value")
             except (*PARQUET_ERRORS, KeyError):

@@ -1,13 +1,14 @@
 """Writing a version: table by table from a checkpoint, in a folder that readers do not look at.
 
-The memory it takes is that of the largest shard of the checkpoint (see checkpoint.tensors), whatever the
-size of the model. `trainer.snapshot.publishing` then gives the folder its number.
+The memory it takes is that of the dense part and of some blocks of rows, whatever the size of the tables and
+of their shards. `trainer.snapshot.publishing` then gives the folder its number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from trainer.checkpoint.tensors import TableReader
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
 from trainer.run_config import Config
+from trainer.snapshot.checking import check_files
 from trainer.snapshot.loading import Chain, RecordedRequests, Snapshot, load_snapshot
 from trainer.snapshot.manifest import (
     DENSE,
@@ -28,6 +30,7 @@ from trainer.snapshot.manifest import (
     SEAL,
     SearchPart,
     SearchTable,
+    SnapshotFile,
     SnapshotManifest,
     SnapshotTable,
     StoredRows,
@@ -35,8 +38,8 @@ from trainer.snapshot.manifest import (
     table_stem,
 )
 from trainer.snapshot.publishing import describe
-from trainer.snapshot.rows import RowSource, write_changes, write_rows
-from trainer.snapshot.search import Part, search_parts
+from trainer.snapshot.rows import RowSource, block_rows, write_changes, write_rows
+from trainer.snapshot.search import Part, SearchKind, search_parts
 
 # Told of all rows of a table as they pass by: (table name, first row, rows).
 Watch = Callable[[str, int, Tensor], None]
@@ -65,13 +68,21 @@ class Source:
 
 @dataclass
 class Draft:
-    """A version that is being written into `folder`, as a delta where there is a base."""
+    """A version that is being written into `folder`, as a delta where there is a base.
+
+    Attributes:
+        search: what is written for a retrieval service.
+        files: of matrices, by path, once they are written; checked: files of the base that were.
+    """
 
     folder: Path
     source: Source
     dtypes: Mapping[str, Dtype]
     base: Chain | None = None
     watch: Watch | None = None
+    search: SearchKind = "none"
+    files: dict[str, SnapshotFile] = field(default_factory=dict)
+    checked: set[Path] = field(default_factory=set)
 
     def write_tables(self) -> dict[str, tuple[SnapshotTable, ...]]:
         """All tables of all groups, for the manifest."""
@@ -89,16 +100,22 @@ class Draft:
         return tables
 
     def write_search(self, dense: Mapping[str, Tensor]) -> dict[str, SearchPart]:
-        """The search part of each branch that has one; in fp32 where its attention tables are, else fp16."""
-        found = {}
-        for branch, (described, parts) in search_parts(self.source.config, self.source.groups, dense).items():
+        """The search part of each branch that has one, in the types of its tables."""
+        found, (config, groups) = {}, (self.source.config, self.source.groups)
+        for branch, (described, parts) in search_parts(config, groups, dense, self.search).items():
             tables = []
             for place, part in enumerate(parts):
-                (self.folder / "search").mkdir(exist_ok=True)
-                dtype: Dtype = "fp32" if self.dtypes[part.group] == "fp32" else "fp16"
-                stem, name = search_stem(branch, place), f"{part.side}__{part.feature}"
-                stored = self._write(stem, name, (part.rows, part.dim), dtype, partial(self._part_rows, part))
-                tables.append(SearchTable(feature=part.feature, side=part.side, **stored.model_dump()))
+                dtype, shape = self.dtypes[part.group], (part.rows, part.dim)
+                if part.projection is None:
+                    names = [groups[part.group].table_name(table) for table in groups[part.group].tables]
+                    table = table_stem(part.group, names.index(part.table))
+                    stored = StoredRows(rows=part.rows, dim=part.dim, dtype=dtype)
+                else:
+                    (self.folder / "search").mkdir(exist_ok=True)
+                    table, stem, name = "", search_stem(branch, place), f"{part.side}__{part.feature}"
+                    stored = self._write(stem, name, shape, dtype, partial(self._part_rows, part))
+                entry = stored.model_dump()
+                tables.append(SearchTable(feature=part.feature, side=part.side, table=table, **entry))
             found[branch] = described.model_copy(update={"tables": tuple(tables)})
         return found
 
@@ -119,8 +136,14 @@ class Draft:
             for key, tensor, entry in there
         ]
         if self.base is None or not any(same):
-            return write_rows(self.folder, stem, name, shape, dtype, rows)
-        return write_changes(self.folder, stem, name, shape, dtype, rows, self.base.rows(stem, name))
+            written = write_rows(self.folder, stem, name, shape, dtype, rows)
+        else:
+            with closing(self.base.reader(stem, name)) as base:
+                written = write_changes(self.folder, stem, name, shape, dtype, rows, base)
+            if written.stored.changed is not None:
+                self.checked.update(base.files)
+        self.files |= {entry.path: entry for entry in written.files}
+        return written.stored
 
     def _table_rows(self, group: str, table: str) -> Iterator[tuple[int, Tensor]]:
         for first, band in self.source.rows(group, table):
@@ -129,8 +152,10 @@ class Draft:
             yield first, band
 
     def _part_rows(self, part: Part) -> Iterator[tuple[int, Tensor]]:
-        for first, band in self.source.rows(part.group, part.table):
-            yield first, part.of(band)
+        for begin, band in self.source.rows(part.group, part.table):
+            size = block_rows(max(band.shape[1], part.dim))
+            for first, rows in zip(range(begin, begin + len(band), size), band.split(size), strict=True):
+                yield first, part.of(rows)
 
 
 def finish(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, trained: Tensor) -> Snapshot:
@@ -142,18 +167,22 @@ def finish(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, traine
     """
     part = draft.folder
     draft.write_recorded(batch, trained, own=trained.clone())
-    listed = (describe(part, file) for file in sorted(part.rglob("*.safetensors")))
-    files = {entry.path: entry for entry in listed}
-    manifest = manifest.model_copy(update={"files": tuple(files.values())})
-    SEAL.write(part, manifest.model_dump_json(indent=1))
-    snapshot = load_snapshot(part)
+    files = {**draft.files, **{name: describe(part, part / name) for name in (DENSE, RECORDED)}}
+
+    def sealed(files: Mapping[str, SnapshotFile]) -> SnapshotManifest:
+        ordered = tuple(files[path] for path in sorted(files))
+        described = manifest.model_copy(update={"files": ordered})
+        SEAL.write(part, described.model_dump_json(indent=1))
+        return described
+
+    sealed(files)
+    snapshot = load_snapshot(part, draft.checked)
+    check_files([(part, entry) for path, entry in files.items() if path.startswith("search/")])
     # Written from memory again: the loaded batch is mapped from the file that this replaces.
     recorded = RecordedRequests(batch, trained, own=snapshot.score(snapshot.recorded.batch))
     draft.write_recorded(*recorded)
     files[RECORDED] = describe(part, part / RECORDED)
-    manifest = manifest.model_copy(update={"files": tuple(files.values())})
-    SEAL.write(part, manifest.model_dump_json(indent=1))
-    return replace(snapshot, manifest=manifest, recorded=recorded)
+    return replace(snapshot, manifest=sealed(files), recorded=recorded)
 
 
 def group_dtypes(config: Config, dtype: Dtype, attention: Dtype) -> dict[str, Dtype]:

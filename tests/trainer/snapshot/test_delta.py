@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embeddings.errors import SnapshotError
+from embeddings.lookup.stored import StoredTable
 from tests.helpers.models import small_log
 from tests.helpers.snapshots import Change, exported, publish_copy, save_run
 from trainer.snapshot import load_search, load_snapshot
@@ -51,8 +52,17 @@ def tables(version: Path) -> dict[str, Tensor]:
     snapshot = load_snapshot(version)
     found = {f"dense.{name}": tensor for name, tensor in snapshot.model.state_dict().items()}
     for group in snapshot.model.collections.values():
-        found |= dict(group.named_buffers())
-    return found | {f"search.{key}": rows for key, rows in load_search(version)[1].items()}
+        names = [group.group.table_name(table) for table in group.group.tables]
+        found |= {name: everything(getattr(group, name)) for name in names}
+    return found | {f"search.{key}": everything(rows) for key, rows in load_search(version)[1].items()}
+
+
+def everything(stored: StoredTable) -> Tensor:
+    return (
+        stored.index_select(0, torch.arange(stored.shape[0]))
+        if isinstance(stored, Tensor)
+        else stored.index_select(torch.arange(stored.rows))
+    )
 
 
 @pytest.mark.parametrize("kinds", KINDS)

@@ -97,7 +97,7 @@ def test_stage_one_scores_follow_from_the_search_part(
                 weight.copy_(weight.flip(0) * 0.7)
 
     run = save_run(tmp_path / "run", log, preset, change=part_ways)
-    version = exported(run, tmp_path / "out", "fp32", attention)
+    version = exported(run, tmp_path / "out", "fp32", attention, search="vectors")
     snapshot, (part, rows) = load_snapshot(version), load_search(version)
     batch = snapshot.recorded.batch
     branch = snapshot.model.branches["main"]
