@@ -44,6 +44,7 @@ from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.sample import Sample
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.storage import is_remote
+from trainer.storage.objects import together
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,11 @@ class SequenceLogReader:
 
     def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[LazyRows]]:
         """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
-        footers = {file: read_footer(file) for file in {place.file for place in places}}
-        plans = [self._plan(place, footers[place.file]) for place in places]
+        # Small requests, of which a store answers many in the time of one.
+        look = together if is_remote(self.config.log) else map
+        files = list(dict.fromkeys(place.file for place in places))
+        footers = dict(zip(files, look(read_footer, files), strict=True))
+        plans = list(look(lambda place: self._plan(place, footers[place.file]), places))
         owners = deal([plan.cost for plan in plans], self.world_size)
         decoders = [LazyRows(place, partial(self._decode, place, footers[place.file])) for place in places]
         if self._shared_decoding():
