@@ -18,8 +18,8 @@ from trainer.sealed_folder import DIGEST
 
 def test_a_chain_in_a_store(store: Store) -> None:
     folder = store.bucket / "runs" / "deltas" / "checkpoints"
-    table, held = TouchedTable(3_000, 4, 2_000, 4, torch.float16), []
     with process_group(60, "cpu"):
+        table, held = TouchedTable(3_000, 4, 2_000, 4, torch.float16), []
         config = CheckpointConfig(mode="sync", keep=1, full_every=3)
         saver = Saver(folder, config, lambda line: None, touched=table)  # type: ignore[arg-type]
         for step in range(1, 7):
