@@ -127,6 +127,11 @@ serve: install ## after `make train`: score over HTTP, with a page at http://127
 test: install-dev ## the tests
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
+.PHONY: cluster-test
+cluster-test: install-dev ## as root, with Debian's slurm-wlm and munge: jobs on a Slurm of two nodes, made of namespaces
+	@python -m tests.cluster.slurm
+	OMP_NUM_THREADS=1 python -m pytest tests/cluster
+
 .PHONY: gpu-check
 gpu-check: install-dev ## on a machine with a GPU (DEVICE=cuda): is all right there, and how fast; see docs/gpu.md
 	@code=0; python -m benchmarks.gpu --out $(GPU_OUT) $(if $(DRY),--dry) $(if $(BUDGET),--budget $(BUDGET)) $(GPU_LOG) $(STEPS) || code=$$?; \

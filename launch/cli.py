@@ -152,13 +152,16 @@ def plan(
         int, Option("--behaviors-per-step", min=0, help="Of all ranks; 0: estimate from the log.")
     ] = 0,
     out: Annotated[Path | None, At("--json", metavar="FILE", help="Keep the plan here.")] = None,
+    run_folder: Annotated[
+        Path | None, At("--out", metavar="RUN", help="The run's folder: is its disk large enough?")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print the sharding plan, memory and step bytes."""
+    """Print the sharding plan, what a run needs of memory and disk, and step bytes."""
     from pipelines.plan.plan import PlanOptions
     from pipelines.plan.plan import plan as run
 
-    options = PlanOptions(world_size, local_world_size, device, hbm, ddr, behaviors, out)
+    options = PlanOptions(world_size, local_world_size, device, hbm, ddr, behaviors, out, run_folder)
     run(config, overrides or [], options)
 
 

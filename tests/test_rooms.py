@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("serving", "snapshot"),
         *("loop", "checkpoint", "assemble", "update"),
         *("quality", "objectives"),
-        *("model_memory", "step_size", "run_folder", "run_config"),
+        *("needs", "step_size", "run_folder", "run_config"),
         *("model", "data", "log"),
         *("config", "ranks", "sealed_folder", "storage"),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embeddings.agreement import from_every_rank
 from embeddings.errors import ConfigError, hint_of
 from embeddings.groups import TableGroup
 from embeddings.lookup.caches import with_prefetch
@@ -20,8 +22,10 @@ from embeddings.lookup.rounding import Comms
 from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.plan.bandwidths import of_device
 from embeddings.plan.file import SavedPlan, from_tree
+from embeddings.plan.memory import memory_of_plan
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.plan.request import Cluster, PlanRequest
+from embeddings.plan.tables import dense_bytes, tables_of
 from trainer.config.model import section_of
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.data.domain import DomainColumn
@@ -29,7 +33,8 @@ from trainer.log.schema import LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.settings import BranchConfig
 from trainer.model.sizes import Dimensions
-from trainer.model_memory import check_dense, check_step
+from trainer.needs.model_memory import check_dense, check_step
+from trainer.needs.run_needs import Run, check_memory, memory_needs
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, build_groups
@@ -40,13 +45,19 @@ from trainer.storage import place
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model ready to train, and how its tables lie; `origin` says so where a checkpoint had a say in it."""
+    """A model ready to train, and how its tables lie.
+
+    Attributes:
+        origin: lines that say where a checkpoint had a say in it, and what of the run may not fit.
+        run: what the run's needs follow from, where it is to train.
+    """
 
     model: DistributedModelParallel
     groups: Mapping[str, TableGroup]
     placements: list[Placement]
     plan: SavedPlan
     origin: str = ""
+    run: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -211,9 +222,18 @@ def build_sharded(
         plan, origin = read_plan(place(config.plan.file), request), ""
     else:
         plan, origin = _plan(config, request, former)
+    lines: list[str] = []
+    run = None
+    if size is not None:
+        run = run_of(config, manifest, request, size)
+        held = memory_of_plan(plan, run.tables)
+        # Memory differs from node to node: all ranks hear of one that has not enough.
+        lines = [
+            *dict.fromkeys(chain(*from_every_rank(lambda: check_memory(memory_needs(run, held, cluster)))))
+        ]
     if training:
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
-        origin = "\n".join(filter(None, (origin, line)))
+        origin = "\n".join(filter(None, (origin, line, *lines)))
     sharded = shard(
         model,
         groups,
@@ -224,7 +244,7 @@ def build_sharded(
         first_rows=first_rows,
         mapped_folder=_mapped_folder(config, ranks.device.type),
     )
-    return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin)
+    return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin, run)
 
 
 def _mapped_folder(config: Config, device: str) -> Path | None:
@@ -334,6 +354,17 @@ def plan_request(
     return PlanRequest(
         model, tuple(groups.values()), cluster, config.plan.rules(), step_lookups, comms, voice.say
     )
+
+
+def run_of(config: Config, manifest: LogManifest, request: PlanRequest, size: StepSize) -> Run:
+    """What a run's needs follow from."""
+    tables = tables_of(request.model)
+    groups = {group.name: group for group in request.groups}
+    columns = 2 + len(manifest.features) + len(manifest.numeric)
+    dense = dense_bytes(request.model, tables)
+    layers = [p for name, p in request.model.named_parameters() if not name.startswith("collections.")]
+    outputs = sum(layer.shape[0] for layer in layers if layer.dim() == 2)
+    return Run(config, groups, tables, dense, size, request.lookups, columns, outputs)
 
 
 def cluster_of(ranks: Ranks) -> Cluster:
