@@ -1,6 +1,6 @@
 """Memory, seconds and disk of each stage of a run with large tables, beside what arithmetic asks for
 
-    tandemrec bench memory --log LOG --rows 20000000 --dim 4 --dtype fp16 --dir DIR
+    tandemrec bench memory --set data.log=LOG --rows 20000000 --dim 4 --dtype fp16 --dir DIR
 
 Trains, saves, resumes, exports and serves the config's model with a table of so many rows for one feature of
 the log, which may be tiny; each stage is a process of its own. All is done once more with as few rows as the
@@ -33,13 +33,14 @@ from embeddings.optimizers import ROW_OPTIMIZERS
 from pipelines import train
 from pipelines.export import export
 from trainer.assemble import resolve_groups
+from trainer.checkpoint.warm_start import unshard_run
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config, load_config
 from trainer.snapshot import load_snapshot
 
 # One process each; one that saves trains before, and tells what either took.
-STAGES = ("save sync", "save async", "resume", "export", "serve")
+STAGES = ("save sync", "save async", "resume", "unshard", "start from tables", "export", "serve")
 _COLUMNS = {
     "stage": "{stage}",
     "s": "{seconds:.1f}",
@@ -59,7 +60,6 @@ _LOOK_S = 0.02
 def main(words: Sequence[str]) -> None:
     options = Options("memory", __doc__)
     options.overriding()
-    options.add_argument("--log", type=Path, required=True, help="a sequence log, which may be tiny")
     options.add_argument("--config", type=Path, default=Path("configs/twin.toml"))
     options.add_argument("--feature", default="item_id", help="whose tables are large")
     options.add_argument("--rows", type=int, default=20_000_000)
@@ -71,9 +71,9 @@ def main(words: Sequence[str]) -> None:
     options.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     options.add_argument("--dir", type=Path, required=True, help="on a disk with room")
     options.add_argument("--alone", action="store_true", help="without the run of few rows to compare with")
-    options.add_argument("--stage", help="for the process of one stage")
+    options.add_argument("--part", help="for the process of one stage")
     given = options.read(words)
-    if given.stage:
+    if given.part:
         _stage(given)
         return
     report = Report(given, "Memory", seed=17, n=1)
@@ -113,7 +113,7 @@ def _all_stages(given: Namespace, rows: int) -> dict[str, Row]:
         for stage, row in found.items():
             tables, on_disk = least["tables"] / 1e6, "stored" if stage == "export" else "tables"
             # Blocks of rows are all that an export or a server need hold.
-            times = {"save async": 2, "export": 0, "serve": 0}.get(stage, 1)
+            times = {"save async": 2, "unshard": 0, "export": 0, "serve": 0}.get(stage, 1)
             row["least_mb"] = times * tables / given.ranks
             if "disk_mb" in row:
                 row["disk_least_mb"] = least[on_disk] / 1e6
@@ -132,23 +132,23 @@ def least_bytes(config: Config, export_dtype: Any) -> dict[str, int]:
     return found
 
 
-def _settings(given: Namespace, rows: int, mode: str, steps: int = 0) -> Config:
-    words = [f"data.log={given.log.absolute()}", "checkpoint.every_steps=0", f"checkpoint.mode={mode}"]
+def _settings(given: Namespace, rows: int, mode: str, steps: int = 0, *more: str) -> Config:
+    words = ["checkpoint.every_steps=0", f"checkpoint.mode={mode}"]
     words += [f"train.max_steps={steps or given.steps}", "train.epochs=1000"]
     words += [f"tables.{given.feature}.rows={rows}"] if rows else []
     for name in load_config(given.config).groups:
         words += [f"groups.{name}.dim={given.dim}", f"groups.{name}.dtype={given.dtype}"]
-    return load_config(given.config, [*words, *given.overrides])
+    return load_config(given.config, [*words, *given.overrides, *more])
 
 
 def _run(given: Namespace, rows: int, folder: Path, stage: str, found: dict[str, Row]) -> None:
     """One stage in processes of its own; what it saw of itself goes to `found`."""
-    words = ["--log", str(given.log), "--config", str(given.config), "--feature", given.feature]
+    words = ["--config", str(given.config), "--feature", given.feature]
     words += ["--rows", str(rows), "--dim", str(given.dim), "--dtype", given.dtype, "--dir", str(folder)]
-    words += ["--export-dtype", given.export_dtype, "--steps", str(given.steps), "--stage", stage]
+    words += ["--export-dtype", given.export_dtype, "--steps", str(given.steps), "--part", stage]
     words += [word for each in given.overrides for word in ("--set", each)]
     command = [*own_command("memory"), *words]
-    trains = stage not in ("export", "serve")
+    trains = stage not in ("unshard", "export", "serve")
     if given.ranks > 1 and trains:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launcher, f"--nproc-per-node={given.ranks}", *command[1:]]
@@ -160,6 +160,7 @@ def _run(given: Namespace, rows: int, folder: Path, stage: str, found: dict[str,
         most: Row = {key: max(each[name][key] for each in ranks) for key in ranks[0][name]}
         found[name] = {"stage": name, **most}
     parts = {"export": folder / "snapshot", "save sync": folder / "run" / "checkpoints"}
+    parts["unshard"] = folder / "tables"
     parts["save async"] = parts["save sync"]
     if stage in parts:
         found[stage]["disk_mb"] = sum(f.stat().st_size for f in parts[stage].rglob("*") if f.is_file()) / 1e6
@@ -213,8 +214,8 @@ def _stage(given: Namespace) -> None:
     """What the process of one stage does; its figures go to a file for each rank."""
     run, snapshot, rank = given.dir / "run", given.dir / "snapshot", 0
     with _watching() as watch:
-        if given.stage not in ("export", "serve"):
-            again, mode = given.stage == "resume", "async" if given.stage == "save async" else "sync"
+        if given.part not in ("unshard", "start from tables", "export", "serve"):
+            again, mode = given.part == "resume", "async" if given.part == "save async" else "sync"
             settings = _settings(given, given.rows, mode, given.steps + (1 if again else 0))
             if again and not (run / "checkpoints").is_dir():
                 raise ConfigError("--stages: resume needs a save before it")
@@ -224,8 +225,17 @@ def _stage(given: Namespace) -> None:
                 train.run(settings, run, ranks, _at(watched, watch))
                 dist.barrier()
             if not again:
-                watch.close(given.stage)
-        elif given.stage == "export":
+                watch.close(given.part)
+        elif given.part == "unshard":
+            unshard_run(run, given.dir / "tables")
+            watch.close("unshard")
+        elif given.part == "start from tables":
+            settings = _settings(given, given.rows, "sync", 1, f"train.init_from={given.dir / 'tables'}")
+            with process_group(settings.train.timeout_s, settings.train.device) as ranks:
+                rank = ranks.rank
+                train.run(settings, given.dir / "next", ranks, _at({1: given.part}, watch))
+                dist.barrier()
+        elif given.part == "export":
             export(run, snapshot, given.export_dtype, given.export_dtype, parity_requests=20)
             watch.close("export")
         else:

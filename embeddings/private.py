@@ -8,7 +8,7 @@ first. The releases in use are torch 2.13 and TorchRec 1.8.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
 
@@ -113,6 +113,31 @@ def lookups(module: nn.Module) -> Iterable[nn.Module]:
     """The kernels of a sharded collection, which keeps them in a plain list; none of another module."""
     kernels: Iterable[nn.Module] = getattr(module, "_lookups", ())
     return kernels
+
+
+@contextmanager
+def host_rows_from(make: Callable[[int, torch.dtype], Tensor]) -> Iterator[None]:
+    """Within this context kernels on a CPU get the memory of rows and of their optimizer's state from `make`.
+
+    Args:
+        make: numbers and their type -> zeros, one dimension.
+    """
+    # Imported here, since it takes seconds, which whoever only talks to other ranks need not wait for.
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+
+    kind: Any = SplitTableBatchedEmbeddingBagsCodegen
+    before = kind._apply_split
+
+    def applying(self: Any, split: Any, prefix: str, dtype: torch.dtype, **named: Any) -> None:
+        if split.host_size and named.get("preallocated_host_buffer") is None:
+            named["preallocated_host_buffer"] = make(split.host_size, dtype)
+        before(self, split, prefix=prefix, dtype=dtype, **named)
+
+    kind._apply_split = applying
+    try:
+        yield
+    finally:
+        kind._apply_split = before
 
 
 class KernelTable(NamedTuple):

@@ -1,14 +1,15 @@
-"""The scheduler that `torchx run -s slurm` takes: TorchX's own, mended for what a first job on a cluster meets.
+"""The scheduler that `torchx run -s slurm` takes: TorchX's own, mended where first jobs fail.
 
-TorchX 0.7.0 asks `sacct` about a job, also right after it has submitted one. Where a cluster keeps no accounts,
-`torchx run`, `status`, `log` and `list` would end in a traceback, the first of them with the job submitted. Here
-the controller is asked instead (`squeue`). It also has Slurm's refusal shown as a message, says before a job is
-submitted what will not have its effect, and after that where the output will lie. pyproject.toml names it as an
-entry point. See docs/cluster.md.
+TorchX 0.7.0 asks `sacct` about a job, also right after it has submitted one. Where a cluster keeps no
+accounts, `torchx run`, `status`, `log` and `list` would end in a traceback, the first of them with the job
+submitted. Here the controller is asked (`squeue`), and `sacct` for what that has forgotten. Slurm's refusal
+is shown as a message; what will not have its effect is said before a job is submitted, and where its output
+will lie after that. pyproject.toml names this as an entry point. See docs/cluster.md.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -24,11 +25,16 @@ from torchx.specs import AppDef, AppState, ReplicaStatus, Role, RoleStatus
 
 from launch.components import JobError
 
+_SACCT = ("sacct", "--noheader", "--parsable2", "--allocations")
 _NAME = re.compile(r"[\w.-]+")
-_FIELDS = ("job", "state", "name", "node")
+_FIELDS = ("job", "state", "name", "node", "why")
 # It makes srun give each task a terminal of its own, for which progress bars then draw, into a file.
 # Python's own buffering is off by PYTHONUNBUFFERED, which the script sets, too.
 _TERMINAL = "export SLURM_UNBUFFEREDIO=1\n"
+# At the end of its time a job gets SIGTERM, and after that no script of it runs that could start it again. If
+# the signal is asked for earlier, only the ranks get it: they save, and the script goes on to --max_retries.
+# Slurm may send it up to a minute before that.
+_BEFORE_TIMEOUT_S = 120
 
 
 class Request(SlurmBatchRequest):  # type: ignore[misc]
@@ -54,6 +60,9 @@ class Slurm(SlurmScheduler):  # type: ignore[misc]
             raise JobError("--mounts: Slurm has none; name paths on storage that all nodes share")
         app = replace(app, roles=[replace(role, name=app.name) for role in app.roles])
         made = super()._submit_dryrun(app, cfg).request
+        if made.max_retries:
+            for part in made.replicas.values():
+                part.sbatch_opts["signal"] = f"TERM@{_BEFORE_TIMEOUT_S}"
         for line in [*_without_effect(app, made), *_without_accounts()]:
             print(f"slurm: {line}", file=sys.stderr)
         return AppDryRunInfo(Request(made.cmd, made.replicas, made.job_dir, made.max_retries), repr)
@@ -67,22 +76,23 @@ class Slurm(SlurmScheduler):  # type: ignore[misc]
         try:
             job = str(super().schedule(dryrun_info))
         except FileNotFoundError as error:
-            problem = f"{error.filename or error} not found: submit where Slurm's commands are, on a login node, say"
-            raise JobError(problem) from None
+            where = "submit where Slurm's commands are, on a login node, say"
+            raise JobError(f"{error.filename or error} not found: {where}") from None
         except subprocess.CalledProcessError:
             raise JobError(f"Slurm has refused the job, for the reason above. {_offered()}") from None
         request = dryrun_info.request
         folder, first = Path(request.job_dir or Path.cwd()), next(iter(request.replicas))
         print(
-            f"slurm: job {job}; what its nodes print: {folder}/slurm-{job}-{first}.out and .err, so for each node; "
-            f"what Slurm says of it: {folder}/slurm-{job}.out; to stop it, with a checkpoint: scancel {job}",
+            f"slurm: job {job}; what its nodes print: {folder}/slurm-{job}-{first}.out and .err, so for each "
+            f"node; what Slurm says of it: {folder}/slurm-{job}.out; to stop it, with a checkpoint: "
+            f"scancel {job}",
             file=sys.stderr,
         )
         return job
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         """The states of the job's parts; None where Slurm knows no such job (any more)."""
-        rows = list(_rows("--jobs", app_id))
+        rows = _rows("--jobs", app_id)
         if not rows:
             return None
         parts = [(row["name"].rpartition("-"), _state(row["state"]), row["node"]) for row in rows]
@@ -96,13 +106,13 @@ class Slurm(SlurmScheduler):  # type: ignore[misc]
             roles=[Role(name=role, num_replicas=len(each), image="") for role, each in roles.items()],
             roles_statuses=[RoleStatus(role, each) for role, each in roles.items()],
             state=parts[0][1],
-            msg=rows[0]["state"],
+            msg=" ".join(word for word in (rows[0]["state"], rows[0]["why"]) if word != "None"),
         )
 
     def list(self) -> list[ListAppResponse]:
-        """The user's jobs that Slurm knows."""
-        states = {row["job"].partition("+")[0]: _state(row["state"]) for row in reversed([*_rows()])}
-        return [ListAppResponse(app_id=job, state=state) for job, state in reversed(states.items())]
+        """The user's jobs that the controller knows."""
+        firsts = [row for row in _rows() if row["job"].partition("+")[2] in ("", "0")]
+        return [ListAppResponse(row["job"].partition("+")[0], _state(row["state"])) for row in firsts]
 
 
 def create_scheduler(session_name: str, **_: object) -> Slurm:
@@ -119,36 +129,35 @@ def _told(*command: str) -> tuple[str | None, str]:
     return (done.stdout if done.returncode == 0 else None), " ".join(done.stderr.split())
 
 
-def _rows(*which: str) -> Iterator[dict[str, str]]:
-    """One row for each node's part of a job, of those that sacct or else squeue shows, the first part first."""
-    since = () if which else ("--starttime=1970-01-01",)
-    columns = "--format=JobID,State,JobName,NodeList"
-    text, _ = _told("sacct", "--noheader", "--parsable2", "--allocations", columns, *since, *which)
-    if text is None:
-        # Jobs that have ended, too, until the controller forgets them (MinJobAge).
-        mine = () if which else ("--me",)
-        text, _ = _told("squeue", "--noheader", "--states=all", "--format=%i|%T|%j|%N", *mine, *which)
-    rows = [dict(zip(_FIELDS, line.split("|"), strict=True)) for line in (text or "").splitlines() if line]
-    yield from sorted(rows, key=lambda row: [int(word) for word in re.findall(r"\d+", row["job"])])
+def _rows(*which: str) -> list[dict[str, str]]:
+    """One row for each node's part of jobs, the first part first; without `which`, of all the user's jobs."""
+    columns = "--format=%i|%T|%j|%N|%r"
+    text, _ = _told("squeue", "--noheader", "--states=all", columns, *(which or ["--me"]))
+    # The controller forgets a job some minutes after its end (MinJobAge).
+    if which and not text:
+        text, _ = _told(*_SACCT, "--format=JobID,State,JobName,NodeList", *which)
+        text = "\n".join(f"{line}|None" for line in (text or "").splitlines())
+    rows = [dict(zip(_FIELDS, line.split("|"), strict=True)) for line in (text or "").splitlines()]
+    return sorted(rows, key=lambda row: [int(word) for word in re.findall(r"\d+", row["job"])])
 
 
 def _state(text: str) -> AppState:
     # sacct says who has ended a job: `CANCELLED by 1000`. What is not in the table is on its way, or on its
     # way out (CONFIGURING, COMPLETING, STOPPED, ...).
-    known: AppState | None = SLURM_STATES.get(text.split()[0])
+    known: AppState | None = SLURM_STATES.get(text.split(maxsplit=1)[0])
     return AppState.RUNNING if known is None else known
 
 
 def _without_accounts() -> Sequence[str]:
-    text, why = _told("sacct", "--noheader", "--parsable2", "--allocations", "--jobs=1")
+    text, why = _told(*_SACCT, "--jobs=1")
     if text is not None:
         return []
     kept, _ = _told("scontrol", "show", "config")
     age = re.search(r"MinJobAge\s*= (\d+) sec", kept or "")
     until = f"for {age[1]} s after its end" if age else "for a while after its end"
     return [
-        f"no accounts are kept here ({why}): `torchx status`, `log` and `list` know a job {until} only; "
-        "later its files below tell what became of it"
+        f"no accounts are kept here ({why}): `torchx status`, `log` and `list` know a job only {until}; "
+        "what became of it stands in its files"
     ]
 
 
@@ -156,7 +165,7 @@ def _without_effect(app: AppDef, made: SlurmBatchRequest) -> Iterator[str]:
     """What of the wish for a job does nothing on Slurm, or not what one may think."""
     role = app.roles[0]
     if role.min_replicas is not None and role.min_replicas < role.num_replicas:
-        yield f"the least number of nodes has no effect: a job starts on all {role.num_replicas} or not at all"
+        yield f"the least number of nodes has no effect: it starts on all {role.num_replicas} or not at all"
     if role.resource.memMB > 0 and not any("mem" in each.sbatch_opts for each in made.replicas.values()):
         yield "--memMB has no effect: the partition's nodes are configured without their memory"
     python = shutil.which("python")
@@ -166,11 +175,15 @@ def _without_effect(app: AppDef, made: SlurmBatchRequest) -> Iterator[str]:
             f"{there}, and the nodes take that one; torchx runs in {Path(sys.executable).parent.parent}. "
             "Activate the environment that has tandemrec"
         )
+    if not os.environ.get("SBATCH_EXPORT", "ALL").startswith("ALL"):
+        yield "SBATCH_EXPORT keeps your environment from the nodes, which then find no tandemrec; unset it"
 
 
 def _offered() -> str:
     """The partitions, with what their nodes have."""
-    text, why = _told("sinfo", "--noheader", "--format=%R: %D node(s) with %c cores, %m MB, %G, for at most %l")
+    text, why = _told(
+        "sinfo", "--noheader", "--format=%R: %D node(s) with %c cores, %m MB, %G, for at most %l"
+    )
     if text is None:
         return f"sinfo fails, too: {why}"
-    return "The partitions (-cfg partition=...): " + "; ".join(text.split("\n")[:-1])
+    return "The partitions (-cfg partition=...): " + "; ".join(text.splitlines())

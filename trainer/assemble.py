@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import torch
@@ -212,6 +214,9 @@ def build_sharded(
     cluster = cluster_of(ranks)
     if size is not None:
         check_step(config, size, cluster.world_size, cluster.memory)
+    if folder := _mapped_folder(config, cluster.device):
+        room = disk_usage(folder).free // cluster.local_world_size
+        cluster = replace(cluster, ddr=max(cluster.ddr, room))
     request = plan_request(config, manifest, (model, groups), cluster, size)
     if training and config.plan.file:
         plan, origin = read_plan(place(config.plan.file), request), ""
@@ -230,9 +235,31 @@ def build_sharded(
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
         origin = "\n".join(filter(None, (origin, line, *lines)))
     sharded = shard(
-        model, groups, plan.plan, ranks.device, config.train.seed, request.comms, first_rows=first_rows
+        model,
+        groups,
+        plan.plan,
+        ranks.device,
+        config.train.seed,
+        request.comms,
+        first_rows=first_rows,
+        mapped_folder=_mapped_folder(config, ranks.device.type),
     )
     return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin, run)
+
+
+def _mapped_folder(config: Config, device: str) -> Path | None:
+    """Where tables lie that are not in memory; None: all are.
+
+    Raises:
+        ConfigError: there is no such folder, or the ranks are no CPUs.
+    """
+    if not config.plan.mapped_folder:
+        return None
+    folder = Path(config.plan.mapped_folder)
+    if device != "cpu" or not folder.is_dir():
+        why = "is no folder" if device == "cpu" else "is for tables of CPU ranks; leave it out on GPUs"
+        raise ConfigError(f"plan.mapped_folder = {str(folder)!r} {why}")
+    return folder
 
 
 def _plan(config: Config, request: PlanRequest, former: FormerPlan | None) -> tuple[SavedPlan, str]:

@@ -48,7 +48,10 @@ def to_stored(rows: Tensor, dtype: Dtype) -> Tensor:
     else:
         stored = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows.float().contiguous())
         # A NaN can vanish in the codes, an infinite range shows in the scale.
-        scales = stored[:, -_SCALE_AND_SMALLEST:].contiguous().view(torch.float32)
+        # A copy, for the one row of a block may begin anywhere.
+        scales = (
+            stored[:, -_SCALE_AND_SMALLEST:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        )
         good = rows.isfinite().all() & scales.isfinite().all()
     if not good:
         raise ValueError(f"holds a number that is not finite, or too large for {dtype}")

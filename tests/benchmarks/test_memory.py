@@ -11,7 +11,17 @@ from tests.helpers.logs import small_log
 
 def test_stages_are_measured_and_nothing_stays(tmp_path: Path) -> None:
     log, page = small_log(tmp_path / "log", users=8), tmp_path / "memory.json"
-    words = ["--log", log, "--rows", 200_000, "--steps", 1, "--alone", "--dir", tmp_path / "work"]
+    words = [
+        "--set",
+        f"data.log={log}",
+        "--rows",
+        200_000,
+        "--steps",
+        1,
+        "--alone",
+        "--dir",
+        tmp_path / "work",
+    ]
     few = ["data.history_length=20", "data.batch_candidates=16", "model.k=4", "model.branches.recent.k=2"]
     stages = ["--stages", "save sync", "export"]
     sets = [word for each in few for word in ("--set", each)]

@@ -20,16 +20,31 @@ from typing import Any
 
 # A disk of the machine's own, as /scratch is on a cluster; it hides an empty folder that every system has.
 SCRATCH = "/mnt"
-TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname")
+TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname", "pkill")
 
 
 def obstacle() -> str | None:
     """Why there can be no machines here, and what to do; None where there can."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
-        return f"{', '.join(missing)} not found (Debian: apt-get install util-linux iproute2 mount hostname)"
+        packages = "util-linux iproute2 mount hostname procps"
+        return f"{', '.join(missing)} not found (Debian: apt-get install {packages})"
     tried = subprocess.run(
-        ["unshare", "--mount", "--net", "--pid", "--uts", "--fork", "ip", "link", "add", "name", "probe", "type", "bridge"],
+        [
+            "unshare",
+            "--mount",
+            "--net",
+            "--pid",
+            "--uts",
+            "--fork",
+            "ip",
+            "link",
+            "add",
+            "name",
+            "probe",
+            "type",
+            "bridge",
+        ],
         capture_output=True,
         text=True,
         timeout=20,
@@ -117,10 +132,19 @@ class Machine:
             raise RuntimeError(f"{self.name}: {command} -> {done.returncode}: {done.stdout}{done.stderr}")
         return done
 
-    def start(self, *command: str, env: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.words(command), env={**os.environ, **(env or {})}, text=True, stdin=subprocess.DEVNULL, **more
-        )
+    def start(
+        self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, **more: Any
+    ) -> subprocess.Popen[str]:
+        words, whole = self.words(command, cwd), {**os.environ, **(env or {})}
+        return subprocess.Popen(words, env=whole, text=True, stdin=subprocess.DEVNULL, **more)
+
+    def runs(self, what: str) -> bool:
+        """Whether there is a process whose command line has these words."""
+        return self.run("pgrep", "-f", f"python.*{what}", check=False).returncode == 0
+
+    def kill(self, what: str) -> None:
+        """SIGKILL for all processes whose command line has these words."""
+        self.run("pkill", "-9", "-f", what)
 
     def close(self) -> None:
         self._init.kill()

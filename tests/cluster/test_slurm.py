@@ -28,7 +28,7 @@ pytestmark = [
 ]
 # The environment that a user has activated; what is private to a node is on its own disk.
 ACTIVE = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TMPDIR": SCRATCH}
-TRAINED = {
+TRAINED: dict[str, Any] = {
     "train.max_steps": 60,
     "train.epochs": 1000,
     "train.timeout_s": 10,
@@ -94,11 +94,8 @@ def test_a_node_dies_and_the_requeued_job_ends_with_the_same_bits(
     cluster.boot("node-b")
     assert cluster.wait(job.job, "COMPLETED", "FAILED", seconds=120) == "COMPLETED", job.said(0, "err")
     assert cluster.job(job.job)["Restarts"] == "1"
-    # Ranks on both nodes, and why the first start ended, still stand where the user was told.
-    assert "sharding plan for 2 rank(s)" in job.said(0) and "resumed from" in job.said(0)
-    assert "rank 0, after step " in job.said(0, "err")
-    for node in (0, 1):
-        assert "slurmstepd" not in job.said(node)
+    # The second start has added to the output of the first, where the user was told.
+    assert job.said(0).count("sharding plan for 2 rank(s)") == 2 and "resumed from" in job.said(0)
     assert "\x1b" not in job.said(0), "no terminal, so no bars that redraw themselves"
     assert job.torchx("log", "--streams", "stdout", f"slurm://torchx/{job.job}/tandemrec/0")[0].count(
         "resumed from"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from embeddings.errors import CheckpointError
 from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import files
 from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.delta import Delta, Link, names_of_rows, touched_shards, without_rows
+from trainer.checkpoint.delta import Delta, Link, TouchedShard, names_of_rows, touched_shards, without_rows
 from trainer.checkpoint.staging import StagedCopy, device_of
 from trainer.config.sections import CheckpointConfig
 from trainer.ranks.machine import free_memory_bytes
@@ -221,9 +221,7 @@ class Saver:
         """A copy of the tensors and of a delta's rows; themselves where `auto` finds no memory after all."""
 
         def make_room() -> None:
-            self._make_room(tensors)
-            for shard in delta.shards if delta is not None else ():
-                shard.hold()
+            self._make_room(tensors, () if delta is None else delta.shards)
 
         if not self._roomy or delta is not None:
             try:
@@ -242,9 +240,11 @@ class Saver:
         copied: Mapping[str, Any] = self._copy.take(tensors)
         return copied, True
 
-    def _make_room(self, tree: Mapping[str, Any]) -> None:
+    def _make_room(self, tree: Mapping[str, Any], shards: Sequence[TouchedShard] = ()) -> None:
         try:
             self._copy.make_room(tree)
+            for shard in shards:
+                shard.hold()
         except (MemoryError, RuntimeError) as error:
             why = f"no host memory for a copy of this rank's shards ({' '.join(str(error).split())})"
             raise CheckpointError(self.folder, f'{why}; checkpoint.mode = "sync" needs none') from None

@@ -93,7 +93,7 @@ class ChainReader(PieceReader):
                 self._holder[name] = place
                 missing.remove(name)
         if missing:
-            raise CheckpointError(Path(self.path), f"nothing that it builds on holds {missing[0]}")
+            raise CheckpointError(str(self.path), f"nothing that it builds on holds {missing[0]}")
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from embeddings.lookup.sharding import table_of
 from embeddings.lookup.shards import LocalShard, local_shards
 from embeddings.lookup.touched import ShardKey
+from embeddings.private import ShardedTensor
 from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.sealed_folder import sync
 
@@ -31,6 +32,8 @@ from trainer.sealed_folder import sync
 STRIDE = 1 << 16
 # Bytes of marks that are looked at together, each of 8 rows.
 _BYTES_AT_ONCE = 1 << 17
+# Of each byte, how many of its bits are set.
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
 _STATES = "optim.state.fused."
 
 
@@ -60,8 +63,9 @@ class TouchedShard:
 
     def __post_init__(self) -> None:
         self.bits = self.bits.cpu()
-        counts = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
-        self.count = int(np.bincount(self.bits.numpy(), minlength=256) @ counts)
+        marks = self.bits.numpy()
+        pieces = range(0, len(marks), _BYTES_AT_ONCE)
+        self.count = sum(int(_ONES[marks[begin : begin + _BYTES_AT_ONCE]].sum()) for begin in pieces)
 
     @property
     def row_bytes(self) -> int:
@@ -126,15 +130,12 @@ def touched_shards(tensors: Mapping[str, Any], bits: Mapping[ShardKey, Tensor]) 
         tensors: the state dict of model and optimizer; bits: of `TouchedRows.take`.
     """
     found: dict[ShardKey, TouchedShard] = {}
-    for name, weight in tensors["model"].items():
-        table = table_of(name)
-        states = tensors["optim"]["state"].get(f"fused.{name}", {})
-        parts = {f"model.{name}": list(local_shards(weight))} if table else {}
-        parts |= {f"{_STATES}{name}.{key}": list(local_shards(state)) for key, state in states.items()}
-        for place, shard in enumerate(parts.get(f"model.{name}", ())):
+    for table, parts in _tensors_of_rows(tensors):
+        shards = {name: list(local_shards(tensor)) for name, tensor in parts.items()}
+        for place, shard in enumerate(next(iter(shards.values()))):
             key = ShardKey(table, shard.row, shard.column)
             if key in bits and len(shard.tensor):
-                mine = {part: shards[place] for part, shards in parts.items()}
+                mine = {name: each[place] for name, each in shards.items()}
                 found[key] = TouchedShard(table, shard.row, bits[key], mine)
     # In the order of the marks; a watched shard that is no tensor's would be lost.
     return [found[key] for key in bits]
@@ -142,10 +143,22 @@ def touched_shards(tensors: Mapping[str, Any], bits: Mapping[ShardKey, Tensor]) 
 
 def names_of_rows(tensors: Mapping[str, Any], tables: set[str]) -> list[str]:
     """The names in a checkpoint of all tensors that hold rows of some tables."""
-    weights = [name for name in tensors["model"] if table_of(name) in tables]
-    states = tensors["optim"]["state"]
-    of_states = [f"{_STATES}{name}.{key}" for name in weights for key in states.get(f"fused.{name}", {})]
-    return [*(f"model.{name}" for name in weights), *of_states]
+    return [name for table, parts in _tensors_of_rows(tensors) if table in tables for name in parts]
+
+
+def _tensors_of_rows(tensors: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each table with its tensors by their names in a checkpoint: weights first, then states of its rows."""
+    for name, weight in tensors["model"].items():
+        if not (table := table_of(name)):
+            continue
+        states = tensors["optim"]["state"].get(f"fused.{name}", {})
+        of_rows = {
+            f"{_STATES}{name}.{key}": state
+            for key, state in states.items()
+            # A multiple where each column shard has a state of its own. What else there is are counters.
+            if isinstance(state, ShardedTensor) and not state.size()[0] % weight.size()[0]
+        }
+        yield table, {f"model.{name}": weight, **of_rows}
 
 
 def without_rows(tensors: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

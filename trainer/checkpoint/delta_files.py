@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class ShardRows:
     parts: dict[str, tuple[int, int, _Stored]]
     ids: _Stored
     first: Tensor
+    _newest: dict[int, Tensor] = field(default_factory=dict)
 
     def ids_between(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """The ids in [start, stop) as (place of the first of them, ids), ascending, some at once."""
@@ -47,8 +48,7 @@ class ShardRows:
         edges = torch.tensor([start, stop])
         low, high = torch.searchsorted(self.first, edges, right=False).tolist()
         for piece in range(max(0, low - 1), high):
-            begin = piece * STRIDE
-            ids = self._read(self.ids, begin, min(begin + STRIDE, self.ids.shape[0]))
+            begin, ids = piece * STRIDE, self._piece(piece)
             left, right = torch.searchsorted(ids, edges).tolist()
             if right > left:
                 yield begin + left, ids[left:right]
@@ -74,6 +74,14 @@ class ShardRows:
             found = rows if target.dim() == 1 else rows[:, theirs]
             part = target if target.dim() == 1 else target[:, ours]
             part[here] = found.to(target.device, target.dtype)
+
+    def _piece(self, number: int) -> Tensor:
+        """The ids between two of `first`; the newest stays, for whoever asks for range after range."""
+        if number not in self._newest:
+            begin = number * STRIDE
+            self._newest.clear()
+            self._newest[number] = self._read(self.ids, begin, min(begin + STRIDE, self.ids.shape[0]))
+        return self._newest[number]
 
     def _read(self, stored: _Stored, start: int, stop: int) -> Tensor:
         return _read_rows(self.file, stored, start, stop)

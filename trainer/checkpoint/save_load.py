@@ -294,4 +294,6 @@ def _reason(error: BaseException) -> str:
     """The first line that says something: DCP wraps what happened on each rank."""
     failures = getattr(error, "failures", None)
     cause = next(iter(failures.values()))[0] if failures else error
+    if isinstance(cause, OSError) and "://" in str(cause.filename):
+        return f"{cause.filename}: {cause.strerror}"
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -8,8 +8,8 @@
     DIR/dense.safetensors         every other weight, by its name in the model
     DIR/vocab/<feature>.parquet   what the rows stand for, where the log says
 
-A table goes from the checkpoint's shards into its file shard by shard, so that what must fit in memory is
-the largest shard, not the table; of a table that is cut into columns, those shards that hold the same rows.
+A table goes from the checkpoint's shards into its file a block of rows at a time, so that only that must fit
+into memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.tensor_stream import TensorStream
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.config.toml import Settings
 from trainer.log.names import FileName, InnerPath, path_problem
 from trainer.log.schema import FeatureInfo
@@ -40,6 +40,7 @@ from trainer.storage import is_remote
 from trainer.storage.fetched import cache_of, drop_old, fetch
 from trainer.storage.objects import copy_file
 
+_ROWS_AT_ONCE = 1 << 20
 SEAL = Seal(CheckpointError, "unshard again", names_file=True)
 
 
@@ -139,7 +140,7 @@ def unshard(path: Path, out: Path, features: Vocabularies, tasks: Sequence[str])
 
 
 def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...]) -> PlainManifest:
-    state, reader = checkpoint_files.read_state(path), TableReader(path)
+    state, reader = checkpoint_files.read_state(path), TensorReader(path)
     tables = {}
     for weight in reader.names():
         name = TableName.of(table_of(weight))
@@ -174,7 +175,7 @@ def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...
     return manifest
 
 
-def _write_table(reader: TableReader, file: Path, name: TableName, weight: str) -> PlainTable:
+def _write_table(reader: TensorReader, file: Path, name: TableName, weight: str) -> PlainTable:
     rows, dim = reader.shape(weight)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (reader.dtype(weight), (dim,))}
     # Only the first accumulator is the optimizers' own; FBGEMM's others are counters.
@@ -189,7 +190,12 @@ def _write_table(reader: TableReader, file: Path, name: TableName, weight: str) 
             stream.append("weight", band)
         if kind == "row" and size[0] != rows:
             # One accumulator a row and column shard, each the mean over its columns: together their mean.
-            stream.append("accumulator", reader.whole(accumulator).view(-1, rows).mean(0))
+            for start in range(0, rows, _ROWS_AT_ONCE):
+                stop = min(start + _ROWS_AT_ONCE, rows)
+                parts = [
+                    reader.rows(accumulator, begin + start, begin + stop) for begin in range(0, size[0], rows)
+                ]
+                stream.append("accumulator", torch.stack(parts).mean(0))
         elif kind:
             for _, band in reader.bands(accumulator):
                 stream.append("accumulator", band)

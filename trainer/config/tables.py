@@ -171,6 +171,10 @@ class PlanConfig(Settings):
     """How much slower than the fastest a plan may be by the planner's estimate, as a share of its time, to be
     taken because its fullest rank holds less. 0 means that only plans count that are as fast. Not set means
     0.1."""
+    mapped_folder: str | None = None
+    """A folder on a fast local disk. The tables of CPU ranks lie in nameless files there, memory-mapped,
+    instead of in memory, so that they may be larger than it. The planner then counts with what is free on
+    that disk. Not set means memory."""
     gpu: Literal["A100", "H100", "H200", "B200"] | None = None
     """The GPU whose bandwidths the planner counts with. Not set means the GPU that trains; for `tandemrec
     plan` it means TorchRec's defaults, which are those of older GPUs."""

@@ -22,6 +22,7 @@ from trainer.log.schema import (
     moved_away,
 )
 from trainer.sealed_folder import entry_of, exchange, publish, remove_folder, scratch, sync, sync_tree, voice
+from trainer.storage import is_remote
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -54,7 +55,7 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
             yield staging
             check_target(out, overwrite)  # somebody else may have finished the same log meanwhile
             sync_tree(staging)
-            if out.exists() and exchange(staging, out):
+            if not is_remote(out) and out.exists() and exchange(staging, out):
                 sync(out.parent)  # the older log is the one in `staging` now, and goes with it
             else:
                 old = moved_away(staging)

@@ -26,7 +26,8 @@ from trainer.quality.score_files import IN_MEMORY, ScoreFiles, joined
 from trainer.quality.scored import KEYS, Scored, Scores, columns_of
 from trainer.ranks.host_copy import Unloading
 from trainer.ranks.process_group import gather_rows
-from trainer.sealed_folder import scratch
+from trainer.sealed_folder import remove_folder, scratch
+from trainer.storage.places import is_remote
 
 # Batches whose scores are on their way to the host at a time.
 _UNDER_WAY = 8
@@ -48,9 +49,19 @@ def scored_split(
         yield score_split(model, reader, device)
         return
     with ExitStack() as held:
-        # Entered by rank 0 alone, which leaves it once everything is measured.
-        place = from_rank_0(lambda: held.enter_context(scratch(folder, f"scores-{reader.split}")))
-        runs, tasks = Runs(place, f"rank-{reader.rank:05d}"), reader.columns.tasks
+
+        def made() -> tuple[Path, Path]:
+            # By rank 0 alone, which takes it away once everything is measured.
+            own = held.enter_context(scratch(folder, f"scores-{reader.split}"))
+            if not is_remote(folder):
+                return own, own
+            # Of a store, that folder lies on this machine, where ranks on others cannot write.
+            shared = folder / own.name
+            held.callback(remove_folder, shared)
+            return own, shared
+
+        own, shared = from_rank_0(made)
+        runs, tasks = Runs(shared, f"rank-{reader.rank:05d}"), reader.columns.tasks
         for value, key in _scored_rows(model, reader, device, None):
             runs.add(columns_of(_scored(value, key, tasks)))
 
@@ -60,7 +71,7 @@ def scored_split(
 
         files = [file for own in from_every_rank(written, slow=True) for file in own]
         nothing = torch.zeros(0, 2 * len(tasks)), torch.zeros(0, len(KEYS)).long()
-        yield ScoreFiles(files, place) if reader.rank == 0 and files else _scored(*nothing, tasks)
+        yield ScoreFiles(files, own) if reader.rank == 0 and files else _scored(*nothing, tasks)
 
 
 def score_split(

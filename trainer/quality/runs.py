@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embeddings.errors import DataError
-from trainer.log.arrow import PARQUET_ERRORS
+from trainer.data.row_group import read_footer, read_group
 from trainer.sealed_folder import naming
+from trainer.storage.objects import writing
+from trainer.storage.places import is_remote
 
 Columns = Mapping[str, npt.NDArray[Any]]
 ORDER = ("user_id", "request_id", "candidate")
@@ -59,7 +60,8 @@ class Runs:
         file = self._folder / f"{self._name}-{len(self.files):05d}.parquet"
         with naming(file):
             table = pa.table(dict(in_order(rows)))
-            pq.write_table(table, file, row_group_size=_GROUP, compression="lz4", use_dictionary=False)
+            with writing(file) if is_remote(file) else file.open("wb") as part:
+                pq.write_table(table, part, row_group_size=_GROUP, compression="lz4", use_dictionary=False)
         self.files.append(file)
 
 
@@ -101,7 +103,7 @@ class Merged:
 
     def __init__(self, files: Sequence[Path], size: int = _PIECE) -> None:
         self.files, self._size = list(files), size
-        self._footers = [_footer(file) for file in self.files]
+        self._footers = [read_footer(file) for file in self.files]
         self._pieces = [
             _piece(file, number, footer.row_group(number))
             for file, footer in enumerate(self._footers)
@@ -153,15 +155,9 @@ class Merged:
 
     def _read(self, piece: _Piece, names: Sequence[str], before: int | None, last: int) -> Columns:
         """The rows of a row group whose users come after `before`, up to `last`."""
-        file = self.files[piece.file]
-        try:
-            with pq.ParquetFile(
-                file, metadata=self._footers[piece.file], page_checksum_verification=True
-            ) as parquet:
-                table = parquet.read_row_group(piece.row_group, columns=list(names), use_threads=False)
-            rows = {name: table.column(name).to_numpy() for name in names}
-        except (OSError, KeyError, *PARQUET_ERRORS) as error:
-            raise DataError(f"unreadable: {error}", file=file, row_group=piece.row_group) from None
+        file, footer = self.files[piece.file], self._footers[piece.file]
+        table = read_group(file, piece.row_group, names, footer).table
+        rows = {name: table.column(name).to_numpy() for name in names}
         if piece.last <= last and (before is None or piece.first > before):
             return rows
         user = rows["user_id"]
@@ -169,13 +165,6 @@ class Merged:
         if before is not None:
             kept &= user > before
         return {name: values[kept] for name, values in rows.items()}
-
-
-def _footer(file: Path) -> pq.FileMetaData:
-    try:
-        return pq.read_metadata(file)
-    except (OSError, *PARQUET_ERRORS) as error:
-        raise DataError(f"unreadable: {error}", file=file) from None
 
 
 def _piece(file: int, number: int, group: pq.RowGroupMetaData) -> _Piece:

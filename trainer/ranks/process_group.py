@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -272,15 +273,24 @@ def _blame(ranks: Ranks, text: str) -> str:
 def _silent(ranks: Ranks) -> list[int]:
     """Ranks that do not say within a few seconds that they have given up waiting, too."""
     others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
-    if ranks.store is None:
+    store, heard = ranks.store, set[int]()
+    if store is None:
         return others
     end = time.monotonic() + _ANSWER_S
-    with suppress(RuntimeError):
-        ranks.store.set(f"waited/{ranks.rank}", "1")
-        while others and time.monotonic() < end:
-            others = [rank for rank in others if not ranks.store.check([f"waited/{rank}"])]
-            time.sleep(0.1)
-    return others
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            store.set(f"waited/{ranks.rank}", "1")
+            while len(heard) < len(others) and time.monotonic() < end:
+                heard.update(rank for rank in others if store.check([f"waited/{rank}"]))
+                time.sleep(0.1)
+
+    # Where the cable to the store's machine is cut, torch (2.13) waits for its answer until the kernel gives
+    # the connection up: a quarter of an hour, whatever the store's time-out is.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_ANSWER_S + 1)
+    return [rank for rank in others if rank not in heard]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ from trainer.snapshot.publishing import describe
 from trainer.snapshot.rows import RowSource, block_rows, write_changes, write_rows
 from trainer.snapshot.search import Part, SearchKind, search_parts
 
+# Read of a checkpoint at once.
+_BAND_BYTES = 8 << 20
 # Told of all rows of a table as they pass by: (table name, first row, rows).
 Watch = Callable[[str, int, Tensor], None]
 
@@ -63,7 +65,7 @@ class Source:
 
     def rows(self, group: str, table: str) -> Iterator[tuple[int, Tensor]]:
         """A table of a group, by its name, as (first row, rows)."""
-        return self.reader.bands(self.reader.table(group, table))
+        return self.reader.bands(self.reader.table(group, table), _BAND_BYTES)
 
 
 @dataclass

@@ -63,8 +63,8 @@ def unfinished(folder: Path, mark: str, seconds: float) -> list[Path]:
         if file:
             written = info.get("LastModified") or info.get("created")
             # What has no time is as good as new.
-            age = written.timestamp() if written else time.time()
-            newest[name] = max(newest.get(name, 0.0), age)
+            at = written.timestamp() if hasattr(written, "timestamp") else float(written or time.time())
+            newest[name] = max(newest.get(name, 0.0), at)
     old = time.time() - seconds
     return [folder / name for name, written in newest.items() if name not in finished and written < old]
 

@@ -143,6 +143,7 @@ class ObjectStore(s3fs.S3FileSystem):  # type: ignore[misc]
         except FileNotFoundError:
             return ""
 
+    call_s3 = fsspec.asyn.sync_wrapper(_call_s3)
     isfile = fsspec.asyn.sync_wrapper(_isfile)
     isdir = fsspec.asyn.sync_wrapper(_isdir)
     exists = fsspec.asyn.sync_wrapper(_exists)

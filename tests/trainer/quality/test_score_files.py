@@ -139,7 +139,7 @@ def test_what_is_no_file_of_scores_is_named(tmp_path: Path) -> None:
         [scored.part(np.arange(0, 9)), scored.part(np.arange(9, scored.size))], tmp_path / "a.parquet"
     )
     assert read_scores(tmp_path / "a.parquet").score.tolist() == scored.score.tolist()
-    with pytest.raises(DataError, match=r"missing\.parquet.*unreadable"):
+    with pytest.raises(DataError, match=r"missing\.parquet.*no such file"):
         ScoreFiles([tmp_path / "missing.parquet"], tmp_path)
     runs = Runs(tmp_path, "run")
     columns = columns_of(replace(scored, domain=None))

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from trainer.ranks.machine import cores, free_memory_bytes, memory_bytes
+from trainer.ranks.machine import cores, free_memory_bytes, give_pages_back, memory_bytes
 
 GIB = 2**30
 PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -138,3 +139,22 @@ def test_free_memory(tmp_path: Path, process: str, files: dict[str, str], expect
 
 def test_free_memory_of_this_machine() -> None:
     assert 0 < free_memory_bytes() < PHYSICAL
+
+
+def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * (1 << 17))
+    mapped = torch.from_file(str(file), size=1 << 25, dtype=torch.uint8)
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    total = int(mapped.sum())
+    before = resident()
+    give_pages_back(mapped.data_ptr() + 5, mapped.nbytes - 5)
+    assert resident() < before - 30_000 and int(mapped.sum()) == total
+    # Memory of no file stays what it is.
+    own = torch.arange(1 << 20)
+    give_pages_back(own.data_ptr(), own.nbytes)
+    assert torch.equal(own, torch.arange(1 << 20))
