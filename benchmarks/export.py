@@ -26,7 +26,7 @@ from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, secon
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.stored import Dtype, sum_bags
 from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config
 from trainer.snapshot.manifest import ListedFile
@@ -137,4 +137,4 @@ def main(words: Sequence[str]) -> None:
 
 
 def _source(folder: Path, step: int, group: TableGroup) -> Source:
-    return Source(Config(), {_GROUP: group}, TableReader(folder / "checkpoints" / f"step-{step:08d}"))
+    return Source(Config(), {_GROUP: group}, TensorReader(folder / "checkpoints" / f"step-{step:08d}"))

@@ -21,7 +21,7 @@ from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
 from trainer.assemble import build_trainable, feature_rows, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.config.tasks import Task, names_of, resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
@@ -60,7 +60,7 @@ class _Run:
     config: Config
     manifest: LogManifest
     groups: Mapping[str, TableGroup]
-    reader: TableReader
+    reader: TensorReader
     step: int
     split: str
 
@@ -142,7 +142,7 @@ def _open(run: Path, which: str = "") -> _Run:
     assert path is not None
     for reason in found.refused:
         print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
-    groups, reader = resolve_groups(config, manifest), TableReader(path)
+    groups, reader = resolve_groups(config, manifest), TensorReader(path)
     for name, group in groups.items():
         for table in group.tables:
             shape = reader.shape(reader.table(name, group.table_name(table)))

@@ -28,6 +28,7 @@ from trainer.assemble import (
     feature_rows,
     plan_request,
     resolve_groups,
+    room_for_tables,
 )
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
@@ -224,7 +225,7 @@ def try_out(start: Start, say: Say) -> None:
 def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]], say: Say) -> None:
     """Whether the tables have a place; a plan from a file is checked for the ranks that it was made for."""
     config, ranks = start.config, start.ranks
-    cluster, size = cluster_of(ranks), step_size(config.data, start.manifest)
+    cluster, size = room_for_tables(cluster_of(ranks), config), step_size(config.data, start.manifest)
     if config.plan.file:
         file = place(config.plan.file)
         saved = read_plan_file(file)

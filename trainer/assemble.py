@@ -214,9 +214,7 @@ def build_sharded(
     cluster = cluster_of(ranks)
     if size is not None:
         check_step(config, size, cluster.world_size, cluster.memory)
-    if folder := _mapped_folder(config, cluster.device):
-        room = disk_usage(folder).free // cluster.local_world_size
-        cluster = replace(cluster, ddr=max(cluster.ddr, room))
+    cluster = room_for_tables(cluster, config)
     request = plan_request(config, manifest, (model, groups), cluster, size)
     if training and config.plan.file:
         plan, origin = read_plan(place(config.plan.file), request), ""
@@ -245,6 +243,18 @@ def build_sharded(
         mapped_folder=_mapped_folder(config, ranks.device.type),
     )
     return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin, run)
+
+
+def room_for_tables(cluster: Cluster, config: Config) -> Cluster:
+    """The same, with the room that tables have: that of a disk, where they lie in mapped files.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    folder = _mapped_folder(config, cluster.device)
+    if folder is None:
+        return cluster
+    return replace(cluster, ddr=max(cluster.ddr, disk_usage(folder).free // cluster.local_world_size))
 
 
 def _mapped_folder(config: Config, device: str) -> Path | None:

@@ -20,7 +20,7 @@ import torch
 
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.stored import Dtype
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.run_config import Config
 from trainer.sealed_folder import entry_of
 from trainer.snapshot.manifest import SnapshotFile, StoredRows
@@ -57,7 +57,7 @@ def main(path: Path, out: Path, dtype: Dtype, rows: int, dim: int, base: Path | 
     torch.set_num_threads(1)
     name, stem = "attention__item_id", "tables/attention.0"
     group = TableGroup("attention", (TableSpec("item_id", rows, dim),))
-    source = Source(Config(), {"attention": group}, TableReader(path))
+    source = Source(Config(), {"attention": group}, TensorReader(path))
     next(source.rows("attention", name))
     part = Part("key", "attention", name, "item_id", rows, 2 * dim, torch.ones(dim, 2 * dim))
     draft = Draft(out, source, {"attention": dtype})

@@ -50,7 +50,8 @@ def base_of(path: Path, state: Mapping[str, Any]) -> Base | None:
         rows_of = tuple(str(each) for each in entry["rows_of"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(path / files.STATE, "does not say what it builds on") from None
-    if not files.is_checkpoint(name) or name >= path.name or links < 1:
+    older = files.is_checkpoint(name) and files.step_of(path.parent / name) < files.step_of(path)
+    if not older or links < 1:
         raise CheckpointError(path / files.STATE, f"cannot build on {name!r}")
     return Base(Link(name, digest), links, rows_of)
 

@@ -179,6 +179,11 @@ def file_name(rank: int) -> str:
     return f"delta-{rank:05d}.safetensors"
 
 
+def is_delta(name: str) -> bool:
+    """Whether a file of a checkpoint has this name because it holds rows."""
+    return name.startswith("delta-") and name.endswith(".safetensors")
+
+
 def write_rows(
     folder: Path, rank: int, shards: Sequence[TouchedShard], before: Callable[[], None] = lambda: None
 ) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from embeddings.errors import CheckpointError
-from trainer.checkpoint.delta import STRIDE
+from trainer.checkpoint.delta import STRIDE, is_delta
 from trainer.checkpoint.tensor_stream import TYPE_NAMES
+from trainer.storage import is_remote
+from trainer.storage.places import store_of
 
 _DTYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
@@ -89,15 +91,23 @@ class ShardRows:
 
 def _read_rows(file: Path, stored: _Stored, start: int, stop: int) -> Tensor:
     row = torch.Size(stored.shape[1:]).numel() * stored.dtype.itemsize
-    size = (stop - start) * row
-    with file.open("rb") as stream:
-        stream.seek(stored.begin + start * row)
-        content = bytearray(stream.read(size))
+    begin, size = stored.begin + start * row, (stop - start) * row
+    content = bytearray(_read_bytes(file, begin, begin + size) if size else b"")
     if len(content) != size:
         raise CheckpointError(file, f"ends {size - len(content):,} bytes too early")
     if not content:
         return torch.empty((stop - start, *stored.shape[1:]), dtype=stored.dtype)
     return torch.frombuffer(content, dtype=stored.dtype).view(stop - start, *stored.shape[1:])
+
+
+def _read_bytes(file: Path, begin: int, end: int) -> bytes:
+    if is_remote(file):
+        store, path = store_of(file)
+        content: bytes = store.cat_file(path, start=begin, end=end)
+        return content
+    with file.open("rb") as stream:
+        stream.seek(begin)
+        return stream.read(end - begin)
 
 
 def open_rows(folder: Path) -> list[ShardRows]:
@@ -107,7 +117,7 @@ def open_rows(folder: Path) -> list[ShardRows]:
         CheckpointError: a file's header says something else than this version writes.
     """
     found = []
-    for file in sorted(folder.glob("delta-*.safetensors")):
+    for file in sorted(file for file in folder.iterdir() if is_delta(file.name)):
         try:
             found += _open(file)
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -116,9 +126,8 @@ def open_rows(folder: Path) -> list[ShardRows]:
 
 
 def _open(file: Path) -> list[ShardRows]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header: dict[str, Any] = json.loads(stream.read(length))
+    length = int.from_bytes(_read_bytes(file, 0, 8), "little")
+    header: dict[str, Any] = json.loads(_read_bytes(file, 8, 8 + length))
     notes = header.pop("__metadata__")
     if notes["format"] != "tandemrec.delta":
         raise ValueError(f"it is {notes['format']}")

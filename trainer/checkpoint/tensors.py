@@ -131,10 +131,6 @@ class TensorReader:
         return target
 
 
-# The name that it had when it read whole shards.
-TableReader = TensorReader
-
-
 class _OneTensor(DefaultLoadPlanner):
     """Puts whatever is read into one tensor; plans are given, not made here."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.stored import WIDTHS, Dtype
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
 from trainer.run_config import Config
@@ -57,7 +57,7 @@ class Source:
 
     config: Config
     groups: Mapping[str, TableGroup]
-    reader: TableReader
+    reader: TensorReader
 
     def dense(self) -> dict[str, Tensor]:
         """Everything but tables, under the names of the model's state dict."""

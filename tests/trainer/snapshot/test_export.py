@@ -21,7 +21,7 @@ from tests.helpers.models import small_log, stage_one
 from tests.helpers.serving import snapshot_of
 from tests.helpers.snapshots import exported, save_run
 from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.ranks.process_group import process_group
 from trainer.snapshot import load_search, load_snapshot
 from trainer.snapshot.code import _is_one_branch, _ranked, _Ranking
@@ -41,7 +41,7 @@ def test_tables_are_the_trainers_rows_in_the_chosen_type(
     shown = capsys.readouterr().out
     assert "of 20 train requests" in shown and "AUC 0." in shown and "of the search's top K kept" in shown
     snapshot = load_snapshot(version)
-    reader = TableReader(newest(run / "checkpoints")[0])  # type: ignore[arg-type]
+    reader = TensorReader(newest(run / "checkpoints")[0])  # type: ignore[arg-type]
     for group, dtype in zip(("representation", "attention"), kinds, strict=True):
         for feature in ("item_id", "category_id"):
             name = f"{group}__{feature}"
@@ -258,7 +258,7 @@ def test_column_wise_shards_are_put_together(tmp_path: Path) -> None:
     with process_group():
         state = {"model": {name: init_from_local_shards(parts, 10, 4), "other": torch.ones(3)}}
         path = checkpoint.save(tmp_path, 1, state, {"step": 1}, 1)
-    reader = TableReader(path)
+    reader = TensorReader(path)
     assert reader.table("attention", "attention__item_id") == name and reader.shape(name) == (10, 4)
     ((first, band),) = reader.bands(name)
     assert first == 0 and torch.equal(band, whole) and torch.equal(reader.whole("other"), torch.ones(3))
