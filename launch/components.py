@@ -230,7 +230,7 @@ def evaluate(run: str, split: str = "test", device: OptionalText = None, *, job:
     """
     Measures a trained run with `tandemrec evaluate`, on any number of ranks, not only as many as trained it.
 
-    The first node also holds the scores of all ranks in its memory.
+    The first node measures; what its memory does not hold goes through files in the run folder.
 
     Args:
         run: the run folder; with several nodes it must be on storage that all of them share

@@ -28,6 +28,9 @@ from trainer.run_config import Config, load_config, of_files
 from trainer.run_folder import RunFolder, versions
 from trainer.storage import place
 
+# Candidates of a training split that is read once more when training ends, for baselines: some minutes.
+_RATES_OF = 100_000_000
+
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
     """Train as `config` says (with `section.key=value` overrides) and leave a run folder at `out`.
@@ -158,7 +161,7 @@ def _conclude(
         if metrics is not None and trainer.validation_reader is not None:
             entries |= {"validation": metrics.entry(), "validation_step": step}
             try:
-                with baselines_of(trainer.validation_reader, folder.path) as beside:
+                with baselines_of(trainer.validation_reader, folder.path, _RATES_OF) as beside:
                     table, missing = beside.metrics(), beside.missing
             except (TandemError, OSError, MemoryError) as error:
                 # Training is over and saved by now: this is said, and is no failure.

@@ -66,7 +66,7 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
     for place in islice(places, _SAMPLED):
         plan = read_plan(place.file, place.row_group)
         costs.append(plan.cost)
-        for block in cut_blocks(plan, 0, LazyRows(place, _undecoded), config):
+        for block in cut_blocks(plan, (), LazyRows(place, _undecoded), config):
             totals[0] += block.behaviors
             totals[1] += block.candidates
             totals[2] += block.last - block.first

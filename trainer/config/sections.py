@@ -61,9 +61,10 @@ class DataConfig(Settings):
     was written, for streaming."""
     sharding: Literal["auto", "steps", "row_groups"] = "auto"
     """How the blocks of a step are dealt to ranks. `steps` deals each step evenly by cost, and every rank
-    decodes every row group. `row_groups` has each rank decode its own row groups only, and a step is even on
-    average. `auto` means `steps` on a CPU; on GPUs it means `row_groups` where shuffled blocks spread well
-    over the ranks, see docs/cluster.md. The steps and the positions in the log are the same either way."""
+    decodes every row group. `row_groups` has some ranks decode each row group, as few as keep steps about
+    even, and half of the ranks at most. `auto` means `steps` on a CPU; on GPUs it means `row_groups` where
+    half of the ranks are enough, see docs/cluster.md. The steps and the positions in the log are the same
+    either way."""
     shuffle_row_groups: PositiveInt = 64
     """Blocks are shuffled within this number of row groups."""
     domain: str = ""

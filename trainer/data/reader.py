@@ -27,13 +27,14 @@ from trainer.config.sections import DataConfig
 from trainer.config.tasks import Task
 from trainer.data.batch import Movable, RequestBatch
 from trainer.data.blocks import (
-    ANYONE,
     Block,
     LazyRows,
     WindowedRows,
     cut_blocks,
     deal,
-    spreads_evenly,
+    decoders_needed,
+    decoders_of,
+    most_decoders,
     with_windows,
 )
 from trainer.data.collate import collate
@@ -44,6 +45,7 @@ from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.sample import Sample
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.storage import is_remote
+from trainer.storage.objects import together
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class SequenceLogReader:
                 pool = ThreadPoolExecutor(self.config.workers, "decode")
                 stack.callback(pool.shutdown, cancel_futures=True)
             for blocks, after, last in self._global_steps(cursor, pool):
-                costs, owners = [block.cost for block in blocks], [block.owner for block in blocks]
+                costs, owners = [block.cost for block in blocks], [block.owners for block in blocks]
                 ranks = deal(costs, self.world_size, owners)
                 mine = [block for block, rank in zip(blocks, ranks, strict=True) if rank == self.rank]
                 shares = [0] * self.world_size
@@ -263,23 +265,26 @@ class SequenceLogReader:
 
     def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[LazyRows]]:
         """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
-        footers = {file: read_footer(file) for file in {place.file for place in places}}
-        plans = [self._plan(place, footers[place.file]) for place in places]
-        owners = deal([plan.cost for plan in plans], self.world_size)
+        # Small requests, of which a store answers many in the time of one.
+        look = together if is_remote(self.config.log) else map
+        files = list(dict.fromkeys(place.file for place in places))
+        footers = dict(zip(files, look(read_footer, files), strict=True))
+        plans = list(look(lambda place: self._plan(place, footers[place.file]), places))
         decoders = [LazyRows(place, partial(self._decode, place, footers[place.file])) for place in places]
-        if self._shared_decoding():
-            owners = [ANYONE] * len(places)
+        cut = [
+            cut_blocks(plan, (), decoder, self.config) for plan, decoder in zip(plans, decoders, strict=True)
+        ]
+        owners: list[tuple[int, ...]] = [()] * len(places)
+        if each := self._decoders([block for part in cut for block in part]):
+            owners = decoders_of([plan.cost for plan in plans], self.world_size, each)
         blocks: list[Block] = []
-        for plan, owner, decoder in zip(plans, owners, decoders, strict=True):
-            blocks += cut_blocks(plan, owner, decoder, self.config)
-        undecided = self.config.sharding == "auto" and not self._shared_decoding()
-        if undecided and not spreads_evenly(blocks, self.config, self.world_size):
-            owners = [ANYONE] * len(places)
-            blocks = [block._replace(owner=ANYONE) for block in blocks]
-        mine = (self.rank, ANYONE)
+        for part, ranks in zip(cut, owners, strict=True):
+            blocks += [block._replace(owners=ranks) for block in part] if ranks else part
         # Of row groups without a block, nothing is decoded.
         used = {id(block.rows) for block in blocks}
-        decoders = [each for each, owner in zip(decoders, owners, strict=True) if owner in mine]
+        decoders = [
+            each for each, ranks in zip(decoders, owners, strict=True) if self.rank in ranks or not ranks
+        ]
         decoders = [each for each in decoders if id(each) in used]
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch, number]).permutation(len(blocks))
@@ -291,11 +296,15 @@ class SequenceLogReader:
             return read_plan(place.file, place.row_group, footer)
         return self.sample.of_plan(read_plan(place.file, place.row_group, footer, True))
 
-    def _shared_decoding(self) -> bool:
-        """Whether every rank decodes every row group, whatever blocks they hold."""
+    def _decoders(self, blocks: Sequence[Block]) -> int:
+        """How many ranks decode each row group of a window that has these blocks; 0: all."""
+        sharding = self.config.sharding
         # In stored order a step's blocks lie in one or two row groups: their owners would do all the work.
-        apart = self._own_row_groups and self.seed is not None and self.world_size > 1
-        return self.config.sharding == "steps" or (self.config.sharding == "auto" and not apart)
+        apart = self._own_row_groups and self.seed is not None
+        if self.world_size == 1 or sharding == "steps" or (sharding == "auto" and not apart):
+            return 0
+        needed = decoders_needed(blocks, self.config, self.world_size)
+        return needed or (most_decoders(self.world_size) if sharding == "row_groups" else 0)
 
     def _decode(self, place: RowGroup, footer: pq.FileMetaData) -> WindowedRows:
         rows = read_rows(place.file, place.row_group, self.columns, footer)

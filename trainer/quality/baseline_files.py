@@ -25,13 +25,13 @@ class BaselineFiles:
     """As `Baselines`, of any number of candidates.
 
     Args:
-        reader: of the split; folder: for 40 to 60 bytes a candidate.
+        reader: of the split; folder: for 40 to 60 bytes a candidate; most: see `Scorer.of`.
 
     Attributes:
         missing: what could not be computed, and why.
     """
 
-    def __init__(self, reader: SequenceLogReader, folder: Path) -> None:
+    def __init__(self, reader: SequenceLogReader, folder: Path, most: int = 0) -> None:
         runs = Runs(folder, "baselines")
         for part in read_candidates(reader):
             runs.add(part)
@@ -40,7 +40,7 @@ class BaselineFiles:
         users = [np.unique(part["user_id"]) for part in self._merged([])]
         has_items = "item_id" in self._merged.names
         items = unique_items(self._merged(["item_id"])) if has_items else None
-        self._scorer = Scorer.of(reader, np.concatenate(users), items)
+        self._scorer = Scorer.of(reader, np.concatenate(users), items, most)
         self.missing = self._scorer.missing
 
     def positives(self, chunk: Scored) -> Floats | None:
@@ -78,14 +78,16 @@ class BaselineFiles:
 
 
 @contextmanager
-def baselines_of(reader: SequenceLogReader, folder: Path) -> Iterator[Baselines | BaselineFiles]:
+def baselines_of(
+    reader: SequenceLogReader, folder: Path, most: int = 0
+) -> Iterator[Baselines | BaselineFiles]:
     """Baselines on the reader's split, as long as the context lasts.
 
     Args:
-        folder: for what memory does not hold.
+        folder: for what memory does not hold; most: see `Scorer.of`.
     """
     if reader.expected <= IN_MEMORY:
-        yield baselines(reader)
+        yield baselines(reader, most)
         return
     with scratch(folder, f"baselines-{reader.split}") as place:
-        yield BaselineFiles(reader, place)
+        yield BaselineFiles(reader, place, most)

@@ -74,8 +74,11 @@ class Baselines:
         return table
 
 
-def baselines(reader: SequenceLogReader) -> Baselines:
+def baselines(reader: SequenceLogReader, most: int = 0) -> Baselines:
     """Baselines on the reader's split, whole histories whatever the window.
+
+    Args:
+        most: see `Scorer.of`.
 
     `mean_label`, `item_rate`, `user_item_rate`: of the training split, for each task, see `rate_table`.
     `popularity`: how often the candidate's item occurred before validation.
@@ -83,7 +86,7 @@ def baselines(reader: SequenceLogReader) -> Baselines:
     of the finest taxonomy level. These three are no probabilities, and the same for every task.
     """
     read = joined(list(read_candidates(reader)))
-    scorer = Scorer.of(reader, np.unique(read["user_id"]), unique_items([read]))
+    scorer = Scorer.of(reader, np.unique(read["user_id"]), unique_items([read]), most)
     order = np.lexsort((read["candidate"], read["request_id"], read["user_id"]))
     scores = {
         task: {name: values[order] for name, values in found.items()}
@@ -116,10 +119,13 @@ class Scorer:
     missing: Sequence[str]
 
     @staticmethod
-    def of(reader: SequenceLogReader, users: Ints, items: Ints | None) -> Scorer:
+    def of(reader: SequenceLogReader, users: Ints, items: Ints | None, most: int = 0) -> Scorer:
         """For candidates of these users and items; one pass over the training split.
 
         Training's files may be gone by the time a model is measured: then nothing else is the worse for it.
+
+        Args:
+            most: of a training split with more candidates nothing is read, and there are no rates; 0 = any.
         """
         manifest, tasks, missing = read_manifest(reader.config.log), reader.columns.tasks, []
         popularity = rates = None
@@ -131,6 +137,9 @@ class Scorer:
                 missing.append(f"item popularity: {error}")
         of_training = reader.split == "train"
         try:
+            if most and manifest.holds("train") and manifest.splits["train"].candidates > most:
+                count = manifest.splits["train"].candidates
+                raise DataError(f"training has {count:,} candidates; `tandemrec evaluate` reads them all")
             rates = rate_table(reader.config, manifest, reader.columns.labels, users, items)
         except DataError as error:
             missing.append(f"label rates: {error}")

@@ -27,6 +27,8 @@ from trainer.sealed_folder import voice
 # How gloo, NCCL and the store word it; torch raises a plain RuntimeError for most.
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 _CUT = re.compile(r"connection (closed|reset|refused)|broken pipe|ncclRemoteError", re.IGNORECASE)
+# What gloo could not connect to, where that is the own machine.
+_LOOPBACK = re.compile(r"remote=\[(127\.|::1\]|::ffff:127\.)")
 _ANSWER_S, _AFTER_THE_CAUSE_S = 5.0, 1.0
 # How much longer NCCL itself waits than the heartbeat.
 _BACKSTOP_S = 60.0
@@ -263,6 +265,9 @@ def _blame(ranks: Ranks, text: str) -> str:
             # The launcher names the rank whose error is the oldest, and the other one is still at its own.
             time.sleep(_AFTER_THE_CAUSE_S)
         return f"lost the connection to another rank, whose own error tells why ({text})"
+    if _LOOPBACK.search(text) and ranks.local_world_size < ranks.world_size:
+        fix = "set GLOO_SOCKET_IFNAME to the network's interface on all nodes, or mend /etc/hosts"
+        return f"another node's host name stands for its loopback address there; {fix} ({text})"
     silent = _silent(ranks)
     if not silent:
         return f"the other ranks answer, but a collective timed out; see train.timeout_s ({text})"
