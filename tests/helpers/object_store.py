@@ -56,6 +56,8 @@ class Store:
 @contextmanager
 def served(name: str = "tandem-tests") -> Iterator[Store]:
     """Start a server, and have this process and those that it starts use it."""
+    from trainer.storage.s3 import ObjectStore
+
     command = [sys.executable, "-m", "tests.programs.object_store"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -73,11 +75,14 @@ def served(name: str = "tandem-tests") -> Iterator[Store]:
             "AWS_EC2_METADATA_DISABLED": "true",
             "NO_PROXY": "127.0.0.1",
         }
+        # What is kept of another server would be used for this one.
+        ObjectStore.clear_instance_cache()
         with mock.patch.dict(os.environ, credentials):
             urllib.request.urlopen(
                 urllib.request.Request(f"{address}/{name}", method="PUT", data=b""), timeout=20
             ).close()
             yield Store(address, name)
     finally:
+        ObjectStore.clear_instance_cache()
         process.kill()
         process.communicate()

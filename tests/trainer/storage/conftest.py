@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.object_store import Store, served
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server() -> Iterator[Store]:
     pytest.importorskip("s3fs", reason="needs requirements/s3.txt")
     pytest.importorskip("moto", reason="needs requirements/dev.txt")

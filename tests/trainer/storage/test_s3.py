@@ -115,6 +115,16 @@ def test_faults_that_pass_are_retried(store: Store, tmp_path: Path) -> None:
     assert sum(entry[3] == 0 for entry in store.seen() if entry[0] == "GET") >= 4
 
 
+def test_a_silent_answer_is_asked_for_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3.ObjectStore, "read_timeout", 0.5)
+    s3.ObjectStore.clear_instance_cache()
+    file = store.bucket / "silent"
+    file.write_bytes(b"here")
+    store.faults(("GET", "silent", "slow:1.5", 1))
+    assert file.read_bytes() == b"here"
+    assert sum("silent" in path for method, path, *_ in store.seen() if method == "GET") == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
@@ -224,6 +234,11 @@ def test_checkpoints_count_once_complete(store: Store, monkeypatch: pytest.Monke
         (newest / DIGEST).unlink()
         found = save_load.find(folder)
         assert found.path is not None and found.state["step"] == 2 and not found.refused
+        assert objects.unfinished(folder, DIGEST, 60) == []
+        assert [path.name for path in objects.unfinished(folder, DIGEST, -60)] == [newest.name]
+        monkeypatch.setattr(files, "_DAY", -60)
+        files.prepare(folder, files.new_part(folder, 4))
+        assert {path.name for path in folder.iterdir()} == {found.path.name}
         loaded = tensors(0.0)
         save_load.load_tensors(found.path, loaded)
         assert torch.equal(loaded["model"]["w"], tensors(2.0)["model"]["w"])
