@@ -3,9 +3,9 @@
     tandemrec bench memory --set data.log=LOG --rows 20000000 --dim 4 --dtype fp16 --dir DIR
 
 Trains, saves, resumes, exports and serves the config's model with a table of so many rows for one feature of
-the log, which may be tiny; each stage is a process of its own. All is done once more with as few rows as the
-log has ids: what a stage takes beyond that, it takes for its rows. Its files go to a folder below --dir and
-are removed.
+the log, which may be tiny; each stage is a process of its own ("save after it" is the end of the resumed one,
+a delta where checkpoint.full_every says so). All is done once more with as few rows as the log has ids: what
+a stage takes beyond that, it takes for its rows. Its files go to a folder below --dir and are removed.
 """
 
 from __future__ import annotations
@@ -162,8 +162,16 @@ def _run(given: Namespace, rows: int, folder: Path, stage: str, found: dict[str,
     parts = {"export": folder / "snapshot", "save sync": folder / "run" / "checkpoints"}
     parts["unshard"] = folder / "tables"
     parts["save async"] = parts["save sync"]
+    if stage == "resume":
+        # Of a delta, where checkpoint.full_every says so.
+        newest = max((folder / "run" / "checkpoints").iterdir())
+        found["save after it"]["disk_mb"] = _size(newest)
     if stage in parts:
-        found[stage]["disk_mb"] = sum(f.stat().st_size for f in parts[stage].rglob("*") if f.is_file()) / 1e6
+        found[stage]["disk_mb"] = _size(parts[stage])
+
+
+def _size(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
 class _Watch:
@@ -224,8 +232,7 @@ def _stage(given: Namespace) -> None:
                 rank = ranks.rank
                 train.run(settings, run, ranks, _at(watched, watch))
                 dist.barrier()
-            if not again:
-                watch.close(given.part)
+            watch.close("save after it" if again else given.part)
         elif given.part == "unshard":
             unshard_run(run, given.dir / "tables")
             watch.close("unshard")

@@ -226,7 +226,9 @@ def train(*args: str, config: str, out: str, job: Job) -> specs.AppDef:
 
 
 @_component(*_RANKS, name="tandemrec-evaluate")
-def evaluate(run: str, split: str = "test", device: OptionalText = None, *, job: Job) -> specs.AppDef:
+def evaluate(
+    run: str, split: str = "test", device: OptionalText = None, sample: int = 0, *, job: Job
+) -> specs.AppDef:
     """
     Measures a trained run with `tandemrec evaluate`, on any number of ranks, not only as many as trained it.
 
@@ -236,8 +238,10 @@ def evaluate(run: str, split: str = "test", device: OptionalText = None, *, job:
         run: the run folder; with several nodes it must be on storage that all of them share
         split: train, validation or test
         device: auto, cpu or cuda; the default is the run's train.device
+        sample: about so many candidates at most, those of some users; 0 is all
     """
     words = ["evaluate", "--run", run, "--split", split, *(["--device", device] if device else [])]
+    words += ["--sample", str(sample)] if sample else []
     return job.app("evaluate", job.torchrun(words))
 
 

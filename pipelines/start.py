@@ -16,6 +16,7 @@ from embeddings.agreement import from_every_rank, from_rank_0, unhurried
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.plan.file import read_plan_file, to_tree
+from embeddings.plan.memory import memory_of_ranks
 from embeddings.plan.planner import DoesNotFit, check_plan, offline_plan
 from embeddings.plan.request import keep_quiet
 from pipelines.task_lines import task_lines
@@ -29,6 +30,7 @@ from trainer.assemble import (
     plan_request,
     resolve_groups,
     room_for_tables,
+    run_of,
 )
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
@@ -47,6 +49,7 @@ from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
+from trainer.needs.run_needs import TooLittleMemory, check_memory, memory_needs
 from trainer.objectives.of_tasks import trained_tasks
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
@@ -238,12 +241,15 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
 
     def problem() -> str:
         try:
-            offline_plan(plan_request(config, start.manifest, built, cluster, size))
-        except DoesNotFit as error:
-            if ranks.world_size > 1:
+            request = plan_request(config, start.manifest, built, cluster, size)
+            found = offline_plan(request)
+            held = memory_of_ranks(found.options, found.tables, cluster.world_size, cluster.device)
+            needs = memory_needs(run_of(config, start.manifest, request, size), held, cluster)
+            return "\n".join(check_memory(needs))
+        except ConfigError as error:
+            if ranks.world_size > 1 or not isinstance(error, (DoesNotFit, TooLittleMemory)):
                 raise
             return f"{error}; more ranks may hold them, see `tandemrec plan`"
-        return ""
 
     if line := from_rank_0(problem):
         say(line)

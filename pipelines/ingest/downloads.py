@@ -22,18 +22,18 @@ class Downloads:
     """
 
     def __init__(self) -> None:
+        # Made when something is fetched.
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._known: dict[str, Path] = {}
 
     def __enter__(self) -> Downloads:
-        self._folder = tempfile.TemporaryDirectory(prefix="tandemrec-")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._folder is not None
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
         self._folder, self._known = None, {}
 
     def local(self, given: Any) -> Any:
@@ -51,7 +51,7 @@ class Downloads:
         return self._known[str(source)]
 
     def _fetched(self, source: Path) -> Path:
-        assert self._folder is not None
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="tandemrec-")
         store, root = store_of(source)
         target = Path(self._folder.name, *str(source).replace("://", "/").split("/"))
         base = Path(*target.parts[: len(target.parts) - len(root.strip("/").split("/"))])

@@ -155,6 +155,7 @@ def test_the_other_verbs() -> None:
     assert {"--nnodes=2", "--nproc-per-node=4", "--max-restarts=3"} <= set(words)
     words = shlex.split(_command(evaluate(run="/s/run", device="cpu")))
     assert words[-4:] == ["--split", "test", "--device", "cpu"]
+    assert shlex.split(_command(evaluate(run="/s/run", sample=9)))[-2:] == ["--sample", "9"]
     line = _command(export(run="/s/run", out="/s/snap", device="cuda"))
     assert line == "exec python -m launch.cli export --run /s/run --out /s/snap --device cuda"
     line = _command(export(run="/s/run", out="/s/snap", mounts=["type=bind", "src=/s", "dst=/s"]))

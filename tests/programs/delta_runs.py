@@ -8,18 +8,26 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.helpers.forked import one_thread
+from embeddings.lookup.sharding import table_of
+from embeddings.lookup.shards import local_shards
+from pipelines.export import export
+from tests.helpers.forked import fork, one_thread, wait_all
 from tests.programs.saving_runs import Runs
 from trainer.checkpoint import files
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
+from trainer.checkpoint.restore import restore
 from trainer.checkpoint.tensors import TensorReader
-from trainer.ranks.process_group import Ranks
+from trainer.checkpoint.unsharded import open_plain_tables
+from trainer.checkpoint.warm_start import unshard_run
+from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_folder import RunFolder
 
 MANY_ROWS = {"tables__item_id__rows": 4000, "checkpoint__full_every": 99, "checkpoint__keep": 99}
 SAVES = {**MANY_ROWS, "checkpoint__every_steps": 1}
@@ -59,6 +67,25 @@ def compared(run: Path, beside: Path) -> dict[str, dict[str, Any]]:
     return report
 
 
+def used(run: Path, beside: Path, out: Path) -> dict[str, Any]:
+    """What those make of a run's newest delta that use checkpoints."""
+    manifest = unshard_run(run, out / "plain")
+    tables = open_plain_tables(out / "plain")
+    full = TensorReader(beside / files.final_name(manifest.step))
+    names = {table_of(name): name for name in full.names() if table_of(name) in manifest.tables}
+    unsharded = [
+        torch.equal(tables.table(table)["weight"], full.whole(name)) for table, name in names.items()
+    ]
+    # It compares its scores with the trainer's, of which fp32 ones must be bit-equal.
+    version = export(run, out / "snapshot", "fp32", "fp32", parity_requests=5)
+    with process_group() as ranks:
+        model = restore(RunFolder(run), ranks).sharded.model.state_dict()
+        restored = [
+            torch.equal(next(local_shards(weight)).tensor, full.whole(name)) for name, weight in model.items()
+        ]
+    return {"unsharded": unsharded, "exported": version.name, "restored": restored}
+
+
 def main(root: Path) -> None:
     runs, report = Runs(root), dict[str, Any]()
 
@@ -80,6 +107,10 @@ def main(root: Path) -> None:
     sgd = {**SAVES, "groups__attention__optimizer": "sgd", "groups__attention__dtype": "fp16"}
     train("sgd", 1, 3, **sgd)
     report["sgd"] = compared(root / "sgd", root / "sgd full")
+    told = root / "used.json"
+    work = partial(used, root / "sgd", root / "sgd full", root / "used")
+    assert wait_all([fork(lambda: print(json.dumps(work()), file=told.open("w"), flush=True))]) == [0]
+    report["used"] = json.loads(told.read_text())
     (root / "report.json").write_text(json.dumps(report))
 
 

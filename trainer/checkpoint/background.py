@@ -197,7 +197,8 @@ class Saver:
     def _in_background(self, copied: int, of_delta: bool) -> bool:
         """Whether a save is to be written by the thread; collective.
 
-        `auto` asks at the first save, and for each delta, whether the copy fits into every rank's memory.
+        `auto` asks at the first full save, and for each delta before it or where full ones found no room,
+        whether the copy fits into every rank's memory.
 
         Args:
             copied: bytes that this rank would copy.
@@ -210,7 +211,7 @@ class Saver:
         places = from_every_rank(lambda: (copied * _MARGIN <= free, copied, free), self._group)
         # The rank that is worst off speaks for all.
         fits, copied, free = min(places, key=lambda place: (place[0], place[2] - place[1]))
-        if not self._mode:
+        if not of_delta:
             rank, self._mode = places.index((fits, copied, free)), "async" if fits else "sync"
             sizes = f"a copy of {_size(copied)} for a save in the background, and {_size(free)} are free"
             what = "training goes on during a save" if fits else "training waits for each save"

@@ -14,7 +14,7 @@ import io
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import IO, Any, NamedTuple, cast
 
@@ -48,11 +48,14 @@ class BlockPlanner(DefaultSavePlanner):
 
     Args:
         block_bytes: of a chunk at most.
+        on_host: whether a tensor lies in host memory; others than the default are for tests.
     """
 
-    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(
+        self, block_bytes: int = BLOCK_BYTES, on_host: Callable[[Tensor], bool] = lambda tensor: tensor.is_cpu
+    ) -> None:
         super().__init__()
-        self._block_bytes = block_bytes
+        self._block_bytes, self._on_host = block_bytes, on_host
         # Chunk -> the chunk that DCP would have made, and the rows of that.
         self._blocks: dict[MetadataIndex, tuple[MetadataIndex, slice]] = {}
         self._host = torch.empty(0, dtype=torch.uint8)
@@ -95,7 +98,7 @@ class BlockPlanner(DefaultSavePlanner):
         """The same numbers in host memory, with a storage of exactly their bytes, which DCP does not copy."""
         if not tensor.numel():
             return tensor
-        if not tensor.is_cpu:
+        if not self._on_host(tensor):
             # One buffer for all: a chunk is written before the next one is asked for.
             if self._host.numel() < tensor.nbytes:
                 self._host = torch.empty(tensor.nbytes, dtype=torch.uint8)

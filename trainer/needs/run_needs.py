@@ -36,6 +36,10 @@ _TIGHT = 0.9
 FITS, TIGHT, TOO_MUCH = "fits", "too tight", "does not fit"
 
 
+class TooLittleMemory(ConfigError):
+    """A run's tables, with the copy that a save is written from, are more than there is."""
+
+
 @dataclass(frozen=True)
 class Need:
     """Bytes that a stage needs at its peak in one place.
@@ -110,12 +114,13 @@ def memory_needs(run: Run, held: Sequence[RankMemory], cluster: Cluster) -> list
     dense, local = DENSE_COPIES * run.dense, cluster.local_world_size
     host_room, gpus = local * cluster.ddr, cluster.device == "cuda"
     rank = max(range(len(held)), key=lambda each: held[each].total)
-    full = held[rank]
+    full, bits = held[rank], touched_bytes(run, held)
     needs = []
     fewer = "data.batch_candidates or data.batch_behaviors smaller, more ranks, or groups.<name>.dim smaller"
     if gpus:
         parts = {
             "tables": full.weights + full.optimizer,
+            "touched rows": bits,
             "buffers": full.buffers,
             "dense": dense,
             "step": step,
@@ -127,7 +132,7 @@ def memory_needs(run: Run, held: Sequence[RankMemory], cluster: Cluster) -> list
     worst = of_nodes.index(max(of_nodes))
     own = {"tables": of_nodes[worst], "processes": local * PROCESS, "reading": local * reader}
     if not gpus:
-        own |= {"dense": local * dense, "step": local * step}
+        own |= {"dense": local * dense, "step": local * step, "touched rows": local * bits}
         own["buffers"] = sum(each.buffers for each in nodes[worst])
     where = f"host memory, node {worst}" if len(nodes) > 1 else "host memory"
     less = f"make data.shuffle_row_groups{'' if gpus else ', ' + fewer}"
@@ -210,6 +215,15 @@ def delta_bytes(run: Run) -> int:
     return rows + _DENSE_SAVED * run.dense
 
 
+def touched_bytes(run: Run, held: Sequence[RankMemory]) -> int:
+    """A bit for each row of the fullest rank, where checkpoints hold the rows that changed."""
+    if run.config.checkpoint.full_every == 1:
+        return 0
+    sizes = [each.weights + each.host_weights for each in held]
+    rows = sum(table.rows for table in run.tables.values())
+    return int(rows / 8 * max(sizes) / max(sum(sizes), 1))
+
+
 def on_host(held: RankMemory, gpus: bool) -> int:
     """Bytes of tables in host memory."""
     return held.host if gpus else held.weights + held.optimizer
@@ -265,12 +279,12 @@ def check_memory(needs: Sequence[Need]) -> list[str]:
     """What a start says of its needs: a line for each place where they do not fit by an estimate.
 
     Raises:
-        ConfigError: what is no estimate does not fit: the tables with the copy that a save is written from.
+        TooLittleMemory: what is no estimate does not fit: tables, and the copy for a save.
     """
     for need in needs:
         certain = {name: size for name, size in need.parts.items() if name.startswith(("tables", "copy"))}
         if need.room is not None and sum(certain.values()) > need.room:
-            raise ConfigError(_need(need.stage, need.where, need.room, need.change, certain).line())
+            raise TooLittleMemory(_need(need.stage, need.where, need.room, need.change, certain).line())
     lines: dict[str, str] = {}
     for need in needs:
         if need.verdict == TOO_MUCH:

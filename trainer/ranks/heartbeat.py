@@ -140,6 +140,8 @@ class Heartbeat:
         self._timeout_s, self._grace_s = timeout_s, grace_s
         self._begun, self._abort, self._show = begun, abort, show
         self._number, self._well, self._complete, self._cut = 0, False, False, ""
+        self._asking: threading.Thread | None = None
+        self._heard: dict[int, Beat] = {}
         self._over, self._acknowledged = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -187,7 +189,7 @@ class Heartbeat:
         peers = Peers(self._others, self._timeout_s, time.monotonic())
         while not self._over.wait(min(_BEAT_S, self._timeout_s / _PART)):
             mine = self._counted()
-            peers.hear(time.monotonic(), mine, self._exchange(mine))
+            peers.hear(time.monotonic(), mine, self._asked(mine))
             lost = peers.lost(time.monotonic())
             if lost and not self._over.is_set():
                 self._act(lost)
@@ -208,6 +210,22 @@ class Heartbeat:
     def _say(self, mine: Begun, left: bool = False) -> None:
         self._number += 1
         self._store.set(str(self.rank), Beat(self._number, mine, left).text())
+
+    def _asked(self, mine: Begun) -> dict[int, Beat]:
+        """`_exchange`, with a limit of its own: none while an answer is still to come.
+
+        Where the cable to the store's machine is cut, torch (2.13) waits until the kernel gives the
+        connection up, a quarter of an hour, whatever the store's time-out is.
+        """
+        if self._asking is None or not self._asking.is_alive():
+            heard: dict[int, Beat] = {}
+            self._heard = heard
+            self._asking = threading.Thread(
+                target=lambda: heard.update(self._exchange(mine)), name="heartbeat-store", daemon=True
+            )
+            self._asking.start()
+        self._asking.join(min(_ANSWER_S, self._timeout_s))
+        return {} if self._asking.is_alive() else self._heard
 
     def _exchange(self, mine: Begun) -> dict[int, Beat]:
         """Say this rank's beat; -> the newest of the others, none where the store does not answer."""

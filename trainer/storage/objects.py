@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from trainer.storage.places import is_remote, store_of
 
 # Bytes of a part of an upload, of which there may be 10,000; one of them is in memory.
-PART = 1 << 26
+PART = 1 << 25
 # Bytes of a piece of a download, and pieces under way.
 PIECE, PIECES = 1 << 24, 4
 # Requests under way at once, of one process.

@@ -17,7 +17,7 @@ from embeddings.errors import CheckpointError
 from embeddings.lookup.touched import empty_bits, mark
 from tests.helpers.checkpoints import newest
 from tests.helpers.touched_tables import STATE, WEIGHT, TouchedTable
-from trainer.checkpoint import files, save_load
+from trainer.checkpoint import background, files, save_load
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.delta import TouchedShard
 from trainer.checkpoint.tensors import TensorReader
@@ -212,6 +212,26 @@ def test_after_a_failed_save_the_next_one_is_full(tmp_path: Path, monkeypatch: p
     assert base_names(tmp_path) == {"01": None, "02": "step-00000001", "04": None}
     whole = table.contents()
     assert torch.equal(TensorReader(tmp_path / files.final_name(4)).whole(STATE), whole[STATE])
+
+
+def test_auto_asks_for_deltas_and_full_saves_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a start the first save may be a delta, whose copy says nothing of that of all tables."""
+    table, _, _ = sparse(tmp_path)
+    lines: list[str] = []
+    monkeypatch.setattr(background, "free_memory_bytes", lambda: 100_000)
+    config = CheckpointConfig(full_every=3, keep=99)
+    saver = Saver(tmp_path, config, lines.append, touched=table)  # type: ignore[arg-type]
+    saver.follow(tmp_path / files.final_name(6), 1)
+    expected = [(7, "step-00000006", True), (8, None, False), (9, "step-00000008", True)]
+    for step, base, in_background in expected:
+        table.touch(torch.tensor([step]))
+        saver.save(step, table.tensors(), {"step": step})
+        assert (saver._running is not None) == in_background
+        saver.settle(last=True)
+        assert base_names(tmp_path)[f"0{step}"] == base
+    assert [line.split(";")[0] for line in lines if "checkpoint.mode" in line] == [
+        'checkpoint.mode = "auto": sync, training waits for each save'
+    ]
 
 
 def test_a_start_from_a_checkpoint_goes_on_with_its_chain(tmp_path: Path) -> None:

@@ -38,3 +38,11 @@ def test_tables_of_columns_and_sets(report: dict[str, Any]) -> None:
 
 def test_without_a_state_and_in_half_precision(report: dict[str, Any]) -> None:
     chained(report["sgd"])
+
+
+def test_whoever_uses_a_checkpoint_reads_its_chain(report: dict[str, Any]) -> None:
+    """`unshard`, and so `--init-from`; `export`; `evaluate`, on whose model this looks."""
+    used = report["used"]
+    assert used["exported"] == "v00000001"
+    assert len(used["unsharded"]) == 4 and all(used["unsharded"])
+    assert len(used["restored"]) > 4 and all(used["restored"])

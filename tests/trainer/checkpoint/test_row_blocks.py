@@ -134,3 +134,17 @@ def test_other_layouts_are_left_to_torch() -> None:
     saved = _find(file, 0, file.tell())
     assert saved is not None and saved.shape == (3, 4)
     assert file.getvalue()[saved.begin :][:8] == torch.arange(2.0).numpy().tobytes()
+
+
+def test_blocks_of_a_device_go_through_one_buffer(tmp_path: Path) -> None:
+    """DCP keeps what it was given last of each tensor until the file is written."""
+    tables = {f"table {number}": torch.randn(1_000, 4) for number in range(3)}
+    with process_group():
+        tensors = {name: sharded(table, 600, 4) for name, table in tables.items()}
+        planner = BlockPlanner(4_000, on_host=lambda tensor: False)
+        dcp.save(tensors, storage_writer=HashedWriter(tmp_path), planner=planner)
+        places = {planner.resolve_data(item).data_ptr() for item in planner.plan.items}
+        assert len(places) == 1 and planner._host.numel() == 4_000
+    (tmp_path / "state.json").write_text("{}")
+    for name, table in tables.items():
+        assert torch.equal(TensorReader(tmp_path).whole(name), table)

@@ -180,3 +180,19 @@ def test_cluster_memory_counts_all_ranks_of_a_node() -> None:
     assert run_needs.on_host(uvm, gpus=True) == 33 * GB
     assert run_needs.copy_bytes(uvm, 100) == 33 * GB + 300
     assert Cluster("cpu", 4, 2, 0, 7).memory == 7
+
+
+def test_a_check_says_what_does_not_fit_and_a_bit_for_each_row_counts(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """40,000,000 rows are planned and not built: 2.2 GB with their state, and as much for the copy."""
+    monkeypatch.setattr("trainer.assemble.memory_bytes", lambda: 4 * GB)
+    wide = {"tables__item_id__rows": 40_000_000, "checkpoint__mode": "async"}
+    check = ["--check", "--out", str(tmp_path / "run")]
+    assert main(["train", *words(log, **wide), *check]) == 0
+    said = capsys.readouterr().out
+    assert "saving (async) does not fit" in said and "more ranks may hold them" in said
+    needs = planned(log, tmp_path, "--world-size", "1", "--device", "cpu", checkpoint__full_every=4, **wide)
+    # 40,000,000 rows in two tables, and some of the small ones.
+    assert needs["training"]["parts"]["touched rows"] == pytest.approx(2 * 40_000_000 / 8, rel=0.01)
+    assert any("with changed rows" in stage for stage in needs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from embeddings.errors import RankError
 from trainer.ranks import process_group
+from trainer.ranks.heartbeat import Heartbeat
 from trainer.ranks.process_group import Ranks, naming_the_lost
 
 LOST = "Gloo connectFullMesh failed with timed out connecting: SO_ERROR: Connection refused, "
@@ -37,6 +40,21 @@ def test_a_store_that_does_not_answer_keeps_no_rank(monkeypatch: pytest.MonkeyPa
         naming_the_lost(ranks, lambda: "after step 7"),
     ):
         raise RuntimeError("Timed out waiting 5000ms for send operation to complete")
+    store.mended.set()
+
+
+def test_a_store_that_does_not_answer_keeps_no_heartbeat() -> None:
+    beating = Heartbeat(0, 2, dist.HashStore(), 0.2, dict, lambda: None)
+    store = CutOff()
+    beating._store = store  # type: ignore[assignment]
+    beating.start()
+    end = time.monotonic() + 30
+    while not beating.blame and time.monotonic() < end:
+        time.sleep(0.01)
+    assert beating.blame.startswith("waited in vain for rank 1, which hangs, is dead or cut off")
+    beating.acknowledge(lambda: "")
+    beating.stop(well=False)
+    faulthandler.cancel_dump_traceback_later()
     store.mended.set()
 
 
