@@ -257,7 +257,7 @@ def export(run: str, out: str, device: OptionalText = None, *, job: Job) -> spec
     """
     Writes a serving snapshot of a run with `tandemrec export`, in one process.
 
-    The node's memory holds all tables in one piece, twice.
+    Tables stream through it, so that the node's memory need not hold them; some gigabytes are enough.
 
     Args:
         run: the run folder
