@@ -96,6 +96,7 @@ class Seal:
         try:
             return file.read_bytes()
         except OSError as error:
+            _raise_of_store(file, error)
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
 
     def check(
@@ -109,6 +110,7 @@ class Seal:
         try:
             same = file.stat().st_size == size and digest_of(file) == digest
         except OSError as error:
+            _raise_of_store(file, error)
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
         if not same:
             raise self.error(file, f"does not match the manifest, so it is corrupt; {self.remedy}")
@@ -116,6 +118,12 @@ class Seal:
     def _digest_line(self, manifest: bytes) -> bytes:
         named = f"  {MANIFEST}" if self.names_file else ""
         return f"{hashlib.sha256(manifest).hexdigest()}{named}\n".encode()
+
+
+def _raise_of_store(file: Path, error: OSError) -> None:
+    """A store that cannot be read now says nothing about its files: none of them is to be given up."""
+    if is_remote(file) and not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def publish(part: Path, final: Path, *, aside: Path | None = None, synced: bool = False) -> None:
@@ -143,11 +151,8 @@ def publish(part: Path, final: Path, *, aside: Path | None = None, synced: bool 
 
 
 def retire(folder: Path, name: str, *, strict: bool = False) -> None:
-    """Rename a folder to `<name>.tmp-<id>`, so that nobody finds half of it, and `remove_folder` it.
-
-    In a store nothing is renamed: there its manifest is deleted first.
-    """
-    if is_remote(folder):
+    """Rename a folder to `<name>.tmp-<id>`, so that nobody finds half of it, and `remove_folder` it."""
+    if is_remote(folder):  # where nothing is renamed, and its manifest is deleted first
         remove_folder(folder, strict=strict)
         return
     gone = folder.with_name(f"{name}.tmp-{uuid.uuid4().hex[:12]}")

@@ -137,6 +137,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return _object(file, file.read_bytes())
     except OSError as error:
+        if is_remote(file) and not isinstance(error, FileNotFoundError):
+            raise
         raise CheckpointError(file, f"unreadable: {error.strerror}") from None
 
 

@@ -185,6 +185,8 @@ def _load_json(path: Path) -> Any:
         problem = "is a file, and a sequence log is a folder; name the one that `tandemrec ingest` wrote"
         raise DataError(problem, file=path.parent) from error
     except (OSError, ValueError, RecursionError) as error:
+        if is_remote(path) and isinstance(error, OSError):
+            raise DataError(f"cannot be read: {error.strerror or error}", file=path) from None
         problem = f"not readable as JSON ({error}); run `tandemrec ingest` again"
         raise DataError(problem, file=path) from error
 

@@ -39,6 +39,7 @@ from trainer.snapshot.manifest import (
 )
 from trainer.snapshot.matrix_file import LayeredReader
 from trainer.snapshot.rows import expect_like, read_rows, read_tensors
+from trainer.storage import is_remote
 
 # A chain this long would be slower to load than to write anew.
 LONGEST_CHAIN = 64
@@ -217,7 +218,9 @@ def resolve(path: Path) -> Path:
         return path
     try:
         name = (path / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError) as error:
+        if is_remote(path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise SnapshotError(path, f"cannot be read: {error.strerror or error}") from None
         raise SnapshotError(
             path, "no snapshot here (neither manifest.json nor LATEST); run `tandemrec export`"
         ) from None

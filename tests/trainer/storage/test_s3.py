@@ -230,6 +230,12 @@ def test_checkpoints_count_once_complete(store: Store, monkeypatch: pytest.Monke
         for step in (2, 3):
             newest = save_load.save(folder, step, tensors(float(step)), {"step": step}, keep=2)
         assert [files.step_of(path) for path in files.checkpoints(folder)] == [3, 2]
+        # A store that does not answer says nothing about a checkpoint: no older one is taken for it.
+        for name in ("manifest.json", "__0_0.distcp", "state.json"):
+            store.faults(("GETHEAD", f"step-00000003.*{name}", "error:500:InternalError", 1000))
+            with pytest.raises(OSError, match="the store failed, again"):
+                save_load.find(folder)
+        store.faults()
         # Half of a deletion is no checkpoint.
         (newest / DIGEST).unlink()
         found = save_load.find(folder)
