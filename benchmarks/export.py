@@ -83,8 +83,8 @@ COLUMNS = {
     "delta: s": "{delta_s:.2f}",
     "its cpu s": "{delta_cpu_s:.2f}",
     "its MB": "{delta_mb:.1f}",
-    "look up in full: ms": "{look_up_full_ms:.2f}",
-    "in delta: ms": "{look_up_delta_ms:.2f}",
+    "look up in full: cpu ms": "{look_up_full_ms:.2f}",
+    "in delta: cpu ms": "{look_up_delta_ms:.2f}",
 }
 
 
@@ -127,7 +127,7 @@ def main(words: Sequence[str]) -> None:
                 look_up = partial(sum_bags, stored, some, torch.arange(_LOOKED_UP + 1))
                 look_up()
                 seconds = seconds_of(lambda: loaded.update({kind: look_up()}))  # noqa: B023
-                row[f"look_up_{kind}_ms"] = 1e3 * seconds.wall
+                row[f"look_up_{kind}_ms"] = 1e3 * seconds.cpu
             assert torch.equal(loaded["delta"], loaded["full"])
             report.rows.append(row)
             report.ratios[f"delta_to_full_bytes_{dtype}_{share:.0%}"] = row["delta_mb"] / row["full_mb"]
