@@ -21,6 +21,6 @@ def test_steps_and_tables_of_several_world_sizes(tmp_path: Path) -> None:
         assert 1 <= all_of_them <= several < 1.1 < alone
     # Every rank has as many rows of both tables, or a node of two has most.
     assert (
-        rows["16 ranks, tables, row_wise"]["memory"] < 1.01 < rows["16 ranks, tables, as planned"]["memory"]
+        rows["16 ranks, tables, row_wise"]["memory"] < 1.05 < rows["16 ranks, tables, as planned"]["memory"]
     )
     assert rows["16 ranks, tables, grid_shard"]["memory"] < 1.05

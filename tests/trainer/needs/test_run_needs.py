@@ -148,6 +148,7 @@ def test_changed_rows_bound_an_incremental_checkpoint(log: Path) -> None:
     assert kept.parts == {"full": 2 * one.bytes, "deltas": 5 * run_needs.delta_bytes(run)}
 
 
+@pytest.mark.slow
 def test_the_forecast_against_measured_peaks(log: Path, tmp_path: Path) -> None:
     """Train, save both ways, resume and export, each in a fresh process, with few and with many rows."""
     few, many = 2_000, 3_000_000
