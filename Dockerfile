@@ -23,7 +23,7 @@ COPY requirements requirements
 RUN index=$TORCH_INDEX \
  && if [ "$DEVICE" = cpu ]; then index=${index:-https://download.pytorch.org/whl/cpu}; fi \
  && pip install --no-cache-dir ${index:+--index-url "$index"} torch==2.13.0 \
- && pip install --no-cache-dir --no-deps -r "requirements/$DEVICE.txt"
+ && pip install --no-cache-dir --no-deps -r "requirements/$DEVICE.txt" -r requirements/s3.txt
 
 COPY pyproject.toml README.md LICENSE ./
 COPY launch launch

@@ -36,7 +36,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-spark train serve test lint format bench docs pins clean
+.PHONY: help install install-dev install-s3 install-spark train serve test lint format bench docs pins clean
 
 help: ## this list
 	@echo "Start with 'make train', then 'make test'. All targets of 'make TARGET [VARIABLE=value]':"
@@ -56,6 +56,8 @@ install: $(VENV)/.installed-$(DEVICE) ## the environment, in .venv/
 
 install-dev: $(VENV)/.installed-dev ## the same, with the test and lint tools
 
+install-s3: $(VENV)/.installed-s3 ## places under s3:// too, see docs/object_storage.md
+
 install-spark: $(VENV)/.installed-spark ## PySpark too (430 MB), for ingest --engine spark and its tests
 
 $(VENV)/bin/python:
@@ -74,7 +76,7 @@ $(VENV)/.installed-$(DEVICE): requirements/common.txt requirements/$(DEVICE).txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.installed-dev: requirements/dev.txt requirements/docs.txt requirements/kubernetes.txt $(VENV)/.installed-$(DEVICE)
+$(VENV)/.installed-dev: requirements/dev.txt requirements/docs.txt requirements/kubernetes.txt requirements/s3.txt $(VENV)/.installed-$(DEVICE)
 	$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
@@ -84,6 +86,10 @@ $(VENV)/.installed-bench: requirements/bench.txt $(VENV)/.installed-$(DEVICE)
 
 $(VENV)/.installed-docs: requirements/docs.txt $(VENV)/.installed-$(DEVICE)
 	$(PIP) --no-deps -r requirements/docs.txt
+	@touch $@
+
+$(VENV)/.installed-s3: requirements/s3.txt $(VENV)/.installed-$(DEVICE)
+	$(PIP) --no-deps -r requirements/s3.txt
 	@touch $@
 
 $(VENV)/.installed-spark: requirements/spark.txt $(VENV)/.installed-$(DEVICE)

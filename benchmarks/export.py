@@ -3,7 +3,7 @@
     tandemrec bench export --rows 2000000 --dim 32 --shards 16 --dir DIR
 
 Writes two checkpoints of the table that differ in a share of the rows, in row-wise shards, then exports each
-change whole and as a delta, in turns, and loads both.
+change whole and as a delta, in turns, and looks 10,000 rows up in both.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,19 @@ from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import Seconds, one_thread, own_peak_bytes, seconds_of
 from embeddings.groups import TableGroup, TableSpec
-from embeddings.lookup.stored import Dtype
+from embeddings.lookup.stored import Dtype, sum_bags
 from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config
-from trainer.snapshot.manifest import StoredRows
-from trainer.snapshot.rows import read_rows, write_changes
-from trainer.snapshot.writing import Draft, Source
+from trainer.snapshot.manifest import ListedFile
+from trainer.snapshot.matrix_file import LayeredReader
+from trainer.snapshot.rows import Written, read_rows, write_changes, write_rows
+from trainer.snapshot.writing import Source
 
 _GROUP, _FEATURE = "attention", "item_id"
 _STEM, _NAME = "tables/attention.0", "attention__item_id"
+_LOOKED_UP = 10_000
 
 
 def _checkpoint(folder: Path, step: int, whole: Tensor, shards: int) -> None:
@@ -49,21 +52,22 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _write(source: Source, out: Path, dtype: Dtype, base: Tensor | None) -> StoredRows:
+def _write(source: Source, out: Path, dtype: Dtype, base: tuple[Path, Written] | None) -> Written:
     shutil.rmtree(out, ignore_errors=True)
     (out / "tables").mkdir(parents=True)
+    group = source.groups[_GROUP]
+    shape, rows = (group.tables[0].rows, group.width), partial(source.rows, _GROUP, _NAME)
     if base is None:
-        (out / "tables").rmdir()
-        stored: StoredRows = Draft(out, source, {_GROUP: dtype}).write_tables()[_GROUP][0]
-    else:
-        shape = base.shape[0], source.groups[_GROUP].width
-        stored = write_changes(out, _STEM, _NAME, shape, dtype, lambda: source.rows(_GROUP, _FEATURE), base)
-    return StoredRows.model_validate(stored.model_dump(include=set(StoredRows.model_fields)))
+        return write_rows(out, _STEM, _NAME, shape, dtype, rows)
+    folder, written = base
+    listed: dict[str, ListedFile] = {entry.path: entry for entry in written.files}
+    with closing(LayeredReader([(folder, listed, written.stored)], _STEM, _NAME)) as reader:
+        return write_changes(out, _STEM, _NAME, shape, dtype, rows, reader)
 
 
 def _measure(
-    source: Source, out: Path, dtype: Dtype, base: Tensor | None = None
-) -> tuple[Seconds, int, StoredRows]:
+    source: Source, out: Path, dtype: Dtype, base: tuple[Path, Written] | None = None
+) -> tuple[Seconds, int, Written]:
     """Seconds (digests included), bytes, and what was written."""
     written: list[Any] = []
     seconds = seconds_of(lambda: written.extend([_write(source, out, dtype, base), _size(out)]))
@@ -79,8 +83,8 @@ COLUMNS = {
     "delta: s": "{delta_s:.2f}",
     "its cpu s": "{delta_cpu_s:.2f}",
     "its MB": "{delta_mb:.1f}",
-    "load full s": "{load_full_s:.3f}",
-    "load delta s": "{load_delta_s:.3f}",
+    "look up in full: ms": "{look_up_full_ms:.2f}",
+    "in delta: ms": "{look_up_delta_ms:.2f}",
 }
 
 
@@ -108,19 +112,22 @@ def main(words: Sequence[str]) -> None:
     for dtype in ("fp32", "fp16", "int8"):
         base_folder = given.dir / f"base-{dtype}"
         _, _, base = _measure(_source(given.dir, 1, group), base_folder, dtype)
-        before = [(base_folder, base)]
         for step, share in enumerate(shares, start=2):
             source = _source(given.dir, step, group)
             row: Row = {"dtype": dtype, "changed": share}
             tables, loaded = {}, {}
             for kind in ("full", "delta"):
-                held = None if kind == "full" else read_rows(before, _STEM, _NAME)
-                seconds, size, tables[kind] = _measure(source, given.dir / kind, dtype, held)
+                held = None if kind == "full" else (base_folder, base)
+                seconds, size, written = _measure(source, given.dir / kind, dtype, held)
+                tables[kind] = written.stored
                 row |= {f"{kind}_s": seconds.wall, f"{kind}_cpu_s": seconds.cpu, f"{kind}_mb": size / 1e6}
-            for kind, chain in (("full", []), ("delta", before)):
-                parts = [*chain, (given.dir / kind, tables[kind])]
-                load = partial(read_rows, parts, _STEM, _NAME)
-                row[f"load_{kind}_s"] = seconds_of(lambda: loaded.update({kind: load()})).wall  # noqa: B023
+            some = torch.randint(given.rows, (_LOOKED_UP,), generator=rng)
+            for kind, chain in (("full", []), ("delta", [(base_folder, base.stored)])):
+                stored = read_rows([*chain, (given.dir / kind, tables[kind])], _STEM, _NAME)
+                look_up = partial(sum_bags, stored, some, torch.arange(_LOOKED_UP + 1))
+                look_up()
+                seconds = seconds_of(lambda: loaded.update({kind: look_up()}))  # noqa: B023
+                row[f"look_up_{kind}_ms"] = 1e3 * seconds.wall
             assert torch.equal(loaded["delta"], loaded["full"])
             report.rows.append(row)
             report.ratios[f"delta_to_full_bytes_{dtype}_{share:.0%}"] = row["delta_mb"] / row["full_mb"]
@@ -130,4 +137,4 @@ def main(words: Sequence[str]) -> None:
 
 
 def _source(folder: Path, step: int, group: TableGroup) -> Source:
-    return Source(Config(), {_GROUP: group}, TableReader(folder / "checkpoints" / f"step-{step:08d}"))
+    return Source(Config(), {_GROUP: group}, TensorReader(folder / "checkpoints" / f"step-{step:08d}"))

@@ -8,9 +8,9 @@ first. The releases in use are torch 2.13 and TorchRec 1.8.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -115,6 +115,65 @@ def lookups(module: nn.Module) -> Iterable[nn.Module]:
     return kernels
 
 
+@contextmanager
+def host_rows_from(make: Callable[[int, torch.dtype], Tensor]) -> Iterator[None]:
+    """Within this context kernels on a CPU get the memory of rows and of their optimizer's state from `make`.
+
+    Args:
+        make: numbers and their type -> zeros, one dimension.
+    """
+    # Imported here, since it takes seconds, which whoever only talks to other ranks need not wait for.
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+
+    kind: Any = SplitTableBatchedEmbeddingBagsCodegen
+    before = kind._apply_split
+
+    def applying(self: Any, split: Any, prefix: str, dtype: torch.dtype, **named: Any) -> None:
+        if split.host_size and named.get("preallocated_host_buffer") is None:
+            named["preallocated_host_buffer"] = make(split.host_size, dtype)
+        before(self, split, prefix=prefix, dtype=dtype, **named)
+
+    kind._apply_split = applying
+    try:
+        yield
+    finally:
+        kind._apply_split = before
+
+
+class KernelTable(NamedTuple):
+    """A table of a kernel, on this rank.
+
+    Attributes:
+        row, column: of the whole table, where its shard begins; rows: of the shard.
+        features: that look it up, whose ids stand one after the other.
+    """
+
+    name: str
+    row: int
+    column: int
+    rows: int
+    features: int
+
+
+def kernel_tables(kernel: nn.Module) -> list[KernelTable]:
+    """The tables of a kernel that updates rows in the backward pass, in the order of its ids.
+
+    Empty for any other module: also for data-parallel tables, whose kernel leaves the update to others.
+    """
+    # Imported here, since it takes seconds, which whoever only talks to other ranks need not wait for.
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+
+    inner = getattr(kernel, "_emb_module", None)
+    if not isinstance(inner, SplitTableBatchedEmbeddingBagsCodegen):
+        return []
+    found = []
+    for table in cast(Any, kernel)._config.embedding_tables:
+        place = table.local_metadata.shard_offsets if table.local_metadata is not None else (0, 0)
+        row, column = place
+        found.append(KernelTable(table.name, row, column, table.local_rows, table.num_features()))
+    return found
+
+
 def fused_optimizer(collection: nn.Module) -> Any:
     """The optimizer that a sharded collection shows."""
     return cast(Any, collection)._optim
@@ -123,6 +182,26 @@ def fused_optimizer(collection: nn.Module) -> Any:
 def set_fused_optimizer(collection: nn.Module, optimizer: Any) -> None:
     """Have a sharded collection show another optimizer."""
     cast(Any, collection)._optim = optimizer
+
+
+@contextmanager
+def rows_left_unset() -> Iterator[None]:
+    """Within this context TorchRec's kernels are made without drawing first weights for their rows.
+
+    TorchRec draws them when it makes a kernel, and again as each table's `init_fn` says.
+    """
+    # Imported here, since it compiles functions, which whoever only talks to other ranks need not wait for.
+    from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
+
+    kinds: list[Any] = [BaseBatchedEmbedding, BaseBatchedEmbeddingBag]
+    before = [kind.init_parameters for kind in kinds]
+    for kind in kinds:
+        kind.init_parameters = lambda _: None
+    try:
+        yield
+    finally:
+        for kind, method in zip(kinds, before, strict=True):
+            kind.init_parameters = method
 
 
 def features_on(sharding: Any, rank: int) -> list[str]:

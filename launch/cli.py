@@ -7,7 +7,6 @@ as its parameter is; switches are named, so that they get no `--no-` form.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
@@ -17,41 +16,22 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from launch.options import (
+    At,
+    Cache,
+    Checkpoint,
+    ConfigFile,
+    Device,
+    Dtype,
+    Overrides,
+    Overwrite,
+    RunFolder,
+    Search,
+    Snapshot,
+    Split,
+    Version,
+)
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"tandemrec {importlib.metadata.version('tandemrec')}")
-        raise typer.Exit()
-
-
-Version = Annotated[
-    bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
-]
-ConfigFile = Annotated[Path, Option("--config", metavar="FILE", help="TOML configuration.")]
-Overrides = Annotated[
-    list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
-]
-RunFolder = Annotated[Path, Option("--run", metavar="RUN", help="A run folder written by `train`.")]
-Dtype = Literal["fp32", "fp16", "int8"]
-Checkpoint = Annotated[
-    str,
-    Option(
-        "--checkpoint",
-        metavar="newest|best|STEP",
-        help="Default: the best if train.early_stopping looked for one, else the newest.",
-        show_default=False,
-    ),
-]
-Device = Annotated[
-    Literal["auto", "cpu", "cuda"] | None,
-    Option("--device", help="Where to compute; the default: the run's train.device.", show_default=False),
-]
-Split = Annotated[str, Option("--split", help="Which split of the log: train, validation or test.")]
-Snapshot = Annotated[Path, Option("--snapshot", metavar="SNAP", help="A snapshot by `export`.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing log.")]
 
 app = typer.Typer(
     name="tandemrec",
@@ -80,7 +60,7 @@ def doctor() -> None:
 
 @app.command()
 def fetch(
-    out: Annotated[Path, Option("--out", metavar="DIR", help="Where to put the data.")],
+    out: Annotated[Path, At("--out", metavar="DIR", help="Where to put the data.")],
     what: Annotated[
         Literal["demo", "multi-task"], Option(help="Only events, or also candidates with several labels.")
     ] = "demo",
@@ -94,7 +74,7 @@ def fetch(
 
 @app.command()
 def synth(
-    out: Annotated[Path, Option(metavar="LOG", help="The sequence log to write.")],
+    out: Annotated[Path, At(metavar="LOG", help="The sequence log to write.")],
     kind: Annotated[
         str,
         Option(
@@ -115,16 +95,16 @@ def synth(
 @app.command()
 def ingest(
     config: ConfigFile,
-    out: Annotated[Path | None, Option(metavar="LOG", help="The sequence log to write.")] = None,
+    out: Annotated[Path | None, At(metavar="LOG", help="The sequence log to write.")] = None,
     events: Annotated[
         list[Path] | None,
-        Option(metavar="FILE", help="Raw events: a file, folder or quoted pattern; repeatable."),
+        At(metavar="FILE", help="Raw events: a file, folder or quoted pattern; repeatable."),
     ] = None,
     impressions: Annotated[
-        list[Path] | None, Option(metavar="FILE", help="Shown candidates with labels; repeatable.")
+        list[Path] | None, At(metavar="FILE", help="Shown candidates with labels; repeatable.")
     ] = None,
     vocabulary: Annotated[
-        Path | None, Option(metavar="LOG", help="Keep the ids of this older log; new values are unknown.")
+        Path | None, At(metavar="LOG", help="Keep the ids of this older log; new values are unknown.")
     ] = None,
     extend: Annotated[
         bool, Option("--extend-vocabulary", help="New values get new ids after the older log's.")
@@ -171,27 +151,30 @@ def plan(
     behaviors: Annotated[
         int, Option("--behaviors-per-step", min=0, help="Of all ranks; 0: estimate from the log.")
     ] = 0,
-    out: Annotated[Path | None, Option("--json", metavar="FILE", help="Keep the plan here.")] = None,
+    out: Annotated[Path | None, At("--json", metavar="FILE", help="Keep the plan here.")] = None,
+    run_folder: Annotated[
+        Path | None, At("--out", metavar="RUN", help="The run's folder: is its disk large enough?")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print the sharding plan, memory and step bytes."""
+    """Print the sharding plan, what a run needs of memory and disk, and step bytes."""
     from pipelines.plan.plan import PlanOptions
     from pipelines.plan.plan import plan as run
 
-    options = PlanOptions(world_size, local_world_size, device, hbm, ddr, behaviors, out)
+    options = PlanOptions(world_size, local_world_size, device, hbm, ddr, behaviors, out, run_folder)
     run(config, overrides or [], options)
 
 
 @app.command()
 def train(
     config: ConfigFile,
-    out: Annotated[Path, Option(metavar="RUN", help="The run folder; resumed if it exists.")],
+    out: Annotated[Path, At(metavar="RUN", help="The run folder; resumed if it exists.")],
     plan_file: Annotated[
-        Path | None, Option("--plan", metavar="FILE", help="Place the tables as `plan --json` did.")
+        Path | None, At("--plan", metavar="FILE", help="Place the tables as `plan --json` did.")
     ] = None,
     overrides: Overrides = None,
     init_from: Annotated[
-        Path | None, Option(metavar="DIR|RUN", help="Start a new run with the weights of another one.")
+        Path | None, At(metavar="DIR|RUN", help="Start a new run with the weights of another one.")
     ] = None,
     more: Annotated[
         list[str] | None,
@@ -219,18 +202,24 @@ def train(
 
 @app.command()
 def evaluate(
-    run_folder: RunFolder, split: Split = "test", checkpoint: Checkpoint = "", device: Device = None
+    run_folder: RunFolder,
+    split: Split = "test",
+    checkpoint: Checkpoint = "",
+    device: Device = None,
+    sample: Annotated[
+        int, Option(min=0, help="About so many candidates at most, those of some users; 0: all.")
+    ] = 0,
 ) -> None:
     """Measure a trained run: AUC, log loss, calibration."""
     from pipelines.evaluate import evaluate as run
 
-    run(run_folder, split, checkpoint, device)
+    run(run_folder, split, checkpoint, device, sample)
 
 
 @app.command()
 def export(
     run_folder: RunFolder,
-    out: Annotated[Path, Option(metavar="SNAP", help="The snapshot folder to write.")],
+    out: Annotated[Path, At(metavar="SNAP", help="The snapshot folder to write.")],
     dtype: Annotated[Dtype, Option(help="How tables of representation are stored.")] = "fp32",
     attention_dtype: Annotated[Dtype, Option(help="How tables of attention are stored.")] = "fp16",
     since: Annotated[str, Option(metavar="BASE", help="Write only rows that differ from this version.")] = "",
@@ -248,17 +237,20 @@ def export(
     ] = None,
     checkpoint: Checkpoint = "",
     device: Device = None,
+    search: Annotated[
+        Search, Option(help="For a retrieval service: add the vectors that are projected from tables.")
+    ] = "none",
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    rest = (parity_requests, aoti, vocabularies, checkpoint, device)
+    rest = (parity_requests, aoti, vocabularies, checkpoint, device, search)
     run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
 
 
 @app.command()
 def unshard(
-    run_folder: RunFolder, out: Annotated[Path, Option("--out", metavar="DIR", help="The folder to write.")]
+    run_folder: RunFolder, out: Annotated[Path, At("--out", metavar="DIR", help="The folder to write.")]
 ) -> None:
     """Write a run's newest checkpoint as plain tables."""
     from pipelines.unshard import unshard as run
@@ -268,9 +260,9 @@ def unshard(
 
 @app.command()
 def cluster(
-    log: Annotated[Path, Option(metavar="LOG", help="A sequence log.")],
-    snapshot: Annotated[Path, Option(metavar="SNAP", help="Whose attention vectors are clustered.")],
-    out: Annotated[Path, Option(metavar="LOG", help="The log to write, with clusters.")],
+    log: Annotated[Path, At(metavar="LOG", help="A sequence log.")],
+    snapshot: Annotated[Path, At(metavar="SNAP", help="Whose attention vectors are clustered.")],
+    out: Annotated[Path, At(metavar="LOG", help="The log to write, with clusters.")],
     chunk: Annotated[int, Option(min=1, help="Behaviors clustered together.")] = 500,
     cap: Annotated[int, Option(min=1, help="Most behaviors of a cluster.")] = 20,
     group_by: Annotated[str, Option(metavar="FEATURE", help="No cluster mixes values of this feature.")] = "",
@@ -287,18 +279,19 @@ def cluster(
 @app.command()
 def score(
     snapshot: Snapshot,
-    requests: Annotated[Path, Option(metavar="LOG", help="A sequence log.")],
-    out: Annotated[Path, Option(metavar="FILE", help="Scores to write, Parquet.")],
+    requests: Annotated[Path, At(metavar="LOG", help="A sequence log.")],
+    out: Annotated[Path, At(metavar="FILE", help="Scores to write, Parquet.")],
     split: Split = "test",
     limit: Annotated[int, Option(min=0, help="At most so many requests; 0: all.")] = 0,
     against: Annotated[
-        Path | None, Option(metavar="FILE", help="Scores kept by `evaluate` to compare with.")
+        Path | None, At(metavar="FILE", help="Scores kept by `evaluate` to compare with.")
     ] = None,
+    cache: Cache = None,
 ) -> None:
     """Score requests with a snapshot, without the trainer."""
     from pipelines.score import score as run
 
-    run(snapshot, requests, split, limit, out, against)
+    run(snapshot, requests, split, limit, out, against, cache)
 
 
 @app.command()
@@ -307,7 +300,7 @@ def serve(
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0: any free one.")] = 8000,
     histories: Annotated[
-        Path | None, Option(metavar="LOG", help="A sequence log whose users requests may name.")
+        Path | None, At(metavar="LOG", help="A sequence log whose users requests may name.")
     ] = None,
     max_body: Annotated[int, Option(min=1, help="Bytes of a body.")] = 64 << 20,
     max_json: Annotated[int, Option(min=1, help="Bytes of a JSON body.")] = 8 << 20,
@@ -328,11 +321,12 @@ def serve(
     poll_seconds: Annotated[float, Option(min=0, help="Look for a newer version; 0: never.")] = 5.0,
     threads: Annotated[int, Option(min=1, help="Of the model.")] = 1,
     reload_token_file: Annotated[
-        Path | None, Option(metavar="FILE", help="Holds the token of POST /reload; else it is off.")
+        Path | None, At(metavar="FILE", help="Holds the token of POST /reload; else it is off.")
     ] = None,
     vocabulary: Annotated[
-        Path | None, Option(metavar="LOG", help="Whose values requests may name where the snapshot has none.")
+        Path | None, At(metavar="LOG", help="Whose values requests may name where the snapshot has none.")
     ] = None,
+    cache: Cache = None,
 ) -> None:
     """Serve a snapshot over HTTP, with a page to look at."""
     from pipelines.serve.load import LoadLimits
@@ -343,7 +337,19 @@ def serve(
     limits = Limits(max_body, max_requests, max_history, max_candidates, max_bag, max_ids, max_json)
     load = LoadLimits(max_connections, max_in_flight, client_seconds)
     batching = BatchSettings(batch_window_ms / 1000, batch_requests, waiting=max_waiting, threads=threads)
-    run(snapshot, host, port, histories, limits, batching, load, poll_seconds, reload_token_file, vocabulary)
+    run(
+        snapshot,
+        host,
+        port,
+        histories,
+        limits,
+        batching,
+        load,
+        poll_seconds,
+        reload_token_file,
+        vocabulary,
+        cache=cache,
+    )
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
@@ -366,6 +372,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; `arguments` defaults to the process's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if any("://" in word for word in words):
+            from trainer.storage import refuse_secrets
+
+            refuse_secrets(" ".join(words))  # errors and logs would repeat them
         # The command itself: called as an app, Typer puts an exception hook of its own in place of ours.
         command = typer.main.get_command(app)
         with reporting_thread_errors(debug="--debug" in words):

@@ -108,7 +108,14 @@ class Job:
         Raises:
             JobError: an option is wrong, or there are more ranks than GPUs on a node that has some.
         """
+        from embeddings.errors import ConfigError
+        from trainer.storage import refuse_secrets
+
         shape, given = parse_shape(self.j), self.mounts or []
+        try:
+            refuse_secrets(line)  # schedulers keep and show what a job runs
+        except ConfigError as error:
+            raise JobError(str(error)) from None
         try:
             resource = specs.resource(cpu=self.cpu or _cores(), gpu=self.gpu, memMB=self.memMB, h=self.h)
         except KeyError as error:
@@ -226,18 +233,22 @@ def train(*args: str, config: str, out: str, job: Job) -> specs.AppDef:
 
 
 @_component(*_RANKS, name="tandemrec-evaluate")
-def evaluate(run: str, split: str = "test", device: OptionalText = None, *, job: Job) -> specs.AppDef:
+def evaluate(
+    run: str, split: str = "test", device: OptionalText = None, sample: int = 0, *, job: Job
+) -> specs.AppDef:
     """
     Measures a trained run with `tandemrec evaluate`, on any number of ranks, not only as many as trained it.
 
-    The first node also holds the scores of all ranks in its memory.
+    The first node measures; what its memory does not hold goes through files in the run folder.
 
     Args:
         run: the run folder; with several nodes it must be on storage that all of them share
         split: train, validation or test
         device: auto, cpu or cuda; the default is the run's train.device
+        sample: about so many candidates at most, those of some users; 0 is all
     """
     words = ["evaluate", "--run", run, "--split", split, *(["--device", device] if device else [])]
+    words += ["--sample", str(sample)] if sample else []
     return job.app("evaluate", job.torchrun(words))
 
 
@@ -246,7 +257,7 @@ def export(run: str, out: str, device: OptionalText = None, *, job: Job) -> spec
     """
     Writes a serving snapshot of a run with `tandemrec export`, in one process.
 
-    The node's memory holds all tables in one piece, twice.
+    Tables stream through it, so that the node's memory need not hold them; some gigabytes are enough.
 
     Args:
         run: the run folder

@@ -85,9 +85,10 @@ def _user_message(error: Exception) -> str | None:
     try:
         # Here and not at the top, so that `doctor` still starts where a foreign package hides ours.
         from embeddings.errors import TandemError
+        from trainer.storage import without_secrets
     except ImportError:
         return None
-    return str(error) if isinstance(error, TandemError) else None
+    return without_secrets(str(error)) if isinstance(error, TandemError) else None
 
 
 def _tell_torchrun(message: str, consequence: bool) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import CLUSTER_COLUMNS, VOCABULARIES, LogManifest, SplitInfo, read_manifest, schema_of
 from trainer.log.writer import staged, write_manifest, write_split
-from trainer.snapshot import Snapshot, load_snapshot
+from trainer.snapshot import Snapshot, fetched, load_snapshot
+from trainer.storage.objects import copy_folder
 
 
 def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: bool = False) -> LogManifest:
@@ -34,7 +34,7 @@ def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: 
         SnapshotError: the snapshot is corrupt.
     """
     quiet_third_parties()
-    manifest, loaded = read_manifest(log), load_snapshot(snapshot)
+    manifest, loaded = read_manifest(log), load_snapshot(fetched(snapshot))
     loaded.check_vocabularies({**manifest.features, **manifest.context}, log)
     feature = manifest.features.get(info.group_by)
     if info.group_by and (feature is None or feature.multi or not feature.of_behaviors):
@@ -54,8 +54,7 @@ def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: 
                 layout = (size, max(size, files.files[0].rows // size * size))
             splits[split] = write_split(rows, staging, split, schema_of(clustered), layout)
             shares.append(f"{split}: {sum(sizes):,} clusters of {files.behaviors:,} behaviors")
-        if (log / VOCABULARIES).is_dir():
-            shutil.copytree(log / VOCABULARIES, staging / VOCABULARIES)
+        copy_folder(log / VOCABULARIES, staging / VOCABULARIES)
         write_manifest(staging, clustered.model_copy(update={"splits": splits}))
     print(f"{'; '.join(shares)} -> {out}")
     return clustered

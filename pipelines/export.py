@@ -20,13 +20,14 @@ from embeddings.lookup.stored import WIDTHS, Dtype
 from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
 from trainer.assemble import build_trainable, feature_rows, resolve_groups
+from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.config.tasks import Task, names_of, resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.log.vocabulary import read_values
+from trainer.log.vocabulary import stream_values
 from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config
@@ -34,10 +35,12 @@ from trainer.run_folder import RunFolder, versions
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.code import check_code, write_code
+from trainer.snapshot.fetching import beside
 from trainer.snapshot.loading import LONGEST_CHAIN, Chain
-from trainer.snapshot.manifest import BaseVersion, InputFeature, SnapshotManifest, VocabularyFile
+from trainer.snapshot.manifest import BaseVersion, InputFeature, SearchPart, SnapshotManifest, VocabularyFile
 from trainer.snapshot.partial_model import PartialModel, rows_of_requests
 from trainer.snapshot.publishing import drafting, open_base, publish
+from trainer.snapshot.search import SearchKind
 from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
 from trainer.snapshot.writing import Draft, Source, finish, group_dtypes
 
@@ -58,7 +61,8 @@ class _Run:
     config: Config
     manifest: LogManifest
     groups: Mapping[str, TableGroup]
-    reader: TableReader
+    reader: TensorReader
+    checkpoint: Path
     step: int
     split: str
 
@@ -85,6 +89,7 @@ def export(
     vocabularies: bool | None = None,
     which: str = "",
     device: DeviceName | None = None,
+    search: SearchKind = "none",
 ) -> Path:
     """Publish a checkpoint of `run` as the next version under `out`, once its scores are checked.
 
@@ -97,6 +102,8 @@ def export(
         vocabularies: add the values that the ids stand for; None: where they are small.
         which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`.
         device: on which the trainer's own scores are made; None = where the run was to train.
+        search: for a retrieval service: `vectors` writes those that are projected; `none` names the tables
+            whose rows are vectors as they are, and writes nothing.
 
     Raises:
         SnapshotError: the snapshot would not score like the trainer, or cannot be written; then nothing of
@@ -116,7 +123,10 @@ def export(
             raise SnapshotError(base.path, f"builds on {LONGEST_CHAIN - 1} others; export without --since")
         dtypes = group_dtypes(opened.config, dtype, attention_dtype)
         with drafting(out) as part:
-            manifest, parity = _write(part, opened, dtypes, base, ranks, parity_requests, vocabularies)
+            base = None if base is None else beside(base, part)
+            manifest, parity = _write(
+                part, opened, dtypes, base, ranks, parity_requests, vocabularies, search
+            )
             if aoti:
                 code = write_code(part, load_snapshot(part))
                 manifest = manifest.model_copy(update={"code": (code,)})
@@ -134,7 +144,7 @@ def _open(run: Path, which: str = "") -> _Run:
     assert path is not None
     for reason in found.refused:
         print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
-    groups, reader = resolve_groups(config, manifest), TableReader(path)
+    groups, reader = resolve_groups(config, manifest), TensorReader(path)
     for name, group in groups.items():
         for table in group.tables:
             shape = reader.shape(reader.table(name, group.table_name(table)))
@@ -144,7 +154,7 @@ def _open(run: Path, which: str = "") -> _Run:
     split = "validation" if manifest.holds("validation") else "train"
     if split == "train":
         print("this log has no validation requests: scores are compared on training ones", flush=True)
-    return _Run(config, manifest, groups, reader, int(found.state["step"]), split)
+    return _Run(config, manifest, groups, reader, path, int(found.state["step"]), split)
 
 
 def _write(
@@ -155,14 +165,16 @@ def _write(
     ranks: Ranks,
     parity_requests: int,
     vocabularies: bool | None,
+    search: SearchKind,
 ) -> tuple[SnapshotManifest, Parity]:
     """Everything of a version but its number, and how it compares to the trainer."""
     with closing(run.requests(_RECORDED_CANDIDATES).steps()) as steps:
         recorded = next(steps).batch
     found = rows_of_requests(_batches(recorded, run, parity_requests), run.groups, run.config)
     tables = {g.table_name(t): t.feature for g in run.groups.values() for t in g.tables}
-    source = Source(run.config, run.groups, run.reader)
-    draft = Draft(part, source, dtypes, base, partial(found.watch, tables))
+    source = Source(run.config, run.groups, run.reader, _base_step(run, base))
+    wanted = {table: found.ids[feature] for table, feature in tables.items()}
+    draft = Draft(part, source, dtypes, base, partial(found.watch, tables), wanted, search)
     dense = source.dense()
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
@@ -176,6 +188,7 @@ def _write(
         number=1 if base is None else base.manifest.number + 1,
         base=base and BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
         step=run.step,
+        checkpoint=checkpoint_files.manifest_digest(run.checkpoint),
         score_bound=bounds[0],
         mean_bound=bounds[1],
         tasks=tuple(names_of(run.tasks)),
@@ -195,6 +208,15 @@ def _write(
     return snapshot.manifest, _check(snapshot, trainer, run, ranks, parity_requests)
 
 
+def _base_step(run: _Run, base: Chain | None) -> int | None:
+    """The step of the base's checkpoint, if the run has that very one; else all rows are compared."""
+    if base is None or not base.manifest.checkpoint:
+        return None
+    there = checkpoint_files.of_step(run.checkpoint.parent, base.manifest.step)
+    same = {checkpoint_files.manifest_digest(path) for path in there} == {base.manifest.checkpoint}
+    return base.manifest.step if same else None
+
+
 def _check(
     snapshot: Snapshot, trainer: PartialModel, run: _Run, ranks: Ranks, parity_requests: int
 ) -> Parity:
@@ -205,7 +227,9 @@ def _check(
     """
     worst, manifest = snapshot.self_check(), snapshot.manifest
     for entry in manifest.vocabulary_files:
-        read_values(snapshot.path / entry.path, manifest.vocabularies[entry.feature])
+        for _ in stream_values(snapshot.path / entry.path, manifest.vocabularies[entry.feature]):
+            # To the end: only then is the digest compared.
+            pass
     parity = compare(trainer, snapshot, run.requests(), parity_requests) if parity_requests else Parity()
     snapshot.check_parity(parity.worst, parity.mean)
     worst = max(worst, parity.worst)
@@ -251,20 +275,27 @@ def copy_wanted_vocabularies(
 
 
 def _report(version: Path, manifest: SnapshotManifest, parity: Parity, split: str) -> list[str]:
-    sizes = {
-        part: sum(e.bytes for e in manifest.files if e.path.startswith(f"{part}/")) / 1e6
-        for part in ("tables", "search")
-    }
-    whole = sum(entry.bytes for entry in manifest.files) / 1e6
+    sizes = dict.fromkeys(("tables", "search", "vocab", "code"), 0.0) | {"the rest": 0.0}
+    for path, entry in manifest.listed().items():
+        folder = path.split("/")[0]
+        sizes[folder if folder in sizes else "the rest"] += entry.bytes / 1e6
+    parts = ", ".join(f"{part} {size:,.1f}" for part, size in sizes.items() if size or part == "search")
     kinds = ", ".join(f"{name} {tables[0].dtype}" for name, tables in manifest.groups.items())
     lines = [
-        f"snapshot {version}: step {manifest.step}, {whole:.1f} MB (tables {sizes['tables']:.1f}, search "
-        f"{sizes['search']:.1f}); {kinds}"
+        f"snapshot {version}: step {manifest.step}, {sum(sizes.values()):,.1f} MB ({parts}); {kinds}",
+        *(_search_line(name, part) for name, part in manifest.search.items()),
     ]
-    missing = {name: part.reason for name, part in manifest.search.items() if part.reason}
-    lines += [f"no search part for {name}: {reason}" for name, reason in missing.items()]
     if manifest.base is not None:
         held = [(stored.held, stored.rows) for _, _, stored in manifest.matrices()]
         changed, rows = map(sum, zip(*held, strict=True))
         lines.append(f"delta against version {manifest.base.number}: {changed:,} of {rows:,} rows")
     return lines + parity.lines(split)
+
+
+def _search_line(branch: str, part: SearchPart) -> str:
+    if part.reason:
+        return f"no search part for {branch}: {part.reason}"
+    named = sum(1 for entry in part.tables if entry.table)
+    own = [f"{entry.side} of {entry.feature} {entry.dtype}" for entry in part.tables if not entry.table]
+    held = [*([f"rows of {named} tables as they are"] if named else []), *own]
+    return f"search part for {branch}: {', '.join(held)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from pipelines.console import table_lines
 from trainer.ranks.process_group import Ranks
 from trainer.sealed_folder import write_text
+from trainer.storage import is_remote
+from trainer.storage.objects import uploading
 
 # Steps before the first that counts: buffers, kernels' first calls and the reader's start are in them.
 WARM, STEPS = 10, 20
@@ -103,7 +105,8 @@ class StepProfile:
             return
         name = f"rank-{self._ranks.rank}"
         trace = self._folder / f"{name}.json.gz"
-        self._profile.export_chrome_trace(str(trace))
+        with uploading(trace) if is_remote(trace) else nullcontext(trace) as file:
+            self._profile.export_chrome_trace(str(file))
         text = "\n".join(report(phase_times(self._profile.events()), steps))
         write_text(self._folder / f"{name}.txt", text + "\n")
         self._say(f"{text}\ntrace of {steps} steps: {trace} (open it in ui.perfetto.dev)")

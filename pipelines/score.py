@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,16 +14,24 @@ from trainer.config.tasks import labels_of, named_tasks
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import VOCABULARIES, LogManifest, read_manifest
 from trainer.log.vocabulary import read_values
-from trainer.quality.evaluate import score_requests
-from trainer.quality.scored import Scored, compare_scores, read_scores, write_scores
-from trainer.snapshot import Snapshot, load_snapshot
+from trainer.quality.compare import compare_scores
+from trainer.quality.evaluate import score_in_order
+from trainer.quality.score_files import ScoreFiles
+from trainer.quality.scored import Scored, write_scores
+from trainer.snapshot import Snapshot, fetched, load_snapshot
 
 # Column of a file of scores -> whose names it has.
 _NAME_COLUMNS = {"user": "user_id", "request": "request_id"}
 
 
 def score(
-    snapshot: Path, requests: Path, split: str, limit: int, out: Path, against: Path | None = None
+    snapshot: Path,
+    requests: Path,
+    split: str,
+    limit: int,
+    out: Path,
+    against: Path | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """Score the first `limit` requests (0 = all) of a split of a sequence log into a Parquet file.
 
@@ -31,12 +41,13 @@ def score(
             labels: those that it lacks are NaN in the file.
         against: scores of `tandemrec evaluate` to compare with; a difference above the snapshot's own bounds
             is an error.
+        cache: where a snapshot in an object store is fetched to; None: the user's caches.
 
     Raises:
         SnapshotError: the snapshot is corrupt, or scores differ. DataError: the log is malformed.
     """
     quiet_third_parties()
-    loaded = load_snapshot(snapshot)
+    loaded = load_snapshot(fetched(snapshot, cache))
     loaded.self_check()
     manifest = read_manifest(requests)
     manifest.require(split)
@@ -45,12 +56,14 @@ def score(
     if mine != wanted:
         raise DataError(f"has numbers {mine}, the snapshot was trained with {wanted}", file=requests)
     loaded.check_vocabularies({**reader.columns.features, **reader.columns.context}, requests)
-    scored = score_requests(loaded.score, reader, limit)
-    remarks = [*left_out, *write_named_scores(scored, out, requests, manifest)]
-    size = f"{scored.score.shape[0]:,} candidates of {scored.requests:,} requests"
+    counted = _Counted(score_in_order(loaded.score, reader, limit))
+    remarks = [*left_out, *write_named_scores(counted, out, requests, manifest)]
+    size = f"{counted.candidates:,} candidates of {counted.requests:,} requests"
     print(f"{size} scored by {loaded.path} -> {out}", *remarks, sep="\n")
     if against is not None:
-        worst, equal = compare_scores(scored, read_scores(against))
+        with tempfile.TemporaryDirectory() as scratch:
+            some, known = (ScoreFiles([file], Path(scratch)) for file in (out, against))
+            worst, equal = compare_scores(some, known)
         if worst == float("inf"):
             raise DataError("lacks scores of some of these requests; is it of the same split?", file=against)
         bound = loaded.manifest.score_bound
@@ -60,6 +73,21 @@ def score(
             problem = f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}"
             raise SnapshotError(loaded.path, problem)
     return out
+
+
+class _Counted:
+    """Counts candidates and requests that pass by."""
+
+    def __init__(self, chunks: Iterable[Scored]) -> None:
+        self._chunks = chunks
+        self.candidates = self.requests = 0
+
+    def __iter__(self) -> Iterator[Scored]:
+        for chunk in self._chunks:
+            self.candidates += chunk.size
+            # A block holds whole requests, and each request is in one block.
+            self.requests += chunk.requests
+            yield chunk
 
 
 def open_requests(loaded: Snapshot, log: Path, split: str) -> tuple[SequenceLogReader, list[str]]:
@@ -82,22 +110,30 @@ def open_requests(loaded: Snapshot, log: Path, split: str) -> tuple[SequenceLogR
     return SequenceLogReader(data, split, described.features, tasks=tasks), remarks
 
 
-def write_named_scores(scored: Scored, path: Path, log: Path, manifest: LogManifest) -> list[str]:
+def write_named_scores(
+    chunks: Scored | Iterable[Scored], path: Path, log: Path, manifest: LogManifest
+) -> list[str]:
     """Write the scores, with the names `user` and `request` where the log has names; returns remarks.
 
     Names that cannot be read are left out and remarked on: they must not cost the scores.
     """
-    names, remarks = {}, []
+    names: dict[str, tuple[str, pa.Array]] = {}
+    remarks = []
     for column, key in _NAME_COLUMNS.items():
         if key not in manifest.named:
             continue
         try:
             file = log / VOCABULARIES / f"{key}.parquet"
-            values = read_values(file, manifest.named[key].vocabulary, of_log=True)
+            names[column] = key, read_values(file, manifest.named[key].vocabulary, of_log=True)
         except DataError as error:
             remarks.append(f"the scores have no column {column}: {error}")
-            continue
-        ids = getattr(scored, key)
-        names[column] = values.take(pa.array(ids - 1, mask=(ids < 1) | (ids > len(values))))
-    write_scores(scored, path, names)
+
+    def named(chunk: Scored) -> dict[str, pa.Array]:
+        found = {}
+        for column, (key, values) in names.items():
+            ids = getattr(chunk, key)
+            found[column] = values.take(pa.array(ids - 1, mask=(ids < 1) | (ids > len(values))))
+        return found
+
+    write_scores(chunks, path, named)
     return remarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from embeddings.agreement import from_every_rank, from_rank_0, unhurried
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.plan.file import read_plan_file, to_tree
+from embeddings.plan.memory import memory_of_ranks
 from embeddings.plan.planner import DoesNotFit, check_plan, offline_plan
 from embeddings.plan.request import keep_quiet
 from pipelines.task_lines import task_lines
@@ -27,6 +29,8 @@ from trainer.assemble import (
     feature_rows,
     plan_request,
     resolve_groups,
+    room_for_tables,
+    run_of,
 )
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
@@ -45,12 +49,14 @@ from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
+from trainer.needs.run_needs import TooLittleMemory, check_memory, memory_needs
 from trainer.objectives.of_tasks import trained_tasks
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 from trainer.step_size import step_size
+from trainer.storage import is_remote, place
 from trainer.update.schedule import schedule_remarks
 
 Say = Callable[[str], None]
@@ -120,7 +126,7 @@ class Start:
         """Give a new run the weights that `train.init_from` names, if any; collective."""
         if self.resume.path is not None or not self.config.train.init_from:
             return
-        path, carry = Path(self.config.train.init_from), self.config.train.init_optimizer == "carry"
+        path, carry = place(self.config.train.init_from), self.config.train.init_optimizer == "carry"
         log, heads = self.config.data.log, self.heads
         with open_source(path, scratch) as source:
             lines: list[str] = []
@@ -167,7 +173,9 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)
-    validation = open_split(config, "validation", rows, ranks) if manifest.holds("validation") else None
+    validation = None
+    if manifest.holds("validation"):
+        validation = open_split(config, "validation", rows, ranks, limit=config.train.validate_candidates)
     if resume.path is not None:
         check_same_order(resume.path, resume.state, train.order, config.data.log)
     for problem in [*train.skipped, *(validation.skipped if validation else [])]:
@@ -176,6 +184,13 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         say(line)
     for line in task_lines(config, manifest, train):
         say(line)
+    if validation is not None and validation.sample is not None:
+        count, drawn = config.train.validate_candidates, validation.sample
+        say(
+            f"validation: about {count:,} of {validation.candidates:,} candidates, those of "
+            f"{drawn.users:.1%} of the users in {drawn.row_groups:,} row groups, the same each time "
+            "(train.validate_candidates = 0 takes all)"
+        )
     for line in from_rank_0(lambda: list(unobserved_lines(train, manifest)), slow=True):
         say(line)
     for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
@@ -203,7 +218,7 @@ def try_out(start: Start, say: Say) -> None:
         say(f"tables of {size / 1e9:,.1f} GB were planned, not built")
         source = start.config.train.init_from
         if source and start.resume.path is None:
-            from_rank_0(lambda: check_source(built[0], start.heads, Path(source)))
+            from_rank_0(lambda: check_source(built[0], start.heads, place(source)))
     if start.validation is not None:
         _first(start.validation)
     if start.manifest.holds("test"):
@@ -213,9 +228,10 @@ def try_out(start: Start, say: Say) -> None:
 def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]], say: Say) -> None:
     """Whether the tables have a place; a plan from a file is checked for the ranks that it was made for."""
     config, ranks = start.config, start.ranks
-    cluster, size = cluster_of(ranks), step_size(config.data, start.manifest)
+    memory, size = cluster_of(ranks), step_size(config.data, start.manifest)
+    cluster = room_for_tables(memory, config)
     if config.plan.file:
-        file = Path(config.plan.file)
+        file = place(config.plan.file)
         saved = read_plan_file(file)
         if ranks.world_size == 1:
             places = saved.world_size, saved.local_world_size
@@ -226,12 +242,15 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
 
     def problem() -> str:
         try:
-            offline_plan(plan_request(config, start.manifest, built, cluster, size))
-        except DoesNotFit as error:
-            if ranks.world_size > 1:
+            request = plan_request(config, start.manifest, built, cluster, size)
+            found = offline_plan(request)
+            held = memory_of_ranks(found.options, found.tables, cluster.world_size, cluster.device)
+            needs = memory_needs(run_of(config, start.manifest, request, size), held, memory, cluster.ddr)
+            return "\n".join(check_memory(needs))
+        except ConfigError as error:
+            if ranks.world_size > 1 or not isinstance(error, (DoesNotFit, TooLittleMemory)):
                 raise
             return f"{error}; more ranks may hold them, see `tandemrec plan`"
-        return ""
 
     if line := from_rank_0(problem):
         say(line)
@@ -244,7 +263,8 @@ def _build(start: Start) -> None:
     own = start.config.plan.model_copy(update=other)
     config = start.config.model_copy(update={"plan": own})
     former = start.resume.former_plan
-    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former)
+    new = start.resume.path is None
+    sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former, first_rows=new)
     trainer = start.trainer(sharded, keep_quiet)
     trainer.resume(start.resume)
     scratch = Path(from_rank_0(tempfile.mkdtemp))
@@ -268,20 +288,32 @@ def check_writable(out: Path) -> None:
     """Raises:
     ConfigError: no run can be written there.
     """
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
+    if is_remote(out):
+        probe = out / f"writable-{uuid.uuid4().hex[:12]}.tmp"
+        try:
+            probe.write_bytes(b"?")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        return
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"--out {out}: {place} cannot be written ({error.strerror})") from None
+        raise ConfigError(f"--out {out}: {folder} cannot be written ({error.strerror})") from None
 
 
 def open_split(
-    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None
+    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None, limit: int = 0
 ) -> SequenceLogReader:
-    """This rank's reader of a split; shuffled where a seed is given. Collective."""
+    """This rank's reader of a split; shuffled where a seed is given. Collective.
+
+    Args:
+        limit: about so many candidates are read at most; 0 = the whole split.
+    """
     return SequenceLogReader(
         config.data,
         split,
@@ -293,5 +325,6 @@ def open_split(
         share=sum_counts,
         together=unhurried,
         prepare=pinning(ranks.device),
+        limit=limit,
         own_row_groups=ranks.device.type == "cuda",
     )

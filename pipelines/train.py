@@ -20,10 +20,16 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Position, Trainer
-from trainer.quality.baselines import baselines, by_baseline, counted_feature
+from trainer.needs.run_needs import Run, check_disk, disk_needs, free_disk
+from trainer.quality.baseline_files import baselines_of
+from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config, of_files
-from trainer.run_folder import versions
+from trainer.run_folder import RunFolder, versions
+from trainer.storage import place
+
+# Candidates of a training split that is read once more when training ends, for baselines: some minutes.
+_RATES_OF = 100_000_000
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
@@ -53,7 +59,7 @@ def _settings(config: Path, overrides: Sequence[str]) -> Config:
     settings = load_config(config, overrides)
     # Kept in the run, which other commands may read from another folder.
     here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
-    file = settings.plan.file and str(Path(settings.plan.file).absolute())
+    file = settings.plan.file and str(place(settings.plan.file).absolute())
     placed = settings.plan.model_copy(update={"file": file})
     quiet_third_parties()
     return settings.model_copy(update={"data": here, "plan": placed})
@@ -78,9 +84,18 @@ def run(
     say = _say(ranks)
     start = open_start(config, out, ranks, say)
     folder, resume = start.folder, start.resume
-    sharded = build_sharded(config, start.manifest, ranks, training=True, former=resume.former_plan)
+    sharded = build_sharded(
+        config,
+        start.manifest,
+        ranks,
+        training=True,
+        former=resume.former_plan,
+        first_rows=resume.path is None,
+    )
     if sharded.origin:
         say(sharded.origin)
+    for line in from_rank_0(lambda: disk_lines(sharded.run, folder, resume)):
+        say(line)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
     trainer = start.trainer(sharded, say)
     start.fill(trainer, folder.first_weights, say)
@@ -94,6 +109,18 @@ def run(
         from_rank_0(lambda: opened.enter_context(folder.lock()))
         end = trainer.run(resume)
     _conclude(trainer, end, resume, start.manifest, say)
+
+
+def disk_lines(needs: Run | None, folder: RunFolder, resume: checkpoint.ResumePoint) -> list[str]:
+    """What is to be said of the disk that checkpoints go to.
+
+    Raises:
+        ConfigError: a new run could not save once.
+    """
+    if needs is None:
+        return []
+    there = sum(1 for _ in folder.checkpoints.glob("step-*")) if folder.checkpoints.exists() else 0
+    return check_disk(disk_needs(needs, free_disk(folder.checkpoints), there), new=resume.path is None)
 
 
 def _conclude(
@@ -134,14 +161,15 @@ def _conclude(
         if metrics is not None and trainer.validation_reader is not None:
             entries |= {"validation": metrics.entry(), "validation_step": step}
             try:
-                beside = baselines(trainer.validation_reader)
+                with baselines_of(trainer.validation_reader, folder.path, _RATES_OF) as beside:
+                    table, missing = beside.metrics(), beside.missing
             except (TandemError, OSError, MemoryError) as error:
                 # Training is over and saved by now: this is said, and is no failure.
                 lines = [f"no baselines beside the validation: {error}"]
             else:
-                table, feature = beside.metrics(), counted_feature(manifest)
+                feature = counted_feature(manifest)
                 entries[baselines_key("validation")] = by_baseline(table)
-                lines = [*without(beside.missing), *remarks("validation", metrics, table, feature)]
+                lines = [*without(missing), *remarks("validation", metrics, table, feature)]
         folder.update_summary(entries)
         return lines
 

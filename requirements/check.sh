@@ -16,8 +16,8 @@ for python in 3.11 3.12; do
     options=(--quiet --no-header --no-annotate --python-platform "$PLATFORM" --python-version "$python"
       --only-binary :all: --no-binary "$SDIST")
     # As they are installed: the set without dependencies, torch with its own.
-    pinned=$(uv pip compile "${options[@]}" --no-deps "$device.txt" | wc -l)
+    pinned=$(uv pip compile "${options[@]}" --no-deps "$device.txt" s3.txt | wc -l)
     torch=$(uv pip compile "${options[@]}" - <<< "$TORCH" | wc -l)
-    echo "python $python, $device: $pinned releases, and $TORCH with $((torch - 1)) more; source: $SDIST"
+    echo "python $python, $device and s3: $pinned releases, and $TORCH with $((torch - 1)) more; source: $SDIST"
   done
 done

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embeddings.agreement import from_every_rank
 from embeddings.errors import ConfigError, hint_of
 from embeddings.groups import TableGroup
 from embeddings.lookup.caches import with_prefetch
@@ -19,8 +22,10 @@ from embeddings.lookup.rounding import Comms
 from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.plan.bandwidths import of_device
 from embeddings.plan.file import SavedPlan, from_tree
+from embeddings.plan.memory import memory_of_plan
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.plan.request import Cluster, PlanRequest
+from embeddings.plan.tables import dense_bytes, tables_of
 from trainer.config.model import section_of
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.data.domain import DomainColumn
@@ -28,23 +33,31 @@ from trainer.log.schema import LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.settings import BranchConfig
 from trainer.model.sizes import Dimensions
-from trainer.model_memory import check_dense, check_step
+from trainer.needs.model_memory import check_dense, check_step
+from trainer.needs.run_needs import Run, check_memory, memory_needs
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, build_groups
 from trainer.sealed_folder import voice
 from trainer.step_size import StepSize, lookups, step_size
+from trainer.storage import place
 
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model ready to train, and how its tables lie; `origin` says so where a checkpoint had a say in it."""
+    """A model ready to train, and how its tables lie.
+
+    Attributes:
+        origin: lines that say where a checkpoint had a say in it, and what of the run may not fit.
+        run: what the run's needs follow from, where it is to train.
+    """
 
     model: DistributedModelParallel
     groups: Mapping[str, TableGroup]
     placements: list[Placement]
     plan: SavedPlan
     origin: str = ""
+    run: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -187,28 +200,78 @@ def build_sharded(
     ranks: Ranks,
     training: bool = False,
     former: FormerPlan | None = None,
+    first_rows: bool = True,
 ) -> ShardedModel:
     """Plan, shard and initialise; collective over all ranks.
 
     Args:
         training: the plan weighs what a step of training asks of the tables, and may come from `plan.file`.
         former: the plan of the checkpoint that training goes on from; it is taken again where it still suits.
+        first_rows: compute the tables' first weights; False: a checkpoint fills every row right after.
     """
     model, groups = build_trainable(config, manifest, torch.device("meta"))
     size = step_size(config.data, manifest) if training else None
     cluster = cluster_of(ranks)
     if size is not None:
         check_step(config, size, cluster.world_size, cluster.memory)
-    request = plan_request(config, manifest, (model, groups), cluster, size)
+    roomy = room_for_tables(cluster, config)
+    request = plan_request(config, manifest, (model, groups), roomy, size)
     if training and config.plan.file:
-        plan, origin = read_plan(Path(config.plan.file), request), ""
+        plan, origin = read_plan(place(config.plan.file), request), ""
     else:
         plan, origin = _plan(config, request, former)
+    lines: list[str] = []
+    run = None
+    if size is not None:
+        run = run_of(config, manifest, request, size)
+        held = memory_of_plan(plan, run.tables)
+        # Memory differs from node to node: all ranks hear of one that has not enough.
+        lines = [
+            *dict.fromkeys(
+                chain(*from_every_rank(lambda: check_memory(memory_needs(run, held, cluster, roomy.ddr))))
+            )
+        ]
     if training:
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
-        origin = "\n".join(filter(None, (origin, line)))
-    sharded = shard(model, groups, plan.plan, ranks.device, config.train.seed, request.comms)
-    return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin)
+        origin = "\n".join(filter(None, (origin, line, *lines)))
+    sharded = shard(
+        model,
+        groups,
+        plan.plan,
+        ranks.device,
+        config.train.seed,
+        request.comms,
+        first_rows=first_rows,
+        mapped_folder=_mapped_folder(config, ranks.device.type),
+    )
+    return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin, run)
+
+
+def room_for_tables(cluster: Cluster, config: Config) -> Cluster:
+    """The same, with the room that tables have: that of a disk, where they lie in mapped files.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    folder = _mapped_folder(config, cluster.device)
+    if folder is None:
+        return cluster
+    return replace(cluster, ddr=max(cluster.ddr, disk_usage(folder).free // cluster.local_world_size))
+
+
+def _mapped_folder(config: Config, device: str) -> Path | None:
+    """Where tables lie that are not in memory; None: all are.
+
+    Raises:
+        ConfigError: there is no such folder, or the ranks are no CPUs.
+    """
+    if not config.plan.mapped_folder:
+        return None
+    folder = Path(config.plan.mapped_folder)
+    if device != "cpu" or not folder.is_dir():
+        why = "is no folder" if device == "cpu" else "is for tables of CPU ranks; leave it out on GPUs"
+        raise ConfigError(f"plan.mapped_folder = {str(folder)!r} {why}")
+    return folder
 
 
 def _plan(config: Config, request: PlanRequest, former: FormerPlan | None) -> tuple[SavedPlan, str]:
@@ -303,6 +366,17 @@ def plan_request(
     return PlanRequest(
         model, tuple(groups.values()), cluster, config.plan.rules(), step_lookups, comms, voice.say
     )
+
+
+def run_of(config: Config, manifest: LogManifest, request: PlanRequest, size: StepSize) -> Run:
+    """What a run's needs follow from."""
+    tables = tables_of(request.model)
+    groups = {group.name: group for group in request.groups}
+    columns = 2 + len(manifest.features) + len(manifest.numeric)
+    dense = dense_bytes(request.model, tables)
+    layers = [p for name, p in request.model.named_parameters() if not name.startswith("collections.")]
+    outputs = sum(layer.shape[0] for layer in layers if layer.dim() == 2)
+    return Run(config, groups, tables, dense, size, request.lookups, columns, outputs)
 
 
 def cluster_of(ranks: Ranks) -> Cluster:

@@ -18,6 +18,8 @@ from embeddings.errors import ConfigError, DataError
 from trainer.ranks.machine import cores, installed
 from trainer.run_config import Config, load_config
 from trainer.sealed_folder import locked, naming, remove_folder, write_text
+from trainer.storage import is_remote
+from trainer.storage.spool import Spool
 
 _CONFIG = "config.toml"
 # Of each domain the board has these curves, and none where there are more domains.
@@ -128,23 +130,48 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, resumed_at: int) -> None:
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
+        self._spool: Spool | None = None
 
         def open_files() -> None:
-            self._file = folder.metrics.open("a", encoding="utf-8")
+            metrics, board = folder.metrics, folder.path / "tensorboard"
+            if is_remote(folder.path):
+                self._spool = Spool()
+                metrics, board = self._spool.file(metrics), self._spool.folder(board)
+            self._file = metrics.open("a", encoding="utf-8")
             # Events of steps that are about to be repeated disappear from the board.
-            with naming(folder.path / "tensorboard"):
-                self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_at + 1)
+            with naming(board):
+                self._board = SummaryWriter(str(board), purge_step=resumed_at + 1)
 
         from_rank_0(open_files)
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def keep(self, lenient: bool = False) -> None:
+        """Have all lines so far where the run lies, before a checkpoint that says that they are there.
+
+        Only where the run lies in a store: a local file has them already.
+
+        Args:
+            lenient: what cannot be uploaded is said, and tried again later.
+
+        Raises:
+            OSError: the store cannot be written.
+        """
+        if self._spool and self._board:
+            self._board.flush()
+            if lenient:
+                self._spool.offer()
+            else:
+                self._spool.keep()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file and self._board:
             self._file.close()
             with naming(self._board.log_dir):
                 self._board.close()
+        if self._spool:
+            self._spool.close(failing=kind is not None)
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """One line: step, split and the values in full precision.
@@ -160,6 +187,9 @@ class MetricsLog:
         with naming(self._board.log_dir):
             for tag, value in on_board(split, values):
                 self._board.add_scalar(tag, value, step)
+        if self._spool and self._spool.due:
+            self._board.flush()
+            self._spool.offer()
 
 
 def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

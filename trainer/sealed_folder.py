@@ -7,7 +7,6 @@ else goes wrong (a full disk, a broken one) is an error as ever.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import fnmatch
@@ -17,7 +16,7 @@ import os
 import re
 import shutil
 import socket
-import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.storage import is_remote, local, objects
+
+exchange, naming, Voice, voice = local.exchange, local.naming, local.Voice, local.voice
 _LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 _NO_SYNC_OF_FOLDERS = _LACKING | {errno.EISDIR, errno.EACCES, errno.EPERM, errno.EBADF}
 _NO_SYNC_OF_FILES = _LACKING | {errno.EBADF}
 _NO_LOCKS = _LACKING | {errno.ENOLCK, errno.EPERM, errno.EBADF}
 _NO_REPLACING = _LACKING | {errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EBUSY}
-_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 _ROUNDS = 100
 _STAYS = "what a killed process leaves behind stays until somebody deletes it"
 _DAY = 86_400
@@ -39,25 +40,10 @@ _DAY = 86_400
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 
 
-class Voice:
-    """Says each thing once a process, on stderr; `process_group` silences all ranks but the first."""
-
-    def __init__(self) -> None:
-        self.silent = False
-        self._said: set[str] = set()
-
-    def say(self, line: str, once: str = "") -> None:
-        """Print a line; where `once` was said before, nothing."""
-        if not self.silent and (once or line) not in self._said:
-            self._said.add(once or line)
-            print(f"tandemrec: {line}", file=sys.stderr, flush=True)
-
-
-voice = Voice()
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
+    if is_remote(path):
+        return objects.digest(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -112,14 +98,16 @@ class Seal:
         except OSError as error:
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
 
-    def check(self, file: Path, size: int, digest: str) -> None:
-        """Compare a file with its entry in the manifest.
+    def check(
+        self, file: Path, size: int, digest: str, digest_of: Callable[[Path], str] = file_digest
+    ) -> None:
+        """Compare a file with its entry in the manifest; `digest_of` reads it.
 
         Raises:
             Exception: of this kind: it cannot be read, or differs.
         """
         try:
-            same = file.stat().st_size == size and file_digest(file) == digest
+            same = file.stat().st_size == size and digest_of(file) == digest
         except OSError as error:
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
         if not same:
@@ -137,6 +125,9 @@ def publish(part: Path, final: Path, *, aside: Path | None = None, synced: bool 
         aside: where a folder goes that has the name already; it comes back if this one cannot take its place.
         synced: all that is in it has reached the disk already.
     """
+    if is_remote(final):
+        objects.publish(part, final, (MANIFEST, DIGEST), replace=aside is not None)
+        return
     if not synced:
         sync_tree(part)
     replaced = aside if aside is not None and final.exists() else None
@@ -152,7 +143,13 @@ def publish(part: Path, final: Path, *, aside: Path | None = None, synced: bool 
 
 
 def retire(folder: Path, name: str, *, strict: bool = False) -> None:
-    """Rename a folder to `<name>.tmp-<id>`, so that nobody finds half of it, and `remove_folder` it."""
+    """Rename a folder to `<name>.tmp-<id>`, so that nobody finds half of it, and `remove_folder` it.
+
+    In a store nothing is renamed: there its manifest is deleted first.
+    """
+    if is_remote(folder):
+        remove_folder(folder, strict=strict)
+        return
     gone = folder.with_name(f"{name}.tmp-{uuid.uuid4().hex[:12]}")
     folder.rename(gone)
     remove_folder(gone, strict=strict)
@@ -160,7 +157,7 @@ def retire(folder: Path, name: str, *, strict: bool = False) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Have a folder with all that is in it reach the disk."""
-    for path in (*folder.rglob("*"), folder):
+    for path in () if is_remote(folder) else (*folder.rglob("*"), folder):
         sync(path)
 
 
@@ -169,6 +166,8 @@ def sync(path: Path) -> None:
 
     A rename may get there before the data does; a power cut would then leave an empty file behind it.
     """
+    if is_remote(path):
+        return
     folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -212,6 +211,10 @@ def locked(path: Path, without: str, *, wait: bool = False) -> Iterator[bool]:
     Raises:
         BlockingIOError: another process holds it, and there was no wish to wait.
     """
+    if is_remote(path):
+        voice.say(f"warning: {path.parent}: a store keeps no locks, so {without}", without)
+        yield False
+        return
     descriptor, held = _take(path, without, wait)
     try:
         yield held
@@ -249,12 +252,15 @@ def scratch(
 ) -> Iterator[Path]:
     """A new folder `<parent>/<name>.tmp-<id>`, its lock beside it, that goes at the end unless it moved.
 
-    Those of killed processes go first: where the lock file is there and nobody holds it.
+    Those of killed processes go first: where the lock file is there and nobody holds it. What is to be
+    published to a store is written on this machine first, in the folder of temporary files.
 
     Args:
         owns: whatever has such a name is one of these, lock file or not.
         rescue: is called with a folder that is about to go.
     """
+    if is_remote(parent):
+        parent, name, owns, rescue = Path(tempfile.gettempdir()), f"tandemrec-{name}", False, None
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent, f"{glob.escape(name)}.tmp-*", owns=owns, rescue=rescue)
     folder = parent / f"{name}.tmp-{uuid.uuid4().hex[:12]}"
@@ -300,6 +306,9 @@ def sweep(
 
 def remove_folder(folder: Path, *, strict: bool = False) -> None:
     """Delete a folder with all that is in it, as far as that goes; what remains is an error if `strict`."""
+    if is_remote(folder):
+        objects.remove(folder, (MANIFEST, DIGEST), strict=strict)
+        return
     with suppress(OSError):
         shutil.rmtree(folder)
     # It opens folders to delete in them safely, which not every file system can; there by names.
@@ -317,29 +326,13 @@ def remove_folder(folder: Path, *, strict: bool = False) -> None:
             raise
 
 
-def exchange(one: Path, other: Path) -> bool:
-    """Have two folders change places in one step; False where the system or the file system cannot."""
-    try:
-        call = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError):
-        return False
-    return bool(call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)
-
-
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Have an error of writing say which file: a full disk is told of without one."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside `path` that takes its place once the body succeeds."""
+    if is_remote(path):
+        with objects.uploading(path) as part:
+            yield part
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # What killed processes of this host left of this very file goes, and what is older than a day.
     any_part = re.compile(rf"{re.escape(f'.{path.name}.tmp-')}([A-Za-z0-9._]+-)?(\d+)")
@@ -361,6 +354,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file whole."""
+    if is_remote(path):
+        path.write_bytes(text.encode())
+        return
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 

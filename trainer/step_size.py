@@ -32,7 +32,8 @@ _SAMPLED = 16
 class StepSize:
     """N, C and R of one step, over all ranks; `source` says where N comes from.
 
-    `blocks`: behaviors and candidates of each of the blocks that were looked at.
+    `blocks`: behaviors and candidates of each of the blocks that were looked at; `window`: of all the row
+    groups among which blocks are shuffled, on average.
     """
 
     behaviors: int
@@ -40,6 +41,7 @@ class StepSize:
     requests: int
     blocks: tuple[tuple[int, int], ...]
     source: str
+    window: int = 0
 
 
 def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None = None) -> StepSize:
@@ -53,7 +55,7 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
     Raises:
         DataError: the log's train split is missing, unreadable or without candidates.
     """
-    totals, blocks = [0, 0, 0], []
+    totals, blocks, costs = [0, 0, 0], [], []
     files = manifest.splits["train"].files if "train" in manifest.splits else []
     # An iterator, so that no more files are opened than are needed.
     places = (
@@ -63,7 +65,8 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
     )
     for place in islice(places, _SAMPLED):
         plan = read_plan(place.file, place.row_group)
-        for block in cut_blocks(plan, 0, LazyRows(place, _undecoded), config):
+        costs.append(plan.cost)
+        for block in cut_blocks(plan, (), LazyRows(place, _undecoded), config):
             totals[0] += block.behaviors
             totals[1] += block.candidates
             totals[2] += block.last - block.first
@@ -77,7 +80,11 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
         c, n = round(c * config.batch_behaviors / n), config.batch_behaviors
     if behaviors is not None:
         n, source = behaviors, "as given"
-    return StepSize(n, c, max(1, round(totals[2] / totals[1] * c)), tuple(blocks), source)
+    together = (
+        config.shuffle_row_groups if len(costs) == _SAMPLED else min(len(costs), config.shuffle_row_groups)
+    )
+    window = round(sum(costs) / len(costs) * together)
+    return StepSize(n, c, max(1, round(totals[2] / totals[1] * c)), tuple(blocks), source, window)
 
 
 def kept_behaviors(config: ModelConfig, size: StepSize, device: str = "cpu") -> int:

@@ -19,7 +19,8 @@ from pipelines.export import export as export_run
 from pipelines.score import score as score_requests
 from pipelines.synth.synth import synth as write_planted
 from pipelines.train import train as train_run
-from trainer.quality.scored import compare_scores, read_scores
+from trainer.quality.compare import compare_scores
+from trainer.quality.scored import read_scores
 from trainer.run_folder import RunFolder
 
 CONFIG = ROOT / "configs" / "dare.toml"

@@ -125,7 +125,7 @@ def as_batch(
     windowed = with_windows(rows, data.history_length, 0)
     plan = PlanRows(rows.request_offsets, rows.history_end, np.diff(rows.candidate_offsets))
     cut = data.model_copy(update={"requests_per_block": requests_per_block, "behaviors_per_block": 1 << 40})
-    blocks = cut_blocks(plan, 0, LazyRows(RowGroup(Path("made up"), 0), lambda: windowed), cut)
+    blocks = cut_blocks(plan, (), LazyRows(RowGroup(Path("made up"), 0), lambda: windowed), cut)
     return collate(blocks, data, Columns.of(manifest), int(rows.candidate_offsets[-1]))
 
 

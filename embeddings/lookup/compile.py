@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -19,6 +20,11 @@ from embeddings.groups import TableGroup, TableSpec
 
 _DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 _TABLES_OF = {"bag": "embedding_bags", "sequence": "embeddings"}
+
+
+def first_rows_come_later(weight: Tensor) -> Tensor:
+    """What TorchRec is to draw first weights by: `shard` gives rows theirs, or a checkpoint does."""
+    return weight
 
 
 def _described(group: TableGroup) -> list[dict[str, Any]]:
@@ -30,6 +36,7 @@ def _described(group: TableGroup) -> list[dict[str, Any]]:
             "embedding_dim": table.dim,
             "feature_names": [table.feature],
             "data_type": _DATA_TYPES[group.dtype],
+            "init_fn": first_rows_come_later,
         }
         for table in group.tables
     ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embeddings.groups import TableGroup
-from embeddings.lookup.stored import sum_bags
+from embeddings.lookup.stored import PatchedRows, StoredTable, sum_bags
 
 
 class PlainBagCollection(nn.Module):
@@ -18,19 +18,24 @@ class PlainBagCollection(nn.Module):
     Args:
         group: names, order and widths.
         weights: table name -> [rows, dim], or rows stored as fp16 or int8 (`embeddings.lookup.stored`);
-            memory-mapped tensors are fine, and only rows that are asked for are read.
+            memory-mapped tensors and patched ones are fine, and only rows that are asked for are read.
         trainable: register the tables as parameters (with dense gradients) instead of buffers.
     """
 
-    def __init__(self, group: TableGroup, weights: Mapping[str, Tensor], trainable: bool = False) -> None:
+    def __init__(
+        self, group: TableGroup, weights: Mapping[str, StoredTable], trainable: bool = False
+    ) -> None:
         super().__init__()
         self.group = group
         for table in group.tables:
-            name = group.table_name(table)
-            if trainable:
-                self.register_parameter(name, nn.Parameter(weights[name].clone()))
+            name, stored = group.table_name(table), weights[group.table_name(table)]
+            if isinstance(stored, PatchedRows):
+                # No buffer: it is none of the module's own memory, nor goes to another device.
+                setattr(self, name, stored)
+            elif trainable:
+                self.register_parameter(name, nn.Parameter(stored.clone()))
             else:
-                self.register_buffer(name, weights[name], persistent=False)
+                self.register_buffer(name, stored, persistent=False)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT of stride B -> KeyedTensor whose values are [B, sum of dims]."""

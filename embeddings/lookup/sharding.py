@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,11 +16,12 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from embeddings.first_rows import initial_rows_, table_seed
 from embeddings.groups import TableGroup
+from embeddings.lookup.mapped import mapped_rows
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms, codecs_of
 from embeddings.lookup.sharded import DEFAULT_EXCHANGE, BagSharder, Exchange, SequenceSharder
 from embeddings.lookup.shards import local_shards
 from embeddings.optimizers import FusedOptimizer
-from embeddings.private import update_in_backward
+from embeddings.private import host_rows_from, rows_left_unset, update_in_backward
 
 
 def sharders(
@@ -46,22 +50,29 @@ def shard(
     seed: int,
     comms: Comms = AS_THEY_ARE,
     exchange: Exchange = DEFAULT_EXCHANGE,
+    first_rows: bool = True,
+    mapped_folder: Path | None = None,
 ) -> DistributedModelParallel:
     """Wrap a model whose collections lie on the meta device; tables get their seeded first weights.
+
+    With `first_rows` false they hold anything, because a checkpoint is about to fill every row. With a
+    `mapped_folder` the rows of a CPU lie in files there, see `embeddings.lookup.mapped`.
 
     Forward must go through the returned module, or the dense weights of the ranks drift apart. The module
     keeps `comms`, so that a step can fit the scale to its gradients.
     """
-    sharded = DistributedModelParallel(
-        model, device=device, plan=plan, sharders=sharders(comms, exchange), init_parameters=True
-    )
+    mapped = nullcontext() if mapped_folder is None else host_rows_from(partial(mapped_rows, mapped_folder))
+    with rows_left_unset(), mapped:
+        sharded = DistributedModelParallel(
+            model, device=device, plan=plan, sharders=sharders(comms, exchange), init_parameters=True
+        )
     if device.type == "cpu" and dist.get_world_size() > 2:
         for module in sharded.modules():
             if isinstance(module, DistributedDataParallel):
                 # A function without annotations, since torch does not understand postponed ones.
                 module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
     first = {group.table_name(t): group.first for group in groups.values() for t in group.tables}
-    for name, weight in sharded.state_dict().items():
+    for name, weight in sharded.state_dict().items() if first_rows else ():
         table = table_of(name)
         if table in first:
             for part in local_shards(weight):

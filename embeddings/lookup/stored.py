@@ -9,6 +9,8 @@ The type of a stored tensor says which of the three it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 # Its import registers the operators under torch.ops.fbgemm.
@@ -46,19 +48,71 @@ def to_stored(rows: Tensor, dtype: Dtype) -> Tensor:
     else:
         stored = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows.float().contiguous())
         # A NaN can vanish in the codes, an infinite range shows in the scale.
-        scales = stored[:, -_SCALE_AND_SMALLEST:].contiguous().view(torch.float32)
+        # A copy, for the one row of a block may begin anywhere.
+        scales = (
+            stored[:, -_SCALE_AND_SMALLEST:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        )
         good = rows.isfinite().all() & scales.isfinite().all()
     if not good:
         raise ValueError(f"holds a number that is not finite, or too large for {dtype}")
     return stored.contiguous()
 
 
-def sum_bags(stored: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class PatchedRows:
+    """A stored table [rows, columns] as it was, and the rows that changed since; nothing is put together.
+
+    Looking up takes one binary search in each patch, and no memory but that of the rows that are asked for:
+    writing changes into a memory-mapped table would copy a page of 4 KiB for each row.
+
+    Attributes:
+        rows: of the table now, which may be more or fewer than `whole` has.
+        patches: oldest first, (ids, rows): ids ascending, below `rows` of their time. An id beyond `whole` is
+            in one of them.
+    """
+
+    rows: int
+    whole: Tensor
+    patches: Sequence[tuple[Tensor, Tensor]]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.rows, self.whole.shape[1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    def index_select(self, ids: Tensor) -> Tensor:
+        """Stored rows [n, columns] of ids [n]; IndexError for one outside of the table."""
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.rows):
+            raise IndexError(f"an id lies outside [0, {self.rows})")
+        found = self.whole.index_select(0, ids.clamp(max=self.whole.shape[0] - 1))
+        for changed, rows in self.patches:
+            if changed.numel():
+                at = torch.searchsorted(changed, ids).clamp_(max=changed.numel() - 1)
+                hits = torch.nonzero(changed[at] == ids).squeeze(1)
+                found[hits] = rows[at[hits]]
+        return found
+
+
+# What `sum_bags` looks rows up in.
+StoredTable = Tensor | PatchedRows
+
+
+def rows_at(stored: StoredTable, ids: Tensor) -> Tensor:
+    """Stored rows [n, columns] of ids [n]."""
+    return stored.index_select(ids) if isinstance(stored, PatchedRows) else stored.index_select(0, ids)
+
+
+def sum_bags(stored: StoredTable, ids: Tensor, offsets: Tensor) -> Tensor:
     """Sums of the rows of each bag, float32 [B, dim], reading only the rows that are asked for.
 
     Args:
         stored: a table, possibly memory-mapped; ids: of all bags; offsets: [B + 1], where each begins.
     """
+    if isinstance(stored, PatchedRows):
+        stored, ids = stored.index_select(ids), torch.arange(ids.numel(), device=ids.device)
     if stored.dtype == torch.uint8:
         pooled: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             stored, ids, offsets, include_last_offset=True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingPlan
@@ -74,7 +76,7 @@ def _constraint(request: PlanRequest, group: TableGroup, table: TableSpec) -> Pa
         pooling_factors=[lookup.ids / max(lookup.bags, 1)],
         num_poolings=[1.0],
         batch_sizes=[max(1, -(-lookup.bags // cluster.world_size))],
-        min_partition=_columns_a_shard(table.dim, cluster),
+        min_partition=_columns_a_shard(table.dim, cluster, sharding),
         cache_params=cache,
         stochastic_rounding=rounding_of(group, cluster.device),
     )
@@ -103,13 +105,16 @@ def _default_sharding(cluster: Cluster, rows: int) -> tuple[str, ...]:
     )
 
 
-def _columns_a_shard(dim: int, cluster: Cluster) -> int:
+def _columns_a_shard(dim: int, cluster: Cluster, sharding: Sequence[str]) -> int:
     """Least width of column shards: one a rank, in fours as the kernels work; TorchRec's default is 128.
 
-    TorchRec takes the next wider one that divides the table. Where that is too wide for a GPU, there are more
-    shards than ranks.
+    Of `grid_shard` there is one a node, since each keeps a row-wise state of its own. TorchRec takes the next
+    wider one that divides the table. Where that is too wide for a GPU, there are more shards than ranks.
     """
-    least = max(-(-dim // cluster.world_size) + 3 & ~3, 4)
+    places = cluster.world_size
+    if "grid_shard" in sharding and not {"column_wise", "table_column_wise"} & set(sharding):
+        places //= cluster.local_world_size
+    least = max(-(-dim // places) + 3 & ~3, 4)
     if cluster.device == "cpu":
         return least
     even = [width for width in range(4, min(dim, WIDEST_ON_CUDA) + 1, 4) if dim % width == 0]

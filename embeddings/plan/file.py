@@ -107,6 +107,8 @@ class _Plan(_Form):
     local_world_size: int
     tables: dict[str, tuple[int, int, int]]
     modules: dict[str, dict[str, _Table]]
+    # What `tandemrec plan` adds for its reader.
+    needs: Any = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def to_tree(saved: SavedPlan) -> dict[str, Any]:
         tables=dict(saved.tables),
         modules=modules,
     )
-    return plan.model_dump(mode="json")
+    return plan.model_dump(mode="json", exclude={"needs"})
 
 
 def from_tree(tree: Any, where: str) -> SavedPlan:

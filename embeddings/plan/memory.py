@@ -11,12 +11,13 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstima
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ShardingOption, Storage, Topology
 
+from embeddings.plan.file import SavedPlan
 from embeddings.plan.request import Cluster
 from embeddings.plan.tables import Table
 from embeddings.private import set_reserved_topology, topology_of
 
 # TorchRec's rule for dense weights: themselves, Adam's two moments, and gradients in DDP's buckets.
-_DENSE_COPIES = 6
+DENSE_COPIES = 6
 
 
 class Reservation(FixedPercentageStorageReservation):  # type: ignore[misc]
@@ -27,7 +28,7 @@ class Reservation(FixedPercentageStorageReservation):  # type: ignore[misc]
 
     def __init__(self, share: float, dense: int) -> None:
         super().__init__(share)
-        self._share, self._dense = share, dense * _DENSE_COPIES
+        self._share, self._dense = share, dense * DENSE_COPIES
 
     def left(self, memory: int) -> int:
         """Bytes of `memory` that tables may take; negative where not even the rest fits."""
@@ -112,6 +113,23 @@ def memory_of_ranks(
                 buffers = memory_of(shard.storage, device) - weights - optimizer
                 there = RankMemory(weights, optimizer, buffers)
             held[shard.rank] += there
+    return held
+
+
+def memory_of_plan(saved: SavedPlan, tables: Mapping[str, Table]) -> list[RankMemory]:
+    """What each rank holds under a plan that may come from a file, which knows of no buffers."""
+    held = [RankMemory() for _ in range(saved.world_size)]
+    for name, sharding in ((n, s) for module in saved.plan.plan.values() for n, s in module.items()):
+        table = tables[name]
+        whole = [(rank, (table.rows, table.dim)) for rank in sharding.ranks or range(saved.world_size)]
+        spec = sharding.sharding_spec
+        cut = spec and [(shard.placement.rank(), tuple(shard.shard_sizes)) for shard in spec.shards]
+        for rank, shape in cut or whole:
+            weights, optimizer = table.weights(*shape), table.optimizer.state_bytes(*shape)
+            if "uvm" in sharding.compute_kernel and saved.device == "cuda":
+                held[rank] += RankMemory(0, 0, 0, weights + optimizer, weights, optimizer)
+            else:
+                held[rank] += RankMemory(weights, optimizer)
     return held
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import (
@@ -34,6 +34,7 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.sharding import sharders
 from embeddings.plan.bandwidths import TORCHREC
 from embeddings.plan.constraints import check_rules, constraints_of
+from embeddings.plan.evenness import EvenProposer, Rated, RecordedPlans
 from embeddings.plan.file import SavedPlan, check_fits, from_tree, read_plan_file, to_tree
 from embeddings.plan.memory import Reservation, StorageEstimator, TableNeed, shortfall
 from embeddings.plan.request import Cluster, PlanRequest
@@ -52,12 +53,17 @@ class PlanEstimate:
     Attributes:
         plan: TorchRec's; options: the chosen way of each table, its shards with storage and time estimates.
         tables: by name; usable: bytes of a rank that tables may take.
+        taken, fastest: the plan as it was rated, and the one that is estimated to be the fastest.
+        front: other plans, each more even and slower than the one before.
     """
 
     plan: ShardingPlan
     options: list[ShardingOption]
     tables: dict[str, Table]
     usable: int
+    taken: Rated
+    fastest: Rated
+    front: list[Rated]
 
 
 class DoesNotFit(ConfigError):
@@ -161,18 +167,24 @@ def _plan_within(request: PlanRequest, constraints: dict[str, ParameterConstrain
     usable = reservation.left(request.cluster.memory)
     # The planner tries hundreds of arrangements before it says what one sum tells.
     _check_room(request, options, usable, certain=True)
+    partitioner = Partitioner(request.say, len(tables), request.cluster.world_size)
+    room = (usable, request.cluster.ddr) if request.cluster.device == "cuda" else (0, usable)
+    plans = RecordedPlans(topology, room, request.rules.even_within, partitioner.balanced)
     planner = EmbeddingShardingPlanner(
         topology=topology,
         constraints=constraints,
+        performance_model=plans,
+        callbacks=[plans.take],
         enumerator=enumerator,
         storage_reservation=reservation,
-        partitioner=Partitioner(request.say, len(tables), request.cluster.world_size),
+        partitioner=partitioner,
         # TorchRec's four, but no grid of thousands: eight tables of three types each took it a minute.
         proposer=[
             GridSearchProposer(max_proposals=_GRID),
             GreedyProposer(),
             GreedyProposer(use_depth=False),
             UniformProposer(),
+            EvenProposer(plans),
         ],
         stats=chosen,
         debug=False,
@@ -182,7 +194,8 @@ def _plan_within(request: PlanRequest, constraints: dict[str, ParameterConstrain
     except PlannerError:
         _check_room(request, options, usable, certain=False)
         raise
-    return PlanEstimate(plan, chosen.options, tables, usable)
+    assert plans.fastest is not None
+    return PlanEstimate(plan, chosen.options, tables, usable, plans.chosen(), plans.fastest, plans.front)
 
 
 def _topology(cluster: Cluster) -> Topology:
@@ -258,11 +271,23 @@ class Enumerator(EmbeddingEnumerator):  # type: ignore[misc]
             ],
         )
         self._options: list[ShardingOption] = []
+        self._rules = constraints
 
     def enumerate(self, *given: Any, **named: Any) -> list[ShardingOption]:
         """The ways, with time and storage."""
-        self._options = self._options or super().enumerate(*given, **named)
+        if not self._options:
+            # TorchRec lists ways in the order of a set, which differs from process to process; of plans that
+            # are as good the first is taken.
+            self._options = sorted(super().enumerate(*given, **named), key=self._place)
         return list(self._options)
+
+    def _place(self, option: ShardingOption) -> tuple[int, int, int]:
+        rule = self._rules[option.name]
+        return (
+            list(self._rules).index(option.name),
+            rule.sharding_types.index(option.sharding_type),
+            rule.compute_kernels.index(option.compute_kernel),
+        )
 
 
 class Partitioner(GreedyPerfPartitioner):  # type: ignore[misc]
@@ -272,8 +297,11 @@ class Partitioner(GreedyPerfPartitioner):  # type: ignore[misc]
         super().__init__()
         self._say, self._tables, self._ranks = say, tables, ranks
         self._tried, self._start, self._next = 0, time.monotonic(), _PATIENCE_S
+        self._left: Topology | None = None
 
-    def partition(self, *given: Any, **named: Any) -> list[ShardingOption]:
+    def partition(
+        self, proposal: list[ShardingOption], storage_constraint: Topology, *given: Any, **named: Any
+    ) -> list[ShardingOption]:
         """Give the shards of one arrangement their ranks."""
         elapsed = time.monotonic() - self._start
         if elapsed >= self._next:
@@ -283,8 +311,17 @@ class Partitioner(GreedyPerfPartitioner):  # type: ignore[misc]
                 f"arrangements tried in {elapsed:.0f} s"
             )
         self._tried += 1
-        placed: list[ShardingOption] = super().partition(*given, **named)
+        self._left = storage_constraint
+        placed: list[ShardingOption] = super().partition(proposal, storage_constraint, *given, **named)
         return placed
+
+    def balanced(self, proposal: list[ShardingOption]) -> None:
+        """Give the shards their ranks once more: slow tables first, and by memory where that is as fast.
+
+        Raises:
+            PlannerError: they do not fit so.
+        """
+        MemoryBalancedPartitioner().partition(proposal, self._left)
 
 
 def fewer_ways(

@@ -62,11 +62,13 @@ class PlanRules:
         allow_unified_memory: let the planner use host memory as device memory where nothing else fits.
         reserve: share of a rank's memory that tables leave free.
         tables: table name -> its own rule.
+        even_within: how much slower than the fastest a plan may be whose memory is more even, as a share.
     """
 
     allow_unified_memory: bool = False
     reserve: float = 0.15
     tables: Mapping[str, TableRule] = field(default_factory=dict)
+    even_within: float = 0.1
 
 
 def keep_quiet(line: str) -> None:

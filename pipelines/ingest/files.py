@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
+from pipelines.ingest.downloads import downloads
 
 Files = Path | str | Sequence[Path | str]
 Format = Literal["Parquet", "CSV"]
@@ -82,7 +83,8 @@ def find_files(patterns: Files, what: str) -> RawFiles:
     Raises:
         DataError: there is none, or Parquet and CSV files are mixed.
     """
-    given = [patterns] if isinstance(patterns, Path | str) else list(patterns)
+    several = patterns if isinstance(patterns, Sequence) and not isinstance(patterns, str) else [patterns]
+    given = [downloads.local(pattern) for pattern in several]
     found: dict[str, Path] = {}
     skipped: list[Path] = []
     notes: list[str] = []

@@ -22,6 +22,7 @@ from ibis.expr import types as ir
 from embeddings.errors import ConfigError, DataError
 from pipelines.ingest.config import IngestConfig, load_ingest_config
 from pipelines.ingest.domains import open_domains
+from pipelines.ingest.downloads import downloads
 from pipelines.ingest.encode import encode, in_buckets, narrow
 from pipelines.ingest.engine import Engine, connect, count_rows
 from pipelines.ingest.events import EVENTS, IMPRESSIONS, RAW_TABLES, open_events, open_impressions
@@ -45,6 +46,7 @@ from pipelines.ingest.vocabulary import (
 from trainer.log.schema import FeatureInfo, LogManifest, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
 from trainer.sealed_folder import remove_folder
+from trainer.storage import place
 
 __all__ = ["IngestConfig", "ingest", "load_ingest_config", "preview", "report_lines"]
 
@@ -102,9 +104,9 @@ def ingest(
             no request is left.
     """
     _check_inputs(events, impressions, config)
-    out = Path(out).absolute()
+    out = place(out).absolute()
     check_target(out, overwrite)
-    with staged(out, overwrite) as root:
+    with downloads, staged(out, overwrite) as root:
         spill = root / "spill"
         with closing(connect(engine, config.engine, spill)) as runner:
             older = older_vocabularies(runner, config)
@@ -134,6 +136,7 @@ def preview(
     _check_inputs(events, impressions, config)
     survey = Survey(measured=True)
     with (
+        downloads,
         tempfile.TemporaryDirectory() as folder,
         closing(connect(engine, config.engine, Path(folder) / "spill")) as runner,
     ):

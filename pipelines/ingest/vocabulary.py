@@ -14,11 +14,13 @@ from ibis.expr import types as ir
 
 from embeddings.errors import DataError
 from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.downloads import downloads
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
 from trainer.log.schema import FeatureInfo, Side, read_manifest
 from trainer.log.vocabulary import spell, stream_values
 from trainer.sealed_folder import MANIFEST
+from trainer.storage import place
 
 _BATCH = 1 << 16
 
@@ -64,7 +66,7 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
     """
     if not config.vocabulary.log:
         return {}
-    log = Path(config.vocabulary.log)
+    log = place(config.vocabulary.log)
     manifest = read_manifest(log)
     infos = manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
     shapes, remedy = column_shapes(config), "ingest with that log's columns, or without its vocabulary"
@@ -80,7 +82,10 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
         if problem:
             raise DataError(f"{problem}; {remedy}", file=log / MANIFEST)
     infos |= manifest.named
-    return {name: _older(engine, log / "vocab" / f"{name}.parquet", infos[name]) for name in infos}
+    return {
+        name: _older(engine, downloads.local(log / "vocab" / f"{name}.parquet"), infos[name])
+        for name in infos
+    }
 
 
 def _called(name: str) -> str:

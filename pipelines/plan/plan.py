@@ -13,12 +13,14 @@ from pydantic import ByteSize, TypeAdapter
 
 from embeddings.errors import ConfigError
 from embeddings.plan.file import to_tree
+from embeddings.plan.memory import gigabytes
 from embeddings.plan.planner import DoesNotFit, offline_plan, saved_plan
 from embeddings.plan.request import Cluster, PlanRequest
 from pipelines.console import quiet_third_parties
+from pipelines.plan.needs import all_needs, need_table, needs_tree
 from pipelines.plan.remedies import remedies
 from pipelines.plan.report import Report, need_lines, report_lines
-from trainer.assemble import build_trainable, fit_caches, plan_request
+from trainer.assemble import build_trainable, fit_caches, plan_request, room_for_tables, run_of
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.ranks.device import DeviceName
@@ -41,6 +43,7 @@ class PlanOptions:
         device: `cpu` or `cuda`, empty = `cuda` where `hbm` is given or train.device says so.
         hbm: memory of a GPU; ddr: memory of a node, for all its ranks; empty = 128 GiB a rank.
         behaviors: of a step, 0 = estimate from the log; out: where the plan is written.
+        run: the folder of the run that is planned, whose disk is looked at; None = none.
     """
 
     world_size: int
@@ -50,6 +53,7 @@ class PlanOptions:
     ddr: str = ""
     behaviors: int = 0
     out: Path | None = None
+    run: Path | None = None
 
 
 def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
@@ -63,6 +67,8 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
     cluster = cluster_of(options, settings.train.device)
     manifest = read_manifest(settings.data.log)
     size = step_size(settings.data, manifest, options.behaviors or None)
+    # Of tables in mapped files, the disk of this machine stands for those of the nodes.
+    memory, cluster = cluster, room_for_tables(cluster, settings)
     with of_files(config, overrides):
         request = _request(settings, manifest, cluster, size)
     try:
@@ -81,9 +87,13 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
         for lookup in ("full", "selected")
     }
     report = Report(found, request, size, asked, settings.model.lookup)
-    print("\n".join(report_lines(report)))
+    run = run_of(settings, manifest, request, size)
+    needs = all_needs(run, found, memory, cluster.ddr, options.run)
+    print("\n".join([*report_lines(report), "", *need_table(needs)]))
+    if not options.ddr:
+        print(f"host memory of a node was not given: {gigabytes(_HOST)} a rank is assumed; give --ddr")
     if options.out is not None:
-        write_text(options.out, json.dumps(to_tree(saved), indent=1))
+        write_text(options.out, json.dumps({**to_tree(saved), "needs": needs_tree(needs)}, indent=1))
         print(f"plan written to {options.out}; train with `tandemrec train --plan {options.out}`")
 
 

@@ -17,6 +17,7 @@ from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.traffic import Lookup, Traffic, sending_ids, traffic
 from embeddings.private import critical_path
 from pipelines.console import table_lines
+from pipelines.plan.more_even import imbalance, more_even
 from trainer.step_size import StepSize
 
 # Row-wise bags that send so many times what a sequence collection would are worth a warning.
@@ -80,7 +81,7 @@ def report_lines(report: Report) -> list[str]:
     """The whole print."""
     parts = [_head(report), _tables(report), _memory(report), _exchange(report), _by_table(report)]
     lines = [line for part in parts for line in (*part, "")]
-    return [*lines, *_time(report), *waste_lines(report)]
+    return [*lines, *_time(report), *waste_lines(report), *more_even(report.estimate, report.request)]
 
 
 def waste_lines(report: Report) -> list[str]:
@@ -179,9 +180,25 @@ def _memory(report: Report) -> list[str]:
         *table_lines(head, [(spans(ranks), *cells) for cells, ranks in alike.items()]),
         f"all ranks: weights {gigabytes(total.weights)}, optimizer state {gigabytes(total.optimizer)}",
         *([behind] if total.host else []),
-        f"largest rank over mean: memory {_imbalance([memory.total + memory.host for memory in held])}, "
-        f"estimated work {_imbalance(work)}",
+        f"largest rank over mean: memory {imbalance([memory.total + memory.host for memory in held]):.2f}, "
+        f"estimated work {imbalance(work):.2f}",
+        _chosen(report),
     ]
+
+
+def _chosen(report: Report) -> str:
+    """How the plan compares with the fastest."""
+    taken, fastest = report.estimate.taken, report.estimate.fastest
+    within = f"{report.request.rules.even_within:.0%}"
+    if taken is fastest:
+        return (
+            f"the planner's fastest plan ({fastest.time:.2f} ms for the rank with most to do); none within "
+            f"{within} is more even"
+        )
+    return (
+        f"the most even plan within {within} of the fastest: {taken.time:.2f} ms and {taken.fullest:.0%} of "
+        f"the room for tables, not {fastest.time:.2f} ms and {fastest.fullest:.0%}"
+    )
 
 
 def _exchange(report: Report) -> list[str]:
@@ -267,11 +284,6 @@ def _assumed(cluster: Cluster) -> str:
         f"{numbers['hbm']} GB/s of device memory, {numbers['host']} to host memory, {numbers['intra']} "
         f"in a node, {numbers['inter']} between nodes{marked}"
     )
-
-
-def _imbalance(values: Sequence[float]) -> str:
-    mean = sum(values) / len(values)
-    return f"{max(values) / mean:.2f}" if mean else "-"
 
 
 def spans(ranks: Sequence[int]) -> str:

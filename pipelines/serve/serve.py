@@ -35,6 +35,7 @@ def serve(
     token_file: Path | None = None,
     vocabulary: Path | None = None,
     grace_seconds: int = 30,
+    cache: Path | None = None,
 ) -> None:
     """Serve the newest version of a snapshot; SIGTERM lets what was accepted finish, and returns.
 
@@ -44,6 +45,7 @@ def serve(
         poll_seconds: look for a newer version that often; 0 = only when asked by POST /reload.
         token_file: holds what POST /reload must bring; without it, nobody may ask.
         vocabulary: a log whose values requests may name instead of ids, where the snapshot has none with it.
+        cache: where a snapshot in an object store is fetched to; None: the user's caches.
         grace_seconds: after SIGTERM, for requests under way.
 
     Raises:
@@ -58,7 +60,9 @@ def serve(
     metrics = Metrics()
     store = None if histories is None else HistoryStore(histories)
     token = "" if token_file is None else read_token(token_file)
-    versions = Versions(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary)
+    versions = Versions(
+        snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary, cache
+    )
     service = Service(versions, metrics, limits, batching, poll_seconds, load, token)
     config = uvicorn.Config(
         build_app(service),

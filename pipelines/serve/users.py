@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -76,7 +75,7 @@ def users_body(histories: HistoryStore | None, name: str | None = None) -> Users
     if histories is None:
         return UsersBody(total=0, users=[])
     if name is None:
-        users = heapq.nsmallest(_MOST_USERS, histories)
+        users = histories.first(_MOST_USERS)
     else:
         # Digits are a name where the log's users are text.
         text = histories.users is not None and histories.users.text

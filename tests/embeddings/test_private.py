@@ -209,3 +209,14 @@ def test_torch_has_the_kernels_and_the_compiler() -> None:
     assert isinstance(nn.BatchNorm1d(2), private.BatchNorm)
     assert "package_path" in parameters(torch._inductor.aoti_compile_and_package)
     assert parameters(torch._inductor.aoti_load_package)[0] == "path"
+
+
+def test_kernels_draw_their_first_weights_in_one_place() -> None:
+    from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
+
+    for kind in (BaseBatchedEmbedding, BaseBatchedEmbeddingBag):
+        before = kind.init_parameters
+        assert parameters(before) == ["self"]
+        with private.rows_left_unset():
+            assert kind.init_parameters is not before
+        assert kind.init_parameters is before

@@ -60,7 +60,7 @@ def wait_all(pids: list[int], seconds: int = 60) -> list[int]:
 
 
 def fork_ranks(
-    world_size: int, work: Callable[[Ranks], None], timeout_s: float = 30, **group: Any
+    world_size: int, work: Callable[[Ranks], None], timeout_s: float = 30, seconds: int = 60, **group: Any
 ) -> list[int]:
     """Run `work` on so many ranks of one process group; -> their exit codes."""
     with socket.socket() as free:
@@ -74,4 +74,4 @@ def fork_ranks(
         with process_group(timeout_s, **group) as ranks:
             work(ranks)
 
-    return wait_all([fork(lambda rank=rank: member(rank)) for rank in range(world_size)])
+    return wait_all([fork(lambda rank=rank: member(rank)) for rank in range(world_size)], seconds)

@@ -155,6 +155,7 @@ def test_the_other_verbs() -> None:
     assert {"--nnodes=2", "--nproc-per-node=4", "--max-restarts=3"} <= set(words)
     words = shlex.split(_command(evaluate(run="/s/run", device="cpu")))
     assert words[-4:] == ["--split", "test", "--device", "cpu"]
+    assert shlex.split(_command(evaluate(run="/s/run", sample=9)))[-2:] == ["--sample", "9"]
     line = _command(export(run="/s/run", out="/s/snap", device="cuda"))
     assert line == "exec python -m launch.cli export --run /s/run --out /s/snap --device cuda"
     line = _command(export(run="/s/run", out="/s/snap", mounts=["type=bind", "src=/s", "dst=/s"]))
@@ -222,6 +223,13 @@ def test_slurm_gets_gpus_ranks_restarts_and_requeues(tmp_path: Path) -> None:
     assert len(lines) == 2
     for line in lines:
         _assert_trains(line, {"SLURM_JOB_NODELIST_HET_GROUP_0": "node-7"}, "77", "node-7")
+
+
+def test_credentials_in_an_address_are_refused_before_a_scheduler_keeps_them() -> None:
+    with pytest.raises(JobError, match="AWS_PROFILE") as caught:
+        train(config="c.toml", out="s3://AKIDX:hush@bucket/run")
+    assert "hush" not in str(caught.value)
+    train(config="c.toml", out="s3://bucket/run")
 
 
 def test_kubernetes_gets_gpus_ranks_restarts_image_and_mounts() -> None:

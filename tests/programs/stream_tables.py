@@ -1,6 +1,8 @@
 """Script: by how many kilobytes this process grows while it writes a checkpoint's table into a snapshot.
 
-python -m tests.programs.stream_tables CHECKPOINT OUT DTYPE ROWS DIM
+python -m tests.programs.stream_tables CHECKPOINT OUT DTYPE ROWS DIM [BASE]
+
+With BASE, a folder that it wrote before, the table is a delta. Vectors of width 2 x DIM are written besides.
 
 Pages of files are left out: how many of them the kernel counts depends on how the files lie in its cache.
 """
@@ -10,13 +12,21 @@ from __future__ import annotations
 import resource
 import sys
 import threading
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from embeddings.groups import TableGroup, TableSpec
-from trainer.checkpoint.tensors import TableReader
+from embeddings.lookup.stored import Dtype
+from trainer.checkpoint.tensors import TensorReader
 from trainer.run_config import Config
+from trainer.sealed_folder import entry_of
+from trainer.snapshot.manifest import SnapshotFile, StoredRows
+from trainer.snapshot.matrix_file import LayeredReader
+from trainer.snapshot.rows import write_changes
+from trainer.snapshot.search import Part
 from trainer.snapshot.writing import Draft, Source
 
 
@@ -43,16 +53,32 @@ class Growth(threading.Thread):
         return self.most
 
 
-def main(path: Path, out: Path, dtype: str, rows: int, dim: int) -> None:
+def main(path: Path, out: Path, dtype: Dtype, rows: int, dim: int, base: Path | None = None) -> None:
     torch.set_num_threads(1)
+    name, stem = "attention__item_id", "tables/attention.0"
     group = TableGroup("attention", (TableSpec("item_id", rows, dim),))
-    source = Source(Config(), {"attention": group}, TableReader(path))
-    next(source.rows("attention", "attention__item_id"))
+    source = Source(Config(), {"attention": group}, TensorReader(path))
+    next(source.rows("attention", name))
+    part = Part("key", "attention", name, "item_id", rows, 2 * dim, torch.ones(dim, 2 * dim))
+    draft = Draft(out, source, {"attention": dtype})
     growth = Growth()
     growth.start()
-    Draft(out, source, {"attention": dtype}).write_tables()  # type: ignore[dict-item]
+    if base is None:
+        draft.write_tables()
+        (out / "search").mkdir()
+        vectors = partial(draft._part_rows, part)
+        draft._write("search/main.0", "key__item_id", (rows, 2 * dim), dtype, vectors)
+    else:
+        (out / "tables").mkdir()
+        file = SnapshotFile(path=f"{stem}.safetensors", **entry_of(base / f"{stem}.safetensors"))
+        whole = StoredRows(rows=rows, dim=dim, dtype=dtype)
+        with closing(LayeredReader([(base, {file.path: file}, whole)], stem, name)) as reader:
+            again = partial(source.rows, "attention", name)
+            written = write_changes(out, stem, name, (rows, dim), dtype, again, reader)
+        assert written.stored.changed
     print(growth.stop())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    words = sys.argv
+    main(Path(words[1]), Path(words[2]), words[3], int(words[4]), int(words[5]), *map(Path, words[6:]))  # type: ignore[arg-type]

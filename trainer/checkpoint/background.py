@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,17 +18,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from embeddings.agreement import from_every_rank
+from embeddings.agreement import from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
+from embeddings.lookup.touched import TouchedRows
+from trainer.checkpoint import files
 from trainer.checkpoint import save_load as checkpoint
+from trainer.checkpoint.delta import Delta, Link, TouchedShard, names_of_rows, touched_shards, without_rows
 from trainer.checkpoint.staging import StagedCopy, device_of
 from trainer.config.sections import CheckpointConfig
+from trainer.ranks.machine import free_memory_bytes
 from trainer.ranks.process_group import tells_of_a_lost_rank
 
 # How long a save under way may still take when training has failed; and when that was because of a lost rank,
 # which the save most likely needs, too.
 _GRACE_S, _LOST_S = 60.0, 2.0
 _WORTH_SAYING_S = 1.0
+# What must be free for a copy, over its size: training itself takes more now and then.
+_MARGIN = 1.1
+# The most of the tables that a delta may hold; beyond, a full save is no larger for what it spares later.
+_MOST = 0.5
+_ID_BYTES = 8
 
 
 class Saver:
@@ -39,19 +48,34 @@ class Saver:
 
     Args:
         folder: the run's `checkpoints` folder; say: prints a line on rank 0.
+        local_ranks: that share this machine's memory.
+        touched: marks the rows that change; needed where `full_every` is above 1.
 
     Attributes:
         saved: step of the newest checkpoint known to be in place, resumed from or written; -1 = none.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None],
+        local_ranks: int = 1,
+        touched: TouchedRows | None = None,
+    ) -> None:
         self.folder, self.config, self.say = folder, config, say
         timeout = datetime.timedelta(minutes=config.timeout_minutes)
         # Of its own, so that its collectives cannot mix with those of the steps.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self.saved = -1
-        self._copy, self._roomy = StagedCopy(), False
+        self._copy, self._roomy, self._local_ranks = StagedCopy(), False, local_ranks
+        # `async` or `sync`; empty: the first save is to find out.
+        self._mode = "" if config.mode == "auto" else config.mode
         self._running: _Save | None = None
+        self._touched = touched
+        # What a delta would build on, and how many deltas there are since the last full one.
+        self._base: Path | None = None
+        self._links, self._follow_next = 0, False
 
     def __enter__(self) -> Saver:
         return self
@@ -79,20 +103,18 @@ class Saver:
             CheckpointError: this save failed, or the one before, and `on_error` is `stop`.
         """
         self.settle()
-        device = device_of(tensors)
-        if self.config.mode == "async":
-            if not self._roomy:
-                # All ranks hear of one that has no memory, for which they would else wait in the save.
-                from_every_rank(lambda: self._make_room(tensors), self._group)
-                self._roomy = True
-            elif not self._copy.fits(tensors):
-                self._make_room(tensors)
-            tensors = self._copy.take(tensors)
+        device, delta = device_of(tensors), self._delta(step, tensors)
+        whole = tensors if delta is None else without_rows(tensors, delta.names)
+        copied = StagedCopy.bytes_of(whole)
+        copied += 0 if delta is None else sum(shard.count * shard.row_bytes for shard in delta.shards)
+        in_background = self._in_background(copied, delta is not None)
+        if in_background:
+            whole, in_background = self._staged(whole, delta)
         write = partial(
-            checkpoint.save, self.folder, step, tensors, state, self.config.keep, best, self._group
+            checkpoint.save, self.folder, step, whole, state, self.config.keep, best, self._group, delta
         )
-        self._running = save = _Save(self.folder, step, write, device)
-        if self.config.mode == "async":
+        self._running = save = _Save(self.folder, step, write, device, 0 if delta is None else delta.links)
+        if in_background:
             save.start()
         else:
             save.run()
@@ -114,8 +136,14 @@ class Saver:
         if save.is_alive():
             save.join()
         waited = time.monotonic() - started
+        if self._touched is not None:
+            # The next one may be of another kind, and both would lie beside the tables.
+            self._copy.close()
+            self._roomy = False
         if save.problem is None:
             self.saved = save.step
+            if self._follow_next:
+                self._base, self._links = save.path, save.links
             slow = f" (waited {waited:.0f} s for it)" if waited > _WORTH_SAYING_S and not last else ""
             self.say(f"checkpoint {save.path}{slow}")
         elif last or self.config.on_error == "stop":
@@ -123,22 +151,118 @@ class Saver:
         else:
             self.say(f"not saved, training goes on: {save.problem}")
 
-    def _make_room(self, tree: Mapping[str, Any]) -> None:
+    def follow(self, path: Path | None, links: int = 0) -> None:
+        """The weights are now those of a checkpoint, which deltas may build on, or (None) of none.
+
+        Args:
+            links: deltas since the last full one.
+        """
+        self._base, self._links = path, links
+        if self._touched is not None:
+            self._touched.take()
+
+    def _delta(self, step: int, tensors: Mapping[str, Any]) -> Delta | None:
+        """What is to be written instead of whole tables; None: they are; collective."""
+        if self._touched is None:
+            return None
+        bits = self._touched.take()
+        shards = touched_shards(tensors, bits)
+        mine = (
+            sum(shard.count * (shard.row_bytes + _ID_BYTES) for shard in shards),
+            sum(self._touched.rows[key] * shard.row_bytes for key, shard in zip(bits, shards, strict=True)),
+            {key.table for key in bits},
+        )
+        every = from_every_rank(lambda: mine, self._group)
+        touched, whole = sum(each[0] for each in every), sum(each[1] for each in every)
+        tables = set[str]().union(*(each[2] for each in every))
+        link, new = from_rank_0(lambda: self._link(step), self._group)
+        # Of a step that is there already it is not known whether its bits are ours.
+        base, self._base = self._base, None
+        self._follow_next = new
+        if base is None or link is None or touched > _MOST * whole:
+            return None
+        return Delta(link, self._links + 1, shards, names_of_rows(tensors, tables))
+
+    def _link(self, step: int) -> tuple[Link | None, bool]:
+        """What a delta would build on, and whether there is no checkpoint of this step yet."""
+        new = not files.of_step(self.folder, step)
+        if self._base is None or not new or self._links + 1 >= self.config.full_every:
+            return None, new
+        try:
+            return Link(self._base.name, files.manifest_digest(self._base)), new
+        except OSError:
+            # Somebody has deleted it.
+            return None, new
+
+    def _in_background(self, copied: int, of_delta: bool) -> bool:
+        """Whether a save is to be written by the thread; collective.
+
+        `auto` asks at the first full save, and for each delta before it or where full ones found no room,
+        whether the copy fits into every rank's memory.
+
+        Args:
+            copied: bytes that this rank would copy.
+        """
+        if self._mode == "async" or (self._mode and self.config.mode != "auto"):
+            return self._mode == "async"
+        if self._mode and not of_delta:
+            return False
+        free = free_memory_bytes() // self._local_ranks
+        places = from_every_rank(lambda: (copied * _MARGIN <= free, copied, free), self._group)
+        # The rank that is worst off speaks for all.
+        fits, copied, free = min(places, key=lambda place: (place[0], place[2] - place[1]))
+        if not of_delta:
+            rank, self._mode = places.index((fits, copied, free)), "async" if fits else "sync"
+            sizes = f"a copy of {_size(copied)} for a save in the background, and {_size(free)} are free"
+            what = "training goes on during a save" if fits else "training waits for each save"
+            self.say(f'checkpoint.mode = "auto": {self._mode}, {what}; rank {rank} needs {sizes}')
+        return fits
+
+    def _staged(self, tensors: Mapping[str, Any], delta: Delta | None) -> tuple[Mapping[str, Any], bool]:
+        """A copy of the tensors and of a delta's rows; themselves where `auto` finds no memory after all."""
+
+        def make_room() -> None:
+            self._make_room(tensors, () if delta is None else delta.shards)
+
+        if not self._roomy or delta is not None:
+            try:
+                # All ranks hear of one that has no memory, for which they would else wait in the save.
+                from_every_rank(make_room, self._group)
+            except CheckpointError as error:
+                if self.config.mode != "auto":
+                    raise
+                self._copy.close()
+                self._mode = "sync"
+                self.say(f'checkpoint.mode = "auto": sync, training waits for each save; {error.problem}')
+                return tensors, False
+            self._roomy = True
+        elif not self._copy.fits(tensors):
+            self._make_room(tensors)
+        copied: Mapping[str, Any] = self._copy.take(tensors)
+        return copied, True
+
+    def _make_room(self, tree: Mapping[str, Any], shards: Sequence[TouchedShard] = ()) -> None:
         try:
             self._copy.make_room(tree)
+            for shard in shards:
+                shard.hold()
         except (MemoryError, RuntimeError) as error:
             why = f"no host memory for a copy of this rank's shards ({' '.join(str(error).split())})"
             raise CheckpointError(self.folder, f'{why}; checkpoint.mode = "sync" needs none') from None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 class _Save(threading.Thread):
     """One save. A daemon, because a peer that died must not keep this process from ending."""
 
     def __init__(
-        self, folder: Path, step: int, write: Callable[[], Path], device: torch.device | None
+        self, folder: Path, step: int, write: Callable[[], Path], device: torch.device | None, links: int
     ) -> None:
         super().__init__(name=f"save of step {step}", daemon=True)
-        self.folder, self.step, self.path = folder, step, Path()
+        self.folder, self.step, self.path, self.links = folder, step, Path(), links
         self._write, self._device = write, device
         self.problem: CheckpointError | None = None
 

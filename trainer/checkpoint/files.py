@@ -5,6 +5,9 @@
     step-00001200/manifest.json      size and SHA-256 of every file above
     step-00001200/manifest.sha256    of manifest.json itself, as `sha256sum -c` reads it
 
+In an object store, where nothing can be renamed, each save writes into a folder of its own,
+`step-00001200-<id>`. It counts once its `manifest.sha256` is there, which is written last and deleted first.
+
 Nothing here talks to other ranks; `trainer.checkpoint.save_load` does.
 """
 
@@ -20,13 +23,17 @@ from typing import Any
 
 from embeddings.errors import CheckpointError
 from trainer.log.names import path_problem
-from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, sweep, sync
+from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, file_digest, remove_folder, sweep, sync
 from trainer.sealed_folder import publish as publish_folder
 from trainer.sealed_folder import retire as retire_folder
+from trainer.storage import is_remote
+from trainer.storage.objects import sizes, unfinished
 
-_NAME = re.compile(r"step-(\d{8})$")
+# In a store with an id of the save: nothing is renamed there.
+_NAME = re.compile(r"step-(\d{8})(?:-[0-9a-f]{8})?$")
 STATE = "state.json"
 SEAL = Seal(CheckpointError, "the checkpoint is of no use", names_file=True)
+_DAY = 86_400
 # File name -> {"bytes": size, "sha256": digest}.
 Entries = dict[str, dict[str, Any]]
 
@@ -35,9 +42,47 @@ def final_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The steps that a checkpoint was saved after."""
+    match = _NAME.search(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
+def manifest_digest(path: Path) -> str:
+    """What a delta calls a checkpoint by, besides its name: the SHA-256 of its manifest."""
+    return file_digest(path / MANIFEST)
+
+
+def new_part(folder: Path, step: int) -> Path:
+    """A folder that nobody else writes into, for a save to be made in."""
+    between = "-" if is_remote(folder) else ".tmp-"
+    return folder / f"{final_name(step)}{between}{os.urandom(4).hex()}"
+
+
+def final_of(part: Path) -> Path:
+    """What the folder of a save is called in the end."""
+    return part if is_remote(part) else part.with_name(part.name.partition(".tmp-")[0])
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Everything that has the name of a checkpoint, newest first."""
-    return sorted((p for p in folder.glob("step-*") if _NAME.search(p.name)), reverse=True)
+    """Everything that has the name of a checkpoint, newest first; in a store, all that are complete."""
+    if is_remote(folder):
+        paths = [file.rpartition("/") for file in sizes(folder)]
+        found = [folder / name for name, _, file in paths if file == DIGEST]
+    else:
+        found = list(folder.glob("step-*"))
+    return sorted((path for path in found if _NAME.search(path.name)), reverse=True)
+
+
+def of_step(folder: Path, step: int) -> list[Path]:
+    """The checkpoints of a step: one at most, or in a store several, the newest first."""
+    return [path for path in checkpoints(folder) if step_of(path) == step]
 
 
 def verify(path: Path) -> None:
@@ -77,11 +122,11 @@ def read_manifest(path: Path) -> Entries:
     for name in entries:
         if problem := path_problem(name):
             raise CheckpointError(manifest, f"names a file {name!r}, which {problem}")
-    present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {MANIFEST, DIGEST}
-    for name in sorted(present ^ set(entries)):
+    bytes_of = sizes(path)
+    for name in sorted((set(bytes_of) - {MANIFEST, DIGEST}) ^ set(entries)):
         raise CheckpointError(path / name, "missing" if name in entries else "not in the manifest")
     for name, entry in sorted(entries.items()):
-        if (path / name).stat().st_size != entry["bytes"]:
+        if bytes_of[name] != entry["bytes"]:
             raise CheckpointError(path / name, "has another size than in the manifest; it is corrupt")
     return entries
 
@@ -96,7 +141,15 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def prepare(folder: Path, part: Path) -> None:
-    """Make the directory to write into; what a killed save or deletion left behind goes."""
+    """Make the directory to write into; what a killed save or deletion left behind goes.
+
+    In a store there is no telling a killed save from one under way, so there it goes after a day.
+    """
+    if is_remote(folder):
+        for left in unfinished(folder, DIGEST, _DAY):
+            if _NAME.search(left.name) and left.name != part.name:
+                remove_folder(left)
+        return
     if not folder.exists():
         folder.mkdir(parents=True)
         sync(folder.parent)
@@ -118,8 +171,9 @@ def seal(part: Path, entries: Entries) -> None:
     Raises:
         CheckpointError: a file that some rank wrote is not here.
     """
+    present = sizes(part)
     for name in entries:
-        if not (part / name).is_file():
+        if name not in present:
             problem = "was written by another rank and is not visible here; all ranks must share this folder"
             raise CheckpointError(part / name, problem)
     SEAL.write(part, json.dumps({"files": dict(sorted(entries.items()))}, indent=1))
@@ -127,6 +181,8 @@ def seal(part: Path, entries: Entries) -> None:
 
 def publish(part: Path, final: Path) -> None:
     """Give a sealed checkpoint its name."""
+    if is_remote(part):
+        return
     # Whatever has the name did not verify; it is kept for whoever wants to know why.
     aside = final.with_name(f"{final.name}.refused-{os.urandom(4).hex()}")
     publish_folder(part, final, aside=aside, synced=True)
@@ -148,28 +204,34 @@ def choose(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> 
         if best < 0:
             problem = "knows of no best checkpoint: set train.early_stopping.patience, or take the newest"
             raise CheckpointError(newest, problem)
-        return folder / final_name(best)
-    if not which.isdecimal() or not (folder / final_name(int(which))).is_dir():
-        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in checkpoints(folder))
+        return next(iter(of_step(folder, best)), folder / final_name(best))
+    found = of_step(folder, int(which)) if which.isdecimal() else []
+    if not found:
+        steps = ", ".join(str(step_of(path)) for path in checkpoints(folder))
         raise CheckpointError(folder, f"no checkpoint {which!r}: give newest, best or a step, of {steps}")
-    return folder / final_name(int(which))
+    return found[0]
 
 
 def retire(folder: Path, final: Path, keep: int, best: int = -1) -> None:
     """Delete all but the newest `keep` checkpoints up to `final`; damaged ones don't count as kept.
 
-    That of step `best` stays besides.
+    That of step `best` stays besides, and so do those that a kept one builds on.
     """
-    good = 0
+    good, needed = 0, set[str]()
     for old in checkpoints(folder):
-        if old.name > final.name or (best >= 0 and old.name == final_name(best) and good >= keep):
-            continue
-        if good < keep:
+        kept = step_of(old) > step_of(final) or good < keep or (best >= 0 and step_of(old) == best)
+        if step_of(old) <= step_of(final) and good < keep:
             with suppress(CheckpointError):
                 read_manifest(old)
                 good += 1
-            continue
-        retire_folder(old, old.name, strict=True)
+        if kept or old.name in needed:
+            # One that cannot be read builds on nothing that could be loaded with it.
+            with suppress(CheckpointError):
+                base = read_state(old).get("base")
+                needed |= {base["name"]} if isinstance(base, dict) else set()
+        else:
+            # A delta is deleted before what it builds on, so that what is left is never half a chain.
+            retire_folder(old, old.name, strict=True)
 
 
 def _object(file: Path, text: bytes) -> dict[str, Any]:

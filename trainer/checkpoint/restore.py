@@ -48,7 +48,7 @@ def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> RestoredModel:
         print(f"refused checkpoint: {reason}; using {found.path.name}", flush=True)
     if ranks.speaks and found.state.get("best", {}).get("step", -1) >= 0:
         print(f"checkpoint {found.path.name} (--checkpoint takes another)", flush=True)
-    sharded = build_sharded(config, manifest, ranks)
+    sharded = build_sharded(config, manifest, ranks, first_rows=False)
     tensors: dict[str, Any] = {"model": sharded.model.state_dict()}
     checkpoint.load_tensors(found.path, tensors)
     sharded.model.load_state_dict(tensors["model"])

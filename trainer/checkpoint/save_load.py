@@ -9,7 +9,6 @@ snapshots are what may come from elsewhere.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,20 +16,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
-from torch.distributed.checkpoint.planner import WriteItemType
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
 from embeddings.lookup.shards import local_shards, tensors_of
 from trainer.assemble import FormerPlan
 from trainer.checkpoint import files
+from trainer.checkpoint.chain import ChainReader, base_of
+from trainer.checkpoint.delta import Delta, write_rows
 from trainer.checkpoint.files import Entries, read_state, verify
+from trainer.checkpoint.row_blocks import BlockPlanner
 from trainer.checkpoint.writer import HashedWriter
 from trainer.sealed_folder import remove_folder
+from trainer.storage import is_remote
 
 __all__ = ["ResumePoint", "find", "find_to_use", "load_tensors", "read_state", "save", "verify"]
 
@@ -45,6 +47,7 @@ def save(
     keep: int,
     best: int = -1,
     group: Group = None,
+    delta: Delta | None = None,
 ) -> Path:
     """Write one checkpoint; collective over all ranks.
 
@@ -56,6 +59,7 @@ def save(
         keep: newest checkpoints to keep; older ones are deleted after the new one is in place.
         best: the step of one that stays besides; -1 = none.
         group: that the ranks talk through; a save in a thread needs one that nobody else uses.
+        delta: the touched rows that are written instead of whole tables, which `tensors` are without.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; nothing older is touched, and
@@ -63,13 +67,13 @@ def save(
     """
     final = folder / files.final_name(step)
 
-    def new_folder() -> Path | None:
-        if final.exists():
+    def new_folder() -> tuple[Path, bool]:
+        for there in files.of_step(folder, step):
             with suppress(CheckpointError):
-                verify(final)
+                _verify_chain(there, alone=True)
                 # This step's checkpoint is there and good.
-                return None
-        return folder / f"{final.name}.tmp-{os.urandom(4).hex()}"
+                return there, True
+        return files.new_part(folder, step), False
 
     def of_this_save(action: Callable[[], Result]) -> Callable[[], Result]:
         """The action, with its failure as that of this save."""
@@ -85,13 +89,15 @@ def save(
 
         return attempt
 
-    part = from_rank_0(new_folder, group)
-    if part is None:
-        return final
+    part, done = from_rank_0(new_folder, group)
+    if done:
+        return part
+    final = files.final_of(part)
     try:
         from_rank_0(of_this_save(lambda: files.prepare(folder, part)), group)
-        written = from_every_rank(of_this_save(lambda: _write(part, tensors, group)), group)
-        from_rank_0(of_this_save(lambda: _finish(part, final, written, state)), group)
+        written = from_every_rank(of_this_save(lambda: _write(part, tensors, group, delta)), group)
+        entry = {} if delta is None else {"base": delta.entry()}
+        from_rank_0(of_this_save(lambda: _finish(part, final, written, {**state, **entry})), group)
     except CheckpointError:
         if dist.get_rank(group) == 0:
             remove_folder(part)
@@ -131,9 +137,10 @@ def find(folder: Path, alone: bool = False) -> ResumePoint:
         CheckpointError: there are checkpoints, but none verifies.
     """
     refused: list[str] = []
+    seen: dict[Path, CheckpointError | None] = {}
     for path in _answer(alone, partial(files.checkpoints, folder)):
         try:
-            _verify(path, alone)
+            _verify_chain(path, alone, seen)
         except CheckpointError as error:
             refused.append(str(error))
         else:
@@ -161,7 +168,7 @@ def find_to_use(folder: Path, which: str = "", alone: bool = False) -> ResumePoi
     if chosen == newest.path:
         return newest
     try:
-        _verify(chosen, alone)
+        _verify_chain(chosen, alone)
     except CheckpointError as error:
         if which:
             raise CheckpointError(chosen, f"cannot be used: {error}") from None
@@ -177,44 +184,29 @@ def _answer(alone: bool, compute: Callable[[], Result]) -> Result:
 def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = True) -> None:
     """Fill a state dict in place from a verified checkpoint, whatever plan or world size wrote it."""
     try:
-        dcp.load(tensors, checkpoint_id=path, no_dist=not distributed)
-    except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
+        dcp.load(tensors, storage_reader=ChainReader(path), no_dist=not distributed)
+    except (RuntimeError, ValueError, OSError, BadZipFile, dcp.api.CheckpointException) as error:
         raise CheckpointError(path, f"does not fit this configuration: {_reason(error)}") from None
 
 
-def _write(part: Path, tensors: Mapping[str, Any], group: Group) -> Entries:
+def _write(part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | None) -> Entries:
     """This rank's files, synced; -> their manifest entries."""
     writer = HashedWriter(part)
+    shards = () if delta is None else delta.shards
     try:
-        dcp.save(dict(tensors), storage_writer=writer, planner=_NoEmptyShards(), process_group=group)
+        dcp.save(dict(tensors), storage_writer=writer, planner=BlockPlanner(), process_group=group)
+        return writer.files.entries | write_rows(part, dist.get_rank(group), shards)
     except (Exception, dcp.api.CheckpointException) as error:
         if dist.get_rank(group) not in getattr(error, "failures", {dist.get_rank(group): None}):
             # DCP raises on all ranks; those whose fault it is can say why.
             return {}
         wanted = sum(shard.tensor.nbytes for whole in tensors_of(tensors) for shard in local_shards(whole))
-        sizes = f"{wanted / 1e6:,.1f} MB with {shutil.disk_usage(part.parent).free / 1e6:,.1f} MB free"
+        wanted += sum(shard.count * shard.row_bytes for shard in shards)
+        sizes = f"{wanted / 1e6:,.1f} MB"
+        if not is_remote(part):
+            sizes += f" with {shutil.disk_usage(part.parent).free / 1e6:,.1f} MB free"
         reason = _reason(writer.files.problem or error)
         raise CheckpointError(part, f"writing {sizes}: {reason}") from None
-    return writer.files.entries
-
-
-class _NoEmptyShards(DefaultSavePlanner):
-    """Leaves out row shards without rows.
-
-    DCP knows a shard by where it begins, and the next shard begins in the same place: DCP took such a pair
-    for two copies of one shard and kept only one of them.
-    """
-
-    def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        items = [
-            item
-            for item in plan.items
-            if item.type != WriteItemType.SHARD
-            or item.tensor_data is None
-            or 0 not in item.tensor_data.chunk.sizes
-        ]
-        return replace(plan, items=items)
 
 
 def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str, Any]) -> None:
@@ -223,6 +215,59 @@ def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str,
         entries |= mine
     files.seal(part, entries)
     files.publish(part, final)
+
+
+def _verify_chain(path: Path, alone: bool, seen: dict[Path, CheckpointError | None] | None = None) -> None:
+    """Check a checkpoint and all that it builds on, all ranks together where this one is not alone.
+
+    Args:
+        seen: those whose own files were looked at before, and what is wrong there; more are added.
+
+    Raises:
+        CheckpointError: one of them is damaged, or is not the one that was built on; on all ranks.
+    """
+    seen = {} if seen is None else seen
+    here: Path | None = path
+    while here is not None:
+        try:
+            if here not in seen:
+                seen[here] = _problem(here, alone)
+            if (problem := seen[here]) is not None:
+                raise problem
+            base = _answer(alone, partial(_next_link, here))
+        except CheckpointError as error:
+            if here == path:
+                raise
+            raise CheckpointError(path, f"builds on {here.name}, which is of no use: {error}") from None
+        here = base
+
+
+def _problem(path: Path, alone: bool) -> CheckpointError | None:
+    """What is wrong with the files of a checkpoint; on all ranks."""
+    try:
+        _verify(path, alone)
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def _next_link(path: Path) -> Path | None:
+    """The checkpoint that a verified one builds on.
+
+    Raises:
+        CheckpointError: it is not there, or was replaced.
+    """
+    base = base_of(path, read_state(path))
+    if base is None:
+        return None
+    folder = path.parent / base.link.name
+    try:
+        same = files.manifest_digest(folder) == base.link.sha256
+    except OSError as error:
+        raise CheckpointError(path, f"builds on {folder.name}: {error.strerror}") from None
+    if not same:
+        raise CheckpointError(path, f"builds on another {folder.name} than is there now")
+    return folder
 
 
 def _verify(path: Path, alone: bool) -> None:
@@ -249,4 +294,6 @@ def _reason(error: BaseException) -> str:
     """The first line that says something: DCP wraps what happened on each rank."""
     failures = getattr(error, "failures", None)
     cause = next(iter(failures.values()))[0] if failures else error
+    if isinstance(cause, OSError) and "://" in str(cause.filename):
+        return f"{cause.filename}: {cause.strerror}"
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]

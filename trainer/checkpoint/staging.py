@@ -59,6 +59,11 @@ class StagedCopy:
         self._leaves: list[Tensor | ShardedTensor] = []
         self._locked: list[int] = []
 
+    @staticmethod
+    def bytes_of(tree: Any) -> int:
+        """Bytes that a copy of a tree takes."""
+        return sum(part.nbytes for leaf in tensors_of(tree) for part in _parts(leaf))
+
     def fits(self, tree: Any) -> bool:
         """Whether there is room for such a tree already."""
         return _shapes(tensors_of(tree)) == _shapes(self._leaves)

@@ -1,7 +1,7 @@
 """Single tensors of a checkpoint, read piece by piece in one process, without a model or a process group.
 
-Reading a whole checkpoint takes the memory of the whole model; going through it shard by shard takes that of
-the largest shard, twice (torch.distributed.checkpoint reads a shard before it copies it).
+Reading a whole checkpoint takes the memory of the whole model; going through it band by band takes that of a
+block of rows, however large a table or its shards are.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from embeddings.errors import CheckpointError
+from embeddings.lookup.sharding import table_of
+from trainer.checkpoint.chain import ChainReader
+from trainer.checkpoint.row_blocks import BLOCK_BYTES
 
 _MODEL = "model."
 
 
-class TableReader:
+class TensorReader:
     """The tensors of a checkpoint: the model's under the names of its state dict, others as they are saved.
 
     Args:
-        path: a checkpoint that `trainer.checkpoint.save_load` has verified; its metadata is unpickled.
+        path: a checkpoint that `trainer.checkpoint.save_load` has verified, with all that it builds on where
+            it holds touched rows only; its metadata is unpickled.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._reader = FileSystemReader(path)
+        self._reader = ChainReader(path)
         try:
             metadata = self._reader.read_metadata()
         except (OSError, ValueError, RuntimeError) as error:
@@ -74,18 +78,39 @@ class TableReader:
         size = self._entry(name).size
         return self._read(name, ChunkStorageMetadata(torch.Size([0] * len(size)), size))
 
-    def bands(self, name: str) -> Iterator[tuple[int, Tensor]]:
+    def bands(self, name: str, most: int = BLOCK_BYTES) -> Iterator[tuple[int, Tensor]]:
         """A table, or what belongs to its rows, from first row to last, as (first row, rows [n, ...]).
 
-        A band is one shard; where shards hold some columns of the same rows, those shards together.
+        Args:
+            most: bytes of a band, unless one row has more.
         """
         entry = self._entry(name)
         rows, *row = entry.size
-        # Ranks that were left without rows have shards, too, at the table's end.
+        at_once = max(1, most // max(1, torch.Size(row).numel() * entry.properties.dtype.itemsize))
+        # Where chunks begin: so a band is of few chunks, of one where none holds some columns only. Ranks
+        # that were left without rows have shards, too, at the table's end.
         starts = sorted({chunk.offsets[0] for chunk in entry.chunks if chunk.sizes[0]})
         for start, stop in zip(starts, [*starts[1:], rows], strict=True):
-            begin, size = torch.Size([start, *(0 for _ in row)]), torch.Size([stop - start, *row])
-            yield start, self._read(name, ChunkStorageMetadata(begin, size))
+            for first in range(start, stop, at_once):
+                yield first, self.rows(name, first, min(first + at_once, stop))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The rows [start, stop) of a tensor."""
+        _, *row = self._entry(name).size
+        begin, size = torch.Size([start, *(0 for _ in row)]), torch.Size([stop - start, *row])
+        return self._read(name, ChunkStorageMetadata(begin, size))
+
+    def touched_since(self, name: str, step: int) -> Iterator[Tensor] | None:
+        """The rows of a table that may have changed since an earlier checkpoint, where the chain knows them.
+
+        Args:
+            name: of the table's weights; step: of the earlier checkpoint.
+
+        Returns:
+            Ascending row ids, int64, some at once, each once. Rows that came back to what they were may be
+            among them. None: the chain does not reach back to a checkpoint of that step.
+        """
+        return self._reader.touched_since(table_of(name), self._entry(name).size[0], step)
 
     def _saved_name(self, name: str) -> str:
         return name if name in self._tensors else f"{_MODEL}{name}"

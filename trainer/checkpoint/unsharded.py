@@ -8,13 +8,13 @@
     DIR/dense.safetensors         every other weight, by its name in the model
     DIR/vocab/<feature>.parquet   what the rows stand for, where the log says
 
-A table goes from the checkpoint's shards into its file shard by shard, so that what must fit in memory is
-the largest shard, not the table; of a table that is cut into columns, those shards that hold the same rows.
+A table goes from the checkpoint's shards into its file a block of rows at a time, so that only that must fit
+into memory.
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +31,16 @@ from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.tensor_stream import TensorStream
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.config.toml import Settings
 from trainer.log.names import FileName, InnerPath, path_problem
 from trainer.log.schema import FeatureInfo
 from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, scratch
+from trainer.storage import is_remote
+from trainer.storage.fetched import cache_of, drop_old, fetch
+from trainer.storage.objects import copy_file
 
+_ROWS_AT_ONCE = 1 << 20
 SEAL = Seal(CheckpointError, "unshard again", names_file=True)
 
 
@@ -136,7 +140,7 @@ def unshard(path: Path, out: Path, features: Vocabularies, tasks: Sequence[str])
 
 
 def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...]) -> PlainManifest:
-    state, reader = checkpoint_files.read_state(path), TableReader(path)
+    state, reader = checkpoint_files.read_state(path), TensorReader(path)
     tables = {}
     for weight in reader.names():
         name = TableName.of(table_of(weight))
@@ -155,7 +159,7 @@ def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...
     (part / "vocab").mkdir()
     for entry in used.values():
         if entry.info.vocabulary:
-            shutil.copyfile(entry.file, part / "vocab" / entry.file.name)
+            copy_file(entry.file, part / "vocab" / entry.file.name)
     files = sorted(p for p in part.rglob("*") if p.is_file())
     manifest = PlainManifest(
         step=state["step"],
@@ -171,7 +175,7 @@ def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...
     return manifest
 
 
-def _write_table(reader: TableReader, file: Path, name: TableName, weight: str) -> PlainTable:
+def _write_table(reader: TensorReader, file: Path, name: TableName, weight: str) -> PlainTable:
     rows, dim = reader.shape(weight)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (reader.dtype(weight), (dim,))}
     # Only the first accumulator is the optimizers' own; FBGEMM's others are counters.
@@ -186,7 +190,12 @@ def _write_table(reader: TableReader, file: Path, name: TableName, weight: str) 
             stream.append("weight", band)
         if kind == "row" and size[0] != rows:
             # One accumulator a row and column shard, each the mean over its columns: together their mean.
-            stream.append("accumulator", reader.whole(accumulator).view(-1, rows).mean(0))
+            for start in range(0, rows, _ROWS_AT_ONCE):
+                stop = min(start + _ROWS_AT_ONCE, rows)
+                parts = [
+                    reader.rows(accumulator, begin + start, begin + stop) for begin in range(0, size[0], rows)
+                ]
+                stream.append("accumulator", torch.stack(parts).mean(0))
         elif kind:
             for _, band in reader.bands(accumulator):
                 stream.append("accumulator", band)
@@ -206,6 +215,22 @@ def open_plain_tables(path: Path, check: bool = True) -> PlainTables:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(path / MANIFEST, f"unreadable: {reason}; unshard again") from None
+    if is_remote(path):
+        return PlainTables(_fetched(path, manifest), manifest, path)
     for name, entry in manifest.files.items() if check else ():
         SEAL.check(path / name, entry.bytes, entry.sha256)
     return PlainTables(path, manifest)
+
+
+def _fetched(path: Path, manifest: PlainManifest) -> Path:
+    """The files in a folder of this machine, where they are mapped."""
+    local = cache_of(path)
+    wanted = {name: (entry.bytes, entry.sha256) for name, entry in manifest.files.items()}
+    known = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]
+    try:
+        fetch(path, wanted, local / known, CheckpointError)
+        drop_old(local, {known})
+    except OSError as error:
+        problem = f"cannot be fetched to {local}: {error.strerror} ({error.filename})"
+        raise CheckpointError(path, problem) from None
+    return local / known

@@ -32,10 +32,13 @@ from trainer.checkpoint.unsharded import PlainManifest, PlainTables, Vocabulary,
 from trainer.config.tasks import resolve_tasks
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary import read_values
+from trainer.ranks.machine import give_pages_back
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
+from trainer.storage import is_remote
 
 _ROWS_AT_ONCE = 1 << 16
+_BYTES_HELD = 1 << 26
 
 
 def vocabularies(manifest: LogManifest, folder: Path) -> dict[str, Vocabulary]:
@@ -93,8 +96,12 @@ def open_source(path: Path, scratch: Path) -> Iterator[PlainTables]:
 
     found = from_rank_0(prepare, slow=True)
     try:
-        yield replace(open_plain_tables(found, check=False), given=path)
+        tables = replace(open_plain_tables(found, check=False), given=path)
+        yield tables
         dist.barrier()
+        if is_remote(found):
+            # They were fetched for this alone, by whichever rank of this machine came first.
+            remove_folder(tables.path)
     finally:
         if dist.get_rank() == 0:
             remove_folder(scratch)
@@ -204,6 +211,7 @@ def _check_tables(model: Mapping[str, Any], source: PlainTables, heads: TaskHead
 
 
 def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor | None, rows: int) -> None:
+    seen = 0
     for part, row, column in local_shards(target):
         for start in range(0, part.shape[0], _ROWS_AT_ONCE):
             here = torch.arange(start, min(start + _ROWS_AT_ONCE, part.shape[0]))
@@ -218,6 +226,11 @@ def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor |
             if part.dim() == 2:
                 values = values[:, column : column + part.shape[1]]
             part[here[known].to(part.device)] = values.to(part.device, part.dtype)
+            seen += values.nbytes
+            if seen > _BYTES_HELD:
+                # Of the source's file, which is mapped.
+                give_pages_back(source.data_ptr(), source.nbytes)
+                seen = 0
 
 
 def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from trainer.config.places import PlaceSetting
 from trainer.config.toml import Settings
 
 
@@ -41,8 +42,8 @@ class SearchConfig(Settings):
 class DataConfig(Settings):
     """What is read and how it is cut into steps."""
 
-    log: Path = Path("log")
-    """The folder of the sequence log."""
+    log: PlaceSetting = Path("log")
+    """The folder of the sequence log, here or in an object store, see docs/object_storage.md."""
     history_length: int = Field(500, ge=1, le=1_000_000)
     """L, the number of behaviors that a request may see. With `search` it is the number that the search looks
     through."""
@@ -60,9 +61,10 @@ class DataConfig(Settings):
     was written, for streaming."""
     sharding: Literal["auto", "steps", "row_groups"] = "auto"
     """How the blocks of a step are dealt to ranks. `steps` deals each step evenly by cost, and every rank
-    decodes every row group. `row_groups` has each rank decode its own row groups only, and a step is even on
-    average. `auto` means `steps` on a CPU; on GPUs it means `row_groups` where shuffled blocks spread well
-    over the ranks, see docs/cluster.md. The steps and the positions in the log are the same either way."""
+    decodes every row group. `row_groups` has some ranks decode each row group, as few as keep steps about
+    even, and half of the ranks at most. `auto` means `steps` on a CPU; on GPUs it means `row_groups` where
+    half of the ranks are enough, see docs/cluster.md. The steps and the positions in the log are the same
+    either way."""
     shuffle_row_groups: PositiveInt = 64
     """Blocks are shuffled within this number of row groups."""
     domain: str = ""
@@ -70,9 +72,11 @@ class DataConfig(Settings):
     is from. Empty means that there is one domain only."""
     ingestion_delay: int = Field(0, ge=0)
     """The number of seconds before a request in which behaviors are not yet visible to it."""
-    verify: bool = True
+    verify: Literal["auto"] | bool = "auto"
     """Whether every file is compared with the manifest's SHA-256 before the first step. The ranks share the
-    work."""
+    work. `auto` does so for a log in a folder. Of a log in an object store it compares the sizes only, since
+    all of it would have to be fetched once more; damage to a page is found when the page is read, by its
+    checksum."""
     on_bad: Literal["fail", "skip"] = "fail"
     """What happens at a damaged or malformed row group. `fail` ends the run; `skip` leaves the row group out,
     counts it and reports it."""
@@ -182,6 +186,10 @@ class TrainConfig(Settings):
     """The number of steps between two lines of metrics.jsonl."""
     validate_every: int = Field(0, ge=0)
     """The number of steps between two validations. 0 means only one at the end."""
+    validate_candidates: int = Field(500_000, ge=0)
+    """About the largest number of candidates that a validation in training scores. Of a larger validation
+    split it scores a sample of whole users, which is the same at every validation and on any number of ranks.
+    0 means the whole split, whatever its size. `tandemrec evaluate` always takes the whole split."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     """When training ends before its last step, see [train.early_stopping]. It needs `validate_every`."""
     init_from: str = ""
@@ -234,8 +242,13 @@ class CheckpointConfig(Settings):
     step."""
     keep: PositiveInt = 2
     """The number of newest checkpoints that are kept."""
-    mode: Literal["async", "sync"] = "async"
-    """`async` copies the tensors and writes them while training goes on. `sync` writes them first."""
+    mode: Literal["auto", "async", "sync"] = "auto"
+    """`async` copies the tensors and writes them while training goes on. `sync` writes them first, and needs
+    no memory for a copy. `auto` means `async` where the copy fits into the memory that is free at the first
+    save, and `sync` otherwise; it says which."""
+    full_every: PositiveInt = 1
+    """Every how many saves one is full. The saves between write only the rows of the tables that were looked
+    up since the save before, and build on it. 1 means that every save is full."""
     on_error: Literal["stop", "continue"] = "stop"
     """What happens when a save fails during training. `stop` ends the run; `continue` tries again when the
     next save is due. The save at the end always stops."""

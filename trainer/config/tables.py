@@ -167,6 +167,14 @@ class PlanConfig(Settings):
     reserve: float = Field(0.15, ge=0, lt=1)
     """The share of each rank's memory that tables leave free for activations and buffers."""
     # A new key here must default to None. Otherwise the plans of older checkpoints are not kept.
+    even_within: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """How much slower than the fastest a plan may be by the planner's estimate, as a share of its time, to be
+    taken because its fullest rank holds less. 0 means that only plans count that are as fast. Not set means
+    0.1."""
+    mapped_folder: str | None = None
+    """A folder on a fast local disk. The tables of CPU ranks lie in nameless files there, memory-mapped,
+    instead of in memory, so that they may be larger than it. The planner then counts with what is free on
+    that disk. Not set means memory."""
     gpu: Literal["A100", "H100", "H200", "B200"] | None = None
     """The GPU whose bandwidths the planner counts with. Not set means the GPU that trains; for `tandemrec
     plan` it means TorchRec's defaults, which are those of older GPUs."""
@@ -184,7 +192,8 @@ class PlanConfig(Settings):
     def rules(self) -> PlanRules:
         """These rules as the planner takes them."""
         tables = {name: TableRule(**table.model_dump()) for name, table in self.tables.items()}
-        return PlanRules(self.allow_unified_memory, self.reserve, tables)
+        within = {} if self.even_within is None else {"even_within": self.even_within}
+        return PlanRules(self.allow_unified_memory, self.reserve, tables, **within)
 
     def bandwidths(self, device: Bandwidths) -> Bandwidths:
         """The bandwidths that the planner counts with; `device` holds what the GPU says of itself."""

@@ -80,26 +80,31 @@ class LazyRows:
         return self._rows
 
 
-# `data.sharding = "auto"` decodes a window of row groups apart where no rank has so many times its share of
-# it, and where chance leaves no rank with so much of a step: of W ranks that draw n blocks each on average,
-# the fullest has about sqrt(2 ln W / n) more, at most.
-_UNEVEN = 1.25
-# The owner of a row group that every rank decodes.
-ANYONE = -1
+# How many ranks decode a row group follows from how many blocks of a step a rank has on average, and from how
+# many row groups of a window. With one rank each, chance gives the fullest of 64 ranks 1.4 to 2.9 times the
+# mean; with a choice for each block 1.1 at most. Measured with histories of 1 to 20,000 behaviors
+# (benchmarks/ranks.py).
+_CHOICE, _GROUPS = 32, 3
+# One rank each is enough where so many row groups a rank are dealt, and where chance gives none more than the
+# mean and this: of W ranks that draw n blocks each on average, sqrt(2 ln W / n) or so at most. Few ranks may
+# be less even: with a second rank for each row group nearly all would decode all.
+_EACH, _UNEVEN, _UNEVEN_FEW, _FEW = 4, 0.1, 0.25, 3
+# Blocks that change their rank in a step at most, for each rank.
+_MOVES = 8
 
 
 class Block(NamedTuple):
     """A planned block; its data is decoded only where and when it is needed.
 
     Attributes:
-        owner: the rank that decodes its row group, or ANYONE where every rank does.
+        owners: the ranks that decode its row group; none: every rank does.
         first, last: requests [first, last) of the row group.
         behaviors: planned length of its history (an ingestion delay may shorten it).
         candidates: of all its requests.
         rows: its row group.
     """
 
-    owner: int
+    owners: tuple[int, ...]
     first: int
     last: int
     behaviors: int
@@ -112,7 +117,7 @@ class Block(NamedTuple):
         return self.behaviors + self.candidates
 
 
-def cut_blocks(plan: PlanRows, owner: int, rows: LazyRows, config: DataConfig) -> list[Block]:
+def cut_blocks(plan: PlanRows, owners: tuple[int, ...], rows: LazyRows, config: DataConfig) -> list[Block]:
     """All requests of a row group as blocks, in stored order; requests without candidates are left out.
 
     A block is closed before a request that would stretch its history beyond `config.block_limit`; one window
@@ -126,7 +131,7 @@ def cut_blocks(plan: PlanRows, owner: int, rows: LazyRows, config: DataConfig) -
     behaviors = np.maximum.reduceat(plan.history_end, first) - np.minimum.reduceat(starts, first)
     candidates = np.add.reduceat(plan.candidates, first)
     parts = (part[candidates > 0].tolist() for part in (first, last, behaviors, candidates))
-    return list(map(Block._make, zip(repeat(owner), *parts, repeat(rows))))
+    return list(map(Block._make, zip(repeat(owners), *parts, repeat(rows))))
 
 
 def _first_requests(plan: PlanRows, starts: Ints, config: DataConfig) -> Ints:
@@ -183,40 +188,91 @@ def with_windows(rows: UserRows, history_length: int, delay: int) -> WindowedRow
     return WindowedRows(rows, np.stack(requests))
 
 
-def deal(costs: Sequence[int], world_size: int, owners: Sequence[int] = ()) -> list[int]:
+def deal(costs: Sequence[int], world_size: int, owners: Sequence[tuple[int, ...]] = ()) -> list[int]:
     """Which rank takes what: the costliest goes to the least loaded rank. Deterministic.
 
     Args:
-        owners: the rank that must take each, or ANYONE; none given: anyone may take all.
+        owners: the ranks that may take each; none given, or none for one: any rank.
     """
     if world_size == 1:
         return [0] * len(costs)
-    owner = list(owners) or [ANYONE] * len(costs)
-    loads = [0] * world_size
-    for cost, rank in zip(costs, owner, strict=True):
-        if rank != ANYONE:
-            loads[rank] += cost
-    heap = [(load, rank) for rank, load in enumerate(loads)]
-    heapq.heapify(heap)
-    free = [index for index, rank in enumerate(owner) if rank == ANYONE]
-    for index in sorted(free, key=lambda i: (-costs[i], i)):
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    if any(owners):
+        return _deal_among(costs, world_size, [among or range(world_size) for among in owners], order)
+    taken = [0] * len(costs)
+    heap = [(0, rank) for rank in range(world_size)]
+    for index in order:
         load, rank = heapq.heappop(heap)
-        owner[index] = rank
+        taken[index] = rank
         heapq.heappush(heap, (load + costs[index], rank))
-    return owner
+    return taken
 
 
-def spreads_evenly(blocks: Sequence[Block], config: DataConfig, world_size: int) -> bool:
-    """Whether the blocks of a window, each with its owner, keep all ranks about equally busy in each step."""
+def _deal_among(
+    costs: Sequence[int], world_size: int, owners: Sequence[Sequence[int]], order: Sequence[int]
+) -> list[int]:
+    """As `deal`; then the fullest rank hands on what makes no other as full, as long as it can."""
+    taken, loads = [0] * len(costs), [0] * world_size
+    by_rank: list[list[int]] = [[] for _ in range(world_size)]
+    for index in order:
+        rank = min(owners[index], key=loads.__getitem__)
+        taken[index] = rank
+        loads[rank] += costs[index]
+        by_rank[rank].append(index)
+    for _ in range(_MOVES * world_size):
+        fullest = max(range(world_size), key=loads.__getitem__)
+        best, move = loads[fullest], None
+        for index in by_rank[fullest]:
+            other = min(
+                (rank for rank in owners[index] if rank != fullest), key=loads.__getitem__, default=fullest
+            )
+            after = max(loads[fullest] - costs[index], loads[other] + costs[index])
+            if other != fullest and after < best:
+                best, move = after, (index, other)
+        if move is None:
+            break
+        index, other = move
+        by_rank[fullest].remove(index)
+        by_rank[other].append(index)
+        taken[index] = other
+        loads[fullest] -= costs[index]
+        loads[other] += costs[index]
+    return taken
+
+
+def decoders_of(costs: Sequence[int], world_size: int, each: int) -> list[tuple[int, ...]]:
+    """The ranks that decode each row group of a window: one to which it is dealt by cost, and others.
+
+    Args:
+        each: how many ranks for a row group.
+    """
+    others = world_size - 1
+    each = min(each, world_size)
+    stride = max(1, others // max(each, 1))
+    return [
+        (owner, *((owner + 1 + (number + place * stride) % others) % world_size for place in range(each - 1)))
+        for number, owner in enumerate(deal(costs, world_size))
+    ]
+
+
+def decoders_needed(blocks: Sequence[Block], config: DataConfig, world_size: int) -> int:
+    """How many ranks should decode each row group, so that steps of a window's blocks are even; 0: all."""
     if not blocks:
-        return True
-    loads = [0] * world_size
-    for block in blocks:
-        loads[block.owner] += block.cost
+        return 0
     steps = sum(block.candidates for block in blocks) / config.batch_candidates
     if config.batch_behaviors:
         steps = max(steps, sum(block.behaviors for block in blocks) / config.batch_behaviors)
     # Fewer blocks than one step takes are all of it.
     each = len(blocks) / max(steps, 1) / world_size
+    groups = len({id(block.rows) for block in blocks})
     chance = math.sqrt(2 * math.log(world_size) / each)
-    return max(loads) * world_size <= _UNEVEN * sum(loads) and 1 + chance <= _UNEVEN
+    if groups >= _EACH * world_size and chance <= (_UNEVEN if world_size > _FEW else _UNEVEN_FEW):
+        return 1
+    # And every rank has some row groups to take blocks from.
+    needed = 1 + math.ceil(max(_CHOICE / each, _GROUPS * world_size / groups))
+    return needed if needed <= most_decoders(world_size) else 0
+
+
+def most_decoders(world_size: int) -> int:
+    """The most ranks that share a row group, unless all do."""
+    return (world_size + 1) // 2

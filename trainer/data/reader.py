@@ -3,7 +3,8 @@
 Row groups are shuffled by (seed, epoch), blocks within windows of row groups; the stream of blocks is cut
 into steps by cost, and each step's blocks are dealt to the ranks. The plan needs lengths only, so every rank
 computes the same one: all end an epoch together, no block is dropped or read twice, and a position is one
-number (blocks consumed in this epoch) that means the same at another world size or number of workers.
+number (blocks consumed in this epoch) that means the same at another world size or number of workers. What
+came before it need not be planned again, since a cursor says in which window of row groups it lies.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,29 +27,44 @@ from trainer.config.sections import DataConfig
 from trainer.config.tasks import Task
 from trainer.data.batch import Movable, RequestBatch
 from trainer.data.blocks import (
-    ANYONE,
     Block,
     LazyRows,
     WindowedRows,
     cut_blocks,
     deal,
-    spreads_evenly,
+    decoders_needed,
+    decoders_of,
+    most_decoders,
     with_windows,
 )
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
-from trainer.data.rows import Columns, read_plan, read_rows
+from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
+from trainer.data.sample import Sample
 from trainer.log.schema import LogManifest, read_manifest
+from trainer.storage import is_remote
+from trainer.storage.objects import together
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A position in the data: blocks of epoch `epoch` consumed by all ranks together."""
+    """A position in the data: blocks of epoch `epoch` consumed by all ranks together.
+
+    The other attributes say where to find it without a plan of what came before; they are no part of what it
+    means. Cursors of older checkpoints lack them, and everything up to the position is planned again.
+
+    Attributes:
+        window: the window of row groups that it lies in; before: the blocks of all windows before that one.
+        plan: `SequenceLogReader.plan` of the reader that made it; another one may cut other blocks.
+    """
 
     epoch: int = 0
     blocks: int = 0
+    window: int = field(default=0, compare=False)
+    before: int = field(default=0, compare=False)
+    plan: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -97,8 +114,13 @@ class SequenceLogReader:
             take longer than others.
         prepare: changes every batch last, in the thread that read it where `config.prefetch` is set. Its
             errors reach the consumer as those of reading do.
+        limit: about so many candidates are read at most, see `trainer.data.sample`; 0 = the whole split.
         own_row_groups: what `data.sharding = "auto"` means: each rank decodes row groups of its own where
             that spreads well; else every rank all of them. The same on all ranks.
+
+    Attributes:
+        row_groups: that are read; candidates: of the whole split; sample: what is read of it, None = all;
+            expected: the candidates that are read, about.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
@@ -119,6 +141,7 @@ class SequenceLogReader:
         share: Callable[[Sequence[int]], list[int]] = list,
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
         prepare: Callable[[RequestBatch], RequestBatch] | None = None,
+        limit: int = 0,
         own_row_groups: bool = False,
     ) -> None:
         self._prepare = prepare
@@ -128,9 +151,13 @@ class SequenceLogReader:
         self._own_row_groups = own_row_groups
         manifest = read_manifest(config.log)
         self.columns = _columns(manifest, rows, tasks, config)
-        whole = config.verify and config.on_bad == "fail"
+        by_digest = not is_remote(config.log) if config.verify == "auto" else config.verify
+        whole = by_digest and config.on_bad == "fail"
         with together():
-            self.row_groups = check_files(config.log, manifest, split, (rank, world_size) if whole else None)
+            self.row_groups = check_files(
+                *(config.log, manifest, split, (rank, world_size) if whole else None),
+                sized=bool(config.verify) and config.on_bad == "fail",
+            )
         self.skipped: list[DataError] = []
         left_out: list[RowGroup] = []
         if config.on_bad == "skip":
@@ -144,10 +171,22 @@ class SequenceLogReader:
         self.candidates = manifest.splits[split].candidates
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
+        self.sample = Sample.of(self.candidates, len(self.row_groups), limit)
+        self.expected = self.candidates if self.sample is None else limit
+        if self.sample is not None:
+            self.row_groups = self.sample.places(self.row_groups)
         files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
         rows_read = [files, [(place.file.name, place.row_group) for place in left_out]]
         # Digest of the split's rows and their order: what a position inside an epoch refers to.
         self.order = hashlib.sha256(json.dumps(rows_read).encode()).hexdigest()
+        # Digest of all that decides which blocks each window of row groups holds, and in what order.
+        cut = [
+            config.history_length,
+            config.requests_per_block,
+            config.block_limit,
+            config.shuffle_row_groups,
+        ]
+        self.plan = hashlib.sha256(json.dumps([self.order, self.seed, *cut]).encode()).hexdigest()[:16]
 
     def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
         """The steps of one epoch from `cursor` on, prepared ahead by threads as the config says."""
@@ -165,7 +204,7 @@ class SequenceLogReader:
                 pool = ThreadPoolExecutor(self.config.workers, "decode")
                 stack.callback(pool.shutdown, cancel_futures=True)
             for blocks, after, last in self._global_steps(cursor, pool):
-                costs, owners = [block.cost for block in blocks], [block.owner for block in blocks]
+                costs, owners = [block.cost for block in blocks], [block.owners for block in blocks]
                 ranks = deal(costs, self.world_size, owners)
                 mine = [block for block, rank in zip(blocks, ranks, strict=True) if rank == self.rank]
                 shares = [0] * self.world_size
@@ -183,67 +222,89 @@ class SequenceLogReader:
     ) -> Iterator[tuple[list[Block], Cursor, bool]]:
         """Cut the stream of blocks into steps of all ranks: blocks, cursor after them, the last ones."""
         pending: list[Block] = []
-        candidates, behaviors, consumed = 0, 0, cursor.blocks
+        candidates, behaviors, consumed, window = 0, 0, cursor.blocks, cursor
         most = self.config.batch_behaviors
-        for block in self._blocks(cursor, pool):
+        for window, block in self._blocks(cursor, pool):
             full = candidates >= self.config.batch_candidates or (most and behaviors + block.behaviors > most)
             if pending and full:
-                yield pending, Cursor(cursor.epoch, consumed), False
+                yield pending, replace(window, blocks=consumed), False
                 pending, candidates, behaviors = [], 0, 0
             pending.append(block)
             consumed += 1
             candidates, behaviors = candidates + block.candidates, behaviors + block.behaviors
         if pending:
-            yield pending, Cursor(cursor.epoch, consumed), True
+            yield pending, replace(window, blocks=consumed), True
 
-    def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[Block]:
-        """Blocks from the cursor on, in order; the next window is decoded while this one is consumed."""
+    def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[tuple[Cursor, Block]]:
+        """Blocks from the cursor on, in order, each with the position where its window of row groups begins.
+
+        The next window is decoded while this one is consumed.
+        """
         ready: list[Block] = []
-        consumed, size, places = 0, self.config.shuffle_row_groups, self.row_groups
+        size, places = self.config.shuffle_row_groups, self.row_groups
         if self.seed is not None:
             order = np.random.default_rng([self.seed, cursor.epoch]).permutation(len(places))
             places = [places[i] for i in order]
-        for number, start in enumerate(range(0, len(places), size)):
-            blocks, decoders = self._open(places[start : start + size], cursor.epoch, number)
-            consumed, skipped = consumed + len(blocks), cursor.blocks - consumed
+        first, consumed = (cursor.window, cursor.before) if cursor.plan == self.plan else (0, 0)
+        at = cursor
+        for number in range(first, -(-len(places) // size)):
+            blocks, decoders = self._open(places[number * size : (number + 1) * size], cursor.epoch, number)
+            before = consumed
+            consumed, skipped = before + len(blocks), max(0, cursor.blocks - before)
             if skipped >= len(blocks):
                 continue
             if pool is not None:
                 for decoder in decoders:
                     decoder.start(pool)
-            yield from ready
-            ready = blocks[max(0, skipped) :]
+            yield from zip(repeat(at), ready)
+            at = Cursor(cursor.epoch, before, number, before, self.plan)
+            ready = blocks[skipped:]
             # Drop these references now, or the window stays in memory one window longer.
             del blocks, decoders
-        yield from ready
+        yield from zip(repeat(at), ready)
 
     def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[LazyRows]]:
         """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
-        footers = {file: read_footer(file) for file in {place.file for place in places}}
-        plans = [read_plan(place.file, place.row_group, footers[place.file]) for place in places]
-        owners = deal([plan.cost for plan in plans], self.world_size)
+        # Small requests, of which a store answers many in the time of one.
+        look = together if is_remote(self.config.log) else map
+        files = list(dict.fromkeys(place.file for place in places))
+        footers = dict(zip(files, look(read_footer, files), strict=True))
+        plans = list(look(lambda place: self._plan(place, footers[place.file]), places))
         decoders = [LazyRows(place, partial(self._decode, place, footers[place.file])) for place in places]
-        if self._shared_decoding():
-            owners = [ANYONE] * len(places)
+        cut = [
+            cut_blocks(plan, (), decoder, self.config) for plan, decoder in zip(plans, decoders, strict=True)
+        ]
+        owners: list[tuple[int, ...]] = [()] * len(places)
+        if each := self._decoders([block for part in cut for block in part]):
+            owners = decoders_of([plan.cost for plan in plans], self.world_size, each)
         blocks: list[Block] = []
-        for plan, owner, decoder in zip(plans, owners, decoders, strict=True):
-            blocks += cut_blocks(plan, owner, decoder, self.config)
-        undecided = self.config.sharding == "auto" and not self._shared_decoding()
-        if undecided and not spreads_evenly(blocks, self.config, self.world_size):
-            owners = [ANYONE] * len(places)
-            blocks = [block._replace(owner=ANYONE) for block in blocks]
-        mine = (self.rank, ANYONE)
-        decoders = [decoder for decoder, owner in zip(decoders, owners, strict=True) if owner in mine]
+        for part, ranks in zip(cut, owners, strict=True):
+            blocks += [block._replace(owners=ranks) for block in part] if ranks else part
+        # Of row groups without a block, nothing is decoded.
+        used = {id(block.rows) for block in blocks}
+        decoders = [
+            each for each, ranks in zip(decoders, owners, strict=True) if self.rank in ranks or not ranks
+        ]
+        decoders = [each for each in decoders if id(each) in used]
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch, number]).permutation(len(blocks))
             blocks = [blocks[i] for i in order.tolist()]
         return blocks, decoders
 
-    def _shared_decoding(self) -> bool:
-        """Whether every rank decodes every row group, whatever blocks they hold."""
+    def _plan(self, place: RowGroup, footer: pq.FileMetaData) -> PlanRows:
+        if self.sample is None:
+            return read_plan(place.file, place.row_group, footer)
+        return self.sample.of_plan(read_plan(place.file, place.row_group, footer, True))
+
+    def _decoders(self, blocks: Sequence[Block]) -> int:
+        """How many ranks decode each row group of a window that has these blocks; 0: all."""
+        sharding = self.config.sharding
         # In stored order a step's blocks lie in one or two row groups: their owners would do all the work.
-        apart = self._own_row_groups and self.seed is not None and self.world_size > 1
-        return self.config.sharding == "steps" or (self.config.sharding == "auto" and not apart)
+        apart = self._own_row_groups and self.seed is not None
+        if self.world_size == 1 or sharding == "steps" or (sharding == "auto" and not apart):
+            return 0
+        needed = decoders_needed(blocks, self.config, self.world_size)
+        return needed or (most_decoders(self.world_size) if sharding == "row_groups" else 0)
 
     def _decode(self, place: RowGroup, footer: pq.FileMetaData) -> WindowedRows:
         rows = read_rows(place.file, place.row_group, self.columns, footer)

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from embeddings.errors import DataError
 from trainer.log.arrow import PARQUET_ERRORS
 from trainer.log.schema import FeatureInfo
+from trainer.storage import is_remote
+from trainer.storage.ranges import columns_of, footer_of
 
 # A list offset or count beyond this is damage, not data; it bounds what a bad file can make us allocate.
 LONGEST = 1 << 31
@@ -213,8 +215,11 @@ def read_footer(file: Path) -> pq.FileMetaData:
     Raises:
         DataError: missing or unreadable file.
     """
-    with _opened(file) as parquet:
-        return parquet.metadata
+    with _plain_errors(file):
+        if is_remote(file):
+            return footer_of(file)
+        with pq.ParquetFile(file) as parquet:
+            return parquet.metadata
 
 
 def read_group(
@@ -225,7 +230,11 @@ def read_group(
     Raises:
         DataError: missing or unreadable file, missing column.
     """
-    with _opened(file, row_group, footer) as parquet:
+    with (
+        _plain_errors(file, row_group),
+        columns_of(file, row_group, names, footer) as (source, known),
+        pq.ParquetFile(source, metadata=known, page_checksum_verification=True) as parquet,
+    ):
         table = parquet.read_row_group(row_group, columns=list(names), use_threads=False)
         missing = sorted(set(names) - set(table.column_names))
     if missing:
@@ -234,12 +243,9 @@ def read_group(
 
 
 @contextmanager
-def _opened(
-    file: Path, row_group: int | None = None, footer: pq.FileMetaData | None = None
-) -> Iterator[pq.ParquetFile]:
+def _plain_errors(file: Path, row_group: int | None = None) -> Iterator[None]:
     try:
-        with pq.ParquetFile(file, metadata=footer, page_checksum_verification=True) as parquet:
-            yield parquet
+        yield
     except FileNotFoundError:
         raise DataError("no such file; ingest the log again", file=file) from None
     except PARQUET_ERRORS as error:

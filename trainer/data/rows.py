@@ -170,12 +170,13 @@ class PlanRows:
     """What cutting blocks needs to know of a row group: lengths only.
 
     Attributes:
-        request_offsets: [U + 1]; history_end, candidates: [requests].
+        request_offsets: [U + 1]; history_end, candidates: [requests]; users: [U] ids, where they were read.
     """
 
     request_offsets: Ints
     history_end: Ints
     candidates: Ints
+    users: Ints | None = None
 
     @property
     def cost(self) -> int:
@@ -198,13 +199,18 @@ def read_rows(
     return _Decoder(read_group(file, row_group, columns.names(), footer)).rows(columns)
 
 
-def read_plan(file: Path, row_group: int, footer: pq.FileMetaData | None = None) -> PlanRows:
+def read_plan(
+    file: Path, row_group: int, footer: pq.FileMetaData | None = None, users: bool = False
+) -> PlanRows:
     """Only the lengths of a row group: a few bytes a request, whatever the histories hold.
+
+    Args:
+        footer: the file's, if it was read before; users: whether the users' ids are read, too.
 
     Raises:
         DataError: missing or unreadable file, missing column, null, unequal list lengths or negative numbers.
     """
-    group = read_group(file, row_group, PLAN_COLUMNS, footer)
+    group = read_group(file, row_group, [*PLAN_COLUMNS, *(["user_id"] if users else [])], footer)
     offsets, ends = group.lists("request_history_end")
     count_offsets, counts = group.lists("request_num_candidates")
     group.same_lengths(offsets, count_offsets, "request_num_candidates", "request_history_end")
@@ -212,7 +218,7 @@ def read_plan(file: Path, row_group: int, footer: pq.FileMetaData | None = None)
     for name, values in zip(PLAN_COLUMNS, flat, strict=True):
         if values.size and (values.min() < 0 or values.max() > LONGEST):
             raise group.fail("has impossible counts; ingest the events again", name)
-    return PlanRows(offsets, *flat)
+    return PlanRows(offsets, flat[0], flat[1], group.ints("user_id") if users else None)
 
 
 class _Decoder:

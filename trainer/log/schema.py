@@ -25,6 +25,7 @@ from trainer.config.toml import Settings
 from trainer.log.clusters import ClusterInfo
 from trainer.log.names import FileName, path_problem
 from trainer.sealed_folder import DIGEST, MANIFEST, Seal
+from trainer.storage import is_remote
 
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1
@@ -64,6 +65,8 @@ class FileInfo(Settings):
     rows: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    row_groups: int = Field(default=0, ge=0)
+    """A log that was made before these were counted has 0, and its readers open each file to count them."""
 
     @model_validator(mode="after")
     def _stays_inside(self) -> FileInfo:
@@ -193,6 +196,8 @@ def moved_away(staging: Path) -> Path:
 
 def _left_behind(log: Path) -> str:
     """What to do about a log that an overwrite, killed on its way, had moved away; empty if there is none."""
+    if is_remote(log):
+        return ""
     found = sorted(log.parent.glob(f"{glob.escape(log.name)}.tmp-*-old/{MANIFEST}")) if log.name else []
     if not found or log.exists():
         return ""
@@ -209,7 +214,7 @@ def read_manifest(log: Path) -> LogManifest:
     Raises:
         DataError: it is missing, not JSON, of another format or version, or has wrong fields.
     """
-    path = Path(log) / MANIFEST
+    path = log / MANIFEST
     raw = _load_json(path)
     SEAL.read(path.parent)
     found = raw.get("format") if isinstance(raw, dict) else None
@@ -232,7 +237,7 @@ def read_manifest(log: Path) -> LogManifest:
 def is_sequence_log(path: Path) -> bool:
     """Whether `path` is a sequence log of any version: only such a folder may ever be replaced."""
     try:
-        raw = _load_json(Path(path) / MANIFEST)
+        raw = _load_json(path / MANIFEST)
     except DataError:
         return False
     return isinstance(raw, dict) and raw.get("format") == FORMAT

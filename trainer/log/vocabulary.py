@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
 from trainer.log.arrow import PARQUET_ERRORS
+from trainer.storage.ranges import parquet_source
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -53,7 +54,7 @@ def stream_values(file: Path, digest: str, *, of_log: bool = False) -> Iterator[
     remedy = "take another copy of that log" if of_log else "take the one of the model's log"
     content, first = hashlib.sha256(), 1
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        with pq.ParquetFile(parquet_source(file), page_checksum_verification=True) as parquet:
             names = parquet.schema_arrow.names
             if "value" not in names or "id" not in names:
                 problem = f"has the columns {', '.join(names)}, not value and id; {remedy}"

@@ -22,6 +22,7 @@ from trainer.log.schema import (
     moved_away,
 )
 from trainer.sealed_folder import entry_of, exchange, publish, remove_folder, scratch, sync, sync_tree, voice
+from trainer.storage import is_remote
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -54,7 +55,7 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
             yield staging
             check_target(out, overwrite)  # somebody else may have finished the same log meanwhile
             sync_tree(staging)
-            if out.exists() and exchange(staging, out):
+            if not is_remote(out) and out.exists() and exchange(staging, out):
                 sync(out.parent)  # the older log is the one in `staging` now, and goes with it
             else:
                 old = moved_away(staging)
@@ -83,12 +84,12 @@ def write_split(
     for first in groups:
         path = root / split / f"part-{len(files):05d}.parquet"
         path.parent.mkdir(exist_ok=True)
-        rows = 0
+        rows = row_groups = 0
         with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
             group: pa.Table | None = first
             while group is not None:
                 writer.write_table(group, row_group_size=rows_per_group)
-                rows += group.num_rows
+                rows, row_groups = rows + group.num_rows, row_groups + 1
                 totals["rows"] += group.num_rows
                 for task, counts in labels.items():
                     counts.update(_count_labels(group[f"label_{task}"]))
@@ -96,7 +97,8 @@ def write_split(
                     totals[name] += pc.sum(group[f"num_{name}"]).as_py()
                 # Asking for the next group only when this file has room leaves it to the next file.
                 group = next(groups, None) if rows < rows_per_file else None
-        files.append(FileInfo(path=path.relative_to(root).as_posix(), rows=rows, **entry_of(path)))
+        name = path.relative_to(root).as_posix()
+        files.append(FileInfo(path=name, rows=rows, row_groups=row_groups, **entry_of(path)))
     found = {task: LabelInfo(**counts) for task, counts in labels.items()}
     return SplitInfo(files=files, positives=found[tasks[0]].positives, labels=found, **totals)
 

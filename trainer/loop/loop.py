@@ -13,6 +13,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
+from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
@@ -23,7 +24,7 @@ from trainer.loop.pipeline import Pipeline, remark_on
 from trainer.loop.progress import Progress
 from trainer.objectives.step_loss import Tally
 from trainer.quality.domains import SplitMetrics
-from trainer.quality.evaluate import score_split, shared_metrics
+from trainer.quality.evaluate import scored_split, shared_metrics
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
 from trainer.run_config import Config
 from trainer.run_folder import MetricsLog, RunFolder
@@ -95,7 +96,8 @@ class Trainer:
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = _Meter(ranks.device)
-        self.saver = Saver(folder.checkpoints, config.checkpoint, say)
+        touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
+        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = self._best_due = False
 
@@ -227,7 +229,8 @@ class Trainer:
         metrics = self._measure(self.validation_reader)
         self.at.validated = self.at.step
         self.log.write(self.at.step, "validation", metrics.entry())
-        self.say(f"validation after step {self.at.step}:{metrics.text()}")
+        sampled = "" if metrics.sampled is None else " ({:,} of {:,} candidates)".format(*metrics.sampled)
+        self.say(f"validation after step {self.at.step}{sampled}:{metrics.text()}")
         # Whether this validation is the best so far, or the last.
         stopping, best = self.config.train.early_stopping, self.at.best
         if stopping.on:
@@ -263,10 +266,16 @@ class Trainer:
         return self._best_metrics, best.step
 
     def _measure(self, reader: SequenceLogReader) -> SplitMetrics:
-        with self.pipeline.paused():
-            metrics = shared_metrics(score_split(self.model, reader, self.ranks.device), reader.config)
+        device, folder = self.ranks.device, self.folder.path
+        with self.pipeline.paused(), scored_split(self.model, reader, device, folder) as scores:
+            metrics = shared_metrics(scores, reader)
         self.metrics_of_validation = metrics
         return metrics
+
+    def _sample(self) -> dict[str, Any] | None:
+        """What validations score of the split, None = all of it."""
+        sample = self.validation_reader and self.validation_reader.sample
+        return asdict(sample) if sample else None
 
     def _progress(self) -> float:
         return progress_of(self.config.train, self.at.step, self.at.candidates, self.train_reader.candidates)
@@ -280,6 +289,7 @@ class Trainer:
         """Have `fill` write into the tensors of model and optimizer, and take them up."""
         tensors = self._tensors()
         fill(tensors)
+        self.saver.follow(None)
         self.model.load_state_dict(tensors["model"])
         self.optimizer.load_state_dict(tensors["optim"])
 
@@ -297,8 +307,10 @@ class Trainer:
             "log": self.log_fingerprint,
             "plan": self.plan,
             "order": self.train_reader.order,
+            "sample": self._sample(),
             "config": self.config.model_dump(mode="json"),
         }
+        from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
         self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
         self.interrupts.restart_clock()
         # Time that no step has taken.
@@ -319,7 +331,11 @@ class Trainer:
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         # Older checkpoints know of no best.
         best, now = Best(**state.get("best", {})), self.config.train.early_stopping
-        if best != Best() and (why := changed_watch(state["config"], now, self.train_reader.columns.tasks)):
+        why = changed_watch(state["config"], now, self.train_reader.columns.tasks)
+        # Older checkpoints have measured the whole split.
+        if not why and state.get("sample") != self._sample():
+            why = "validations score other candidates since (train.validate_candidates)"
+        if best != Best() and why:
             self.say(f"{why}: the best validation so far, after step {best.step:,}, is no longer kept")
             best = Best()
         self.at = Position(
@@ -332,6 +348,7 @@ class Trainer:
             best=best,
         )
         self.saver.saved = self.step.number = self.at.step
+        self.saver.follow(path, state.get("base", {}).get("links", 0))
         self.say(f"resumed from {path}")
 
 

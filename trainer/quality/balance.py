@@ -14,7 +14,7 @@ hardly does.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from trainer.config.tasks import Task
 from trainer.quality.metrics import Metrics, entry_of, group_keys
 from trainer.quality.ranking import Floats, Ints
-from trainer.quality.scored import Scored
+from trainer.quality.scored import Scored, Scores
 
 FACTOR = 2.0
 """Two numbers of positives are comparable if neither is more than so many times the other."""
@@ -70,35 +70,54 @@ def strata(first: Floats, second: Floats) -> Ints:
     return numbers
 
 
+Positives = Callable[[Scored], Floats | None]
+"""Positives that training has of the users of some candidates, [n, T]; None: it has none of any."""
+
+
 def by_balance(
-    scored: Scored, trained: Floats | None, split: str, tasks: Sequence[Task] = ()
+    scored: Scores, trained: Floats | Positives | None, split: str, tasks: Sequence[Task] = ()
 ) -> dict[Pair, dict[str, Stratum]]:
     """Pair of tasks -> stratum -> its metrics: of each pair a partition of the split.
 
     Strata without a candidate are left out.
 
     Args:
-        trained: [n, T], positives of each task that training has of the candidate's user; None: not known.
+        trained: positives of each task that training has of the candidate's user, [n, T] or by parts of the
+            candidates; None: not known.
         split: its name.
         tasks: the T tasks, to leave out pairs that are `of_one_feedback`; empty: every pair is measured.
     """
-    counted_in, positives = "train", trained
-    if positives is None or not positives.any():
-        counted_in, positives = split, _own_positives(scored)
+    counted_in, positives = "train", _positives(scored, trained)
+    if positives is None:
+        counted_in, positives = split, _own_positives
     pairs = {}
     for at in itertools.combinations(range(len(scored.tasks)), 2):
         if tasks and of_one_feedback(tasks[at[0]], tasks[at[1]]):
             continue
+
+        def stratum(part: Scored, at: tuple[int, int] = at, of: Positives = positives) -> Ints:
+            found = of(part)
+            assert found is not None
+            return strata(found[:, at[0]], found[:, at[1]])
+
         pair = scored.tasks[at[0]], scored.tasks[at[1]]
-        number = strata(positives[:, at[0]], positives[:, at[1]])
-        found = {}
-        for place, name in enumerate(strata_of(pair)):
-            part = scored.part(number == place)
-            if candidates := part.candidate.size:
-                metrics = {scored.tasks[task]: part.metrics(task) for task in at}
-                found[name] = Stratum(candidates, part.users, counted_in, metrics)
-        pairs[pair] = found
+        metrics = scored.metrics_by(stratum, at)
+        pairs[pair] = {
+            strata_of(pair)[number]: Stratum(candidates, users, counted_in, metrics[number])
+            for number, (candidates, users) in scored.sizes_by(stratum).items()
+        }
     return pairs
+
+
+def _positives(scored: Scores, trained: Floats | Positives | None) -> Positives | None:
+    """What tells positives of training of any part; None where it has none of these users."""
+    if trained is None:
+        return None
+    if not callable(trained):
+        array = trained
+        return (lambda _: array) if array.any() else None
+    first = next(scored.chunks(), None)
+    return trained if first is not None and trained(first) is not None else None
 
 
 def of_one_feedback(first: Task, second: Task) -> bool:

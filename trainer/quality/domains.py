@@ -16,7 +16,7 @@ from trainer.log.schema import VOCABULARIES, read_manifest
 from trainer.log.vocabulary import read_values
 from trainer.quality.metrics import Metrics, entry_of, first_and_all, number
 from trainer.quality.ranking import Ints
-from trainer.quality.scored import Scored
+from trainer.quality.scored import Scored, Scores
 
 # What domains are compared by, and whether more of it is better.
 COMPARED = {"auc": 1, "logloss": -1}
@@ -85,11 +85,13 @@ class SplitMetrics:
         tasks: task -> metrics of the whole split.
         domains: domain -> task -> metrics of that domain; empty where candidates have no domain.
         unnamed: why domains are called by their numbers, although the log has names; empty if they are not.
+        sampled: (candidates that were scored, those of the split) where they are a sample of it.
     """
 
     tasks: dict[str, Metrics]
     domains: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     unnamed: str = ""
+    sampled: tuple[int, int] | None = None
 
     def of_task(self, task: str) -> dict[str, Metrics]:
         """Domain -> metrics of one task."""
@@ -102,9 +104,12 @@ class SplitMetrics:
     def entry(self) -> dict[str, Any]:
         """As files hold it: metrics of the first task, those of every task under `tasks`.
 
-        With domains also `by_domain`, which has such an entry for each, and `over_domains`.
+        With domains also `by_domain`, which has such an entry for each, and `over_domains`; of a sample also
+        `sampled`.
         """
         entry = entry_of(self.tasks)
+        if self.sampled:
+            entry["sampled"] = dict(zip(("candidates", "of"), self.sampled, strict=True))
         if self.domains:
             entry["by_domain"] = {domain: entry_of(own) for domain, own in self.domains.items()}
             entry["over_domains"] = first_and_all(
@@ -145,29 +150,31 @@ class SplitMetrics:
         return "".join(f"\n  {line}" for line in lines)
 
 
-def measure_split(scored: Scored, log: Path, feature: str) -> SplitMetrics:
+def measure_split(scored: Scores, log: Path, feature: str) -> SplitMetrics:
     """Metrics of every task, and of every domain where candidates have one.
 
     Args:
-        log: whose vocabulary has names of domains; feature: `data.domain`.
+        log: whose vocabulary has names of domains; feature: `data.domain`, empty without domains.
     """
-    if scored.domain is None:
-        return SplitMetrics(scored.all_metrics())
-    names, problem = domain_names(log, feature, scored.domain)
-    return SplitMetrics(scored.all_metrics(), by_domain(scored, names), problem)
+    whole = scored.all_metrics()
+    if not feature:
+        return SplitMetrics(whole)
+    numbered = _by_number(scored)
+    names, problem = domain_names(log, feature, np.array(list(numbered), dtype=np.int64))
+    return SplitMetrics(whole, {names.get(n, str(n)): own for n, own in numbered.items()}, problem)
 
 
-def by_domain(scored: Scored, names: Mapping[int, str]) -> dict[str, dict[str, Metrics]]:
+def by_domain(scored: Scores, names: Mapping[int, str]) -> dict[str, dict[str, Metrics]]:
     """Domain -> task -> metrics, by ascending number of the domain: a partition of the split."""
-    if scored.domain is None or not scored.domain.size:
-        return {}
-    order = np.argsort(scored.domain, kind="stable")
-    domains, starts = np.unique(scored.domain[order], return_index=True)
-    parts = np.split(order, starts[1:])
-    return {
-        names.get(domain, str(domain)): scored.part(part).all_metrics()
-        for domain, part in zip(domains.tolist(), parts, strict=True)
-    }
+    return {names.get(number, str(number)): own for number, own in _by_number(scored).items()}
+
+
+def _by_number(scored: Scores) -> dict[int, dict[str, Metrics]]:
+    def domain(part: Scored) -> Ints:
+        assert part.domain is not None
+        return part.domain
+
+    return scored.metrics_by(domain, range(len(scored.tasks)))
 
 
 def domain_names(log: Path, feature: str, domains: Ints) -> tuple[dict[int, str], str]:

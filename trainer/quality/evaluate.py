@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,22 +14,66 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from embeddings.agreement import from_rank_0
+from embeddings.agreement import from_every_rank, from_rank_0
+from embeddings.errors import DataError
 from embeddings.private import detach
-from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.model.windows import places_in_groups
 from trainer.quality.domains import SplitMetrics, measure_split
-from trainer.quality.scored import KEYS, Scored
+from trainer.quality.runs import Runs
+from trainer.quality.score_files import IN_MEMORY, ScoreFiles, joined
+from trainer.quality.scored import KEYS, Scored, Scores, columns_of
 from trainer.ranks.host_copy import Unloading
 from trainer.ranks.process_group import gather_rows
+from trainer.sealed_folder import remove_folder, scratch
+from trainer.storage.places import is_remote
 
 # Batches whose scores are on their way to the host at a time.
 _UNDER_WAY = 8
 
 
-@torch.no_grad()
+@contextmanager
+def scored_split(
+    model: nn.Module, reader: SequenceLogReader, device: torch.device, folder: Path
+) -> Iterator[Scores]:
+    """Score every candidate of the reader's split once; collective.
+
+    Args:
+        folder: shared by all ranks, for the scores of a split that is too large for the memory of one.
+
+    Returns:
+        On rank 0 all candidates, as long as the context lasts; on the others none that count.
+    """
+    if reader.expected <= IN_MEMORY:
+        yield score_split(model, reader, device)
+        return
+    with ExitStack() as held:
+
+        def made() -> tuple[Path, Path]:
+            # By rank 0 alone, which takes it away once everything is measured.
+            own = held.enter_context(scratch(folder, f"scores-{reader.split}"))
+            if not is_remote(folder):
+                return own, own
+            # Of a store, that folder lies on this machine, where ranks on others cannot write.
+            shared = folder / own.name
+            held.callback(remove_folder, shared)
+            return own, shared
+
+        own, shared = from_rank_0(made)
+        runs, tasks = Runs(shared, f"rank-{reader.rank:05d}"), reader.columns.tasks
+        for value, key in _scored_rows(model, reader, device, None):
+            runs.add(columns_of(_scored(value, key, tasks)))
+
+        def written() -> list[Path]:
+            runs.flush()
+            return runs.files
+
+        files = [file for own in from_every_rank(written, slow=True) for file in own]
+        nothing = torch.zeros(0, 2 * len(tasks)), torch.zeros(0, len(KEYS)).long()
+        yield ScoreFiles(files, own) if reader.rank == 0 and files else _scored(*nothing, tasks)
+
+
 def score_split(
     model: nn.Module, reader: SequenceLogReader, device: torch.device, pipelined: bool | None = None
 ) -> Scored:
@@ -42,6 +88,19 @@ def score_split(
         others none. They lie in main memory: 8 bytes a task and candidate, 40 more for the names, and 8 for
         the domain.
     """
+    rows = list(_scored_rows(model, reader, device, pipelined))
+    width = len(KEYS) + bool(reader.config.domain)
+    no_values, no_keys = torch.zeros(0, 2 * len(reader.columns.tasks)), torch.zeros(0, width).long()
+    all_values = gather_rows(torch.cat([no_values, *(value for value, _ in rows)]))
+    all_keys = gather_rows(torch.cat([no_keys, *(key for _, key in rows)]))
+    return _scored(all_values, all_keys, reader.columns.tasks).in_order()
+
+
+@torch.no_grad()
+def _scored_rows(
+    model: nn.Module, reader: SequenceLogReader, device: torch.device, pipelined: bool | None
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """What `_rows` makes of each batch of this rank, on the host."""
     if pipelined is None:
         pipelined = device.type == "cuda" and isinstance(model, DistributedModelParallel)
     was_training = model.training
@@ -60,12 +119,9 @@ def score_split(
                     value, key = _rows(step.batch, score)
                     values.add(value)
                     keys.add(key)
+                    yield from zip(values.arrived(), keys.arrived(), strict=True)
+    yield from zip(values.all(), keys.all(), strict=True)
     model.train(was_training)
-    width = len(KEYS) + bool(reader.config.domain)
-    no_values, no_keys = torch.zeros(0, 2 * len(reader.columns.tasks)), torch.zeros(0, width).long()
-    all_values = gather_rows(torch.cat([no_values, *values.all()]))
-    all_keys = gather_rows(torch.cat([no_keys, *keys.all()]))
-    return _scored(all_values, all_keys, reader.columns.tasks).in_order()
 
 
 def _pipelined(
@@ -98,26 +154,49 @@ def _pipelined(
         detach(pipeline)
 
 
-def shared_metrics(scored: Scored, config: DataConfig) -> SplitMetrics:
-    """Metrics of what `score_split` returned, on every rank; rank 0 computes them, collective."""
-    return from_rank_0(lambda: measure_split(scored, config.log, config.domain), slow=True)
+def shared_metrics(scored: Scores, reader: SequenceLogReader) -> SplitMetrics:
+    """Metrics of what `score_split` or `scored_split` gave, on every rank; rank 0 computes them, collective.
+
+    Raises:
+        DataError: no user of the split belongs to a sample of this size.
+    """
+
+    def measured() -> SplitMetrics:
+        count = scored.size
+        if reader.sample is None:
+            return measure_split(scored, reader.config.log, reader.config.domain)
+        if not count:
+            raise DataError(
+                f"a sample of {reader.split} is so small that it holds no user; raise "
+                "train.validate_candidates, or --sample",
+                file=reader.config.log,
+            )
+        of_sample = measure_split(scored, reader.config.log, reader.config.domain)
+        return replace(of_sample, sampled=(count, reader.candidates))
+
+    return from_rank_0(measured, slow=True)
 
 
 def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogReader, limit: int) -> Scored:
     """Score the first `limit` requests of a split (0 = all) in one process, in stored order."""
-    parts, seen = [], 0
+    return joined(list(score_in_order(score, reader, limit)))
+
+
+def score_in_order(
+    score: Callable[[RequestBatch], Tensor], reader: SequenceLogReader, limit: int
+) -> Iterator[Scored]:
+    """The same, a batch at a time; each request is in one of them."""
+    seen, last = 0, None
     with closing(reader.steps()) as steps:
         for step in steps:
-            parts.append(_rows(step.batch, score(step.batch)))
-            seen += step.batch.requests
+            scored = _scored(*_rows(step.batch, score(step.batch)), reader.columns.tasks)
+            keys = np.stack([scored.user_id, scored.request_id], axis=1)
+            new = np.r_[last is None or (keys[0] != last).any(), (np.diff(keys, axis=0) != 0).any(axis=1)]
+            number, last = seen + np.cumsum(new), keys[-1]
+            yield scored.part(number <= limit) if limit else scored
+            seen = int(number[-1])
             if limit and seen >= limit:
                 break
-    rows, keys = (torch.cat(part) for part in zip(*parts, strict=True))
-    scored = _scored(rows, keys, reader.columns.tasks)
-    if not limit:
-        return scored
-    new = np.r_[True, (np.diff(scored.request_id) != 0) | (np.diff(scored.user_id) != 0)]
-    return scored.part(np.cumsum(new) <= limit)
 
 
 def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,17 +81,22 @@ def calibration_metrics(scores: npt.ArrayLike, labels: npt.ArrayLike) -> dict[st
     """Everything that needs probabilities, by the names of `Metrics`."""
     p, y = _probabilities(scores, labels)
     rate = float(y.mean()) if y.size else math.nan
-    loss, normalised = logloss(p, y), math.nan
-    if 0 < rate < 1:
-        entropy = -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
-        normalised = loss / entropy if entropy > 0 else math.nan
+    loss = logloss(p, y)
     return {
         "logloss": loss,
-        "ne": normalised,
+        "ne": normalised_loss(loss, rate),
         "pcoc": float(p.sum() / y.sum()) if y.any() else math.nan,
         "ece": calibration_error(p, y),
         "rate": rate,
     }
+
+
+def normalised_loss(loss: float, rate: float) -> float:
+    """A logloss over the entropy of the mean label."""
+    if not 0 < rate < 1:
+        return math.nan
+    entropy = -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+    return loss / entropy if entropy > 0 else math.nan
 
 
 def logloss(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:

@@ -179,18 +179,23 @@ class Ranked:
         return half_width(self.gauc_influence(), self.of_groups(clusters))
 
     def at(self, k: int) -> tuple[float, float]:
-        """-> (HR@k, NDCG@k): means over the groups with both classes, each of them once.
+        """-> (HR@k, NDCG@k): means over the groups with both classes, each of them once."""
+        hits, gains = self.gains(k)
+        return (float(hits.mean()), float(gains.mean())) if hits.size else (math.nan, math.nan)
+
+    def gains(self, k: int) -> tuple[Floats, Floats]:
+        """-> (chance of a hit among the best k, gain over the best possible), of groups with both classes.
 
         A label of at least 0.5 is a hit. Tied candidates take their places in random order: both are expected
         values over it.
         """
         ties, hits = self.ties, (self.labels >= 0.5).astype(np.int64)
         if not hits.size:
-            return math.nan, math.nan
+            return np.zeros(0), np.zeros(0)
         total = np.add.reduceat(hits, ties.group_starts)
         counted = (total > 0) & (total < self.sizes)
         if not counted.any():
-            return math.nan, math.nan
+            return np.zeros(0), np.zeros(0)
         size, inside = ties.sizes, np.add.reduceat(hits, ties.starts)
         group = ties.of_group[ties.starts]
         ends = (ties.group_starts + self.sizes.astype(np.int64))[group]
@@ -201,7 +206,7 @@ class Ranked:
         discount = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(k) + 2))]
         gain = inside / size * (discount[np.minimum(better + size, k)] - discount[np.minimum(better, k)])
         gains, best = np.add.reduceat(gain, first_tie), discount[np.minimum(total, k)]
-        return float(hit[counted].mean()), float((gains[counted] / best[counted]).mean())
+        return hit[counted], gains[counted] / best[counted]
 
 
 def _none_drawn(size: Ints, hits: Ints, places: Ints) -> Floats:

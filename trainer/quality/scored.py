@@ -1,8 +1,10 @@
-"""Candidates with their scores: metrics, slices, and the Parquet file that keeps them."""
+"""Candidates with their scores, in memory or in files: metrics, slices, the Parquet file that keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,94 @@ import pyarrow.parquet as pq
 from embeddings.errors import DataError
 from trainer.quality.metrics import Metrics, group_keys, measure
 from trainer.sealed_folder import replacing
+from trainer.storage.ranges import parquet_source
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Key = Callable[["Scored"], Ints]
 KEYS = ("user_id", "request_id", "candidate", "item_id", "history")
+# Rows of a row group of a file of scores.
+_ROW_GROUP = 1 << 20
 HISTORY_EDGES = (0, 1, 10, 50, 200, 1000, 5000)
 
 
+_NOTHING = measure([], [], np.zeros(0, dtype=np.int64))
+
+
+class Scores(ABC):
+    """Scores of the candidates of a split, wherever they are.
+
+    Attributes:
+        tasks: names of the T tasks.
+    """
+
+    tasks: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The number of candidates."""
+
+    @abstractmethod
+    def chunks(self) -> Iterator[Scored]:
+        """All candidates by user, request and place in the request; each chunk holds whole users."""
+
+    @abstractmethod
+    def metrics_by(self, key: Key, tasks: Sequence[int]) -> dict[int, dict[str, Metrics]]:
+        """Metrics of parts of the candidates: key -> task -> metrics, by ascending key.
+
+        Args:
+            key: the part that each of some candidates belongs to, [n]; tasks: their numbers.
+        """
+
+    def metrics(self, task: int = 0) -> Metrics:
+        """Metrics of one task."""
+        return self._whole([task])[self.tasks[task]]
+
+    def all_metrics(self) -> dict[str, Metrics]:
+        """Metrics of every task, by its name."""
+        return self._whole(range(len(self.tasks)))
+
+    def _whole(self, tasks: Sequence[int]) -> dict[str, Metrics]:
+        found = self.metrics_by(lambda part: np.zeros(part.candidate.size, dtype=np.int64), tasks)
+        # Of nothing there are empty metrics.
+        return found.get(0) or {self.tasks[task]: _NOTHING for task in tasks}
+
+    def by_history(self, edges: Sequence[int] = HISTORY_EDGES, task: int = 0) -> dict[str, Metrics]:
+        """Metrics of slices by the length of the history, [edge, next edge); empty slices are left out."""
+
+        def slice_of(part: Scored) -> Ints:
+            return np.searchsorted(edges, part.history, side="right") - 1
+
+        slices = {}
+        for place, found in self.metrics_by(slice_of, [task]).items():
+            if place < 0:
+                continue
+            low, high = edges[place], edges[place + 1] if place + 1 < len(edges) else None
+            last = "or more" if high is None else f"to {high - 1:,}"
+            name = f"{low:,}" if high == low + 1 else f"{low:,} {last}"
+            slices[name] = found[self.tasks[task]]
+        return slices
+
+    def sizes_by(self, key: Key) -> dict[int, tuple[int, int]]:
+        """Key -> (candidates, users), by ascending key."""
+        sizes: dict[int, tuple[int, int]] = {}
+        for chunk in self.chunks():
+            keys = key(chunk)
+            for each in np.unique(keys).tolist():
+                part = chunk.part(keys == each)
+                candidates, users = sizes.get(each, (0, 0))
+                sizes[each] = candidates + part.size, users + part.users
+        return dict(sorted(sizes.items()))
+
+    def counts(self) -> tuple[int, int]:
+        """-> (requests, users)."""
+        found = [(chunk.requests, chunk.users) for chunk in self.chunks()]
+        return sum(requests for requests, _ in found), sum(users for _, users in found)
+
+
 @dataclass(frozen=True)
-class Scored:
+class Scored(Scores):
     """Candidates with their scores.
 
     Attributes:
@@ -63,26 +144,28 @@ class Scored:
         missing = np.isnan(self.label[:, task])
         return self.part(~missing) if missing.any() else self
 
-    def metrics(self, task: int = 0) -> Metrics:
-        """Metrics of one task."""
+    @property
+    def size(self) -> int:
+        return self.candidate.size
+
+    def chunks(self) -> Iterator[Scored]:
+        yield self
+
+    def metrics_by(self, key: Key, tasks: Sequence[int]) -> dict[int, dict[str, Metrics]]:
+        keys = key(self)
+        order = np.argsort(keys, kind="stable")
+        each, starts = np.unique(keys[order], return_index=True)
+        parts = map(self.part, np.split(order, starts[1:])) if each.size > 1 else [self][: each.size]
+        return {
+            number: {self.tasks[task]: part.measured(task) for task in tasks}
+            for number, part in zip(each.tolist(), parts, strict=True)
+        }
+
+    def measured(self, task: int) -> Metrics:
+        """Metrics of one task, in memory."""
         part = self.observed(task)
         groups, users = group_keys(part.user_id, part.request_id), group_keys(part.user_id)
         return measure(part.score[:, task], part.label[:, task], groups, users)
-
-    def all_metrics(self) -> dict[str, Metrics]:
-        """Metrics of every task, by its name."""
-        return {name: self.metrics(task) for task, name in enumerate(self.tasks)}
-
-    def by_history(self, edges: Sequence[int] = HISTORY_EDGES, task: int = 0) -> dict[str, Metrics]:
-        """Metrics of slices by the length of the history, [edge, next edge); empty slices are left out."""
-        slices = {}
-        for low, high in zip(edges, [*edges[1:], None], strict=True):
-            inside = (self.history >= low) & (self.history < high if high is not None else True)
-            if inside.any():
-                last = "or more" if high is None else f"to {high - 1:,}"
-                name = f"{low:,}" if high == low + 1 else f"{low:,} {last}"
-                slices[name] = self.part(inside).metrics(task)
-        return slices
 
     def in_order(self) -> Scored:
         """The same candidates by user, request and place in the request: sums over them round alike."""
@@ -94,22 +177,66 @@ class Scored:
         return replace(self, **parts, domain=None if self.domain is None else self.domain[chosen])
 
 
-def write_scores(scored: Scored, path: Path, names: Mapping[str, pa.Array] | None = None) -> None:
-    """One Parquet row a candidate: its numbers, and `score_<task>` and `label_<task>` of every task.
-
-    A label that was not observed is NaN. A column `domain` is there where candidates have domains.
-
-    Args:
-        names: further columns, first of all.
-    """
-    columns: dict[str, Any] = {**(names or {}), **{name: getattr(scored, name) for name in KEYS}}
+def columns_of(scored: Scored) -> dict[str, npt.NDArray[Any]]:
+    """The columns of a file of scores."""
+    columns: dict[str, npt.NDArray[Any]] = {name: getattr(scored, name) for name in KEYS}
     if scored.domain is not None:
         columns["domain"] = scored.domain
     for place, task in enumerate(scored.tasks):
         columns[f"score_{task}"] = scored.score[:, place]
         columns[f"label_{task}"] = scored.label[:, place]
-    with replacing(path) as part:
-        pq.write_table(pa.table(columns), part, compression="zstd", write_page_checksum=True)
+    return columns
+
+
+def scored_of(columns: Mapping[str, npt.NDArray[Any]]) -> Scored:
+    """The opposite of `columns_of`.
+
+    Raises:
+        KeyError: a column is missing.
+    """
+    tasks = tasks_of(columns)
+    score = np.stack([columns[f"score_{task}"] for task in tasks], axis=1)
+    label = np.stack([columns[f"label_{task}"] for task in tasks], axis=1)
+    user, request, candidate, item, history = (columns[name] for name in KEYS)
+    return Scored(score, label, user, request, candidate, item, history, tasks, columns.get("domain"))
+
+
+def tasks_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The tasks that a file with these columns has scores of.
+
+    Raises:
+        KeyError: there are none.
+    """
+    tasks = tuple(name.removeprefix("score_") for name in names if name.startswith("score_"))
+    if not tasks:
+        raise KeyError("no column is called score_<task>")
+    return tasks
+
+
+Names = Callable[[Scored], Mapping[str, pa.Array]]
+"""Further columns of some candidates, which come first of all."""
+
+
+def write_scores(chunks: Scored | Iterable[Scored], path: Path, names: Names | None = None) -> None:
+    """One Parquet row a candidate: its numbers, and `score_<task>` and `label_<task>` of every task.
+
+    A label that was not observed is NaN. A column `domain` is there where candidates have domains.
+    """
+    waiting: list[pa.Table] = []
+    with replacing(path) as part, ExitStack() as opened:
+        writer: pq.ParquetWriter | None = None
+        for chunk in [chunks] if isinstance(chunks, Scored) else chunks:
+            table = pa.table({**(names(chunk) if names else {}), **columns_of(chunk)})
+            if writer is None:
+                writer = opened.enter_context(
+                    pq.ParquetWriter(part, table.schema, compression="zstd", write_page_checksum=True)
+                )
+            waiting.append(table)
+            if sum(each.num_rows for each in waiting) >= _ROW_GROUP:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
+        if writer is not None and waiting:
+            writer.write_table(pa.concat_tables(waiting))
 
 
 def read_scores(path: Path) -> Scored:
@@ -118,53 +245,16 @@ def read_scores(path: Path) -> Scored:
     Raises:
         DataError: missing or not such a file.
     """
-    what = "holds no scores of `tandemrec evaluate`"
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        tasks = [name.removeprefix("score_") for name in table.column_names if name.startswith("score_")]
-        score = [table.column(f"score_{task}").to_numpy() for task in tasks]
-        label = [table.column(f"label_{task}").to_numpy() for task in tasks]
-        keys = [table.column(name).to_numpy() for name in KEYS]
-        domain = table.column("domain").to_numpy() if "domain" in table.column_names else None
+        table = pq.read_table(parquet_source(path), page_checksum_verification=True)
+        return scored_of({name: table.column(name).to_numpy() for name in numbers_of(table.column_names)})
     except (OSError, pa.ArrowException, KeyError) as error:
-        raise DataError(f"{what}: {error}", file=path) from None
-    if not tasks:
-        raise DataError(f"{what}: no column is called score_<task>", file=path)
-    user, request, candidate, item, history = keys
-    score_NT, label_NT = np.stack(score, axis=1), np.stack(label, axis=1)
-    return Scored(score_NT, label_NT, user, request, candidate, item, history, tuple(tasks), domain)
+        raise DataError(f"holds no scores of `tandemrec evaluate`: {error}", file=path) from None
 
 
-def compare_scores(some: Scored, all_scores: Scored) -> tuple[float, float]:
-    """Find every candidate of `some` in `all_scores`.
-
-    Tasks are compared by name, or by place where one side has numbers only.
-
-    Returns:
-        The largest absolute difference (infinite if a candidate is missing), and the share of candidates
-        whose scores are bit-equal.
-
-    Raises:
-        DataError: the tasks are not the same.
-    """
-    known_tasks, numbered = all_scores.tasks, _numbered(len(some.tasks))
-    if sorted(some.tasks) == sorted(known_tasks):
-        score = all_scores.score[:, [known_tasks.index(task) for task in some.tasks]]
-    elif len(some.tasks) == len(known_tasks) and numbered in (tuple(some.tasks), tuple(known_tasks)):
-        score = all_scores.score
-    else:
-        names = ", ".join(known_tasks), ", ".join(some.tasks)
-        raise DataError(f"scores of {names[0]} cannot be compared with those of {names[1]}")
-    if not some.candidate.size or not all_scores.candidate.size:
-        return float("inf"), 0.0
-    keys = [np.r_[getattr(all_scores, name), getattr(some, name)] for name in KEYS[:3]]
-    known, wanted = np.split(group_keys(*keys), [all_scores.candidate.size])
-    order = np.argsort(known, kind="stable")
-    place = order[np.searchsorted(known[order], wanted).clip(max=order.size - 1)]
-    if (known[place] != wanted).any():
-        return float("inf"), 0.0
-    other = score[place]
-    return float(np.abs(some.score - other).max()), float((some.score == other).all(axis=1).mean())
+def numbers_of(names: Iterable[str]) -> list[str]:
+    """The columns that `scored_of` takes."""
+    return [name for name in names if name in (*KEYS, "domain") or name.startswith(("score_", "label_"))]
 
 
 def _numbered(count: int) -> tuple[str, ...]:

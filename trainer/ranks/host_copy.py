@@ -65,6 +65,11 @@ class Unloading:
             self._receive()
         return self._arrived
 
+    def arrived(self) -> list[Tensor]:
+        """Those that have arrived since the last call, in order; they are held no longer."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
     def _receive(self) -> None:
         host = self._under_way.popleft().wait()
         # The clone gives the pinned memory back; PyTorch uses it again for the next copy of its size.

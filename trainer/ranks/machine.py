@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _LARGEST = 1 << 30
+_PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4
 
 
 def memory_bytes(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
@@ -30,6 +32,28 @@ def memory_bytes(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
     limits += [_number(folder / "memory.max") for folder in _folders("", process, groups)]
     limits += [_number(folder / "memory.limit_in_bytes") for folder in _folders("memory", process, groups)]
     return min(size for size in limits if size > 0)
+
+
+def free_memory_bytes(
+    process: Path = _PROCESS, groups: Path = _GROUPS, machine: Path = Path("/proc/meminfo")
+) -> int:
+    """Bytes that the processes of this control group may take besides what is taken already.
+
+    What files occupy of memory without being looked at counts as free, since the system gives it back.
+    """
+    lines = (line.split() for line in _text(machine).splitlines())
+    free = [1024 * int(words[1]) for words in lines if words[:1] == ["MemAvailable:"]]
+    versions = (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    )
+    for controller, limit, usage, idle in versions:
+        for folder in _folders(controller, process, groups):
+            if allowed := _number(folder / limit):
+                statistics = (line.split() for line in _text(folder / "memory.stat").splitlines())
+                files = sum(int(words[1]) for words in statistics if words[:1] == [idle])
+                free.append(max(0, allowed - _number(folder / usage) + files))
+    return min(free, default=memory_bytes(process, groups))
 
 
 def cores(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:
@@ -61,6 +85,18 @@ def keep_freed_memory() -> bool:
     # A negative threshold is the largest one: never.
     settings = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
     return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def give_pages_back(address: int, size: int) -> None:
+    """Have the system take the pages of a mapped file out of this process; a later look reads them again.
+
+    Else a file that is read once counts as this process's memory for as long as there is room. It changes
+    nothing of what is there, whatever it is, and where the system has no such call it does nothing.
+    """
+    advise = getattr(ctypes.CDLL(None), "madvise", None)
+    if advise is not None:
+        begin = address // mmap.PAGESIZE * mmap.PAGESIZE
+        advise(ctypes.c_void_p(begin), ctypes.c_size_t(address + size - begin), _PAGE_OUT)
 
 
 def installed(distribution: str) -> str | None:

@@ -1,31 +1,57 @@
 """Histories of a sequence log, by user, and whose a request means: a user-history store for the demo.
 
-A service keeps its users' histories itself and sends them along; nothing here is updated after the start.
+A service keeps its users' histories itself and sends them along; nothing here is updated after the start. The
+log stays where it is: memory holds where each user's row lies, and the row groups that were read last.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
+from trainer.data.files import RowGroup
+from trainer.data.labels import TaskLabels
 from trainer.data.reader import SequenceLogReader
-from trainer.data.row_group import Ints
-from trainer.data.rows import UserRows, read_rows
+from trainer.data.row_group import Ints, read_footer, read_group
+from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.arrow import PARQUET_ERRORS, is_text
 from trainer.log.schema import VOCABULARIES, read_manifest
 from trainer.log.vocabulary import read_values
 from trainer.serving.request import History, RequestError
 from trainer.serving.vocabulary import Vocabulary, ids_of
+from trainer.storage.ranges import parquet_source
+
+# Row groups whose place is read together at the start.
+_AT_A_TIME = 4
+# Bytes of decoded row groups that stay in memory; the one that was read last stays, whatever its size.
+_CACHED = 256 << 20
+_MOST_FOOTERS = 64
+# Values of a vocabulary file that are kept for names; of larger ones, those that are asked for are read.
+_KEPT_NAMES = 64 << 20
 
 
 class HistoryStore(Mapping[int, History]):
-    """user id -> the longest history that the log has of them. All of the log stays in memory.
+    """user id -> the longest history that the log has of them, read when it is asked for.
+
+    Takes 24 bytes of memory a user, and at most `cached` bytes of row groups that were read last. May be used
+    from several threads.
+
+    Args:
+        log: a sequence log, whose files stay as they are while this lives.
+        cached: bytes of decoded row groups that stay in memory.
 
     Attributes:
         users: names of the users, whose ids they number, where the log has names; None: users are integers.
@@ -34,11 +60,9 @@ class HistoryStore(Mapping[int, History]):
         DataError: the log is missing or malformed, or its names are not those of its manifest.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, cached: int = _CACHED) -> None:
         self.log, self.manifest = log, read_manifest(log)
         self.chunk = self.manifest.clusters.chunk if self.manifest.clusters else 0
-        # user id -> a row group, and the user's row in it
-        self._places: dict[int, tuple[UserRows, int]] = {}
         named = self.manifest.named.get("user_id")
         self.users: Vocabulary | None = None
         if named is not None:
@@ -46,29 +70,39 @@ class HistoryStore(Mapping[int, History]):
             self.users = Vocabulary(read_values(names, named.vocabulary, of_log=True))
         self._names: dict[str, tuple[Ints, pa.Array]] = {}
         data = DataConfig(log=log, clusters=bool(self.chunk))
+        places: list[RowGroup] = []
+        # The same of all splits.
+        self._columns: Columns | None = None
         for split in ("train", "validation", "test"):
             if split not in self.manifest.splits or not self.manifest.splits[split].candidates:
                 continue
             reader = SequenceLogReader(data, split, None)
-            for group in reader.row_groups:
-                rows = read_rows(group.file, group.row_group, reader.columns)
-                lengths = np.diff(rows.history_offsets).tolist()
-                for row, (user, length) in enumerate(zip(rows.user_id.tolist(), lengths, strict=True)):
-                    if user not in self._places or length >= self.behaviors(user):
-                        self._places[user] = rows, row
+            places += reader.row_groups
+            self._columns = reader.columns
+        self._places, self._index = places, _Index.of(places)
+        self._cache = _RowCache(cached)
 
     def __getitem__(self, user: int) -> History:
-        rows, row = self._places[user]
+        group, row = self._index.place(user)
+        rows = self._rows(group, False)
         part = slice(*rows.history_offsets[row : row + 2].tolist())
         clusters = (None if each is None else each[part] for each in (rows.cluster_size, rows.cluster_time))
         features = {name: bags.part(part) for name, bags in rows.history.items()}
         return History(rows.history_time[part], features, *clusters)
 
+    def __contains__(self, user: object) -> bool:
+        return isinstance(user, int) and self._index.find(user) is not None
+
     def __iter__(self) -> Iterator[int]:
-        return iter(self._places)
+        """Ascending."""
+        return (int(user) for user in self._index.user)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return int(self._index.user.size)
+
+    def first(self, count: int) -> list[int]:
+        """The users with the smallest ids."""
+        return list(islice(self, count))
 
     def name(self, user: int) -> str:
         """The user's own name; the number, where the log has no name."""
@@ -77,31 +111,172 @@ class HistoryStore(Mapping[int, History]):
         return str(self.users.values[user - 1])
 
     def behaviors(self, user: int) -> int:
-        rows, row = self._places[user]
-        return int(rows.history_offsets[row + 1] - rows.history_offsets[row])
+        at = self._index.find(user)
+        if at is None:
+            raise KeyError(user)
+        return int(self._index.behaviors[at])
 
     def requests(self, user: int) -> tuple[UserRows, range]:
         """The requests that the log holds beside this history, oldest first, and the rows they are in."""
-        rows, row = self._places[user]
+        group, row = self._index.place(user)
+        rows = self._rows(group, True)
         return rows, range(*rows.request_offsets[row : row + 2].tolist())
 
     def names(self, feature: str, ids: Sequence[int]) -> dict[int, str]:
         """What ids stand for, as far as the log says."""
+        wanted = np.unique(np.array(list(ids), dtype=np.int64))
         if feature not in self._names:
-            # Arrays, in the order of the ids: objects of a large vocabulary would take gigabytes.
+            file, nothing = self.log / VOCABULARIES / f"{feature}.parquet", np.zeros(0, dtype=np.int64)
             try:
-                table = pq.read_table(self.log / VOCABULARIES / f"{feature}.parquet", columns=["value", "id"])
+                if file.stat().st_size > _KEPT_NAMES:
+                    return dict(_names_in_file(file, wanted))
+                # Arrays, in the order of the ids: objects of a large vocabulary would take gigabytes.
+                table = pq.read_table(parquet_source(file), columns=["value", "id"])
                 table = table.sort_by("id").combine_chunks()
                 self._names[feature] = table.column("id").to_numpy().astype(np.int64), table.column("value")
             except (*PARQUET_ERRORS, KeyError):
-                self._names[feature] = np.zeros(0, dtype=np.int64), pa.array([], pa.string())
-        known, values = self._names[feature]
-        if not known.size:
-            return {}
-        wanted = np.array(list(ids), dtype=np.int64)
-        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        hit = wanted == known[at]
-        return dict(zip(wanted[hit].tolist(), map(str, values.take(at[hit]).to_pylist()), strict=True))
+                self._names[feature] = nothing, pa.array([], pa.string())
+        return _named(wanted, *self._names[feature])
+
+    def _rows(self, group: int, whole: bool) -> UserRows:
+        """A row group: its histories, or all that it holds.
+
+        Raises:
+            RequestError: 503 where it cannot be read.
+        """
+        assert self._columns is not None
+        columns = self._columns if whole else _of_histories(self._columns)
+        try:
+            return self._cache.read(self._places[group], columns, whole)
+        except DataError as error:
+            raise RequestError(503, f"the stored histories cannot be read: {error}") from None
+
+
+class _Index(NamedTuple):
+    """Where the longest row of each of U users lies: users ascending, row group, row in it, its behaviors."""
+
+    user: Ints
+    group: npt.NDArray[np.int32]
+    row: npt.NDArray[np.int32]
+    behaviors: Ints
+
+    @staticmethod
+    def of(places: Sequence[RowGroup]) -> _Index:
+        """Read two columns of all row groups. Of rows that are equally long, the last one counts."""
+        with ThreadPoolExecutor(_AT_A_TIME, "index") as threads:
+            try:
+                found = list(threads.map(_lengths, places))
+            finally:
+                threads.shutdown(cancel_futures=True)
+        counts = [user.size for user, _ in found]
+        user = np.concatenate([np.zeros(0, dtype=np.int64), *(user for user, _ in found)])
+        behaviors = np.concatenate([np.zeros(0, dtype=np.int64), *(length for _, length in found)])
+        group = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        row = np.concatenate([np.zeros(0, np.int32), *(np.arange(count, dtype=np.int32) for count in counts)])
+        # A stable order: by user, then by length, then as they are stored.
+        order = np.lexsort((behaviors, user))
+        sorted_user = user[order]
+        last = order[np.append(sorted_user[1:] != sorted_user[:-1], True)[: order.size]]
+        return _Index(user[last], group[last], row[last], behaviors[last])
+
+    def find(self, user: int) -> int | None:
+        """The user's place in these arrays."""
+        # Beyond 64 bits there is nobody, and no number to compare with.
+        if not self.user.size or not -(1 << 63) <= user < 1 << 63:
+            return None
+        at = int(np.searchsorted(self.user, user))
+        return at if at < self.user.size and int(self.user[at]) == user else None
+
+    def place(self, user: int) -> tuple[int, int]:
+        """Row group and row; KeyError for an unknown user."""
+        at = self.find(user)
+        if at is None:
+            raise KeyError(user)
+        return int(self.group[at]), int(self.row[at])
+
+
+class _RowCache:
+    """Decoded row groups, those that were used last."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._rows: OrderedDict[tuple[RowGroup, bool], UserRows] = OrderedDict()
+        self._footers: OrderedDict[Path, pq.FileMetaData] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, place: RowGroup, columns: Columns, whole: bool) -> UserRows:
+        """Raises DataError where the row group is missing or damaged."""
+        key = place, whole
+        with self._lock:
+            if key in self._rows:
+                self._rows.move_to_end(key)
+                return self._rows[key]
+            footer = self._footers.get(place.file)
+        if footer is None:
+            footer = read_footer(place.file)
+        # Two threads may read the same one at once, which does no harm.
+        rows = read_rows(place.file, place.row_group, columns, footer)
+        with self._lock:
+            self._footers[place.file] = footer
+            if len(self._footers) > _MOST_FOOTERS:
+                self._footers.popitem(last=False)
+            if key not in self._rows:
+                self._rows[key] = rows
+                self._held += _bytes_of(rows)
+            while self._held > self._most and len(self._rows) > 1:
+                self._held -= _bytes_of(self._rows.popitem(last=False)[1])
+        return rows
+
+
+def _bytes_of(rows: UserRows) -> int:
+    arrays = [value for value in vars(rows).values() if isinstance(value, np.ndarray)]
+    for features in (rows.history, rows.candidates, rows.context):
+        arrays.append(features.ids)
+        arrays += [
+            part
+            for bags in features.multi.values()
+            for part in (bags.values, bags.offsets)
+            if part is not None
+        ]
+    return sum(array.nbytes for array in arrays)
+
+
+def _lengths(place: RowGroup) -> tuple[Ints, Ints]:
+    """Users of a row group, and how many behaviors each has there."""
+    group = read_group(place.file, place.row_group, ["user_id", "history_timestamp"], None)
+    return group.ints("user_id"), np.diff(group.lists("history_timestamp")[0])
+
+
+def _of_histories(columns: Columns) -> Columns:
+    """The columns of histories alone."""
+    features = {
+        name: info.model_copy(update={"side": "history"})
+        for name, info in columns.features.items()
+        if info.of_behaviors
+    }
+    return Columns(features, TaskLabels((), ()), chunk=columns.chunk)
+
+
+def _named(wanted: Ints, known: Ints, values: pa.Array) -> dict[int, str]:
+    if not known.size:
+        return {}
+    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    hit = wanted == known[at]
+    return dict(zip(wanted[hit].tolist(), map(str, values.take(at[hit]).to_pylist()), strict=True))
+
+
+def _names_in_file(file: Path, wanted: Ints) -> Iterator[tuple[int, str]]:
+    """The names of ids, ascending, from the row groups that hold them: ids count from 1, row by row."""
+    with pq.ParquetFile(file) as parquet:
+        first = 1
+        for group in range(parquet.metadata.num_row_groups):
+            stop = first + parquet.metadata.row_group(group).num_rows
+            inside = wanted[slice(*np.searchsorted(wanted, [first, stop]).tolist())]
+            if inside.size:
+                table = parquet.read_row_group(group, columns=["value", "id"])
+                known = table.column("id").to_numpy()
+                yield from _named(inside, known, table.column("value")).items()
+            first = stop
 
 
 def as_user(given: int | str) -> pa.Array:

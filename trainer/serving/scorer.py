@@ -132,7 +132,7 @@ class Scorer:
         blocks = []
         for r, request in enumerate(requests):
             lazy = LazyRows(RowGroup(Path("request"), r), lambda: windowed)
-            blocks.append(Block(0, r, r + 1, int(request.history.time.size), request.count, lazy))
+            blocks.append(Block((), r, r + 1, int(request.history.time.size), request.count, lazy))
         return collate(blocks, self.data, columns, int(rows.candidate_offsets[-1]))
 
     def score(self, requests: Sequence[Request], explain: bool = False) -> tuple[list[Answer], Seconds]:

@@ -10,7 +10,7 @@ from embeddings.errors import TandemError
 from trainer.serving.histories import HistoryStore
 from trainer.serving.scorer import Scorer
 from trainer.serving.vocabulary import vocabularies_of
-from trainer.snapshot import load_snapshot, resolve
+from trainer.snapshot import fetched, load_snapshot, resolve
 
 
 class Versions:
@@ -22,6 +22,7 @@ class Versions:
         root: a version's folder, which is then served for good, or the folder of versions.
         histories: their ids must be of the snapshot's vocabulary.
         vocabulary: a log whose values may stand for ids, where a snapshot has none with it.
+        cache: where versions of a snapshot in an object store are fetched to; None: the user's caches.
         reloaded: told "switched", "unchanged", "refused" or "failed" after every attempt.
 
     Attributes:
@@ -40,7 +41,9 @@ class Versions:
         histories: HistoryStore | None = None,
         reloaded: Callable[[str], None] = lambda outcome: None,
         vocabulary: Path | None = None,
+        cache: Path | None = None,
     ) -> None:
+        self._cache = cache
         self.root, self.histories, self._reloaded = root, histories, reloaded
         self._vocabulary = vocabulary
         self.refused: tuple[str, str] | None = None
@@ -87,7 +90,7 @@ class Versions:
             return True
 
     def _load(self, path: Path) -> Scorer:
-        snapshot = load_snapshot(path)
+        snapshot = load_snapshot(fetched(path, self._cache))
         snapshot.self_check()
         if self.histories is not None:
             known = self.histories.manifest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from embeddings.errors import ConfigError, DataError, SnapshotError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
+from embeddings.lookup.stored import StoredTable
 from trainer.assemble import build_model, count_numbers
 from trainer.config.tasks import Task, named_tasks
 from trainer.data.batch import RequestBatch
@@ -22,18 +23,21 @@ from trainer.log.schema import FeatureInfo
 from trainer.model.frame import Prediction, TwoStageModel
 from trainer.run_config import sets_of
 from trainer.sealed_folder import MANIFEST, file_digest
+from trainer.snapshot.checking import check_files
 from trainer.snapshot.manifest import (
     DENSE,
     LATEST,
     OWN,
     RECORDED,
     VERSION_NAME,
+    ListedFile,
     SearchPart,
     SnapshotManifest,
     StoredRows,
-    check_file,
     read_manifest,
+    search_stem,
 )
+from trainer.snapshot.matrix_file import LayeredReader
 from trainer.snapshot.rows import expect_like, read_rows, read_tensors
 
 # A chain this long would be slower to load than to write anew.
@@ -169,25 +173,41 @@ class Chain:
     def manifest(self) -> SnapshotManifest:
         return self.versions[0][1]
 
-    def rows(self, stem: str, name: str) -> Tensor:
-        """A matrix of the newest version, checking the files that it comes from.
+    def rows(self, stem: str, name: str) -> StoredTable:
+        """A matrix of the newest version; its files are taken for checked.
 
         Raises:
-            SnapshotError: a file is damaged, or a base does not hold the matrix.
+            SnapshotError: a file is not what its manifest says, or a base does not hold the matrix.
         """
-        found: list[tuple[Path, StoredRows]] = []
+        return read_rows([(path, stored) for path, _, stored in self._holding(stem)], stem, name)
+
+    def reader(self, stem: str, name: str) -> LayeredReader:
+        """The same, read once from first row to last and checked meanwhile.
+
+        Raises:
+            SnapshotError: as `rows`.
+        """
+        return LayeredReader(self._holding(stem), stem, name)
+
+    def files(self, stem: str) -> list[tuple[Path, ListedFile]]:
+        """The files that hold a matrix, in whichever version."""
+        return [
+            (path, listed[file])
+            for path, listed, _ in self._holding(stem)
+            for file in (f"{stem}.safetensors", f"{stem}.ids.safetensors")
+            if file in listed
+        ]
+
+    def _holding(self, stem: str) -> list[tuple[Path, dict[str, ListedFile], StoredRows]]:
+        """The versions that a matrix is put together from, oldest first."""
+        found: list[tuple[Path, dict[str, ListedFile], StoredRows]] = []
         for path, manifest in self.versions:
             stored = {key: entry for key, _, entry in manifest.matrices()}.get(stem)
             if stored is None:
                 break
-            # The files of a matrix are checked when its rows are read, in whichever version.
-            listed = manifest.listed()
-            for file in (f"{stem}.safetensors", f"{stem}.ids.safetensors"):
-                if file in listed:
-                    check_file(path, listed[file])
-            found.insert(0, (path, stored))
+            found.insert(0, (path, manifest.listed(), stored))
             if stored.changed is None:
-                return read_rows(found, stem, name)
+                return found
         raise SnapshotError(self.path / f"{stem}.safetensors", "no version that it builds on holds it whole")
 
 
@@ -226,8 +246,13 @@ def read_chain(path: Path) -> Chain:
     return Chain(tuple(versions))
 
 
-def load_snapshot(path: Path) -> Snapshot:
+def load_snapshot(path: Path, known: Collection[Path] = ()) -> Snapshot:
     """Verify and load a snapshot (a version's folder, or the folder of versions).
+
+    Tables are mapped. What only a retrieval service reads, the search part, `load_search` checks.
+
+    Args:
+        known: files that the caller has checked itself.
 
     Raises:
         SnapshotError: anything missing, changed, malformed or inconsistent, naming the file.
@@ -235,7 +260,7 @@ def load_snapshot(path: Path) -> Snapshot:
     for _ in range(_MOST_RETRIES):
         version = resolve(path)
         try:
-            return _load(version)
+            return _load(version, known)
         except SnapshotError:
             # Versions that were superseded meanwhile may be gone already.
             with suppress(SnapshotError):
@@ -245,7 +270,7 @@ def load_snapshot(path: Path) -> Snapshot:
     raise SnapshotError(path, "versions are replaced faster than they can be loaded; keep more of them")
 
 
-def load_search(path: Path, branch: str = "main") -> tuple[SearchPart, dict[tuple[str, str], Tensor]]:
+def load_search(path: Path, branch: str = "main") -> tuple[SearchPart, dict[tuple[str, str], StoredTable]]:
     """A branch's search part: its description, and (side, feature) -> stored rows, memory-mapped.
 
     Raises:
@@ -256,18 +281,21 @@ def load_search(path: Path, branch: str = "main") -> tuple[SearchPart, dict[tupl
     if part is None or part.reason:
         reason = part.reason if part else "the model has no such branch"
         raise SnapshotError(chain.path, f"branch {branch!r} has no search part: {reason}")
-    return part, {
-        (entry.side, entry.feature): chain.rows(f"search/{branch}.{place}", f"{entry.side}__{entry.feature}")
+    names = {stem: name for stem, name, _ in chain.manifest.matrices()}
+    stems = {
+        (entry.side, entry.feature): entry.table or search_stem(branch, place)
         for place, entry in enumerate(part.tables)
     }
+    check_files([file for stem in stems.values() for file in chain.files(stem)])
+    return part, {key: chain.rows(stem, names[stem]) for key, stem in stems.items()}
 
 
-def _load(path: Path) -> Snapshot:
+def _load(path: Path, known: Collection[Path]) -> Snapshot:
     chain = read_chain(path)
     manifest = chain.manifest
-    for entry in manifest.listed().values():
-        if not entry.path.startswith("tables/"):
-            check_file(path, entry)
+    matrices = {stem: name for stem, name, _ in manifest.matrices() if stem.startswith("tables/")}
+    apart = [(path, e) for e in manifest.listed().values() if not e.path.startswith(("tables/", "search/"))]
+    check_files([*apart, *(file for stem in matrices for file in chain.files(stem))], known)
     named = tuple(manifest.config.tasks) or tuple(manifest.tasks)
     if tuple(manifest.tasks) != named:
         order = f"{', '.join(manifest.tasks)}, and its config has {', '.join(named)}"
@@ -277,9 +305,7 @@ def _load(path: Path) -> Snapshot:
         groups = {name: _group(name, manifest, tasks) for name in manifest.groups}
     except ConfigError as error:
         raise SnapshotError(path / MANIFEST, str(error)) from None
-    tables = {
-        name: chain.rows(stem, name) for stem, name, _ in manifest.matrices() if stem.startswith("tables/")
-    }
+    tables = {name: chain.rows(stem, name) for stem, name in matrices.items()}
     collections = {name: PlainBagCollection(group, tables) for name, group in groups.items()}
     numbers = count_numbers(manifest.config, manifest.numeric)
     # Sizes in the config cost nothing until the tensors turn out to have them.

@@ -82,10 +82,16 @@ class SnapshotTable(StoredRows):
 
 
 class SearchTable(StoredRows):
-    """One feature's part of the vectors that stage one compares."""
+    """One feature's part of the vectors that stage one compares.
+
+    Attributes:
+        table: stem of the table whose rows these are, just as they are; empty where a matrix of its own, in
+            the branch's files, holds them.
+    """
 
     feature: str
     side: Literal["key", "query"]
+    table: str = Field("", pattern=r"^(tables/[a-z0-9_]+\.[0-9]+)?$", max_length=200)
 
 
 class SearchPart(Settings):
@@ -153,6 +159,7 @@ class SnapshotManifest(Settings):
         features: rows of each feature's tables; inputs: what carries the features that a request must have,
             those without a table included that a hard search compares.
         recorded_features, recorded_context: features in the order of the recorded requests.
+        checkpoint: digest of the manifest of the checkpoint that this was made of; empty: not known.
         vocabularies: feature -> digest of the values that its ids stand for; vocabulary_files: these values.
     """
 
@@ -161,6 +168,7 @@ class SnapshotManifest(Settings):
     number: int = Field(ge=1, lt=10**8)
     base: BaseVersion | None = None
     step: int = Field(ge=0)
+    checkpoint: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     score_bound: float = Field(ge=0, le=0.2)
     mean_bound: float = Field(ge=0, le=0.01)
     tasks: tuple[str, ...]
@@ -179,14 +187,15 @@ class SnapshotManifest(Settings):
     versions: dict[str, str]
 
     def matrices(self) -> Iterator[tuple[str, str, StoredRows]]:
-        """Every matrix as (stem of its files, name of its tensor, description)."""
+        """Every matrix that has files, as (their stem, name of its tensor, description)."""
         for group, tables in self.groups.items():
             for place, table in enumerate(tables):
                 name = TableName(group, table.set, table.feature)
                 yield table_stem(group, place), str(name), table
         for branch, part in self.search.items():
             for place, entry in enumerate(part.tables):
-                yield search_stem(branch, place), f"{entry.side}__{entry.feature}", entry
+                if not entry.table:
+                    yield search_stem(branch, place), f"{entry.side}__{entry.feature}", entry
 
     def listed(self) -> dict[str, ListedFile]:
         entries: tuple[ListedFile, ...] = (*self.files, *self.code, *self.vocabulary_files)
@@ -229,15 +238,6 @@ def read_manifest(path: Path) -> SnapshotManifest:
     return manifest
 
 
-def check_file(path: Path, entry: ListedFile) -> None:
-    """A listed file must be a plain one of the size and digest that the manifest says."""
-    file = path / entry.path
-    if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
-        raise SnapshotError(file, "missing, or not a plain file")
-    # Retired versions go away at any moment, so that it may be unreadable by now.
-    SEAL.check(file, entry.bytes, entry.sha256)
-
-
 def _problem(manifest: SnapshotManifest) -> str:
     """What parts of a manifest say that others contradict; empty if nothing does."""
     rows: dict[str, set[int]] = {}
@@ -259,7 +259,22 @@ def _problem(manifest: SnapshotManifest) -> str:
             len(set(described)) < len(described) or not all(map(manifest.vocabularies.get, described))
         ),
     }
-    return next((problem for problem, there in problems.items() if there), "") or _problem_of_files(manifest)
+    first = next((problem for problem, there in problems.items() if there), "")
+    return first or _problem_of_search(manifest) or _problem_of_files(manifest)
+
+
+def _problem_of_search(manifest: SnapshotManifest) -> str:
+    """A part that is a table's rows must be as that table is."""
+    tables = {table_stem(g, p): t for g, ts in manifest.groups.items() for p, t in enumerate(ts)}
+    for branch, part in manifest.search.items():
+        for entry in part.tables:
+            mine = (entry.feature, entry.rows, entry.dim, entry.dtype, entry.changed)
+            table = tables.get(entry.table)
+            if entry.table and (
+                table is None or mine != (table.feature, table.rows, table.dim, table.dtype, None)
+            ):
+                return f"the search of {branch} names {entry.table}, which is another table or none"
+    return ""
 
 
 def _problem_of_files(manifest: SnapshotManifest) -> str:

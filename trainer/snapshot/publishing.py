@@ -4,6 +4,9 @@ SNAP/.tmp-<id>/   a version being written, locked by who writes it (.tmp-<id>.lo
                   that lock is free
 SNAP/.lock        held while a draft begins, and while a version gets its number, LATEST moves and old
                   versions go
+
+In an object store there are no locks: `v########/claim` is made by whoever gets that number, the version is
+uploaded below it, its manifest last, and then LATEST moves.
 """
 
 from __future__ import annotations
@@ -15,10 +18,26 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from embeddings.errors import SnapshotError
-from trainer.sealed_folder import MANIFEST, entry_of, file_digest, locked, retire, scratch, sync, write_text
+from trainer.sealed_folder import (
+    DIGEST,
+    MANIFEST,
+    entry_of,
+    file_digest,
+    locked,
+    remove_folder,
+    retire,
+    scratch,
+    sync,
+    write_text,
+)
 from trainer.sealed_folder import publish as publish_folder
 from trainer.snapshot.loading import Chain, read_chain
 from trainer.snapshot.manifest import LATEST, SEAL, VERSION_NAME, SnapshotFile, SnapshotManifest
+from trainer.storage import is_remote, place
+from trainer.storage.objects import create, listed, unfinished
+from trainer.storage.objects import publish as upload_folder
+
+_CLAIM, _DAY = "claim", 86_400
 
 
 @contextmanager
@@ -33,13 +52,18 @@ def drafting(root: Path) -> Iterator[Path]:
         with ExitStack() as held:
             with _locked(root):
                 part = held.enter_context(scratch(root, "", owns=True))
+            if is_remote(root):
+                # What a delta builds on is fetched beside it.
+                part = part / "draft"
+                part.mkdir()
             yield part
     except (OSError, SafetensorError) as error:
         raise SnapshotError(root, f"cannot be written: {error}") from None
     finally:
         # Only goes where nothing was ever published.
         with suppress(OSError):
-            root.rmdir()
+            if not is_remote(root):
+                root.rmdir()
 
 
 def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Path:
@@ -62,6 +86,8 @@ def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Pa
         with suppress(OSError):
             taken.append((root / LATEST).read_text(encoding="utf-8").strip())
         number = max((int(name[1:]) for name in taken if VERSION_NAME.fullmatch(name)), default=0) + 1
+        if is_remote(root):
+            return _upload(root, part, manifest, number, keep)
         SEAL.write(part, manifest.model_copy(update={"number": number}).model_dump_json(indent=1))
         final = root / f"v{number:08d}"
         publish_folder(part, final)
@@ -69,6 +95,28 @@ def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Pa
         sync(root)
         if keep:
             _retire(root, keep)
+    return final
+
+
+def _upload(root: Path, part: Path, manifest: SnapshotManifest, number: int, keep: int) -> Path:
+    """Publish to a store: the number is claimed by an object that only one can make, where the store can."""
+    while not create(root / f"v{number:08d}" / _CLAIM):
+        number += 1
+    final = root / f"v{number:08d}"
+    SEAL.write(part, manifest.model_copy(update={"number": number}).model_dump_json(indent=1))
+    upload_folder(part, final, (MANIFEST, DIGEST))
+    newest = ""
+    with suppress(FileNotFoundError):
+        newest = (root / LATEST).read_text(encoding="utf-8").strip()
+    # Another export may have been faster with a later number.
+    if not VERSION_NAME.fullmatch(newest) or newest < final.name:
+        write_text(root / LATEST, final.name + "\n")
+    (final / _CLAIM).unlink(missing_ok=True)
+    for left in unfinished(root, DIGEST, _DAY):
+        if VERSION_NAME.fullmatch(left.name):
+            remove_folder(left)
+    if keep:
+        _retire(root, keep)
     return final
 
 
@@ -83,8 +131,11 @@ def open_base(root: Path, since: str) -> Chain:
     Raises:
         SnapshotError: there is no such version.
     """
-    name = f"v{int(since):08d}" if since.isdecimal() and len(since) < 9 else Path(since).name
-    inside = since.isdecimal() or Path(since).parent in (Path(), root) or Path(since).parent.samefile(root)
+    given = place(since)
+    name = f"v{int(since):08d}" if since.isdecimal() and len(since) < 9 else given.name
+    inside = since.isdecimal() or given.parent in (Path(), root)
+    if not (inside or is_remote(root) or is_remote(given)):
+        inside = given.parent.samefile(root)
     if not inside or not VERSION_NAME.fullmatch(name) or not (root / name / MANIFEST).is_file():
         there = ", ".join(sorted(p.name for p in _versions(root))) or "no versions"
         raise SnapshotError(root, f"has no version {since!r} to build a delta on; it has {there}")
@@ -92,11 +143,15 @@ def open_base(root: Path, since: str) -> Chain:
 
 
 def _versions(root: Path) -> list[Path]:
-    return [p for p in root.glob("v*") if VERSION_NAME.fullmatch(p.name)]
+    found = listed(root) if is_remote(root) else root.glob("v*")
+    return [path for path in found if VERSION_NAME.fullmatch(path.name)]
 
 
 def _retire(root: Path, keep: int) -> None:
     versions = sorted(_versions(root))
+    if is_remote(root):
+        # Those that are being written, or that an export left that was killed, are none yet.
+        versions = [path for path in versions if (path / DIGEST).is_file()]
     needed = set(versions[-keep:])
     for path in versions[-keep:]:
         # Whatever cannot be read is left alone, and so is all that it may need.

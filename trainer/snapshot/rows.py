@@ -1,14 +1,15 @@
 """Matrices of a version: written whole or as a delta, read memory-mapped and checked, and put together again.
 
-A delta holds the rows whose stored bytes differ from the base's, found by comparing all of them while they
-stream past. That is exact, and needs no book-keeping while training: keeping track of touched rows would save
-reading the base, but not reading the checkpoint, and would count rows that ended up as they were.
+A delta holds the rows whose stored bytes differ from the base's, found by comparing all of them while both
+stream past. That is exact, and needs no book-keeping while training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,67 +17,162 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from embeddings.errors import SnapshotError
-from embeddings.lookup.stored import TORCH_DTYPES, Dtype, row_bytes, stored_columns, to_stored
+from embeddings.lookup.stored import (
+    TORCH_DTYPES,
+    Dtype,
+    PatchedRows,
+    StoredTable,
+    row_bytes,
+    rows_at,
+    stored_columns,
+    to_stored,
+)
 from trainer.checkpoint.tensor_stream import TensorStream
-from trainer.snapshot.manifest import StoredRows
+from trainer.snapshot.manifest import SnapshotFile, StoredRows
+from trainer.snapshot.matrix_file import IDS, LARGEST_HEADER, LayeredReader, map_one
 
 # Called once or twice: (first row, float rows [n, dim]), ascending without gaps.
 RowSource = Callable[[], Iterator[tuple[int, Tensor]]]
-# Rows that are converted and compared at once.
-_BLOCK = 1 << 16
-_IDS, _ID_BYTES = "ids", 8
-# Far more than any file here needs; a header of 100 MB would take seconds and gigabytes to parse.
-_LARGEST_HEADER = 1 << 20
+# Rows that are converted and compared at once: at most so many, and so many bytes as floats.
+_BLOCK, _BLOCK_BYTES = 1 << 16, 8 << 20
+_ID_BYTES = 8
+# Ids that are compared with each other at once.
+_MANY_IDS = 1 << 20
+
+
+class Written(NamedTuple):
+    """A matrix in a version, and the files that hold it."""
+
+    stored: StoredRows
+    files: tuple[SnapshotFile, ...]
+
+
+def block_rows(dim: int) -> int:
+    """Rows of `dim` floats that are worked on at once."""
+    return max(1, min(_BLOCK, _BLOCK_BYTES // (4 * dim)))
 
 
 def write_rows(
     folder: Path, stem: str, name: str, shape: tuple[int, int], dtype: Dtype, source: RowSource
-) -> StoredRows:
+) -> Written:
     """Write a matrix [rows, dim] whole, a block at a time.
 
     Raises:
         SnapshotError: it holds numbers that `dtype` cannot hold.
     """
     rows, dim = shape
-    row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
-    with TensorStream(folder / f"{stem}.safetensors", {name: row}) as stream:
+    row, path = (TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)), f"{stem}.safetensors"
+    with TensorStream(folder / path, {name: row}, rows) as stream:
         for _, block in _blocks(folder / stem, name, dtype, source):
             stream.append(name, block)
-    return StoredRows(rows=rows, dim=dim, dtype=dtype)
+    return Written(StoredRows(rows=rows, dim=dim, dtype=dtype), (SnapshotFile(path=path, **stream.entry),))
 
 
 def write_changes(
-    folder: Path, stem: str, name: str, shape: tuple[int, int], dtype: Dtype, source: RowSource, base: Tensor
-) -> StoredRows:
-    """Write what differs from `base` (stored rows of the same width and type), or all where that is smaller.
+    folder: Path,
+    stem: str,
+    name: str,
+    shape: tuple[int, int],
+    dtype: Dtype,
+    source: RowSource,
+    base: LayeredReader,
+) -> Written:
+    """Write what differs from `base` (rows of the same width and type), or all where that is smaller.
 
-    Takes 8 bytes of memory for each changed row, besides a block.
+    Takes the memory of some blocks, however many rows have changed. The base's files are read once, and are
+    checked when this returns, unless all was written.
     """
     rows, dim = shape
-    changed = []
     row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
-    with TensorStream(folder / f"{stem}.safetensors", {name: row}) as stream:
+    paths = f"{stem}.safetensors", f"{stem}.ids.safetensors"
+    most, changed, before = _most_changed(rows, dim, dtype), 0, base.rows
+    with ExitStack() as open_files:
+        stream = open_files.enter_context(TensorStream(folder / paths[0], {name: row}))
+        ids_stream = open_files.enter_context(TensorStream(folder / paths[1], {IDS: (torch.int64, ())}))
         for first, block in _blocks(folder / stem, name, dtype, source):
-            # Rows whose bytes differ; rows beyond the base are all different.
-            known = base[first : first + block.shape[0]]
-            same = torch.zeros(block.shape[0], dtype=torch.bool)
-            same[: len(known)] = (block[: len(known)].view(torch.uint8) == known.view(torch.uint8)).all(1)
-            ids = torch.nonzero(~same).squeeze(1)
+            known = base.take(min(block.shape[0], max(before - first, 0)))
+            ids = _different(block, known)
+            changed += ids.numel()
+            if changed > most:
+                break
             stream.append(name, block[ids])
-            changed.append(ids + first)
-    ids = torch.cat(changed)
-    if ids.numel() * (_ID_BYTES + row_bytes(dim, dtype)) >= rows * row_bytes(dim, dtype):
+            ids_stream.append(IDS, ids + first)
+        else:
+            base.finish()
+    if changed > most:
+        (folder / paths[1]).unlink()
         return write_rows(folder, stem, name, shape, dtype, source)
-    with TensorStream(folder / f"{stem}.ids.safetensors", {_IDS: (torch.int64, ())}) as stream:
-        stream.append(_IDS, ids)
-    return StoredRows(rows=rows, dim=dim, dtype=dtype, base_rows=base.shape[0], changed=ids.numel())
+    stored = StoredRows(rows=rows, dim=dim, dtype=dtype, base_rows=before, changed=changed)
+    entries = (stream.entry, ids_stream.entry)
+    return Written(
+        stored, tuple(SnapshotFile(path=path, **entry) for path, entry in zip(paths, entries, strict=True))
+    )
 
 
-def read_rows(versions: Sequence[tuple[Path, StoredRows]], stem: str, name: str) -> Tensor:
-    """Stored rows from the version that holds them whole, brought up to date by the deltas after it.
+def write_touched(
+    folder: Path,
+    stem: str,
+    name: str,
+    shape: tuple[int, int],
+    dtype: Dtype,
+    touched: Iterator[tuple[Tensor, Tensor]],
+    base: StoredTable,
+) -> Written | None:
+    """Write what differs from `base`, which has as many rows, where it is known which rows may.
 
-    Whole rows are memory-mapped; pages that a delta changes become private to the process. A matrix that
-    grew is copied.
+    The same files as by `write_changes`, and the work of the touched rows alone.
+
+    Args:
+        touched: (ids ascending, float rows), some at once; no other row has changed.
+
+    Returns:
+        None where a delta would be larger than the matrix; then nothing is left in the folder.
+    """
+    rows, dim = shape
+    row, changed = (TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)), 0
+    paths = f"{stem}.safetensors", f"{stem}.ids.safetensors"
+    with ExitStack() as open_files:
+        stream = open_files.enter_context(TensorStream(folder / paths[0], {name: row}))
+        ids_stream = open_files.enter_context(TensorStream(folder / paths[1], {IDS: (torch.int64, ())}))
+        for ids, found in touched:
+            for some, part in zip(*(t.split(block_rows(dim)) for t in (ids, found)), strict=True):
+                stored = _stored(folder / stem, name, dtype, int(some[0]), part)
+                differ = _different(stored, rows_at(base, some))
+                changed += differ.numel()
+                stream.append(name, stored[differ])
+                ids_stream.append(IDS, some[differ])
+            if changed > _most_changed(rows, dim, dtype):
+                break
+    if changed > _most_changed(rows, dim, dtype):
+        for path in paths:
+            (folder / path).unlink()
+        return None
+    stored_ = StoredRows(rows=rows, dim=dim, dtype=dtype, base_rows=rows, changed=changed)
+    entries = zip(paths, (stream.entry, ids_stream.entry), strict=True)
+    return Written(stored_, tuple(SnapshotFile(path=path, **entry) for path, entry in entries))
+
+
+def _most_changed(rows: int, dim: int, dtype: Dtype) -> int:
+    """Beyond so many rows, a delta would be larger than the matrix."""
+    size = row_bytes(dim, dtype)
+    return -(-rows * size // (_ID_BYTES + size)) - 1
+
+
+def _different(block: Tensor, known: Tensor) -> Tensor:
+    """The places of rows whose bytes are not those of `known`, which may be shorter."""
+    # As few and wide words as fill a row: their comparison is what an export of few changes does most.
+    size = block.shape[1] * block.element_size()
+    kinds = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    word = next(kind for kind in kinds if size % kind.itemsize == 0)
+    differ = torch.ones(block.shape[0], dtype=torch.bool)
+    differ[: len(known)] = (block[: len(known)].view(word) != known.view(word)).any(1)
+    return torch.nonzero(differ).squeeze(1)
+
+
+def read_rows(versions: Sequence[tuple[Path, StoredRows]], stem: str, name: str) -> StoredTable:
+    """Stored rows from the version that holds them whole, and the deltas after it laid over.
+
+    All are memory-mapped, and nothing is copied.
 
     Args:
         versions: (folder, description), oldest first; the first is whole, the others are not.
@@ -84,50 +180,56 @@ def read_rows(versions: Sequence[tuple[Path, StoredRows]], stem: str, name: str)
     Raises:
         SnapshotError: a file does not hold what its manifest says, or a delta does not fit what it follows.
     """
-    whole = None
+    whole, patches, rows = None, [], 0
     for path, stored in versions:
         shape = (stored.held, stored_columns(stored.dim, stored.dtype))
-        rows = read_one(path, f"{stem}.safetensors", name, TORCH_DTYPES[stored.dtype], shape)
+        found = map_one(path / f"{stem}.safetensors", name, TORCH_DTYPES[stored.dtype], shape)
         if whole is None:
-            whole = rows
-            continue
-        ids = read_one(path, f"{stem}.ids.safetensors", _IDS, torch.int64, (stored.held,))
-        problem = _misfit(whole, rows, ids, stored)
-        if problem:
-            raise SnapshotError(path / f"{stem}.ids.safetensors", problem)
-        if stored.rows > whole.shape[0]:
-            whole = torch.cat([whole, whole.new_empty(stored.rows - whole.shape[0], whole.shape[1])])
-        whole = whole[: stored.rows]
-        whole[ids] = rows
+            whole = found
+        else:
+            file = path / f"{stem}.ids.safetensors"
+            ids = map_one(file, IDS, torch.int64, (stored.held,))
+            like = found.shape[1:] == whole.shape[1:] and found.dtype == whole.dtype
+            problem = _misfit(rows, ids, stored) if like else "is a delta against something else"
+            if problem:
+                raise SnapshotError(file, problem)
+            patches.append((ids, found))
+        rows = stored.rows
     if whole is None:
         raise SnapshotError(stem, "no version holds it whole")
-    return whole
+    return PatchedRows(rows, whole, patches) if patches else whole
 
 
-def _misfit(whole: Tensor, rows: Tensor, ids: Tensor, stored: StoredRows) -> str:
-    before = whole.shape[0]
-    if stored.base_rows != before or rows.shape[1:] != whole.shape[1:] or rows.dtype != whole.dtype:
+def _misfit(before: int, ids: Tensor, stored: StoredRows) -> str:
+    """What is wrong with the ids of a delta, read some at a time; empty if nothing is."""
+    if stored.base_rows != before:
         return "is a delta against something else"
-    if ids.numel() and (ids[0] < 0 or ids[-1] >= stored.rows or (ids.diff() <= 0).any()):
-        return "names rows that are not there, or not in ascending order"
-    grown = max(0, stored.rows - before)
-    if int((ids >= before).sum()) != grown:
-        return "leaves new rows without values"
-    return ""
+    last, beyond = -1, 0
+    for part in ids.split(_MANY_IDS) if ids.numel() else ():
+        if part[0] <= last or part[-1] >= stored.rows or (part.diff() <= 0).any():
+            return "names rows that are not there, or not in ascending order"
+        last = int(part[-1])
+        beyond += int((part >= before).sum())
+    return "leaves new rows without values" if beyond != max(0, stored.rows - before) else ""
 
 
 def _blocks(where: Path, name: str, dtype: Dtype, source: RowSource) -> Iterator[tuple[int, Tensor]]:
     for begin, band in source():
-        for first, rows in zip(range(begin, begin + len(band), _BLOCK), band.split(_BLOCK), strict=True):
-            try:
-                yield first, to_stored(rows, dtype)
-            except ValueError as error:
-                place = f"{name}, rows {first:,} to {first + len(rows) - 1:,}"
-                raise SnapshotError(where, f"{place}: {error}; choose a wider type") from None
+        size = block_rows(band.shape[1])
+        for first, rows in zip(range(begin, begin + len(band), size), band.split(size), strict=True):
+            yield first, _stored(where, name, dtype, first, rows)
+
+
+def _stored(where: Path, name: str, dtype: Dtype, first: int, rows: Tensor) -> Tensor:
+    try:
+        return to_stored(rows, dtype)
+    except ValueError as error:
+        place = f"{name}, rows {first:,} to {first + len(rows) - 1:,}"
+        raise SnapshotError(where, f"{place}: {error}; choose a wider type") from None
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped copy-on-write.
+    """All tensors of a file, memory-mapped copy-on-write: for the small files of a version.
 
     Raises:
         SnapshotError: it is no safetensors file, or has an absurd header.
@@ -135,28 +237,12 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     file = path / name
     try:
         with file.open("rb") as raw:
-            if int.from_bytes(raw.read(8), "little") > _LARGEST_HEADER:
-                raise SnapshotError(file, f"its header is larger than {_LARGEST_HEADER:,} bytes")
+            if int.from_bytes(raw.read(8), "little") > LARGEST_HEADER:
+                raise SnapshotError(file, f"its header is larger than {LARGEST_HEADER:,} bytes")
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise SnapshotError(file, f"unreadable: {error}") from None
     return tensors
-
-
-def read_one(path: Path, file: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The one tensor of a file.
-
-    Raises:
-        SnapshotError: it holds anything but that tensor.
-    """
-    tensors = read_tensors(path, file)
-    if list(tensors) != [name]:
-        raise SnapshotError(path / file, f"should hold the one tensor {name!r}")
-    found = tensors[name]
-    if found.dtype != dtype or tuple(found.shape) != shape:
-        kinds = f"{found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}"
-        raise SnapshotError(path / file, f"holds {kinds}")
-    return found
 
 
 def expect_like(path: Path, file: str, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:

@@ -1,9 +1,11 @@
 """The part of a model that a retrieval service wants: the vectors whose dot products are stage one's scores.
 
 A behavior's vector is a linear function of its features' rows, so it is the concatenation (or, behind a
-projection to heads, the sum) of one part a feature, and each part is a row of a matrix that is computed once
-at export: the attention row times that feature's part of the key projection. Combinations of features need
-no matrix of their own.
+projection to heads, the sum) of one part a feature. Without a projection each part is a row of the attention
+table, and that table is named, not written again. Behind one it is a row of a matrix that is computed once at
+export, where that is asked for: the attention row times the feature's part of the projection. Combinations of
+features need no matrix of their own. What scores in this software reads none of them: it looks rows up and
+projects those.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from embeddings.groups import TableGroup
 from trainer.model.settings import BranchConfig
 from trainer.run_config import Config
 from trainer.snapshot.manifest import SearchPart
+
+# What an export writes for a retrieval service: nothing beyond the tables, or projected vectors, too.
+SearchKind = Literal["none", "vectors"]
+_LEFT_OUT = "its vectors are projected rows, which export writes with --search vectors"
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,15 @@ class Part:
 
 
 def search_parts(
-    config: Config, groups: Mapping[str, TableGroup], dense: Mapping[str, Tensor]
+    config: Config,
+    groups: Mapping[str, TableGroup],
+    dense: Mapping[str, Tensor],
+    kind: SearchKind = "vectors",
 ) -> dict[str, tuple[SearchPart, list[Part]]]:
     """For each branch what describes its search (without tables), and the matrices that belong to it.
 
     Args:
-        dense: the dense part of the model's state dict.
+        dense: the dense part of the model's state dict; kind: `none` leaves projected vectors out.
     """
     by_branch: dict[str, tuple[SearchPart, list[Part]]] = {}
     for name, settings in config.model.all_branches().items():
@@ -61,6 +70,9 @@ def search_parts(
         width = parts[0].dim if summed else sum(part.dim for part in parts)
         if summed or settings.projection == "feature" or target.name != behavior.name:
             parts += _parts("query", target, settings, summed, dense, name)
+        if kind == "none" and any(part.projection is not None for part in parts):
+            by_branch[name] = SearchPart(reason=_LEFT_OUT), []
+            continue
         heads = 1 if settings.search_kind.own_scorer else settings.heads
         scale = max(width // heads, 1) ** -0.5
         by_branch[name] = SearchPart(combine="sum" if summed else "concat", heads=heads, scale=scale), parts

@@ -12,6 +12,7 @@ from embeddings.errors import DataError
 from trainer.log.arrow import PARQUET_ERRORS
 from trainer.sealed_folder import entry_of
 from trainer.snapshot.manifest import InputFeature, VocabularyFile
+from trainer.storage.ranges import parquet_source
 
 # Bytes of all vocabularies of a log, as files; larger ones go along only where they are asked for.
 SMALL = 64 << 20
@@ -38,7 +39,7 @@ def copy_vocabularies(part: Path, files: Mapping[str, Path]) -> tuple[Vocabulary
     for number, (feature, file) in enumerate(files.items()):
         path = f"vocab/{number}.parquet"
         try:
-            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            with pq.ParquetFile(parquet_source(file), page_checksum_verification=True) as parquet:
                 names = [name for name in parquet.schema_arrow.names if name in ("value", "id")]
                 schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
                 checked = {"compression": "zstd", "write_page_checksum": True}

@@ -1,25 +1,29 @@
 """Writing a version: table by table from a checkpoint, in a folder that readers do not look at.
 
-The memory it takes is that of the largest shard of the checkpoint (see checkpoint.tensors), whatever the
-size of the model. `trainer.snapshot.publishing` then gives the folder its number.
+The memory it takes is that of the dense part and of some blocks of rows, whatever the size of the tables and
+of their shards. `trainer.snapshot.publishing` then gives the folder its number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.stored import WIDTHS, Dtype
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
 from trainer.run_config import Config
+from trainer.snapshot.checking import check_files
 from trainer.snapshot.loading import Chain, RecordedRequests, Snapshot, load_snapshot
 from trainer.snapshot.manifest import (
     DENSE,
@@ -28,6 +32,7 @@ from trainer.snapshot.manifest import (
     SEAL,
     SearchPart,
     SearchTable,
+    SnapshotFile,
     SnapshotManifest,
     SnapshotTable,
     StoredRows,
@@ -35,9 +40,11 @@ from trainer.snapshot.manifest import (
     table_stem,
 )
 from trainer.snapshot.publishing import describe
-from trainer.snapshot.rows import RowSource, write_changes, write_rows
-from trainer.snapshot.search import Part, search_parts
+from trainer.snapshot.rows import RowSource, block_rows, write_changes, write_rows, write_touched
+from trainer.snapshot.search import Part, SearchKind, search_parts
 
+# Read of a checkpoint at once; and how much between two rows is read rather than leapt over.
+_BAND_BYTES, _NEAR_BYTES = 8 << 20, 16 << 10
 # Told of all rows of a table as they pass by: (table name, first row, rows).
 Watch = Callable[[str, int, Tensor], None]
 
@@ -48,11 +55,13 @@ class Source:
 
     Attributes:
         config, groups: of the run; reader: of its checkpoint.
+        base_step: of the checkpoint that the base of a delta was made of, where this one may build on it.
     """
 
     config: Config
     groups: Mapping[str, TableGroup]
-    reader: TableReader
+    reader: TensorReader
+    base_step: int | None = None
 
     def dense(self) -> dict[str, Tensor]:
         """Everything but tables, under the names of the model's state dict."""
@@ -60,18 +69,53 @@ class Source:
 
     def rows(self, group: str, table: str) -> Iterator[tuple[int, Tensor]]:
         """A table of a group, by its name, as (first row, rows)."""
-        return self.reader.bands(self.reader.table(group, table))
+        return self.reader.bands(self.reader.table(group, table), _BAND_BYTES)
+
+    def touched(self, group: str, table: str) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """(ids, rows) of all that may differ from the base, ascending; None: the checkpoint cannot tell."""
+        if self.base_step is None:
+            return None
+        ids = self.reader.touched_since(self.reader.table(group, table), self.base_step)
+        return None if ids is None else self._picked(group, table, ids)
+
+    def picked(self, group: str, table: str, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rows of ascending ids, and what lies between near ones, as (first row, rows)."""
+        name = self.reader.table(group, table)
+        width = math.prod(self.reader.shape(name)[1:]) * self.reader.dtype(name).itemsize
+        near, most = (max(1, size // width) for size in (_NEAR_BYTES, _BAND_BYTES))
+        # A stretch ends where the next id is far, or where it has become long.
+        far = (ids.diff() > near) | (ids[1:] // most != ids[:-1] // most)
+        for stretch in ids.tensor_split(torch.nonzero(far).squeeze(1) + 1):
+            if stretch.numel():
+                start, stop = int(stretch[0]), int(stretch[-1]) + 1
+                yield start, self.reader.rows(name, start, stop)
+
+    def _picked(self, group: str, table: str, ids: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for some in ids:
+            for first, rows in self.picked(group, table, some):
+                begin, end = torch.searchsorted(some, torch.tensor([first, first + len(rows)])).tolist()
+                yield some[begin:end], rows[some[begin:end] - first]
 
 
 @dataclass
 class Draft:
-    """A version that is being written into `folder`, as a delta where there is a base."""
+    """A version that is being written into `folder`, as a delta where there is a base.
+
+    Attributes:
+        wanted: table -> the ids, ascending, whose rows `watch` must be told of.
+        search: what is written for a retrieval service.
+        files: of matrices, by path, once they are written; checked: files of the base that were.
+    """
 
     folder: Path
     source: Source
     dtypes: Mapping[str, Dtype]
     base: Chain | None = None
     watch: Watch | None = None
+    wanted: Mapping[str, Tensor] = field(default_factory=dict)
+    search: SearchKind = "none"
+    files: dict[str, SnapshotFile] = field(default_factory=dict)
+    checked: set[Path] = field(default_factory=set)
 
     def write_tables(self) -> dict[str, tuple[SnapshotTable, ...]]:
         """All tables of all groups, for the manifest."""
@@ -83,22 +127,29 @@ class Draft:
                 key = group.table_name(table)
                 shape = table.rows, table.dim
                 rows = partial(self._table_rows, name, key)
-                stored = self._write(table_stem(name, place), key, shape, self.dtypes[name], rows)
+                place_ = table_stem(name, place), key, shape, self.dtypes[name]
+                stored = self._write_touched(name, *place_) or self._write(*place_, rows)
                 entries.append(SnapshotTable(feature=table.feature, set=table.set, **stored.model_dump()))
             tables[name] = tuple(entries)
         return tables
 
     def write_search(self, dense: Mapping[str, Tensor]) -> dict[str, SearchPart]:
-        """The search part of each branch that has one; in fp32 where its attention tables are, else fp16."""
-        found = {}
-        for branch, (described, parts) in search_parts(self.source.config, self.source.groups, dense).items():
+        """The search part of each branch that has one, in the types of its tables."""
+        found, (config, groups) = {}, (self.source.config, self.source.groups)
+        for branch, (described, parts) in search_parts(config, groups, dense, self.search).items():
             tables = []
             for place, part in enumerate(parts):
-                (self.folder / "search").mkdir(exist_ok=True)
-                dtype: Dtype = "fp32" if self.dtypes[part.group] == "fp32" else "fp16"
-                stem, name = search_stem(branch, place), f"{part.side}__{part.feature}"
-                stored = self._write(stem, name, (part.rows, part.dim), dtype, partial(self._part_rows, part))
-                tables.append(SearchTable(feature=part.feature, side=part.side, **stored.model_dump()))
+                dtype, shape = self.dtypes[part.group], (part.rows, part.dim)
+                if part.projection is None:
+                    names = [groups[part.group].table_name(table) for table in groups[part.group].tables]
+                    table = table_stem(part.group, names.index(part.table))
+                    stored = StoredRows(rows=part.rows, dim=part.dim, dtype=dtype)
+                else:
+                    (self.folder / "search").mkdir(exist_ok=True)
+                    table, stem, name = "", search_stem(branch, place), f"{part.side}__{part.feature}"
+                    stored = self._write(stem, name, shape, dtype, partial(self._part_rows, part))
+                entry = stored.model_dump()
+                tables.append(SearchTable(feature=part.feature, side=part.side, table=table, **entry))
             found[branch] = described.model_copy(update={"tables": tuple(tables)})
         return found
 
@@ -113,14 +164,41 @@ class Draft:
     def _write(
         self, stem: str, name: str, shape: tuple[int, int], dtype: Dtype, rows: RowSource
     ) -> StoredRows:
-        there = () if self.base is None else self.base.manifest.matrices()
-        same = [
-            (key, tensor, entry.dim, entry.dtype) == (stem, name, shape[1], dtype)
-            for key, tensor, entry in there
-        ]
-        if self.base is None or not any(same):
-            return write_rows(self.folder, stem, name, shape, dtype, rows)
-        return write_changes(self.folder, stem, name, shape, dtype, rows, self.base.rows(stem, name))
+        if self.base is None or self._in_base(stem, name, shape, dtype) is None:
+            written = write_rows(self.folder, stem, name, shape, dtype, rows)
+        else:
+            with closing(self.base.reader(stem, name)) as base:
+                written = write_changes(self.folder, stem, name, shape, dtype, rows, base)
+            if written.stored.changed is not None:
+                self.checked.update(base.files)
+        self.files |= {entry.path: entry for entry in written.files}
+        return written.stored
+
+    def _write_touched(
+        self, group: str, stem: str, name: str, shape: tuple[int, int], dtype: Dtype
+    ) -> StoredRows | None:
+        """The delta of a table whose touched rows the checkpoint knows; None where it has to be compared."""
+        known = self._in_base(stem, name, shape, dtype)
+        touched = None if known is None or known.rows != shape[0] else self.source.touched(group, name)
+        if self.base is None or touched is None:
+            return None
+        written = write_touched(self.folder, stem, name, shape, dtype, touched, self.base.rows(stem, name))
+        if written is None:
+            return None
+        if self.watch is not None:
+            for first, rows in self.source.picked(group, name, self.wanted[name]):
+                self.watch(name, first, rows)
+        # Whoever loads the version checks them; here a few of their rows were read, not all.
+        self.checked.update(path / entry.path for path, entry in self.base.files(stem))
+        self.files |= {entry.path: entry for entry in written.files}
+        return written.stored
+
+    def _in_base(self, stem: str, name: str, shape: tuple[int, int], dtype: Dtype) -> StoredRows | None:
+        """The base's matrix, where a delta of it can be laid over that."""
+        for key, tensor, entry in () if self.base is None else self.base.manifest.matrices():
+            if (key, tensor, entry.dim, entry.dtype) == (stem, name, shape[1], dtype):
+                return entry
+        return None
 
     def _table_rows(self, group: str, table: str) -> Iterator[tuple[int, Tensor]]:
         for first, band in self.source.rows(group, table):
@@ -129,8 +207,10 @@ class Draft:
             yield first, band
 
     def _part_rows(self, part: Part) -> Iterator[tuple[int, Tensor]]:
-        for first, band in self.source.rows(part.group, part.table):
-            yield first, part.of(band)
+        for begin, band in self.source.rows(part.group, part.table):
+            size = block_rows(max(band.shape[1], part.dim))
+            for first, rows in zip(range(begin, begin + len(band), size), band.split(size), strict=True):
+                yield first, part.of(rows)
 
 
 def finish(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, trained: Tensor) -> Snapshot:
@@ -142,18 +222,22 @@ def finish(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, traine
     """
     part = draft.folder
     draft.write_recorded(batch, trained, own=trained.clone())
-    listed = (describe(part, file) for file in sorted(part.rglob("*.safetensors")))
-    files = {entry.path: entry for entry in listed}
-    manifest = manifest.model_copy(update={"files": tuple(files.values())})
-    SEAL.write(part, manifest.model_dump_json(indent=1))
-    snapshot = load_snapshot(part)
+    files = {**draft.files, **{name: describe(part, part / name) for name in (DENSE, RECORDED)}}
+
+    def sealed(files: Mapping[str, SnapshotFile]) -> SnapshotManifest:
+        ordered = tuple(files[path] for path in sorted(files))
+        described = manifest.model_copy(update={"files": ordered})
+        SEAL.write(part, described.model_dump_json(indent=1))
+        return described
+
+    sealed(files)
+    snapshot = load_snapshot(part, draft.checked)
+    check_files([(part, entry) for path, entry in files.items() if path.startswith("search/")])
     # Written from memory again: the loaded batch is mapped from the file that this replaces.
     recorded = RecordedRequests(batch, trained, own=snapshot.score(snapshot.recorded.batch))
     draft.write_recorded(*recorded)
     files[RECORDED] = describe(part, part / RECORDED)
-    manifest = manifest.model_copy(update={"files": tuple(files.values())})
-    SEAL.write(part, manifest.model_dump_json(indent=1))
-    return replace(snapshot, manifest=manifest, recorded=recorded)
+    return replace(snapshot, manifest=sealed(files), recorded=recorded)
 
 
 def group_dtypes(config: Config, dtype: Dtype, attention: Dtype) -> dict[str, Dtype]:

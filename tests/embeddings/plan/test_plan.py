@@ -423,6 +423,8 @@ def test_training_by_a_saved_plan_changes_nothing_and_checkpoints_keep_it(
     placed = words(log, train__max_steps=4)
     assert main(["plan", *placed, "--world-size", "2", "--ddr", "16GB", "--json", str(out)]) == 0
     tree = json.loads(out.read_text())
+    # What the plan says of its needs is for its reader.
+    assert {need["stage"] for need in tree.pop("needs")} >= {"training", "resuming", "one checkpoint"}
     free, held = tmp_path / "free", tmp_path / "held"
     for run, more in ((free, []), (held, ["--plan", str(out)])):
         done = tandemrec("train", *placed, "--out", str(run), *more, ranks=2)
@@ -448,6 +450,7 @@ def test_a_resumed_run_keeps_its_checkpoints_plan_whatever_the_planner_would_say
     columns = ["--set", 'groups.representation.sharding=["column_wise"]', "--world-size", "1"]
     assert main(["plan", *placed, *columns, "--json", str(file)]) == 0
     tree = json.loads(file.read_text())
+    del tree["needs"]
     assert main(["train", *placed, "--out", str(run), "--plan", str(file)]) == 0
     whole = losses(run)
     shutil.rmtree(run / "checkpoints" / "step-00000004")

@@ -12,8 +12,8 @@ import pytest
 from tests.helpers.launching import launched
 
 
-def kill_points(root: Path, *numbers: int) -> list[dict[str, Any]]:
-    done = launched("tests.programs.kill_points", str(root), *map(str, numbers), timeout=280)
+def kill_points(root: Path, *words: int | str) -> list[dict[str, Any]]:
+    done = launched("tests.programs.kill_points", str(root), *map(str, words), timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -60,3 +60,16 @@ def test_one_of_two_ranks_killed_while_saving(tmp_path: Path) -> None:
     for point in points:
         if point.get("before"):
             assert point["codes"] == [1, -9], point
+
+
+@pytest.mark.slow
+def test_killed_at_every_stage_of_a_save_of_touched_rows(tmp_path: Path) -> None:
+    """The delta is there whole, with what it builds on, or the full one before it is the newest."""
+    points = kill_points(tmp_path, 1, 0, 1, "deltas")
+    stages = check(points)
+    assert len(points) > 40
+    assert stages >= {
+        "os.mkdir step-00000003.tmp", "open __0_0.distcp", "open delta-00000.safetensors", "append",
+        "fsync delta-00000.safetensors", "open state.json", "os.rename step-00000003.tmp",
+        "os.rename step-00000001", "shutil.rmtree step-00000001.tmp",
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -202,12 +203,43 @@ def test_shards_without_rows_begin_where_others_do() -> None:
 
 def test_memory_that_cannot_be_locked_is_one_clear_error(tmp_path: Path) -> None:
     with process_group(device="cpu"):
-        saver = Saver(tmp_path, CheckpointConfig(), print)
+        saver = Saver(tmp_path, CheckpointConfig(mode="async"), print)
         saver._copy = Device(memory=1_500_000).copy()
         with pytest.raises(
             CheckpointError, match=r"1\.2 MB cannot be page-locked.*checkpoint\.mode = \"sync\""
         ):
             saver.save(1, {"a": torch.randn(300_000), "b": torch.randn(300_000)}, {})
+
+
+@pytest.mark.parametrize(
+    ("free", "lockable", "mode", "said"),
+    [
+        (
+            9_000_000,
+            None,
+            "async",
+            "async, training goes on .* needs a copy of 2.4 MB .*, and 4.5 MB are free",
+        ),
+        (5_200_000, None, "sync", "sync, training waits .* needs a copy of 2.4 MB .*, and 2.6 MB are free"),
+        (9_000_000, 1_500_000, "sync", "sync, training waits .*1.2 MB cannot be page-locked"),
+    ],
+)
+def test_auto_saves_in_the_background_where_a_copy_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, lockable: int | None, mode: str, said: str
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(saving, "free_memory_bytes", lambda: free)
+    tensors = {"a": torch.randn(300_000), "b": torch.randn(300_000)}
+    with process_group(device="cpu"), Saver(tmp_path, CheckpointConfig(), lines.append, 2) as saver:
+        if lockable:
+            saver._copy = Device(memory=lockable).copy()
+        for step in (1, 2):
+            saver.save(step, tensors, {"step": step})
+            assert (saver._running is not None) == (mode == "async")
+            saver.settle(last=True)
+            assert saver.saved == step
+    # Said once.
+    assert re.search(said, lines[-3]) and all("checkpoint.mode" not in line for line in lines[-2:])
 
 
 def test_the_saving_thread_works_on_the_device_of_its_tensors(

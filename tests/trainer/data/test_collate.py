@@ -72,9 +72,9 @@ def test_blocks_are_cut_as_one_request_after_the_other_says(
     requests = np.array([request for user in users for request in user], dtype=np.int64).reshape(-1, 2)
     offsets = np.cumsum([0, *(len(user) for user in users)])
     plan = PlanRows(offsets, requests[:, 0], requests[:, 1])
-    blocks = cut_blocks(plan, 3, never, limits)
+    blocks = cut_blocks(plan, (3,), never, limits)
     assert [(b.first, b.last, b.behaviors, b.candidates) for b in blocks] == cut_reference(plan, limits)
-    assert {b.owner for b in blocks} <= {3}
+    assert {b.owners for b in blocks} <= {(3,)}
 
 
 def collate_reference(
@@ -168,7 +168,7 @@ def test_a_batch_is_what_putting_it_together_value_by_value_gives(
     for group in range(4):
         decoded = with_windows(read_rows(file, group, columns), history_length, delay)
         plan = read_plan(file, group)
-        for block in cut_blocks(plan, 0, partial(lambda rows: rows, decoded), config):
+        for block in cut_blocks(plan, (), partial(lambda rows: rows, decoded), config):
             user = int(np.searchsorted(plan.request_offsets, block.first, side="right")) - 1
             first = int(plan.request_offsets[user])
             blocks.append((block, rows[3 * group + user], range(block.first - first, block.last - first)))

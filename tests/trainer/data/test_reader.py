@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from tests.helpers.logs import CONTEXT, FEATURES, RICH, Row, Shape, enrich, rand
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import Cursor, SequenceLogReader, Step
-from trainer.data.rows import UserRows, read_rows
+from trainer.data.row_group import read_footer
+from trainer.data.rows import PlanRows, UserRows, read_plan, read_rows
+from trainer.log.schema import read_manifest
+from trainer.log.writer import write_manifest
 
 Sample = tuple[Any, ...]
 
@@ -112,9 +117,10 @@ def global_steps(
     log: Path,
     world_size: int,
     cursor: Cursor = Cursor(),  # noqa: B008 - frozen
+    seed: int = 5,
     **changes: Any,
 ) -> list[Counter[Sample]]:
-    ranks = [reader(log, rank, world_size, **changes).steps(cursor) for rank in range(world_size)]
+    ranks = [reader(log, rank, world_size, seed, **changes).steps(cursor) for rank in range(world_size)]
     return [
         sum((Counter(samples(s.batch)) for s in steps if s.counted), Counter())
         for steps in zip(*ranks, strict=True)
@@ -163,6 +169,28 @@ def test_errors_reach_the_consumer_through_the_prefetching_thread(tmp_path: Path
     log = write_log(tmp_path / "log", {"train": rows})
     with pytest.raises(DataError, match="id 60 lies outside the table of 60 rows"):
         list(reader(log, prefetch=2).steps())
+
+
+def test_row_groups_are_counted_by_the_manifest_or_in_older_logs_by_the_footers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = write_log(tmp_path / "log", {"train": random_rows(5)}, layout=(2, 4))
+    opened: list[str] = []
+
+    def spy(file: Path) -> Any:
+        opened.append(file.name)
+        return read_footer(file)
+
+    monkeypatch.setattr("trainer.data.files.read_footer", spy)
+    places = reader(log, verify=False).row_groups
+    assert len(places) > 2 and not opened
+    manifest = read_manifest(log)
+    split = manifest.splits["train"]
+    uncounted = [file.model_copy(update={"row_groups": 0}) for file in split.files]
+    older = split.model_copy(update={"files": uncounted})
+    write_manifest(log, manifest.model_copy(update={"splits": {"train": older}}))
+    assert reader(log, verify=False).row_groups == places
+    assert sorted(opened) == sorted({place.file.name for place in places})
 
 
 def test_ranks_share_a_step_evenly(tmp_path: Path) -> None:
@@ -219,7 +247,7 @@ def watch_decoding(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return decoded
 
 
-def test_row_group_sharding_decodes_each_row_group_on_one_rank(
+def test_row_group_sharding_decodes_no_row_group_on_all_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = write_log(tmp_path / "log", {"train": random_rows(12, Shape(users=24))}, layout=(2, 8))
@@ -229,22 +257,91 @@ def test_row_group_sharding_decodes_each_row_group_on_one_rank(
         steps = list(reader(log, rank, 3, sharding="row_groups", batch_candidates=60).steps())
         counts.append(sum(step.counted for step in steps))
     assert len(steps) == max(counts)
-    assert len(decoded) < 12 * 1.5 and len(set(decoded)) == 12
+    # Two of three ranks have each, and who has no block of a step repeats another's.
+    assert len(decoded) < 12 * 2.5 and len(set(decoded)) == 12
+
+
+def watch_planning(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The (file, row group) of everything that is opened for its lengths from now on."""
+    planned: list[tuple[str, int]] = []
+
+    def spy(file: Path, row_group: int, *more: Any) -> PlanRows:
+        planned.append((file.name, row_group))
+        return read_plan(file, row_group, *more)
+
+    monkeypatch.setattr(module, "read_plan", spy)
+    return planned
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_windows_before_the_cursor_are_planned_but_not_decoded(
+def test_windows_before_the_cursor_are_not_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     log = write_log(tmp_path / "log", {"train": random_rows(12, Shape(users=24))}, layout=(2, 8))
-    decoded = watch_decoding(monkeypatch)
+    decoded, planned = watch_decoding(monkeypatch), watch_planning(monkeypatch)
     steps = list(reader(log, workers=workers).steps())
-    assert len(decoded) == len(set(decoded)) == 12
+    assert len(decoded) == len(set(decoded)) == len(planned) == 12
     decoded.clear()
+    planned.clear()
     rest = list(reader(log, workers=workers).steps(steps[-2].after))
     assert [Counter(samples(s.batch)) for s in rest] == [Counter(samples(steps[-1].batch))]
     # Windows are two row groups; a step may begin in the last but one.
-    assert 0 < len(set(decoded)) <= 4
+    assert 0 < len(set(decoded)) <= 4 and set(planned) == set(decoded)
+
+
+def test_a_cursor_of_an_older_checkpoint_or_another_plan_is_found_by_planning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = write_log(tmp_path / "log", {"train": random_rows(12, Shape(users=24))}, layout=(2, 8))
+    whole = global_steps(log, 1)
+    after = [step.after for step in reader(log).steps()][-2]
+    planned = watch_planning(monkeypatch)
+    assert global_steps(log, 1, Cursor(**{"epoch": 0, "blocks": after.blocks})) == whole[-1:]
+    assert len(planned) == 12
+    # Another seed cuts the same blocks into other windows, in which this one means nothing.
+    old = Cursor(after.epoch, after.blocks)
+    assert global_steps(log, 1, after, seed=6) == global_steps(log, 1, old, seed=6)
+    assert len(planned) == 3 * 12
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    window=st.integers(1, 13),
+    before=st.sampled_from([1, 2, 5]),
+    after=st.sampled_from([1, 3, 4]),
+    shardings=st.tuples(*[st.sampled_from(["steps", "row_groups"])] * 2),
+    order=st.sampled_from(["shuffled", "stored"]),
+    epoch=st.integers(0, 2),
+    data=st.data(),
+)
+def test_a_resumed_epoch_is_the_rest_of_an_uninterrupted_one(
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    window: int,
+    before: int,
+    after: int,
+    shardings: tuple[str, str],
+    order: str,
+    epoch: int,
+    data: st.DataObject,
+) -> None:
+    rows = random_rows(seed, Shape(users=12))
+    log = write_log(tmp_path_factory.mktemp("log") / "log", {"train": rows}, layout=(1, 4))
+    same = {"shuffle_row_groups": window, "order": order, "workers": seed % 2}
+    changes = {"sharding": shardings[0], **same}
+    whole = global_steps(log, before, Cursor(epoch), **changes)
+    cursors = [step.after for step in reader(log, 0, before, **changes).steps(Cursor(epoch))]
+    stop = data.draw(st.integers(1, len(whole)))
+    # As a checkpoint keeps it.
+    cursor = Cursor(**json.loads(json.dumps(asdict(cursors[stop - 1]))))
+    with pytest.MonkeyPatch.context() as patch:
+        planned = watch_planning(patch)
+        rest = global_steps(log, after, cursor, **{**same, "sharding": shardings[1]})
+    assert whole[:stop] + rest == whole
+    assert len(planned) == after * (12 - cursor.window * window)
+    without = Cursor(cursor.epoch, cursor.blocks)
+    assert global_steps(log, after, without, **{**same, "sharding": shardings[1]}) == rest
 
 
 def test_a_step_stays_below_its_behaviors(tmp_path: Path) -> None:

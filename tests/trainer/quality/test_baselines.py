@@ -16,8 +16,10 @@ from tests.helpers.logs import INFOS, Row, Shape, enrich, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.config.tasks import TaskConfig, resolve_tasks
 from trainer.data.reader import SequenceLogReader
-from trainer.quality.baselines import STRENGTH, Baselines, baselines, by_baseline
+from trainer.log.schema import read_manifest
+from trainer.quality.baselines import Baselines, baselines, by_baseline
 from trainer.quality.ranking import auc
+from trainer.quality.rates import STRENGTH
 from trainer.run_folder import jsonable
 
 TASKS = ("click", "buy")
@@ -165,6 +167,22 @@ def test_training_files_may_be_gone(splits: dict[str, list[Row]], tmp_path: Path
     found = of(log)
     assert list(found.scores["click"]) == ["popularity", "item_count", "category_count"]
     assert len(found.missing) == 1 and found.missing[0].startswith("label rates: ")
+
+
+def test_a_large_training_split_is_not_read_where_that_takes_long(log: Path) -> None:
+    count = read_manifest(log).splits["train"].candidates
+    reader = SequenceLogReader(DataConfig(log=log), "test", None)
+    (log / "train").rename(log / "elsewhere")
+    found = baselines(reader, count - 1)
+    (log / "elsewhere").rename(log / "train")
+    assert list(found.scores["click"]) == ["popularity", "item_count", "category_count"]
+    assert found.missing == [
+        f"label rates: training has {count:,} candidates; `tandemrec evaluate` reads them all"
+    ]
+    assert (
+        "item_rate"
+        in baselines(SequenceLogReader(DataConfig(log=log), "test", None), most=count).scores["click"]
+    )
 
 
 def test_a_damaged_row_group_of_training_is_left_out_only_where_training_left_it_out(

@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+import trainer.quality.evaluate as evaluate_module
 from embeddings.agreement import from_rank_0
 from embeddings.errors import TandemError
 from pipelines.evaluate import evaluate
@@ -20,6 +23,7 @@ from tests.helpers.launching import ROOT, SETTINGS, losses
 from tests.helpers.logs import Shape, random_rows, small_log, write_log
 from tests.trainer.data.test_reader_kill import LIMIT_S, free_port, running
 from trainer.config.sections import DataConfig
+from trainer.quality import baseline_files, runs, score_files, streamed
 from trainer.quality.evaluate import shared_metrics
 from trainer.quality.scored import Scored
 from trainer.ranks.process_group import gather_rows, process_group
@@ -56,6 +60,16 @@ def _evaluate(run: Path, _: Path) -> Any:
     return {**entry["tasks"]["click"], **of_domains, "mean": entry["over_domains"]["mean_auc"]}
 
 
+def _evaluate_from_files(run: Path, _: Path) -> Any:
+    """As if memory held hardly anything."""
+    for module in (evaluate_module, score_files, baseline_files):
+        module.IN_MEMORY = 50  # type: ignore[attr-defined]
+    streamed._BUCKET, runs._GROUP, runs._PIECE = 64, 16, 40
+    # Several runs a rank.
+    runs.Runs.__init__.__defaults__ = (90,)
+    return evaluate(run, "test")
+
+
 def _train(log: Path, run: Path, sharding: str, _: Path) -> None:
     settings = {**SETTINGS, "data.log": str(log), "data.sharding": sharding, "train.epochs": 2}
     settings["data.domain"] = "category_id"
@@ -77,7 +91,8 @@ def _measure(log: Path, _: Path) -> Any:
         assert len(floats) == len(keys) == (997 if ranks.speaks else 0 if ranks.world_size > 1 else 997)
         *keys, domain = keys.T
         scored = Scored(floats[:, :1], floats[:, 1:], *keys, ("click",), domain).in_order()
-        measured = shared_metrics(scored, DataConfig(log=log, domain="nowhere"))
+        reader = SimpleNamespace(config=DataConfig(log=log, domain="nowhere"), sample=None)
+        measured = shared_metrics(scored, reader)  # type: ignore[arg-type]
         return {**measured.tasks["click"].as_dict(), **measured.entry()["by_domain"]}
 
 
@@ -117,6 +132,36 @@ def test_evaluate_finds_the_same_on_1_2_and_4_ranks(run: Path, tmp_path: Path) -
                 # The scores themselves may differ in their last bit, since batches are cut otherwise.
                 assert value == pytest.approx(one[name], abs=1e-6, nan_ok=True), (world, name)
     print({world: [metrics[0][name] - one[name] for name in one] for world, metrics in found.items()})
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_split_that_no_memory_holds_is_evaluated_alike(run: Path, tmp_path: Path, world: int) -> None:
+    def kept() -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in json.loads((run / "summary.json").read_text()).items()
+            if "test" in key
+        }
+
+    on_ranks(world, _evaluate, run, tmp_path / "memory")
+    in_memory, scores = kept(), pq.read_table(run / "scores-test.parquet")
+    (run / "scores-test.parquet").unlink()
+    (run / "summary.json").unlink()
+    on_ranks(world, _evaluate_from_files, run, tmp_path / "files")
+    assert pq.read_table(run / "scores-test.parquet").equals(scores)
+    assert differing(kept(), in_memory) == []
+    assert [path.name for path in run.iterdir() if "tmp" in path.name] == []
+
+
+def differing(found: Any, expected: Any, name: str = "") -> list[str]:
+    """The names of values that lie further apart than adding up in another order explains."""
+    if isinstance(expected, dict):
+        if list(found) != list(expected):
+            return [f"{name}: {list(found)}"]
+        return [
+            far for key, value in expected.items() for far in differing(found[key], value, f"{name}/{key}")
+        ]
+    return [] if found == expected or found == pytest.approx(expected, rel=1e-10, abs=1e-12) else [name]
 
 
 def test_metrics_of_given_scores_are_bit_equal_on_1_2_and_4_ranks(tmp_path: Path) -> None:

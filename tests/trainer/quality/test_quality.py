@@ -18,9 +18,10 @@ from embeddings.errors import DataError
 from pipelines.quality_report import remarks, shown_rank, slices_table, task_table
 from tests.helpers.launching import ROOT, SETTINGS, overrides, tandemrec
 from tests.helpers.logs import Row, Shape, enrich, random_rows, write_log
+from trainer.quality.compare import compare_scores
 from trainer.quality.domains import SplitMetrics
 from trainer.quality.metrics import Metrics, measure
-from trainer.quality.scored import Scored, compare_scores, read_scores, write_scores
+from trainer.quality.scored import Scored, read_scores, write_scores
 
 TASKS = ("click", "buy")
 

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from trainer.ranks.machine import cores, memory_bytes
+from trainer.ranks.machine import cores, free_memory_bytes, give_pages_back, memory_bytes
 
 GIB = 2**30
 PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -100,3 +101,60 @@ def test_a_share_of_time_that_is_no_whole_number_of_cores(
     assert (
         cores(*groups(tmp_path, "0::/a/b\n", a__cpu_max="250000 100000", a__b__cpu_max="800000 100000")) == 2
     )
+
+
+@pytest.mark.parametrize(
+    ("process", "files", "expected"),
+    [
+        ("0::/job\n", {}, 8 * GIB),
+        ("0::/job\n", {"job__memory_max": "max", "job__memory.current": str(GIB)}, 8 * GIB),
+        ("0::/job\n", {"job__memory_max": str(4 * GIB), "job__memory.current": str(GIB)}, 3 * GIB),
+        # What files occupy is given back.
+        (
+            "0::/job/step\n",
+            {
+                "job__memory_max": str(4 * GIB),
+                "job__memory.current": str(3 * GIB),
+                "job__memory.stat": f"anon 5\ninactive_file {GIB}\n",
+            },
+            2 * GIB,
+        ),
+        ("0::/job\n", {"job__memory_max": str(GIB), "job__memory.current": str(2 * GIB)}, 0),
+        (
+            "4:memory:/job\n",
+            {
+                "memory__job__memory.limit_in_bytes": str(4 * GIB),
+                "memory__job__memory.usage_in_bytes": str(3 * GIB),
+                "memory__job__memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB}\n",
+            },
+            2 * GIB,
+        ),
+    ],
+)
+def test_free_memory(tmp_path: Path, process: str, files: dict[str, str], expected: int) -> None:
+    machine = tmp_path / "meminfo"
+    machine.write_text(f"MemTotal: 9 kB\nMemAvailable:   {8 * GIB // 1024} kB\n")
+    assert free_memory_bytes(*groups(tmp_path, process, **files), machine) == expected
+
+
+def test_free_memory_of_this_machine() -> None:
+    assert 0 < free_memory_bytes() < PHYSICAL
+
+
+def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * (1 << 17))
+    mapped = torch.from_file(str(file), size=1 << 25, dtype=torch.uint8)
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    total = int(mapped.sum())
+    before = resident()
+    give_pages_back(mapped.data_ptr() + 5, mapped.nbytes - 5)
+    assert resident() < before - 30_000 and int(mapped.sum()) == total
+    # Memory of no file stays what it is.
+    own = torch.arange(1 << 20)
+    give_pages_back(own.data_ptr(), own.nbytes)
+    assert torch.equal(own, torch.arange(1 << 20))

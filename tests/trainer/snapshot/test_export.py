@@ -21,7 +21,7 @@ from tests.helpers.models import small_log, stage_one
 from tests.helpers.serving import snapshot_of
 from tests.helpers.snapshots import exported, save_run
 from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.tensors import TableReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.ranks.process_group import process_group
 from trainer.snapshot import load_search, load_snapshot
 from trainer.snapshot.code import _is_one_branch, _ranked, _Ranking
@@ -41,7 +41,7 @@ def test_tables_are_the_trainers_rows_in_the_chosen_type(
     shown = capsys.readouterr().out
     assert "of 20 train requests" in shown and "AUC 0." in shown and "of the search's top K kept" in shown
     snapshot = load_snapshot(version)
-    reader = TableReader(newest(run / "checkpoints")[0])  # type: ignore[arg-type]
+    reader = TensorReader(newest(run / "checkpoints")[0])  # type: ignore[arg-type]
     for group, dtype in zip(("representation", "attention"), kinds, strict=True):
         for feature in ("item_id", "category_id"):
             name = f"{group}__{feature}"
@@ -97,7 +97,7 @@ def test_stage_one_scores_follow_from_the_search_part(
                 weight.copy_(weight.flip(0) * 0.7)
 
     run = save_run(tmp_path / "run", log, preset, change=part_ways)
-    version = exported(run, tmp_path / "out", "fp32", attention)
+    version = exported(run, tmp_path / "out", "fp32", attention, search="vectors")
     snapshot, (part, rows) = load_snapshot(version), load_search(version)
     batch = snapshot.recorded.batch
     branch = snapshot.model.branches["main"]
@@ -135,6 +135,72 @@ def test_models_without_such_a_search_say_why(
         load_search(version)
 
 
+def test_rows_that_are_vectors_as_they_are_are_not_written_again(log: Path, tmp_path: Path) -> None:
+    """Whatever is asked for a retrieval service, which finds them in the tables, in their type."""
+    run = save_run(tmp_path / "run", log, "dare")
+    for search in ("none", "vectors"):
+        version = exported(run, tmp_path / "out", "fp32", "int8", search=search)
+        part, rows = load_search(version)
+        assert not (version / "search").exists() and part.reason == ""
+        assert [entry.table for entry in part.tables] == ["tables/attention.0", "tables/attention.1"]
+        snapshot = load_snapshot(version)
+        for (side, feature), stored in rows.items():
+            table = getattr(snapshot.model.collections["attention"], f"attention__{feature}")
+            assert side == "key" and stored.dtype == torch.uint8 and torch.equal(stored, table)
+
+
+@pytest.mark.parametrize("preset", ["twin", "twin_proj", "sim_soft"])
+def test_projected_vectors_are_written_where_they_are_asked_for(
+    log: Path, tmp_path: Path, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What serves does not read them: its scores are the trainer's, bit for bit, either way."""
+    run = save_run(tmp_path / "run", log, preset)
+    bare, whole = (exported(run, tmp_path / "out", search=search) for search in ("none", "vectors"))
+    said = capsys.readouterr().out
+    assert "no search part for main: its vectors are projected rows, which export writes with" in said
+    assert "search 0.0" in said and "search part for main: key of item_id fp32, " in said
+    with pytest.raises(SnapshotError, match=r"has no search part: .* with --search vectors"):
+        load_search(bare)
+    assert not (bare / "search").exists() and load_search(whole)[1]
+    one, other = load_snapshot(bare), load_snapshot(whole)
+    assert torch.equal(one.recorded.own, one.recorded.trained)
+    assert torch.equal(other.score(one.recorded.batch), one.recorded.own)
+    # What nobody reads who scores is not checked, nor has to be there; who reads it is told.
+    (whole / "search" / "main.0.safetensors").write_bytes(b"x")
+    load_snapshot(whole).self_check()
+    with pytest.raises(SnapshotError, match=r"main\.0\.safetensors: does not match the manifest"):
+        load_search(whole)
+
+
+def test_vectors_follow_the_type_of_their_tables_and_keep_most_of_the_best(log: Path, tmp_path: Path) -> None:
+    """Int8 moves a score by no more than half a step of each side's rows, see docs/snapshots.md."""
+    run = save_run(tmp_path / "run", log, "twin")
+    found = {}
+    for dtype in ("fp32", "int8"):
+        version = exported(run, tmp_path / dtype, dtype, dtype, search="vectors")
+        part, rows = load_search(version)
+        assert {entry.dtype for entry in part.tables if not entry.table} == {dtype}
+        features = load_snapshot(version).recorded.batch.features
+        found[dtype] = [vectors(rows, side, part.combine, features) for side in ("query", "key")]
+        steps = [
+            sum(
+                (table[:, -8:-4].contiguous().view(torch.float32).max() if dtype == "int8" else 0.0)
+                for (s, _), table in rows.items()
+                if s == side
+            )
+            for side in ("query", "key")
+        ]
+    (query, key), (query8, key8) = found["fp32"], found["int8"]
+    exact, narrow = query @ key.T, query8 @ key8.T
+    width = query.shape[1]
+    sums = query.abs().sum(1)[:, None] * steps[1] / 2 + key8.abs().sum(1)[None] * steps[0] / 2
+    assert ((exact - narrow).abs() <= sums + 1e-5 * width).all()
+    k = 5
+    kept = [scores.topk(k, dim=1).indices for scores in (exact, narrow)]
+    shared = sum(len(set(a) & set(b)) for a, b in zip(*(x.tolist() for x in kept), strict=True))
+    assert shared > 0.9 * k * len(exact)
+
+
 def test_nothing_in_a_snapshot_is_code_or_pickle(log: Path, tmp_path: Path) -> None:
     version = exported(save_run(tmp_path / "run", log), tmp_path / "out", "int8", "fp16")
     for file in (path for path in version.rglob("*") if path.is_file()):
@@ -145,13 +211,14 @@ def test_nothing_in_a_snapshot_is_code_or_pickle(log: Path, tmp_path: Path) -> N
         assert file.suffix in (".json", ".sha256", ".safetensors")
 
 
-def write_shards(path: Path, rows: int, dim: int, shards: int) -> Tensor:
-    """A checkpoint of one table in row-wise shards; -> its last rows."""
+def write_shards(path: Path, rows: int, dim: int, shards: int, changed: slice = slice(0)) -> Tensor:
+    """A checkpoint of one table in row-wise shards; -> its last rows. Some of the first are others."""
     each = rows // shards
     parts = [
         Shard.from_tensor_and_offsets(torch.full((each, dim), float(i)), [i * each, 0], 0)
         for i in range(shards)
     ]
+    parts[0].tensor[changed] += torch.arange(dim)
     with process_group():
         table = init_from_local_shards(parts, rows, dim)
         name = "collections.attention.embedding_bags.attention__item_id.weight"
@@ -159,24 +226,29 @@ def write_shards(path: Path, rows: int, dim: int, shards: int) -> Tensor:
     return parts[-1].tensor
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
-def test_memory_follows_the_largest_shard_not_the_table(tmp_path: Path, dtype: str) -> None:
-    rows, dim, shards = 2_560_000, 32, 32
-    last = write_shards(tmp_path / "checkpoints", rows, dim, shards)
-    (tmp_path / "out").mkdir()
+def test_memory_is_that_of_blocks_not_of_a_table_or_shard(tmp_path: Path) -> None:
+    """A table of 179 MB in one shard, vectors projected from it, and a delta of it."""
+    rows, dim, dtype = 700_000, 64, "int8"
     path = tmp_path / "checkpoints" / "step-00000001"
+    last = write_shards(tmp_path / "checkpoints", rows, dim, 1)
+    (tmp_path / "next").mkdir()
+    (tmp_path / "out").mkdir()
+    write_shards(tmp_path / "later", rows, dim, 1, changed=slice(0, rows, 9))
+    later = tmp_path / "later" / "step-00000001"
     words = [str(path), str(tmp_path / "out"), dtype, str(rows), str(dim)]
-    done = launched("tests.programs.stream_tables", *words)
-    assert done.returncode == 0, done.stderr
-    grown, whole, shard = int(done.stdout) * 1024, rows * dim * 4, rows * dim * 4 // shards
-    # Five to eight shards, as threads and the allocator have it; one copy of the table would be 32.
-    assert grown < 10 * shard < whole / 3, f"{grown:,} bytes for shards of {shard:,}"
+    again = [str(later), str(tmp_path / "next"), *words[2:], words[1]]
+    for one in (words, again):
+        done = launched("tests.programs.stream_tables", *one)
+        assert done.returncode == 0, done.stderr
+        grown, whole = int(done.stdout) * 1024, rows * dim * 4
+        # Some 90 MB, as the allocator has it, however many rows there are. The vectors are twice the table.
+        assert grown < whole, f"{grown:,} bytes"
     from trainer.snapshot.manifest import StoredRows
     from trainer.snapshot.rows import read_rows
 
-    stored = StoredRows(rows=rows, dim=dim, dtype=dtype)  # type: ignore[arg-type]
-    found = read_rows([(tmp_path / "out", stored)], "tables/attention.0", "attention__item_id")
-    assert torch.equal(found[-len(last) :], to_stored(last, dtype))  # type: ignore[arg-type]
+    whole_, some = StoredRows(rows=rows, dim=dim, dtype=dtype), torch.arange(0, rows, 1001)
+    found = read_rows([(tmp_path / "out", whole_)], "tables/attention.0", "attention__item_id")
+    assert torch.equal(found.index_select(0, some), to_stored(last[some], dtype))  # type: ignore[call-arg, arg-type]
 
 
 def test_column_wise_shards_are_put_together(tmp_path: Path) -> None:
@@ -186,7 +258,7 @@ def test_column_wise_shards_are_put_together(tmp_path: Path) -> None:
     with process_group():
         state = {"model": {name: init_from_local_shards(parts, 10, 4), "other": torch.ones(3)}}
         path = checkpoint.save(tmp_path, 1, state, {"step": 1}, 1)
-    reader = TableReader(path)
+    reader = TensorReader(path)
     assert reader.table("attention", "attention__item_id") == name and reader.shape(name) == (10, 4)
     ((first, band),) = reader.bands(name)
     assert first == 0 and torch.equal(band, whole) and torch.equal(reader.whole("other"), torch.ones(3))

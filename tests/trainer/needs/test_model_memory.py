@@ -14,12 +14,12 @@ from embeddings.errors import ConfigError
 from tests.helpers.logs import small_log
 from trainer.assemble import build_sharded, build_trainable, cluster_of
 from trainer.log.schema import read_manifest
-from trainer.model_memory import check_step
+from trainer.needs.model_memory import check_step
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import load_config
 from trainer.step_size import StepSize
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_limit_of_collisions_is_half_of_a_ranks_memory() -> None:
 
 def test_a_container_has_what_its_control_group_allows(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = 10**6
-    for module in ("assemble", "model_memory"):
+    for module in ("assemble", "needs.model_memory"):
         monkeypatch.setattr(f"trainer.{module}.memory_bytes", lambda: allowed)
     found = cluster_of(Ranks(0, 4, 2, torch.device("cpu")))
     assert found.memory == allowed // 2

@@ -1,0 +1,37 @@
+"""Rows that lie in a file of a local disk instead of in memory, for tables that are larger than it.
+
+The system keeps the pages that are used in memory, and writes others back to the file when it needs the room.
+A step is as fast as in memory as long as the rows that it asks for are there.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from embeddings.errors import ConfigError
+
+
+def mapped_rows(folder: Path, count: int, dtype: torch.dtype) -> Tensor:
+    """Zeros of a type, in a file that has no name and goes with the process.
+
+    Raises:
+        ConfigError: the folder cannot be written, or its disk has no room for them.
+    """
+    size = count * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # All of it now: a page for which the disk has no room later would kill the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+            memory = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        free = f" ({shutil.disk_usage(folder).free / 1e9:,.1f} GB are free)" if folder.is_dir() else ""
+        problem = f"{size / 1e9:,.1f} GB of tables cannot lie there: {error.strerror}{free}"
+        raise ConfigError(f"plan.mapped_folder = {str(folder)!r}: {problem}") from None
+    return torch.frombuffer(memory, dtype=dtype)

@@ -1,0 +1,59 @@
+"""Options that several verbs share, and those that are places."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer import Option
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tandemrec {importlib.metadata.version('tandemrec')}")
+        raise typer.Exit()
+
+
+Version = Annotated[
+    bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+]
+
+
+def At(*names: str, **options: Any) -> Any:
+    """An option that is a place: a path, or an address such as s3://bucket/log."""
+    return Option(*names, parser=_place, **options)
+
+
+def _place(text: str) -> Path:
+    from trainer.storage import place
+
+    return place(text)
+
+
+ConfigFile = Annotated[Path, At("--config", metavar="FILE", help="TOML configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
+]
+RunFolder = Annotated[Path, At("--run", metavar="RUN", help="A run folder written by `train`.")]
+Dtype = Literal["fp32", "fp16", "int8"]
+Search = Literal["none", "vectors"]
+Checkpoint = Annotated[
+    str,
+    Option(
+        "--checkpoint",
+        metavar="newest|best|STEP",
+        help="Default: the best if train.early_stopping looked for one, else the newest.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    Option("--device", help="Where to compute; the default: the run's train.device.", show_default=False),
+]
+Split = Annotated[str, Option("--split", help="Which split of the log: train, validation or test.")]
+Snapshot = Annotated[Path, At("--snapshot", metavar="SNAP", help="A snapshot by `export`.")]
+Cache = Annotated[Path | None, At(metavar="DIR", help="For a snapshot in an object store; else ~/.cache.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing log.")]

@@ -1,0 +1,80 @@
+"""Tables in mapped files train as those in memory, bit for bit, and take no memory of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from embeddings.errors import ConfigError
+from embeddings.lookup.mapped import mapped_rows
+from embeddings.lookup.shards import local_shards
+from tests.helpers.launching import SETTINGS, overrides
+from tests.helpers.logs import small_log
+from trainer.assemble import build_sharded
+from trainer.checkpoint.tensors import TensorReader
+from trainer.log.schema import read_manifest
+from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_config import Config, load_config
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with process_group(device="cpu") as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory.mktemp("mapped") / "log", users=8)
+
+
+def config_of(log: Path, **settings: object) -> Config:
+    words = {**SETTINGS, "data.log": str(log), "train.max_steps": 3}
+    words |= {key.replace("__", "."): value for key, value in settings.items()}
+    return load_config(Path("configs/dare.toml"), overrides(words)[1::2])
+
+
+def files_in(folder: Path) -> int:
+    """Files of a folder that this process has mapped, names or none."""
+    return sum(f"{folder}/" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_trained_bit_for_bit_as_in_memory(log: Path, tmp_path: Path, ranks: Ranks) -> None:
+    from pipelines.train import run
+
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for name, settings in (("memory", {}), ("mapped", {"plan__mapped_folder": str(disk)})):
+        run(config_of(log, **settings), tmp_path / name, ranks)
+    assert not [*disk.iterdir()]
+    one, other = (
+        TensorReader(tmp_path / name / "checkpoints" / "step-00000003") for name in ("memory", "mapped")
+    )
+    states = [f"optim.state.fused.{name}" for name in one.names() if "collections" in name]
+    assert states and one.names() == other.names()
+    for name in one._tensors:
+        assert torch.equal(one.whole(name), other.whole(name)), name
+
+
+def test_rows_and_their_state_lie_in_the_folder(log: Path, tmp_path: Path, ranks: Ranks) -> None:
+    config = config_of(log, plan__mapped_folder=str(tmp_path))
+    manifest = read_manifest(log)
+    model = build_sharded(config, manifest, ranks).model
+    # Two groups, each with rows and a state.
+    assert files_in(tmp_path) == 4
+    expected = build_sharded(config_of(log), manifest, ranks).model.state_dict()
+    for name, weight in model.state_dict().items():
+        for one, two in zip(local_shards(weight), local_shards(expected[name]), strict=True):
+            assert torch.equal(one.tensor, two.tensor)
+
+
+def test_what_cannot_be_mapped_is_one_clear_error(log: Path, tmp_path: Path, ranks: Ranks) -> None:
+    with pytest.raises(ConfigError, match=r"plan.mapped_folder = '.*nowhere' is no folder"):
+        build_sharded(
+            config_of(log, plan__mapped_folder=str(tmp_path / "nowhere")), read_manifest(log), ranks
+        )
+    with pytest.raises(ConfigError, match=r"GB of tables cannot lie there: .* \([\d,.]+ GB are free\)"):
+        mapped_rows(tmp_path, 1 << 50, torch.float32)

@@ -1,0 +1,44 @@
+"""Incremental checkpoints in a store: written, read as one, and kept with what they build on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from embeddings.errors import CheckpointError
+from tests.helpers.object_store import Store
+from tests.helpers.touched_tables import STATE, TouchedTable
+from trainer.checkpoint import files, save_load
+from trainer.checkpoint.background import Saver
+from trainer.checkpoint.tensors import TensorReader
+from trainer.config.sections import CheckpointConfig
+from trainer.ranks.process_group import process_group
+from trainer.sealed_folder import DIGEST
+
+
+def test_a_chain_in_a_store(store: Store) -> None:
+    folder = store.bucket / "runs" / "deltas" / "checkpoints"
+    with process_group(60, "cpu"):
+        table, held = TouchedTable(3_000, 4, 2_000, 4, torch.float16), []
+        config = CheckpointConfig(mode="sync", keep=1, full_every=3)
+        saver = Saver(folder, config, lambda line: None, touched=table)  # type: ignore[arg-type]
+        for step in range(1, 7):
+            table.touch(torch.tensor([step, 2_000 + step, 2_999]))
+            saver.save(step, table.tensors(), {"step": step})
+            held.append(table.contents())
+        # The newest, and what it builds on.
+        paths = files.checkpoints(folder)
+        assert [files.step_of(path) for path in paths] == [6, 5, 4]
+        bases = [(files.read_state(path).get("base") or {}).get("name") for path in paths]
+        assert bases == [paths[1].name, paths[2].name, None]
+        found = save_load.find(folder)
+        assert found.path == paths[0] and not found.refused
+        table.zero()
+        save_load.load_tensors(paths[0], table.tensors())
+        for name, tensor in held[-1].items():
+            assert torch.equal(table.contents()[name], tensor), name
+        assert torch.equal(TensorReader(paths[1]).whole(STATE), held[-2][STATE])
+        # Without its base a delta is of no use.
+        (paths[2] / DIGEST).unlink()
+        with pytest.raises(CheckpointError, match=f"builds on {paths[2].name}"):
+            save_load.find(folder)

@@ -1,0 +1,153 @@
+"""Places: local paths stay what they are; addresses with credentials are refused; stores keep the rules."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from embeddings.errors import ConfigError, TandemError
+from launch.cli import main
+from trainer.config.sections import DataConfig
+from trainer.sealed_folder import (
+    DIGEST,
+    MANIFEST,
+    Seal,
+    locked,
+    publish,
+    replacing,
+    retire,
+    scratch,
+    write_text,
+)
+from trainer.storage import is_remote, objects, place, refuse_secrets, without_secrets
+
+pytest.importorskip("upath", reason="places in stores need requirements/s3.txt")
+SEAL = Seal(lambda path, problem: TandemError(f"{path}: {problem}"), "write it again")
+
+
+def test_local_text_is_a_path_and_nothing_else(tmp_path: Path) -> None:
+    for text in ("runs/demo", "/data/log", "a:b", "s3:/bucket", str(tmp_path)):
+        assert place(text) == Path(text) and type(place(text)) is type(Path())
+    assert place(f"file://{tmp_path}") == tmp_path
+    assert not is_remote(tmp_path) and is_remote(place("memory://a/b"))
+    assert str(place("memory://a/b/") / "c") == "memory://a/b/c" or str(place("memory:///a/b") / "c")
+
+
+def test_local_runs_load_no_package_of_a_store() -> None:
+    code = (
+        "import sys, pipelines.train, pipelines.export, pipelines.score, trainer.storage.ranges\n"
+        "from trainer.run_config import Config\n"
+        "Config.model_validate({'data': {'log': 'runs/log'}})\n"
+        "print({name.split('.')[0] for name in sys.modules} & {'s3fs', 'upath', 'aiobotocore', 'aiohttp'})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://AKIDX:hush%2Fhush@bucket/log",
+        "s3://AKIDX:hush/hush@bucket/log",
+        "s3://hush@bucket",
+        "gs://me:hush@bucket/x",
+        "s3://bucket/log?X-Amz-Signature=hush",
+        "s3://bucket/log?secret_key=hush",
+    ],
+)
+def test_credentials_in_an_address_are_refused_and_not_repeated(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        place(text)
+    assert "AWS_PROFILE" in str(caught.value) and "hush" not in str(caught.value)
+    for words in (["train", "--config", "c.toml", "--out", text], ["train", "--set", f"data.log={text}"]):
+        assert main(words) == 2
+    shown = "".join(capsys.readouterr())
+    assert "hush" not in shown and shown.count("credentials in an address") == 2
+    assert "hush" not in without_secrets(f"data.log: {text} is wrong")
+
+
+def test_addresses_without_credentials_stay() -> None:
+    for text in ("s3://bucket/a@b/c:d", "abfs://box@account.dfs.core.windows.net/x", "a b@c://"):
+        refuse_secrets(text)
+        assert without_secrets(text) == text
+
+
+def test_what_is_no_place_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="nosuch://x/y: is no place"):
+        place("nosuch://x/y")
+    with pytest.raises(ConfigError, match="names no bucket"):
+        place("s3:///log")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules, "trainer.storage.s3", raising=False)
+    with pytest.raises(ConfigError, match=r"not installed.*requirements/s3\.txt"):
+        place("s3://bucket/log")
+
+
+def test_a_setting_keeps_its_address() -> None:
+    config = DataConfig.model_validate({"log": "memory://logs/a"})
+    assert is_remote(config.log) and not is_remote(DataConfig().log)
+    again = DataConfig.model_validate_json(config.model_dump_json())
+    assert str(again.log) == str(config.log) and again == config
+
+
+def test_a_folder_is_sealed_published_and_retired_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    real = objects.upload
+    monkeypatch.setattr(objects, "upload", lambda file, path: (written.append(path.name), real(file, path)))
+    final = place("memory://sealed/one")
+    with scratch(final.parent, final.name) as part:
+        assert not is_remote(part)
+        (part / "b").mkdir()
+        (part / "b" / "c.bin").write_bytes(b"content")
+        SEAL.write(part, "{}")
+        publish(part, final)
+        with pytest.raises(FileExistsError):
+            publish(part, final)
+    assert not part.exists()
+    assert written == ["c.bin", MANIFEST, DIGEST]
+    assert SEAL.read(final) == b"{}" and (final / "b" / "c.bin").read_bytes() == b"content"
+    assert objects.sizes(final) == {"b/c.bin": 7, MANIFEST: 2, DIGEST: len((final / DIGEST).read_bytes())}
+    store, deleted = final.fs, []  # type: ignore[attr-defined]
+    monkeypatch.setattr(store, "rm_file", lambda path: deleted.append(path.rpartition("/")[2]))
+    monkeypatch.setattr(store, "rm", lambda path, recursive=False: deleted.append("rest"))
+    retire(final, "x")
+    assert deleted[:3] == [MANIFEST, DIGEST, "rest"]
+
+
+def test_small_files_and_digests() -> None:
+    file = place("memory://small/summary.json")
+    write_text(file, "one")
+    write_text(file, "two")
+    with replacing(file.with_name("scores")) as part:
+        part.write_bytes(b"x" * 5)
+    assert file.read_text() == "two" and (file.parent / "scores").read_bytes() == b"xxxxx"
+    with pytest.raises(KeyError), replacing(file.with_name("other")) as part:
+        part.write_bytes(b"half")
+        raise KeyError
+    assert not file.with_name("other").exists()
+
+
+def test_a_lock_says_that_it_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(place("memory://run/.lock"), "two of test_places go unnoticed") as held:
+        assert not held
+    assert "memory://run: a store keeps no locks, so two of test_places" in capsys.readouterr().err
+
+
+def test_only_old_folders_without_a_manifest_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = place("memory://sweep")
+    for name in ("step-00000001-aaaaaaaa/x", "step-00000002-bbbbbbbb/x", f"step-00000002-bbbbbbbb/{DIGEST}"):
+        (root / name).write_bytes(b"1")
+    assert objects.unfinished(root, DIGEST, 60) == []
+    now = time.time()
+    monkeypatch.setattr("trainer.storage.objects.time.time", lambda: now + 61)
+    assert [path.name for path in objects.unfinished(root, DIGEST, 60)] == ["step-00000001-aaaaaaaa"]

@@ -1,0 +1,67 @@
+"""Files of a store that must be mapped: fetched once into a folder of this machine, verified on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from trainer.storage.objects import pieces, together
+
+_AT_ONCE = 4
+_DAY = 86_400
+
+
+def cache_of(folder: Path, cache: Path | None = None) -> Path:
+    """Where what is fetched from a remote folder lies: in `cache`, or in the user's own folder of caches."""
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return (cache or Path.home() / ".cache" / "tandemrec") / name
+
+
+def fetch(
+    folder: Path,
+    files: Mapping[str, tuple[int, str]],
+    into: Path,
+    fail: Callable[[Path, str], Exception],
+) -> None:
+    """Have some files of a remote folder in a local one; those that are there in their size stay.
+
+    Several processes may do so at once: each file gets its name once it is complete.
+
+    Args:
+        files: name -> bytes and SHA-256; fail: makes the error of a file.
+
+    Raises:
+        OSError: the store cannot be read, or this machine has no room.
+    """
+
+    def one(name: str) -> None:
+        target, (size, digest) = into / name, files[name]
+        if target.is_file() and target.stat().st_size == size:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
+        sha = hashlib.sha256()
+        try:
+            with part.open("wb") as file:
+                for piece in pieces(folder / name, size):
+                    sha.update(piece)
+                    file.write(piece)
+            if sha.hexdigest() != digest:
+                raise fail(folder / name, "does not match the manifest, so it is corrupt")
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    together(one, sorted(files), _AT_ONCE)
+
+
+def drop_old(folder: Path, needed: set[str]) -> None:
+    """Delete what lies in a folder of fetched folders beside those needed, and has for more than a day."""
+    for path in folder.iterdir():
+        if path.name not in needed and time.time() - path.stat().st_mtime > _DAY:
+            shutil.rmtree(path, ignore_errors=True)

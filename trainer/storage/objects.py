@@ -1,0 +1,205 @@
+"""What a store has instead of rename, append and folders: whole objects, written in an order.
+
+An object is there whole or not at all, a folder is what the names of objects have in common. So a sealed
+folder counts once its manifest is there, which is written last and deleted first.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from trainer.storage.local import voice
+from trainer.storage.places import is_remote, store_of
+
+# Bytes of a part of an upload, of which there may be 10,000; one of them is in memory.
+PART = 1 << 25
+# Bytes of a piece of a download, and pieces under way.
+PIECE, PIECES = 1 << 24, 4
+# Requests under way at once, of one process.
+AT_ONCE = 16
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Path inside a folder -> bytes, of every file in it; empty where there is no such folder."""
+    if not is_remote(folder):
+        return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    store, root = store_of(folder)
+    found = store.find(root, detail=True)
+    prefix = root.rstrip("/") + "/"
+    return {
+        path.removeprefix(prefix): int(info["size"])
+        for path, info in found.items()
+        if path.startswith(prefix) and not path.endswith("/")
+    }
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is directly in a remote folder; empty where there is no such folder."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return list(folder.iterdir())
+    return []
+
+
+def unfinished(folder: Path, mark: str, seconds: float) -> list[Path]:
+    """The folders directly in a remote one that lack the file `mark` and are older than so many seconds."""
+    store, root = store_of(folder)
+    prefix = root.rstrip("/") + "/"
+    newest: dict[str, float] = {}
+    finished: set[str] = set()
+    for path, info in store.find(root, detail=True).items():
+        name, _, file = path.removeprefix(prefix).partition("/")
+        if file == mark:
+            finished.add(name)
+        if file:
+            written = info.get("LastModified") or info.get("created")
+            # What has no time is as good as new.
+            at = written.timestamp() if hasattr(written, "timestamp") else float(written or time.time())
+            newest[name] = max(newest.get(name, 0.0), at)
+    old = time.time() - seconds
+    return [folder / name for name, written in newest.items() if name not in finished and written < old]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of an object, of which nothing is kept."""
+    sha = hashlib.sha256()
+    for piece in pieces(path, path.stat().st_size):
+        sha.update(piece)
+    return sha.hexdigest()
+
+
+def pieces(path: Path, size: int) -> Iterator[bytes]:
+    """The content of an object, fetched in pieces, several at a time."""
+    store, root = store_of(path)
+
+    def piece(start: int) -> bytes:
+        content: bytes = store.cat_file(root, start=start, end=min(start + PIECE, size))
+        return content
+
+    with ThreadPoolExecutor(PIECES, "fetch") as pool:
+        waiting: deque[Future[bytes]] = deque()
+        for start in range(0, size, PIECE):
+            waiting.append(pool.submit(piece, start))
+            if len(waiting) == PIECES:
+                yield waiting.popleft().result()
+        for left in waiting:
+            yield left.result()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """An object to write piece by piece, in parts; it is there once the body has succeeded."""
+    file: Any = cast(Any, path).open("wb", block_size=PART)
+    try:
+        yield file
+        file.close()
+    except BaseException:
+        # A file of fsspec that is closed is one that was written.
+        with suppress(Exception):
+            getattr(file, "discard", lambda: None)()
+        file.closed = True
+        raise
+
+
+def create(path: Path) -> bool:
+    """Make an empty object -> whether there was none; a store without conditional writes always says so."""
+    store, root = store_of(path)
+    try:
+        store.pipe_file(root, b"", mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def uploading(path: Path) -> Iterator[Path]:
+    """A local file to write, which becomes the object once the body has succeeded."""
+    with tempfile.TemporaryDirectory(prefix="tandemrec-") as folder:
+        part = Path(folder, path.name)
+        yield part
+        upload(part, path)
+
+
+def upload(file: Path, path: Path) -> None:
+    """Write a local file to a store."""
+    with file.open("rb") as content, writing(path) as target:
+        shutil.copyfileobj(content, target, PART)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder, local or remote, into a new local one; where there is none, nothing."""
+    for name in sizes(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source / name, target / name)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, local or remote, into a local one."""
+    with source.open("rb") as content, target.open("wb") as file:
+        shutil.copyfileobj(content, file, PIECE)
+
+
+def remove(folder: Path, first: Sequence[str], *, strict: bool = False) -> None:
+    """Delete a remote folder with all that is in it; those named `first` before the others.
+
+    Args:
+        strict: what cannot be deleted is an error.
+    """
+    store, root = store_of(folder)
+    try:
+        for name in first:
+            with suppress(FileNotFoundError):
+                store.rm_file(f"{root}/{name}")
+        rest = store.find(root)
+        if rest:
+            store.rm(rest)
+        # A store has none; other remote file systems do.
+        with suppress(FileNotFoundError, NotImplementedError):
+            if store.exists(root):
+                store.rm(root, recursive=True)
+    except OSError:
+        if strict:
+            raise
+
+
+def publish(part: Path, final: Path, last: Sequence[str], *, replace: bool | None = None) -> None:
+    """Upload a local folder; the files named `last` after all others, in this order.
+
+    Args:
+        replace: whether what is there goes first, the files named `last` before all else; None: nothing is.
+
+    Raises:
+        FileExistsError: something is there, and is not to be replaced.
+    """
+    if replace is not None and final.exists():
+        if not replace:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        voice.say(f"{final}: a store replaces no folder at once, so for a while there is none")
+        remove(final, last, strict=True)
+    files = [path for path in part.rglob("*") if path.is_file()]
+    names = {path.relative_to(part).as_posix(): path for path in files}
+    most = [name for name in sorted(names) if name not in last]
+    together(lambda name: upload(names[name], final / name), most, at_once=4)
+    for name in last:
+        if name in names:
+            upload(names[name], final / name)
+
+
+def together(
+    function: Callable[[Item], Result], items: Iterable[Item], at_once: int = AT_ONCE
+) -> list[Result]:
+    """The results for some items, in order, several at a time: what takes long is the way to the store."""
+    with ThreadPoolExecutor(at_once, "store") as pool:
+        return list(pool.map(function, items))
