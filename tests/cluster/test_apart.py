@@ -72,6 +72,9 @@ def test_a_cut_cable_ends_both_ranks_in_time_and_a_restart_gives_the_same_bits(
     agents = start(apart, log, run)
     wait_until("step 10", lambda: steps() >= 10, 100, every=0.05)
     apart.cut("node-b")
+    # While the ranks wait: what an undisturbed training on one machine gives.
+    settings = {key.replace(".", "__"): value for key, value in TRAINED.items()}
+    undisturbed = train_here(log, tmp_path / "undisturbed", ranks=2, **settings)
     # torch's store is on node-a: for node-b it is silent, and the kernel takes minutes to say so.
     for rank, node in enumerate(NODES):
         line = rf"\[rank {rank}\] .*rank {rank}, after step \d+: waited in vain for rank {1 - rank}"
@@ -85,8 +88,8 @@ def test_a_cut_cable_ends_both_ranks_in_time_and_a_restart_gives_the_same_bits(
     path, refused = newest(run / "checkpoints")
     assert path is not None and not refused
     # Any one machine holds all that is needed; as many ranks as before give the same bits.
-    settings = {key.replace(".", "__"): value for key, value in TRAINED.items()}
-    resumed = train_here(log, run, ranks=2, **settings)
-    undisturbed = train_here(log, tmp_path / "undisturbed", ranks=2, **settings)
-    assert resumed == undisturbed
+    begun = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    assert train_here(log, run, ranks=2, **settings) == undisturbed
+    resumed = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert resumed[:3] == begun, "with the speeds of then: it was no new start"
     assert digest(run) == digest(tmp_path / "undisturbed")

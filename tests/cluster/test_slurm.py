@@ -89,6 +89,9 @@ def test_a_node_dies_and_the_requeued_job_ends_with_the_same_bits(
     assert nodes.split("\n")[:2] == [f"{job.job}+0 node-a RUNNING", f"{job.job}+1 node-b RUNNING"]
     assert "RUNNING" in job.torchx("status", f"slurm://torchx/{job.job}")[0]
     cluster.power_cut("node-b")
+    # While Slurm finds out: what an undisturbed training on one machine gives.
+    settings = {key.replace(".", "__"): value for key, value in TRAINED.items()}
+    undisturbed = train_here(log, tmp_path / "undisturbed", ranks=2, **settings)
     cluster.wait(job.job, "PENDING", seconds=60)
     assert job.steps() < TRAINED["train.max_steps"]
     cluster.boot("node-b")
@@ -100,9 +103,6 @@ def test_a_node_dies_and_the_requeued_job_ends_with_the_same_bits(
     assert job.torchx("log", "--streams", "stdout", f"slurm://torchx/{job.job}/tandemrec/0")[0].count(
         "resumed from"
     )
-    # It is what an undisturbed training on one machine gives.
-    settings = {key.replace(".", "__"): value for key, value in TRAINED.items()}
-    undisturbed = train_here(log, tmp_path / "undisturbed", ranks=2, **settings)
     assert losses(job.run) == undisturbed
     assert digest(job.run) == digest(tmp_path / "undisturbed")
 
