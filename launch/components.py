@@ -108,7 +108,14 @@ class Job:
         Raises:
             JobError: an option is wrong, or there are more ranks than GPUs on a node that has some.
         """
+        from embeddings.errors import ConfigError
+        from trainer.storage import refuse_secrets
+
         shape, given = parse_shape(self.j), self.mounts or []
+        try:
+            refuse_secrets(line)  # schedulers keep and show what a job runs
+        except ConfigError as error:
+            raise JobError(str(error)) from None
         try:
             resource = specs.resource(cpu=self.cpu or _cores(), gpu=self.gpu, memMB=self.memMB, h=self.h)
         except KeyError as error:
@@ -250,7 +257,7 @@ def export(run: str, out: str, device: OptionalText = None, *, job: Job) -> spec
     """
     Writes a serving snapshot of a run with `tandemrec export`, in one process.
 
-    The node's memory holds all tables in one piece, twice.
+    Tables stream through it, so that the node's memory need not hold them; some gigabytes are enough.
 
     Args:
         run: the run folder

@@ -20,6 +20,7 @@ from embeddings.lookup.stored import WIDTHS, Dtype
 from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
 from trainer.assemble import build_trainable, feature_rows, resolve_groups
+from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.tasks import Task, names_of, resolve_tasks
@@ -61,6 +62,7 @@ class _Run:
     manifest: LogManifest
     groups: Mapping[str, TableGroup]
     reader: TensorReader
+    checkpoint: Path
     step: int
     split: str
 
@@ -152,7 +154,7 @@ def _open(run: Path, which: str = "") -> _Run:
     split = "validation" if manifest.holds("validation") else "train"
     if split == "train":
         print("this log has no validation requests: scores are compared on training ones", flush=True)
-    return _Run(config, manifest, groups, reader, int(found.state["step"]), split)
+    return _Run(config, manifest, groups, reader, path, int(found.state["step"]), split)
 
 
 def _write(
@@ -170,8 +172,9 @@ def _write(
         recorded = next(steps).batch
     found = rows_of_requests(_batches(recorded, run, parity_requests), run.groups, run.config)
     tables = {g.table_name(t): t.feature for g in run.groups.values() for t in g.tables}
-    source = Source(run.config, run.groups, run.reader)
-    draft = Draft(part, source, dtypes, base, partial(found.watch, tables), search)
+    source = Source(run.config, run.groups, run.reader, _base_step(run, base))
+    wanted = {table: found.ids[feature] for table, feature in tables.items()}
+    draft = Draft(part, source, dtypes, base, partial(found.watch, tables), wanted, search)
     dense = source.dense()
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
@@ -185,6 +188,7 @@ def _write(
         number=1 if base is None else base.manifest.number + 1,
         base=base and BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
         step=run.step,
+        checkpoint=checkpoint_files.manifest_digest(run.checkpoint),
         score_bound=bounds[0],
         mean_bound=bounds[1],
         tasks=tuple(names_of(run.tasks)),
@@ -202,6 +206,15 @@ def _write(
     )
     snapshot = finish(draft, manifest, recorded, trainer.score(recorded))
     return snapshot.manifest, _check(snapshot, trainer, run, ranks, parity_requests)
+
+
+def _base_step(run: _Run, base: Chain | None) -> int | None:
+    """The step of the base's checkpoint, if the run has that very one; else all rows are compared."""
+    if base is None or not base.manifest.checkpoint:
+        return None
+    there = checkpoint_files.of_step(run.checkpoint.parent, base.manifest.step)
+    same = {checkpoint_files.manifest_digest(path) for path in there} == {base.manifest.checkpoint}
+    return base.manifest.step if same else None
 
 
 def _check(

@@ -228,7 +228,8 @@ def try_out(start: Start, say: Say) -> None:
 def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]], say: Say) -> None:
     """Whether the tables have a place; a plan from a file is checked for the ranks that it was made for."""
     config, ranks = start.config, start.ranks
-    cluster, size = room_for_tables(cluster_of(ranks), config), step_size(config.data, start.manifest)
+    memory, size = cluster_of(ranks), step_size(config.data, start.manifest)
+    cluster = room_for_tables(memory, config)
     if config.plan.file:
         file = place(config.plan.file)
         saved = read_plan_file(file)
@@ -244,7 +245,7 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
             request = plan_request(config, start.manifest, built, cluster, size)
             found = offline_plan(request)
             held = memory_of_ranks(found.options, found.tables, cluster.world_size, cluster.device)
-            needs = memory_needs(run_of(config, start.manifest, request, size), held, cluster)
+            needs = memory_needs(run_of(config, start.manifest, request, size), held, memory, cluster.ddr)
             return "\n".join(check_memory(needs))
         except ConfigError as error:
             if ranks.world_size > 1 or not isinstance(error, (DoesNotFit, TooLittleMemory)):

@@ -214,8 +214,8 @@ def build_sharded(
     cluster = cluster_of(ranks)
     if size is not None:
         check_step(config, size, cluster.world_size, cluster.memory)
-    cluster = room_for_tables(cluster, config)
-    request = plan_request(config, manifest, (model, groups), cluster, size)
+    roomy = room_for_tables(cluster, config)
+    request = plan_request(config, manifest, (model, groups), roomy, size)
     if training and config.plan.file:
         plan, origin = read_plan(place(config.plan.file), request), ""
     else:
@@ -227,7 +227,9 @@ def build_sharded(
         held = memory_of_plan(plan, run.tables)
         # Memory differs from node to node: all ranks hear of one that has not enough.
         lines = [
-            *dict.fromkeys(chain(*from_every_rank(lambda: check_memory(memory_needs(run, held, cluster)))))
+            *dict.fromkeys(
+                chain(*from_every_rank(lambda: check_memory(memory_needs(run, held, cluster, roomy.ddr))))
+            )
         ]
     if training:
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)

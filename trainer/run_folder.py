@@ -147,14 +147,23 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def keep(self) -> None:
+    def keep(self, lenient: bool = False) -> None:
         """Have all lines so far where the run lies, before a checkpoint that says that they are there.
 
         Only where the run lies in a store: a local file has them already.
+
+        Args:
+            lenient: what cannot be uploaded is said, and tried again later.
+
+        Raises:
+            OSError: the store cannot be written.
         """
         if self._spool and self._board:
             self._board.flush()
-            self._spool.keep()
+            if lenient:
+                self._spool.offer()
+            else:
+                self._spool.keep()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file and self._board:

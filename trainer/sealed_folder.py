@@ -126,7 +126,7 @@ def publish(part: Path, final: Path, *, aside: Path | None = None, synced: bool 
         synced: all that is in it has reached the disk already.
     """
     if is_remote(final):
-        _to_store(part, final, aside is not None)
+        objects.publish(part, final, (MANIFEST, DIGEST), replace=aside is not None)
         return
     if not synced:
         sync_tree(part)
@@ -140,16 +140,6 @@ def publish(part: Path, final: Path, *, aside: Path | None = None, synced: bool 
             replaced.rename(final)
         raise
     sync(final.parent)
-
-
-def _to_store(part: Path, final: Path, replace: bool) -> None:
-    """Upload a draft; a folder that has the name already goes first, its manifest before all else."""
-    if final.exists():
-        if not replace:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
-        voice.say(f"{final}: a store replaces no folder at once, so for a while there is none")
-        remove_folder(final, strict=True)
-    objects.publish(part, final, (MANIFEST, DIGEST))
 
 
 def retire(folder: Path, name: str, *, strict: bool = False) -> None:

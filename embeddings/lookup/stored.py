@@ -100,6 +100,11 @@ class PatchedRows:
 StoredTable = Tensor | PatchedRows
 
 
+def rows_at(stored: StoredTable, ids: Tensor) -> Tensor:
+    """Stored rows [n, columns] of ids [n]."""
+    return stored.index_select(ids) if isinstance(stored, PatchedRows) else stored.index_select(0, ids)
+
+
 def sum_bags(stored: StoredTable, ids: Tensor, offsets: Tensor) -> Tensor:
     """Sums of the rows of each bag, float32 [B, dim], reading only the rows that are asked for.
 

@@ -16,17 +16,20 @@ from trainer.needs.run_needs import FITS, Need, Run, disk_needs, export_need, fr
 from trainer.snapshot.writing import group_dtypes
 
 
-def all_needs(run: Run, found: PlanEstimate, cluster: Cluster, out: Path | None) -> list[Need]:
+def all_needs(
+    run: Run, found: PlanEstimate, cluster: Cluster, for_tables: int, out: Path | None
+) -> list[Need]:
     """Of training, saving, resuming and export, of checkpoints and of a snapshot.
 
     Args:
+        for_tables: bytes of host memory for a rank's tables, or of a disk where they lie in mapped files.
         out: the run's folder, whose disk is asked for its free bytes.
     """
     held = memory_of_ranks(found.options, found.tables, cluster.world_size, cluster.device)
     room = None if out is None else free_disk(out)
     there = len(list((out / "checkpoints").glob("step-*"))) if out is not None else 0
     return [
-        *memory_needs(run, held, cluster),
+        *memory_needs(run, held, cluster, for_tables),
         export_need(run, cluster),
         *disk_needs(run, room, there),
         *snapshot_needs(run),
@@ -57,14 +60,15 @@ def need_table(needs: Sequence[Need]) -> list[str]:
         room = ("-", "-") if need.room is None else (gigabytes(need.room), _share(need))
         rows.append((need.stage, need.where, gigabytes(need.bytes), *room, need.verdict or "-"))
     wrong = [need for need in needs if need.verdict not in ("", FITS)]
+    training = next(need for need in needs if need.stage == "training")
     biggest = "; ".join(
         f"{name} {gigabytes(size)}"
-        for name, size in sorted(needs[0].parts.items(), key=lambda part: -part[1])
+        for name, size in sorted(training.parts.items(), key=lambda part: -part[1])
     )
     return [
         "what a run needs at its peak (steps, reading and processes are estimates)",
         *table_lines(head, rows),
-        f"in {needs[0].stage}: {biggest}",
+        f"in {training.stage}: {biggest}",
         *[line for need in wrong for line in _wrapped(need.line())],
         f"verdict: {verdict(needs)}",
     ]

@@ -20,7 +20,7 @@ from pipelines.console import quiet_third_parties
 from pipelines.plan.needs import all_needs, need_table, needs_tree
 from pipelines.plan.remedies import remedies
 from pipelines.plan.report import Report, need_lines, report_lines
-from trainer.assemble import build_trainable, fit_caches, plan_request, run_of
+from trainer.assemble import build_trainable, fit_caches, plan_request, room_for_tables, run_of
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.model.frame import TwoStageModel
 from trainer.ranks.device import DeviceName
@@ -67,6 +67,8 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
     cluster = cluster_of(options, settings.train.device)
     manifest = read_manifest(settings.data.log)
     size = step_size(settings.data, manifest, options.behaviors or None)
+    # Of tables in mapped files, the disk of this machine stands for those of the nodes.
+    memory, cluster = cluster, room_for_tables(cluster, settings)
     with of_files(config, overrides):
         request = _request(settings, manifest, cluster, size)
     try:
@@ -86,7 +88,7 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
     }
     report = Report(found, request, size, asked, settings.model.lookup)
     run = run_of(settings, manifest, request, size)
-    needs = all_needs(run, found, cluster, options.run)
+    needs = all_needs(run, found, memory, cluster.ddr, options.run)
     print("\n".join([*report_lines(report), "", *need_table(needs)]))
     if not options.ddr:
         print(f"host memory of a node was not given: {gigabytes(_HOST)} a rank is assumed; give --ddr")

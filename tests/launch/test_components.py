@@ -225,6 +225,13 @@ def test_slurm_gets_gpus_ranks_restarts_and_requeues(tmp_path: Path) -> None:
         _assert_trains(line, {"SLURM_JOB_NODELIST_HET_GROUP_0": "node-7"}, "77", "node-7")
 
 
+def test_credentials_in_an_address_are_refused_before_a_scheduler_keeps_them() -> None:
+    with pytest.raises(JobError, match="AWS_PROFILE") as caught:
+        train(config="c.toml", out="s3://AKIDX:hush@bucket/run")
+    assert "hush" not in str(caught.value)
+    train(config="c.toml", out="s3://bucket/run")
+
+
 def test_kubernetes_gets_gpus_ranks_restarts_image_and_mounts() -> None:
     pytest.importorskip("kubernetes", reason="pip install --no-deps -r requirements/kubernetes.txt")
     mounts = ["type=volume", "src=claim", "dst=/s", "type=bind", "src=/data", "dst=/data", "readonly"]

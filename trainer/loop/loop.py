@@ -310,7 +310,7 @@ class Trainer:
             "sample": self._sample(),
             "config": self.config.model_dump(mode="json"),
         }
-        from_rank_0(self.log.keep)
+        from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
         self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
         self.interrupts.restart_clock()
         # Time that no step has taken.

@@ -104,11 +104,14 @@ class Run:
         return tables + _DENSE_SAVED * self.dense
 
 
-def memory_needs(run: Run, held: Sequence[RankMemory], cluster: Cluster) -> list[Need]:
+def memory_needs(
+    run: Run, held: Sequence[RankMemory], cluster: Cluster, for_tables: int | None = None
+) -> list[Need]:
     """Of the fullest rank and node in each stage of training.
 
     Args:
         held: what each rank has of the tables.
+        for_tables: bytes a rank of the disk where tables lie in mapped files; None = not known.
     """
     step, reader = step_bytes(run, cluster), reader_bytes(run)
     dense, local = DENSE_COPIES * run.dense, cluster.local_world_size
@@ -134,6 +137,12 @@ def memory_needs(run: Run, held: Sequence[RankMemory], cluster: Cluster) -> list
     if not gpus:
         own |= {"dense": local * dense, "step": local * step, "touched rows": local * bits}
         own["buffers"] = sum(each.buffers for each in nodes[worst])
+    if run.config.plan.mapped_folder and not gpus:
+        # Their pages are the system's to give back.
+        room = None if for_tables is None else local * for_tables
+        files, own["tables"] = {"tables": own["tables"]}, 0
+        larger = "give plan.mapped_folder a larger disk"
+        needs.append(_need("tables in mapped files", f"disk, node {worst}", room, larger, files))
     where = f"host memory, node {worst}" if len(nodes) > 1 else "host memory"
     less = f"make data.shuffle_row_groups{'' if gpus else ', ' + fewer}"
     less += ", groups.<name>.dtype fp16, or more nodes" if not gpus or own["tables"] else " smaller"

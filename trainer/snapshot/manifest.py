@@ -159,6 +159,7 @@ class SnapshotManifest(Settings):
         features: rows of each feature's tables; inputs: what carries the features that a request must have,
             those without a table included that a hard search compares.
         recorded_features, recorded_context: features in the order of the recorded requests.
+        checkpoint: digest of the manifest of the checkpoint that this was made of; empty: not known.
         vocabularies: feature -> digest of the values that its ids stand for; vocabulary_files: these values.
     """
 
@@ -167,6 +168,7 @@ class SnapshotManifest(Settings):
     number: int = Field(ge=1, lt=10**8)
     base: BaseVersion | None = None
     step: int = Field(ge=0)
+    checkpoint: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     score_bound: float = Field(ge=0, le=0.2)
     mean_bound: float = Field(ge=0, le=0.01)
     tasks: tuple[str, ...]

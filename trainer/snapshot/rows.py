@@ -23,6 +23,7 @@ from embeddings.lookup.stored import (
     PatchedRows,
     StoredTable,
     row_bytes,
+    rows_at,
     stored_columns,
     to_stored,
 )
@@ -84,9 +85,7 @@ def write_changes(
     rows, dim = shape
     row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
     paths = f"{stem}.safetensors", f"{stem}.ids.safetensors"
-    # Beyond so many, a delta would be larger than the matrix.
-    most = -(-rows * row_bytes(dim, dtype) // (_ID_BYTES + row_bytes(dim, dtype))) - 1
-    changed, before = 0, base.rows
+    most, changed, before = _most_changed(rows, dim, dtype), 0, base.rows
     with ExitStack() as open_files:
         stream = open_files.enter_context(TensorStream(folder / paths[0], {name: row}))
         ids_stream = open_files.enter_context(TensorStream(folder / paths[1], {IDS: (torch.int64, ())}))
@@ -108,6 +107,55 @@ def write_changes(
     return Written(
         stored, tuple(SnapshotFile(path=path, **entry) for path, entry in zip(paths, entries, strict=True))
     )
+
+
+def write_touched(
+    folder: Path,
+    stem: str,
+    name: str,
+    shape: tuple[int, int],
+    dtype: Dtype,
+    touched: Iterator[tuple[Tensor, Tensor]],
+    base: StoredTable,
+) -> Written | None:
+    """Write what differs from `base`, which has as many rows, where it is known which rows may.
+
+    The same files as by `write_changes`, and the work of the touched rows alone.
+
+    Args:
+        touched: (ids ascending, float rows), some at once; no other row has changed.
+
+    Returns:
+        None where a delta would be larger than the matrix; then nothing is left in the folder.
+    """
+    rows, dim = shape
+    row, changed = (TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)), 0
+    paths = f"{stem}.safetensors", f"{stem}.ids.safetensors"
+    with ExitStack() as open_files:
+        stream = open_files.enter_context(TensorStream(folder / paths[0], {name: row}))
+        ids_stream = open_files.enter_context(TensorStream(folder / paths[1], {IDS: (torch.int64, ())}))
+        for ids, found in touched:
+            for some, part in zip(*(t.split(block_rows(dim)) for t in (ids, found)), strict=True):
+                stored = _stored(folder / stem, name, dtype, int(some[0]), part)
+                differ = _different(stored, rows_at(base, some))
+                changed += differ.numel()
+                stream.append(name, stored[differ])
+                ids_stream.append(IDS, some[differ])
+            if changed > _most_changed(rows, dim, dtype):
+                break
+    if changed > _most_changed(rows, dim, dtype):
+        for path in paths:
+            (folder / path).unlink()
+        return None
+    stored_ = StoredRows(rows=rows, dim=dim, dtype=dtype, base_rows=rows, changed=changed)
+    entries = zip(paths, (stream.entry, ids_stream.entry), strict=True)
+    return Written(stored_, tuple(SnapshotFile(path=path, **entry) for path, entry in entries))
+
+
+def _most_changed(rows: int, dim: int, dtype: Dtype) -> int:
+    """Beyond so many rows, a delta would be larger than the matrix."""
+    size = row_bytes(dim, dtype)
+    return -(-rows * size // (_ID_BYTES + size)) - 1
 
 
 def _different(block: Tensor, known: Tensor) -> Tensor:
@@ -169,11 +217,15 @@ def _blocks(where: Path, name: str, dtype: Dtype, source: RowSource) -> Iterator
     for begin, band in source():
         size = block_rows(band.shape[1])
         for first, rows in zip(range(begin, begin + len(band), size), band.split(size), strict=True):
-            try:
-                yield first, to_stored(rows, dtype)
-            except ValueError as error:
-                place = f"{name}, rows {first:,} to {first + len(rows) - 1:,}"
-                raise SnapshotError(where, f"{place}: {error}; choose a wider type") from None
+            yield first, _stored(where, name, dtype, first, rows)
+
+
+def _stored(where: Path, name: str, dtype: Dtype, first: int, rows: Tensor) -> Tensor:
+    try:
+        return to_stored(rows, dtype)
+    except ValueError as error:
+        place = f"{name}, rows {first:,} to {first + len(rows) - 1:,}"
+        raise SnapshotError(where, f"{place}: {error}; choose a wider type") from None
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:

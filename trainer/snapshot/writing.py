@@ -6,12 +6,14 @@ of their shards. `trainer.snapshot.publishing` then gives the folder its number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,11 +40,11 @@ from trainer.snapshot.manifest import (
     table_stem,
 )
 from trainer.snapshot.publishing import describe
-from trainer.snapshot.rows import RowSource, block_rows, write_changes, write_rows
+from trainer.snapshot.rows import RowSource, block_rows, write_changes, write_rows, write_touched
 from trainer.snapshot.search import Part, SearchKind, search_parts
 
-# Read of a checkpoint at once.
-_BAND_BYTES = 8 << 20
+# Read of a checkpoint at once; and how much between two rows is read rather than leapt over.
+_BAND_BYTES, _NEAR_BYTES = 8 << 20, 16 << 10
 # Told of all rows of a table as they pass by: (table name, first row, rows).
 Watch = Callable[[str, int, Tensor], None]
 
@@ -53,11 +55,13 @@ class Source:
 
     Attributes:
         config, groups: of the run; reader: of its checkpoint.
+        base_step: of the checkpoint that the base of a delta was made of, where this one may build on it.
     """
 
     config: Config
     groups: Mapping[str, TableGroup]
     reader: TensorReader
+    base_step: int | None = None
 
     def dense(self) -> dict[str, Tensor]:
         """Everything but tables, under the names of the model's state dict."""
@@ -67,12 +71,38 @@ class Source:
         """A table of a group, by its name, as (first row, rows)."""
         return self.reader.bands(self.reader.table(group, table), _BAND_BYTES)
 
+    def touched(self, group: str, table: str) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """(ids, rows) of all that may differ from the base, ascending; None: the checkpoint cannot tell."""
+        if self.base_step is None:
+            return None
+        ids = self.reader.touched_since(self.reader.table(group, table), self.base_step)
+        return None if ids is None else self._picked(group, table, ids)
+
+    def picked(self, group: str, table: str, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rows of ascending ids, and what lies between near ones, as (first row, rows)."""
+        name = self.reader.table(group, table)
+        width = math.prod(self.reader.shape(name)[1:]) * self.reader.dtype(name).itemsize
+        near, most = (max(1, size // width) for size in (_NEAR_BYTES, _BAND_BYTES))
+        # A stretch ends where the next id is far, or where it has become long.
+        far = (ids.diff() > near) | (ids[1:] // most != ids[:-1] // most)
+        for stretch in ids.tensor_split(torch.nonzero(far).squeeze(1) + 1):
+            if stretch.numel():
+                start, stop = int(stretch[0]), int(stretch[-1]) + 1
+                yield start, self.reader.rows(name, start, stop)
+
+    def _picked(self, group: str, table: str, ids: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for some in ids:
+            for first, rows in self.picked(group, table, some):
+                begin, end = torch.searchsorted(some, torch.tensor([first, first + len(rows)])).tolist()
+                yield some[begin:end], rows[some[begin:end] - first]
+
 
 @dataclass
 class Draft:
     """A version that is being written into `folder`, as a delta where there is a base.
 
     Attributes:
+        wanted: table -> the ids, ascending, whose rows `watch` must be told of.
         search: what is written for a retrieval service.
         files: of matrices, by path, once they are written; checked: files of the base that were.
     """
@@ -82,6 +112,7 @@ class Draft:
     dtypes: Mapping[str, Dtype]
     base: Chain | None = None
     watch: Watch | None = None
+    wanted: Mapping[str, Tensor] = field(default_factory=dict)
     search: SearchKind = "none"
     files: dict[str, SnapshotFile] = field(default_factory=dict)
     checked: set[Path] = field(default_factory=set)
@@ -96,7 +127,8 @@ class Draft:
                 key = group.table_name(table)
                 shape = table.rows, table.dim
                 rows = partial(self._table_rows, name, key)
-                stored = self._write(table_stem(name, place), key, shape, self.dtypes[name], rows)
+                place_ = table_stem(name, place), key, shape, self.dtypes[name]
+                stored = self._write_touched(name, *place_) or self._write(*place_, rows)
                 entries.append(SnapshotTable(feature=table.feature, set=table.set, **stored.model_dump()))
             tables[name] = tuple(entries)
         return tables
@@ -132,12 +164,7 @@ class Draft:
     def _write(
         self, stem: str, name: str, shape: tuple[int, int], dtype: Dtype, rows: RowSource
     ) -> StoredRows:
-        there = () if self.base is None else self.base.manifest.matrices()
-        same = [
-            (key, tensor, entry.dim, entry.dtype) == (stem, name, shape[1], dtype)
-            for key, tensor, entry in there
-        ]
-        if self.base is None or not any(same):
+        if self.base is None or self._in_base(stem, name, shape, dtype) is None:
             written = write_rows(self.folder, stem, name, shape, dtype, rows)
         else:
             with closing(self.base.reader(stem, name)) as base:
@@ -146,6 +173,32 @@ class Draft:
                 self.checked.update(base.files)
         self.files |= {entry.path: entry for entry in written.files}
         return written.stored
+
+    def _write_touched(
+        self, group: str, stem: str, name: str, shape: tuple[int, int], dtype: Dtype
+    ) -> StoredRows | None:
+        """The delta of a table whose touched rows the checkpoint knows; None where it has to be compared."""
+        known = self._in_base(stem, name, shape, dtype)
+        touched = None if known is None or known.rows != shape[0] else self.source.touched(group, name)
+        if self.base is None or touched is None:
+            return None
+        written = write_touched(self.folder, stem, name, shape, dtype, touched, self.base.rows(stem, name))
+        if written is None:
+            return None
+        if self.watch is not None:
+            for first, rows in self.source.picked(group, name, self.wanted[name]):
+                self.watch(name, first, rows)
+        # Whoever loads the version checks them; here a few of their rows were read, not all.
+        self.checked.update(path / entry.path for path, entry in self.base.files(stem))
+        self.files |= {entry.path: entry for entry in written.files}
+        return written.stored
+
+    def _in_base(self, stem: str, name: str, shape: tuple[int, int], dtype: Dtype) -> StoredRows | None:
+        """The base's matrix, where a delta of it can be laid over that."""
+        for key, tensor, entry in () if self.base is None else self.base.manifest.matrices():
+            if (key, tensor, entry.dim, entry.dtype) == (stem, name, shape[1], dtype):
+                return entry
+        return None
 
     def _table_rows(self, group: str, table: str) -> Iterator[tuple[int, Tensor]]:
         for first, band in self.source.rows(group, table):

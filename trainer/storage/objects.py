@@ -6,7 +6,9 @@ folder counts once its manifest is there, which is written last and deleted firs
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -17,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+from trainer.storage.local import voice
 from trainer.storage.places import is_remote, store_of
 
 # Bytes of a part of an upload, of which there may be 10,000; one of them is in memory.
@@ -171,8 +174,20 @@ def remove(folder: Path, first: Sequence[str], *, strict: bool = False) -> None:
             raise
 
 
-def publish(part: Path, final: Path, last: Sequence[str]) -> None:
-    """Upload a local folder; the files named `last` after all others, in this order."""
+def publish(part: Path, final: Path, last: Sequence[str], *, replace: bool | None = None) -> None:
+    """Upload a local folder; the files named `last` after all others, in this order.
+
+    Args:
+        replace: whether what is there goes first, the files named `last` before all else; None: nothing is.
+
+    Raises:
+        FileExistsError: something is there, and is not to be replaced.
+    """
+    if replace is not None and final.exists():
+        if not replace:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        voice.say(f"{final}: a store replaces no folder at once, so for a while there is none")
+        remove(final, last, strict=True)
     files = [path for path in part.rglob("*") if path.is_file()]
     names = {path.relative_to(part).as_posix(): path for path in files}
     most = [name for name in sorted(names) if name not in last]

@@ -196,3 +196,21 @@ def test_a_check_says_what_does_not_fit_and_a_bit_for_each_row_counts(
     # 40,000,000 rows in two tables, and some of the small ones.
     assert needs["training"]["parts"]["touched rows"] == pytest.approx(2 * 40_000_000 / 8, rel=0.01)
     assert any("with changed rows" in stage for stage in needs)
+
+
+def test_tables_in_mapped_files_need_disk_and_no_memory(log: Path, tmp_path: Path) -> None:
+    """100,000,000 rows, 5.6 GB with their state, on a node of 2 GB."""
+    cluster = ("--world-size", "1", "--device", "cpu", "--ddr", "2GB")
+    wide = {"tables__item_id__rows": 100_000_000, "plan__mapped_folder": str(tmp_path)}
+    needs = planned(log, tmp_path, *cluster, checkpoint__mode="sync", **wide)
+    mapped = needs["tables in mapped files"]
+    assert (
+        mapped["bytes"] == pytest.approx(100_000_000 * (12 * 4 + 8), rel=0.01)
+        and mapped["where"] == "disk, node 0"
+    )
+    for stage in ("training", "saving (sync)", "resuming"):
+        assert needs[stage]["verdict"] == FITS and "tables" not in needs[stage]["parts"]
+    assert needs["training"]["room"] == 2 * GB
+    # The copy of an asynchronous save is memory all the same.
+    needs = planned(log, tmp_path, *cluster, checkpoint__mode="async", **wide)
+    assert needs["saving (async)"]["verdict"] == TOO_MUCH

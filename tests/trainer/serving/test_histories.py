@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.logs import Shape, enrich, random_rows, write_log
@@ -42,6 +42,7 @@ def longest(splits: dict[str, list[Row]]) -> dict[int, Row]:
 
 
 @pytest.mark.parametrize("cached", [1, 256 << 20])
+@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 1000), rich=st.booleans())
 def test_histories_are_those_of_the_log(
     tmp_path_factory: pytest.TempPathFactory, cached: int, seed: int, rich: bool

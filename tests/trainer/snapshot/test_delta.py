@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,14 @@ from torch import Tensor
 
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import StoredTable
-from tests.helpers.models import small_log
+from pipelines.export import _base_step
+from tests.helpers.launching import tandemrec
+from tests.helpers.models import preset, small_log
 from tests.helpers.snapshots import Change, exported, publish_copy, save_run
+from trainer.checkpoint.tensors import TensorReader
+from trainer.run_folder import RunFolder
 from trainer.snapshot import load_search, load_snapshot
-from trainer.snapshot.loading import read_chain
+from trainer.snapshot.loading import Chain, read_chain
 
 KINDS = [("fp32", "fp32"), ("int8", "fp16")]
 
@@ -195,3 +201,41 @@ def test_what_to_build_on_must_be_there(runs: list[Path], chain: Path, tmp_path:
     names = {path.name for path in chain.iterdir()}
     assert names == {"LATEST", "v00000001", "v00000002", "v00000003"}
     assert json.loads((chain / "v00000003" / "manifest.json").read_text())["base"]["number"] == 2
+
+
+def test_rows_that_a_chain_of_checkpoints_knows_give_the_same_delta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a training with incremental checkpoints: no table is read, the bytes are those of comparing all."""
+    log = small_log(tmp_path / "log")
+    config = preset("dare", log, "tables.item_id.rows=4000")
+    RunFolder(tmp_path / "made").write_config(config)
+    words = ["train", "--config", str(tmp_path / "made" / "config.toml"), "--out", str(tmp_path / "run")]
+    more = ["checkpoint.full_every=9", "checkpoint.every_steps=1", "checkpoint.keep=9", "train.max_steps=3"]
+    done = tandemrec(*words, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    read: list[str] = []
+    bands = TensorReader.bands
+    monkeypatch.setattr(
+        TensorReader, "bands", lambda self, *given: (read.append(given[0]), bands(self, *given))[1]
+    )
+    versions = []
+    for known in (True, False):
+        out = tmp_path / f"out{known}"
+        exported(tmp_path / "run", out, which="1")
+        read.clear()
+        if not known:
+            monkeypatch.setattr("pipelines.export._base_step", lambda *given: None)
+        versions.append(exported(tmp_path / "run", out, which="3", since="1", parity_requests=9))
+        # A table of nine rows is written whole, since most have changed.
+        assert known == (not [name for name in read if "item_id" in name])
+    one, other = ({p.relative_to(v): p.read_bytes() for p in v.rglob("*.safetensors")} for v in versions)
+    assert one == other
+    held = load_snapshot(versions[0]).manifest.groups["attention"][0]
+    assert held.rows == 4000 and 0 < held.held < 100
+    # A checkpoint of that step by somebody else is no base of this run's.
+    run: Any = SimpleNamespace(checkpoint=tmp_path / "run" / "checkpoints" / "step-00000003")
+    base = read_chain(versions[0]).versions[1]
+    for digest, step in ((base[1].checkpoint, 1), ("0" * 64, None), ("", None)):
+        manifest = base[1].model_copy(update={"checkpoint": digest})
+        assert _base_step(run, Chain(((base[0], manifest),))) == step

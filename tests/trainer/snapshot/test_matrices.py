@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from trainer.snapshot import matrix_file
 from trainer.snapshot.checking import check_files
 from trainer.snapshot.manifest import ListedFile, SnapshotFile
 from trainer.snapshot.matrix_file import LayeredReader, map_one
-from trainer.snapshot.rows import RowSource, Written, read_rows, write_changes, write_rows
+from trainer.snapshot.rows import RowSource, Written, read_rows, write_changes, write_rows, write_touched
 
 STEM, NAME = "tables/a.0", "a__x"
 Version = tuple[Path, Written]
@@ -50,6 +50,7 @@ def whole_of(versions: list[Version]) -> int:
     return max(at for at, (_, written) in enumerate(versions) if written.stored.changed is None)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 9999), st.sampled_from(["fp32", "fp16", "int8"]), st.integers(1, 9), st.integers(1, 9))
 def test_deltas_laid_over_are_the_tables_they_were_made_of(
     tmp_path_factory: pytest.TempPathFactory, seed: int, dtype: Dtype, band: int, block: int
@@ -91,6 +92,32 @@ def test_deltas_laid_over_are_the_tables_they_were_made_of(
             assert torch.equal(sum_bags(stored, ids, offsets), sum_bags(wanted, ids, offsets))
             with pytest.raises((RuntimeError, IndexError)):
                 sum_bags(stored, torch.tensor([len(table)]), torch.tensor([0, 1]))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 9999), st.sampled_from(["fp32", "fp16", "int8"]), st.integers(1, 9))
+def test_a_delta_of_touched_rows_is_that_of_comparing_all(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, dtype: Dtype, at_once: int
+) -> None:
+    """Among the touched ones are rows that are what they were; where all have changed, all are written."""
+    rng, folder = drawing(seed), tmp_path_factory.mktemp("versions")
+    table = torch.randn(60, 3, generator=rng)
+    for name in "123":
+        (folder / name / "tables").mkdir(parents=True)
+    base: Version = folder / "1", write_rows(folder / "1", STEM, NAME, (60, 3), dtype, source_of(table, 7))
+    touched = torch.nonzero(torch.rand(60, generator=rng) < float(torch.rand(1, generator=rng))).squeeze(1)
+    changed = touched[torch.rand(len(touched), generator=rng) < 0.7]
+    table[changed] += torch.randn(len(changed), 3, generator=rng)
+    rows = ((ids, table[ids]) for ids in touched.split(at_once) if len(ids))
+    found = write_touched(folder / "2", STEM, NAME, (60, 3), dtype, rows, mapped([base]))
+    with closing(layers([base])) as reader:
+        wanted = write_changes(folder / "3", STEM, NAME, (60, 3), dtype, source_of(table, 7), reader)
+    if found is None:
+        assert wanted.stored.changed is None and not list((folder / "2" / "tables").iterdir())
+    else:
+        assert found == wanted
+        for entry in found.files:
+            assert (folder / "2" / entry.path).read_bytes() == (folder / "3" / entry.path).read_bytes()
 
 
 def written_pair(folder: Path) -> list[Version]:
