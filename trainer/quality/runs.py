@@ -33,10 +33,11 @@ class Runs:
 
     Args:
         folder: where the runs are written; name: what their names begin with, one for each writer.
+        size: rows of a run, 0 = a million.
     """
 
-    def __init__(self, folder: Path, name: str, size: int = _RUN) -> None:
-        self._folder, self._name, self._size = folder, name, size
+    def __init__(self, folder: Path, name: str, size: int = 0) -> None:
+        self._folder, self._name, self._size = folder, name, size or _RUN
         self._waiting: list[Columns] = []
         self._rows = 0
         self.files: list[Path] = []
@@ -95,14 +96,14 @@ class Merged:
     """The rows of some Parquet files by user, request and candidate, a piece of whole users at a time.
 
     Args:
-        files: sorted or not, all with the same columns; size: rows of a piece, about.
+        files: sorted or not, all with the same columns; size: rows of a piece, about, 0 = a million.
 
     Raises:
         DataError: a file is missing or malformed.
     """
 
-    def __init__(self, files: Sequence[Path], size: int = _PIECE) -> None:
-        self.files, self._size = list(files), size
+    def __init__(self, files: Sequence[Path], size: int = 0) -> None:
+        self.files, self._size = list(files), size or _PIECE
         self._footers = [read_footer(file) for file in self.files]
         self._pieces = [
             _piece(file, number, footer.row_group(number))

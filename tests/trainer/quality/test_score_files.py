@@ -17,6 +17,7 @@ import trainer.quality.runs as runs_module
 import trainer.quality.score_files as module
 import trainer.quality.streamed as streamed_module
 from embeddings.errors import DataError
+from trainer.quality.compare import compare_scores
 from trainer.quality.domains import measure_split
 from trainer.quality.runs import Merged, Runs
 from trainer.quality.score_files import ScoreFiles
@@ -64,7 +65,7 @@ def spilled(scored: Scored, folder: Path, ranks: int, size: int, seed: int) -> l
     return files
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     ranks=st.integers(1, 3),
@@ -113,6 +114,34 @@ def test_files_of_several_ranks_measure_like_one_table(
             assert all(same(slices[k].as_dict(), of_slices[k].as_dict()) for k in slices)
         assert files.sizes_by(lambda part: part.user_id % 3) == expected.sizes_by(lambda p: p.user_id % 3)
     assert {path.name for path in folder.iterdir()} == {"runs"}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_files_are_compared_as_candidates_in_memory_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Some requests in any order, as `score --limit` writes them, against all of them in order."""
+    monkeypatch.setattr(runs_module, "_PIECE", 20)
+    every, rng = drawn(seed), np.random.default_rng(seed)
+    some = every.part(rng.permutation(every.size)[: max(1, every.size // 2)])
+    score = some.score.copy()
+    score[rng.uniform(size=some.size) < 0.3] += np.float32(0.25)
+    some = replace(some, score=score)
+    write_scores(some, tmp_path / "some.parquet")
+    files = spilled(every, tmp_path / "every", 2, 50, seed)
+    found = compare_scores(ScoreFiles([tmp_path / "some.parquet"], tmp_path), ScoreFiles(files, tmp_path))
+    assert found == compare_scores(some, every)
+    by_name = {key: row for key, row in zip(zip(*names(every), strict=True), every.score, strict=True)}
+    known = np.stack([by_name[key] for key in zip(*names(some), strict=True)])
+    assert found[0] == np.abs(some.score - known).max()
+    assert found[1] == pytest.approx((some.score == known).all(axis=1).mean())
+    write_scores(replace(some, candidate=some.candidate + 1000), tmp_path / "other.parquet")
+    other = ScoreFiles([tmp_path / "other.parquet"], tmp_path)
+    assert compare_scores(other, ScoreFiles(files, tmp_path)) == (math.inf, 0.0)
+
+
+def names(scored: Scored) -> list[list[int]]:
+    return [scored.user_id.tolist(), scored.request_id.tolist(), scored.candidate.tolist()]
 
 
 def test_a_sorted_file_is_read_once_and_a_piece_at_a_time(
