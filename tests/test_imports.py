@@ -23,7 +23,7 @@ LAUNCHER_VARIABLES = {
 # Switches of torch that have no call; they are set, and only where nobody else has.
 TORCH_VARIABLES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING"}
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-MAY_TORCH_LOAD = Path("trainer/checkpoint/save_load.py")
+MAY_TORCH_LOAD = Path("trainer/checkpoint/row_blocks.py")
 # What ranks of one job tell each other is pickled by torch's collectives, too; none of it comes from a file.
 MAY_PICKLE = Path("embeddings/agreement.py")
 
