@@ -185,7 +185,11 @@ class Saver:
 
     def _link(self, step: int) -> tuple[Link | None, bool]:
         """What a delta would build on, and whether there is no checkpoint of this step yet."""
-        new = not files.of_step(self.folder, step)
+        try:
+            new = not files.of_step(self.folder, step)
+        except OSError:
+            # A store that cannot be asked: this save is full and fails by itself, or finds the store again.
+            return None, False
         if self._base is None or not new or self._links + 1 >= self.config.full_every:
             return None, new
         try:
