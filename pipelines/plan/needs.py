@@ -39,7 +39,8 @@ def all_needs(
     stages = memory_needs(run, held, cluster, for_tables)
     room, where = None if out is None else free_disk(out), "disk"
     files = sum(need.bytes for need in stages if need.stage == MAPPED)
-    if files and out is not None and room is not None and same_disk(out, Path(run.config.plan.mapped_folder)):
+    folder = Path(run.config.plan.mapped_folder or "")
+    if files and out is not None and room is not None and same_disk(out, folder):
         # Their room is taken before the first save.
         room, where = max(room - files, 0), "disk, beside mapped files"
     there = len(list((out / "checkpoints").glob("step-*"))) if out is not None else 0

@@ -145,7 +145,8 @@ class Saver:
             if self._follow_next:
                 self._base, self._links = save.path, save.links
             slow = f" (waited {waited:.0f} s for it)" if waited > _WORTH_SAYING_S and not last else ""
-            self.say(f"checkpoint {save.path}{slow}")
+            kind = ", incremental" if save.links else ""
+            self.say(f"checkpoint {save.path}{kind}{slow}")
         elif last or self.config.on_error == "stop":
             raise save.problem
         else:
