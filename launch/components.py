@@ -234,7 +234,7 @@ def train(*args: str, config: str, out: str, job: Job) -> specs.AppDef:
 
 @_component(*_RANKS, name="tandemrec-evaluate")
 def evaluate(
-    run: str, split: str = "test", device: OptionalText = None, sample: int = 0, *, job: Job
+    *args: str, run: str, split: str = "test", device: OptionalText = None, sample: int = 0, job: Job
 ) -> specs.AppDef:
     """
     Measures a trained run with `tandemrec evaluate`, on any number of ranks, not only as many as trained it.
@@ -242,29 +242,31 @@ def evaluate(
     The first node measures; what its memory does not hold goes through files in the run folder.
 
     Args:
+        args: further options of `tandemrec evaluate`, after a `--`, for example `-- --checkpoint newest`
         run: the run folder; with several nodes it must be on storage that all of them share
         split: train, validation or test
         device: auto, cpu or cuda; the default is the run's train.device
         sample: about so many candidates at most, those of some users; 0 is all
     """
     words = ["evaluate", "--run", run, "--split", split, *(["--device", device] if device else [])]
-    words += ["--sample", str(sample)] if sample else []
+    words += [*(["--sample", str(sample)] if sample else []), *args]
     return job.app("evaluate", job.torchrun(words))
 
 
 @_component(*_NODE, name="tandemrec-export")
-def export(run: str, out: str, device: OptionalText = None, *, job: Job) -> specs.AppDef:
+def export(*args: str, run: str, out: str, device: OptionalText = None, job: Job) -> specs.AppDef:
     """
     Writes a serving snapshot of a run with `tandemrec export`, in one process.
 
     Tables stream through it, so that the node's memory need not hold them; some gigabytes are enough.
 
     Args:
+        args: further options of `tandemrec export`, after a `--`, for example `-- --dtype int8 --since 3`
         run: the run folder
         out: the folder of snapshots
         device: auto, cpu or cuda; the default is the run's train.device
     """
-    words = ["export", "--run", run, "--out", out, *(["--device", device] if device else [])]
+    words = ["export", "--run", run, "--out", out, *(["--device", device] if device else []), *args]
     return job.app("export", f"exec {_quote([*_CLI, *words])}")
 
 

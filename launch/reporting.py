@@ -61,6 +61,8 @@ def _usage(error: typer.TyperException) -> str:
         if given:
             quote = "" if sets else ", or quote the pattern"
             message += f"; repeat {' or '.join(given)} before each{quote}"
+        elif sets and any(one.opts[0] == "--set" for one in many):
+            message = f"unexpected {extra[1]}: put --set before each"
     return f"{message}; see `tandemrec{verb} --help`"
 
 

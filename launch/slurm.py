@@ -82,10 +82,10 @@ class Slurm(SlurmScheduler):  # type: ignore[misc]
             raise JobError(f"Slurm has refused the job, for the reason above. {_offered()}") from None
         request = dryrun_info.request
         folder, first = Path(request.job_dir or Path.cwd()), next(iter(request.replicas))
+        stop = "to stop it, with a checkpoint" if "launch.cli train" in str(request) else "to stop it"
         print(
             f"slurm: job {job}; what its nodes print: {folder}/slurm-{job}-{first}.out and .err, so for each "
-            f"node; what Slurm says of it: {folder}/slurm-{job}.out; to stop it, with a checkpoint: "
-            f"scancel {job}",
+            f"node; what Slurm says of it: {folder}/slurm-{job}.out; {stop}: scancel {job}",
             file=sys.stderr,
         )
         return job
@@ -186,4 +186,4 @@ def _offered() -> str:
     )
     if text is None:
         return f"sinfo fails, too: {why}"
-    return "The partitions (-cfg partition=...): " + "; ".join(text.splitlines())
+    return "The partitions (-cfg partition=...): " + "; ".join(text.replace("(null)", "no GPUs").splitlines())

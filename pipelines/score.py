@@ -18,7 +18,7 @@ from trainer.quality.compare import compare_scores
 from trainer.quality.evaluate import score_in_order
 from trainer.quality.score_files import ScoreFiles
 from trainer.quality.scored import Scored, write_scores
-from trainer.snapshot import Snapshot, fetched, load_snapshot
+from trainer.snapshot import Snapshot, fetched, load_snapshot, shown
 
 # Column of a file of scores -> whose names it has.
 _NAME_COLUMNS = {"user": "user_id", "request": "request_id"}
@@ -59,7 +59,7 @@ def score(
     counted = _Counted(score_in_order(loaded.score, reader, limit))
     remarks = [*left_out, *write_named_scores(counted, out, requests, manifest)]
     size = f"{counted.candidates:,} candidates of {counted.requests:,} requests"
-    print(f"{size} scored by {loaded.path} -> {out}", *remarks, sep="\n")
+    print(f"{size} scored by {shown(snapshot, loaded.path)} -> {out}", *remarks, sep="\n")
     if against is not None:
         with tempfile.TemporaryDirectory() as scratch:
             some, known = (ScoreFiles([file], Path(scratch)) for file in (out, against))

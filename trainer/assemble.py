@@ -256,7 +256,7 @@ def room_for_tables(cluster: Cluster, config: Config) -> Cluster:
     folder = _mapped_folder(config, cluster.device)
     if folder is None:
         return cluster
-    return replace(cluster, ddr=max(cluster.ddr, disk_usage(folder).free // cluster.local_world_size))
+    return replace(cluster, ddr=disk_usage(folder).free // cluster.local_world_size)
 
 
 def _mapped_folder(config: Config, device: str) -> Path | None:
@@ -269,7 +269,11 @@ def _mapped_folder(config: Config, device: str) -> Path | None:
         return None
     folder = Path(config.plan.mapped_folder)
     if device != "cpu" or not folder.is_dir():
-        why = "is no folder" if device == "cpu" else "is for tables of CPU ranks; leave it out on GPUs"
+        why = (
+            "is no folder; make it first"
+            if device == "cpu"
+            else "is for tables of CPU ranks; leave it out on GPUs"
+        )
         raise ConfigError(f"plan.mapped_folder = {str(folder)!r} {why}")
     return folder
 

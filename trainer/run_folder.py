@@ -14,7 +14,7 @@ import tomli_w
 from torch.utils.tensorboard import SummaryWriter
 
 from embeddings.agreement import from_rank_0
-from embeddings.errors import ConfigError, DataError
+from embeddings.errors import CheckpointError, ConfigError, DataError
 from trainer.ranks.machine import cores, installed
 from trainer.run_config import Config, load_config
 from trainer.sealed_folder import locked, naming, remove_folder, write_text
@@ -131,6 +131,7 @@ class MetricsLog:
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
         self._spool: Spool | None = None
+        self._folder = folder.path
 
         def open_files() -> None:
             metrics, board = folder.metrics, folder.path / "tensorboard"
@@ -156,14 +157,19 @@ class MetricsLog:
             lenient: what cannot be uploaded is said, and tried again later.
 
         Raises:
-            OSError: the store cannot be written.
+            CheckpointError: the store cannot be written.
         """
         if self._spool and self._board:
             self._board.flush()
             if lenient:
                 self._spool.offer()
-            else:
+                return
+            try:
                 self._spool.keep()
+            except OSError as error:
+                what = f"{error.strerror or error}; older checkpoints are untouched"
+                again = "once this is mended, the same command goes on from the newest"
+                raise CheckpointError(error.filename or self._folder, f"{what}: {again}") from error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file and self._board:

@@ -212,7 +212,10 @@ def check_fits(saved: SavedPlan, wanted: SavedPlan, modules: Mapping[str, str], 
     for name in ("device", "world_size", "local_world_size"):
         before, now = getattr(saved, name), getattr(wanted, name)
         if before != now:
-            raise ConfigError(f"{where}: made for {name} {before}, this run has {now}; plan again for it")
+            option = f"`tandemrec plan --{name.replace('_', '-')} {now}`"
+            raise ConfigError(
+                f"{where}: made for {name} {before}, this run has {now}; plan again for it, with {option}"
+            )
     for table in sorted({**saved.tables, **wanted.tables}):
         if table not in saved.tables:
             raise ConfigError(f"{where}: knows no table {table!r}; plan again with this config")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,17 @@ from embeddings.plan.memory import gigabytes, memory_of_ranks
 from embeddings.plan.planner import PlanEstimate
 from embeddings.plan.request import Cluster
 from pipelines.console import table_lines
-from trainer.needs.run_needs import FITS, Need, Run, disk_needs, export_need, free_disk, memory_needs
+from trainer.needs.run_needs import (
+    FITS,
+    MAPPED,
+    Need,
+    Run,
+    disk_needs,
+    export_need,
+    free_disk,
+    memory_needs,
+    same_disk,
+)
 from trainer.snapshot.writing import group_dtypes
 
 
@@ -26,12 +36,18 @@ def all_needs(
         out: the run's folder, whose disk is asked for its free bytes.
     """
     held = memory_of_ranks(found.options, found.tables, cluster.world_size, cluster.device)
-    room = None if out is None else free_disk(out)
+    stages = memory_needs(run, held, cluster, for_tables)
+    room, where = None if out is None else free_disk(out), "disk"
+    files = sum(need.bytes for need in stages if need.stage == MAPPED)
+    folder = Path(run.config.plan.mapped_folder or "")
+    if files and out is not None and room is not None and same_disk(out, folder):
+        # Their room is taken before the first save.
+        room, where = max(room - files, 0), "disk, beside mapped files"
     there = len(list((out / "checkpoints").glob("step-*"))) if out is not None else 0
     return [
-        *memory_needs(run, held, cluster, for_tables),
+        *stages,
         export_need(run, cluster),
-        *disk_needs(run, room, there),
+        *[replace(need, where=where) for need in disk_needs(run, room, there)],
         *snapshot_needs(run),
     ]
 

@@ -73,6 +73,10 @@ def _attempts(config: Config, cluster: Cluster, table: str) -> Iterator[list[Att
         for count in nodes
     ]
     sizes = [-(-int(cluster.memory * times) // _GIGABYTE) for times in _LARGER]
+    if cluster.device == "cpu" and config.plan.mapped_folder:
+        disk = "plan.mapped_folder on a disk with {}GB free"
+        yield [(disk.format(size * local), config, replace(cluster, ddr=size * _GIGABYTE)) for size in sizes]
+        return
     if cluster.device == "cpu":
         yield [(f"--ddr {size * local}GB", config, replace(cluster, ddr=size * _GIGABYTE)) for size in sizes]
         return

@@ -82,7 +82,7 @@ def serve(
     # uvicorn raises the signal that stopped it once more when it is done: here that is no error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    _Server(config, f"serving {versions.scorer.snapshot.path} on http://{host}").run()
+    _Server(config, f"serving {versions.shown()} on http://{host}").run()
 
 
 def _check_address(host: str, port: int) -> None:

@@ -79,7 +79,7 @@ class Updates:
             say(f"still serving {self._versions.scorer.version}: {error}")
             return
         if switched:
-            say(f"now serving {self._versions.scorer.snapshot.path}")
+            say(f"now serving {self._versions.shown()}")
 
 
 def read_token(file: Path) -> str:

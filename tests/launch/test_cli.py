@@ -263,6 +263,10 @@ def test_a_full_disk_is_no_internal_error(capfd: pytest.CaptureFixture[str]) -> 
             "unexpected users=2: an option takes one value; repeat --set before each"
             "; see `tandemrec ingest --help`",
         ),
+        (
+            "plan --config c --world-size 2 data.log=runs/log",
+            "unexpected data.log=runs/log: put --set before each; see `tandemrec plan --help`",
+        ),
         ("doctor a b", "unexpected a b: an option takes one value; see `tandemrec doctor --help`"),
         ("frobnicate", "No such command 'frobnicate'; see `tandemrec --help`"),
         ("train --config c.toml", "Missing option '--out'; see `tandemrec train --help`"),

@@ -156,10 +156,14 @@ def test_the_other_verbs() -> None:
     words = shlex.split(_command(evaluate(run="/s/run", device="cpu")))
     assert words[-4:] == ["--split", "test", "--device", "cpu"]
     assert shlex.split(_command(evaluate(run="/s/run", sample=9)))[-2:] == ["--sample", "9"]
+    words = shlex.split(_command(evaluate("--checkpoint", "40", run="/s/run")))
+    assert words[-4:] == ["--split", "test", "--checkpoint", "40"]
     line = _command(export(run="/s/run", out="/s/snap", device="cuda"))
     assert line == "exec python -m launch.cli export --run /s/run --out /s/snap --device cuda"
     line = _command(export(run="/s/run", out="/s/snap", mounts=["type=bind", "src=/s", "dst=/s"]))
     assert line == "exec python -m launch.cli export --run /s/run --out /s/snap"
+    line = _command(export("--dtype", "int8", "--since", "3", run="/s/run", out="/s/snap"))
+    assert line == "exec python -m launch.cli export --run /s/run --out /s/snap --dtype int8 --since 3"
     line = _command(plan("--set", "data.log=a b", config="c.toml", world_size=16, hbm="141GB"))
     expected = ["plan", "--config", "c.toml", "--world-size", "16", "--hbm", "141GB", "--set", "data.log=a b"]
     assert shlex.split(line)[4:] == expected

@@ -13,7 +13,7 @@ from torchx.runner import get_runner
 from torchx.schedulers import DEFAULT_SCHEDULER_MODULES
 from torchx.specs import AppState
 
-from launch.components import JobError, train
+from launch.components import JobError, export, train
 from launch.slurm import Slurm
 
 
@@ -99,3 +99,20 @@ def test_a_job_that_may_be_retried_gets_sigterm_before_its_time_ends(commands: P
 def test_without_slurm_it_says_where_to_submit(commands: Path) -> None:
     with get_runner() as runner, pytest.raises(JobError, match="sbatch not found: submit where"):
         runner.schedule(runner.dryrun(train(config="c", out="/s/o"), "slurm", {}))
+
+
+def test_what_is_said_of_a_job_suits_it_and_the_partitions(
+    commands: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(commands, "sbatch", "echo 7")
+    with get_runner() as runner:
+        for job, words in (
+            (train(config="c", out="/s/o"), "to stop it, with a checkpoint: scancel 7"),
+            (export(run="/s/o", out="/s/snap"), "to stop it: scancel 7"),
+        ):
+            runner.schedule(runner.dryrun(job, "slurm", {}))
+            assert words in capsys.readouterr().err
+        stand_in(commands, "sbatch", "exit 1")
+        stand_in(commands, "sinfo", "echo 'all: 2 node(s) with 2 cores, 4000 MB, (null), for at most 10:00'")
+        with pytest.raises(JobError, match="4000 MB, no GPUs, for at most"):
+            runner.schedule(runner.dryrun(train(config="c", out="/s/o"), "slurm", {}))

@@ -166,6 +166,7 @@ def test_snapshots_are_published_fetched_followed_and_retired(
     assert whole.name == "v00000001" and (root / "LATEST").read_text() == "v00000001\n"
     versions = Versions(root, cache=tmp_path / "cache")
     assert versions.scorer.version == "v00000001" and versions.newer() is None
+    assert versions.shown().startswith(f"{root}/v00000001 (fetched to {tmp_path / 'cache'}")
     # A number that somebody else has claimed is not taken, and a killed export is no version.
     assert objects.create(root / "v00000002" / "claim")
     delta = export(run, root, "fp32", "fp32", since="1", keep=1, parity_requests=0)
@@ -191,6 +192,7 @@ def test_snapshots_are_published_fetched_followed_and_retired(
         *("--out", str(out), "--cache", str(local)),
     )
     assert done.returncode == 0 and out.is_file() and list(local.glob("*/v00000004")), done.stderr
+    assert f"scored by {root}/v00000004 (fetched to {local}" in done.stdout
 
 
 def test_tables_are_unsharded_and_started_from(store: Store, logs: Folders, run: Path) -> None:

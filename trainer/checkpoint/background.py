@@ -145,7 +145,8 @@ class Saver:
             if self._follow_next:
                 self._base, self._links = save.path, save.links
             slow = f" (waited {waited:.0f} s for it)" if waited > _WORTH_SAYING_S and not last else ""
-            self.say(f"checkpoint {save.path}{slow}")
+            kind = ", incremental" if save.links else ""
+            self.say(f"checkpoint {save.path}{kind}{slow}")
         elif last or self.config.on_error == "stop":
             raise save.problem
         else:
@@ -185,7 +186,11 @@ class Saver:
 
     def _link(self, step: int) -> tuple[Link | None, bool]:
         """What a delta would build on, and whether there is no checkpoint of this step yet."""
-        new = not files.of_step(self.folder, step)
+        try:
+            new = not files.of_step(self.folder, step)
+        except OSError:
+            # A store that cannot be asked: this save is full and fails by itself, or finds the store again.
+            return None, False
         if self._base is None or not new or self._links + 1 >= self.config.full_every:
             return None, new
         try:

@@ -146,7 +146,7 @@ def find(folder: Path, alone: bool = False) -> ResumePoint:
         else:
             return ResumePoint(path, _answer(alone, partial(read_state, path)), refused)
     if refused:
-        why = f"no checkpoint verifies; use another --out, or restore one ({'; '.join(refused)})"
+        why = f"no checkpoint verifies; restore one, or train into another folder ({'; '.join(refused)})"
         raise CheckpointError(folder, why)
     return ResumePoint(None, {}, [])
 

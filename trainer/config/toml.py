@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from embeddings.errors import ConfigError
 from trainer.config.mistakes import explain, is_key, problems_of
+from trainer.storage import is_remote, place
 
 
 class Settings(BaseModel):
@@ -223,9 +224,12 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Iterator[tuple[Path, dict[
     if not isinstance(base, str):
         raise ConfigError(f'{path}: extends must be the path of one file, such as "base/common.toml"')
     chain = (*extending, path.resolve())
-    if (path.parent / base).resolve() in chain:
+    # A file in a store may start from a local one, and the other way round.
+    own = "://" in base or Path(base).is_absolute()
+    start = place(base) if own else path.parent / base
+    if start.resolve() in chain:
         raise ConfigError(f"{path}: extends {base}, which leads back to itself")
-    yield from _read(path.parent / base, chain)
+    yield from _read(start.resolve() if is_remote(start) else start, chain)
 
 
 def _over(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

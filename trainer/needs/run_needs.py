@@ -34,6 +34,8 @@ _GATHERED = 1 << 15
 # Above this share of what there is, little may be different from the estimate.
 _TIGHT = 0.9
 FITS, TIGHT, TOO_MUCH = "fits", "too tight", "does not fit"
+# The stage of tables that lie in files of `plan.mapped_folder`.
+MAPPED = "tables in mapped files"
 
 
 class TooLittleMemory(ConfigError):
@@ -142,15 +144,26 @@ def memory_needs(
         room = None if for_tables is None else local * for_tables
         files, own["tables"] = {"tables": own["tables"]}, 0
         larger = "give plan.mapped_folder a larger disk"
-        needs.append(_need("tables in mapped files", f"disk, node {worst}", room, larger, files))
+        needs.append(_need(MAPPED, f"disk, node {worst}", room, larger, files))
     where = f"host memory, node {worst}" if len(nodes) > 1 else "host memory"
-    less = f"make data.shuffle_row_groups{'' if gpus else ', ' + fewer}"
-    less += ", groups.<name>.dtype fp16, or more nodes" if not gpus or own["tables"] else " smaller"
+    less = _less_on_host(own)
     needs.append(_need("training", where, host_room, less, own))
     needs.append(_saving(run, nodes, own, cluster))
     # Rows go from the files to their place a block at a time.
     needs.append(_need("resuming", where, host_room, less, {**own, "step": 0, "blocks": local * BLOCKS}))
     return needs
+
+
+def _less_on_host(own: Mapping[str, int]) -> str:
+    """What makes the largest part of a node's memory smaller."""
+    changes = {
+        "processes": "give nodes more memory, or fewer ranks",
+        "reading": "make data.shuffle_row_groups smaller",
+        "step": "make data.batch_candidates or data.batch_behaviors smaller",
+        "dense": "give nodes more memory, or make the model's layers narrower",
+    }
+    tables = "take more nodes, groups.<name>.dtype fp16, or make groups.<name>.dim smaller"
+    return changes.get(max(own, key=lambda part: own[part]), tables)
 
 
 def _saving(
@@ -322,13 +335,25 @@ def free_disk(folder: Path) -> int | None:
     if not isinstance(folder, type(Path())):
         # An object store has no bounds.
         return None
+    try:
+        return shutil.disk_usage(_there(folder)).free
+    except OSError:
+        return None
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether what is written into two folders takes the room of one disk."""
+    if not isinstance(one, type(Path())):
+        return False
+    return _there(one).stat().st_dev == _there(other).stat().st_dev
+
+
+def _there(folder: Path) -> Path:
+    """A folder, or the nearest above it that exists."""
     place = folder.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
-    try:
-        return shutil.disk_usage(place).free
-    except OSError:
-        return None
+    return place
 
 
 def _need(stage: str, where: str, room: int | None, change: str, parts: Mapping[str, int]) -> Need:

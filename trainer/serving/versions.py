@@ -10,7 +10,7 @@ from embeddings.errors import TandemError
 from trainer.serving.histories import HistoryStore
 from trainer.serving.scorer import Scorer
 from trainer.serving.vocabulary import vocabularies_of
-from trainer.snapshot import fetched, load_snapshot, resolve
+from trainer.snapshot import fetched, load_snapshot, resolve, shown
 
 
 class Versions:
@@ -49,6 +49,10 @@ class Versions:
         self.refused: tuple[str, str] | None = None
         self._lock = threading.Lock()
         self.scorer = self._load(resolve(root))
+
+    def shown(self) -> str:
+        """How to call the version in use: where it lies, and where it was fetched to."""
+        return shown(self.root, self.scorer.snapshot.path)
 
     def newer(self) -> Path | None:
         """The version that LATEST names, unless it is served or was refused.

@@ -32,6 +32,13 @@ def fetched(path: Path, cache: Path | None = None) -> Path:
     return root / chain.path.name
 
 
+def shown(given: Path, version: Path) -> str:
+    """How to call the version that is used: where it lies, and where it was fetched to."""
+    if not is_remote(given):
+        return str(version)
+    return f"{given if given.name == version.name else given / version.name} (fetched to {version})"
+
+
 def beside(base: Chain, part: Path) -> Chain:
     """The version that a draft builds on, where the draft expects it: a remote one is fetched there.
 

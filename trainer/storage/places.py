@@ -20,6 +20,8 @@ else:
     Place = Any
 
 _STORES = ("s3", "s3a")
+# `s3:/bucket` and `s3:bucket` would be local folders, made in silence: nobody means them.
+_SLIP = re.compile(r"^(s3a?|gs|gcs|az|abfss?):(?!//)/?", re.IGNORECASE)
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)(.*)$", re.DOTALL)
 # `user:password@` of any address, whatever stands before an @ of a bucket, and signed addresses.
 _SECRET = re.compile(
@@ -45,6 +47,12 @@ def place(given: str | Path) -> Path:
     """
     match = _URL.match(given) if isinstance(given, str) else None
     if match is None:
+        slip = _SLIP.match(str(given))
+        if slip:
+            address = f"{slip[1].lower()}://{str(given)[slip.end() :]}"
+            raise ConfigError(
+                f"{given}: an address has two slashes: {address}; a local folder of that name is ./{given}"
+            )
         return Path(given) if isinstance(given, str) else given
     protocol, host, rest = match[1].lower(), match[2], match[3]
     refuse_secrets(cast(str, given))
@@ -70,9 +78,13 @@ def _remote(address: str, protocol: str) -> Path:
         how = _INSTALL.get(
             kind, f"the package of fsspec for {protocol}://, and `pip install universal-pathlib`"
         )
-        raise ConfigError(f"{address}: {error.name or error} is not installed: {how}") from None
+        # fsspec says a sentence of its own instead of the name where it knows the package.
+        missing = f"{error.name} is not installed" if error.name else f"a package for {kind}:// is missing"
+        raise ConfigError(f"{address}: {missing}: {how}") from None
     except ValueError as error:
-        raise ConfigError(f"{address}: is no place that can be read or written ({error})") from None
+        raise ConfigError(
+            f"{address}: is no place that can be read or written ({error}); a store of S3 is s3://BUCKET/FOLDER"
+        ) from None
     return cast(Path, found)
 
 

@@ -229,6 +229,8 @@ def test_auto_asks_for_deltas_and_full_saves_apart(tmp_path: Path, monkeypatch: 
         assert (saver._running is not None) == in_background
         saver.settle(last=True)
         assert base_names(tmp_path)[f"0{step}"] == base
+    kinds = [line.partition("step-0000000")[2] for line in lines if line.startswith("checkpoint /")]
+    assert kinds == ["7, incremental", "8", "9, incremental"]
     assert [line.split(";")[0] for line in lines if "checkpoint.mode" in line] == [
         'checkpoint.mode = "auto": sync, training waits for each save'
     ]

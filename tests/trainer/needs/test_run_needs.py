@@ -215,3 +215,33 @@ def test_tables_in_mapped_files_need_disk_and_no_memory(log: Path, tmp_path: Pat
     # The copy of an asynchronous save is memory all the same.
     needs = planned(log, tmp_path, *cluster, checkpoint__mode="async", **wide)
     assert needs["saving (async)"]["verdict"] == TOO_MUCH
+
+
+def test_mapped_files_have_the_room_of_their_disk_however_much_memory_there_is(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.assemble.disk_usage", lambda _: SimpleNamespace(free=10 * GB))
+    monkeypatch.setattr("trainer.needs.run_needs.shutil.disk_usage", lambda _: SimpleNamespace(free=10 * GB))
+    cluster = ("--world-size", "1", "--device", "cpu", "--ddr", "1TB")
+    wide = {"tables__item_id__rows": 100_000_000, "plan__mapped_folder": str(tmp_path)}
+    needs = planned(log, tmp_path, *cluster, **wide)
+    assert needs["tables in mapped files"]["room"] == 10 * GB
+    # A run on the same disk has what the 5.6 GB of tables leave.
+    needs = planned(log, tmp_path, *cluster, "--out", str(tmp_path / "run"), **wide)
+    one, files = needs["one checkpoint"], needs["tables in mapped files"]
+    assert one["room"] == 10 * GB - files["bytes"] and one["verdict"] == TOO_MUCH
+    # Host memory is no remedy for a disk that is too small.
+    wide["tables__item_id__rows"] = 300_000_000
+    capsys.readouterr()
+    assert main(["plan", *words(log, **wide), *cluster]) == 2
+    said = capsys.readouterr().out
+    assert "plan.mapped_folder on a disk with" in said and "--ddr" not in said
+
+
+def test_advice_is_for_what_takes_most_of_a_node(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned(log, tmp_path, *NODES, "--ddr", "1GB", **BILLIONS)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "there are 1.0 GB; give nodes more memory, or fewer ranks" in said
+    assert "shuffle_row_groups" not in said

@@ -16,6 +16,33 @@ from trainer.ranks.process_group import process_group
 from trainer.sealed_folder import DIGEST
 
 
+def test_a_store_that_cannot_be_asked_ends_no_run_that_goes_on(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, lines = store.bucket / "runs" / "away" / "checkpoints", list[str]()
+    with process_group(60, "cpu"):
+        table = TouchedTable(3_000, 4, 2_000, 4, torch.float16)
+        config = CheckpointConfig(mode="sync", full_every=9, on_error="continue")
+        saver = Saver(folder, config, lines.append, touched=table)  # type: ignore[arg-type]
+
+        def save(step: int) -> None:
+            table.touch(torch.tensor([step, 2_000 + step]))
+            saver.save(step, table.tensors(), {"step": step})
+
+        save(1)
+        store.faults(("GET PUT POST HEAD DELETE", "away", "error:403:ExpiredToken", 1000))
+        save(2)
+        assert len(lines) == 2 and lines[1].startswith("not saved, training goes on"), lines
+        store.faults()
+        save(3)
+        save(4)
+        # What the save that failed was to hold is in the next one, which is full.
+        paths = files.checkpoints(folder)
+        assert [files.step_of(path) for path in paths] == [4, 3]
+        bases = [(files.read_state(path).get("base") or {}).get("name") for path in paths]
+        assert bases == [paths[1].name, None]
+
+
 def test_a_chain_in_a_store(store: Store) -> None:
     folder = store.bucket / "runs" / "deltas" / "checkpoints"
     with process_group(60, "cpu"):

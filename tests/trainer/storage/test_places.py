@@ -12,6 +12,7 @@ import pytest
 from embeddings.errors import ConfigError, TandemError
 from launch.cli import main
 from trainer.config.sections import DataConfig
+from trainer.run_config import load_config
 from trainer.sealed_folder import (
     DIGEST,
     MANIFEST,
@@ -30,7 +31,7 @@ SEAL = Seal(lambda path, problem: TandemError(f"{path}: {problem}"), "write it a
 
 
 def test_local_text_is_a_path_and_nothing_else(tmp_path: Path) -> None:
-    for text in ("runs/demo", "/data/log", "a:b", "s3:/bucket", str(tmp_path)):
+    for text in ("runs/demo", "/data/log", "a:b", "./s3:/bucket", str(tmp_path)):
         assert place(text) == Path(text) and type(place(text)) is type(Path())
     assert place(f"file://{tmp_path}") == tmp_path
     assert not is_remote(tmp_path) and is_remote(place("memory://a/b"))
@@ -89,6 +90,32 @@ def test_what_is_no_place_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "trainer.storage.s3", raising=False)
     with pytest.raises(ConfigError, match=r"not installed.*requirements/s3\.txt"):
         place("s3://bucket/log")
+
+
+@pytest.mark.parametrize(
+    "text", ["s3:/bucket/log", "s3:bucket/log", "S3:/bucket/log", Path("s3://bucket/log")]
+)
+def test_a_slash_too_few_makes_no_local_folder(text: str | Path) -> None:
+    with pytest.raises(ConfigError, match=r"two slashes: s3://bucket/log; a local folder .* \./[sS]3:"):
+        place(text)
+
+
+def test_a_missing_package_of_a_store_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=r"^gs://b/x: a package for gs:// is missing: `pip install gcsfs`$"):
+        place("gs://b/x")
+
+
+def test_a_config_may_start_from_one_that_lies_elsewhere(tmp_path: Path) -> None:
+    base, here = tmp_path / "base.toml", tmp_path / "here.toml"
+    there = place("memory://extending/a/there.toml")
+    base.write_text("[train]\nepochs = 7\n")
+    there.write_text(f'extends = "{base}"\n')
+    here.write_text(f'extends = "{there}"\n')
+    above = place("memory://extending/a/b/above.toml")
+    above.write_text('extends = "../there.toml"\n')
+    for path in (there, here, above):
+        assert load_config(path).train.epochs == 7
 
 
 def test_a_setting_keeps_its_address() -> None:

@@ -19,6 +19,7 @@ from trainer.checkpoint.tensors import TensorReader
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.ranks.process_group import process_group
+from trainer.run_folder import MetricsLog, RunFolder
 from trainer.sealed_folder import DIGEST, MANIFEST, file_digest
 from trainer.storage import objects, s3
 from trainer.storage.ranges import footer_of
@@ -281,6 +282,18 @@ def test_a_spool_uploads_what_grew(store: Store, tmp_path: Path, capsys: pytest.
     store.faults()
     spool.close()
     assert target.read_bytes() == b"1\n2\n3\n" and not local.exists()
+
+
+def test_a_save_whose_metrics_fail_says_how_to_go_on(store: Store) -> None:
+    folder = RunFolder(store.bucket / "runs" / "lines")
+    with process_group(60, "cpu"), MetricsLog(folder, -1) as log:
+        log.write(1, "train", {"loss": 0.5})
+        store.faults(("PUT", "metrics", "error:403:ExpiredToken", 1000))
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: .*expired.*the same command goes on"):
+            log.keep()
+        log.keep(lenient=True)
+        store.faults()
+    assert '"loss": 0.5' in folder.metrics.read_text()
 
 
 def test_fetched_files_are_verified_and_kept(store: Store, tmp_path: Path) -> None:
