@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import trainer.checkpoint.files
 import trainer.checkpoint.save_load
 import trainer.checkpoint.warm_start
 import trainer.loop.attempts
@@ -44,7 +45,7 @@ PLACES: dict[str, tuple[Any, str, BaseException]] = {
     "plan": (planning, "offline_plan", MemoryError()),
     "lock": (RunFolder, "lock", FULL),
     "open the metrics": (trainer.run_folder, "SummaryWriter", FULL),
-    "name a checkpoint": (trainer.checkpoint.save_load, "os", FULL),
+    "name a checkpoint": (trainer.checkpoint.files, "new_part", FULL),
     "sum up": (RunFolder, "update_summary", FULL),
 }
 

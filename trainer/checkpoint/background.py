@@ -27,12 +27,12 @@ from trainer.checkpoint.delta import Delta, Link, TouchedShard, names_of_rows, t
 from trainer.checkpoint.staging import StagedCopy, device_of
 from trainer.config.sections import CheckpointConfig
 from trainer.ranks.machine import free_memory_bytes
-from trainer.ranks.process_group import tells_of_a_lost_rank
+from trainer.ranks.process_group import sum_counts, tells_of_a_lost_rank
 
 # How long a save under way may still take when training has failed; and when that was because of a lost rank,
 # which the save most likely needs, too.
 _GRACE_S, _LOST_S = 60.0, 2.0
-_WORTH_SAYING_S = 1.0
+_WORTH_SAYING_S, _LOOK_S = 1.0, 0.5
 # What must be free for a copy, over its size: training itself takes more now and then.
 _MARGIN = 1.1
 # The most of the tables that a delta may hold; beyond, a full save is no larger for what it spares later.
@@ -133,8 +133,10 @@ class Saver:
         if save is None:
             return
         started = time.monotonic()
-        if save.is_alive():
-            save.join()
+        # All ranks wait together, so that one that is gone is missed as in a step: what the save itself
+        # exchanges may take an hour (`timeout_minutes`).
+        while sum_counts([int(save.is_alive())])[0]:
+            save.join(_LOOK_S)
         waited = time.monotonic() - started
         if self._touched is not None:
             # The next one may be of another kind, and both would lie beside the tables.
