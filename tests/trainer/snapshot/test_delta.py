@@ -116,6 +116,7 @@ def test_scattered_rows_are_read_together() -> None:
 
 def test_search_vectors_are_a_delta_in_a_store_too(tmp_path: Path) -> None:
     """Those of the base are fetched for it, which whoever serves from the store does without."""
+    pytest.importorskip("upath", reason="places in stores need requirements/s3.txt")
     log, out = small_log(tmp_path / "log"), place("memory://snapshots/vectors")
     run = save_run(tmp_path / "run", log, "twin")
     exported(run, out, search="vectors")
