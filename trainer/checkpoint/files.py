@@ -71,7 +71,7 @@ def final_of(part: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Everything that has the name of a checkpoint, the last step first; in a store, all that are complete."""
+    """All that has the name of a checkpoint, the last step first; in a store, all that are complete."""
     if is_remote(folder):
         paths = [file.rpartition("/") for file in sizes(folder)]
         found = [folder / name for name, _, file in paths if file == DIGEST]
