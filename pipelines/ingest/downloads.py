@@ -9,7 +9,7 @@ from typing import Any
 
 from embeddings.errors import DataError
 from trainer.storage import is_remote, place
-from trainer.storage.objects import copy_file, together
+from trainer.storage.objects import below, copy_file, together
 from trainer.storage.places import store_of
 
 _AT_ONCE = 4
@@ -58,7 +58,7 @@ class Downloads:
         try:
             found = store.glob(root) if set(root) & set("*?[") else [root]
             files = [file for each in found for file in store.find(each)]
-            names = {file: base / file.strip("/") for file in files if not file.endswith("/")}
+            names = {file: below(base, file.strip("/")) for file in files if not file.endswith("/")}
             if not names:
                 raise DataError("no such file, or an empty folder; name a Parquet or CSV file", file=source)
             for path in names.values():

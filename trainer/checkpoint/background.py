@@ -21,6 +21,7 @@ import torch.distributed as dist
 from embeddings.agreement import from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
 from embeddings.lookup.touched import TouchedRows
+from embeddings.plan.memory import gigabytes
 from trainer.checkpoint import files
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.delta import Delta, Link, TouchedShard, names_of_rows, touched_shards, without_rows
@@ -220,7 +221,8 @@ class Saver:
         fits, copied, free = min(places, key=lambda place: (place[0], place[2] - place[1]))
         if not of_delta:
             rank, self._mode = places.index((fits, copied, free)), "async" if fits else "sync"
-            sizes = f"a copy of {_size(copied)} for a save in the background, and {_size(free)} are free"
+            sizes = f"a copy of {gigabytes(copied)} for a save in the background"
+            sizes += f", and {gigabytes(free)} are free"
             what = "training goes on during a save" if fits else "training waits for each save"
             self.say(f'checkpoint.mode = "auto": {self._mode}, {what}; rank {rank} needs {sizes}')
         return fits
@@ -256,10 +258,6 @@ class Saver:
         except (MemoryError, RuntimeError) as error:
             why = f"no host memory for a copy of this rank's shards ({' '.join(str(error).split())})"
             raise CheckpointError(self.folder, f'{why}; checkpoint.mode = "sync" needs none') from None
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 class _Save(threading.Thread):

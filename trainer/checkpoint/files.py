@@ -71,7 +71,7 @@ def final_of(part: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Everything that has the name of a checkpoint, newest first; in a store, all that are complete."""
+    """All that has the name of a checkpoint, the last step first; in a store, all that are complete."""
     if is_remote(folder):
         paths = [file.rpartition("/") for file in sizes(folder)]
         found = [folder / name for name, _, file in paths if file == DIGEST]
@@ -81,7 +81,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def of_step(folder: Path, step: int) -> list[Path]:
-    """The checkpoints of a step: one at most, or in a store several, the newest first."""
+    """The checkpoints of a step: one at most, or in a store several, in the order of their random ids."""
     return [path for path in checkpoints(folder) if step_of(path) == step]
 
 

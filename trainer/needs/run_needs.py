@@ -22,6 +22,7 @@ from embeddings.plan.tables import Table
 from embeddings.plan.traffic import Lookup
 from trainer.run_config import Config
 from trainer.step_size import StepSize, kept_behaviors
+from trainer.storage import is_remote
 
 # A process with torch, TorchRec and Arrow loaded, and what their threads and allocators keep.
 PROCESS = 600_000_000
@@ -332,7 +333,7 @@ def check_disk(needs: Sequence[Need], new: bool) -> list[str]:
 
 def free_disk(folder: Path) -> int | None:
     """Free bytes where a folder is, or is to be; None where nobody says."""
-    if not isinstance(folder, type(Path())):
+    if is_remote(folder):
         # An object store has no bounds.
         return None
     try:

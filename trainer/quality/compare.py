@@ -20,8 +20,8 @@ def compare_scores(some: Scores, all_scores: Scores) -> tuple[float, float]:
     Tasks are compared by name, or by place where one side has numbers only.
 
     Returns:
-        The largest absolute difference (infinite if a candidate is missing), and the share of candidates
-        whose scores are bit-equal.
+        The largest absolute difference (infinite if a candidate is missing, NaN if a score is), and the share
+        of candidates whose scores are bit-equal.
 
     Raises:
         DataError: the tasks are not the same.
@@ -36,7 +36,8 @@ def compare_scores(some: Scores, all_scores: Scores) -> tuple[float, float]:
         if place is None:
             return float("inf"), 0.0
         score = other.score[place][:, columns]
-        worst = max(worst, float(np.abs(mine.score - score).max()))
+        # Unlike Python's `max`, it keeps a NaN.
+        worst = float(np.maximum(worst, np.abs(mine.score - score).max()))
         equal += int((mine.score == score).all(axis=1).sum())
     return worst, equal / some.size
 

@@ -164,12 +164,9 @@ def measure_split(scored: Scores, log: Path, feature: str) -> SplitMetrics:
     return SplitMetrics(whole, {names.get(n, str(n)): own for n, own in numbered.items()}, problem)
 
 
-def by_domain(scored: Scores, names: Mapping[int, str]) -> dict[str, dict[str, Metrics]]:
-    """Domain -> task -> metrics, by ascending number of the domain: a partition of the split."""
-    return {names.get(number, str(number)): own for number, own in _by_number(scored).items()}
-
-
 def _by_number(scored: Scores) -> dict[int, dict[str, Metrics]]:
+    """Number of the domain -> task -> metrics, ascending: a partition of the split."""
+
     def domain(part: Scored) -> Ints:
         assert part.domain is not None
         return part.domain

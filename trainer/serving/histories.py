@@ -267,7 +267,7 @@ def _named(wanted: Ints, known: Ints, values: pa.Array) -> dict[int, str]:
 
 def _names_in_file(file: Path, wanted: Ints) -> Iterator[tuple[int, str]]:
     """The names of ids, ascending, from the row groups that hold them: ids count from 1, row by row."""
-    with pq.ParquetFile(file) as parquet:
+    with pq.ParquetFile(parquet_source(file)) as parquet:
         first = 1
         for group in range(parquet.metadata.num_row_groups):
             stop = first + parquet.metadata.row_group(group).num_rows

@@ -47,11 +47,12 @@ def beside(base: Chain, part: Path) -> Chain:
     """
     if not is_remote(base.path):
         return base
-    _bring(base, part.parent)
+    _bring(base, part.parent, search=True)
     return read_chain(part.parent / base.path.name)
 
 
-def _bring(chain: Chain, root: Path) -> None:
+def _bring(chain: Chain, root: Path, search: bool = False) -> None:
+    """Fetch the versions of a chain into a folder; `search`: with their search parts."""
     try:
         for remote, manifest in chain.versions:
             local = root / remote.name
@@ -63,7 +64,7 @@ def _bring(chain: Chain, root: Path) -> None:
             wanted = {
                 name: (entry.bytes, entry.sha256)
                 for name, entry in manifest.listed().items()
-                if not name.startswith("search/")
+                if search or not name.startswith("search/")
             }
             fetch(remote, wanted, local, SnapshotError)
             for name, content in seal.items():

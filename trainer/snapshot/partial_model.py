@@ -86,8 +86,11 @@ class PartialModel:
             for name in infos.keys() & requests.ids.keys():
                 infos[name] = infos[name].model_copy(update={"rows": requests.ids[name].numel()})
         small = manifest.model_copy(update={"features": features, "context": context})
+        # The folder of tables that are larger than memory may be another machine's.
+        plan = config.plan.model_copy(update={"mapped_folder": None})
         tables = {name: TableConfig() for name in config.tables}
-        sharded = build_sharded(config.model_copy(update={"tables": tables}), small, ranks).model
+        partial = config.model_copy(update={"tables": tables, "plan": plan})
+        sharded = build_sharded(partial, small, ranks).model
         self.model: DistributedModelParallel = sharded
         state = sharded.state_dict()
         for name, weight in state.items():

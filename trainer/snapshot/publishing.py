@@ -99,10 +99,9 @@ def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Pa
 
 
 def _upload(root: Path, part: Path, manifest: SnapshotManifest, number: int, keep: int) -> Path:
-    """Publish to a store: the number is claimed by an object that only one can make, where the store can."""
-    while not create(root / f"v{number:08d}" / _CLAIM):
-        number += 1
-    final = root / f"v{number:08d}"
+    """Publish to a store, under the next number that nobody else has."""
+    final = _claimed(root, number)
+    number = int(final.name[1:])
     SEAL.write(part, manifest.model_copy(update={"number": number}).model_dump_json(indent=1))
     upload_folder(part, final, (MANIFEST, DIGEST))
     newest = ""
@@ -118,6 +117,18 @@ def _upload(root: Path, part: Path, manifest: SnapshotManifest, number: int, kee
     if keep:
         _retire(root, keep)
     return final
+
+
+def _claimed(root: Path, number: int) -> Path:
+    """Claim a number, or the next one: by an object that only one can make, where the store can."""
+    while True:
+        final = root / f"v{number:08d}"
+        if create(final / _CLAIM):
+            if not (final / DIGEST).is_file():
+                return final
+            # It was published since the numbers were listed, and its claim was taken back.
+            (final / _CLAIM).unlink(missing_ok=True)
+        number += 1
 
 
 def describe(part: Path, file: Path) -> SnapshotFile:

@@ -43,8 +43,9 @@ from trainer.snapshot.publishing import describe
 from trainer.snapshot.rows import RowSource, block_rows, write_changes, write_rows, write_touched
 from trainer.snapshot.search import Part, SearchKind, search_parts
 
-# Read of a checkpoint at once; and how much between two rows is read rather than leapt over.
-_BAND_BYTES, _NEAR_BYTES = 8 << 20, 16 << 10
+# Read of a checkpoint at once; and how much between two rows is read rather than leapt over. To begin anew
+# takes 0.6 ms, in which 1 to 2 MB are read.
+_BAND_BYTES, _NEAR_BYTES = 8 << 20, 1 << 20
 # Told of all rows of a table as they pass by: (table name, first row, rows).
 Watch = Callable[[str, int, Tensor], None]
 

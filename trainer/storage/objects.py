@@ -138,11 +138,23 @@ def upload(file: Path, path: Path) -> None:
         shutil.copyfileobj(content, target, PART)
 
 
+def below(folder: Path, name: str) -> Path:
+    """Where an object of this name lies in a local folder; in a store, `..` is a name like any other.
+
+    Raises:
+        OSError: the name leads out of the folder.
+    """
+    if ".." in name.split("/") or name.startswith("/"):
+        raise OSError(errno.EINVAL, "its name leads out of the folder that it is copied to", name)
+    return folder / name
+
+
 def copy_folder(source: Path, target: Path) -> None:
     """Copy the files of a folder, local or remote, into a new local one; where there is none, nothing."""
     for name in sizes(source):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source / name, target / name)
+        file = below(target, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source / name, file)
 
 
 def copy_file(source: Path, target: Path) -> None:

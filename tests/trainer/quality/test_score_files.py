@@ -138,6 +138,12 @@ def test_files_are_compared_as_candidates_in_memory_are(
     write_scores(replace(some, candidate=some.candidate + 1000), tmp_path / "other.parquet")
     other = ScoreFiles([tmp_path / "other.parquet"], tmp_path)
     assert compare_scores(other, ScoreFiles(files, tmp_path)) == (math.inf, 0.0)
+    # A score that is no number is no small difference, in whichever piece it stands.
+    for place in (0, every.size - 1):
+        broken = every.score.copy()
+        broken[place, 0] = math.nan
+        assert math.isnan(compare_scores(every, replace(every, score=broken))[0])
+        assert math.isnan(compare_scores(ScoreFiles(files, tmp_path), replace(every, score=broken))[0])
 
 
 def names(scored: Scored) -> list[list[int]]:

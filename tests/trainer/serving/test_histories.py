@@ -16,6 +16,7 @@ from tests.helpers.logs import Shape, enrich, random_rows, write_log
 from trainer.serving import histories
 from trainer.serving.histories import HistoryStore
 from trainer.serving.request import RequestError
+from trainer.storage import place
 
 SPLITS = ("train", "validation", "test")
 Row = dict[str, Any]
@@ -107,3 +108,14 @@ def test_names_of_a_large_vocabulary_come_from_its_file(
     assert store.names("item_id", [100, 7, 8, 7, 0, 101]) == {7: "n7", 8: "n8", 100: "n100"}
     assert store.names("category_id", [1]) == {}
     assert (not kept) == (not store._names.get("item_id"))
+
+
+def test_names_of_a_large_vocabulary_in_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("upath", reason="places in stores need requirements/s3.txt")
+    log, there = write_log(tmp_path / "log", {"train": random_rows(1)}), place("memory://logs/names")
+    table = pa.table({"value": [f"n{n}" for n in range(1, 101)], "id": range(1, 101)})
+    pq.write_table(table, log / "vocab" / "item_id.parquet", row_group_size=7)
+    for file in log.rglob("*.*"):
+        (there / str(file.relative_to(log))).write_bytes(file.read_bytes())
+    monkeypatch.setattr(histories, "_KEPT_NAMES", 0)
+    assert HistoryStore(there).names("item_id", [100, 7, 101]) == {7: "n7", 100: "n100"}

@@ -20,8 +20,10 @@ from tests.helpers.models import preset, small_log
 from tests.helpers.snapshots import Change, exported, publish_copy, save_run
 from trainer.checkpoint.tensors import TensorReader
 from trainer.run_folder import RunFolder
-from trainer.snapshot import load_search, load_snapshot
+from trainer.snapshot import fetched, load_search, load_snapshot
 from trainer.snapshot.loading import Chain, read_chain
+from trainer.snapshot.writing import Source
+from trainer.storage import place
 
 KINDS = [("fp32", "fp32"), ("int8", "fp16")]
 
@@ -91,6 +93,42 @@ def test_base_and_deltas_equal_a_full_export(
     held = [load_snapshot(v).manifest.groups["attention"][0].held for v in versions]
     assert held == [62, 2, 3, 28, 0]
     assert load_snapshot(versions[0]).self_check() <= 0.2
+
+
+def test_scattered_rows_are_read_together() -> None:
+    """A read costs as much as the megabyte that it leaps over: reads are no more than megabytes."""
+    reads: list[tuple[int, int]] = []
+
+    def rows(name: str, start: int, stop: int) -> Tensor:
+        reads.append((start, stop))
+        return torch.arange(start, stop)[:, None].expand(-1, 8)
+
+    shape, dtype = (lambda name: (2_000_000, 8)), (lambda name: torch.float32)
+    reader = SimpleNamespace(table=lambda group, table: table, shape=shape, dtype=dtype, rows=rows)
+    source = Source(None, {}, reader)  # type: ignore[arg-type]
+    # Of 64 MB, a row each 20 kB, and two that are far from all others.
+    ids = torch.cat([torch.arange(0, 1_000_000, 640), torch.tensor([1_500_000, 1_999_999])])
+    some, found = map(torch.cat, zip(*source._picked("g", "t", iter([ids])), strict=True))
+    assert torch.equal(some, ids) and torch.equal(found[:, 0], ids)
+    assert len(reads) == 6 and reads[-2:] == [(1_500_000, 1_500_001), (1_999_999, 2_000_000)]
+    assert max(stop - start for start, stop in reads) * 32 <= 8 << 20
+
+
+def test_search_vectors_are_a_delta_in_a_store_too(tmp_path: Path) -> None:
+    """Those of the base are fetched for it, which whoever serves from the store does without."""
+    pytest.importorskip("upath", reason="places in stores need requirements/s3.txt")
+    log, out = small_log(tmp_path / "log"), place("memory://snapshots/vectors")
+    run = save_run(tmp_path / "run", log, "twin")
+    exported(run, out, search="vectors")
+
+    def change(weights: dict[str, Tensor]) -> None:
+        weights["shared__item_id"][3] += 0.25
+
+    save_run(run, log, "twin", step=2, change=change)
+    manifest = load_snapshot(fetched(exported(run, out, search="vectors", since="1"), tmp_path)).manifest
+    keys = {entry.feature: entry.changed for entry in manifest.search["main"].tables if entry.side == "key"}
+    assert keys == {"item_id": 1, "category_id": 0}
+    assert not list(tmp_path.rglob("search/*"))
 
 
 def test_what_would_be_larger_than_a_whole_table_is_written_whole(runs: list[Path], tmp_path: Path) -> None:

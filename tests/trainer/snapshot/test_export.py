@@ -52,6 +52,15 @@ def test_tables_are_the_trainers_rows_in_the_chosen_type(
     assert 0 < snapshot.self_check() < 0.2
 
 
+def test_tables_that_were_mapped_in_training_need_no_folder(log: Path, tmp_path: Path) -> None:
+    """The few rows that are compared lie in memory: whoever exports may be another machine."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run = save_run(tmp_path / "run", log, "dare", f"plan.mapped_folder={disk}")
+    disk.rmdir()
+    assert load_snapshot(exported(run, tmp_path / "out", parity_requests=5)).manifest.number == 1
+
+
 def test_a_group_of_both_roles_gets_the_wider_type(log: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", log, "twin_paper_dare")
     for kinds, wider in ((("int8", "fp16"), "fp16"), (("fp16", "fp32"), "fp32")):

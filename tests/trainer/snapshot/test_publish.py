@@ -12,9 +12,10 @@ from embeddings.errors import SnapshotError
 from pipelines import export as export_module
 from tests.helpers.models import small_log
 from tests.helpers.snapshots import exported, publish_copy, save_run
-from trainer.snapshot import load_snapshot, resolve
+from trainer.snapshot import load_snapshot, publishing, resolve
 from trainer.snapshot.partial_model import PartialModel
 from trainer.snapshot.publishing import drafting
+from trainer.storage import place
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,22 @@ def version(run: Path) -> Path:
 
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
+
+
+def test_a_number_that_another_export_took_meanwhile_is_not_given_again(
+    version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a store: another export publishes between the listing of numbers and the claim of one."""
+    pytest.importorskip("upath", reason="places in stores need requirements/s3.txt")
+    root = place("memory://snapshots/two-at-once")
+    first = publish_copy(root, version)
+    sealed = (first / "manifest.json").read_bytes()
+    (root / "LATEST").unlink()
+    monkeypatch.setattr(publishing, "_versions", lambda root: [])
+    second = publish_copy(root, version)
+    assert (first.name, second.name) == ("v00000001", "v00000002")
+    assert (first / "manifest.json").read_bytes() == sealed
+    assert not (first / "claim").exists() and not (second / "claim").exists()
 
 
 @pytest.mark.parametrize("keep", [1, 3])

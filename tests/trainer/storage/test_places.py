@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from embeddings.errors import ConfigError, TandemError
+from embeddings.errors import ConfigError, DataError, TandemError
 from launch.cli import main
+from pipelines.ingest.downloads import Downloads
 from trainer.config.sections import DataConfig
 from trainer.run_config import load_config
 from trainer.sealed_folder import (
@@ -162,6 +163,21 @@ def test_small_files_and_digests() -> None:
         part.write_bytes(b"half")
         raise KeyError
     assert not file.with_name("other").exists()
+
+
+def test_no_name_leads_out_of_a_local_folder(tmp_path: Path) -> None:
+    """Whoever may write objects would else write files of whoever copies them."""
+    source = place("memory://names/raw")
+    (source / "a" / "b.csv").write_bytes(b"fine")
+    objects.copy_folder(source, tmp_path / "copy")
+    assert (tmp_path / "copy" / "a" / "b.csv").read_bytes() == b"fine"
+    store = source.fs  # type: ignore[attr-defined]
+    store.pipe_file("/names/raw/../../../evil.csv", b"bad")
+    with pytest.raises(OSError, match="leads out of the folder"):
+        objects.copy_folder(source, tmp_path / "copy")
+    with Downloads() as downloads, pytest.raises(DataError, match=r"\.\./evil\.csv.*leads out of the folder"):
+        downloads.local(str(source))
+    assert not list(tmp_path.parent.glob("**/evil.csv"))
 
 
 def test_a_lock_says_that_it_is_none(capsys: pytest.CaptureFixture[str]) -> None:
