@@ -26,7 +26,7 @@ from trainer.log.vocabulary import spell
 from trainer.log.writer import write_manifest
 from trainer.quality.balance import by_balance
 from trainer.quality.baselines import Baselines
-from trainer.quality.domains import OverDomains, SplitMetrics, by_domain, domain_names, measure_split
+from trainer.quality.domains import OverDomains, SplitMetrics, domain_names, measure_split
 from trainer.quality.scored import Scored, read_scores, write_scores
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import MetricsLog, RunFolder, on_board
@@ -45,6 +45,14 @@ def drawn(seed: int = 0, count: int = 400, tasks: int = 2, domains: int = 3) -> 
     place = np.arange(count)
     keys = (place // 40, place // 8, place % 8, place, rng.integers(0, 300, count))
     return Scored(score, label, *keys, TASKS[:tasks], domain)
+
+
+def by_domain(scored: Scored, names: dict[int, str]) -> dict[str, dict[str, Any]]:
+    """As `measure_split` does it, with names that are given."""
+    every = range(len(scored.tasks))
+    return {
+        names.get(n, str(n)): own for n, own in scored.metrics_by(lambda part: part.domain, every).items()
+    }
 
 
 def numbers(metrics: dict[str, Any]) -> list[float]:
