@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.helpers.object_store import Store
 
 # Mark -> GPUs that a test with it needs.
 NEEDS_GPUS = {"gpu": 1, "gpu2": 2}
@@ -46,3 +51,26 @@ def pytest_collection_finish() -> None:
     """What all test files have imported stays, so no collector needs to walk it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Store]:
+    """An object store for the tests of a file."""
+    from tests.helpers.object_store import served
+
+    pytest.importorskip("s3fs", reason="needs requirements/s3.txt")
+    pytest.importorskip("moto", reason="needs requirements/dev.txt")
+    with served() as store:
+        yield store
+
+
+@pytest.fixture
+def store(server: Store) -> Iterator[Store]:
+    """Without faults and with no more attempts than a test has time for."""
+    from trainer.storage.s3 import ObjectStore
+
+    ObjectStore.clear_instance_cache()
+    server.faults()
+    server.seen()
+    yield server
+    server.faults()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pipelines.export import export
 from pipelines.ingest.ingest import ingest
 from tests.helpers.launching import SETTINGS, overrides, started, tandemrec
 from tests.helpers.logs import small_log
-from tests.helpers.object_store import KEY, SECRET, TOKEN, Store, served
+from tests.helpers.object_store import KEY, SECRET, TOKEN, Store
 from tests.helpers.rawlogs import config as ingest_config
 from tests.helpers.rawlogs import events, write
 from trainer.checkpoint import files
@@ -29,22 +28,6 @@ pytest.importorskip("s3fs", reason="needs requirements/s3.txt")
 pytest.importorskip("moto", reason="needs requirements/dev.txt")
 MORE: dict[str, Any] = {"train.epochs": 2, "checkpoint.every_steps": 3, "checkpoint.full_every": 2}
 Folders = tuple[Path, Path]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    with served() as store:
-        yield store
-
-
-@pytest.fixture
-def store(server: Store) -> Iterator[Store]:
-    from trainer.storage.s3 import ObjectStore
-
-    ObjectStore.clear_instance_cache()
-    server.faults()
-    yield server
-    server.faults()
 
 
 @pytest.fixture(scope="module")
