@@ -35,6 +35,9 @@ _NO_RESERVE = 0x4000
 def map_one(file: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The one tensor of a file, memory-mapped; what is written to it stays in this process.
 
+    Rows are looked up in no order, so where a table is larger than memory the system reads the page that a
+    row lies on, and no more.
+
     Raises:
         SnapshotError: it cannot be mapped, or holds anything but that tensor.
     """
@@ -48,6 +51,7 @@ def map_one(file: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -
                 return torch.empty(shape, dtype=dtype)
             kind = mmap.MAP_PRIVATE | _NO_RESERVE
             mapped = mmap.mmap(raw.fileno(), 0, flags=kind, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            mapped.madvise(mmap.MADV_RANDOM)
     except (OSError, ValueError) as error:
         raise SnapshotError(file, f"unreadable: {error}") from None
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin).view(shape)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from embeddings.errors import ConfigError
-from embeddings.lookup.mapped import mapped_rows
+from embeddings.lookup.mapped import mapped_rows, read_in_order
 from embeddings.lookup.shards import local_shards
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import small_log
@@ -78,3 +79,36 @@ def test_what_cannot_be_mapped_is_one_clear_error(log: Path, tmp_path: Path, ran
         )
     with pytest.raises(ConfigError, match=r"GB of tables cannot lie there: .* \([\d,.]+ GB are free\)"):
         mapped_rows(tmp_path, 1 << 50, torch.float32)
+
+
+def read_ahead(folder: Path) -> list[bool]:
+    """Of each mapped file of a folder, whether the system reads more of it than was asked for."""
+    found, ours = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = f"{folder}/" in line
+        elif ours and line.startswith("VmFlags:"):
+            # Of proc(5): random read advise provided.
+            found.append("rr" not in line.split())
+    return found
+
+
+def test_only_a_save_has_the_system_read_ahead(log: Path, tmp_path: Path, ranks: Ranks) -> None:
+    from pipelines.train import run
+
+    seen = []
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        save = dcp.save
+        patch.setattr(dcp, "save", lambda *a, **k: (seen.append(read_ahead(disk)), save(*a, **k)))
+        settings = {"plan__mapped_folder": str(disk), "train__max_steps": 1}
+        run(config_of(log, **settings), tmp_path / "run", ranks, lambda step: seen.append(read_ahead(disk)))
+    assert seen == [[False] * 4, [True] * 4]
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = mapped_rows(other, 10_000, torch.float32)
+    with pytest.raises(RuntimeError), read_in_order():
+        assert read_ahead(other) == [True]
+        raise RuntimeError
+    assert read_ahead(other) == [False] and not rows.any()

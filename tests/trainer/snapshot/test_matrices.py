@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import closing
 from pathlib import Path
 
@@ -164,6 +165,9 @@ def test_a_table_larger_than_the_machine_is_mapped(tmp_path: Path) -> None:
         raw.truncate(begin + 4 * rows)
     found = map_one(file, NAME, torch.uint8, (rows, 4))
     assert found[torch.tensor([0, rows - 1])].tolist() == [[1] * 4, [0] * 4]
+    # The system reads no more of it than was asked for (rr of VmFlags, proc(5)).
+    *_, about = Path("/proc/self/smaps").read_text().partition(str(file))
+    assert "rr" in re.search(r"VmFlags:(.*)", about)[1].split()
 
 
 def test_what_was_written_has_the_digest_it_says(tmp_path: Path) -> None:
