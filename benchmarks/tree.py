@@ -64,7 +64,10 @@ def read_samples(log: Path, split: str, length: int, share: float = 1.0, seed: i
     """
     levels, manifest = levels_of(log), read_manifest(log)
     columns = Columns.of(manifest, {name: manifest.features[name].rows for name in levels})
-    popularity, rng = item_counts(log), np.random.default_rng(seed)
+    popularity, rng = (
+        item_counts(log, np.arange(manifest.features["item_id"].rows)),
+        np.random.default_rng(seed),
+    )
     parts, labels, keys = [], [], []
     for place in SequenceLogReader(DataConfig(log=log), split, None).row_groups:
         rows = read_rows(place.file, place.row_group, columns)

@@ -12,12 +12,13 @@ from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
 from trainer.config.tasks import labels_of, named_tasks
 from trainer.data.reader import SequenceLogReader
+from trainer.log.known_values import map_values
 from trainer.log.schema import VOCABULARIES, LogManifest, read_manifest
-from trainer.log.vocabulary import read_values
 from trainer.quality.compare import compare_scores
 from trainer.quality.evaluate import score_in_order
 from trainer.quality.score_files import ScoreFiles
 from trainer.quality.scored import Scored, write_scores
+from trainer.sealed_folder import scratch
 from trainer.snapshot import Snapshot, fetched, load_snapshot, shown
 
 # Column of a file of scores -> whose names it has.
@@ -122,10 +123,12 @@ def write_named_scores(
     for column, key in _NAME_COLUMNS.items():
         if key not in manifest.named:
             continue
+        file, digest = log / VOCABULARIES / f"{key}.parquet", manifest.named[key].vocabulary
         try:
-            file = log / VOCABULARIES / f"{key}.parquet"
-            names[column] = key, read_values(file, manifest.named[key].vocabulary, of_log=True)
-        except DataError as error:
+            # Large ones are mapped; what is deleted and mapped stays until nobody uses it.
+            with scratch(path.parent, f"{path.name}-{column}") as folder:
+                names[column] = key, map_values(file, digest, folder, of_log=True)
+        except (DataError, OSError) as error:
             remarks.append(f"the scores have no column {column}: {error}")
 
     def named(chunk: Scored) -> dict[str, pa.Array]:

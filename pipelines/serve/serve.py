@@ -45,7 +45,8 @@ def serve(
         poll_seconds: look for a newer version that often; 0 = only when asked by POST /reload.
         token_file: holds what POST /reload must bring; without it, nobody may ask.
         vocabulary: a log whose values requests may name instead of ids, where the snapshot has none with it.
-        cache: where a snapshot in an object store is fetched to; None: the user's caches.
+        cache: where a snapshot in an object store is fetched to, and where vocabularies and places of
+            histories are kept that are too large for memory; None: the user's caches.
         grace_seconds: after SIGTERM, for requests under way.
 
     Raises:
@@ -58,7 +59,7 @@ def serve(
     _check_address(host, port)
     torch.set_num_threads(batching.threads)
     metrics = Metrics()
-    store = None if histories is None else HistoryStore(histories)
+    store = None if histories is None else HistoryStore(histories, cache=cache)
     token = "" if token_file is None else read_token(token_file)
     versions = Versions(
         snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary, cache

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,8 +29,9 @@ from trainer.checkpoint.dense_start import TaskHeads, fill_dense, tower_names
 from trainer.checkpoint.save_load import find_to_use
 from trainer.checkpoint.unsharded import PlainManifest, PlainTables, Vocabulary, open_plain_tables, unshard
 from trainer.config.tasks import resolve_tasks
+from trainer.log.known_values import known_values
 from trainer.log.schema import LogManifest, read_manifest
-from trainer.log.vocabulary import read_values
+from trainer.log.vocabulary import stream_values
 from trainer.ranks.machine import give_pages_back
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
@@ -245,20 +245,26 @@ def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | Non
             )
         return None
     name = new.file.name
-    before, after = _values(source.path / "vocab" / name, digest), _values(new.file, new.info.vocabulary)
-    if before.type != after.type:
-        now, then = ("integers" if pa.types.is_integer(part.type) else "text" for part in (after, before))
-        problem = f"holds {now}, that of {source.name} {then}: none would be found; ingest both logs alike"
-        raise DataError(problem, file=new.file)
-    old = pc.fill_null(pc.add(pc.index_in(after, value_set=before), 1), -1)
+    old_file = source.path / "vocab" / name
+    for file, known in ((old_file, digest), (new.file, new.info.vocabulary)):
+        if not known:
+            problem = "only one of the two logs says what its ids stand for; ingest both alike"
+            raise DataError(problem, file=file)
+    before = known_values(old_file, digest, of_log=True)
     row_map = torch.full((new.info.rows,), -1, dtype=torch.int64)
-    row_map[0] = 0
-    row_map[1 : len(after) + 1] = torch.tensor(old.to_numpy())
+    # The first value's row is 1.
+    row_map[0], row = 0, 1
+    for after in stream_values(new.file, new.info.vocabulary, of_log=True):
+        if before.values.type != after.type:
+            now, then = (
+                "integers" if pa.types.is_integer(kind) else "text"
+                for kind in (after.type, before.values.type)
+            )
+            problem = (
+                f"holds {now}, that of {source.name} {then}: none would be found; ingest both logs alike"
+            )
+            raise DataError(problem, file=new.file)
+        old = torch.from_numpy(before.ids(after))
+        row_map[row : row + len(after)] = torch.where(old > 0, old, -1)
+        row += len(after)
     return row_map
-
-
-def _values(file: Path, digest: str) -> pa.Array:
-    """The values of a vocabulary; the first one's row is 1."""
-    if not digest:
-        raise DataError("only one of the two logs says what its ids stand for; ingest both alike", file=file)
-    return read_values(file, digest, of_log=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
@@ -17,6 +16,7 @@ from trainer.data.blocks import with_windows
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns as RowColumns
 from trainer.data.rows import UserRows, read_rows
+from trainer.log.arrow import PARQUET_ERRORS
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.quality.leads import estimates, leads
 from trainer.quality.metrics import calibration_metrics, group_keys
@@ -107,13 +107,14 @@ class Scorer:
     """What scores candidates without training.
 
     Attributes:
-        tasks: names of the T tasks; popularity: by item, None = not known; rates: None = not known.
+        tasks: names of the T tasks; popularity: items, ascending, and how often each occurred, None = not
+            known; rates: None = not known.
         of_training: the candidates are those that rates are made of.
         missing: what could not be computed, and why.
     """
 
     tasks: Sequence[str]
-    popularity: Floats | None
+    popularity: tuple[Ints, Floats] | None
     rates: RateTable | None
     of_training: bool
     missing: Sequence[str]
@@ -131,8 +132,7 @@ class Scorer:
         popularity = rates = None
         if items is not None:
             try:
-                # An item beyond the vocabulary has not occurred.
-                popularity = np.append(item_counts(reader.config.log), 0.0)
+                popularity = items, item_counts(reader.config.log, items)
             except DataError as error:
                 missing.append(f"item popularity: {error}")
         of_training = reader.split == "train"
@@ -161,7 +161,8 @@ class Scorer:
         # Scores that are the same for every task.
         counts = {name: read[name] for name in COUNTED if name in read}
         if self.popularity is not None and items is not None:
-            counts = {"popularity": self.popularity[items.clip(max=self.popularity.size - 1)], **counts}
+            known, occurred = self.popularity
+            counts = {"popularity": occurred[np.searchsorted(known, items)], **counts}
         for name in tasks:
             of_task, task = {}, self.tasks.index(name)
             if rates is not None and not np.isnan(rates.overall[task]):
@@ -245,17 +246,23 @@ def read_candidates(reader: SequenceLogReader) -> Iterator[Columns]:
         yield part
 
 
-def item_counts(log: Path) -> Floats:
-    """Occurrences of every item id before the validation period, from the log's vocabulary."""
-    file = log / "vocab" / "item_id.parquet"
+def item_counts(log: Path, items: Ints) -> Floats:
+    """Occurrences of some items before the validation period, from the log's vocabulary.
+
+    Args:
+        items: ids, ascending and each once; those beyond the vocabulary have not occurred.
+    """
+    file, occurred = log / "vocab" / "item_id.parquet", np.zeros(items.size)
     try:
-        table = pq.read_table(parquet_source(file), columns=["id", "count"])
-    except (FileNotFoundError, pa.ArrowException) as error:
+        with pq.ParquetFile(parquet_source(file)) as parquet:
+            for batch in parquet.iter_batches(columns=["id", "count"]) if items.size else ():
+                ids, counts = (batch.column(name).to_numpy() for name in ("id", "count"))
+                at = np.searchsorted(items, ids).clip(max=items.size - 1)
+                known = items[at] == ids
+                occurred[at[known]] = counts[known]
+    except (*PARQUET_ERRORS, KeyError) as error:
         raise DataError(f"the popularity baseline needs the log's vocabulary: {error}", file=file) from None
-    ids, counts = table.column("id").to_numpy(), table.column("count").to_numpy()
-    dense = np.zeros(int(ids.max(initial=0)) + 1)
-    dense[ids] = counts
-    return dense
+    return occurred
 
 
 def past_counts(rows: UserRows, feature: str, delay: int) -> Floats:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from embeddings.errors import DataError
+from trainer.log.known_values import values_of
 from trainer.log.schema import VOCABULARIES, read_manifest
-from trainer.log.vocabulary import read_values
 from trainer.quality.metrics import Metrics, entry_of, first_and_all, number
 from trainer.quality.ranking import Ints
 from trainer.quality.scored import Scored, Scores
@@ -179,18 +179,18 @@ def domain_names(log: Path, feature: str, domains: Ints) -> tuple[dict[int, str]
 
     Domains are called by their numbers where the log has no vocabulary of them or it cannot be read.
     """
-    numbers = np.unique(domains).tolist()
+    ids = np.unique(domains)
+    numbers = ids.tolist()
     manifest = read_manifest(log)
     info = {**manifest.features, **manifest.context}.get(feature)
     if info is None or not info.vocabulary:
         return {number: str(number) for number in numbers}, ""
     try:
-        values = read_values(log / VOCABULARIES / f"{feature}.parquet", info.vocabulary, of_log=True)
+        file = log / VOCABULARIES / f"{feature}.parquet"
+        values = values_of(file, info.vocabulary, ids, of_log=True)
     except DataError as error:
         return {number: str(number) for number in numbers}, f"domains have no names: {error}"
-    # Ids of a vocabulary count from 1.
-    inside = (number for number in numbers if 0 < number <= len(values))
-    known = {number: _printable(values[number - 1].as_py()) for number in inside}
+    known = {number: _printable(value) for number, value in values.items()}
     return _distinct({number: known.get(number, "unknown") for number in numbers}), ""
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from trainer.data.row_group import Bags, Ints
 from trainer.log.arrow import PARQUET_ERRORS, is_list, is_text
+from trainer.log.known_values import KnownValues
 from trainer.log.schema import CLUSTER_COLUMNS
 from trainer.serving.arrow_messages import check_messages
 from trainer.serving.checks import check_names
@@ -25,7 +26,7 @@ from trainer.serving.form import RequestForm
 from trainer.serving.histories import as_user
 from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request, RequestError
 from trainer.serving.scorer import Answer
-from trainer.serving.vocabulary import Translation, Vocabulary, check_text
+from trainer.serving.vocabulary import Translation, check_text
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 
@@ -35,8 +36,8 @@ def read_arrow(
     stored: Mapping[int, History],
     needs: Needs,
     limits: Limits,
-    vocabularies: Mapping[str, Vocabulary] | None = None,
-    users: Vocabulary | None = None,
+    vocabularies: Mapping[str, KnownValues] | None = None,
+    users: KnownValues | None = None,
 ) -> list[Request]:
     """Requests of an Arrow IPC stream, checked.
 

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +29,14 @@ from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import Ints, read_footer, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.arrow import PARQUET_ERRORS, is_text
+from trainer.log.known_values import KnownValues, known_values
 from trainer.log.schema import VOCABULARIES, read_manifest
-from trainer.log.vocabulary import read_values
+from trainer.sealed_folder import scratch
 from trainer.serving.request import History, RequestError
-from trainer.serving.vocabulary import Vocabulary, ids_of
+from trainer.serving.vocabulary import ids_of
+from trainer.storage.fetched import own_cache
 from trainer.storage.ranges import parquet_source
+from trainer.storage.sorted_rows import KEY, Rows, sort_rows
 
 # Row groups whose place is read together at the start.
 _AT_A_TIME = 4
@@ -43,15 +47,20 @@ _MOST_FOOTERS = 64
 _KEPT_NAMES = 64 << 20
 
 
+# Of a row: user, row group, row in it, behaviors.
+_PLACED = {KEY: np.int64, "group": np.int32, "row": np.int32, "behaviors": np.int64}
+
+
 class HistoryStore(Mapping[int, History]):
     """user id -> the longest history that the log has of them, read when it is asked for.
 
-    Takes 24 bytes of memory a user, and at most `cached` bytes of row groups that were read last. May be used
-    from several threads.
+    Takes 24 bytes a user, in memory up to 4 million of them and else in a file that is mapped, and at most
+    `cached` bytes of memory for row groups that were read last. May be used from several threads.
 
     Args:
         log: a sequence log, whose files stay as they are while this lives.
         cached: bytes of decoded row groups that stay in memory.
+        cache: a folder for what is mapped instead of held where users are many; None: the user's caches.
 
     Attributes:
         users: names of the users, whose ids they number, where the log has names; None: users are integers.
@@ -60,14 +69,14 @@ class HistoryStore(Mapping[int, History]):
         DataError: the log is missing or malformed, or its names are not those of its manifest.
     """
 
-    def __init__(self, log: Path, cached: int = _CACHED) -> None:
+    def __init__(self, log: Path, cached: int = _CACHED, cache: Path | None = None) -> None:
         self.log, self.manifest = log, read_manifest(log)
         self.chunk = self.manifest.clusters.chunk if self.manifest.clusters else 0
         named = self.manifest.named.get("user_id")
-        self.users: Vocabulary | None = None
+        self.users: KnownValues | None = None
         if named is not None:
             names = log / VOCABULARIES / "user_id.parquet"
-            self.users = Vocabulary(read_values(names, named.vocabulary, of_log=True))
+            self.users = known_values(names, named.vocabulary, cache, of_log=True)
         self._names: dict[str, tuple[Ints, pa.Array]] = {}
         data = DataConfig(log=log, clusters=bool(self.chunk))
         places: list[RowGroup] = []
@@ -79,7 +88,7 @@ class HistoryStore(Mapping[int, History]):
             reader = SequenceLogReader(data, split, None)
             places += reader.row_groups
             self._columns = reader.columns
-        self._places, self._index = places, _Index.of(places)
+        self._places, self._index = places, _Index.of(places, cache)
         self._cache = _RowCache(cached)
 
     def __getitem__(self, user: int) -> History:
@@ -161,23 +170,25 @@ class _Index(NamedTuple):
     behaviors: Ints
 
     @staticmethod
-    def of(places: Sequence[RowGroup]) -> _Index:
-        """Read two columns of all row groups. Of rows that are equally long, the last one counts."""
-        with ThreadPoolExecutor(_AT_A_TIME, "index") as threads:
+    def of(places: Sequence[RowGroup], cache: Path | None) -> _Index:
+        """Read two columns of all row groups. Of rows that are equally long, the last one counts.
+
+        Raises:
+            DataError: a row group cannot be read, or `cache` cannot be written.
+        """
+        root = own_cache(cache)
+        with ThreadPoolExecutor(_AT_A_TIME, "index") as threads, ExitStack() as held:
+            parts = (_placed(number, *found) for number, found in enumerate(threads.map(_lengths, places)))
             try:
-                found = list(threads.map(_lengths, places))
+                rows = sort_rows(
+                    parts, _PLACED, lambda: held.enter_context(scratch(root, "histories")), _longest
+                )
+            except OSError as error:
+                problem = f"the places of histories cannot be kept in {root}: {error.strerror or error}"
+                raise DataError(f"{problem}; name another folder (--cache), or make room") from None
             finally:
                 threads.shutdown(cancel_futures=True)
-        counts = [user.size for user, _ in found]
-        user = np.concatenate([np.zeros(0, dtype=np.int64), *(user for user, _ in found)])
-        behaviors = np.concatenate([np.zeros(0, dtype=np.int64), *(length for _, length in found)])
-        group = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        row = np.concatenate([np.zeros(0, np.int32), *(np.arange(count, dtype=np.int32) for count in counts)])
-        # A stable order: by user, then by length, then as they are stored.
-        order = np.lexsort((behaviors, user))
-        sorted_user = user[order]
-        last = order[np.append(sorted_user[1:] != sorted_user[:-1], True)[: order.size]]
-        return _Index(user[last], group[last], row[last], behaviors[last])
+        return _Index(*(rows[name] for name in _PLACED))
 
     def find(self, user: int) -> int | None:
         """The user's place in these arrays."""
@@ -241,6 +252,21 @@ def _bytes_of(rows: UserRows) -> int:
     return sum(array.nbytes for array in arrays)
 
 
+def _placed(group: int, user: Ints, behaviors: Ints) -> Rows:
+    """The rows of a row group, for `_PLACED`."""
+    values = user, np.full(user.size, group), np.arange(user.size), behaviors
+    return dict(zip(_PLACED, values, strict=True))
+
+
+def _longest(rows: Rows) -> Rows:
+    """The longest row of each user, of rows sorted by user."""
+    # A stable order: by user, then by length, then as they are stored.
+    order = np.lexsort((rows["behaviors"], rows[KEY]))
+    user = rows[KEY][order]
+    last = order[np.append(user[1:] != user[:-1], True)[: order.size]]
+    return {name: values[last] for name, values in rows.items()}
+
+
 def _lengths(place: RowGroup) -> tuple[Ints, Ints]:
     """Users of a row group, and how many behaviors each has there."""
     group = read_group(place.file, place.row_group, ["user_id", "history_timestamp"], None)
@@ -284,7 +310,7 @@ def as_user(given: int | str) -> pa.Array:
     return pa.array([given], pa.large_string() if isinstance(given, str) else pa.int64())
 
 
-def known_user(stored: Mapping[int, History], user: pa.Array, names: Vocabulary | None, place: str) -> int:
+def known_user(stored: Mapping[int, History], user: pa.Array, names: KnownValues | None, place: str) -> int:
     """The log's number of a user that has a history.
 
     Args:

@@ -21,12 +21,12 @@ from trainer.data.files import RowGroup
 from trainer.data.labels import TaskLabels
 from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
 from trainer.data.rows import Columns, UserRows
+from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch, Reading
 from trainer.model.windows import Selection
 from trainer.serving.checks import visible_behaviors
 from trainer.serving.request import Needs, Request
-from trainer.serving.vocabulary import Vocabulary
 from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
 
@@ -103,7 +103,7 @@ class Scorer:
             domain=_domain_of(self.data.domain, self.needs),
         )
         # `trainer.serving.versions` sets them: requests may hold raw values of these features.
-        self.vocabularies: Mapping[str, Vocabulary] = {}
+        self.vocabularies: Mapping[str, KnownValues] = {}
         self._searched = 0.0
         self.branches: dict[str, Branch] = {}
         for name, branch in snapshot.model.branches.items():

@@ -22,7 +22,8 @@ class Versions:
         root: a version's folder, which is then served for good, or the folder of versions.
         histories: their ids must be of the snapshot's vocabulary.
         vocabulary: a log whose values may stand for ids, where a snapshot has none with it.
-        cache: where versions of a snapshot in an object store are fetched to; None: the user's caches.
+        cache: where versions of a snapshot in an object store are fetched to, and vocabularies kept that are
+            too large for memory; None: the user's caches.
         reloaded: told "switched", "unchanged", "refused" or "failed" after every attempt.
 
     Attributes:
@@ -100,7 +101,7 @@ class Versions:
             known = self.histories.manifest
             snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
         scorer = Scorer(snapshot, self.histories.chunk if self.histories else 0)
-        scorer.vocabularies = vocabularies_of(snapshot, self._vocabulary)
+        scorer.vocabularies = vocabularies_of(snapshot, self._vocabulary, self._cache)
         # Once more with the searches that serve, which also brings what they need into memory.
         snapshot.check_own(snapshot.score(snapshot.recorded.batch))
         return scorer

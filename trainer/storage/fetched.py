@@ -18,8 +18,12 @@ _DAY = 86_400
 
 def cache_of(folder: Path, cache: Path | None = None) -> Path:
     """Where what is fetched from a remote folder lies: in `cache`, or in the user's own folder of caches."""
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    return (cache or Path.home() / ".cache" / "tandemrec") / name
+    return own_cache(cache) / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+
+
+def own_cache(cache: Path | None = None) -> Path:
+    """`cache`, or the user's own folder of caches where none is named."""
+    return cache or Path.home() / ".cache" / "tandemrec"
 
 
 def fetch(

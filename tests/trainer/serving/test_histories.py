@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from tests.helpers.logs import Shape, enrich, random_rows, write_log
 from trainer.serving import histories
 from trainer.serving.histories import HistoryStore
 from trainer.serving.request import RequestError
-from trainer.storage import place
+from trainer.storage import place, sorted_rows
 
 SPLITS = ("train", "validation", "test")
 Row = dict[str, Any]
@@ -42,15 +43,19 @@ def longest(splits: dict[str, list[Row]]) -> dict[int, Row]:
     return found
 
 
-@pytest.mark.parametrize("cached", [1, 256 << 20])
+@pytest.mark.parametrize(("cached", "run"), [(1, 5), (256 << 20, 1 << 22)])
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 1000), rich=st.booleans())
 def test_histories_are_those_of_the_log(
-    tmp_path_factory: pytest.TempPathFactory, cached: int, seed: int, rich: bool
+    tmp_path_factory: pytest.TempPathFactory, cached: int, run: int, seed: int, rich: bool
 ) -> None:
-    splits = splits_of(seed, rich)
-    log = write_log(tmp_path_factory.mktemp("log") / "log", splits, rich=rich)
-    store, wanted = HistoryStore(log, cached), longest(splits)
+    """Where users lie is in memory, or in files of a cache that are mapped and leave nothing behind."""
+    splits, folder = splits_of(seed, rich), tmp_path_factory.mktemp("log")
+    log = write_log(folder / "log", splits, rich=rich)
+    with patch.object(sorted_rows, "_RUN", run):
+        store, wanted = HistoryStore(log, cached, folder / "cache"), longest(splits)
+    assert (folder / "cache").is_dir() == (sum(map(len, splits.values())) >= run)
+    assert not list((folder / "cache").glob("*"))
     assert list(store) == sorted(wanted) == store.first(99) and len(store) == len(wanted)
     assert 1_000_000 not in store and -1 not in store and (1 << 70) not in store
     for user in np.random.default_rng(seed).permutation(sorted(wanted)).tolist():

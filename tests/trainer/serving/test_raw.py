@@ -17,15 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipelines.export as export_module
-import trainer.serving.vocabulary as vocabulary_module
+import trainer.log.known_values as vocabulary_module
 from embeddings.errors import DataError, SnapshotError
 from tests.helpers.logs import random_rows, write_log
 from tests.helpers.models import preset
 from tests.helpers.serving import ARROW, bodies, published, service_of, serving, snapshot_of, stream
+from trainer.log.known_values import KnownValues
 from trainer.log.schema import read_manifest
 from trainer.log.vocabulary import read_values
 from trainer.log.writer import write_manifest
-from trainer.serving.vocabulary import Vocabulary, vocabularies_of
+from trainer.serving.vocabulary import vocabularies_of
 from trainer.snapshot import Snapshot, load_snapshot
 from trainer.snapshot.vocabularies import copy_vocabularies
 
@@ -148,7 +149,7 @@ def test_wrong_and_damaged_vocabularies_are_refused(log: Path, snapshot: Snapsho
 
 @given(st.lists(st.text(max_size=6), unique=True, max_size=40), st.lists(st.text(max_size=6), max_size=20))
 def test_text_is_found_exactly(values: list[str], asked: list[str]) -> None:
-    known = Vocabulary(pa.array(values, pa.large_string()))
+    known = KnownValues.of(pa.array(values, pa.large_string()))
     asked = asked + values[::2]
     expected = [values.index(text) + 1 if text in values else 0 for text in asked]
     assert known.ids(pa.array(asked, pa.large_string())).tolist() == expected
@@ -158,7 +159,7 @@ def test_texts_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         vocabulary_module, "_hash", lambda content, offsets: np.zeros(len(offsets) - 1, dtype=np.uint64)
     )
-    known = Vocabulary(pa.array(["a", "b", "c"], pa.large_string()))
+    known = KnownValues.of(pa.array(["a", "b", "c"], pa.large_string()))
     assert known.ids(pa.array(["c", "z", "b", "a"], pa.large_string())).tolist() == [3, 0, 2, 1]
 
 

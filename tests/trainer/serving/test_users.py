@@ -19,11 +19,11 @@ from pipelines.serve.app import Service
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from tests.helpers.models import preset
 from tests.helpers.serving import Client, bodies, service_of, serving, snapshot_of
+from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo, read_manifest
 from trainer.log.writer import write_manifest
 from trainer.quality.scored import Scored, read_scores
 from trainer.serving.histories import HistoryStore
-from trainer.serving.vocabulary import Vocabulary
 
 ARROW = "application/vnd.apache.arrow.stream"
 # Digits are names like others, and no numbers; the last one has no row.
@@ -51,7 +51,7 @@ def log(tmp_path: Path) -> Path:
 def served(log: Path, monkeypatch: pytest.MonkeyPatch, stored: bool = True) -> Service:
     """Every raw value of a feature is its id, so that users alone are told apart."""
     service = service_of(snapshot_of(preset("dare", log)), monkeypatch, log if stored else None)
-    raw = {name: Vocabulary(pa.array(range(1, rows))) for name, rows in FEATURES.items()}
+    raw = {name: KnownValues.of(pa.array(range(1, rows))) for name, rows in FEATURES.items()}
     service.versions.scorer.vocabularies = raw
     return service
 
