@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from embeddings.disk import free_disk
 from embeddings.errors import ConfigError
 
 
@@ -31,7 +31,8 @@ def mapped_rows(folder: Path, count: int, dtype: torch.dtype) -> Tensor:
             os.posix_fallocate(file.fileno(), 0, size)
             memory = mmap.mmap(file.fileno(), size)
     except OSError as error:
-        free = f" ({shutil.disk_usage(folder).free / 1e9:,.1f} GB are free)" if folder.is_dir() else ""
+        room = free_disk(folder) if folder.is_dir() else None
+        free = "" if room is None else f" ({room / 1e9:,.1f} GB are free)"
         problem = f"{size / 1e9:,.1f} GB of tables cannot lie there: {error.strerror}{free}"
         raise ConfigError(f"plan.mapped_folder = {str(folder)!r}: {problem}") from None
     return torch.frombuffer(memory, dtype=dtype)

@@ -80,6 +80,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if _NAME.search(path.name)), reverse=True)
 
 
+def bytes_of_all(folder: Path) -> int:
+    """What the checkpoints of a local folder take of its disk; those set aside or half written do not count.
+
+    They are given up as new ones come, whole ones and deltas. Of a store, whose room has no bounds, 0.
+    """
+    total = 0
+    for path in [] if is_remote(folder) else checkpoints(folder):
+        # A training that runs there may be deleting it.
+        with suppress(FileNotFoundError):
+            total += sum(sizes(path).values())
+    return total
+
+
 def of_step(folder: Path, step: int) -> list[Path]:
     """The checkpoints of a step: one at most, or in a store several, in the order of their random ids."""
     return [path for path in checkpoints(folder) if step_of(path) == step]

@@ -9,7 +9,6 @@ snapshots are what may come from elsewhere.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
+from embeddings.disk import free_disk
 from embeddings.errors import CheckpointError
 from embeddings.lookup.shards import local_shards, tensors_of
 from trainer.assemble import FormerPlan
@@ -32,7 +32,6 @@ from trainer.checkpoint.files import Entries, read_state, verify
 from trainer.checkpoint.row_blocks import BlockPlanner
 from trainer.checkpoint.writer import HashedWriter
 from trainer.sealed_folder import remove_folder
-from trainer.storage import is_remote
 
 __all__ = ["ResumePoint", "find", "find_to_use", "load_tensors", "read_state", "save", "verify"]
 
@@ -203,8 +202,8 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | 
         wanted = sum(shard.tensor.nbytes for whole in tensors_of(tensors) for shard in local_shards(whole))
         wanted += sum(shard.count * shard.row_bytes for shard in shards)
         sizes = f"{wanted / 1e6:,.1f} MB"
-        if not is_remote(part):
-            sizes += f" with {shutil.disk_usage(part.parent).free / 1e6:,.1f} MB free"
+        if (free := free_disk(part.parent)) is not None:
+            sizes += f" with {free / 1e6:,.1f} MB free"
         reason = _reason(writer.files.problem or error)
         raise CheckpointError(part, f"writing {sizes}: {reason}") from None
 
