@@ -23,7 +23,17 @@ from typing import Any
 
 from embeddings.errors import CheckpointError
 from trainer.log.names import path_problem
-from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, file_digest, remove_folder, sweep, sync
+from trainer.sealed_folder import (
+    DIGEST,
+    MANIFEST,
+    Seal,
+    entry_of,
+    file_digest,
+    raise_of_store,
+    remove_folder,
+    sweep,
+    sync,
+)
 from trainer.sealed_folder import publish as publish_folder
 from trainer.sealed_folder import retire as retire_folder
 from trainer.storage import is_remote
@@ -150,8 +160,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return _object(file, file.read_bytes())
     except OSError as error:
-        if is_remote(file) and not isinstance(error, FileNotFoundError):
-            raise
+        raise_of_store(file, error)
         raise CheckpointError(file, f"unreadable: {error.strerror}") from None
 
 

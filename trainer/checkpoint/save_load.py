@@ -31,7 +31,7 @@ from trainer.checkpoint.delta import Delta, write_rows
 from trainer.checkpoint.files import Entries, read_state, verify
 from trainer.checkpoint.row_blocks import BlockPlanner
 from trainer.checkpoint.writer import HashedWriter
-from trainer.sealed_folder import remove_folder
+from trainer.sealed_folder import raise_of_store, remove_folder
 
 __all__ = ["ResumePoint", "find", "find_to_use", "load_tensors", "read_state", "save", "verify"]
 
@@ -181,10 +181,19 @@ def _answer(alone: bool, compute: Callable[[], Result]) -> Result:
 
 
 def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = True) -> None:
-    """Fill a state dict in place from a verified checkpoint, whatever plan or world size wrote it."""
+    """Fill a state dict in place from a verified checkpoint, whatever plan or world size wrote it.
+
+    Raises:
+        CheckpointError: the tensors are others, or a file cannot be read; OSError: the store cannot.
+    """
+    reader = ChainReader(path)
     try:
-        dcp.load(tensors, storage_reader=ChainReader(path), no_dist=not distributed)
+        from_every_rank(reader.open) if distributed else reader.open()
+        dcp.load(tensors, storage_reader=reader, no_dist=not distributed)
     except (RuntimeError, ValueError, OSError, BadZipFile, dcp.api.CheckpointException) as error:
+        if isinstance(cause := _cause(error), OSError):
+            raise_of_store(path, cause)
+            raise CheckpointError(path, f"cannot be read: {_reason(cause)}") from None
         raise CheckpointError(path, f"does not fit this configuration: {_reason(error)}") from None
 
 
@@ -263,6 +272,7 @@ def _next_link(path: Path) -> Path | None:
     try:
         same = files.manifest_digest(folder) == base.link.sha256
     except OSError as error:
+        raise_of_store(folder, error)
         raise CheckpointError(path, f"builds on {folder.name}: {error.strerror}") from None
     if not same:
         raise CheckpointError(path, f"builds on another {folder.name} than is there now")
@@ -289,10 +299,16 @@ def _verify(path: Path, alone: bool) -> None:
     from_every_rank(lambda: files.check_files(path, mine), slow=True)
 
 
-def _reason(error: BaseException) -> str:
-    """The first line that says something: DCP wraps what happened on each rank."""
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on a rank, out of DCP's error of all ranks."""
     failures = getattr(error, "failures", None)
-    cause = next(iter(failures.values()))[0] if failures else error
+    cause: BaseException = next(iter(failures.values()))[0] if failures else error
+    return cause
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something."""
+    cause = _cause(error)
     if isinstance(cause, OSError) and "://" in str(cause.filename):
         return f"{cause.filename}: {cause.strerror}"
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
