@@ -16,7 +16,7 @@ from embeddings.agreement import from_every_rank, from_rank_0, unhurried
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.plan.file import read_plan_file, to_tree
-from embeddings.plan.memory import memory_of_ranks
+from embeddings.plan.memory import RankMemory, memory_of_ranks
 from embeddings.plan.planner import DoesNotFit, check_plan, offline_plan
 from embeddings.plan.request import keep_quiet
 from pipelines.task_lines import task_lines
@@ -35,6 +35,7 @@ from trainer.assemble import (
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.checkpoint.dense_start import TaskHeads
+from trainer.checkpoint.files import bytes_of_all
 from trainer.checkpoint.same_tasks import check_same_tasks
 from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.sections import EarlyStoppingConfig
@@ -49,7 +50,7 @@ from trainer.loop.loop import Trainer
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
-from trainer.needs.run_needs import TooLittleMemory, check_memory, memory_needs
+from trainer.needs.run_needs import Run, TooLittleMemory, check_disk, check_memory, disk_needs, memory_needs
 from trainer.objectives.of_tasks import trained_tasks
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
@@ -121,6 +122,19 @@ class Start:
             self.fingerprint,
             plan,
         )
+
+    def disk_lines(self, run: Run, held: Sequence[RankMemory]) -> list[str]:
+        """What is to be said of the disk that checkpoints go to, before tables in mapped files take of it.
+
+        Args:
+            held: what each rank is to have of the tables.
+
+        Raises:
+            ConfigError: a new run could not save once.
+        """
+        folder, device = self.folder.checkpoints, self.ranks.device.type
+        needs = disk_needs(run, held, device, folder, bytes_of_all(folder))
+        return check_disk(needs, new=self.resume.path is None)
 
     def fill(self, trainer: Trainer, scratch: Path, say: Say) -> None:
         """Give a new run the weights that `train.init_from` names, if any; collective."""
@@ -245,8 +259,9 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
             request = plan_request(config, start.manifest, built, cluster, size)
             found = offline_plan(request)
             held = memory_of_ranks(found.options, found.tables, cluster.world_size, cluster.device)
-            needs = memory_needs(run_of(config, start.manifest, request, size), held, memory, cluster.ddr)
-            return "\n".join(check_memory(needs))
+            run = run_of(config, start.manifest, request, size)
+            lines = check_memory(memory_needs(run, held, memory, cluster.ddr))
+            return "\n".join([*lines, *start.disk_lines(run, held)])
         except ConfigError as error:
             if ranks.world_size > 1 or not isinstance(error, (DoesNotFit, TooLittleMemory)):
                 raise

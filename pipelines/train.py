@@ -20,12 +20,11 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Position, Trainer
-from trainer.needs.run_needs import Run, check_disk, disk_needs, free_disk
 from trainer.quality.baseline_files import baselines_of
 from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config, of_files
-from trainer.run_folder import RunFolder, versions
+from trainer.run_folder import versions
 from trainer.storage import place
 
 # Candidates of a training split that is read once more when training ends, for baselines: some minutes.
@@ -91,11 +90,10 @@ def run(
         training=True,
         former=resume.former_plan,
         first_rows=resume.path is None,
+        disk_lines=start.disk_lines,
     )
     if sharded.origin:
         say(sharded.origin)
-    for line in from_rank_0(lambda: disk_lines(sharded.run, folder, resume)):
-        say(line)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
     trainer = start.trainer(sharded, say)
     start.fill(trainer, folder.first_weights, say)
@@ -109,18 +107,6 @@ def run(
         from_rank_0(lambda: opened.enter_context(folder.lock()))
         end = trainer.run(resume)
     _conclude(trainer, end, resume, start.manifest, say)
-
-
-def disk_lines(needs: Run | None, folder: RunFolder, resume: checkpoint.ResumePoint) -> list[str]:
-    """What is to be said of the disk that checkpoints go to.
-
-    Raises:
-        ConfigError: a new run could not save once.
-    """
-    if needs is None:
-        return []
-    there = sum(1 for _ in folder.checkpoints.glob("step-*")) if folder.checkpoints.exists() else 0
-    return check_disk(disk_needs(needs, free_disk(folder.checkpoints), there), new=resume.path is None)
 
 
 def _conclude(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from shutil import disk_usage
 from typing import Any
 
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.agreement import from_every_rank
+from embeddings.agreement import from_every_rank, from_rank_0
+from embeddings.disk import free_disk
 from embeddings.errors import ConfigError, hint_of
 from embeddings.groups import TableGroup
 from embeddings.lookup.caches import with_prefetch
@@ -22,7 +22,7 @@ from embeddings.lookup.rounding import Comms
 from embeddings.lookup.sharding import attach_optimizer, shard
 from embeddings.plan.bandwidths import of_device
 from embeddings.plan.file import SavedPlan, from_tree
-from embeddings.plan.memory import memory_of_plan
+from embeddings.plan.memory import RankMemory, memory_of_plan
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.tables import dense_bytes, tables_of
@@ -49,7 +49,6 @@ class ShardedModel:
 
     Attributes:
         origin: lines that say where a checkpoint had a say in it, and what of the run may not fit.
-        run: what the run's needs follow from, where it is to train.
     """
 
     model: DistributedModelParallel
@@ -57,7 +56,6 @@ class ShardedModel:
     placements: list[Placement]
     plan: SavedPlan
     origin: str = ""
-    run: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +199,7 @@ def build_sharded(
     training: bool = False,
     former: FormerPlan | None = None,
     first_rows: bool = True,
+    disk_lines: Callable[[Run, Sequence[RankMemory]], Sequence[str]] | None = None,
 ) -> ShardedModel:
     """Plan, shard and initialise; collective over all ranks.
 
@@ -208,6 +207,8 @@ def build_sharded(
         training: the plan weighs what a step of training asks of the tables, and may come from `plan.file`.
         former: the plan of the checkpoint that training goes on from; it is taken again where it still suits.
         first_rows: compute the tables' first weights; False: a checkpoint fills every row right after.
+        disk_lines: what is to be said of the disk of a run to train with so much of the tables on each rank;
+            rank 0 asks before any table is made, and an error is every rank's.
     """
     model, groups = build_trainable(config, manifest, torch.device("meta"))
     size = step_size(config.data, manifest) if training else None
@@ -221,7 +222,6 @@ def build_sharded(
     else:
         plan, origin = _plan(config, request, former)
     lines: list[str] = []
-    run = None
     if size is not None:
         run = run_of(config, manifest, request, size)
         held = memory_of_plan(plan, run.tables)
@@ -231,6 +231,8 @@ def build_sharded(
                 chain(*from_every_rank(lambda: check_memory(memory_needs(run, held, cluster, roomy.ddr))))
             )
         ]
+        if disk_lines is not None:
+            lines += from_rank_0(lambda: disk_lines(run, held))
     if training:
         plan, line = fit_caches(plan, config.train.pipeline == "prefetch", model)
         origin = "\n".join(filter(None, (origin, line, *lines)))
@@ -244,7 +246,7 @@ def build_sharded(
         first_rows=first_rows,
         mapped_folder=_mapped_folder(config, ranks.device.type),
     )
-    return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin, run)
+    return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin)
 
 
 def room_for_tables(cluster: Cluster, config: Config) -> Cluster:
@@ -256,7 +258,7 @@ def room_for_tables(cluster: Cluster, config: Config) -> Cluster:
     folder = _mapped_folder(config, cluster.device)
     if folder is None:
         return cluster
-    return replace(cluster, ddr=disk_usage(folder).free // cluster.local_world_size)
+    return replace(cluster, ddr=(free_disk(folder) or 0) // cluster.local_world_size)
 
 
 def _mapped_folder(config: Config, device: str) -> Path | None:
@@ -272,7 +274,7 @@ def _mapped_folder(config: Config, device: str) -> Path | None:
         why = (
             "is no folder; make it first"
             if device == "cpu"
-            else "is for tables of CPU ranks; leave it out on GPUs"
+            else 'is for tables of CPU ranks, and these are GPUs; set it to "", or take CPUs'
         )
         raise ConfigError(f"plan.mapped_folder = {str(folder)!r} {why}")
     return folder

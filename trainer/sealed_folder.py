@@ -96,7 +96,7 @@ class Seal:
         try:
             return file.read_bytes()
         except OSError as error:
-            _raise_of_store(file, error)
+            raise_of_store(file, error)
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
 
     def check(
@@ -110,7 +110,7 @@ class Seal:
         try:
             same = file.stat().st_size == size and digest_of(file) == digest
         except OSError as error:
-            _raise_of_store(file, error)
+            raise_of_store(file, error)
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
         if not same:
             raise self.error(file, f"does not match the manifest, so it is corrupt; {self.remedy}")
@@ -120,9 +120,12 @@ class Seal:
         return f"{hashlib.sha256(manifest).hexdigest()}{named}\n".encode()
 
 
-def _raise_of_store(file: Path, error: OSError) -> None:
-    """A store that cannot be read now says nothing about its files: none of them is to be given up."""
-    if is_remote(file) and not isinstance(error, FileNotFoundError):
+def raise_of_store(file: Path, error: Exception) -> None:
+    """Raise an error of a store as it is: one that cannot be read now says nothing about its files.
+
+    So none of them is to be given up, or told to be damaged. An object that is not there is a fault of it.
+    """
+    if is_remote(file) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         raise error
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from embeddings.disk import free_disk
 from embeddings.errors import ConfigError
 
 _IN_USE: WeakSet[mmap.mmap] = WeakSet()
@@ -38,7 +38,8 @@ def mapped_rows(folder: Path, count: int, dtype: torch.dtype) -> Tensor:
             memory = mmap.mmap(file.fileno(), size)
             memory.madvise(mmap.MADV_RANDOM)
     except OSError as error:
-        free = f" ({shutil.disk_usage(folder).free / 1e9:,.1f} GB are free)" if folder.is_dir() else ""
+        room = free_disk(folder) if folder.is_dir() else None
+        free = "" if room is None else f" ({room / 1e9:,.1f} GB are free)"
         problem = f"{size / 1e9:,.1f} GB of tables cannot lie there: {error.strerror}{free}"
         raise ConfigError(f"plan.mapped_folder = {str(folder)!r}: {problem}") from None
     _IN_USE.add(memory)

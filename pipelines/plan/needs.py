@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,16 @@ from embeddings.plan.memory import gigabytes, memory_of_ranks
 from embeddings.plan.planner import PlanEstimate
 from embeddings.plan.request import Cluster
 from pipelines.console import table_lines
+from trainer.checkpoint.files import bytes_of_all
 from trainer.needs.run_needs import (
     FITS,
-    MAPPED,
     Need,
     Run,
     disk_needs,
     export_need,
-    free_disk,
     memory_needs,
-    same_disk,
 )
+from trainer.run_folder import RunFolder
 from trainer.snapshot.writing import group_dtypes
 
 
@@ -36,18 +35,11 @@ def all_needs(
         out: the run's folder, whose disk is asked for its free bytes.
     """
     held = memory_of_ranks(found.options, found.tables, cluster.world_size, cluster.device)
-    stages = memory_needs(run, held, cluster, for_tables)
-    room, where = None if out is None else free_disk(out), "disk"
-    files = sum(need.bytes for need in stages if need.stage == MAPPED)
-    folder = Path(run.config.plan.mapped_folder or "")
-    if files and out is not None and room is not None and same_disk(out, folder):
-        # Their room is taken before the first save.
-        room, where = max(room - files, 0), "disk, beside mapped files"
-    there = len(list((out / "checkpoints").glob("step-*"))) if out is not None else 0
+    there = 0 if out is None else bytes_of_all(RunFolder(out).checkpoints)
     return [
-        *stages,
+        *memory_needs(run, held, cluster, for_tables),
         export_need(run, cluster),
-        *[replace(need, where=where) for need in disk_needs(run, room, there)],
+        *disk_needs(run, held, cluster.device, out, there),
         *snapshot_needs(run),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +70,13 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
     size = step_size(settings.data, manifest, options.behaviors or None)
     # Of tables in mapped files, the disk of this machine stands for those of the nodes.
     memory, cluster = cluster, room_for_tables(cluster, settings)
+    mapped = settings.plan.mapped_folder or ""
     with of_files(config, overrides):
         request = _request(settings, manifest, cluster, size)
     try:
         found = offline_plan(request)
     except DoesNotFit as problem:
-        print("\n".join(need_lines(problem.parts, cluster)), flush=True)
+        print("\n".join(need_lines(problem.parts, cluster, mapped)), flush=True)
         tried = remedies(settings, cluster, problem.parts, lambda c, k: _request(c, manifest, k, size))
         print("\n".join(tried), flush=True)
         raise
@@ -86,15 +88,20 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
         lookup: lookups(settings, {g.name: g for g in request.groups}, manifest, size, lookup, cluster.device)
         for lookup in ("full", "selected")
     }
-    report = Report(found, request, size, asked, settings.model.lookup)
+    report = Report(found, request, size, asked, settings.model.lookup, mapped)
     run = run_of(settings, manifest, request, size)
     needs = all_needs(run, found, memory, cluster.ddr, options.run)
     print("\n".join([*report_lines(report), "", *need_table(needs)]))
+    if options.hbm and cluster.device == "cpu":
+        print(f"--hbm {options.hbm} has no effect: these ranks have no GPU")
     if not options.ddr:
         print(f"host memory of a node was not given: {gigabytes(_HOST)} a rank is assumed; give --ddr")
     if options.out is not None:
         write_text(options.out, json.dumps({**to_tree(saved), "needs": needs_tree(needs)}, indent=1))
-        print(f"plan written to {options.out}; train with `tandemrec train --plan {options.out}`")
+        words = ["--config", str(config), *(word for each in overrides for word in ("--set", each))]
+        words += ["--plan", str(options.out), "--out", "RUN" if options.run is None else str(options.run)]
+        ranks = f" on {options.world_size} ranks" if options.world_size > 1 else ""
+        print(f"plan written to {options.out}; next{ranks}: tandemrec train {shlex.join(words)}")
 
 
 def cluster_of(options: PlanOptions, trained_on: DeviceName = "auto") -> Cluster:

@@ -31,6 +31,7 @@ class Report:
     Attributes:
         estimate: the plan; request: what it answers; size: of a step.
         lookups: lookup mode -> table -> what a step asks of it; lookup: the config's mode.
+        mapped: the folder of a disk where tables lie in files; empty = in memory.
     """
 
     estimate: PlanEstimate
@@ -38,6 +39,7 @@ class Report:
     size: StepSize
     lookups: Mapping[str, Mapping[str, Lookup]]
     lookup: str
+    mapped: str = ""
 
     @property
     def cluster(self) -> Cluster:
@@ -101,8 +103,8 @@ def waste_lines(report: Report) -> list[str]:
     return lines
 
 
-def need_lines(parts: Sequence[TableNeed], cluster: Cluster) -> list[str]:
-    """What each table needs where no plan was found."""
+def need_lines(parts: Sequence[TableNeed], cluster: Cluster, mapped: str = "") -> list[str]:
+    """What each table needs where no plan was found; `mapped` as in `Report`."""
     head = ("table", "all ranks", "best sharding", "its largest shard", "too much")
     rows = [
         (
@@ -114,13 +116,22 @@ def need_lines(parts: Sequence[TableNeed], cluster: Cluster) -> list[str]:
         )
         for p in parts
     ]
-    return [f"no plan fits ranks of {gigabytes(cluster.memory)}", *table_lines(head, rows)]
+    room = gigabytes(cluster.memory)
+    ranks = f"ranks of {room}" if not mapped else f"ranks with {room} each of {_disk(mapped)}"
+    return [f"no plan fits {ranks}", *table_lines(head, rows)]
+
+
+def _disk(mapped: str) -> str:
+    return f"the disk of mapped files (plan.mapped_folder = {mapped})"
 
 
 def _head(report: Report) -> list[str]:
     cluster, size = report.cluster, report.size
     reserve = report.request.rules.reserve
-    kind = "device" if cluster.device == "cuda" else "host"
+    room = f"{gigabytes(cluster.memory)} {'device' if cluster.device == 'cuda' else 'host'}"
+    what = f"memory of a rank: {room}"
+    if report.mapped:
+        what = f"room of a rank: {gigabytes(cluster.memory)}, what is free now of {_disk(report.mapped)}"
     nodes = cluster.world_size // cluster.local_world_size
     host = []
     if cluster.device == "cuda" and report.request.rules.allow_unified_memory:
@@ -128,8 +139,8 @@ def _head(report: Report) -> list[str]:
     return [
         f"plan for {cluster.world_size} rank(s) on {cluster.device}, {nodes} node(s) of "
         f"{cluster.local_world_size}",
-        f"memory of a rank: {gigabytes(cluster.memory)} {kind}, {gigabytes(report.estimate.usable)} of it "
-        f"for tables ({reserve:.0%} and the dense weights stay free)",
+        f"{what}, {gigabytes(report.estimate.usable)} of it for tables ({reserve:.0%} and the dense weights "
+        "stay free)",
         *host,
         f"a step: {size.candidates:,} candidates of {size.requests:,} requests, {size.behaviors:,} behaviors "
         f"({size.source}); lookup = {report.lookup}",
@@ -165,7 +176,7 @@ def _memory(report: Report) -> list[str]:
         sizes = (memory.weights, memory.optimizer, memory.buffers, memory.total, memory.host)
         cells = (*(gigabytes(size) for size in sizes), f"{memory.total / cluster.memory:.0%}")
         alike.setdefault(cells, []).append(rank)
-    what = "device memory" if cluster.device == "cuda" else "memory"
+    what = "device memory" if cluster.device == "cuda" else "mapped files" if report.mapped else "memory"
     head = ("ranks", "weights", "optimizer", "buffers", f"in {what}", "in host memory", "share")
     total = sum(held, RankMemory())
     work = [0.0] * cluster.world_size

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,32 @@ def break_saves(times: int) -> Callable[[Ranks], None]:
         hashed_writer._HashingStream.write = full  # type: ignore[method-assign]
 
     return before
+
+
+def in_a_write(action: Callable[[], None]) -> Callable[[Ranks], None]:
+    """Have rank 1 do something once, while it writes its first checkpoint."""
+
+    def before(ranks: Ranks) -> None:
+        write, left = hashed_writer._HashingStream.write, [action] * (ranks.rank == 1)
+
+        def acting(stream: Any, content: Any) -> int:
+            if left:
+                left.pop()()
+            return write(stream, content)
+
+        hashed_writer._HashingStream.write = acting  # type: ignore[method-assign]
+
+    return before
+
+
+def freeze() -> None:
+    """As a machine that is cut off: nothing of this process answers, until somebody ends it."""
+    mine = os.getpid()
+    if not os.fork():
+        time.sleep(14)
+        os.kill(mine, signal.SIGKILL)
+        os._exit(0)
+    os.kill(mine, signal.SIGSTOP)
 
 
 def note_saves(said: Path) -> Callable[[Ranks], None]:
@@ -196,6 +223,10 @@ def main(root: Path) -> None:
     report["full, continue"] = runs.train("on", 2, break_saves(1), **often, checkpoint__on_error="continue")
     last = {"checkpoint__on_error": "continue", "train__max_steps": 5}
     report["full at the end"] = runs.train("end", 2, break_saves(1), **last)
+    report["full at the end, sync"] = runs.train("end2", 2, break_saves(1), **last, checkpoint__mode="sync")
+    short = {"checkpoint__mode": "sync", "train__timeout_s": 3, "train__max_steps": 4}
+    report["slow"] = runs.train("slow", 2, in_a_write(lambda: time.sleep(7)), **short)
+    report["frozen"] = runs.train("frozen", 2, in_a_write(freeze), **short)
     four = {"train__max_steps": 8, "checkpoint__every_steps": 5, "checkpoint__keep": 99}
     report["on 4"] = runs.train("four", 4, **four)
     for ranks in (1, 2, 3, 4):

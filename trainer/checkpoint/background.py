@@ -1,7 +1,8 @@
 """Saves while training goes on: the tensors are copied, a thread writes the copy.
 
 One save at a time: the next one waits for it. What goes wrong in the thread is raised by a later call on
-every rank alike, because a save's own collectives tell all ranks of it.
+every rank alike, because a save's own collectives tell all ranks of it. Where training waits for a save, a
+thread writes it all the same, from where the tensors lie: the ranks that wait can then miss a lost one.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Saver:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self.saved = -1
         self._copy, self._roomy, self._local_ranks = StagedCopy(), False, local_ranks
-        # `async` or `sync`; empty: the first save is to find out.
-        self._mode = "" if config.mode == "auto" else config.mode
+        # Of `auto`, what the newest full save was, `async` or `sync`; empty: there was none.
+        self._mode = ""
         self._running: _Save | None = None
         self._touched = touched
         # What a delta would build on, and how many deltas there are since the last full one.
@@ -94,11 +95,19 @@ class Saver:
         """Whether a save in the background has failed and was not yet spoken of."""
         return self._running is not None and self._running.problem is not None
 
-    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], best: int = -1) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Any],
+        state: Mapping[str, Any],
+        best: int = -1,
+        last: bool = False,
+    ) -> None:
         """Save what training stands at; collective. Returns once the tensors may change again.
 
         Args:
             best: the step whose checkpoint stays, however old it gets; -1 = none.
+            last: as in `settle`, of this save.
 
         Raises:
             CheckpointError: this save failed, or the one before, and `on_error` is `stop`.
@@ -108,18 +117,15 @@ class Saver:
         whole = tensors if delta is None else without_rows(tensors, delta.names)
         copied = StagedCopy.bytes_of(whole)
         copied += 0 if delta is None else sum(shard.count * shard.row_bytes for shard in delta.shards)
-        in_background = self._in_background(copied, delta is not None)
-        if in_background:
+        if in_background := self._in_background(copied, delta is not None):
             whole, in_background = self._staged(whole, delta)
         write = partial(
             checkpoint.save, self.folder, step, whole, state, self.config.keep, best, self._group, delta
         )
         self._running = save = _Save(self.folder, step, write, device, 0 if delta is None else delta.links)
-        if in_background:
-            save.start()
-        else:
-            save.run()
-            self.settle()
+        save.start()
+        if not in_background:
+            self.settle(last)
 
     def settle(self, last: bool = False) -> None:
         """Wait for the save under way and report it.
@@ -130,15 +136,15 @@ class Saver:
         Raises:
             CheckpointError: it failed; on every rank.
         """
-        save, self._running = self._running, None
+        save = self._running
         if save is None:
             return
         started = time.monotonic()
         # All ranks wait together, so that one that is gone is missed as in a step: what the save itself
-        # exchanges may take an hour (`timeout_minutes`).
+        # exchanges may take an hour (`timeout_minutes`). A slow save is no lost rank, since its rank answers.
         while sum_counts([int(save.is_alive())])[0]:
             save.join(_LOOK_S)
-        waited = time.monotonic() - started
+        self._running, waited = None, time.monotonic() - started
         if self._touched is not None:
             # The next one may be of another kind, and both would lie beside the tables.
             self._copy.close()
@@ -176,10 +182,10 @@ class Saver:
             sum(self._touched.rows[key] * shard.row_bytes for key, shard in zip(bits, shards, strict=True)),
             {key.table for key in bits},
         )
-        every = from_every_rank(lambda: mine, self._group)
+        every = from_every_rank(lambda: mine)
         touched, whole = sum(each[0] for each in every), sum(each[1] for each in every)
         tables = set[str]().union(*(each[2] for each in every))
-        link, new = from_rank_0(lambda: self._link(step), self._group)
+        link, new = from_rank_0(lambda: self._link(step))
         # Of a step that is there already it is not known whether its bits are ours.
         base, self._base = self._base, None
         self._follow_next = new
@@ -205,22 +211,23 @@ class Saver:
     def _in_background(self, copied: int, of_delta: bool) -> bool:
         """Whether a save is to be written by the thread; collective.
 
-        `auto` asks at the first full save, and for each delta before it or where full ones found no room,
-        whether the copy fits into every rank's memory.
+        `auto` asks whether the copy fits into every rank's memory: at the first save, whose copy stays, and
+        where there are deltas at each save, since nothing stays of a copy then.
 
         Args:
             copied: bytes that this rank would copy.
         """
-        if self._mode == "async" or (self._mode and self.config.mode != "auto"):
+        if self.config.mode != "auto":
+            return self.config.mode == "async"
+        if self._mode and self._touched is None:
             return self._mode == "async"
-        if self._mode and not of_delta:
-            return False
         free = free_memory_bytes() // self._local_ranks
-        places = from_every_rank(lambda: (copied * _MARGIN <= free, copied, free), self._group)
+        places = from_every_rank(lambda: (copied * _MARGIN <= free, copied, free))
         # The rank that is worst off speaks for all.
         fits, copied, free = min(places, key=lambda place: (place[0], place[2] - place[1]))
-        if not of_delta:
-            rank, self._mode = places.index((fits, copied, free)), "async" if fits else "sync"
+        found = "async" if fits else "sync"
+        if not of_delta and found != self._mode:
+            rank, self._mode = places.index((fits, copied, free)), found
             sizes = f"a copy of {gigabytes(copied)} for a save in the background"
             sizes += f", and {gigabytes(free)} are free"
             what = "training goes on during a save" if fits else "training waits for each save"
@@ -233,10 +240,11 @@ class Saver:
         def make_room() -> None:
             self._make_room(tensors, () if delta is None else delta.shards)
 
-        if not self._roomy or delta is not None:
+        if not self._roomy:
             try:
-                # All ranks hear of one that has no memory, for which they would else wait in the save.
-                from_every_rank(make_room, self._group)
+                # All ranks hear of one that has no memory, for which they would else wait in the save. To
+                # lock much of it takes longer than a collective waits.
+                from_every_rank(make_room, slow=True)
             except CheckpointError as error:
                 if self.config.mode != "auto":
                     raise
@@ -245,8 +253,6 @@ class Saver:
                 self.say(f'checkpoint.mode = "auto": sync, training waits for each save; {error.problem}')
                 return tensors, False
             self._roomy = True
-        elif not self._copy.fits(tensors):
-            self._make_room(tensors)
         copied: Mapping[str, Any] = self._copy.take(tensors)
         return copied, True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,34 @@ class ChainReader(PieceReader):
 
     def __init__(self, path: Path, piece_bytes: int = PIECE_BYTES) -> None:
         super().__init__(path, piece_bytes)
-        self._folders = folders_of(path)
-        # Of each older checkpoint of the chain, the newest first.
-        self._older = [PieceReader(folder, piece_bytes) for folder, _ in self._folders[1:]]
+        self._path = path
         self._deltas: dict[int, list[ShardRows]] = {}
         # Tensor -> which of the older ones holds it whole.
         self._holder: dict[str, int] = {}
 
+    @cached_property
+    def _folders(self) -> list[tuple[Path, Base | None]]:
+        return folders_of(self._path)
+
+    @cached_property
+    def _older(self) -> list[PieceReader]:
+        """Of each older checkpoint of the chain, the newest first."""
+        return [PieceReader(folder, self._piece_bytes) for folder, _ in self._folders[1:]]
+
+    def open(self) -> None:
+        """Read what the chain holds.
+
+        DCP, which asks for that, takes any error for metadata that are not there, logs its traceback, and
+        goes on without the other ranks; so this comes first.
+        """
+        _ = self._metadata
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        metadata: Metadata = super().read_metadata()
         missing = list(self._folders[0][1].rows_of) if self._folders[0][1] is not None else []
         for place, reader in enumerate(self._older):
             older = reader.read_metadata()

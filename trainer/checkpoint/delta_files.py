@@ -14,6 +14,7 @@ from torch import Tensor
 from embeddings.errors import CheckpointError
 from trainer.checkpoint.delta import STRIDE, is_delta
 from trainer.checkpoint.tensor_stream import TYPE_NAMES
+from trainer.sealed_folder import raise_of_store
 from trainer.storage import is_remote
 from trainer.storage.places import store_of
 
@@ -121,6 +122,7 @@ def open_rows(folder: Path) -> list[ShardRows]:
         try:
             found += _open(file)
         except (ValueError, KeyError, TypeError, OSError) as error:
+            raise_of_store(file, error)
             raise CheckpointError(file, f"its header cannot be read: {error}") from None
     return found
 

@@ -23,7 +23,17 @@ from typing import Any
 
 from embeddings.errors import CheckpointError
 from trainer.log.names import path_problem
-from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, file_digest, remove_folder, sweep, sync
+from trainer.sealed_folder import (
+    DIGEST,
+    MANIFEST,
+    Seal,
+    entry_of,
+    file_digest,
+    raise_of_store,
+    remove_folder,
+    sweep,
+    sync,
+)
 from trainer.sealed_folder import publish as publish_folder
 from trainer.sealed_folder import retire as retire_folder
 from trainer.storage import is_remote
@@ -78,6 +88,19 @@ def checkpoints(folder: Path) -> list[Path]:
     else:
         found = list(folder.glob("step-*"))
     return sorted((path for path in found if _NAME.search(path.name)), reverse=True)
+
+
+def bytes_of_all(folder: Path) -> int:
+    """What the checkpoints of a local folder take of its disk; those set aside or half written do not count.
+
+    They are given up as new ones come, whole ones and deltas. Of a store, whose room has no bounds, 0.
+    """
+    total = 0
+    for path in [] if is_remote(folder) else checkpoints(folder):
+        # A training that runs there may be deleting it.
+        with suppress(FileNotFoundError):
+            total += sum(sizes(path).values())
+    return total
 
 
 def of_step(folder: Path, step: int) -> list[Path]:
@@ -137,8 +160,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return _object(file, file.read_bytes())
     except OSError as error:
-        if is_remote(file) and not isinstance(error, FileNotFoundError):
-            raise
+        raise_of_store(file, error)
         raise CheckpointError(file, f"unreadable: {error.strerror}") from None
 
 

@@ -48,6 +48,10 @@ def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> RestoredModel:
         print(f"refused checkpoint: {reason}; using {found.path.name}", flush=True)
     if ranks.speaks and found.state.get("best", {}).get("step", -1) >= 0:
         print(f"checkpoint {found.path.name} (--checkpoint takes another)", flush=True)
+    if ranks.device.type != "cpu" and config.plan.mapped_folder:
+        if ranks.speaks:
+            print("plan.mapped_folder is for CPUs: the tables lie in the GPUs' memory here", flush=True)
+        config = config.model_copy(update={"plan": config.plan.model_copy(update={"mapped_folder": None})})
     sharded = build_sharded(config, manifest, ranks, first_rows=False)
     tensors: dict[str, Any] = {"model": sharded.model.state_dict()}
     checkpoint.load_tensors(found.path, tensors)

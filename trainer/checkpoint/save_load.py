@@ -9,7 +9,6 @@ snapshots are what may come from elsewhere.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from embeddings.agreement import Group, from_every_rank, from_rank_0
+from embeddings.disk import free_disk
 from embeddings.errors import CheckpointError
 from embeddings.lookup.mapped import read_in_order
 from embeddings.lookup.shards import local_shards, tensors_of
@@ -32,8 +32,7 @@ from trainer.checkpoint.delta import Delta, write_rows
 from trainer.checkpoint.files import Entries, read_state, verify
 from trainer.checkpoint.row_blocks import BlockPlanner
 from trainer.checkpoint.writer import HashedWriter
-from trainer.sealed_folder import remove_folder
-from trainer.storage import is_remote
+from trainer.sealed_folder import raise_of_store, remove_folder
 
 __all__ = ["ResumePoint", "find", "find_to_use", "load_tensors", "read_state", "save", "verify"]
 
@@ -183,10 +182,19 @@ def _answer(alone: bool, compute: Callable[[], Result]) -> Result:
 
 
 def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = True) -> None:
-    """Fill a state dict in place from a verified checkpoint, whatever plan or world size wrote it."""
+    """Fill a state dict in place from a verified checkpoint, whatever plan or world size wrote it.
+
+    Raises:
+        CheckpointError: the tensors are others, or a file cannot be read; OSError: the store cannot.
+    """
+    reader = ChainReader(path)
     try:
-        dcp.load(tensors, storage_reader=ChainReader(path), no_dist=not distributed)
+        from_every_rank(reader.open) if distributed else reader.open()
+        dcp.load(tensors, storage_reader=reader, no_dist=not distributed)
     except (RuntimeError, ValueError, OSError, BadZipFile, dcp.api.CheckpointException) as error:
+        if isinstance(cause := _cause(error), OSError):
+            raise_of_store(path, cause)
+            raise CheckpointError(path, f"cannot be read: {_reason(cause)}") from None
         raise CheckpointError(path, f"does not fit this configuration: {_reason(error)}") from None
 
 
@@ -205,8 +213,8 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | 
         wanted = sum(shard.tensor.nbytes for whole in tensors_of(tensors) for shard in local_shards(whole))
         wanted += sum(shard.count * shard.row_bytes for shard in shards)
         sizes = f"{wanted / 1e6:,.1f} MB"
-        if not is_remote(part):
-            sizes += f" with {shutil.disk_usage(part.parent).free / 1e6:,.1f} MB free"
+        if (free := free_disk(part.parent)) is not None:
+            sizes += f" with {free / 1e6:,.1f} MB free"
         reason = _reason(writer.files.problem or error)
         raise CheckpointError(part, f"writing {sizes}: {reason}") from None
 
@@ -266,6 +274,7 @@ def _next_link(path: Path) -> Path | None:
     try:
         same = files.manifest_digest(folder) == base.link.sha256
     except OSError as error:
+        raise_of_store(folder, error)
         raise CheckpointError(path, f"builds on {folder.name}: {error.strerror}") from None
     if not same:
         raise CheckpointError(path, f"builds on another {folder.name} than is there now")
@@ -292,10 +301,16 @@ def _verify(path: Path, alone: bool) -> None:
     from_every_rank(lambda: files.check_files(path, mine), slow=True)
 
 
-def _reason(error: BaseException) -> str:
-    """The first line that says something: DCP wraps what happened on each rank."""
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on a rank, out of DCP's error of all ranks."""
     failures = getattr(error, "failures", None)
-    cause = next(iter(failures.values()))[0] if failures else error
+    cause: BaseException = next(iter(failures.values()))[0] if failures else error
+    return cause
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something."""
+    cause = _cause(error)
     if isinstance(cause, OSError) and "://" in str(cause.filename):
         return f"{cause.filename}: {cause.strerror}"
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -64,10 +64,6 @@ class StagedCopy:
         """Bytes that a copy of a tree takes."""
         return sum(part.nbytes for leaf in tensors_of(tree) for part in _parts(leaf))
 
-    def fits(self, tree: Any) -> bool:
-        """Whether there is room for such a tree already."""
-        return _shapes(tensors_of(tree)) == _shapes(self._leaves)
-
     def make_room(self, tree: Any) -> None:
         """Allocate what the tensors of `tree` need.
 
@@ -147,7 +143,3 @@ def _with_leaves(tree: Any, leaves: Iterator[Tensor | ShardedTensor]) -> Any:
 
 def _parts(whole: Tensor | ShardedTensor) -> list[Tensor]:
     return [part.tensor for part in local_shards(whole)]
-
-
-def _shapes(leaves: Any) -> list[list[tuple[torch.Size, torch.dtype]]]:
-    return [[(part.shape, part.dtype) for part in _parts(leaf)] for leaf in leaves]

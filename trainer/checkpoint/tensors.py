@@ -21,6 +21,7 @@ from embeddings.errors import CheckpointError
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint.chain import ChainReader
 from trainer.checkpoint.row_blocks import BLOCK_BYTES
+from trainer.sealed_folder import raise_of_store
 
 _MODEL = "model."
 
@@ -39,6 +40,7 @@ class TensorReader:
         try:
             metadata = self._reader.read_metadata()
         except (OSError, ValueError, RuntimeError) as error:
+            raise_of_store(path, error)
             raise CheckpointError(path, f"unreadable: {error}") from None
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
@@ -125,6 +127,7 @@ class TensorReader:
         try:
             self._reader.read_data(LoadPlan(items), _OneTensor(target)).wait()
         except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+            raise_of_store(self._path, error)
             raise CheckpointError(self._path, f"cannot read {name}: {error}") from None
         if sum(int(torch.Size(item.lengths).numel()) for item in items) != target.numel():
             raise CheckpointError(self._path, f"does not hold the whole of {name}")

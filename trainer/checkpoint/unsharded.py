@@ -35,7 +35,7 @@ from trainer.checkpoint.tensors import TensorReader
 from trainer.config.toml import Settings
 from trainer.log.names import FileName, InnerPath, path_problem
 from trainer.log.schema import FeatureInfo
-from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, scratch
+from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, raise_of_store, scratch
 from trainer.storage import is_remote
 from trainer.storage.fetched import cache_of, drop_old, fetch
 from trainer.storage.objects import copy_file
@@ -135,6 +135,8 @@ def unshard(path: Path, out: Path, features: Vocabularies, tasks: Sequence[str])
             manifest = _write(path, part, features, tuple(tasks))
             publish(part, out.absolute())
     except OSError as error:
+        if str(error.filename).startswith(str(path)):
+            raise_of_store(path, error)
         raise CheckpointError(out, f"cannot be written: {error.strerror} ({error.filename})") from None
     return manifest
 

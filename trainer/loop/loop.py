@@ -128,7 +128,7 @@ class Trainer:
                 # The step may be one of those after which a save was due.
                 self.saver.settle()
                 if self.saver.saved != self.at.step:
-                    self._save()
+                    self._save(last=True)
                 self.saver.settle(last=True)
         return self.at
 
@@ -296,7 +296,7 @@ class Trainer:
     def _tensors(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optim": self.optimizer.state_dict()}
 
-    def _save(self) -> None:
+    def _save(self, last: bool = False) -> None:
         self.pipeline.settle()
         self._report()
         self._best_due = False
@@ -311,7 +311,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
         }
         from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
-        self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step)
+        self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step, last=last)
         self.interrupts.restart_clock()
         # Time that no step has taken.
         self.meter.take_time()

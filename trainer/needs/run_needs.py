@@ -9,11 +9,11 @@ them before its first step.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from embeddings.disk import free_disk, same_disk
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from embeddings.plan.memory import DENSE_COPIES, RankMemory, gigabytes
@@ -22,7 +22,6 @@ from embeddings.plan.tables import Table
 from embeddings.plan.traffic import Lookup
 from trainer.run_config import Config
 from trainer.step_size import StepSize, kept_behaviors
-from trainer.storage import is_remote
 
 # A process with torch, TorchRec and Arrow loaded, and what their threads and allocators keep.
 PROCESS = 600_000_000
@@ -202,17 +201,26 @@ def export_need(run: Run, cluster: Cluster) -> Need:
                  "export on a larger machine, or with fewer --parity-requests", parts)  # fmt: skip
 
 
-def disk_needs(run: Run, room: int | None, there: int = 0) -> list[Need]:
+def disk_needs(
+    run: Run, held: Sequence[RankMemory], device: str, out: Path | None, there: int = 0
+) -> list[Need]:
     """Of checkpoints in the run's folder.
 
     Args:
-        room: free bytes; None = not known; there: checkpoints that are there already.
+        held: what each rank has of the tables; device: `cpu` or `cuda`.
+        out: the run's folder, whose disk is asked for its free bytes; None = nobody said.
+        there: bytes of checkpoints that lie there already, and go as new ones come.
     """
     config, one = run.config.checkpoint, run.checkpoint
+    room, where = None if out is None else free_disk(out), "disk"
+    files = mapped_bytes(run, held, device)
+    if files and out is not None and room is not None and _on_disk_of(out, run):
+        # Their room is taken before the first save.
+        room, where = max(room - files, 0), "disk, beside mapped files"
     every = config.full_every
     kept = config.keep + 1 + run.config.train.early_stopping.on
     if every == 1:
-        rest, parts = max(kept - there, 1) * one, {}
+        whole, parts = kept * one, {"": kept * one}
         words = f"{config.keep} kept, one being written"
         words += ", the best" if run.config.train.early_stopping.on else ""
     else:
@@ -220,12 +228,25 @@ def disk_needs(run: Run, room: int | None, there: int = 0) -> list[Need]:
         full = 1 + math.ceil(config.keep / every)
         changed = min(one, delta_bytes(run))
         parts = {"full": full * one, "deltas": (kept + every - full) * changed}
-        rest, words = sum(parts.values()), f"{full} full, {kept + every - full} with changed rows"
+        whole, words = sum(parts.values()), f"{full} full, {kept + every - full} with changed rows"
     change = "give --out a larger disk, or make checkpoint.keep smaller"
+    needed = max(whole - there, one)
     return [
-        _need("one checkpoint", "disk", room, "give --out a larger disk", {"": one}),
-        _need(f"checkpoints ({words})", "disk", room, change, parts or {"": rest}),
+        _need("one checkpoint", where, room, "give --out a larger disk", {"": one}),
+        replace(_need(f"checkpoints ({words})", where, room, change, parts), bytes=needed),
     ]
+
+
+def mapped_bytes(run: Run, held: Sequence[RankMemory], device: str) -> int:
+    """Bytes of the tables of all ranks that lie in files of `plan.mapped_folder`."""
+    if device != "cpu" or not run.config.plan.mapped_folder:
+        return 0
+    return sum(on_host(each, gpus=False) for each in held)
+
+
+def _on_disk_of(out: Path, run: Run) -> bool:
+    """Whether mapped files lie on the disk of the run: then those of all nodes do, which share it."""
+    return same_disk(out, Path(run.config.plan.mapped_folder or ""))
 
 
 def delta_bytes(run: Run) -> int:
@@ -329,32 +350,6 @@ def check_disk(needs: Sequence[Need], new: bool) -> list[str]:
     if new and one.verdict == TOO_MUCH:
         raise ConfigError(one.line())
     return [f"warning: {kept.line()}"] if kept.verdict == TOO_MUCH else []
-
-
-def free_disk(folder: Path) -> int | None:
-    """Free bytes where a folder is, or is to be; None where nobody says."""
-    if is_remote(folder):
-        # An object store has no bounds.
-        return None
-    try:
-        return shutil.disk_usage(_there(folder)).free
-    except OSError:
-        return None
-
-
-def same_disk(one: Path, other: Path) -> bool:
-    """Whether what is written into two folders takes the room of one disk."""
-    if not isinstance(one, type(Path())):
-        return False
-    return _there(one).stat().st_dev == _there(other).stat().st_dev
-
-
-def _there(folder: Path) -> Path:
-    """A folder, or the nearest above it that exists."""
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place
 
 
 def _need(stage: str, where: str, room: int | None, change: str, parts: Mapping[str, int]) -> Need:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from embeddings.lookup.mapped import mapped_rows, read_in_order
 from embeddings.lookup.shards import local_shards
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import small_log
-from trainer.assemble import build_sharded
+from trainer.assemble import ShardedModel, build_sharded
+from trainer.checkpoint.restore import restore
 from trainer.checkpoint.tensors import TensorReader
-from trainer.log.schema import read_manifest
+from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config
+from trainer.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,35 @@ def test_trained_bit_for_bit_as_in_memory(log: Path, tmp_path: Path, ranks: Rank
     assert states and one.names() == other.names()
     for name in one._tensors:
         assert torch.equal(one.whole(name), other.whole(name)), name
+
+
+def test_gpus_that_use_a_run_have_its_tables_in_their_memory(
+    log: Path,
+    tmp_path: Path,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The CPU stands in for the GPU where the model is built."""
+    from pipelines.train import run
+
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run(config_of(log, plan__mapped_folder=str(disk), train__max_steps=1), tmp_path / "run", ranks)
+    disk.rmdir()
+    folder, built = RunFolder(tmp_path / "run"), list[str | None]()
+
+    def on_cpu(config: Config, manifest: LogManifest, _: Ranks, **more: Any) -> ShardedModel:
+        built.append(config.plan.mapped_folder)
+        return build_sharded(config, manifest, ranks, **more)
+
+    monkeypatch.setattr("trainer.checkpoint.restore.build_sharded", on_cpu)
+    restored = restore(folder, replace(ranks, device=torch.device("cuda")))
+    assert restored.step == 1 and built == [None]
+    said = capsys.readouterr().out
+    assert "plan.mapped_folder is for CPUs: the tables lie in the GPUs' memory here" in said
+    with pytest.raises(ConfigError, match=r"plan.mapped_folder = '.*disk' is no folder; make it first"):
+        restore(folder, ranks)
 
 
 def test_rows_and_their_state_lie_in_the_folder(log: Path, tmp_path: Path, ranks: Ranks) -> None:

@@ -236,6 +236,26 @@ def test_auto_asks_for_deltas_and_full_saves_apart(tmp_path: Path, monkeypatch: 
     ]
 
 
+def test_auto_asks_again_where_nothing_stays_of_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between full saves somebody else may take the memory, and may give it back."""
+    table, lines = TouchedTable(400, 4, 300, 4, torch.float16), list[str]()
+    free = iter([10**9, 1_000, 10**9])
+    monkeypatch.setattr(background, "free_memory_bytes", lambda: next(free))
+    config = CheckpointConfig(full_every=2, keep=99)
+    saver = Saver(tmp_path, config, lines.append, touched=table)  # type: ignore[arg-type]
+    for step, in_background in ((1, True), (2, False), (3, True)):
+        # All rows, so that each save is full.
+        table.touch(torch.arange(300))
+        saver.save(step, table.tensors(), {"step": step})
+        assert (saver._running is not None) == in_background
+        saver.settle(last=True)
+    assert list(base_names(tmp_path).values()) == [None] * 3
+    modes = [line.split(": ")[1].split(",")[0] for line in lines if "checkpoint.mode" in line]
+    assert modes == ["async", "sync", "async"]
+
+
 def test_a_start_from_a_checkpoint_goes_on_with_its_chain(tmp_path: Path) -> None:
     table, _, _ = sparse(tmp_path)
     for base, links, expected in ((6, 1, "step-00000006"), (6, 2, None), (None, 0, None)):

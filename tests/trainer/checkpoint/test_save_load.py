@@ -7,8 +7,9 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,13 @@ import torch
 
 from embeddings.errors import CheckpointError
 from tests.helpers.checkpoints import newest
+from trainer.checkpoint import files
 from trainer.checkpoint import save_load as checkpoint
+from trainer.checkpoint.store_files import StoreFiles
+from trainer.checkpoint.tensors import TensorReader
 from trainer.ranks.process_group import process_group
 from trainer.sealed_folder import file_digest
+from trainer.storage import place
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +203,46 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
         checkpoint.load_tensors(path, {"a": torch.zeros(60, 4)})
     with pytest.raises(CheckpointError, match="does not fit this configuration"):
         checkpoint.load_tensors(path, {"c": torch.zeros(1)})
+
+
+def test_a_disk_that_cannot_be_read_is_no_other_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, 1)
+    # The file is as it was when it was verified, and the disk then fails.
+    monkeypatch.setattr(StoreFiles, "create_stream", failing(errno.EIO, "Input/output error"))
+    with pytest.raises(CheckpointError, match=r"step-00000001: cannot be read: .*Input/output error"):
+        checkpoint.load_tensors(path, tensors(0.0))
+
+
+def test_a_store_that_cannot_be_read_keeps_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is told to be damaged, or to be of another configuration, and nothing older is taken."""
+    pytest.importorskip("upath", reason="places in stores need requirements/s3.txt")
+    folder = place("memory://store-errors/checkpoints")
+    path, found = save(folder, 1), tensors(0.0)
+    checkpoint.load_tensors(path, found)
+    assert torch.equal(found["b"], tensors(1.0)["b"])
+    why = failing(errno.EACCES, "no credentials found; set AWS_PROFILE")
+    delta = files.manifest_digest(path)
+    chained = {"step": 2, "base": {"name": path.name, "sha256": delta, "links": 1, "rows_of": []}}
+    newer = checkpoint.save(folder, 2, tensors(2.0), chained, 9)
+    assert checkpoint.find(folder).path == newer
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreFiles, "create_stream", why)
+        with pytest.raises(PermissionError, match="no credentials found; set AWS_PROFILE"):
+            checkpoint.load_tensors(path, found)
+        with pytest.raises(PermissionError):
+            TensorReader(path)
+    monkeypatch.setattr("trainer.checkpoint.files.manifest_digest", why)
+    with pytest.raises(PermissionError):
+        checkpoint.find(folder)
+
+
+def failing(number: int, text: str) -> Callable[..., Any]:
+    def refuse(*words: object, **_: object) -> None:
+        raise OSError(number, text, str(words[-2 if len(words) > 2 else 0]))
+
+    return refuse
 
 
 def test_manifest_lists_every_file_with_its_digest(tmp_path: Path) -> None:

@@ -82,7 +82,15 @@ def test_a_failed_save_may_be_tried_again_later(report: Report) -> None:
 
 
 def test_the_last_save_must_not_fail(report: Report) -> None:
-    assert report["full at the end"]["codes"] == [1, 1]
+    assert report["full at the end"]["codes"] == report["full at the end, sync"]["codes"] == [1, 1]
+
+
+def test_a_rank_that_is_lost_in_a_save_that_training_waits_for_is_missed_as_in_a_step(report: Report) -> None:
+    """After `train.timeout_s` (3 s) and not `checkpoint.timeout_minutes`; a save that takes 7 s goes on."""
+    assert report["slow"]["codes"] == [0, 0] and report["slow"]["left"] == ["step-00000004"]
+    frozen = report["frozen"]
+    assert frozen["codes"] == [1, -9]
+    assert "rank 0, after step 4: waited in vain for rank 1" in frozen["said"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

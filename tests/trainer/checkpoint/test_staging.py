@@ -148,7 +148,6 @@ def test_a_copy_is_equal_and_nobody_elses(tree: dict[str, Any]) -> None:
 
     deep, host = reference.deepcopy(tree), StagedCopy()
     host.make_room(tree)
-    assert host.fits(tree)
     taken = host.take(tree)
     assert equal(taken, deep)
 
@@ -181,7 +180,6 @@ def test_shards_of_a_device_get_a_place_on_the_host() -> None:
         taken = copy.take({"table": here, "lr": 0.2})
         assert taken["lr"] == 0.2 and taken["table"] is room
         assert torch.equal(taken["table"].local_shards()[0].tensor, here.local_shards()[0].tensor)
-        assert not copy.fits({"table": sharded(torch.randn(3, 4), "rank:0/cpu")})
 
 
 def test_shards_without_rows_begin_where_others_do() -> None:

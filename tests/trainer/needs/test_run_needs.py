@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from embeddings.disk import free_disk
 from embeddings.errors import ConfigError
 from embeddings.plan.memory import RankMemory
 from embeddings.plan.request import Cluster
@@ -18,7 +21,7 @@ from launch.cli import main
 from tests.helpers.launching import SETTINGS, overrides, reported
 from tests.helpers.logs import small_log
 from trainer.needs import run_needs
-from trainer.needs.run_needs import FITS, PROCESS, TIGHT, TOO_MUCH, Need, check_disk, check_memory, free_disk
+from trainer.needs.run_needs import FITS, PROCESS, TIGHT, TOO_MUCH, Need, check_disk, check_memory
 
 GB = 10**9
 
@@ -103,9 +106,10 @@ def test_a_run_whose_first_save_would_fail_is_refused_before_its_first_step(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wide = {"tables__item_id__rows": 200_000, "train__max_steps": 1}
-    monkeypatch.setattr("pipelines.train.free_disk", lambda _: 1_000_000)
-    assert main(["train", *words(log, **wide), "--out", str(tmp_path / "disk")]) == 2
-    assert "one checkpoint does not fit: it needs" in capsys.readouterr().err
+    monkeypatch.setattr("trainer.needs.run_needs.free_disk", lambda _: 1_000_000)
+    for more in ([], ["--check"]):
+        assert main(["train", *words(log, **wide), "--out", str(tmp_path / "disk"), *more]) == 2
+        assert "one checkpoint does not fit: it needs" in capsys.readouterr().err
     assert not (tmp_path / "disk" / "metrics.jsonl").exists()
     monkeypatch.undo()
     # 200,000 rows x (12 columns x 4 B + 2 x 4 B) = 11.2 MB, and their copy; 15 % stay free for the planner.
@@ -142,10 +146,13 @@ def test_changed_rows_bound_an_incremental_checkpoint(log: Path) -> None:
         {name: Lookup(100, 100) for name in tables}, 1, 1,
     )  # fmt: skip
     assert run_needs.delta_bytes(run) == (5_000 + 300) * (16 + 4 + 8) + 3_000
-    one, kept = run_needs.disk_needs(run, 10**12)
+    one, kept = run_needs.disk_needs(run, [], "cuda", None)
     assert one.bytes == 1_000_300 * 20 + 3_000
     # At most two whole ones: a delta that is kept needs its base, and a new one is being written.
     assert kept.parts == {"full": 2 * one.bytes, "deltas": 5 * run_needs.delta_bytes(run)}
+    assert kept.bytes == sum(kept.parts.values())
+    there = one.bytes // 2
+    assert run_needs.disk_needs(run, [], "cuda", None, there)[1].bytes == kept.bytes - there
 
 
 @pytest.mark.slow
@@ -220,12 +227,17 @@ def test_tables_in_mapped_files_need_disk_and_no_memory(log: Path, tmp_path: Pat
 def test_mapped_files_have_the_room_of_their_disk_however_much_memory_there_is(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("trainer.assemble.disk_usage", lambda _: SimpleNamespace(free=10 * GB))
-    monkeypatch.setattr("trainer.needs.run_needs.shutil.disk_usage", lambda _: SimpleNamespace(free=10 * GB))
+    monkeypatch.setattr("embeddings.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=10 * GB))
     cluster = ("--world-size", "1", "--device", "cpu", "--ddr", "1TB")
     wide = {"tables__item_id__rows": 100_000_000, "plan__mapped_folder": str(tmp_path)}
     needs = planned(log, tmp_path, *cluster, **wide)
     assert needs["tables in mapped files"]["room"] == 10 * GB
+    # The head names the disk, and not memory that the tables do not take.
+    said = capsys.readouterr().out
+    disk = f"the disk of mapped files (plan.mapped_folder = {tmp_path})"
+    head = f"room of a rank: 10.0 GB, what is free now of {disk}"
+    assert f"{head}, 8.5 GB of it for tables" in said and "  in mapped files  " in said
+    assert "host" not in said.partition("what a run needs")[0].replace("in host memory", "")
     # A run on the same disk has what the 5.6 GB of tables leave.
     needs = planned(log, tmp_path, *cluster, "--out", str(tmp_path / "run"), **wide)
     one, files = needs["one checkpoint"], needs["tables in mapped files"]
@@ -236,6 +248,57 @@ def test_mapped_files_have_the_room_of_their_disk_however_much_memory_there_is(
     assert main(["plan", *words(log, **wide), *cluster]) == 2
     said = capsys.readouterr().out
     assert "plan.mapped_folder on a disk with" in said and "--ddr" not in said
+    assert "no plan fits ranks with 10.0 GB each of the disk of mapped files" in said
+    # GPUs have no such files.
+    assert main(["plan", *words(log, **wide), "--world-size", "1", "--hbm", "141GB"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "is for tables of CPU ranks, and these are GPUs; set it to" in said
+
+
+def test_checkpoints_have_what_tables_in_mapped_files_leave_of_their_disk(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """11.2 MB of tables with their state, and a checkpoint of as much, where 20 MB are free."""
+    wide = {"tables__item_id__rows": 200_000, "plan__mapped_folder": str(tmp_path)}
+    monkeypatch.setattr("embeddings.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=20_000_000))
+    # Nothing of the tables is made before the start is refused.
+    monkeypatch.setattr("trainer.assemble.shard", None)
+    for more in (["--check"], []):
+        run = [*words(log, checkpoint__mode="sync", **wide), "--out", str(tmp_path / "run"), *more]
+        assert main(["train", *run]) == 2
+        problem = "one checkpoint does not fit: it needs 11.2 MB of disk, beside mapped files, there are 8."
+        assert problem in capsys.readouterr().err
+    monkeypatch.setattr("trainer.needs.run_needs.same_disk", lambda *_: False)
+    assert main(["train", *run]) == 1 and "TypeError: 'NoneType'" in capsys.readouterr().err
+
+
+def test_only_checkpoints_of_a_run_count_as_what_new_ones_replace(log: Path, tmp_path: Path) -> None:
+    cluster, run = ("--world-size", "1", "--device", "cpu"), tmp_path / "run"
+    one = planned(log, tmp_path, *cluster)["one checkpoint"]["bytes"]
+    sizes = {"1": one, "2.refused-0123abcd": one, "3.tmp-0123abcd": one, "4": 10}
+    for name, size in sizes.items():
+        folder = run / "checkpoints" / f"step-0000000{name}"
+        folder.mkdir(parents=True)
+        with (folder / "__0_0.distcp").open("wb") as file:
+            file.truncate(size)
+    (run / "checkpoints" / "step-notes.txt").write_text("mine")
+    needs = planned(log, tmp_path, *cluster, "--out", str(run))
+    # One that is whole and a delta of ten bytes; what was set aside or half written stays beside new ones.
+    assert needs["checkpoints (2 kept, one being written)"]["bytes"] == 3 * one - (one + 10)
+
+
+def test_the_command_after_a_plan_can_be_typed(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, given = tmp_path / "my run", words(log, train__max_steps=1)
+    for plan in (str(tmp_path / "my plan.json"), *(["memory://my/plan.json"] if find_spec("upath") else [])):
+        assert main(["plan", *given, "--world-size", "1", "--json", plan, "--out", str(run)]) == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        told, _, command = line.partition("; next: tandemrec ")
+        assert told == f"plan written to {plan}" and main(shlex.split(command)) == 0
+    assert (run / "summary.json").exists()
+    assert main(["plan", *given, "--world-size", "2", "--device", "cpu", "--hbm", "9GB"]) == 0
+    assert "--hbm 9GB has no effect: these ranks have no GPU" in capsys.readouterr().out
 
 
 def test_advice_is_for_what_takes_most_of_a_node(
@@ -244,4 +307,4 @@ def test_advice_is_for_what_takes_most_of_a_node(
     planned(log, tmp_path, *NODES, "--ddr", "1GB", **BILLIONS)
     said = " ".join(capsys.readouterr().out.split())
     assert "there are 1.0 GB; give nodes more memory, or fewer ranks" in said
-    assert "shuffle_row_groups" not in said
+    assert "make data.shuffle_row_groups smaller" not in said
