@@ -35,7 +35,6 @@ _NO_LOCKS = _LACKING | {errno.ENOLCK, errno.EPERM, errno.EBADF}
 _NO_REPLACING = _LACKING | {errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EBUSY}
 _ROUNDS = 100
 _STAYS = "what a killed process leaves behind stays until somebody deletes it"
-_DAY = 86_400
 # Of a sealed folder.
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 
@@ -96,7 +95,7 @@ class Seal:
         try:
             return file.read_bytes()
         except OSError as error:
-            _raise_of_store(file, error)
+            raise_of_store(file, error)
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
 
     def check(
@@ -110,7 +109,7 @@ class Seal:
         try:
             same = file.stat().st_size == size and digest_of(file) == digest
         except OSError as error:
-            _raise_of_store(file, error)
+            raise_of_store(file, error)
             raise self.error(file, f"unreadable: {error.strerror}; {self.remedy}") from None
         if not same:
             raise self.error(file, f"does not match the manifest, so it is corrupt; {self.remedy}")
@@ -120,7 +119,7 @@ class Seal:
         return f"{hashlib.sha256(manifest).hexdigest()}{named}\n".encode()
 
 
-def _raise_of_store(file: Path, error: OSError) -> None:
+def raise_of_store(file: Path, error: OSError) -> None:
     """A store that cannot be read now says nothing about its files: none of them is to be given up."""
     if is_remote(file) and not isinstance(error, FileNotFoundError):
         raise error
@@ -345,7 +344,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if match := any_part.fullmatch(stale.name):
             with suppress(OSError):
                 dead = match[1] == f"{_host()}-" and not _alive(int(match[2]))
-                if dead or time.time() - stale.stat().st_mtime > _DAY:
+                if dead or time.time() - stale.stat().st_mtime > objects.LEFT_S:
                     stale.unlink()
     part = path.with_name(f".{path.name}.tmp-{_host()}-{os.getpid()}")
     try:

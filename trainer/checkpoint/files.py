@@ -23,7 +23,17 @@ from typing import Any
 
 from embeddings.errors import CheckpointError
 from trainer.log.names import path_problem
-from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, file_digest, remove_folder, sweep, sync
+from trainer.sealed_folder import (
+    DIGEST,
+    MANIFEST,
+    Seal,
+    entry_of,
+    file_digest,
+    raise_of_store,
+    remove_folder,
+    sweep,
+    sync,
+)
 from trainer.sealed_folder import publish as publish_folder
 from trainer.sealed_folder import retire as retire_folder
 from trainer.storage import is_remote
@@ -33,7 +43,6 @@ from trainer.storage.objects import sizes, unfinished
 _NAME = re.compile(r"step-(\d{8})(?:-[0-9a-f]{8})?$")
 STATE = "state.json"
 SEAL = Seal(CheckpointError, "the checkpoint is of no use", names_file=True)
-_DAY = 86_400
 # File name -> {"bytes": size, "sha256": digest}.
 Entries = dict[str, dict[str, Any]]
 
@@ -137,8 +146,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return _object(file, file.read_bytes())
     except OSError as error:
-        if is_remote(file) and not isinstance(error, FileNotFoundError):
-            raise
+        raise_of_store(file, error)
         raise CheckpointError(file, f"unreadable: {error.strerror}") from None
 
 
@@ -148,7 +156,7 @@ def prepare(folder: Path, part: Path) -> None:
     In a store there is no telling a killed save from one under way, so there it goes after a day.
     """
     if is_remote(folder):
-        for left in unfinished(folder, DIGEST, _DAY):
+        for left in unfinished(folder, DIGEST):
             if _NAME.search(left.name) and left.name != part.name:
                 remove_folder(left)
         return

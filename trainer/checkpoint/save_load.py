@@ -31,7 +31,7 @@ from trainer.checkpoint.delta import Delta, write_rows
 from trainer.checkpoint.files import Entries, read_state, verify
 from trainer.checkpoint.row_blocks import BlockPlanner
 from trainer.checkpoint.writer import HashedWriter
-from trainer.sealed_folder import remove_folder
+from trainer.sealed_folder import raise_of_store, remove_folder
 from trainer.storage import is_remote
 
 __all__ = ["ResumePoint", "find", "find_to_use", "load_tensors", "read_state", "save", "verify"]
@@ -264,6 +264,7 @@ def _next_link(path: Path) -> Path | None:
     try:
         same = files.manifest_digest(folder) == base.link.sha256
     except OSError as error:
+        raise_of_store(folder, error)
         raise CheckpointError(path, f"builds on {folder.name}: {error.strerror}") from None
     if not same:
         raise CheckpointError(path, f"builds on another {folder.name} than is there now")
