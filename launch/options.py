@@ -27,9 +27,16 @@ def At(*names: str, **options: Any) -> Any:
 
 
 def _place(text: str) -> Path:
+    from embeddings.errors import ConfigError
     from trainer.storage import place
 
-    return place(text)
+    try:
+        if text.lower().startswith("memory://"):
+            raise ConfigError(f"{text}: that is the memory of one process, and gone when it ends")
+        return place(text)
+    except ConfigError as error:
+        # So the option is named.
+        raise typer.BadParameter(str(error)) from None
 
 
 ConfigFile = Annotated[Path, At("--config", metavar="FILE", help="TOML configuration.")]

@@ -87,10 +87,18 @@ def _user_message(error: Exception) -> str | None:
     try:
         # Here and not at the top, so that `doctor` still starts where a foreign package hides ours.
         from embeddings.errors import TandemError
-        from trainer.storage import without_secrets
     except ImportError:
         return None
-    return without_secrets(str(error)) if isinstance(error, TandemError) else None
+    return str(error) if isinstance(error, TandemError) else None
+
+
+def _shown(text: str) -> str:
+    """A text without credentials: packages repeat the whole address of a proxy, for one."""
+    try:
+        from trainer.storage import without_secrets
+    except ImportError:
+        return text
+    return without_secrets(text)
 
 
 def _tell_torchrun(message: str, consequence: bool) -> bool:
@@ -125,13 +133,14 @@ def report(error: Exception, debug: bool) -> int:
     """Prints an error as the contract of `launch.cli` says, and returns the exit code."""
     message = _user_message(error)
     if debug or message is None:
-        traceback.print_exception(error)
+        print(_shown("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
     if message is None:
         # Not foreseen, hence a bug: the traceback is what a report needs, with or without --debug.
-        _tell_torchrun(f"internal error: {type(error).__name__}: {error}, see its traceback above", False)
+        text = f"internal error: {type(error).__name__}: {error}, see its traceback above"
+        _tell_torchrun(_shown(text), False)
         print(f"{_prefix()}: internal error, see the traceback above", file=sys.stderr, flush=True)
         return OTHER_ERROR
-    line, elsewhere = " ".join(message.split()), type(error).__name__ == "RankError"
+    line, elsewhere = " ".join(_shown(message).split()), type(error).__name__ == "RankError"
     if _tell_torchrun(line, consequence=elsewhere):
         print(f"{_prefix()}: error: {line}", file=sys.stderr, flush=True)
     return OTHER_ERROR if elsewhere else USER_ERROR

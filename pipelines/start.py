@@ -38,6 +38,7 @@ from trainer.checkpoint.dense_start import TaskHeads
 from trainer.checkpoint.files import bytes_of_all
 from trainer.checkpoint.same_tasks import check_same_tasks
 from trainer.checkpoint.warm_start import check_source, fill, open_source
+from trainer.config.places import place_of
 from trainer.config.sections import EarlyStoppingConfig
 from trainer.config.tasks import Task, names_of, resolve_tasks
 from trainer.data.batch import pinning
@@ -57,7 +58,7 @@ from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder
 from trainer.step_size import step_size
-from trainer.storage import is_remote, place
+from trainer.storage import is_remote
 from trainer.update.schedule import schedule_remarks
 
 Say = Callable[[str], None]
@@ -140,7 +141,8 @@ class Start:
         """Give a new run the weights that `train.init_from` names, if any; collective."""
         if self.resume.path is not None or not self.config.train.init_from:
             return
-        path, carry = place(self.config.train.init_from), self.config.train.init_optimizer == "carry"
+        path = place_of("train.init_from", self.config.train.init_from)
+        carry = self.config.train.init_optimizer == "carry"
         log, heads = self.config.data.log, self.heads
         with open_source(path, scratch) as source:
             lines: list[str] = []
@@ -232,7 +234,7 @@ def try_out(start: Start, say: Say) -> None:
         say(f"tables of {size / 1e9:,.1f} GB were planned, not built")
         source = start.config.train.init_from
         if source and start.resume.path is None:
-            from_rank_0(lambda: check_source(built[0], start.heads, place(source)))
+            from_rank_0(lambda: check_source(built[0], start.heads, place_of("train.init_from", source)))
     if start.validation is not None:
         _first(start.validation)
     if start.manifest.holds("test"):
@@ -245,7 +247,7 @@ def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]]
     memory, size = cluster_of(ranks), step_size(config.data, start.manifest)
     cluster = room_for_tables(memory, config)
     if config.plan.file:
-        file = place(config.plan.file)
+        file = place_of("plan.file", config.plan.file)
         saved = read_plan_file(file)
         if ranks.world_size == 1:
             places = saved.world_size, saved.local_world_size

@@ -17,6 +17,7 @@ from pipelines.quality_report import baselines_key, remarks, without
 from pipelines.start import open_start, try_out
 from trainer.assemble import build_sharded
 from trainer.checkpoint import save_load as checkpoint
+from trainer.config.places import place_of
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Position, Trainer
@@ -25,7 +26,6 @@ from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config, of_files
 from trainer.run_folder import versions
-from trainer.storage import place
 
 # Candidates of a training split that is read once more when training ends, for baselines: some minutes.
 _RATES_OF = 100_000_000
@@ -58,7 +58,7 @@ def _settings(config: Path, overrides: Sequence[str]) -> Config:
     settings = load_config(config, overrides)
     # Kept in the run, which other commands may read from another folder.
     here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
-    file = settings.plan.file and str(place(settings.plan.file).absolute())
+    file = settings.plan.file and str(place_of("plan.file", settings.plan.file).absolute())
     placed = settings.plan.model_copy(update={"file": file})
     quiet_third_parties()
     return settings.model_copy(update={"data": here, "plan": placed})

@@ -27,6 +27,7 @@ from embeddings.plan.planner import Placement, check_plan, make_plan, placements
 from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.tables import dense_bytes, tables_of
 from trainer.config.model import section_of
+from trainer.config.places import place_of
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.data.domain import DomainColumn
 from trainer.log.schema import LogManifest
@@ -40,7 +41,6 @@ from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, build_groups
 from trainer.sealed_folder import voice
 from trainer.step_size import StepSize, lookups, step_size
-from trainer.storage import place
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def build_sharded(
     roomy = room_for_tables(cluster, config)
     request = plan_request(config, manifest, (model, groups), roomy, size)
     if training and config.plan.file:
-        plan, origin = read_plan(place(config.plan.file), request), ""
+        plan, origin = read_plan(place_of("plan.file", config.plan.file), request), ""
     else:
         plan, origin = _plan(config, request, former)
     lines: list[str] = []

@@ -35,7 +35,6 @@ _NO_LOCKS = _LACKING | {errno.ENOLCK, errno.EPERM, errno.EBADF}
 _NO_REPLACING = _LACKING | {errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EBUSY}
 _ROUNDS = 100
 _STAYS = "what a killed process leaves behind stays until somebody deletes it"
-_DAY = 86_400
 # Of a sealed folder.
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 
@@ -348,7 +347,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if match := any_part.fullmatch(stale.name):
             with suppress(OSError):
                 dead = match[1] == f"{_host()}-" and not _alive(int(match[2]))
-                if dead or time.time() - stale.stat().st_mtime > _DAY:
+                if dead or time.time() - stale.stat().st_mtime > objects.LEFT_S:
                     stale.unlink()
     part = path.with_name(f".{path.name}.tmp-{_host()}-{os.getpid()}")
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from embeddings.errors import DataError
 from trainer.storage import is_remote, place
-from trainer.storage.objects import below, copy_file, together
+from trainer.storage.objects import below, copy_file, in_parallel
 from trainer.storage.places import store_of
 
 _AT_ONCE = 4
@@ -64,7 +64,7 @@ class Downloads:
             for path in names.values():
                 path.parent.mkdir(parents=True, exist_ok=True)
             scheme = str(source).partition("://")[0]
-            together(
+            in_parallel(
                 lambda file: copy_file(place(f"{scheme}://{file.lstrip('/')}"), names[file]), names, _AT_ONCE
             )
         except OSError as error:

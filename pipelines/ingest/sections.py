@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from trainer.config.mistakes import NAME
+from trainer.config.places import PlaceText
 from trainer.config.toml import Settings
 from trainer.log.schema import Side
 from trainer.ranks.machine import memory_bytes
@@ -164,7 +165,7 @@ class DomainConfig(Settings):
 
     name: Name
     """The name of the source."""
-    files: tuple[str, ...] = Field(min_length=1)
+    files: tuple[PlaceText, ...] = Field(min_length=1)
     """Paths or patterns, as for `--events`, from the current folder."""
     user: str = "user_id"
     """The column of the user's id."""
@@ -194,7 +195,7 @@ class DomainConfig(Settings):
 class ItemTableConfig(Settings):
     """A table with one row an item, if there is one: its features of items are taken for constant."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[PlaceText, ...] = ()
     """Paths or patterns, as for `--events`, from the current folder."""
     item: str = "item_id"
     """The column with the item."""
@@ -203,7 +204,7 @@ class ItemTableConfig(Settings):
 class UserTableConfig(Settings):
     """A table with one row a user, if there is one, for `[[context]]` with `table = "users"`."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[PlaceText, ...] = ()
     """Paths or patterns, as for `--events`, from the current folder."""
     user: str = "user_id"
     """The column with the user."""
@@ -288,7 +289,7 @@ def _midnight(day: date) -> int:
 class VocabularyConfig(Settings):
     """Where the ids come from: counted anew, or those of the older log `log`, whose values keep them."""
 
-    log: str = ""
+    log: PlaceText = ""
     """A sequence log's folder; empty: count anew."""
     extend: bool = False
     """Whether values that `log` does not know get new ids after its own; otherwise they are unknown."""

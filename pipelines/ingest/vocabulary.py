@@ -17,10 +17,10 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.downloads import downloads
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
+from trainer.config.places import place_of
 from trainer.log.schema import FeatureInfo, Side, read_manifest
 from trainer.log.vocabulary import spell, stream_values
 from trainer.sealed_folder import MANIFEST
-from trainer.storage import place
 
 _BATCH = 1 << 16
 
@@ -66,7 +66,7 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
     """
     if not config.vocabulary.log:
         return {}
-    log = place(config.vocabulary.log)
+    log = place_of("vocabulary.log", config.vocabulary.log)
     manifest = read_manifest(log)
     infos = manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
     shapes, remedy = column_shapes(config), "ingest with that log's columns, or without its vocabulary"

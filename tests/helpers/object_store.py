@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from tests.helpers.launching import ROOT
 
 KEY, SECRET, TOKEN = "AKIDTANDEMREC0123456", "sEcReT+of/the0tests0tandemrec", "tOkEn0of0the0tests0tandemrec"
@@ -51,6 +53,15 @@ class Store:
     def _ask(self, what: str, body: bytes | None = None) -> Any:
         with urllib.request.urlopen(f"{self.address}/-/{what}", body, timeout=20) as answer:
             return json.load(answer)
+
+
+def few(monkeypatch: pytest.MonkeyPatch, attempts: int = 1) -> None:
+    """Few attempts, for what fails again and again."""
+    from trainer.storage import s3
+
+    monkeypatch.setattr(s3, "ATTEMPTS", attempts)
+    monkeypatch.setattr(s3.ObjectStore, "retries", 1)
+    s3.ObjectStore.clear_instance_cache()
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from embeddings.errors import CheckpointError
 from trainer.checkpoint.delta import STRIDE, is_delta
 from trainer.checkpoint.tensor_stream import TYPE_NAMES
 from trainer.sealed_folder import raise_of_store
-from trainer.storage import is_remote
-from trainer.storage.places import store_of
+from trainer.storage.objects import read_range
 
 _DTYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
@@ -93,22 +92,10 @@ class ShardRows:
 def _read_rows(file: Path, stored: _Stored, start: int, stop: int) -> Tensor:
     row = torch.Size(stored.shape[1:]).numel() * stored.dtype.itemsize
     begin, size = stored.begin + start * row, (stop - start) * row
-    content = bytearray(_read_bytes(file, begin, begin + size) if size else b"")
-    if len(content) != size:
-        raise CheckpointError(file, f"ends {size - len(content):,} bytes too early")
+    content = bytearray(read_range(file, begin, begin + size))
     if not content:
         return torch.empty((stop - start, *stored.shape[1:]), dtype=stored.dtype)
     return torch.frombuffer(content, dtype=stored.dtype).view(stop - start, *stored.shape[1:])
-
-
-def _read_bytes(file: Path, begin: int, end: int) -> bytes:
-    if is_remote(file):
-        store, path = store_of(file)
-        content: bytes = store.cat_file(path, start=begin, end=end)
-        return content
-    with file.open("rb") as stream:
-        stream.seek(begin)
-        return stream.read(end - begin)
 
 
 def open_rows(folder: Path) -> list[ShardRows]:
@@ -128,8 +115,8 @@ def open_rows(folder: Path) -> list[ShardRows]:
 
 
 def _open(file: Path) -> list[ShardRows]:
-    length = int.from_bytes(_read_bytes(file, 0, 8), "little")
-    header: dict[str, Any] = json.loads(_read_bytes(file, 8, 8 + length))
+    length = int.from_bytes(read_range(file, 0, 8), "little")
+    header: dict[str, Any] = json.loads(read_range(file, 8, 8 + length))
     notes = header.pop("__metadata__")
     if notes["format"] != "tandemrec.delta":
         raise ValueError(f"it is {notes['format']}")

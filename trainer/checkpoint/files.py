@@ -43,7 +43,6 @@ from trainer.storage.objects import sizes, unfinished
 _NAME = re.compile(r"step-(\d{8})(?:-[0-9a-f]{8})?$")
 STATE = "state.json"
 SEAL = Seal(CheckpointError, "the checkpoint is of no use", names_file=True)
-_DAY = 86_400
 # File name -> {"bytes": size, "sha256": digest}.
 Entries = dict[str, dict[str, Any]]
 
@@ -170,7 +169,7 @@ def prepare(folder: Path, part: Path) -> None:
     In a store there is no telling a killed save from one under way, so there it goes after a day.
     """
     if is_remote(folder):
-        for left in unfinished(folder, DIGEST, _DAY):
+        for left in unfinished(folder, DIGEST):
             if _NAME.search(left.name) and left.name != part.name:
                 remove_folder(left)
         return

@@ -159,7 +159,8 @@ def explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         named = [each for each in (given if isinstance(given, list) else [given]) if isinstance(each, str)]
         example = named[0] if named and re.fullmatch(NAME, named[0]) else "NAME"
         message = f"has a section for each name: write [{name}.{example}]"
-    shown = f" (given: {given!r})" if name and isinstance(given, str | int | float | bool) else ""
+    told = not isinstance(given, str | int | float | bool) or message.startswith(f"{given}: ")
+    shown = "" if told or not name else f" (given: {given!r})"
     return f"{name}: {message}{shown}" if name else message
 
 

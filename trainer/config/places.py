@@ -5,14 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import AfterValidator, PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
 
+from embeddings.errors import ConfigError
 from trainer.storage import is_remote, place
+from trainer.storage.addresses import address_of
 
 
 def _place(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    found = place(value) if isinstance(value, str) else value
+    try:
+        found = place(value) if isinstance(value, str) else value
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
     return found if hasattr(found, "fs") and is_remote(found) else handler(found)
 
 
+def _text(value: str) -> str:
+    try:
+        address_of(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def place_of(setting: str, text: str) -> Path:
+    """The place that a setting names, for whoever is about to go there.
+
+    Raises:
+        ConfigError: naming the setting; a package is missing, or there can be no such place.
+    """
+    try:
+        return place(text)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from None
+
+
 PlaceSetting = Annotated[Path, WrapValidator(_place), PlainSerializer(str, return_type=str)]
+PlaceText = Annotated[str, AfterValidator(_text)]
+"""The same as it was written, where nothing may be needed to read it: it may be empty, or a pattern."""

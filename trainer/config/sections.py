@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from trainer.config.places import PlaceSetting
+from trainer.config.places import PlaceSetting, PlaceText
 from trainer.config.toml import Settings
 
 
@@ -192,7 +192,7 @@ class TrainConfig(Settings):
     0 means the whole split, whatever its size. `tandemrec evaluate` always takes the whole split."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     """When training ends before its last step, see [train.early_stopping]. It needs `validate_every`."""
-    init_from: str = ""
+    init_from: PlaceText = ""
     """A run, or tables written by `unshard`, whose weights a new run starts with. See docs/checkpoints.md.
     Empty means a start from random weights."""
     init_optimizer: Literal["carry", "fresh"] = "carry"

@@ -10,6 +10,7 @@ from embeddings.optimizers import ROW_OPTIMIZERS, known_optimizer
 from embeddings.plan.bandwidths import KNOWN, Bandwidths
 from embeddings.plan.request import PlanRules, TableRule
 from trainer.config.mistakes import NAME, OWNER
+from trainer.config.places import PlaceText
 from trainer.config.toml import Settings
 
 # FBGEMM's kernels work on four floats at a time.
@@ -158,7 +159,7 @@ class PlanTableConfig(Settings):
 class PlanConfig(Settings):
     """Where the planner may put tables, and what it counts with."""
 
-    file: str = ""
+    file: PlaceText = ""
     """Training reuses this plan, which `tandemrec plan --json` wrote. Empty means that a plan is made at the
     start."""
     allow_unified_memory: bool = False

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict
 
 from embeddings.errors import ConfigError
 from trainer.config.mistakes import explain, is_key, problems_of
-from trainer.storage import is_remote, place
+from trainer.storage import is_remote, place, refuse_secrets
+from trainer.storage.addresses import address_of
 
 
 class Settings(BaseModel):
@@ -67,9 +68,15 @@ class Sources:
     @staticmethod
     def read(path: Path | None, overrides: Sequence[str] = ()) -> Sources:
         """Raises:
-        ConfigError: a file is missing or no TOML.
+        ConfigError: a file is missing or no TOML, or credentials are in an address.
         """
-        return Sources(() if path is None else tuple(_read(path, ())), tuple(overrides))
+        for override in overrides:
+            with _beginning("--set"):
+                refuse_secrets(override)
+        files = () if path is None else tuple(_read(path, ()))
+        for file, own in files:
+            _refuse_secrets(file, own, ())
+        return Sources(files, tuple(overrides))
 
     def tree(self, overrides: Sequence[str] | None = None) -> dict[str, Any]:
         """The settings as one tree; `overrides`: others than all of them.
@@ -224,12 +231,35 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Iterator[tuple[Path, dict[
     if not isinstance(base, str):
         raise ConfigError(f'{path}: extends must be the path of one file, such as "base/common.toml"')
     chain = (*extending, path.resolve())
-    # A file in a store may start from a local one, and the other way round.
-    own = "://" in base or Path(base).is_absolute()
-    start = place(base) if own else path.parent / base
+    with _beginning(f"{path}: extends:"):
+        # A file in a store may start from a local one, and the other way round.
+        own = address_of(base) is not None or Path(base).is_absolute()
+        start = place(base) if own else path.parent / base
     if start.resolve() in chain:
         raise ConfigError(f"{path}: extends {base}, which leads back to itself")
     yield from _read(start.resolve() if is_remote(start) else start, chain)
+
+
+@contextmanager
+def _beginning(where: str) -> Iterator[None]:
+    """Have an error of an address begin with where the address stands."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from None
+
+
+def _refuse_secrets(file: Path, value: Any, location: tuple[str, ...]) -> None:
+    """Raises ConfigError where a text of a file has an address with credentials: a run would keep them."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_secrets(file, inner, (*location, key))
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_secrets(file, inner, location)
+    elif isinstance(value, str):
+        with _beginning(f"{file}: {'.'.join(location)}:"):
+            refuse_secrets(value)
 
 
 def _over(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.sample import Sample
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.storage import is_remote
-from trainer.storage.objects import together
+from trainer.storage.objects import in_parallel
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class SequenceLogReader:
     def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[LazyRows]]:
         """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
         # Small requests, of which a store answers many in the time of one.
-        look = together if is_remote(self.config.log) else map
+        look = in_parallel if is_remote(self.config.log) else map
         files = list(dict.fromkeys(place.file for place in places))
         footers = dict(zip(files, look(read_footer, files), strict=True))
         plans = list(look(lambda place: self._plan(place, footers[place.file]), places))

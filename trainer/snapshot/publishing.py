@@ -37,7 +37,7 @@ from trainer.storage import is_remote, place
 from trainer.storage.objects import create, listed, unfinished
 from trainer.storage.objects import publish as upload_folder
 
-_CLAIM, _DAY = "claim", 86_400
+_CLAIM = "claim"
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def _upload(root: Path, part: Path, manifest: SnapshotManifest, number: int, kee
     if not VERSION_NAME.fullmatch(newest) or newest < final.name:
         write_text(root / LATEST, final.name + "\n")
     (final / _CLAIM).unlink(missing_ok=True)
-    for left in unfinished(root, DIGEST, _DAY):
+    for left in unfinished(root, DIGEST):
         if VERSION_NAME.fullmatch(left.name):
             remove_folder(left)
     if keep:

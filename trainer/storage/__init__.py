@@ -4,6 +4,7 @@ A *place* is a `pathlib.Path`, or a `upath.UPath` (universal-pathlib over fsspec
 Nothing here is loaded for local paths but the standard library.
 """
 
-from trainer.storage.places import Place, is_remote, place, refuse_secrets, without_secrets
+from trainer.storage.addresses import refuse_secrets, without_secrets
+from trainer.storage.places import Place, is_remote, place
 
 __all__ = ["Place", "is_remote", "place", "refuse_secrets", "without_secrets"]

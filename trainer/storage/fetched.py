@@ -10,10 +10,9 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from trainer.storage.objects import pieces, together
+from trainer.storage.objects import LEFT_S, in_parallel, pieces
 
 _AT_ONCE = 4
-_DAY = 86_400
 
 
 def cache_of(folder: Path, cache: Path | None = None) -> Path:
@@ -61,11 +60,11 @@ def fetch(
         finally:
             part.unlink(missing_ok=True)
 
-    together(one, sorted(files), _AT_ONCE)
+    in_parallel(one, sorted(files), _AT_ONCE)
 
 
 def drop_old(folder: Path, needed: set[str]) -> None:
     """Delete what lies in a folder of fetched folders beside those needed, and has for more than a day."""
     for path in folder.iterdir():
-        if path.name not in needed and time.time() - path.stat().st_mtime > _DAY:
+        if path.name not in needed and time.time() - path.stat().st_mtime > LEFT_S:
             shutil.rmtree(path, ignore_errors=True)

@@ -28,6 +28,8 @@ PART = 1 << 25
 PIECE, PIECES = 1 << 24, 4
 # Requests under way at once, of one process.
 AT_ONCE = 16
+# Seconds after which what nobody has finished is what a killed process left, where no lock tells: a day.
+LEFT_S = 86_400
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -36,14 +38,16 @@ def sizes(folder: Path) -> dict[str, int]:
     """Path inside a folder -> bytes, of every file in it; empty where there is no such folder."""
     if not is_remote(folder):
         return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    return {name: int(info["size"]) for name, info in _inside(folder)}
+
+
+def _inside(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Path inside a remote folder, and what the store says of it, of every object in it."""
     store, root = store_of(folder)
-    found = store.find(root, detail=True)
     prefix = root.rstrip("/") + "/"
-    return {
-        path.removeprefix(prefix): int(info["size"])
-        for path, info in found.items()
-        if path.startswith(prefix) and not path.endswith("/")
-    }
+    for path, info in store.find(root, detail=True).items():
+        if path.startswith(prefix) and not path.endswith("/"):
+            yield path.removeprefix(prefix), info
 
 
 def listed(folder: Path) -> list[Path]:
@@ -53,18 +57,16 @@ def listed(folder: Path) -> list[Path]:
     return []
 
 
-def unfinished(folder: Path, mark: str, seconds: float) -> list[Path]:
+def unfinished(folder: Path, mark: str, seconds: float = LEFT_S) -> list[Path]:
     """The folders directly in a remote one that lack the file `mark` and are older than so many seconds."""
-    store, root = store_of(folder)
-    prefix = root.rstrip("/") + "/"
     newest: dict[str, float] = {}
     finished: set[str] = set()
-    for path, info in store.find(root, detail=True).items():
-        name, _, file = path.removeprefix(prefix).partition("/")
+    for path, info in _inside(folder):
+        name, _, file = path.partition("/")
         if file == mark:
             finished.add(name)
         if file:
-            written = info.get("LastModified") or info.get("created")
+            written: Any = info.get("LastModified") or info.get("created")
             # What has no time is as good as new.
             at = written.timestamp() if hasattr(written, "timestamp") else float(written or time.time())
             newest[name] = max(newest.get(name, 0.0), at)
@@ -80,18 +82,32 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+def read_range(path: Path, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a file of this machine or of a store.
+
+    Raises:
+        OSError: it cannot be read, or ends before.
+    """
+    content = b""
+    if start < end and is_remote(path):
+        store, name = store_of(path)
+        content = store.cat_file(name, start=start, end=end)
+    elif start < end:
+        with path.open("rb") as file:
+            file.seek(start)
+            content = file.read(end - start)
+    if len(content) < end - start:
+        problem = f"ends at byte {start + len(content):,}, before byte {end:,}"
+        raise OSError(errno.EIO, problem, str(path))
+    return content
+
+
 def pieces(path: Path, size: int) -> Iterator[bytes]:
     """The content of an object, fetched in pieces, several at a time."""
-    store, root = store_of(path)
-
-    def piece(start: int) -> bytes:
-        content: bytes = store.cat_file(root, start=start, end=min(start + PIECE, size))
-        return content
-
     with ThreadPoolExecutor(PIECES, "fetch") as pool:
         waiting: deque[Future[bytes]] = deque()
         for start in range(0, size, PIECE):
-            waiting.append(pool.submit(piece, start))
+            waiting.append(pool.submit(read_range, path, start, min(start + PIECE, size)))
             if len(waiting) == PIECES:
                 yield waiting.popleft().result()
         for left in waiting:
@@ -203,13 +219,13 @@ def publish(part: Path, final: Path, last: Sequence[str], *, replace: bool | Non
     files = [path for path in part.rglob("*") if path.is_file()]
     names = {path.relative_to(part).as_posix(): path for path in files}
     most = [name for name in sorted(names) if name not in last]
-    together(lambda name: upload(names[name], final / name), most, at_once=4)
+    in_parallel(lambda name: upload(names[name], final / name), most, at_once=4)
     for name in last:
         if name in names:
             upload(names[name], final / name)
 
 
-def together(
+def in_parallel(
     function: Callable[[Item], Result], items: Iterable[Item], at_once: int = AT_ONCE
 ) -> list[Result]:
     """The results for some items, in order, several at a time: what takes long is the way to the store."""

@@ -7,11 +7,11 @@ memory maps) fails at once instead of making a folder called `s3:`.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, cast
 
 from embeddings.errors import ConfigError
+from trainer.storage.addresses import LOCAL, S3, Address, address_of
 
 if TYPE_CHECKING:
     # What is annotated so uses only the methods that both have.
@@ -19,23 +19,10 @@ if TYPE_CHECKING:
 else:
     Place = Any
 
-_STORES = ("s3", "s3a")
-# `s3:/bucket` and `s3:bucket` would be local folders, made in silence: nobody means them.
-_SLIP = re.compile(r"^(s3a?|gs|gcs|az|abfss?):(?!//)/?", re.IGNORECASE)
-_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)(.*)$", re.DOTALL)
-# `user:password@` of any address, whatever stands before an @ of a bucket, and signed addresses.
-_SECRET = re.compile(
-    r"(?<=://)[^/@\s:]*:[^/@\s]*(?:/[^@\s/]*)*@"
-    r"|(?<=s3://)[^@\s/]+@|(?<=s3a://)[^@\s/]+@"
-    r"|(?<=[?&])[^\s=&]*(?:signature|credential|secret|token|password|accesskey)[^\s=&]*=[^\s&'\"]+",
-    re.IGNORECASE,
-)
 _INSTALL = {
-    "s3": "`make install-s3`, or `pip install --no-deps -r requirements/s3.txt`",
-    "gcs": "`pip install gcsfs`",
-    "gs": "`pip install gcsfs`",
-    "az": "`pip install adlfs`",
-    "abfs": "`pip install adlfs`",
+    **dict.fromkeys(S3, "`make install-s3`, or `pip install --no-deps -r requirements/s3.txt`"),
+    **dict.fromkeys(("gcs", "gs"), "`pip install gcsfs universal-pathlib`"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "`pip install adlfs universal-pathlib`"),
 }
 
 
@@ -45,57 +32,46 @@ def place(given: str | Path) -> Path:
     Raises:
         ConfigError: the address holds credentials, nothing knows its kind, or a package is missing.
     """
-    match = _URL.match(given) if isinstance(given, str) else None
-    if match is None:
-        slip = _SLIP.match(str(given))
-        if slip:
-            address = f"{slip[1].lower()}://{str(given)[slip.end() :]}"
-            raise ConfigError(
-                f"{given}: an address has two slashes: {address}; a local folder of that name is ./{given}"
-            )
-        return Path(given) if isinstance(given, str) else given
-    protocol, host, rest = match[1].lower(), match[2], match[3]
-    refuse_secrets(cast(str, given))
-    if protocol == "file":
-        return Path(host + rest)
-    if protocol in _STORES and not host:
-        raise ConfigError(f"{given}: names no bucket; write it as s3://BUCKET/FOLDER")
-    return _remote(f"{protocol}://{host}{rest}", protocol)
+    if not isinstance(given, str | PurePath):
+        return given
+    address = address_of(str(given))
+    if address is None:
+        return Path(given)
+    if address.protocol in LOCAL:
+        return Path(address.rest)
+    return _remote(address)
 
 
-def _remote(address: str, protocol: str) -> Path:
-    kind = "s3" if protocol in _STORES else protocol
+def _remote(address: Address) -> Path:
+    protocol, host, rest = address
+    shown = f"{protocol}://{host}{rest}"
     try:
         from upath import UPath
 
-        if kind == "s3":
+        if protocol in S3:
             from trainer.storage.s3 import register
 
             register()
-        found = UPath(address.rstrip("/"))
+        found = UPath(shown.rstrip("/"))
         assert found.fs is not None
     except ImportError as error:
-        how = _INSTALL.get(
-            kind, f"the package of fsspec for {protocol}://, and `pip install universal-pathlib`"
-        )
         # fsspec says a sentence of its own instead of the name where it knows the package.
-        missing = f"{error.name} is not installed" if error.name else f"a package for {kind}:// is missing"
-        raise ConfigError(f"{address}: {missing}: {how}") from None
-    except ValueError as error:
-        raise ConfigError(
-            f"{address}: is no place that can be read or written ({error}); a store of S3 is s3://BUCKET/FOLDER"
-        ) from None
-    return cast(Path, found)
-
-
-def refuse_secrets(text: str) -> None:
-    """Raises ConfigError where an address in a text has credentials in it."""
-    if "://" in text and _SECRET.search(text):
-        raise ConfigError(
-            f"{without_secrets(text)}: credentials in an address would end up in logs and configs; leave "
-            "them out, and give them by AWS_PROFILE, the other variables of AWS, or ~/.aws (see "
-            "docs/object_storage.md)"
+        missing = (
+            f"{error.name} is not installed" if error.name else f"a package for {protocol}:// is missing"
         )
+        how = f"the package of fsspec for {protocol}://, and `pip install universal-pathlib`"
+        raise ConfigError(f"{shown}: {missing}: {_INSTALL.get(protocol, how)}") from None
+    except (ValueError, OSError) as error:
+        problem = f"is no place that can be read or written ({str(error).partition(chr(10))[0]})"
+        how = _INSTALL.get(protocol, "a store of S3 is s3://BUCKET/FOLDER")
+        raise ConfigError(f"{shown}: {problem}; {how}") from None
+    if host not in str(found):
+        # Some packages take it for an option of their own, and a config or a manifest would lose it.
+        raise ConfigError(
+            f"{shown}: the package for {protocol}:// does not keep {host!r} in the names of files; give it "
+            f"by fsspec's configuration (~/.config/fsspec), and write {protocol}:///FOLDER"
+        )
+    return cast(Path, found)
 
 
 def is_remote(path: Path) -> bool:
@@ -107,8 +83,3 @@ def store_of(path: Path) -> tuple[Any, str]:
     """The fsspec file system of a remote place, and how that calls it."""
     remote = cast(Any, path)
     return remote.fs, remote.path
-
-
-def without_secrets(text: str) -> str:
-    """A text with the credentials of every address in it blotted out."""
-    return _SECRET.sub("***@", text) if "://" in text else text

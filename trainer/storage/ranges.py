@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import merge_offset_ranges
 
+from trainer.storage.objects import in_parallel, read_range
 from trainer.storage.places import is_remote, store_of
 
 # Bytes at the end of a file that are fetched for its footer; a larger footer takes a second request.
@@ -62,15 +63,10 @@ class _Fetched(io.RawIOBase):
     """Some ranges of a file, as a file."""
 
     def __init__(self, file: Path, wanted: list[tuple[int, int]]) -> None:
-        store, path = store_of(file)
         starts, ends = [start for start, _ in wanted], [end for _, end in wanted]
-        paths, starts, ends = merge_offset_ranges([path] * len(wanted), starts, ends, _GAP, _MOST)
-        pieces = store.cat_ranges(paths, starts, ends, on_error="raise")
+        _, starts, ends = merge_offset_ranges([str(file)] * len(wanted), starts, ends, _GAP, _MOST)
+        pieces = in_parallel(lambda each: read_range(file, *each), zip(starts, ends, strict=True))
         self._pieces: list[tuple[int, bytes]] = list(zip(starts, pieces, strict=True))
-        for start, end, piece in zip(starts, ends, pieces, strict=True):
-            if len(piece) != end - start:
-                problem = f"ends at byte {start + len(piece)}, before byte {end}"
-                raise OSError(errno.EIO, problem, str(file))
         self._size, self._at = max(ends, default=0) + _TAIL, 0
 
     def readable(self) -> bool:

@@ -21,6 +21,8 @@ from s3fs.core import S3File, set_custom_error_handler
 from upath.implementations.cloud import S3Path
 from upath.registry import get_upath_class, register_implementation
 
+from trainer.storage.addresses import without_secrets
+
 # Of one request, with random waits of up to 1, 2, 4, 8 and 16 s between them (botocore's mode "standard").
 # AWS_MAX_ATTEMPTS, or max_attempts of the profile, says otherwise.
 ATTEMPTS = 6
@@ -205,4 +207,4 @@ def _plain(error: BaseException, path: str) -> OSError:
 
 def _line(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
+    return without_secrets(" ".join(text.split()))[:300] or type(error).__name__

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embeddings.errors import CheckpointError
-from tests.helpers.object_store import Store
+from tests.helpers.object_store import Store, few
 from tests.helpers.touched_tables import STATE, TouchedTable
 from trainer.checkpoint import files, save_load
 from trainer.checkpoint.background import Saver
@@ -43,7 +43,7 @@ def test_a_store_that_cannot_be_asked_ends_no_run_that_goes_on(
         assert bases == [paths[1].name, None]
 
 
-def test_a_chain_in_a_store(store: Store) -> None:
+def test_a_chain_in_a_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = store.bucket / "runs" / "deltas" / "checkpoints"
     with process_group(60, "cpu"):
         table, held = TouchedTable(3_000, 4, 2_000, 4, torch.float16), []
@@ -65,6 +65,12 @@ def test_a_chain_in_a_store(store: Store) -> None:
         for name, tensor in held[-1].items():
             assert torch.equal(table.contents()[name], tensor), name
         assert torch.equal(TensorReader(paths[1]).whole(STATE), held[-2][STATE])
+        # A store that does not answer says nothing about the base: no older checkpoint is taken.
+        few(monkeypatch)
+        store.faults(("GETHEAD", f"{paths[1].name}/manifest", "error:500:InternalError", 1))
+        with pytest.raises(OSError, match="the store failed, again"):
+            save_load.find(folder)
+        store.faults()
         # Without its base a delta is of no use.
         (paths[2] / DIGEST).unlink()
         with pytest.raises(CheckpointError, match=f"builds on {paths[2].name}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ import pytest
 
 from embeddings.errors import ConfigError, DataError, TandemError
 from launch.cli import main
+from launch.reporting import report
+from pipelines.ingest.config import load_ingest_config
 from pipelines.ingest.downloads import Downloads
 from trainer.config.sections import DataConfig
 from trainer.run_config import load_config
@@ -34,7 +37,8 @@ SEAL = Seal(lambda path, problem: TandemError(f"{path}: {problem}"), "write it a
 def test_local_text_is_a_path_and_nothing_else(tmp_path: Path) -> None:
     for text in ("runs/demo", "/data/log", "a:b", "./s3:/bucket", str(tmp_path)):
         assert place(text) == Path(text) and type(place(text)) is type(Path())
-    assert place(f"file://{tmp_path}") == tmp_path
+    for text in (f"file://{tmp_path}", f"file://localhost{tmp_path}", f"local://{tmp_path}"):
+        assert place(text) == tmp_path and type(place(text)) is type(Path())
     assert not is_remote(tmp_path) and is_remote(place("memory://a/b"))
     assert str(place("memory://a/b/") / "c") == "memory://a/b/c" or str(place("memory:///a/b") / "c")
 
@@ -61,10 +65,17 @@ def test_local_runs_load_no_package_of_a_store() -> None:
         "gs://me:hush@bucket/x",
         "s3://bucket/log?X-Amz-Signature=hush",
         "s3://bucket/log?secret_key=hush",
+        "https://bucket.s3.amazonaws.com/k?X-Amz-Credential=hush%2Fx&X-Amz-Security-Token=hush",
+        "https://account.blob.core.windows.net/c/b?sv=2022&sig=hush",
+        "https://hush@host/x",
+        "s3:/AKIDX:hush@bucket/log",
+        "s3:AKIDX:hush/hush@bucket",
+        "S3:///hush@bucket",
+        "simplecache::s3://AKIDX:hush@bucket",
     ],
 )
 def test_credentials_in_an_address_are_refused_and_not_repeated(
-    text: str, capsys: pytest.CaptureFixture[str]
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         place(text)
@@ -73,11 +84,53 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(
         assert main(words) == 2
     shown = "".join(capsys.readouterr())
     assert "hush" not in shown and shown.count("credentials in an address") == 2
+    assert "error: --out " in shown and "error: --set data.log=" in shown
     assert "hush" not in without_secrets(f"data.log: {text} is wrong")
+    # In a config, whatever the key is for: a run would keep it.
+    for key, tree in (
+        ("data.log", "[data]\nlog"),
+        ("data.domain", "[data]\ndomain"),
+        ("extends:", "extends"),
+    ):
+        (tmp_path / "c.toml").write_text(f'{tree} = "{text}"\n')
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / "c.toml")
+        assert str(caught.value).startswith(f"{tmp_path / 'c.toml'}: {key}")
+        assert "hush" not in str(caught.value) and "credentials in an address" in str(caught.value)
+    for override in (f"data.log={text}", text, f"plan.file='{text}'"):
+        with pytest.raises(ConfigError, match=r"^--set .*credentials in an address") as caught:
+            load_config(tmp_path / "none.toml", [override])
+        assert "hush" not in str(caught.value)
+
+
+def test_what_is_blotted_out_reads_like_an_address() -> None:
+    for text, says in (
+        ("got s3://KEY:a/b@bucket/x.", "got s3://***@bucket/x."),
+        ("'https://h/k?a=1&X-Amz-Signature=00&b=2'", "'https://h/k?a=1&X-Amz-Signature=***&b=2'"),
+        ("s3:/KEY:SECRET@bucket, s3://a/b", "s3:/***@bucket, s3://a/b"),
+        ("http://u:p@h:1 and http://h:2/a", "http://***@h:1 and http://h:2/a"),
+    ):
+        assert without_secrets(text) == says and without_secrets(says) == says
+
+
+def test_packages_that_repeat_credentials_are_blotted_out(capsys: pytest.CaptureFixture[str]) -> None:
+    told = "Failed to connect to proxy URL: http://me:hush@proxy:80"
+    for error, code in ((OSError(5, told, "s3://b/x"), 2), (RuntimeError(told), 1)):
+        assert report(error, debug=True) == code
+    shown = capsys.readouterr().err
+    assert "hush" not in shown and shown.count("http://***@proxy:80") >= 3
 
 
 def test_addresses_without_credentials_stay() -> None:
-    for text in ("s3://bucket/a@b/c:d", "abfs://box@account.dfs.core.windows.net/x", "a b@c://"):
+    for text in (
+        *(
+            "s3://bucket/a@b/c:d",
+            "abfs://box@account.dfs.core.windows.net/x",
+            "a b@c://",
+            "s3://b/x?versionId=1",
+        ),
+        *("logs:a@b", '["s3://b/x","me@host"]', "sftp://me@host/x", "s3://bucket/day:1/x@y"),
+    ):
         refuse_secrets(text)
         assert without_secrets(text) == text
 
@@ -87,6 +140,21 @@ def test_what_is_no_place_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
         place("nosuch://x/y")
     with pytest.raises(ConfigError, match="names no bucket"):
         place("s3:///log")
+    with pytest.raises(ConfigError, match="gs://: names no place"):
+        place("gs://")
+    with pytest.raises(ConfigError, match="addresses inside addresses"):
+        place("simplecache::s3://bucket/log")
+    with pytest.raises(ConfigError, match=r"machine called 'runs'.* file:///FOLDER"):
+        place("file://runs/demo")
+    # A key and a secret without a bucket, or an endpoint: not repeated.
+    with pytest.raises(ConfigError, match=r"^s3://\.\.\.: a bucket's name has no colon.*AWS_ENDPOINT_URL"):
+        place("s3://AKIDX:hush/log")
+    # What would be lost on the way to a config.
+    other = place("memory://x")
+    monkeypatch.setattr("upath.UPath", lambda text: other)
+    with pytest.raises(ConfigError, match="sftp://host/x: the package for sftp:// does not keep 'host'"):
+        place("sftp://host/x")
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules, "trainer.storage.s3", raising=False)
     with pytest.raises(ConfigError, match=r"not installed.*requirements/s3\.txt"):
@@ -103,8 +171,45 @@ def test_a_slash_too_few_makes_no_local_folder(text: str | Path) -> None:
 
 def test_a_missing_package_of_a_store_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ConfigError, match=r"^gs://b/x: a package for gs:// is missing: `pip install gcsfs`$"):
+    with pytest.raises(ConfigError, match=r"^gs://b/x: a package for gs:// is missing: `pip install gcsfs"):
         place("gs://b/x")
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    for protocol in ("abfs", "abfss", "az"):
+        with pytest.raises(ConfigError, match=rf"^{protocol}://b@c/x: .*`pip install adlfs .*`$"):
+            place(f"{protocol}://b@c/x")
+
+
+def test_a_bad_address_is_told_with_its_file_and_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bad.toml"
+    for key, tree in (
+        ("data.log", '[data]\nlog = "s3:/bucket/log"'),
+        ("train.init_from", '[train]\ninit_from = "s3:/bucket/run"'),
+        ("plan.file", '[plan]\nfile = "s3:/bucket/plan.json"'),
+        ("extends", 'extends = "s3:/bucket/base.toml"'),
+    ):
+        file.write_text(tree)
+        with pytest.raises(
+            ConfigError, match=rf"^{re.escape(f'{file}: {key}: s3:/bucket/')}.*two slashes"
+        ) as caught:
+            load_config(file)
+        assert "given:" not in str(caught.value)
+    file.write_text("")
+    with pytest.raises(ConfigError, match=r"^--set data\.log=nosuch://x: data\.log: nosuch://x: is no place"):
+        load_config(file, ["data.log=nosuch://x"])
+    file.write_text(
+        '[item_table]\nfiles = ["a.csv", "s3:/bucket/items.csv"]\n[vocabulary]\nlog = "gs:/bucket/x"'
+    )
+    with pytest.raises(ConfigError, match=r"item_table\.files\.1: s3:/bucket.*vocabulary\.log: gs:/bucket"):
+        load_ingest_config(file)
+    for words, says in (
+        (["--out", "s3:/bucket/run"], "'--out': s3:/bucket/run: an address has two slashes"),
+        (["--out", "memory://run"], "'--out': memory://run: that is the memory of one process"),
+        (["--out", "run", "--config", "nosuch://x"], "'--config': nosuch://x: is no place"),
+    ):
+        assert main(["train", "--config", "c.toml", *words]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_a_config_may_start_from_one_that_lies_elsewhere(tmp_path: Path) -> None:

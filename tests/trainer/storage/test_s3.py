@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from embeddings.errors import CheckpointError, DataError, SnapshotError
 from tests.helpers.logs import small_log
-from tests.helpers.object_store import SECRET, Store
+from tests.helpers.object_store import SECRET, Store, few
 from trainer.checkpoint import files, save_load
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.sections import DataConfig
@@ -39,13 +40,6 @@ def steps(log: Path, **changes: Any) -> list[torch.Tensor]:
     reader = SequenceLogReader(DataConfig(log=log, **SMALL, **changes), "train", None, seed=3)
     with closing(reader.steps()) as found:
         return [part for step in found for part in (step.batch.features.values(), step.batch.labels)]
-
-
-def few(monkeypatch: pytest.MonkeyPatch, attempts: int = 2) -> None:
-    """Few attempts, for what fails again and again."""
-    monkeypatch.setattr(s3, "ATTEMPTS", attempts)
-    monkeypatch.setattr(s3.ObjectStore, "retries", 1)
-    s3.ObjectStore.clear_instance_cache()
 
 
 def test_a_log_is_read_by_ranges_as_a_local_one(store: Store, tmp_path: Path) -> None:
@@ -145,7 +139,7 @@ def test_faults_that_stay_are_one_error(
     remote = store.bucket / "logs" / "failing"
     if not (remote / MANIFEST).exists():
         upload(small_log(tmp_path / "log"), remote)
-    few(monkeypatch, 1)
+    few(monkeypatch)
     store.faults(("GET", "part-0", kind, 1000))
     with pytest.raises(DataError) as caught:
         steps(store.bucket / "logs" / "failing")
@@ -154,7 +148,7 @@ def test_faults_that_stay_are_one_error(
 
 
 def test_no_server_and_no_credentials(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    few(monkeypatch, 1)
+    few(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         with pytest.raises(OSError, match=r"cannot be reached.*AWS_ENDPOINT_URL") as caught:
@@ -216,7 +210,7 @@ def tensors(value: float) -> dict[str, Any]:
 
 
 def test_checkpoints_count_once_complete(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    few(monkeypatch, 1)
+    few(monkeypatch)
     folder = store.bucket / "runs" / "c" / "checkpoints"
     with process_group(60, "cpu"):
         first = save_load.save(folder, 1, tensors(1.0), {"step": 1}, keep=2)
@@ -243,7 +237,7 @@ def test_checkpoints_count_once_complete(store: Store, monkeypatch: pytest.Monke
         assert found.path is not None and found.state["step"] == 2 and not found.refused
         assert objects.unfinished(folder, DIGEST, 60) == []
         assert [path.name for path in objects.unfinished(folder, DIGEST, -60)] == [newest.name]
-        monkeypatch.setattr(files, "_DAY", -60)
+        monkeypatch.setattr(files, "unfinished", partial(objects.unfinished, seconds=-60))
         files.prepare(folder, files.new_part(folder, 4))
         assert {path.name for path in folder.iterdir()} == {found.path.name}
         loaded = tensors(0.0)
