@@ -39,10 +39,10 @@ def also_in_full(beside: Path) -> Callable[[Ranks], None]:
     def before(ranks: Ranks) -> None:
         save = Saver.save
 
-        def saving(self: Saver, step: int, tensors: Any, state: Any, best: int = -1) -> None:
+        def saving(self: Saver, step: int, tensors: Any, state: Any, **more: Any) -> None:
             self.settle()
             checkpoint.save(beside, step, tensors, {"step": step}, 99, group=self._group)
-            save(self, step, tensors, state, best)
+            save(self, step, tensors, state, **more)
 
         Saver.save = saving  # type: ignore[method-assign]
 
