@@ -142,8 +142,8 @@ def _open(run: Path, which: str = "") -> _Run:
     found = checkpoint.find_to_use(folder.checkpoints, which)
     path = found.path
     assert path is not None
-    for reason in found.refused:
-        print(f"refused checkpoint: {reason}; using {path.name}", flush=True)
+    for line in found.lines:
+        print(line, flush=True)
     groups, reader = resolve_groups(config, manifest), TensorReader(path)
     for name, group in groups.items():
         for table in group.tables:

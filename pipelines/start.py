@@ -171,8 +171,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     fingerprint = log_fingerprint(manifest)
     from_rank_0(lambda: check_writable(out))
     resume = checkpoint.find(folder.checkpoints)
-    for reason in resume.refused:
-        say(f"refused checkpoint: {reason}")
+    for line in _refused_lines(resume, folder, config.checkpoint.keep):
+        say(line)
     if resume.path is not None:
         check_resumable(resume.state, config, fingerprint, manifest.tasks)
         of_tasks = check_same_tasks(resume.state, config, manifest.tasks)
@@ -212,6 +212,15 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
         say(line)
     return Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation)
+
+
+def _refused_lines(resume: checkpoint.ResumePoint, folder: RunFolder, keep: int) -> list[str]:
+    """What was found of damaged checkpoints, and what becomes of them."""
+    stays = (
+        f"what was refused stays in {folder.checkpoints} and does not count for checkpoint.keep; it is "
+        f"deleted once {keep} newer checkpoints are saved, or by you"
+    )
+    return [*resume.lines, stays] if resume.refused else []
 
 
 def try_out(start: Start, say: Say) -> None:

@@ -55,6 +55,7 @@ class Saver:
 
     Attributes:
         saved: step of the newest checkpoint known to be in place, resumed from or written; -1 = none.
+        refused: names of those that the start found to be of no use.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Saver:
         timeout = datetime.timedelta(minutes=config.timeout_minutes)
         # Of its own, so that its collectives cannot mix with those of the steps.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self.saved = -1
+        self.saved, self.refused = -1, set[str]()
         self._copy, self._roomy, self._local_ranks = StagedCopy(), False, local_ranks
         # Of `auto`, what the newest full save was, `async` or `sync`; empty: there was none.
         self._mode = ""
@@ -119,8 +120,9 @@ class Saver:
         copied += 0 if delta is None else sum(shard.count * shard.row_bytes for shard in delta.shards)
         if in_background := self._in_background(copied, delta is not None):
             whole, in_background = self._staged(whole, delta)
+        keep, refused = self.config.keep, frozenset(self.refused)
         write = partial(
-            checkpoint.save, self.folder, step, whole, state, self.config.keep, best, self._group, delta
+            checkpoint.save, self.folder, step, whole, state, keep, best, self._group, delta, refused
         )
         self._running = save = _Save(self.folder, step, write, device, 0 if delta is None else delta.links)
         save.start()
@@ -151,6 +153,7 @@ class Saver:
             self._roomy = False
         if save.problem is None:
             self.saved = save.step
+            self.refused.discard(save.path.name)
             if self._follow_next:
                 self._base, self._links = save.path, save.links
             slow = f" (waited {waited:.0f} s for it)" if waited > _WORTH_SAYING_S and not last else ""

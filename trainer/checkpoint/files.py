@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from trainer.sealed_folder import (
     remove_folder,
     sweep,
     sync,
+    voice,
 )
 from trainer.sealed_folder import publish as publish_folder
 from trainer.sealed_folder import retire as retire_folder
@@ -41,6 +42,8 @@ from trainer.storage.objects import sizes, unfinished
 
 # In a store with an id of the save: nothing is renamed there.
 _NAME = re.compile(r"step-(\d{8})(?:-[0-9a-f]{8})?$")
+# One that was damaged when its step was saved again.
+_ASIDE = re.compile(r"step-(\d{8})\.refused-[0-9a-f]{8}")
 STATE = "state.json"
 SEAL = Seal(CheckpointError, "the checkpoint is of no use", names_file=True)
 # File name -> {"bytes": size, "sha256": digest}.
@@ -202,13 +205,19 @@ def seal(part: Path, entries: Entries) -> None:
     SEAL.write(part, json.dumps({"files": dict(sorted(entries.items()))}, indent=1))
 
 
-def publish(part: Path, final: Path) -> None:
-    """Give a sealed checkpoint its name."""
+def publish(part: Path, final: Path, damage: str = "") -> None:
+    """Give a sealed checkpoint its name.
+
+    Args:
+        damage: what is wrong with the one that has it, which is set aside for whoever wants to look at it.
+    """
     if is_remote(part):
         return
-    # Whatever has the name did not verify; it is kept for whoever wants to know why.
     aside = final.with_name(f"{final.name}.refused-{os.urandom(4).hex()}")
     publish_folder(part, final, aside=aside, synced=True)
+    if aside.exists():
+        goes = "it is deleted once checkpoint.keep newer checkpoints are there"
+        voice.say(f"{final}: saved anew; what was there is set aside as {aside.name} ({damage}); {goes}")
 
 
 def choose(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> Path:
@@ -235,18 +244,24 @@ def choose(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> 
     return found[0]
 
 
-def retire(folder: Path, final: Path, keep: int, best: int = -1) -> None:
-    """Delete all but the newest `keep` checkpoints up to `final`; damaged ones don't count as kept.
+def retire(
+    folder: Path, final: Path, keep: int, best: int = -1, refused: Collection[str] = frozenset()
+) -> None:
+    """Delete all but the newest `keep` checkpoints up to `final`.
 
-    That of step `best` stays besides, and so do those that a kept one builds on.
+    That of step `best` stays besides, and so do those that a kept one builds on. Damaged ones do not count,
+    and go once there are `keep` newer ones; so do those that were set aside.
+
+    Args:
+        refused: names of some whose files have their sizes, and are of no use all the same.
     """
-    good, needed = 0, set[str]()
+    good, needed, oldest = 0, set[str](), -1
     for old in checkpoints(folder):
         kept = step_of(old) > step_of(final) or good < keep or (best >= 0 and step_of(old) == best)
-        if step_of(old) <= step_of(final) and good < keep:
+        if step_of(old) <= step_of(final) and good < keep and old.name not in refused:
             with suppress(CheckpointError):
                 read_manifest(old)
-                good += 1
+                good, oldest = good + 1, step_of(old)
         if kept or old.name in needed:
             # One that cannot be read builds on nothing that could be loaded with it.
             with suppress(CheckpointError):
@@ -255,6 +270,10 @@ def retire(folder: Path, final: Path, keep: int, best: int = -1) -> None:
         else:
             # A delta is deleted before what it builds on, so that what is left is never half a chain.
             retire_folder(old, old.name, strict=True)
+    for aside in [] if is_remote(folder) else folder.glob("step-*.refused-*"):
+        match = _ASIDE.fullmatch(aside.name)
+        if match and good == keep and int(match[1]) < oldest:
+            retire_folder(aside, aside.name, strict=True)
 
 
 def _object(file: Path, text: bytes) -> dict[str, Any]:

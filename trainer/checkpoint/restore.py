@@ -44,8 +44,8 @@ def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> RestoredModel:
     manifest = read_manifest(config.data.log)
     found = checkpoint.find_to_use(folder.checkpoints, which)
     assert found.path is not None
-    for reason in found.refused if ranks.speaks else []:
-        print(f"refused checkpoint: {reason}; using {found.path.name}", flush=True)
+    for line in found.lines if ranks.speaks else []:
+        print(line, flush=True)
     if ranks.speaks and found.state.get("best", {}).get("step", -1) >= 0:
         print(f"checkpoint {found.path.name} (--checkpoint takes another)", flush=True)
     if ranks.device.type != "cpu" and config.plan.mapped_folder:

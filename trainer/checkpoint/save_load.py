@@ -9,8 +9,7 @@ snapshots are what may come from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ def save(
     best: int = -1,
     group: Group = None,
     delta: Delta | None = None,
+    refused: Collection[str] = (),
 ) -> Path:
     """Write one checkpoint; collective over all ranks.
 
@@ -60,50 +60,60 @@ def save(
         best: the step of one that stays besides; -1 = none.
         group: that the ranks talk through; a save in a thread needs one that nobody else uses.
         delta: the touched rows that are written instead of whole tables, which `tensors` are without.
+        refused: names of checkpoints that were found to be of no use, and do not count as kept.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; nothing older is touched, and
             what was written is removed.
     """
-    final = folder / files.final_name(step)
-
-    def new_folder() -> tuple[Path, bool]:
-        for there in files.of_step(folder, step):
-            with suppress(CheckpointError):
-                _verify_chain(there, alone=True)
-                # This step's checkpoint is there and good.
-                return there, True
-        return files.new_part(folder, step), False
-
-    def of_this_save(action: Callable[[], Result]) -> Callable[[], Result]:
-        """The action, with its failure as that of this save."""
-
-        def attempt() -> Result:
-            try:
-                return action()
-            except Exception as error:
-                reason = error.problem if isinstance(error, CheckpointError) else _reason(error)
-                rank = dist.get_rank(group)
-                problem = f"rank {rank} could not save: {reason}; older checkpoints are untouched"
-                raise CheckpointError(final, problem) from None
-
-        return attempt
-
-    part, done = from_rank_0(new_folder, group)
+    part, done, damage = from_rank_0(partial(_new_part, folder, step), group)
     if done:
         return part
     final = files.final_of(part)
+    of_this_save = partial(_of_save, final, group)
     try:
         from_rank_0(of_this_save(lambda: files.prepare(folder, part)), group)
         written = from_every_rank(of_this_save(lambda: _write(part, tensors, group, delta)), group)
-        entry = {} if delta is None else {"base": delta.entry()}
-        from_rank_0(of_this_save(lambda: _finish(part, final, written, {**state, **entry})), group)
+        whole = state if delta is None else {**state, "base": delta.entry()}
+        from_rank_0(of_this_save(lambda: _finish(part, final, written, whole, damage)), group)
     except CheckpointError:
         if dist.get_rank(group) == 0:
             remove_folder(part)
         raise
-    from_rank_0(of_this_save(lambda: files.retire(folder, final, keep, best)), group)
+    others = set(refused) - {final.name}
+    from_rank_0(of_this_save(lambda: files.retire(folder, final, keep, best, others)), group)
     return final
+
+
+def _new_part(folder: Path, step: int) -> tuple[Path, bool, str]:
+    """Where a save goes: (folder to write, False, what is wrong with this step's checkpoint that is there).
+
+    Where that one is good: (it, True, "").
+    """
+    damage = ""
+    for there in files.of_step(folder, step):
+        try:
+            _verify_chain(there, alone=True)
+        except CheckpointError as error:
+            damage = str(error)
+        else:
+            return there, True, ""
+    return files.new_part(folder, step), False, damage
+
+
+def _of_save(final: Path, group: Group, action: Callable[[], Result]) -> Callable[[], Result]:
+    """An action with its failure as that of a save."""
+
+    def attempt() -> Result:
+        try:
+            return action()
+        except Exception as error:
+            reason = error.problem if isinstance(error, CheckpointError) else _reason(error)
+            rank = dist.get_rank(group)
+            problem = f"rank {rank} could not save: {reason}; older checkpoints are untouched"
+            raise CheckpointError(final, problem) from None
+
+    return attempt
 
 
 @dataclass(frozen=True)
@@ -113,11 +123,19 @@ class ResumePoint:
     Attributes:
         path: the newest checkpoint that verifies, None where there is none at all.
         state: its rank-independent state; refused: why newer ones were refused.
+        refused_names: of their folders.
     """
 
     path: Path | None
     state: dict[str, Any]
     refused: list[str]
+    refused_names: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """What is to be said of those that were refused."""
+        name = self.path.name if self.path is not None else ""
+        return [f"refused checkpoint: {reason}; using {name}" for reason in self.refused]
 
     @property
     def former_plan(self) -> FormerPlan | None:
@@ -136,17 +154,19 @@ def find(folder: Path, alone: bool = False) -> ResumePoint:
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
     """
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     seen: dict[Path, CheckpointError | None] = {}
     for path in _answer(alone, partial(files.checkpoints, folder)):
         try:
             _verify_chain(path, alone, seen)
         except CheckpointError as error:
-            refused.append(str(error))
+            refused[path.name] = str(error)
         else:
-            return ResumePoint(path, _answer(alone, partial(read_state, path)), refused)
+            state = _answer(alone, partial(read_state, path))
+            return ResumePoint(path, state, [*refused.values()], tuple(refused))
     if refused:
-        why = f"no checkpoint verifies; restore one, or train into another folder ({'; '.join(refused)})"
+        reasons = "; ".join(refused.values())
+        why = f"no checkpoint verifies; restore one, or train into another folder ({reasons})"
         raise CheckpointError(folder, why)
     return ResumePoint(None, {}, [])
 
@@ -173,7 +193,7 @@ def find_to_use(folder: Path, which: str = "", alone: bool = False) -> ResumePoi
         if which:
             raise CheckpointError(chosen, f"cannot be used: {error}") from None
         return replace(newest, refused=[*newest.refused, f"the best one: {error}"])
-    return ResumePoint(chosen, _answer(alone, partial(read_state, chosen)), newest.refused)
+    return replace(newest, path=chosen, state=_answer(alone, partial(read_state, chosen)))
 
 
 def _answer(alone: bool, compute: Callable[[], Result]) -> Result:
@@ -219,12 +239,12 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | 
         raise CheckpointError(part, f"writing {sizes}: {reason}") from None
 
 
-def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str, Any]) -> None:
+def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str, Any], damage: str) -> None:
     entries = files.write_state(part, state)
     for mine in written:
         entries |= mine
     files.seal(part, entries)
-    files.publish(part, final)
+    files.publish(part, final, damage)
 
 
 def _verify_chain(path: Path, alone: bool, seen: dict[Path, CheckpointError | None] | None = None) -> None:

@@ -34,7 +34,7 @@ from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary import stream_values
 from trainer.ranks.machine import give_pages_back
 from trainer.run_folder import RunFolder
-from trainer.sealed_folder import remove_folder
+from trainer.sealed_folder import remove_folder, voice
 from trainer.storage import is_remote
 
 _ROWS_AT_ONCE = 1 << 16
@@ -60,6 +60,8 @@ def unshard_run(run: Path, out: Path) -> PlainManifest:
     config = folder.read_config()
     found = find_to_use(folder.checkpoints, "newest", alone=True)
     assert found.path is not None
+    for line in found.lines:
+        voice.say(line)
     manifest = read_manifest(config.data.log)
     if log_fingerprint(manifest) != found.state["log"]:
         raise CheckpointError(

@@ -259,6 +259,8 @@ class Trainer:
             return self.metrics_of_validation or self._measure(reader), self.at.step
         if self._best_metrics is None:
             best_start = checkpoint.find_to_use(self.folder.checkpoints)
+            for line in best_start.lines:
+                self.say(line)
             path, step = best_start.path, int(best_start.state["step"])
             assert path is not None
             self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
@@ -348,6 +350,7 @@ class Trainer:
             best=best,
         )
         self.saver.saved = self.step.number = self.at.step
+        self.saver.refused = set(start.refused_names)
         self.saver.follow(path, state.get("base", {}).get("links", 0))
         self.say(f"resumed from {path}")
 
