@@ -33,6 +33,14 @@ SERVER.set_forkserver_preload(
             for verb in ("train", "evaluate", "export", "score", "ingest.ingest", "plan.plan")
         ),
         *(f"benchmarks.{name}" for name in ("step", "scaling", "quality", "search")),
+        # What these import only once they work.
+        "pandas",
+        "pyarrow.dataset",
+        "pyarrow.pandas_compat",
+        "torch.distributed.optim",
+        "torch.utils.serialization",
+        "torch._subclasses.schema_check_mode",
+        "launch.options",
         "launch.reporting",
         "tests.helpers.logs",
         "tests.programs.drive",
