@@ -62,5 +62,5 @@ Device = Annotated[
 ]
 Split = Annotated[str, Option("--split", help="Which split of the log: train, validation or test.")]
 Snapshot = Annotated[Path, At("--snapshot", metavar="SNAP", help="A snapshot by `export`.")]
-Cache = Annotated[Path | None, At(metavar="DIR", help="For a snapshot in an object store; else ~/.cache.")]
+Cache = Annotated[Path | None, At(metavar="DIR", help="What must be on this machine; else in ~/.cache.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing log.")]

@@ -54,7 +54,7 @@ _PLACED = {KEY: np.int64, "group": np.int32, "row": np.int32, "behaviors": np.in
 class HistoryStore(Mapping[int, History]):
     """user id -> the longest history that the log has of them, read when it is asked for.
 
-    Takes 24 bytes a user, in memory up to 4 million of them and else in a file that is mapped, and at most
+    Takes 24 bytes a user, in memory up to a million of them and else in a file that is mapped, and at most
     `cached` bytes of memory for row groups that were read last. May be used from several threads.
 
     Args:

@@ -1,6 +1,6 @@
 """Rows of numbers in the order of a key, however many: in memory, or in files that are mapped.
 
-Some million rows are sorted in memory. Of more, sorted runs are written, and merged one range of keys after
+A million rows are sorted in memory. Of more, sorted runs are written, and merged one range of keys after
 another, so that memory holds about one run whatever the number of rows. The result is then looked up where it
 lies: a binary search in a mapped file reads the pages that it touches.
 """
@@ -23,9 +23,9 @@ Array = npt.NDArray[Any]
 Rows = Mapping[str, Array]
 KEY = "key"
 # Rows of a run, and of what is merged at a time.
-_RUN = 1 << 22
+_RUN = 1 << 20
 # One key of a run in so many is remembered, to know where a range of keys begins.
-_EVERY = 1 << 12
+_EVERY = 1 << 10
 
 
 def sort_rows(
@@ -82,8 +82,6 @@ def mapped(file: Path, of_type: npt.DTypeLike) -> Array:
         if not os.fstat(raw.fileno()).st_size:
             return np.zeros(0, of_type)
         pages = mmap.mmap(raw.fileno(), 0, prot=mmap.PROT_READ)
-    # Else every look would bring in the pages beside it, too.
-    pages.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(pages, of_type)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipelines.train import run as train_run
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import FEATURES, small_log
 from tests.helpers.tables import whole_tensor
+from tests.helpers.vocabularies import all_large
 from tests.trainer.test_ranks import parameters
 from trainer.assemble import build_sharded
 from trainer.checkpoint.dense_start import TaskHeads
@@ -192,11 +194,15 @@ def filled_tables(config: Config, source: Path, ranks: Ranks) -> dict[str, torch
     return {name: whole_tensor(tensor) for name, tensor in sharded.model.state_dict().items()}
 
 
+@pytest.mark.parametrize("large", [False, True])
 def test_rows_follow_their_values_into_another_vocabulary(
-    old: Path, plain: Path, ranks: Ranks, tmp_path: Path
+    old: Path, plain: Path, ranks: Ranks, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newer = config(name_items(small_log(tmp_path / "log", seed=3), NEWER))
-    tensors, lines = filled(newer, plain, ranks)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with all_large() if large else nullcontext():
+        tensors, lines = filled(newer, plain, ranks)
+    assert (tmp_path / "home" / ".cache" / "tandemrec" / "vocabularies").is_dir() == large
     assert "item_id: 56 of 59 values carried over, 7 new" in lines
     trained, fresh = parameters(old / "run"), build_sharded(newer, read_manifest(newer.data.log), ranks)
     first = {f"model.{name}": whole_tensor(t) for name, t in fresh.model.state_dict().items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import tracemalloc
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,23 +19,8 @@ from hypothesis import strategies as st
 
 import trainer.log.known_values as module
 from embeddings.errors import DataError
-from trainer.log import vocabulary
+from tests.helpers.vocabularies import all_large
 from trainer.log.known_values import KnownValues, known_values, map_values, values_of
-from trainer.storage import sorted_rows
-
-
-@contextmanager
-def all_large(run: int = 8) -> Iterator[None]:
-    """Every vocabulary is written into files, in runs of so many values."""
-    with ExitStack() as held:
-        for owner, name, value in (
-            (module, "_MOST_ROWS", 0),
-            (sorted_rows, "_RUN", run),
-            (sorted_rows, "_EVERY", max(run // 4, 1)),
-            (vocabulary, "_ROWS_AT_ONCE", max(run // 2, 1)),
-        ):
-            held.enter_context(patch.object(owner, name, value))
-        yield
 
 
 def written(file: Path, values: Sequence[Any]) -> str:

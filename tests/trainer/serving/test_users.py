@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipelines.serve.app import Service
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from tests.helpers.models import preset
 from tests.helpers.serving import Client, bodies, service_of, serving, snapshot_of
+from tests.helpers.vocabularies import all_large
 from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo, read_manifest
 from trainer.log.writer import write_manifest
@@ -198,14 +200,17 @@ def test_names_that_are_not_the_logs_are_refused(log: Path) -> None:
         HistoryStore(log)
 
 
-def test_scores_have_names_beside_the_numbers(log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_scores_have_names_beside_the_numbers(log: Path, tmp_path: Path, large: bool) -> None:
     """A number without a name has none; names that cannot be read are told of, and cost no scores."""
     with_names(log, NAMES)
     manifest, file = read_manifest(log), tmp_path / "scores.parquet"
     users, zeros = np.array([USER, 1, 0, 10]), np.zeros(4, dtype=np.int64)
     score = np.zeros((4, 1), dtype=np.float32)
     scored = Scored(score, score, users, zeros, zeros, zeros, zeros, ("click",))
-    assert write_named_scores(scored, file, log, manifest) == []
+    with all_large() if large else nullcontext():
+        assert write_named_scores(scored, file, log, manifest) == []
+    assert not list(tmp_path.glob("*tmp*"))
     table = pq.read_table(file)
     assert table["user"].to_pylist() == ["u_0017", "", None, None] and "request" not in table.column_names
     assert table["user_id"].to_pylist() == read_scores(file).user_id.tolist() == users.tolist()
