@@ -85,7 +85,7 @@ def written(folder: Path, world: int) -> Path:
         results.append(of_rank.write_data(planner.finish_plan(plan), planner).wait())
         entries.append(of_rank.files.entries)
     writer.finish(metadata, results)
-    save_load._finish(part, final, [*entries, writer.files.entries], {"step": 1})
+    save_load._finish(part, final, [*entries, writer.files.entries], {"step": 1}, "")
     return final
 
 
