@@ -16,12 +16,15 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import wraps
+from pathlib import Path
 from typing import Any, Dict, List, Optional  # noqa: UP035
 
 from torchx import specs
 from torchx.specs.finder import ComponentValidationException
 
 _SHAPE = re.compile(r"(?:(?:(?P<least>\d+):)?(?P<nodes>\d+)x)?(?P<ranks>\d+)")
+# What a role's metadata call the configuration file.
+CONFIG = "tandemrec/config"
 _CLI = ("python", "-m", "launch.cli")
 OptionalText = Optional[str]  # noqa: UP045
 OptionalTexts = Optional[List[str]]  # noqa: UP006, UP045
@@ -102,20 +105,26 @@ class Job:
             line = f"{_quote([*_CLI, *words, '--check'])} && {line}"
         return line
 
-    def app(self, role: str, line: str) -> specs.AppDef:
-        """A job that runs one shell line on each node.
+    def app(self, words: Sequence[str], ranks: bool = False) -> specs.AppDef:
+        """A job that runs one command line of tandemrec on each node.
+
+        Args:
+            ranks: under torchrun, and not in one process.
 
         Raises:
-            JobError: an option is wrong, or there are more ranks than GPUs on a node that has some.
+            JobError: an option is wrong, there are more ranks than GPUs on a node that has some, or the
+                command line or its configuration could not be read there either.
         """
         from embeddings.errors import ConfigError
         from trainer.storage import refuse_secrets
 
         shape, given = parse_shape(self.j), self.mounts or []
+        line = self.torchrun(words) if ranks else f"exec {_quote([*_CLI, *words])}"
         try:
             refuse_secrets(line)  # schedulers keep and show what a job runs
         except ConfigError as error:
             raise JobError(str(error)) from None
+        config = check_words(words)
         try:
             resource = specs.resource(cpu=self.cpu or _cores(), gpu=self.gpu, memMB=self.memMB, h=self.h)
         except KeyError as error:
@@ -132,7 +141,7 @@ class Job:
             )
         per_rank = self.threads or max(1, int(resource.cpu) // shape.ranks)
         node = specs.Role(
-            name=role,
+            name=words[0],
             image=self.image,
             entrypoint="bash",
             args=["-c", line],
@@ -143,8 +152,46 @@ class Job:
             resource=resource,
             env={"OMP_NUM_THREADS": str(per_rank), **(self.env or {})},
             mounts=mounts,
+            metadata={} if config is None else {CONFIG: str(config)},
         )
         return specs.AppDef(name=self.name, roles=[node])
+
+
+def check_words(words: Sequence[str]) -> Path | None:
+    """Read a command line of tandemrec, and its configuration where that lies on this machine.
+
+    Whatever is wrong there would be found by the job, hours later perhaps.
+
+    Returns:
+        The configuration file that it names, there or not; None where it names none, or one in a store.
+
+    Raises:
+        JobError: an option, an override or the configuration is wrong.
+    """
+    import typer
+
+    from embeddings.errors import ConfigError
+    from launch.cli import app
+
+    verb, *options = words
+    command: Any = typer.main.get_command(app)
+    try:
+        given = command.commands[verb].make_context(verb, options).params
+    except typer.TyperException as error:
+        raise JobError(f"{verb}: {error.format_message()} (see `tandemrec {verb} --help`)") from None
+    except ConfigError as error:
+        raise JobError(f"{verb}: {error}") from None
+    config, run = given.get("config"), given.get("run_folder")
+    # In an image, or in a store that only the nodes reach, it may be all the same.
+    file = config if isinstance(config, Path) else run / "config.toml" if isinstance(run, Path) else None
+    if file is not None and file.is_file():
+        from trainer.run_config import load_config
+
+        try:
+            load_config(file, [*(given.get("overrides") or []), *(given.get("more") or [])])
+        except ConfigError as error:
+            raise JobError(str(error)) from None
+    return config if isinstance(config, Path) else None
 
 
 _NODE = ("name", "image", "cpu", "gpu", "memMB", "h", "env", "mounts")
@@ -222,14 +269,15 @@ def train(*args: str, config: str, out: str, job: Job) -> specs.AppDef:
     """
     Trains one model with `tandemrec train`, on one rank or many. A run that exists is resumed.
 
-    With max_restarts above 0, the configuration is checked before ranks are started.
+    The configuration is read before the job is submitted, where it lies on this machine. With max_restarts
+    above 0 it is held against the log, too, before ranks are started.
 
     Args:
         args: overrides of the configuration, after a `--`, for example `-- data.log=log train.max_steps=100`
         config: the TOML configuration
         out: the run folder; with several nodes it must be on storage that all of them share
     """
-    return job.app("train", job.torchrun(["train", "--config", config, "--out", out, *args]))
+    return job.app(["train", "--config", config, "--out", out, *args], ranks=True)
 
 
 @_component(*_RANKS, name="tandemrec-evaluate")
@@ -250,7 +298,7 @@ def evaluate(
     """
     words = ["evaluate", "--run", run, "--split", split, *(["--device", device] if device else [])]
     words += [*(["--sample", str(sample)] if sample else []), *args]
-    return job.app("evaluate", job.torchrun(words))
+    return job.app(words, ranks=True)
 
 
 @_component(*_NODE, name="tandemrec-export")
@@ -267,7 +315,7 @@ def export(*args: str, run: str, out: str, device: OptionalText = None, job: Job
         device: auto, cpu or cuda; the default is the run's train.device
     """
     words = ["export", "--run", run, "--out", out, *(["--device", device] if device else []), *args]
-    return job.app("export", f"exec {_quote([*_CLI, *words])}")
+    return job.app(words)
 
 
 @_component("name", "image", "cpu", "memMB", "env", "mounts", name="tandemrec-plan", memMB=4096)
@@ -283,4 +331,4 @@ def plan(*args: str, config: str, world_size: int, hbm: OptionalText = None, job
     """
     words = ["plan", "--config", config, "--world-size", str(world_size)]
     words += [*(["--hbm", hbm] if hbm else []), *args]
-    return job.app("plan", f"exec {_quote([*_CLI, *words])}")
+    return job.app(words)

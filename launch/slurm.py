@@ -23,7 +23,7 @@ from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse, ListAppRes
 from torchx.schedulers.slurm_scheduler import SLURM_STATES, SlurmBatchRequest, SlurmScheduler
 from torchx.specs import AppDef, AppState, ReplicaStatus, Role, RoleStatus
 
-from launch.components import JobError
+from launch.components import CONFIG, JobError
 
 _SACCT = ("sacct", "--noheader", "--parsable2", "--allocations")
 _NAME = re.compile(r"[\w.-]+")
@@ -52,12 +52,16 @@ class Slurm(SlurmScheduler):  # type: ignore[misc]
         """The request for a job whose nodes' parts are named NAME-0, NAME-1, ... as `--name` says.
 
         Raises:
-            JobError: a name that cannot be part of a file's name, or mounts.
+            JobError: a name that cannot be part of a file's name, mounts, or no configuration there.
         """
         if not _NAME.fullmatch(app.name):
             raise JobError(f"--name {app.name}: it names files, so use letters, digits, `_`, `.` and `-`")
         if any(role.mounts for role in app.roles):
             raise JobError("--mounts: Slurm has none; name paths on storage that all nodes share")
+        for config in (role.metadata.get(CONFIG) for role in app.roles):
+            # The nodes see the folders that this machine sees.
+            if config is not None and not Path(config).is_file():
+                raise JobError(f"--config {config}: no such file")
         app = replace(app, roles=[replace(role, name=app.name) for role in app.roles])
         made = super()._submit_dryrun(app, cfg).request
         if made.max_retries:

@@ -17,6 +17,7 @@ import typer
 from torch.distributed.run import get_args_parser
 from torchx import specs
 from torchx.runner import get_runner
+from torchx.runner.config import get_config
 from torchx.specs.file_linter import validate
 
 from launch import components
@@ -206,7 +207,9 @@ JOB: dict[str, Any] = {
 }
 
 
-def test_slurm_gets_gpus_ranks_restarts_and_requeues(tmp_path: Path) -> None:
+def test_slurm_gets_gpus_ranks_restarts_and_requeues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The odd words are no overrides.
+    monkeypatch.setattr(components, "check_words", lambda words: None)
     app = train(*ODD, **JOB, max_retries=2)
     script = _request("slurm", {"partition": "gpu", "time": "60"}, app).materialize()
     heads = [line for line in script.splitlines() if line.startswith("#SBATCH --job-name")]
@@ -227,6 +230,45 @@ def test_slurm_gets_gpus_ranks_restarts_and_requeues(tmp_path: Path) -> None:
     assert len(lines) == 2
     for line in lines:
         _assert_trains(line, {"SLURM_JOB_NODELIST_HET_GROUP_0": "node-7"}, "77", "node-7")
+
+
+@pytest.mark.parametrize(
+    ("component", "given", "words", "problem"),
+    [
+        (train, {"out": "o"}, ["train.max_steps=many"], "--set train.max_steps=many: train.max_steps"),
+        (train, {"out": "o"}, ["model.kk=3"], "unknown key 'model.kk'; did you mean 'model.k'?"),
+        (train, {"out": "o"}, ["train.max_steps"], "write it as section.key=value"),
+        (train, {"out": "o"}, ["--sett", "model.k=3"], "train: No such option: --sett"),
+        (plan, {"world_size": 4}, ["--set", "plan.resrve=0"], "unknown key 'plan.resrve'"),
+        (plan, {"world_size": 4}, ["model.k=3"], "plan: Got unexpected extra argument"),
+    ],
+)
+def test_a_wrong_word_or_key_is_refused_before_a_job_is_described(
+    component: Any, given: dict[str, Any], words: list[str], problem: str
+) -> None:
+    """Whatever the scheduler, and without any restarts."""
+    with pytest.raises(JobError, match=re.escape(problem)):
+        component(*words, config=str(ROOT / "configs/dare.toml"), **given)
+
+
+def test_what_may_lie_in_the_image_alone_is_not_missed_here(tmp_path: Path) -> None:
+    assert train("model.kk=3", config="/in/the/image.toml", out="o").roles[0].metadata == {
+        components.CONFIG: "/in/the/image.toml"
+    }
+    # A run that another job is about to make; one that is there and damaged is refused.
+    for component, more in ((evaluate, {}), (export, {"out": "snap"})):
+        assert component(run=str(tmp_path / "run"), **more).roles[0].metadata == {}
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / "config.toml").write_text("[modell]\nk = 3\n")
+        with pytest.raises(JobError, match="unknown key 'modell'"):
+            component(run=str(tmp_path / "bad"), **more)
+        with pytest.raises(JobError, match="No such option: --sinse"):
+            component("--sinse", "3", run=str(tmp_path / "run"), **more)
+
+
+def test_without_a_scheduler_torchx_takes_this_machine() -> None:
+    """Its own default is the first name of the alphabet, aws_batch."""
+    assert get_config("cli", "run", "scheduler", dirs=[str(ROOT)]) == "local_cwd"
 
 
 def test_credentials_in_an_address_are_refused_before_a_scheduler_keeps_them() -> None:
@@ -286,7 +328,11 @@ def _assert_trains(line: str, environment: dict[str, str], job: str, host: str) 
     assert {*wanted, f"--rdzv-endpoint={host}:29500"} <= set(run)
 
 
-def test_a_wrong_configuration_is_told_once_before_any_rank_starts(tmp_path: Path) -> None:
+def test_a_wrong_configuration_is_told_once_before_any_rank_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As one that lies in an image.
+    monkeypatch.setattr(components, "check_words", lambda words: None)
     log = small_log(tmp_path / "log")
     config = str(ROOT / "configs/dare.toml")
     wrong = train(

@@ -15,6 +15,9 @@ from torchx.specs import AppState
 
 from launch.components import JobError, export, train
 from launch.slurm import Slurm
+from tests.helpers.launching import ROOT
+
+CONFIG = str(ROOT / "configs/dare.toml")
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 
 def request(**options: Any) -> Any:
     with get_runner() as runner:
-        return runner.dryrun(train(config="c", out="/s/o", **options), "slurm", {}).request
+        return runner.dryrun(train(config=CONFIG, out="/s/o", **options), "slurm", {}).request
 
 
 def test_torchx_has_all_its_schedulers_and_ours() -> None:
@@ -96,9 +99,15 @@ def test_a_job_that_may_be_retried_gets_sigterm_before_its_time_ends(commands: P
     assert "--signal" not in request(j="2x1").materialize()
 
 
+def test_a_configuration_that_is_not_there_is_refused(commands: Path) -> None:
+    del commands
+    with get_runner() as runner, pytest.raises(JobError, match=r"--config configs/dar\.toml: no such file"):
+        runner.dryrun(train(config="configs/dar.toml", out="/s/o"), "slurm", {})
+
+
 def test_without_slurm_it_says_where_to_submit(commands: Path) -> None:
     with get_runner() as runner, pytest.raises(JobError, match="sbatch not found: submit where"):
-        runner.schedule(runner.dryrun(train(config="c", out="/s/o"), "slurm", {}))
+        runner.schedule(runner.dryrun(train(config=CONFIG, out="/s/o"), "slurm", {}))
 
 
 def test_what_is_said_of_a_job_suits_it_and_the_partitions(
@@ -107,7 +116,7 @@ def test_what_is_said_of_a_job_suits_it_and_the_partitions(
     stand_in(commands, "sbatch", "echo 7")
     with get_runner() as runner:
         for job, words in (
-            (train(config="c", out="/s/o"), "to stop it, with a checkpoint: scancel 7"),
+            (train(config=CONFIG, out="/s/o"), "to stop it, with a checkpoint: scancel 7"),
             (export(run="/s/o", out="/s/snap"), "to stop it: scancel 7"),
         ):
             runner.schedule(runner.dryrun(job, "slurm", {}))
@@ -115,4 +124,4 @@ def test_what_is_said_of_a_job_suits_it_and_the_partitions(
         stand_in(commands, "sbatch", "exit 1")
         stand_in(commands, "sinfo", "echo 'all: 2 node(s) with 2 cores, 4000 MB, (null), for at most 10:00'")
         with pytest.raises(JobError, match="4000 MB, no GPUs, for at most"):
-            runner.schedule(runner.dryrun(train(config="c", out="/s/o"), "slurm", {}))
+            runner.schedule(runner.dryrun(train(config=CONFIG, out="/s/o"), "slurm", {}))
