@@ -42,7 +42,7 @@ from trainer.snapshot.partial_model import PartialModel, rows_of_requests
 from trainer.snapshot.publishing import drafting, open_base, publish
 from trainer.snapshot.search import SearchKind
 from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
-from trainer.snapshot.writing import Draft, Source, finish, group_dtypes
+from trainer.snapshot.writing import Draft, Source, finish, group_dtypes, int8_lines
 
 _RECORDED_CANDIDATES = 512
 # Allowed differences between probabilities of the snapshot and of the trainer, largest and mean, by the
@@ -122,6 +122,8 @@ def export(
         if base is not None and len(base.versions) >= LONGEST_CHAIN:
             raise SnapshotError(base.path, f"builds on {LONGEST_CHAIN - 1} others; export without --since")
         dtypes = group_dtypes(opened.config, dtype, attention_dtype)
+        for line in int8_lines(opened.groups.values(), dtypes):
+            print(line, flush=True)
         with drafting(out) as part:
             base = None if base is None else beside(base, part)
             manifest, parity = _write(

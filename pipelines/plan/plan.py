@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from pydantic import ByteSize, TypeAdapter
@@ -27,6 +28,7 @@ from trainer.model.frame import TwoStageModel
 from trainer.ranks.device import DeviceName
 from trainer.run_config import Config, load_config, of_files
 from trainer.sealed_folder import write_text
+from trainer.snapshot.writing import int8_lines
 from trainer.step_size import StepSize, lookups, step_size
 
 # Of what pydantic takes for a size only what cannot be meant otherwise: it reads 12 as twelve bytes.
@@ -92,6 +94,8 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
     run = run_of(settings, manifest, request, size)
     needs = all_needs(run, found, memory, cluster.ddr, options.run)
     print("\n".join([*report_lines(report), "", *need_table(needs)]))
+    for line in int8_lines(request.groups, {group.name: "int8" for group in request.groups}):
+        print(fill(line, 108, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
     if options.hbm and cluster.device == "cpu":
         print(f"--hbm {options.hbm} has no effect: these ranks have no GPU")
     if not options.ddr:

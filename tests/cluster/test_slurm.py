@@ -144,7 +144,8 @@ def test_what_slurm_cannot_do_is_a_message(
 ) -> None:
     split = 2 if options[0] == "-cfg" else 0
     words = ["torchx", "run", "-s", "slurm", *options[:split], f"{ROOT}/launch/components.py:train"]
-    words += ["--config", f"{ROOT}/configs/dare.toml", "--out", "o", "-j", "2x1", "--cpu", "2", *options[split:]]
+    words += ["--config", f"{ROOT}/configs/dare.toml", "--out", "o", "-j", "2x1", "--cpu", "2"]
+    words += options[split:]
     done = cluster.on_head(*words, env=ACTIVE, cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert re.search(problem, done.stderr, re.DOTALL) and "Traceback" not in done.stderr, done.stderr

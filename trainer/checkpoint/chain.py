@@ -22,7 +22,7 @@ from torch.futures import Future
 from embeddings.errors import CheckpointError
 from trainer.checkpoint import files
 from trainer.checkpoint.delta import Link
-from trainer.checkpoint.delta_files import ShardRows, ids_in, open_rows
+from trainer.checkpoint.delta_files import ShardRows, open_rows
 from trainer.checkpoint.row_blocks import PIECE_BYTES, PieceReader
 
 _IDS_AT_ONCE = 1 << 20
@@ -163,5 +163,6 @@ class ChainReader(PieceReader):
 
 def _touched(shards: Sequence[ShardRows], table: str, rows: int) -> Iterator[Tensor]:
     for start in range(0, rows, _IDS_AT_ONCE):
-        if found := ids_in(shards, table, start, min(start + _IDS_AT_ONCE, rows)):
+        stop, of_table = min(start + _IDS_AT_ONCE, rows), (each for each in shards if each.table == table)
+        if found := [ids for shard in of_table for _, ids in shard.ids_between(start, stop)]:
             yield torch.cat(found).unique()

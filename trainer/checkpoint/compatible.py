@@ -63,7 +63,7 @@ def check_resumable(
             f"this run was trained on another log than data.log = {config.data.log} (features or counts "
             "differ, so ids may mean other things); name another --out"
         )
-    before, now = _settings_of(state), dict(flat_settings(config.model_dump(mode="json")))
+    before, now = _settings_of(state), _flat(config)
     fixed = []
     for key in {**before, **now}:
         section = key.split(".")[0]
@@ -144,14 +144,22 @@ def _names(settings: Mapping[str, Any]) -> dict[str, list[str]]:
 def changed_settings(state: Mapping[str, Any], config: Config) -> list[str]:
     """The settings in which a start that may go on differs from its checkpoint: `key = now (was before)`.
 
-    Where a log or a plan lies is no difference.
+    A key that the checkpoint's version did not know had its default, with no effect; one whose default is
+    another by now is a difference, and is told as that. Where a log or a plan lies is none.
     """
-    before, now = dict(flat_settings(state["config"])), dict(flat_settings(config.model_dump(mode="json")))
-    return [
-        f"{key} = {value!r} (was {before[key]!r})"
-        for key, value in now.items()
-        if key in before and before[key] != value and key not in ("data.log", "plan.file")
-    ]
+    defaults, given = _flat(Config()), dict(flat_settings(state["config"]))
+    before, lines = {**defaults, **_settings_of(state)}, []
+    for key, value in _flat(config).items():
+        if key not in before or before[key] == value or key in ("data.log", "plan.file"):
+            continue
+        default = "; now the default" if key in defaults and value == defaults[key] else ""
+        was = f"was {before[key]!r}{default}" if key in given else "was not set"
+        lines.append(f"{key} = {value!r} ({was})")
+    return lines
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return dict(flat_settings(config.model_dump(mode="json")))
 
 
 def check_same_order(path: Path, state: Mapping[str, Any], order: str, log: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,3 @@ def _open(file: Path) -> list[ShardRows]:
         index = _read_rows(file, first, 0, first.shape[0])
         shards.append(ShardRows(file, shard["table"], parts, stored[f"{number}.ids"], index))
     return shards
-
-
-def ids_in(shards: Sequence[ShardRows], table: str, start: int, stop: int) -> list[Tensor]:
-    """The touched rows [start, stop) of a table, by shard and piece."""
-    of_table = (shard for shard in shards if shard.table == table)
-    return [ids for shard in of_table for _, ids in shard.ids_between(start, stop)]

@@ -82,31 +82,16 @@ def write_changes(
     Takes the memory of some blocks, however many rows have changed. The base's files are read once, and are
     checked when this returns, unless all was written.
     """
-    rows, dim = shape
-    row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
-    paths = f"{stem}.safetensors", f"{stem}.ids.safetensors"
-    most, changed, before = _most_changed(rows, dim, dtype), 0, base.rows
-    with ExitStack() as open_files:
-        stream = open_files.enter_context(TensorStream(folder / paths[0], {name: row}))
-        ids_stream = open_files.enter_context(TensorStream(folder / paths[1], {IDS: (torch.int64, ())}))
+
+    def changes() -> Iterator[tuple[Tensor, Tensor]]:
         for first, block in _blocks(folder / stem, name, dtype, source):
-            known = base.take(min(block.shape[0], max(before - first, 0)))
+            known = base.take(min(block.shape[0], max(base.rows - first, 0)))
             ids = _different(block, known)
-            changed += ids.numel()
-            if changed > most:
-                break
-            stream.append(name, block[ids])
-            ids_stream.append(IDS, ids + first)
-        else:
-            base.finish()
-    if changed > most:
-        (folder / paths[1]).unlink()
-        return write_rows(folder, stem, name, shape, dtype, source)
-    stored = StoredRows(rows=rows, dim=dim, dtype=dtype, base_rows=before, changed=changed)
-    entries = (stream.entry, ids_stream.entry)
-    return Written(
-        stored, tuple(SnapshotFile(path=path, **entry) for path, entry in zip(paths, entries, strict=True))
-    )
+            yield ids + first, block[ids]
+        base.finish()
+
+    written = _write_delta(folder, stem, name, shape, dtype, base.rows, changes())
+    return written or write_rows(folder, stem, name, shape, dtype, source)
 
 
 def write_touched(
@@ -129,27 +114,54 @@ def write_touched(
         None where a delta would be larger than the matrix; then nothing is left in the folder.
     """
     rows, dim = shape
-    row, changed = (TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)), 0
-    paths = f"{stem}.safetensors", f"{stem}.ids.safetensors"
-    with ExitStack() as open_files:
-        stream = open_files.enter_context(TensorStream(folder / paths[0], {name: row}))
-        ids_stream = open_files.enter_context(TensorStream(folder / paths[1], {IDS: (torch.int64, ())}))
+
+    def changes() -> Iterator[tuple[Tensor, Tensor]]:
         for ids, found in touched:
             for some, part in zip(*(t.split(block_rows(dim)) for t in (ids, found)), strict=True):
                 stored = _stored(folder / stem, name, dtype, int(some[0]), part)
                 differ = _different(stored, rows_at(base, some))
-                changed += differ.numel()
-                stream.append(name, stored[differ])
-                ids_stream.append(IDS, some[differ])
-            if changed > _most_changed(rows, dim, dtype):
+                yield some[differ], stored[differ]
+
+    return _write_delta(folder, stem, name, shape, dtype, rows, changes())
+
+
+def _write_delta(
+    folder: Path,
+    stem: str,
+    name: str,
+    shape: tuple[int, int],
+    dtype: Dtype,
+    base_rows: int,
+    changes: Iterator[tuple[Tensor, Tensor]],
+) -> Written | None:
+    """Write the rows that differ from a base of so many rows.
+
+    Args:
+        changes: (ids ascending, stored rows), some at once.
+
+    Returns:
+        None where a delta would be larger than the matrix; then nothing is left in the folder.
+    """
+    rows, dim = shape
+    row = TORCH_DTYPES[dtype], (stored_columns(dim, dtype),)
+    paths = f"{stem}.safetensors", f"{stem}.ids.safetensors"
+    most, changed = _most_changed(rows, dim, dtype), 0
+    with ExitStack() as open_files:
+        stream = open_files.enter_context(TensorStream(folder / paths[0], {name: row}))
+        ids_stream = open_files.enter_context(TensorStream(folder / paths[1], {IDS: (torch.int64, ())}))
+        for ids, block in changes:
+            changed += ids.numel()
+            if changed > most:
                 break
-    if changed > _most_changed(rows, dim, dtype):
+            stream.append(name, block)
+            ids_stream.append(IDS, ids)
+    if changed > most:
         for path in paths:
             (folder / path).unlink()
         return None
-    stored_ = StoredRows(rows=rows, dim=dim, dtype=dtype, base_rows=rows, changed=changed)
+    stored = StoredRows(rows=rows, dim=dim, dtype=dtype, base_rows=base_rows, changed=changed)
     entries = zip(paths, (stream.entry, ids_stream.entry), strict=True)
-    return Written(stored_, tuple(SnapshotFile(path=path, **entry) for path, entry in entries))
+    return Written(stored, tuple(SnapshotFile(path=path, **entry) for path, entry in entries))
 
 
 def _most_changed(rows: int, dim: int, dtype: Dtype) -> int:

@@ -7,7 +7,7 @@ of their shards. `trainer.snapshot.publishing` then gives the folder its number.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embeddings.groups import TableGroup
-from embeddings.lookup.stored import WIDTHS, Dtype
+from embeddings.lookup.stored import WIDTHS, Dtype, row_bytes
+from embeddings.plan.memory import gigabytes
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
@@ -46,6 +47,8 @@ from trainer.snapshot.search import Part, SearchKind, search_parts
 # Read of a checkpoint at once; and how much between two rows is read rather than leapt over. To begin anew
 # takes 0.6 ms, in which 1 to 2 MB are read.
 _BAND_BYTES, _NEAR_BYTES = 8 << 20, 1 << 20
+# Tables that a warning names.
+_NAMED = 6
 # Told of all rows of a table as they pass by: (table name, first row, rows).
 Watch = Callable[[str, int, Tensor], None]
 
@@ -250,3 +253,22 @@ def group_dtypes(config: Config, dtype: Dtype, attention: Dtype) -> dict[str, Dt
                 scores = role.startswith("attention") or role == "cross"
                 wanted.setdefault(group, set()).add(attention if scores else dtype)
     return {group: max(kinds, key=WIDTHS.index) for group, kinds in wanted.items()}
+
+
+def int8_lines(groups: Iterable[TableGroup], dtypes: Mapping[str, Dtype]) -> list[str]:
+    """A warning of the tables that int8 makes no smaller than fp16, since each row has a scale; or none."""
+    names: list[str] = []
+    sizes: dict[Dtype, int] = {"int8": 0, "fp16": 0}
+    for group in groups:
+        for table in group.tables if dtypes.get(group.name) == "int8" else ():
+            each = {dtype: table.rows * row_bytes(table.dim, dtype) for dtype in sizes}
+            if each["int8"] >= each["fp16"]:
+                names.append(group.table_name(table))
+                sizes = {dtype: size + each[dtype] for dtype, size in sizes.items()}
+    if not names:
+        return []
+    shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return [
+        "warning: int8 is no smaller than fp16 for rows of up to 8 numbers, since each has 8 bytes of scale: "
+        f"{shown} take {gigabytes(sizes['int8'])}, and {gigabytes(sizes['fp16'])} in fp16"
+    ]

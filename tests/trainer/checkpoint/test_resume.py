@@ -81,6 +81,25 @@ def test_what_orders_the_data_may_change_between_epochs_only() -> None:
         check_resumable(state(), changed("data.history_length=9"), "a")
 
 
+def test_keys_that_a_version_did_not_have_are_no_changes_and_other_defaults_are(tmp_path: Path) -> None:
+    """The state of a checkpoint of version 89f0e71, continued with the same configuration file."""
+    golden = Path("tests/golden/89f0e71/run")
+    then = json.loads((golden / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert changed_settings(then, load_config(golden / "config.toml")) == []
+    keys = ("data.sharding", "data.verify", "checkpoint.mode")
+    lines = (golden / "config.toml").read_text().splitlines()
+    without = [line for line in lines if line.split(" ")[0] not in [key.split(".")[1] for key in keys]]
+    (tmp_path / "config.toml").write_text("\n".join(without))
+    now = load_config(tmp_path / "config.toml", ["train.validate_candidates=50", "train.max_steps=0"])
+    assert changed_settings(then, now) == [
+        "data.sharding = 'auto' (was 'steps'; now the default)",
+        "data.verify = 'auto' (was True; now the default)",
+        "train.max_steps = 0 (was 8; now the default)",
+        "train.validate_candidates = 50 (was not set)",
+        "checkpoint.mode = 'auto' (was 'async'; now the default)",
+    ]
+
+
 SETS = "groups.representation.sets={one = {}, other = {dim = 8}}"
 EXPERTS = "model.head=experts"
 

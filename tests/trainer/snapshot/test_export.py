@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import TORCH_DTYPES, sum_bags, to_stored
+from embeddings.plan.memory import gigabytes
 from pipelines.export import export
 from tests.helpers.checkpoints import newest
 from tests.helpers.launching import launched, tandemrec
@@ -59,6 +60,20 @@ def test_tables_that_were_mapped_in_training_need_no_folder(log: Path, tmp_path:
     run = save_run(tmp_path / "run", log, "dare", f"plan.mapped_folder={disk}")
     disk.rmdir()
     assert load_snapshot(exported(run, tmp_path / "out", parity_requests=5)).manifest.number == 1
+
+
+def test_tables_that_int8_makes_no_smaller_are_named(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run", log, "dare", "groups.attention.dim=4", "groups.representation.dim=12")
+    version = exported(run, tmp_path / "out", "int8", "int8", parity_requests=5)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: int8")]
+    # Of the narrow group alone: 4 codes and 8 bytes of scale a row, twice 4 in fp16.
+    rows = sum(table.rows for table in load_snapshot(version).manifest.groups["attention"])
+    names = "attention__item_id, attention__category_id"
+    assert line.endswith(f": {names} take {gigabytes(12 * rows)}, and {gigabytes(8 * rows)} in fp16")
+    exported(run, tmp_path / "other", "int8", "fp16", parity_requests=5)
+    assert "warning: int8" not in capsys.readouterr().out
 
 
 def test_a_group_of_both_roles_gets_the_wider_type(log: Path, tmp_path: Path) -> None:
