@@ -161,8 +161,16 @@ def test_snapshots_are_published_fetched_followed_and_retired(
     export(run, root, "fp32", "fp32", keep=1, parity_requests=0)
     left = {name.partition("/")[0] for name in sizes(root)}
     assert left == {"LATEST", "v00000002", "v00000004"}
-    # Nothing but a complete version is ever named, and one that is damaged is refused.
     assert versions.reload()
+    # One that was damaged in the cache, in the same size, is fetched again.
+    file = next((tmp_path / "cache").glob("*/v00000004/dense.safetensors"))
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert Versions(root, cache=tmp_path / "cache").scorer.version == "v00000004"
+    assert file.read_bytes() == content
+    assert f"{file}: was damaged since it was fetched" in capsys.readouterr().err
+    # Nothing but a complete version is ever named.
     store.faults(("PUT", "v00000005", "error:403:ExpiredToken", 1000, 3))
     with pytest.raises(Exception, match="credentials have expired"):
         export(run, root, "fp32", "fp32", parity_requests=0)

@@ -216,19 +216,19 @@ def open_plain_tables(path: Path, check: bool = True) -> PlainTables:
         reason = str(error).splitlines()[0]
         raise CheckpointError(path / MANIFEST, f"unreadable: {reason}; unshard again") from None
     if is_remote(path):
-        return PlainTables(_fetched(path, manifest), manifest, path)
+        return PlainTables(_fetched(path, manifest, check), manifest, path)
     for name, entry in manifest.files.items() if check else ():
         SEAL.check(path / name, entry.bytes, entry.sha256)
     return PlainTables(path, manifest)
 
 
-def _fetched(path: Path, manifest: PlainManifest) -> Path:
+def _fetched(path: Path, manifest: PlainManifest, check: bool) -> Path:
     """The files in a folder of this machine, where they are mapped."""
     local = cache_of(path)
     wanted = {name: (entry.bytes, entry.sha256) for name, entry in manifest.files.items()}
     known = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]
     try:
-        fetch(path, wanted, local / known, CheckpointError)
+        fetch(path, wanted, local / known, CheckpointError, check)
         drop_old(local, {known})
     except OSError as error:
         problem = f"cannot be fetched to {local}: {error.strerror} ({error.filename})"

@@ -130,11 +130,15 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def create(path: Path) -> bool:
-    """Make an empty object -> whether there was none; a store without conditional writes always says so."""
+    """Make a small object -> whether there was none; a store without conditional writes always says so."""
     store, root = store_of(path)
+    mine = os.urandom(8).hex().encode()
     try:
-        store.pipe_file(root, b"", mode="create")
+        store.pipe_file(root, mine, mode="create")
     except FileExistsError:
+        # By this very process, where the answer to its first attempt was lost.
+        with suppress(FileNotFoundError):
+            return bool(store.cat_file(root) == mine)
         return False
     return True
 
@@ -191,11 +195,14 @@ def remove(folder: Path, first: Sequence[str], *, strict: bool = False) -> None:
             with suppress(FileNotFoundError):
                 store.rm_file(f"{root}/{name}")
         rest = store.find(root)
-        if rest:
-            store.rm(rest)
-        # A store has none; other remote file systems do.
+        # What `rm` takes for a pattern may be the name of other objects, too.
+        patterns = [name for name in rest if set(name) & set("*?[")]
+        if len(patterns) < len(rest):
+            store.rm([name for name in rest if name not in set(patterns)])
+        in_parallel(store.rm_file, patterns)
+        # A store has no folders; other remote file systems do. What is none here is a bucket, which stays.
         with suppress(FileNotFoundError, NotImplementedError):
-            if store.exists(root):
+            if "/" in root.strip("/") and not set(root) & set("*?[") and store.exists(root):
                 store.rm(root, recursive=True)
     except OSError:
         if strict:
