@@ -38,7 +38,7 @@ from trainer.log.schema import FeatureInfo
 from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, scratch
 from trainer.storage import is_remote
 from trainer.storage.fetched import cache_of, drop_old, fetch
-from trainer.storage.objects import copy_file
+from trainer.storage.objects import copy_file, or_half_of_one
 
 _ROWS_AT_ONCE = 1 << 20
 SEAL = Seal(CheckpointError, "unshard again", names_file=True)
@@ -128,7 +128,7 @@ def unshard(path: Path, out: Path, features: Vocabularies, tasks: Sequence[str])
         CheckpointError: `out` is there already or cannot be written.
     """
     if out.exists():
-        raise CheckpointError(out, "is there already; name another --out")
+        raise CheckpointError(out, f"is there already; name another --out{or_half_of_one(out)}")
     try:
         with scratch(out.absolute().parent, out.name) as part:
             (part / "tables").mkdir()

@@ -7,6 +7,7 @@ folder counts once its manifest is there, which is written last and deleted firs
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import os
 import shutil
@@ -66,12 +67,24 @@ def unfinished(folder: Path, mark: str, seconds: float = LEFT_S) -> list[Path]:
         if file == mark:
             finished.add(name)
         if file:
-            written: Any = info.get("LastModified") or info.get("created")
-            # What has no time is as good as new.
-            at = written.timestamp() if hasattr(written, "timestamp") else float(written or time.time())
-            newest[name] = max(newest.get(name, 0.0), at)
+            newest[name] = max(newest.get(name, 0.0), _written(info))
     old = time.time() - seconds
     return [folder / name for name, written in newest.items() if name not in finished and written < old]
+
+
+def remove_left(folder: Path, pattern: str, seconds: float = LEFT_S) -> None:
+    """Delete the folders directly in a remote one that have such names and are older than so many seconds."""
+    for path in listed(folder):
+        if fnmatch.fnmatchcase(path.name, pattern):
+            written = [_written(info) for _, info in _inside(path)]
+            if written and max(written) < time.time() - seconds:
+                remove(path, ())
+
+
+def _written(info: dict[str, Any]) -> float:
+    """When an object was written; what has no time is as good as new."""
+    written: Any = info.get("LastModified") or info.get("created")
+    return float(written.timestamp() if hasattr(written, "timestamp") else written or time.time())
 
 
 def digest(path: Path) -> str:
@@ -230,6 +243,13 @@ def publish(part: Path, final: Path, last: Sequence[str], *, replace: bool | Non
     for name in last:
         if name in names:
             upload(names[name], final / name)
+
+
+def or_half_of_one(folder: Path, seal: str = "manifest.sha256") -> str:
+    """What else to do about a folder that is in the way; of a store it may be what a killed upload left."""
+    if is_remote(folder) and not (folder / seal).is_file():
+        return f", or delete what is there: an upload that was killed leaves a folder without {seal}"
+    return ""
 
 
 def in_parallel(
