@@ -18,7 +18,7 @@ from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.clusters import ClusterInfo, cluster_history
 from trainer.log.schema import CLUSTER_COLUMNS, VOCABULARIES, LogManifest, SplitInfo, read_manifest, schema_of
 from trainer.log.writer import staged, write_manifest, write_split
-from trainer.snapshot import Snapshot, fetched, load_snapshot
+from trainer.snapshot import Snapshot, load_fetched
 from trainer.storage.objects import copy_folder
 
 
@@ -34,7 +34,7 @@ def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: 
         SnapshotError: the snapshot is corrupt.
     """
     quiet_third_parties()
-    manifest, loaded = read_manifest(log), load_snapshot(fetched(snapshot))
+    manifest, loaded = read_manifest(log), load_fetched(snapshot)
     loaded.check_vocabularies({**manifest.features, **manifest.context}, log)
     feature = manifest.features.get(info.group_by)
     if info.group_by and (feature is None or feature.multi or not feature.of_behaviors):

@@ -19,7 +19,7 @@ from trainer.quality.evaluate import score_in_order
 from trainer.quality.score_files import ScoreFiles
 from trainer.quality.scored import Scored, write_scores
 from trainer.sealed_folder import scratch
-from trainer.snapshot import Snapshot, fetched, load_snapshot, shown
+from trainer.snapshot import Snapshot, load_fetched, shown
 
 # Column of a file of scores -> whose names it has.
 _NAME_COLUMNS = {"user": "user_id", "request": "request_id"}
@@ -48,7 +48,7 @@ def score(
         SnapshotError: the snapshot is corrupt, or scores differ. DataError: the log is malformed.
     """
     quiet_third_parties()
-    loaded = load_snapshot(fetched(snapshot, cache))
+    loaded = load_fetched(snapshot, cache)
     loaded.self_check()
     manifest = read_manifest(requests)
     manifest.require(split)

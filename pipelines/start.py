@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -315,10 +314,11 @@ def check_writable(out: Path) -> None:
     ConfigError: no run can be written there.
     """
     if is_remote(out):
-        probe = out / f"writable-{uuid.uuid4().hex[:12]}.tmp"
+        # Of a start that was killed between the two, the next one takes it away.
+        probe = out / "writable.tmp"
         try:
             probe.write_bytes(b"?")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
         return

@@ -21,6 +21,10 @@ from tests.helpers.launching import ROOT
 KEY, SECRET, TOKEN = "AKIDTANDEMREC0123456", "sEcReT+of/the0tests0tandemrec", "tOkEn0of0the0tests0tandemrec"
 
 
+# Names that an answer of the server holds, so that whatever lists more has to ask again.
+PAGE = 20
+
+
 @dataclass
 class Store:
     """A running server; `bucket` is the place of its bucket."""
@@ -70,7 +74,8 @@ def served(name: str = "tandem-tests") -> Iterator[Store]:
     from trainer.storage.s3 import ObjectStore
 
     command = [sys.executable, "-m", "tests.programs.object_store"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    environ = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         address = f"http://127.0.0.1:{int(process.stdout.readline())}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from embeddings.errors import CheckpointError
+from pipelines.evaluate import evaluate
 from pipelines.export import export
 from pipelines.ingest.ingest import ingest
 from tests.helpers.launching import SETTINGS, overrides, started, tandemrec
@@ -19,6 +22,8 @@ from tests.helpers.rawlogs import config as ingest_config
 from tests.helpers.rawlogs import events, write
 from trainer.checkpoint import files
 from trainer.checkpoint.tensors import TensorReader
+from trainer.checkpoint.warm_start import unshard_run
+from trainer.quality import evaluate as quality
 from trainer.sealed_folder import DIGEST, MANIFEST
 from trainer.serving.versions import Versions
 from trainer.storage import objects
@@ -161,8 +166,16 @@ def test_snapshots_are_published_fetched_followed_and_retired(
     export(run, root, "fp32", "fp32", keep=1, parity_requests=0)
     left = {name.partition("/")[0] for name in sizes(root)}
     assert left == {"LATEST", "v00000002", "v00000004"}
-    # Nothing but a complete version is ever named, and one that is damaged is refused.
     assert versions.reload()
+    # One that was damaged in the cache, in the same size, is fetched again.
+    file = next((tmp_path / "cache").glob("*/v00000004/dense.safetensors"))
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert Versions(root, cache=tmp_path / "cache").scorer.version == "v00000004"
+    assert file.read_bytes() == content
+    assert f"{file}: was damaged since it was fetched" in capsys.readouterr().err
+    # Nothing but a complete version is ever named.
     store.faults(("PUT", "v00000005", "error:403:ExpiredToken", 1000, 3))
     with pytest.raises(Exception, match="credentials have expired"):
         export(run, root, "fp32", "fp32", parity_requests=0)
@@ -182,8 +195,11 @@ def test_tables_are_unsharded_and_started_from(store: Store, logs: Folders, run:
     plain, warm = store.bucket / "plain", store.bucket / "runs" / "warm"
     done = tandemrec("unshard", "--run", str(run), "--out", str(plain))
     assert done.returncode == 0 and (plain / DIGEST).is_file(), done.stderr
-    again = tandemrec("unshard", "--run", str(run), "--out", str(plain))
-    assert again.returncode == 2 and "is there already" in again.stderr
+    with pytest.raises(CheckpointError, match=r"is there already; name another --out$"):
+        unshard_run(run, plain)
+    (half := store.bucket / "half" / "tables" / "x").write_bytes(b"left of a killed upload")
+    with pytest.raises(CheckpointError, match=r"is there already; .*: an upload that was killed"):
+        unshard_run(run, half.parents[1])
     done = tandemrec(*words(logs[1], warm), "--init-from", str(plain), "--set", "train.max_steps=2")
     assert done.returncode == 0 and f"weights from {plain}" in done.stdout, done.stderr
 
@@ -204,6 +220,30 @@ def test_ingest_from_a_store_into_a_store(store: Store, tmp_path: Path) -> None:
         ingest(f"{raw}/nothing/*.parquet", tmp_path / "none", config)
     with pytest.raises(Exception, match="is a sequence log already"):
         ingest(raw, out, config)
+    (store.bucket / "logs" / "half" / "train" / "part-00000.parquet").write_bytes(b"left of a killed upload")
+    with pytest.raises(Exception, match=r"not a sequence log.*or delete what is there: an upload that was"):
+        ingest(raw, store.bucket / "logs" / "half", config)
+
+
+def test_scores_that_a_killed_evaluation_left_go_after_a_day(
+    store: Store, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = store.bucket / "runs" / "left"
+    objects.publish(run, out, ())
+    left = [f"tandemrec-scores-{each}.tmp-0/rank-00000-00000.parquet" for each in ("old", "new")]
+    for name in left:
+        (out / name).write_bytes(b"rows")
+    monkeypatch.setattr(quality, "IN_MEMORY", 10)
+    new = re.compile(r"left/tandemrec-scores-new")
+    real = objects._written
+
+    def written(info: dict[str, Any]) -> float:
+        return real(info) - (0 if new.search(info["name"]) else objects.LEFT_S)
+
+    monkeypatch.setattr(objects, "_written", written)
+    evaluate(out, "test")
+    assert [name for name in sizes(out) if ".tmp-" in name] == left[1:]
+    assert (out / "scores-test.parquet").is_file()
 
 
 def test_no_credentials_are_in_anything_that_was_written(store: Store, logs: Folders, run: Path) -> None:

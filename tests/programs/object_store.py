@@ -5,8 +5,8 @@ It prints its port. `POST /-/faults` takes a JSON list of rules, each {"method",
 `count` times. `GET /-/seen` answers with what was asked for, and forgets it: [method, path and query, range,
 bytes answered].
 
-Kinds: `error:STATUS:CODE`, `slow:SECONDS`, `truncated` (half of a body), `reset` (no answer at all), `hold`
-(no answer until the client has gone).
+Kinds: `error:STATUS:CODE`, `slow:SECONDS`, `truncated` (half of a body), `reset` (no answer at all), `lost`
+(done, but no answer), `hold` (no answer until the client has gone).
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Faulty:
                 f"{words[0]} FAULT", [("Content-Type", "application/xml"), ("Content-Length", str(len(sent)))]
             )
             return [sent]
-        if kind in ("reset", "hold"):
+        if kind == "lost":
+            list(self._app(environ, start))
+        if kind in ("reset", "lost", "hold"):
             connection: socket.socket = environ["werkzeug.socket"]
             with suppress(OSError):
                 while kind == "hold" and connection.recv(1):

@@ -38,7 +38,7 @@ from trainer.log.schema import FeatureInfo
 from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, raise_of_store, scratch
 from trainer.storage import is_remote
 from trainer.storage.fetched import cache_of, drop_old, fetch
-from trainer.storage.objects import copy_file
+from trainer.storage.objects import copy_file, or_half_of_one
 
 _ROWS_AT_ONCE = 1 << 20
 SEAL = Seal(CheckpointError, "unshard again", names_file=True)
@@ -128,7 +128,7 @@ def unshard(path: Path, out: Path, features: Vocabularies, tasks: Sequence[str])
         CheckpointError: `out` is there already or cannot be written.
     """
     if out.exists():
-        raise CheckpointError(out, "is there already; name another --out")
+        raise CheckpointError(out, f"is there already; name another --out{or_half_of_one(out)}")
     try:
         with scratch(out.absolute().parent, out.name) as part:
             (part / "tables").mkdir()
@@ -218,19 +218,19 @@ def open_plain_tables(path: Path, check: bool = True) -> PlainTables:
         reason = str(error).splitlines()[0]
         raise CheckpointError(path / MANIFEST, f"unreadable: {reason}; unshard again") from None
     if is_remote(path):
-        return PlainTables(_fetched(path, manifest), manifest, path)
+        return PlainTables(_fetched(path, manifest, check), manifest, path)
     for name, entry in manifest.files.items() if check else ():
         SEAL.check(path / name, entry.bytes, entry.sha256)
     return PlainTables(path, manifest)
 
 
-def _fetched(path: Path, manifest: PlainManifest) -> Path:
+def _fetched(path: Path, manifest: PlainManifest, check: bool) -> Path:
     """The files in a folder of this machine, where they are mapped."""
     local = cache_of(path)
     wanted = {name: (entry.bytes, entry.sha256) for name, entry in manifest.files.items()}
     known = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]
     try:
-        fetch(path, wanted, local / known, CheckpointError)
+        fetch(path, wanted, local / known, CheckpointError, check)
         drop_old(local, {known})
     except OSError as error:
         problem = f"cannot be fetched to {local}: {error.strerror} ({error.filename})"

@@ -98,7 +98,9 @@ def open_source(path: Path, scratch: Path) -> Iterator[PlainTables]:
 
     found = from_rank_0(prepare, slow=True)
     try:
-        tables = replace(open_plain_tables(found, check=False), given=path)
+        # Of a store, each machine has a copy of its own; rank 0 has just looked at the one here.
+        check = is_remote(found) and dist.get_rank() > 0
+        tables = replace(open_plain_tables(found, check), given=path)
         yield tables
         dist.barrier()
         if is_remote(found):

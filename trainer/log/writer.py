@@ -23,6 +23,7 @@ from trainer.log.schema import (
 )
 from trainer.sealed_folder import entry_of, exchange, publish, remove_folder, scratch, sync, sync_tree, voice
 from trainer.storage import is_remote
+from trainer.storage.objects import or_half_of_one
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -34,7 +35,8 @@ def check_target(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not is_sequence_log(out):
-        raise DataError("exists and is not a sequence log, so it stays; name another folder", file=out)
+        problem = f"exists and is not a sequence log, so it stays; name another folder{or_half_of_one(out)}"
+        raise DataError(problem, file=out)
     if not overwrite:
         raise DataError("is a sequence log already; name another folder or say --overwrite", file=out)
 

@@ -27,6 +27,7 @@ from trainer.quality.scored import KEYS, Scored, Scores, columns_of
 from trainer.ranks.host_copy import Unloading
 from trainer.ranks.process_group import gather_rows
 from trainer.sealed_folder import remove_folder, scratch
+from trainer.storage.objects import remove_left
 from trainer.storage.places import is_remote
 
 # Batches whose scores are on their way to the host at a time.
@@ -56,6 +57,7 @@ def scored_split(
             if not is_remote(folder):
                 return own, own
             # Of a store, that folder lies on this machine, where ranks on others cannot write.
+            remove_left(folder, "tandemrec-scores-*.tmp-*")
             shared = folder / own.name
             held.callback(remove_folder, shared)
             return own, shared

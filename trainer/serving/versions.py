@@ -10,7 +10,7 @@ from embeddings.errors import TandemError
 from trainer.serving.histories import HistoryStore
 from trainer.serving.scorer import Scorer
 from trainer.serving.vocabulary import vocabularies_of
-from trainer.snapshot import fetched, load_snapshot, resolve, shown
+from trainer.snapshot import load_fetched, resolve, shown
 
 
 class Versions:
@@ -95,7 +95,7 @@ class Versions:
             return True
 
     def _load(self, path: Path) -> Scorer:
-        snapshot = load_snapshot(fetched(path, self._cache))
+        snapshot = load_fetched(path, self._cache)
         snapshot.self_check()
         if self.histories is not None:
             known = self.histories.manifest

@@ -14,7 +14,7 @@ docs/snapshots.md describes the format. Loading checks every digest, then every 
 against the config, and replays the recorded requests on demand.
 """
 
-from trainer.snapshot.fetching import fetched, shown
+from trainer.snapshot.fetching import load_fetched, shown
 from trainer.snapshot.loading import Snapshot, load_search, load_snapshot, resolve
 
-__all__ = ["Snapshot", "fetched", "load_search", "load_snapshot", "resolve", "shown"]
+__all__ = ["Snapshot", "load_fetched", "load_search", "load_snapshot", "resolve", "shown"]

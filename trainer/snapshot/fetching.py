@@ -6,9 +6,26 @@ from pathlib import Path
 
 from embeddings.errors import SnapshotError
 from trainer.sealed_folder import DIGEST, MANIFEST, remove_folder
-from trainer.snapshot.loading import Chain, read_chain, resolve
+from trainer.snapshot.loading import Chain, Snapshot, load_snapshot, read_chain, resolve
 from trainer.storage import is_remote
 from trainer.storage.fetched import cache_of, drop_old, fetch
+
+
+def load_fetched(path: Path, cache: Path | None = None) -> Snapshot:
+    """`load_snapshot` of what `fetched` gives; files that were damaged in the cache are fetched again.
+
+    Raises:
+        SnapshotError: see there.
+    """
+    version = resolve(path)
+    local = fetched(version, cache)
+    try:
+        return load_snapshot(local)
+    except SnapshotError:
+        # Loading reads all files anyhow, so only now it is worth to look which one was damaged.
+        if not is_remote(path) or not _bring(read_chain(version), local.parent, check=True):
+            raise
+    return load_snapshot(local)
 
 
 def fetched(path: Path, cache: Path | None = None) -> Path:
@@ -51,8 +68,13 @@ def beside(base: Chain, part: Path) -> Chain:
     return read_chain(part.parent / base.path.name)
 
 
-def _bring(chain: Chain, root: Path, search: bool = False) -> None:
-    """Fetch the versions of a chain into a folder; `search`: with their search parts."""
+def _bring(chain: Chain, root: Path, search: bool = False, check: bool = False) -> bool:
+    """Fetch the versions of a chain into a folder -> whether any file had to be; see `fetch` for `check`.
+
+    Args:
+        search: with their search parts.
+    """
+    missing = False
     try:
         for remote, manifest in chain.versions:
             local = root / remote.name
@@ -66,9 +88,10 @@ def _bring(chain: Chain, root: Path, search: bool = False) -> None:
                 for name, entry in manifest.listed().items()
                 if search or not name.startswith("search/")
             }
-            fetch(remote, wanted, local, SnapshotError)
+            missing |= fetch(remote, wanted, local, SnapshotError, check)
             for name, content in seal.items():
                 (local / name).write_bytes(content)
     except OSError as error:
         why = f"{error.strerror} ({error.filename})"
         raise SnapshotError(chain.path, f"cannot be fetched to {root}: {why}") from None
+    return missing

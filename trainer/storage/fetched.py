@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from trainer.storage.local import voice
 from trainer.storage.objects import LEFT_S, in_parallel, pieces
 
 _AT_ONCE = 4
@@ -30,22 +31,27 @@ def fetch(
     files: Mapping[str, tuple[int, str]],
     into: Path,
     fail: Callable[[Path, str], Exception],
-) -> None:
-    """Have some files of a remote folder in a local one; those that are there in their size stay.
+    check: bool = False,
+) -> bool:
+    """Have some files of a remote folder in a local one -> whether any had to be fetched.
 
-    Several processes may do so at once: each file gets its name once it is complete.
+    Those that are there in their size stay. Several processes may do so at once: each file gets its name
+    once it is complete.
 
     Args:
         files: name -> bytes and SHA-256; fail: makes the error of a file.
+        check: read those that are there; a damaged one is fetched again, which one line says.
 
     Raises:
         OSError: the store cannot be read, or this machine has no room.
     """
 
-    def one(name: str) -> None:
+    def one(name: str) -> bool:
         target, (size, digest) = into / name, files[name]
         if target.is_file() and target.stat().st_size == size:
-            return
+            if not check or _digest(target) == digest:
+                return False
+            voice.say(f"{target}: was damaged since it was fetched, so it is fetched again")
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
         sha = hashlib.sha256()
@@ -59,8 +65,14 @@ def fetch(
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
+        return True
 
-    in_parallel(one, sorted(files), _AT_ONCE)
+    return any(in_parallel(one, sorted(files), _AT_ONCE))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def drop_old(folder: Path, needed: set[str]) -> None:

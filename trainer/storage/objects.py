@@ -7,6 +7,7 @@ folder counts once its manifest is there, which is written last and deleted firs
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import os
 import shutil
@@ -66,12 +67,24 @@ def unfinished(folder: Path, mark: str, seconds: float = LEFT_S) -> list[Path]:
         if file == mark:
             finished.add(name)
         if file:
-            written: Any = info.get("LastModified") or info.get("created")
-            # What has no time is as good as new.
-            at = written.timestamp() if hasattr(written, "timestamp") else float(written or time.time())
-            newest[name] = max(newest.get(name, 0.0), at)
+            newest[name] = max(newest.get(name, 0.0), _written(info))
     old = time.time() - seconds
     return [folder / name for name, written in newest.items() if name not in finished and written < old]
+
+
+def remove_left(folder: Path, pattern: str, seconds: float = LEFT_S) -> None:
+    """Delete the folders directly in a remote one that have such names and are older than so many seconds."""
+    for path in listed(folder):
+        if fnmatch.fnmatchcase(path.name, pattern):
+            written = [_written(info) for _, info in _inside(path)]
+            if written and max(written) < time.time() - seconds:
+                remove(path, ())
+
+
+def _written(info: dict[str, Any]) -> float:
+    """When an object was written; what has no time is as good as new."""
+    written: Any = info.get("LastModified") or info.get("created")
+    return float(written.timestamp() if hasattr(written, "timestamp") else written or time.time())
 
 
 def digest(path: Path) -> str:
@@ -130,11 +143,15 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def create(path: Path) -> bool:
-    """Make an empty object -> whether there was none; a store without conditional writes always says so."""
+    """Make a small object -> whether there was none; a store without conditional writes always says so."""
     store, root = store_of(path)
+    mine = os.urandom(8).hex().encode()
     try:
-        store.pipe_file(root, b"", mode="create")
+        store.pipe_file(root, mine, mode="create")
     except FileExistsError:
+        # By this very process, where the answer to its first attempt was lost.
+        with suppress(FileNotFoundError):
+            return bool(store.cat_file(root) == mine)
         return False
     return True
 
@@ -191,11 +208,14 @@ def remove(folder: Path, first: Sequence[str], *, strict: bool = False) -> None:
             with suppress(FileNotFoundError):
                 store.rm_file(f"{root}/{name}")
         rest = store.find(root)
-        if rest:
-            store.rm(rest)
-        # A store has none; other remote file systems do.
+        # What `rm` takes for a pattern may be the name of other objects, too.
+        patterns = [name for name in rest if set(name) & set("*?[")]
+        if len(patterns) < len(rest):
+            store.rm([name for name in rest if name not in set(patterns)])
+        in_parallel(store.rm_file, patterns)
+        # A store has no folders; other remote file systems do. What is none here is a bucket, which stays.
         with suppress(FileNotFoundError, NotImplementedError):
-            if store.exists(root):
+            if "/" in root.strip("/") and not set(root) & set("*?[") and store.exists(root):
                 store.rm(root, recursive=True)
     except OSError:
         if strict:
@@ -223,6 +243,13 @@ def publish(part: Path, final: Path, last: Sequence[str], *, replace: bool | Non
     for name in last:
         if name in names:
             upload(names[name], final / name)
+
+
+def or_half_of_one(folder: Path, seal: str = "manifest.sha256") -> str:
+    """What else to do about a folder that is in the way; of a store it may be what a killed upload left."""
+    if is_remote(folder) and not (folder / seal).is_file():
+        return f", or delete what is there: an upload that was killed leaves a folder without {seal}"
+    return ""
 
 
 def in_parallel(

@@ -23,14 +23,17 @@ from upath.registry import get_upath_class, register_implementation
 
 from trainer.storage.addresses import without_secrets
 
-# Of one request, with random waits of up to 1, 2, 4, 8 and 16 s between them (botocore's mode "standard").
-# AWS_MAX_ATTEMPTS, or max_attempts of the profile, says otherwise.
+# Of one request, with random waits of up to 1, 2, 4, 8 and 16 s between them. AWS_MAX_ATTEMPTS, or
+# max_attempts of the profile, says otherwise. Of botocore's modes this is "legacy": "standard" has a quota of
+# retries for all requests of a process, which a store that asks to slow down uses up at once.
 ATTEMPTS = 6
 _TRANSIENT = (
     *(ConnectionError, TimeoutError, aiohttp.ClientError),
     *(boto.IncompleteReadError, boto.HTTPClientError),
 )
+_MODE = "legacy"
 _DENIED = "the credentials in use must be allowed to list, read, write and delete here"
+_NO_BUCKET = "no such bucket; make it first, or look at AWS_ENDPOINT_URL and AWS_REGION"
 # Code of the store -> number of the system's error, and what to do.
 _CODES: dict[str, tuple[int, str]] = {
     **dict.fromkeys(
@@ -46,13 +49,25 @@ _CODES: dict[str, tuple[int, str]] = {
     # To a request without an answer's body the store says no more than this.
     "403": (
         errno.EACCES,
-        f"refused (403): the credentials are wrong or expired, or have no rights; {_DENIED}",
+        "refused (403): the credentials are wrong or expired, or have no rights, or the clock of this "
+        f"machine is wrong; {_DENIED}",
+    ),
+    "400": (errno.EACCES, "refused (400): the credentials have expired, or the bucket is in another region"),
+    **dict.fromkeys(
+        (
+            *("301", "307", "PermanentRedirect", "TemporaryRedirect"),
+            *("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"),
+        ),
+        (errno.EREMCHG, "the bucket is in another region; set AWS_REGION to that one"),
+    ),
+    "InvalidObjectState": (errno.EACCES, "the object is archived; restore it, or move it to another class"),
+    # Not "no such object", as somebody else has deleted it, and not what is looked for.
+    "NoSuchUpload": (
+        errno.EIO,
+        "the upload in parts was ended by somebody else; see the bucket's lifecycle rules, and try again",
     ),
     # Not "no such file": that would be taken for a run or a log that is not there yet.
-    "NoSuchBucket": (
-        errno.ENXIO,
-        "no such bucket; make it first, or look at AWS_ENDPOINT_URL and AWS_REGION",
-    ),
+    "NoSuchBucket": (errno.ENXIO, _NO_BUCKET),
     "NoSuchKey": (errno.ENOENT, "no such object"),
     "404": (errno.ENOENT, "no such object"),
     "RequestTimeTooSkewed": (errno.EACCES, "the clock of this machine is wrong; set it"),
@@ -100,7 +115,7 @@ class ObjectStore(s3fs.S3FileSystem):  # type: ignore[misc]
     read_timeout = 30
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        retries: dict[str, Any] = {"mode": "standard"}
+        retries: dict[str, Any] = {"mode": _MODE}
         if not botocore.session.get_session().get_config_variable("max_attempts"):
             retries["total_max_attempts"] = ATTEMPTS
         options.setdefault("config_kwargs", {"retries": retries})
@@ -113,7 +128,13 @@ class ObjectStore(s3fs.S3FileSystem):  # type: ignore[misc]
 
     async def _info(self, path: str, *args: Any, **options: Any) -> Any:
         with plainly(path):
-            return await super()._info(path, *args, **options)
+            try:
+                return await super()._info(path, *args, **options)
+            except FileNotFoundError:
+                bucket, key, _ = self.split_path(path)
+                if bucket and not key:
+                    raise OSError(errno.ENXIO, _NO_BUCKET, f"s3://{bucket}") from None
+                raise
 
     async def _cat_file(self, path: str, *args: Any, **options: Any) -> Any:
         with plainly(path):
@@ -128,6 +149,20 @@ class ObjectStore(s3fs.S3FileSystem):  # type: ignore[misc]
 
     async def _makedirs(self, path: str, exist_ok: bool = False) -> None:
         """As `_mkdir`."""
+
+    async def _rmdir(self, path: str) -> None:
+        """As `_mkdir`."""
+
+    async def _bulk_delete(self, pathlist: list[str], **options: Any) -> list[str]:
+        """Delete up to 1,000 objects; s3fs's own does not look at those that the store could not delete."""
+        if pathlist:
+            bucket, parts = self.split_path(pathlist[0])[0], map(self.split_path, pathlist)
+            what = {"Objects": [{"Key": key} for _, key, _ in parts], "Quiet": True}
+            answer = await self._call_s3("delete_objects", options, Bucket=bucket, Delete=what)
+            for problem in answer.get("Errors", ()):
+                # Once more, with all attempts of a request, and with its error.
+                await self._rm_file(f"{bucket}/{problem['Key']}")
+        return []
 
     # fsspec's own take whatever goes wrong for "no".
     async def _isfile(self, path: str) -> bool:
@@ -151,6 +186,9 @@ class ObjectStore(s3fs.S3FileSystem):  # type: ignore[misc]
     exists = fsspec.asyn.sync_wrapper(_exists)
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
+        bucket, key, _ = self.split_path(path)
+        if not key:
+            raise IsADirectoryError(errno.EISDIR, "is a bucket, not an object in one", f"s3://{bucket}")
         size = block_size or self.default_block_size
         if "r" not in mode:
             size = max(size, S3File.part_min)
@@ -201,8 +239,8 @@ def _plain(error: BaseException, path: str) -> OSError:
     for kinds, number, text in _KINDS:
         if isinstance(error, kinds):
             return OSError(number, text.format(_line(error)), where)
-    number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-    return OSError(number, _line(error), where)
+    number, line = error.errno if isinstance(error, OSError) and error.errno else errno.EIO, _line(error)
+    return OSError(number, line if not code or code in line else f"{line} ({code})", where)
 
 
 def _line(error: BaseException) -> str:

@@ -299,3 +299,7 @@ def test_only_old_folders_without_a_manifest_are_swept(monkeypatch: pytest.Monke
     now = time.time()
     monkeypatch.setattr("trainer.storage.objects.time.time", lambda: now + 61)
     assert [path.name for path in objects.unfinished(root, DIGEST, 60)] == ["step-00000001-aaaaaaaa"]
+    objects.remove_left(root, "step-*-bbbbbbbb", 62)
+    assert len(objects.sizes(root)) == 3
+    objects.remove_left(root, "step-*-bbbbbbbb", 60)
+    assert list(objects.sizes(root)) == ["step-00000001-aaaaaaaa/x"]

@@ -14,7 +14,7 @@ import torch
 
 from embeddings.errors import CheckpointError, DataError, SnapshotError
 from tests.helpers.logs import small_log
-from tests.helpers.object_store import SECRET, Store, few
+from tests.helpers.object_store import PAGE, SECRET, Store, few
 from trainer.checkpoint import files, save_load
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.sections import DataConfig
@@ -22,7 +22,8 @@ from trainer.data.reader import SequenceLogReader
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import MetricsLog, RunFolder
 from trainer.sealed_folder import DIGEST, MANIFEST, file_digest
-from trainer.storage import objects, s3
+from trainer.storage import objects, place, s3
+from trainer.storage.places import store_of
 from trainer.storage.ranges import footer_of
 from trainer.storage.spool import Spool
 
@@ -196,6 +197,149 @@ def test_an_object_is_whole_or_not_there(store: Store, monkeypatch: pytest.Monke
     assert file_digest(target) == hashlib.sha256(content).hexdigest()
 
 
+def test_an_answer_that_was_lost_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "PART", 5 << 20)
+    store.faults(
+        ("PUT", "claim", "lost", 1), ("POST", r"parts\?uploadId", "lost", 1), ("PUT", "short", "lost", 1)
+    )
+    assert objects.create(store.bucket / "mine" / "claim") and not objects.create(
+        store.bucket / "mine" / "claim"
+    )
+    for name, size in (("parts", 6 << 20), ("short", 3)):
+        with objects.writing(store.bucket / "mine" / name) as file:
+            file.write(bytes(size))
+        assert (store.bucket / "mine" / name).stat().st_size == size
+
+
+def test_an_upload_that_fails_at_its_end_is_ended(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch)
+    monkeypatch.setattr(objects, "PART", 5 << 20)
+    for method, query in (("PUT", "partNumber=1"), ("POST", "uploadId")):
+        store.faults((method, rf"ended\?.*{query}", "error:403:AccessDenied", 9))
+        with pytest.raises(PermissionError), objects.writing(store.bucket / "ended") as file:
+            file.write(bytes(6 << 20))
+    fs, _ = store_of(store.bucket)
+    assert fs.list_multipart_uploads(store.name) == [] and not (store.bucket / "ended").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "ü/日本", "x+y", "p%20q%", "h#sh", "q?m", "am&p=1;'", "star*", "br[0]", "back\\slash"]
+)
+def test_any_name_is_a_name(store: Store, name: str) -> None:
+    folder, other = store.bucket / "names" / name, store.bucket / "names" / "other"
+    for each in (folder, other):
+        (each / "f").write_bytes(name.encode())
+    with objects.writing(folder / "g") as file:
+        file.write(b"1")
+    assert objects.sizes(folder) == {"f": len(name.encode()), "g": 1} and folder.is_dir()
+    assert objects.read_range(folder / "f", 0, 1) == name.encode()[:1]
+    assert sorted(path.name for path in objects.listed(folder)) == ["f", "g"]
+    assert str(place(str(folder / "f"))) == str(folder / "f")
+    objects.remove(folder, ("g",), strict=True)
+    # Nothing but that folder, though its name may be a pattern of others.
+    assert objects.sizes(store.bucket / "names") == {"other/f": len(name.encode())}
+
+
+def test_a_pattern_in_a_name_deletes_no_other_object(store: Store) -> None:
+    folder = store.bucket / "patterns"
+    for name in ("a*/x*", "a*/x?", "ab/xy", "a/x*"):
+        (folder / name).write_bytes(b"1")
+    objects.remove(folder / "a*", (), strict=True)
+    assert set(objects.sizes(folder)) == {"ab/xy", "a/x*"}
+
+
+def test_a_whole_bucket_is_a_folder_that_stays(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    fs, _ = store_of(store.bucket)
+    fs.call_s3("create_bucket", Bucket="all-of-it")
+    bucket = place("s3://all-of-it")
+    # More names than one answer holds.
+    names = [f"k{number:04d}/x" for number in range(2 * PAGE + 1)]
+    objects.in_parallel(lambda name: (bucket / name).write_bytes(b""), names)
+    assert sorted(objects.sizes(bucket)) == names
+    assert len(objects.listed(bucket)) == len(objects.unfinished(bucket, "none", -60)) == len(names)
+    objects.remove(bucket, (), strict=True)
+    assert bucket.exists() and objects.sizes(bucket) == {}
+    with pytest.raises(IsADirectoryError, match="is a bucket"):
+        bucket.read_text()
+    missing = place("s3://no-such-bucket-here")
+    for ask in (missing.exists, missing.read_text, lambda: objects.listed(missing), (missing / "x").is_file):
+        with pytest.raises(OSError, match=r"no such bucket|is a bucket"):
+            ask()
+
+
+def test_what_a_store_does_not_delete_is_an_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answer deletes many objects, and says of each whether it could."""
+    folder = store.bucket / "stays"
+    for name in "ab":
+        (folder / name).write_bytes(b"1")
+    real = s3.ObjectStore._call_s3
+
+    async def call(self: Any, method: str, *args: Any, **options: Any) -> Any:
+        if method == "delete_objects":
+            return {
+                "Errors": [
+                    {"Key": each["Key"], "Code": "InternalError"} for each in options["Delete"]["Objects"]
+                ]
+            }
+        return await real(self, method, *args, **options)
+
+    monkeypatch.setattr(s3.ObjectStore, "_call_s3", call)
+    store.faults(("DELETE", "stays/b", "error:403:AccessDenied", 1000))
+    with pytest.raises(PermissionError, match="access denied"):
+        objects.remove(folder, (), strict=True)
+    assert set(objects.sizes(folder)) == {"b"}
+    store.faults()
+    objects.remove(folder, (), strict=True)
+    assert objects.sizes(folder) == {}
+
+
+def test_a_store_that_asks_to_slow_down_is_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests it refuses: there is no quota that they use up."""
+    monkeypatch.setattr("random.random", lambda: 0.001)
+    file = store.bucket / "burst"
+    file.write_bytes(b"here")
+    store.faults(("GET", "burst", "error:503:SlowDown", 150))
+    assert (
+        objects.in_parallel(lambda _: objects.read_range(file, 0, 4), range(64), at_once=64) == [b"here"] * 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "says", "of_head"),
+    [
+        ("301:PermanentRedirect", "another region; set AWS_REGION", "another region; set AWS_REGION"),
+        (
+            "400:AuthorizationHeaderMalformed",
+            "another region; set AWS_REGION",
+            "have expired, or .* another region",
+        ),
+        (
+            "403:RequestTimeTooSkewed",
+            "clock of this machine is wrong",
+            "or the clock of this machine is wrong",
+        ),
+        ("403:InvalidObjectState", "is archived; restore it", r"refused \(403\)"),
+        ("404:NoSuchUpload", "ended by somebody else", "ended by somebody else"),
+        ("403:QuotaExceeded", "QuotaExceeded", r"refused \(403\)"),
+        ("400:KeyTooLongError", r"told to fail \(KeyTooLongError\)", r"refused \(400\)"),
+    ],
+)
+def test_what_no_retry_mends_says_what_to_do(
+    store: Store, monkeypatch: pytest.MonkeyPatch, kind: str, says: str, of_head: str
+) -> None:
+    few(monkeypatch)
+    file = store.bucket / "refused"
+    store.faults(("GET HEAD PUT", "refused", f"error:{kind}", 1000))
+    for ask, expected in (
+        (lambda: objects.read_range(file, 0, 1), says),
+        (lambda: file.write_bytes(b"1"), says),
+        (file.stat, of_head),
+    ):
+        with pytest.raises(OSError, match=expected) as caught:
+            ask()
+        assert caught.value.filename == "s3://tandem-tests/refused"
+
+
 def test_empty_folders_are_never_deleted_with_what_is_in_them(store: Store) -> None:
     (store.bucket / "kept" / "a").write_bytes(b"1")
     with pytest.raises(OSError, match="no empty folders"):
@@ -290,7 +434,9 @@ def test_a_save_whose_metrics_fail_says_how_to_go_on(store: Store) -> None:
     assert '"loss": 0.5' in folder.metrics.read_text()
 
 
-def test_fetched_files_are_verified_and_kept(store: Store, tmp_path: Path) -> None:
+def test_fetched_files_are_verified_and_kept(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from trainer.storage.fetched import drop_old, fetch
 
     folder = store.bucket / "fetched"
@@ -300,6 +446,13 @@ def test_fetched_files_are_verified_and_kept(store: Store, tmp_path: Path) -> No
     store.seen()
     fetch(folder, {"t/a": (3, digest)}, tmp_path / "v1", SnapshotError)
     assert not store.seen() and (tmp_path / "v1" / "t" / "a").read_bytes() == b"abc"
+    # One that was damaged meanwhile, in the same size.
+    (tmp_path / "v1" / "t" / "a").write_bytes(b"abd")
+    assert not fetch(folder, {"t/a": (3, digest)}, tmp_path / "v1", SnapshotError)
+    for again in (True, False):
+        assert fetch(folder, {"t/a": (3, digest)}, tmp_path / "v1", SnapshotError, check=True) == again
+    assert (tmp_path / "v1" / "t" / "a").read_bytes() == b"abc"
+    assert capsys.readouterr().err.count("v1/t/a: was damaged since it was fetched") == 1
     with pytest.raises(SnapshotError, match=r"s3://.*does not match"):
         fetch(folder, {"t/a": (3, "0" * 64)}, tmp_path / "v2", SnapshotError)
     assert not list((tmp_path / "v2" / "t").iterdir())
