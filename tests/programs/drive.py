@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -103,14 +103,19 @@ def drive(plan_file: str) -> None:
         run(config, Path(plan.run), ranks, fail_at(faults[0] if faults else None, ranks.rank, marks))
 
 
+def redirect(said: Sequence[str]) -> None:
+    """Stdout and stderr of this process to these files."""
+    for stream, path in enumerate(said, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+
+
 def main(plan_file: str, *said: str) -> None:
     """`drive`, with errors and exit code as those of the command line.
 
     Args:
         said: files for stdout and stderr; empty = those of the process.
     """
-    for stream, path in enumerate(said, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    redirect(said)
     try:
         drive(plan_file)
     except Exception as error:

@@ -1,4 +1,5 @@
-"""torchrun's agent over ranks that start at once: `python -m tests.programs.supervise PLAN RESTARTS GRACE`.
+"""torchrun's agent over ranks that start at once: `python -m tests.programs.supervise PLAN RESTARTS GRACE`,
+or of the command line, `python -m tests.programs.supervise command RESTARTS GRACE WORDS`.
 
 What restarts the ranks is the very agent of torchrun; but they are forked from the server of
 `tests.helpers.launching`, which has done the slow imports, so that twenty kills take no minutes.
@@ -10,11 +11,13 @@ from __future__ import annotations
 import os
 import sys
 import uuid
+from collections.abc import Callable, Sequence
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.multiprocessing.spawn import ProcessContext
 
-from tests.programs.drive import main
+import launch.cli
+from tests.programs.drive import main, redirect
 
 
 def shorten_grace(seconds: float) -> None:
@@ -27,7 +30,13 @@ def shorten_grace(seconds: float) -> None:
     ProcessContext._join_procs_with_timeout = shorter  # type: ignore[method-assign]
 
 
-def supervise(plan_file: str, max_restarts: int) -> None:
+def command(words: Sequence[str], *said: str) -> None:
+    """One rank of `tandemrec WORDS`; `said` are files for its stdout and stderr."""
+    redirect(said)
+    sys.exit(launch.cli.main(words))
+
+
+def supervise(rank: Callable[..., None], what: str | Sequence[str], max_restarts: int) -> None:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -41,9 +50,12 @@ def supervise(plan_file: str, max_restarts: int) -> None:
     )
     # The server's children have its stdout and stderr.
     said = [os.readlink(f"/proc/self/fd/{stream}") for stream in (1, 2)]
-    elastic_launch(config, main)(plan_file, *said)
+    elastic_launch(config, rank)(what, *said)
 
 
 if __name__ == "__main__":
     shorten_grace(float(sys.argv[3]))
-    supervise(sys.argv[1], int(sys.argv[2]))
+    if sys.argv[1] == "command":
+        supervise(command, sys.argv[4:], int(sys.argv[2]))
+    else:
+        supervise(main, sys.argv[1], int(sys.argv[2]))
