@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from embeddings.errors import DataError
 from trainer.data.blocks import with_windows
 from trainer.data.reader import SequenceLogReader
+from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns as RowColumns
 from trainer.data.rows import UserRows, read_rows
 from trainer.log.arrow import PARQUET_ERRORS
@@ -225,8 +227,9 @@ def read_candidates(reader: SequenceLogReader) -> Iterator[Columns]:
     }
     labels = replace(reader.columns.labels, weights=())
     columns = replace(RowColumns.of(manifest, wanted), labels=labels, numeric=(), weighted=False)
+    footer = lru_cache(1)(read_footer)
     for place in reader.row_groups:
-        rows = read_rows(place.file, place.row_group, columns)
+        rows = read_rows(place.file, place.row_group, columns, footer(place.file))
         requests = np.repeat(np.arange(rows.request_id.size), np.diff(rows.candidate_offsets))
         users = np.repeat(rows.user_id, np.diff(rows.request_offsets))
         part: dict[str, npt.NDArray[Any]] = {

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -178,7 +179,8 @@ class _Index(NamedTuple):
         """
         root = own_cache(cache)
         with ThreadPoolExecutor(_AT_A_TIME, "index") as threads, ExitStack() as held:
-            parts = (_placed(number, *found) for number, found in enumerate(threads.map(_lengths, places)))
+            lengths = partial(_lengths, lru_cache(_AT_A_TIME)(read_footer))
+            parts = (_placed(number, *found) for number, found in enumerate(threads.map(lengths, places)))
             try:
                 rows = sort_rows(
                     parts, _PLACED, lambda: held.enter_context(scratch(root, "histories")), _longest
@@ -267,9 +269,10 @@ def _longest(rows: Rows) -> Rows:
     return {name: values[last] for name, values in rows.items()}
 
 
-def _lengths(place: RowGroup) -> tuple[Ints, Ints]:
+def _lengths(footer: Callable[[Path], pq.FileMetaData], place: RowGroup) -> tuple[Ints, Ints]:
     """Users of a row group, and how many behaviors each has there."""
-    group = read_group(place.file, place.row_group, ["user_id", "history_timestamp"], None)
+    names = ["user_id", "history_timestamp"]
+    group = read_group(place.file, place.row_group, names, footer(place.file))
     return group.ints("user_id"), np.diff(group.lists("history_timestamp")[0])
 
 

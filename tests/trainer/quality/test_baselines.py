@@ -17,6 +17,7 @@ from trainer.config.sections import DataConfig
 from trainer.config.tasks import TaskConfig, resolve_tasks
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
+from trainer.quality import rates
 from trainer.quality.baselines import Baselines, baselines, by_baseline
 from trainer.quality.ranking import auc
 from trainer.quality.rates import STRENGTH
@@ -60,6 +61,34 @@ def counted(rows: list[Row], feature: str, delay: int) -> list[int]:
         seen = zip(row[f"history_{feature}"][:end], row["history_timestamp"][:end], strict=True)
         found.append(sum(value == wanted and (not delay or time < asked - delay) for value, time in seen))
     return found
+
+
+def test_rates_are_added_up_in_order_and_footers_read_once(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any number of threads gives the bits of one after another; soft labels round by their order."""
+    rng, rows = np.random.default_rng(0), drawn(4, 60)
+    for row in rows:
+        row["label_click"] = [[float(np.float32(rng.random())) for _ in each] for each in row["label_click"]]
+    soft = write_log(tmp_path / "log", {"train": rows, "test": drawn(3, 24)}, rich=True)
+    read: list[Path] = []
+    footer = rates.read_footer
+    monkeypatch.setattr(rates, "read_footer", lambda file: (read.append(file), footer(file))[1])
+    found = []
+    for threads in (8, 3, 1):
+        monkeypatch.setattr(rates, "cores", lambda threads=threads: threads)
+        scores = of(soft).scores["click"]
+        found.append([scores[name].tolist() for name in ("mean_label", "item_rate", "user_item_rate")])
+    # In the order of the row groups, each added up for itself.
+    groups = [rows[at + part : at + min(part + 3, 6)] for at in range(0, len(rows), 6) for part in (0, 3)]
+    total, count = 0.0, 0
+    for group in groups:
+        labels = [row["label_click"][r][c] for row, r, c in candidates(group)]
+        total += float(np.nansum(np.array(labels, dtype=np.float32), dtype=np.float64))
+        count += len(labels)
+    assert found[0] == found[1] == found[2] and found[0][0][0] == pytest.approx(total / count, abs=1e-15)
+    # One thread has one file open after another.
+    assert len(groups) == 20 and read[-10:] == sorted(set(read)) and len(set(read)) == 10
 
 
 @pytest.mark.parametrize("delay", [0, 25])
