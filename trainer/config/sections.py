@@ -241,11 +241,11 @@ class CheckpointConfig(Settings):
     the minutes are over, and whether a save in the background failed. A run of one rank looks after every
     step."""
     keep: PositiveInt = 2
-    """The number of newest checkpoints that are kept."""
+    """The number of newest checkpoints that are kept. Damaged ones do not count."""
     mode: Literal["auto", "async", "sync"] = "auto"
     """`async` copies the tensors and writes them while training goes on. `sync` writes them first, and needs
     no memory for a copy. `auto` means `async` where the copy fits into the memory that is free at the first
-    save, and `sync` otherwise; it says which."""
+    save, or with `full_every` above 1 at each, and `sync` otherwise; it says which."""
     full_every: PositiveInt = 1
     """Every how many saves one is full. The saves between write only the rows of the tables that were looked
     up since the save before, and build on it. 1 means that every save is full."""
@@ -253,4 +253,5 @@ class CheckpointConfig(Settings):
     """What happens when a save fails during training. `stop` ends the run; `continue` tries again when the
     next save is due. The save at the end always stops."""
     timeout_minutes: float = Field(60.0, gt=0)
-    """The longest time, in minutes, that ranks wait for each other while saving."""
+    """The longest time, in minutes, that ranks wait for each other's files while saving. A rank that is gone
+    is missed sooner, after `train.timeout_s`."""
