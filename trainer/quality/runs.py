@@ -82,6 +82,48 @@ def in_order(rows: Columns) -> Columns:
     return {name: values[order] for name, values in rows.items()}
 
 
+class RowFile:
+    """Rows of some numbers, one after another in a file that is open only while it is written or read.
+
+    So there may be any number of such files. The file is there once it has rows.
+
+    Args:
+        of_row: the number types of a row.
+
+    Attributes:
+        rows: how many are written.
+    """
+
+    def __init__(self, path: Path, of_row: np.dtype[Any]) -> None:
+        self._path, self.of_row = path, of_row
+        self._lengths: list[int] = []
+        self.rows = 0
+
+    def write(self, rows: npt.NDArray[Any]) -> None:
+        """Raises OSError where the disk is full."""
+        with naming(self._path), self._path.open("ab") as file:
+            file.write(rows.tobytes())
+        self._lengths.append(rows.size)
+        self.rows += rows.size
+
+    def written(self) -> Iterator[npt.NDArray[Any]]:
+        """The rows as they were written, piece by piece."""
+        yield from self._read(self._lengths)
+
+    def pieces(self, size: int) -> Iterator[npt.NDArray[Any]]:
+        """The rows, so many at a time."""
+        yield from self._read([size] * -(-self.rows // size))
+
+    def _read(self, lengths: Sequence[int]) -> Iterator[npt.NDArray[Any]]:
+        if self.rows:
+            with self._path.open("rb") as file:
+                for length in lengths:
+                    yield np.frombuffer(file.read(length * self.of_row.itemsize), dtype=self.of_row)
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
 class _Piece(NamedTuple):
     """A row group of a file, and its first and last user."""
 

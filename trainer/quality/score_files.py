@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy.typing as npt
 
 from embeddings.errors import DataError
 from trainer.quality.metrics import Metrics, group_keys
-from trainer.quality.runs import Merged
-from trainer.quality.scored import KEYS, Key, Scored, Scores, numbers_of, scored_of, tasks_of
+from trainer.quality.runs import Merged, RowFile
+from trainer.quality.scored import KEYS, Ints, Key, Scored, Scores, numbers_of, scored_of, tasks_of
 from trainer.quality.streamed import Assessment, Part, assess
 
 # Candidates that are measured in memory: 230 bytes each, a gigabyte.
@@ -50,38 +51,88 @@ class ScoreFiles(Scores):
             yield scored_of({name: columns[name] for name in self._names})
 
     def metrics_by(self, key: Key, tasks: Sequence[int]) -> dict[int, dict[str, Metrics]]:
-        """Small parts are measured in memory, as many at a time as it holds; large ones in a stream."""
+        """Small parts are measured in memory, as many at a time as it holds; large ones in a stream.
+
+        However many parts there are, all scores are read twice: to count, and to write each part, or as many
+        as memory holds, into a file of its own.
+        """
         sizes: dict[int, int] = {}
         for chunk in self.chunks():
             for each, count in zip(*np.unique(key(chunk), return_counts=True), strict=True):
                 sizes[int(each)] = sizes.get(int(each), 0) + int(count)
-        found: dict[int, dict[str, Metrics]] = {}
-        for numbers in _packed(sizes, IN_MEMORY):
-            if sizes[numbers[0]] <= IN_MEMORY:
-                found |= self._gathered(key, numbers).metrics_by(key, tasks)
-                continue
-            (number,) = numbers
-            found[number] = {
-                self.tasks[task]: self._assess(task, lambda part: key(part) == number).metrics()  # noqa: B023
-                for task in tasks
-            }
-        return dict(sorted(found.items()))
+        packs = list(_packed(sizes, IN_MEMORY))
+        if not packs:
+            return {}
+        if len(packs) == 1 and len(sizes) == 1 and self.size > IN_MEMORY:
+            (number,) = sizes
+            return {number: {self.tasks[task]: self.assessed(task).metrics() for task in tasks}}
+        names = tuple(self.tasks[task] for task in tasks)
+        row = np.dtype([*_OF_PART, *((f, "<f4", (len(tasks),)) for f in ("score", "label"))])
+        files = [RowFile(self._scratch / f"part-{number:06d}", row) for number in range(len(packs))]
+        try:
+            self._scatter(key, tasks, packs, files)
+            found: dict[int, dict[str, Metrics]] = {}
+            for numbers, file in zip(packs, files, strict=True):
+                if sizes[numbers[0]] <= IN_MEMORY:
+                    rows = np.concatenate(list(file.written()))
+                    found |= _scored(rows, names).metrics_by(_part, range(len(tasks)))
+                else:
+                    pieces = partial(_pieces, file, names)
+                    found[numbers[0]] = {
+                        name: self._assess(task, pieces).metrics() for task, name in enumerate(names)
+                    }
+                file.remove()
+            return found
+        finally:
+            for file in files:
+                file.remove()
 
-    def _gathered(self, key: Key, numbers: Sequence[int]) -> Scored:
-        """The candidates of some parts."""
-        parts = [chunk.part(np.isin(key(chunk), numbers)) for chunk in self.chunks()]
-        return joined(parts)
+    def _scatter(
+        self, key: Key, tasks: Sequence[int], packs: Sequence[Sequence[int]], files: Sequence[RowFile]
+    ) -> None:
+        """Write the candidates of each pack of parts into its file; a piece of whole users at a time."""
+        numbers = np.array([number for pack in packs for number in pack], dtype=np.int64)
+        pack_of = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
+        for chunk in self.chunks():
+            keys = key(chunk)
+            pack = pack_of[np.searchsorted(numbers, keys)]
+            order = np.argsort(pack, kind="stable")
+            rows = np.empty(chunk.size, files[0].of_row)
+            rows["user"], rows["request"], rows["part"] = chunk.user_id, chunk.request_id, keys
+            rows["score"], rows["label"] = chunk.score[:, list(tasks)], chunk.label[:, list(tasks)]
+            each, starts = np.unique(pack[order], return_index=True)
+            for number, some in zip(each.tolist(), np.split(order, starts[1:]), strict=True):
+                files[number].write(rows[some])
 
     def assessed(self, task: int) -> Assessment:
         """All candidates of a task, with what each user adds to errors."""
-        return self._assess(task, lambda part: np.ones(part.size, dtype=np.bool_))
+        return self._assess(task, self.chunks)
 
-    def _assess(self, task: int, chosen: Callable[[Scored], npt.NDArray[np.bool_]]) -> Assessment:
-        def parts() -> Iterator[Part]:
-            for chunk in self.chunks():
-                yield part_of(chunk.part(chosen(chunk)).observed(task), task)
+    def _assess(self, task: int, chunks: Callable[[], Iterator[Scored]]) -> Assessment:
+        """Metrics of candidates that pass by in pieces of whole users, the same ones each time."""
+        return assess(
+            lambda: (part_of(chunk.observed(task), task) for chunk in chunks()), True, self._scratch
+        )
 
-        return assess(parts, True, self._scratch)
+
+# What a candidate's metrics follow from, besides its scores and labels; `part` is the key of its part.
+_OF_PART = (("user", "<i8"), ("request", "<i8"), ("part", "<i8"))
+
+
+def _part(rows: Scored) -> Ints:
+    assert rows.domain is not None
+    return rows.domain
+
+
+def _pieces(file: RowFile, tasks: tuple[str, ...]) -> Iterator[Scored]:
+    return (_scored(rows, tasks) for rows in file.written())
+
+
+def _scored(rows: npt.NDArray[Any], tasks: tuple[str, ...]) -> Scored:
+    """Candidates of parts, with the part as their domain."""
+    nothing = np.zeros(rows.size, dtype=np.int64)
+    keys = (rows["user"], rows["request"], nothing, nothing, nothing)
+    return Scored(rows["score"], rows["label"], *keys, tasks, rows["part"])
 
 
 def joined(parts: Sequence[Scored]) -> Scored:

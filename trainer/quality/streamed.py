@@ -1,20 +1,21 @@
-"""The metrics of `trainer.quality.metrics`, of more candidates than memory holds; the same values to 1e-12.
+"""The metrics of `trainer.quality.metrics`, of more candidates than memory holds.
 
 What one request or user decides is added up while candidates pass by. AUC and ECE need all candidates by
 score: these are written to buckets by ascending score, and one bucket at a time is ranked, exactly and with
 its ties. Memory follows the users (about 80 bytes each) and the candidates of one bucket, not the split.
 
-Sums are taken in another order than in memory, which is all that differs.
+Sums are taken in another order than in memory, which is all that differs: metrics agree to 1e-12. For what
+is a difference of nearly equal numbers, such as a lead over a baseline, this is an absolute error, not a
+relative one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from trainer.quality.leads import Estimate
 from trainer.quality.metrics import Metrics, candidate_losses, normalised_loss
 from trainer.quality.ranking import RANKS, Floats, Ints, Ranked, as_arrays, half_width
+from trainer.quality.runs import RowFile
 
 # Candidates that are ranked together.
 _BUCKET = 1 << 22
@@ -85,14 +87,18 @@ def assess(parts: Parts, probable: bool, scratch: Path) -> Assessment:
         sums.add(part)
     sums.close()
     ranks = _Ranks(sums)
-    with ExitStack() as files:
-        buckets = [_Bucket(scratch / f"bucket-{number:05d}", files) for number in range(sums.buckets)]
+    buckets = [RowFile(scratch / f"bucket-{number:05d}", _ROW) for number in range(sums.buckets)]
+    try:
         first = 0
         for part in parts():
             _scatter(part, first, sums.edges, buckets)
             first += int(part.user.max(initial=-1)) + 1
         for bucket in buckets:
             ranks.add(bucket)
+            bucket.remove()
+    finally:
+        for bucket in buckets:
+            bucket.remove()
     return _assessment(sums, ranks, probable)
 
 
@@ -168,29 +174,8 @@ def _cell(scores: Floats) -> Ints:
     return cells
 
 
-class _Bucket:
-    """Candidates between two scores, in a file."""
-
-    def __init__(self, path: Path, files: ExitStack) -> None:
-        self._path = path
-        self._file: BinaryIO = files.enter_context(path.open("wb"))
-        files.callback(path.unlink, missing_ok=True)
-
-        self.rows = 0
-
-    def write(self, rows: npt.NDArray[Any]) -> None:
-        self._file.write(rows.tobytes())
-        self.rows += rows.size
-
-    def pieces(self) -> Iterator[npt.NDArray[Any]]:
-        self._file.flush()
-        with self._path.open("rb") as file:
-            while data := file.read(_BUCKET * _ROW.itemsize):
-                yield np.frombuffer(data, dtype=_ROW)
-
-
-def _scatter(part: Part, first: int, edges: Ints, buckets: Sequence[_Bucket]) -> None:
-    """Write candidates to their buckets, with the numbers of their users among all, from `first` on."""
+def _scatter(part: Part, first: int, edges: Ints, buckets: Sequence[RowFile]) -> None:
+    """Write candidates to buckets of ascending scores, with the numbers of their users from `first` on."""
     rows = np.empty(part.score.size, dtype=_ROW)
     rows["score"], rows["label"], rows["user"] = part.score, part.label, part.user + first
     number = edges[_cell(rows["score"])]
@@ -216,7 +201,7 @@ class _Ranks:
         self.of_users = np.zeros(sums.of_users.shape[1])
         self.gaps = np.zeros(_BINS)
 
-    def add(self, bucket: _Bucket) -> None:
+    def add(self, bucket: RowFile) -> None:
         distinct, placed = _distinct(bucket)
         size = distinct.size
         count, positive, negative = np.zeros(size, dtype=np.int64), np.zeros(size), np.zeros(size)
@@ -247,17 +232,19 @@ class _Ranks:
 _Placed = Callable[[], Iterable[tuple[npt.NDArray[Any], Ints]]]
 
 
-def _distinct(bucket: _Bucket) -> tuple[Floats, _Placed]:
+def _distinct(bucket: RowFile) -> tuple[Floats, _Placed]:
     """-> (the different scores, ascending; pieces of rows with the place of each row's score among them)."""
     if bucket.rows <= _BUCKET:
-        rows = next(bucket.pieces(), np.empty(0, dtype=_ROW))
+        rows = next(bucket.pieces(_BUCKET), np.empty(0, dtype=_ROW))
         distinct, at = np.unique(rows["score"], return_inverse=True)
         return distinct, lambda: [(rows, at)]
     # More candidates than are ranked together have so close scores, or the very same.
     distinct = np.zeros(0)
-    for rows in bucket.pieces():
+    for rows in bucket.pieces(_BUCKET):
         distinct = np.union1d(distinct, rows["score"])
-    return distinct, lambda: ((rows, np.searchsorted(distinct, rows["score"])) for rows in bucket.pieces())
+    return distinct, lambda: (
+        (rows, np.searchsorted(distinct, rows["score"])) for rows in bucket.pieces(_BUCKET)
+    )
 
 
 def _assessment(sums: _Sums, ranks: _Ranks, probable: bool) -> Assessment:

@@ -116,6 +116,21 @@ def test_files_of_several_ranks_measure_like_one_table(
     assert {path.name for path in folder.iterdir()} == {"runs"}
 
 
+def test_many_domains_are_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for every few of them that memory holds, it was."""
+    monkeypatch.setattr(module, "IN_MEMORY", 10)
+    scored = drawn(4, users=60)
+    scored = replace(scored, domain=scored.user_id % 60)
+    files, reads = ScoreFiles(spilled(scored, tmp_path / "runs", 2, 50, 1), tmp_path), []
+    chunks = files.chunks
+    monkeypatch.setattr(files, "chunks", lambda: (reads.append(1), chunks())[1])
+    found = files.metrics_by(lambda part: part.domain, [1])  # type: ignore[arg-type,return-value]
+    assert len(found) > 40 and len(reads) == 2
+    for number, own in scored.in_order().metrics_by(lambda part: part.domain, [1]).items():  # type: ignore[arg-type,return-value]
+        assert same(found[number]["t1"].as_dict(), own["t1"].as_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_files_are_compared_as_candidates_in_memory_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int

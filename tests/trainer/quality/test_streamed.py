@@ -92,3 +92,23 @@ def test_metrics_and_errors_are_those_of_candidates_in_memory(
 def test_nothing_has_no_metrics(tmp_path: Path) -> None:
     found = assess(lambda: iter(()), True, tmp_path).metrics()
     assert found.samples == found.users == 0 and math.isnan(found.auc) and math.isnan(found.logloss)
+
+
+def test_any_number_of_buckets_needs_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10^10 candidates have 2,400 buckets, more than a process may have files open."""
+    monkeypatch.setattr(module, "_BUCKET", 1)
+    rng, opened, there = np.random.default_rng(0), [], []
+    score, label = rng.uniform(size=400), (rng.uniform(size=400) < 0.5).astype(np.float32)
+
+    def parts() -> Iterator[Part]:
+        for start in range(0, 400, 100):
+            part, group = slice(start, start + 100), np.repeat(np.arange(20), 5)
+            yield Part(score[part], label[part], group + start, group)
+            opened.append(len(list(Path("/proc/self/fd").iterdir())))
+            there.append(len(list(tmp_path.iterdir())))
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    found = assess(parts, True, tmp_path).metrics()
+    user = np.arange(400) // 5
+    assert same(found.auc, measure(score, label, user, user).auc)
+    assert max(there) > 100 and max(opened) <= before + 2 and not list(tmp_path.iterdir())
