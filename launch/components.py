@@ -109,11 +109,14 @@ class Job:
             JobError: an option is wrong, or there are more ranks than GPUs on a node that has some.
         """
         from embeddings.errors import ConfigError
-        from trainer.storage import refuse_secrets
+        from trainer.storage.addresses import address_of
 
         shape, given = parse_shape(self.j), self.mounts or []
         try:
-            refuse_secrets(line)  # schedulers keep and show what a job runs
+            # Schedulers keep and show what a job runs, and a wrong address would be found on the cluster only.
+            for word in shlex.split(line):
+                address_of(word)
+                address_of(word.partition("=")[2])
         except ConfigError as error:
             raise JobError(str(error)) from None
         try:
