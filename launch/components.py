@@ -116,12 +116,15 @@ class Job:
                 command line or its configuration could not be read there either.
         """
         from embeddings.errors import ConfigError
-        from trainer.storage import refuse_secrets
+        from trainer.storage.addresses import address_of
 
         shape, given = parse_shape(self.j), self.mounts or []
         line = self.torchrun(words) if ranks else f"exec {_quote([*_CLI, *words])}"
         try:
-            refuse_secrets(line)  # schedulers keep and show what a job runs
+            # Schedulers keep and show what a job runs, and a wrong address would be found on the cluster only.
+            for word in shlex.split(line):
+                address_of(word)
+                address_of(word.partition("=")[2])
         except ConfigError as error:
             raise JobError(str(error)) from None
         config = check_words(words)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
+import socket
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,6 +40,8 @@ class RunFolder:
         # Where the plain tables of `train.init_from` lie until they are read.
         self.first_weights = path / "init.tmp"
         self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
+        # Of a run in a store: what the training that began last says of itself, and what this one said.
+        self._newest, self._mine = path / ".training", ""
 
     def scores(self, split: str) -> Path:
         """Where `evaluate` keeps the scores of a split."""
@@ -46,19 +51,41 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keep a second training out of this folder while this one runs.
 
+        A store keeps no locks: there the training that begins last goes on, see `check_newest`.
+
         Raises:
             ConfigError: another process trains here, or the folder cannot be written.
         """
+        without = "two trainings in one folder go unnoticed"
+        if is_remote(self.path):
+            without = "of two trainings in one folder the older one ends at its next save"
         with ExitStack() as held:
             try:
-                held.enter_context(locked(self.path / ".lock", "two trainings in one folder go unnoticed"))
+                held.enter_context(locked(self.path / ".lock", without))
             except BlockingIOError:
                 raise ConfigError(f"{self.path}: another training is running in this folder") from None
             except OSError as error:
                 raise ConfigError(f"{self.path}: cannot be locked: {error}") from None
             # Only a start that was killed while it read them has left any.
             remove_folder(self.first_weights)
+            if is_remote(self.path):
+                now = datetime.now(UTC).isoformat(" ", "seconds")
+                self._mine = f"{socket.gethostname()}, process {os.getpid()}, {now}, {os.urandom(4).hex()}"
+                write_text(self._newest, self._mine)
             yield
+
+    def check_newest(self) -> None:
+        """Raises:
+        ConfigError: in a store, another training has begun in this folder since `lock`.
+        """
+        # A store that cannot be read now is told of by whatever is written next.
+        with suppress(OSError):
+            newest = self._newest.read_text() if self._mine else ""
+            if newest != self._mine:
+                raise ConfigError(
+                    f"{self.path}: another training began in this run folder ({newest}), so this one ends "
+                    "without another save; the other goes on"
+                )
 
     def check_free(self) -> None:
         """Raises:
@@ -131,7 +158,7 @@ class MetricsLog:
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
         self._spool: Spool | None = None
-        self._folder = folder.path
+        self._folder, self._run = folder.path, folder
 
         def open_files() -> None:
             metrics, board = folder.metrics, folder.path / "tensorboard"
@@ -158,8 +185,10 @@ class MetricsLog:
 
         Raises:
             CheckpointError: the store cannot be written.
+            ConfigError: another training has begun in this folder, whose lines stay.
         """
         if self._spool and self._board:
+            self._give_way()
             self._board.flush()
             if lenient:
                 self._spool.offer()
@@ -171,12 +200,23 @@ class MetricsLog:
                 again = "once this is mended, the same command goes on from the newest"
                 raise CheckpointError(error.filename or self._folder, f"{what}: {again}") from error
 
+    def _give_way(self) -> None:
+        """Raises ConfigError, and uploads nothing more, where another training has begun in this folder."""
+        try:
+            self._run.check_newest()
+        except ConfigError:
+            if self._spool:
+                self._spool.forget()
+            raise
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file and self._board:
             self._file.close()
             with naming(self._board.log_dir):
                 self._board.close()
         if self._spool:
+            with suppress(ConfigError):
+                self._give_way()
             self._spool.close(failing=kind is not None)
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
@@ -194,6 +234,9 @@ class MetricsLog:
             for tag, value in on_board(split, values):
                 self._board.add_scalar(tag, value, step)
         if self._spool and self._spool.due:
+            # The next save, of which all ranks hear, ends this training.
+            with suppress(ConfigError):
+                self._give_way()
             self._board.flush()
             self._spool.offer()
 

@@ -275,6 +275,11 @@ def test_credentials_in_an_address_are_refused_before_a_scheduler_keeps_them() -
     with pytest.raises(JobError, match="AWS_PROFILE") as caught:
         train(config="c.toml", out="s3://AKIDX:hush@bucket/run")
     assert "hush" not in str(caught.value)
+    for given, says in (("s3:/bucket/run", "two slashes"), ("s3:///run", "names no bucket")):
+        with pytest.raises(JobError, match=rf"^{given}: .*{says}"):
+            train(config="c.toml", out=given)
+        with pytest.raises(JobError, match=rf"^{given}: .*{says}"):
+            train(f"data.log={given}", config="c.toml", out="s3://bucket/run")
     train(config="c.toml", out="s3://bucket/run")
 
 

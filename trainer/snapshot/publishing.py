@@ -177,4 +177,7 @@ def _retire(root: Path, keep: int) -> None:
 
 def _locked(root: Path) -> AbstractContextManager[bool]:
     """Hold the lock of a folder of versions, once it is free."""
-    return locked(root / ".lock", "exports at once into one folder may disturb each other", wait=True)
+    without = "exports at once into one folder may disturb each other"
+    if is_remote(root):
+        without += ", unless it makes an object only where there is none (If-None-Match)"
+    return locked(root / ".lock", without, wait=True)

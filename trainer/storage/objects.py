@@ -248,7 +248,7 @@ def publish(part: Path, final: Path, last: Sequence[str], *, replace: bool | Non
 def or_half_of_one(folder: Path, seal: str = "manifest.sha256") -> str:
     """What else to do about a folder that is in the way; of a store it may be what a killed upload left."""
     if is_remote(folder) and not (folder / seal).is_file():
-        return f", or delete what is there: an upload that was killed leaves a folder without {seal}"
+        return f"; if an upload into it was killed, which leaves no {seal}, delete what that left"
     return ""
 
 

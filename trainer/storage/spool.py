@@ -69,6 +69,10 @@ class Spool:
                     self._uploaded[file] = now
         self._next = time.monotonic() + EVERY_S
 
+    def forget(self) -> None:
+        """Upload nothing any more."""
+        self._places.clear()
+
     def close(self, failing: bool = False) -> None:
         """Upload the rest, and delete the local files.
 

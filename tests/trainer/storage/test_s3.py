@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from embeddings.errors import CheckpointError, DataError, SnapshotError
+from embeddings.errors import CheckpointError, ConfigError, DataError, SnapshotError
 from tests.helpers.logs import small_log
 from tests.helpers.object_store import PAGE, SECRET, Store, few
 from trainer.checkpoint import files, save_load
@@ -432,6 +432,26 @@ def test_a_save_whose_metrics_fail_says_how_to_go_on(store: Store) -> None:
         log.keep(lenient=True)
         store.faults()
     assert '"loss": 0.5' in folder.metrics.read_text()
+
+
+def test_of_two_trainings_in_a_folder_the_older_gives_way(store: Store) -> None:
+    path = store.bucket / "runs" / "two"
+    older, newer = RunFolder(path), RunFolder(path)
+    with process_group(60, "cpu"), older.lock(), MetricsLog(older, -1) as log:
+        log.write(1, "train", {"loss": 0.5})
+        log.keep()
+        with newer.lock():
+            newer.metrics.write_text("those of the newer one\n")
+            log.write(2, "train", {"loss": 0.4})
+            with pytest.raises(ConfigError, match=r"another training began .*process \d+.*other goes on"):
+                log.keep()
+            with pytest.raises(ConfigError):
+                log.keep(lenient=True)
+            newer.check_newest()
+            # Nor are its lines uploaded at a point in time, or at the end.
+            log._spool._next = 0  # type: ignore[union-attr]
+            log.write(3, "train", {"loss": 0.3})
+    assert newer.metrics.read_text() == "those of the newer one\n"
 
 
 def test_fetched_files_are_verified_and_kept(
