@@ -121,7 +121,7 @@ class Job:
         shape, given = parse_shape(self.j), self.mounts or []
         line = self.torchrun(words) if ranks else f"exec {_quote([*_CLI, *words])}"
         try:
-            # Schedulers keep and show what a job runs, and a wrong address would be found on the cluster only.
+            # Schedulers keep and show what a job runs, and a wrong address would be found out there only.
             for word in shlex.split(line):
                 address_of(word)
                 address_of(word.partition("=")[2])
