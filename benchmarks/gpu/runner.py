@@ -189,7 +189,8 @@ def quiet() -> Iterator[None]:
 def _preload(names: Sequence[str]) -> None:
     """Import what the steps are made of; one that cannot be imported fails alone, later."""
     with quiet():
-        for module in sorted({STEPS[name].module for name in names if not STEPS[name].fresh}):
+        # pyarrow imports pandas at its first table.
+        for module in sorted({STEPS[name].module for name in names if not STEPS[name].fresh} | {"pandas"}):
             try:
                 importlib.import_module(module)
             except Exception as error:

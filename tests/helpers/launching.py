@@ -40,6 +40,7 @@ SERVER.set_forkserver_preload(
         "torch.distributed.optim",
         "torch.utils.serialization",
         "torch._subclasses.schema_check_mode",
+        "trainer.storage.s3",
         "launch.options",
         "launch.reporting",
         "tests.helpers.logs",

@@ -27,7 +27,7 @@ from trainer.quality.scored import Scored, columns_of, read_scores, write_scores
 def drawn(seed: int, tasks: int = 2, users: int = 40) -> Scored:
     """Candidates in any order, some without labels, some domains and histories small."""
     rng = np.random.default_rng(seed)
-    count = int(rng.integers(1, 300))
+    count = int(rng.integers(1, 160))
     user = rng.integers(-5, users, count)
     request = rng.integers(0, 3, count)
     score = rng.uniform(size=(count, tasks)).astype(np.float32).round(2)
