@@ -38,9 +38,9 @@ class RunFolder:
         self.first_weights = path / "init.tmp"
         self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
 
-    def scores(self, split: str) -> Path:
-        """Where `evaluate` keeps the scores of a split."""
-        return self.path / f"scores-{split}.parquet"
+    def scores(self, split: str, sampled: bool = False) -> Path:
+        """Where `evaluate` keeps the scores of a split, or of a sample of it."""
+        return self.path / f"scores-{split}{'-sample' if sampled else ''}.parquet"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
