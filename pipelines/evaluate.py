@@ -29,7 +29,8 @@ def evaluate(
 ) -> Mapping[str, Any]:
     """Measure a run on every request of `split`; prints tables, extends summary.json, keeps the scores.
 
-    Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`.
+    Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`, those of a sample to
+    `<run>/scores-<split>-sample.parquet`.
 
     Args:
         which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`; device: None = as the run trained.
@@ -61,7 +62,9 @@ def _report(
 ) -> None:
     """Keep scores and metrics, and print what a person reads of them."""
     split, data = reader.split, restored.config.data
-    of_names = write_named_scores(scored.chunks(), folder.scores(split), data.log, restored.manifest)
+    sampled = measured.sampled
+    kept = folder.scores(split, sampled is not None)
+    of_names = write_named_scores(scored.chunks(), kept, data.log, restored.manifest, sampled)
     with baselines_of(reader, folder.path) as beside:
         table, feature = beside.metrics(scored), counted_feature(restored.manifest)
         slices = {task: scored.by_history(task=place) for place, task in enumerate(scored.tasks)}
@@ -84,8 +87,8 @@ def _report(
     folder.update_summary(entries)
     requests, users = scored.counts()
     size = f"{scored.size:,} candidates of {requests:,} requests by {users:,} users"
-    if measured.sampled:
-        size += f", a sample of the split's {reader.candidates:,} candidates"
+    if sampled:
+        size += f", a sample of the split's {reader.candidates:,} candidates; their scores: {kept}"
     lines = [f"{split}: {size}", *without(missing)]
     lines += report(measured, table, slices, pairs, feature, data.domain)
     of_quality = remarks(split, measured, table, feature)

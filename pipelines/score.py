@@ -12,12 +12,13 @@ from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
 from trainer.config.tasks import labels_of, named_tasks
 from trainer.data.reader import SequenceLogReader
+from trainer.data.row_group import read_footer
 from trainer.log.known_values import map_values
 from trainer.log.schema import VOCABULARIES, LogManifest, read_manifest
 from trainer.quality.compare import compare_scores
 from trainer.quality.evaluate import score_in_order
 from trainer.quality.score_files import ScoreFiles
-from trainer.quality.scored import Scored, write_scores
+from trainer.quality.scored import SAMPLED, Scored, write_scores
 from trainer.sealed_folder import scratch
 from trainer.snapshot import Snapshot, load_fetched, shown
 
@@ -48,6 +49,8 @@ def score(
         SnapshotError: the snapshot is corrupt, or scores differ. DataError: the log is malformed.
     """
     quiet_third_parties()
+    if against is not None:
+        refuse_sample(against)
     loaded = load_fetched(snapshot, cache)
     loaded.self_check()
     manifest = read_manifest(requests)
@@ -66,7 +69,8 @@ def score(
             some, known = (ScoreFiles([file], Path(scratch)) for file in (out, against))
             worst, equal = compare_scores(some, known)
         if worst == float("inf"):
-            raise DataError("lacks scores of some of these requests; is it of the same split?", file=against)
+            problem = "lacks scores of some of these requests; is it of the same split, and of all of it?"
+            raise DataError(problem, file=against)
         bound = loaded.manifest.score_bound
         kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
         print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
@@ -74,6 +78,14 @@ def score(
             problem = f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}"
             raise SnapshotError(loaded.path, problem)
     return out
+
+
+def refuse_sample(file: Path) -> None:
+    """Raises DataError where scores are those of a sample: most requests of the split have none there."""
+    metadata = read_footer(file).metadata or {}
+    if sampled := metadata.get(SAMPLED.encode()):
+        problem = f"holds a sample of its split ({sampled.decode()} candidates), and all requests are scored"
+        raise DataError(f"{problem}; compare with scores of `evaluate` without --sample", file=file)
 
 
 class _Counted:
@@ -112,11 +124,18 @@ def open_requests(loaded: Snapshot, log: Path, split: str) -> tuple[SequenceLogR
 
 
 def write_named_scores(
-    chunks: Scored | Iterable[Scored], path: Path, log: Path, manifest: LogManifest
+    chunks: Scored | Iterable[Scored],
+    path: Path,
+    log: Path,
+    manifest: LogManifest,
+    sampled: tuple[int, int] | None = None,
 ) -> list[str]:
     """Write the scores, with the names `user` and `request` where the log has names; returns remarks.
 
     Names that cannot be read are left out and remarked on: they must not cost the scores.
+
+    Args:
+        sampled: see `write_scores`.
     """
     names: dict[str, tuple[str, pa.Array]] = {}
     remarks = []
@@ -138,5 +157,5 @@ def write_named_scores(
             found[column] = values.take(pa.array(ids - 1, mask=(ids < 1) | (ids > len(values))))
         return found
 
-    write_scores(chunks, path, named)
+    write_scores(chunks, path, named, sampled)
     return remarks

@@ -43,9 +43,9 @@ class RunFolder:
         # Of a run in a store: what the training that began last says of itself, and what this one said.
         self._newest, self._mine = path / ".training", ""
 
-    def scores(self, split: str) -> Path:
-        """Where `evaluate` keeps the scores of a split."""
-        return self.path / f"scores-{split}.parquet"
+    def scores(self, split: str, sampled: bool = False) -> Path:
+        """Where `evaluate` keeps the scores of a split, or of a sample of it."""
+        return self.path / f"scores-{split}{'-sample' if sampled else ''}.parquet"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,13 @@ def text_of(values: pa.Array) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]
     return bounds - first, memoryview(b"" if data is None else data)[first:last]
 
 
+def batches_of(parquet: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file of any size, piece by piece."""
+    for group in range(parquet.num_row_groups):
+        # An iterator over all row groups keeps the bytes of those that it has left behind.
+        yield from parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=list(names))
+
+
 def read_values(file: Path, digest: str, *, of_log: bool = False) -> pa.Array:
     """All values of a vocabulary in one array; see `stream_values`."""
     return pa.concat_arrays(stream_values(file, digest, of_log=of_log))
@@ -62,7 +69,7 @@ def stream_values(file: Path, digest: str, *, of_log: bool = False) -> Iterator[
             integers = pa.types.is_integer(parquet.schema_arrow.field("value").type)
             kind = pa.int64() if integers else pa.large_string()
             yield pa.array([], kind)
-            for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=["value", "id"]):
+            for batch in batches_of(parquet, ["value", "id"]):
                 ids = batch.column("id").to_numpy(zero_copy_only=False)
                 if not np.array_equal(ids, np.arange(first, first + ids.size)):
                     problem = f"its ids do not count from 1, as `tandemrec ingest` writes them; {remedy}"

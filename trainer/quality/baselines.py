@@ -20,6 +20,7 @@ from trainer.data.rows import Columns as RowColumns
 from trainer.data.rows import UserRows, read_rows
 from trainer.log.arrow import PARQUET_ERRORS
 from trainer.log.schema import LogManifest, read_manifest
+from trainer.log.vocabulary import batches_of
 from trainer.quality.leads import estimates, leads
 from trainer.quality.metrics import calibration_metrics, group_keys
 from trainer.quality.ranking import Floats, Ints, ranking_metrics
@@ -258,7 +259,7 @@ def item_counts(log: Path, items: Ints) -> Floats:
     file, occurred = log / "vocab" / "item_id.parquet", np.zeros(items.size)
     try:
         with pq.ParquetFile(parquet_source(file)) as parquet:
-            for batch in parquet.iter_batches(columns=["id", "count"]) if items.size else ():
+            for batch in batches_of(parquet, ["id", "count"]) if items.size else ():
                 ids, counts = (batch.column(name).to_numpy() for name in ("id", "count"))
                 at = np.searchsorted(items, ids).clip(max=items.size - 1)
                 known = items[at] == ids

@@ -23,6 +23,8 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Key = Callable[["Scored"], Ints]
 KEYS = ("user_id", "request_id", "candidate", "item_id", "history")
+# In the metadata of a file of scores that are those of a sample.
+SAMPLED = "sampled"
 # Rows of a row group of a file of scores.
 _ROW_GROUP = 1 << 20
 HISTORY_EDGES = (0, 1, 10, 50, 200, 1000, 5000)
@@ -217,16 +219,25 @@ Names = Callable[[Scored], Mapping[str, pa.Array]]
 """Further columns of some candidates, which come first of all."""
 
 
-def write_scores(chunks: Scored | Iterable[Scored], path: Path, names: Names | None = None) -> None:
+def write_scores(
+    chunks: Scored | Iterable[Scored],
+    path: Path,
+    names: Names | None = None,
+    sampled: tuple[int, int] | None = None,
+) -> None:
     """One Parquet row a candidate: its numbers, and `score_<task>` and `label_<task>` of every task.
 
     A label that was not observed is NaN. A column `domain` is there where candidates have domains.
+
+    Args:
+        sampled: (candidates, those of the split) where these are a sample of a split; the file says so.
     """
+    facts = None if sampled is None else {SAMPLED: "{} of {}".format(*sampled)}
     waiting: list[pa.Table] = []
     with replacing(path) as part, ExitStack() as opened:
         writer: pq.ParquetWriter | None = None
         for chunk in [chunks] if isinstance(chunks, Scored) else chunks:
-            table = pa.table({**(names(chunk) if names else {}), **columns_of(chunk)})
+            table = pa.table({**(names(chunk) if names else {}), **columns_of(chunk)}, metadata=facts)
             if writer is None:
                 writer = opened.enter_context(
                     pq.ParquetWriter(part, table.schema, compression="zstd", write_page_checksum=True)

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
 from trainer.log.arrow import PARQUET_ERRORS
+from trainer.log.vocabulary import batches_of
 from trainer.sealed_folder import entry_of
 from trainer.snapshot.manifest import InputFeature, VocabularyFile
 from trainer.storage.ranges import parquet_source
 
 # Bytes of all vocabularies of a log, as files; larger ones go along only where they are asked for.
 SMALL = 64 << 20
-_BATCH = 1 << 16
 
 
 def vocabulary_paths(
@@ -44,7 +44,7 @@ def copy_vocabularies(part: Path, files: Mapping[str, Path]) -> tuple[Vocabulary
                 schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
                 checked = {"compression": "zstd", "write_page_checksum": True}
                 with pq.ParquetWriter(part / path, schema, **checked) as writer:
-                    for batch in parquet.iter_batches(_BATCH, columns=names):
+                    for batch in batches_of(parquet, names):
                         writer.write_batch(batch)
         except FileNotFoundError:
             raise DataError("missing; export with --no-vocabularies, or restore the log", file=file) from None

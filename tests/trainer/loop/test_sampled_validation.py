@@ -9,9 +9,11 @@ import pytest
 
 from embeddings.errors import DataError
 from pipelines.evaluate import evaluate
+from pipelines.score import refuse_sample
 from pipelines.train import train
 from tests.helpers.launching import SETTINGS
 from tests.helpers.logs import Shape, random_rows, write_log
+from trainer.quality.scored import read_scores
 
 CONFIG = Path("configs/dare.toml")
 
@@ -45,11 +47,19 @@ def test_validations_of_a_sample_say_so_and_are_the_same_each_time(
     assert summary["validation"]["samples"] == sampled[0]["candidates"]
     counts = {(row["users"], row["groups"]) for row in summary["baselines_validation"].values()}
     assert counts == {(summary["validation"]["users"], summary["validation"]["groups"])}
+    whole_file, sample_file = (run / f"scores-validation{end}.parquet" for end in ("", "-sample"))
     again = evaluate(run, "validation", sample=60)
+    assert not whole_file.exists() and read_scores(sample_file).size == again["samples"]
+    with pytest.raises(DataError, match=rf"holds a sample of its split \({again['samples']} of {total} cand"):
+        refuse_sample(sample_file)
     assert (again["auc"], again["auc_ci"]) == (summary["validation"]["auc"], summary["validation"]["auc_ci"])
     assert "a sample of the split's" in capfd.readouterr().out
     whole = evaluate(run, "validation")
-    assert "sampled" not in whole and whole["samples"] == total
+    assert "sampled" not in whole and whole["samples"] == total == read_scores(whole_file).size
+    refuse_sample(whole_file)
+    kept = whole_file.read_bytes()
+    evaluate(run, "validation", sample=60)
+    assert whole_file.read_bytes() == kept
     with pytest.raises(DataError, match="so small that it holds no user"):
         evaluate(run, "validation", sample=1)
     # Another sample is another scale for the best validation.
