@@ -43,7 +43,7 @@ Found = dict[str, Any]
 
 def rich_log(path: Path) -> Path:
     rows = enrich(random_rows(8, Shape(users=20)), seed=1)
-    return write_log(path, {"train": rows, "validation": rows[:5]}, rich=True)
+    return write_log(path, {"train": rows, "validation": rows[:2]}, rich=True)
 
 
 @pytest.fixture(scope="module")
