@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 # Mark -> GPUs that a test with it needs.
 NEEDS_GPUS = {"gpu": 1, "gpu2": 2}
 
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("explore", derandomize=False)
+# How long an example takes is the machine's affair.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("explore", derandomize=False, deadline=None)
 settings.load_profile("repeatable")
 
 

@@ -89,6 +89,7 @@ def model_of(config: Config, log: Path) -> tuple[TwoStageModel, dict[str, int]]:
     return model.eval(), feature_rows(groups)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_for_every_preset(logs: dict[str, Path], tmp_path: Path) -> None:
     """Losses of some steps, and scores of a whole split after them."""
     found = []

@@ -34,7 +34,7 @@ Found = dict[str, Any]
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = enrich(random_rows(8, Shape(users=12)), seed=1)
     return write_log(
-        tmp_path_factory.mktemp("log") / "log", {"train": rows, "validation": rows[:5]}, rich=True
+        tmp_path_factory.mktemp("log") / "log", {"train": rows, "validation": rows[:2]}, rich=True
     )
 
 
