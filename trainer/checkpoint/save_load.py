@@ -239,7 +239,9 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | 
         raise CheckpointError(part, f"writing {sizes}: {reason}") from None
 
 
-def _finish(part: Path, final: Path, written: list[Entries], state: Mapping[str, Any], damage: str) -> None:
+def _finish(
+    part: Path, final: Path, written: list[Entries], state: Mapping[str, Any], damage: str = ""
+) -> None:
     entries = files.write_state(part, state)
     for mine in written:
         entries |= mine
