@@ -113,7 +113,7 @@ class Job:
 
         shape, given = parse_shape(self.j), self.mounts or []
         try:
-            # Schedulers keep and show what a job runs, and a wrong address would be found on the cluster only.
+            # Schedulers keep and show what a job runs; and a wrong address would be found on the cluster.
             for word in shlex.split(line):
                 address_of(word)
                 address_of(word.partition("=")[2])

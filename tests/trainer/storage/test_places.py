@@ -152,7 +152,9 @@ def test_what_is_no_place_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     # What would be lost on the way to a config.
     other = place("memory://x")
     monkeypatch.setattr("upath.UPath", lambda text: other)
-    with pytest.raises(ConfigError, match="sftp://host/x: the package for sftp:// does not keep 'host'"):
+    with pytest.raises(
+        ConfigError, match="sftp://host/x: the package for sftp:// keeps no more of it than memory://x"
+    ):
         place("sftp://host/x")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "s3fs", None)
