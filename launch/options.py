@@ -39,6 +39,14 @@ def _place(text: str) -> Path:
         raise typer.BadParameter(str(error)) from None
 
 
+def _local(text: str) -> Path:
+    from trainer.storage import is_remote
+
+    if is_remote(found := _place(text)):
+        raise typer.BadParameter(f"{text}: must be a folder of this machine, since files in it are mapped")
+    return found
+
+
 ConfigFile = Annotated[Path, At("--config", metavar="FILE", help="TOML configuration.")]
 Overrides = Annotated[
     list[str] | None,
@@ -62,5 +70,8 @@ Device = Annotated[
 ]
 Split = Annotated[str, Option("--split", help="Which split of the log: train, validation or test.")]
 Snapshot = Annotated[Path, At("--snapshot", metavar="SNAP", help="A snapshot by `export`.")]
-Cache = Annotated[Path | None, At(metavar="DIR", help="What must be on this machine; else in ~/.cache.")]
+Cache = Annotated[
+    Path | None,
+    Option(parser=_local, metavar="DIR", help="What must be on this machine; else in ~/.cache."),
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing log.")]

@@ -40,6 +40,14 @@ def place_of(setting: str, text: str) -> Path:
         raise ConfigError(f"{setting}: {error}") from None
 
 
+def _local(value: str) -> str:
+    if address_of(_text(value)) is not None:
+        raise ValueError(f"{value}: must be a folder of this machine, since files in it are mapped")
+    return value
+
+
 PlaceSetting = Annotated[Path, WrapValidator(_place), PlainSerializer(str, return_type=str)]
 PlaceText = Annotated[str, AfterValidator(_text)]
 """The same as it was written, where nothing may be needed to read it: it may be empty, or a pattern."""
+LocalText = Annotated[str, AfterValidator(_local)]
+"""A path of this machine, where an address would make a folder of that name."""

@@ -10,7 +10,7 @@ from embeddings.optimizers import ROW_OPTIMIZERS, known_optimizer
 from embeddings.plan.bandwidths import KNOWN, Bandwidths
 from embeddings.plan.request import PlanRules, TableRule
 from trainer.config.mistakes import NAME, OWNER
-from trainer.config.places import PlaceText
+from trainer.config.places import LocalText, PlaceText
 from trainer.config.toml import Settings
 
 # FBGEMM's kernels work on four floats at a time.
@@ -172,7 +172,7 @@ class PlanConfig(Settings):
     """How much slower than the fastest a plan may be by the planner's estimate, as a share of its time, to be
     taken because its fullest rank holds less. 0 means that only plans count that are as fast. Not set means
     0.1."""
-    mapped_folder: str | None = None
+    mapped_folder: LocalText | None = None
     """A folder on a fast local disk. The tables of CPU ranks lie in nameless files there, memory-mapped,
     instead of in memory, so that they may be larger than it. The planner then counts with what is free on
     that disk. Not set means memory."""

@@ -63,13 +63,17 @@ def _remote(address: Address) -> Path:
         raise ConfigError(f"{shown}: {missing}: {_INSTALL.get(protocol, how)}") from None
     except (ValueError, OSError) as error:
         problem = f"is no place that can be read or written ({str(error).partition(chr(10))[0]})"
-        how = _INSTALL.get(protocol, "a store of S3 is s3://BUCKET/FOLDER")
+        # Of packages that are there, it says itself what they want.
+        how = "a store of S3 is s3://BUCKET/FOLDER"
+        if protocol in _INSTALL:
+            how = _INSTALL[protocol] if "not known" in str(error) else "see the documentation of its package"
         raise ConfigError(f"{shown}: {problem}; {how}") from None
     if host not in str(found):
         # Some packages take it for an option of their own, and a config or a manifest would lose it.
         raise ConfigError(
-            f"{shown}: the package for {protocol}:// does not keep {host!r} in the names of files; give it "
-            f"by fsspec's configuration (~/.config/fsspec), and write {protocol}:///FOLDER"
+            f"{shown}: the package for {protocol}:// keeps no more of it than {found}; write that, and give "
+            "the rest as the package wants it: by fsspec's configuration (~/.config/fsspec), or by its own "
+            "variables, such as AZURE_STORAGE_ACCOUNT_NAME"
         )
     return cast(Path, found)
 

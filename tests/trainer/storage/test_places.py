@@ -152,7 +152,9 @@ def test_what_is_no_place_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     # What would be lost on the way to a config.
     other = place("memory://x")
     monkeypatch.setattr("upath.UPath", lambda text: other)
-    with pytest.raises(ConfigError, match="sftp://host/x: the package for sftp:// does not keep 'host'"):
+    with pytest.raises(
+        ConfigError, match="sftp://host/x: the package for sftp:// keeps no more of it than memory://x"
+    ):
         place("sftp://host/x")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -188,6 +190,7 @@ def test_a_bad_address_is_told_with_its_file_and_key(
         ("train.init_from", '[train]\ninit_from = "s3:/bucket/run"'),
         ("plan.file", '[plan]\nfile = "s3:/bucket/plan.json"'),
         ("extends", 'extends = "s3:/bucket/base.toml"'),
+        ("plan.mapped_folder", '[plan]\nmapped_folder = "s3:/bucket/tables"'),
     ):
         file.write_text(tree)
         with pytest.raises(
@@ -195,6 +198,13 @@ def test_a_bad_address_is_told_with_its_file_and_key(
         ) as caught:
             load_config(file)
         assert "given:" not in str(caught.value)
+    file.write_text('[plan]\nmapped_folder = "s3://bucket/tables"')
+    with pytest.raises(ConfigError, match=r"bad\.toml: plan\.mapped_folder: s3:.* of this machine"):
+        load_config(file)
+    assert (
+        main(["score", "--snapshot", "s", "--requests", "r", "--out", "o", "--cache", "s3://bucket/c"]) == 2
+    )
+    assert "'--cache': s3://bucket/c: must be a folder of this machine" in capsys.readouterr().err
     file.write_text("")
     with pytest.raises(ConfigError, match=r"^--set data\.log=nosuch://x: data\.log: nosuch://x: is no place"):
         load_config(file, ["data.log=nosuch://x"])
