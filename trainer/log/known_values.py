@@ -134,7 +134,7 @@ def known_values(file: Path, digest: str, cache: Path | None = None, *, of_log: 
         return found
     except OSError as error:
         problem = f"its {rows:,} values cannot be kept in {folder.parent}: {error.strerror or error}"
-        raise DataError(f"{problem}; name another folder (--cache), or make room", file=file) from None
+        raise DataError(f"{problem}; make room there, or give `serve` another --cache", file=file) from None
 
 
 def map_values(file: Path, digest: str, folder: Path, *, of_log: bool = False) -> pa.Array:

@@ -187,7 +187,7 @@ class _Index(NamedTuple):
                 )
             except OSError as error:
                 problem = f"the places of histories cannot be kept in {root}: {error.strerror or error}"
-                raise DataError(f"{problem}; name another folder (--cache), or make room") from None
+                raise DataError(f"{problem}; make room there, or name another --cache") from None
             finally:
                 threads.shutdown(cancel_futures=True)
         return _Index(*(rows[name] for name in _PLACED))
