@@ -220,7 +220,7 @@ def service_of(
 
     Limits and batching both have `requests`: it is that of a body.
     """
-    monkeypatch.setattr(versions_module, "load_snapshot", lambda path: snapshot)
+    monkeypatch.setattr(versions_module, "load_fetched", lambda path, cache: snapshot)
     monkeypatch.setattr(versions_module, "resolve", lambda path: snapshot.path)
     metrics = Metrics()
     store = None if log is None else HistoryStore(log)

@@ -359,14 +359,14 @@ def test_switching_under_load_drops_and_mixes_nothing(
     expected = {name: reference(each) for name, each in known.items()}
     latest = ["v00000001"]
 
-    def load(path: Path) -> Snapshot:
+    def load(path: Path, cache: Path | None) -> Snapshot:
         if path.name not in known:
             raise SnapshotError(path, "is corrupt")
         return known[path.name]
 
     async def run() -> None:
         service = service_of(known["v00000001"], monkeypatch, poll=0.02)
-        monkeypatch.setattr(versions_module, "load_snapshot", load)
+        monkeypatch.setattr(versions_module, "load_fetched", load)
         monkeypatch.setattr(versions_module, "resolve", lambda path: Path("snapshot") / latest[0])
         seen, done = set(), False
 
