@@ -19,6 +19,7 @@ from trainer.quality.compare import compare_scores
 from trainer.quality.evaluate import score_in_order
 from trainer.quality.score_files import ScoreFiles
 from trainer.quality.scored import SAMPLED, Scored, write_scores
+from trainer.ranks.machine import keep_freed_memory
 from trainer.sealed_folder import scratch
 from trainer.snapshot import Snapshot, load_fetched, shown
 
@@ -49,6 +50,7 @@ def score(
         SnapshotError: the snapshot is corrupt, or scores differ. DataError: the log is malformed.
     """
     quiet_third_parties()
+    keep_freed_memory()
     if against is not None:
         refuse_sample(against)
     loaded = load_fetched(snapshot, cache)
