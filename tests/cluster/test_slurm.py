@@ -130,6 +130,24 @@ def test_a_dead_rank_is_retried_and_scancel_saves_also_with_a_full_disk(
     assert "CANCELLED" in job.torchx("status", f"slurm://torchx/{job.job}")[0]
 
 
+def test_without_its_slurmd_a_node_trains_on_until_slurm_misses_it_and_all_is_saved(
+    cluster: Slurm, log: Path, tmp_path: Path
+) -> None:
+    job = Submitted(cluster, log, tmp_path, train__max_steps=100_000)
+    job.wait_for_step(6)
+    cluster.kill("node-b", "slurmd -L")
+    before = job.steps()
+    # The job's other node gets SIGTERM, which all ranks agree on.
+    cluster.wait(job.job, "PENDING", seconds=120)
+    stopped = job.steps()
+    assert stopped > before + 5 and f"stopped after step {stopped} as asked, and saved" in job.said(0)
+    path, refused = newest(job.run / "checkpoints")
+    assert path is not None and not refused and path.name == f"step-{stopped:08d}"
+    assert cluster.job(job.job)["Restarts"] == "1"
+    cluster.on_head("scancel", job.job)
+    cluster.boot("node-b")
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
