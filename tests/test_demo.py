@@ -51,7 +51,7 @@ def repeated(out: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_make_train_on_a_slice(tmp_path: Path) -> None:
     """All seven steps, through `torchx run` on two ranks; then each again, of which training resumes."""
     out = tmp_path / "demo"

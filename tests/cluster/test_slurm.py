@@ -153,8 +153,6 @@ def test_without_its_slurmd_a_node_trains_on_until_slurm_misses_it_and_all_is_sa
     [
         (["-cfg", "partition=gpux"], r"Slurm has refused the job.*all: 2 node\(s\) with 2 cores, 4000 MB"),
         (["--memMB", "5000"], "Slurm has refused the job, for the reason above"),
-        (["--name", "a/b"], "--name a/b: it names files"),
-        (["--mounts", "type=bind,src=/a,dst=/b"], "--mounts: Slurm has none"),
     ],
 )
 def test_what_slurm_cannot_do_is_a_message(

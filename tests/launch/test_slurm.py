@@ -99,10 +99,19 @@ def test_a_job_that_may_be_retried_gets_sigterm_before_its_time_ends(commands: P
     assert "--signal" not in request(j="2x1").materialize()
 
 
-def test_a_configuration_that_is_not_there_is_refused(commands: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"config": "configs/dar.toml"}, r"--config configs/dar\.toml: no such file"),
+        ({"name": "a/b"}, "--name a/b: it names files"),
+        ({"mounts": ["type=bind", "src=/a", "dst=/b"]}, "--mounts: Slurm has none"),
+    ],
+)
+def test_what_no_slurm_can_do_is_refused(commands: Path, options: dict[str, Any], problem: str) -> None:
     del commands
-    with get_runner() as runner, pytest.raises(JobError, match=r"--config configs/dar\.toml: no such file"):
-        runner.dryrun(train(config="configs/dar.toml", out="/s/o"), "slurm", {})
+    job = train(**{"config": CONFIG, "out": "/s/o", **options})
+    with get_runner() as runner, pytest.raises(JobError, match=problem):
+        runner.dryrun(job, "slurm", {})
 
 
 def test_without_slurm_it_says_where_to_submit(commands: Path) -> None:
