@@ -72,7 +72,7 @@ def first_steps(reader: SequenceLogReader, enough: Callable[[list[Step]], bool])
 class NonSavingTrainer(Trainer):
     """A trainer that writes no checkpoint at the end of a measurement."""
 
-    def _save(self) -> None:
+    def _save(self, last: bool = False) -> None:
         self._report()
 
 

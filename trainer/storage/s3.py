@@ -161,7 +161,7 @@ class ObjectStore(s3fs.S3FileSystem):  # type: ignore[misc]
             answer = await self._call_s3("delete_objects", options, Bucket=bucket, Delete=what)
             for problem in answer.get("Errors", ()):
                 # Once more, with all attempts of a request, and with its error.
-                await self._rm_file(f"{bucket}/{problem['Key']}")
+                await self._call_s3("delete_object", Bucket=bucket, Key=problem["Key"])
         return []
 
     # fsspec's own take whatever goes wrong for "no".

@@ -6,7 +6,6 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,12 +289,10 @@ def test_only_checkpoints_of_a_run_count_as_what_new_ones_replace(log: Path, tmp
 def test_the_command_after_a_plan_can_be_typed(
     log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, given = tmp_path / "my run", words(log, train__max_steps=1)
-    for plan in (str(tmp_path / "my plan.json"), *(["memory://my/plan.json"] if find_spec("upath") else [])):
-        assert main(["plan", *given, "--world-size", "1", "--json", plan, "--out", str(run)]) == 0
-        line = capsys.readouterr().out.splitlines()[-1]
-        told, _, command = line.partition("; next: tandemrec ")
-        assert told == f"plan written to {plan}" and main(shlex.split(command)) == 0
+    run, plan, given = tmp_path / "my run", tmp_path / "my plan.json", words(log, train__max_steps=1)
+    assert main(["plan", *given, "--world-size", "1", "--json", str(plan), "--out", str(run)]) == 0
+    told, _, command = capsys.readouterr().out.splitlines()[-1].partition("; next: tandemrec ")
+    assert told == f"plan written to {plan}" and main(shlex.split(command)) == 0
     assert (run / "summary.json").exists()
     assert main(["plan", *given, "--world-size", "2", "--device", "cpu", "--hbm", "9GB"]) == 0
     assert "--hbm 9GB has no effect: these ranks have no GPU" in capsys.readouterr().out
