@@ -76,6 +76,11 @@ class Job:
     mounts: OptionalTexts = _option(  # noqa: RUF009
         None, "mounts, type=bind,src=/host,dst=/job[,readonly] or type=volume,src=claim,dst=/job"
     )
+    check: bool = _option(
+        True,
+        "read the command line and the configuration before anything is submitted; False where only the "
+        "nodes can, with an image of another version, say, or packages or files that are not here",
+    )
 
     def torchrun(self, words: Sequence[str]) -> str:
         """One shell line. `exec`, so that a stop signal reaches torchrun and not a shell that waits for it.
@@ -127,7 +132,7 @@ class Job:
                 address_of(word.partition("=")[2])
         except ConfigError as error:
             raise JobError(str(error)) from None
-        config = check_words(words)
+        config = check_words(words) if self.check else None
         try:
             resource = specs.resource(cpu=self.cpu or _cores(), gpu=self.gpu, memMB=self.memMB, h=self.h)
         except KeyError as error:
@@ -179,7 +184,9 @@ def check_words(words: Sequence[str]) -> Path | None:
     verb, *options = words
     command: Any = typer.main.get_command(app)
     try:
-        given = command.commands[verb].make_context(verb, options).params
+        given = command.commands[verb].make_context(verb, [o for o in options if o != "--debug"]).params
+    except typer.Exit:
+        raise JobError(f"{verb}: --help is no job; see `tandemrec {verb} --help`") from None
     except typer.TyperException as error:
         raise JobError(f"{verb}: {error.format_message()} (see `tandemrec {verb} --help`)") from None
     except ConfigError as error:
@@ -197,7 +204,7 @@ def check_words(words: Sequence[str]) -> Path | None:
     return config if isinstance(config, Path) else None
 
 
-_NODE = ("name", "image", "cpu", "gpu", "memMB", "h", "env", "mounts")
+_NODE = ("name", "image", "cpu", "gpu", "memMB", "h", "env", "mounts", "check")
 _RANKS = (*_NODE, "j", "threads", "max_restarts", "rdzv_port")
 
 
@@ -321,7 +328,7 @@ def export(*args: str, run: str, out: str, device: OptionalText = None, job: Job
     return job.app(words)
 
 
-@_component("name", "image", "cpu", "memMB", "env", "mounts", name="tandemrec-plan", memMB=4096)
+@_component("name", "image", "cpu", "memMB", "env", "mounts", "check", name="tandemrec-plan", memMB=4096)
 def plan(*args: str, config: str, world_size: int, hbm: OptionalText = None, job: Job) -> specs.AppDef:
     """
     Prints the sharding plan with `tandemrec plan`; needs no GPU, whatever it plans for.

@@ -89,7 +89,7 @@ def _report(
     size = f"{scored.size:,} candidates of {requests:,} requests by {users:,} users"
     if sampled:
         size += f", a sample of the split's {reader.candidates:,} candidates; their scores: {kept}"
-    lines = [f"{split}: {size}", *without(missing)]
+    lines = [f"{split}, after step {restored.step:,}: {size}", *without(missing)]
     lines += report(measured, table, slices, pairs, feature, data.domain)
     of_quality = remarks(split, measured, table, feature)
     lines += [*([""] if of_quality else []), *of_quality, *of_names]

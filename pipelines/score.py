@@ -77,7 +77,10 @@ def score(
         kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
         print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
         if not worst <= bound:
-            problem = f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}"
+            problem = (
+                f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}; are these, too, of "
+            )
+            problem += f"step {loaded.manifest.step:,}, as the snapshot is? `evaluate` says which it measures"
             raise SnapshotError(loaded.path, problem)
     return out
 

@@ -95,6 +95,8 @@ def run(
     if sharded.origin:
         say(sharded.origin)
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
+    if (mapped := config.plan.mapped_folder) and ranks.device.type == "cpu":
+        say(f"tables and their optimizer's state lie in mapped files of {mapped}, which show no name there")
     trainer = start.trainer(sharded, say)
     start.fill(trainer, folder.first_weights, say)
     trainer.after_step = after_step

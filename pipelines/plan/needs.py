@@ -60,8 +60,8 @@ def snapshot_needs(run: Run) -> list[Need]:
     return needs
 
 
-def need_table(needs: Sequence[Need]) -> list[str]:
-    """The table, a line for each thing that does not fit, and the verdict."""
+def need_table(needs: Sequence[Need], out: Path | None) -> list[str]:
+    """The table, a line for each thing that does not fit, and the verdict; `out` as in `all_needs`."""
     head = ("stage", "where", "needs", "there are", "share", "verdict")
     rows = []
     for need in needs:
@@ -78,19 +78,16 @@ def need_table(needs: Sequence[Need]) -> list[str]:
         *table_lines(head, rows),
         f"in {training.stage}: {biggest}",
         *[line for need in wrong for line in _wrapped(need.line())],
-        f"verdict: {verdict(needs)}",
+        f"verdict: {verdict(needs, out)}",
     ]
 
 
-def verdict(needs: Sequence[Need]) -> str:
-    """The worst of all."""
+def verdict(needs: Sequence[Need], out: Path | None) -> str:
+    """The worst of all; `out` as in `all_needs`."""
+    disk = "give --out for the disk" if out is None else f"what {out} has room for is not known"
     wrong = [need for need in needs if need.verdict not in ("", FITS)]
     if not wrong:
-        return (
-            "everything fits"
-            if all(need.verdict for need in needs[:-2])
-            else f"{FITS}; give --out for the disk"
-        )
+        return "everything fits" if all(need.verdict for need in needs[:-2]) else f"{FITS}; {disk}"
     # As `Need.verdict` says them, worst first.
     worst = sorted({need.verdict for need in wrong})[0]
     return f"{worst}: {', '.join(dict.fromkeys(need.stage for need in wrong if need.verdict == worst))}"

@@ -93,7 +93,7 @@ def plan(config: Path, overrides: Sequence[str], options: PlanOptions) -> None:
     report = Report(found, request, size, asked, settings.model.lookup, mapped)
     run = run_of(settings, manifest, request, size)
     needs = all_needs(run, found, memory, cluster.ddr, options.run)
-    print("\n".join([*report_lines(report), "", *need_table(needs)]))
+    print("\n".join([*report_lines(report), "", *need_table(needs, options.run)]))
     for line in int8_lines(request.groups, {group.name: "int8" for group in request.groups}):
         print(fill(line, 108, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
     if options.hbm and cluster.device == "cpu":

@@ -37,7 +37,10 @@ def remedies(config: Config, cluster: Cluster, parts: Sequence[TableNeed], build
                 lines.append(f"  {name}")
                 break
     if not lines:
-        return ["no single change of sharding, width, ranks or memory makes it fit; combine them"]
+        return [
+            "no single change of sharding, width, ranks (up to 8 times as many) or memory (up to 4 times as "
+            "much) makes it fit; combine them"
+        ]
     return ["it fits with one of (each tried):", *lines]
 
 

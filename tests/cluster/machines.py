@@ -189,9 +189,9 @@ class Network:
             device = "switch"
         else:
             device = "eth0"
-            # The kernel keeps a dead machine's network, as long as it has something to send there.
-            if f"to-{name}" in self.switch.run("ip", "-brief", "link").stdout:
-                self._ip(self.switch, "link", "delete", f"to-{name}")
+            # The kernel keeps a dead machine's network, as long as it has something to send there; it may
+            # be gone by now, or go meanwhile.
+            self._ip(self.switch, "link", "delete", f"to-{name}", check=False)
             peer = ["peer", "name", device, "netns", str(machine.pid)]
             self._ip(self.switch, "link", "add", f"to-{name}", "type", "veth", *peer)
             self._ip(self.switch, "link", "set", f"to-{name}", "master", "switch", "up")
@@ -207,10 +207,10 @@ class Network:
         self._ip(self.switch, "link", "set", f"to-{name}", "master", "switch")
 
     @staticmethod
-    def _ip(machine: Machine, *words: str) -> None:
+    def _ip(machine: Machine, *words: str, check: bool = True) -> None:
         # In this process's own view of processes, so that a machine can be named by its first process.
         command = ["nsenter", f"--net=/proc/{machine.pid}/ns/net", "ip", *words]
-        subprocess.run(command, check=True, timeout=20)
+        subprocess.run(command, check=check, timeout=20, stderr=None if check else subprocess.DEVNULL)
 
     def close(self) -> None:
         for machine in reversed(self.machines.values()):

@@ -241,6 +241,7 @@ def test_slurm_gets_gpus_ranks_restarts_and_requeues(tmp_path: Path, monkeypatch
         (train, {"out": "o"}, ["--sett", "model.k=3"], "train: No such option: --sett"),
         (plan, {"world_size": 4}, ["--set", "plan.resrve=0"], "unknown key 'plan.resrve'"),
         (plan, {"world_size": 4}, ["model.k=3"], "plan: Got unexpected extra argument"),
+        (train, {"out": "o"}, ["--help"], "train: --help is no job"),
     ],
 )
 def test_a_wrong_word_or_key_is_refused_before_a_job_is_described(
@@ -252,6 +253,9 @@ def test_a_wrong_word_or_key_is_refused_before_a_job_is_described(
 
 
 def test_what_may_lie_in_the_image_alone_is_not_missed_here(tmp_path: Path) -> None:
+    train("--debug", config=str(ROOT / "configs/dare.toml"), out="o")
+    # An image of another version may know it.
+    train("model.new_key=3", config=str(ROOT / "configs/dare.toml"), out="o", check=False)
     assert train("model.kk=3", config="/in/the/image.toml", out="o").roles[0].metadata == {
         components.CONFIG: "/in/the/image.toml"
     }

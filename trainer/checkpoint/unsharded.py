@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from embeddings.errors import CheckpointError
@@ -156,7 +156,8 @@ def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...
         file.parent.mkdir(parents=True, exist_ok=True)
         tables[table] = _write_table(reader, file, name, weight)
     dense = {name: reader.whole(name) for name in reader.names() if table_of(name) not in tables}
-    save_file(dense, part / "dense.safetensors")
+    # Not save_file, whose files nobody else may read.
+    (part / "dense.safetensors").write_bytes(save(dense))
     used = {name: features[name] for name in sorted({table.feature for table in tables.values()})}
     (part / "vocab").mkdir()
     for entry in used.values():

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from embeddings.groups import TableGroup
@@ -158,12 +158,14 @@ class Draft:
         return found
 
     def write_dense(self, dense: Mapping[str, Tensor]) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in dense.items()}, self.folder / DENSE)
+        # Not save_file, whose files nobody else may read.
+        content = save({name: tensor.contiguous() for name, tensor in dense.items()})
+        (self.folder / DENSE).write_bytes(content)
 
     def write_recorded(self, batch: RequestBatch, trained: Tensor, own: Tensor) -> None:
         """A batch and its probabilities by the trainer and by the snapshot, float32 [C, T]."""
         scores = {"scores": trained.contiguous(), OWN: own.contiguous()}
-        save_file({**pack(batch), **scores}, self.folder / RECORDED)
+        (self.folder / RECORDED).write_bytes(save({**pack(batch), **scores}))
 
     def _write(
         self, stem: str, name: str, shape: tuple[int, int], dtype: Dtype, rows: RowSource

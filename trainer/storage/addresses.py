@@ -12,9 +12,9 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)(.*)", re.DOTALL)
 # `s3:/bucket` and `s3:bucket` would be local folders, made in silence: nobody means them.
 _SLIP = re.compile(r"(s3a?|gs|gcs|az|abfss?|hdfs|https?|memory|file):(?!//)/?", re.IGNORECASE)
 # `user:password@` of any address, whatever stands before an @ of a bucket or a web address, however many
-# slashes it has, and what signs a request.
+# slashes it has, and what signs a request. A port is no password.
 _USER = re.compile(
-    r"((?:://)|(?<![a-z0-9+.-])(?:s3a?|gs|gcs):/{0,3}(?!/))[^/@\s:'\",]*:[^@\s'\",]*@"
+    r"((?:://)|(?<![a-z0-9+.-])(?:s3a?|gs|gcs):/{0,3}(?!/))[^/@\s:'\",]*:(?!\d{2,5}/)[^@\s'\",]*@"
     r"|((?<![a-z0-9+.-])(?:(?:s3a?|gs|gcs):/{0,3}|https?://))[^/@\s'\",]+@",
     re.IGNORECASE,
 )

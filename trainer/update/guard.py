@@ -12,8 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -210,10 +209,11 @@ class Guard:
         }
         try:
             with replacing(path) as part:
-                save_file(pack(batch), part, {name: json.dumps(value) for name, value in facts.items()})
-        except (OSError, SafetensorError) as error:
-            # safetensors has an error of its own for a full disk.
-            return f"could not be kept ({path}: {getattr(error, 'strerror', None) or error})"
+                part.write_bytes(
+                    save(pack(batch), {name: json.dumps(value) for name, value in facts.items()})
+                )
+        except OSError as error:
+            return f"could not be kept ({path}: {error.strerror or error})"
         return f"is kept in {path}"
 
 

@@ -313,3 +313,8 @@ def test_only_old_folders_without_a_manifest_are_swept(monkeypatch: pytest.Monke
     assert len(objects.sizes(root)) == 3
     objects.remove_left(root, "step-*-bbbbbbbb", 60)
     assert list(objects.sizes(root)) == ["step-00000001-aaaaaaaa/x"]
+
+
+def test_a_port_is_no_password() -> None:
+    for text in ("hdfs://namenode:9000/logs/user@3/log", "http://host:80/user@3"):
+        assert without_secrets(text) == text
