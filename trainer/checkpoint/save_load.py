@@ -22,7 +22,6 @@ import torch.distributed.checkpoint as dcp
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.disk import free_disk
 from embeddings.errors import CheckpointError
-from embeddings.lookup.mapped import read_in_order
 from embeddings.lookup.shards import local_shards, tensors_of
 from trainer.assemble import FormerPlan
 from trainer.checkpoint import files
@@ -229,8 +228,7 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | 
     writer = HashedWriter(part)
     shards = () if delta is None else delta.shards
     try:
-        with read_in_order():
-            dcp.save(dict(tensors), storage_writer=writer, planner=BlockPlanner(), process_group=group)
+        dcp.save(dict(tensors), storage_writer=writer, planner=BlockPlanner(), process_group=group)
         return writer.files.entries | write_rows(part, dist.get_rank(group), shards)
     except (Exception, dcp.api.CheckpointException) as error:
         if dist.get_rank(group) not in getattr(error, "failures", {dist.get_rank(group): None}):
