@@ -169,6 +169,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     manifest, folder = read_manifest(config.data.log), RunFolder(out)
     fingerprint = log_fingerprint(manifest)
     from_rank_0(lambda: check_writable(out))
+    from_rank_0(folder.check_not_ousted)
     resume = checkpoint.find(folder.checkpoints)
     for line in _refused_lines(resume, folder, config.checkpoint.keep):
         say(line)

@@ -18,6 +18,7 @@ MAY_IMPORT_BENCHMARKS = Path("launch/cli.py")
 LAUNCHER_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "TORCHELASTIC_ERROR_FILE",
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
     "SBATCH_EXPORT",
 }
 # Switches of torch that have no call; they are set, and only where nobody else has.

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError, ConfigError, DataError
+from trainer.ranks.launcher import launcher_name, restarted
 from trainer.ranks.machine import cores, installed
 from trainer.run_config import Config, load_config
 from trainer.sealed_folder import locked, naming, remove_folder, write_text
@@ -28,6 +29,8 @@ _CONFIG = "config.toml"
 # Of each domain the board has these curves, and none where there are more domains.
 _OF_DOMAINS = ("auc", "logloss", "pcoc")
 _MOST_DOMAINS = 20
+# In what a training in a store says of itself, what comes before its job; and how many former jobs it names.
+_OF_JOB, _MOST_JOBS = ", of ", 100
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchx", "pyarrow", "numpy")
 
 
@@ -69,10 +72,42 @@ class RunFolder:
             # Only a start that was killed while it read them has left any.
             remove_folder(self.first_weights)
             if is_remote(self.path):
-                now = datetime.now(UTC).isoformat(" ", "seconds")
-                self._mine = f"{socket.gethostname()}, process {os.getpid()}, {now}, {os.urandom(4).hex()}"
+                self._mine = self._marker()
                 write_text(self._newest, self._mine)
             yield
+
+    def check_not_ousted(self) -> None:
+        """Raises:
+        ConfigError: in a store, another training took over from this job, which was then restarted.
+        """
+        if is_remote(self.path):
+            self._marker()
+
+    def _marker(self) -> str:
+        """What this training says of itself, and below it which jobs trained here before.
+
+        Raises:
+            ConfigError: this job is one of them, and nobody but its launcher wants it again.
+        """
+        job = launcher_name()
+        newest, *former = self._read_newest().splitlines() or [""]
+        holder = newest.partition(_OF_JOB)[2]
+        if holder != job:
+            if job and job in former and restarted():
+                raise ConfigError(
+                    f"{self.path}: another training began in this run folder after this one ({newest}), so "
+                    f"this restart of {job} ends; to train here again all the same, start it as a new job"
+                )
+            former = [*(each for each in former if each not in (holder, job)), *([holder] if holder else [])]
+        now = datetime.now(UTC).isoformat(" ", "seconds")
+        mine = f"{socket.gethostname()}, process {os.getpid()}, {now}, {os.urandom(4).hex()}"
+        return "\n".join([mine + (_OF_JOB + job if job else ""), *former[-_MOST_JOBS:]])
+
+    def _read_newest(self) -> str:
+        """What the training that began last says of itself; nothing where there was none."""
+        with suppress(FileNotFoundError):
+            return self._newest.read_bytes().decode(errors="replace")
+        return ""
 
     def check_newest(self) -> None:
         """Raises:
@@ -80,10 +115,11 @@ class RunFolder:
         """
         # A store that cannot be read now is told of by whatever is written next.
         with suppress(OSError):
-            newest = self._newest.read_text() if self._mine else ""
+            newest = self._newest.read_bytes().decode(errors="replace") if self._mine else ""
             if newest != self._mine:
+                other = next(iter(newest.splitlines()), "")
                 raise ConfigError(
-                    f"{self.path}: another training began in this run folder ({newest}), so this one ends "
+                    f"{self.path}: another training began in this run folder ({other}), so this one ends "
                     "without another save; the other goes on"
                 )
 

@@ -11,6 +11,7 @@ import datetime
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 from embeddings.agreement import from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError
+from embeddings.lookup.mapped import read_in_order
 from embeddings.lookup.touched import TouchedRows
 from embeddings.plan.memory import gigabytes
 from trainer.checkpoint import files
@@ -119,15 +121,18 @@ class Saver:
         copied = StagedCopy.bytes_of(whole)
         copied += 0 if delta is None else sum(shard.count * shard.row_bytes for shard in delta.shards)
         if in_background := self._in_background(copied, delta is not None):
-            whole, in_background = self._staged(whole, delta)
+            with read_in_order():
+                whole, in_background = self._staged(whole, delta)
         keep, refused = self.config.keep, frozenset(self.refused)
         write = partial(
             checkpoint.save, self.folder, step, whole, state, keep, best, self._group, delta, refused
         )
         self._running = save = _Save(self.folder, step, write, device, 0 if delta is None else delta.links)
-        save.start()
-        if not in_background:
-            self.settle(last)
+        # Whoever trains beside a save asks for mapped rows in no order; the save has its copy of them.
+        with nullcontext() if in_background else read_in_order():
+            save.start()
+            if not in_background:
+                self.settle(last)
 
     def settle(self, last: bool = False) -> None:
         """Wait for the save under way and report it.

@@ -38,7 +38,7 @@ from trainer.sealed_folder import (
 from trainer.sealed_folder import publish as publish_folder
 from trainer.sealed_folder import retire as retire_folder
 from trainer.storage import is_remote
-from trainer.storage.objects import sizes, unfinished
+from trainer.storage.objects import sizes, unfinished, written_at
 
 # In a store with an id of the save: nothing is renamed there.
 _NAME = re.compile(r"step-(\d{8})(?:-[0-9a-f]{8})?$")
@@ -220,8 +220,10 @@ def publish(part: Path, final: Path, damage: str = "") -> None:
         voice.say(f"{final}: saved anew; what was there is set aside as {aside.name} ({damage}); {goes}")
 
 
-def choose(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> Path:
-    """The checkpoint that `which` names (see `trainer.checkpoint.save_load.find_to_use`), not yet verified.
+def choose(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> list[Path]:
+    """What `which` names (see `trainer.checkpoint.save_load.find_to_use`), one at least, not yet verified.
+
+    Several where a damaged one of a store was saved anew.
 
     Args:
         newest, state: the newest good one, and what it knows.
@@ -231,17 +233,17 @@ def choose(folder: Path, newest: Path, state: Mapping[str, Any], which: str) -> 
     """
     best = int(state.get("best", {}).get("step", -1))
     if which == "newest" or (not which and best < 0):
-        return newest
+        return [newest]
     if which in ("", "best"):
         if best < 0:
             problem = "knows of no best checkpoint: set train.early_stopping.patience, or take the newest"
             raise CheckpointError(newest, problem)
-        return next(iter(of_step(folder, best)), folder / final_name(best))
+        return of_step(folder, best) or [folder / final_name(best)]
     found = of_step(folder, int(which)) if which.isdecimal() else []
     if not found:
         steps = ", ".join(str(step_of(path)) for path in checkpoints(folder))
         raise CheckpointError(folder, f"no checkpoint {which!r}: give newest, best or a step, of {steps}")
-    return found[0]
+    return found
 
 
 def retire(
@@ -250,30 +252,65 @@ def retire(
     """Delete all but the newest `keep` checkpoints up to `final`.
 
     That of step `best` stays besides, and so do those that a kept one builds on. Damaged ones do not count,
-    and go once there are `keep` newer ones; so do those that were set aside.
+    and go once there are `keep` newer ones; so do those that were set aside. What cannot be deleted now is
+    said, and is deleted by a later save.
 
     Args:
         refused: names of some whose files have their sizes, and are of no use all the same.
     """
+    try:
+        _retire(folder, final, keep, best, refused)
+    except OSError as error:
+        _say_left(folder, error)
+
+
+def _retire(folder: Path, final: Path, keep: int, best: int, refused: Collection[str]) -> None:
     good, needed, oldest = 0, set[str](), -1
+    bests = _bests(folder, best, refused)
     for old in checkpoints(folder):
-        kept = step_of(old) > step_of(final) or good < keep or (best >= 0 and step_of(old) == best)
-        if step_of(old) <= step_of(final) and good < keep and old.name not in refused:
-            with suppress(CheckpointError):
-                read_manifest(old)
-                good, oldest = good + 1, step_of(old)
-        if kept or old.name in needed:
+        kept = step_of(old) > step_of(final) or good < keep or old in bests
+        if step_of(old) <= step_of(final) and good < keep and old.name not in refused and _reads(old):
+            good, oldest = good + 1, step_of(old)
+        # A delta is deleted before what it builds on, so that what is left is never half a chain.
+        if kept or old.name in needed or not _deleted(old):
             # One that cannot be read builds on nothing that could be loaded with it.
             with suppress(CheckpointError):
                 base = read_state(old).get("base")
                 needed |= {base["name"]} if isinstance(base, dict) else set()
-        else:
-            # A delta is deleted before what it builds on, so that what is left is never half a chain.
-            retire_folder(old, old.name, strict=True)
     for aside in [] if is_remote(folder) else folder.glob("step-*.refused-*"):
         match = _ASIDE.fullmatch(aside.name)
         if match and good == keep and int(match[1]) < oldest:
-            retire_folder(aside, aside.name, strict=True)
+            _deleted(aside)
+
+
+def _bests(folder: Path, step: int, refused: Collection[str]) -> list[Path]:
+    """What is kept of a step: of several checkpoints in a store the good one that was written last."""
+    found = of_step(folder, step) if step >= 0 else []
+    good = [path for path in found if path.name not in refused and _reads(path)] if len(found) > 1 else []
+    return [max(good, key=lambda path: written_at(path / DIGEST))] if good else found
+
+
+def _reads(path: Path) -> bool:
+    """Whether a checkpoint has all its files in their sizes."""
+    with suppress(CheckpointError):
+        read_manifest(path)
+        return True
+    return False
+
+
+def _deleted(path: Path) -> bool:
+    """Delete a folder -> whether that is done."""
+    try:
+        retire_folder(path, path.name, strict=True)
+    except OSError as error:
+        _say_left(path, error)
+        return False
+    return True
+
+
+def _say_left(path: Path, error: OSError) -> None:
+    what = f"what is no longer kept could not be deleted: {error.strerror or error}"
+    voice.say(f"{path}: {what}; the new checkpoint is in place, and a later save tries again")
 
 
 def _object(file: Path, text: bytes) -> dict[str, Any]:

@@ -22,7 +22,6 @@ import torch.distributed.checkpoint as dcp
 from embeddings.agreement import Group, from_every_rank, from_rank_0
 from embeddings.disk import free_disk
 from embeddings.errors import CheckpointError
-from embeddings.lookup.mapped import read_in_order
 from embeddings.lookup.shards import local_shards, tensors_of
 from trainer.assemble import FormerPlan
 from trainer.checkpoint import files
@@ -81,7 +80,8 @@ def save(
             remove_folder(part)
         raise
     others = set(refused) - {final.name}
-    from_rank_0(of_this_save(lambda: files.retire(folder, final, keep, best, others)), group)
+    # The save is done, whatever cannot be deleted.
+    from_rank_0(lambda: files.retire(folder, final, keep, best, others), group)
     return final
 
 
@@ -184,16 +184,21 @@ def find_to_use(folder: Path, which: str = "", alone: bool = False) -> ResumePoi
     newest = find(folder, alone)
     if newest.path is None:
         raise CheckpointError(folder, "no usable checkpoint; train the run to the end first")
-    chosen = files.choose(folder, newest.path, newest.state, which)
-    if chosen == newest.path:
+    candidates = _answer(alone, partial(files.choose, folder, newest.path, newest.state, which))
+    if newest.path in candidates:
         return newest
-    try:
-        _verify_chain(chosen, alone)
-    except CheckpointError as error:
-        if which:
-            raise CheckpointError(chosen, f"cannot be used: {error}") from None
-        return replace(newest, refused=[*newest.refused, f"the best one: {error}"])
-    return replace(newest, path=chosen, state=_answer(alone, partial(read_state, chosen)))
+    reasons = list[str]()
+    for chosen in candidates:
+        try:
+            _verify_chain(chosen, alone)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        state = _answer(alone, partial(read_state, chosen))
+        return replace(newest, path=chosen, state=state, refused=[*newest.refused, *reasons])
+    if which:
+        raise CheckpointError(candidates[0], f"cannot be used: {'; '.join(reasons)}")
+    return replace(newest, refused=[*newest.refused, *(f"the best one: {reason}" for reason in reasons)])
 
 
 def _answer(alone: bool, compute: Callable[[], Result]) -> Result:
@@ -223,8 +228,7 @@ def _write(part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | 
     writer = HashedWriter(part)
     shards = () if delta is None else delta.shards
     try:
-        with read_in_order():
-            dcp.save(dict(tensors), storage_writer=writer, planner=BlockPlanner(), process_group=group)
+        dcp.save(dict(tensors), storage_writer=writer, planner=BlockPlanner(), process_group=group)
         return writer.files.entries | write_rows(part, dist.get_rank(group), shards)
     except (Exception, dcp.api.CheckpointException) as error:
         if dist.get_rank(group) not in getattr(error, "failures", {dist.get_rank(group): None}):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from embeddings.agreement import from_rank_0
+from embeddings.agreement import from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError, DataError, TandemError
 from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
@@ -32,7 +32,7 @@ from trainer.config.tasks import resolve_tasks
 from trainer.log.known_values import known_values
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary import stream_values
-from trainer.ranks.machine import give_pages_back
+from trainer.ranks.machine import give_pages_back, this_machine
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder, voice
 from trainer.storage import is_remote
@@ -98,9 +98,7 @@ def open_source(path: Path, scratch: Path) -> Iterator[PlainTables]:
 
     found = from_rank_0(prepare, slow=True)
     try:
-        # Of a store, each machine has a copy of its own; rank 0 has just looked at the one here.
-        check = is_remote(found) and dist.get_rank() > 0
-        tables = replace(open_plain_tables(found, check), given=path)
+        tables = replace(_open_on_all(found), given=path)
         yield tables
         dist.barrier()
         if is_remote(found):
@@ -109,6 +107,25 @@ def open_source(path: Path, scratch: Path) -> Iterator[PlainTables]:
     finally:
         if dist.get_rank() == 0:
             remove_folder(scratch)
+
+
+def _open_on_all(path: Path) -> PlainTables:
+    """Open plain tables that rank 0 has verified; collective.
+
+    Of a store each machine has a copy of its own, which its first rank fetches or verifies for the others;
+    nobody does beside rank 0.
+    """
+    rank, machines, opened = dist.get_rank(), from_every_rank(this_machine), list[PlainTables]()
+    first = machines.index(machines[rank]) == rank
+    for turn in (True, False):
+
+        def open_here(mine: bool = first == turn) -> None:
+            if mine:
+                opened.append(open_plain_tables(path, check=is_remote(path) and first and rank > 0))
+
+        # To fetch and to read them takes longer than a collective waits.
+        from_every_rank(open_here, slow=True)
+    return opened[0]
 
 
 def fill(

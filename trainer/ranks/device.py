@@ -6,7 +6,6 @@ The choice is a pure function of `Machine`, which `doctor` looks at too, so that
 from __future__ import annotations
 
 import json
-import socket
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.errors import ConfigError
-from trainer.ranks.machine import installed
+from trainer.ranks.machine import installed, this_machine
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 CPU_FBGEMM, CUDA_FBGEMM = "fbgemm-gpu-cpu", "fbgemm-gpu"
@@ -264,8 +263,7 @@ def agree(store: dist.Store, mine: DeviceReport, world_size: int) -> None:
 def gpu_place(index: int) -> str:
     """Host and bus of a GPU; NCCL takes two ranks with the same for ranks on one GPU (`getHostHash`)."""
     gpu: Any = torch.cuda.get_device_properties(index)
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    host = f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
+    host = this_machine()
     # Torch's stubs do not promise these.
     bus = [getattr(gpu, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     if None in bus:

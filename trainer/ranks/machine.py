@@ -11,6 +11,7 @@ import ctypes
 import importlib.metadata
 import mmap
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,12 @@ _GROUPS = Path("/sys/fs/cgroup")
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _LARGEST = 1 << 30
 _PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4
+
+
+def this_machine() -> str:
+    """What tells the ranks of this machine, or of this container, from those of others."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
 
 
 def memory_bytes(process: Path = _PROCESS, groups: Path = _GROUPS) -> int:

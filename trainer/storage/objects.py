@@ -81,6 +81,12 @@ def remove_left(folder: Path, pattern: str, seconds: float = LEFT_S) -> None:
                 remove(path, ())
 
 
+def written_at(path: Path) -> float:
+    """When an object was written, in seconds since 1970."""
+    store, name = store_of(path)
+    return _written(store.info(name))
+
+
 def _written(info: dict[str, Any]) -> float:
     """When an object was written; what has no time is as good as new."""
     written: Any = info.get("LastModified") or info.get("created")

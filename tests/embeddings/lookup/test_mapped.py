@@ -17,7 +17,10 @@ from embeddings.lookup.shards import local_shards
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import small_log
 from trainer.assemble import ShardedModel, build_sharded
+from trainer.checkpoint import background, save_load
+from trainer.checkpoint.delta import TouchedShard
 from trainer.checkpoint.restore import restore
+from trainer.checkpoint.staging import StagedCopy
 from trainer.checkpoint.tensors import TensorReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import Ranks, process_group
@@ -126,18 +129,45 @@ def read_ahead(folder: Path) -> list[bool]:
     return found
 
 
-def test_only_a_save_has_the_system_read_ahead(log: Path, tmp_path: Path, ranks: Ranks) -> None:
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_only_what_reads_all_rows_has_the_system_read_ahead(
+    log: Path, tmp_path: Path, ranks: Ranks, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save in the background reads its copy, and training asks for rows in no order meanwhile."""
     from pipelines.train import run
 
-    seen = []
+    seen = dict[str, list[list[bool]]]()
     disk = tmp_path / "disk"
     disk.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        save = dcp.save
-        patch.setattr(dcp, "save", lambda *a, **k: (seen.append(read_ahead(disk)), save(*a, **k)))
-        settings = {"plan__mapped_folder": str(disk), "train__max_steps": 1}
-        run(config_of(log, **settings), tmp_path / "run", ranks, lambda step: seen.append(read_ahead(disk)))
-    assert seen == [[False] * 4, [True] * 4]
+
+    def watch(owner: object, name: str) -> None:
+        call = getattr(owner, name)
+
+        def watched(*words: Any, **more: Any) -> Any:
+            seen.setdefault(name, []).append(read_ahead(disk))
+            return call(*words, **more)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for place in ((dcp, "save"), (save_load, "write_rows"), (StagedCopy, "take"), (TouchedShard, "hold")):
+        watch(*place)
+    # A whole save, and one of touched rows, however many there are.
+    monkeypatch.setattr(background, "_MOST", 9)
+    settings: dict[str, object] = {"plan__mapped_folder": str(disk), "train__max_steps": 2}
+    settings |= {
+        f"checkpoint__{key}": n for key, n in (("every_steps", 1), ("full_every", 2), ("mode", mode))
+    }
+    steps = list[list[bool]]()
+    run(config_of(log, **settings), tmp_path / "run", ranks, lambda step: steps.append(read_ahead(disk)))
+    assert steps == [[False] * 4] * 2 and len(list((tmp_path / "run").glob("checkpoints/*/delta-*"))) == 1
+    copied, written = {"take", "hold"}, {"save", "write_rows"}
+    assert seen.keys() == (written if mode == "sync" else written | copied)
+    for name, found in seen.items():
+        expected = mode == "sync" or name in copied
+        assert found == [[expected] * 4] * len(found), name
+
+
+def test_reading_ahead_ends_with_what_reads_in_order(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     rows = mapped_rows(other, 10_000, torch.float32)

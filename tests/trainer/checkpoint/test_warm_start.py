@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ from tests.helpers.tables import whole_tensor
 from tests.helpers.vocabularies import all_large
 from tests.trainer.test_ranks import parameters
 from trainer.assemble import build_sharded
+from trainer.checkpoint import warm_start
 from trainer.checkpoint.dense_start import TaskHeads
 from trainer.checkpoint.unsharded import open_plain_tables
 from trainer.checkpoint.warm_start import fill, open_source, unshard_run
@@ -278,6 +280,34 @@ def test_damage_is_refused_and_named(plain: Path) -> None:
             open_plain_tables(plain)
         file.write_bytes(content)
     open_plain_tables(plain)
+
+
+@pytest.mark.parametrize("rank", range(5))
+def test_of_a_store_one_rank_of_each_other_machine_verifies_the_copy(
+    tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 has verified its own; what takes long is done where ranks wait for each other for any length."""
+    done, answers = list[tuple[int, bool]](), {warm_start.this_machine: [*"aabba"]}
+    turns = list[bool]()
+
+    def every(compute: Callable[[], Any], slow: bool = False) -> list[Any]:
+        if compute in answers:
+            return answers[compute]
+        assert compute() is None and slow
+        turns.append(slow)
+        return [None] * 5
+
+    def opened(path: Path, check: bool = True) -> SimpleNamespace:
+        done.append((len(turns), check))
+        return SimpleNamespace(path=path)
+
+    monkeypatch.setattr(warm_start, "from_every_rank", every)
+    monkeypatch.setattr(warm_start, "open_plain_tables", opened)
+    monkeypatch.setattr(warm_start, "is_remote", lambda path: True)
+    monkeypatch.setattr(warm_start.dist, "get_rank", lambda: rank)
+    warm_start._open_on_all(tmp_path)
+    # When, and whether all is read: the first of a machine before the others.
+    assert done == [[(0, False), (1, False), (0, True), (1, False), (1, False)][rank]] and len(turns) == 2
 
 
 def test_nothing_is_overwritten(old: Path, plain: Path) -> None:

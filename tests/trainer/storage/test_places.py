@@ -17,6 +17,7 @@ from pipelines.ingest.config import load_ingest_config
 from pipelines.ingest.downloads import Downloads
 from trainer.config.sections import DataConfig
 from trainer.run_config import load_config
+from trainer.run_folder import RunFolder
 from trainer.sealed_folder import (
     DIGEST,
     MANIFEST,
@@ -318,3 +319,45 @@ def test_only_old_folders_without_a_manifest_are_swept(monkeypatch: pytest.Monke
 def test_a_port_is_no_password() -> None:
     for text in ("hdfs://namenode:9000/logs/user@3/log", "http://host:80/user@3"):
         assert without_secrets(text) == text
+
+
+def test_a_restarted_job_takes_nothing_back_from_the_one_that_took_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = place("memory://runs/taken-over")
+
+    def start(job: str, restarts: int = 0, variable: str = "TORCHELASTIC_RUN_ID") -> RunFolder:
+        with monkeypatch.context() as patch:
+            for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+                patch.delenv(name, raising=False)
+            patch.setenv(variable, job)
+            count = "TORCHELASTIC_RESTART_COUNT" if variable.startswith("TORCH") else "SLURM_RESTART_COUNT"
+            patch.setenv(count, str(restarts))
+            folder = RunFolder(path)
+            folder.check_not_ousted()
+            with folder.lock():
+                return folder
+
+    # A restart of a job that never came as far as to train here takes over from one of yesterday.
+    start("yesterday")
+    start("a", restarts=1)
+    one = start("a", restarts=2)
+    other = start("77", variable="SLURM_JOB_ID")
+    with pytest.raises(ConfigError, match=r"another training began .*of Slurm job 77\), so this one ends"):
+        one.check_newest()
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"after this one \(.*Slurm job 77\), so this restart of torchrun a"
+        ):
+            start("a", restarts=3)
+        other.check_newest()
+    other = start("77", restarts=1, variable="SLURM_JOB_ID")
+    # Somebody who starts it anew means it, as does whoever names no job.
+    start("a")
+    with pytest.raises(ConfigError, match="this restart of Slurm job 77 ends"):
+        start("77", restarts=2, variable="SLURM_JOB_ID")
+    newest = start("none", restarts=1)
+    (path / ".training").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match="another training began in this run folder"):
+        newest.check_newest()
+    start("a", restarts=4).check_newest()
