@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embeddings.errors import DataError
+from embeddings.errors import UnavailableError
 from trainer.log.arrow import PARQUET_ERRORS
 from trainer.log.vocabulary import read_values, stream_values, text_of
 from trainer.sealed_folder import locked, publish, remove_folder, scratch, voice
@@ -112,7 +112,8 @@ def known_values(file: Path, digest: str, cache: Path | None = None, *, of_log: 
         cache: where these are kept; None: the user's own folder of caches.
 
     Raises:
-        DataError: the file is missing or damaged, or holds another vocabulary; or `cache` cannot be written.
+        DataError: the file is missing or damaged, or holds another vocabulary.
+        UnavailableError: it cannot be read now, or `cache` not be written.
     """
     rows, kind = _large(file)
     if not rows or not _DIGEST.fullmatch(digest):
@@ -134,7 +135,8 @@ def known_values(file: Path, digest: str, cache: Path | None = None, *, of_log: 
         return found
     except OSError as error:
         problem = f"its {rows:,} values cannot be kept in {folder.parent}: {error.strerror or error}"
-        raise DataError(f"{problem}; make room there, or give `serve` another --cache", file=file) from None
+        remedy = "make room there, or give `serve` another --cache"
+        raise UnavailableError(file, f"{problem}; {remedy}") from None
 
 
 def map_values(file: Path, digest: str, folder: Path, *, of_log: bool = False) -> pa.Array:

@@ -7,7 +7,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.storage.local import voice
@@ -53,21 +54,35 @@ def fetch(
                 return False
             voice.say(f"{target}: was damaged since it was fetched, so it is fetched again")
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
         sha = hashlib.sha256()
-        try:
+        with _whole(target) as part:
             with part.open("wb") as file:
                 for piece in pieces(folder / name, size):
                     sha.update(piece)
                     file.write(piece)
             if sha.hexdigest() != digest:
                 raise fail(folder / name, "does not match the manifest, so it is corrupt")
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
         return True
 
     return any(in_parallel(one, sorted(files), _AT_ONCE))
+
+
+def put(file: Path, content: bytes) -> None:
+    """Have a small file hold some bytes: replaced whole, and only where it holds others."""
+    if not file.is_file() or file.read_bytes() != content:
+        with _whole(file) as part:
+            part.write_bytes(content)
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A file to write that gets its name once the body succeeds; threads may do so at once."""
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _digest(file: Path) -> str:
