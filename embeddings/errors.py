@@ -5,6 +5,7 @@ TandemError
 ├── DataError         a log, a file, a row group, a column or a row
 ├── CheckpointError   a checkpoint that cannot be written, verified or loaded
 ├── SnapshotError     a serving snapshot that cannot be written, verified or loaded
+├── UnavailableError  a store or a disk that fails now; what lies there may be sound
 └── RankError         another rank, or the launcher, died or hangs; the cause is told there, not here
 """
 
@@ -73,6 +74,14 @@ class CheckpointError(TandemError):
 
 class SnapshotError(TandemError):
     """A serving snapshot failed to save, verify or load."""
+
+    def __init__(self, path: str | Path, problem: str) -> None:
+        self.path = str(path)
+        super().__init__(f"{path}: {problem}")
+
+
+class UnavailableError(TandemError):
+    """A store or a disk fails now, which says nothing about what lies there; trying again may help."""
 
     def __init__(self, path: str | Path, problem: str) -> None:
         self.path = str(path)

@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from embeddings.errors import TandemError
+from embeddings.errors import TandemError, UnavailableError
 from pipelines.serve.bodies import AnswerBody, ErrorBody, HealthBody, ReadyBody, ReloadBody, UpdatesBody
 from pipelines.serve.load import HeldAnswer, Hold, InFlight, LoadLimits, read_body
 from pipelines.serve.metrics import Metrics
@@ -116,8 +116,9 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         if isinstance(error, RequestValidationError):
             first = error.errors()[0]
             return answer(422, f"{'.'.join(map(str, first['loc']))}: {words_of(first, json=True)}")
-        if isinstance(error, TandemError):  # a version that POST /reload refuses
-            return answer(409, " ".join(str(error).split()))
+        if isinstance(error, TandemError):  # a version that POST /reload refuses, or cannot read now
+            status = 503 if isinstance(error, UnavailableError) else 409
+            return answer(status, " ".join(str(error).split()))
         if isinstance(error, ClientDisconnect):  # nobody sees this answer
             return Response(status_code=499)
         return answer(500, "internal error; see the server's log")
@@ -224,9 +225,9 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """For Prometheus."""
         return Response(service.metrics.text(), headers={"content-type": service.metrics.content_type})
 
-    @app.post("/reload", response_model=ReloadBody, responses=_errors(403, 409))
+    @app.post("/reload", response_model=ReloadBody, responses=_errors(403, 409, 503))
     async def reload(request: Request) -> ReloadBody:
-        """Switch to the newest version, with the token; 409 if it is refused, and the old one stays."""
+        """Switch to the newest version, with the token; 409 if it is refused, 503 if it cannot be read."""
         if not service.token:
             raise RequestError(403, "/reload is off; start the server with --reload-token-file FILE")
         brought = request.headers.get("authorization", "").encode()

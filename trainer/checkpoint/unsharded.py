@@ -37,7 +37,7 @@ from trainer.log.names import FileName, InnerPath, path_problem
 from trainer.log.schema import FeatureInfo
 from trainer.sealed_folder import MANIFEST, Seal, entry_of, publish, raise_of_store, scratch
 from trainer.storage import is_remote
-from trainer.storage.fetched import cache_of, drop_old, fetch
+from trainer.storage.fetched import cache_of, drop_old, fetch, shared_cache
 from trainer.storage.objects import copy_file, or_half_of_one
 
 _ROWS_AT_ONCE = 1 << 20
@@ -227,7 +227,7 @@ def open_plain_tables(path: Path, check: bool = True) -> PlainTables:
 
 def _fetched(path: Path, manifest: PlainManifest, check: bool) -> Path:
     """The files in a folder of this machine, where they are mapped."""
-    local = cache_of(path)
+    local = cache_of(path, shared_cache())
     wanted = {name: (entry.bytes, entry.sha256) for name, entry in manifest.files.items()}
     known = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]
     try:

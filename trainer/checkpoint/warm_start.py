@@ -36,6 +36,7 @@ from trainer.ranks.machine import give_pages_back, this_machine
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import remove_folder, voice
 from trainer.storage import is_remote
+from trainer.storage.fetched import shared_cache
 
 _ROWS_AT_ONCE = 1 << 16
 _BYTES_HELD = 1 << 26
@@ -271,7 +272,7 @@ def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | Non
         if not known:
             problem = "only one of the two logs says what its ids stand for; ingest both alike"
             raise DataError(problem, file=file)
-    before = known_values(old_file, digest, of_log=True)
+    before = known_values(old_file, digest, shared_cache, of_log=True)
     row_map = torch.full((new.info.rows,), -1, dtype=torch.int64)
     # The first value's row is 1.
     row_map[0], row = 0, 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embeddings.errors import DataError
+from embeddings.errors import UnavailableError
 from trainer.log.arrow import PARQUET_ERRORS
 from trainer.log.vocabulary import read_values, stream_values, text_of
 from trainer.sealed_folder import locked, publish, remove_folder, scratch, voice
@@ -103,22 +103,27 @@ class KnownValues:
         return ids
 
 
-def known_values(file: Path, digest: str, cache: Path | None = None, *, of_log: bool = False) -> KnownValues:
+def known_values(
+    file: Path, digest: str, cache: Path | Callable[[], Path] | None = None, *, of_log: bool = False
+) -> KnownValues:
     """The values of a vocabulary file.
 
     Args:
         digest, of_log: see `stream_values`. The file is compared with the digest, unless it is so large that
             it has been written into files of that digest before.
-        cache: where these are kept; None: the user's own folder of caches.
+        cache: where these are kept, or what names that once it is needed; None: the user's own caches.
 
     Raises:
-        DataError: the file is missing or damaged, or holds another vocabulary; or `cache` cannot be written.
+        DataError: the file is missing or damaged, or holds another vocabulary.
+        UnavailableError: it cannot be read now, or `cache` not be written.
+        ConfigError: it is large, and there is no folder for a cache; see `own_cache`.
     """
     rows, kind = _large(file)
     if not rows or not _DIGEST.fullmatch(digest):
         return KnownValues.of(read_values(file, digest, of_log=of_log))
     # "1" and 1 have the same digest.
-    folder = own_cache(cache) / "vocabularies" / f"{digest}-{rows}-{kind}"
+    root = cache() if callable(cache) else own_cache(cache)
+    folder = root / "vocabularies" / f"{digest}-{rows}-{kind}"
     try:
         found = _opened(folder)
         if found is None:
@@ -134,7 +139,8 @@ def known_values(file: Path, digest: str, cache: Path | None = None, *, of_log: 
         return found
     except OSError as error:
         problem = f"its {rows:,} values cannot be kept in {folder.parent}: {error.strerror or error}"
-        raise DataError(f"{problem}; make room there, or give `serve` another --cache", file=file) from None
+        remedy = "make room there, or give `serve` another --cache"
+        raise UnavailableError(file, f"{problem}; {remedy}") from None
 
 
 def map_values(file: Path, digest: str, folder: Path, *, of_log: bool = False) -> pa.Array:

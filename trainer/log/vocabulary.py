@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embeddings.errors import DataError
+from embeddings.errors import DataError, UnavailableError
 from trainer.log.arrow import PARQUET_ERRORS
+from trainer.storage import is_remote
 from trainer.storage.ranges import parquet_source
 
 _ROWS_AT_ONCE = 1 << 16
@@ -57,6 +58,7 @@ def stream_values(file: Path, digest: str, *, of_log: bool = False) -> Iterator[
 
     Raises:
         DataError: the file is missing or damaged, or holds another vocabulary.
+        UnavailableError: its store cannot be read now.
     """
     remedy = "take another copy of that log" if of_log else "take the one of the model's log"
     content, first = hashlib.sha256(), 1
@@ -82,6 +84,8 @@ def stream_values(file: Path, digest: str, *, of_log: bool = False) -> Iterator[
         problem = f"missing, so nobody can tell what the ids stand for; {remedy}"
         raise DataError(problem, file=file) from None
     except PARQUET_ERRORS as error:
+        if is_remote(file) and isinstance(error, OSError) and error.errno is not None:
+            raise UnavailableError(file, f"cannot be read: {error.strerror or error}") from error
         raise DataError(f"unreadable: {error}; {remedy}", file=file) from error
     if content.hexdigest() != digest:
         problem = "is not the vocabulary that the model was trained with"

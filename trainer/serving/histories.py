@@ -176,17 +176,22 @@ class _Index(NamedTuple):
 
         Raises:
             DataError: a row group cannot be read, or `cache` cannot be written.
+            ConfigError: many users, and no folder for a cache; see `own_cache`.
         """
-        root = own_cache(cache)
         with ThreadPoolExecutor(_AT_A_TIME, "index") as threads, ExitStack() as held:
             lengths = partial(_lengths, lru_cache(_AT_A_TIME)(read_footer))
             parts = (_placed(number, *found) for number, found in enumerate(threads.map(lengths, places)))
             try:
                 rows = sort_rows(
-                    parts, _PLACED, lambda: held.enter_context(scratch(root, "histories")), _longest
+                    parts,
+                    _PLACED,
+                    lambda: held.enter_context(scratch(own_cache(cache), "histories")),
+                    _longest,
                 )
             except OSError as error:
-                problem = f"the places of histories cannot be kept in {root}: {error.strerror or error}"
+                problem = (
+                    f"the places of histories cannot be kept in {own_cache(cache)}: {error.strerror or error}"
+                )
                 raise DataError(f"{problem}; make room there, or name another --cache") from None
             finally:
                 threads.shutdown(cancel_futures=True)

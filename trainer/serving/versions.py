@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from embeddings.errors import TandemError
+from embeddings.errors import TandemError, UnavailableError
 from trainer.serving.histories import HistoryStore
 from trainer.serving.scorer import Scorer
 from trainer.serving.vocabulary import vocabularies_of
@@ -32,6 +32,7 @@ class Versions:
 
     Raises:
         SnapshotError: the first version cannot be loaded or fails its self-check.
+        UnavailableError: it, or a vocabulary, cannot be fetched or kept now.
         DataError: the histories or values are of another vocabulary.
         ConfigError: the histories lack the model's clusters.
     """
@@ -72,7 +73,8 @@ class Versions:
             retry: try a version again that was refused before.
 
         Raises:
-            TandemError: the new version was refused; the old one stays.
+            UnavailableError: a store or a disk fails now. TandemError: the new version was refused. The old
+                one stays.
         """
         with self._lock:
             path = resolve(self.root) if retry else self.newer()
@@ -82,13 +84,13 @@ class Versions:
             try:
                 # The name changes last: until then every request gets the old scorer.
                 self.scorer = self._load(path)
-            except TandemError as error:
-                self.refused = (path.name, str(error))
-                self._reloaded("refused")
-                raise
-            except Exception:
-                # No fault of the version, as far as anybody knows: it is tried again.
-                self._reloaded("failed")
+            except Exception as error:
+                if isinstance(error, TandemError) and not isinstance(error, UnavailableError):
+                    self.refused = (path.name, str(error))
+                    self._reloaded("refused")
+                else:
+                    # No fault of the version, as far as anybody knows: it is tried again.
+                    self._reloaded("failed")
                 raise
             self.refused = None
             self._reloaded("switched")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
-from embeddings.errors import SnapshotError
-from trainer.sealed_folder import DIGEST, MANIFEST, remove_folder
+from embeddings.errors import SnapshotError, UnavailableError
+from trainer.sealed_folder import DIGEST, MANIFEST, locked, retire
 from trainer.snapshot.loading import Chain, Snapshot, load_snapshot, read_chain, resolve
+from trainer.snapshot.manifest import SEAL
 from trainer.storage import is_remote
-from trainer.storage.fetched import cache_of, drop_old, fetch
+from trainer.storage.fetched import cache_of, drop_old, fetch, put
 
 
 def load_fetched(path: Path, cache: Path | None = None) -> Snapshot:
     """`load_snapshot` of what `fetched` gives; files that were damaged in the cache are fetched again.
 
     Raises:
-        SnapshotError: see there.
+        SnapshotError, UnavailableError: see there.
     """
     version = resolve(path)
     local = fetched(version, cache)
@@ -38,7 +40,8 @@ def fetched(path: Path, cache: Path | None = None) -> Path:
         cache: where fetched versions are kept; None: in the user's folder of caches.
 
     Raises:
-        SnapshotError: there is no version, or it is damaged, or it cannot be fetched.
+        SnapshotError: there is no version, or it is damaged.
+        UnavailableError: the store cannot be read now, or there is no room for it here.
     """
     if not is_remote(path):
         return path
@@ -60,7 +63,7 @@ def beside(base: Chain, part: Path) -> Chain:
     """The version that a draft builds on, where the draft expects it: a remote one is fetched there.
 
     Raises:
-        SnapshotError: it is damaged, or it cannot be fetched.
+        SnapshotError: it is damaged. UnavailableError: it cannot be fetched now.
     """
     if not is_remote(base.path):
         return base
@@ -79,10 +82,7 @@ def _bring(chain: Chain, root: Path, search: bool = False, check: bool = False) 
         for remote, manifest in chain.versions:
             local = root / remote.name
             seal = {name: (remote / name).read_bytes() for name in (MANIFEST, DIGEST)}
-            mine = local / MANIFEST
-            if mine.is_file() and mine.read_bytes() != seal[MANIFEST]:
-                # Another version of the same number lay there once.
-                remove_folder(local, strict=True)
+            _make_way(local, seal[MANIFEST])
             wanted = {
                 name: (entry.bytes, entry.sha256)
                 for name, entry in manifest.listed().items()
@@ -90,8 +90,26 @@ def _bring(chain: Chain, root: Path, search: bool = False, check: bool = False) 
             }
             missing |= fetch(remote, wanted, local, SnapshotError, check)
             for name, content in seal.items():
-                (local / name).write_bytes(content)
+                put(local / name, content)
     except OSError as error:
-        why = f"{error.strerror} ({error.filename})"
-        raise SnapshotError(chain.path, f"cannot be fetched to {root}: {why}") from None
+        problem = f"cannot be fetched to {root}: {error.strerror or error} ({error.filename})"
+        lost = isinstance(error, FileNotFoundError) and not str(error.filename).startswith(str(root))
+        # An object that is gone is a fault of the version; whatever else fails may work a moment later.
+        raise (SnapshotError if lost else UnavailableError)(chain.path, problem) from None
     return missing
+
+
+def _make_way(local: Path, manifest: bytes) -> None:
+    """Remove another version of the same number that lay there once, but none that is half written."""
+
+    def another() -> bool:
+        with suppress(SnapshotError):
+            return SEAL.read(local) != manifest
+        return False
+
+    if another():
+        # Of several processes that find it, one removes it, and the others find what that one fetched.
+        lock = local.with_name(f"{local.name}.lock")
+        with locked(lock, "a process may remove what another one has just fetched", wait=True):
+            if another():
+                retire(local, local.name, strict=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from embeddings.errors import ConfigError, DataError, SnapshotError
+from embeddings.errors import ConfigError, DataError, SnapshotError, UnavailableError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import StoredTable
@@ -220,7 +220,7 @@ def resolve(path: Path) -> Path:
         name = (path / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         if is_remote(path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise SnapshotError(path, f"cannot be read: {error.strerror or error}") from None
+            raise UnavailableError(path, f"cannot be read: {error.strerror or error}") from None
         raise SnapshotError(
             path, "no snapshot here (neither manifest.json nor LATEST); run `tandemrec export`"
         ) from None

@@ -17,7 +17,7 @@ from trainer.config.mistakes import problems_of, with_unique_keys, words_of
 from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
 from trainer.run_config import Config
-from trainer.sealed_folder import DIGEST, MANIFEST, Seal
+from trainer.sealed_folder import DIGEST, MANIFEST, Seal, raise_of_store
 
 VERSION_NAME = re.compile(r"v\d{8}")
 LATEST = "LATEST"
@@ -215,7 +215,7 @@ def read_manifest(path: Path) -> SnapshotManifest:
     """Read and check a version's manifest, nothing else.
 
     Raises:
-        SnapshotError: it is damaged, malformed, or contradicts itself.
+        SnapshotError: it is damaged, malformed, or contradicts itself. OSError: the store cannot be read now.
     """
     file = path / MANIFEST
     try:
@@ -231,6 +231,7 @@ def read_manifest(path: Path) -> SnapshotManifest:
         advice = "; export the run again with this software" if place == "version" else ""
         raise SnapshotError(file, f"{place}: {words_of(first)}{advice}") from None
     except (OSError, ValueError, RecursionError, OverflowError) as error:
+        raise_of_store(file, error)
         raise SnapshotError(file, f"unreadable: {error}") from None
     problem = _problem(manifest)
     if problem:

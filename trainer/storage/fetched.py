@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from embeddings.errors import ConfigError
 from trainer.storage.local import voice
 from trainer.storage.objects import LEFT_S, in_parallel, pieces
 
@@ -22,8 +26,37 @@ def cache_of(folder: Path, cache: Path | None = None) -> Path:
 
 
 def own_cache(cache: Path | None = None) -> Path:
-    """`cache`, or the user's own folder of caches where none is named."""
-    return cache or Path.home() / ".cache" / "tandemrec"
+    """`cache`, or the user's own folder of caches where none is named.
+
+    Raises:
+        ConfigError: the user has no home folder, as in a container with a random user id.
+    """
+    if cache is not None:
+        return cache
+    try:
+        return Path.home() / ".cache" / "tandemrec"
+    except RuntimeError:
+        raise ConfigError(
+            f"user {os.getuid()} has no home folder, so there is no folder of caches: name one with --cache "
+            "where the command has it, or set HOME"
+        ) from None
+
+
+def shared_cache() -> Path:
+    """The same for a command without --cache: if there is no home folder, one among the temporary files.
+
+    Raises:
+        ConfigError: that one is another user's. OSError: it cannot be made.
+    """
+    with suppress(ConfigError):
+        return own_cache()
+    # One name for all processes of this user, which share what is there.
+    folder = Path(tempfile.gettempdir()) / f"tandemrec-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(f"{folder}: belongs to another user; set HOME, or TMPDIR to another folder")
+    return folder
 
 
 def fetch(
@@ -53,21 +86,35 @@ def fetch(
                 return False
             voice.say(f"{target}: was damaged since it was fetched, so it is fetched again")
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
         sha = hashlib.sha256()
-        try:
+        with _whole(target) as part:
             with part.open("wb") as file:
                 for piece in pieces(folder / name, size):
                     sha.update(piece)
                     file.write(piece)
             if sha.hexdigest() != digest:
                 raise fail(folder / name, "does not match the manifest, so it is corrupt")
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
         return True
 
     return any(in_parallel(one, sorted(files), _AT_ONCE))
+
+
+def put(file: Path, content: bytes) -> None:
+    """Have a small file hold some bytes: replaced whole, and only where it holds others."""
+    if not file.is_file() or file.read_bytes() != content:
+        with _whole(file) as part:
+            part.write_bytes(content)
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A file to write that gets its name once the body succeeds; threads may do so at once."""
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _digest(file: Path) -> str:

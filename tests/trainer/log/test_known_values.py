@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainer.log.known_values as module
-from embeddings.errors import DataError
+from embeddings.errors import DataError, UnavailableError
 from tests.helpers.vocabularies import all_large
 from trainer.log.known_values import KnownValues, known_values, map_values, values_of
 
@@ -125,7 +125,9 @@ def test_another_vocabulary_and_a_full_disk_are_refused(tmp_path: Path) -> None:
             known_values(file, "../../elsewhere", cache)
         assert not list((cache / "vocabularies").iterdir())
         (tmp_path / "taken").write_text("")
-        with pytest.raises(DataError, match=r"its 2 values cannot be kept in .*taken.*another --cache"):
+        with pytest.raises(
+            UnavailableError, match=r"its 2 values cannot be kept in .*taken.*another --cache"
+        ):
             known_values(file, digest, tmp_path / "taken")
 
 
