@@ -29,7 +29,7 @@ from trainer.checkpoint.dense_start import TaskHeads, fill_dense, tower_names
 from trainer.checkpoint.save_load import find_to_use
 from trainer.checkpoint.unsharded import PlainManifest, PlainTables, Vocabulary, open_plain_tables, unshard
 from trainer.config.tasks import resolve_tasks
-from trainer.log.known_values import known_values
+from trainer.log.known_values import drop_unused, known_values
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary import stream_values
 from trainer.ranks.machine import give_pages_back, this_machine
@@ -160,10 +160,11 @@ def fill(
     if left := [table for table in source.manifest.tables if table not in tables]:
         lines.append(f"not taken over, since this model has no such tables: {', '.join(left)}")
     maps: dict[str, Tensor | None] = {}
+    used: set[Path | None] = set()
     for table, name in tables.items():
         entry = source.manifest.tables[table]
         if entry.feature not in maps:
-            row_map = maps[entry.feature] = _row_map(entry.feature, known[entry.feature], source)
+            row_map = maps[entry.feature] = _row_map(entry.feature, known[entry.feature], source, used)
             line = "the same vocabulary"
             if row_map is not None:
                 carried, before = int((row_map[1:] >= 0).sum()), source.manifest.rows[entry.feature] - 1
@@ -178,6 +179,7 @@ def fill(
                 _fill_rows(state, saved["accumulator"], maps[entry.feature], rows)
             else:
                 lines.append(f"{table}: another optimizer than before, its accumulators start fresh")
+    drop_unused(used)
     return lines
 
 
@@ -255,8 +257,12 @@ def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor |
                 seen = 0
 
 
-def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | None:
-    """New row -> old row, -1 for none; None where the rows stand for the same."""
+def _row_map(feature: str, new: Vocabulary, source: PlainTables, used: set[Path | None]) -> Tensor | None:
+    """New row -> old row, -1 for none; None where the rows stand for the same.
+
+    Args:
+        used: folders of mapped vocabularies, for `drop_unused`; that of this one is put there.
+    """
     digest, rows = source.manifest.vocabularies[feature], source.manifest.rows[feature]
     if new.info.vocabulary == digest:
         if not digest and new.info.rows != rows:
@@ -273,6 +279,7 @@ def _row_map(feature: str, new: Vocabulary, source: PlainTables) -> Tensor | Non
             problem = "only one of the two logs says what its ids stand for; ingest both alike"
             raise DataError(problem, file=file)
     before = known_values(old_file, digest, shared_cache, of_log=True)
+    used.add(before.folder)
     row_map = torch.full((new.info.rows,), -1, dtype=torch.int64)
     # The first value's row is 1.
     row_map[0], row = 0, 1

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from embeddings.errors import DataError
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, read_plan, read_rows
 from trainer.log.schema import FileInfo, LogManifest
+from trainer.ranks.machine import cores
 from trainer.sealed_folder import file_digest
 from trainer.storage import is_remote
 from trainer.storage.objects import sizes
 
 # Files that are looked at together.
 _AT_A_TIME = 16
+# Threads of `ahead`, and row groups whose results may be in memory at once.
+READERS, _AHEAD = 8, 64
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,15 @@ class RowGroup:
 
     file: Path
     row_group: int
+
+
+def ahead(function: Callable[[RowGroup], Result | None], places: Sequence[RowGroup]) -> Iterator[Result]:
+    """What a function makes of row groups, in their order, some of them at the same time; without None."""
+    with ThreadPoolExecutor(min(READERS, cores()), "ahead") as threads:
+        for start in range(0, len(places), _AHEAD):
+            for result in threads.map(function, places[start : start + _AHEAD]):
+                if result is not None:
+                    yield result
 
 
 def check_files(

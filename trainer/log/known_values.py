@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -42,11 +42,12 @@ _FACTS, _VALUES, _OFFSETS, _PLACE = "facts.json", "values", "offsets", "place"
 
 
 class _Facts(NamedTuple):
-    """What the files of a vocabulary hold: text or integers, how many, and the bytes of the longest."""
+    """Of the files of a vocabulary: text or integers, how many, bytes of the longest, line breaks in all."""
 
     text: bool
     rows: int
     longest: int
+    breaks: int
 
 
 class KnownValues:
@@ -58,10 +59,13 @@ class KnownValues:
         values: no null among them and none twice; int64 or large_string.
         keys, places: their hashes (integers: themselves), ascending, and where in `values` each is.
         longest: bytes of the longest.
+        folder: where the files lie that these are mapped from, if others may find them there.
     """
 
-    def __init__(self, values: pa.Array, keys: Hashes | Ints, places: Ints, longest: int) -> None:
-        self.values, self.longest = values, longest
+    def __init__(
+        self, values: pa.Array, keys: Hashes | Ints, places: Ints, longest: int, folder: Path | None = None
+    ) -> None:
+        self.values, self.longest, self.folder = values, longest, folder
         self.text = not pa.types.is_integer(values.type)
         self._keys, self._places = keys, places
 
@@ -131,8 +135,11 @@ def known_values(
             # Whoever else starts now with the same vocabulary waits for the files.
             with locked(folder.with_name(f"{folder.name}.lock"), "each process writes its own", wait=True):
                 found = _opened(folder) or _build(file, digest, folder, rows, of_log)
-            with suppress(OSError):
-                drop_old(folder.parent, {folder.name})
+        # The digest is of lines, so where values hold line breaks, others may have the same one.
+        if _facts(folder).breaks and not _same(found.values, stream_values(file, digest, of_log=of_log)):
+            with scratch(folder.parent, folder.name) as part:
+                # Mapped files stay readable when their folder goes.
+                return _fill(file, digest, part, rows, of_log)
         with suppress(OSError):
             # It was used now; see `drop_old`.
             os.utime(folder)
@@ -141,6 +148,17 @@ def known_values(
         problem = f"its {rows:,} values cannot be kept in {folder.parent}: {error.strerror or error}"
         remedy = "make room there, or give `serve` another --cache"
         raise UnavailableError(file, f"{problem}; {remedy}") from None
+
+
+def drop_unused(used: Iterable[Path | None]) -> None:
+    """Delete the files of vocabularies beside those in use that nobody has opened for more than a day.
+
+    Args:
+        used: folders of all `KnownValues` in use, so call it once these are opened.
+    """
+    folders = [folder for folder in used if folder is not None]
+    for root in {folder.parent for folder in folders}:
+        drop_old(root, {folder.name for folder in folders if folder.parent == root})
 
 
 def map_values(file: Path, digest: str, folder: Path, *, of_log: bool = False) -> pa.Array:
@@ -197,22 +215,41 @@ def _large(file: Path) -> tuple[int, str]:
 def _build(file: Path, digest: str, folder: Path, rows: int, of_log: bool) -> KnownValues:
     voice.say(f"{file}: writing its {rows:,} values once into {folder}, where they are mapped")
     with scratch(folder.parent, folder.name) as part:
-        of_place = np.dtype(np.uint32 if rows < 1 << 32 else np.int64)
-        kinds: dict[str, npt.DTypeLike] = {KEY: np.uint64, _PLACE: of_place}
-        pieces = _written(stream_values(file, digest, of_log=of_log), part)
-        first = next(pieces)
-        if pa.types.is_integer(first.type):
-            kinds[KEY] = np.int64
-        found = sort_rows(_keyed(pieces), kinds, lambda: part)
-        for name, values in found.items():
-            # A few values of much text are in memory still.
-            if not (part / name).is_file():
-                (part / name).write_bytes(values.tobytes())
+        _fill(file, digest, part, rows, of_log)
         remove_folder(folder, strict=True)
         publish(part, folder)
     made = _opened(folder)
     assert made is not None
     return made
+
+
+def _fill(file: Path, digest: str, part: Path, rows: int, of_log: bool) -> KnownValues:
+    """Write the files of a vocabulary into an empty folder."""
+    of_place = np.dtype(np.uint32 if rows < 1 << 32 else np.int64)
+    kinds: dict[str, npt.DTypeLike] = {KEY: np.uint64, _PLACE: of_place}
+    pieces = _written(stream_values(file, digest, of_log=of_log), part)
+    first = next(pieces)
+    if pa.types.is_integer(first.type):
+        kinds[KEY] = np.int64
+    found = sort_rows(_keyed(pieces), kinds, lambda: part)
+    for name, values in found.items():
+        # A few values of much text are in memory still.
+        if not (part / name).is_file():
+            (part / name).write_bytes(values.tobytes())
+    made = _opened(part)
+    assert made is not None
+    made.folder = None
+    return made
+
+
+def _same(known: pa.Array, pieces: Iterator[pa.Array]) -> bool:
+    """Whether pieces, put together, are the values that are known."""
+    first = 0
+    for values in pieces:
+        if not values.equals(known.slice(first, len(values))):
+            return False
+        first += len(values)
+    return first == len(known)
 
 
 def _opened(folder: Path) -> KnownValues | None:
@@ -225,7 +262,7 @@ def _opened(folder: Path) -> KnownValues | None:
             return None
         keys = mapped(folder / KEY, np.uint64 if facts.text else np.int64)
         places = mapped(folder / _PLACE, np.uint32 if wide == 4 else np.int64)
-        return KnownValues(_values(folder, facts), keys, places, facts.longest)
+        return KnownValues(_values(folder, facts), keys, places, facts.longest, folder)
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
@@ -250,7 +287,7 @@ def _values(folder: Path, facts: _Facts) -> pa.Array:
 
 def _written(pieces: Iterator[pa.Array], folder: Path) -> Iterator[pa.Array]:
     """The same pieces, the first without values, once they are in the files of a folder."""
-    rows = size = longest = 0
+    rows = size = longest = breaks = 0
     with ExitStack() as opened:
         content, offsets = (opened.enter_context((folder / n).open("wb")) for n in (_VALUES, _OFFSETS))
         append(offsets, np.zeros(1, dtype=np.int64))
@@ -261,12 +298,14 @@ def _written(pieces: Iterator[pa.Array], folder: Path) -> Iterator[pa.Array]:
                 append(content, values.to_numpy())
             elif len(values):
                 bounds, data = text_of(values)
-                append(content, np.frombuffer(data, dtype=np.uint8))
+                letters = np.frombuffer(data, dtype=np.uint8)
+                append(content, letters)
+                breaks += int(np.count_nonzero(letters == ord("\n")))
                 append(offsets, bounds[1:] + size)
                 size, longest = size + len(data), max(longest, int(np.diff(bounds).max()))
             rows += len(values)
             yield values
-    facts = _Facts(text, rows, longest if text else 8)
+    facts = _Facts(text, rows, longest if text else 8, breaks)
     (folder / _FACTS).write_text(json.dumps(facts._asdict()), encoding="utf-8")
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +11,14 @@ import pyarrow as pa
 
 from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
-from trainer.data.files import RowGroup, check_files
+from trainer.data.files import READERS, RowGroup, ahead, check_files
 from trainer.data.labels import TaskLabels
 from trainer.data.row_group import GroupColumns, read_footer, read_group
 from trainer.log.schema import LogManifest
 from trainer.quality.ranking import Floats, Ints
-from trainer.ranks.machine import cores
 
 # Every user and item gets so many candidates with the mean label besides their own.
 STRENGTH = 10.0
-# Threads that read, and row groups that may be in memory at once.
-_THREADS, _AT_A_TIME = 8, 64
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def rate_table(
     total, count, candidates = np.zeros(tasks), np.zeros(tasks), 0
     read = {f"label_{name}": name for name in labels.labels}
     names = ["user_id", "num_candidates", *([] if items is None else ["candidate_item_id"]), *read]
-    footer = lru_cache(_THREADS)(read_footer)
+    footer = lru_cache(READERS)(read_footer)
 
     def decoded(place: RowGroup) -> tuple[Ints, Ints | None, npt.NDArray[np.float32]] | None:
         """Users, items and labels of the candidates of a row group."""
@@ -121,7 +114,7 @@ def rate_table(
             return None
         return user, item, label
 
-    for user, item, label in _ahead(decoded, check_files(config.log, manifest, "train", None)):
+    for user, item, label in ahead(decoded, check_files(config.log, manifest, "train", None)):
         total += np.nansum(label, axis=0, dtype=np.float64)
         count += (~np.isnan(label)).sum(axis=0)
         candidates += label.shape[0]
@@ -132,15 +125,6 @@ def rate_table(
         raise DataError("the training split has no candidates", file=config.log)
     overall = np.divide(total, count, out=np.full(tasks, np.nan), where=count > 0)
     return RateTable(overall, of_users, of_items)
-
-
-def _ahead(function: Callable[[RowGroup], Result | None], places: Sequence[RowGroup]) -> Iterator[Result]:
-    """What a function makes of row groups, in their order, some of them at the same time; without None."""
-    with ThreadPoolExecutor(min(_THREADS, cores()), "rates") as threads:
-        for start in range(0, len(places), _AT_A_TIME):
-            for result in threads.map(function, places[start : start + _AT_A_TIME]):
-                if result is not None:
-                    yield result
 
 
 def _log_odds(rate: Floats) -> Floats:

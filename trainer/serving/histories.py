@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from itertools import islice
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
-from trainer.data.files import RowGroup
+from trainer.data.files import READERS, RowGroup, ahead
 from trainer.data.labels import TaskLabels
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import Ints, read_footer, read_group
@@ -39,8 +38,6 @@ from trainer.storage.fetched import own_cache
 from trainer.storage.ranges import parquet_source
 from trainer.storage.sorted_rows import KEY, Rows, sort_rows
 
-# Row groups whose place is read together at the start.
-_AT_A_TIME = 4
 # Bytes of decoded row groups that stay in memory; the one that was read last stays, whatever its size.
 _CACHED = 256 << 20
 _MOST_FOOTERS = 64
@@ -178,9 +175,9 @@ class _Index(NamedTuple):
             DataError: a row group cannot be read, or `cache` cannot be written.
             ConfigError: many users, and no folder for a cache; see `own_cache`.
         """
-        with ThreadPoolExecutor(_AT_A_TIME, "index") as threads, ExitStack() as held:
-            lengths = partial(_lengths, lru_cache(_AT_A_TIME)(read_footer))
-            parts = (_placed(number, *found) for number, found in enumerate(threads.map(lengths, places)))
+        with ExitStack() as held:
+            lengths = partial(_lengths, lru_cache(READERS)(read_footer))
+            parts = (_placed(number, *found) for number, found in enumerate(ahead(lengths, places)))
             try:
                 rows = sort_rows(
                     parts,
@@ -193,8 +190,6 @@ class _Index(NamedTuple):
                     f"the places of histories cannot be kept in {own_cache(cache)}: {error.strerror or error}"
                 )
                 raise DataError(f"{problem}; make room there, or name another --cache") from None
-            finally:
-                threads.shutdown(cancel_futures=True)
         return _Index(*(rows[name] for name in _PLACED))
 
     def find(self, user: int) -> int | None:

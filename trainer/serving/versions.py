@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from embeddings.errors import TandemError, UnavailableError
+from trainer.log.known_values import drop_unused
 from trainer.serving.histories import HistoryStore
 from trainer.serving.scorer import Scorer
 from trainer.serving.vocabulary import vocabularies_of
@@ -104,6 +105,8 @@ class Versions:
             snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
         scorer = Scorer(snapshot, self.histories.chunk if self.histories else 0)
         scorer.vocabularies = vocabularies_of(snapshot, self._vocabulary, self._cache)
+        users = self.histories.users if self.histories is not None else None
+        drop_unused(each.folder for each in (*scorer.vocabularies.values(), users) if each is not None)
         # Once more with the searches that serve, which also brings what they need into memory.
         snapshot.check_own(snapshot.score(snapshot.recorded.batch))
         return scorer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -18,6 +19,8 @@ from trainer.storage.local import voice
 from trainer.storage.objects import LEFT_S, in_parallel, pieces
 
 _AT_ONCE = 4
+# Of a file that is not complete.
+_PART = re.compile(r"\..+\.[0-9a-f]{12}")
 
 
 def cache_of(folder: Path, cache: Path | None = None) -> Path:
@@ -96,7 +99,17 @@ def fetch(
                 raise fail(folder / name, "does not match the manifest, so it is corrupt")
         return True
 
+    for parent in {(into / name).parent for name in files}:
+        _drop_parts(parent)
     return any(in_parallel(one, sorted(files), _AT_ONCE))
+
+
+def _drop_parts(folder: Path) -> None:
+    """Delete what killed fetches left: parts that are older than a day."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if _PART.fullmatch(path.name) and _is_old(path):
+                path.unlink()
 
 
 def put(file: Path, content: bytes) -> None:
@@ -123,7 +136,19 @@ def _digest(file: Path) -> str:
 
 
 def drop_old(folder: Path, needed: set[str]) -> None:
-    """Delete what lies in a folder of fetched folders beside those needed, and has for more than a day."""
-    for path in folder.iterdir():
-        if path.name not in needed and time.time() - path.stat().st_mtime > LEFT_S:
-            shutil.rmtree(path, ignore_errors=True)
+    """Delete what lies in a folder of fetched folders and was not needed for more than a day."""
+    for name in needed:
+        # Another process, which needs others, sees that it was used now.
+        with suppress(OSError):
+            os.utime(folder / name)
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name not in needed and _is_old(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_old(path: Path) -> bool:
+    """False too where it went meanwhile."""
+    with suppress(OSError):
+        return time.time() - path.stat().st_mtime > LEFT_S
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tracemalloc
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 import trainer.log.known_values as module
 from embeddings.errors import DataError, UnavailableError
 from tests.helpers.vocabularies import all_large
-from trainer.log.known_values import KnownValues, known_values, map_values, values_of
+from trainer.log.known_values import KnownValues, drop_unused, known_values, map_values, values_of
 
 
 def written(file: Path, values: Sequence[Any]) -> str:
@@ -112,6 +113,45 @@ def test_values_that_are_spelled_alike_have_their_own_files(tmp_path: Path) -> N
         )
     assert text.text and not numbers.text
     assert text.ids(pa.array(["2"], pa.large_string())).tolist() == numbers.ids(pa.array([2])).tolist() == [2]
+
+
+def test_values_with_line_breaks_are_never_taken_for_those_of_another_file(tmp_path: Path) -> None:
+    """The digest is of lines, so both have the same one, and as many bytes."""
+    both = [["a\nb", "c", "d"], ["a", "b\nc", "d"]]
+    digests = [written(tmp_path / f"{at}.parquet", values) for at, values in enumerate(both)]
+    assert digests[0] == digests[1]
+    with all_large():
+        for at in (0, 1, 1, 0):
+            known = known_values(tmp_path / f"{at}.parquet", digests[0], tmp_path / "cache")
+            assert known.values.to_pylist() == both[at]
+            assert known.ids(pa.array([*both[at], *both[1 - at]], pa.large_string()))[:3].tolist() == [
+                1,
+                2,
+                3,
+            ]
+            assert (known.folder is None) == (at == 1)
+    # What the second one is mapped from is gone.
+    assert len(list((tmp_path / "cache" / "vocabularies").iterdir())) == 1
+
+
+def test_old_files_go_once_all_vocabularies_of_a_start_are_open(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def opened(name: str) -> KnownValues:
+        file = tmp_path / f"{name}.parquet"
+        return known_values(file, written(file, [name, "other"]), cache)
+
+    with all_large():
+        for name in ("forgotten", "users"):
+            folder = opened(name).folder
+            assert folder is not None
+            os.utime(folder, (0, 0))
+        # A new one, and one of days ago, which the writing of the new one leaves alone.
+        new, inode = opened("items"), (cache / "vocabularies").joinpath(folder.name).stat().st_ino
+        users = opened("users")
+    drop_unused([new.folder, users.folder, None])
+    assert {new.folder, users.folder} == set((cache / "vocabularies").iterdir())
+    assert users.folder == folder and folder.stat().st_ino == inode
 
 
 def test_another_vocabulary_and_a_full_disk_are_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from scipy.special import expit, logit
 from tests.helpers.logs import INFOS, Row, Shape, enrich, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.config.tasks import TaskConfig, resolve_tasks
+from trainer.data import files
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
 from trainer.quality import rates
@@ -76,7 +77,7 @@ def test_rates_are_added_up_in_order_and_footers_read_once(
     monkeypatch.setattr(rates, "read_footer", lambda file: (read.append(file), footer(file))[1])
     found = []
     for threads in (8, 3, 1):
-        monkeypatch.setattr(rates, "cores", lambda threads=threads: threads)
+        monkeypatch.setattr(files, "cores", lambda threads=threads: threads)
         scores = of(soft).scores["click"]
         found.append([scores[name].tolist() for name in ("mean_label", "item_rate", "user_item_rate")])
     # In the order of the row groups, each added up for itself.

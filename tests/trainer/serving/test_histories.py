@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.logs import Shape, enrich, random_rows, write_log
+from trainer.data import files
+from trainer.data.files import RowGroup
 from trainer.serving import histories
 from trainer.serving.histories import HistoryStore
 from trainer.serving.request import RequestError
@@ -124,3 +126,25 @@ def test_names_of_a_large_vocabulary_in_a_store(tmp_path: Path, monkeypatch: pyt
         (there / str(file.relative_to(log))).write_bytes(file.read_bytes())
     monkeypatch.setattr(histories, "_KEPT_NAMES", 0)
     assert HistoryStore(there).names("item_id", [100, 7, 101]) == {7: "n7", 100: "n100"}
+
+
+def test_row_groups_are_not_all_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those that wait to be sorted would be in memory, as many as there are."""
+    read: list[int] = []
+    waiting: list[int] = []
+
+    def lengths(footer: Any, place: RowGroup) -> tuple[Any, Any]:
+        read.append(place.row_group)
+        return np.array([place.row_group]), np.array([7])
+
+    def placed(number: int, *found: Any) -> Any:
+        waiting.append(len(read) - number)
+        return before(number, *found)
+
+    before = histories._placed
+    monkeypatch.setattr(histories, "_lengths", lengths)
+    monkeypatch.setattr(histories, "_placed", placed)
+    monkeypatch.setattr(files, "_AHEAD", 3)
+    index = histories._Index.of([RowGroup(tmp_path, number) for number in range(20)], None)
+    assert index.user.tolist() == index.group.tolist() == list(range(20))
+    assert len(waiting) == 20 and max(waiting) <= 3

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, SnapshotError
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.helpers.vocabularies import all_large
 from trainer.log.known_values import known_values
 from trainer.serving.histories import HistoryStore
-from trainer.storage import sorted_rows
-from trainer.storage.fetched import own_cache, shared_cache
+from trainer.storage import place, sorted_rows
+from trainer.storage.fetched import drop_old, fetch, own_cache, shared_cache
 
 
 @pytest.fixture
@@ -67,3 +67,31 @@ def test_a_command_without_cache_option_goes_on_in_the_temporary_folder(
         shared_cache()
     monkeypatch.undo()
     assert shared_cache() == own_cache()
+
+
+def aged(path: Path) -> Path:
+    os.utime(path, (0, 0))
+    return path
+
+
+def test_what_was_needed_lately_stays_and_what_a_killed_fetch_left_goes(tmp_path: Path) -> None:
+    pytest.importorskip("upath", reason="places in stores need requirements/s3.txt")
+    remote, local = place("memory://fetched/parts"), tmp_path / "v1"
+    (remote / "t").write_bytes(b"abc")
+    files = {"t": (3, hashlib.sha256(b"abc").hexdigest())}
+    assert fetch(remote, files, local, SnapshotError)
+    for name in (".t.0123456789ab", ".t.ba9876543210", "t.0123456789ab"):
+        (local / name).write_bytes(b"ab")
+    for name in (".t.0123456789ab", "t.0123456789ab", "t"):
+        aged(local / name)
+    # One that is young is being written, perhaps.
+    assert not fetch(remote, files, local, SnapshotError)
+    assert {path.name for path in local.iterdir()} == {"t", ".t.ba9876543210", "t.0123456789ab"}
+    aged(local)
+    drop_old(tmp_path, {"v1", "gone"})
+    drop_old(tmp_path, set())
+    assert local.is_dir()
+    aged(local)
+    drop_old(tmp_path, set())
+    assert not local.exists()
+    drop_old(tmp_path / "nowhere", set())
