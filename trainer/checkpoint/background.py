@@ -293,6 +293,7 @@ class _Save(threading.Thread):
             self.path = self._write()
         except CheckpointError as error:
             self.problem = error
-        except Exception as error:
-            # Raised in the training thread instead: here nobody would see it.
-            self.problem = CheckpointError(self.folder, f"the save broke off: {error}")
+        except BaseException as error:
+            # Raised in the training thread instead: here nobody would see it. DCP's own are no Exceptions.
+            reason = str(error).strip() or type(error).__name__
+            self.problem = CheckpointError(self.folder, f"the save broke off: {reason}")

@@ -24,6 +24,7 @@ from trainer.checkpoint import files
 from trainer.checkpoint.delta import Link
 from trainer.checkpoint.delta_files import ShardRows, open_rows
 from trainer.checkpoint.row_blocks import PIECE_BYTES, PieceReader
+from trainer.sealed_folder import raise_of_store
 
 _IDS_AT_ONCE = 1 << 20
 
@@ -163,6 +164,12 @@ class ChainReader(PieceReader):
 
 def _touched(shards: Sequence[ShardRows], table: str, rows: int) -> Iterator[Tensor]:
     for start in range(0, rows, _IDS_AT_ONCE):
-        stop, of_table = min(start + _IDS_AT_ONCE, rows), (each for each in shards if each.table == table)
-        if found := [ids for shard in of_table for _, ids in shard.ids_between(start, stop)]:
+        stop, found = min(start + _IDS_AT_ONCE, rows), list[Tensor]()
+        for shard in (each for each in shards if each.table == table):
+            try:
+                found += [ids for _, ids in shard.ids_between(start, stop)]
+            except OSError as error:
+                raise_of_store(shard.file, error)
+                raise CheckpointError(shard.file, f"cannot be read: {error.strerror or error}") from None
+        if found:
             yield torch.cat(found).unique()

@@ -213,12 +213,13 @@ def remove(folder: Path, first: Sequence[str], *, strict: bool = False) -> None:
         for name in first:
             with suppress(FileNotFoundError):
                 store.rm_file(f"{root}/{name}")
-        rest = store.find(root)
+        prefix = root.rstrip("/") + "/"
+        rest = [name for name in store.find(root) if name.startswith(prefix)]
         # What `rm` takes for a pattern may be the name of other objects, too.
-        patterns = [name for name in rest if set(name) & set("*?[")]
-        if len(patterns) < len(rest):
-            store.rm([name for name in rest if name not in set(patterns)])
-        in_parallel(store.rm_file, patterns)
+        patterns = {name for name in rest if set(name) & set("*?[")}
+        if plain := [name for name in rest if name not in patterns]:
+            store.rm(plain)
+        in_parallel(store.rm_file, sorted(patterns))
         # A store has no folders; other remote file systems do. What is none here is a bucket, which stays.
         with suppress(FileNotFoundError, NotImplementedError):
             if "/" in root.strip("/") and not set(root) & set("*?[") and store.exists(root):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -289,6 +290,17 @@ def test_a_reader_knows_what_was_touched_since(tmp_path: Path) -> None:
     # What a full one changed is not known, nor what lies before.
     assert reader.touched_since(WEIGHT, 3) is None
     assert TensorReader(tmp_path / files.final_name(4)).touched_since(WEIGHT, 1) is None
+
+
+def test_rows_that_are_cut_off_are_an_error_of_the_checkpoint(tmp_path: Path) -> None:
+    sparse(tmp_path)
+    reader = TensorReader(tmp_path / files.final_name(6))
+    found = reader.touched_since(WEIGHT, 5)
+    file = next((tmp_path / files.final_name(6)).glob("delta-*"))
+    assert found is not None
+    os.truncate(file, 8 + int.from_bytes(file.read_bytes()[:8], "little"))
+    with pytest.raises(CheckpointError, match=rf"{file.name}: cannot be read: ends at byte"):
+        list(found)
 
 
 @pytest.mark.parametrize(

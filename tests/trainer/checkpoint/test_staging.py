@@ -290,3 +290,14 @@ def test_on_a_gpu_shards_are_copied_into_locked_memory_of_their_size() -> None:
         assert taken["a"].untyped_storage().size() == taken["a"].nbytes
     copy.close()
     assert not taken["a"].is_pinned()
+
+
+@pytest.mark.parametrize("error", [dcp.api.CheckpointException("together", {}), SystemExit()])
+def test_a_save_that_ends_by_no_exception_has_failed(tmp_path: Path, error: BaseException) -> None:
+    def write() -> Path:
+        raise error
+
+    save = saving._Save(tmp_path, 1, write, None, 0)
+    save.start()
+    save.join()
+    assert save.problem is not None and "the save broke off: " in str(save.problem)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -361,3 +362,18 @@ def test_a_restarted_job_takes_nothing_back_from_the_one_that_took_over(
     with pytest.raises(ConfigError, match="another training began in this run folder"):
         newest.check_newest()
     start("a", restarts=4).check_newest()
+
+
+def test_only_what_lies_in_a_folder_is_deleted_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems find by the beginning of names."""
+    gone = list[str]()
+    names = ["box/run/a", "box/run/b[1]", "box/run-2/a"]
+    store = SimpleNamespace(
+        find=lambda root: [name for name in names if name.startswith(root)],
+        rm=gone.extend,
+        rm_file=gone.append,
+        exists=lambda root: False,
+    )
+    monkeypatch.setattr(objects, "store_of", lambda folder: (store, "box/run"))
+    objects.remove(Path("box/run"), (), strict=True)
+    assert sorted(gone) == names[:2]
