@@ -30,6 +30,7 @@ from launch.options import (
     Snapshot,
     Split,
     Version,
+    refuse_secrets_in,
 )
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
 
@@ -368,25 +369,11 @@ def bench(words: Annotated[list[str] | None, typer.Argument(metavar="[NAME] [OPT
     raise typer.Exit(run(words or []))
 
 
-def _refuse_secrets(words: Sequence[str]) -> None:
-    """Raises ConfigError where a word has credentials in an address: errors and logs would repeat them."""
-    for before, word in zip(["", *words], words, strict=False):
-        if ":" in word:
-            from embeddings.errors import ConfigError
-            from trainer.storage import refuse_secrets
-
-            try:
-                refuse_secrets(word)
-            except ConfigError as error:
-                option = f"{before} " if before.startswith("-") else ""
-                raise ConfigError(f"{option}{error}") from None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; `arguments` defaults to the process's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _refuse_secrets(words)
+        refuse_secrets_in(words)
         # The command itself: called as an app, Typer puts an exception hook of its own in place of ours.
         command = typer.main.get_command(app)
         with reporting_thread_errors(debug="--debug" in words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,3 +76,17 @@ Cache = Annotated[
     Option(parser=_local, metavar="DIR", help="What must be on this machine; else in ~/.cache."),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing log.")]
+
+
+def refuse_secrets_in(words: Sequence[str]) -> None:
+    """Raises ConfigError where a word has credentials in an address: errors and logs would repeat them."""
+    for before, word in zip(["", *words], words, strict=False):
+        if ":" in word:
+            from embeddings.errors import ConfigError
+            from trainer.storage import refuse_secrets
+
+            try:
+                refuse_secrets(word)
+            except ConfigError as error:
+                option = f"{before} " if before.startswith("-") else ""
+                raise ConfigError(f"{option}{error}") from None
