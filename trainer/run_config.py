@@ -17,6 +17,7 @@ from embeddings.first_rows import FirstWeights
 from embeddings.groups import EmbeddingSet, TableGroup, TableSpec
 from embeddings.optimizers import FusedOptimizer
 from trainer.config.model import CONTEXT_ROLES, OPTIONAL_ROLES, section_of
+from trainer.config.phases import PhaseConfig
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
 from trainer.config.tables import GroupConfig, GroupName, PlanConfig, SetConfig, TableConfig
 from trainer.config.tasks import Task, TaskConfig, TaskName
@@ -35,6 +36,7 @@ class Config(Settings):
     tables: dict[str, TableConfig] = Field(default_factory=dict)
     tasks: dict[TaskName, TaskConfig] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
+    phases: tuple[PhaseConfig, ...] = ()
     comms: CommsConfig = CommsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     plan: PlanConfig = PlanConfig()

@@ -167,6 +167,9 @@ class TrainConfig(Settings):
     fifth of the run."""
     decay: Decay = "linear"
     """`linear` and `cosine` let all learning rates fall to a thousandth at the last step."""
+    update: Literal["summed", "per_task"] = "summed"
+    """How the losses of several tasks update what they share. `summed` adds them up. `per_task` gives each
+    task a state of its own in every optimizer, and adds up the updates (AdaTask), see docs/schedules.md."""
     tables: TableRatesConfig = TableRatesConfig()
     """Another warm-up or decay for the learning rates of the tables, which are
     groups.<name>.learning_rate."""

@@ -41,7 +41,7 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 # Verb -> the keys that only its config has, and what the user should give instead.
 _VERBS: dict[str, tuple[set[str], str]] = {
     "train": (
-        {"data", "model", "groups", "tables", "tasks", "train", "comms", "checkpoint", "plan"},
+        {"data", "model", "groups", "tables", "tasks", "train", "phases"} | {"comms", "checkpoint", "plan"},
         "one with [data], [model] and [train], such as configs/dare.toml",
     ),
     "ingest": (
@@ -276,11 +276,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise ConfigError(f"--set {override}: write it as section.key=value")
     *sections, last = key.strip().split(".")
+    within: Any = tree
     for section in sections:
-        child = tree.setdefault(section, {})
-        if not isinstance(child, dict):
+        if isinstance(within, list):
+            child = _entry(within, section, override)
+        else:
+            child = within.setdefault(section, {})
+        if not isinstance(child, dict | list):
             raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
-        tree = child
+        within = child
+    if isinstance(within, list):
+        raise ConfigError(
+            f"--set {override}: {sections[-1]!r} is a list; give all of it, or a key of an entry"
+        )
     text = text.strip()
     try:
         parsed = tomllib.loads(f"value = {text}")
@@ -289,4 +297,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         parsed = {"value": text}
     if set(parsed) != {"value"}:
         raise ConfigError(f"--set ...={text}: give one value on one line")
-    tree[last] = parsed["value"]
+    within[last] = parsed["value"]
+
+
+def _entry(entries: list[Any], number: str, override: str) -> Any:
+    """An entry of an array of tables, `phases.0`."""
+    if not number.isdigit() or int(number) >= len(entries):
+        known = f"0 to {len(entries) - 1}" if entries else "none, for the list is empty"
+        raise ConfigError(f"--set {override}: {number!r} is no entry of the list; its entries are {known}")
+    return entries[int(number)]
