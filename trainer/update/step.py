@@ -22,6 +22,7 @@ from trainer.model.border import Cut
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.covariance import covariance_of
 from trainer.objectives.losses import rank_loss
+from trainer.objectives.retrieval import retrieval_loss_of
 from trainer.objectives.step_loss import StepLoss, Tally
 from trainer.run_config import Config
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
@@ -155,6 +156,7 @@ class TrainStep:
             world_size,
             rank,
             config.train.mean,
+            retrieval_loss_of(config.model, shell.tasks),
         )
         # Weights that only one task reaches.
         towers = [task.name for task in shell.tasks if task.has_tower]
