@@ -12,6 +12,7 @@ collections, and looks into no tensor. The trace does not enter those modules; a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -264,6 +265,14 @@ class TwoStageModel(nn.Module):
                 for name, parameter in self.named_parameters():
                     if not name.startswith("collections.") and "bias" not in name:
                         parameter.normal_(0.0, 0.01)
+
+    def dense_tensors(self) -> dict[str, Tensor]:
+        """Weights and buffers of everything but the tables, by their names in the state dict."""
+        return {
+            name: tensor.detach()
+            for name, tensor in chain(self.named_parameters(), self.named_buffers())
+            if not name.startswith("collections.")
+        }
 
     def own_parameters(self, task: str) -> list[nn.Parameter]:
         """The dense weights that no loss but this task's reaches: of the head, of what reads its sets, and of
