@@ -14,7 +14,7 @@ from trainer.config.phases import DENSE, GROUP, TABLES
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings
 from trainer.log.schema import LogManifest
-from trainer.model.settings import CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
+from trainer.model.settings import AUXILIARY_KEYS, CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
 from trainer.run_config import Config
 
 _SPLITS = ("train", "validation", "test")
@@ -142,12 +142,14 @@ def _of_model(model: ModelConfig) -> list[str]:
         for key in HEAD_KEYS
         if key not in model.head_kind.keys.model_fields and _changed(model, key)
     ]
-    if model.auxiliary_kind is None:
-        unused += [
-            f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "{model.auxiliary}")'
-            for key in ("auxiliary_weight", "auxiliary_hidden")
-            if _changed(model, key)
-        ]
+    kind = model.auxiliary_kind
+    keys = ["auxiliary_weight", "auxiliary_hidden"] if kind is None else []
+    keys += [key for key in AUXILIARY_KEYS if kind is None or key not in kind.keys.model_fields]
+    unused += [
+        f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "{model.auxiliary}")'
+        for key in keys
+        if _changed(model, key)
+    ]
     return unused
 
 
