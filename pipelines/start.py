@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -334,14 +334,22 @@ def check_writable(out: Path) -> None:
 
 
 def open_split(
-    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None, limit: int = 0
+    config: Config,
+    split: str,
+    rows: dict[str, int],
+    ranks: Ranks,
+    seed: int | None = None,
+    limit: int = 0,
+    domains: Collection[int] = (),
 ) -> SequenceLogReader:
     """This rank's reader of a split; shuffled where a seed is given. Collective.
 
     Args:
         limit: about so many candidates are read at most; 0 = the whole split.
+        domains: whose candidates are read; none = all. Of one reader of the whole split, `of_domains` makes
+            others without checking its files again.
     """
-    return SequenceLogReader(
+    reader = SequenceLogReader(
         config.data,
         split,
         rows,
@@ -355,3 +363,4 @@ def open_split(
         limit=limit,
         own_row_groups=ranks.device.type == "cuda",
     )
+    return reader.of_domains(domains) if domains else reader
