@@ -17,7 +17,7 @@ PRESETS = sorted(
 # What presets name that a log of one label, `click`, has not got.
 _RENAMED = {
     "esmm": ["tasks.conversion.label=click", "tasks.conversion_of_clicks.label=click"],
-    "crocodile": ["data.domain=category_id"],
+    **dict.fromkeys(("crocodile", "d_train", "d_train_joint", "d_train_pooled"), ["data.domain=category_id"]),
 }
 
 
