@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from benchmarks.planted.experiments.experiment import ByModel, Experiment, Measured, Values
 from pipelines.synth.factors import HEAD, TAIL
 
@@ -19,7 +21,7 @@ def _measure(of: Measured) -> Values:
 
 def _ordered(values: ByModel, *models: str) -> bool:
     worst = [values[model]["worst"] for model in models]
-    return all(before < after for before, after in zip(worst, worst[1:], strict=False))
+    return all(before < after for before, after in pairwise(worst))
 
 
 EXPERIMENT = Experiment(
