@@ -118,13 +118,18 @@ def phases_of(config: Config, domains: Sequence[int] = ()) -> tuple[Phase, ...]:
     return tuple(found)
 
 
-def phases_for(config: Config, manifest: LogManifest, tasks: Sequence[Task]) -> tuple[Phase, ...]:
+def phases_for(
+    config: Config, manifest: LogManifest, tasks: Sequence[Task], domains: Sequence[int] = ()
+) -> tuple[Phase, ...]:
     """The phases of a run.
+
+    Args:
+        domains: see `phases_of`.
 
     Raises:
         ConfigError: they do not go with the rest of the configuration, or with the log.
     """
-    phases = phases_of(config)
+    phases = phases_of(config, domains)
     for phase in phases if config.phases else ():
         if not manifest.holds(phase.settings.split):
             held = ", ".join(split for split in manifest.splits if manifest.holds(split))
