@@ -17,6 +17,7 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
 from trainer.data.reader import Cursor, SequenceLogReader
+from trainer.loop.averaging import Averaging
 from trainer.loop.early_stopping import Best, changed_watch, watched
 from trainer.loop.interrupts import Interrupts
 from trainer.loop.meter import Meter
@@ -74,6 +75,7 @@ class Trainer:
         self.stage = Stage(self.phases, model, self.optimizer, self.step, config.train.seed, self.supply)
         self.validation = Validation(model, validation, ranks, folder.path, self.stage)
         self.pipeline = Pipeline(config.train.pipeline, model, self.step, ranks.device)
+        self.averaging = Averaging(model, say)
         self._take_up(self.phases[0], 0)
         if remark := remark_on(config.train.pipeline, self.pipeline):
             say(remark)
@@ -141,6 +143,7 @@ class Trainer:
             for step, tally in trained:
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
                 self.at.candidates += step.batch.step_candidates
+                self.averaging.after_step(self.at, step.last)
                 self.meter.add(tally, step.batch.step_candidates)
                 if self.at.step % config.log_every == 0:
                     self._report()
@@ -202,6 +205,7 @@ class Trainer:
         self.schedules = dense_schedule(phase.train, steps), table_schedule(phase.train, steps)
         if self.stage.take_up(phase):
             self.pipeline = Pipeline(config.train.pipeline, self.model, self.step, self.ranks.device)
+        self.averaging.begin(phase)
 
     def _next_phase(self) -> None:
         """Measure where a phase has ended, go back to its best weights if it looked for them, and go on."""
@@ -351,9 +355,11 @@ class Trainer:
             "order": self.train_reader.order,
             "sample": self.validation.sample,
             "config": self.config.model_dump(mode="json"),
+            **self.averaging.state(),
         }
         from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
-        self.saver.save(self.at.step, self._tensors(), state, best=self.at.best.step, last=last)
+        tensors = {**self._tensors(), **self.averaging.tensors()}
+        self.saver.save(self.at.step, tensors, state, best=self.at.best.step, last=last)
         self.interrupts.restart_clock()
         # Time that no step has taken.
         self.meter.take_time()
@@ -373,6 +379,7 @@ class Trainer:
         check_reshardable(path, state, self.plan)
         check_same_order(path, state, self.train_reader.order, self.config.data.log)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
+        self.averaging.resume(path, state)
         # Older checkpoints know of no best.
         best, now = Best(**state.get("best", {})), self.phase.train.early_stopping
         why = changed_watch(state["config"], now, self.train_reader.columns.tasks)
