@@ -184,6 +184,8 @@ class Trainer:
 
     def _enter(self, phase: Phase) -> None:
         """Begin a phase, and train as it says."""
+        if phase.name:
+            self.say(phase.line(len(self.phases)))
         for line in self.stage.enter(phase):
             # Rows have changed that no step has looked up, so that no delta may build on what was saved.
             self.saver.follow(None)

@@ -25,6 +25,7 @@ from trainer.model.border import Cut
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.covariance import covariance_of
 from trainer.objectives.losses import rank_loss
+from trainer.objectives.retrieval import retrieval_loss_of
 from trainer.objectives.step_loss import StepLoss, Tally
 from trainer.run_config import Config
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
@@ -161,7 +162,8 @@ class TrainStep:
         shell = model.module
         assert isinstance(shell, TwoStageModel)
         self._lookups, self._dense = shell.lookups, dense_weights(model)
-        self._domains, self._covariance = shell.domains, covariance_of(config.model)
+        self._domains, self._settings = shell.domains, config.model
+        self._covariance = covariance_of(config.model)
         self._comms: Comms = getattr(model, "comms", AS_THEY_ARE)
         # The one thing that a forward pass changes: running statistics of batch normalisation.
         norms = [module for module in shell.modules() if isinstance(module, BatchNorm)]
@@ -188,7 +190,14 @@ class TrainStep:
         rank = dist.get_rank() if self._world_size > 1 else 0
         config = self._config
         return StepLoss(
-            tasks, config.objective, self._domains, self._covariance, self._world_size, rank, config.mean
+            tasks,
+            config.objective,
+            self._domains,
+            self._covariance,
+            self._world_size,
+            rank,
+            config.mean,
+            retrieval_loss_of(self._settings, tasks),
         )
 
     def weigh(self, weights: Mapping[str, float]) -> None:
