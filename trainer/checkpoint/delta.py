@@ -129,16 +129,21 @@ def touched_shards(tensors: Mapping[str, Any], bits: Mapping[ShardKey, Tensor]) 
     Args:
         tensors: the state dict of model and optimizer; bits: of `TouchedRows.take`.
     """
-    found: dict[ShardKey, TouchedShard] = {}
+    parts = row_parts(tensors)
+    # In the order of the marks; a watched shard that is no tensor's would be lost.
+    return [TouchedShard(key.table, key.row, marks, parts[key]) for key, marks in bits.items()]
+
+
+def row_parts(tensors: Mapping[str, Any]) -> dict[ShardKey, dict[str, LocalShard]]:
+    """Of each shard of a table on this rank, the tensors with its rows, as in `TouchedShard.parts`."""
+    found: dict[ShardKey, dict[str, LocalShard]] = {}
     for table, parts in _tensors_of_rows(tensors):
         shards = {name: list(local_shards(tensor)) for name, tensor in parts.items()}
         for place, shard in enumerate(next(iter(shards.values()))):
-            key = ShardKey(table, shard.row, shard.column)
-            if key in bits and len(shard.tensor):
+            if len(shard.tensor):
                 mine = {name: each[place] for name, each in shards.items()}
-                found[key] = TouchedShard(table, shard.row, bits[key], mine)
-    # In the order of the marks; a watched shard that is no tensor's would be lost.
-    return [found[key] for key in bits]
+                found[ShardKey(table, shard.row, shard.column)] = mine
+    return found
 
 
 def names_of_rows(tensors: Mapping[str, Any], tables: set[str]) -> list[str]:
