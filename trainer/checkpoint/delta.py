@@ -180,19 +180,22 @@ def without_rows(tensors: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     return {**tensors, "model": model, "optim": {**optim, "state": states}}
 
 
-def file_name(rank: int) -> str:
+def delta_name(rank: int) -> str:
     return f"delta-{rank:05d}.safetensors"
 
 
 def is_delta(name: str) -> bool:
-    """Whether a file of a checkpoint has this name because it holds rows."""
+    """Whether a file of a checkpoint has this name because it holds rows of a delta."""
     return name.startswith("delta-") and name.endswith(".safetensors")
 
 
 def write_rows(
-    folder: Path, rank: int, shards: Sequence[TouchedShard], before: Callable[[], None] = lambda: None
+    folder: Path,
+    file_name: str,
+    shards: Sequence[TouchedShard],
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write this rank's file, synced; -> its manifest entry, none where nothing was touched.
+    """Write a file of this rank, synced; -> its manifest entry, none where nothing was touched.
 
     Args:
         before: called before each piece, for tests.
@@ -211,7 +214,7 @@ def write_rows(
         described.append({"table": shard.table, "parts": parts})
     if not writing:
         return {}
-    file = folder / file_name(rank)
+    file = folder / file_name
     notes = {"format": "tandemrec.delta", "shards": json.dumps(described)}
     with TensorStream(file, layout, rows, notes=notes) as stream:
         for number, shard in enumerate(writing):
