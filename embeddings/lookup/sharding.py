@@ -66,11 +66,7 @@ def shard(
         sharded = DistributedModelParallel(
             model, device=device, plan=plan, sharders=sharders(comms, exchange), init_parameters=True
         )
-    if device.type == "cpu" and dist.get_world_size() > 2:
-        for module in sharded.modules():
-            if isinstance(module, DistributedDataParallel):
-                # A function without annotations, since torch does not understand postponed ones.
-                module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
+    average_in_order(sharded)
     first = {group.table_name(t): group.first for group in groups.values() for t in group.tables}
     for name, weight in sharded.state_dict().items() if first_rows else ():
         table = table_of(name)
@@ -79,6 +75,15 @@ def shard(
                 initial_rows_(part.tensor, table_seed(seed, table), first[table], part.row, part.column)
     sharded.comms = comms
     return sharded
+
+
+def average_in_order(sharded: DistributedModelParallel) -> None:
+    """Have a newly wrapped model's dense gradients averaged in the order of ranks, where that is not so."""
+    if sharded.device.type == "cpu" and dist.get_world_size() > 2:
+        for module in sharded.modules():
+            if isinstance(module, DistributedDataParallel):
+                # A function without annotations, since torch does not understand postponed ones.
+                module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
 
 
 def _average_in_order_of_ranks(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -41,11 +41,15 @@ class Lookups(nn.Module):
 
     Args:
         groups: by name; each says in what order its features come and whether they are added up.
+
+    Attributes:
+        frozen: groups whose tables stay as they are: no gradient reaches them.
     """
 
     def __init__(self, groups: Mapping[str, TableGroup]) -> None:
         super().__init__()
         self.groups = dict(groups)
+        self.frozen: frozenset[str] = frozenset()
         self._cuts: list[Cut] | None = None
 
     @contextmanager
@@ -67,7 +71,9 @@ class Lookups(nn.Module):
         for name, keyed in pooled.items():
             group = self.groups[name]
             vectors[name] = group.fuse(vectors_in_order(keyed, group.keys))
-            if self._cuts is not None and torch.is_grad_enabled():
+            if name in self.frozen:
+                vectors[name] = vectors[name].detach()
+            elif self._cuts is not None and torch.is_grad_enabled():
                 outside = vectors[name].detach().requires_grad_()
                 self._cuts.append(Cut(name, vectors[name], outside))
                 vectors[name] = outside

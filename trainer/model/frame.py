@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embeddings.lookup.jagged import select_bags
 from trainer.config.model import RolesConfig
@@ -278,8 +278,8 @@ class TwoStageModel(nn.Module):
             # A collection takes from the bags those of its own features.
             late = self.lookups(
                 {
-                    name: self.collections[name](
-                        retrievals.candidates if name in self.alone else retrievals.bags
+                    name: self._looked_up(
+                        name, retrievals.candidates if name in self.alone else retrievals.bags
                     )
                     for name in self.late
                 }
@@ -312,10 +312,15 @@ class TwoStageModel(nn.Module):
     def _stage_one(self, batch: RequestBatch) -> tuple[Retrievals, dict[str, Tensor]]:
         """What each branch kept, and the vectors that were looked up for it."""
         # All are started before any is waited for.
-        pooled = {name: self.collections[name](batch.features) for name in self.first}
-        pooled |= {name: self.collections[name](batch.context) for name in self.of_requests}
+        pooled = {name: self._looked_up(name, batch.features) for name in self.first}
+        pooled |= {name: self._looked_up(name, batch.context) for name in self.of_requests}
         vectors = self.lookups(pooled)
         return self.branches(batch, vectors), vectors
+
+    def _looked_up(self, name: str, bags: KeyedJaggedTensor) -> KeyedTensor:
+        """What the collection of a group gives; of a frozen group without a graph, as its rows stay."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.lookups.frozen):
+            return self.collections[name](bags)
 
 
 def head_sizes(

@@ -228,9 +228,9 @@ class StepLoss:
 
     def _silent(self, counts: Sequence[int]) -> list[str]:
         """Given the counts of all tasks on all ranks."""
-        if all(counts):
+        if all(counts) and all(task.task.weight for task in self.tasks.values()):
             return []
-        heard = [task.task for task in self.tasks.values() if counts[task.column]]
+        heard = [task.task for task in self.tasks.values() if counts[task.column] and task.task.weight]
         reached = {name for task in heard for name in (task.name, *task.settings.product)}
         return [task.name for task in self._all if task.has_tower and task.name not in reached]
 
