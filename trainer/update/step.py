@@ -25,10 +25,12 @@ from trainer.model.border import Cut
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.covariance import covariance_of
 from trainer.objectives.losses import rank_loss
+from trainer.objectives.retrieval import retrieval_loss_of
 from trainer.objectives.step_loss import StepLoss, Tally
 from trainer.run_config import Config
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
 from trainer.update.rules.summed import Summed
+from trainer.update.tied import TiedMaps
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]
@@ -144,6 +146,7 @@ class TrainStep:
     Attributes:
         losses: what the step trains by.
         number: of the newest step, for messages; a run that goes on sets it.
+        tied: maps of domains that are held equal, or None.
     """
 
     def __init__(
@@ -159,7 +162,8 @@ class TrainStep:
         shell = model.module
         assert isinstance(shell, TwoStageModel)
         self._lookups, self._dense = shell.lookups, dense_weights(model)
-        self._domains, self._covariance = shell.domains, covariance_of(config.model)
+        self._domains, self._settings = shell.domains, config.model
+        self._covariance = covariance_of(config.model)
         self._comms: Comms = getattr(model, "comms", AS_THEY_ARE)
         # The one thing that a forward pass changes: running statistics of batch normalisation.
         norms = [module for module in shell.modules() if isinstance(module, BatchNorm)]
@@ -172,6 +176,7 @@ class TrainStep:
         self._own = {name: shell.own_parameters(name) for name in towers}
         self._silent: Collection[str] = ()
         self._rule, self.number = Summed(), 0
+        self.tied: TiedMaps | None = None
         self._step: Step | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
@@ -185,7 +190,14 @@ class TrainStep:
         rank = dist.get_rank() if self._world_size > 1 else 0
         config = self._config
         return StepLoss(
-            tasks, config.objective, self._domains, self._covariance, self._world_size, rank, config.mean
+            tasks,
+            config.objective,
+            self._domains,
+            self._covariance,
+            self._world_size,
+            rank,
+            config.mean,
+            retrieval_loss_of(self._settings, tasks),
         )
 
     def weigh(self, weights: Mapping[str, float]) -> None:
@@ -228,6 +240,8 @@ class TrainStep:
                 reads late raises it in the next step, before that changes anything, or in `settle`.
         """
         cuts, self._cuts = self._cuts, []
+        if self.tied is not None:
+            self.tied.gather()
         if self._guard is not None:
             with record_function("## check ##"):
                 gradients = self._check(self._guard, cuts)
@@ -240,6 +254,8 @@ class TrainStep:
                 weight.grad = None
         with record_function("## optimizer ##"):
             self._optimizer.step()
+        if self.tied is not None:
+            self.tied.spread()
 
     def settle(self) -> None:
         """Read the answer to the last step's check, where the guard has not done so; collective if it is bad.
