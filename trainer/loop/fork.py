@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_every_rank
 from embeddings.errors import ConfigError, DataError
@@ -116,14 +117,15 @@ class Merge:
         size = {"kept_mb": round(self.kept_bytes / 1e6, 3)}
         return {"round": self.number, "lambda": self.shares, self.metric: chosen, "tried": tried, **size}
 
-    def text(self) -> str:
+    def text(self, step: int) -> str:
         shares = ", ".join(f"{share:.2g} {name}" for name, share in self.shares.items())
         alone = ", ".join(
             f"{name} {self._value(self.choice.alone(place)):.4f}" for place, name in enumerate(self.names)
         )
         value = self._value(self.choice.tried[self.choice.shares])
         left = f"; {', '.join(self.left)} will not go on" if self.left else ""
-        return f"merge {self.number}: {shares}; {self.metric} {value:.4f} (alone: {alone}){left}"
+        found = f"{shares}; {self.metric} {value:.4f} (alone: {alone})"
+        return f"merge {self.number} after step {step:,}: {found}{left}"
 
     def _value(self, value: float) -> float:
         return -value if self.metric in LOWER_IS_BETTER else value
@@ -174,6 +176,7 @@ class Fork:
         for branch in self.branches:
             other = branch.reads != self.phase.reads and at.cursor.blocks
             self.round.cursors.append(Cursor(at.cursor.epoch + 1) if other else at.cursor)
+        at.cursor = self.round.cursors[0]
         self._fork(at)
 
     def end(self) -> None:
@@ -192,7 +195,7 @@ class Fork:
         """Whether the present branch ends with the step just done; `last`: the last one of its pass."""
         # The first branch ends with the phase at the latest, the others where the first one did.
         limit = self.phase.train.max_steps
-        ends = bool(limit and at.steps_done(self.phase) >= limit) or (last and at.passes_done(self.phase, 1))
+        ends = bool(limit and at.steps_done >= limit) or (last and at.passes_done(self.phase, 1))
         return self.left(at) == 0 or (self.round.place == 0 and ends)
 
     def turn(self, at: Position, last: bool) -> Merge | None:
@@ -232,21 +235,8 @@ class Fork:
         moments |= {str(place): end for place, end in enumerate(self._ends)}
         return ForkFiles(moments, row_parts(self._tensors())).write
 
-    def check_same(self, state: Mapping[str, Any], where: str) -> None:
-        """Take up where a checkpoint stands; its tensors come with `resume`.
-
-        Raises:
-            ConfigError: the branches are others now.
-        """
-        if state["names"] != self.names:
-            raise ConfigError(
-                f"{self.phase.key}.fork.branches: {where} stands in a phase with the branches "
-                f"{', '.join(state['names'])}; keep them as they were, or name another --out"
-            )
-        self.round = Round.of_state(state)
-
     def resume(self, folder: Path, at: Position) -> None:
-        """Go on from a verified checkpoint that stands where `check_same` said, and whose weights are loaded.
+        """Go on from a verified checkpoint whose weights are loaded; `round` says where it stands.
 
         Raises:
             CheckpointError: what it keeps of the fork does not fit.
@@ -267,7 +257,7 @@ class Fork:
         now = self.round
         now.number, now.place, now.steps = now.number + 1, 0, 0
         now.step, now.candidates = at.step, at.candidates
-        now.fork_steps, now.fork_candidates = at.steps_done(self.phase), at.candidates_done
+        now.fork_steps, now.fork_candidates = at.steps_done, at.candidates_done
         self._ends, self._base = [], copied(self._dense())
         self._keep()
 
@@ -318,9 +308,7 @@ class Fork:
         names = [self.names[place] for place in now.going]
         kept = bytes_of([base, *(end.rows for end in self._ends)])
         left = self._prune(choice) if now.number == 1 else []
-        merge = Merge(
-            now.number, names, choice, self.settings.metric, measured[choice.shares], kept, left
-        )
+        merge = Merge(now.number, names, choice, self.settings.metric, measured[choice.shares], kept, left)
         now.history.append((step, merge.shares))
         return merge
 
@@ -349,13 +337,38 @@ class Fork:
         """Have the best branches go on, as many as asked for -> the names of the others."""
         now, keep = self.round, self.settings.keep or len(self.names)
         # The target's own always does; a value that there is not comes last, and equal ones in order.
-        others = sorted(
-            range(1, len(now.going)), key=lambda place: _last_if_none(choice.alone(place))
-        )
+        others = sorted(range(1, len(now.going)), key=lambda place: _last_if_none(choice.alone(place)))
         going = [0, *sorted(others[: keep - 1])]
         left = [self.names[now.going[place]] for place in range(len(now.going)) if place not in going]
         now.going = [now.going[place] for place in going]
         return left
+
+
+def keeper_of(model: DistributedModelParallel, tensors: Mapping[str, Any]) -> RowsBeforeChange:
+    """Of all rows of a model; `tensors`: its state dict and that of its optimizers."""
+    parts = row_parts(tensors)
+    return RowsBeforeChange(model, {key: [p.tensor for p in each.values()] for key, each in parts.items()})
+
+
+def go_on(fork: Fork | None, state: Mapping[str, Any], where: str) -> None:
+    """Have a fork stand where a checkpoint does; its tensors come with `Fork.resume`.
+
+    Args:
+        fork: of the present phase, if it has one; state: of the checkpoint; where: it, for the message.
+
+    Raises:
+        ConfigError: the phase had other branches.
+    """
+    before = state.get("fork") or {}
+    names = [*before.get("names", ())]
+    if names != ([] if fork is None else fork.names):
+        was = f"the branches {', '.join(names)}" if names else "no branches"
+        raise ConfigError(
+            f"phases.{state.get('phase', 0)}.fork: {where} stands in a phase with {was}; keep them as they "
+            "were, or name another --out"
+        )
+    if fork is not None:
+        fork.round = Round.of_state(before)
 
 
 def _last_if_none(value: float) -> float:

@@ -22,7 +22,7 @@ class Began:
 
 @dataclass(frozen=True)
 class Beside:
-    """Steps and candidates of a phase that do not count for its length: those of branches beside the first."""
+    """Steps and candidates of a phase that do not count for its length: of branches beside the first."""
 
     steps: int = 0
     candidates: int = 0
@@ -100,5 +100,4 @@ class Position:
 
     def progress(self, phase: Phase, pass_candidates: int) -> float:
         """Share of the phase done; `pass_candidates`: of one pass over what it reads."""
-        candidates = self.candidates - self.began.candidates
-        return progress_of(phase.train, self.steps_done, candidates, pass_candidates)
+        return progress_of(phase.train, self.steps_done, self.candidates_done, pass_candidates)
