@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,9 @@ import torch
 from torch import Tensor
 
 import pipelines.train
-from embeddings.errors import ConfigError
-from pipelines.start import open_split
 from tests.helpers.launching import ROOT, SETTINGS
 from tests.helpers.logs import Row, Shape, random_rows, write_log
-from tests.trainer.loop.test_phases import at, lines, same
-from trainer.loop.loop import Trainer
+from tests.trainer.loop.test_phases import at, lines
 from trainer.log.schema import FeatureInfo
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config, load_config
@@ -88,7 +84,9 @@ def whole(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def maps(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {name: each for name, each in tensors.items() if ".towers." in name and ".layers." in name}
-    assert found and all(each.shape[0] == DOMAINS for name, each in found.items() if name.startswith("model."))
+    assert found and all(
+        each.shape[0] == DOMAINS for name, each in found.items() if name.startswith("model.")
+    )
     return found
 
 
@@ -99,9 +97,15 @@ def last(run_: Path) -> int:
 def test_one_head_then_clones_then_each_domain_by_itself(whole: Path) -> None:
     """Copies are equal to the bit as long as they are tied; a domain's own phase moves its row alone."""
     for step in (1, PRE["steps"]):
-        assert all(torch.equal(each, each[:1].expand_as(each)) for each in maps(at(whole, step)).values() if each.dim())
+        assert all(
+            torch.equal(each, each[:1].expand_as(each))
+            for each in maps(at(whole, step)).values()
+            if each.dim()
+        )
     parted = maps(at(whole, PRE["steps"] + 1))
-    assert any(not torch.equal(each[0], each[1]) for name, each in parted.items() if name.startswith("model."))
+    assert any(
+        not torch.equal(each[0], each[1]) for name, each in parted.items() if name.startswith("model.")
+    )
     ends = {line["phase"]: line["step"] for line in lines(whole)}
     assert list(ends) == ["pre", "post", *(f"fine_domain{domain}" for domain in range(DOMAINS))]
     before = maps(at(whole, ends["post"]))

@@ -157,7 +157,7 @@ def test_a_reset_draws_new_weights_and_forgets_state_once(log: Path, whole: Path
 
 
 def test_a_phase_that_stops_early_hands_its_best_weights_on(log: Path, tmp_path: Path) -> None:
-    """No gain is large enough, so that the first validation stays the best: after step 2, with an end after 4.
+    """No gain is large enough: the first validation, after step 2, stays the best, and step 4 is the end.
 
     A start that stood between the two phases goes on to the same bits.
     """
