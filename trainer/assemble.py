@@ -147,6 +147,14 @@ def feature_rows(groups: Mapping[str, TableGroup]) -> dict[str, int]:
     return {table.feature: table.rows for group in groups.values() for table in group.tables}
 
 
+def with_lanes(groups: Mapping[str, TableGroup], tasks: Sequence[str]) -> dict[str, TableGroup]:
+    """The groups as they are trained: with a lane for each of the tasks after the first; see `TableGroup`."""
+    return {
+        name: replace(group, lanes=tuple(tasks[1:])) if group.shared_sets else group
+        for name, group in groups.items()
+    }
+
+
 def build_model(
     config: Config,
     groups: Mapping[str, TableGroup],
@@ -175,13 +183,13 @@ def build_trainable(
     Raises:
         ConfigError: the dense weights do not fit into this machine's memory while they are trained.
     """
-    groups = resolve_groups(config, manifest)
+    tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
+    groups = with_lanes(resolve_groups(config, manifest), config.lanes(tasks))
     collections = {}
     for name, group in groups.items():
         collections[name] = make_collection(group, device)
         attach_optimizer(collections[name], group.optimizer)
     numbers = count_numbers(config, manifest.numeric)
-    tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
 
     def build() -> TwoStageModel:
         model = build_model(config, groups, collections, tasks, numbers)

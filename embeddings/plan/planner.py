@@ -237,7 +237,7 @@ def placements(saved: SavedPlan, groups: Iterable[TableGroup]) -> list[Placement
     placed = {name: sharding for tables in saved.plan.plan.values() for name, sharding in tables.items()}
     lines = []
     for group in groups:
-        for table in group.tables:
+        for table in group.all_tables:
             name = group.table_name(table)
             sharding, (rows, dim, weight_bytes) = placed[name], saved.tables[name]
             kind, kernel, ranks = sharding.sharding_type, sharding.compute_kernel, tuple(sharding.ranks)
