@@ -35,7 +35,7 @@ from trainer.model.frame import TwoStageModel
 from trainer.model.settings import BranchConfig
 from trainer.model.sizes import Dimensions
 from trainer.needs.model_memory import check_dense, check_step
-from trainer.needs.run_needs import Run, check_memory, memory_needs
+from trainer.needs.run_needs import Run, check_memory, memory_needs, more_dense
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, build_groups
@@ -378,7 +378,14 @@ def plan_request(
     step_lookups = {} if size is None else lookups(config, groups, manifest, size, *place)
     comms = Comms(config.comms.forward, config.comms.backward)
     return PlanRequest(
-        model, tuple(groups.values()), cluster, config.plan.rules(), step_lookups, comms, voice.say
+        model,
+        tuple(groups.values()),
+        cluster,
+        config.plan.rules(),
+        step_lookups,
+        comms,
+        voice.say,
+        more_dense(config, groups.values()).held,
     )
 
 

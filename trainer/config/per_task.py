@@ -14,7 +14,7 @@ def against_per_task(
     """Problems, with what to do about them; `covariance`: the model has the loss of that name."""
     if train.optimizer != "adam":
         yield (
-            f'train.optimizer = "{train.optimizer}" decays weights once a step, and the rule has an update for '
+            f'train.optimizer = "{train.optimizer}" decays weights once a step, and the rule updates for '
             'each task; set train.optimizer = "adam" and leave train.weight_decay out'
         )
     if train.max_gradient_norm:
@@ -27,7 +27,7 @@ def against_per_task(
     for name, group in groups.items():
         if group.kind == "sequence":
             yield (
-                f'groups.{name}.kind = "sequence": each task adds a table of its own, and TorchRec looks up no '
+                f'groups.{name}.kind = "sequence": each task adds a table, and TorchRec looks up no '
                 'feature twice in sequences; use kind = "bag"'
             )
         if group.max_gradient:

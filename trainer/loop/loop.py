@@ -30,7 +30,7 @@ from trainer.run_config import Config
 from trainer.run_folder import MetricsLog, RunFolder
 from trainer.update.guard import Guard
 from trainer.update.schedule import dense_schedule, progress_of, run_steps, table_schedule
-from trainer.update.step import RateSetter, TrainStep, make_optimizer, reach_of
+from trainer.update.step import RateSetter, TrainStep, run_optimizer
 
 
 @dataclass
@@ -81,9 +81,7 @@ class Trainer:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
         self.log_fingerprint, self.plan = log_fingerprint, plan
         self.train_reader, self.validation_reader = train, validation
-        self.optimizer = make_optimizer(
-            model, config.train, rules=config.rules, reach=reach_of(model, config)
-        )
+        self.optimizer = run_optimizer(model, config)
         self.rates = RateSetter(model, self.optimizer)
         steps = run_steps(config.train, train.candidates, config.data.batch_candidates)
         self.schedules = dense_schedule(config.train, steps), table_schedule(config.train, steps)

@@ -81,6 +81,13 @@ def dense_weights(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
     return dict(in_backward_optimizer_filter(model.named_parameters()))
 
 
+def run_optimizer(
+    model: DistributedModelParallel, config: Config, fused: bool | None = None
+) -> CombinedOptimizer:
+    """That of a run, with a state for each task where its rule asks for it; `fused`: see `make_optimizer`."""
+    return make_optimizer(model, config.train, fused, config.rules, reach_of(model, config))
+
+
 def reach_of(model: DistributedModelParallel, config: Config) -> dict[str, tuple[str, ...]]:
     """Of each dense weight, the tasks whose losses reach it, for the rule `per_task`."""
     shell = model.module
