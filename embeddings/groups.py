@@ -7,6 +7,7 @@ role (attention or representation, target or behavior) is the model's business, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -220,6 +221,14 @@ class TableGroup:
 
     def _tables_of(self, name: str) -> tuple[TableSpec, ...]:
         return tuple(table for table in self.tables if table.set == name)
+
+
+def with_lanes(groups: Mapping[str, TableGroup], tasks: Sequence[str]) -> dict[str, TableGroup]:
+    """Groups as they are trained: with a lane for each of the tasks after the first."""
+    return {
+        name: replace(group, lanes=tuple(tasks[1:])) if group.shared_sets else group
+        for name, group in groups.items()
+    }
 
 
 class TableName(NamedTuple):

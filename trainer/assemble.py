@@ -15,7 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embeddings.agreement import from_every_rank, from_rank_0
 from embeddings.disk import free_disk
 from embeddings.errors import ConfigError, hint_of
-from embeddings.groups import TableGroup
+from embeddings.groups import TableGroup, with_lanes
 from embeddings.lookup.caches import with_prefetch
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.rounding import Comms
@@ -145,14 +145,6 @@ def count_domains(config: Config, manifest: LogManifest) -> int:
 def feature_rows(groups: Mapping[str, TableGroup]) -> dict[str, int]:
     """Feature -> rows of its tables: the bound that the reader checks ids against."""
     return {table.feature: table.rows for group in groups.values() for table in group.tables}
-
-
-def with_lanes(groups: Mapping[str, TableGroup], tasks: Sequence[str]) -> dict[str, TableGroup]:
-    """The groups as they are trained: with a lane for each of the tasks after the first; see `TableGroup`."""
-    return {
-        name: replace(group, lanes=tuple(tasks[1:])) if group.shared_sets else group
-        for name, group in groups.items()
-    }
 
 
 def build_model(
@@ -377,16 +369,8 @@ def plan_request(
     place = config.model.lookup, cluster.device
     step_lookups = {} if size is None else lookups(config, groups, manifest, size, *place)
     comms = Comms(config.comms.forward, config.comms.backward)
-    return PlanRequest(
-        model,
-        tuple(groups.values()),
-        cluster,
-        config.plan.rules(),
-        step_lookups,
-        comms,
-        voice.say,
-        more_dense(config, groups.values()).held,
-    )
+    rules, more = config.plan.rules(), more_dense(config, groups.values()).held
+    return PlanRequest(model, tuple(groups.values()), cluster, rules, step_lookups, comms, voice.say, more)
 
 
 def run_of(config: Config, manifest: LogManifest, request: PlanRequest, size: StepSize) -> Run:

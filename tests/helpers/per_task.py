@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
+from embeddings.lookup.shards import local_shards
 from pipelines.start import open_split
 from tests.helpers.models import model_of
 from tests.helpers.tables import whole_tensor
@@ -68,6 +69,30 @@ def fold(state: Mapping[str, Any]) -> dict[str, Tensor]:
             found[key] = found[key] + whole_tensor(weight)
         else:
             found[key] = whole_tensor(weight).clone()
+    return found
+
+
+def pieces(state: Mapping[str, Any]) -> dict[str, list[tuple[int, int, Tensor]]]:
+    """Of each weight, the parts on this rank: first row, first column, numbers."""
+    return {
+        name: [(row, column, part.detach().clone()) for part, row, column in local_shards(weight)]
+        for name, weight in state.items()
+    }
+
+
+def whole(of_ranks: Sequence[Mapping[str, Sequence[tuple[int, int, Tensor]]]]) -> dict[str, Tensor]:
+    """Weights in one piece, of the `pieces` of all ranks."""
+    found = {}
+    for name in of_ranks[0]:
+        parts = [part for each in of_ranks for part in each[name] if part[2].numel()]
+        if parts[0][2].dim() != 2:
+            found[name] = parts[0][2]
+            continue
+        rows = max(row + len(part) for row, _, part in parts)
+        weight = torch.full((rows, max(column + part.shape[1] for _, column, part in parts)), torch.nan)
+        for row, column, part in parts:
+            weight[row : row + len(part), column : column + part.shape[1]] = part
+        found[name] = weight
     return found
 
 

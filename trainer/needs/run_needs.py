@@ -310,7 +310,7 @@ def _of_lane(table: str) -> bool:
 
 
 def copy_bytes(held: RankMemory, dense: int, copies: int = _DENSE_SAVED) -> int:
-    """Bytes of a rank's shards, of the dense weights and of all their states, once: so many copies of these."""
+    """Bytes of a rank's shards, and of the dense weights with all their states: so many copies of them."""
     shards = held.weights + held.optimizer + held.host_weights + held.host_optimizer
     return shards + copies * dense
 
