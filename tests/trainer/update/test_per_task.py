@@ -107,7 +107,7 @@ def test_with_one_task_it_is_plain_adam_to_the_bit(log: Path, tmp_path: Path) ->
 
 
 def test_the_size_of_a_loss_does_not_matter(log: Path, tmp_path: Path) -> None:
-    """A thousand times as large, it moves no weight by more than a ten-thousandth of itself; the plain rule by far more."""
+    """A thousand times as large, it moves weights by less than a ten-thousandth of themselves."""
     moved = {}
     with process_group() as ranks:
         for rule in ("per_task", "summed"):
@@ -137,7 +137,7 @@ def test_a_task_without_labels_changes_nothing(log: Path, tmp_path: Path) -> Non
         def unobserved(step: Step) -> Step:
             labels = step.batch.labels.clone()
             labels[:, 1] = torch.nan
-            return replace(step, batch=replace(step.batch, labels=labels))
+            return replace(step, batch=replace(step.batch, labels=labels, sizes=None))
 
         steps = map(unobserved, islice(made.reader.steps(), 2, 4))
         assert len(list(made.pipeline.train(steps))) == 2
@@ -145,7 +145,8 @@ def test_a_task_without_labels_changes_nothing(log: Path, tmp_path: Path) -> Non
     others = {name for name in before if "conversion" in name}
     assert len(others) > 40
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert not changed & others and any("head.towers" in name for name in changed)
+    assert not changed & others, changed & others
+    assert any("head.towers" in name for name in changed)
 
 
 @given(
