@@ -37,7 +37,7 @@ from trainer.run_folder import MetricsLog, RunFolder
 from trainer.sealed_folder import write_text
 from trainer.update.guard import Guard
 from trainer.update.schedule import dense_schedule, run_steps, table_schedule
-from trainer.update.step import TrainStep, make_optimizer
+from trainer.update.step import TrainStep, run_optimizer
 
 
 class Trainer:
@@ -71,7 +71,7 @@ class Trainer:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
         self.log_fingerprint, self.plan = log_fingerprint, plan
         self.train_reader = train
-        self.optimizer = make_optimizer(model, config.train)
+        self.optimizer = run_optimizer(model, config)
         guard = Guard(ranks, folder.path)
         self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
         self.supply = supply if config.phases else None

@@ -187,6 +187,7 @@ def _train_of(train: TrainConfig, settings: PhaseConfig) -> TrainConfig:
         "epochs": settings.passes or _ENDLESS,
         "max_steps": settings.steps or 0,
         "learning_rate": settings.learning_rate or train.learning_rate,
+        "update": settings.update or train.update,
         "decay": settings.decay or train.decay,
         "tables": settings.tables or train.tables,
     }

@@ -78,6 +78,7 @@ class Stage:
         settings = phase.settings
         self._rates.rebase(settings.learning_rate, settings.table_learning_rates)
         self._step.weigh(settings.weights)
+        self._step.follow(phase.train.update)
         self._step.tied = self._heads.tied if settings.heads == "tied" else None
         return freeze(self._model, self._dense, self.frozen(phase))
 
