@@ -108,10 +108,12 @@ class RateSetter:
 
     def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
         self._fused = model.fused_optimizer
-        # Parameter -> the name of its table group.
+        # Parameter -> the name of its table group. A rank without a table of a group has none of it.
         names = {id(weight): name.split(".")[1] for name, weight in self._fused.params.items()}
-        self._groups: list[tuple[dict[str, Any], str]] = [
-            (group, names.get(id(group["params"][0]), "")) for group in optimizer.param_groups
+        tables = {id(group) for group in self._fused.param_groups}
+        self._groups: list[tuple[dict[str, Any], str | None]] = [
+            (group, names.get(next(map(id, group["params"]), 0), "") if id(group) in tables else None)
+            for group in optimizer.param_groups
         ]
         self._first = [float(group["lr"]) for group, _ in self._groups]
         self._base = self._first
@@ -122,14 +124,14 @@ class RateSetter:
         Args:
             tables: name of a table group -> rate.
         """
-        given = {"": dense, **(tables or {})}
+        given: dict[str | None, float | None] = {None: dense, **(tables or {})}
         rates = [(given.get(name), first) for (_, name), first in zip(self._groups, self._first, strict=True)]
         self._base = [first if rate is None else rate for rate, first in rates]
 
     def set(self, dense: float, tables: float) -> None:
         """In force from the next backward pass on."""
         for (group, name), base in zip(self._groups, self._base, strict=True):
-            group["lr"] = base * (tables if name else dense)
+            group["lr"] = base * (dense if name is None else tables)
         # The kernels keep a copy of the rate, which only this call renews; it updates no weight.
         self._fused.step()
 
