@@ -80,6 +80,11 @@ class StagedCopy:
                     raise MemoryError(f"{room.nbytes / 1e6:,.1f} MB cannot be page-locked: {error}") from None
                 self._locked.append(room.data_ptr())
 
+    def fits(self, tree: Any) -> bool:
+        """Whether there is room for such a tree: a phase may have tensors that others have not."""
+        parts = ([part.shape for part in _parts(leaf)] for leaf in tensors_of(tree))
+        return [[part.shape for part in _parts(room)] for room in self._leaves] == list(parts)
+
     def take(self, tree: Any) -> Any:
         """The tree with copies of its tensors, which stay as they are until the next call."""
         devices = set()

@@ -98,6 +98,12 @@ def dense_weights(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
     return dict(in_backward_optimizer_filter(model.named_parameters()))
 
 
+def dense_optimizer(optimizer: CombinedOptimizer) -> DenseOptimizer:
+    """The one of everything dense, of those of `make_optimizer`."""
+    (dense,) = (part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer))
+    return dense
+
+
 class RateSetter:
     """Sets the learning rates to multiples of what they were at the start, or of what `rebase` says."""
 
@@ -181,8 +187,7 @@ class TrainStep:
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
         self._unread: Check | None = None
-        parts = [part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer)]
-        (self._dense_optimizer,) = parts
+        self._dense_optimizer = dense_optimizer(optimizer)
         if guard is not None and guard.reads_late and not self._dense_optimizer.fused:
             raise ValueError("a guard that reads late needs make_optimizer(..., fused=True)")
 
