@@ -81,9 +81,12 @@ class StagedCopy:
                 self._locked.append(room.data_ptr())
 
     def fits(self, tree: Any) -> bool:
-        """Whether there is room for such a tree: a phase may have tensors that others have not."""
-        parts = ([part.shape for part in _parts(leaf)] for leaf in tensors_of(tree))
-        return [[part.shape for part in _parts(room)] for room in self._leaves] == list(parts)
+        """Whether the memory is that of the tensors of `tree`."""
+        sizes, own = (
+            [part.shape for leaf in leaves for part in _parts(leaf)]
+            for leaves in (tensors_of(tree), self._leaves)
+        )
+        return sizes == own
 
     def take(self, tree: Any) -> Any:
         """The tree with copies of its tensors, which stay as they are until the next call."""

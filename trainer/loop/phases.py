@@ -8,13 +8,13 @@ clones) is done once, when it is entered; a run that is resumed inside a phase o
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from embeddings.errors import ConfigError
-from trainer.config.phases import PhaseConfig
+from trainer.config.phases import TABLES, PhaseConfig
 from trainer.config.sections import TrainConfig
 from trainer.config.tasks import Task
 from trainer.data.reader import Cursor
@@ -83,6 +83,18 @@ class Phase:
         if not unfinished or (self.settings.passes is None and self.reads == before.reads):
             return cursor
         return Cursor(cursor.epoch + 1)
+
+
+def branches_of(phase: Phase) -> tuple[Phase, ...]:
+    """A phase as it is in each of its branches, as far as they train and read something else."""
+    found, settings, fork = [], phase.settings, phase.settings.fork
+    for place, branch in enumerate(fork.branches if fork is not None else ()):
+        given: dict[str, Any] = {"weights": {**settings.weights, **branch.weights}}
+        if fork is not None and fork.scope == "dense" and place:
+            given["freeze"] = (*settings.freeze, TABLES)
+        domains = branch.domains or phase.domains
+        found.append(replace(phase, settings=settings.model_copy(update=given), domains=domains))
+    return tuple(found)
 
 
 def phases_of(config: Config, domains: Sequence[int] = ()) -> tuple[Phase, ...]:
@@ -214,12 +226,23 @@ def _check_phase(config: Config, settings: PhaseConfig, where: str) -> None:
         raise ConfigError(
             f"{where}.early_stopping counts validations: set train.validate_every to the steps between two"
         )
+    _check_average(settings, where)
     _known(settings.table_learning_rates, config.groups, f"{where}.table_learning_rates")
     weights = {f"{where}.weights": settings.weights}
     for place, branch in enumerate(settings.fork.branches if settings.fork is not None else ()):
         weights[f"{where}.fork.branches.{place}.weights"] = branch.weights
     for key, given in weights.items() if config.tasks else ():
         _known(given, config.tasks, key)
+
+
+def _check_average(settings: PhaseConfig, where: str) -> None:
+    average, stops = settings.average, settings.stops
+    if stops and (average.kind == "beta" or average.adopt):
+        key = 'average.kind = "beta"' if average.kind == "beta" else "average.adopt"
+        raise ConfigError(
+            f"{where}: {key} needs the end of the phase to be known, and early_stopping may end it earlier, "
+            'with its best weights; take average.kind = "ema" without adopt, or no early_stopping'
+        )
 
 
 def _known(names: Collection[str], known: Collection[str], where: str) -> None:

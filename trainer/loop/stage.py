@@ -13,7 +13,7 @@ from embeddings.groups import TableGroup
 from embeddings.private import BatchNorm
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.heads_of_domains import HeadsOfDomains
-from trainer.loop.phases import Phase
+from trainer.loop.phases import Phase, branches_of
 from trainer.update.freezing import freeze, keep_statistics
 from trainer.update.kept import KeptWeights
 from trainer.update.parts import Parts
@@ -63,7 +63,8 @@ class Stage:
         self.whole = Parts(frozenset(model.module.lookups.groups), frozenset(self._dense))
         self._heads = HeadsOfDomains(model, optimizer)
         for phase in phases if supply is not None else ():
-            self._check(phase)
+            for each in (phase, *branches_of(phase)):
+                self._check(each)
 
     def set_rates(self, dense: float, tables: float) -> None:
         """Multiples of the phase's learning rates, see `RateSetter.set`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from trainer.checkpoint import save_load as checkpoint
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.early_stopping import Best, changed_watch, watched
 from trainer.loop.phases import Phase, stopping_before
@@ -95,7 +96,13 @@ class Validation:
             return {"sample": self.sample, "best": asdict(best)}
         return {"sample": self.sample, "best": asdict(Best()), "kept": asdict(best)}
 
-    def best_of(self, state: dict[str, Any], phase: Phase, tasks: Collection[str]) -> tuple[Best, str]:
+    def tensors(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides, of the best weights."""
+        return {} if self.kept is None else {"kept": self.kept.tensors}
+
+    def resume(
+        self, path: Path, state: dict[str, Any], phase: Phase, tasks: Collection[str]
+    ) -> tuple[Best, str]:
         """The best validation of the phase so far, as a checkpoint knows it; a line where it is forgotten.
 
         Args:
@@ -110,6 +117,8 @@ class Validation:
             why = "validations score other candidates since (train.validate_candidates)"
         if not why and ("kept" in state) != (self.kept is not None):
             why = f"{phase.key}: other parts are frozen since"
+        if not why and self.kept is not None:
+            checkpoint.load_tensors(path, self.tensors())
         if best == Best() or not why:
             return best, ""
         return Best(), f"{why}: the best validation so far, after step {best.step:,}, is no longer kept"
