@@ -175,6 +175,15 @@ def place_of_phase(phases: Sequence[Phase], state: dict[str, Any], where: str) -
     return number
 
 
+def stopping_before(config: dict[str, Any], phase: Phase) -> dict[str, Any]:
+    """When a phase ended early by the config that a checkpoint keeps."""
+    phases = config.get("phases", [])
+    if not phases:
+        return dict(config["train"].get("early_stopping", {}))
+    given = phases[phase.place] if phase.place < len(phases) else {}
+    return dict(given.get("early_stopping") or {})
+
+
 def _short(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {each}" for name, each in value.items())

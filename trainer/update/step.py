@@ -103,6 +103,12 @@ def reach_of(model: DistributedModelParallel, config: Config) -> dict[str, tuple
     return reached_by(dense_weights(model), owned, reached)
 
 
+def dense_optimizer(optimizer: CombinedOptimizer) -> DenseOptimizer:
+    """The one of everything dense, of those of `make_optimizer`."""
+    (dense,) = (part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer))
+    return dense
+
+
 class RateSetter:
     """Sets the learning rates to multiples of what they were at the start, or of what `rebase` says."""
 
@@ -124,9 +130,8 @@ class RateSetter:
         Args:
             tables: name of a table group -> rate.
         """
-        given: dict[str | None, float | None] = {None: dense, **(tables or {})}
-        rates = [(given.get(name), first) for (_, name), first in zip(self._groups, self._first, strict=True)]
-        self._base = [first if rate is None else rate for rate, first in rates]
+        given = [dense if name is None else (tables or {}).get(name) for _, name in self._groups]
+        self._base = [first if rate is None else rate for rate, first in zip(given, self._first, strict=True)]
 
     def set(self, dense: float, tables: float) -> None:
         """In force from the next backward pass on."""
@@ -188,8 +193,7 @@ class TrainStep:
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
         self._unread: Check | None = None
-        parts = [part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer)]
-        (self._dense_optimizer,) = parts
+        self._dense_optimizer = dense_optimizer(optimizer)
         self._shell, self._reach = shell, reach_of(model, config)
         self._lanes = config.lanes(shell.tasks)
         first = config.phases[0].update if config.phases else None
