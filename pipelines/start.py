@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -76,8 +76,8 @@ class Start:
     Attributes:
         config: the run's config; manifest: of its log; folder: of the run; ranks: this rank's place.
         resume: the checkpoint to go on from; fingerprint: of the log.
-        groups: with the rows that the log's ids need; train, validation: this rank's readers; readers: those
-            that phases have asked for, by what they read.
+        groups: with the rows that the log's ids need; train, validation: this rank's readers; domains: ids
+            that phases of each domain are for; readers: of splits that phases have asked for.
     """
 
     config: Config
@@ -89,7 +89,8 @@ class Start:
     groups: dict[str, TableGroup]
     train: SequenceLogReader
     validation: SequenceLogReader | None
-    readers: dict[tuple[str, tuple[int, ...]], SequenceLogReader] = field(default_factory=dict)
+    domains: tuple[int, ...] = ()
+    readers: dict[str, SequenceLogReader] = field(default_factory=dict)
 
     @property
     def heads(self) -> TaskHeads:
@@ -97,21 +98,27 @@ class Start:
         tasks = resolve_tasks(self.config.tasks, self.manifest.tasks)
         return TaskHeads.of(self.config.model, tasks, self.groups)
 
-    def reader(self, phase: Phase) -> SequenceLogReader:
-        """Of the candidates that a phase reads; collective where they are others than those of `train`."""
-        if phase.reads == _ALL:
-            return self.train
-        if phase.reads not in self.readers:
-            split, _ = phase.reads
+    def reader(self, phase: Phase, first_epoch: int = 0) -> SequenceLogReader:
+        """Of the candidates that a phase reads; collective where they are others than those of `train`.
+
+        Args:
+            first_epoch: see `SequenceLogReader.of_domains`.
+        """
+        split, domains = phase.reads
+        if split not in self.readers:
             rows, seed = feature_rows(self.groups), self.config.train.seed
-            self.readers[phase.reads] = open_split(self.config, split, rows, self.ranks, seed=seed)
-        return self.readers[phase.reads]
+            whole = self.train
+            if split != whole.split:
+                whole = open_split(self.config, split, rows, self.ranks, seed=seed)
+            self.readers[split] = whole
+        whole = self.readers[split]
+        return whole.of_domains(domains, first_epoch) if domains else whole
 
     def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
         """The model with everything that trains it, still with its first weights; collective."""
         plan = to_tree(sharded.plan)
         fresh = partial(_fresh_dense, self.config, self.manifest)
-        supply = Supply(self.groups, fresh, self.reader)
+        supply = Supply(self.groups, fresh, self.reader, self.domains)
         return Trainer(
             self.config,
             sharded.model,
@@ -183,12 +190,15 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     step = resume.state.get("step", 0)
     note_start(folder, config, step, checking=checking)
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
-    phases = phases_for(config, manifest, tasks)
+    # Before files are checked; which domains there are is not known yet.
+    phases_for(config, manifest, tasks, domains=(0,))
     groups = resolve_groups(config, manifest)
     trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)
+    domains = _domains(config, train)
+    phases = phases_for(config, manifest, tasks, domains)
     validation = None
     if manifest.holds("validation"):
         validation = open_split(config, "validation", rows, ranks, limit=config.train.validate_candidates)
@@ -215,7 +225,16 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     if not config.phases:
         for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
             say(line)
-    return Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation)
+    start = Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation, domains)
+    # What they name is there.
+    _ = [start.reader(phase) for phase in phases]
+    return start
+
+
+def _domains(config: Config, train: SequenceLogReader) -> tuple[int, ...]:
+    """The ids that have candidates, where phases of each domain are for those; collective."""
+    needed = any(phase.each and not phase.domains for phase in config.phases)
+    return tuple(train.by_domain) if needed else ()
 
 
 def _fresh_dense(config: Config, manifest: LogManifest, seed: int) -> dict[str, torch.Tensor]:
@@ -346,14 +365,22 @@ def check_writable(out: Path) -> None:
 
 
 def open_split(
-    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None, limit: int = 0
+    config: Config,
+    split: str,
+    rows: dict[str, int],
+    ranks: Ranks,
+    seed: int | None = None,
+    limit: int = 0,
+    domains: Collection[int] = (),
 ) -> SequenceLogReader:
     """This rank's reader of a split; shuffled where a seed is given. Collective.
 
     Args:
         limit: about so many candidates are read at most; 0 = the whole split.
+        domains: whose candidates are read; none = all. Of one reader of the whole split, `of_domains` makes
+            others without checking its files again.
     """
-    return SequenceLogReader(
+    reader = SequenceLogReader(
         config.data,
         split,
         rows,
@@ -367,3 +394,4 @@ def open_split(
         limit=limit,
         own_row_groups=ranks.device.type == "cuda",
     )
+    return reader.of_domains(domains) if domains else reader

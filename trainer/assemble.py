@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,7 @@ from embeddings.plan.tables import dense_bytes, tables_of
 from trainer.config.model import section_of
 from trainer.config.places import place_of
 from trainer.config.tasks import Task, resolve_tasks
+from trainer.config.toml import flat_settings
 from trainer.data.domain import DomainColumn
 from trainer.log.schema import LogManifest
 from trainer.model.frame import TwoStageModel
@@ -319,15 +320,6 @@ def check_same_rules(settings: Mapping[str, Any], config: Config, where: str) ->
             raise ConfigError(
                 f"{where}: made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; plan again"
             )
-
-
-def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a config as (`section.key`, value)."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat_settings(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def fit_caches(saved: SavedPlan, ahead: bool, model: TwoStageModel) -> tuple[SavedPlan, str]:

@@ -23,7 +23,7 @@ from trainer.loop.interrupts import Interrupts
 from trainer.loop.meter import Meter
 from trainer.loop.phases import Phase, phases_of, place_of_phase
 from trainer.loop.pipeline import Pipeline, remark_on
-from trainer.loop.position import Position
+from trainer.loop.position import Began, Position
 from trainer.loop.progress import Progress
 from trainer.loop.stage import Stage, Supply
 from trainer.loop.validation import Validation
@@ -76,7 +76,7 @@ class Trainer:
         self.validation = Validation(model, validation, ranks, folder.path, self.stage)
         self.pipeline = Pipeline(config.train.pipeline, model, self.step, ranks.device)
         self.averaging = Averaging(model, say)
-        self._take_up(self.phases[0])
+        self._take_up(self.phases[0], 0)
         if remark := remark_on(config.train.pipeline, self.pipeline):
             say(remark)
         self.at = Position()
@@ -133,7 +133,7 @@ class Trainer:
         stretches: Iterable[int | None] = [None]
         every = config.validate_every
         if every and self.validation.reader is not None:
-            stretches = chain([every - self.at.step % every], repeat(every))
+            stretches = chain([every - self.at.steps_done % every], repeat(every))
         with (
             closing(self.train_reader.steps(self.at.cursor)) as steps,
             # A pipeline reads ahead, but not beyond the last step.
@@ -147,7 +147,7 @@ class Trainer:
                 self.meter.add(tally, step.batch.step_candidates)
                 if self.at.step % config.log_every == 0:
                     self._report()
-                if every and self.at.step % every == 0:
+                if every and self.at.steps_done % every == 0:
                     self._validate()
                 self._between_steps(step.last and self.at.passes_done(self.phase, 1) and self._last_phase)
                 self.ranks.check_launcher()
@@ -166,7 +166,7 @@ class Trainer:
 
     def _rate_factors(self) -> tuple[float, float]:
         """Of dense weights and of tables, see `trainer.update.schedule`."""
-        step, progress = self.at.steps_done(self.phase), self._progress()
+        step, progress = self.at.steps_done, self._progress()
         dense, tables = (schedule.factor(step, progress) for schedule in self.schedules)
         return dense, tables
 
@@ -187,17 +187,20 @@ class Trainer:
 
     def _enter(self, phase: Phase) -> None:
         """Begin a phase, and train as it says."""
+        if phase.name:
+            self.say(phase.line(len(self.phases)))
         for line in self.stage.enter(phase):
             # Rows have changed that no step has looked up, so that no delta may build on what was saved.
             self.saver.follow(None)
             self.say(f"phase {phase.name}: {line}")
-        self._take_up(phase)
+        self._take_up(phase, self.at.began.epoch)
 
-    def _take_up(self, phase: Phase) -> None:
-        """Train as a phase says, from wherever in it."""
+    def _take_up(self, phase: Phase, first_epoch: int) -> None:
+        """Train as a phase says that began in this epoch, from wherever in it."""
         self.phase, config = phase, self.config
         if self.supply is not None:
-            self.train_reader = self.supply.reader(phase)
+            # What a domain reads by itself does not depend on the passes of others.
+            self.train_reader = self.supply.reader(phase, 0 if phase.each is None else first_epoch)
         steps = run_steps(phase.train, self.train_reader.candidates, config.data.batch_candidates)
         self.schedules = dense_schedule(phase.train, steps), table_schedule(phase.train, steps)
         if self.stage.take_up(phase):
@@ -371,7 +374,8 @@ class Trainer:
         path, state = start.path, start.state
         if path is None:
             return
-        self._take_up(self.phases[place_of_phase(self.phases, state, path.name)])
+        phase = self.phases[place_of_phase(self.phases, state, path.name)]
+        self._take_up(phase, Began(**state.get("began", {})).epoch)
         check_reshardable(path, state, self.plan)
         check_same_order(path, state, self.train_reader.order, self.config.data.log)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))

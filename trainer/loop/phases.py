@@ -22,6 +22,8 @@ from trainer.log.schema import LogManifest
 from trainer.loop.early_stopping import check_watched
 from trainer.run_config import Config
 
+# What is said of a phase when it begins, where it is given.
+_TOLD = ("weights", "freeze", "train", "heads", "update", "learning_rate", "table_learning_rates")
 # Passes of a phase that ends by steps.
 _ENDLESS = 1 << 40
 
@@ -55,6 +57,21 @@ class Phase:
     def reads(self) -> tuple[str, tuple[int, ...]]:
         """The split and the domains that it reads; phases with the same ones share a pass."""
         return self.settings.split, self.domains
+
+    def line(self, count: int) -> str:
+        """What it is, of so many phases."""
+        settings, given = self.settings, self.settings.model_dump(exclude_defaults=True)
+        length = [f"{settings.steps:,} step(s)" if settings.steps else f"{settings.passes} pass(es)"]
+        if self.reads != ("train", ()):
+            length.append(f"reads {settings.split}")
+        if self.domains:
+            length.append(f"domains {', '.join(map(str, self.domains))}")
+        words = [
+            f"{key} = {_short(given[key])}"
+            for key in _TOLD
+            if key in given and given[key] not in ((), {}, "")
+        ]
+        return f"phase {self.number + 1} of {count}, {self.name}: {'; '.join([*length, *words])}"
 
     def seed(self, seed: int) -> int:
         """Of what is random when it is entered; `seed`: `train.seed`."""
@@ -101,13 +118,18 @@ def phases_of(config: Config, domains: Sequence[int] = ()) -> tuple[Phase, ...]:
     return tuple(found)
 
 
-def phases_for(config: Config, manifest: LogManifest, tasks: Sequence[Task]) -> tuple[Phase, ...]:
+def phases_for(
+    config: Config, manifest: LogManifest, tasks: Sequence[Task], domains: Sequence[int] = ()
+) -> tuple[Phase, ...]:
     """The phases of a run.
+
+    Args:
+        domains: see `phases_of`.
 
     Raises:
         ConfigError: they do not go with the rest of the configuration, or with the log.
     """
-    phases = phases_of(config)
+    phases = phases_of(config, domains)
     for phase in phases if config.phases else ():
         if not manifest.holds(phase.settings.split):
             held = ", ".join(split for split in manifest.splits if manifest.holds(split))
@@ -139,6 +161,12 @@ def place_of_phase(phases: Sequence[Phase], state: dict[str, Any], where: str) -
             "those up to that one as they were, or name another --out"
         )
     return number
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {each}" for name, each in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _train_of(train: TrainConfig, settings: PhaseConfig) -> TrainConfig:

@@ -66,7 +66,8 @@ class Position:
         """Whether the phase has read its data as often as it is to, or will have after so many passes."""
         return self.cursor.epoch + ahead - self.began.epoch >= phase.train.epochs
 
-    def steps_done(self, phase: Phase) -> int:
+    @property
+    def steps_done(self) -> int:
         """Steps of the phase so far."""
         return self.step - self.began.step
 
@@ -78,4 +79,4 @@ class Position:
     def progress(self, phase: Phase, pass_candidates: int) -> float:
         """Share of the phase done; `pass_candidates`: of one pass over what it reads."""
         candidates = self.candidates - self.began.candidates
-        return progress_of(phase.train, self.steps_done(phase), candidates, pass_candidates)
+        return progress_of(phase.train, self.steps_done, candidates, pass_candidates)

@@ -11,6 +11,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from trainer.data.reader import SequenceLogReader
+from trainer.loop.heads_of_domains import HeadsOfDomains
 from trainer.loop.phases import Phase
 from trainer.update.freezing import freeze, keep_statistics
 from trainer.update.parts import Parts
@@ -24,12 +25,13 @@ class Supply:
 
     Attributes:
         groups: of the model, by name; fresh: what its dense weights begin with.
-        reader: of the candidates that a phase reads; domains: ids that have candidates in the train split.
+        reader: of the candidates that a phase reads, given the epoch that counts as its first; domains: ids
+            that have candidates in the train split.
     """
 
     groups: Mapping[str, TableGroup]
     fresh: FreshDense
-    reader: Callable[[Phase], SequenceLogReader]
+    reader: Callable[[Phase, int], SequenceLogReader]
     domains: Sequence[int] = ()
 
 
@@ -57,6 +59,7 @@ class Stage:
         self._rates = RateSetter(model, optimizer)
         self._dense = dense_weights(model)
         self.whole = Parts(frozenset(model.module.lookups.groups), frozenset(self._dense))
+        self._heads = HeadsOfDomains(model, optimizer)
         for phase in phases if supply is not None else ():
             self._check(phase)
 
@@ -74,6 +77,7 @@ class Stage:
         settings = phase.settings
         self._rates.rebase(settings.learning_rate, settings.table_learning_rates)
         self._step.weigh(settings.weights)
+        self._step.tied = self._heads.tied if settings.heads == "tied" else None
         return freeze(self._model, self._dense, self.frozen(phase))
 
     def enter(self, phase: Phase) -> list[str]:
@@ -90,7 +94,7 @@ class Stage:
             reset_state(self._optimizer, new | anew)
         if anew - new:
             lines.append(f"new states of optimizers: {', '.join(settings.reset_state)}")
-        return lines
+        return lines + self._heads.enter(phase, self.whole - self.frozen(phase))
 
     def settle_mode(self) -> None:
         """Called once somebody has set the mode of the whole model: frozen statistics stay."""
@@ -112,6 +116,8 @@ class Stage:
             self._parts(phase, key)
         if not self.whole - frozen:
             raise ConfigError(f"{phase.key}: everything is frozen, so nothing would be trained")
+        anew = self._parts(phase, "reset_state") | self._parts(phase, "reset")
+        self._heads.check(phase, self.whole - frozen, anew)
         try:
             self._step.weigh(phase.settings.weights)
         except ConfigError as error:

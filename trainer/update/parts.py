@@ -1,7 +1,8 @@
-"""Parts of a model by the words of a phase: `tables`, `groups.<name>`, `dense`, `head.towers`."""
+"""Parts of a model by the words of a phase: `tables`, `groups.<name>`, `dense`, `head.towers.*.layers`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,9 @@ def _of_word(word: str, whole: Parts, where: str) -> Parts:
         return Parts(dense=whole.dense)
     if word.startswith(GROUP) and word.removeprefix(GROUP) in whole.groups:
         return Parts(groups=frozenset({word.removeprefix(GROUP)}))
-    dense = frozenset(name for name in whole.dense if name == word or name.startswith(f"{word}."))
+    # A star stands for one name between dots: the same weights of every task, say.
+    pattern = re.compile(re.escape(word).replace(r"\*", "[^.]+") + r"(\..+)?")
+    dense = frozenset(name for name in whole.dense if pattern.fullmatch(name))
     if not dense:
         raise ConfigError(f"{where} names {word!r}, which is no part of the model; {_known(word, whole)}")
     return Parts(dense=dense)

@@ -30,6 +30,7 @@ from trainer.objectives.step_loss import StepLoss, Tally
 from trainer.run_config import Config
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
 from trainer.update.rules.summed import Summed
+from trainer.update.tied import TiedMaps
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]
@@ -145,6 +146,7 @@ class TrainStep:
     Attributes:
         losses: what the step trains by.
         number: of the newest step, for messages; a run that goes on sets it.
+        tied: maps of domains that are held equal, or None.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class TrainStep:
         self._own = {name: shell.own_parameters(name) for name in towers}
         self._silent: Collection[str] = ()
         self._rule, self.number = Summed(), 0
+        self.tied: TiedMaps | None = None
         self._step: Step | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
@@ -237,6 +240,8 @@ class TrainStep:
                 reads late raises it in the next step, before that changes anything, or in `settle`.
         """
         cuts, self._cuts = self._cuts, []
+        if self.tied is not None:
+            self.tied.gather()
         if self._guard is not None:
             with record_function("## check ##"):
                 gradients = self._check(self._guard, cuts)
@@ -249,6 +254,8 @@ class TrainStep:
                 weight.grad = None
         with record_function("## optimizer ##"):
             self._optimizer.step()
+        if self.tied is not None:
+            self.tied.spread()
 
     def settle(self) -> None:
         """Read the answer to the last step's check, where the guard has not done so; collective if it is bad.

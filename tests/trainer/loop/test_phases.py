@@ -231,6 +231,8 @@ def test_words_name_parts() -> None:
     whole = Parts(frozenset({"a", "b"}), frozenset({"head.towers.x.weight", "head.gate.weight", "search.w"}))
     assert Parts.of(["groups.a"], whole, "") == Parts(frozenset({"a"}))
     assert Parts.of(["head.towers", "search"], whole, "").dense == {"head.towers.x.weight", "search.w"}
+    assert Parts.of(["head.*.weight"], whole, "").dense == {"head.gate.weight"}
+    assert Parts.of(["head.towers.*", "*.towers"], whole, "").dense == {"head.towers.x.weight"}
     assert Parts.of(["tables", "dense"], whole, "") == whole and not Parts.of([], whole, "")
     with pytest.raises(ConfigError, match=r"parts are tables, groups.a, groups.b, dense, head, head.gate"):
         Parts.of(["zzz"], whole, "phases.0.freeze")
