@@ -44,7 +44,7 @@ class Averaging:
             return
         self.average.add()
         steps = self._phase.settings.steps
-        over = at.steps_done(self._phase) == steps or (ends_pass and at.passes_done(self._phase, 1))
+        over = at.steps_done == steps or (ends_pass and at.passes_done(self._phase, 1))
         if over and self._phase.settings.average.adopt:
             self.average.adopt()
             self._say(f"phase {self._phase.name}: its weights are now their average")
