@@ -43,6 +43,8 @@ class RunFolder:
         # Where the plain tables of `train.init_from` lie until they are read.
         self.first_weights = path / "init.tmp"
         self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
+        # A drawing of the shares of branches, where a phase has some.
+        self.shares = path / "lambda.svg"
         # Of a run in a store: what the training that began last says of itself, and what this one said.
         self._newest, self._mine = path / ".training", ""
 
@@ -283,7 +285,10 @@ def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float
 
     A metric without a value has no point. What is said over all domains has tags like these. Domains have a
     few curves each, `SPLIT by domain/DOMAIN/...`, unless there are so many that nobody would look at them.
+    The shares of branches are `SPLIT/lambda/BRANCH`.
     """
+    for branch, share in values.get("lambda", {}).items():
+        yield f"{split}/lambda/{branch}", share
     domains: Mapping[str, Mapping[str, Any]] = values.get("by_domain", {})
     whole = {key: value for key, value in values.items() if key not in ("by_domain", "over_domains")}
     for entry in (whole, values.get("over_domains", {})):
@@ -317,6 +322,8 @@ def jsonable(value: Any) -> Any:
     """NaN and infinity have no JSON form: they become null."""
     if isinstance(value, Mapping):
         return {key: jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [jsonable(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -12,8 +12,8 @@ from embeddings.errors import ConfigError
 from trainer.loop.phases import Phase
 from trainer.model.frame import TwoStageModel
 from trainer.model.heads.grouped import DomainLinear
+from trainer.update.dense_optimizer import DenseOptimizer
 from trainer.update.parts import Parts
-from trainer.update.step import DenseOptimizer
 from trainer.update.tied import TiedMaps
 
 

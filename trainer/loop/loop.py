@@ -12,6 +12,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
+from embeddings.lookup.before_change import RowsBeforeChange
 from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
@@ -19,21 +20,24 @@ from trainer.checkpoint.compatible import check_reshardable, check_same_order
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.loop.averaging import Averaging
 from trainer.loop.early_stopping import Best, changed_watch, watched
+from trainer.loop.fork import Fork, go_on, keeper_of
 from trainer.loop.interrupts import Interrupts
 from trainer.loop.meter import Meter
 from trainer.loop.phases import Phase, phases_of, place_of_phase
 from trainer.loop.pipeline import Pipeline, remark_on
 from trainer.loop.position import Began, Position
 from trainer.loop.progress import Progress
+from trainer.loop.shares_plot import shares_plot
 from trainer.loop.stage import Stage, Supply
 from trainer.loop.validation import Validation
 from trainer.quality.domains import SplitMetrics
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
 from trainer.run_config import Config
 from trainer.run_folder import MetricsLog, RunFolder
+from trainer.sealed_folder import write_text
 from trainer.update.guard import Guard
 from trainer.update.schedule import dense_schedule, run_steps, table_schedule
-from trainer.update.step import TrainStep, make_optimizer
+from trainer.update.step import TrainStep, run_optimizer
 
 
 class Trainer:
@@ -67,7 +71,7 @@ class Trainer:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
         self.log_fingerprint, self.plan = log_fingerprint, plan
         self.train_reader = train
-        self.optimizer = make_optimizer(model, config.train)
+        self.optimizer = run_optimizer(model, config)
         guard = Guard(ranks, folder.path)
         self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
         self.supply = supply if config.phases else None
@@ -76,6 +80,9 @@ class Trainer:
         self.validation = Validation(model, validation, ranks, folder.path, self.stage)
         self.pipeline = Pipeline(config.train.pipeline, model, self.step, ranks.device)
         self.averaging = Averaging(model, say)
+        self._touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
+        self._keeper: RowsBeforeChange | None = None
+        self.fork: Fork | None = None
         self._take_up(self.phases[0], 0)
         if remark := remark_on(config.train.pipeline, self.pipeline):
             say(remark)
@@ -83,8 +90,7 @@ class Trainer:
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
         self.meter = Meter(ranks.device)
-        touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
-        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
+        self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, self._touched)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = self._best_due = False
 
@@ -127,11 +133,13 @@ class Trainer:
         """Train what is left of an epoch; after each step report, validate, save and stop where it is due."""
         config = self.config.train
         self.meter = Meter(self.ranks.device)
-        ends = [end - self.at.step for end in self._ends]
+        fork, over = self.fork, False
+        ends = [end - self.at.step for end in self._ends] + ([fork.left(self.at)] if fork is not None else [])
         left = min(ends) if ends else None
         # Steps from one validation to the next, before which no step may be read ahead.
         stretches: Iterable[int | None] = [None]
-        every = config.validate_every
+        # The weights of a branch are validated where they are merged.
+        every = 0 if fork is not None else config.validate_every
         if every and self.validation.reader is not None:
             stretches = chain([every - self.at.steps_done % every], repeat(every))
         with (
@@ -149,16 +157,31 @@ class Trainer:
                     self._report()
                 if every and self.at.steps_done % every == 0:
                     self._validate()
+                if over := fork is not None and fork.over(self.at, step.last):
+                    break
                 self._between_steps(step.last and self.at.passes_done(self.phase, 1) and self._last_phase)
-                self.ranks.check_launcher()
-                if self.after_step is not None:
-                    self.after_step(self.at.step)
                 if self._stops_here():
                     break
                 self._set_rates()
         self._report()
-        if not self._stops_here():
+        if over and fork is not None:
+            self._turn(fork, step.last)
+        elif not self._stops_here():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
+
+    def _turn(self, fork: Fork, last: bool) -> None:
+        """End a branch, and merge all after the last one; see `Fork.turn`."""
+        merge = fork.turn(self.at, last)
+        self._train_as(fork.branch)
+        if merge is not None:
+            self.validation.newest, self.at.validated = merge.metrics, self.at.step
+            self.log.write(self.at.step, "merge", {**self._of_phase(), **merge.entry()})
+            self.log.write(self.at.step, "validation", {**self._of_phase(), **merge.metrics.entry()})
+            from_rank_0(lambda: write_text(self.folder.shares, shares_plot(fork.names, fork.round.history)))
+            self.say(merge.text(self.at.step))
+        # Time that no step has taken.
+        self.meter.take_time()
+        self._between_steps(self._last_phase and self._phase_over())
 
     def _set_rates(self) -> None:
         """Set the learning rates of the next step."""
@@ -184,6 +207,9 @@ class Trainer:
         due = interrupt.save_due or self._best_due or bool(every and self.at.step % every == 0)
         if due and not (last or (self._stops_here() and (self._last_phase or self._run_over()))):
             self._save()
+        self.ranks.check_launcher()
+        if self.after_step is not None:
+            self.after_step(self.at.step)
 
     def _enter(self, phase: Phase) -> None:
         """Begin a phase, and train as it says."""
@@ -194,18 +220,41 @@ class Trainer:
             self.saver.follow(None)
             self.say(f"phase {phase.name}: {line}")
         self._take_up(phase, self.at.began.epoch)
+        if self.fork is not None:
+            self.fork.begin(self.at)
 
     def _take_up(self, phase: Phase, first_epoch: int) -> None:
         """Train as a phase says that began in this epoch, from wherever in it."""
-        self.phase, config = phase, self.config
-        if self.supply is not None:
-            # What a domain reads by itself does not depend on the passes of others.
-            self.train_reader = self.supply.reader(phase, 0 if phase.each is None else first_epoch)
-        steps = run_steps(phase.train, self.train_reader.candidates, config.data.batch_candidates)
+        if self.fork is not None:
+            self.fork.end()
+        self.phase, self.fork = phase, self._fork_of(phase)
+        # What a domain reads by itself does not depend on the passes of others.
+        self._train_as(phase, 0 if phase.each is None else first_epoch)
+        self._order = self.train_reader.order
+        if self.fork is not None:
+            self._train_as(self.fork.branch)
+        self._pass_candidates = self.train_reader.candidates
+        steps = run_steps(phase.train, self._pass_candidates, self.config.data.batch_candidates)
         self.schedules = dense_schedule(phase.train, steps), table_schedule(phase.train, steps)
-        if self.stage.take_up(phase):
-            self.pipeline = Pipeline(config.train.pipeline, self.model, self.step, self.ranks.device)
         self.averaging.begin(phase)
+
+    def _train_as(self, phase: Phase, first_epoch: int = 0) -> None:
+        """Read and train as a phase, or a branch of it, says."""
+        if self.supply is not None:
+            self.train_reader = self.supply.reader(phase, first_epoch)
+        if self.stage.take_up(phase):
+            self.pipeline = Pipeline(self.config.train.pipeline, self.model, self.step, self.ranks.device)
+
+    def _fork_of(self, phase: Phase) -> Fork | None:
+        """The branches of a phase, if it has any."""
+        if phase.settings.fork is None:
+            return None
+        self._keeper = self._keeper or keeper_of(self.model, self._tensors())
+
+        def measure() -> SplitMetrics:
+            return self.validation.measure(self.pipeline)
+
+        return Fork(phase, self._tensors, self._keeper, self._touched, measure)
 
     def _next_phase(self) -> None:
         """Measure where a phase has ended, go back to its best weights if it looked for them, and go on."""
@@ -233,6 +282,8 @@ class Trainer:
         return self.stopped or bool(limit and self.at.step >= limit)
 
     def _phase_over(self) -> bool:
+        if self.fork is not None and self.fork.inside(self.at):
+            return self._run_over()
         return self.at.passes_done(self.phase) or self._stops_here()
 
     def _stops_here(self) -> bool:
@@ -261,7 +312,8 @@ class Trainer:
         dense, tables = self._rate_factors()
         speed = {"samples": self.at.candidates, "samples_per_s": rate}
         rates = {"rate_factor": dense, "table_rate_factor": tables}
-        self.log.write(self.at.step, "train", {**self._of_phase(), **losses, **speed, **rates})
+        of = {**self._of_phase(), **(self.fork.of_branch() if self.fork is not None else {})}
+        self.log.write(self.at.step, "train", {**of, **losses, **speed, **rates})
         text = f"step {self.at.step}  loss {losses['loss']:.4f}  {rate:,.0f} samples/s"
         # Phases are taken for equally long, since nobody knows how long those are that end early.
         share = (self.phase.number + self._progress()) / len(self.phases)
@@ -323,7 +375,7 @@ class Trainer:
         return {"phase": self.phase.name} if self.phase.name else {}
 
     def _progress(self) -> float:
-        return self.at.progress(self.phase, self.train_reader.candidates)
+        return self.at.progress(self.phase, self._pass_candidates)
 
     def cpu_seconds(self) -> float:
         """CPU seconds of the training steps of all ranks; collective."""
@@ -352,14 +404,17 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "log": self.log_fingerprint,
             "plan": self.plan,
-            "order": self.train_reader.order,
+            "order": self._order,
             "sample": self.validation.sample,
             "config": self.config.model_dump(mode="json"),
             **self.averaging.state(),
         }
+        beside = None
+        if self.fork is not None:
+            state["fork"], beside = self.fork.state(), self.fork.files(self.at)
         from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
         tensors = {**self._tensors(), **self.averaging.tensors()}
-        self.saver.save(self.at.step, tensors, state, best=self.at.best.step, last=last)
+        self.saver.save(self.at.step, tensors, state, best=self.at.best.step, last=last, beside=beside)
         self.interrupts.restart_clock()
         # Time that no step has taken.
         self.meter.take_time()
@@ -377,7 +432,8 @@ class Trainer:
         phase = self.phases[place_of_phase(self.phases, state, path.name)]
         self._take_up(phase, Began(**state.get("began", {})).epoch)
         check_reshardable(path, state, self.plan)
-        check_same_order(path, state, self.train_reader.order, self.config.data.log)
+        check_same_order(path, state, self._order, self.config.data.log)
+        go_on(self.fork, state, path.name)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         self.averaging.resume(path, state)
         # Older checkpoints know of no best.
@@ -393,4 +449,7 @@ class Trainer:
         self.saver.saved = self.step.number = self.at.step
         self.saver.refused = set(start.refused_names)
         self.saver.follow(path, state.get("base", {}).get("links", 0))
+        if self.fork is not None:
+            self._train_as(self.fork.branch)
+            self.fork.resume(path, self.at)
         self.say(f"resumed from {path}")

@@ -8,13 +8,13 @@ clones) is done once, when it is entered; a run that is resumed inside a phase o
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from embeddings.errors import ConfigError
-from trainer.config.phases import PhaseConfig
+from trainer.config.phases import TABLES, PhaseConfig
 from trainer.config.sections import TrainConfig
 from trainer.config.tasks import Task
 from trainer.data.reader import Cursor
@@ -83,6 +83,18 @@ class Phase:
         if not unfinished or (self.settings.passes is None and self.reads == before.reads):
             return cursor
         return Cursor(cursor.epoch + 1)
+
+
+def branches_of(phase: Phase) -> tuple[Phase, ...]:
+    """A phase as it is in each of its branches, as far as they train and read something else."""
+    found, settings, fork = [], phase.settings, phase.settings.fork
+    for place, branch in enumerate(fork.branches if fork is not None else ()):
+        given: dict[str, Any] = {"weights": {**settings.weights, **branch.weights}}
+        if fork is not None and fork.scope == "dense" and place:
+            given["freeze"] = (*settings.freeze, TABLES)
+        domains = branch.domains or phase.domains
+        found.append(replace(phase, settings=settings.model_copy(update=given), domains=domains))
+    return tuple(found)
 
 
 def phases_of(config: Config, domains: Sequence[int] = ()) -> tuple[Phase, ...]:
@@ -175,6 +187,7 @@ def _train_of(train: TrainConfig, settings: PhaseConfig) -> TrainConfig:
         "epochs": settings.passes or _ENDLESS,
         "max_steps": settings.steps or 0,
         "learning_rate": settings.learning_rate or train.learning_rate,
+        "update": settings.update or train.update,
         "decay": settings.decay or train.decay,
         "tables": settings.tables or train.tables,
     }

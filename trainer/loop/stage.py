@@ -12,7 +12,7 @@ from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.heads_of_domains import HeadsOfDomains
-from trainer.loop.phases import Phase
+from trainer.loop.phases import Phase, branches_of
 from trainer.update.freezing import freeze, keep_statistics
 from trainer.update.parts import Parts
 from trainer.update.reset import FreshDense, reset_state, reset_weights
@@ -61,7 +61,8 @@ class Stage:
         self.whole = Parts(frozenset(model.module.lookups.groups), frozenset(self._dense))
         self._heads = HeadsOfDomains(model, optimizer)
         for phase in phases if supply is not None else ():
-            self._check(phase)
+            for each in (phase, *branches_of(phase)):
+                self._check(each)
 
     def set_rates(self, dense: float, tables: float) -> None:
         """Multiples of the phase's learning rates, see `RateSetter.set`."""
@@ -77,6 +78,7 @@ class Stage:
         settings = phase.settings
         self._rates.rebase(settings.learning_rate, settings.table_learning_rates)
         self._step.weigh(settings.weights)
+        self._step.follow(phase.train.update)
         self._step.tied = self._heads.tied if settings.heads == "tied" else None
         return freeze(self._model, self._dense, self.frozen(phase))
 
