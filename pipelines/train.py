@@ -172,6 +172,8 @@ def _conclude(
     quoted = shlex.quote(str(folder.path))
     split = next(filter(manifest.holds, ("test", "validation")), "train")
     other = "" if split == "test" else f" --split {split}"
+    if trainer.averaging.average is not None:
+        say("the last phase has averaged weights, too: --weights averaged takes them")
     say(f"curves: tensorboard --logdir {quoted}\nnext:   tandemrec evaluate --run {quoted}{other}")
 
 

@@ -249,7 +249,8 @@ class Saver:
         def make_room() -> None:
             self._make_room(tensors, () if delta is None else delta.shards)
 
-        if not self._roomy:
+        # A phase may have more to save than the one before it, on all ranks alike.
+        if not (self._roomy and self._copy.fits(tensors)):
             try:
                 # All ranks hear of one that has no memory, for which they would else wait in the save. To
                 # lock much of it takes longer than a collective waits.

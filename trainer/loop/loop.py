@@ -18,6 +18,7 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
 from trainer.data.reader import Cursor, SequenceLogReader
+from trainer.loop.averaging import Averaging
 from trainer.loop.early_stopping import Best, changed_watch, watched
 from trainer.loop.fork import Fork, go_on, keeper_of
 from trainer.loop.interrupts import Interrupts
@@ -78,6 +79,7 @@ class Trainer:
         self.stage = Stage(self.phases, model, self.optimizer, self.step, config.train.seed, self.supply)
         self.validation = Validation(model, validation, ranks, folder.path, self.stage)
         self.pipeline = Pipeline(config.train.pipeline, model, self.step, ranks.device)
+        self.averaging = Averaging(model, say)
         self._touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
         self._keeper: RowsBeforeChange | None = None
         self.fork: Fork | None = None
@@ -149,6 +151,7 @@ class Trainer:
             for step, tally in trained:
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
                 self.at.candidates += step.batch.step_candidates
+                self.averaging.after_step(self.at, step.last)
                 self.meter.add(tally, step.batch.step_candidates)
                 if self.at.step % config.log_every == 0:
                     self._report()
@@ -233,6 +236,7 @@ class Trainer:
         self._pass_candidates = self.train_reader.candidates
         steps = run_steps(phase.train, self._pass_candidates, self.config.data.batch_candidates)
         self.schedules = dense_schedule(phase.train, steps), table_schedule(phase.train, steps)
+        self.averaging.begin(phase)
 
     def _train_as(self, phase: Phase, first_epoch: int = 0) -> None:
         """Read and train as a phase, or a branch of it, says."""
@@ -403,14 +407,14 @@ class Trainer:
             "order": self._order,
             "sample": self.validation.sample,
             "config": self.config.model_dump(mode="json"),
+            **self.averaging.state(),
         }
         beside = None
         if self.fork is not None:
             state["fork"], beside = self.fork.state(), self.fork.files(self.at)
         from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
-        self.saver.save(
-            self.at.step, self._tensors(), state, best=self.at.best.step, last=last, beside=beside
-        )
+        tensors = {**self._tensors(), **self.averaging.tensors()}
+        self.saver.save(self.at.step, tensors, state, best=self.at.best.step, last=last, beside=beside)
         self.interrupts.restart_clock()
         # Time that no step has taken.
         self.meter.take_time()
@@ -431,6 +435,7 @@ class Trainer:
         check_same_order(path, state, self._order, self.config.data.log)
         go_on(self.fork, state, path.name)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
+        self.averaging.resume(path, state)
         # Older checkpoints know of no best.
         best, now = Best(**state.get("best", {})), self.phase.train.early_stopping
         why = changed_watch(state["config"], now, self.train_reader.columns.tasks)

@@ -224,6 +224,7 @@ def _check_phase(config: Config, settings: PhaseConfig, where: str) -> None:
         raise ConfigError(
             f"{where}.early_stopping counts validations: set train.validate_every to the steps between two"
         )
+    _check_average(settings, where)
     _known(settings.table_learning_rates, config.groups, f"{where}.table_learning_rates")
     weights = {f"{where}.weights": settings.weights}
     fork = settings.fork
@@ -237,6 +238,16 @@ def _check_phase(config: Config, settings: PhaseConfig, where: str) -> None:
         weights[f"{where}.fork.branches.{place}.weights"] = branch.weights
     for key, given in weights.items() if config.tasks else ():
         _known(given, config.tasks, key)
+
+
+def _check_average(settings: PhaseConfig, where: str) -> None:
+    average, stops = settings.average, settings.stops
+    if stops and (average.kind == "beta" or average.adopt):
+        key = 'average.kind = "beta"' if average.kind == "beta" else "average.adopt"
+        raise ConfigError(
+            f"{where}: {key} needs the end of the phase to be known, and early_stopping may end it earlier, "
+            'with its best weights; take average.kind = "ema" without adopt, or no early_stopping'
+        )
 
 
 def _known(names: Collection[str], known: Collection[str], where: str) -> None:
