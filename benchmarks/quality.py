@@ -95,7 +95,7 @@ def _until(base: Config, settings: QualityBench, blocks: int, seed: int, ranks: 
         )
         trainer.after_step = lambda _: trainer.stop_at(settings.target)
         trainer.run(ResumePoint(None, {}, []))
-    metrics, end = trainer.metrics_of_validation, trainer.at
+    metrics, end = trainer.validation.newest, trainer.at
     assert metrics is not None
     auc = next(iter(metrics.tasks.values())).auc
     return {
@@ -114,7 +114,7 @@ class _TargetTrainer(NonSavingTrainer):
     """A trainer that stops once validation has reached a target."""
 
     def stop_at(self, target: float) -> None:
-        metrics = self.metrics_of_validation
+        metrics = self.validation.newest
         self.stopped = metrics is not None and next(iter(metrics.tasks.values())).auc >= target
 
 

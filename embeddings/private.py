@@ -249,6 +249,16 @@ def compile_package(traced: Any, file: str) -> Any:
     return torch._inductor.aoti_load_package(file)
 
 
+def wrap_again(model: Any) -> None:
+    """Have TorchRec wrap a model anew for the exchange of dense gradients, by the weights that have some."""
+    inner = model._dmp_wrapped_module
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        inner = model._dmp_wrapped_module = inner.module
+    sharded = set(model._sharded_parameter_names(inner))
+    if any(weight.requires_grad for name, weight in inner.named_parameters() if name not in sharded):
+        model._data_parallel_wrapper.wrap(model, model._env, model.device)
+
+
 def detach(pipeline: Any) -> None:
     """Give the model that one of TorchRec's pipelines has taken its own forward pass back.
 

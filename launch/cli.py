@@ -30,6 +30,7 @@ from launch.options import (
     Snapshot,
     Split,
     Version,
+    Weights,
     refuse_secrets_in,
 )
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
@@ -80,7 +81,7 @@ def synth(
         str,
         Option(
             help="relevance, xor, profiles, interference, decoupled, far, pair or opposite; of several tasks "
-            "or domains agree, domains and funnel; sparse_25, sparse_5, sparse_1 or collapse."
+            "or domains agree, domains, signs and funnel; sparse_25, sparse_5, sparse_1 or collapse."
         ),
     ] = "relevance",
     seed: Annotated[int, Option(min=0, help="Of every random draw.")] = 7,
@@ -210,11 +211,12 @@ def evaluate(
     sample: Annotated[
         int, Option(min=0, help="About so many candidates at most, those of some users; 0: all.")
     ] = 0,
+    weights: Weights = "raw",
 ) -> None:
     """Measure a trained run: AUC, log loss, calibration."""
     from pipelines.evaluate import evaluate as run
 
-    run(run_folder, split, checkpoint, device, sample)
+    run(run_folder, split, checkpoint, device, sample, weights)
 
 
 @app.command()
@@ -241,11 +243,12 @@ def export(
     search: Annotated[
         Search, Option(help="For a retrieval service: add the vectors that are projected from tables.")
     ] = "none",
+    weights: Weights = "raw",
 ) -> None:
     """Write a serving snapshot, checked against the run."""
     from pipelines.export import export as run
 
-    rest = (parity_requests, aoti, vocabularies, checkpoint, device, search)
+    rest = (parity_requests, aoti, vocabularies, checkpoint, device, search, weights)
     run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
 
 

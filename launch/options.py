@@ -65,6 +65,10 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
+Weights = Annotated[
+    Literal["raw", "averaged"],
+    Option("--weights", help="Dense weights of the last step, or their average over its phase."),
+]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     Option("--device", help="Where to compute; the default: the run's train.device.", show_default=False),

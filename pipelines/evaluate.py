@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pipelines.console import quiet_third_parties
 from pipelines.quality_report import baselines_key, remarks, report, without
 from pipelines.score import write_named_scores
 from pipelines.start import open_split
+from trainer.checkpoint.averages import Weights
 from trainer.checkpoint.restore import RestoredModel, restore
 from trainer.data.reader import SequenceLogReader
 from trainer.quality.balance import by_balance
@@ -18,23 +20,34 @@ from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.quality.domains import SplitMetrics
 from trainer.quality.evaluate import scored_split, shared_metrics
 from trainer.quality.metrics import entry_of
+from trainer.quality.overlap import LEAST_OVERLAP, Overlap, overlap_lines, too_small
 from trainer.quality.scored import Scores
 from trainer.ranks.device import DeviceName
-from trainer.ranks.process_group import process_group
+from trainer.ranks.process_group import Ranks, process_group, sum_counts
 from trainer.run_folder import RunFolder
+
+# Candidates by which the searches of raw and averaged weights are compared.
+_COMPARED = 20_000
 
 
 def evaluate(
-    run: Path, split: str, which: str = "", device: DeviceName | None = None, sample: int = 0
+    run: Path,
+    split: str,
+    which: str = "",
+    device: DeviceName | None = None,
+    sample: int = 0,
+    weights: Weights = "raw",
 ) -> Mapping[str, Any]:
     """Measure a run on every request of `split`; prints tables, extends summary.json, keeps the scores.
 
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`, those of a sample to
-    `<run>/scores-<split>-sample.parquet`.
+    `<run>/scores-<split>-sample.parquet`. With averaged weights `-averaged` follows the split's name, in
+    summary.json `_averaged`.
 
     Args:
         which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`; device: None = as the run trained.
         sample: about so many candidates are scored at most, those of some users; 0 = all.
+        weights: the dense ones: those of the last step, or their average over its phase.
 
     Returns:
         What summary.json holds of the split: metrics of the first task, and of every task under `tasks`.
@@ -43,14 +56,45 @@ def evaluate(
     quiet_third_parties()
     settings = folder.read_config().train
     with process_group(settings.timeout_s, device or settings.device) as ranks:
-        restored = restore(folder, ranks, which)
+        restored = restore(folder, ranks, which, weights)
         restored.manifest.require(split)
         reader = open_split(restored.config, split, restored.rows, ranks, limit=sample)
+        overlap = _overlap(restored, reader, ranks) if restored.averages else {}
+        restored.put(restored.averages)
         with scored_split(restored.sharded.model, reader, ranks.device, run) as scored:
             measured = shared_metrics(scored, reader)
             if ranks.speaks:
-                _report(folder, restored, reader, scored, measured)
+                _report(folder, restored, reader, scored, measured, overlap)
     return measured.entry()
+
+
+def _overlap(restored: RestoredModel, reader: SequenceLogReader, ranks: Ranks) -> dict[str, float]:
+    """Branch -> how much the search of averaged weights keeps of that of raw ones, on the first candidates of
+    the split; said, and collective."""
+    overlap, seen = Overlap(restored.config.model), 0
+    if not overlap:
+        return {}
+    model = restored.sharded.model.module
+    with closing(reader.steps()) as steps:
+        for step in steps:
+            batch = step.batch.to(ranks.device)
+            by_raw = model.search(batch)
+            raw = restored.put(restored.averages)
+            by_averaged = model.search(batch)
+            restored.put(raw)
+            if step.counted:
+                overlap.add(by_raw, by_averaged)
+            seen += batch.step_candidates
+            if seen >= _COMPARED:
+                break
+    for name, count in overlap.counts.items():
+        overlap.counts[name] = sum_counts(count)
+    shares = overlap.shares()
+    if ranks.speaks:
+        print("\n".join(overlap_lines(shares, f"{seen:,} candidates of {reader.split}")), flush=True)
+        for name in too_small(shares):
+            print(f"below {LEAST_OVERLAP:.0%} in {name}: export refuses these averaged weights", flush=True)
+    return shares
 
 
 def _report(
@@ -59,11 +103,14 @@ def _report(
     reader: SequenceLogReader,
     scored: Scores,
     measured: SplitMetrics,
+    overlap: Mapping[str, float],
 ) -> None:
     """Keep scores and metrics, and print what a person reads of them."""
     split, data = reader.split, restored.config.data
     sampled = measured.sampled
-    kept = folder.scores(split, sampled is not None)
+    averaged = bool(restored.averages)
+    name = f"{split}_averaged" if averaged else split
+    kept = folder.scores(split, sampled is not None, averaged)
     of_names = write_named_scores(scored.chunks(), kept, data.log, restored.manifest, sampled)
     with baselines_of(reader, folder.path) as beside:
         table, feature = beside.metrics(scored), counted_feature(restored.manifest)
@@ -71,17 +118,19 @@ def _report(
         pairs = by_balance(scored, beside.positives, split, reader.columns.labels.tasks)
         missing = beside.missing
     entries = {
-        split: measured.entry(),
-        f"{split}_step": restored.step,
+        name: measured.entry(),
+        f"{name}_step": restored.step,
         baselines_key(split): by_baseline(table),
-        f"{split}_by_history": {
-            name: entry_of({task: parts[name] for task, parts in slices.items()})
-            for name in next(iter(slices.values()))
+        f"{name}_by_history": {
+            part: entry_of({task: parts[part] for task, parts in slices.items()})
+            for part in next(iter(slices.values()))
         },
     }
+    if overlap:
+        entries[f"{name}_overlap"] = dict(overlap)
     if pairs:
-        entries[f"{split}_by_balance"] = {
-            "/".join(pair): {name: stratum.entry() for name, stratum in strata.items()}
+        entries[f"{name}_by_balance"] = {
+            "/".join(pair): {part: stratum.entry() for part, stratum in strata.items()}
             for pair, strata in pairs.items()
         }
     folder.update_summary(entries)
@@ -89,7 +138,8 @@ def _report(
     size = f"{scored.size:,} candidates of {requests:,} requests by {users:,} users"
     if sampled:
         size += f", a sample of the split's {reader.candidates:,} candidates; their scores: {kept}"
-    lines = [f"{split}, after step {restored.step:,}: {size}", *without(missing)]
+    what = ", averaged weights" if averaged else ""
+    lines = [f"{split}, after step {restored.step:,}{what}: {size}", *without(missing)]
     lines += report(measured, table, slices, pairs, feature, data.domain)
     of_quality = remarks(split, measured, table, feature)
     lines += [*([""] if of_quality else []), *of_quality, *of_names]

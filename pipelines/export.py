@@ -6,13 +6,14 @@ scores come from the few rows that the compared requests touch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from embeddings.errors import CheckpointError, ConfigError, SnapshotError
 from embeddings.groups import TableGroup
@@ -22,12 +23,14 @@ from pipelines.export_parity import Parity, compare
 from trainer.assemble import build_trainable, feature_rows, resolve_groups
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint import save_load as checkpoint
+from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.tasks import Task, names_of, resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary import stream_values
+from trainer.quality.overlap import LEAST_OVERLAP, Overlap, overlap_lines, too_small
 from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config
@@ -56,7 +59,7 @@ BOUNDS: Mapping[Dtype, tuple[float, float]] = {"fp32": (1e-6, 1e-6), "fp16": (0.
 
 @dataclass(frozen=True)
 class _Run:
-    """A run's newest good checkpoint, not loaded."""
+    """A run's newest good checkpoint, not loaded; `averages`: the dense weights that are written instead."""
 
     config: Config
     manifest: LogManifest
@@ -65,6 +68,7 @@ class _Run:
     checkpoint: Path
     step: int
     split: str
+    averages: Mapping[str, Tensor] = field(default_factory=dict)
 
     def requests(self, candidates: int | None = None) -> SequenceLogReader:
         """The split that scores are compared on, in steps of the run's size or of another."""
@@ -90,6 +94,7 @@ def export(
     which: str = "",
     device: DeviceName | None = None,
     search: SearchKind = "none",
+    weights: Weights = "raw",
 ) -> Path:
     """Publish a checkpoint of `run` as the next version under `out`, once its scores are checked.
 
@@ -104,16 +109,18 @@ def export(
         device: on which the trainer's own scores are made; None = where the run was to train.
         search: for a retrieval service: `vectors` writes those that are projected; `none` names the tables
             whose rows are vectors as they are, and writes nothing.
+        weights: the dense ones: those of the last step, or their average over its phase.
 
     Raises:
-        SnapshotError: the snapshot would not score like the trainer, or cannot be written; then nothing of
-            it stays. CheckpointError: the run has no usable checkpoint.
+        SnapshotError: the snapshot would not score like the trainer, or the search by averaged weights keeps
+            other behaviors, or it cannot be written; then nothing of it stays. CheckpointError: the run has
+            no usable checkpoint, or no whole average.
     """
     quiet_third_parties()
     with process_group(device=device or RunFolder(run).read_config().train.device) as ranks:
         if ranks.world_size > 1:
             raise ConfigError("export runs in one process; start it without torchrun")
-        opened = _open(run, which)
+        opened = _open(run, which, weights)
         if aoti:
             # Before the tables are written, which takes long where they are large.
             model, _ = build_trainable(opened.config.without_lanes(), opened.manifest, torch.device("meta"))
@@ -137,7 +144,7 @@ def export(
     return version
 
 
-def _open(run: Path, which: str = "") -> _Run:
+def _open(run: Path, which: str = "", weights: Weights = "raw") -> _Run:
     folder = RunFolder(run)
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
@@ -153,10 +160,16 @@ def _open(run: Path, which: str = "") -> _Run:
             if shape != (table.rows, table.dim):
                 problem = f"table {group.table_name(table)} is {list(shape)}, its log and config say "
                 raise CheckpointError(path, f"{problem}{[table.rows, table.dim]}")
+    averages: dict[str, Tensor] = {}
+    if weights == "averaged":
+        averages = averaged_weights(reader, path, found.state)
+        if missing := steps_missing(found.state):
+            problem = f"lies within its phase, whose average misses {missing:,} steps; train it to its end"
+            raise CheckpointError(path, f"{problem}, or export raw weights")
     split = "validation" if manifest.holds("validation") else "train"
     if split == "train":
         print("this log has no validation requests: scores are compared on training ones", flush=True)
-    return _Run(config, manifest, groups, reader, path, int(found.state["step"]), split)
+    return _Run(config, manifest, groups, reader, path, int(found.state["step"]), split, averages)
 
 
 def _write(
@@ -177,10 +190,13 @@ def _write(
     source = Source(run.config, run.groups, run.reader, _base_step(run, base))
     wanted = {table: found.ids[feature] for table, feature in tables.items()}
     draft = Draft(part, source, dtypes, base, partial(found.watch, tables), wanted, search)
-    dense = source.dense()
+    raw = source.dense()
+    dense = raw | dict(run.averages)
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
     trainer = PartialModel(run.config, run.manifest, ranks, dense, found)
+    if run.averages:
+        _check_overlap(part, trainer, run, raw, [*_batches(recorded, run, parity_requests)])
     bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
     inputs = inputs_of(run.manifest, recorded)
     known = {**run.manifest.features, **run.manifest.context}
@@ -190,6 +206,7 @@ def _write(
         number=1 if base is None else base.manifest.number + 1,
         base=base and BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
         step=run.step,
+        weights="averaged" if run.averages else "raw",
         checkpoint=checkpoint_files.manifest_digest(run.checkpoint),
         score_bound=bounds[0],
         mean_bound=bounds[1],
@@ -239,6 +256,35 @@ def _check(
         problem = f"scores differ by {worst:.3g} from the trainer's on this very machine"
         raise SnapshotError(snapshot.path, problem)
     return parity
+
+
+def _check_overlap(
+    part: Path, trainer: PartialModel, run: _Run, raw: Mapping[str, Tensor], batches: Sequence[RequestBatch]
+) -> None:
+    """Compare what the search keeps by raw and by averaged weights, which the trainer has; and say it.
+
+    The tables are those of the last step, and attention that is averaged without them may rank otherwise.
+
+    Raises:
+        SnapshotError: it keeps too few of the same.
+    """
+    overlap = Overlap(run.config.model)
+    averaged = [trainer.search(batch) for batch in batches] if overlap else []
+    if not averaged:
+        return
+    trainer.put(raw)
+    for batch, own in zip(batches, averaged, strict=True):
+        overlap.add(trainer.search(batch), own)
+    trainer.put(run.averages)
+    shares, candidates = overlap.shares(), sum(batch.candidates for batch in batches)
+    print("\n".join(overlap_lines(shares, f"{candidates:,} candidates of {run.split}")), flush=True)
+    if names := too_small(shares):
+        raise SnapshotError(
+            part,
+            f"below {LEAST_OVERLAP:.0%} in {' and '.join(names)}: the averaged attention weights do not fit "
+            "the tables, which are those of the last step; export raw weights, or have the phase that "
+            f'averages freeze the attention (freeze = ["branches.{names[0]}.scorer"] and what else scores)',
+        )
 
 
 def _batches(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[RequestBatch]:

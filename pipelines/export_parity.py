@@ -12,10 +12,10 @@ from torch import Tensor
 
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
-from trainer.model.windows import Selection
 from trainer.quality.domains import UNOBSERVED
 from trainer.quality.evaluate import score_requests
 from trainer.quality.metrics import number
+from trainer.quality.overlap import Overlap
 from trainer.quality.ranking import auc
 from trainer.quality.scored import Scored
 from trainer.snapshot import Snapshot
@@ -80,18 +80,11 @@ class Parity:
 
 def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader, limit: int) -> Parity:
     """Score the first `limit` requests of a split with both."""
-    branches = snapshot.manifest.config.model.all_branches()
-    # Branch -> behaviors that both searches keep, and that the trainer's keeps. Searches that do not go by
-    # scores keep the same behaviors whatever the tables hold.
-    counts = {name: [0, 0] for name, branch in branches.items() if branch.search_kind.by_score}
+    overlap = Overlap(snapshot.manifest.config.model)
 
     def by_trainer(batch: RequestBatch) -> Tensor:
-        if counts:
-            theirs, own = trainer.search(batch), snapshot.model.search(batch)
-            for name, count in counts.items():
-                pairs = _pairs(theirs[name])
-                count[0] += int(torch.isin(_pairs(own[name]), pairs).sum())
-                count[1] += pairs.numel()
+        if overlap:
+            overlap.add(trainer.search(batch), snapshot.model.search(batch))
         return trainer.score(batch)
 
     first = score_requests(by_trainer, reader, limit)
@@ -112,7 +105,7 @@ def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader
             )
             for t, task in enumerate(first.tasks)
         },
-        overlap={name: both / max(all_, 1) for name, (both, all_) in counts.items()},
+        overlap=overlap.shares(),
         reason=_reason(snapshot, trainer.device),
     )
 
@@ -131,10 +124,3 @@ def _auc(scored: Scored, task: int) -> float:
     """Of the candidates that have a label of the task."""
     part = scored.observed(task)
     return auc(part.score[:, task], part.label[:, task])
-
-
-def _pairs(kept: Selection) -> Tensor:
-    """The kept behaviors as numbers that no two pairs of candidate and behavior share."""
-    candidate = torch.arange(kept.index.shape[0], device=kept.index.device)[:, None]
-    pairs: Tensor = (candidate * (1 << 32) + kept.index)[kept.mask]
-    return pairs.cpu()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,17 @@ from trainer.checkpoint.files import bytes_of_all
 from trainer.checkpoint.same_tasks import check_same_tasks
 from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.places import place_of
-from trainer.config.sections import EarlyStoppingConfig
-from trainer.config.tasks import Task, names_of, resolve_tasks
+from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import pinning
 from trainer.data.observed import unobserved_lines
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
-from trainer.loop.early_stopping import watched
 from trainer.loop.loop import Trainer
+from trainer.loop.phases import Phase, phases_for, place_of_phase
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
+from trainer.loop.stage import Supply
 from trainer.model.frame import TwoStageModel
 from trainer.needs.run_needs import Run, TooLittleMemory, check_disk, check_memory, disk_needs, memory_needs
 from trainer.objectives.of_tasks import trained_tasks
@@ -61,25 +63,10 @@ from trainer.storage import is_remote
 from trainer.update.schedule import schedule_remarks
 
 Say = Callable[[str], None]
+# What a phase reads that does not say otherwise: split and domains.
+_ALL = ("train", ())
 # Tables up to this size are built where a configuration is only checked.
 _SMALL = 1 << 30
-
-
-def check_watched(config: EarlyStoppingConfig, tasks: Sequence[Task], manifest: LogManifest) -> None:
-    """Whether validation can tell when to stop.
-
-    Raises:
-        ConfigError: early stopping watches a task that is not there, or of which validation has no label.
-    """
-    names = watched(config, names_of(tasks))
-    labels = [task.label for task in tasks if task.name in names]
-    # Of logs that were made before labels could be missing, nothing is counted.
-    counted = manifest.splits["validation"].labels if manifest.holds("validation") else {}
-    if config.on and all(label in counted and not counted[label].observed for label in labels):
-        raise ConfigError(
-            f"train.early_stopping watches {names[0]}, and no candidate of the validation split has its "
-            f"label {labels[0]}; name another task with train.early_stopping.task"
-        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,8 @@ class Start:
     Attributes:
         config: the run's config; manifest: of its log; folder: of the run; ranks: this rank's place.
         resume: the checkpoint to go on from; fingerprint: of the log.
-        groups: with the rows that the log's ids need; train, validation: this rank's readers.
+        groups: with the rows that the log's ids need; train, validation: this rank's readers; domains: ids
+            that phases of each domain are for; readers: of splits that phases have asked for.
     """
 
     config: Config
@@ -101,6 +89,8 @@ class Start:
     groups: dict[str, TableGroup]
     train: SequenceLogReader
     validation: SequenceLogReader | None
+    domains: tuple[int, ...] = ()
+    readers: dict[str, SequenceLogReader] = field(default_factory=dict)
 
     @property
     def heads(self) -> TaskHeads:
@@ -108,9 +98,27 @@ class Start:
         tasks = resolve_tasks(self.config.tasks, self.manifest.tasks)
         return TaskHeads.of(self.config.model, tasks, self.groups)
 
+    def reader(self, phase: Phase, first_epoch: int = 0) -> SequenceLogReader:
+        """Of the candidates that a phase reads; collective where they are others than those of `train`.
+
+        Args:
+            first_epoch: see `SequenceLogReader.of_domains`.
+        """
+        split, domains = phase.reads
+        if split not in self.readers:
+            rows, seed = feature_rows(self.groups), self.config.train.seed
+            whole = self.train
+            if split != whole.split:
+                whole = open_split(self.config, split, rows, self.ranks, seed=seed)
+            self.readers[split] = whole
+        whole = self.readers[split]
+        return whole.of_domains(domains, first_epoch) if domains else whole
+
     def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
         """The model with everything that trains it, still with its first weights; collective."""
         plan = to_tree(sharded.plan)
+        fresh = partial(_fresh_dense, self.config, self.manifest)
+        supply = Supply(sharded.groups, fresh, self.reader, self.domains)
         return Trainer(
             self.config,
             sharded.model,
@@ -121,6 +129,7 @@ class Start:
             say,
             self.fingerprint,
             plan,
+            supply,
         )
 
     def disk_lines(self, run: Run, held: Sequence[RankMemory]) -> list[str]:
@@ -180,19 +189,23 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
             say(f"settings that differ from those of {resume.path.name}: {', '.join(changed)}")
     step = resume.state.get("step", 0)
     note_start(folder, config, step, checking=checking)
-    if config.train.early_stopping.on and not manifest.holds("validation"):
-        raise ConfigError("train.early_stopping needs validation requests, and the log has none")
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
-    check_watched(config.train.early_stopping, tasks, manifest)
+    # Before files are checked; which domains there are is not known yet.
+    phases_for(config, manifest, tasks, domains=(0,))
     groups = resolve_groups(config, manifest)
     trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
     rows = feature_rows(groups)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)
+    domains = _domains(config, train)
+    phases = phases_for(config, manifest, tasks, domains)
     validation = None
     if manifest.holds("validation"):
         validation = open_split(config, "validation", rows, ranks, limit=config.train.validate_candidates)
-    if resume.path is not None:
+    if (
+        resume.path is not None
+        and phases[place_of_phase(phases, resume.state, resume.path.name)].reads == _ALL
+    ):
         check_same_order(resume.path, resume.state, train.order, config.data.log)
     for problem in [*train.skipped, *(validation.skipped if validation else [])]:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
@@ -209,9 +222,27 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
         )
     for line in from_rank_0(lambda: list(unobserved_lines(train, manifest)), slow=True):
         say(line)
-    for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
-        say(line)
-    return Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation)
+    if not config.phases:
+        for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
+            say(line)
+    start = Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation, domains)
+    # What they name is there.
+    _ = [start.reader(phase) for phase in phases]
+    return start
+
+
+def _domains(config: Config, train: SequenceLogReader) -> tuple[int, ...]:
+    """The ids that have candidates, where phases of each domain are for those; collective."""
+    needed = any(phase.each and not phase.domains for phase in config.phases)
+    return tuple(train.by_domain) if needed else ()
+
+
+def _fresh_dense(config: Config, manifest: LogManifest, seed: int) -> dict[str, torch.Tensor]:
+    """The dense weights and buffers that a new model begins with, by name; its tables take no memory."""
+    train = config.train.model_copy(update={"seed": seed})
+    model, _ = build_trainable(config.model_copy(update={"train": train}), manifest, torch.device("meta"))
+    named = chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor.detach() for name, tensor in named if not name.startswith("collections.")}
 
 
 def _refused_lines(resume: checkpoint.ResumePoint, folder: RunFolder, keep: int) -> list[str]:
@@ -334,14 +365,22 @@ def check_writable(out: Path) -> None:
 
 
 def open_split(
-    config: Config, split: str, rows: dict[str, int], ranks: Ranks, seed: int | None = None, limit: int = 0
+    config: Config,
+    split: str,
+    rows: dict[str, int],
+    ranks: Ranks,
+    seed: int | None = None,
+    limit: int = 0,
+    domains: Collection[int] = (),
 ) -> SequenceLogReader:
     """This rank's reader of a split; shuffled where a seed is given. Collective.
 
     Args:
         limit: about so many candidates are read at most; 0 = the whole split.
+        domains: whose candidates are read; none = all. Of one reader of the whole split, `of_domains` makes
+            others without checking its files again.
     """
-    return SequenceLogReader(
+    reader = SequenceLogReader(
         config.data,
         split,
         rows,
@@ -355,3 +394,4 @@ def open_split(
         limit=limit,
         own_row_groups=ranks.device.type == "cuda",
     )
+    return reader.of_domains(domains) if domains else reader

@@ -20,7 +20,8 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.config.places import place_of
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
-from trainer.loop.loop import Position, Trainer
+from trainer.loop.loop import Trainer
+from trainer.loop.position import Position
 from trainer.quality.baseline_files import baselines_of
 from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.ranks.process_group import Ranks, process_group
@@ -127,6 +128,8 @@ def _conclude(
     summed_up = from_rank_0(lambda: folder.read_summary().get("steps") == end.step)
     if resume.path is not None and end.step == resume.state["step"] and summed_up:
         raised = "train.early_stopping.patience" if trainer.ended_early else "train.epochs or train.max_steps"
+        if trainer.config.phases:
+            raised = "passes or steps of the last of phases, or add one"
         say(f"nothing left to train: {folder.path} has all its {end.step:,} steps (raise {raised} for more)")
         return
     cpu_s, (metrics, step) = trainer.cpu_seconds(), trainer.kept_validation()
@@ -146,10 +149,10 @@ def _conclude(
             "versions": versions(),
         }
         lines: list[str] = []
-        if metrics is not None and trainer.validation_reader is not None:
+        if metrics is not None and trainer.validation.reader is not None:
             entries |= {"validation": metrics.entry(), "validation_step": step}
             try:
-                with baselines_of(trainer.validation_reader, folder.path, _RATES_OF) as beside:
+                with baselines_of(trainer.validation.reader, folder.path, _RATES_OF) as beside:
                     table, missing = beside.metrics(), beside.missing
             except (TandemError, OSError, MemoryError) as error:
                 # Training is over and saved by now: this is said, and is no failure.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -29,10 +29,10 @@ from embeddings.plan.tables import dense_bytes, tables_of
 from trainer.config.model import section_of
 from trainer.config.places import place_of
 from trainer.config.tasks import Task, resolve_tasks
+from trainer.config.toml import flat_settings
 from trainer.data.domain import DomainColumn
 from trainer.log.schema import LogManifest
 from trainer.model.frame import TwoStageModel
-from trainer.model.settings import BranchConfig
 from trainer.model.sizes import Dimensions
 from trainer.needs.model_memory import check_dense, check_step
 from trainer.needs.run_needs import Run, check_memory, memory_needs, more_dense
@@ -97,8 +97,13 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
                     f'{feature!r} {why}; use kind = "bag", or name other groups.{group.name}.features'
                 )
     for name, branch in config.model.all_branches().items():
-        _check_compared(name, branch, manifest)
+        for key, (feature, needs) in branch.compared_features().items():
+            where = f"{section_of(name)}.{key} = {feature!r}"
+            _check_compared(where, feature, needs, key == "time_group", manifest)
         _check_owner(name, branch.attention_owner, [task.name for task in tasks if task.has_tower])
+    kind = config.model.auxiliary_kind
+    for key, feature in {} if kind is None else kind.features(config.model).items():
+        _check_compared(f"model.{key} = {feature!r}", feature, "candidates", True, manifest)
     return groups
 
 
@@ -109,22 +114,21 @@ def _check_owner(branch: str, owner: str, tasks: Sequence[str]) -> None:
         raise ConfigError(f"{where}: no task with a tower has that name; {known}")
 
 
-def _check_compared(name: str, branch: BranchConfig, manifest: LogManifest) -> None:
-    for key, (feature, needs) in branch.compared_features().items():
-        where, info = f"{section_of(name)}.{key} = {feature!r}", manifest.features.get(feature)
-        if info is None:
-            known = ", ".join(manifest.features)
-            raise ConfigError(f"{where}: the log's {needs} have no such feature; they have {known}")
-        if not info.of_candidates or ("behaviors" in needs and not info.of_behaviors):
-            raise ConfigError(
-                f"{where}: {needs} need it, but it has side = {info.side!r} in the log; name a feature of "
-                'side = "both", or ingest the log again with that'
-            )
-        if key == "time_group" and info.multi:
-            raise ConfigError(
-                f"{where}: a candidate has any number of its ids, but belongs to one group; name a feature "
-                "with one id"
-            )
+def _check_compared(where: str, feature: str, needs: str, single: bool, manifest: LogManifest) -> None:
+    """`needs`: who must have the feature; `single`: with one id."""
+    info = manifest.features.get(feature)
+    if info is None:
+        known = ", ".join(manifest.features)
+        raise ConfigError(f"{where}: the log's {needs} have no such feature; they have {known}")
+    if not info.of_candidates or ("behaviors" in needs and not info.of_behaviors):
+        raise ConfigError(
+            f"{where}: {needs} need it, but it has side = {info.side!r} in the log; name a feature of "
+            'side = "both", or ingest the log again with that'
+        )
+    if single and info.multi:
+        raise ConfigError(
+            f"{where}: a candidate has any number of its ids, but belongs to one; name a feature with one id"
+        )
 
 
 def count_numbers(config: Config, numeric: Sequence[str]) -> int:
@@ -316,15 +320,6 @@ def check_same_rules(settings: Mapping[str, Any], config: Config, where: str) ->
             raise ConfigError(
                 f"{where}: made with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; plan again"
             )
-
-
-def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a config as (`section.key`, value)."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat_settings(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def fit_caches(saved: SavedPlan, ahead: bool, model: TwoStageModel) -> tuple[SavedPlan, str]:

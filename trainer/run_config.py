@@ -5,7 +5,7 @@ Every run, checkpoint and snapshot holds the resolved config as data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -81,6 +81,12 @@ class Config(Settings):
         if self.train.update != "per_task":
             key = 'update = "per_task" of a phase'
         covariance = self.model.head_kind.gives_experts(self.model)
+        for number, phase in enumerate(self.phases):
+            if phase.heads == "tied" and (phase.update or self.train.update) == "per_task":
+                raise ValueError(
+                    f'phases.{number}.heads = "tied" adds up gradients of copies of one map, and with update '
+                    '= "per_task" each task has its own; set update = "summed" for that phase'
+                )
         for problem in against_per_task(self.train, self.groups, self.plan, covariance):
             raise ValueError(f"{key}: {problem}")
         return self
@@ -178,6 +184,12 @@ class Config(Settings):
             raise ValueError(
                 f'branch {branch!r}: sequence = "{settings.sequence}" must not see which behaviors a search '
                 'retrieved for a candidate; set search = "recent"'
+            )
+        kind = self.model.auxiliary_kind
+        if cut and branch == "main" and kind is not None and kind.retrieves and not settings.newest:
+            raise ValueError(
+                f'model.auxiliary = "{self.model.auxiliary}" must not see which behaviors a search retrieved '
+                'for a candidate; leave data.search and data.clusters out, or set search = "recent"'
             )
         if cut and data.recent < settings.newest:
             raise ValueError(
@@ -315,12 +327,14 @@ def sets_of(
 def _check_model(config: Config, groups: Mapping[str, TableGroup]) -> None:
     model, domain = config.model, config.data.domain
     sets = groups[model.roles.representation_behavior].sets
-    if model.auxiliary_kind is not None and all(each.owner != "shared" for each in sets):
+    if model.auxiliary_reads and all(each.owner != "shared" for each in sets):
         raise ConfigError(
             f'model.auxiliary = "{model.auxiliary}" is a loss of all tasks, which reads the shared sets, but '
             f"all sets of groups.{model.roles.representation_behavior} have owners: add one that is shared"
         )
     tables = {feature for group in groups.values() for feature in group.features}
+    for key, feature in {} if model.auxiliary_kind is None else model.auxiliary_kind.features(model).items():
+        _check_table(f"model.{key}", feature, tables)
     reads = model.head_kind.reads_domain(model) or any(each.owner.startswith("domain:") for each in sets)
     if domain and domain not in tables and reads:
         raise ConfigError(
@@ -357,7 +371,11 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
             )
     tables = {feature for group in groups.values() for feature in group.features}
     for key, (feature, _) in branch.compared_features().items():
-        if feature not in tables:
-            raise ConfigError(
-                f"model.{key}: no group has a table of {feature!r}; tables: {', '.join(sorted(tables))}"
-            )
+        _check_table(f"model.{key}", feature, tables)
+
+
+def _check_table(where: str, feature: str, tables: Collection[str]) -> None:
+    if feature not in tables:
+        raise ConfigError(
+            f"{where}: no group has a table of {feature!r}; tables: {', '.join(sorted(tables))}"
+        )

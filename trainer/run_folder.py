@@ -46,9 +46,10 @@ class RunFolder:
         # Of a run in a store: what the training that began last says of itself, and what this one said.
         self._newest, self._mine = path / ".training", ""
 
-    def scores(self, split: str, sampled: bool = False) -> Path:
-        """Where `evaluate` keeps the scores of a split, or of a sample of it."""
-        return self.path / f"scores-{split}{'-sample' if sampled else ''}.parquet"
+    def scores(self, split: str, sampled: bool = False, averaged: bool = False) -> Path:
+        """Where `evaluate` keeps the scores of a split, or of a sample of it, by raw or averaged weights."""
+        parts = [f"scores-{split}", *(["averaged"] if averaged else []), *(["sample"] if sampled else [])]
+        return self.path / f"{'-'.join(parts)}.parquet"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from trainer.run_config import Config
 
 _LOGITS, _GRADIENTS = 1e-4, 1e-2
 # They need a log with clusters, with conversions, or with domains.
-_LEFT_OUT = ("twin_v2", "esmm", "crocodile")
+_LEFT_OUT = ("twin_v2", "esmm", "crocodile", "d_train", "d_train_joint", "d_train_pooled")
 
 
 def preset_names() -> list[str]:

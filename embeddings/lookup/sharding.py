@@ -67,11 +67,7 @@ def shard(
         sharded = DistributedModelParallel(
             model, device=device, plan=plan, sharders=sharders(comms, exchange), init_parameters=True
         )
-    if device.type == "cpu" and dist.get_world_size() > 2:
-        for module in sharded.modules():
-            if isinstance(module, DistributedDataParallel):
-                # A function without annotations, since torch does not understand postponed ones.
-                module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
+    average_in_order(sharded)
     if first_rows:
         set_first_rows(sharded.state_dict(), groups.values(), seed)
     sharded.comms = comms
@@ -96,6 +92,15 @@ def set_first_rows(weights: Mapping[str, Any], groups: Iterable[TableGroup], see
             else:
                 of_table = table_seed(seed, table_of(name))
                 initial_rows_(part.tensor, of_table, group.first, part.row, part.column)
+
+
+def average_in_order(sharded: DistributedModelParallel) -> None:
+    """Have a newly wrapped model's dense gradients averaged in the order of ranks, where that is not so."""
+    if sharded.device.type == "cpu" and dist.get_world_size() > 2:
+        for module in sharded.modules():
+            if isinstance(module, DistributedDataParallel):
+                # A function without annotations, since torch does not understand postponed ones.
+                module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
 
 
 def _average_in_order_of_ranks(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

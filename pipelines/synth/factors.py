@@ -1,4 +1,4 @@
-"""Planted signals of low rank, for several tasks and domains: `agree`, `domains`, `funnel` and `sparse_*`.
+"""Planted signals of low rank: `agree`, `domains`, `signs`, `funnel` and `sparse_*`.
 
 Items 1 to 200 are in histories, items 201 to 300 are shown. A history is 20 items, each drawn uniformly; ages
 are uniform over 90 days and say nothing. Item j of a history has a vector a_j ~ N(0, I) and a shown item c a
@@ -10,6 +10,7 @@ user's vector is u = sum_j a_j / sqrt(20), and the affinity x = <u, b_c> is clos
                others have read the rest, and the tasks want orthogonal vectors: u' is u after a quarter turn
                (STEM's case).
     domains    click, of two domains that listen to either half of the rank; see `listened`.
+    signs      click, of two domains to which one half of the rank says the opposite; see `turned_sign`.
     funnel     click and, where there was one, conversion; `ctcvr` is their product, observed of all (ESMM);
                see `_funnel_logits`.
     sparse_*   click ~ Bernoulli(sigmoid(b + 2 x)), with b such that 25, 5 or 1 % of the candidates have one
@@ -31,6 +32,9 @@ FEATURES: Final = {"item_id": READ + SHOWN + 1}
 HEAD, TAIL, TAIL_SHARE = 1, 2, 1 / 13
 # domain -> how much it listens to either half of the rank.
 LISTENS: Final = {HEAD: (1.0, 0.3), TAIL: (0.3, 1.0)}
+# The same of `signs`, whose tail has one request of 51.
+SIGNS: Final = {HEAD: (0.5**0.5, 0.5**0.5), TAIL: (0.5**0.5, -(0.5**0.5))}
+FEW_SHARE = 1 / 51
 STRENGTH: Final = 2.0
 
 
@@ -90,8 +94,24 @@ def listened(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     listens to the first and the tail, which has one request of 13, to the second; see `LISTENS`. What a
     domain's own tables must learn from its own requests, shared tables learn from all (Crocodile's case).
     """
-    weights = np.zeros((max(LISTENS) + 1, 2))
-    for domain, values in LISTENS.items():
+    return _weighed(LISTENS, seed, target, seen)
+
+
+def turned_sign(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
+    """As `listened`, with the weights `SIGNS`.
+
+    What speaks for a candidate by the second half in the head speaks against it in the tail, which has one
+    request of 51. One head for all domains serves the head domain. A head of the tail's own must learn from
+    few requests that the sign is another one, and may have the rest from all (D-Train's case).
+    """
+    return _weighed(SIGNS, seed, target, seen)
+
+
+def _weighed(
+    of_domains: Mapping[int, tuple[float, float]], seed: int, target: Mapping[str, Ints], seen: Behaviors
+) -> Floats:
+    weights = np.zeros((max(of_domains) + 1, 2))
+    for domain, values in of_domains.items():
         weights[domain] = values
     weight = weights[target["domain_id"]]
     first, second = (_part(half)(seed, target, seen) for half in (0, 1))
@@ -129,12 +149,16 @@ def _halves(rng: np.random.Generator, seed: int, users: int) -> Draws:
     return {"item_id": within + other * (READ // 2)}, shown, age
 
 
-def _domains(rng: np.random.Generator, seed: int, users: int) -> Draws:
-    """A request, with all of its candidates, is of one domain."""
-    del seed
-    history, shown, age = _items(rng, users)
-    domain = np.where(rng.random((users, 1)) < TAIL_SHARE, TAIL, HEAD)
-    return history, shown | {"domain_id": np.broadcast_to(domain, shown["item_id"].shape)}, age
+def _domains(tail: float) -> Callable[[np.random.Generator, int, int], Draws]:
+    """A request, with all of its candidates, is of one domain: of the tail with this probability."""
+
+    def draw(rng: np.random.Generator, seed: int, users: int) -> Draws:
+        del seed
+        history, shown, age = _items(rng, users)
+        domain = np.where(rng.random((users, 1)) < tail, TAIL, HEAD)
+        return history, shown | {"domain_id": np.broadcast_to(domain, shown["item_id"].shape)}, age
+
+    return draw
 
 
 def _funnel_logits(total: Callable[[Worth], Floats]) -> dict[str, Floats]:
@@ -162,8 +186,14 @@ agree = OneRequestEach(
 )
 domains = OneRequestEach(
     FEATURES | {"domain_id": max(LISTENS) + 1},
-    _domains,
+    _domains(TAIL_SHARE),
     lambda total: -1 + STRENGTH * total(listened),
+    taxonomy=(),
+)
+signs = OneRequestEach(
+    FEATURES | {"domain_id": max(SIGNS) + 1},
+    _domains(FEW_SHARE),
+    lambda total: -1 + STRENGTH * total(turned_sign),
     taxonomy=(),
 )
 funnel = OneRequestEach(FEATURES, _plain, _funnel_logits, taxonomy=(), funnel=True)

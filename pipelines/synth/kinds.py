@@ -38,6 +38,7 @@ KINDS: Final = {
     "opposite": Kind(orders.opposite, orders.opposite_worth, 15_000, orders.OPPOSITE_BEHAVIORS),
     "agree": Kind(factors.agree, factors.affinity, 10_000, factors.BEHAVIORS),
     "domains": Kind(factors.domains, factors.listened, 10_000, factors.BEHAVIORS),
+    "signs": Kind(factors.signs, factors.turned_sign, 10_000, factors.BEHAVIORS),
     "funnel": Kind(factors.funnel, factors.affinity, 10_000, factors.BEHAVIORS),
     "sparse_25": Kind(factors.sparse_25, factors.affinity, 10_000, factors.BEHAVIORS),
     "sparse_5": Kind(factors.sparse_5, factors.affinity, 10_000, factors.BEHAVIORS),

@@ -17,7 +17,10 @@ PRESETS = sorted(
 # What presets name that a log of one label, `click`, has not got.
 _RENAMED = {
     "esmm": ["tasks.conversion.label=click", "tasks.conversion_of_clicks.label=click"],
-    "crocodile": ["data.domain=category_id"],
+    **{
+        preset: ["data.domain=category_id"]
+        for preset in ("crocodile", "d_train", "d_train_joint", "d_train_pooled")
+    },
 }
 
 

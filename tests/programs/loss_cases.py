@@ -19,11 +19,14 @@ from pipelines.console import quiet_third_parties
 from tests.helpers.steps import DOMAINS, Drawn, drawn, tasks_of
 from tests.programs.step_cases import job, local_tensors
 from trainer.config.tasks import Task, resolve_tasks
+from trainer.model.frame import Prediction
 from trainer.model.heads.head import Head, HeadInput, HeadOutput, HeadSizes, MlpKeys
+from trainer.model.heads.retrieval import Retrieved
 from trainer.model.settings import HEADS
 from trainer.objectives import ranked
 from trainer.objectives.covariance import Covariance
 from trainer.objectives.losses import rank_loss
+from trainer.objectives.retrieval import RetrievalLoss
 from trainer.objectives.step_loss import StepLoss
 from trainer.ranks.process_group import Ranks, gather_rows, process_group, sum_over_ranks
 
@@ -87,6 +90,38 @@ def case(
     }
 
 
+def retrieval_case(cut: int) -> dict[str, Any]:
+    """The same of an auxiliary head's retrieval, by the gradients of both towers and the loss."""
+    tasks, rank = tasks_of({}, {"weight": 0.5}), dist.get_rank()
+    whole = drawn(7, COUNT, 2, 0.3)
+    random = torch.Generator().manual_seed(1)
+    towers = nn.functional.normalize(torch.randn(2, COUNT, 6, generator=random), dim=2)
+    path = torch.randint(0, 6, (COUNT, 3), generator=random)
+    of_task = RetrievalLoss(tasks[1], 1, 8.0, 0.3)
+
+    def of_rows(rows: slice, shares: tuple[int, ...], counted: bool) -> tuple[Tensor, float]:
+        ranks = max(1, len(shares))
+        own, own_towers = whole.part(rows), towers[:, rows].clone().requires_grad_()
+        of = StepLoss(tasks, "bce", DOMAINS, None, ranks, rank if shares else 0, retrieval=of_task)
+        prediction = Prediction(own.logits, None, retrieved=Retrieved(*own_towers, path[rows]))
+        losses = of.of(own.step(COUNT, counted, shares), prediction, 0.7)
+        rank_loss(losses.total(), COUNT, ranks, counted).backward()
+        assert own_towers.grad is not None
+        sums = [losses.tally.values, losses.tally.counts]
+        report = of.report(*([sum_over_ranks(each) for each in sums] if shares else sums))
+        return own_towers.grad / ranks, report["retrieval"]
+
+    first = int((whole.request < cut).sum())
+    expected, alone = of_rows(slice(0, COUNT), (), True)
+    shares = (first, COUNT - first)
+    counted = shares[rank] > 0
+    rows = slice(0, first) if rank == 0 else slice(first, COUNT)
+    found, together = of_rows(rows if counted else slice(0, 9), shares, counted)
+    every = gather_rows((found if counted else found[:, :0]).transpose(0, 1).contiguous())
+    far = float((every.transpose(0, 1) - expected).abs().max()) if rank == 0 else 0.0
+    return {"far": far, "largest": float(expected.abs().max()), "report": together, "expected": alone}
+
+
 class Towers(Head):
     """A tower of its own for each task."""
 
@@ -112,7 +147,8 @@ class Towers(Head):
 TWO_TASKS = ["tasks.click.rank=pair", "tasks.buy.mask=click >= 0", "data.batch_candidates=24"]
 STEM = [
     "model.head=experts", "model.experts.own=1", "model.experts.foreign=stopped",
-    "model.mixer.kind=softmax", "groups.representation.sets=tasks",
+    "model.mixer.kind=softmax", "groups.representation.sets=tasks", "model.auxiliary=retrieval",
+    "model.retrieval.task=buy", 'model.retrieval.taxonomy=["band","category_id"]',
 ]  # fmt: skip
 
 
@@ -164,6 +200,7 @@ def main(log: Path, folder: Path) -> None:
                     # As on a device that the host must not ask how many positives there are.
                     with mock.patch.object(ranked, "_may_look", lambda _: False):
                         found[f"{name}, {cut}, by counts"] = case(tasks, cut, missing)
+        found_of_retrieval = [retrieval_case(cut) for cut in CUTS]
         never = tasks_of({"rank": "pair"}, {"loss": "focal"})
         found["never observed"] = case(never, 2, 0.3, [0])
         # What no other rank need be asked for is not.
@@ -173,7 +210,9 @@ def main(log: Path, folder: Path) -> None:
             of = StepLoss(CASES["plain"], "bce", 0, Covariance(0.1), ranks.world_size, ranks.rank)
             part.losses(of, part.step(2 * COUNT, True, (COUNT, COUNT))).total().backward()
         if ranks.rank == 0:
-            (folder / "report.json").write_text(json.dumps({"cases": found, "steps": steps}))
+            (folder / "report.json").write_text(
+                json.dumps({"cases": found, "steps": steps, "retrieval": found_of_retrieval})
+            )
 
 
 if __name__ == "__main__":

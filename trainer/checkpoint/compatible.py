@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from embeddings.errors import CheckpointError, ConfigError
 from embeddings.groups import TableName
 from embeddings.optimizers import ROW_OPTIMIZERS
-from trainer.assemble import flat_settings
 from trainer.config.tasks import resolve_tasks
+from trainer.config.toml import flat_settings
 from trainer.log.schema import LogManifest
 from trainer.run_config import Config, sets_of
 
@@ -172,7 +172,10 @@ def changed_settings(state: Mapping[str, Any], config: Config) -> list[str]:
     """
     defaults, given = _flat(Config()), dict(flat_settings(state["config"]))
     before, lines = {**defaults, **_settings_of(state)}, []
-    for key, value in _flat(config).items():
+    now = _flat(config)
+    if (count := len(config.phases)) != (former := len(state["config"].get("phases", ()))):
+        lines.append(f"phases: {count} now (was {former})")
+    for key, value in now.items():
         if key not in before or before[key] == value or key in ("data.log", "plan.file"):
             continue
         default = "; now the default" if key in defaults and value == defaults[key] else ""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from trainer.assemble import ShardedModel, build_sharded, feature_rows
 from trainer.checkpoint import save_load as checkpoint
+from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
+from trainer.checkpoint.tensors import TensorReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config
@@ -19,26 +25,37 @@ class RestoredModel:
 
     Attributes:
         config, manifest: of the run and of its log; sharded: the model; step: steps it was trained.
+        averages: the averaged dense weights by name, where they are wanted; the model has the raw ones.
     """
 
     config: Config
     manifest: LogManifest
     sharded: ShardedModel
     step: int
+    averages: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give the model other dense weights; -> those that it had."""
+        dense: dict[str, Tensor] = self.sharded.model.module.dense_tensors()
+        before = {name: dense[name].clone() for name in weights}
+        for name, weight in weights.items():
+            dense[name].copy_(weight)
+        return before
 
     @property
     def rows(self) -> dict[str, int]:
         return feature_rows(self.sharded.groups)
 
 
-def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> RestoredModel:
+def restore(folder: RunFolder, ranks: Ranks, which: str = "", weights: Weights = "raw") -> RestoredModel:
     """Load a checkpoint that verifies; collective over all ranks.
 
     Args:
-        which: see `trainer.checkpoint.save_load.find_to_use`.
+        which: see `trainer.checkpoint.save_load.find_to_use`; weights: those that are wanted.
 
     Raises:
-        ConfigError: no run there. CheckpointError: it has no usable checkpoint.
+        ConfigError: no run there. CheckpointError: it has no usable checkpoint, or no averages.
     """
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
@@ -48,6 +65,13 @@ def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> RestoredModel:
         print(line, flush=True)
     if ranks.speaks and found.state.get("best", {}).get("step", -1) >= 0:
         print(f"checkpoint {found.path.name} (--checkpoint takes another)", flush=True)
+    averages: dict[str, Tensor] = {}
+    if weights == "averaged":
+        averages = averaged_weights(TensorReader(found.path), found.path, found.state)
+        if ranks.speaks and (missing := steps_missing(found.state)):
+            print(
+                f"{found.path.name} lies within its phase: its average misses {missing:,} steps", flush=True
+            )
     if ranks.device.type != "cpu" and config.plan.mapped_folder:
         if ranks.speaks:
             print("plan.mapped_folder is for CPUs: the tables lie in the GPUs' memory here", flush=True)
@@ -57,4 +81,4 @@ def restore(folder: RunFolder, ranks: Ranks, which: str = "") -> RestoredModel:
     checkpoint.load_tensors(found.path, tensors)
     sharded.model.load_state_dict(tensors["model"])
     sharded.model.eval()
-    return RestoredModel(config, manifest, sharded, int(found.state["step"]))
+    return RestoredModel(config, manifest, sharded, int(found.state["step"]), averages)

@@ -122,7 +122,8 @@ class PhaseConfig(Settings):
     is measured and not trained: its own dense weights stay as they are."""
     freeze: tuple[str, ...] = ()
     """What does not move: `tables`, `groups.<name>`, `dense`, or the beginning of the names of dense weights,
-    such as `head.towers`. Neither weights nor the state of their optimizers change."""
+    such as `head.towers`, where `*` stands for any one name between dots. Neither weights nor the state of
+    their optimizers change."""
     train: tuple[str, ...] = ()
     """What alone moves, in the same words, instead of `freeze`."""
     reset: tuple[str, ...] = ()

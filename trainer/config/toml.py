@@ -172,6 +172,20 @@ def naming(sources: Sources, model: type[BaseModel]) -> Iterator[None]:
         raise ConfigError(f"{sources.place_of(key)}: {error}") from error.__cause__
 
 
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a config as (`section.key`, value).
+
+    Entries of an array of tables, such as `phases`, are sections by their number.
+    """
+    for key, value in tree.items():
+        entries = isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value)
+        section = {str(place): entry for place, entry in enumerate(value)} if entries else value
+        if isinstance(section, Mapping):
+            yield from flat_settings(section, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _source_of(problem: Mapping[str, Any], model: type[Settings], sources: Sources) -> str:
     """The file that has a problem without any override, or the overrides without which there is none."""
     location, overrides = problem["loc"], sources.overrides

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import repeat
 
 import numpy as np
@@ -38,6 +39,7 @@ from trainer.data.blocks import (
     with_windows,
 )
 from trainer.data.collate import collate
+from trainer.data.domain_filter import DomainFilter, candidates_by_domain
 from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
@@ -119,8 +121,8 @@ class SequenceLogReader:
             that spreads well; else every rank all of them. The same on all ranks.
 
     Attributes:
-        row_groups: that are read; candidates: of the whole split; sample: what is read of it, None = all;
-            expected: the candidates that are read, about.
+        row_groups: that are read; candidates: of the whole split, or of its chosen domains; sample: what is
+            read of them, None = all; expected: the candidates that are read, about.
 
     Raises:
         DataError: the log, its manifest or one of its files is missing or malformed.
@@ -171,22 +173,70 @@ class SequenceLogReader:
         self.candidates = manifest.splits[split].candidates
         if not self.candidates:
             raise DataError(f"no request of split {split!r} has a candidate", file=config.log)
-        self.sample = Sample.of(self.candidates, len(self.row_groups), limit)
-        self.expected = self.candidates if self.sample is None else limit
-        if self.sample is not None:
-            self.row_groups = self.sample.places(self.row_groups)
         files = [(entry.path, entry.rows, entry.sha256) for entry in manifest.splits[split].files]
         rows_read = [files, [(place.file.name, place.row_group) for place in left_out]]
         # Digest of the split's rows and their order: what a position inside an epoch refers to.
         self.order = hashlib.sha256(json.dumps(rows_read).encode()).hexdigest()
+        self._every_row_group, self._order = self.row_groups, self.order
+        self._limit, self._share = limit, share
+        self._filter: DomainFilter | None = None
+        self._first_epoch = 0
+        self._take()
+
+    def _take(self) -> None:
+        """Set what follows from the candidates that there are: the sample of them, and the plan's digest."""
+        config, every = self.config, self._every_row_group
+        self.sample = Sample.of(self.candidates, len(every), self._limit)
+        self.expected = self.candidates if self.sample is None else self._limit
+        self.row_groups = every if self.sample is None else self.sample.places(every)
         # Digest of all that decides which blocks each window of row groups holds, and in what order.
         cut = [
             config.history_length,
             config.requests_per_block,
             config.block_limit,
             config.shuffle_row_groups,
+            *([self._first_epoch] if self._first_epoch else []),
         ]
         self.plan = hashlib.sha256(json.dumps([self.order, self.seed, *cut]).encode()).hexdigest()[:16]
+
+    @cached_property
+    def by_domain(self) -> Mapping[int, int]:
+        """Id of a domain -> the split's candidates of it, where it has any, ascending; collective.
+
+        The domain's column of the whole split is read once, by all ranks together.
+        """
+        assert self.columns.domain is not None
+        rank = self.rank, self.world_size
+        return candidates_by_domain(self._every_row_group, self.columns.domain, rank, self._share)
+
+    def of_domains(self, domains: Collection[int], first_epoch: int = 0) -> SequenceLogReader:
+        """A reader of the candidates of these domains alone, see `trainer.data.domain_filter`; collective.
+
+        Args:
+            first_epoch: the epoch whose order is that of epoch 0. So what a phase of one domain reads does
+                not depend on how many passes came before.
+
+        Raises:
+            ConfigError: candidates have no domain, or the split has no candidate of one of these.
+        """
+        column, names = self.columns.domain, ", ".join(map(str, sorted(domains)))
+        if column is None:
+            problem = "name the feature that says a candidate's domain in data.domain"
+            raise ConfigError(f"domains = [{names}]: candidates have no domain; {problem}")
+        for domain in sorted(domains):
+            if domain not in self.by_domain:
+                known = f"those of domains {', '.join(map(str, self.by_domain))}"
+                raise ConfigError(
+                    f"domains = [{names}]: no candidate of the split {self.split} has "
+                    f"{self.config.domain} = {domain}; there are {known}"
+                )
+        chosen = copy(self)
+        chosen._filter = DomainFilter(column, tuple(sorted(set(domains))))
+        chosen._first_epoch = first_epoch
+        chosen.candidates = sum(self.by_domain[domain] for domain in chosen._filter.domains)
+        chosen.order = hashlib.sha256(f"{self._order} {chosen._filter.domains}".encode()).hexdigest()
+        chosen._take()
+        return chosen
 
     def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
         """The steps of one epoch from `cursor` on, prepared ahead by threads as the config says."""
@@ -242,13 +292,14 @@ class SequenceLogReader:
         """
         ready: list[Block] = []
         size, places = self.config.shuffle_row_groups, self.row_groups
+        epoch = cursor.epoch - self._first_epoch
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, cursor.epoch]).permutation(len(places))
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(places))
             places = [places[i] for i in order]
         first, consumed = (cursor.window, cursor.before) if cursor.plan == self.plan else (0, 0)
         at = cursor
         for number in range(first, -(-len(places) // size)):
-            blocks, decoders = self._open(places[number * size : (number + 1) * size], cursor.epoch, number)
+            blocks, decoders = self._open(places[number * size : (number + 1) * size], epoch, number)
             before = consumed
             consumed, skipped = before + len(blocks), max(0, cursor.blocks - before)
             if skipped >= len(blocks):
@@ -292,9 +343,11 @@ class SequenceLogReader:
         return blocks, decoders
 
     def _plan(self, place: RowGroup, footer: pq.FileMetaData) -> PlanRows:
-        if self.sample is None:
-            return read_plan(place.file, place.row_group, footer)
-        return self.sample.of_plan(read_plan(place.file, place.row_group, footer, True))
+        column = None if self._filter is None else self._filter.column
+        plan = read_plan(place.file, place.row_group, footer, self.sample is not None, column)
+        if self._filter is not None:
+            plan = self._filter.of_plan(plan)
+        return plan if self.sample is None else self.sample.of_plan(plan)
 
     def _decoders(self, blocks: Sequence[Block]) -> int:
         """How many ranks decode each row group of a window that has these blocks; 0: all."""
@@ -308,6 +361,8 @@ class SequenceLogReader:
 
     def _decode(self, place: RowGroup, footer: pq.FileMetaData) -> WindowedRows:
         rows = read_rows(place.file, place.row_group, self.columns, footer)
+        if self._filter is not None:
+            rows = self._filter.of_rows(rows)
         return with_windows(rows, self.config.history_length, self.config.ingestion_delay)
 
 

@@ -171,12 +171,14 @@ class PlanRows:
 
     Attributes:
         request_offsets: [U + 1]; history_end, candidates: [requests]; users: [U] ids, where they were read.
+        domain: [candidates], where it was read.
     """
 
     request_offsets: Ints
     history_end: Ints
     candidates: Ints
     users: Ints | None = None
+    domain: Ints | None = None
 
     @property
     def cost(self) -> int:
@@ -200,17 +202,24 @@ def read_rows(
 
 
 def read_plan(
-    file: Path, row_group: int, footer: pq.FileMetaData | None = None, users: bool = False
+    file: Path,
+    row_group: int,
+    footer: pq.FileMetaData | None = None,
+    users: bool = False,
+    domain: DomainColumn | None = None,
 ) -> PlanRows:
     """Only the lengths of a row group: a few bytes a request, whatever the histories hold.
 
     Args:
-        footer: the file's, if it was read before; users: whether the users' ids are read, too.
+        footer: the file's, if it was read before; users: whether the users' ids are read, too; domain: the
+            domain of each candidate is read, too.
 
     Raises:
-        DataError: missing or unreadable file, missing column, null, unequal list lengths or negative numbers.
+        DataError: missing or unreadable file, missing column, null, unequal list lengths or negative numbers,
+            or a domain outside its table.
     """
-    group = read_group(file, row_group, [*PLAN_COLUMNS, *(["user_id"] if users else [])], footer)
+    names = [*PLAN_COLUMNS, *(["user_id"] if users else []), *([domain.name] if domain else [])]
+    group = read_group(file, row_group, names, footer)
     offsets, ends = group.lists("request_history_end")
     count_offsets, counts = group.lists("request_num_candidates")
     group.same_lengths(offsets, count_offsets, "request_num_candidates", "request_history_end")
@@ -218,7 +227,19 @@ def read_plan(
     for name, values in zip(PLAN_COLUMNS, flat, strict=True):
         if values.size and (values.min() < 0 or values.max() > LONGEST):
             raise group.fail("has impossible counts; ingest the events again", name)
-    return PlanRows(offsets, flat[0], flat[1], group.ints("user_id") if users else None)
+    plan = PlanRows(offsets, flat[0], flat[1], group.ints("user_id") if users else None)
+    return plan if domain is None else replace(plan, domain=_planned_domain(group, domain, plan))
+
+
+def _planned_domain(group: GroupColumns, column: DomainColumn, plan: PlanRows) -> Ints:
+    """The domain of each candidate, [candidates]."""
+    offsets, values = group.lists(column.name)
+    group.same_lengths(plan.request_offsets, offsets, column.name, "request_history_end")
+    if column.of_requests:
+        return np.repeat(group.ids(values, column.name, column.rows, offsets), plan.candidates)
+    each, values = group.unnest(values, column.name)
+    group.same_lengths(offsets_of(plan.candidates), each, column.name, "request_num_candidates")
+    return group.ids(values, column.name, column.rows, each[offsets])
 
 
 class _Decoder:

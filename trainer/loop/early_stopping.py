@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from embeddings.errors import ConfigError, hint_of
 from trainer.config.sections import EarlyStoppingConfig
+from trainer.config.tasks import Task, names_of
+from trainer.log.schema import LogManifest
 from trainer.quality.metrics import Metrics
 
 EVERY_TASK = "*"
@@ -63,6 +65,23 @@ def watched(config: EarlyStoppingConfig, tasks: Collection[str]) -> tuple[str, .
         hint = hint_of(config.task, tasks, f'it is one of {", ".join(tasks)}, or "*" for the mean over them')
         raise ConfigError(f"train.early_stopping.task = {config.task!r}: no such task; {hint}")
     return (config.task or next(iter(tasks)),)
+
+
+def check_watched(config: EarlyStoppingConfig, tasks: Sequence[Task], manifest: LogManifest) -> None:
+    """Whether validation can tell when to stop.
+
+    Raises:
+        ConfigError: early stopping watches a task that is not there, or of which validation has no label.
+    """
+    names = watched(config, names_of(tasks))
+    labels = [task.label for task in tasks if task.name in names]
+    # Of logs that were made before labels could be missing, nothing is counted.
+    counted = manifest.splits["validation"].labels if manifest.holds("validation") else {}
+    if config.on and all(label in counted and not counted[label].observed for label in labels):
+        raise ConfigError(
+            f"train.early_stopping watches {names[0]}, and no candidate of the validation split has its "
+            f"label {labels[0]}; name another task with train.early_stopping.task"
+        )
 
 
 def value_of(config: EarlyStoppingConfig, metrics: Mapping[str, Metrics]) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -20,36 +19,20 @@ from trainer.checkpoint.compatible import check_reshardable, check_same_order
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.loop.early_stopping import Best, changed_watch, watched
 from trainer.loop.interrupts import Interrupts
+from trainer.loop.meter import Meter
+from trainer.loop.phases import Phase, phases_of, place_of_phase
 from trainer.loop.pipeline import Pipeline, remark_on
+from trainer.loop.position import Began, Position
 from trainer.loop.progress import Progress
-from trainer.objectives.step_loss import Tally
+from trainer.loop.stage import Stage, Supply
+from trainer.loop.validation import Validation
 from trainer.quality.domains import SplitMetrics
-from trainer.quality.evaluate import scored_split, shared_metrics
 from trainer.ranks.process_group import Ranks, naming_the_lost, sum_over_ranks
 from trainer.run_config import Config
 from trainer.run_folder import MetricsLog, RunFolder
 from trainer.update.guard import Guard
-from trainer.update.schedule import dense_schedule, progress_of, run_steps, table_schedule
-from trainer.update.step import RateSetter, TrainStep, run_optimizer
-
-
-@dataclass
-class Position:
-    """Where training stands: what a checkpoint keeps besides tensors.
-
-    Attributes:
-        step: steps done; cursor: next block to read; candidates: trained so far, over all ranks.
-        wall_s, cpu_s: spent in training steps so far, by this rank (checkpoints keep cpu_s of all ranks).
-        validated: step of the newest validation, -1 before the first; best: see `early_stopping`.
-    """
-
-    step: int = 0
-    cursor: Cursor = field(default_factory=Cursor)
-    candidates: int = 0
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-    validated: int = -1
-    best: Best = field(default_factory=Best)
+from trainer.update.schedule import dense_schedule, run_steps, table_schedule
+from trainer.update.step import TrainStep, run_optimizer
 
 
 class Trainer:
@@ -61,6 +44,7 @@ class Trainer:
         train, validation: readers of the two splits, for this rank.
         ranks: this rank's place; folder: the run folder; say: prints a line on rank 0.
         log_fingerprint: kept with every checkpoint, see `compatible`; plan: the sharding plan in force.
+        supply: what phases need; None for a run without phases.
 
     Attributes:
         stopped: training ended because it was asked to, before its end.
@@ -77,25 +61,26 @@ class Trainer:
         say: Callable[[str], None],
         log_fingerprint: str,
         plan: dict[str, Any],
+        supply: Supply | None = None,
     ) -> None:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
         self.log_fingerprint, self.plan = log_fingerprint, plan
-        self.train_reader, self.validation_reader = train, validation
+        self.train_reader = train
         self.optimizer = run_optimizer(model, config)
-        self.rates = RateSetter(model, self.optimizer)
-        steps = run_steps(config.train, train.candidates, config.data.batch_candidates)
-        self.schedules = dense_schedule(config.train, steps), table_schedule(config.train, steps)
         guard = Guard(ranks, folder.path)
         self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
+        self.supply = supply if config.phases else None
+        self.phases = phases_of(config, supply.domains if supply is not None else ())
+        self.stage = Stage(self.phases, model, self.optimizer, self.step, config.train.seed, self.supply)
+        self.validation = Validation(model, validation, ranks, folder.path, self.stage)
         self.pipeline = Pipeline(config.train.pipeline, model, self.step, ranks.device)
+        self._take_up(self.phases[0], 0)
         if remark := remark_on(config.train.pipeline, self.pipeline):
             say(remark)
         self.at = Position()
-        self.metrics_of_validation: SplitMetrics | None = None
-        self._best_metrics: SplitMetrics | None = None
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
-        self.meter = _Meter(ranks.device)
+        self.meter = Meter(ranks.device)
         touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
         self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
@@ -112,6 +97,8 @@ class Trainer:
         """
         with naming_the_lost(self.ranks, lambda: f"after step {self.at.step}"):
             self.resume(start)
+            if start.path is None:
+                self._enter(self.phases[0])
             if start.path is None or not self._finished():
                 # Not before: a start that is refused, or has nothing to do, leaves the run as it is.
                 from_rank_0(lambda: self.folder.write_config(self.config))
@@ -122,6 +109,8 @@ class Trainer:
             with self.interrupts.listening(), self.saver, log as self.log:
                 with Progress("train", self.ranks.speaks) as self.bar:
                     while not self._finished():
+                        if self._phase_over():
+                            self._next_phase()
                         self._epoch()
                 if not self.stopped:
                     self._validate()
@@ -135,13 +124,14 @@ class Trainer:
     def _epoch(self) -> None:
         """Train what is left of an epoch; after each step report, validate, save and stop where it is due."""
         config = self.config.train
-        self.meter = _Meter(self.ranks.device)
-        left = config.max_steps - self.at.step if config.max_steps else None
+        self.meter = Meter(self.ranks.device)
+        ends = [end - self.at.step for end in self._ends]
+        left = min(ends) if ends else None
         # Steps from one validation to the next, before which no step may be read ahead.
         stretches: Iterable[int | None] = [None]
         every = config.validate_every
-        if every and self.validation_reader is not None:
-            stretches = chain([every - self.at.step % every], repeat(every))
+        if every and self.validation.reader is not None:
+            stretches = chain([every - self.at.steps_done % every], repeat(every))
         with (
             closing(self.train_reader.steps(self.at.cursor)) as steps,
             # A pipeline reads ahead, but not beyond the last step.
@@ -154,26 +144,27 @@ class Trainer:
                 self.meter.add(tally, step.batch.step_candidates)
                 if self.at.step % config.log_every == 0:
                     self._report()
-                if every and self.at.step % every == 0:
+                if every and self.at.steps_done % every == 0:
                     self._validate()
-                self._between_steps(step.last and self.at.cursor.epoch + 1 == config.epochs)
+                self._between_steps(step.last and self.at.passes_done(self.phase, 1) and self._last_phase)
                 self.ranks.check_launcher()
                 if self.after_step is not None:
                     self.after_step(self.at.step)
-                if self._over():
+                if self._stops_here():
                     break
                 self._set_rates()
         self._report()
-        if not self._over():
+        if not self._stops_here():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
 
     def _set_rates(self) -> None:
         """Set the learning rates of the next step."""
-        self.rates.set(*self._rate_factors())
+        self.stage.set_rates(*self._rate_factors())
 
     def _rate_factors(self) -> tuple[float, float]:
         """Of dense weights and of tables, see `trainer.update.schedule`."""
-        dense, tables = (schedule.factor(self.at.step, self._progress()) for schedule in self.schedules)
+        step, progress = self.at.steps_done, self._progress()
+        dense, tables = (schedule.factor(step, progress) for schedule in self.schedules)
         return dense, tables
 
     def _between_steps(self, last: bool) -> None:
@@ -188,22 +179,70 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         # One that stops is saved by run(), which waits for it.
         due = interrupt.save_due or self._best_due or bool(every and self.at.step % every == 0)
-        if due and not (last or self._over()):
+        if due and not (last or (self._stops_here() and (self._last_phase or self._run_over()))):
             self._save()
+
+    def _enter(self, phase: Phase) -> None:
+        """Begin a phase, and train as it says."""
+        if phase.name:
+            self.say(phase.line(len(self.phases)))
+        for line in self.stage.enter(phase):
+            # Rows have changed that no step has looked up, so that no delta may build on what was saved.
+            self.saver.follow(None)
+            self.say(f"phase {phase.name}: {line}")
+        self._take_up(phase, self.at.began.epoch)
+
+    def _take_up(self, phase: Phase, first_epoch: int) -> None:
+        """Train as a phase says that began in this epoch, from wherever in it."""
+        self.phase, config = phase, self.config
+        if self.supply is not None:
+            # What a domain reads by itself does not depend on the passes of others.
+            self.train_reader = self.supply.reader(phase, 0 if phase.each is None else first_epoch)
+        steps = run_steps(phase.train, self.train_reader.candidates, config.data.batch_candidates)
+        self.schedules = dense_schedule(phase.train, steps), table_schedule(phase.train, steps)
+        if self.stage.take_up(phase):
+            self.pipeline = Pipeline(config.train.pipeline, self.model, self.step, self.ranks.device)
+
+    def _next_phase(self) -> None:
+        """Measure where a phase has ended, go back to its best weights if it looked for them, and go on."""
+        self._validate()
+        best, before = self.at.best, self.phase
+        if best.step not in (-1, self.at.step):
+            self._load_best(best.step)
+            self.say(f"phase {before.name} ends with its best weights, of step {best.step:,}")
+        phase, self._best_due = self.phases[before.number + 1], False
+        self.at.begin(phase, before)
+        self.validation.best = None
+        self._enter(phase)
+
+    @property
+    def _last_phase(self) -> bool:
+        return self.phase.number + 1 == len(self.phases)
 
     def _finished(self) -> bool:
         """Whether no step is left."""
-        return self.at.cursor.epoch >= self.config.train.epochs or self._over()
+        return self._run_over() or (self._last_phase and self._phase_over())
 
-    def _over(self) -> bool:
-        """Whether training ends after the step that was just done, wherever its data stand."""
+    def _run_over(self) -> bool:
+        """Whether training ends here, whatever is left of its phases."""
         limit = self.config.train.max_steps
-        return self.stopped or self.ended_early or bool(limit and self.at.step >= limit)
+        return self.stopped or bool(limit and self.at.step >= limit)
+
+    def _phase_over(self) -> bool:
+        return self.at.passes_done(self.phase) or self._stops_here()
+
+    def _stops_here(self) -> bool:
+        """Whether the phase ends after the step that was just done, wherever its data stand."""
+        return self._run_over() or self.ended_early or any(self.at.step >= end for end in self._ends)
+
+    @property
+    def _ends(self) -> list[int]:
+        return self.at.ends(self.phase, self.config.train.max_steps)
 
     @property
     def ended_early(self) -> bool:
         """Whether validation has brought nothing for as long as the config waits."""
-        return self.at.best.over(self.config.train.early_stopping)
+        return self.at.best.over(self.phase.train.early_stopping)
 
     def _report(self) -> None:
         """Write what was trained since the last report; collective."""
@@ -218,30 +257,32 @@ class Trainer:
         dense, tables = self._rate_factors()
         speed = {"samples": self.at.candidates, "samples_per_s": rate}
         rates = {"rate_factor": dense, "table_rate_factor": tables}
-        self.log.write(self.at.step, "train", {**losses, **speed, **rates})
+        self.log.write(self.at.step, "train", {**self._of_phase(), **losses, **speed, **rates})
         text = f"step {self.at.step}  loss {losses['loss']:.4f}  {rate:,.0f} samples/s"
-        self.bar.show(self._progress(), text, last=self._progress() >= 1)
+        # Phases are taken for equally long, since nobody knows how long those are that end early.
+        share = (self.phase.number + self._progress()) / len(self.phases)
+        self.bar.show(share, text, last=share >= 1)
         meter.restart()
 
     def _validate(self) -> None:
-        if self.validation_reader is None or self.at.validated == self.at.step:
+        if self.validation.reader is None or self.at.validated == self.at.step:
             return
-        metrics = self._measure(self.validation_reader)
+        metrics = self.validation.newest = self.validation.measure(self.pipeline)
         self.at.validated = self.at.step
-        self.log.write(self.at.step, "validation", metrics.entry())
+        self.log.write(self.at.step, "validation", {**self._of_phase(), **metrics.entry()})
         sampled = "" if metrics.sampled is None else " ({:,} of {:,} candidates)".format(*metrics.sampled)
         self.say(f"validation after step {self.at.step}{sampled}:{metrics.text()}")
         # Whether this validation is the best so far, or the last.
-        stopping, best = self.config.train.early_stopping, self.at.best
+        stopping, best = self.phase.train.early_stopping, self.at.best
         if stopping.on:
             self._best_due = best.update(stopping, metrics.tasks, self.at.step)
             if self._best_due:
-                self._best_metrics = metrics
+                self.validation.best = metrics
             if self.ended_early:
                 value = "none" if best.value is None else f"{best.value:.4f} after step {best.step:,}"
                 self.say(
                     f"no better {stopping.metric} of {' and '.join(watched(stopping, metrics.tasks))} in "
-                    f"{best.fruitless} validation(s): training ends; best: {value}"
+                    f"{best.fruitless} validation(s): {self.phase.name or 'training'} ends; best: {value}"
                 )
         # Time that no step has taken.
         self.meter.take_time()
@@ -251,36 +292,34 @@ class Trainer:
 
         Where that is the best one, and an earlier start has measured it, its weights are loaded and stay.
         """
-        reader, best = self.validation_reader, self.at.best
-        if reader is None:
+        best = self.at.best
+        if self.validation.reader is None:
             return None, self.at.step
         if best.step in (-1, self.at.step):
             # An earlier start may have measured it.
-            return self.metrics_of_validation or self._measure(reader), self.at.step
-        if self._best_metrics is None:
-            best_start = checkpoint.find_to_use(self.folder.checkpoints)
-            for line in best_start.lines:
-                self.say(line)
-            path, step = best_start.path, int(best_start.state["step"])
-            assert path is not None
-            self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
-            return self._measure(reader), step
-        return self._best_metrics, best.step
+            return self.validation.newest or self.validation.measure(self.pipeline), self.at.step
+        if self.validation.best is None:
+            step = self._load_best()
+            return self.validation.measure(self.pipeline), step
+        return self.validation.best, best.step
 
-    def _measure(self, reader: SequenceLogReader) -> SplitMetrics:
-        device, folder = self.ranks.device, self.folder.path
-        with self.pipeline.paused(), scored_split(self.model, reader, device, folder) as scores:
-            metrics = shared_metrics(scores, reader)
-        self.metrics_of_validation = metrics
-        return metrics
+    def _load_best(self, step: int | None = None) -> int:
+        """Take up the weights of the best checkpoint, or of that of a step; -> its step."""
+        self.saver.settle()
+        found = checkpoint.find_to_use(self.folder.checkpoints, "" if step is None else str(step))
+        for line in found.lines:
+            self.say(line)
+        path = found.path
+        assert path is not None
+        self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
+        return int(found.state["step"])
 
-    def _sample(self) -> dict[str, Any] | None:
-        """What validations score of the split, None = all of it."""
-        sample = self.validation_reader and self.validation_reader.sample
-        return asdict(sample) if sample else None
+    def _of_phase(self) -> dict[str, str]:
+        """What lines of metrics say of the phase."""
+        return {"phase": self.phase.name} if self.phase.name else {}
 
     def _progress(self) -> float:
-        return progress_of(self.config.train, self.at.step, self.at.candidates, self.train_reader.candidates)
+        return self.at.progress(self.phase, self.train_reader.candidates)
 
     def cpu_seconds(self) -> float:
         """CPU seconds of the training steps of all ranks; collective."""
@@ -304,12 +343,13 @@ class Trainer:
         self._best_due = False
         state = {
             **asdict(self.at),
+            "phase_name": self.phase.name,
             "cpu_s": self.cpu_seconds(),
             "world_size": self.ranks.world_size,
             "log": self.log_fingerprint,
             "plan": self.plan,
             "order": self.train_reader.order,
-            "sample": self._sample(),
+            "sample": self.validation.sample,
             "config": self.config.model_dump(mode="json"),
         }
         from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
@@ -328,62 +368,22 @@ class Trainer:
         path, state = start.path, start.state
         if path is None:
             return
+        phase = self.phases[place_of_phase(self.phases, state, path.name)]
+        self._take_up(phase, Began(**state.get("began", {})).epoch)
         check_reshardable(path, state, self.plan)
         check_same_order(path, state, self.train_reader.order, self.config.data.log)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         # Older checkpoints know of no best.
-        best, now = Best(**state.get("best", {})), self.config.train.early_stopping
+        best, now = Best(**state.get("best", {})), self.phase.train.early_stopping
         why = changed_watch(state["config"], now, self.train_reader.columns.tasks)
         # Older checkpoints have measured the whole split.
-        if not why and state.get("sample") != self._sample():
+        if not why and state.get("sample") != self.validation.sample:
             why = "validations score other candidates since (train.validate_candidates)"
         if best != Best() and why:
             self.say(f"{why}: the best validation so far, after step {best.step:,}, is no longer kept")
             best = Best()
-        self.at = Position(
-            step=state["step"],
-            cursor=Cursor(**state["cursor"]),
-            candidates=state["candidates"],
-            wall_s=state["wall_s"],
-            cpu_s=state["cpu_s"] / self.ranks.world_size,
-            validated=state["validated"],
-            best=best,
-        )
+        self.at = Position.of_state(state, self.ranks.world_size, best)
         self.saver.saved = self.step.number = self.at.step
         self.saver.refused = set(start.refused_names)
         self.saver.follow(path, state.get("base", {}).get("links", 0))
         self.say(f"resumed from {path}")
-
-
-class _Meter:
-    """What was trained since the last report.
-
-    Attributes:
-        candidates: of all ranks.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._sums = device, list[torch.Tensor]()
-        self.candidates = 0
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def add(self, tally: Tally, candidates: int) -> None:
-        if self._sums:
-            self._sums = [before + now for before, now in zip(self._sums, tally, strict=True)]
-        else:
-            self._sums = list(tally)
-        self.candidates += candidates
-
-    def sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Values, counts and total of the tallies of all steps and ranks; collective."""
-        values, counts, total = (sum_over_ranks(part.to(self._device)) for part in self._sums)
-        return values, counts, total
-
-    def restart(self) -> None:
-        self._sums, self.candidates = [], 0
-
-    def take_time(self) -> tuple[float, float]:
-        """Wall and CPU seconds of this process since the last call."""
-        before = self._wall, self._cpu
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-        return self._wall - before[0], self._cpu - before[1]

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from embeddings.groups import TableGroup
 from trainer.config.model import CONTEXT_ROLES, section_of
+from trainer.config.phases import DENSE, GROUP, TABLES
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings
 from trainer.log.schema import LogManifest
-from trainer.model.settings import CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
+from trainer.model.settings import AUXILIARY_KEYS, CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
 from trainer.run_config import Config
 
 _SPLITS = ("train", "validation", "test")
@@ -65,7 +66,7 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
     unread = config.model.head_kind.unread_keys(config.model, owners)
     alone = [task.name for task in tasks if task.has_tower]
     of_one = _of_one_task(config, alone[0]) if len(alone) == 1 else []
-    if left := [*_of_model(config.model), *unread, *_of_rest(config), *of_one]:
+    if left := [*_of_model(config.model), *unread, *_of_rest(config), *_of_phases(config), *of_one]:
         lines.append(f"no effect in this configuration: {'; '.join(left)}")
     return lines
 
@@ -141,12 +142,14 @@ def _of_model(model: ModelConfig) -> list[str]:
         for key in HEAD_KEYS
         if key not in model.head_kind.keys.model_fields and _changed(model, key)
     ]
-    if model.auxiliary_kind is None:
-        unused += [
-            f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "{model.auxiliary}")'
-            for key in ("auxiliary_weight", "auxiliary_hidden")
-            if _changed(model, key)
-        ]
+    kind = model.auxiliary_kind
+    keys = ["auxiliary_weight", "auxiliary_hidden"] if kind is None else []
+    keys += [key for key in AUXILIARY_KEYS if kind is None or key not in kind.keys.model_fields]
+    unused += [
+        f'model.{key} = {getattr(model, key)!r} (model.auxiliary is "{model.auxiliary}")'
+        for key in keys
+        if _changed(model, key)
+    ]
     return unused
 
 
@@ -163,6 +166,23 @@ def _of_one_task(config: Config, task: str) -> list[str]:
         if settings.attention_owner and "attention_owner" in settings.keys_with_effect():
             left.append(f"{section_of(branch)}.attention_owner = {settings.attention_owner!r} {why}")
     return left
+
+
+def _of_phases(config: Config) -> Iterable[str]:
+    """Keys of phases that nothing looks at."""
+    for place, phase in enumerate(config.phases):
+        where, average = f"phases.{place}", phase.average
+        if again := sorted(set(phase.reset) & set(phase.reset_state)):
+            yield f"{where}.reset_state = {again[0]!r} (reset has it, too)"
+        if average.kind != "beta" and _changed(average, "beta"):
+            yield f'{where}.average.beta (average.kind is "{average.kind}")'
+        if average.kind != "ema" and _changed(average, "decay"):
+            yield f'{where}.average.decay (average.kind is "{average.kind}")'
+        for group in phase.table_learning_rates:
+            if {TABLES, f"{GROUP}{group}"} & set(phase.freeze):
+                yield f"{where}.table_learning_rates.{group} (the group is frozen)"
+        if DENSE in phase.freeze and phase.learning_rate is not None:
+            yield f"{where}.learning_rate (everything dense is frozen)"
 
 
 def _of_rest(config: Config) -> list[str]:

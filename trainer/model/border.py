@@ -92,11 +92,15 @@ class Lookups(nn.Module):
 
     Args:
         groups: by name; each says in what order its features come and whether they are added up.
+
+    Attributes:
+        frozen: groups whose tables stay as they are: no gradient reaches them.
     """
 
     def __init__(self, groups: Mapping[str, TableGroup]) -> None:
         super().__init__()
         self.groups = dict(groups)
+        self.frozen: frozenset[str] = frozenset()
         self._cuts: list[Cut] | None = None
 
     @contextmanager
@@ -122,7 +126,9 @@ class Lookups(nn.Module):
             if lanes:
                 shared = reduce(add, lanes.values(), group.of_shared(inside))
                 vectors[name] = group.with_shared(inside, shared)
-            if self._cuts is not None and torch.is_grad_enabled():
+            if name in self.frozen:
+                vectors[name] = vectors[name].detach()
+            elif self._cuts is not None and torch.is_grad_enabled():
                 outside = vectors[name].detach().requires_grad_()
                 self._cuts.append(Cut(name, inside, outside, lanes, group))
                 vectors[name] = outside

@@ -64,6 +64,7 @@ class Branch(nn.Module):
 
     Attributes:
         sequence: the model of the one set; with named sets there are `sequences.<SET>` instead.
+        attention_width: of the attended columns of the attention vectors.
         widths: set -> D, in the order in which vectors lie side by side; owners: set -> who trains it;
             shared_sets: those that no task and no domain owns.
         scorer, search: None where the sequence model works on windows; cross: None without cross features.
@@ -76,7 +77,7 @@ class Branch(nn.Module):
         sets = dimensions.groups[roles.representation_behavior].sets
         of_sets = {each.name: BranchSizes(settings, settings.newest, dimensions, each.name) for each in sets}
         sizes = of_sets[sets[0].name]
-        self.settings, self.columns = settings, sizes.columns
+        self.settings, self.columns, self.attention_width = settings, sizes.columns, sizes.width
         # Checkpoints and first weights depend on this order.
         models = {name: settings.sequence_kind.build(settings, of_set) for name, of_set in of_sets.items()}
         if "" in models:

@@ -12,11 +12,12 @@ collections, and looks into no tensor. The trace does not enter those modules; a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embeddings.lookup.jagged import select_bags
 from trainer.config.model import RolesConfig
@@ -24,9 +25,11 @@ from trainer.config.tasks import Task
 from trainer.data.batch import RequestBatch
 from trainer.model.border import Lookups
 from trainer.model.branch import Branch, Reading, at_least_one_row
+from trainer.model.heads.auxiliary import AuxiliarySizes
 from trainer.model.heads.head import HeadInput, HeadOutput, HeadSizes
 from trainer.model.heads.owned import OwnedAttention
 from trainer.model.heads.products import Products
+from trainer.model.heads.retrieval import Retrieved
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.search import Retrieval
 from trainer.model.settings import ModelConfig
@@ -42,12 +45,14 @@ class Prediction(NamedTuple):
         logits: float32 [C, T], log odds of each task's probability.
         auxiliary: logits [C, T] of the auxiliary head while training, else None.
         base, experts: of `trainer.model.heads.head.HeadOutput`.
+        retrieved: what an auxiliary head gives that is no logits, while training.
     """
 
     logits: Tensor
     auxiliary: Tensor | None
     base: Tensor | None = None
     experts: Tensor | None = None
+    retrieved: Retrieved | None = None
 
 
 class Retrievals(NamedTuple):
@@ -251,14 +256,23 @@ class TwoStageModel(nn.Module):
         self.auxiliary = None
         if config.auxiliary_kind is not None:
             main = branches["main"]
-            width = sum(main.widths[name] for name in main.shared_sets)
-            self.auxiliary = config.auxiliary_kind.build(config, width, len(towers))
+            shared = sum(main.widths[name] for name in main.shared_sets)
+            sizes = AuxiliarySizes(shared, main.attention_width, [task.name for task in towers])
+            self.auxiliary = config.auxiliary_kind.build(config, sizes)
         if config.dense_init == "normal":
             # Everything dense without "bias" in its name, scales and slopes too (DARE's code).
             with torch.no_grad():
                 for name, parameter in self.named_parameters():
                     if not name.startswith("collections.") and "bias" not in name:
                         parameter.normal_(0.0, 0.01)
+
+    def dense_tensors(self) -> dict[str, Tensor]:
+        """Weights and buffers of everything but the tables, by their names in the state dict."""
+        return {
+            name: tensor.detach()
+            for name, tensor in chain(self.named_parameters(), self.named_buffers())
+            if not name.startswith("collections.")
+        }
 
     def own_parameters(self, task: str) -> list[nn.Parameter]:
         """The dense weights that no loss but this task's reaches: of the head, of what reads its sets, and of
@@ -269,6 +283,8 @@ class TwoStageModel(nn.Module):
         for branch in self.branches.named().values():
             if branch.settings.attention_owner == task:
                 own += branch.of_attention
+        if self.auxiliary is not None and self.auxiliary.owner == task:
+            own.append(self.auxiliary)
         return [*self.head.own_parameters(task), *(weight for each in own for weight in each.parameters())]
 
     def forward(self, batch: RequestBatch) -> Prediction:
@@ -278,8 +294,8 @@ class TwoStageModel(nn.Module):
             # A collection takes from the bags those of its own features.
             late = self.lookups(
                 {
-                    name: self.collections[name](
-                        retrievals.candidates if name in self.alone else retrievals.bags
+                    name: self._looked_up(
+                        name, retrievals.candidates if name in self.alone else retrievals.bags
                     )
                     for name in self.late
                 }
@@ -291,13 +307,15 @@ class TwoStageModel(nn.Module):
             output = self.head(pooled.given[0])
         if self.products is not None:
             output = self.products(output)
-        auxiliary = None
+        auxiliary = retrieved = None
         if self.auxiliary is not None and self.training:
             main = pooled.of_branch["main"]
-            auxiliary = self.auxiliary(main.branch, main.behaviors, self.owned.live("main"))
-            if self.products is not None:
-                auxiliary = self.products(HeadOutput(auxiliary)).logits
-        return Prediction(output.logits, auxiliary, output.base, output.experts)
+            given = self.auxiliary(batch, main.branch, main.behaviors, self.owned.live("main"))
+            if self.auxiliary.retrieves:
+                retrieved = given
+            else:
+                auxiliary = given if self.products is None else self.products(HeadOutput(given)).logits
+        return Prediction(output.logits, auxiliary, output.base, output.experts, retrieved)
 
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Selection]:
@@ -312,10 +330,15 @@ class TwoStageModel(nn.Module):
     def _stage_one(self, batch: RequestBatch) -> tuple[Retrievals, dict[str, Tensor]]:
         """What each branch kept, and the vectors that were looked up for it."""
         # All are started before any is waited for.
-        pooled = {name: self.collections[name](batch.features) for name in self.first}
-        pooled |= {name: self.collections[name](batch.context) for name in self.of_requests}
+        pooled = {name: self._looked_up(name, batch.features) for name in self.first}
+        pooled |= {name: self._looked_up(name, batch.context) for name in self.of_requests}
         vectors = self.lookups(pooled)
         return self.branches(batch, vectors), vectors
+
+    def _looked_up(self, name: str, bags: KeyedJaggedTensor) -> KeyedTensor:
+        """What the collection of a group gives; of a frozen group without a graph, as its rows stay."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.lookups.frozen):
+            return self.collections[name](bags)
 
 
 def head_sizes(

@@ -22,6 +22,7 @@ from trainer.config.model import BranchKeys, ModelKeys
 from trainer.model.heads.auxiliary import Auxiliary, IndexLoss, SoftmaxLoss
 from trainer.model.heads.experts import ExpertsHead
 from trainer.model.heads.head import DotHead, Head, MlpHead
+from trainer.model.heads.retrieval import RetrievalHead
 from trainer.model.read.collision import HashCollision
 from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import SequenceModel
@@ -59,6 +60,7 @@ AUXILIARIES: dict[str, type[Auxiliary] | None] = {
     "none": None,
     "softmax": SoftmaxLoss,
     "index": IndexLoss,
+    "retrieval": RetrievalHead,
 }
 """The auxiliary losses, by their names in `model.auxiliary`."""
 
@@ -80,8 +82,8 @@ else:
     class _BranchKeys(*_bases([*SEARCHES.values(), *SEQUENCES.values()], BranchKeys)):
         """The keys of all searches and sequence models."""
 
-    class _ModelKeys(*_bases(HEADS.values(), ModelKeys)):
-        """The keys of all heads."""
+    class _ModelKeys(*_bases([*HEADS.values(), *filter(None, AUXILIARIES.values())], ModelKeys)):
+        """The keys of all heads and auxiliary losses."""
 
     _Search, _Sequence = Literal[*SEARCHES], Literal[*SEQUENCES]
     _Head, _Auxiliary = Literal[*HEADS], Literal[*AUXILIARIES]
@@ -189,7 +191,9 @@ class ModelConfig(BranchConfig, _ModelKeys):
     sets of the representation, with a mixer and a tower for each task (see [model.experts])."""
     auxiliary: _Auxiliary = "none"
     """A second loss, of a head on the main branch's whole window. `softmax` takes the softmax of scores over
-    the window (DARE's code). `index` takes the raw scores of the index that `search = "soft"` uses (SIM)."""
+    the window (DARE's code). `index` takes the raw scores of the index that `search = "soft"` uses (SIM).
+    `retrieval` has the mean of the window's attention vectors find the positive among the step's candidates,
+    by a margin metric softmax (see [model.retrieval])."""
     branches: dict[Annotated[str, Field(pattern=NAME)], BranchConfig] = Field(default_factory=dict)
     """Further branches by name, whose outputs go to the same head. They take from [model] whatever they do
     not set. A recent window module is a branch with `search = "recent"`. DSI-TIN is two branches that attend
@@ -204,6 +208,11 @@ class ModelConfig(BranchConfig, _ModelKeys):
     def auxiliary_kind(self) -> type[Auxiliary] | None:
         """The class that the auxiliary loss is made of, if there is one."""
         return AUXILIARIES[self.auxiliary]
+
+    @property
+    def auxiliary_reads(self) -> bool:
+        """Whether an auxiliary loss reads the representation of whole windows."""
+        return self.auxiliary_kind is not None and self.auxiliary_kind.reads_representation
 
     @model_validator(mode="before")
     @classmethod
@@ -233,7 +242,7 @@ class ModelConfig(BranchConfig, _ModelKeys):
         problems = {
             'branches.main: the section [model] is the branch "main" itself': "main" in self.branches,
             'auxiliary needs lookup = "full": it reads every behavior of the window': (
-                self.auxiliary_kind is not None and self.lookup != "full"
+                self.auxiliary_reads and self.lookup != "full"
             ),
             f'auxiliary = "{needed}" goes with search = "{search}", and search = "{search}" with it': (
                 bool(needed) and self.auxiliary != needed
@@ -275,8 +284,16 @@ def _keys_of(kind: type[Search] | type[SequenceModel]) -> set[str]:
     return set(kind.uses) | _own_keys(kind.keys)
 
 
-# Keys that only some heads have.
-HEAD_KEYS = [key for key in _ModelKeys.model_fields if key not in ModelKeys.model_fields]
+# Keys that only some auxiliary losses, or only some heads have.
+AUXILIARY_KEYS = [
+    key
+    for key in _ModelKeys.model_fields
+    if key not in ModelKeys.model_fields
+    and any(kind is not None and key in kind.keys.model_fields for kind in AUXILIARIES.values())
+]
+HEAD_KEYS = [
+    key for key in _ModelKeys.model_fields if key not in ModelKeys.model_fields and key not in AUXILIARY_KEYS
+]
 # Keys of a branch that only some kinds look at.
 _KINDS: list[type[Search] | type[SequenceModel]] = [*SEARCHES.values(), *SEQUENCES.values()]
 CONDITIONAL_KEYS = set[str]().union(*(_keys_of(kind) for kind in _KINDS))

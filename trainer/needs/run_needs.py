@@ -249,11 +249,12 @@ def disk_needs(
         # Their room is taken before the first save.
         room, where = max(room - files, 0), "disk, beside mapped files"
     every = config.full_every
-    kept = config.keep + 1 + run.config.train.early_stopping.on
+    best = run.config.train.early_stopping.on or any(phase.stops for phase in run.config.phases)
+    kept = config.keep + 1 + best
     if every == 1:
         whole, parts = kept * one, {"": kept * one}
         words = f"{config.keep} kept, one being written"
-        words += ", the best" if run.config.train.early_stopping.on else ""
+        words += ", the best" if best else ""
     else:
         # Every delta that is kept needs its base.
         full = 1 + math.ceil(config.keep / every)

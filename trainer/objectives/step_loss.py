@@ -29,6 +29,7 @@ from trainer.objectives.given import Entry, Given, Term
 from trainer.objectives.of_tasks import Trained, trained_tasks
 from trainer.objectives.pointwise import pointwise
 from trainer.objectives.ranked import compared_of, ranked
+from trainer.objectives.retrieval import RetrievalLoss
 
 
 class Tally(NamedTuple):
@@ -69,7 +70,8 @@ class Losses:
 class _Part(NamedTuple):
     """A stretch of the numbers of a tally.
 
-    `task`: its place among the trained ones, -1: of none; `what`: loss, rank, gradient or covariance.
+    `task`: its place among the trained ones, -1: of none; `what`: loss, rank, gradient, covariance or
+    retrieval.
     """
 
     task: int
@@ -82,7 +84,7 @@ class StepLoss:
 
     Args:
         tasks: of the run; objective: `train.objective`; domains: ids that a domain may have, 0 without.
-        covariance: of the model's experts, or None.
+        covariance: of the model's experts, or None; retrieval: of its auxiliary head, or None.
         world_size, rank: of this process; mean: `train.mean`.
 
     Attributes:
@@ -101,10 +103,11 @@ class StepLoss:
         world_size: int = 1,
         rank: int = 0,
         mean: str = "step",
+        retrieval: RetrievalLoss | None = None,
     ) -> None:
         self._all = tuple(tasks)
         self.tasks = dict(enumerate(trained_tasks(tasks, objective, domains, mean)))
-        self._domains, self._covariance = domains, covariance
+        self._domains, self._covariance, self._retrieval = domains, covariance, retrieval
         self._world_size, self._rank = world_size, rank
         self.by_task = False
         self._ranked = {place: task for place, task in self.tasks.items() if task.ranking is not None}
@@ -134,6 +137,8 @@ class StepLoss:
                 yield _Part(place, "gradient")
         if self._covariance is not None:
             yield _Part(-1, "covariance")
+        if self._retrieval is not None:
+            yield _Part(-1, "retrieval")
 
     def of(self, step: Step, prediction: Prediction, auxiliary_weight: float = 0.0) -> Losses:
         """The losses of this rank's part of a step; collective where other ranks must be asked.
@@ -170,6 +175,13 @@ class StepLoss:
             value, count = self._covariance_of(step, prediction)
             parts.append(self._covariance.factor * step.batch.step_candidates * value)
             entries[-1, "covariance"] = Entry(value.detach()[None], count)
+        if self._retrieval is not None:
+            if prediction.retrieved is None:
+                raise ValueError("the model retrieves nothing, and the loss is to have its part")
+            part, entries[-1, "retrieval"] = self._retrieval.of(prediction.retrieved, given)
+            parts.append(auxiliary_weight * part)
+            if (name := self._retrieval.task.name) in by_task:
+                by_task[name] = by_task[name] + parts[-1]
         for place, task in self._ranked.items():
             negative = given.observed_of(task.column) & (given.labels[:, task.column] < 0.5)
             negatives = negative.sum()[None].double() * step.counted
@@ -266,9 +278,9 @@ class StepLoss:
 
     def _silent(self, counts: Sequence[int]) -> list[str]:
         """Given the counts of all tasks on all ranks."""
-        if all(counts):
+        if all(counts) and all(task.task.weight for task in self.tasks.values()):
             return []
-        heard = [task.task for task in self.tasks.values() if counts[task.column]]
+        heard = [task.task for task in self.tasks.values() if counts[task.column] and task.task.weight]
         reached = {name for task in heard for name in (task.name, *task.settings.product)}
         return [task.name for task in self._all if task.has_tower and task.name not in reached]
 
@@ -308,6 +320,8 @@ class StepLoss:
             report = {"loss": loss, "tasks": tasks}
         if self._covariance is not None:
             report["covariance"] = means[-1, "covariance"]
+        if self._retrieval is not None:
+            report["retrieval"] = means[-1, "retrieval"]
         return report
 
 

@@ -160,6 +160,7 @@ class SnapshotManifest(Settings):
             those without a table included that a hard search compares.
         recorded_features, recorded_context: features in the order of the recorded requests.
         checkpoint: digest of the manifest of the checkpoint that this was made of; empty: not known.
+        weights: whether the dense part is that of the step, or its average over the phase.
         vocabularies: feature -> digest of the values that its ids stand for; vocabulary_files: these values.
     """
 
@@ -168,6 +169,7 @@ class SnapshotManifest(Settings):
     number: int = Field(ge=1, lt=10**8)
     base: BaseVersion | None = None
     step: int = Field(ge=0)
+    weights: Literal["raw", "averaged"] = "raw"
     checkpoint: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     score_bound: float = Field(ge=0, le=0.2)
     mean_bound: float = Field(ge=0, le=0.01)

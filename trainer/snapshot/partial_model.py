@@ -103,6 +103,13 @@ class PartialModel:
         sharded.load_state_dict(state)
         sharded.eval()
 
+    @torch.no_grad()
+    def put(self, dense: Mapping[str, Tensor]) -> None:
+        """Give it other dense weights."""
+        own: dict[str, Tensor] = self.model.module.dense_tensors()
+        for name, weight in dense.items():
+            own[name].copy_(weight)
+
     def renumbered(self, batch: RequestBatch) -> RequestBatch:
         """The batch with the ids that the small tables have."""
         context = None if batch.context is None else self._renumber(batch.context)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,22 +15,25 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from embeddings.errors import DataError
+from embeddings.errors import ConfigError, DataError, hint_of
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from embeddings.private import BatchNorm
 from trainer.config.phases import UpdateRule
 from trainer.config.sections import TrainConfig
+from trainer.config.tasks import Task
 from trainer.data.reader import Step
 from trainer.model.border import Cut, Pull
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.covariance import covariance_of
 from trainer.objectives.losses import rank_loss
+from trainer.objectives.retrieval import retrieval_loss_of
 from trainer.objectives.step_loss import StepLoss, Tally
 from trainer.run_config import Config
 from trainer.update.dense_optimizer import DenseOptimizer, PerTaskAdam, reached_by
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
 from trainer.update.rules.per_task import PerTask, check_no_replicas
 from trainer.update.rules.summed import Summed
+from trainer.update.tied import TiedMaps
 
 
 def make_optimizer(
@@ -99,17 +104,32 @@ def reach_of(model: DistributedModelParallel, config: Config) -> dict[str, tuple
 
 
 class RateSetter:
-    """Sets the learning rates to multiples of what they were at the start."""
+    """Sets the learning rates to multiples of what they were at the start, or of what `rebase` says."""
 
     def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
         self._fused = model.fused_optimizer
-        tables = {id(group) for group in self._fused.param_groups}
-        self._groups = [(group, float(group["lr"]), id(group) in tables) for group in optimizer.param_groups]
+        # Parameter -> the name of its table group.
+        names = {id(weight): name.split(".")[1] for name, weight in self._fused.params.items()}
+        self._groups: list[tuple[dict[str, Any], str]] = [
+            (group, names.get(id(group["params"][0]), "")) for group in optimizer.param_groups
+        ]
+        self._first = [float(group["lr"]) for group, _ in self._groups]
+        self._base = self._first
+
+    def rebase(self, dense: float | None = None, tables: Mapping[str, float] | None = None) -> None:
+        """What multiples are taken of from now on; what is not given has the rate of the start.
+
+        Args:
+            tables: name of a table group -> rate.
+        """
+        given = {"": dense, **(tables or {})}
+        rates = [(given.get(name), first) for (_, name), first in zip(self._groups, self._first, strict=True)]
+        self._base = [first if rate is None else rate for rate, first in rates]
 
     def set(self, dense: float, tables: float) -> None:
         """In force from the next backward pass on."""
-        for group, base, of_table in self._groups:
-            group["lr"] = base * (tables if of_table else dense)
+        for (group, name), base in zip(self._groups, self._base, strict=True):
+            group["lr"] = base * (tables if name else dense)
         # The kernels keep a copy of the rate, which only this call renews; it updates no weight.
         self._fused.step()
 
@@ -131,6 +151,7 @@ class TrainStep:
     Attributes:
         losses: what the step trains by.
         number: of the newest step, for messages; a run that goes on sets it.
+        tied: maps of domains that are held equal, or None.
     """
 
     def __init__(
@@ -146,26 +167,21 @@ class TrainStep:
         shell = model.module
         assert isinstance(shell, TwoStageModel)
         self._lookups, self._dense = shell.lookups, dense_weights(model)
+        self._domains, self._settings = shell.domains, config.model
+        self._covariance = covariance_of(config.model)
         self._comms: Comms = getattr(model, "comms", AS_THEY_ARE)
         # The one thing that a forward pass changes: running statistics of batch normalisation.
         norms = [module for module in shell.modules() if isinstance(module, BatchNorm)]
         self._statistics = [buffer for module in norms for buffer in module.buffers()]
         self._statistics_before: list[Tensor] = []
-        rank = dist.get_rank() if world_size > 1 else 0
-        self.losses = StepLoss(
-            shell.tasks,
-            config.train.objective,
-            shell.domains,
-            covariance_of(config.model),
-            world_size,
-            rank,
-            config.train.mean,
-        )
+        self._tasks = shell.tasks
+        self.losses = self._losses_of(shell.tasks)
         # Weights that only one task reaches.
         towers = [task.name for task in shell.tasks if task.has_tower]
         self._own = {name: shell.own_parameters(name) for name in towers}
         self._silent: Collection[str] = ()
         self.number = 0
+        self.tied: TiedMaps | None = None
         self._step: Step | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
@@ -192,6 +208,35 @@ class TrainStep:
             self._rule = PerTask(
                 self._dense, self._reach, self._dense_optimizer, self._lanes[0], self._world_size
             )
+        self.losses.by_task = self._rule.by_task
+
+    def _losses_of(self, tasks: Sequence[Task]) -> StepLoss:
+        rank = dist.get_rank() if self._world_size > 1 else 0
+        config = self._config
+        return StepLoss(
+            tasks,
+            config.objective,
+            self._domains,
+            self._covariance,
+            self._world_size,
+            rank,
+            config.mean,
+            retrieval_loss_of(self._settings, tasks),
+        )
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Train by other weights of tasks from now on; tasks that are not named have those of the config.
+
+        Raises:
+            ConfigError: there is no such task, or nothing is trained any more.
+        """
+        names = [task.name for task in self._tasks]
+        if unknown := [name for name in weights if name not in names]:
+            hint = hint_of(unknown[0], names, f"they are {', '.join(names)}")
+            raise ConfigError(f"no task is called {unknown[0]!r}; {hint}")
+        self.losses = self._losses_of(
+            [replace(task, weight=weights.get(task.name, task.weight)) for task in self._tasks]
+        )
         self.losses.by_task = self._rule.by_task
 
     def zero_grad(self) -> None:
@@ -221,6 +266,8 @@ class TrainStep:
                 reads late raises it in the next step, before that changes anything, or in `settle`.
         """
         cuts, self._cuts = self._cuts, []
+        if self.tied is not None:
+            self.tied.gather()
         pulls = self._rule.pulls(cuts)
         gradients = [pull.gradient for pull in pulls]
         if self._guard is not None:
@@ -235,6 +282,8 @@ class TrainStep:
                 weight.grad = None
         with record_function("## optimizer ##"):
             self._optimizer.step()
+        if self.tied is not None:
+            self.tied.spread()
 
     def settle(self) -> None:
         """Read the answer to the last step's check, where the guard has not done so; collective if it is bad.

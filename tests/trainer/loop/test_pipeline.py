@@ -20,10 +20,9 @@ from tests.helpers.launching import SETTINGS, launched, losses, overrides, train
 from tests.helpers.logs import Shape, enrich, random_rows, write_log
 from tests.programs.step_cases import MODELS, WAYS
 from tests.trainer.test_ranks import parameters
-from trainer.data.reader import SequenceLogReader
-from trainer.loop.loop import Trainer
-from trainer.loop.pipeline import kind_for
-from trainer.quality.metrics import Metrics
+from trainer.loop.pipeline import Pipeline, kind_for
+from trainer.loop.validation import Validation
+from trainer.quality.domains import SplitMetrics
 from trainer.ranks.process_group import process_group
 from trainer.run_config import load_config
 
@@ -175,13 +174,13 @@ def test_a_run_measures_with_no_batch_under_way(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pipeline ends before a validation: rows in a cache would be taken for those of the validation."""
-    ahead, measure = [], Trainer._measure
+    ahead, measure = [], Validation.measure
 
-    def noted(self: Trainer, reader: SequenceLogReader) -> dict[str, Metrics]:
-        ahead.append((self.at.step, self.pipeline.ahead))
-        return measure(self, reader)
+    def noted(self: Validation, pipeline: Pipeline) -> SplitMetrics:
+        ahead.append(pipeline.ahead)
+        return measure(self, pipeline)
 
-    monkeypatch.setattr(Trainer, "_measure", noted)
+    monkeypatch.setattr(Validation, "measure", noted)
     settings = {
         **SETTINGS, "data.log": str(log), "data.batch_candidates": 6, "train.pipeline": "sparse_dist",
         "train.validate_every": 3, "train.max_steps": 7,
@@ -189,7 +188,7 @@ def test_a_run_measures_with_no_batch_under_way(
     config = load_config(Path("configs/dare.toml"), overrides(settings)[1::2])
     with process_group() as ranks:
         pipelines.train.run(config, tmp_path / "run", ranks)
-    assert ahead == [(3, 0), (6, 0), (7, 0)]
+    assert ahead == [0, 0, 0]
 
 
 def test_a_run_resumed_inside_an_epoch_and_a_schedule_equals_the_uninterrupted_one(

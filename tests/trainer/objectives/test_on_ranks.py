@@ -22,6 +22,7 @@ STEPS = {
         "banks.task_buy.",
         "gates.task_buy.",
         "towers.task_buy.",
+        "auxiliary.",
     ),
 }
 
@@ -73,6 +74,13 @@ def test_gradients_and_reports_of_two_ranks_are_those_of_one(found: dict[str, An
         assert one == pytest.approx(two, rel=1e-5, nan_ok=True), name
 
 
+def test_positives_of_all_ranks_are_retrieved_among_the_candidates_of_all(of_two: dict[str, Any]) -> None:
+    assert len(of_two["retrieval"]) == 2
+    for each in of_two["retrieval"]:
+        assert each["far"] < 1e-6 * each["largest"] and each["largest"] > 0.01
+        assert each["report"] == pytest.approx(each["expected"], rel=1e-6)
+
+
 def test_all_ranks_know_what_nobody_observed(found: dict[str, Any]) -> None:
     never = found["never observed"]
     tasks = never["report"]["tasks"]
@@ -89,8 +97,10 @@ def test_a_task_that_nobody_observed_in_a_step_leaves_what_is_its_own_alone(
         both, alone = changed[:2], changed[2:]
         for part in STEPS[model]:
             assert all(any(part in name for name in names) for names in both), part
-            assert all(any(part.replace("buy", "click") in name for name in names) for names in alone), part
-        assert len(alone) == 3 and not [name for names in alone for name in names if "buy" in name]
+            other = part.replace("buy", "click")
+            assert other == part or all(any(other in name for name in names) for names in alone), part
+        own = [name for names in alone for name in names if "buy" in name or "auxiliary." in name]
+        assert len(alone) == 3 and not own
 
 
 def test_steps_of_candidates_as_they_are_read_have_the_losses_of_one_rank(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from embeddings.errors import ConfigError
 from trainer.model.heads.expert_layer import ExpertLayer, Stream, joined
 from trainer.model.heads.expert_settings import ExpertsKeys, problems_of, reads_prior, unread_keys
+from trainer.model.heads.grouped import DomainLinear
 from trainer.model.heads.head import Head, HeadInput, HeadOutput, HeadSizes
 from trainer.model.heads.mixer import SHARED, key_of
 from trainer.model.heads.towers import PriorGate, Tower
@@ -131,6 +132,10 @@ class ExpertsHead(Head):
         own = [_gate_key(name) for name in self.own_sets(task)]
         modules += [self.input_gates[name] for name in own if name in self.input_gates]
         return [parameter for module in modules for parameter in module.parameters()]
+
+    def domain_parameters(self) -> list[nn.Parameter]:
+        maps = [module for module in self.towers.modules() if isinstance(module, DomainLinear)]
+        return [weight for each in maps for weight in each.parameters()]
 
     def own_sets(self, task: str) -> list[str]:
         if self.foreign == "open" or (self.foreign == "hidden" and len(self.layers) > 1):

@@ -137,6 +137,10 @@ class Head(nn.Module):
         """
         return []
 
+    def domain_parameters(self) -> list[nn.Parameter]:
+        """The weights of towers that have a row for each domain, [domains, ...] each."""
+        return []
+
     @classmethod
     def reads_prior(cls, model: Any) -> bool:
         """Whether this head looks at `HeadInput.prior`."""
