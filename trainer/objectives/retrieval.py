@@ -177,8 +177,6 @@ def retrieval_loss_of(model: Any, tasks: Sequence[Task]) -> RetrievalLoss | None
         raise ConfigError(f"model.retrieval.task = {wanted!r}: no task has that name; {known}")
     column = names.index(wanted)
     if tasks[column].settings.loss == "none":
-        raise ConfigError(
-            f'model.retrieval.task = {wanted!r}: this task has no loss of its own (loss = "none"), so nothing '
-            "of it would be trained with it; name another"
-        )
+        problem = 'this task has no loss of its own (loss = "none"); name another'
+        raise ConfigError(f"model.retrieval.task = {wanted!r}: {problem}")
     return RetrievalLoss(tasks[column], column, config.scale, config.margin)

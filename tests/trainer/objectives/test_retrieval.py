@@ -132,9 +132,10 @@ def test_the_loss_of_a_step_is_that_of_a_loop_in_one_piece_and_in_many(pairs: in
     path = torch.randint(0, 5, (count, 3), generator=torch.Generator().manual_seed(0))
     found = Retrieved(vectors(4, count, 6), vectors(5, count, 6), path)
     loss = RetrievalLoss(tasks[1], 1, 8.0, 0.3)
-    of = StepLoss(tasks, retrieval=loss, by_task=True)
+    of, alone = StepLoss(tasks, retrieval=loss), StepLoss(tasks)
+    of.by_task = alone.by_task = True
     prediction = Prediction(step.logits, None, retrieved=found)
-    without = StepLoss(tasks, by_task=True).of(step.step(), prediction)
+    without = alone.of(step.step(), prediction)
     with mock.patch.object(retrieval, "_PAIRS", pairs):
         losses = of.of(step.step(), prediction, 0.7)
         mean = looped(found, step.labels[:, 1], step.weight * step.task_weight[:, 1], 8.0, 0.3)
