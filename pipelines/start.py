@@ -265,8 +265,8 @@ def try_out(start: Start, say: Say) -> None:
     """
     if start.ranks.speaks:
         start.folder.check_free()
-    size = sum(4 * table.rows * table.dim for group in start.groups.values() for table in group.tables)
     built = build_trainable(start.config, start.manifest, torch.device("meta"))
+    size = sum(4 * table.rows * table.dim for group in built[1].values() for table in group.all_tables)
     _check_plan(start, built, say)
     if size <= _SMALL:
         _build(start)

@@ -173,8 +173,11 @@ class RunFolder:
         """Merge entries into summary.json."""
         write_text(self.summary, json.dumps({**self.read_summary(), **jsonable(entries)}, indent=1))
 
-    def drop_metrics_after(self, step: int) -> int:
+    def drop_metrics_after(self, step: int, validated: int) -> int:
         """Forget lines of steps that a resumed run is about to repeat.
+
+        Args:
+            validated: the step after which it repeats validations.
 
         Returns:
             The step of the newest validation that is left, -1 where there is none.
@@ -182,9 +185,17 @@ class RunFolder:
         if not self.metrics.exists():
             return -1
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if 0 <= _step_of(line) <= step]
+        kept = [
+            line
+            for line in lines
+            if 0 <= _step_of(line) <= (min(step, validated) if _of_validation(line) else step)
+        ]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
-        return max((_step_of(line) for line in kept if '"split": "validation"' in line), default=-1)
+        return max((_step_of(line) for line in kept if _of_validation(line)), default=-1)
+
+
+def _of_validation(line: str) -> bool:
+    return '"split": "validation"' in line
 
 
 class MetricsLog:

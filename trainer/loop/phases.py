@@ -182,6 +182,15 @@ def place_of_phase(phases: Sequence[Phase], state: dict[str, Any], where: str) -
     return number
 
 
+def stopping_before(config: dict[str, Any], phase: Phase) -> dict[str, Any]:
+    """When a phase ended early by the config that a checkpoint keeps."""
+    phases = config.get("phases", [])
+    if not phases:
+        return dict(config["train"].get("early_stopping", {}))
+    given = phases[phase.place] if phase.place < len(phases) else {}
+    return dict(given.get("early_stopping") or {})
+
+
 def _short(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {each}" for name, each in value.items())
@@ -194,6 +203,7 @@ def _train_of(train: TrainConfig, settings: PhaseConfig) -> TrainConfig:
         "epochs": settings.passes or _ENDLESS,
         "max_steps": settings.steps or 0,
         "learning_rate": settings.learning_rate or train.learning_rate,
+        "update": settings.update or train.update,
         "decay": settings.decay or train.decay,
         "tables": settings.tables or train.tables,
     }
