@@ -118,7 +118,7 @@ class Start:
         """The model with everything that trains it, still with its first weights; collective."""
         plan = to_tree(sharded.plan)
         fresh = partial(_fresh_dense, self.config, self.manifest)
-        supply = Supply(self.groups, fresh, self.reader, self.domains)
+        supply = Supply(sharded.groups, fresh, self.reader, self.domains)
         return Trainer(
             self.config,
             sharded.model,

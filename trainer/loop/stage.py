@@ -26,7 +26,7 @@ class Supply:
     """What phases need of a run besides its model.
 
     Attributes:
-        groups: of the model, by name; fresh: what its dense weights begin with.
+        groups: of the model, by name, with their lanes; fresh: what its dense weights begin with.
         reader: of the candidates that a phase reads, given the epoch that counts as its first; domains: ids
             that have candidates in the train split.
     """

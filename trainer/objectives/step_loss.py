@@ -180,6 +180,8 @@ class StepLoss:
                 raise ValueError("the model retrieves nothing, and the loss is to have its part")
             part, entries[-1, "retrieval"] = self._retrieval.of(prediction.retrieved, given)
             parts.append(auxiliary_weight * part)
+            if (name := self._retrieval.task.name) in by_task:
+                by_task[name] = by_task[name] + parts[-1]
         for place, task in self._ranked.items():
             negative = given.observed_of(task.column) & (given.labels[:, task.column] < 0.5)
             negatives = negative.sum()[None].double() * step.counted
