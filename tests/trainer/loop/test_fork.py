@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pipelines.train
 import trainer.loop.fork
 from embeddings.errors import ConfigError, TandemError
 from embeddings.lookup.before_change import combined
-from tests.helpers.launching import SETTINGS, overrides
+from tests.helpers.launching import SETTINGS, overrides, reported
 from tests.helpers.logs import IN_PART, enrich, observed_in_part, random_rows, write_log
 from tests.trainer.loop.test_phases import lines, same
 from trainer.checkpoint.files import checkpoints, read_state
@@ -149,7 +150,8 @@ def test_a_run_goes_on_inside_any_branch_to_the_bit(log: Path, whole: Path, tmp_
     """Also from incremental checkpoints, which must know of rows that were put back or merged."""
     last = max(line["step"] for line in lines(whole))
     deltas = {"checkpoint__full_every": 4, "train__validate_every": 2}
-    for step in (*range(2, last), 0):
+    # Inside a branch, between two, after the merge, and inside the last branch of all.
+    for step in (2, 3, 5, 8, 0):
         cut = run(tmp_path / "cut", config(log, *forked(), train__max_steps=step, **deltas))
     for step in range(1, last + 1):
         assert same(at(cut, step), at(whole, step)), step
@@ -189,6 +191,16 @@ def test_the_best_branches_go_on_after_the_first_merge(log: Path, tmp_path: Path
     trained = [line["branch"] for line in lines(kept) if "branch" in line]
     rounds = ["target", "both", "third", *second["lambda"]]
     assert trained == [name for name in rounds for _ in range(2)]
+
+
+def test_a_killed_run_ends_with_the_same_bits_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
+    """SIGKILL before random steps, writes and measurements of a run of three branches; see the script."""
+    report = reported("tests.programs.fork_runs", tmp_path)
+    assert len(report["merges"]) == 2
+    for kill in report["kills"]:
+        assert kill["codes"] == [-signal.SIGKILL] and kill["again"] == [0] and kill["same"], kill
+    # Two ranks in the middle of a branch, and then one.
+    assert report["moved"]["codes"] == [0, 0, 0] and report["moved"]["far"] < 1e-5
 
 
 @pytest.mark.parametrize(
