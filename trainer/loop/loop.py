@@ -257,7 +257,8 @@ class Trainer:
         dense, tables = self._rate_factors()
         speed = {"samples": self.at.candidates, "samples_per_s": rate}
         rates = {"rate_factor": dense, "table_rate_factor": tables}
-        self.log.write(self.at.step, "train", {**self._of_phase(), **losses, **speed, **rates})
+        entry = {**self._of_phase(), **losses, **speed, **rates, **self.step.report()}
+        self.log.write(self.at.step, "train", entry)
         text = f"step {self.at.step}  loss {losses['loss']:.4f}  {rate:,.0f} samples/s"
         # Phases are taken for equally long, since nobody knows how long those are that end early.
         share = (self.phase.number + self._progress()) / len(self.phases)
