@@ -257,7 +257,7 @@ def test_no_task_dominates_however_large_its_loss(log: Path, tmp_path: Path) -> 
 
 
 def plain_shares(slow: Reference, step: Step) -> dict[str, float]:
-    """Of the numbers of each weight of all tasks, those that `click` dominates where tasks share one state."""
+    """Of the numbers of each weight of all tasks, those that `click` dominates where one state is shared."""
     losses = slow.losses.of(step, slow.model.train()(step.batch)).by_task
     names = [name for name in slow.named if name.startswith("collections.") or ".banks." in name]
     weights = [slow.named[name] for name in names]
