@@ -81,6 +81,12 @@ class Config(Settings):
         if self.train.update != "per_task":
             key = 'update = "per_task" of a phase'
         covariance = self.model.head_kind.gives_experts(self.model)
+        for number, phase in enumerate(self.phases):
+            if phase.heads == "tied" and (phase.update or self.train.update) == "per_task":
+                raise ValueError(
+                    f'phases.{number}.heads = "tied" adds up gradients of copies of one map, and with update '
+                    '= "per_task" each task has its own; set update = "summed" for that phase'
+                )
         for problem in against_per_task(self.train, self.groups, self.plan, covariance):
             raise ValueError(f"{key}: {problem}")
         return self

@@ -19,7 +19,7 @@ from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
 from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.loop.averaging import Averaging
-from trainer.loop.early_stopping import Best, changed_watch, watched
+from trainer.loop.early_stopping import Best
 from trainer.loop.fork import Fork, go_on, keeper_of
 from trainer.loop.interrupts import Interrupts
 from trainer.loop.meter import Meter
@@ -92,7 +92,7 @@ class Trainer:
         self.meter = Meter(ranks.device)
         self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, self._touched)
         self.interrupts = Interrupts(config.checkpoint)
-        self.stopped = self._best_due = False
+        self.stopped = False
 
     def run(self, start: checkpoint.ResumePoint) -> Position:
         """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.
@@ -111,7 +111,9 @@ class Trainer:
                 # Not before: a start that is refused, or has nothing to do, leaves the run as it is.
                 from_rank_0(lambda: self.folder.write_config(self.config))
             # Validations after the newest save count, or the last line of metrics.jsonl would come twice.
-            known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step))
+            # Where the best one counts, all are done again that the newest save knows nothing of.
+            sure = self.at.validated if self.phase.train.early_stopping.on else self.at.step
+            known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step, sure))
             self.at.validated = max(self.at.validated, known)
             log = MetricsLog(self.folder, self.at.step)
             with self.interrupts.listening(), self.saver, log as self.log:
@@ -122,6 +124,8 @@ class Trainer:
                         self._epoch()
                 if not self.stopped:
                     self._validate()
+                    if self.validation.kept is not None and self._last_phase and self._phase_done():
+                        self._back_to_best()
                 # The step may be one of those after which a save was due.
                 self.saver.settle()
                 if self.saver.saved != self.at.step:
@@ -204,7 +208,7 @@ class Trainer:
             self.saver.settle()
         every = self.config.checkpoint.every_steps
         # One that stops is saved by run(), which waits for it.
-        due = interrupt.save_due or self._best_due or bool(every and self.at.step % every == 0)
+        due = interrupt.save_due or self.validation.due or bool(every and self.at.step % every == 0)
         if due and not (last or (self._stops_here() and (self._last_phase or self._run_over()))):
             self._save()
         self.ranks.check_launcher()
@@ -222,6 +226,11 @@ class Trainer:
         self._take_up(phase, self.at.began.epoch)
         if self.fork is not None:
             self.fork.begin(self.at)
+        if self.validation.lacks:
+            self.say(f"phase {phase.name}: {self.validation.lacks}")
+        if self.validation.kept is not None:
+            # What the phase begins with may be better than all that comes of it.
+            self.validation.judge(self.at, phase, self.validation.measure(self.pipeline))
 
     def _take_up(self, phase: Phase, first_epoch: int) -> None:
         """Train as a phase says that began in this epoch, from wherever in it."""
@@ -237,6 +246,7 @@ class Trainer:
         steps = run_steps(phase.train, self._pass_candidates, self.config.data.batch_candidates)
         self.schedules = dense_schedule(phase.train, steps), table_schedule(phase.train, steps)
         self.averaging.begin(phase)
+        self.validation.follow(phase)
 
     def _train_as(self, phase: Phase, first_epoch: int = 0) -> None:
         """Read and train as a phase, or a branch of it, says."""
@@ -259,14 +269,22 @@ class Trainer:
     def _next_phase(self) -> None:
         """Measure where a phase has ended, go back to its best weights if it looked for them, and go on."""
         self._validate()
-        best, before = self.at.best, self.phase
-        if best.step not in (-1, self.at.step):
-            self._load_best(best.step)
-            self.say(f"phase {before.name} ends with its best weights, of step {best.step:,}")
-        phase, self._best_due = self.phases[before.number + 1], False
-        self.at.begin(phase, before)
-        self.validation.best = None
+        self._back_to_best()
+        phase = self.phases[self.phase.number + 1]
+        self.at.begin(phase, self.phase)
         self._enter(phase)
+
+    def _back_to_best(self) -> None:
+        """Take up the best weights of the phase, if there are better ones than the present."""
+        best, kept = self.at.best, self.validation.kept
+        if best.step in (-1, self.at.step):
+            return
+        if kept is not None:
+            kept.restore()
+            self.validation.newest = self.validation.best
+        else:
+            self._load_best(best.step)
+        self.say(f"phase {self.phase.name} ends with its best weights, of step {best.step:,}")
 
     @property
     def _last_phase(self) -> bool:
@@ -282,9 +300,12 @@ class Trainer:
         return self.stopped or bool(limit and self.at.step >= limit)
 
     def _phase_over(self) -> bool:
-        if self.fork is not None and self.fork.inside(self.at):
-            return self._run_over()
-        return self.at.passes_done(self.phase) or self._stops_here()
+        return self._phase_done() or self._run_over()
+
+    def _phase_done(self) -> bool:
+        """Whether the phase has come to its own end."""
+        inside = self.fork is not None and self.fork.inside(self.at)
+        return not inside and self.at.phase_done(self.phase)
 
     def _stops_here(self) -> bool:
         """Whether the phase ends after the step that was just done, wherever its data stand."""
@@ -313,7 +334,8 @@ class Trainer:
         speed = {"samples": self.at.candidates, "samples_per_s": rate}
         rates = {"rate_factor": dense, "table_rate_factor": tables}
         of = {**self._of_phase(), **(self.fork.of_branch() if self.fork is not None else {})}
-        self.log.write(self.at.step, "train", {**of, **losses, **speed, **rates})
+        entry = {**of, **losses, **speed, **rates, **self.step.report()}
+        self.log.write(self.at.step, "train", entry)
         text = f"step {self.at.step}  loss {losses['loss']:.4f}  {rate:,.0f} samples/s"
         # Phases are taken for equally long, since nobody knows how long those are that end early.
         share = (self.phase.number + self._progress()) / len(self.phases)
@@ -328,18 +350,8 @@ class Trainer:
         self.log.write(self.at.step, "validation", {**self._of_phase(), **metrics.entry()})
         sampled = "" if metrics.sampled is None else " ({:,} of {:,} candidates)".format(*metrics.sampled)
         self.say(f"validation after step {self.at.step}{sampled}:{metrics.text()}")
-        # Whether this validation is the best so far, or the last.
-        stopping, best = self.phase.train.early_stopping, self.at.best
-        if stopping.on:
-            self._best_due = best.update(stopping, metrics.tasks, self.at.step)
-            if self._best_due:
-                self.validation.best = metrics
-            if self.ended_early:
-                value = "none" if best.value is None else f"{best.value:.4f} after step {best.step:,}"
-                self.say(
-                    f"no better {stopping.metric} of {' and '.join(watched(stopping, metrics.tasks))} in "
-                    f"{best.fruitless} validation(s): {self.phase.name or 'training'} ends; best: {value}"
-                )
+        if line := self.validation.judge(self.at, self.phase, metrics):
+            self.say(line)
         # Time that no step has taken.
         self.meter.take_time()
 
@@ -348,7 +360,8 @@ class Trainer:
 
         Where that is the best one, and an earlier start has measured it, its weights are loaded and stay.
         """
-        best = self.at.best
+        self.validation.of_all()
+        best = Best() if self.validation.kept is not None else self.at.best
         if self.validation.reader is None:
             return None, self.at.step
         if best.step in (-1, self.at.step):
@@ -396,7 +409,7 @@ class Trainer:
     def _save(self, last: bool = False) -> None:
         self.pipeline.settle()
         self._report()
-        self._best_due = False
+        self.validation.due = False
         state = {
             **asdict(self.at),
             "phase_name": self.phase.name,
@@ -405,7 +418,7 @@ class Trainer:
             "log": self.log_fingerprint,
             "plan": self.plan,
             "order": self._order,
-            "sample": self.validation.sample,
+            **self.validation.state(self.at.best),
             "config": self.config.model_dump(mode="json"),
             **self.averaging.state(),
         }
@@ -413,8 +426,9 @@ class Trainer:
         if self.fork is not None:
             state["fork"], beside = self.fork.state(), self.fork.files(self.at)
         from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
-        tensors = {**self._tensors(), **self.averaging.tensors()}
-        self.saver.save(self.at.step, tensors, state, best=self.at.best.step, last=last, beside=beside)
+        tensors = {**self._tensors(), **self.averaging.tensors(), **self.validation.tensors()}
+        best = state["best"]["step"]
+        self.saver.save(self.at.step, tensors, state, best=best, last=last, beside=beside)
         self.interrupts.restart_clock()
         # Time that no step has taken.
         self.meter.take_time()
@@ -436,15 +450,9 @@ class Trainer:
         go_on(self.fork, state, path.name)
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         self.averaging.resume(path, state)
-        # Older checkpoints know of no best.
-        best, now = Best(**state.get("best", {})), self.phase.train.early_stopping
-        why = changed_watch(state["config"], now, self.train_reader.columns.tasks)
-        # Older checkpoints have measured the whole split.
-        if not why and state.get("sample") != self.validation.sample:
-            why = "validations score other candidates since (train.validate_candidates)"
-        if best != Best() and why:
-            self.say(f"{why}: the best validation so far, after step {best.step:,}, is no longer kept")
-            best = Best()
+        best, why = self.validation.resume(path, state, phase, self.train_reader.columns.tasks)
+        if why:
+            self.say(why)
         self.at = Position.of_state(state, self.ranks.world_size, best)
         self.saver.saved = self.step.number = self.at.step
         self.saver.refused = set(start.refused_names)

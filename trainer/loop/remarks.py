@@ -66,6 +66,10 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
     unread = config.model.head_kind.unread_keys(config.model, owners)
     alone = [task.name for task in tasks if task.has_tower]
     of_one = _of_one_task(config, alone[0]) if len(alone) == 1 else []
+    if len(trained := config.lanes(tasks)) == 1:
+        lines.append(
+            f'no effect: update = "per_task", since {trained[0]} is the only task with a loss of its own'
+        )
     if left := [*_of_model(config.model), *unread, *_of_rest(config), *_of_phases(config), *of_one]:
         lines.append(f"no effect in this configuration: {'; '.join(left)}")
     return lines

@@ -30,12 +30,11 @@ def reset_weights(
     The state of their optimizers stays, see `reset_state`.
 
     Args:
-        groups: of the model; fresh: what a new model begins with; seed: of the new weights.
+        groups: of the model, with their lanes; fresh: what a new model begins with; seed: of the new weights.
     """
-    new = fresh(seed) if parts.dense else {}
+    new, weights = fresh(seed) if parts.dense else {}, model.state_dict()
+    set_first_rows(weights, [group for name, group in groups.items() if name in parts.groups], seed)
     with torch.no_grad():
-        weights = model.state_dict()
-        set_first_rows(weights, [group for name, group in groups.items() if name in parts.groups], seed)
         for name in parts.dense:
             weights[name].copy_(new[name])
         # Running statistics belong to the weights beside them.
