@@ -182,6 +182,8 @@ def _of_phases(config: Config) -> Iterable[str]:
             yield f'{where}.average.beta (average.kind is "{average.kind}")'
         if average.kind != "ema" and _changed(average, "decay"):
             yield f'{where}.average.decay (average.kind is "{average.kind}")'
+        if average.on and not average.adopt and place + 1 < len(config.phases):
+            yield f"{where}.average (it ends with the phase, which is not the last one, and is not adopted)"
         for group in phase.table_learning_rates:
             if {TABLES, f"{GROUP}{group}"} & set(phase.freeze):
                 yield f"{where}.table_learning_rates.{group} (the group is frozen)"

@@ -144,8 +144,9 @@ def tree_distance(path_P: Tensor, path_C: Tensor) -> Tensor:
         path_P, path_C: int64 [*, 1 + M], the item, then its ids, coarsest first.
     """
     levels = path_C.shape[1] - 1
-    shared, so_far = torch.zeros(()), torch.ones((), dtype=torch.bool)
-    shared, so_far = shared.to(path_C.device), so_far.to(path_C.device)
+    # Filled on the device, since a copy from the host would have it wait.
+    shared = torch.zeros((), device=path_C.device)
+    so_far = torch.ones((), dtype=torch.bool, device=path_C.device)
     for level in range(1, levels + 1):
         one, other = path_P[:, level, None], path_C[:, level]
         so_far = so_far & (one == other) & (one != 0)
