@@ -47,7 +47,7 @@ from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
 from trainer.loop.loop import Trainer
-from trainer.loop.phases import Phase, phases_for, place_of_phase
+from trainer.loop.phases import Phase, branches_of, phases_for, place_of_phase
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.loop.stage import Supply
@@ -227,7 +227,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
             say(line)
     start = Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation, domains)
     # What they name is there.
-    _ = [start.reader(phase) for phase in phases]
+    _ = [start.reader(each) for phase in phases for each in (phase, *branches_of(phase))]
     return start
 
 

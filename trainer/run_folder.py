@@ -43,6 +43,8 @@ class RunFolder:
         # Where the plain tables of `train.init_from` lie until they are read.
         self.first_weights = path / "init.tmp"
         self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
+        # A drawing of the shares of branches, where a phase has some.
+        self.shares = path / "lambda.svg"
         # Of a run in a store: what the training that began last says of itself, and what this one said.
         self._newest, self._mine = path / ".training", ""
 
@@ -171,8 +173,11 @@ class RunFolder:
         """Merge entries into summary.json."""
         write_text(self.summary, json.dumps({**self.read_summary(), **jsonable(entries)}, indent=1))
 
-    def drop_metrics_after(self, step: int) -> int:
+    def drop_metrics_after(self, step: int, validated: int) -> int:
         """Forget lines of steps that a resumed run is about to repeat.
+
+        Args:
+            validated: the step after which it repeats validations.
 
         Returns:
             The step of the newest validation that is left, -1 where there is none.
@@ -180,9 +185,17 @@ class RunFolder:
         if not self.metrics.exists():
             return -1
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if 0 <= _step_of(line) <= step]
+        kept = [
+            line
+            for line in lines
+            if 0 <= _step_of(line) <= (min(step, validated) if _of_validation(line) else step)
+        ]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
-        return max((_step_of(line) for line in kept if '"split": "validation"' in line), default=-1)
+        return max((_step_of(line) for line in kept if _of_validation(line)), default=-1)
+
+
+def _of_validation(line: str) -> bool:
+    return '"split": "validation"' in line
 
 
 class MetricsLog:
@@ -283,8 +296,11 @@ def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float
 
     A metric without a value has no point. What is said over all domains has tags like these. Domains have a
     few curves each, `SPLIT by domain/DOMAIN/...`, unless there are so many that nobody would look at them.
-    What `trainer.update.dominance` reports is `dominance mean/UNIT/TASK` and `dominance dominated/UNIT/TASK`.
+    The shares of branches are `SPLIT/lambda/BRANCH`. What `trainer.update.dominance` reports is
+    `dominance mean/UNIT/TASK` and `dominance dominated/UNIT/TASK`.
     """
+    for branch, share in values.get("lambda", {}).items():
+        yield f"{split}/lambda/{branch}", share
     domains: Mapping[str, Mapping[str, Any]] = values.get("by_domain", {})
     whole = {key: value for key, value in values.items() if key not in ("by_domain", "over_domains")}
     for entry in (whole, values.get("over_domains", {})):
@@ -321,6 +337,8 @@ def jsonable(value: Any) -> Any:
     """NaN and infinity have no JSON form: they become null."""
     if isinstance(value, Mapping):
         return {key: jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [jsonable(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

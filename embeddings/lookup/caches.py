@@ -98,6 +98,18 @@ def unlocked(model: nn.Module) -> Iterator[None]:
             kernel.lock_cache_line = True
 
 
+def flush_caches(model: nn.Module) -> None:
+    """Have the tables in host memory hold what their caches do."""
+    for kernel in _kernels(model):
+        kernel.flush()
+
+
+def drop_caches(model: nn.Module) -> None:
+    """Forget all cached rows, since those in host memory are newer."""
+    for kernel in _kernels(model):
+        kernel.reset_cache_states()
+
+
 def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
     """FBGEMM's kernels of a model.
 

@@ -74,6 +74,15 @@ def shard(
     return sharded
 
 
+def average_in_order(sharded: DistributedModelParallel) -> None:
+    """Have a newly wrapped model's dense gradients averaged in the order of ranks, where that is not so."""
+    if sharded.device.type == "cpu" and dist.get_world_size() > 2:
+        for module in sharded.modules():
+            if isinstance(module, DistributedDataParallel):
+                # A function without annotations, since torch does not understand postponed ones.
+                module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
+
+
 @torch.no_grad()
 def set_first_rows(weights: Mapping[str, Any], groups: Iterable[TableGroup], seed: int) -> None:
     """Give the tables of some groups their first weights, which those of lanes do not add to: zeros.
@@ -92,15 +101,6 @@ def set_first_rows(weights: Mapping[str, Any], groups: Iterable[TableGroup], see
             else:
                 of_table = table_seed(seed, table_of(name))
                 initial_rows_(part.tensor, of_table, group.first, part.row, part.column)
-
-
-def average_in_order(sharded: DistributedModelParallel) -> None:
-    """Have a newly wrapped model's dense gradients averaged in the order of ranks, where that is not so."""
-    if sharded.device.type == "cpu" and dist.get_world_size() > 2:
-        for module in sharded.modules():
-            if isinstance(module, DistributedDataParallel):
-                # A function without annotations, since torch does not understand postponed ones.
-                module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
 
 
 def _average_in_order_of_ranks(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

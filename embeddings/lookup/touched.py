@@ -11,7 +11,7 @@ groups and sets have several; and it also counts what an evaluation looks up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,36 +36,21 @@ class ShardKey(NamedTuple):
 Bits = Mapping[ShardKey, Tensor]
 
 
-class TouchedRows:
-    """Marks the rows that a sharded model looks up while gradients are on.
+def watch(model: nn.Module, seen: Callable[[ShardKey, Tensor], None]) -> dict[ShardKey, int]:
+    """Have a function called before each lookup of a sharded model with gradients on.
 
     Data-parallel tables are left out: their whole gradients may change every row.
 
     Args:
         model: whose kernels are watched from now on.
+        seen: called with a shard of this rank and the rows of it that are looked up, which may repeat.
 
-    Attributes:
-        rows: of every shard that is watched.
+    Returns:
+        The rows of every shard that is watched.
     """
+    rows: dict[ShardKey, int] = {}
 
-    def __init__(self, model: nn.Module) -> None:
-        self.rows: dict[ShardKey, int] = {}
-        self._bits: dict[ShardKey, Tensor] = {}
-        for module in list(model.modules()):
-            for lookup in lookups(module):
-                for kernel in lookup.modules():
-                    tables = kernel_tables(kernel)
-                    # A shard without rows begins where another one does.
-                    self.rows |= {_key(table): table.rows for table in tables if table.rows}
-                    if tables:
-                        kernel.register_forward_pre_hook(partial(self._before, tables))
-
-    def take(self) -> dict[ShardKey, Tensor]:
-        """What was marked since the last call, of every shard; marks begin anew."""
-        taken, self._bits = self._bits, {}
-        return {key: taken.get(key, empty_bits(rows)) for key, rows in self.rows.items()}
-
-    def _before(self, tables: list[KernelTable], kernel: nn.Module, given: tuple[Any, ...]) -> None:
+    def before(tables: list[KernelTable], kernel: nn.Module, given: tuple[Any, ...]) -> None:
         if not torch.is_grad_enabled():
             return
         features = given[0]
@@ -74,11 +59,44 @@ class TouchedRows:
         for table in tables:
             begin, end = begins[at], begins[at + table.features]
             at += table.features
-            key = _key(table)
             if end > begin and table.rows:
-                if key not in self._bits:
-                    self._bits[key] = empty_bits(self.rows[key], ids.device)
-                mark(self._bits[key], ids[begin:end])
+                seen(_key(table), ids[begin:end])
+
+    for module in list(model.modules()):
+        for lookup in lookups(module):
+            for kernel in lookup.modules():
+                tables = kernel_tables(kernel)
+                # A shard without rows begins where another one does.
+                rows |= {_key(table): table.rows for table in tables if table.rows}
+                if tables:
+                    kernel.register_forward_pre_hook(partial(before, tables))
+    return rows
+
+
+class TouchedRows:
+    """Marks the rows that a sharded model looks up while gradients are on.
+
+    Args:
+        model: see `watch`.
+
+    Attributes:
+        rows: of every shard that is watched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._bits: dict[ShardKey, Tensor] = {}
+        self.rows = watch(model, self.add)
+
+    def take(self) -> dict[ShardKey, Tensor]:
+        """What was marked since the last call, of every shard; marks begin anew."""
+        taken, self._bits = self._bits, {}
+        return {key: taken.get(key, empty_bits(rows)) for key, rows in self.rows.items()}
+
+    def add(self, key: ShardKey, ids: Tensor) -> None:
+        """Mark rows of a shard, which may repeat; also for what else than training changes rows."""
+        if key not in self._bits:
+            self._bits[key] = empty_bits(self.rows[key], ids.device)
+        mark(self._bits[key], ids.to(self._bits[key].device))
 
 
 def empty_bits(rows: int, device: torch.device | None = None) -> Tensor:

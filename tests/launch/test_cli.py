@@ -98,8 +98,11 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
         "fetch": (Path("d"), "demo"),
         "ingest": (Path("e.parquet"), Path("log"), (Path("i.toml"), ["users=9"]), True),
         "plan": (Path("c.toml"), ["model.k=5"], (8, "141GB")),
-        "evaluate": (Path("r"), "test", "", "cpu", 0),
-        "export": (Path("r"), Path("snap"), "fp32", "fp16", "", 0, 1000, False, None, "", None, "none"),
+        "evaluate": (Path("r"), "test", "", "cpu", 0, "raw"),
+        "export": (
+            *(Path("r"), Path("snap"), "fp32", "fp16", "", 0),
+            *(1000, False, None, "", None, "none", "raw"),
+        ),
         "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None, None),
     }
     assert capsys.readouterr().out.splitlines() == ["events: d/events.parquet", "report of manifest"]

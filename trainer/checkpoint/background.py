@@ -105,12 +105,14 @@ class Saver:
         state: Mapping[str, Any],
         best: int = -1,
         last: bool = False,
+        beside: checkpoint.Beside | None = None,
     ) -> None:
         """Save what training stands at; collective. Returns once the tensors may change again.
 
         Args:
             best: the step whose checkpoint stays, however old it gets; -1 = none.
             last: as in `settle`, of this save.
+            beside: see `save_load.save`; what it writes must not change any more.
 
         Raises:
             CheckpointError: this save failed, or the one before, and `on_error` is `stop`.
@@ -124,9 +126,8 @@ class Saver:
             with read_in_order():
                 whole, in_background = self._staged(whole, delta)
         keep, refused = self.config.keep, frozenset(self.refused)
-        write = partial(
-            checkpoint.save, self.folder, step, whole, state, keep, best, self._group, delta, refused
-        )
+        of_this = self.folder, step, whole, state, keep, best, self._group, delta, refused, beside
+        write = partial(checkpoint.save, *of_this)
         self._running = save = _Save(self.folder, step, write, device, 0 if delta is None else delta.links)
         # Whoever trains beside a save asks for mapped rows in no order; the save has its copy of them.
         with nullcontext() if in_background else read_in_order():
@@ -248,7 +249,8 @@ class Saver:
         def make_room() -> None:
             self._make_room(tensors, () if delta is None else delta.shards)
 
-        if not self._roomy:
+        # A phase may have more to save than the one before it, on all ranks alike.
+        if not (self._roomy and self._copy.fits(tensors)):
             try:
                 # All ranks hear of one that has no memory, for which they would else wait in the save. To
                 # lock much of it takes longer than a collective waits.

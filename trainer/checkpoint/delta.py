@@ -129,16 +129,21 @@ def touched_shards(tensors: Mapping[str, Any], bits: Mapping[ShardKey, Tensor]) 
     Args:
         tensors: the state dict of model and optimizer; bits: of `TouchedRows.take`.
     """
-    found: dict[ShardKey, TouchedShard] = {}
+    parts = row_parts(tensors)
+    # In the order of the marks; a watched shard that is no tensor's would be lost.
+    return [TouchedShard(key.table, key.row, marks, parts[key]) for key, marks in bits.items()]
+
+
+def row_parts(tensors: Mapping[str, Any]) -> dict[ShardKey, dict[str, LocalShard]]:
+    """Of each shard of a table on this rank, the tensors with its rows, as in `TouchedShard.parts`."""
+    found: dict[ShardKey, dict[str, LocalShard]] = {}
     for table, parts in _tensors_of_rows(tensors):
         shards = {name: list(local_shards(tensor)) for name, tensor in parts.items()}
         for place, shard in enumerate(next(iter(shards.values()))):
-            key = ShardKey(table, shard.row, shard.column)
-            if key in bits and len(shard.tensor):
+            if len(shard.tensor):
                 mine = {name: each[place] for name, each in shards.items()}
-                found[key] = TouchedShard(table, shard.row, bits[key], mine)
-    # In the order of the marks; a watched shard that is no tensor's would be lost.
-    return [found[key] for key in bits]
+                found[ShardKey(table, shard.row, shard.column)] = mine
+    return found
 
 
 def names_of_rows(tensors: Mapping[str, Any], tables: set[str]) -> list[str]:
@@ -175,19 +180,22 @@ def without_rows(tensors: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     return {**tensors, "model": model, "optim": {**optim, "state": states}}
 
 
-def file_name(rank: int) -> str:
+def delta_name(rank: int) -> str:
     return f"delta-{rank:05d}.safetensors"
 
 
 def is_delta(name: str) -> bool:
-    """Whether a file of a checkpoint has this name because it holds rows."""
+    """Whether a file of a checkpoint has this name because it holds rows of a delta."""
     return name.startswith("delta-") and name.endswith(".safetensors")
 
 
 def write_rows(
-    folder: Path, rank: int, shards: Sequence[TouchedShard], before: Callable[[], None] = lambda: None
+    folder: Path,
+    file_name: str,
+    shards: Sequence[TouchedShard],
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write this rank's file, synced; -> its manifest entry, none where nothing was touched.
+    """Write a file of this rank, synced; -> its manifest entry, none where nothing was touched.
 
     Args:
         before: called before each piece, for tests.
@@ -206,7 +214,7 @@ def write_rows(
         described.append({"table": shard.table, "parts": parts})
     if not writing:
         return {}
-    file = folder / file_name(rank)
+    file = folder / file_name
     notes = {"format": "tandemrec.delta", "shards": json.dumps(described)}
     with TensorStream(file, layout, rows, notes=notes) as stream:
         for number, shard in enumerate(writing):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,17 @@ def _read_rows(file: Path, stored: _Stored, start: int, stop: int) -> Tensor:
     return torch.frombuffer(content, dtype=stored.dtype).view(stop - start, *stored.shape[1:])
 
 
-def open_rows(folder: Path) -> list[ShardRows]:
-    """The shards of all files of a verified delta.
+def open_rows(folder: Path, named: Callable[[str], bool] = is_delta) -> list[ShardRows]:
+    """The shards of all files of a verified delta, or of other files of a checkpoint with rows.
+
+    Args:
+        named: whether a file of this name is one of them.
 
     Raises:
         CheckpointError: a file's header says something else than this version writes.
     """
     found = []
-    for file in sorted(file for file in folder.iterdir() if is_delta(file.name)):
+    for file in sorted(file for file in folder.iterdir() if named(file.name)):
         try:
             found += _open(file)
         except (ValueError, KeyError, TypeError, OSError) as error:

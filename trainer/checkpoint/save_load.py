@@ -26,7 +26,7 @@ from embeddings.lookup.shards import local_shards, tensors_of
 from trainer.assemble import FormerPlan
 from trainer.checkpoint import files
 from trainer.checkpoint.chain import ChainReader, base_of
-from trainer.checkpoint.delta import Delta, write_rows
+from trainer.checkpoint.delta import Delta, delta_name, write_rows
 from trainer.checkpoint.files import Entries, read_state, verify
 from trainer.checkpoint.row_blocks import BlockPlanner
 from trainer.checkpoint.writer import HashedWriter
@@ -35,6 +35,9 @@ from trainer.sealed_folder import raise_of_store, remove_folder
 __all__ = ["ResumePoint", "find", "find_to_use", "load_tensors", "read_state", "save", "verify"]
 
 Result = TypeVar("Result")
+# Writes and syncs more files of a rank into the folder of a save, and gives their manifest entries. It may be
+# called by a thread while training goes on.
+Beside = Callable[[Path, int], Entries]
 
 
 def save(
@@ -47,6 +50,7 @@ def save(
     group: Group = None,
     delta: Delta | None = None,
     refused: Collection[str] = (),
+    beside: Beside | None = None,
 ) -> Path:
     """Write one checkpoint; collective over all ranks.
 
@@ -60,6 +64,7 @@ def save(
         group: that the ranks talk through; a save in a thread needs one that nobody else uses.
         delta: the touched rows that are written instead of whole tables, which `tensors` are without.
         refused: names of checkpoints that were found to be of no use, and do not count as kept.
+        beside: writes files of this rank besides, see `Beside`.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; nothing older is touched, and
@@ -72,7 +77,7 @@ def save(
     of_this_save = partial(_of_save, final, group)
     try:
         from_rank_0(of_this_save(lambda: files.prepare(folder, part)), group)
-        written = from_every_rank(of_this_save(lambda: _write(part, tensors, group, delta)), group)
+        written = from_every_rank(of_this_save(lambda: _write(part, tensors, group, delta, beside)), group)
         whole = state if delta is None else {**state, "base": delta.entry()}
         from_rank_0(of_this_save(lambda: _finish(part, final, written, whole, damage)), group)
     except CheckpointError:
@@ -223,15 +228,18 @@ def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = Tru
         raise CheckpointError(path, f"does not fit this configuration: {_reason(error)}") from None
 
 
-def _write(part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | None) -> Entries:
+def _write(
+    part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | None, beside: Beside | None
+) -> Entries:
     """This rank's files, synced; -> their manifest entries."""
     writer = HashedWriter(part)
-    shards = () if delta is None else delta.shards
+    shards, rank = () if delta is None else delta.shards, dist.get_rank(group)
     try:
         dcp.save(dict(tensors), storage_writer=writer, planner=BlockPlanner(), process_group=group)
-        return writer.files.entries | write_rows(part, dist.get_rank(group), shards)
+        entries = writer.files.entries | write_rows(part, delta_name(rank), shards)
+        return entries | (beside(part, rank) if beside is not None else {})
     except (Exception, dcp.api.CheckpointException) as error:
-        if dist.get_rank(group) not in getattr(error, "failures", {dist.get_rank(group): None}):
+        if rank not in getattr(error, "failures", {rank: None}):
             # DCP raises on all ranks; those whose fault it is can say why.
             return {}
         wanted = sum(shard.tensor.nbytes for whole in tensors_of(tensors) for shard in local_shards(whole))

@@ -80,6 +80,14 @@ class StagedCopy:
                     raise MemoryError(f"{room.nbytes / 1e6:,.1f} MB cannot be page-locked: {error}") from None
                 self._locked.append(room.data_ptr())
 
+    def fits(self, tree: Any) -> bool:
+        """Whether the memory is that of the tensors of `tree`."""
+        sizes, own = (
+            [part.shape for leaf in leaves for part in _parts(leaf)]
+            for leaves in (tensors_of(tree), self._leaves)
+        )
+        return sizes == own
+
     def take(self, tree: Any) -> Any:
         """The tree with copies of its tensors, which stay as they are until the next call."""
         devices = set()

@@ -16,7 +16,7 @@ from trainer.log.schema import LogManifest
 from trainer.quality.metrics import Metrics
 
 EVERY_TASK = "*"
-_LOWER_IS_BETTER = {"logloss"}
+LOWER_IS_BETTER = {"logloss"}
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Best:
             metrics: by task.
         """
         value = value_of(config, metrics)
-        sign = -1 if config.metric in _LOWER_IS_BETTER else 1
+        sign = -1 if config.metric in LOWER_IS_BETTER else 1
         better = math.isfinite(value)
         if better and self.value is not None:
             better = sign * (value - self.value) > config.min_delta

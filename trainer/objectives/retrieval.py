@@ -166,7 +166,7 @@ def retrieval_loss_of(model: Any, tasks: Sequence[Task]) -> RetrievalLoss | None
     """The loss that a model's settings ask for, None where they ask for none.
 
     Raises:
-        ConfigError: it names no task of the run.
+        ConfigError: it names no task of the run, or one without a loss.
     """
     if model.auxiliary_kind is None or not model.auxiliary_kind.retrieves:
         return None
@@ -176,4 +176,7 @@ def retrieval_loss_of(model: Any, tasks: Sequence[Task]) -> RetrievalLoss | None
         known = hint_of(wanted, names, f"they are {', '.join(names)}")
         raise ConfigError(f"model.retrieval.task = {wanted!r}: no task has that name; {known}")
     column = names.index(wanted)
+    if tasks[column].settings.loss == "none":
+        problem = 'this task has no loss of its own (loss = "none"); name another'
+        raise ConfigError(f"model.retrieval.task = {wanted!r}: {problem}")
     return RetrievalLoss(tasks[column], column, config.scale, config.margin)

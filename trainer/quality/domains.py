@@ -86,12 +86,18 @@ class SplitMetrics:
         domains: domain -> task -> metrics of that domain; empty where candidates have no domain.
         unnamed: why domains are called by their numbers, although the log has names; empty if they are not.
         sampled: (candidates that were scored, those of the split) where they are a sample of it.
+        names: id of a domain -> what it is called in `domains`.
     """
 
     tasks: dict[str, Metrics]
     domains: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     unnamed: str = ""
     sampled: tuple[int, int] | None = None
+    names: dict[int, str] = field(default_factory=dict)
+
+    def of_domain(self, domain: int) -> dict[str, Metrics]:
+        """Task -> metrics of the domain with this id; empty where it has no candidate."""
+        return self.domains.get(self.names.get(domain, ""), {})
 
     def of_task(self, task: str) -> dict[str, Metrics]:
         """Domain -> metrics of one task."""
@@ -161,7 +167,9 @@ def measure_split(scored: Scores, log: Path, feature: str) -> SplitMetrics:
         return SplitMetrics(whole)
     numbered = _by_number(scored)
     names, problem = domain_names(log, feature, np.array(list(numbered), dtype=np.int64))
-    return SplitMetrics(whole, {names.get(n, str(n)): own for n, own in numbered.items()}, problem)
+    called = {number: names.get(number, str(number)) for number in numbered}
+    domains = {called[number]: own for number, own in numbered.items()}
+    return SplitMetrics(whole, domains, problem, names=called)
 
 
 def _by_number(scored: Scores) -> dict[int, dict[str, Metrics]]:

@@ -104,15 +104,23 @@ def reach_of(model: DistributedModelParallel, config: Config) -> dict[str, tuple
     return reached_by(dense_weights(model), owned, reached)
 
 
+def dense_optimizer(optimizer: CombinedOptimizer) -> DenseOptimizer:
+    """The one of everything dense, of those of `make_optimizer`."""
+    (dense,) = (part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer))
+    return dense
+
+
 class RateSetter:
     """Sets the learning rates to multiples of what they were at the start, or of what `rebase` says."""
 
     def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
         self._fused = model.fused_optimizer
-        # Parameter -> the name of its table group.
+        # Parameter -> the name of its table group. A rank without a table of a group has none of it.
         names = {id(weight): name.split(".")[1] for name, weight in self._fused.params.items()}
-        self._groups: list[tuple[dict[str, Any], str]] = [
-            (group, names.get(id(group["params"][0]), "")) for group in optimizer.param_groups
+        tables = {id(group) for group in self._fused.param_groups}
+        self._groups: list[tuple[dict[str, Any], str | None]] = [
+            (group, names.get(next(map(id, group["params"]), 0), "") if id(group) in tables else None)
+            for group in optimizer.param_groups
         ]
         self._first = [float(group["lr"]) for group, _ in self._groups]
         self._base = self._first
@@ -123,14 +131,13 @@ class RateSetter:
         Args:
             tables: name of a table group -> rate.
         """
-        given = {"": dense, **(tables or {})}
-        rates = [(given.get(name), first) for (_, name), first in zip(self._groups, self._first, strict=True)]
-        self._base = [first if rate is None else rate for rate, first in rates]
+        given = [dense if name is None else (tables or {}).get(name) for _, name in self._groups]
+        self._base = [first if rate is None else rate for rate, first in zip(given, self._first, strict=True)]
 
     def set(self, dense: float, tables: float) -> None:
         """In force from the next backward pass on."""
         for (group, name), base in zip(self._groups, self._base, strict=True):
-            group["lr"] = base * (tables if name else dense)
+            group["lr"] = base * (dense if name is None else tables)
         # The kernels keep a copy of the rate, which only this call renews; it updates no weight.
         self._fused.step()
 
@@ -187,8 +194,7 @@ class TrainStep:
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
         self._unread: Check | None = None
-        parts = [part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer)]
-        (self._dense_optimizer,) = parts
+        self._dense_optimizer = dense_optimizer(optimizer)
         self._shell, self._reach = shell, reach_of(model, config)
         self._lanes = config.lanes(shell.tasks)
         first = config.phases[0].update if config.phases else None

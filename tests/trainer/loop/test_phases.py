@@ -133,6 +133,17 @@ def test_a_run_goes_on_inside_any_phase_to_the_bit(log: Path, whole: Path, tmp_p
     assert [line["loss"] for line in lines(cut)] == [line["loss"] for line in lines(whole)]
 
 
+def test_a_pipeline_that_reads_ahead_trains_phases_to_the_same_bits(
+    log: Path, whole: Path, tmp_path: Path
+) -> None:
+    """It takes the model anew where that was wrapped anew, and nothing is read beyond a phase."""
+    ahead = run(
+        tmp_path / "run", config(log, *PHASES, train__pipeline="sparse_dist", checkpoint__every_steps=0)
+    )
+    last = max(line["step"] for line in lines(whole))
+    assert same(at(ahead, last), at(whole, last))
+
+
 def test_a_reset_draws_new_weights_and_forgets_state_once(log: Path, whole: Path) -> None:
     """The rows are those of a seed of the phase, and what is not named keeps its bits."""
     before, after = at(whole, 6), at(whole, 7)
@@ -143,6 +154,22 @@ def test_a_reset_draws_new_weights_and_forgets_state_once(log: Path, whole: Path
     (name,) = sums
     # A row that is looked up once has one gradient in its accumulator.
     assert float(after[name].sum()) < float(before[name].sum()) and float(after[name].sum()) > 0
+
+
+def test_a_phase_that_stops_early_hands_its_best_weights_on(log: Path, tmp_path: Path) -> None:
+    """No gain is large enough: the first validation, after step 2, stays the best, and step 4 is the end.
+
+    A start that stood between the two phases goes on to the same bits.
+    """
+    stopping = {"patience": 1, "min_delta": 1.0}
+    phases = ({"passes": 3, "early_stopping": stopping}, {"steps": 2, "freeze": ["tables"]})
+    given: dict[str, Any] = {"train__validate_every": 2, "checkpoint__keep": 1}
+    done = run(tmp_path / "run", config(log, *phases, **given))
+    assert [line["step"] for line in lines(done, "validation")] == [2, 4, 6]
+    cut = run(tmp_path / "cut", config(log, *phases, **given, train__max_steps=4))
+    first, last = at(cut, 2), at(cut, 4)
+    assert same(first, at(done, 6), "collections.") and not same(first, last, "collections.")
+    assert same(at(run(cut, config(log, *phases, **given)), 6), at(done, 6))
 
 
 def test_learning_rates_start_again_with_each_phase(whole: Path) -> None:
@@ -238,16 +265,16 @@ def test_words_name_parts() -> None:
         Parts.of(["zzz"], whole, "phases.0.freeze")
 
 
-def test_two_ranks_train_phases_as_one(log: Path, tmp_path: Path) -> None:
+def test_several_ranks_train_phases_as_one(log: Path, tmp_path: Path) -> None:
     """Freezing wraps the model anew, which every rank must do; resets do not depend on the sharding."""
     file = tmp_path / "phases.toml"
     settings = config(log, *PHASES[:3], data__batch_candidates=48, checkpoint__every_steps=0)
     file.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
     found = []
-    for ranks in (1, 2):
+    for ranks in (1, 3):
         out = tmp_path / f"run{ranks}"
         done = tandemrec("train", "--config", str(file), "--out", str(out), ranks=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
         found.append(losses(out))
-    one, two = found
-    assert len(one) == len(two) > 6 and one == pytest.approx(two, rel=1e-4)
+    one, three = found
+    assert len(one) == len(three) > 6 and one == pytest.approx(three, rel=1e-4)
