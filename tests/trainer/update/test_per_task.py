@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from embeddings.errors import ConfigError
 from tests.helpers.launching import ROOT, launched
 from tests.helpers.per_task import PER_TASK, Reference, Training, training
+from tests.helpers.tables import whole_tensor
 from tests.programs.lane_cases import CASES
 from tests.programs.preset_steps import small_config
 from tests.programs.step_cases import local_tensors
@@ -77,9 +78,15 @@ def on_ranks(log: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, A
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one(case: str, on_ranks: dict[int, Any]) -> None:
     """Gradients are averaged before a task's state squares them; each lane lies where the plan says."""
-    (losses, weights), (others, same) = on_ranks[1][case], on_ranks[2][case]
+    (losses, shares, weights), (others, more, same) = on_ranks[1][case], on_ranks[2][case]
     assert losses == pytest.approx(others, rel=5e-5)
     assert weights.keys() == same.keys() and any(name.endswith("/conversion.weight") for name in weights)
+    # On two ranks the sample of rows is another one.
+    assert shares.keys() == more.keys() and {"groups.attention", "attention__item_id"} < shares.keys()
+    for unit in shares:
+        assert sum(shares[unit].values()) == pytest.approx(1) == pytest.approx(sum(more[unit].values()))
+        tables = "groups." in unit or "__" in unit
+        assert tables or shares[unit] == pytest.approx(more[unit], abs=0.01)
     for name, weight in weights.items():
         # Adam turns the rounding of gradients that are all but zero into steps.
         assert (weight - same[name]).norm() <= 3e-3 * weight.norm() + 1e-6, name
@@ -87,8 +94,11 @@ def test_two_ranks_equal_one(case: str, on_ranks: dict[int, Any]) -> None:
 
 def test_ids_that_are_exchanged_ahead_change_nothing(on_ranks: dict[int, Any]) -> None:
     for ranks in (1, 2):
-        (losses, weights), (others, same) = on_ranks[ranks]["mmoe"], on_ranks[ranks]["ahead"]
-        assert losses == others and all(torch.equal(weight, same[name]) for name, weight in weights.items())
+        (losses, weights, shares), (others, same, also) = (
+            on_ranks[ranks][case] for case in ("mmoe", "ahead")
+        )
+        assert (losses, shares) == (others, also)
+        assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
 
 
 def digests(made: Training) -> dict[str, Tensor]:
@@ -257,7 +267,7 @@ def test_no_task_dominates_however_large_its_loss(log: Path, tmp_path: Path) -> 
 
 
 def plain_shares(slow: Reference, step: Step) -> dict[str, float]:
-    """Of the numbers of each weight of all tasks, those that `click` dominates where one state is shared."""
+    """Of the numbers of each weight of all tasks, those that `click` dominates where there is one state."""
     losses = slow.losses.of(step, slow.model.train()(step.batch)).by_task
     names = [name for name in slow.named if name.startswith("collections.") or ".banks." in name]
     weights = [slow.named[name] for name in names]
@@ -267,3 +277,17 @@ def plain_shares(slow: Reference, step: Step) -> dict[str, float]:
         shares = relative({task: each[place].square() for task, each in gradients.items()})
         found[name] = float((shares["click"] > 0.9).float().mean())
     return found
+
+
+def test_a_model_of_folded_tables_scores_alike(log: Path, tmp_path: Path) -> None:
+    config = small_config("stem", log, PER_TASK)
+    with process_group() as ranks:
+        made = training(config, ranks, tmp_path)
+        *_, step = made.steps(3)
+        lanes = [
+            weight for name, weight in made.sharded.model.state_dict().items() if "/conversion.w" in name
+        ]
+        assert lanes and all(whole_tensor(weight).any() for weight in lanes if len(whole_tensor(weight)) > 3)
+        slow, fast = Reference(config, made.folded()).model.eval(), made.sharded.model.eval()
+        with torch.no_grad():
+            assert torch.allclose(slow(step.batch).logits, fast(step.batch).logits, atol=1e-5)
