@@ -176,9 +176,7 @@ def _conclude(
         say("the last phase has averaged weights, too: --weights averaged takes them")
     if trainer.course.fork is not None and trainer.course.fork.inside(end):
         branch = trainer.course.fork.of_branch()["branch"]
-        say(
-            f"this is inside the branch {branch}, before its merge: the weights are those of this branch alone"
-        )
+        say(f"this is inside the branch {branch}, which is not merged yet: the weights are its own")
     if from_rank_0(folder.shares.exists):
         say(f"shares of branches: {shlex.quote(str(folder.shares))}")
     say(f"curves: tensorboard --logdir {quoted}\nnext:   tandemrec evaluate --run {quoted}{other}")
