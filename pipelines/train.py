@@ -174,6 +174,11 @@ def _conclude(
     other = "" if split == "test" else f" --split {split}"
     if trainer.averaging.average is not None:
         say("the last phase has averaged weights, too: --weights averaged takes them")
+    if trainer.fork is not None and trainer.fork.inside(end):
+        branch = trainer.fork.of_branch()["branch"]
+        say(f"this is inside the branch {branch}, before its merge: the weights are those of this branch alone")
+    if from_rank_0(folder.shares.exists):
+        say(f"shares of branches: {shlex.quote(str(folder.shares))}")
     say(f"curves: tensorboard --logdir {quoted}\nnext:   tandemrec evaluate --run {quoted}{other}")
 
 

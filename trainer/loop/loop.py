@@ -37,7 +37,7 @@ from trainer.run_folder import MetricsLog, RunFolder
 from trainer.sealed_folder import write_text
 from trainer.update.guard import Guard
 from trainer.update.schedule import dense_schedule, run_steps, table_schedule
-from trainer.update.step import TrainStep, make_optimizer
+from trainer.update.step import TrainStep, run_optimizer
 
 
 class Trainer:
@@ -71,7 +71,7 @@ class Trainer:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
         self.log_fingerprint, self.plan = log_fingerprint, plan
         self.train_reader = train
-        self.optimizer = make_optimizer(model, config.train)
+        self.optimizer = run_optimizer(model, config)
         guard = Guard(ranks, folder.path)
         self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
         self.supply = supply if config.phases else None
@@ -334,7 +334,8 @@ class Trainer:
         speed = {"samples": self.at.candidates, "samples_per_s": rate}
         rates = {"rate_factor": dense, "table_rate_factor": tables}
         of = {**self._of_phase(), **(self.fork.of_branch() if self.fork is not None else {})}
-        self.log.write(self.at.step, "train", {**of, **losses, **speed, **rates})
+        entry = {**of, **losses, **speed, **rates, **self.step.report()}
+        self.log.write(self.at.step, "train", entry)
         text = f"step {self.at.step}  loss {losses['loss']:.4f}  {rate:,.0f} samples/s"
         # Phases are taken for equally long, since nobody knows how long those are that end early.
         share = (self.phase.number + self._progress()) / len(self.phases)

@@ -26,7 +26,7 @@ class Supply:
     """What phases need of a run besides its model.
 
     Attributes:
-        groups: of the model, by name; fresh: what its dense weights begin with.
+        groups: of the model, by name, with their lanes; fresh: what its dense weights begin with.
         reader: of the candidates that a phase reads, given the epoch that counts as its first; domains: ids
             that have candidates in the train split.
     """
@@ -80,6 +80,7 @@ class Stage:
         settings = phase.settings
         self._rates.rebase(settings.learning_rate, settings.table_learning_rates)
         self._step.weigh(settings.weights)
+        self._step.follow(phase.train.update)
         self._step.tied = self._heads.tied if settings.heads == "tied" else None
         return freeze(self._model, self._dense, self.frozen(phase))
 
