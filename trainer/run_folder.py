@@ -296,7 +296,8 @@ def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float
 
     A metric without a value has no point. What is said over all domains has tags like these. Domains have a
     few curves each, `SPLIT by domain/DOMAIN/...`, unless there are so many that nobody would look at them.
-    The shares of branches are `SPLIT/lambda/BRANCH`.
+    The shares of branches are `SPLIT/lambda/BRANCH`. What `trainer.update.dominance` reports is
+    `dominance mean/UNIT/TASK` and `dominance dominated/UNIT/TASK`.
     """
     for branch, share in values.get("lambda", {}).items():
         yield f"{split}/lambda/{branch}", share
@@ -304,6 +305,9 @@ def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float
     whole = {key: value for key, value in values.items() if key not in ("by_domain", "over_domains")}
     for entry in (whole, values.get("over_domains", {})):
         yield from _curves(split, entry)
+    for kind, units in values.get("dominance", {}).items():
+        for unit, of_tasks in units.items():
+            yield from ((f"dominance {kind}/{unit}/{task}", share) for task, share in of_tasks.items())
     for domain, entry in domains.items() if len(domains) <= _MOST_DOMAINS else ():
         yield from _curves(f"{split} by domain/{domain}", entry, _OF_DOMAINS)
 

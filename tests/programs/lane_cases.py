@@ -43,7 +43,7 @@ def main() -> None:
                 losses.append(float(sum_over_ranks(tally.total)) / done.batch.step_candidates)
             everyone: list[Any] = [None] * ranks.world_size
             dist.all_gather_object(everyone, pieces(made.sharded.model.state_dict()))
-            found[name] = losses, whole(everyone)
+            found[name] = losses, made.step.report()["dominance"]["mean"], whole(everyone)
         if ranks.rank == 0:
             torch.save(found, out)
 

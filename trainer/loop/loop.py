@@ -334,7 +334,8 @@ class Trainer:
         speed = {"samples": self.at.candidates, "samples_per_s": rate}
         rates = {"rate_factor": dense, "table_rate_factor": tables}
         of = {**self._of_phase(), **(self.fork.of_branch() if self.fork is not None else {})}
-        self.log.write(self.at.step, "train", {**of, **losses, **speed, **rates})
+        entry = {**of, **losses, **speed, **rates, **self.step.report()}
+        self.log.write(self.at.step, "train", entry)
         text = f"step {self.at.step}  loss {losses['loss']:.4f}  {rate:,.0f} samples/s"
         # Phases are taken for equally long, since nobody knows how long those are that end early.
         share = (self.phase.number + self._progress()) / len(self.phases)

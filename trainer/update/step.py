@@ -30,6 +30,7 @@ from trainer.objectives.retrieval import retrieval_loss_of
 from trainer.objectives.step_loss import StepLoss, Tally
 from trainer.run_config import Config
 from trainer.update.dense_optimizer import DenseOptimizer, PerTaskAdam, reached_by
+from trainer.update.dominance import Dominance
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
 from trainer.update.rules.per_task import PerTask, check_no_replicas
 from trainer.update.rules.summed import Summed
@@ -201,6 +202,30 @@ class TrainStep:
         if guard is not None and guard.reads_late and not self._dense_optimizer.fused:
             raise ValueError("a guard that reads late needs make_optimizer(..., fused=True)")
 
+    def follow(self, rule: UpdateRule) -> None:
+        """Train by an update rule from the next step on.
+
+        Raises:
+            ConfigError: `per_task` with tables that lie on every rank.
+        """
+        self._rule: Summed | PerTask = Summed(self._dense)
+        self._dominance: Dominance | None = None
+        if rule == "per_task":
+            check_no_replicas(self._model.plan)
+            assert isinstance(self._dense_optimizer, PerTaskAdam)
+            self._rule = PerTask(
+                self._dense, self._reach, self._dense_optimizer, self._lanes[0], self._world_size
+            )
+            self._dominance = Dominance(
+                self._model,
+                self._lookups.groups,
+                self._lanes[0],
+                self._dense_optimizer,
+                self._world_size,
+                self._config.seed,
+            )
+        self.losses.by_task = self._rule.by_task
+
     def _losses_of(self, tasks: Sequence[Task]) -> StepLoss:
         rank = dist.get_rank() if self._world_size > 1 else 0
         config = self._config
@@ -228,21 +253,6 @@ class TrainStep:
         self.losses = self._losses_of(
             [replace(task, weight=weights.get(task.name, task.weight)) for task in self._tasks]
         )
-        self.losses.by_task = self._rule.by_task
-
-    def follow(self, rule: UpdateRule) -> None:
-        """Train by an update rule from the next step on.
-
-        Raises:
-            ConfigError: `per_task` with tables that lie on every rank.
-        """
-        self._rule: Summed | PerTask = Summed(self._dense)
-        if rule == "per_task":
-            check_no_replicas(self._model.plan)
-            assert isinstance(self._dense_optimizer, PerTaskAdam)
-            self._rule = PerTask(
-                self._dense, self._reach, self._dense_optimizer, self._lanes[0], self._world_size
-            )
         self.losses.by_task = self._rule.by_task
 
     def zero_grad(self) -> None:
@@ -279,9 +289,13 @@ class TrainStep:
         if self._guard is not None:
             with record_function("## check ##"):
                 gradients = self._check(self._guard, cuts, pulls)
+        if self._dominance is not None and self._step is not None:
+            self._dominance.before(self._step.batch, self.number)
         if pulls:
             with record_function("## tables ##"):
                 torch.autograd.backward([pull.inside for pull in pulls], gradients)
+        if self._dominance is not None:
+            self._dominance.after()
         for task in self._silent:
             # A gradient of zero would not do: Adam moves on by what it remembers.
             for weight in self._own[task]:
@@ -290,6 +304,10 @@ class TrainStep:
             self._optimizer.step()
         if self.tied is not None:
             self.tied.spread()
+
+    def report(self) -> dict[str, Any]:
+        """What the update rule has to say of the steps since the last call; collective."""
+        return {} if self._dominance is None else self._dominance.entry()
 
     def settle(self) -> None:
         """Read the answer to the last step's check, where the guard has not done so; collective if it is bad.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from embeddings.errors import ConfigError
 from tests.helpers.launching import ROOT, launched
 from tests.helpers.per_task import PER_TASK, Reference, Training, training
+from tests.helpers.tables import whole_tensor
 from tests.programs.lane_cases import CASES
 from tests.programs.preset_steps import small_config
 from tests.programs.step_cases import local_tensors
@@ -25,6 +26,9 @@ from trainer.data.reader import Step
 from trainer.ranks.process_group import process_group
 from trainer.run_config import load_config
 from trainer.update.dense_optimizer import PerTaskAdam
+from trainer.update.dominance import relative
+
+SMALL_EPS = [f"groups.{name}.eps=1e-16" for name in ("attention", "representation")]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +78,15 @@ def on_ranks(log: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, A
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one(case: str, on_ranks: dict[int, Any]) -> None:
     """Gradients are averaged before a task's state squares them; each lane lies where the plan says."""
-    (losses, weights), (others, same) = on_ranks[1][case], on_ranks[2][case]
+    (losses, shares, weights), (others, more, same) = on_ranks[1][case], on_ranks[2][case]
     assert losses == pytest.approx(others, rel=5e-5)
     assert weights.keys() == same.keys() and any(name.endswith("/conversion.weight") for name in weights)
+    # On two ranks the sample of rows is another one.
+    assert shares.keys() == more.keys() and {"groups.attention", "attention__item_id"} < shares.keys()
+    for unit in shares:
+        assert sum(shares[unit].values()) == pytest.approx(1) == pytest.approx(sum(more[unit].values()))
+        tables = "groups." in unit or "__" in unit
+        assert tables or shares[unit] == pytest.approx(more[unit], abs=0.01)
     for name, weight in weights.items():
         # Adam turns the rounding of gradients that are all but zero into steps.
         assert (weight - same[name]).norm() <= 3e-3 * weight.norm() + 1e-6, name
@@ -84,8 +94,11 @@ def test_two_ranks_equal_one(case: str, on_ranks: dict[int, Any]) -> None:
 
 def test_ids_that_are_exchanged_ahead_change_nothing(on_ranks: dict[int, Any]) -> None:
     for ranks in (1, 2):
-        (losses, weights), (others, same) = on_ranks[ranks]["mmoe"], on_ranks[ranks]["ahead"]
-        assert losses == others and all(torch.equal(weight, same[name]) for name, weight in weights.items())
+        (losses, weights, shares), (others, same, also) = (
+            on_ranks[ranks][case] for case in ("mmoe", "ahead")
+        )
+        assert (losses, shares) == (others, also)
+        assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
 
 
 def digests(made: Training) -> dict[str, Tensor]:
@@ -116,8 +129,7 @@ def test_the_size_of_a_loss_does_not_matter(log: Path, tmp_path: Path) -> None:
                 # So large that the eps of Adam, which nobody can set, is nothing beside gradients. It would
                 # not take long for a search to keep other behaviors.
                 weights = [f"tasks.click.weight={1e6 * times}", "tasks.conversion.weight=1e6"]
-                small = [f"groups.{name}.eps=1e-16" for name in ("attention", "representation")]
-                config = small_config("mmoe", log, f"train.update={rule}", *weights, *small)
+                config = small_config("mmoe", log, f"train.update={rule}", *weights, *SMALL_EPS)
                 made = training(config, ranks, tmp_path)
                 list(made.steps(6))
                 found.append(made.folded())
@@ -223,3 +235,59 @@ def test_lanes_are_of_the_tasks_that_some_phase_trains() -> None:
     assert lanes(PER_TASK) == ("a", "both")
     assert lanes(PER_TASK, 'phases=[{passes=1, update="summed"}]') == ()
     assert lanes('phases=[{passes=1}, {passes=1, update="per_task", weights={b=1}}]') == ("a", "b", "both")
+
+
+def test_no_task_dominates_however_large_its_loss(log: Path, tmp_path: Path) -> None:
+    """Of 100 : 1 : 0.01 the plain rule, one accumulator for all, moves nearly every weight by the largest."""
+    words = [
+        "tasks.click.weight=100", "tasks.conversion.weight=1",
+        "tasks.again.label=click", "tasks.again.weight=0.01",
+    ]  # fmt: skip
+    config = small_config("mmoe", log, PER_TASK, *words, *SMALL_EPS)
+    with process_group() as ranks:
+        made = training(config, ranks, tmp_path)
+        slow = Reference(config, made.folded())
+        plain = plain_shares(slow, next(iter(made.reader.steps())))
+        list(made.steps(5))
+        found = made.step.report()["dominance"]
+        assert made.step.report()["dominance"]["mean"].keys() < found["mean"].keys()
+    # Behaviors have no domain, so that attention does not depend on its table.
+    units = {
+        *("groups.attention", "groups.representation", "attention__item_id", "attention__category_id"),
+        *("representation__item_id", "representation__category_id", "representation__domain_id"),
+        "head.layers.0.banks.shared.72.layers.0",
+    }
+    assert units < found["mean"].keys() and "attention__domain_id" not in found["mean"]
+    for unit, shares in found["mean"].items():
+        assert sum(shares.values()) == pytest.approx(1) and set(shares) == {"click", "conversion", "again"}
+        assert all(0 <= share <= 1 for share in found["dominated"][unit].values())
+    for unit in units:
+        assert max(found["mean"][unit].values()) < 0.6, unit
+    assert min(plain.values()) > 0.9, plain
+
+
+def plain_shares(slow: Reference, step: Step) -> dict[str, float]:
+    """Of the numbers of each weight of all tasks, those that `click` dominates where there is one state."""
+    losses = slow.losses.of(step, slow.model.train()(step.batch)).by_task
+    names = [name for name in slow.named if name.startswith("collections.") or ".banks." in name]
+    weights = [slow.named[name] for name in names]
+    gradients = {task: torch.autograd.grad(loss, weights, retain_graph=True) for task, loss in losses.items()}
+    found = {}
+    for place, name in enumerate(names):
+        shares = relative({task: each[place].square() for task, each in gradients.items()})
+        found[name] = float((shares["click"] > 0.9).float().mean())
+    return found
+
+
+def test_a_model_of_folded_tables_scores_alike(log: Path, tmp_path: Path) -> None:
+    config = small_config("stem", log, PER_TASK)
+    with process_group() as ranks:
+        made = training(config, ranks, tmp_path)
+        *_, step = made.steps(3)
+        lanes = [
+            weight for name, weight in made.sharded.model.state_dict().items() if "/conversion.w" in name
+        ]
+        assert lanes and all(whole_tensor(weight).any() for weight in lanes if len(whole_tensor(weight)) > 3)
+        slow, fast = Reference(config, made.folded()).model.eval(), made.sharded.model.eval()
+        with torch.no_grad():
+            assert torch.allclose(slow(step.batch).logits, fast(step.batch).logits, atol=1e-5)
