@@ -32,7 +32,7 @@ FEATURES: Final = {"item_id": READ + SHOWN + 1}
 HEAD, TAIL, TAIL_SHARE = 1, 2, 1 / 13
 # domain -> how much it listens to either half of the rank.
 LISTENS: Final = {HEAD: (1.0, 0.3), TAIL: (0.3, 1.0)}
-# Of `signs`, whose tail has one request of 51: domain -> the weight of band 2; that of band 1 is its negative.
+# Of `signs`, whose tail has one request of 51: domain -> weight of band 2; band 1 has its negative.
 SIGNS: Final = {HEAD: 0.6, TAIL: -0.6}
 FEW_SHARE = 1 / 51
 STRENGTH: Final = 2.0
