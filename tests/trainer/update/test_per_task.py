@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, DataError
 from tests.helpers.launching import ROOT, launched
 from tests.helpers.per_task import PER_TASK, Reference, Training, training
 from tests.helpers.tables import whole_tensor
 from tests.programs.lane_cases import CASES
 from tests.programs.preset_steps import small_config
-from tests.programs.step_cases import local_tensors
+from tests.programs.step_cases import local_tensors, nan_weight
 from tests.trainer.test_presets import log_of_tasks
 from trainer.config.tasks import TaskConfig, resolve_tasks
 from trainer.data.reader import Step
@@ -94,10 +94,8 @@ def test_two_ranks_equal_one(case: str, on_ranks: dict[int, Any]) -> None:
 
 def test_ids_that_are_exchanged_ahead_change_nothing(on_ranks: dict[int, Any]) -> None:
     for ranks in (1, 2):
-        (losses, weights, shares), (others, same, also) = (
-            on_ranks[ranks][case] for case in ("mmoe", "ahead")
-        )
-        assert (losses, shares) == (others, also)
+        (*plain, weights), (*ahead, same) = (on_ranks[ranks][case] for case in ("mmoe", "ahead"))
+        assert plain == ahead
         assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
 
 
@@ -291,3 +289,47 @@ def test_a_model_of_folded_tables_scores_alike(log: Path, tmp_path: Path) -> Non
         slow, fast = Reference(config, made.folded()).model.eval(), made.sharded.model.eval()
         with torch.no_grad():
             assert torch.allclose(slow(step.batch).logits, fast(step.batch).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_small_loss_is_heard_beside_large_ones(seed: int) -> None:
+    """Three tasks want one vector in three places, with losses of 100 : 1 : 0.01. The plain rule ends at the
+    place of the largest loss, this one about as far from each of them."""
+    rng = torch.Generator().manual_seed(seed)
+    wanted = dict(zip("abc", torch.randn(3, 16, generator=rng), strict=True))
+    scales = {"a": 100.0, "b": 1.0, "c": 0.01}
+    ends = {}
+    for rule in ("per_task", "summed"):
+        weights = {"shared": nn.Parameter(torch.zeros(16))}
+        tasks = tuple(wanted) if rule == "per_task" else ("all",)
+        optimizer = PerTaskAdam(
+            weights, {"shared": tasks}, lambda given: torch.optim.Adam(given, lr=0.01), False
+        )
+        optimizer.create_state()
+        for _ in range(400):
+            here = weights["shared"].detach()
+            noise = torch.randn(16, generator=rng)
+            pulls = {task: scales[task] * (here - place + noise) for task, place in wanted.items()}
+            given = pulls if rule == "per_task" else {"all": sum(pulls.values())}
+            optimizer.give({task: {"shared": pull} for task, pull in given.items()})
+            optimizer.step()
+        here = weights["shared"].detach()
+        ends[rule] = {task: float((here - place).norm() / place.norm()) for task, place in wanted.items()}
+    assert max(ends["per_task"].values()) < 1.7 * min(ends["per_task"].values()), ends
+    assert ends["summed"]["a"] < 0.3 and min(ends["summed"][task] for task in "bc") > 0.9, ends
+
+
+def test_a_bad_step_leaves_lanes_and_states_as_they_were(log: Path, tmp_path: Path) -> None:
+    """Where the guard reads its answer late, too, and the fused optimizers leave the step out."""
+    config = small_config("mmoe", log, PER_TASK)
+    with process_group() as ranks:
+        for late in (False, True):
+            made = training(config, ranks, tmp_path, late=late)
+            list(made.steps(2))
+            before = digests(made)
+            bad = map(nan_weight, islice(made.reader.steps(), 2, 3))
+            with pytest.raises(DataError, match=r"step 3 .* group attention, task conversion"):
+                list(made.pipeline.train(bad))
+            after = digests(made)
+            changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+            assert not changed, changed
