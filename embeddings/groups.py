@@ -7,6 +7,7 @@ role (attention or representation, target or behavior) is the model's business, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -22,13 +23,15 @@ from embeddings.optimizers import FusedOptimizer
 class TableSpec:
     """One embedding table: the ids of one feature, `rows` of them, each a vector of `dim` floats.
 
-    `set` names the set that it belongs to, see `EmbeddingSet`.
+    `set` names the set that it belongs to, see `EmbeddingSet`; `lane` the task whose lane it is, see
+    `TableGroup.lanes`, empty for a group's main tables.
     """
 
     feature: str
     rows: int
     dim: int
     set: str = ""
+    lane: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class TableGroup:
         stochastic_rounding: whether an updated row becomes fp16 at random, in proportion, instead of to
             nearest; None = on a GPU, as FBGEMM's kernels do by default. A CPU rounds to nearest.
         sets: in the order of their tables.
+        lanes: tasks that add a table of their own to each main one (AdaTask): the vector of an id is the sum
+            of its main row and of those of all lanes, so that each task has the optimizer's state of a row to
+            itself. The main tables are those of one more task, the first. A set that a task owns has none.
     """
 
     name: str
@@ -73,6 +79,7 @@ class TableGroup:
     fusion: Literal["concat", "sum"] = "concat"
     stochastic_rounding: bool | None = None
     sets: tuple[EmbeddingSet, ...] = (EmbeddingSet(),)
+    lanes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # A vector of a bag is cut into those of the sets by this order, and manifests come from anywhere.
@@ -98,23 +105,40 @@ class TableGroup:
         return [each.name for each in self.sets]
 
     @property
+    def shared_sets(self) -> list[str]:
+        """The names of the sets that no task owns: those that have lanes, if the group has any."""
+        return [each.name for each in self.sets if not each.owner.startswith("task:")]
+
+    def lane(self, task: str) -> tuple[TableSpec, ...]:
+        """The tables of a task's lane: one for each table of the shared sets, in their order."""
+        return tuple(
+            replace(table, lane=task) for name in self.shared_sets for table in self._tables_of(name)
+        )
+
+    @property
+    def all_tables(self) -> tuple[TableSpec, ...]:
+        """The main tables, then those of each lane."""
+        return self.tables + sum((self.lane(task) for task in self.lanes), ())
+
+    @property
     def keys(self) -> list[str]:
         """One for each table, in their order: the names in a KeyedTensor.
 
         TorchRec adds the table's name to a feature that several tables of a collection look up.
         """
-        if len(self.sets) == 1:
-            return [table.feature for table in self.tables]
-        return [f"{table.feature}@{self.table_name(table)}" for table in self.tables]
+        tables = self.all_tables
+        if len(tables) == len(self.features):
+            return [table.feature for table in tables]
+        return [f"{table.feature}@{self.table_name(table)}" for table in tables]
 
     @property
     def width(self) -> int:
-        """Length of the fused vector of one bag, of all sets together."""
+        """Length of the fused vector of one bag, of all sets together; lanes are added to it."""
         return sum(sum(self.of_set(name).widths()) for name in self.set_names)
 
     def table_name(self, table: TableSpec) -> str:
         """The table's name, unique over all groups."""
-        return str(TableName(self.name, table.set, table.feature))
+        return str(TableName(self.name, table.set, table.feature, table.lane))
 
     def of_set(self, name: str) -> TableGroup:
         """The group as if it had the tables of one set only; their names stay.
@@ -126,7 +150,7 @@ class TableGroup:
             return self
         for each in self.sets:
             if each.name == name:
-                return replace(self, tables=self._tables_of(name), sets=(each,))
+                return replace(self, tables=self._tables_of(name), sets=(each,), lanes=())
         raise KeyError(name)
 
     def columns(self, name: str) -> slice:
@@ -150,10 +174,45 @@ class TableGroup:
         return dims[:1] if self.fusion == "sum" else dims
 
     def fuse(self, vector_BD: Tensor) -> Tensor:
-        """The vectors of all tables side by side, [B, sum of dims] -> [B, width]."""
+        """The vectors of all main tables side by side, [B, sum of dims] -> [B, width]."""
+        return self._fused(vector_BD, self.set_names)
+
+    def fuse_lanes(self, vector_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The vectors of all tables side by side -> [B, width] of the main ones, and of each task's lane.
+
+        A lane's are the columns of the shared sets, side by side; see `of_shared`.
+        """
+        if not self.lanes:
+            return self.fuse(vector_BD), {}
+        widths = [sum(table.dim for table in tables) for tables in (self.tables, *map(self.lane, self.lanes))]
+        main, *lanes = vector_BD.split(widths, dim=1)
+        fused = {
+            task: self._fused(part, self.shared_sets) for task, part in zip(self.lanes, lanes, strict=True)
+        }
+        return self.fuse(main), fused
+
+    def of_shared(self, vector_BD: Tensor) -> Tensor:
+        """The columns of the shared sets of fused vectors [B, width]; the same tensor where all sets are."""
+        if len(self.shared_sets) == len(self.sets):
+            return vector_BD
+        return torch.cat([vector_BD[:, self.columns(name)] for name in self.shared_sets], dim=1)
+
+    def with_shared(self, vector_BD: Tensor, shared_BD: Tensor) -> Tensor:
+        """The same vectors [B, width], but for the columns of the shared sets, which are given."""
+        if len(self.shared_sets) == len(self.sets):
+            return shared_BD
+        widths = [self.of_set(name).width for name in self.shared_sets]
+        given = dict(zip(self.shared_sets, shared_BD.split(widths, dim=1), strict=True))
+        parts = [
+            given[name] if name in given else vector_BD[:, self.columns(name)] for name in self.set_names
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _fused(self, vector_BD: Tensor, names: list[str]) -> Tensor:
+        """The vectors of the tables of some sets, of which one vector a set is made."""
         if self.fusion == "concat":
             return vector_BD
-        sets = [self.of_set(name).tables for name in self.set_names]
+        sets = [self.of_set(name).tables for name in names]
         parts = vector_BD.split([sum(table.dim for table in tables) for tables in sets], dim=1)
         fused = [
             part.unflatten(1, (len(tables), -1)).sum(1) for part, tables in zip(parts, sets, strict=True)
@@ -164,20 +223,39 @@ class TableGroup:
         return tuple(table for table in self.tables if table.set == name)
 
 
+def with_lanes(groups: Mapping[str, TableGroup], tasks: Sequence[str]) -> dict[str, TableGroup]:
+    """Groups as they are trained: with a lane for each of the tasks after the first."""
+    return {
+        name: replace(group, lanes=tuple(tasks[1:])) if group.shared_sets else group
+        for name, group in groups.items()
+    }
+
+
 class TableName(NamedTuple):
-    """What the name of a table says; `set` is empty without sets."""
+    """What the name of a table says: `GROUP__FEATURE`, or `GROUP/SET/FEATURE` in one of several sets.
+
+    That of a lane has `/TASK` behind it. `set` is empty without sets, `lane` in main tables.
+    """
 
     group: str
     set: str
     feature: str
+    lane: str = ""
 
     def __str__(self) -> str:
-        return "/".join(self) if self.set else f"{self.group}__{self.feature}"
+        main = f"{self.group}/{self.set}/{self.feature}" if self.set else f"{self.group}__{self.feature}"
+        return f"{main}/{self.lane}" if self.lane else main
+
+    @property
+    def main(self) -> TableName:
+        """That of the main table of a lane's."""
+        return self._replace(lane="")
 
     @classmethod
     def of(cls, name: str) -> TableName | None:
         """None where no table is called that."""
-        if name.count("/") == 2:
-            return cls(*name.split("/"))
-        group, mark, feature = name.partition("__")
-        return cls(group, "", feature) if mark else None
+        group, *rest = name.split("/")
+        if len(rest) > 1:
+            return cls(group, *rest) if len(rest) < 4 else None
+        group, mark, feature = group.partition("__")
+        return cls(group, "", feature, *rest) if mark else None

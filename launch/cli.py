@@ -82,7 +82,7 @@ def synth(
         str,
         Option(
             help="relevance, xor, profiles, interference, decoupled, far, pair or opposite; of several tasks "
-            "or domains agree, domains, signs and funnel; sparse_25, sparse_5, sparse_1 or collapse."
+            "or domains agree, domains, signs, funnel and helper; sparse_25, sparse_5, sparse_1 or collapse."
         ),
     ] = "relevance",
     seed: Annotated[int, Option(min=0, help="Of every random draw.")] = 7,

@@ -47,7 +47,7 @@ from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
 from trainer.loop.loop import Trainer
-from trainer.loop.phases import Phase, phases_for, place_of_phase
+from trainer.loop.phases import Phase, branches_of, phases_for, place_of_phase
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.loop.stage import Supply
@@ -118,7 +118,7 @@ class Start:
         """The model with everything that trains it, still with its first weights; collective."""
         plan = to_tree(sharded.plan)
         fresh = partial(_fresh_dense, self.config, self.manifest)
-        supply = Supply(self.groups, fresh, self.reader, self.domains)
+        supply = Supply(sharded.groups, fresh, self.reader, self.domains)
         return Trainer(
             self.config,
             sharded.model,
@@ -227,7 +227,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
             say(line)
     start = Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation, domains)
     # What they name is there.
-    _ = [start.reader(phase) for phase in phases]
+    _ = [start.reader(each) for phase in phases for each in (phase, *branches_of(phase))]
     return start
 
 
@@ -265,8 +265,8 @@ def try_out(start: Start, say: Say) -> None:
     """
     if start.ranks.speaks:
         start.folder.check_free()
-    size = sum(4 * table.rows * table.dim for group in start.groups.values() for table in group.tables)
     built = build_trainable(start.config, start.manifest, torch.device("meta"))
+    size = sum(4 * table.rows * table.dim for group in built[1].values() for table in group.all_tables)
     _check_plan(start, built, say)
     if size <= _SMALL:
         _build(start)

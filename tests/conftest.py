@@ -57,7 +57,7 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.collect()
         gc.freeze()
-        # What tests make is gone soon; a look for cycles at every 700 objects costs a tenth of their time.
+        # What tests make is gone soon; a look for cycles after every 700 objects costs a tenth of their time.
         gc.set_threshold(20_000, 10, 10)
         gc.enable()
 

@@ -15,7 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embeddings.agreement import from_every_rank, from_rank_0
 from embeddings.disk import free_disk
 from embeddings.errors import ConfigError, hint_of
-from embeddings.groups import TableGroup
+from embeddings.groups import TableGroup, with_lanes
 from embeddings.lookup.caches import with_prefetch
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.rounding import Comms
@@ -35,7 +35,7 @@ from trainer.log.schema import LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.sizes import Dimensions
 from trainer.needs.model_memory import check_dense, check_step
-from trainer.needs.run_needs import Run, check_memory, memory_needs
+from trainer.needs.run_needs import Run, check_memory, memory_needs, more_dense
 from trainer.ranks.machine import memory_bytes
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, build_groups
@@ -179,13 +179,13 @@ def build_trainable(
     Raises:
         ConfigError: the dense weights do not fit into this machine's memory while they are trained.
     """
-    groups = resolve_groups(config, manifest)
+    tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
+    groups = with_lanes(resolve_groups(config, manifest), config.lanes(tasks))
     collections = {}
     for name, group in groups.items():
         collections[name] = make_collection(group, device)
         attach_optimizer(collections[name], group.optimizer)
     numbers = count_numbers(config, manifest.numeric)
-    tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
 
     def build() -> TwoStageModel:
         model = build_model(config, groups, collections, tasks, numbers)
@@ -364,9 +364,8 @@ def plan_request(
     place = config.model.lookup, cluster.device
     step_lookups = {} if size is None else lookups(config, groups, manifest, size, *place)
     comms = Comms(config.comms.forward, config.comms.backward)
-    return PlanRequest(
-        model, tuple(groups.values()), cluster, config.plan.rules(), step_lookups, comms, voice.say
-    )
+    rules, more = config.plan.rules(), more_dense(config, groups.values()).held
+    return PlanRequest(model, tuple(groups.values()), cluster, rules, step_lookups, comms, voice.say, more)
 
 
 def run_of(config: Config, manifest: LogManifest, request: PlanRequest, size: StepSize) -> Run:

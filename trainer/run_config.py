@@ -5,7 +5,7 @@ Every run, checkpoint and snapshot holds the resolved config as data.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from embeddings.first_rows import FirstWeights
 from embeddings.groups import EmbeddingSet, TableGroup, TableSpec
 from embeddings.optimizers import FusedOptimizer
 from trainer.config.model import CONTEXT_ROLES, OPTIONAL_ROLES, section_of
-from trainer.config.phases import PhaseConfig
+from trainer.config.per_task import against_per_task
+from trainer.config.phases import PhaseConfig, UpdateRule
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
 from trainer.config.tables import GroupConfig, GroupName, PlanConfig, SetConfig, TableConfig
 from trainer.config.tasks import Task, TaskConfig, TaskName
@@ -71,6 +72,52 @@ class Config(Settings):
                     'model.head = "experts", or leave tower out'
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_per_task(self) -> Config:
+        if "per_task" not in self.rules:
+            return self
+        key = 'train.update = "per_task"'
+        if self.train.update != "per_task":
+            key = 'update = "per_task" of a phase'
+        covariance = self.model.head_kind.gives_experts(self.model)
+        for number, phase in enumerate(self.phases):
+            if phase.heads == "tied" and (phase.update or self.train.update) == "per_task":
+                raise ValueError(
+                    f'phases.{number}.heads = "tied" adds up gradients of copies of one map, and with update '
+                    '= "per_task" each task has its own; set update = "summed" for that phase'
+                )
+        for problem in against_per_task(self.train, self.groups, self.plan, covariance):
+            raise ValueError(f"{key}: {problem}")
+        return self
+
+    @property
+    def rules(self) -> Set[UpdateRule]:
+        """The update rules of all phases."""
+        return {phase.update or self.train.update for phase in self.phases} or {self.train.update}
+
+    def lanes(self, tasks: Sequence[Task]) -> tuple[str, ...]:
+        """The tasks that have a state of their own wherever the rule is `per_task`, in their order; see
+        `TableGroup.lanes`, where the first one has the main tables.
+
+        They are those that some phase trains by a loss of their own. Empty where no phase has that rule.
+        """
+        if "per_task" not in self.rules:
+            return ()
+        phases = [phase.weights for phase in self.phases]
+        phases += [each.weights for phase in self.phases if phase.fork for each in phase.fork.branches]
+        return tuple(
+            task.name
+            for task in tasks
+            if task.settings.loss != "none"
+            and (task.weight or any(weights.get(task.name) for weights in phases))
+        )
+
+    def without_lanes(self) -> Config:
+        """The same model as it is served: its tables are those that lanes are folded into."""
+        summed = [phase.model_copy(update={"update": "summed"}) for phase in self.phases]
+        train = self.train.model_copy(update={"update": "summed"})
+        return self.model_copy(update={"train": train, "phases": tuple(summed)})
 
     def _check_sets(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if several sets serve anything but the representation of all branches."""

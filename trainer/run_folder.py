@@ -173,8 +173,11 @@ class RunFolder:
         """Merge entries into summary.json."""
         write_text(self.summary, json.dumps({**self.read_summary(), **jsonable(entries)}, indent=1))
 
-    def drop_metrics_after(self, step: int) -> int:
+    def drop_metrics_after(self, step: int, validated: int) -> int:
         """Forget lines of steps that a resumed run is about to repeat.
+
+        Args:
+            validated: the step after which it repeats validations.
 
         Returns:
             The step of the newest validation that is left, -1 where there is none.
@@ -182,9 +185,17 @@ class RunFolder:
         if not self.metrics.exists():
             return -1
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if 0 <= _step_of(line) <= step]
+        kept = [
+            line
+            for line in lines
+            if 0 <= _step_of(line) <= (min(step, validated) if _of_validation(line) else step)
+        ]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
-        return max((_step_of(line) for line in kept if '"split": "validation"' in line), default=-1)
+        return max((_step_of(line) for line in kept if _of_validation(line)), default=-1)
+
+
+def _of_validation(line: str) -> bool:
+    return '"split": "validation"' in line
 
 
 class MetricsLog:
@@ -285,7 +296,8 @@ def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float
 
     A metric without a value has no point. What is said over all domains has tags like these. Domains have a
     few curves each, `SPLIT by domain/DOMAIN/...`, unless there are so many that nobody would look at them.
-    The shares of branches are `SPLIT/lambda/BRANCH`.
+    The shares of branches are `SPLIT/lambda/BRANCH`. What `trainer.update.dominance` reports is
+    `dominance mean/UNIT/TASK` and `dominance dominated/UNIT/TASK`.
     """
     for branch, share in values.get("lambda", {}).items():
         yield f"{split}/lambda/{branch}", share
@@ -293,6 +305,9 @@ def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float
     whole = {key: value for key, value in values.items() if key not in ("by_domain", "over_domains")}
     for entry in (whole, values.get("over_domains", {})):
         yield from _curves(split, entry)
+    for kind, units in values.get("dominance", {}).items():
+        for unit, of_tasks in units.items():
+            yield from ((f"dominance {kind}/{unit}/{task}", share) for task, share in of_tasks.items())
     for domain, entry in domains.items() if len(domains) <= _MOST_DOMAINS else ():
         yield from _curves(f"{split} by domain/{domain}", entry, _OF_DOMAINS)
 

@@ -121,9 +121,9 @@ def lookups(
     """Bags and ids of every table in one step, over all ranks.
 
     Mirrors `TwoStageModel`: attention groups are looked up for all N + C; representation groups for those as
-    well (`full`) or for the S kept behaviors and the candidates (`selected`), all sets of a group alike; a
-    prior for candidates alone, unless it serves another role too; groups of the context for R requests.
-    Multi-valued features count as one id a bag.
+    well (`full`) or for the S kept behaviors and the candidates (`selected`), all sets and lanes of a group
+    alike; a prior for candidates alone, unless it serves another role too; groups of the context for R
+    requests. Multi-valued features count as one id a bag.
 
     Args:
         lookup: `full` or `selected`, whatever `config.model.lookup` says; device: see `kept_behaviors`.
@@ -141,7 +141,7 @@ def lookups(
     of_requests = [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
     of_table = {}
     for name, group in groups.items():
-        for table in group.tables:
+        for table in group.all_tables:
             feature = table.feature
             if feature in manifest.context and name in of_requests:
                 of_table[group.table_name(table)] = Lookup(size.requests, size.requests)

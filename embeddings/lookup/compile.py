@@ -38,7 +38,7 @@ def _described(group: TableGroup) -> list[dict[str, Any]]:
             "data_type": _DATA_TYPES[group.dtype],
             "init_fn": first_rows_come_later,
         }
-        for table in group.tables
+        for table in group.all_tables
     ]
 
 
@@ -51,7 +51,7 @@ class BagCollection(EmbeddingBagCollection):  # type: ignore[misc]
         self.group = group
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """KJT of stride B -> KeyedTensor [B, group.width], float32 whatever the tables hold."""
+        """KJT of stride B -> KeyedTensor [B, widths of all tables], float32 whatever they hold."""
         found = super().forward(features)
         return KeyedTensor(found.keys(), found.length_per_key(), found.values().float())
 

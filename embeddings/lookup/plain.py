@@ -27,7 +27,7 @@ class PlainBagCollection(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
-        for table in group.tables:
+        for table in group.all_tables:
             name, stored = group.table_name(table), weights[group.table_name(table)]
             if isinstance(stored, PatchedRows):
                 # No buffer: it is none of the module's own memory, nor goes to another device.
@@ -40,9 +40,9 @@ class PlainBagCollection(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT of stride B -> KeyedTensor whose values are [B, sum of dims]."""
         pooled = []
-        for table in self.group.tables:
+        for table in self.group.all_tables:
             bag = features[table.feature]
             weight = getattr(self, self.group.table_name(table))
             pooled.append(sum_bags(weight, bag.values(), bag.offsets().to(bag.values().dtype)))
-        dims = [table.dim for table in self.group.tables]
+        dims = [table.dim for table in self.group.all_tables]
         return KeyedTensor(self.group.keys, dims, torch.cat(pooled, dim=1))

@@ -173,7 +173,7 @@ class ShardedBags(ShardedEmbeddingBagCollection):  # type: ignore[misc]
         self._pads = reduced and padded and given["env"].world_size > 1
         self._strides = strides
         self._shared: SharedIds | None = None
-        if once and len(module.group.sets) > 1:
+        if once and len(module.group.all_tables) > len(module.group.features):
             self._shared = SharedIds(self, given["env"], device, given["qcomm_codecs_registry"])
         _add_replicated(self, module.group)
 
@@ -236,7 +236,7 @@ class ShardedSequences(ShardedEmbeddingCollection):  # type: ignore[misc]
 def _add_replicated(module: ShardedBags | ShardedSequences, group: TableGroup) -> None:
     """Give a module an optimizer for its data-parallel tables, if it has any, beside its fused ones."""
     replicated = {}
-    for spec in group.tables:
+    for spec in group.all_tables:
         table = module.module_sharding_plan[group.table_name(spec)]
         if table.sharding_type == ShardingType.DATA_PARALLEL.value:
             name = weight_name(group, spec)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,12 +68,8 @@ def shard(
             model, device=device, plan=plan, sharders=sharders(comms, exchange), init_parameters=True
         )
     average_in_order(sharded)
-    first = {group.table_name(t): group.first for group in groups.values() for t in group.tables}
-    for name, weight in sharded.state_dict().items() if first_rows else ():
-        table = table_of(name)
-        if table in first:
-            for part in local_shards(weight):
-                initial_rows_(part.tensor, table_seed(seed, table), first[table], part.row, part.column)
+    if first_rows:
+        set_first_rows(sharded.state_dict(), groups.values(), seed)
     sharded.comms = comms
     return sharded
 
@@ -84,6 +81,26 @@ def average_in_order(sharded: DistributedModelParallel) -> None:
             if isinstance(module, DistributedDataParallel):
                 # A function without annotations, since torch does not understand postponed ones.
                 module.register_comm_hook(None, lambda _, bucket: _average_in_order_of_ranks(bucket))
+
+
+@torch.no_grad()
+def set_first_rows(weights: Mapping[str, Any], groups: Iterable[TableGroup], seed: int) -> None:
+    """Give the tables of some groups their first weights, which those of lanes do not add to: zeros.
+
+    Args:
+        weights: the state dict of a sharded model, whose other weights stay.
+    """
+    tables = {group.table_name(table): (group, table) for group in groups for table in group.all_tables}
+    for name, weight in weights.items():
+        group, table = tables.get(table_of(name), (None, None))
+        if group is None or table is None:
+            continue
+        for part in local_shards(weight):
+            if table.lane:
+                part.tensor.zero_()
+            else:
+                of_table = table_seed(seed, table_of(name))
+                initial_rows_(part.tensor, of_table, group.first, part.row, part.column)
 
 
 def _average_in_order_of_ranks(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -32,7 +32,7 @@ def constraints_of(request: PlanRequest) -> dict[str, ParameterConstraints]:
         ConfigError: a rule names an unknown table, or a kernel that is not allowed; or a table is too wide
             for a GPU in every way that it may lie.
     """
-    names = [group.table_name(table) for group in request.groups for table in group.tables]
+    names = [group.table_name(table) for group in request.groups for table in group.all_tables]
     for name in request.rules.tables:
         if name not in names:
             hint = hint_of(name, names, f"tables: {', '.join(names)}")
@@ -40,7 +40,7 @@ def constraints_of(request: PlanRequest) -> dict[str, ParameterConstraints]:
     return {
         group.table_name(table): _constraint(request, group, table)
         for group in request.groups
-        for table in group.tables
+        for table in group.all_tables
     }
 
 
@@ -140,7 +140,7 @@ def check_rules(plan: ShardingPlan, request: PlanRequest, where: str) -> None:
     """
     placed = {name: sharding for module in plan.plan.values() for name, sharding in module.items()}
     for group in request.groups:
-        for table in group.tables:
+        for table in group.all_tables:
             name = group.table_name(table)
             sharding = placed[name]
             if sharding.compute_kernel in UNIFIED and not request.rules.allow_unified_memory:

@@ -26,9 +26,9 @@ class Reservation(FixedPercentageStorageReservation):  # type: ignore[misc]
     TorchRec's own takes its share from device memory alone, and so nothing at all on a CPU.
     """
 
-    def __init__(self, share: float, dense: int) -> None:
+    def __init__(self, share: float, dense: int, more: int = 0) -> None:
         super().__init__(share)
-        self._share, self._dense = share, dense * DENSE_COPIES
+        self._share, self._dense = share, dense * (DENSE_COPIES + more)
 
     def left(self, memory: int) -> int:
         """Bytes of `memory` that tables may take; negative where not even the rest fits."""

@@ -163,7 +163,7 @@ def _plan_within(request: PlanRequest, constraints: dict[str, ParameterConstrain
             f"{' or '.join(kernels)} there; allow other types in its group's sharding, or in "
             f"plan.tables.{name}"
         ) from None
-    reservation = Reservation(request.rules.reserve, dense_bytes(request.model, tables))
+    reservation = Reservation(request.rules.reserve, dense_bytes(request.model, tables), request.more_dense)
     usable = reservation.left(request.cluster.memory)
     # The planner tries hundreds of arrangements before it says what one sum tells.
     _check_room(request, options, usable, certain=True)
@@ -237,7 +237,7 @@ def placements(saved: SavedPlan, groups: Iterable[TableGroup]) -> list[Placement
     placed = {name: sharding for tables in saved.plan.plan.values() for name, sharding in tables.items()}
     lines = []
     for group in groups:
-        for table in group.tables:
+        for table in group.all_tables:
             name = group.table_name(table)
             sharding, (rows, dim, weight_bytes) = placed[name], saved.tables[name]
             kind, kernel, ranks = sharding.sharding_type, sharding.compute_kernel, tuple(sharding.ranks)

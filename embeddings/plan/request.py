@@ -85,6 +85,7 @@ class PlanRequest:
         cluster: the ranks; rules: what is allowed; lookups: table -> what a step asks of it.
         comms: what vectors and gradients are rounded to on their way, by which the planner's time follows.
         say: is told now and again that a slow planner is still at work.
+        more_dense: copies of the dense weights besides those that `DENSE_COPIES` counts.
     """
 
     model: nn.Module
@@ -94,3 +95,4 @@ class PlanRequest:
     lookups: Mapping[str, Lookup] = field(default_factory=dict)
     comms: Comms = AS_THEY_ARE
     say: Callable[[str], None] = keep_quiet
+    more_dense: int = 0

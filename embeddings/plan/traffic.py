@@ -11,8 +11,9 @@ every bag (a zero where the id is elsewhere) to every rank: (W-1) 4 B. `table_ro
 L ranks of one node, which hold the rows: lengths L (1 - 1/W) 4 B; `grid_shard` for each of its S column
 shards, a node each. (`TwSparseFeaturesDist`, `RwSparseFeaturesDist`, `TwRwSparseFeaturesDist`.)
 
-Tables that are sharded in one way and look one feature up, as those of several sets do, have its ids sent
-to a rank once (`embeddings.lookup.shared_ids`): so some tables send ids for the others, and these send none.
+Tables that are sharded in one way and look one feature up, as those of several sets or lanes do, have its
+ids sent to a rank once (`embeddings.lookup.shared_ids`): so some tables send ids for the others, and these
+send none.
 
 *Vectors of bags.* `table_wise` and `column_wise` owners send every bag's vector home, (W-1)/W B D f
 (`PooledEmbeddingsAllToAll`). With `row_wise` any rank might hold a part of any bag, so each rank fills a
@@ -84,7 +85,7 @@ def sending_ids(
     found: dict[str, bool] = {}
     for group in groups:
         alike: dict[str, list[Placed]] = {}
-        for table in group.tables:
+        for table in group.all_tables:
             name = group.table_name(table)
             sharding, ranks = placed[name]
             alike.setdefault(sharding, []).append(Placed(name, table.feature, ranks))

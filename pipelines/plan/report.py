@@ -48,7 +48,7 @@ class Report:
     @property
     def options(self) -> list[ShardingOption]:
         """In the order of the groups and their tables."""
-        names = [group.table_name(table) for group in self.request.groups for table in group.tables]
+        names = [group.table_name(table) for group in self.request.groups for table in group.all_tables]
         return sorted(self.estimate.options, key=lambda option: names.index(option.name))
 
     def sent(self, option: ShardingOption, lookup: str, pooled: bool) -> Traffic:
@@ -74,9 +74,10 @@ class Report:
         return sending_ids(placed, self.request.groups, self.cluster.device)
 
     def of_sets(self, option: ShardingOption) -> bool:
-        """Whether a table is one of several sets."""
+        """Whether a table is one of several sets or lanes."""
         name = TableName.of(option.name)
-        return name is not None and bool(name.set)
+        lanes = {group.name for group in self.request.groups if group.lanes}
+        return name is not None and bool(name.set or name.group in lanes)
 
 
 def report_lines(report: Report) -> list[str]:
@@ -251,18 +252,23 @@ def _by_table(report: Report) -> list[str]:
 
 
 def sets_together(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """One line for the tables of a feature that differ in nothing but their set; rows begin with a name."""
+    """One line for the tables of a feature that differ in nothing but their set; rows begin with a name.
+
+    The same for lanes that differ in nothing but their task.
+    """
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, *cells in rows:
         parts = TableName.of(name)
-        if parts is None or not parts.set:
+        if parts is None or not (parts.set or parts.lane):
             alike[(name, "", *cells)] = []
+        elif parts.lane:
+            alike.setdefault((str(parts.main), "/", *cells), []).append(parts.lane)
         else:
-            alike.setdefault((parts.group, parts.feature, *cells), []).append(parts.set)
+            alike.setdefault((f"{parts.group}/", f"/{parts.feature}", *cells), []).append(parts.set)
     lines = []
-    for (group, feature, *cells), sets in alike.items():
-        each = f"{{{','.join(sets)}}}" if len(sets) > 1 else "".join(sets)
-        lines.append((f"{group}/{each}/{feature}" if sets else group, *cells))
+    for (before, after, *cells), names in alike.items():
+        each = f"{{{','.join(names)}}}" if len(names) > 1 else "".join(names)
+        lines.append((f"{before}{after}{each}" if after == "/" else f"{before}{each}{after}", *cells))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Planted signals of low rank: `agree`, `domains`, `signs`, `funnel` and `sparse_*`.
+"""Planted signals of low rank: `agree`, `domains`, `signs`, `funnel`, `helper` and `sparse_*`.
 
 Items 1 to 200 are in histories, items 201 to 300 are shown. A history is 20 items, each drawn uniformly; ages
 are uniform over 90 days and say nothing. Item j of a history has a vector a_j ~ N(0, I) and a shown item c a
@@ -13,6 +13,8 @@ user's vector is u = sum_j a_j / sqrt(20), and the affinity x = <u, b_c> is clos
     signs      click, of two domains to which one half of the rank says the opposite; see `turned_sign`.
     funnel     click and, where there was one, conversion; `ctcvr` is their product, observed of all (ESMM);
                see `_funnel_logits`.
+    helper     click ~ Bernoulli(sigmoid(-1 + 2 x)), help ~ the same once more, so that it tells the same of
+               a user and an item, and noise ~ Bernoulli(1/2), which tells nothing (ForkMerge's case).
     sparse_*   click ~ Bernoulli(sigmoid(b + 2 x)), with b such that 25, 5 or 1 % of the candidates have one
                (ranking losses beside binary cross entropy, arXiv 2403.14144).
 """
@@ -197,4 +199,14 @@ signs = OneRequestEach(
     taxonomy=(),
 )
 funnel = OneRequestEach(FEATURES, _plain, _funnel_logits, taxonomy=(), funnel=True)
+helper = OneRequestEach(
+    FEATURES,
+    _plain,
+    lambda total: {
+        "click": -1 + STRENGTH * total(affinity),
+        "help": -1 + STRENGTH * total(affinity),
+        "noise": 0 * total(affinity),
+    },
+    taxonomy=(),
+)
 sparse_25, sparse_5, sparse_1 = (_sparse(rate) for rate in (0.25, 0.05, 0.01))

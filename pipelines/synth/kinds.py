@@ -40,6 +40,7 @@ KINDS: Final = {
     "domains": Kind(factors.domains, factors.listened, 10_000, factors.BEHAVIORS),
     "signs": Kind(factors.signs, factors.turned_sign, 10_000, factors.BEHAVIORS),
     "funnel": Kind(factors.funnel, factors.affinity, 10_000, factors.BEHAVIORS),
+    "helper": Kind(factors.helper, factors.affinity, 10_000, factors.BEHAVIORS),
     "sparse_25": Kind(factors.sparse_25, factors.affinity, 10_000, factors.BEHAVIORS),
     "sparse_5": Kind(factors.sparse_5, factors.affinity, 10_000, factors.BEHAVIORS),
     "sparse_1": Kind(factors.sparse_1, factors.affinity, 10_000, factors.BEHAVIORS),

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from torch import Tensor
 
 import pipelines.train
-from tests.helpers.launching import ROOT, SETTINGS
+from embeddings.errors import ConfigError
+from tests.helpers.launching import ROOT, SETTINGS, losses, started, tandemrec
 from tests.helpers.logs import Row, Shape, random_rows, write_log
-from tests.trainer.loop.test_phases import at, lines
+from tests.trainer.loop.test_phases import at, lines, same
 from trainer.log.schema import FeatureInfo
+from trainer.loop.loop import Trainer
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config, load_config
 
@@ -125,3 +130,159 @@ def test_what_is_behind_the_heads_keeps_its_bits(whole: Path) -> None:
     others = [name for name in before if not (".towers." in name and ".layers." in name)]
     assert sum("momentum1" in name for name in others) >= 4 and any("exp_avg" in name for name in others)
     assert all(torch.equal(before[name], after[name]) for name in others)
+
+
+def test_boundaries_change_no_logit(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: clones are the one head, and a frozen backbone is the same function."""
+    found: list[tuple[str, Tensor, Tensor]] = []
+    go_on = Trainer._next_phase
+
+    def logits(trainer: Trainer) -> Tensor:
+        steps = trainer.course.supply.reader(trainer.course.phases[0], 0).steps()  # type: ignore[union-attr]
+        with torch.no_grad():
+            return torch.cat(
+                [trainer.model(step.batch).logits for step, _ in zip(steps, range(4), strict=False)]
+            )
+
+    def watched(trainer: Trainer) -> None:
+        before = logits(trainer)
+        go_on(trainer)
+        found.append((trainer.course.phase.name, before, logits(trainer)))
+
+    monkeypatch.setattr(Trainer, "_next_phase", watched)
+    run(tmp_path / "run", config(log, PRE, POST, FINE, checkpoint__every_steps=0))
+    assert [name for name, _, _ in found] == ["post", *(f"fine_domain{domain}" for domain in range(DOMAINS))]
+    assert all(torch.equal(before, after) for _, before, after in found)
+    # Training did move them in between.
+    assert not torch.equal(found[0][2], found[1][1])
+
+
+STOPPED = {**FINE, "passes": 4, "split": "test", "early_stopping": {"patience": 2, "metric": "logloss"}}
+
+
+def heads(run_: Path) -> dict[str, Tensor]:
+    found = maps(at(run_, last(run_)))
+    return {name: each for name, each in found.items() if name.startswith("model.")}
+
+
+def test_a_domains_head_does_not_depend_on_what_others_fine_tune_on(tmp_path: Path) -> None:
+    """Whether another domain has other labels, or no phase at all: not by a bit, wherever it stops."""
+    fine, sparse = rows_of(3, 12), {"checkpoint__every_steps": 0}
+    logs = [write(tmp_path / "a", fine), write(tmp_path / "b", flipped(fine, 1))]
+    a, b = (
+        run(tmp_path / f"run{place}", config(log, PRE, POST, STOPPED, **sparse))
+        for place, log in enumerate(logs)
+    )
+    without = config(logs[0], PRE, POST, {**STOPPED, "domains": [0, 2]}, **sparse)
+    c = run(tmp_path / "run2", without)
+    counts = [[line["phase"] for line in lines(each)].count("fine_domain1") for each in (a, b, c)]
+    assert counts[0] != counts[1] and counts[2] == 0
+    for name, head in heads(a).items():
+        for other in (b, c):
+            assert torch.equal(head[[0, 2]], heads(other)[name][[0, 2]]), name
+    assert any(not torch.equal(head[1], heads(b)[name][1]) for name, head in heads(a).items())
+
+
+def test_every_domain_ends_with_its_best_head(log: Path, tmp_path: Path) -> None:
+    """By its own logloss, what it began with included; tables are not saved for it."""
+    settings = config(log, PRE, POST, STOPPED, checkpoint__keep=1, checkpoint__every_steps=0)
+    out = run(tmp_path / "run", settings)
+    ends = evaluated(out)
+    for domain in range(DOMAINS):
+        seen = [
+            line["by_domain"][str(domain)]["logloss"]
+            for line in lines(out, "validation")
+            if line["phase"] == f"fine_domain{domain}"
+        ]
+        assert len(seen) >= 2 and ends[domain] <= min(seen) + 1e-6
+    assert len(list((out / "checkpoints").glob("step-*"))) == 1
+
+
+def evaluated(out: Path) -> list[float]:
+    entry = json.loads((out / "summary.json").read_text())["validation"]
+    return [entry["by_domain"][str(domain)]["logloss"] for domain in range(DOMAINS)]
+
+
+def as_file(settings: Config, path: Path) -> Path:
+    path.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
+    return path
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(log: Path, tmp_path: Path) -> None:
+    """SIGKILL in the phases of two domains, one of which has left its best head behind."""
+    settings = config(log, PRE, POST, STOPPED, checkpoint__every_steps=3)
+    whole, cut = run(tmp_path / "whole", settings), tmp_path / "cut"
+    words = ("train", "--config", str(as_file(settings, tmp_path / "d_train.toml")), "--out", str(cut))
+    metrics, died = cut / "metrics.jsonl", []
+    counts = [[line["phase"] for line in lines(whole)].count(f"fine_domain{d}") for d in (0, 2)]
+    for domain, step in ((0, counts[0]), (2, counts[1] - 1)):
+        with started(*words) as (process, _, err):
+            while not metrics.exists() or metrics.read_text().count(f'"fine_domain{domain}"') < step:
+                assert process.is_alive(), err.read_text()
+                time.sleep(0.005)
+            process.kill()
+            process.join()
+            died.append(process.exitcode)
+    assert died == [-signal.SIGKILL] * 2
+    done = tandemrec(*words)
+    assert done.returncode == 0, done.stderr
+    assert same(at(whole, last(whole)), at(cut, last(cut)))
+    for split in ("train", "validation"):
+        told = [
+            [
+                {key: line[key] for key in ("step", "phase", "loss", "logloss") if key in line}
+                for line in found
+            ]
+            for found in (lines(whole, split), lines(cut, split))
+        ]
+        assert told[0] == told[1]
+
+
+def test_two_ranks_train_as_one(log: Path, tmp_path: Path) -> None:
+    settings = config(log, PRE, POST, STOPPED, checkpoint__every_steps=0, data__batch_candidates=48)
+    file, found = as_file(settings, tmp_path / "d_train.toml"), []
+    for ranks in (1, 2):
+        out = tmp_path / f"run{ranks}"
+        done = tandemrec("train", "--config", str(file), "--out", str(out), ranks=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(losses(out))
+    one, two = found
+    assert len(one) == len(two) and one == pytest.approx(two, rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused_or_said(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*phases: Mapping[str, Any], **changes: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            run(tmp_path / "refused", config(log, *phases, **changes))
+        return str(caught.value)
+
+    kept = {key: value for key, value in FINE.items() if key != "reset_state"}
+    assert "name it in reset_state, too" in refused(PRE, kept)
+    decay = {"train__optimizer": "adamw", "train__weight_decay": 0.1}
+    assert "would draw the heads of all other domains" in refused(PRE, FINE, **decay)
+    assert "the model has none" in refused(PRE, model__towers__per="task")
+    assert "no candidate of the split train has domain_id = 7" in refused(PRE, {"steps": 1, "domains": [7]})
+    shared = {"steps": 1, "each": "domain", "domains": [1], "reset_state": MAPS}
+    run(
+        tmp_path / "said",
+        config(log, {**PRE, "steps": 1}, POST, shared, {**PRE, "name": "again", "steps": 1}),
+    )
+    said = capsys.readouterr().out
+    assert "phase phase3_domain1: also trains what domains share, so that their order matters" in said
+    assert said.count("the heads of all domains are now that of domain 0") == 2
+
+
+def test_a_domain_that_validation_lacks_is_trained_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_of(2, 8)
+    few = [row | {"candidate_domain_id": [[0] * len(d) for d in row["candidate_domain_id"]]} for row in rows]
+    splits = {"train": rows_of(1, 12), "validation": few}
+    log = write_log(tmp_path / "log", splits, more={"domain_id": FeatureInfo(rows=DOMAINS, side="candidate")})
+    fine = {**STOPPED, "split": "train", "passes": 1, "domains": [0, 1]}
+    out = run(tmp_path / "run", config(log, {**PRE, "steps": 1}, fine, checkpoint__every_steps=0))
+    assert "fine_domain1: the validation split has no candidate of domain 1" in capsys.readouterr().out
+    assert {line["phase"] for line in lines(out)} == {"pre", "fine_domain0", "fine_domain1"}
+    assert {line["phase"] for line in lines(out, "validation")} == {"pre", "fine_domain0"}

@@ -22,14 +22,14 @@ from trainer.quality.evaluate import score_split
 from trainer.ranks.process_group import process_group, sum_over_ranks
 from trainer.run_config import Config, load_config
 from trainer.update.guard import Guard
-from trainer.update.step import TrainStep, make_optimizer
+from trainer.update.step import TrainStep, run_optimizer
 
 STEPS = 4
 SMALL = ["data.history_length=12", "data.batch_candidates=48", "data.prefetch=0", "model.k=6", "train.seed=5"]
 SMALL += ["train.learning_rate=0.001"]
 
 
-def small_config(preset: str, log: Path) -> Config:
+def small_config(preset: str, log: Path, *words: str) -> Config:
     """A preset cut down to a log of a few users; wide first weights, so that mistakes show.
 
     A large eps keeps Adagrad from turning rounding, which differs from one number of ranks to another, into
@@ -38,7 +38,7 @@ def small_config(preset: str, log: Path) -> Config:
     path = ROOT / f"configs/{preset}.toml"
     groups = load_config(path).groups
     dims = [f"groups.{name}.{key}" for name in groups for key in ("dim=8", "init_scale=0.7", "eps=0.01")]
-    return load_config(path, [f"data.log={log}", *SMALL, *dims, *renamed(preset, log)])
+    return load_config(path, [f"data.log={log}", *SMALL, *dims, *renamed(preset, log), *words])
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         for preset, log in presets:
             manifest, config = read_manifest(Path(log)), small_config(preset, Path(log))
             sharded = build_sharded(config, manifest, ranks)
-            optimizer = make_optimizer(sharded.model, config.train)
+            optimizer = run_optimizer(sharded.model, config)
             step = TrainStep(config, sharded.model, optimizer, ranks.world_size, Guard(ranks, out.parent))
             pipeline = Pipeline("none", sharded.model, step, ranks.device)
             rows = feature_rows(sharded.groups)

@@ -60,7 +60,7 @@ FEW = ['groups.attention.features=["category_id","tags"]', 'model.attend=["tags"
 MODELS = {
     "selected": [],
     "full": ["model.lookup=full"],
-    "context, few features": [*CONTEXT, *FEW],
+    "context, few features": [*CONTEXT, *FEW, "model.auxiliary=retrieval"],
     "sets, attention of one task, product": SETS,
     "sets of tasks, prior": PRIOR,
     "auxiliary, batch norm": [

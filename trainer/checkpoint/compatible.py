@@ -75,6 +75,7 @@ def check_resumable(
     if any(branch.position for branch in config.model.all_branches().values()):
         # There is a number for each place in the history.
         fixed.append("data.history_length")
+    _check_lanes(state, config, labels)
     names, names_now = _names(state["config"]), _names(config.model_dump(mode="json"))
     for key in {**names, **names_now}:
         if names.get(key, []) != names_now.get(key, []):
@@ -92,6 +93,28 @@ def check_resumable(
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or name another --out"
             )
+
+
+def _check_lanes(state: Mapping[str, Any], config: Config, labels: Sequence[str]) -> None:
+    """Refuse to go on with other states of tasks: other lanes of tables, or another optimizer."""
+    try:
+        given = Config.model_validate(state["config"])
+        before, now = (
+            (sorted(each.rules), each.lanes(resolve_tasks(each.tasks, labels))) for each in (given, config)
+        )
+    except (ConfigError, ValidationError):
+        # Of another version, or of tasks that are not there: both are told elsewhere.
+        return
+    words = [
+        " and ".join(rules) + (f" with states of the tasks {', '.join(tasks)}" if tasks else "")
+        for rules, tasks in (before, now)
+    ]
+    if words[0] != words[1]:
+        raise ConfigError(
+            f"this run was started with the update rule {words[0]}, now it is {words[1]} (train.update, "
+            "phases.*.update, weights of tasks); set it back, or start a new run from these weights with "
+            "--init-from"
+        )
 
 
 def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:

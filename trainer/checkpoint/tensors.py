@@ -2,6 +2,9 @@
 
 Reading a whole checkpoint takes the memory of the whole model; going through it band by band takes that of a
 block of rows, however large a table or its shards are.
+
+Lanes of a table (`embeddings.groups.TableGroup.lanes`) are no weights of their own here: a row is the sum of
+those of the main table and of all lanes, rounded once.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from embeddings.errors import CheckpointError
+from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint.chain import ChainReader
 from trainer.checkpoint.row_blocks import BLOCK_BYTES
@@ -48,10 +52,22 @@ class TensorReader:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self._lanes: dict[str, list[str]] = {}
+        for name in [name for name in self._tensors if name.startswith(_MODEL)]:
+            table = TableName.of(table_of(name))
+            if table is not None and table.lane:
+                main = name.replace(f".{table}.", f".{table.main}.")
+                self._lanes.setdefault(main, []).append(name)
 
     def names(self) -> list[str]:
         """The names of the model's tensors."""
-        return [name.removeprefix(_MODEL) for name in self._tensors if name.startswith(_MODEL)]
+        lanes = {name for names in self._lanes.values() for name in names}
+        found = [name for name in self._tensors if name.startswith(_MODEL) and name not in lanes]
+        return [name.removeprefix(_MODEL) for name in found]
+
+    def lanes(self, name: str) -> list[str]:
+        """The names of the weights of a table's lanes, which `names` leaves out."""
+        return [lane.removeprefix(_MODEL) for lane in self._lanes.get(self._saved_name(name), ())]
 
     def __contains__(self, name: str) -> bool:
         return self._saved_name(name) in self._tensors
@@ -121,6 +137,17 @@ class TensorReader:
         return self._tensors[self._saved_name(name)]
 
     def _read(self, name: str, part: ChunkStorageMetadata) -> Tensor:
+        """A part of a tensor, with what lanes add to it."""
+        found = self._read_alone(name, part)
+        lanes = self._lanes.get(self._saved_name(name))
+        if not lanes:
+            return found
+        total = found.float()
+        for lane in lanes:
+            total += self._read_alone(lane, part)
+        return total.to(found.dtype)
+
+    def _read_alone(self, name: str, part: ChunkStorageMetadata) -> Tensor:
         entry = self._entry(name)
         target = torch.empty(part.sizes, dtype=entry.properties.dtype)
         items = create_read_items_for_chunk_list(self._saved_name(name), entry, [part])

@@ -3,6 +3,9 @@
 A row of the new tables takes the old row of the same raw value. Values that the old log did not have keep
 their seeded first weights and an empty accumulator, so they learn at full speed beside rows that have
 settled. Row 0, unknown, follows row 0. The dense optimizer starts fresh, as does the schedule.
+
+Where the new run has lanes of tables, they start from zero, and all accumulators fresh: those of the source
+are of all its tasks together.
 """
 
 from __future__ import annotations
@@ -159,6 +162,11 @@ def fill(
         lines.append(f"tables with first weights, of sets of new tasks: {', '.join(new)}")
     if left := [table for table in source.manifest.tables if table not in tables]:
         lines.append(f"not taken over, since this model has no such tables: {', '.join(left)}")
+    mixed = {str(table.main) for table in map(TableName.of, map(table_of, model)) if table and table.lane}
+    if carry and mixed:
+        lines.append(
+            "accumulators start fresh: each task has its own (update = per_task), the source had one"
+        )
     maps: dict[str, Tensor | None] = {}
     used: set[Path | None] = set()
     for table, name in tables.items():
@@ -174,7 +182,7 @@ def fill(
         saved = source.table(table)
         _fill_rows(model[name], saved["weight"], maps[entry.feature], rows)
         state = tensors["optim"]["state"].get(f"fused.{name}", {}).get(f"{table}.momentum1")
-        if carry and state is not None and "accumulator" in saved:
+        if carry and table not in mixed and state is not None and "accumulator" in saved:
             if len(state.size()) == saved["accumulator"].dim():
                 _fill_rows(state, saved["accumulator"], maps[entry.feature], rows)
             else:
@@ -213,7 +221,7 @@ def _check_tables(model: Mapping[str, Any], source: PlainTables, heads: TaskHead
     for name, weight in model.items():
         table = table_of(name)
         wanted = TableName.of(table)
-        if wanted is None:
+        if wanted is None or wanted.lane:
             continue
         if table not in known and wanted.set in new_sets:
             new.append(table)

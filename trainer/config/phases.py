@@ -63,7 +63,8 @@ class ForkConfig(Settings):
     branches: tuple[BranchOfFork, ...]
     """The branches, two or more. The first one is the target's own."""
     every: PositiveInt
-    """The number of steps that each branch trains from a fork to the next merge."""
+    """The number of steps that each branch trains from a fork to the next merge. The last round ends with the
+    phase."""
     task: TaskName | Literal[""] = ""
     """The task whose metric on the validation split decides how much of each branch is taken. Empty means the
     first one."""
@@ -72,7 +73,7 @@ class ForkConfig(Settings):
     metric: Literal["auc", "gauc", "logloss"] = "auc"
     """That metric."""
     grid: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    """The shares that are tried of a branch in the merge."""
+    """The shares that are tried of a branch when it is mixed into the merge."""
     keep: int = Field(0, ge=0)
     """The number of branches that go on after the first merge: the target's own, and of the others the best.
     0 means all."""

@@ -28,7 +28,6 @@ from embeddings.lookup.before_change import (
     combined,
     combined_rows,
 )
-from embeddings.lookup.sharding import table_of
 from embeddings.lookup.touched import ShardKey, TouchedRows
 from trainer.checkpoint.delta import row_parts
 from trainer.checkpoint.fork_files import BASE, ForkFiles, Moment, copied, dense_tensors, read_moments
@@ -40,8 +39,8 @@ from trainer.loop.position import Position
 from trainer.loop.shares import Choice, Shares, search
 from trainer.quality.domains import SplitMetrics
 
-# What the names of states of tables' optimizers begin with in a checkpoint.
-_OF_TABLES = "optim.state.fused."
+# What the names of tables, and of the states of their optimizers, begin with in a checkpoint.
+_OF_TABLES = ("model.collections.", "optim.state.fused.")
 
 
 @dataclass
@@ -271,7 +270,7 @@ class Fork:
         if self._whole:
             return dense
         # Of data-parallel tables, which are whole, too.
-        return {n: t for n, t in dense.items() if not n.startswith(_OF_TABLES) and not table_of(n)}
+        return {name: tensor for name, tensor in dense.items() if not name.startswith(_OF_TABLES)}
 
     @torch.no_grad()
     def _put(self, rows: RowsOfShards, dense: Mapping[str, Tensor]) -> None:

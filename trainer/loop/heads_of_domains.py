@@ -13,7 +13,7 @@ from trainer.loop.phases import Phase
 from trainer.model.frame import TwoStageModel
 from trainer.model.heads.grouped import DomainLinear
 from trainer.update.parts import Parts
-from trainer.update.step import DenseOptimizer
+from trainer.update.step import dense_optimizer
 from trainer.update.tied import TiedMaps
 
 
@@ -27,7 +27,7 @@ class HeadsOfDomains:
     def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
         shell = model.module
         assert isinstance(shell, TwoStageModel)
-        (self._optimizer,) = (part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer))
+        self._optimizer = dense_optimizer(optimizer)
         self._of_towers = shell.head.domain_parameters()
         self.tied = TiedMaps(self._of_towers, self._optimizer)
         self._by_domain = _by_domain(shell)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, hint_of
 from trainer.config.phases import TABLES, PhaseConfig
 from trainer.config.sections import TrainConfig
-from trainer.config.tasks import Task
+from trainer.config.tasks import Task, names_of
 from trainer.data.reader import Cursor
 from trainer.log.schema import LogManifest
 from trainer.loop.early_stopping import check_watched
@@ -152,6 +152,13 @@ def phases_for(
         if stopping.on and not manifest.holds("validation"):
             raise ConfigError(f"{where} needs validation requests, and the log has none")
         check_watched(stopping, tasks, manifest)
+        if (fork := phase.settings.fork) is not None:
+            if not manifest.holds("validation"):
+                problem = "branches are merged by validation, and the log has no validation requests"
+                raise ConfigError(f"{phase.key}.fork: {problem}")
+            if fork.task and fork.task not in (names := names_of(tasks)):
+                hint = hint_of(fork.task, names, f"they are {', '.join(names)}")
+                raise ConfigError(f"{phase.key}.fork.task: no task is called {fork.task!r}; {hint}")
     return phases
 
 
@@ -175,6 +182,15 @@ def place_of_phase(phases: Sequence[Phase], state: dict[str, Any], where: str) -
     return number
 
 
+def stopping_before(config: dict[str, Any], phase: Phase) -> dict[str, Any]:
+    """When a phase ended early by the config that a checkpoint keeps."""
+    phases = config.get("phases", [])
+    if not phases:
+        return dict(config["train"].get("early_stopping", {}))
+    given = phases[phase.place] if phase.place < len(phases) else {}
+    return dict(given.get("early_stopping") or {})
+
+
 def _short(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {each}" for name, each in value.items())
@@ -187,6 +203,7 @@ def _train_of(train: TrainConfig, settings: PhaseConfig) -> TrainConfig:
         "epochs": settings.passes or _ENDLESS,
         "max_steps": settings.steps or 0,
         "learning_rate": settings.learning_rate or train.learning_rate,
+        "update": settings.update or train.update,
         "decay": settings.decay or train.decay,
         "tables": settings.tables or train.tables,
     }
@@ -220,7 +237,14 @@ def _check_phase(config: Config, settings: PhaseConfig, where: str) -> None:
     _check_average(settings, where)
     _known(settings.table_learning_rates, config.groups, f"{where}.table_learning_rates")
     weights = {f"{where}.weights": settings.weights}
-    for place, branch in enumerate(settings.fork.branches if settings.fork is not None else ()):
+    fork = settings.fork
+    if fork is not None:
+        if not config.data.domain and (fork.domain is not None or any(b.domains for b in fork.branches)):
+            problem = "there are no domains; name the feature that has them in data.domain"
+            raise ConfigError(f"{where}.fork: {problem}")
+        if fork.scope == "dense" and settings.train:
+            raise ConfigError(f'{where}.train: with fork.scope = "dense" say with freeze what stays instead')
+    for place, branch in enumerate(fork.branches if fork is not None else ()):
         weights[f"{where}.fork.branches.{place}.weights"] = branch.weights
     for key, given in weights.items() if config.tasks else ():
         _known(given, config.tasks, key)

@@ -82,6 +82,11 @@ class Position:
         """Whether the phase has read its data as often as it is to, or will have after so many passes."""
         return self.cursor.epoch + ahead - self.began.epoch >= phase.train.epochs
 
+    def phase_done(self, phase: Phase) -> bool:
+        """Whether the phase has come to its own end."""
+        by_steps = any(self.step >= end for end in self.ends(phase, 0))
+        return by_steps or self.passes_done(phase) or self.best.over(phase.train.early_stopping)
+
     @property
     def steps_done(self) -> int:
         """Steps of the phase so far."""

@@ -66,6 +66,10 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
     unread = config.model.head_kind.unread_keys(config.model, owners)
     alone = [task.name for task in tasks if task.has_tower]
     of_one = _of_one_task(config, alone[0]) if len(alone) == 1 else []
+    if len(trained := config.lanes(tasks)) == 1:
+        lines.append(
+            f'no effect: update = "per_task", since {trained[0]} is the only task with a loss of its own'
+        )
     if left := [*_of_model(config.model), *unread, *_of_rest(config), *_of_phases(config), *of_one]:
         lines.append(f"no effect in this configuration: {'; '.join(left)}")
     return lines
@@ -178,6 +182,8 @@ def _of_phases(config: Config) -> Iterable[str]:
             yield f'{where}.average.beta (average.kind is "{average.kind}")'
         if average.kind != "ema" and _changed(average, "decay"):
             yield f'{where}.average.decay (average.kind is "{average.kind}")'
+        if average.on and not average.adopt and place + 1 < len(config.phases):
+            yield f"{where}.average (it ends with the phase, which is not the last one, and is not adopted)"
         for group in phase.table_learning_rates:
             if {TABLES, f"{GROUP}{group}"} & set(phase.freeze):
                 yield f"{where}.table_learning_rates.{group} (the group is frozen)"

@@ -10,13 +10,15 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings.errors import ConfigError
 from embeddings.groups import TableGroup
+from embeddings.private import BatchNorm
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.heads_of_domains import HeadsOfDomains
 from trainer.loop.phases import Phase, branches_of
 from trainer.update.freezing import freeze, keep_statistics
+from trainer.update.kept import KeptWeights
 from trainer.update.parts import Parts
 from trainer.update.reset import FreshDense, reset_state, reset_weights
-from trainer.update.step import RateSetter, TrainStep, dense_weights
+from trainer.update.step import RateSetter, TrainStep, dense_optimizer, dense_weights
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Supply:
     """What phases need of a run besides its model.
 
     Attributes:
-        groups: of the model, by name; fresh: what its dense weights begin with.
+        groups: of the model, by name, with their lanes; fresh: what its dense weights begin with.
         reader: of the candidates that a phase reads, given the epoch that counts as its first; domains: ids
             that have candidates in the train split.
     """
@@ -78,6 +80,7 @@ class Stage:
         settings = phase.settings
         self._rates.rebase(settings.learning_rate, settings.table_learning_rates)
         self._step.weigh(settings.weights)
+        self._step.follow(phase.train.update)
         self._step.tied = self._heads.tied if settings.heads == "tied" else None
         return freeze(self._model, self._dense, self.frozen(phase))
 
@@ -96,6 +99,16 @@ class Stage:
         if anew - new:
             lines.append(f"new states of optimizers: {', '.join(settings.reset_state)}")
         return lines + self._heads.enter(phase, self.whole - self.frozen(phase))
+
+    def kept(self, phase: Phase) -> KeptWeights | None:
+        """Where the best weights of a phase are kept, if it looks for them and moves no table."""
+        frozen = self.frozen(phase)
+        if self._supply is None or not phase.train.early_stopping.on or frozen.groups != self.whole.groups:
+            return None
+        weights = [weight for name, weight in self._dense.items() if name not in frozen.dense]
+        norms = [module for module in self._model.modules() if isinstance(module, BatchNorm)]
+        buffers = [buffer for module in norms for buffer in module.buffers()]
+        return KeptWeights(weights, dense_optimizer(self._optimizer), buffers)
 
     def settle_mode(self) -> None:
         """Called once somebody has set the mode of the whole model: frozen statistics stay."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -18,13 +20,18 @@ class Cut(NamedTuple):
     """One group's vectors on both sides of the border.
 
     Attributes:
-        group: its name; inside: [B, width], what the tables returned, whose backward pass updates them;
-            outside: the same values as a leaf of the dense graph, which collects their gradient.
+        group: its name; inside: [B, width], what the main tables returned, whose backward pass updates them;
+            outside: the same values as a leaf of the dense graph, which collects their gradient; to them
+            those of the lanes are added, if the group has any.
+        lanes: task -> what its lane returned, [B, width of the shared sets].
+        tables: the group.
     """
 
     group: str
     inside: Tensor
     outside: Tensor
+    lanes: Mapping[str, Tensor]
+    tables: TableGroup
 
     def gradient(self) -> Tensor:
         """Of the loss by these vectors; zeros where it does not depend on them.
@@ -35,9 +42,53 @@ class Cut(NamedTuple):
         gradient = self.outside.grad
         return torch.zeros_like(self.outside) if gradient is None else gradient
 
+    def returned(self) -> dict[str, Tensor]:
+        """What tables returned, of the main tables and of each lane, by names for messages."""
+        return {
+            self.group: self.inside.detach(),
+            **{f"{self.group}, task {task}": vectors.detach() for task, vectors in self.lanes.items()},
+        }
+
+    def by_task(self, gradients: Mapping[str, Tensor], first: str) -> list[Pull]:
+        """What the backward pass into the tables starts from: for each lane, the gradient of its task alone.
+
+        Args:
+            gradients: of each task's loss by these vectors, [B, width]; a task without one has none.
+            first: the task of the main tables. Sets that tasks own have no lanes, nor a gradient of others.
+        """
+        none = torch.zeros_like(self.outside)
+        if not self.lanes:
+            whole = reduce(add, gradients.values()) if gradients else none
+            return [Pull(self.group, self.inside, whole)]
+        shared = self.tables.of_shared(gradients.get(first, none))
+        owned = shared
+        if len(self.tables.shared_sets) < len(self.tables.sets) and gradients:
+            owned = reduce(add, gradients.values())
+        main = self.tables.with_shared(owned, shared)
+        return [
+            Pull(self.group, self.inside, main),
+            *(
+                Pull(f"{self.group}, task {task}", inside, self.tables.of_shared(gradients.get(task, none)))
+                for task, inside in self.lanes.items()
+            ),
+        ]
+
+
+class Pull(NamedTuple):
+    """Where a backward pass into the tables starts: vectors as tables returned them, and their gradient.
+
+    `name`: of the group, and of the task whose lane it is, for messages.
+    """
+
+    name: str
+    inside: Tensor
+    gradient: Tensor
+
 
 class Lookups(nn.Module):
     """Turns what collections return into tensors [B, width], features in the order of each group.
+
+    Lanes of a group are added up.
 
     Args:
         groups: by name; each says in what order its features come and whether they are added up.
@@ -70,11 +121,15 @@ class Lookups(nn.Module):
         vectors = {}
         for name, keyed in pooled.items():
             group = self.groups[name]
-            vectors[name] = group.fuse(vectors_in_order(keyed, group.keys))
+            inside, lanes = group.fuse_lanes(vectors_in_order(keyed, group.keys))
+            vectors[name] = inside
+            if lanes:
+                shared = reduce(add, lanes.values(), group.of_shared(inside))
+                vectors[name] = group.with_shared(inside, shared)
             if name in self.frozen:
                 vectors[name] = vectors[name].detach()
             elif self._cuts is not None and torch.is_grad_enabled():
                 outside = vectors[name].detach().requires_grad_()
-                self._cuts.append(Cut(name, vectors[name], outside))
+                self._cuts.append(Cut(name, inside, outside, lanes, group))
                 vectors[name] = outside
         return vectors

@@ -9,13 +9,14 @@ them before its first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from embeddings.disk import free_disk, same_disk
 from embeddings.errors import ConfigError
-from embeddings.groups import TableGroup
+from embeddings.groups import TableGroup, TableName
 from embeddings.plan.memory import DENSE_COPIES, RankMemory, gigabytes
 from embeddings.plan.request import Cluster
 from embeddings.plan.tables import Table
@@ -103,7 +104,34 @@ class Run:
             table.weights(table.rows, table.dim) + table.optimizer.state_bytes(table.rows, table.dim)
             for table in self.tables.values()
         )
-        return tables + _DENSE_SAVED * self.dense
+        return tables + self.dense_saved * self.dense
+
+    @property
+    def dense_saved(self) -> int:
+        """Copies of the dense weights in a checkpoint: themselves and the states of their optimizers."""
+        return _DENSE_SAVED + more_dense(self.config, self.groups.values()).saved
+
+
+class MoreDense(NamedTuple):
+    """Copies of the dense weights that the rule `per_task` keeps besides those of plain Adam.
+
+    Attributes:
+        saved: those in a checkpoint; held: all in memory.
+    """
+
+    saved: int = 0
+    held: int = 0
+
+
+def more_dense(config: Config, groups: Iterable[TableGroup]) -> MoreDense:
+    """At most: some weights belong to one task. `groups`: as they are trained, with their lanes."""
+    if "per_task" not in config.rules:
+        return MoreDense()
+    tasks = 1 + max((len(group.lanes) for group in groups), default=0)
+    # Adam's two means, and the mean of squared updates, without the means that no phase needs.
+    saved = 3 * tasks - (0 if "summed" in config.rules else 2)
+    # A gradient of each task, and the update of one.
+    return MoreDense(saved, saved + tasks + 1)
 
 
 def memory_needs(
@@ -116,7 +144,8 @@ def memory_needs(
         for_tables: bytes a rank of the disk where tables lie in mapped files; None = not known.
     """
     step, reader = step_bytes(run, cluster), reader_bytes(run)
-    dense, local = DENSE_COPIES * run.dense, cluster.local_world_size
+    copies = DENSE_COPIES + more_dense(run.config, run.groups.values()).held
+    dense, local = copies * run.dense, cluster.local_world_size
     host_room, gpus = local * cluster.ddr, cluster.device == "cuda"
     rank = max(range(len(held)), key=lambda each: held[each].total)
     full, bits = held[rank], touched_bytes(run, held)
@@ -171,7 +200,7 @@ def _saving(
 ) -> Need:
     mode, local = run.config.checkpoint.mode, cluster.local_world_size
     room, gpus = local * cluster.ddr, cluster.device == "cuda"
-    copies = [sum(copy_bytes(each, run.dense) for each in node) for node in nodes]
+    copies = [sum(copy_bytes(each, run.dense, run.dense_saved) for each in node) for node in nodes]
     where = f"host memory, node {copies.index(max(copies))}" if len(nodes) > 1 else "host memory"
     name = "copy of the shards, page-locked" if gpus else "copy of the shards"
     whole = {**own, name: max(copies), "blocks": local * BLOCKS}
@@ -194,7 +223,9 @@ def _saving(
 def export_need(run: Run, cluster: Cluster) -> Need:
     """Of the one process that exports: it holds blocks of rows, and the rows of the requests it compares."""
     compared = sum(
-        min(table.weights(table.rows, table.dim), 4 * table.dim * 200_000) for table in run.tables.values()
+        min(table.weights(table.rows, table.dim), 4 * table.dim * 200_000)
+        for name, table in run.tables.items()
+        if not _of_lane(name)
     )
     parts = {"process": PROCESS, "dense": 4 * run.dense, "blocks": BLOCKS, "rows compared": compared}
     return _need("export (one process)", "host memory", cluster.ddr * cluster.local_world_size,
@@ -257,7 +288,7 @@ def delta_bytes(run: Run) -> int:
     for name, table in run.tables.items():
         each = table.weights(1, table.dim) + table.optimizer.state_bytes(1, table.dim) + 8
         rows += each * min(table.rows, steps * run.asked[name].ids)
-    return rows + _DENSE_SAVED * run.dense
+    return rows + run.dense_saved * run.dense
 
 
 def touched_bytes(run: Run, held: Sequence[RankMemory]) -> int:
@@ -274,10 +305,15 @@ def on_host(held: RankMemory, gpus: bool) -> int:
     return held.host if gpus else held.weights + held.optimizer
 
 
-def copy_bytes(held: RankMemory, dense: int) -> int:
-    """Bytes of a rank's shards, of the dense weights and of all their states, once."""
+def _of_lane(table: str) -> bool:
+    name = TableName.of(table)
+    return name is not None and bool(name.lane)
+
+
+def copy_bytes(held: RankMemory, dense: int, copies: int = _DENSE_SAVED) -> int:
+    """Bytes of a rank's shards, and of the dense weights with all their states: so many copies of them."""
     shards = held.weights + held.optimizer + held.host_weights + held.host_optimizer
-    return shards + _DENSE_SAVED * dense
+    return shards + copies * dense
 
 
 def step_bytes(run: Run, cluster: Cluster) -> int:
@@ -296,6 +332,8 @@ def step_bytes(run: Run, cluster: Cluster) -> int:
     longest = max((behaviors for behaviors, _ in run.size.blocks), default=1)
     window = min(config.data.history_length, longest)
     widths = {name: group.width for name, group in run.groups.items()}
+    # Vectors of lanes are looked up besides.
+    looked_up = {name: group.width * (1 + len(group.lanes)) for name, group in run.groups.items()}
     early, late, search, read = set(), set(), 0, 0
     for branch in config.model.all_branches().values():
         roles = branch.roles
@@ -307,9 +345,9 @@ def step_bytes(run: Run, cluster: Cluster) -> int:
             search += r * window * (gathered + 24) + 8 * c * window * branch.heads
         columns = branch.k if branch.searches else window
         read += 2 * 4 * c * columns * value
-    vectors = (n + c) * sum(widths[name] for name in early)
+    vectors = (n + c) * sum(looked_up[name] for name in early)
     vectors += (n + c if config.model.lookup == "full" else kept + c) * sum(
-        widths[name] for name in late - early
+        looked_up[name] for name in late - early
     )
     inputs = sum(widths[name] for name in early | late) + run.outputs
     return 2 * 4 * vectors + max(search, read + 3 * 4 * c * inputs)

@@ -144,8 +144,9 @@ def tree_distance(path_P: Tensor, path_C: Tensor) -> Tensor:
         path_P, path_C: int64 [*, 1 + M], the item, then its ids, coarsest first.
     """
     levels = path_C.shape[1] - 1
-    shared, so_far = torch.zeros(()), torch.ones((), dtype=torch.bool)
-    shared, so_far = shared.to(path_C.device), so_far.to(path_C.device)
+    # Filled on the device, since a copy from the host would have it wait.
+    shared = torch.zeros((), device=path_C.device)
+    so_far = torch.ones((), dtype=torch.bool, device=path_C.device)
     for level in range(1, levels + 1):
         one, other = path_P[:, level, None], path_C[:, level]
         so_far = so_far & (one == other) & (one != 0)
@@ -166,7 +167,7 @@ def retrieval_loss_of(model: Any, tasks: Sequence[Task]) -> RetrievalLoss | None
     """The loss that a model's settings ask for, None where they ask for none.
 
     Raises:
-        ConfigError: it names no task of the run.
+        ConfigError: it names no task of the run, or one without a loss.
     """
     if model.auxiliary_kind is None or not model.auxiliary_kind.retrieves:
         return None
@@ -176,4 +177,7 @@ def retrieval_loss_of(model: Any, tasks: Sequence[Task]) -> RetrievalLoss | None
         known = hint_of(wanted, names, f"they are {', '.join(names)}")
         raise ConfigError(f"model.retrieval.task = {wanted!r}: no task has that name; {known}")
     column = names.index(wanted)
+    if tasks[column].settings.loss == "none":
+        problem = 'this task has no loss of its own (loss = "none"); name another'
+        raise ConfigError(f"model.retrieval.task = {wanted!r}: {problem}")
     return RetrievalLoss(tasks[column], column, config.scale, config.margin)

@@ -11,8 +11,8 @@ them, of all terms at once; where all candidates of all tasks are observed, no o
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from trainer.data.reader import Step
 from trainer.model.frame import Prediction
 from trainer.objectives.covariance import Covariance
 from trainer.objectives.exchange import Sums, sum_on_hosts
-from trainer.objectives.given import Entry, Given
+from trainer.objectives.given import Entry, Given, Term
 from trainer.objectives.of_tasks import Trained, trained_tasks
 from trainer.objectives.pointwise import pointwise
 from trainer.objectives.ranked import compared_of, ranked
@@ -53,11 +53,14 @@ class Losses:
     Attributes:
         parts: scalars to be added up, before `rank_loss`; tally: for the report.
         silent: tasks with a tower that no loss reaches in this step on any rank.
+        by_task: task with a loss of its own -> what it adds, scalar, where that was asked for. Those without
+            a weight, or without a label on any rank, are left out.
     """
 
     parts: Sequence[Tensor]
     tally: Tally
     silent: Collection[str]
+    by_task: Mapping[str, Tensor] = field(default_factory=dict)
 
     def total(self) -> Tensor:
         """Scalar."""
@@ -84,6 +87,9 @@ class StepLoss:
         covariance: of the model's experts, or None; retrieval: of its auxiliary head, or None.
         world_size, rank: of this process; mean: `train.mean`.
 
+    Attributes:
+        by_task: the loss of each task is wanted by itself.
+
     Raises:
         ConfigError: see `trained_tasks`.
     """
@@ -103,15 +109,25 @@ class StepLoss:
         self.tasks = dict(enumerate(trained_tasks(tasks, objective, domains, mean)))
         self._domains, self._covariance, self._retrieval = domains, covariance, retrieval
         self._world_size, self._rank = world_size, rank
-        # Tasks with the same loss are computed together.
-        families: dict[Any, dict[int, Trained]] = {}
-        for place, task in self.tasks.items():
-            families.setdefault((task.name, task.gamma, task.by_domain), {})[place] = task
-        self._families = list(families.values())
+        self.by_task = False
         self._ranked = {place: task for place, task in self.tasks.items() if task.ranking is not None}
         # Known to every rank without asking another.
         self._partial = any(task.partial for task in tasks)
         self._parts = list(self._tallied())
+
+    @property
+    def by_task(self) -> bool:
+        return self._by_task
+
+    @by_task.setter
+    def by_task(self, wanted: bool) -> None:
+        self._by_task = wanted
+        # Tasks with the same loss are computed together, unless each is wanted by itself.
+        families: dict[Any, dict[int, Trained]] = {}
+        for place, task in self.tasks.items():
+            alike = (task.name, task.gamma, task.by_domain, place if wanted else -1)
+            families.setdefault(alike, {})[place] = task
+        self._families = list(families.values())
 
     def _tallied(self) -> Iterator[_Part]:
         for place, task in self.tasks.items():
@@ -149,8 +165,10 @@ class StepLoss:
         terms, ranking = [compute() for compute in main], [compute() for compute in ranks]
         total = reduce(add, [term.total for term in (*terms, *ranking)])
         parts = [total]
-        if auxiliary:
-            parts.append(auxiliary_weight * reduce(add, [compute().total for compute in auxiliary]))
+        beside = [compute() for compute in auxiliary]
+        if beside:
+            parts.append(auxiliary_weight * reduce(add, [term.total for term in beside]))
+        by_task = self._each((*terms, *ranking), beside, auxiliary_weight, counts[1]) if self._by_task else {}
         entries = {(place, "loss"): entry for term in terms for place, entry in term.entries.items()}
         entries |= {(place, "rank"): entry for term in ranking for place, entry in term.entries.items()}
         if self._covariance is not None:
@@ -162,6 +180,8 @@ class StepLoss:
                 raise ValueError("the model retrieves nothing, and the loss is to have its part")
             part, entries[-1, "retrieval"] = self._retrieval.of(prediction.retrieved, given)
             parts.append(auxiliary_weight * part)
+            if (name := self._retrieval.task.name) in by_task:
+                by_task[name] = by_task[name] + parts[-1]
         for place, task in self._ranked.items():
             negative = given.observed_of(task.column) & (given.labels[:, task.column] < 0.5)
             negatives = negative.sum()[None].double() * step.counted
@@ -169,7 +189,26 @@ class StepLoss:
         tally = self._tally(step, entries, total)
         if self._ranked and logits_CT.requires_grad:
             self._watch(logits_CT, given, tally.values)
-        return Losses(parts, tally, self._silent(counts[1]))
+        return Losses(parts, tally, self._silent(counts[1]), by_task)
+
+    def _each(
+        self, terms: Sequence[Term], beside: Sequence[Term], factor: float, counts: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The loss of each task, whose terms are of no other task.
+
+        Args:
+            beside: terms of the auxiliary prediction; factor: their weight.
+            counts: of all tasks on all ranks.
+        """
+        found = dict[str, Tensor]()
+        totals = [(term, term.total) for term in terms] + [(term, factor * term.total) for term in beside]
+        for term, total in totals:
+            (place,) = term.entries
+            task = self.tasks[place]
+            name = task.task.name
+            if task.task.weight and counts[task.column]:
+                found[name] = found[name] + total if name in found else total
+        return found
 
     def _covariance_of(self, step: Step, prediction: Prediction) -> tuple[Tensor, int]:
         """This rank's part of the covariance, and of the step's one count."""
@@ -221,7 +260,8 @@ class StepLoss:
                 column = self.tasks[place].column
                 negative = given.observed_of(column) & (given.labels[:, column] < 0.5)
                 sizes = gradient_CT[:, column].abs() * negative
-                values[slot] = sizes.sum() / self._world_size
+                # Once for each backward pass through the logits.
+                values[slot] += sizes.sum() / self._world_size
 
         logits_CT.register_hook(note)
 

@@ -89,7 +89,7 @@ class PartialModel:
         # The folder of tables that are larger than memory may be another machine's.
         plan = config.plan.model_copy(update={"mapped_folder": None})
         tables = {name: TableConfig() for name in config.tables}
-        partial = config.model_copy(update={"tables": tables, "plan": plan})
+        partial = config.without_lanes().model_copy(update={"tables": tables, "plan": plan})
         sharded = build_sharded(partial, small, ranks).model
         self.model: DistributedModelParallel = sharded
         state = sharded.state_dict()

@@ -9,9 +9,8 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from embeddings.first_rows import initial_rows_, table_seed
 from embeddings.groups import TableGroup
-from embeddings.lookup.sharding import table_of
+from embeddings.lookup.sharding import set_first_rows
 from embeddings.lookup.shards import local_shards, tensors_of
 from trainer.update.parts import Parts
 
@@ -31,22 +30,13 @@ def reset_weights(
     The state of their optimizers stays, see `reset_state`.
 
     Args:
-        groups: of the model; fresh: what a new model begins with; seed: of the new weights.
+        groups: of the model, with their lanes; fresh: what a new model begins with; seed: of the new weights.
     """
-    first = {
-        group.table_name(table): group.first
-        for name, group in groups.items()
-        if name in parts.groups
-        for table in group.tables
-    }
-    new = fresh(seed) if parts.dense else {}
+    new, weights = fresh(seed) if parts.dense else {}, model.state_dict()
+    set_first_rows(weights, [group for name, group in groups.items() if name in parts.groups], seed)
     with torch.no_grad():
-        for name, weight in model.state_dict().items():
-            if (table := table_of(name)) in first:
-                for part in local_shards(weight):
-                    initial_rows_(part.tensor, table_seed(seed, table), first[table], part.row, part.column)
-            elif name in parts.dense:
-                weight.copy_(new[name])
+        for name in parts.dense:
+            weights[name].copy_(new[name])
         # Running statistics belong to the weights beside them.
         for name, buffer in model.named_buffers():
             if name in new and _beside(name, parts.dense):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,59 +12,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embeddings.errors import ConfigError, DataError, hint_of
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from embeddings.private import BatchNorm
+from trainer.config.phases import UpdateRule
 from trainer.config.sections import TrainConfig
 from trainer.config.tasks import Task
 from trainer.data.reader import Step
-from trainer.model.border import Cut
+from trainer.model.border import Cut, Pull
 from trainer.model.frame import TwoStageModel
 from trainer.objectives.covariance import covariance_of
 from trainer.objectives.losses import rank_loss
 from trainer.objectives.retrieval import retrieval_loss_of
 from trainer.objectives.step_loss import StepLoss, Tally
 from trainer.run_config import Config
+from trainer.update.dense_optimizer import DenseOptimizer, PerTaskAdam, reached_by
+from trainer.update.dominance import Dominance
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
+from trainer.update.rules.per_task import PerTask, check_no_replicas
 from trainer.update.rules.summed import Summed
 from trainer.update.tied import TiedMaps
 
 
-class DenseOptimizer(KeyedOptimizerWrapper):  # type: ignore[misc]
-    """Adam of the dense weights, by their names.
-
-    Attributes:
-        fused: it is PyTorch's kernel that updates all weights at once and can leave a step out by itself.
-    """
-
-    fused = False
-
-    def skip_where(self, alarm: Tensor) -> None:
-        """The next step changes nothing where `alarm`, float32 scalar on the device, is 1 and not 0.
-
-        `torch.amp.GradScaler` tells fused optimizers so in the same way (torch 2.13, optim/adam.py): weights
-        and moments stay as they are, and the step does not count.
-        """
-        self._optimizer.found_inf = alarm
-
-
 def make_optimizer(
-    model: DistributedModelParallel, config: TrainConfig, fused: bool | None = None
+    model: DistributedModelParallel,
+    config: TrainConfig,
+    fused: bool | None = None,
+    rules: Iterable[str] = ("summed",),
+    reach: Mapping[str, Sequence[str]] | None = None,
 ) -> CombinedOptimizer:
     """The fused optimizers of the tables and one for everything dense, as one.
 
     Args:
         fused: whether the dense one is PyTorch's fused kernel; None: where all dense weights lie on CUDA. Its
             state has the names, shapes and types of the other's, so that checkpoints fit both.
+        rules: the update rules of all phases; reach: of `reach_of`, for `per_task`.
     """
     weights = dense_weights(model)
     if fused is None:
         fused = all(weight.device.type == "cuda" for weight in weights.values())
 
-    def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if config.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=0.0, fused=fused or None)
         # Biases, scales and slopes are not decayed: zero is nothing they should be drawn to. The biases of
@@ -80,14 +71,12 @@ def make_optimizer(
             fused=fused or None,
         )
 
-    dense = DenseOptimizer(weights, make)
+    if "per_task" in rules:
+        dense: DenseOptimizer = PerTaskAdam(weights, reach or {}, make, "summed" in rules)
+    else:
+        dense = DenseOptimizer(weights, make)
     dense.fused = fused
-    # The state is created by a first step; a checkpoint loaded before it would silently miss it. That step
-    # must not decay any weight, so it is done at rate 0, nor count for the correction of the moments' bias:
-    # the first true step would be taken for the second, and be 0.744 of what it should be.
-    dense.init_state()
-    for state in dense.state.values():
-        state["step"].zero_()
+    dense.create_state()
     for group in dense.param_groups:
         group["lr"] = config.learning_rate
     return CombinedOptimizer([("fused", model.fused_optimizer), ("dense", dense)])
@@ -98,15 +87,40 @@ def dense_weights(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
     return dict(in_backward_optimizer_filter(model.named_parameters()))
 
 
+def run_optimizer(
+    model: DistributedModelParallel, config: Config, fused: bool | None = None
+) -> CombinedOptimizer:
+    """That of a run, with a state for each task where its rule asks for it; `fused`: see `make_optimizer`."""
+    return make_optimizer(model, config.train, fused, config.rules, reach_of(model, config))
+
+
+def reach_of(model: DistributedModelParallel, config: Config) -> dict[str, tuple[str, ...]]:
+    """Of each dense weight, the tasks whose losses reach it, for the rule `per_task`."""
+    shell = model.module
+    assert isinstance(shell, TwoStageModel)
+    trained = config.lanes(shell.tasks)
+    owned = {task.name: shell.own_parameters(task.name) for task in shell.tasks if task.has_tower}
+    reached = {task.name: (task.name, *task.settings.product) for task in shell.tasks if task.name in trained}
+    return reached_by(dense_weights(model), owned, reached)
+
+
+def dense_optimizer(optimizer: CombinedOptimizer) -> DenseOptimizer:
+    """The one of everything dense, of those of `make_optimizer`."""
+    (dense,) = (part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer))
+    return dense
+
+
 class RateSetter:
     """Sets the learning rates to multiples of what they were at the start, or of what `rebase` says."""
 
     def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
         self._fused = model.fused_optimizer
-        # Parameter -> the name of its table group.
+        # Parameter -> the name of its table group. A rank without a table of a group has none of it.
         names = {id(weight): name.split(".")[1] for name, weight in self._fused.params.items()}
-        self._groups: list[tuple[dict[str, Any], str]] = [
-            (group, names.get(id(group["params"][0]), "")) for group in optimizer.param_groups
+        tables = {id(group) for group in self._fused.param_groups}
+        self._groups: list[tuple[dict[str, Any], str | None]] = [
+            (group, names.get(next(map(id, group["params"]), 0), "") if id(group) in tables else None)
+            for group in optimizer.param_groups
         ]
         self._first = [float(group["lr"]) for group, _ in self._groups]
         self._base = self._first
@@ -117,14 +131,13 @@ class RateSetter:
         Args:
             tables: name of a table group -> rate.
         """
-        given = {"": dense, **(tables or {})}
-        rates = [(given.get(name), first) for (_, name), first in zip(self._groups, self._first, strict=True)]
-        self._base = [first if rate is None else rate for rate, first in rates]
+        given = [dense if name is None else (tables or {}).get(name) for _, name in self._groups]
+        self._base = [first if rate is None else rate for rate, first in zip(given, self._first, strict=True)]
 
     def set(self, dense: float, tables: float) -> None:
         """In force from the next backward pass on."""
         for (group, name), base in zip(self._groups, self._base, strict=True):
-            group["lr"] = base * (tables if name else dense)
+            group["lr"] = base * (dense if name is None else tables)
         # The kernels keep a copy of the rate, which only this call renews; it updates no weight.
         self._fused.step()
 
@@ -175,16 +188,43 @@ class TrainStep:
         towers = [task.name for task in shell.tasks if task.has_tower]
         self._own = {name: shell.own_parameters(name) for name in towers}
         self._silent: Collection[str] = ()
-        self._rule, self.number = Summed(), 0
+        self.number = 0
         self.tied: TiedMaps | None = None
         self._step: Step | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
         self._unread: Check | None = None
-        parts = [part for _, part in optimizer.optimizers if isinstance(part, DenseOptimizer)]
-        (self._dense_optimizer,) = parts
+        self._dense_optimizer = dense_optimizer(optimizer)
+        self._shell, self._reach = shell, reach_of(model, config)
+        self._lanes = config.lanes(shell.tasks)
+        first = config.phases[0].update if config.phases else None
+        self.follow(first or config.train.update)
         if guard is not None and guard.reads_late and not self._dense_optimizer.fused:
             raise ValueError("a guard that reads late needs make_optimizer(..., fused=True)")
+
+    def follow(self, rule: UpdateRule) -> None:
+        """Train by an update rule from the next step on.
+
+        Raises:
+            ConfigError: `per_task` with tables that lie on every rank.
+        """
+        self._rule: Summed | PerTask = Summed(self._dense)
+        self._dominance: Dominance | None = None
+        if rule == "per_task":
+            check_no_replicas(self._model.plan)
+            assert isinstance(self._dense_optimizer, PerTaskAdam)
+            self._rule = PerTask(
+                self._dense, self._reach, self._dense_optimizer, self._lanes[0], self._world_size
+            )
+            self._dominance = Dominance(
+                self._model,
+                self._lookups.groups,
+                self._lanes[0],
+                self._dense_optimizer,
+                self._world_size,
+                self._config.seed,
+            )
+        self.losses.by_task = self._rule.by_task
 
     def _losses_of(self, tasks: Sequence[Task]) -> StepLoss:
         rank = dist.get_rank() if self._world_size > 1 else 0
@@ -213,6 +253,7 @@ class TrainStep:
         self.losses = self._losses_of(
             [replace(task, weight=weights.get(task.name, task.weight)) for task in self._tasks]
         )
+        self.losses.by_task = self._rule.by_task
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
@@ -225,12 +266,13 @@ class TrainStep:
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=bf16), ExitStack() as opened:
             if self._guard is not None:
                 self._statistics_before = [buffer.clone() for buffer in self._statistics]
+            if self._guard is not None or not self._rule.wrapped:
                 self._cuts = opened.enter_context(self._lookups.cut())
-            prediction = self._model(batch)
+            prediction = (self._model if self._rule.wrapped else self._shell)(batch)
         losses = self.losses.of(step, prediction, self._auxiliary_weight)
-        trained, self._silent = self._rule.loss(losses), losses.silent
-        self._loss = trained.detach()
-        return rank_loss(trained, batch.step_candidates, self._world_size, step.counted), losses.tally
+        self._loss, self._silent = losses.total().detach(), losses.silent
+        given = batch.step_candidates, self._world_size, step.counted
+        return self._rule.start(losses, lambda loss: rank_loss(loss, *given)), losses.tally
 
     def step(self) -> None:
         """Update all weights, or none.
@@ -242,12 +284,18 @@ class TrainStep:
         cuts, self._cuts = self._cuts, []
         if self.tied is not None:
             self.tied.gather()
+        pulls = self._rule.pulls(cuts)
+        gradients = [pull.gradient for pull in pulls]
         if self._guard is not None:
             with record_function("## check ##"):
-                gradients = self._check(self._guard, cuts)
-            if cuts:
-                with record_function("## tables ##"):
-                    torch.autograd.backward([cut.inside for cut in cuts], gradients)
+                gradients = self._check(self._guard, cuts, pulls)
+        if self._dominance is not None and self._step is not None:
+            self._dominance.before(self._step.batch, self.number)
+        if pulls:
+            with record_function("## tables ##"):
+                torch.autograd.backward([pull.inside for pull in pulls], gradients)
+        if self._dominance is not None:
+            self._dominance.after()
         for task in self._silent:
             # A gradient of zero would not do: Adam moves on by what it remembers.
             for weight in self._own[task]:
@@ -256,6 +304,10 @@ class TrainStep:
             self._optimizer.step()
         if self.tied is not None:
             self.tied.spread()
+
+    def report(self) -> dict[str, Any]:
+        """What the update rule has to say of the steps since the last call; collective."""
+        return {} if self._dominance is None else self._dominance.entry()
 
     def settle(self) -> None:
         """Read the answer to the last step's check, where the guard has not done so; collective if it is bad.
@@ -269,13 +321,15 @@ class TrainStep:
         if check is not None:
             self._judge(check)
 
-    def _check(self, guard: Guard, cuts: list[Cut]) -> list[Tensor]:
+    def _check(self, guard: Guard, cuts: list[Cut], pulls: list[Pull]) -> list[Tensor]:
         """Clip the dense gradients where asked to; -> gradients of what was cut, all finite."""
         assert self._step is not None
         self.settle()
-        dense = {name: weight.grad for name, weight in self._dense.items() if weight.grad is not None}
-        sent = {cut.group: cut.outside.detach() for cut in cuts} if self._comms.forward == "fp16" else {}
-        gradients = Gradients(self._loss, self._rule.gradients(cuts), dense, sent)
+        dense, sent = self._rule.dense(), {}
+        if self._comms.forward == "fp16":
+            sent = {name: vectors for cut in cuts for name, vectors in cut.returned().items()}
+        of_vectors = {pull.name: pull.gradient for pull in pulls}
+        gradients = Gradients(self._loss, of_vectors, dense, sent)
         check = guard.check(self.number, self._step, gradients, self._comms.backward == "fp16")
         vectors = list(gradients.vectors.values())
         if guard.reads_late:

@@ -28,6 +28,7 @@ class Measured:
         tables: the representation's tables, table -> [rows, dim], without the row of the unknown id.
         negatives: of each step of the training, the norm of the loss's gradient with respect to the logits of
             the candidates without a click.
+        shares: of each merge of branches, what it took of each by its name.
         learned: task -> logloss on the training split, of the checkpoint that is measured.
     """
 
@@ -37,6 +38,7 @@ class Measured:
     correlation: float
     tables: Mapping[str, Floats]
     negatives: Sequence[float]
+    shares: Sequence[Mapping[str, float]] = ()
     learned: Values = field(default_factory=dict)
 
     def logloss(self, task: str, where: npt.NDArray[np.bool_] | None = None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from itertools import combinations
@@ -55,7 +56,15 @@ def trained(out: Path, overrides: list[str], tied: bool) -> Measured:
             learned = {task: logloss_of(on_train, task) for task in on_train.tasks}
             tables = representation(restored.sharded.model)
     truth = truth_of(scored, restored.config.data.log)
-    return Measured(scored, truth, *relation(outputs), tables, negatives, learned)
+    return Measured(
+        scored, truth, *relation(outputs), tables, negatives, shares=shares_of(out), learned=learned
+    )
+
+
+def shares_of(run: Path) -> list[dict[str, float]]:
+    """What each merge of a run took of each of its branches."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["lambda"] for line in lines if line["split"] == "merge"]
 
 
 def truth_of(scored: Scored, log: Path) -> dict[str, npt.NDArray[np.generic]]:

@@ -8,7 +8,7 @@ from benchmarks.planted.experiments.experiment import ByModel, Experiment, Measu
 from pipelines.synth.factors import HEAD, TAIL
 
 # Passes of a backbone, in every model.
-_PASSES = 6
+_PASSES = 12
 _HEAD_MAPS = '["head.towers.*.layers"]'
 
 
@@ -31,10 +31,11 @@ EXPERIMENT = Experiment(
         'data.domain="domain_id"',
         'model.towers.per="domain"',
         'groups.representation.features=["item_id"]',
-        'groups.attention.features=["item_id"]',
+        'groups.attention.features=["item_id", "domain_id"]',
         "train.epochs=1",
         "train.early_stopping.patience=0",
         "train.validate_every=20",
+        "train.decay=none",
     ],
     models={
         "pooled": [f'phases=[{{name="pooled", passes={_PASSES}, heads="tied"}}]'],

@@ -89,6 +89,17 @@ def test_domains_of_signs_take_one_half_of_the_rank_the_other_way() -> None:
     assert logit(part.probability[:, 0]) == pytest.approx(-1 + 2 * wanted)
 
 
+def test_a_helping_task_tells_the_same_as_click_and_noise_nothing() -> None:
+    part = train_of("helper", users=1_000)
+    user, item = vectors_of(part, 5)
+    affinity = (user[:, None] * item).sum(axis=2)
+    labels = {task: labels[:, 0] for task, labels in part.labels.items()}
+    for task in ("click", "help"):
+        assert logit(part.probabilities[task][:, 0]) == pytest.approx(-1 + 2 * affinity)
+    assert (part.probabilities["noise"] == 0.5).all() and not np.array_equal(labels["click"], labels["help"])
+    assert abs(np.corrcoef(labels["noise"].ravel(), affinity.ravel())[0, 1]) < 0.05
+
+
 def test_a_candidates_domain_is_no_feature_of_behaviors(tmp_path: Path) -> None:
     synth(tmp_path / "log", "domains", 5, 30)
     sides = {name: info.side for name, info in read_manifest(tmp_path / "log").features.items()}

@@ -23,6 +23,7 @@ from tests.trainer.loop.test_phases import at, config, run
 from trainer.checkpoint.files import checkpoints, read_state
 from trainer.config.phases import AverageConfig
 from trainer.loop.phases import phases_of
+from trainer.loop.remarks import _of_phases
 from trainer.quality import overlap
 from trainer.snapshot import load_snapshot
 from trainer.update.averaging import beta_density
@@ -148,6 +149,15 @@ def test_an_early_end_and_a_known_end_do_not_go_together(log: Path) -> None:
     phases_of(config(log, {**stops, "average": {"kind": "ema"}}, train__validate_every=1))
     with pytest.raises(ValueError, match=r"average\.adopt: there is no average"):
         AverageConfig(adopt=True)
+
+
+def test_an_average_that_nobody_takes_is_said(log: Path) -> None:
+    left = list(_of_phases(config(log, {"steps": 1, "average": BETA}, LAST)))
+    assert left == [
+        "phases.0.average (it ends with the phase, which is not the last one, and is not adopted)"
+    ]
+    adopted = {"steps": 1, "average": {**BETA, "adopt": True}}
+    assert not list(_of_phases(config(log, adopted, LAST)))
 
 
 def scores(folder: Path, name: str) -> Any:

@@ -132,14 +132,18 @@ def test_the_loss_of_a_step_is_that_of_a_loop_in_one_piece_and_in_many(pairs: in
     path = torch.randint(0, 5, (count, 3), generator=torch.Generator().manual_seed(0))
     found = Retrieved(vectors(4, count, 6), vectors(5, count, 6), path)
     loss = RetrievalLoss(tasks[1], 1, 8.0, 0.3)
-    of = StepLoss(tasks, retrieval=loss)
+    of, alone = StepLoss(tasks, retrieval=loss), StepLoss(tasks)
+    of.by_task = alone.by_task = True
     prediction = Prediction(step.logits, None, retrieved=found)
-    without = StepLoss(tasks).of(step.step(), prediction)
+    without = alone.of(step.step(), prediction)
     with mock.patch.object(retrieval, "_PAIRS", pairs):
         losses = of.of(step.step(), prediction, 0.7)
         mean = looped(found, step.labels[:, 1], step.weight * step.task_weight[:, 1], 8.0, 0.3)
         extra = losses.total() - without.total()
         torch.testing.assert_close(extra.double(), 0.7 * 0.5 * count * mean, rtol=1e-5, atol=1e-5)
+        # The rule that has a backward pass for each task has it in that of its task.
+        torch.testing.assert_close(sum(losses.by_task.values()), losses.total())
+        assert losses.by_task["a"].item() == without.by_task["a"].item()
         report = of.report(losses.tally.values, losses.tally.counts)
         assert report["retrieval"] == pytest.approx(float(mean.detach()), rel=1e-5)
         expected = torch.autograd.grad(0.7 * 0.5 * count * mean, [found.user, found.item])
@@ -170,3 +174,5 @@ def test_the_task_is_the_first_or_the_named_one() -> None:
     assert second is not None and second.column == 1
     with pytest.raises(ConfigError, match=r"model\.retrieval\.task = 'b': no task has that name"):
         retrieval_loss_of(named, tasks[:1])
+    with pytest.raises(ConfigError, match="this task has no loss of its own"):
+        retrieval_loss_of(named, tasks_of({}, {"loss": "none"}))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from embeddings.errors import ConfigError
 from trainer.config.phases import AverageConfig
 from trainer.update.averaging import Average, beta_density
+from trainer.update.row_averages import RowAverages
 
 BETAS = st.one_of(st.floats(0.01, 3.0), st.just(1.0), st.just(200.0))
 
@@ -119,6 +120,29 @@ def test_more_steps_than_were_foreseen_and_another_rule_are_refused() -> None:
         Average(config, "warm", {"w": torch.zeros(2)}, 2).restore(average.state())
     with pytest.raises(ConfigError, match=r"phase warm: average.kind = .beta. must know the number of steps"):
         Average(config, "warm", {"w": torch.zeros(2)})
+
+
+@settings(max_examples=50, deadline=None)
+@given(beta=BETAS, steps=st.integers(1, 40), seed=st.integers(0, 99))
+def test_rows_that_seldom_change_have_the_average_of_all_rows_at_all_steps(
+    beta: float, steps: int, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    table, weights = (
+        torch.randn(9, 2, generator=random),
+        [beta_density(beta, k, steps) for k in range(steps + 1)],
+    )
+    lazy, path = RowAverages(9, 2), [table.clone()]
+    lazy.add(weights[0], torch.zeros(0, dtype=torch.int64), table[:0])
+    for weight in weights[1:]:
+        changed = torch.randperm(9, generator=random)[: int(torch.randint(0, 4, (), generator=random))]
+        before = table[changed].clone()
+        table[changed] += torch.randn(before.shape, generator=random)
+        lazy.add(weight, changed, before)
+        path.append(table.clone())
+    expected = weighted(torch.tensor(weights, dtype=torch.float64).log(), path)
+    found = lazy.averages(torch.arange(9), table)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def losses_of_next_windows(trend: float, wander: float, seed: int) -> tuple[float, float]:

@@ -36,7 +36,7 @@ from trainer.data.reader import Cursor, SequenceLogReader, Step
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import load_config
 from trainer.update.guard import Gradients, Guard
-from trainer.update.step import make_optimizer
+from trainer.update.step import make_optimizer, run_optimizer
 
 Found = dict[str, Any]
 
@@ -165,7 +165,7 @@ def test_nothing_is_made_of_a_bad_step(
 
     monkeypatch.setattr(SequenceLogReader, "_steps", bad)
     monkeypatch.setattr(trainer.loop.loop, "Guard", partial(Guard, late=True))
-    monkeypatch.setattr(trainer.loop.loop, "make_optimizer", partial(make_optimizer, fused=True))
+    monkeypatch.setattr(trainer.loop.loop, "run_optimizer", partial(run_optimizer, fused=True))
     run = tmp_path / "run"
     with process_group() as ranks, pytest.raises(DataError, match=f"^step {at} is not finite"):
         pipelines.train.run(config, run, ranks)
@@ -194,7 +194,7 @@ def test_the_loop_asks_for_no_number_between_reports(
     settings = {**SETTINGS, "data.log": str(quick_log), "train.log_every": 1000, "model.lookup": "full"}
     config = load_config(Path("configs/dare.toml"), overrides(settings)[1::2])
     monkeypatch.setattr(trainer.loop.loop, "Guard", partial(Guard, late=True))
-    monkeypatch.setattr(trainer.loop.loop, "make_optimizer", partial(make_optimizer, fused=True))
+    monkeypatch.setattr(trainer.loop.loop, "run_optimizer", partial(run_optimizer, fused=True))
     until: dict[int, list[str]] = {}
     with process_group() as ranks, Asked() as asked:
 

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainer.model.border import Cut
+from trainer.model.border import Cut, Pull
 from trainer.objectives.step_loss import Losses
 
 
 class Summed:
     """What a step trains by, before and after the backward pass, which TorchRec's pipelines start themselves.
 
-    Another rule would differ here and nowhere else: in which losses go backward together, and in the
-    gradients that the tables are given for it.
+    Another rule differs here and nowhere else: in which losses go backward together, and in the gradients
+    that tables and dense weights are given for it.
+
+    Attributes:
+        wrapped: the forward pass goes through DistributedDataParallel, which averages dense gradients.
+        by_task: it needs the loss of each task.
+
+    Args:
+        weights: the dense ones, by name.
     """
 
-    def loss(self, losses: Losses) -> Tensor:
-        """What the backward pass starts from, scalar."""
-        return losses.total()
+    wrapped, by_task = True, False
 
-    def gradients(self, cuts: Sequence[Cut]) -> dict[str, Tensor]:
-        """Group -> the gradient of the vectors that were looked up in it, after the backward pass."""
-        return {cut.group: cut.gradient() for cut in cuts}
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        self._weights = weights
+
+    def start(self, losses: Losses, of_rank: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the pipeline calls backward on, scalar; `of_rank`: `trainer.objectives.losses.rank_loss`."""
+        return of_rank(losses.total())
+
+    def pulls(self, cuts: Sequence[Cut]) -> list[Pull]:
+        """Gradients of the vectors that were looked up, after the backward pass.
+
+        Where a group has lanes, as other phases of the run need them, the main tables alone are trained.
+        """
+        return [Pull(cut.group, cut.inside, cut.gradient()) for cut in cuts]
+
+    def dense(self) -> dict[str, Tensor]:
+        """Gradients of dense weights, averaged over ranks, by names for messages."""
+        return {name: weight.grad for name, weight in self._weights.items() if weight.grad is not None}
