@@ -20,6 +20,7 @@ from tests.helpers.launching import SETTINGS, overrides, reported
 from tests.helpers.logs import IN_PART, enrich, observed_in_part, random_rows, write_log
 from tests.trainer.loop.test_phases import lines, same
 from trainer.checkpoint.files import checkpoints, read_state
+from trainer.checkpoint.save_load import ResumePoint
 from trainer.checkpoint.tensors import TensorReader
 from trainer.loop.shares import Choice, Shares, one_hot
 from trainer.ranks.process_group import process_group
@@ -159,6 +160,16 @@ def test_a_run_goes_on_inside_any_branch_to_the_bit(log: Path, whole: Path, tmp_
     assert (cut / "lambda.svg").read_text() == (whole / "lambda.svg").read_text()
     bases = [read_state(path).get("base") for path in checkpoints(cut / "checkpoints")]
     assert any(bases)
+    # Whoever uses the newest of a run that was cut is told where it stands.
+    stands = {
+        path.name: ResumePoint(path, read_state(path), []).lines for path in checkpoints(cut / "checkpoints")
+    }
+    told = {int(name[-8:]): lines_ for name, lines_ in stands.items() if lines_}
+    assert sorted(told) == [2, 3, 4, 6, 7, 8]
+    assert told[4] == [
+        "checkpoint step-00000004 stands inside the branch both: its weights are those of this branch alone, "
+        "before the merge"
+    ]
     names = [{file.name for file in path.iterdir()} for path in checkpoints(cut / "checkpoints")]
     assert sum("fork-dense.safetensors" in each for each in names) == 6
 
