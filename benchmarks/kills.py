@@ -1,15 +1,14 @@
 """Whether a run that is killed at random moments ends with the same bits as one that is not
 
 Trains a config twice on one rank: once undisturbed, and once killed (SIGKILL) up to --kills times, at moments
-that are drawn, and started again each time. Compared are all tensors of the newest checkpoint, and all lines
-of metrics.jsonl but for their times. Set checkpoint.every_steps so that each start gets somewhere. Runs lie
-beside the file of --json, or in the current folder, and are removed.
+that are drawn from its steps, and started again each time. Compared are all tensors of the newest checkpoint,
+and all lines of metrics.jsonl but for their times. Runs lie beside the file of --json, or in the current
+folder, and are removed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,9 +28,11 @@ from benchmarks.harness.report import Report
 from embeddings.errors import TandemError
 from trainer.checkpoint.files import checkpoints
 
-_COLUMNS = {"kill": "{kill}", "after s": "{after:.1f}", "saved steps": "{steps:,}", "phase": "{phase}"}
+_COLUMNS = {"kill": "{kill}", "after step": "{after:,}", "saved steps": "{steps:,}", "phase": "{phase}"}
 # What a line of metrics says of time.
 _TIMES = ("samples_per_s",)
+# A kill comes at most so long after its step.
+_WITHIN_S = 0.3
 
 
 def main(words: Sequence[str]) -> int:
@@ -43,16 +44,12 @@ def main(words: Sequence[str]) -> int:
     place = given.json.parent if given.json is not None else Path.cwd()
     with tempfile.TemporaryDirectory(dir=place, prefix="bench-") as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-        taken = _train(given, whole)
-        startup = taken - float(json.loads((whole / "summary.json").read_text())["wall_s"])
-        rng, left = np.random.default_rng(given.seed), given.kills
-        while left:
-            # About as many starts as there are kills get to the end, whatever a start costs.
-            share = float(rng.uniform(0.0, 2.0)) / (given.kills + 1)
-            after = startup + share * (taken - startup)
-            ended = _train(given, killed, after) < after
-            report.rows.append({"kill": given.kills - left + 1, "after": after, **_place(killed)})
-            left = 0 if ended else left - 1
+        _train(given, whole)
+        last = json.loads((whole / "summary.json").read_text())["steps"]
+        rng = np.random.default_rng(given.seed)
+        for number, step in enumerate(sorted(rng.integers(1, last + 1, given.kills).tolist()), 1):
+            _train(given, killed, step, float(rng.uniform(0.0, _WITHIN_S)))
+            report.rows.append({"kill": number, "after": step, **_place(killed)})
         _train(given, killed)
         problems = _differences(whole, killed)
     report.table(_COLUMNS, report.rows)
@@ -64,24 +61,28 @@ def main(words: Sequence[str]) -> int:
     return int(bool(problems))
 
 
-def _train(given: Any, out: Path, kill_after: float | None = None) -> float:
-    """Train to the end, or for so many seconds; -> the seconds that it took."""
+def _train(given: Any, out: Path, kill_after: int | None = None, delay: float = 0.0) -> None:
+    """Train to the end, or until so many seconds after a step has been reported."""
     words = [sys.executable, "-m", "launch.cli", "train", "--config", str(given.config), "--out", str(out)]
-    for override in given.overrides:
+    for override in (*given.overrides, "train.log_every=1"):
         words += ["--set", override]
-    started = time.monotonic()
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    ) as run:
-        try:
-            said, _ = run.communicate(timeout=kill_after)
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            run.communicate()
-            return time.monotonic() - started
-    if run.returncode:
-        raise TandemError(f"training failed: {said.decode(errors='replace')[-2000:]}")
-    return time.monotonic() - started
+    with tempfile.TemporaryFile() as said, subprocess.Popen(words, stdout=said, stderr=said) as run:
+        while kill_after is not None and run.poll() is None:
+            time.sleep(0.01)
+            if _reported(out) >= kill_after:
+                time.sleep(delay)
+                run.kill()
+        if run.wait() not in (0, -signal.SIGKILL):
+            said.seek(0)
+            raise TandemError(f"training failed: {said.read().decode(errors='replace')[-2000:]}")
+
+
+def _reported(run: Path) -> int:
+    """The newest step in the lines of metrics; 0 before the first."""
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
 def _place(run: Path) -> dict[str, Any]:

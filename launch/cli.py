@@ -33,6 +33,7 @@ from launch.options import (
     Weights,
     refuse_secrets_in,
 )
+from launch.quick_imports import quick_imports
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
 
 app = typer.Typer(
@@ -160,8 +161,9 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Print the sharding plan, what a run needs of memory and disk, and step bytes."""
-    from pipelines.plan.plan import PlanOptions
-    from pipelines.plan.plan import plan as run
+    with quick_imports():
+        from pipelines.plan.plan import PlanOptions
+        from pipelines.plan.plan import plan as run
 
     options = PlanOptions(world_size, local_world_size, device, hbm, ddr, behaviors, out, run_folder)
     run(config, overrides or [], options)
@@ -193,11 +195,13 @@ def train(
     chosen += [f"plan.file={json.dumps(str(plan_file))}"] if plan_file else []
     chosen += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
     if check:
-        from pipelines.train import check as check_only
+        with quick_imports():
+            from pipelines.train import check as check_only
 
         check_only(config, out, chosen)
         return
-    from pipelines.train import train as run
+    with quick_imports():
+        from pipelines.train import train as run
 
     run(config, out, chosen, profile)
 
@@ -214,7 +218,8 @@ def evaluate(
     weights: Weights = "raw",
 ) -> None:
     """Measure a trained run: AUC, log loss, calibration."""
-    from pipelines.evaluate import evaluate as run
+    with quick_imports():
+        from pipelines.evaluate import evaluate as run
 
     run(run_folder, split, checkpoint, device, sample, weights)
 
@@ -246,7 +251,8 @@ def export(
     weights: Weights = "raw",
 ) -> None:
     """Write a serving snapshot, checked against the run."""
-    from pipelines.export import export as run
+    with quick_imports():
+        from pipelines.export import export as run
 
     rest = (parity_requests, aoti, vocabularies, checkpoint, device, search, weights)
     run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
@@ -257,7 +263,8 @@ def unshard(
     run_folder: RunFolder, out: Annotated[Path, At("--out", metavar="DIR", help="The folder to write.")]
 ) -> None:
     """Write a run's newest checkpoint as plain tables."""
-    from pipelines.unshard import unshard as run
+    with quick_imports():
+        from pipelines.unshard import unshard as run
 
     run(run_folder, out)
 
@@ -274,7 +281,8 @@ def cluster(
     overwrite: Overwrite = False,
 ) -> None:
     """Add clusters of histories to a log (TWIN-V2)."""
-    from pipelines.cluster import cluster as run
+    with quick_imports():
+        from pipelines.cluster import cluster as run
     from trainer.log.clusters import ClusterInfo
 
     run(log, snapshot, out, ClusterInfo(chunk=chunk, cap=cap, group_by=group_by, seed=seed), overwrite)
@@ -293,7 +301,8 @@ def score(
     cache: Cache = None,
 ) -> None:
     """Score requests with a snapshot, without the trainer."""
-    from pipelines.score import score as run
+    with quick_imports():
+        from pipelines.score import score as run
 
     run(snapshot, requests, split, limit, out, against, cache)
 
@@ -333,8 +342,9 @@ def serve(
     cache: Cache = None,
 ) -> None:
     """Serve a snapshot over HTTP, with a page to look at."""
-    from pipelines.serve.load import LoadLimits
-    from pipelines.serve.serve import serve as run
+    with quick_imports():
+        from pipelines.serve.load import LoadLimits
+        from pipelines.serve.serve import serve as run
     from trainer.serving.batcher import BatchSettings
     from trainer.serving.request import Limits
 

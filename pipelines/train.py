@@ -172,11 +172,11 @@ def _conclude(
     quoted = shlex.quote(str(folder.path))
     split = next(filter(manifest.holds, ("test", "validation")), "train")
     other = "" if split == "test" else f" --split {split}"
-    if trainer.averaging.average is not None:
+    if trainer.course.averaging.average is not None:
         say("the last phase has averaged weights, too: --weights averaged takes them")
-    if trainer.fork is not None and trainer.fork.inside(end):
-        branch = trainer.fork.of_branch()["branch"]
-        say(f"this is inside the branch {branch}, before its merge: the weights are those of this branch alone")
+    if trainer.course.fork is not None and trainer.course.fork.inside(end):
+        branch = trainer.course.fork.of_branch()["branch"]
+        say(f"this is inside the branch {branch}, which is not merged yet: the weights are its own")
     if from_rank_0(folder.shares.exists):
         say(f"shares of branches: {shlex.quote(str(folder.shares))}")
     say(f"curves: tensorboard --logdir {quoted}\nnext:   tandemrec evaluate --run {quoted}{other}")

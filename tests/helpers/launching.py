@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
+        "tests.programs.without_collector",
         *(
             f"pipelines.{verb}"
             for verb in ("train", "evaluate", "export", "score", "ingest.ingest", "plan.plan")

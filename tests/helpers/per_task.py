@@ -50,10 +50,12 @@ class Training(NamedTuple):
         return fold(self.sharded.model.state_dict())
 
 
-def training(config: Config, ranks: Ranks, folder: Path, way: str = "none") -> Training:
+def training(
+    config: Config, ranks: Ranks, folder: Path, way: str = "none", late: bool | None = None
+) -> Training:
     sharded = build_sharded(config, read_manifest(config.data.log), ranks)
-    optimizer = run_optimizer(sharded.model, config)
-    step = TrainStep(config, sharded.model, optimizer, ranks.world_size, Guard(ranks, folder))
+    optimizer = run_optimizer(sharded.model, config, late)
+    step = TrainStep(config, sharded.model, optimizer, ranks.world_size, Guard(ranks, folder, late))
     pipeline = Pipeline(way, sharded.model, step, ranks.device)
     reader = open_split(config, "train", feature_rows(sharded.groups), ranks, seed=3)
     return Training(config, sharded, optimizer, step, pipeline, reader)

@@ -138,7 +138,7 @@ def test_boundaries_change_no_logit(log: Path, tmp_path: Path, monkeypatch: pyte
     go_on = Trainer._next_phase
 
     def logits(trainer: Trainer) -> Tensor:
-        steps = trainer.supply.reader(trainer.phases[0], 0).steps()  # type: ignore[union-attr]
+        steps = trainer.course.supply.reader(trainer.course.phases[0], 0).steps()  # type: ignore[union-attr]
         with torch.no_grad():
             return torch.cat(
                 [trainer.model(step.batch).logits for step, _ in zip(steps, range(4), strict=False)]
@@ -147,7 +147,7 @@ def test_boundaries_change_no_logit(log: Path, tmp_path: Path, monkeypatch: pyte
     def watched(trainer: Trainer) -> None:
         before = logits(trainer)
         go_on(trainer)
-        found.append((trainer.phase.name, before, logits(trainer)))
+        found.append((trainer.course.phase.name, before, logits(trainer)))
 
     monkeypatch.setattr(Trainer, "_next_phase", watched)
     run(tmp_path / "run", config(log, PRE, POST, FINE, checkpoint__every_steps=0))

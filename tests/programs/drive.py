@@ -15,13 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
+from launch.quick_imports import quick_imports
 from launch.reporting import report
-from pipelines.console import quiet_third_parties
-from pipelines.train import run
-from trainer.ranks.process_group import process_group
-from trainer.run_config import load_config
+
+with quick_imports():
+    import torch
+
+    from pipelines.console import quiet_third_parties
+    from pipelines.train import run
+    from trainer.ranks.process_group import process_group
+    from trainer.run_config import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 

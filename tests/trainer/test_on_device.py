@@ -35,7 +35,7 @@ from trainer.quality.evaluate import _rows
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config, load_config
 from trainer.update.guard import Guard
-from trainer.update.step import TrainStep, make_optimizer
+from trainer.update.step import TrainStep, run_optimizer
 
 # Host waits of an evaluation: it ranks close scores exactly, and so asks how many of them there are.
 RANKED_EXACTLY = {
@@ -46,6 +46,7 @@ RANKED_EXACTLY = {
 }
 # Kernels that forward pass, loss and backward pass start, look-ups in plain tables among them.
 LAUNCHES = {
+    "adatask": 252,
     "ame": 309,
     "best": 343,
     "crocodile": 426,
@@ -117,7 +118,7 @@ def made(config: Config, device: torch.device) -> tuple[TrainStep, Unsharded, Re
 def steps_of(config: Config, model: nn.Module, device: torch.device) -> tuple[TrainStep, Unsharded]:
     stands_in = device.type == "cuda" and StandIn.current is not None
     whole = Unsharded(moved(model) if stands_in else model.to(device)).train()
-    optimizer = make_optimizer(whole, config.train)  # type: ignore[arg-type]
+    optimizer = run_optimizer(whole, config)  # type: ignore[arg-type]
     guard = Guard(Ranks(0, 1, 1, device), Path())
     return TrainStep(config, whole, optimizer, 1, guard), whole  # type: ignore[arg-type]
 

@@ -81,6 +81,7 @@ class PerTaskAdam(DenseOptimizer):
                 name: torch.zeros_like(weights[name]) for name in own if len(reach[name]) > 1
             }
         self._given: Mapping[str, Mapping[str, Tensor]] | None = None
+        self._alarm: Tensor | None = None
 
     def create_state(self) -> None:
         if self._summed:
@@ -104,6 +105,7 @@ class PerTaskAdam(DenseOptimizer):
                 self._optimizer.state[self._weights[name]].update(named)
 
     def skip_where(self, alarm: Tensor) -> None:
+        self._alarm = alarm
         for optimizer in (self._optimizer, *self._of_tasks.values()):
             optimizer.found_inf = alarm
 
@@ -119,6 +121,7 @@ class PerTaskAdam(DenseOptimizer):
                 super().step(closure)
             return
         (rates,) = self.param_groups
+        new: Any = 1 - _KEPT if self._alarm is None else (1 - _KEPT) * (1 - self._alarm)
         for task, gradients in given.items():
             optimizer = self._of_tasks[task]
             for group in optimizer.param_groups:
@@ -131,7 +134,7 @@ class PerTaskAdam(DenseOptimizer):
                 weight.add_(move)
                 move.grad = None
                 if name in self.squares[task]:
-                    self.squares[task][name].lerp_(move.square_(), 1 - _KEPT)
+                    self.squares[task][name].lerp_(move.square_(), new)
 
 
 def reached_by(

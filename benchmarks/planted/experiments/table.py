@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from benchmarks.planted.experiments import agree, collapse, domains, funnel, helper
+from benchmarks.planted.experiments import agree, collapse, domains, funnel, helper, signs
 from benchmarks.planted.experiments.sparse import sparse
 
 EXPERIMENTS: Final = {
@@ -12,6 +12,7 @@ EXPERIMENTS: Final = {
     "agree": agree.EXPERIMENT,
     "domains": domains.EXPERIMENT,
     "funnel": funnel.EXPERIMENT,
+    "signs": signs.EXPERIMENT,
     "helper": helper.EXPERIMENT,
     "sparse_25": sparse("25"),
     "sparse_5": sparse("5"),

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, DataError
 from tests.helpers.launching import ROOT, launched
 from tests.helpers.per_task import PER_TASK, Reference, Training, training
 from tests.helpers.tables import whole_tensor
 from tests.programs.lane_cases import CASES
 from tests.programs.preset_steps import small_config
-from tests.programs.step_cases import local_tensors
+from tests.programs.step_cases import local_tensors, nan_weight
 from tests.trainer.test_presets import log_of_tasks
 from trainer.config.tasks import TaskConfig, resolve_tasks
 from trainer.data.reader import Step
@@ -36,31 +36,52 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return log_of_tasks(tmp_path_factory.mktemp("tasks") / "log")
 
 
-@pytest.mark.parametrize(
-    ("preset", "words"),
-    [
-        ("mmoe", ()),
-        ("mmoe", ("groups.representation.optimizer=adagrad", "groups.representation.fusion=sum")),
-        ("stem", ("groups.attention.optimizer=sgd",)),
-        ("esmm", ("model.attention_owner=click",)),
-    ],
+OPTIMIZERS = st.sampled_from(["rowwise_adagrad", "adagrad", "sgd"])
+
+
+@given(
+    preset=st.sampled_from(["mmoe", "stem", "esmm", "pepnet"]),
+    attention=OPTIMIZERS,
+    representation=OPTIMIZERS,
+    fusion=st.sampled_from(["concat", "sum"]),
+    weights=st.sampled_from([(1, 1), (100, 0.01), (0.01, 1)]),
+    rank=st.sampled_from(["none", "pair"]),
+    owner=st.sampled_from(["", "click"]),
 )
+@example("mmoe", "rowwise_adagrad", "rowwise_adagrad", "concat", (100, 0.01), "none", "")
+@example("esmm", "rowwise_adagrad", "adagrad", "concat", (1, 1), "none", "click")
+@settings(max_examples=5, deadline=None)
 def test_lanes_and_states_follow_the_rule_written_out(
-    preset: str, words: tuple[str, ...], log: Path, tmp_path: Path
+    log: Path,
+    preset: str,
+    attention: str,
+    representation: str,
+    fusion: str,
+    weights: tuple[float, float],
+    rank: str,
+    owner: str,
 ) -> None:
     """Also where sets, towers and attention belong to a task, and where a task is a product."""
+    words = [
+        f"tasks.click.weight={weights[0]}", f"tasks.conversion.weight={weights[1]}",
+        f"tasks.click.rank={rank}", f"model.attention_owner={owner}",
+        f"groups.attention.optimizer={attention}", f"groups.representation.optimizer={representation}",
+        f"groups.representation.fusion={fusion}",
+    ]  # fmt: skip
     config = small_config(preset, log, PER_TASK, *words)
     with process_group() as ranks:
-        made = training(config, ranks, tmp_path)
+        made = training(config, ranks, log.parent)
         slow = Reference(config, made.folded())
         done = 0
-        for step in made.steps(6):
+        for step in made.steps(4):
             slow.train(step, config.train.learning_rate)
             done += 1
             found = made.folded()
             for name, weight in slow.named.items():
-                assert torch.allclose(found[name], weight, rtol=1e-4, atol=2e-6), (done, name)
-    assert done == 6
+                # Adam turns the rounding of gradients that are all but zero into steps.
+                moved = (found[name] - weight).norm()
+                assert moved <= 1e-3 * weight.norm() + 1e-6, (done, name, float(moved))
+    assert done == 4
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +115,8 @@ def test_two_ranks_equal_one(case: str, on_ranks: dict[int, Any]) -> None:
 
 def test_ids_that_are_exchanged_ahead_change_nothing(on_ranks: dict[int, Any]) -> None:
     for ranks in (1, 2):
-        (losses, weights, shares), (others, same, also) = (
-            on_ranks[ranks][case] for case in ("mmoe", "ahead")
-        )
-        assert (losses, shares) == (others, also)
+        (*plain, weights), (*ahead, same) = (on_ranks[ranks][case] for case in ("mmoe", "ahead"))
+        assert plain == ahead
         assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
 
 
@@ -291,3 +310,47 @@ def test_a_model_of_folded_tables_scores_alike(log: Path, tmp_path: Path) -> Non
         slow, fast = Reference(config, made.folded()).model.eval(), made.sharded.model.eval()
         with torch.no_grad():
             assert torch.allclose(slow(step.batch).logits, fast(step.batch).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_small_loss_is_heard_beside_large_ones(seed: int) -> None:
+    """Three tasks want one vector in three places, with losses of 100 : 1 : 0.01. The plain rule ends at the
+    place of the largest loss, this one about as far from each of them."""
+    rng = torch.Generator().manual_seed(seed)
+    wanted = dict(zip("abc", torch.randn(3, 16, generator=rng), strict=True))
+    scales = {"a": 100.0, "b": 1.0, "c": 0.01}
+    ends = {}
+    for rule in ("per_task", "summed"):
+        weights = {"shared": nn.Parameter(torch.zeros(16))}
+        tasks = tuple(wanted) if rule == "per_task" else ("all",)
+        optimizer = PerTaskAdam(
+            weights, {"shared": tasks}, lambda given: torch.optim.Adam(given, lr=0.01), False
+        )
+        optimizer.create_state()
+        for _ in range(400):
+            here = weights["shared"].detach()
+            noise = torch.randn(16, generator=rng)
+            pulls = {task: scales[task] * (here - place + noise) for task, place in wanted.items()}
+            given = pulls if rule == "per_task" else {"all": sum(pulls.values())}
+            optimizer.give({task: {"shared": pull} for task, pull in given.items()})
+            optimizer.step()
+        here = weights["shared"].detach()
+        ends[rule] = {task: float((here - place).norm() / place.norm()) for task, place in wanted.items()}
+    assert max(ends["per_task"].values()) < 1.7 * min(ends["per_task"].values()), ends
+    assert ends["summed"]["a"] < 0.3 and min(ends["summed"][task] for task in "bc") > 0.9, ends
+
+
+def test_a_bad_step_leaves_lanes_and_states_as_they_were(log: Path, tmp_path: Path) -> None:
+    """Where the guard reads its answer late, too, and the fused optimizers leave the step out."""
+    config = small_config("mmoe", log, PER_TASK)
+    with process_group() as ranks:
+        for late in (False, True):
+            made = training(config, ranks, tmp_path, late=late)
+            list(made.steps(2))
+            before = digests(made)
+            bad = map(nan_weight, islice(made.reader.steps(), 2, 3))
+            with pytest.raises(DataError, match=r"step 3 .* group attention, task conversion"):
+                list(made.pipeline.train(bad))
+            after = digests(made)
+            changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+            assert not changed, changed

@@ -79,9 +79,10 @@ class PerTask:
             if loss.requires_grad and inputs:
                 more = place < len(losses)
                 gradients = torch.autograd.grad(loss, inputs, retain_graph=more, allow_unused=True)
-            # Zeros and not None: all ranks exchange the same.
+            # Zeros and not None: all ranks exchange the same. They lie as the weights do, as a backward pass
+            # would leave them: fused optimizers look at no strides.
             full = [
-                torch.zeros_like(given) if gradient is None else gradient
+                torch.zeros_like(given) if gradient is None else gradient.contiguous()
                 for given, gradient in zip(inputs, gradients, strict=True)
             ]
             found.append({cut.group: gradient for cut, gradient in zip(cuts, full[: len(cuts)], strict=True)})
