@@ -129,14 +129,15 @@ def test_the_search_is_told_and_takes_what_validation_likes_best(whole: Path) ->
     ]
 
 
+@pytest.mark.parametrize("rule", ["summed", "per_task"])
 def test_equal_branches_are_one_to_the_bit(
-    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
     """Whatever their shares; a branch counts once for the length of the phase and its schedule."""
     chosen(monkeypatch, 0.3, 0.6, 0.1)
     shape = {"decay": "linear", "warmup_steps": 2}
     equal = [{"name": name} for name in ("a", "b", "c")]
-    phases = [{"passes": 1, "name": "one", **shape}]
+    phases = [{"passes": 1, "name": "one", "update": rule, **shape}]
     plain = run(tmp_path / "plain", config(log, *phases))
     fork = {"branches": equal, "every": 3, "task": "bought"}
     forked_ = run(tmp_path / "forked", config(log, {**phases[0], "fork": fork}))
