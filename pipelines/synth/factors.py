@@ -165,7 +165,7 @@ def _domains(tail: float) -> Callable[[np.random.Generator, int, int], Draws]:
 def _banded(rng: np.random.Generator, seed: int, users: int) -> Draws:
     """As `domains`, with few requests of the tail, and a band, 1 or 2, of each shown item."""
     history, shown, age = _domains(FEW_SHARE)(rng, seed, users)
-    return history, shown | {"band": rng.integers(1, 3, shown["item_id"].shape)}, age
+    return history, {**shown, "band": rng.integers(1, 3, shown["item_id"].shape)}, age
 
 
 def _funnel_logits(total: Callable[[Worth], Floats]) -> dict[str, Floats]:
