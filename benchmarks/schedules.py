@@ -11,6 +11,7 @@ are made one after the other, with one thread.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -29,7 +30,6 @@ from benchmarks.models import (
     Record,
     environment_line,
     keep,
-    make_job,
     mean,
     results,
     seeds_of,
@@ -114,9 +114,8 @@ def run(name: str, seed: int, given: Any) -> Record:
     if before:
         shutil.copytree(out / f"{before}-{seed}", folder)
     with redirect_stdout(io.StringIO()):
-        every = (*given.overrides, "checkpoint.every_steps=0")
-        job = make_job(config, given.log.absolute(), every, seed)
-        train(config, folder, job.overrides)
+        settings = (f"data.log={given.log.absolute()}", f"train.seed={seed}", "checkpoint.every_steps=0")
+        train(config, folder, [*given.overrides, *settings])
         for split in SPLITS:
             evaluate(folder, split)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -134,10 +133,13 @@ def run(name: str, seed: int, given: Any) -> Record:
 
 
 def key_of(name: str, seed: int, given: Any) -> str:
-    """What a finished run is known by: all that decides its numbers."""
-    config = given.out / f"{name}.toml"
-    config.write_text(text_of(name, given.config), encoding="utf-8")
-    return make_job(config, given.log.absolute(), given.overrides, seed).name
+    """What a finished run is known by: its settings as given, and the log."""
+    from trainer.checkpoint.compatible import log_fingerprint
+    from trainer.log.schema import read_manifest
+
+    log = log_fingerprint(read_manifest(given.log))
+    all_given = json.dumps([text_of(name, given.config), sorted(given.overrides), log], sort_keys=True)
+    return f"{name}-{seed}-{hashlib.sha256(all_given.encode()).hexdigest()[:10]}"
 
 
 def cells_of(records: Sequence[Record], of_one: Mapping[int, Record]) -> list[list[str]]:
