@@ -56,7 +56,7 @@ OPTIMIZERS = st.sampled_from(["rowwise_adagrad", "adagrad", "sgd"])
 )
 @example("mmoe", "rowwise_adagrad", "rowwise_adagrad", "concat", (100, 0.01), "none", "")
 @example("esmm", "rowwise_adagrad", "adagrad", "concat", (1, 1), "none", "click")
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_lanes_and_states_follow_the_rule_written_out(
     log: Path,
     preset: str,
