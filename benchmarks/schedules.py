@@ -116,8 +116,8 @@ def run(name: str, seed: int, given: Any) -> Record:
     with redirect_stdout(io.StringIO()):
         settings = (f"data.log={given.log.absolute()}", f"train.seed={seed}", "checkpoint.every_steps=0")
         train(config, folder, [*given.overrides, *settings])
-        for split in SPLITS:
-            evaluate(folder, split)
+        # What validation says is in the summary already.
+        evaluate(folder, "test")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if line["split"] == "train"]
