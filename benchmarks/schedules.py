@@ -35,9 +35,6 @@ from benchmarks.models import (
     seeds_of,
 )
 
-# The loss of training is a mean over so many of a pass's last lines of metrics.jsonl.
-_LINES = 30
-
 
 class Schedule(NamedTuple):
     """One phase after others.
@@ -120,14 +117,16 @@ def run(name: str, seed: int, given: Any) -> Record:
         evaluate(folder, "test")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    trained = [line for line in lines if line["split"] == "train"]
+    # The last quarter of its last pass: what the model says of candidates just before it learns them.
+    losses = [line["loss"] for line in trained if line["phase"] == trained[-1]["phase"]]
     kept = {key: summary[key] for key in (*SPLITS, "samples", "steps", "cpu_s", "versions")}
     return {
         "name": key_of(name, seed, given),
         "schedule": name,
         "seed": seed,
         "threads": 1,
-        "loss": fmean(losses[-_LINES:]),
+        "loss": fmean(losses[-max(1, len(losses) // 4) :]),
         **kept,
     }
 
