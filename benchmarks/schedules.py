@@ -110,11 +110,15 @@ def run(name: str, seed: int, given: Any) -> Record:
     shutil.rmtree(folder, ignore_errors=True)
     if before:
         shutil.copytree(out / f"{before}-{seed}", folder)
+        (folder / "summary.json").unlink()
     with redirect_stdout(io.StringIO()):
         settings = (f"data.log={given.log.absolute()}", f"train.seed={seed}", "checkpoint.every_steps=0")
         train(config, folder, [*given.overrides, *settings])
-        # What validation says is in the summary already.
-        evaluate(folder, "test")
+        # A run that a signal has stopped has no summary. What validation says is in it already.
+        if (folder / "summary.json").exists():
+            evaluate(folder, "test")
+        else:
+            raise SystemExit(f"{folder.name} was stopped; the same command begins it again")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [line for line in lines if line["split"] == "train"]
